@@ -1,0 +1,38 @@
+# Every target that needs an environment makes it first.
+.DEFAULT_GOAL := help
+.PHONY: help setup train test check format bench clean
+
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
+	$$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+ARGS ?=
+
+help:  ## Show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+.venv/ready: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 with venv was found; install one, or say which: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+setup: .venv/ready  ## Make the environment in .venv (a few minutes, several GB: PyTorch)
+
+train: .venv/ready  ## Train the default job: OrMo, 4 workers, handwritten digits (more: make train ARGS="workers=8")
+	$(BIN)/python launch.py $(ARGS)
+
+test: .venv/ready  ## Run all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/ready  ## Format, lint and types, of the package and its tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: .venv/ready  ## Put the code into its format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## Remove the environment and caches; runs and data stay
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

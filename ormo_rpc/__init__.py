@@ -1,0 +1,24 @@
+"""Asynchronous data-parallel training with ordered momentum over torch.distributed.rpc."""
+
+from __future__ import annotations
+
+from ormo_rpc.config import Config, ConfigError
+from ormo_rpc.errors import NonFiniteGradient, PushRefused, Rejoin
+from ormo_rpc.messages import Push, Reply
+from ormo_rpc.runtimes import RunFailed
+from ormo_rpc.server import ParameterServer, build_server
+from ormo_rpc.train import train
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "NonFiniteGradient",
+    "ParameterServer",
+    "Push",
+    "PushRefused",
+    "Rejoin",
+    "Reply",
+    "RunFailed",
+    "build_server",
+    "train",
+]

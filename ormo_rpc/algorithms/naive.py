@@ -1,0 +1,42 @@
+"""Asynchronous SGD with momentum in the order of arrival."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ormo_rpc.algorithms.base import Algorithm, Arrival
+from ormo_rpc.options import option
+
+
+class Naive(Algorithm):
+    """Naive ASGDm: heavy ball that takes a late gradient for a fresh one. It can diverge where the delays are long.
+
+    Recursion: ``u <- beta u + eta g; w <- w - u``, in order of arrival. Memory: ``w, u``, two vectors of D.
+    Source: the baseline "naive ASGDm" of arXiv 2407.19234.
+    """
+
+    NAME = "naive"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(Algorithm.Options):
+        """No options of its own."""
+
+        name: str = option("naive", "heavy ball in order of arrival (naive ASGDm)")
+
+    def __init__(self, params: Tensor, *, momentum: float, options: Any) -> None:
+        super().__init__(params, momentum=momentum, options=options)
+        self.u = torch.zeros_like(params)
+
+    def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:  # noqa: ARG002 - that it does not look is its fault
+        """``u <- beta u + eta g; w <- w - u``."""
+        self.u.mul_(self.momentum).add_(grad, alpha=lr)
+        self.params.sub_(self.u)
+
+    def state(self) -> Mapping[str, Tensor | int | float]:
+        """The momentum ``u``."""
+        return {"u": self.u}

@@ -1,0 +1,78 @@
+"""Ordered momentum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ormo_rpc.algorithms.base import Algorithm, Arrival
+from ormo_rpc.options import option
+
+
+class OrMo(Algorithm):
+    """OrMo: every gradient enters the momentum with the weight of its place in the order of iterations.
+
+    State ``w``, momentum ``u`` (in units of the parameters: it sums ``eta g``), momentum index ``I``. For a gradient ``g``
+    taken at an index of bucket ``b``:
+
+    1. *momentum shift*: while ``I`` is smaller than the largest bucket handed out so far,
+       ``w <- w - beta u; u <- beta u; I <- I + 1``;
+    2. with ``e = I - b >= 0``: ``u <- u + beta^e eta g; w <- w - (1 - beta^(e+1)) / (1 - beta) eta g``.
+
+    A worker that returns at once has ``e = 0``; a late gradient enters with the weight that it would have had by now, and the
+    parameters get at once the geometric sum that they missed. Under the synchronous scheduler this is heavy ball on the sum of
+    the K gradients (SSGDm); with ``beta = 0`` it is `asgd` bit for bit. Memory: ``w, u``, two vectors of D.
+
+    With ``momentum_correction`` a change of the scheduled learning rate rescales the momentum, ``u <- u eta_new / eta_old``,
+    before step 1, so that K = 1 equals ``torch.optim.SGD`` for any schedule; the paper's ``u`` keeps the old rate.
+
+    Source: Shi, Yang, Li, NeurIPS 2024, arXiv 2407.19234, Algorithm 2. Departure: the paper shifts when the waiting set is
+        empty and ``ceil(t/K) > I`` (reconstructed); "largest bucket handed out" is equal to that under `async` and `sync`,
+        and right where K changes too.
+    """
+
+    NAME = "ormo"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(Algorithm.Options):
+        """Options of ordered momentum."""
+
+        name: str = option("ormo", "ordered momentum")
+        momentum_correction: bool = option(
+            False, "rescale the momentum when the learning rate changes, as torch.optim.SGD does"
+        )
+
+    def __init__(self, params: Tensor, *, momentum: float, options: Any) -> None:
+        super().__init__(params, momentum=momentum, options=options)
+        self.u = torch.zeros_like(params)
+        self.index = 0
+        self.scheduled_lr = 0.0
+
+    def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:
+        """Shift the momentum to the newest bucket, then add the gradient at its place."""
+        self._correct(arrival.lr)
+        while self.index < arrival.newest_bucket:
+            self.params.sub_(self.u, alpha=self.momentum)
+            self.u.mul_(self.momentum)
+            self.index += 1
+        exponent = self.index - arrival.bucket
+        self.u.add_(grad, alpha=self.momentum**exponent * lr)
+        self.params.sub_(grad, alpha=self._reach(exponent) * lr)
+
+    def _correct(self, scheduled_lr: float) -> None:
+        """Rescale the momentum to a new scheduled learning rate; a rate of 0 has no scale and leaves it alone."""
+        if self.options.momentum_correction and self.scheduled_lr not in (0.0, scheduled_lr):
+            self.u.mul_(scheduled_lr / self.scheduled_lr)
+        self.scheduled_lr = scheduled_lr
+
+    def _reach(self, exponent: int) -> float:
+        """``1 + beta + ... + beta^exponent``: what the parameters owe a gradient that is so many buckets old."""
+        return (1 - self.momentum ** (exponent + 1)) / (1 - self.momentum)
+
+    def state(self) -> Mapping[str, Tensor | int | float]:
+        """The momentum ``u``, its index ``I`` and the learning rate it was last scaled to."""
+        return {"u": self.u, "index": self.index, "scheduled_lr": self.scheduled_lr}

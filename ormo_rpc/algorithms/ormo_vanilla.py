@@ -1,0 +1,29 @@
+"""Ordered momentum with a vanilla SGD step (the paper's ablation)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ormo_rpc.algorithms.ormo import OrMo
+from ormo_rpc.options import option
+
+
+class OrMoVanilla(OrMo):
+    """OrMo whose late gradients move the parameters as plain SGD would: the ablation of the paper.
+
+    Recursion: as `OrMo`, but step 2 is ``u <- u + beta^e eta g; w <- w - eta g``: the parameters do not get the part of the
+    geometric sum that a late gradient missed. Memory: ``w, u``, two vectors of D.
+
+    Source: arXiv 2407.19234, "OrMo (vanilla SGD step)". Reconstructed: the momentum ``u`` is taken to be as in OrMo.
+    """
+
+    NAME = "ormo_vanilla"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(OrMo.Options):
+        """Those of ordered momentum."""
+
+        name: str = option("ormo_vanilla", "ordered momentum with a vanilla SGD step (ablation)")
+
+    def _reach(self, exponent: int) -> float:  # noqa: ARG002 - however old, it is felt once
+        return 1.0

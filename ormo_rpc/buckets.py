@@ -1,0 +1,27 @@
+"""The order of iterations: which bucket each index of the parameters belongs to."""
+
+from __future__ import annotations
+
+
+class Buckets:
+    """Deals the indices of the parameters out to buckets of K.
+
+    Index 0 is bucket 0 alone. Index ``t + 1`` goes into the present bucket, or opens the next one when that is full; a bucket
+    takes as many indices as K says *at the moment when it is opened*, so a worker that joins or leaves changes only buckets
+    to come. For a constant K the bucket of index ``i`` is ``ceil(i / K)``.
+
+    Attributes:
+        current: The bucket of the newest index.
+        room: How many further indices it takes.
+    """
+
+    def __init__(self, current: int = 0, room: int = 0) -> None:
+        self.current = current
+        self.room = room
+
+    def advance(self, concurrency: int) -> None:
+        """Give the next index its bucket; ``concurrency`` is K at this moment."""
+        if self.room == 0:
+            self.current += 1
+            self.room = concurrency
+        self.room -= 1

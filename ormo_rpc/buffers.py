@@ -1,0 +1,47 @@
+"""Batch-norm statistics on the server: the running average, in order of application, of what each batch had."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class RunningBuffers:
+    """The running average of the buffers that come with the pushes.
+
+    Recursion, for each buffer: ``average <- (1 - m) average + m batch`` with the layer's own ``momentum`` m, or
+    ``m = 1 / n`` for its n-th batch where that momentum is None (torch's cumulative average).
+
+    Args:
+        initial: The buffers at the start by name; copied.
+        momentum: m by name.
+    """
+
+    def __init__(self, initial: Mapping[str, Tensor], momentum: Mapping[str, float | None]) -> None:
+        self.average = {name: value.clone() for name, value in initial.items()}
+        self.momentum = dict(momentum)
+        self.updates = 0
+
+    def update(self, batch: Mapping[str, Tensor]) -> None:
+        """Take in the statistics of one batch, which has the same names and shapes."""
+        self.updates += 1
+        for name, average in self.average.items():
+            momentum = self.momentum[name]
+            weight = 1 / self.updates if momentum is None else momentum
+            average.mul_(1 - weight).add_(batch[name], alpha=weight)
+
+    def copy(self) -> dict[str, Tensor]:
+        """The averages by name, as a private copy."""
+        return {name: value.clone() for name, value in self.average.items()}
+
+    def state(self) -> dict[str, Tensor | int]:
+        """A private copy."""
+        return {"updates": self.updates, **{f"average.{name}": value.clone() for name, value in self.average.items()}}
+
+    def load_state(self, state: Mapping[str, Tensor | int]) -> None:
+        """Take over what `state` returned."""
+        self.updates = int(state["updates"])
+        for name, average in self.average.items():
+            average.copy_(torch.as_tensor(state[f"average.{name}"]))

@@ -1,0 +1,149 @@
+"""The command line: hydra composes the configuration, the schema checks it, a runtime runs it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import MISSING, DictConfig
+
+from ormo_rpc.config import GROUPS, Config, ConfigError, parse_config, schema_of
+from ormo_rpc.options import Section
+
+
+def config_dir() -> Path:
+    """The folder ``conf``: inside the package where it was installed as a wheel, beside it in a checkout."""
+    package = Path(__file__).parent
+    return next(folder for folder in (package / "conf", package.parent / "conf") if folder.is_dir())
+
+
+def register_schemas() -> None:
+    """Tell hydra the typed schema, so that a typo or a wrong type is refused while it composes."""
+    store = ConfigStore.instance()
+    root = schema_of(Config)
+    root.update(dict.fromkeys(GROUPS, MISSING))  # the files of conf/ fill them
+    store.store(name="schema", node=root)
+    for group, choices in GROUPS.items():
+        for name, section in choices.items():
+            store.store(group=f"schema/{group}", name=name, node=schema_of(section), package=group)
+    store.store(
+        group="hydra/help", name="ormo_rpc", node={"app_name": "launch.py", "template": help_text()}, package="hydra.help"
+    )
+
+
+def compose(overrides: Sequence[str] = ()) -> Config:
+    """The configuration that ``python launch.py`` would run with these overrides, for use from Python.
+
+    Raises:
+        ConfigError: an override is wrong.
+    """
+    register_schemas()
+    with hydra.initialize_config_dir(str(config_dir().absolute()), version_base="1.3"):
+        try:
+            return parse_config(hydra.compose("config", list(overrides)))
+        except HydraException as error:
+            raise ConfigError(" ".join(f"{error}: {error.__cause__ or ''}".split())) from None
+
+
+def help_text() -> str:
+    """``launch.py --help``: what it does, the groups, and every key with default and meaning."""
+    lines = [_HEADER, "Groups (chosen as GROUP=NAME; the first column is the name):"]
+    for group, choices in GROUPS.items():
+        described = {name: _descriptions(section) for name, section in choices.items()}
+        common = [line for line in next(iter(described.values())) if all(line in lines for lines in described.values())]
+        lines += [f"  {group}", *(f"      {line}" for line in common)]
+        for name, section in choices.items():
+            (doc,) = (f.metadata["doc"] for f in dataclasses.fields(section) if f.name == "name")
+            lines.append(f"    {name:<16}{doc}")
+            lines += [f"      {line}" for line in described[name] if line not in common]
+    lines += ["", "Keys (set as KEY=VALUE; defaults in brackets):"]
+    for field in dataclasses.fields(Config):
+        if field.name in GROUPS:
+            continue
+        if field.metadata:
+            lines.append(f"  {_describe(Config, field)}")
+        else:
+            section: type[Section] = field.default_factory  # pyright: ignore[reportAssignmentType] # a class
+            lines += [f"  {line}" for line in _descriptions(section)]
+    return "\n".join([*lines, "", _FOOTER]).replace("$", "$$")
+
+
+def _descriptions(section: type[Section]) -> list[str]:
+    return [_describe(section, field) for field in dataclasses.fields(section) if field.name != "name"]
+
+
+def _describe(section: type[Section], field: dataclasses.Field[Any]) -> str:
+    made = field.default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING
+    default = field.default_factory() if made else field.default  # pyright: ignore[reportCallIssue] # it is one of the two
+    shown = getattr(default, "value", default)
+    return f"{section.key(field.name):<32}{field.metadata['doc']} [{'none' if shown is None else shown}]"
+
+
+def main() -> None:
+    """Run ``launch.py`` with this process's arguments."""
+    register_schemas()
+    if int(os.environ.get("RANK", "0")) > 0:
+        # Rank 0 alone makes the run directory and its logs.
+        sys.argv += [
+            "hydra.run.dir=.",
+            "hydra.output_subdir=null",
+            "hydra/job_logging=disabled",
+            "hydra/hydra_logging=disabled",
+        ]
+    hydra.main(version_base="1.3", config_path=str(config_dir().absolute()), config_name="config")(_job)()
+
+
+def _job(values: DictConfig) -> None:
+    """One job of hydra: a single run, or one of a sweep."""
+    from ormo_rpc.runtimes import RunFailed, run  # hydra answers --help without loading the runtimes
+
+    mode = HydraConfig.get()
+    sweep = mode.mode is RunMode.MULTIRUN
+    try:
+        if sweep and "TORCHELASTIC_RUN_ID" in os.environ:
+            raise ConfigError("-m: got a sweep under torchrun, expected a single run; start sweeps with python launch.py -m")
+        summary = run(parse_config(values), Path(mode.runtime.output_dir))
+    except (ConfigError, RunFailed) as error:
+        print(f"launch.py: {error}", file=sys.stderr)
+        sys.exit(error.exit_status if isinstance(error, RunFailed) else 2)
+    if summary:
+        print(_result(summary, Path(mode.runtime.output_dir)))
+    if summary.get("status") == "diverged" and not sweep:
+        print("launch.py: the parameters diverged; lower train.lr or train.momentum, or set train.clip_norm", file=sys.stderr)
+        sys.exit(3)
+
+
+def _result(summary: dict[str, Any], run_dir: Path) -> str:
+    accuracy, loss = summary["test_accuracy"], summary["train_loss"]
+    return (
+        f"{summary['status']}: {summary['algorithm']} ({summary['scheduler']}), {summary['num_workers']} workers, "
+        f"{summary['dataset']}, {summary['model']}: {summary['iterations']} iterations in {summary['wall_seconds']:.1f} s, "
+        f"mean delay {summary['delay_mean']:.1f}, training loss {'-' if loss is None else f'{loss:.4f}'}, "
+        f"test accuracy {'-' if accuracy is None else f'{accuracy:.2%}'}\nrun directory: {run_dir}"
+    )
+
+
+_HEADER = """launch.py - asynchronous data-parallel training with ordered momentum (OrMo)
+
+  python launch.py                                    ormo, async, 4 workers, digits, on this machine
+  python launch.py algorithm=ormo_da workers=8 dataset=fashion_mnist model=cnn train.epochs=5 seed=1
+  python launch.py scheduler=sync                     synchronous SGD with momentum (SSGDm)
+  python launch.py heterogeneity=one_slow             one worker ten times slower than the others
+  python launch.py -m algorithm=asgd,naive,ormo seed=0,1,2                   a sweep of nine runs
+  torchrun --standalone --nproc-per-node=4 launch.py  rank 0 serves, ranks 1 to 3 work
+  python -m ormo_rpc.evaluate RUN_DIRECTORY           test accuracy of a run or checkpoint
+"""
+
+_FOOTER = """A run directory (outputs/DATE/TIME, printed at the end) holds config.yaml, metrics.jsonl, trace.jsonl,
+processes.json, logs/, checkpoints/, summary.json and the wandb run. Exit status: 0 the run met its end, 2 wrong configuration, 3 diverged,
+1 something died, 130 interrupted (a checkpoint is left; go on with checkpoint.resume=RUN_DIRECTORY).
+--cfg job prints the configuration; further options of hydra: --hydra-help."""

@@ -1,0 +1,265 @@
+"""The schema of a run: every key with its type, default, meaning and range.
+
+Defaults stand here and with the sections of rules, schedulers, data sets and models; the files in ``conf/`` only choose among
+them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ormo_rpc import algorithms
+from ormo_rpc.algorithms.base import Algorithm
+from ormo_rpc.data import DATASETS, DataSection, Digits
+from ormo_rpc.heterogeneity import HETEROGENEITIES, Heterogeneity
+from ormo_rpc.learning_rate import LearningRate, Shape
+from ormo_rpc.models import MODELS, MLPSection, ModelSection
+from ormo_rpc.options import Section, option
+from ormo_rpc.schedulers import SCHEDULERS, Scheduler
+
+
+class ConfigError(ValueError):
+    """The configuration is wrong; the message has the full key, what came, and what was expected."""
+
+
+class LRScaling(Enum):
+    """Whether the learning rate depends on the number of workers."""
+
+    none = "none"
+    """As given: a synchronous round applies the sum of its gradients, as in arXiv 2407.19234."""
+    mean = "mean"
+    """Divided by the number of workers: a synchronous round applies their mean."""
+
+
+class WandbMode(Enum):
+    """Where Weights & Biases keeps the run."""
+
+    offline = "offline"
+    online = "online"
+    disabled = "disabled"
+
+
+def _positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0
+
+
+def _not_negative(value: float) -> bool:
+    return math.isfinite(value) and value >= 0
+
+
+def _at_least_one(value: int) -> bool:
+    return value >= 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Section):
+    """How long, with which batches and at which learning rate."""
+
+    PATH = "train"
+    epochs: int = option(
+        30, "end after this many passes over the training data", valid=_at_least_one, expected="a whole number >= 1"
+    )
+    max_iterations: int | None = option(
+        None, "end after this many applied gradients", valid=_at_least_one, expected="a number >= 1"
+    )
+    max_seconds: float | None = option(None, "end after this many seconds", valid=_positive, expected="a finite number > 0")
+    batch_size: int = option(32, "samples per gradient", valid=_at_least_one, expected="a whole number >= 1")
+    lr: float = option(0.05, "learning rate eta, tuned per rule", valid=_positive, expected="a finite number > 0")
+    lr_schedule: Shape = option(Shape.constant, "constant, step (times lr_gamma at each of lr_milestones) or cosine")
+    lr_milestones: list[float] = option(
+        [],
+        "epochs at which step acts",
+        valid=lambda v: all(e > 0 for e in v) and sorted(v) == list(v),
+        expected="rising epochs > 0",
+    )
+    lr_gamma: float = option(0.1, "factor of step", valid=_positive, expected="a finite number > 0")
+    lr_scaling: LRScaling = option(LRScaling.none, "none, or mean: divide the learning rate by the number of workers")
+    warmup_epochs: float = option(0.0, "epochs of linear warm-up", valid=_not_negative, expected="a finite number >= 0")
+    momentum: float = option(
+        0.9, "momentum beta, for rules that have one", valid=lambda v: 0 <= v < 1, expected="a number in [0, 1)"
+    )
+    weight_decay: float = option(
+        0.0, "weight decay lambda, part of the worker's gradient", valid=_not_negative, expected="a finite number >= 0"
+    )
+    clip_norm: float | None = option(
+        None, "clip each gradient to this global norm, before weight decay", valid=_positive, expected="a finite number > 0"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(Section):
+    """When checkpoints are written, and where a run goes on from."""
+
+    PATH = "checkpoint"
+    every: int = option(
+        0, "iterations between checkpoints; 0: only at the end", valid=lambda v: v >= 0, expected="a number >= 0"
+    )
+    keep: int = option(3, "how many checkpoints are kept", valid=_at_least_one, expected="a whole number >= 1")
+    resume: str | None = option(None, "a checkpoint or run directory to go on from")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime(Section):
+    """How server and workers are run."""
+
+    PATH = "runtime"
+    name: str = option("rpc", "rpc: processes connected by torch.distributed.rpc")
+    threads: int = option(
+        1, "threads of each process for tensor operations", valid=_at_least_one, expected="a whole number >= 1"
+    )
+    start_timeout_seconds: float = option(
+        180.0, "time for all processes to start and find one another", valid=_positive, expected="a finite number > 0"
+    )
+    rpc_timeout_seconds: float = option(
+        120.0,
+        "time for one push to be answered; it must exceed a round of the slowest worker",
+        valid=_positive,
+        expected="a finite number > 0",
+    )
+    stop_timeout_seconds: float = option(
+        10.0, "time for a run to wind up when it is interrupted", valid=_positive, expected="a finite number > 0"
+    )
+    interface: str | None = option(
+        None, "network interface between machines, such as eth0; loopback when all is on one machine"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logger(Section):
+    """What is written besides the run directory."""
+
+    PATH = "logger"
+    mode: WandbMode = option(WandbMode.offline, "Weights & Biases: offline (kept in the run directory), online or disabled")
+    project: str = option("ormo_rpc", "wandb project")
+    run_name: str | None = option(None, "wandb run name; by default algorithm, scheduler, workers and seed")
+    group: str | None = option(None, "wandb group")
+    progress: bool = option(True, "progress bar, when standard error is a terminal")
+    log_seconds: float = option(
+        0.5, "time between lines of metrics.jsonl and wandb", valid=_positive, expected="a finite number > 0"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Section):
+    """Everything that a run is made of.
+
+    Raises:
+        ValueError: a value is out of range; the message has the full key.
+    """
+
+    workers: int | None = option(
+        None, "number of workers; default 4, under torchrun WORLD_SIZE - 1", valid=_at_least_one, expected="a whole number >= 1"
+    )
+    seed: int = option(0, "of everything random", valid=lambda v: v >= 0, expected="a whole number >= 0")
+    algorithm: Algorithm.Options = field(default_factory=lambda: algorithms.find("ormo").Options())
+    scheduler: Scheduler.Options = field(default_factory=SCHEDULERS["async"].Options)
+    dataset: DataSection = field(default_factory=Digits)
+    model: ModelSection = field(default_factory=MLPSection)
+    heterogeneity: Heterogeneity = field(default_factory=Heterogeneity)
+    train: Train = field(default_factory=Train)
+    runtime: Runtime = field(default_factory=Runtime)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    logger: Logger = field(default_factory=Logger)
+
+    @property
+    def num_workers(self) -> int:
+        """The number of workers, once it is decided."""
+        assert self.workers is not None, "workers is decided before anything starts"
+        return self.workers
+
+    def learning_rate(self, batches_per_epoch: int, total_tickets: int) -> LearningRate:
+        """The scheduled learning rate of this run, in iterations."""
+        scale = 1 / self.num_workers if self.train.lr_scaling is LRScaling.mean else 1.0
+        return LearningRate(
+            base=self.train.lr * scale,
+            shape=self.train.lr_schedule,
+            milestones=tuple(epoch * batches_per_epoch for epoch in self.train.lr_milestones),
+            gamma=self.train.lr_gamma,
+            warmup=round(self.train.warmup_epochs * batches_per_epoch),
+            total=total_tickets,
+        )
+
+
+GROUPS: dict[str, Mapping[str, type[Section]]] = {
+    "algorithm": {name: algorithms.find(name).Options for name in algorithms.NAMES},
+    "scheduler": {name: scheduler.Options for name, scheduler in SCHEDULERS.items()},
+    "dataset": DATASETS,
+    "model": MODELS,
+    "heterogeneity": HETEROGENEITIES,
+}
+"""The sections that are chosen by name."""
+
+
+def schema_of(section: type[Section]) -> DictConfig:
+    """The typed OmegaConf node of a section; a frozen dataclass makes a read-only node, and overrides have to write to it."""
+    node = OmegaConf.structured(section)
+    assert isinstance(node, DictConfig)
+    OmegaConf.set_readonly(node, False)
+    for name in node:
+        child = None if OmegaConf.is_missing(node, name) else node[name]
+        if isinstance(child, DictConfig):
+            OmegaConf.set_readonly(child, False)
+    return node
+
+
+def parse_config(values: DictConfig | Mapping[str, Any]) -> Config:
+    """Check a tree of values against the schema.
+
+    Args:
+        values: Nested plain values, such as a composed hydra configuration or a loaded ``config.yaml``. What is missing takes
+            its default; a group is chosen by its ``name``.
+
+    Raises:
+        ConfigError: a key is unknown, or a value has the wrong type or is out of range.
+    """
+    tree = OmegaConf.create(OmegaConf.to_container(values, resolve=True) if isinstance(values, DictConfig) else dict(values))
+    try:
+        schema = schema_of(Config)
+        for group, choices in GROUPS.items():
+            name = OmegaConf.select(tree, f"{group}.name", default=schema[group].name)
+            if name not in choices:
+                raise ConfigError(f"{group}: got {name!r}, expected one of {', '.join(choices)}")
+            schema[group] = schema_of(choices[name])
+        config = OmegaConf.to_object(OmegaConf.merge(schema, tree))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_one_line(error)) from None
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    assert isinstance(config, Config)
+    if config.runtime.name != "rpc":
+        raise ConfigError(f"runtime: got {config.runtime.name!r}, expected rpc")
+    return config
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write a configuration as resolved YAML, which `load_config` reads."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def load_config(path: Path) -> Config:
+    """Read what `save_config` wrote.
+
+    Raises:
+        ConfigError: the file is missing, or does not fit the schema.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such file, expected the config.yaml of a run")
+    values = OmegaConf.load(path)
+    assert isinstance(values, DictConfig)
+    return parse_config(values)
+
+
+def _one_line(error: OmegaConfBaseException) -> str:
+    """OmegaConf's message with the full key in front, on one line."""
+    message = str(error.msg or error).splitlines()[0]
+    return f"{error.full_key}: {message}" if error.full_key else message

@@ -1,0 +1,49 @@
+"""Test accuracy of a run or checkpoint: ``python -m ormo_rpc.evaluate RUN_DIRECTORY``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ormo_rpc import checkpoint
+from ormo_rpc.config import ConfigError, load_config
+from ormo_rpc.evaluation import Evaluation, evaluate
+from ormo_rpc.flat import FlatModel
+
+
+def evaluate_checkpoint(path: Path) -> tuple[Path, Evaluation]:
+    """Evaluate a checkpoint, or the newest one of a run directory, on the test split.
+
+    Returns:
+        The checkpoint, and its quality.
+
+    Raises:
+        ValueError: there is no checkpoint, it is damaged, or its data set is missing.
+    """
+    found = checkpoint.find(path)
+    config = load_config(found / "config.yaml")
+    data = config.dataset.load()
+    module = config.model.build(data.input_shape, data.num_classes)
+    module.load_state_dict(checkpoint.read(found, "model.pt"))
+    model = FlatModel(module)
+    return found, evaluate(model, model.flat_params(), model.copy_statistics(), data.test)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ormo_rpc.evaluate", description="Print the test accuracy of a run or checkpoint."
+    )
+    parser.add_argument("path", type=Path, help="a run directory (its newest checkpoint is taken) or a checkpoint")
+    try:
+        found, result = evaluate_checkpoint(parser.parse_args().path)
+    except ValueError as error:
+        kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+        print(f"evaluate: {kind}{error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{found}\ntest accuracy {result.accuracy:.2%}, test loss {result.loss:.4f}")
+
+
+if __name__ == "__main__":
+    main()

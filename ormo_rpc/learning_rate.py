@@ -1,0 +1,49 @@
+"""The scheduled learning rate: a pure function of the iteration, so that a resumed or replayed run finds it again."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Shape(Enum):
+    """How the learning rate falls in the course of a run."""
+
+    constant = "constant"
+    step = "step"
+    """Times ``gamma`` at every milestone."""
+    cosine = "cosine"
+    """Half a cosine from the start to zero at the end (Loshchilov and Hutter 2017, arXiv 1608.03983, without restarts)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningRate:
+    """``eta(t)``, after a linear warm-up.
+
+    Attributes:
+        base: The learning rate at its highest.
+        shape: How it falls.
+        milestones: Iterations at which it is multiplied by gamma, for ``step``.
+        gamma: That factor.
+        warmup: Iterations over which it rises linearly from ``base / warmup``.
+        total: Iterations of the whole run, for ``cosine``.
+    """
+
+    base: float
+    shape: Shape = Shape.constant
+    milestones: tuple[float, ...] = ()
+    gamma: float = 0.1
+    warmup: int = 0
+    total: int = 0
+
+    def __call__(self, iteration: int) -> float:
+        """``eta`` at an iteration ``t``."""
+        lr = self.base
+        if self.shape is Shape.step:
+            lr *= self.gamma ** sum(iteration >= milestone for milestone in self.milestones)
+        elif self.shape is Shape.cosine:
+            lr *= (1 + math.cos(math.pi * min(iteration, self.total) / self.total)) / 2
+        if iteration < self.warmup:
+            lr *= (iteration + 1) / self.warmup
+        return lr

@@ -1,0 +1,174 @@
+"""The ledger of tickets: who holds which unit of work, what is done, and what has to be done again."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ormo_rpc.errors import PushRefused
+from ormo_rpc.messages import Push
+
+
+@dataclass(frozen=True, slots=True)
+class Issue:
+    """One handing out of a ticket.
+
+    Attributes:
+        ticket: The unit of work.
+        worker: Who holds it.
+        stamp: The index of the parameters that went with it.
+        bucket: The bucket which that index had been given.
+    """
+
+    ticket: int
+    worker: int
+    stamp: int
+    bucket: int
+
+
+class Ledger:
+    """Hands out the tickets 0, 1, ..., total - 1, each to be redeemed exactly once.
+
+    A ticket is *new*, then *outstanding* with one worker, then *redeemed*; or it comes back (its holder left, its gradient was
+    discarded or refused) and is handed out again before any new one.
+
+    Args:
+        total: How many tickets there are; None means that they never end.
+    """
+
+    def __init__(self, total: int | None) -> None:
+        self.total = total
+        self.issued = 0
+        """Tickets below this number have been handed out at least once."""
+        self.redeemed = 0
+        self.outstanding: dict[int, Issue] = {}
+        self.holding: dict[int, set[int]] = {}
+        """The tickets of each worker that holds any."""
+        self.returned: deque[int] = deque()
+        """Tickets to be done again, oldest first."""
+        self.revoked: set[tuple[int, int, int]] = set()
+        """(ticket, worker, stamp) taken away from a worker that may still push: one entry per loss, for ever."""
+        self.refused_by: dict[int, set[int]] = {}
+        """Workers whose gradient for a ticket was not finite, while that ticket is not redeemed."""
+
+    @property
+    def done(self) -> bool:
+        """Every ticket is redeemed."""
+        return self.redeemed == self.total
+
+    @property
+    def exhausted(self) -> bool:
+        """There is no ticket to hand out at this moment."""
+        return not self.returned and self.total is not None and self.issued >= self.total
+
+    def take(self, worker: int, stamp: int, bucket: int, members: Collection[int]) -> Issue | None:
+        """Hand out the next ticket; None where there is none for this worker now.
+
+        A ticket whose gradient was not finite goes to another worker than before, as long as there is one.
+        """
+        ticket = next((t for t in self.returned if self._may_have(worker, t, members)), None)
+        if ticket is not None:
+            self.returned.remove(ticket)
+        elif self.total is None or self.issued < self.total:
+            ticket = self.issued
+            self.issued += 1
+        else:
+            return None
+        issue = Issue(ticket, worker, stamp, bucket)
+        self.outstanding[ticket] = issue
+        self.holding.setdefault(worker, set()).add(ticket)
+        return issue
+
+    def claim(self, push: Push, iteration: int) -> Issue | None:
+        """The issue that a push answers; None when it was taken away from its sender, whose push is then dropped.
+
+        Raises:
+            PushRefused: the push was never asked for.
+        """
+        ticket, worker, stamp = push.ticket, push.worker, push.stamp
+        issue = self.outstanding.get(ticket)
+        if issue is not None and issue.worker == worker and issue.stamp == stamp:
+            return issue
+        if (ticket, worker, stamp) in self.revoked:
+            return None
+        sender = f"push of worker {worker}"
+        if not 0 <= ticket < self.issued:
+            raise PushRefused(f"{sender}: ticket: got {ticket}, expected one that was issued, below {self.issued}")
+        if not 0 <= stamp <= iteration:
+            raise PushRefused(
+                f"{sender} for ticket {ticket}: stamp: got {stamp}, expected at most the server's iteration {iteration}"
+            )
+        if issue is None:
+            raise PushRefused(
+                f"{sender}: ticket: got {ticket}, which is settled already; only a worker's newest push may be repeated"
+            )
+        if issue.worker != worker:
+            raise PushRefused(
+                f"{sender}: ticket: got {ticket}, which is held by worker {issue.worker}; push for a ticket of your own"
+            )
+        raise PushRefused(f"{sender} for ticket {ticket}: stamp: got {stamp}, expected {issue.stamp}, that of the reply")
+
+    def redeem(self, issue: Issue) -> None:
+        """The ticket's gradient is applied."""
+        self._take_away(issue)
+        self.redeemed += 1
+        self.refused_by.pop(issue.ticket, None)
+
+    def give_back(self, issue: Issue, *, refused: bool = False) -> None:
+        """The ticket is to be done again; ``refused`` if because its gradient was not finite."""
+        self._take_away(issue)
+        self.returned.append(issue.ticket)
+        if refused:
+            self.refused_by.setdefault(issue.ticket, set()).add(issue.worker)
+
+    def revoke(self, worker: int) -> list[Issue]:
+        """Take away all tickets of a worker that is gone; a push for one of them will be dropped."""
+        issues = [self.outstanding[ticket] for ticket in sorted(self.holding.get(worker, ()))]
+        for issue in issues:
+            self.give_back(issue)
+            self.revoked.add((issue.ticket, worker, issue.stamp))
+        return issues
+
+    def close(self) -> None:
+        """Hand out nothing but what is outstanding now, should that come back."""
+        self.returned.clear()
+        self.total = self.redeemed + len(self.outstanding)
+
+    def state(self) -> dict[str, Any]:
+        """A private copy, of plain values only."""
+        return {
+            "total": self.total,
+            "issued": self.issued,
+            "redeemed": self.redeemed,
+            "outstanding": [asdict(issue) for issue in self.outstanding.values()],
+            "returned": list(self.returned),
+            "revoked": sorted(self.revoked),
+            "refused_by": {ticket: sorted(workers) for ticket, workers in self.refused_by.items()},
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Ledger:
+        """The ledger that `state` described."""
+        ledger = cls(state["total"])
+        ledger.issued, ledger.redeemed = state["issued"], state["redeemed"]
+        ledger.returned.extend(state["returned"])
+        ledger.revoked.update((ticket, worker, stamp) for ticket, worker, stamp in state["revoked"])
+        ledger.refused_by = {ticket: set(workers) for ticket, workers in state["refused_by"].items()}
+        for fields in state["outstanding"]:
+            issue = Issue(**fields)
+            ledger.outstanding[issue.ticket] = issue
+            ledger.holding.setdefault(issue.worker, set()).add(issue.ticket)
+        return ledger
+
+    def _may_have(self, worker: int, ticket: int, members: Collection[int]) -> bool:
+        refused_by = self.refused_by.get(ticket, set())
+        return worker not in refused_by or all(member in refused_by for member in members)
+
+    def _take_away(self, issue: Issue) -> None:
+        del self.outstanding[issue.ticket]
+        tickets = self.holding[issue.worker]
+        tickets.remove(issue.ticket)
+        if not tickets:
+            del self.holding[issue.worker]

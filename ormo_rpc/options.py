@@ -1,0 +1,55 @@
+"""Options that state their type, default, meaning and range in one line each.
+
+A *section* is a frozen keyword-only dataclass whose fields are made by `option`. Hydra's typed schema, the range checks, the
+text of ``launch.py --help`` and the keywords of the Python interface are all read from it, so nothing is written twice.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+T = TypeVar("T")
+
+
+def option(default: T, doc: str, *, valid: Callable[[Any], bool] | None = None, expected: str = "") -> T:
+    """Declare one field of a `Section`.
+
+    Args:
+        default: The value where nothing is given; a mutable default is copied for every instance.
+        doc: One line for ``--help``, with the unit where there is one.
+        valid: Tells whether a value is in range; a value of None passes where None is the default.
+        expected: The range in words, for the error message; required beside `valid`.
+    """
+    metadata = {"doc": doc, "valid": valid, "expected": expected}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Section:
+    """A group of options with a place in the configuration tree.
+
+    Raises:
+        ValueError: on construction, when a value is out of range; the message has the full key.
+    """
+
+    PATH: ClassVar[str] = ""
+    """Where the section stands in the configuration, such as ``train``."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            valid: Callable[[Any], bool] | None = field.metadata.get("valid")
+            value = getattr(self, field.name)
+            if valid is None or (value is None and field.default is None):
+                continue
+            if not valid(value):
+                raise ValueError(f"{self.key(field.name)}: got {value!r}, expected {field.metadata['expected']}")
+
+    @classmethod
+    def key(cls, name: str) -> str:
+        """The full key of a field, as it is typed on the command line."""
+        return f"{cls.PATH}.{name}" if cls.PATH else name

@@ -1,0 +1,134 @@
+"""The run directory: every file of a run, and the only code that writes them (checkpoints apart)."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from ormo_rpc.config import Config, ConfigError, save_config
+from ormo_rpc.records import Event
+
+TRACE_VERSION = 1
+"""The format of ``trace.jsonl``, in its header."""
+
+
+class RunDirectory:
+    """The files of one run; the trace and the metrics are kept open and flushed by `flush`.
+
+    Args:
+        path: The directory, made where it is missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._trace = self._open("trace.jsonl")
+        self._metrics = self._open("metrics.jsonl")
+
+    @staticmethod
+    def check_unused(path: Path) -> None:
+        """Refuse a directory that holds a run.
+
+        Raises:
+            ConfigError: it does.
+        """
+        if (path / "trace.jsonl").exists():
+            raise ConfigError(
+                f"{path}: got the directory of an earlier run, expected a new one; go on with checkpoint.resume={path}"
+            )
+
+    def write_config(self, config: Config) -> None:
+        """Write ``config.yaml``, as resolved."""
+        save_config(config, self.path / "config.yaml")
+
+    def write_header(self, **more: Any) -> None:
+        """Write the first line of the trace: the format, and what the bits of the run depend on."""
+        self._write(self._trace, {"event": "header", "version": TRACE_VERSION, **environment(), **more})
+
+    def write_event(self, event: Event) -> None:
+        """Add a line to ``trace.jsonl``."""
+        self._write(self._trace, event.line())
+
+    def write_metrics(self, row: Mapping[str, Any]) -> None:
+        """Add a line to ``metrics.jsonl``."""
+        self._write(self._metrics, row)
+
+    def write_processes(self, server: int, workers: Mapping[int, int]) -> None:
+        """Write ``processes.json``: the process number of the server and of each worker."""
+        self._replace(
+            "processes.json", {"server": server, "workers": {str(worker): pid for worker, pid in sorted(workers.items())}}
+        )
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write ``summary.json``, whole or not at all."""
+        self._replace("summary.json", summary)
+
+    def flush(self) -> None:
+        """Hand everything written to the operating system, so that a killed process loses nothing of it."""
+        self._trace.flush()
+        self._metrics.flush()
+
+    def close(self) -> None:
+        """Close the open files."""
+        self._trace.close()
+        self._metrics.close()
+
+    def _open(self, name: str) -> TextIO:
+        return (self.path / name).open("a", encoding="utf-8")
+
+    @staticmethod
+    def _write(file: TextIO, line: Mapping[str, Any]) -> None:
+        file.write(json.dumps(line) + "\n")
+
+    def _replace(self, name: str, content: Mapping[str, Any]) -> None:
+        temporary = self.path / f".{name}.{os.getpid()}"
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(self.path / name)
+
+
+def read_summary(path: Path) -> dict[str, Any] | None:
+    """The summary of a run directory; None where there is none yet."""
+    file = path / "summary.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def environment() -> dict[str, Any]:
+    """What the bits of a run depend on: commit, versions, processor, threads."""
+    return {
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cpu": _cpu(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package lies in, with ``+changes`` where files differ; None outside of one."""
+    package = Path(__file__).parent
+    try:
+        head = _git(package, "rev-parse", "HEAD")
+        return head + ("+changes" if _git(package, "status", "--porcelain", "--untracked-files=no", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *command: str) -> str:
+    done = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, timeout=10, check=True)  # noqa: S607 - whichever git the user has
+    return done.stdout.strip()
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

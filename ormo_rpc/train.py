@@ -1,0 +1,37 @@
+"""Training from Python: what ``launch.py`` does, as one function."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ormo_rpc.config import Config, parse_config
+from ormo_rpc.runtimes import run
+
+
+def train(config: Config | Mapping[str, Any] | Sequence[str] = (), *, run_dir: str | Path | None = None) -> dict[str, Any]:
+    """Run a configuration to its end and return its summary.
+
+    Args:
+        config: A `Config`, nested plain values as in ``config.yaml``, or overrides as on the command line, such as
+            ``["algorithm=ormo_da", "workers=8"]``.
+        run_dir: Where the outputs go; ``outputs/DATE/TIME`` by default.
+
+    Returns:
+        The content of ``summary.json``; its ``status`` is ``completed`` or ``diverged``.
+
+    Raises:
+        ConfigError: the configuration is wrong; nothing was started.
+        RunFailed: a process died, or the run was interrupted.
+    """
+    if isinstance(config, Mapping):
+        config = parse_config(config)
+    elif not isinstance(config, Config):
+        from ormo_rpc.cli import compose  # hydra is needed for overrides alone
+
+        config = compose(config)
+    if run_dir is None:
+        run_dir = Path("outputs") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S-%f")
+    return run(config, Path(run_dir).absolute())
