@@ -36,7 +36,10 @@ def call(section: str, target: str, kwargs: Mapping[str, Any], offered: Mapping[
         raise ValueError(f"{where} cannot be imported: {error}; is its folder on PYTHONPATH?") from error
     if not callable(function):
         raise ValueError(f"{where} is {function!r}, expected a function or class")
-    signature = inspect.signature(function)
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some built-in types have none
+        return function(**kwargs)
     keywords = {key: value for key, value in (offered or {}).items() if key in signature.parameters} | dict(kwargs)
     try:
         signature.bind(**keywords)

@@ -18,6 +18,9 @@ from ormo_rpc.run_directory import RunDirectory, read_summary
 from ormo_rpc.runtimes.failure import RunFailed
 from ormo_rpc.runtimes.supervisor import Child, Supervisor
 
+BLAME_SECONDS = 0.5
+"""How long a worker's failure waits for news of the server's death, which would explain it."""
+
 
 def global_rank() -> int:
     """This process's rank under torchrun; 0 elsewhere."""
@@ -138,7 +141,7 @@ def _watch(supervisor: Supervisor, config: Config, run_dir: Path) -> RunFailed |
         return any(child.exit_code not in (None, 0) for child in children) or children[0].exit_code is not None
 
     supervisor.wait(over)
-    dead = next((child for child in children if child.exit_code not in (None, 0)), None)
+    dead = _first_to_die(supervisor)
     if supervisor.interrupted is not None:
         name = supervisor.interrupted.name
         _stop(supervisor, children[0], patience, status="interrupted", reason=name)
@@ -151,6 +154,15 @@ def _watch(supervisor: Supervisor, config: Config, run_dir: Path) -> RunFailed |
         return RunFailed(f"{late}: still running {patience} s after the run was over")
     dead = next((child for child in children if child.exit_code != 0), None)
     return None if dead is None else RunFailed(dead.obituary())
+
+
+def _first_to_die(supervisor: Supervisor) -> Child | None:
+    """Who is to blame; where a worker fails, look whether it is because the server is gone."""
+    server, *others = supervisor.children
+    dead = next((child for child in others if child.exit_code not in (None, 0)), None)
+    if dead is not None and server is not dead:
+        supervisor.wait(lambda: server.exit_code is not None, BLAME_SECONDS)
+    return server if server.exit_code not in (None, 0) else dead
 
 
 def _stop(supervisor: Supervisor, child: Child, patience: float, **message: str) -> None:

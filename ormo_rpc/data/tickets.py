@@ -1,0 +1,48 @@
+"""Which samples a ticket means."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ormo_rpc.seeding import generator
+
+
+class Epochs:
+    """The sequence of batches that tickets 0, 1, 2, ... stand for: epoch after epoch, each in an order of its own.
+
+    Every epoch covers every sample exactly once; its last batch is smaller where the batch size does not divide. The batch of a
+    ticket is a function of ``(seed, ticket)``: it depends neither on who asks nor on what was asked before.
+
+    Args:
+        num_samples: N, the size of the training set.
+        batch_size: Samples per ticket.
+        seed: The seed of the run.
+
+    Raises:
+        ValueError: when there is no sample.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, seed: int) -> None:
+        if num_samples < 1:
+            raise ValueError("dataset: the training set is empty, expected at least one sample")
+        self.batch_size = batch_size
+        self.batches_per_epoch = -(-num_samples // batch_size)
+        # Around the turn of an epoch tickets of both sides are in the making, hence two permutations.
+        self._order = functools.lru_cache(maxsize=2)(functools.partial(_permutation, num_samples, seed))
+
+    def total_tickets(self, epochs: int) -> int:
+        """How many tickets make that many epochs."""
+        return epochs * self.batches_per_epoch
+
+    def indices(self, ticket: int) -> Tensor:
+        """The sample numbers of a ticket, int64, shape (B,)."""
+        epoch, number = divmod(ticket, self.batches_per_epoch)
+        return self._order(epoch)[number * self.batch_size : (number + 1) * self.batch_size]
+
+
+def _permutation(num_samples: int, seed: int, epoch: int) -> Tensor:
+    """The order of one epoch, shape (N,)."""
+    return torch.randperm(num_samples, generator=generator(seed, "order", epoch))
