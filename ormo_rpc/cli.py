@@ -144,6 +144,7 @@ _HEADER = """launch.py - asynchronous data-parallel training with ordered moment
 """
 
 _FOOTER = """A run directory (outputs/DATE/TIME, printed at the end) holds config.yaml, metrics.jsonl, trace.jsonl,
-processes.json, logs/, checkpoints/, summary.json and the wandb run. Exit status: 0 the run met its end, 2 wrong configuration, 3 diverged,
-1 something died, 130 interrupted (a checkpoint is left; go on with checkpoint.resume=RUN_DIRECTORY).
+processes.json, logs/, checkpoints/, summary.json and the wandb run.
+Exit status: 0 the run met its end, 1 something died, 2 wrong configuration, 3 diverged, 130 interrupted
+(a checkpoint is left; go on with checkpoint.resume=RUN_DIRECTORY).
 --cfg job prints the configuration; further options of hydra: --hydra-help."""

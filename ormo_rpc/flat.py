@@ -84,7 +84,8 @@ class FlatModel:
         """
         views = self.buffers.views(flat)
         for name, view in views.items():
-            setattr(self._norms[_prefix(name)], name.removeprefix(_prefix(name)), view)
+            # .data, because views of one tensor share one version counter, by which autograd would see each write as a fault.
+            setattr(self._norms[_prefix(name)], name.removeprefix(_prefix(name)), view.data)
         for norm in self._norms.values():
             norm.momentum = 1.0
         return views

@@ -48,6 +48,8 @@ class Ledger:
         """The tickets of each worker that holds any."""
         self.returned: deque[int] = deque()
         """Tickets to be done again, oldest first."""
+        self.shelved: list[int] = []
+        """Tickets that had come back when the ledger was closed: not handed out in this life."""
         self.revoked: set[tuple[int, int, int]] = set()
         """(ticket, worker, stamp) taken away from a worker that may still push: one entry per loss, for ever."""
         self.refused_by: dict[int, set[int]] = {}
@@ -132,7 +134,8 @@ class Ledger:
         return issues
 
     def close(self) -> None:
-        """Hand out nothing but what is outstanding now, should that come back."""
+        """Hand out nothing but what is outstanding now, should that come back; one made from this one's state does the rest."""
+        self.shelved.extend(self.returned)
         self.returned.clear()
         self.total = self.redeemed + len(self.outstanding)
 
@@ -143,7 +146,7 @@ class Ledger:
             "issued": self.issued,
             "redeemed": self.redeemed,
             "outstanding": [asdict(issue) for issue in self.outstanding.values()],
-            "returned": list(self.returned),
+            "returned": [*self.shelved, *self.returned],
             "revoked": sorted(self.revoked),
             "refused_by": {ticket: sorted(workers) for ticket, workers in self.refused_by.items()},
         }

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from ormo_rpc.evaluation import Evaluation
 from ormo_rpc.job import Job
 from ormo_rpc.records import Event, Statistics
-from ormo_rpc.run_directory import RunDirectory
+from ormo_rpc.run_directory import RunDirectory, write_summary
 
 
 class Dashboard(Protocol):
@@ -82,7 +82,7 @@ class Recorder:
         self.pump(now=True)
         for dashboard in self.dashboards:
             dashboard.close(summary)
-        self.directory.write_summary(summary)
+        write_summary(self.directory.path, summary)
         self.directory.close()
 
     def _place(self, iteration: int, seconds: float) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 import torch
 
-from ormo_rpc.config import Config, ConfigError, save_config
+from ormo_rpc.config import ConfigError
 from ormo_rpc.records import Event
 
 TRACE_VERSION = 1
@@ -44,10 +44,6 @@ class RunDirectory:
                 f"{path}: got the directory of an earlier run, expected a new one; go on with checkpoint.resume={path}"
             )
 
-    def write_config(self, config: Config) -> None:
-        """Write ``config.yaml``, as resolved."""
-        save_config(config, self.path / "config.yaml")
-
     def write_header(self, **more: Any) -> None:
         """Write the first line of the trace: the format, and what the bits of the run depend on."""
         self._write(self._trace, {"event": "header", "version": TRACE_VERSION, **environment(), **more})
@@ -62,13 +58,8 @@ class RunDirectory:
 
     def write_processes(self, server: int, workers: Mapping[int, int]) -> None:
         """Write ``processes.json``: the process number of the server and of each worker."""
-        self._replace(
-            "processes.json", {"server": server, "workers": {str(worker): pid for worker, pid in sorted(workers.items())}}
-        )
-
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write ``summary.json``, whole or not at all."""
-        self._replace("summary.json", summary)
+        content = {"server": server, "workers": {str(worker): pid for worker, pid in sorted(workers.items())}}
+        _replace(self.path / "processes.json", content)
 
     def flush(self) -> None:
         """Hand everything written to the operating system, so that a killed process loses nothing of it."""
@@ -87,16 +78,22 @@ class RunDirectory:
     def _write(file: TextIO, line: Mapping[str, Any]) -> None:
         file.write(json.dumps(line) + "\n")
 
-    def _replace(self, name: str, content: Mapping[str, Any]) -> None:
-        temporary = self.path / f".{name}.{os.getpid()}"
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(self.path / name)
+
+def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
+    """Write ``summary.json`` of a run directory, whole or not at all."""
+    _replace(path / "summary.json", summary)
 
 
 def read_summary(path: Path) -> dict[str, Any] | None:
     """The summary of a run directory; None where there is none yet."""
     file = path / "summary.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _replace(file: Path, content: Mapping[str, Any]) -> None:
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(file)
 
 
 def environment() -> dict[str, Any]:

@@ -175,8 +175,9 @@ class ParameterServer:
         self.params.copy_(state["params"])
         self.rule.load_state(state["rule"])
         self.buffers.load_state(state["buffers"])
-        completed = state["status"] == Status.completed.value
-        self.status = Status.running if completed else Status(state["status"])
+        # One that was completed or stopped goes on where this server has more to do, and only divergence is for ever.
+        diverged = state["status"] == Status.diverged.value
+        self.status = Status.diverged if diverged else Status.running
         self.iteration = state["iteration"]
         self.incarnation = state["incarnation"]
         self.buckets = Buckets(*state["buckets"])
@@ -518,9 +519,21 @@ def _layout(values: Mapping[str, Any]) -> dict[str, str]:
 
 def _take_options(section: type[Any], options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Build a section from those options that are its own; return it and the rest."""
-    names = _option_names(section)
-    own = {name: value for name, value in options.items() if name in names}
+    fields = {field.name: field for field in dataclasses.fields(section) if field.name != "name"}
+    own = {name: _as_choice(section, fields[name], value) for name, value in options.items() if name in fields}
     return section(**own), {name: value for name, value in options.items() if name not in own}
+
+
+def _as_choice(section: type[Any], field: dataclasses.Field[Any], value: Any) -> Any:
+    """A member of an enum by its value, for an option that is one; any other option as it is."""
+    choices = type(field.default)
+    if not issubclass(choices, Enum) or isinstance(value, choices):
+        return value
+    try:
+        return choices(value)
+    except ValueError:
+        names = ", ".join(str(choice.value) for choice in choices)
+        raise ValueError(f"{section.key(field.name)}: got {value!r}, expected one of {names}") from None
 
 
 def _option_names(section: type[Any]) -> set[str]:

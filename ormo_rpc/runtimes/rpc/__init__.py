@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ormo_rpc.config import Config
-from ormo_rpc.run_directory import RunDirectory, read_summary
+from ormo_rpc.config import Config, save_config
+from ormo_rpc.run_directory import read_summary, write_summary
 from ormo_rpc.runtimes.failure import RunFailed
 from ormo_rpc.runtimes.supervisor import Child, Supervisor
 
@@ -37,7 +37,7 @@ def run(config: Config, run_dir: Path) -> dict[str, Any]:
     rank = global_rank()
     if rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
-        RunDirectory(run_dir).write_config(config)
+        save_config(config, run_dir / "config.yaml")
     with Supervisor() as supervisor:
         if torchrun:
             _start_rank(supervisor, config, run_dir, rank)
@@ -45,7 +45,7 @@ def run(config: Config, run_dir: Path) -> dict[str, Any]:
             _start_all(supervisor, config, run_dir)
         failure = _watch(supervisor, config, run_dir)
     if rank == 0 and failure is not None and read_summary(run_dir) is None:
-        RunDirectory(run_dir).write_summary({"status": "failed", "error": str(failure)})
+        write_summary(run_dir, {"status": "failed", "reason": str(failure)})
     if failure is not None:
         raise failure
     return (read_summary(run_dir) or {}) if rank == 0 else {}
