@@ -33,6 +33,7 @@ def write(run_dir: Path, server: Mapping[str, Any], model: Mapping[str, Tensor],
     folder = run_dir / FOLDER
     target = folder / f"{_PREFIX}{server['iteration']:09d}"
     temporary = folder / f".{target.name}.{os.getpid()}"
+    former = temporary.with_name(f"{temporary.name}.former")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -42,11 +43,15 @@ def write(run_dir: Path, server: Mapping[str, Any], model: Mapping[str, Tensor],
                 file.flush()
                 os.fsync(file.fileno())
         save_config(config, temporary / "config.yaml")
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():  # of the same iteration: it goes only when the new one is in its place
+            target.rename(former)
         temporary.rename(target)
         _sync_folder(folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if former.exists() and not target.exists():
+            former.rename(target)
+        for folder_left in (temporary, former):
+            shutil.rmtree(folder_left, ignore_errors=True)
     for old in _complete(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target
@@ -77,9 +82,8 @@ def read(checkpoint: Path, name: str) -> dict[str, Any]:
     try:
         return torch.load(checkpoint / name, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make the reader raise anything
-        raise ConfigError(
-            f"{checkpoint / name}: cannot be read: {str(error).splitlines()[0]}; take an older checkpoint"
-        ) from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{checkpoint / name}: cannot be read: {reason}; take an older checkpoint") from None
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -72,7 +72,7 @@ class Train(Section):
     )
     max_seconds: float | None = option(None, "end after this many seconds", valid=_positive, expected="a finite number > 0")
     batch_size: int = option(32, "samples per gradient", valid=_at_least_one, expected="a whole number >= 1")
-    lr: float = option(0.05, "learning rate eta, tuned per rule", valid=_positive, expected="a finite number > 0")
+    lr: float = option(0.02, "learning rate eta, to be tuned per rule", valid=_positive, expected="a finite number > 0")
     lr_schedule: Shape = option(Shape.constant, "constant, step (times lr_gamma at each of lr_milestones) or cosine")
     lr_milestones: list[float] = option(
         [],
@@ -220,9 +220,12 @@ def parse_config(values: DictConfig | Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: a key is unknown, or a value has the wrong type or is out of range.
     """
-    tree = OmegaConf.create(OmegaConf.to_container(values, resolve=True) if isinstance(values, DictConfig) else dict(values))
     try:
+        tree = OmegaConf.create(OmegaConf.to_container(values, resolve=True) if isinstance(values, DictConfig) else dict(values))
         schema = schema_of(Config)
+        for section in (str(key) for key in schema if OmegaConf.is_dict(schema[key])):
+            if section in tree and not OmegaConf.is_dict(value := OmegaConf.select(tree, section)):
+                raise ConfigError(f"{section}: got {value!r}, expected keys with their values")
         for group, choices in GROUPS.items():
             name = OmegaConf.select(tree, f"{group}.name", default=schema[group].name)
             if name not in choices:

@@ -52,7 +52,7 @@ class Recorder:
         self.evaluation: Evaluation | None = None
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._last = (0.0, 0)
-        """Time and iteration of the last row."""
+        """Time of the last row, and how many gradients this run had applied by then (a resumed one does not begin at 0)."""
 
     def record(self, event: Event) -> None:
         """Take one event; called on the update path, it only puts it into a queue."""
@@ -68,7 +68,7 @@ class Recorder:
             self.statistics.observe(event)
             self.directory.write_event(event)
         seconds, iteration = self.clock(), self.statistics.iterations
-        if iteration > self._last[1] and (now or seconds - self._last[0] >= self.job.config.logger.log_seconds):
+        if self.statistics.delays.total() > self._last[1] and (now or seconds - self._last[0] >= self.job.config.logger.log_seconds):
             self._row(seconds, iteration)
         self.directory.flush()
 
@@ -80,23 +80,24 @@ class Recorder:
     def close(self, summary: Mapping[str, Any]) -> None:
         """Write down the rest and close everything."""
         self.pump(now=True)
+        write_summary(self.directory.path, summary)  # first: a dashboard may take its time over the network
+        self.directory.close()
         for dashboard in self.dashboards:
             dashboard.close(summary)
-        write_summary(self.directory.path, summary)
-        self.directory.close()
 
     def _place(self, iteration: int, seconds: float) -> dict[str, Any]:
         return {"iteration": iteration, "epoch": round(self.job.epoch(iteration), 4), "seconds": round(seconds, 4)}
 
     def _row(self, seconds: float, iteration: int) -> None:
         then, before = self._last
-        self._last = (seconds, iteration)
+        applied = self.statistics.delays.total()
+        self._last = (seconds, applied)
         self._show(
             {
                 **self._place(iteration, seconds),
                 "train_loss": self.statistics.loss,
                 "lr": self.job.lr(iteration),
-                "updates_per_second": round((iteration - before) / max(seconds - then, 1e-9), 2),
+                "updates_per_second": round((applied - before) / max(seconds - then, 1e-9), 2),
                 "delay_mean": round(self.statistics.delay_mean, 4),
                 "delay_max": self.statistics.delay_max,
                 **{name: round(value, 6) for name, value in self.figures().items()},

@@ -143,9 +143,11 @@ def listen_to_supervisor(control: int, on_message: Callable[[dict[str, Any]], No
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def listen() -> None:
-        with os.fdopen(control) as pipe:
-            for line in pipe:
-                on_message(json.loads(line))
-        os._exit(1)
+        try:
+            with os.fdopen(control) as pipe:
+                for line in pipe:
+                    on_message(json.loads(line))
+        finally:  # whatever went wrong: a process that nobody can end must not go on
+            os._exit(1)
 
     threading.Thread(target=listen, name="control", daemon=True).start()

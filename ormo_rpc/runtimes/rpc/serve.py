@@ -18,6 +18,7 @@ from ormo_rpc.dashboards import dashboards
 from ormo_rpc.evaluation import Evaluation, evaluate
 from ormo_rpc.flat import sha256
 from ormo_rpc.job import Job
+from ormo_rpc.messages import Reply
 from ormo_rpc.recorder import Recorder
 from ormo_rpc.records import Event, Kind
 from ormo_rpc.run_directory import RunDirectory
@@ -123,10 +124,13 @@ class Host:
 
     def _finish(self) -> dict[str, Any]:
         """Write the last checkpoint, let the workers go, and write the summary."""
-        seconds = self.clock()
-        with self.service.lock:
-            state = self.server.state_dict()
-        self.service.call(ParameterServer.stop)
+        seconds, state = self.clock(), dict[str, Any]()
+
+        def stop(server: ParameterServer) -> list[Reply]:
+            state.update(server.state_dict())  # in one step with the stop: nothing is applied that is not in the checkpoint
+            return server.stop()
+
+        self.service.call(stop)
         self._pump()
         self._write_checkpoint(state)
         if not self.stop_message:

@@ -20,6 +20,9 @@ from ormo_rpc.flat import Layout
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.server import ParameterServer
 
+_Due = tuple[Future[Reply], Reply | TimeoutError]
+"""A Future and what it is to be completed with."""
+
 
 class Service:
     """What workers reach through an RRef.
@@ -60,11 +63,12 @@ class Service:
         with self.lock:
             if worker in self.processes or not 0 <= worker < self.server.num_workers:
                 raise PushRefused(f"hello: got worker {worker}, expected one below {self.server.num_workers} that is new here")
-            future = self._expect(worker)
+            future = Future[Reply]()
+            due = self._expect(worker, future)
             self.processes[worker] = process
             complete = len(self.processes) == self.server.num_workers
-            replies = self.server.start() if complete else []
-        self._send(replies)
+            due += self._due(self.server.start() if complete else [])
+        _settle(due)
         if complete:
             self.started.set()
         return future
@@ -124,40 +128,47 @@ class Service:
     def call(self, change: Callable[[ParameterServer], list[Reply]]) -> None:
         """Change the server from outside of a push, and send the replies that this makes due."""
         with self.lock:
-            replies = change(self.server)
-        self._send(replies)
+            due = self._due(change(self.server))
+        _settle(due)
 
     def _receive(self, push: Push) -> Future[Reply]:
         try:
             grad_sum = self.server.check(push)
         except NonFiniteGradient:
             grad_sum = None
+        future = Future[Reply]()
         asked = time.perf_counter()
         with self.lock:
             taken = time.perf_counter()
             replies = self.server.reject(push) if grad_sum is None else self.server.redeem(push, grad_sum)
             self.observe(self.server)
-            future = self._expect(push.worker)
+            due = self._expect(push.worker, future) + self._due(replies)
             self.lock_wait_seconds += taken - asked
             self.lock_held_seconds += time.perf_counter() - taken
-        self._send(replies)
+        _settle(due)
         return future
 
-    def _expect(self, worker: int) -> Future[Reply]:
-        """Open the Future of a worker's next reply; a repeated call takes the place of the former."""
-        future: Future[Reply] = Future()
-        former = self._open.pop(worker, None)
-        if former is not None:
-            former.set_exception(TimeoutError(f"worker {worker} has asked again"))  # pyright: ignore[reportArgumentType] # as torch has it
+    def _expect(self, worker: int, future: Future[Reply]) -> list[_Due]:
+        """Under the lock: open the Future of a worker's next reply; a repeated call takes the place of the former."""
+        former = self._open.get(worker)
         self._open[worker] = future
-        return future
+        return [] if former is None else [(former, TimeoutError(f"worker {worker} has asked again"))]
 
-    def _send(self, replies: Iterable[Reply]) -> None:
-        """Answer; a reply never changes after it is issued, so it can be sent without the lock."""
-        for reply in replies:
-            future = self._open.pop(reply.worker, None)
-            if future is not None:
-                future.set_result(reply)
+    def _due(self, replies: Iterable[Reply]) -> list[_Due]:
+        """Under the lock: the Futures that these replies complete.
+
+        Were they looked up when the lock is released, a reply that is late to be sent could answer its worker's next push.
+        """
+        return [(self._open.pop(reply.worker), reply) for reply in replies if reply.worker in self._open]
+
+
+def _settle(due: Iterable[_Due]) -> None:
+    """Complete Futures; a reply never changes after it is issued, so this needs no lock."""
+    for future, outcome in due:
+        if isinstance(outcome, Reply):
+            future.set_result(outcome)
+        else:
+            future.set_exception(outcome)  # pyright: ignore[reportArgumentType] # as torch has it
 
 
 _service: rpc.RRef[Service] | None = None

@@ -1,0 +1,207 @@
+"""A driver for any server: a schedule says which of the outstanding replies is answered next, and who comes and goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Generic, Literal, Protocol, TypeVar
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ormo_rpc.messages import Push, Reply
+
+
+class Server(Protocol):
+    """What a schedule drives: `ormo_rpc.ParameterServer`, or anything that stands for it."""
+
+    def start(self) -> list[Reply]: ...  # noqa: D102
+    def receive(self, push: Push) -> list[Reply]: ...  # noqa: D102
+    def join(self, worker: int) -> list[Reply]: ...  # noqa: D102
+    def leave(self, worker: int) -> list[Reply]: ...  # noqa: D102
+
+
+S = TypeVar("S", bound=Server)
+
+Action = Literal["push", "join", "leave"]
+Schedule = list[tuple[Action, int]]
+"""What happens, and a number that picks the one it happens to, modulo how many there are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One call of the server and the replies that it made due."""
+
+    kind: Literal["start", "push", "join", "leave"]
+    worker: int
+    push: Push | None = None
+    replies: tuple[Reply, ...]
+
+
+@dataclass
+class Run(Generic[S]):
+    """A server, the gradients of its workers, and everything that happened so far.
+
+    Attributes:
+        server: The server.
+        gradient: The gradient that a worker finds for a reply, shape (D,): the same one whenever it is asked.
+        num_workers: How many workers there are at the start.
+        history: Every call so far.
+        outstanding: The replies that wait for their push by worker and ticket, oldest first.
+        members: Who takes part; `gone`: who left, first leaver first; `stopped`: who was told to stop.
+        issued: The parameters of every reply, and what they were when it was issued.
+    """
+
+    server: S
+    gradient: Callable[[Reply], Tensor]
+    num_workers: int
+    history: list[Step] = field(default_factory=list[Step])
+    outstanding: dict[tuple[int, int], Reply] = field(default_factory=dict[tuple[int, int], Reply])
+    members: set[int] = field(default_factory=set[int])
+    gone: list[int] = field(default_factory=list[int])
+    stopped: set[int] = field(default_factory=set[int])
+    issued: list[tuple[Tensor, Tensor]] = field(default_factory=list[tuple[Tensor, Tensor]])
+
+    def start(self) -> Run[S]:
+        """Begin."""
+        self.members = set(range(self.num_workers))
+        self._note("start", -1, None, self.server.start())
+        return self
+
+    def push(self, reply: Reply) -> Step:
+        """Answer one of the outstanding replies."""
+        push = answer(reply, self.gradient(reply))
+        replies = self.server.receive(push)
+        del self.outstanding[reply.worker, push.ticket]
+        return self._note("push", reply.worker, push, replies)
+
+    def join(self, worker: int) -> Step:
+        """A worker comes."""
+        replies = self.server.join(worker)
+        self.members.add(worker)
+        self.gone = [other for other in self.gone if other != worker]
+        return self._note("join", worker, None, replies)
+
+    def leave(self, worker: int) -> Step:
+        """A worker is gone, and its outstanding replies with it."""
+        replies = self.server.leave(worker)
+        self.members.remove(worker)
+        self.gone.append(worker)
+        self.stopped.discard(worker)
+        for key in [key for key in self.outstanding if key[0] == worker]:
+            del self.outstanding[key]
+        return self._note("leave", worker, None, replies)
+
+    def steps(self, schedule: Schedule) -> Iterable[Step]:
+        """Follow a schedule, then answer the oldest reply first, until none is outstanding.
+
+        The last worker never leaves. A number in "join" brings a leaver back or a worker that never was there.
+        """
+        for action, number in schedule:
+            if action == "push" and self.outstanding:
+                yield self.push(list(self.outstanding.values())[number % len(self.outstanding)])
+            elif action == "join":
+                new = 1 + max(*self.members, *self.gone, -1)
+                yield self.join([*self.gone, new][number % (1 + len(self.gone))])
+            elif action == "leave" and len(self.members) > 1:
+                yield self.leave(sorted(self.members)[number % len(self.members)])
+        while self.outstanding:
+            yield self.push(next(iter(self.outstanding.values())))
+
+    def finish(self, schedule: Schedule | None = None) -> Run[S]:
+        """Follow a schedule to the end of the run."""
+        for _ in self.steps(schedule or []):
+            pass
+        return self
+
+    def follow(self, schedule: Schedule) -> Run[S]:
+        """Follow a schedule, and stop where it stops."""
+        for _, _ in zip(schedule, self.steps(schedule), strict=False):
+            pass
+        return self
+
+    def fork(self, server: S) -> Run[S]:
+        """The same run from here on with another server, which must be in the same state."""
+        return Run(
+            server=server,
+            gradient=self.gradient,
+            num_workers=self.num_workers,
+            history=list(self.history),
+            outstanding=dict(self.outstanding),
+            members=set(self.members),
+            gone=list(self.gone),
+            stopped=set(self.stopped),
+        )
+
+    @property
+    def pushes(self) -> list[Push]:
+        """All pushes so far."""
+        return [step.push for step in self.history if step.push is not None]
+
+    def _note(
+        self, kind: Literal["start", "push", "join", "leave"], worker: int, push: Push | None, replies: list[Reply]
+    ) -> Step:
+        step = Step(kind=kind, worker=worker, push=push, replies=tuple(replies))
+        self.history.append(step)
+        for reply in replies:
+            self.issued.append((reply.params, reply.params.clone()))
+            if reply.ticket is None:
+                self.stopped.add(reply.worker)
+            else:
+                assert (reply.worker, reply.ticket) not in self.outstanding, "a ticket was handed twice to one worker"
+                self.outstanding[reply.worker, reply.ticket] = reply
+        return step
+
+
+def answer(reply: Reply, grad: Tensor) -> Push:
+    """The push that a worker sends for a reply."""
+    assert reply.ticket is not None, "told to stop"
+    return Push(worker=reply.worker, ticket=reply.ticket, stamp=reply.stamp, grad=grad, incarnation=reply.incarnation)
+
+
+def schedules(*, changes: bool = False, max_size: int = 30) -> st.SearchStrategy[Schedule]:
+    """Schedules for hypothesis; with ``changes``, workers join and leave too."""
+    actions: list[Action] = ["push", "push", "push", "push", "join", "leave"] if changes else ["push"]
+    return st.lists(st.tuples(st.sampled_from(actions), st.integers(0, 99)), max_size=max_size)
+
+
+def normal(dimension: int, seed: int, ticket: int) -> Tensor:
+    """The gradient of a ticket in `noise`, shape (D,), float64."""
+    generator = torch.Generator().manual_seed(100_000 * seed + ticket)
+    return torch.randn(dimension, generator=generator, dtype=torch.float64)
+
+
+def noise(dimension: int, seed: int = 0) -> Callable[[Reply], Tensor]:
+    """Gradients that depend on the ticket alone, normally distributed."""
+
+    def gradient(reply: Reply) -> Tensor:
+        assert reply.ticket is not None, "told to stop"
+        return normal(dimension, seed, reply.ticket)
+
+    return gradient
+
+
+class Quadratic:
+    """The loss ``1/2 (w - target)' A (w - target)``, its curvatures spread evenly in the logarithm from ``smallest`` to 1.
+
+    Args:
+        dimension: D.
+        smallest: The smallest curvature; the condition number is its inverse.
+        seed: Of the axes and the target.
+    """
+
+    def __init__(self, dimension: int, *, smallest: float, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        axes, _ = torch.linalg.qr(torch.randn(dimension, dimension, generator=generator, dtype=torch.float64))
+        curvature = torch.logspace(float(torch.tensor(smallest).log10()), 0, dimension, dtype=torch.float64)
+        self.matrix = axes @ torch.diag(curvature) @ axes.T
+        self.target = torch.randn(dimension, generator=generator, dtype=torch.float64)
+
+    def gradient(self, reply: Reply) -> Tensor:
+        """The exact gradient at the parameters of a reply."""
+        return self.matrix @ (reply.params - self.target)
+
+    def distance(self, params: Tensor) -> float:
+        """The Euclidean distance to the minimum."""
+        return float((params - self.target).norm())
