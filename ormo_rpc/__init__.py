@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from ormo_rpc.build import build_server
 from ormo_rpc.config import Config, ConfigError
 from ormo_rpc.errors import NonFiniteGradient, PushRefused, Rejoin
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.runtimes import RunFailed
-from ormo_rpc.server import ParameterServer, build_server
+from ormo_rpc.server import ParameterServer
 from ormo_rpc.train import train
 
 __all__ = [

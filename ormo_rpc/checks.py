@@ -35,6 +35,8 @@ def check_payload(push: Push, params: Tensor, buffers: Mapping[str, Tensor]) -> 
         _check_finite(value, f"{sender}: buffer {name!r}")
     if push.loss is not None and not math.isfinite(push.loss):
         raise NonFiniteGradient(f"{sender}: loss: got {push.loss}, expected a finite number; the learning rate may be too high")
+    if push.samples < 1:
+        raise PushRefused(f"{sender}: samples: got {push.samples}, expected at least 1")
     return grad_sum
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -99,7 +100,19 @@ def main() -> None:
             "hydra/job_logging=disabled",
             "hydra/hydra_logging=disabled",
         ]
-    hydra.main(version_base="1.3", config_path=str(config_dir().absolute()), config_name="config")(_job)()
+    began = False
+
+    @functools.wraps(_job)
+    def job(values: DictConfig) -> None:
+        nonlocal began
+        began = True
+        _job(values)
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(config_dir().absolute()), config_name="config")(job)()
+    except SystemExit as end:
+        # Hydra refuses a wrong configuration with status 1, which is ours for a run that failed.
+        sys.exit(2 if end.code == 1 and not began else end.code)
 
 
 def _job(values: DictConfig) -> None:

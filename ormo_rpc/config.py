@@ -221,7 +221,9 @@ def parse_config(values: DictConfig | Mapping[str, Any]) -> Config:
         ConfigError: a key is unknown, or a value has the wrong type or is out of range.
     """
     try:
-        tree = OmegaConf.create(OmegaConf.to_container(values, resolve=True) if isinstance(values, DictConfig) else dict(values))
+        tree = OmegaConf.create(
+            OmegaConf.to_container(values, resolve=True) if isinstance(values, DictConfig) else dict(values)
+        )
         schema = schema_of(Config)
         for section in (str(key) for key in schema if OmegaConf.is_dict(schema[key])):
             if section in tree and not OmegaConf.is_dict(value := OmegaConf.select(tree, section)):

@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ormo_rpc.buffers import RunningBuffers
+from ormo_rpc.build import build_server
 from ormo_rpc.config import Config
 from ormo_rpc.data import DataSet, Epochs
 from ormo_rpc.flat import FlatModel
 from ormo_rpc.learning_rate import LearningRate
 from ormo_rpc.records import Event
 from ormo_rpc.seeding import seed_for
-from ormo_rpc.server import ParameterServer, build_server
+from ormo_rpc.server import ParameterServer
 from ormo_rpc.worker import Worker
 
 

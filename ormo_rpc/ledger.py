@@ -100,7 +100,7 @@ class Ledger:
             raise PushRefused(f"{sender}: ticket: got {ticket}, expected one that was issued, below {self.issued}")
         if not 0 <= stamp <= iteration:
             raise PushRefused(
-                f"{sender} for ticket {ticket}: stamp: got {stamp}, expected at most the server's iteration {iteration}"
+                f"{sender} for ticket {ticket}: stamp: got {stamp}, expected one from 0 to the server's iteration {iteration}"
             )
         if issue is None:
             raise PushRefused(

@@ -68,14 +68,16 @@ class Recorder:
             self.statistics.observe(event)
             self.directory.write_event(event)
         seconds, iteration = self.clock(), self.statistics.iterations
-        if self.statistics.delays.total() > self._last[1] and (now or seconds - self._last[0] >= self.job.config.logger.log_seconds):
+        if self.statistics.delays.total() > self._last[1] and (
+            now or seconds - self._last[0] >= self.job.config.logger.log_seconds
+        ):
             self._row(seconds, iteration)
         self.directory.flush()
 
-    def evaluated(self, iteration: int, evaluation: Evaluation) -> None:
-        """Take the result of an evaluation of the parameters at an iteration."""
+    def evaluated(self, iteration: int, seconds: float, evaluation: Evaluation) -> None:
+        """Take the result of an evaluation of the parameters that an iteration had left, at that time."""
         self.evaluation = evaluation
-        self._show({**self._place(iteration, self.clock()), "test_loss": evaluation.loss, "test_accuracy": evaluation.accuracy})
+        self._show({**self._place(iteration, seconds), "test_loss": evaluation.loss, "test_accuracy": evaluation.accuracy})
 
     def close(self, summary: Mapping[str, Any]) -> None:
         """Write down the rest and close everything."""

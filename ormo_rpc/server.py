@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ormo_rpc import algorithms, schedulers
 from ormo_rpc.algorithms.base import Algorithm, Arrival
 from ormo_rpc.buckets import Buckets
 from ormo_rpc.buffers import RunningBuffers
@@ -274,7 +272,7 @@ class ParameterServer:
         """
         member, issue = self._claim(push)
         if issue is None:
-            return self._again(member)
+            return self._again(push.worker)
         member.answered, member.reply = (push.ticket, push.stamp), None
         arrival = Arrival(
             worker=push.worker,
@@ -306,7 +304,7 @@ class ParameterServer:
         """
         member, issue = self._claim(push)
         if issue is None:
-            return self._again(member)
+            return self._again(push.worker)
         member.answered, member.reply = (push.ticket, push.stamp), None
         seen_before = push.ticket in self.ledger.refused_by
         self._discard(issue, math.nan, reason="not finite", refused=True)
@@ -348,8 +346,14 @@ class ParameterServer:
             self._record(Kind.repeat, worker=push.worker, ticket=push.ticket, stamp=push.stamp)
         return member, issue
 
-    def _again(self, member: _Member) -> list[Reply]:
-        return [] if member.reply is None else [member.reply]
+    def _again(self, worker: int) -> list[Reply]:
+        """The newest reply once more; nothing while it is still to come."""
+        reply = self.members[worker].reply
+        if reply is not None:
+            return [reply]
+        if worker not in self.waiting and worker not in self.parked:
+            raise Rejoin(f"push of worker {worker}: its newest reply was lost when the server's state was loaded; rejoin")
+        return []
 
     def _apply(self, push: Push, issue: Issue, arrival: Arrival, grad_sum: float) -> None:
         lr = self.rule.learning_rate(arrival)
@@ -397,6 +401,7 @@ class ParameterServer:
     def _end(self, status: Status) -> None:
         if not self.ended:
             self.status = status
+            self._record(Kind.end, iteration=self.iteration, status=status.value)
 
     def _answer(self) -> list[Reply]:
         """Reply to all whom the scheduler lets go and for whom there is a ticket, or the word to stop."""
@@ -419,13 +424,13 @@ class ParameterServer:
     def _reply(self, worker: int) -> Reply | None:
         ticket = None
         if not self.ended:
-            again = len(self.ledger.returned)
+            fresh = self.ledger.issued
             issue = self.ledger.take(worker, self.iteration, self.buckets.current, self.members)
             if issue is None:
                 return None
             ticket = issue.ticket
             self.newest_bucket = max(self.newest_bucket, issue.bucket)
-            kind = Kind.issue if len(self.ledger.returned) == again else Kind.reissue
+            kind = Kind.issue if ticket >= fresh else Kind.reissue
             self._record(kind, worker=worker, ticket=ticket, stamp=issue.stamp, bucket=issue.bucket)
         return Reply(
             worker=worker,
@@ -446,95 +451,6 @@ class ParameterServer:
         self.record(Event(kind, self.clock(), data))
 
 
-def build_server(
-    *,
-    params: Tensor,
-    num_workers: int,
-    algorithm: str = "ormo",
-    scheduler: str = "async",
-    lr: float | Callable[[int], float] = 0.1,
-    momentum: float = 0.9,
-    total_tickets: int | None = None,
-    buffers: RunningBuffers | None = None,
-    record: Callable[[Event], None] = lambda _: None,
-    clock: Callable[[], float] = lambda: 0.0,
-    **options: Any,
-) -> ParameterServer:
-    """Build a parameter server in this process, without any network: the object that every runtime drives.
-
-    Args:
-        params: ``w_0``, shape (D,), float32 or float64; copied.
-        num_workers: The number of workers, numbered from 0.
-        algorithm: The rule's name.
-        scheduler: The scheduler's name.
-        lr: The learning rate ``eta``, or a function of the iteration ``t``.
-        momentum: ``beta``, in [0, 1).
-        total_tickets: T, how many gradients to apply; None for no end.
-        buffers: The running average of buffers that come with the pushes; none by default.
-        record: Called with every event, in order.
-        clock: Seconds since the start, for the events.
-        options: Options of the rule and of the scheduler.
-
-    Raises:
-        ValueError: something is unknown or out of range.
-    """
-    rule_class, scheduler_class = algorithms.find(algorithm), schedulers.find(scheduler)
-    rule_options, rest = _take_options(rule_class.Options, options)
-    scheduler_options, rest = _take_options(scheduler_class.Options, rest)
-    if rest:
-        known = sorted({*_option_names(rule_class.Options), *_option_names(scheduler_class.Options)})
-        raise ValueError(
-            f"build_server: got the unknown option {sorted(rest)[0]!r}, expected one of {known} for {algorithm}, {scheduler}"
-        )
-    if params.dim() != 1 or params.dtype not in (torch.float32, torch.float64) or params.numel() == 0:
-        raise ValueError(
-            f"params: got shape {tuple(params.shape)} of {params.dtype}, expected one dimension of float32 or float64"
-        )
-    if not all_finite(params):
-        raise ValueError("params: got NaN or infinity, expected finite numbers")
-    if num_workers < 1:
-        raise ValueError(f"num_workers: got {num_workers}, expected at least 1")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum: got {momentum}, expected a number in [0, 1)")
-    if total_tickets is not None and total_tickets < 1:
-        raise ValueError(f"total_tickets: got {total_tickets}, expected at least 1, or None for no end")
-    if not callable(lr) and not (math.isfinite(lr) and lr >= 0):
-        raise ValueError(f"lr: got {lr}, expected a finite number >= 0 or a function of the iteration")
-    return ParameterServer(
-        rule_class(params.detach().clone(), momentum=momentum, options=rule_options),
-        scheduler_class(scheduler_options),
-        num_workers=num_workers,
-        lr=lr if callable(lr) else lambda _: lr,
-        total_tickets=total_tickets,
-        buffers=buffers,
-        record=record,
-        clock=clock,
-    )
-
-
 def _layout(values: Mapping[str, Any]) -> dict[str, str]:
     """What is under each name: dtype and shape of a tensor, "number" otherwise."""
     return {k: f"{v.dtype} {tuple(v.shape)}" if isinstance(v, Tensor) else "number" for k, v in sorted(values.items())}
-
-
-def _take_options(section: type[Any], options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Build a section from those options that are its own; return it and the rest."""
-    fields = {field.name: field for field in dataclasses.fields(section) if field.name != "name"}
-    own = {name: _as_choice(section, fields[name], value) for name, value in options.items() if name in fields}
-    return section(**own), {name: value for name, value in options.items() if name not in own}
-
-
-def _as_choice(section: type[Any], field: dataclasses.Field[Any], value: Any) -> Any:
-    """A member of an enum by its value, for an option that is one; any other option as it is."""
-    choices = type(field.default)
-    if not issubclass(choices, Enum) or isinstance(value, choices):
-        return value
-    try:
-        return choices(value)
-    except ValueError:
-        names = ", ".join(str(choice.value) for choice in choices)
-        raise ValueError(f"{section.key(field.name)}: got {value!r}, expected one of {names}") from None
-
-
-def _option_names(section: type[Any]) -> set[str]:
-    return {field.name for field in dataclasses.fields(section)} - {"name"}

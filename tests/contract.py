@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ormo_rpc.algorithms._delay_adaptive import DelayRule
+from ormo_rpc.build import build_server
 from ormo_rpc.records import Event
-from ormo_rpc.server import ParameterServer, build_server
+from ormo_rpc.server import ParameterServer
 from tests import reference
 from tests.schedule import Run, Schedule, noise, schedules
 

@@ -12,9 +12,10 @@ from hypothesis import given
 from torch import Tensor
 
 from ormo_rpc import algorithms
+from ormo_rpc.build import build_server
 from ormo_rpc.messages import Reply
 from ormo_rpc.records import Event, Kind
-from ormo_rpc.server import Status, build_server
+from ormo_rpc.server import Status
 from tests.contract import ROWS, Case, Reduction, Row, cases, same, tensors, values
 from tests.schedule import Quadratic, Run, Schedule, noise, normal, schedules
 

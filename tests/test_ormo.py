@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ormo_rpc.algorithms._delay_adaptive import DelayRule
 from ormo_rpc.algorithms.base import Arrival
+from ormo_rpc.build import build_server
 from ormo_rpc.messages import Reply
 from ormo_rpc.records import Event, Kind
-from ormo_rpc.server import ParameterServer, build_server
+from ormo_rpc.server import ParameterServer
 from tests.reference import heavy_ball
 from tests.schedule import Quadratic, Run, Schedule, Step, answer, noise, schedules
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ormo_rpc.buffers import RunningBuffers
+from ormo_rpc.build import build_server
 from ormo_rpc.errors import NonFiniteGradient, PushRefused, Rejoin
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.records import Event, Kind
-from ormo_rpc.server import ParameterServer, Status, build_server
+from ormo_rpc.server import ParameterServer, Status
 from tests.contract import same
 from tests.schedule import answer
 
@@ -131,9 +132,13 @@ BAD: dict[str, tuple[dict[str, Any], type[PushRefused], str]] = {
     "stamp from the future": (
         {"stamp": 3},
         PushRefused,
-        "1 for ticket 1: stamp: got 3, expected at most the server's iteration 2",
+        "1 for ticket 1: stamp: got 3, expected one from 0 to the server's iteration 2",
     ),
-    "negative stamp": ({"stamp": -1}, PushRefused, "1 for ticket 1: stamp: got -1, expected at most the server's iteration 2"),
+    "negative stamp": (
+        {"stamp": -1},
+        PushRefused,
+        "1 for ticket 1: stamp: got -1, expected one from 0 to the server's iteration 2",
+    ),
     "other stamp": ({"stamp": 1}, PushRefused, "1 for ticket 1: stamp: got 1, expected 0, that of the reply"),
     "never issued": ({"ticket": 5}, PushRefused, "1: ticket: got 5, expected one that was issued, below 5"),
     "negative ticket": ({"ticket": -1}, PushRefused, "1: ticket: got -1, expected one that was issued, below 5"),
@@ -767,6 +772,7 @@ def test_the_events_of_a_short_run() -> None:
                 "grad_sum": (3.0).hex(),
             },
         ),
+        ("end", {"iteration": 3, "status": "completed"}),
     ]
     assert [(event.kind.value, dict(event.data)) for event in trial.events] == expected
     assert [event.seconds for event in trial.events] == list(range(len(expected)))

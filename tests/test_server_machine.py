@@ -13,10 +13,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from ormo_rpc.build import build_server
 from ormo_rpc.errors import NonFiniteGradient, PushRefused, Rejoin
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.records import Event, Kind
-from ormo_rpc.server import ParameterServer, Status, build_server
+from ormo_rpc.server import ParameterServer, Status
 from tests.contract import same
 from tests.schedule import answer, normal
 

@@ -28,7 +28,7 @@ class OrMo(Algorithm):
     the K gradients (SSGDm); with ``beta = 0`` it is `asgd` bit for bit. Memory: ``w, u``, two vectors of D.
 
     With ``momentum_correction`` a change of the scheduled learning rate rescales the momentum, ``u <- u eta_new / eta_old``,
-    before step 1, so that K = 1 equals ``torch.optim.SGD`` for any schedule; the paper's ``u`` keeps the old rate.
+    before step 1, so that K = 1 equals ``torch.optim.SGD`` for any schedule above 0; the paper's ``u`` keeps the old rate.
 
     Source: Shi, Yang, Li, NeurIPS 2024, arXiv 2407.19234, Algorithm 2. Departure: the paper shifts when the waiting set is
         empty and ``ceil(t/K) > I`` (reconstructed); "largest bucket handed out" is equal to that under `async` and `sync`,
@@ -64,7 +64,7 @@ class OrMo(Algorithm):
         self.params.sub_(grad, alpha=self._reach(exponent) * lr)
 
     def _correct(self, scheduled_lr: float) -> None:
-        """Rescale the momentum to a new scheduled learning rate; a rate of 0 has no scale and leaves it alone."""
+        """Rescale the momentum to a new scheduled learning rate; one that a rate of 0 has emptied stays as it is."""
         if self.options.momentum_correction and self.scheduled_lr not in (0.0, scheduled_lr):
             self.u.mul_(scheduled_lr / self.scheduled_lr)
         self.scheduled_lr = scheduled_lr

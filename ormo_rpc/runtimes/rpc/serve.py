@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -71,8 +72,8 @@ class Host:
         self.checkpoint: Path | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="evaluation")
         self._evaluation_model = job.model()
-        self._evaluations: list[tuple[int, Future[Evaluation]]] = []
-        self._to_evaluate: SimpleQueue[tuple[int, Tensor, dict[str, Tensor]]] = SimpleQueue()
+        self._evaluations: list[tuple[int, float, Future[Evaluation]]] = []
+        self._to_evaluate: SimpleQueue[tuple[int, float, Tensor, dict[str, Tensor]]] = SimpleQueue()
         self._to_write: SimpleQueue[dict[str, Any]] = SimpleQueue()
         self._seen = 0
 
@@ -91,7 +92,7 @@ class Host:
             return
         self._seen = server.iteration
         if self._seen % self.job.epochs.batches_per_epoch == 0 or server.ended:
-            self._to_evaluate.put((self._seen, server.snapshot(), server.buffers.copy()))
+            self._to_evaluate.put((self._seen, self.clock(), server.snapshot(), server.buffers.copy()))
         every = self.job.config.checkpoint.every
         if every and self._seen % every == 0:
             self._to_write.put(server.state_dict())
@@ -106,7 +107,7 @@ class Host:
             if self.stop_asked.is_set():
                 return self._finish()
         self.clock.start()
-        self.directory.write_processes(_pid(), self.service.processes)
+        self.directory.write_processes(os.getpid(), self.service.processes)
         limit = config.train.max_seconds
         while not self.server.ended:
             if self.stop_asked.wait(PUMP_SECONDS):
@@ -135,8 +136,8 @@ class Host:
         self._write_checkpoint(state)
         if not self.stop_message:
             self._wait_for_workers()
-            for iteration, pending in self._evaluations:
-                self.recorder.evaluated(iteration, pending.result())
+            for iteration, taken, pending in self._evaluations:
+                self.recorder.evaluated(iteration, taken, pending.result())
             self._evaluations.clear()
         self.recorder.pump(now=True)
         summary = self._summary(state, seconds)
@@ -147,12 +148,12 @@ class Host:
     def _pump(self) -> None:
         """Write down what the handlers have left in the queues."""
         self.recorder.pump()
-        for iteration, params, statistics in _drained(self._to_evaluate):
+        for iteration, seconds, params, statistics in _drained(self._to_evaluate):
             future = self._pool.submit(evaluate, self._evaluation_model, params, statistics, self.job.data.test)
-            self._evaluations.append((iteration, future))
-        while self._evaluations and self._evaluations[0][1].done():
-            iteration, future = self._evaluations.pop(0)
-            self.recorder.evaluated(iteration, future.result())
+            self._evaluations.append((iteration, seconds, future))
+        while self._evaluations and self._evaluations[0][-1].done():
+            iteration, seconds, future = self._evaluations.pop(0)
+            self.recorder.evaluated(iteration, seconds, future.result())
         for state in _drained(self._to_write):
             self._write_checkpoint(state)
 
@@ -240,9 +241,3 @@ def _drained(queue: SimpleQueue[Any]) -> list[Any]:
             items.append(queue.get_nowait())
         except Empty:
             return items
-
-
-def _pid() -> int:
-    import os
-
-    return os.getpid()

@@ -1,0 +1,107 @@
+"""Building a parameter server from names and numbers, with every argument checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ormo_rpc import algorithms, schedulers
+from ormo_rpc.buffers import RunningBuffers
+from ormo_rpc.checks import all_finite
+from ormo_rpc.records import Event
+from ormo_rpc.server import ParameterServer
+
+
+def build_server(
+    *,
+    params: Tensor,
+    num_workers: int,
+    algorithm: str = "ormo",
+    scheduler: str = "async",
+    lr: float | Callable[[int], float] = 0.1,
+    momentum: float = 0.9,
+    total_tickets: int | None = None,
+    buffers: RunningBuffers | None = None,
+    record: Callable[[Event], None] = lambda _: None,
+    clock: Callable[[], float] = lambda: 0.0,
+    **options: Any,
+) -> ParameterServer:
+    """Build a parameter server in this process, without any network: the object that every runtime drives.
+
+    Args:
+        params: ``w_0``, shape (D,), float32 or float64; copied.
+        num_workers: The number of workers, numbered from 0.
+        algorithm: The rule's name.
+        scheduler: The scheduler's name.
+        lr: The learning rate ``eta``, or a function of the iteration ``t``.
+        momentum: ``beta``, in [0, 1).
+        total_tickets: T, how many gradients to apply; None for no end.
+        buffers: The running average of buffers that come with the pushes; none by default.
+        record: Called with every event, in order.
+        clock: Seconds since the start, for the events.
+        options: Options of the rule and of the scheduler.
+
+    Raises:
+        ValueError: something is unknown or out of range.
+    """
+    rule_class, scheduler_class = algorithms.find(algorithm), schedulers.find(scheduler)
+    rule_options, rest = _take_options(rule_class.Options, options)
+    scheduler_options, rest = _take_options(scheduler_class.Options, rest)
+    if rest:
+        known = sorted({*_option_names(rule_class.Options), *_option_names(scheduler_class.Options)})
+        raise ValueError(
+            f"build_server: got the unknown option {sorted(rest)[0]!r}, expected one of {known} for {algorithm}, {scheduler}"
+        )
+    if params.dim() != 1 or params.dtype not in (torch.float32, torch.float64) or params.numel() == 0:
+        raise ValueError(
+            f"params: got shape {tuple(params.shape)} of {params.dtype}, expected one dimension of float32 or float64"
+        )
+    if not all_finite(params):
+        raise ValueError("params: got NaN or infinity, expected finite numbers")
+    if num_workers < 1:
+        raise ValueError(f"num_workers: got {num_workers}, expected at least 1")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum: got {momentum}, expected a number in [0, 1)")
+    if total_tickets is not None and total_tickets < 1:
+        raise ValueError(f"total_tickets: got {total_tickets}, expected at least 1, or None for no end")
+    if not callable(lr) and not (math.isfinite(lr) and lr >= 0):
+        raise ValueError(f"lr: got {lr}, expected a finite number >= 0 or a function of the iteration")
+    return ParameterServer(
+        rule_class(params.detach().clone(), momentum=momentum, options=rule_options),
+        scheduler_class(scheduler_options),
+        num_workers=num_workers,
+        lr=lr if callable(lr) else lambda _: lr,
+        total_tickets=total_tickets,
+        buffers=buffers,
+        record=record,
+        clock=clock,
+    )
+
+
+def _take_options(section: type[Any], options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Build a section from those options that are its own; return it and the rest."""
+    fields = {field.name: field for field in dataclasses.fields(section) if field.name != "name"}
+    own = {name: _as_choice(section, fields[name], value) for name, value in options.items() if name in fields}
+    return section(**own), {name: value for name, value in options.items() if name not in own}
+
+
+def _as_choice(section: type[Any], field: dataclasses.Field[Any], value: Any) -> Any:
+    """A member of an enum by its value, for an option that is one; any other option as it is."""
+    choices = type(field.default)
+    if not issubclass(choices, Enum) or isinstance(value, choices):
+        return value
+    try:
+        return choices(value)
+    except ValueError:
+        names = ", ".join(str(choice.value) for choice in choices)
+        raise ValueError(f"{section.key(field.name)}: got {value!r}, expected one of {names}") from None
+
+
+def _option_names(section: type[Any]) -> set[str]:
+    return {field.name for field in dataclasses.fields(section)} - {"name"}
