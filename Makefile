@@ -3,7 +3,7 @@
 .PHONY: help setup train test check format bench clean
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
-	$$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
+	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 ARGS ?=
 
@@ -32,6 +32,9 @@ check: .venv/ready  ## Format, lint and types, of the package and its tests
 format: .venv/ready  ## Put the code into its format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+bench: .venv/ready  ## Measure the server's step, in copies of the parameters
+	$(BIN)/python benchmarks/server_step.py $(ARGS)
 
 clean:  ## Remove the environment and caches; runs and data stay
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

@@ -66,6 +66,8 @@ def help_text() -> str:
             (doc,) = (f.metadata["doc"] for f in dataclasses.fields(section) if f.name == "name")
             lines.append(f"    {name:<16}{doc}")
             lines += [f"      {line}" for line in described[name] if line not in common]
+    for folder in sorted(path for path in config_dir().iterdir() if path.is_dir() and path.name not in GROUPS):
+        lines.append(f"  {folder.name:<18}{', '.join(sorted(path.stem for path in folder.glob('*.yaml')))}")
     lines += ["", "Keys (set as KEY=VALUE; defaults in brackets):"]
     for field in dataclasses.fields(Config):
         if field.name in GROUPS:
@@ -79,7 +81,8 @@ def help_text() -> str:
 
 
 def _descriptions(section: type[Section]) -> list[str]:
-    return [_describe(section, field) for field in dataclasses.fields(section) if field.name != "name"]
+    chosen = section.PATH in GROUPS  # by its name
+    return [_describe(section, field) for field in dataclasses.fields(section) if field.name != "name" or not chosen]
 
 
 def _describe(section: type[Section], field: dataclasses.Field[Any]) -> str:
@@ -124,12 +127,15 @@ def _job(values: DictConfig) -> None:
     try:
         if sweep and "TORCHELASTIC_RUN_ID" in os.environ:
             raise ConfigError("-m: got a sweep under torchrun, expected a single run; start sweeps with python launch.py -m")
-        summary = run(parse_config(values), Path(mode.runtime.output_dir))
+        config, run_dir = parse_config(values), Path(mode.runtime.output_dir)
+        if sys.stderr.isatty():
+            print(f"launch.py: starting the processes of {run_dir}", file=sys.stderr)
+        summary = run(config, run_dir)
     except (ConfigError, RunFailed) as error:
         print(f"launch.py: {error}", file=sys.stderr)
         sys.exit(error.exit_status if isinstance(error, RunFailed) else 2)
     if summary:
-        print(_result(summary, Path(mode.runtime.output_dir)))
+        print(_result(summary, run_dir))
     if summary.get("status") == "diverged" and not sweep:
         print("launch.py: the parameters diverged; lower train.lr or train.momentum, or set train.clip_norm", file=sys.stderr)
         sys.exit(3)

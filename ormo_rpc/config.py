@@ -120,7 +120,7 @@ class Runtime(Section):
     )
     rpc_timeout_seconds: float = option(
         120.0,
-        "time for one push to be answered; it must exceed a round of the slowest worker",
+        "time after which an unanswered push is repeated, and a silent server given up",
         valid=_positive,
         expected="a finite number > 0",
     )

@@ -198,6 +198,17 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_goes_on(tmp_path: Path) -> N
     assert sorted(tickets[: kept["iterations"]] + tickets[-30:]) == list(range(more))
 
 
+def test_a_push_that_waits_longer_than_its_time_out_is_repeated_and_applied_once(tmp_path: Path) -> None:
+    # The slow worker takes 700 times its own computation, of a millisecond or so; the other one waits at the barrier.
+    slow = ("scheduler=sync", "workers=2", "heterogeneity=one_slow", "heterogeneity.factor=700")
+    status, _, err = launch(tmp_path, *QUIET, *slow, "train.max_iterations=6", "runtime.rpc_timeout_seconds=0.3")
+    assert status == 0, err
+    assert [event["stamp"] for event in events(tmp_path, "apply")] == [0, 0, 2, 2, 4, 4]
+    assert sorted(event["ticket"] for event in events(tmp_path, "apply")) == list(range(6))
+    assert summary(tmp_path)["repeated"] > 0
+    assert {event["worker"] for event in events(tmp_path, "repeat")} == {0}
+
+
 @pytest.mark.parametrize(("victim", "name"), [("worker", "worker 1"), ("server", "server")])
 def test_a_dead_process_ends_the_run_with_one_line(victim: str, name: str, tmp_path: Path) -> None:
     with launched("launch.py", f"hydra.run.dir={tmp_path}", *ENDLESS) as launcher:
@@ -253,6 +264,19 @@ def test_torchrun_gives_the_same_outputs(tmp_path: Path) -> None:
     assert {"config.yaml", "metrics.jsonl", "trace.jsonl", "processes.json", "summary.json", "checkpoints"} <= {
         path.name for path in tmp_path.iterdir()
     }
+
+
+def test_a_dead_worker_under_torchrun_ends_every_rank(tmp_path: Path) -> None:
+    command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "launch.py", f"hydra.run.dir={tmp_path}")
+    with launched(*command, *ENDLESS[:2]) as launcher:
+        pids = processes(tmp_path)
+        family = descendants(launcher.pid)
+        os.kill(pids["workers"]["1"], signal.SIGKILL)
+        _, err = launcher.communicate(timeout=60)
+        assert launcher.returncode != 0
+        assert re.search(r"^launch\.py: worker 1 \(pid \d+\) was killed by SIGKILL; the run has ended", err, re.MULTILINE)
+        wait_until(lambda: gone(family), "the end of all children")
+    assert summary(tmp_path)["status"] == "interrupted"  # by torchrun, which tells rank 0 no more than that
 
 
 def test_torchrun_is_interrupted_cleanly(tmp_path: Path) -> None:

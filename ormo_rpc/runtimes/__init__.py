@@ -41,6 +41,8 @@ def run(config: Config, run_dir: Path) -> dict[str, Any]:
             checkpoint.find(Path(config.checkpoint.resume))
     try:
         config.dataset.prepare()
+        data = config.dataset.load()
+        config.model.build(data.input_shape, data.num_classes)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return rpc.run(config, run_dir)

@@ -102,13 +102,16 @@ def _start(
     run_dir: Path | None,
 ) -> None:
     """Start one child; the server gets the run directory, and our terminal for its progress bar."""
-    passed = list(descriptors)
     if run_dir is not None:
         command += ["--run-dir", str(run_dir)]
-        if sys.stderr.isatty():
-            command += ["--terminal", str(sys.stderr.fileno())]
-            passed.append(sys.stderr.fileno())
-    supervisor.start(name, command, env=env, log=log, pass_fds=passed)
+    terminal = os.dup(sys.stderr.fileno()) if run_dir is not None and sys.stderr.isatty() else None
+    if terminal is None:
+        supervisor.start(name, command, env=env, log=log, pass_fds=descriptors)
+        return
+    try:  # under a number of its own, since the child's standard error is its log
+        supervisor.start(name, [*command, "--terminal", str(terminal)], env=env, log=log, pass_fds=[*descriptors, terminal])
+    finally:
+        os.close(terminal)
 
 
 def _environment(config: Config, *, loopback: bool) -> dict[str, str]:

@@ -191,21 +191,24 @@ def say_hello(service: rpc.RRef[Service], worker: int, timeout_seconds: float) -
     return rpc.rpc_sync(service.owner(), Service.hello, args=(service, worker, os.getpid()), timeout=timeout_seconds)
 
 
-def deliver(service: rpc.RRef[Service], push: Push, payload: Tensor, *, timeout_seconds: float, tries: int) -> Reply:
-    """In a worker: deliver a push and wait for the reply; after a time-out the push is repeated, which never applies it twice.
+def deliver(service: rpc.RRef[Service], push: Push, payload: Tensor, *, timeout_seconds: float) -> Reply:
+    """In a worker: deliver a push and wait for the reply.
+
+    After a time-out the push is repeated, which never applies it twice, as long as the server answers at all: the reply may be held
+    back for longer, at a barrier or at the end of the run, by the slowest worker.
 
     Raises:
-        RuntimeError: no answer in the last of the tries, or the server is gone.
+        RuntimeError: the server is gone, or has not answered a question for as long as the time-out.
         PushRefused: the server refused it.
     """
     arguments = (service, push.worker, push.ticket, push.stamp, push.incarnation, push.loss, push.samples, payload)
-    for remaining in reversed(range(tries)):
+    while True:
         try:
             return rpc.rpc_sync(service.owner(), Service.push, args=arguments, timeout=timeout_seconds)
         except RuntimeError as error:
-            if remaining == 0 or not _is_timeout(error):
+            if not _is_timeout(error):
                 raise
-    raise AssertionError("tries is at least 1")
+        rpc.rpc_sync(service.owner(), published, timeout=timeout_seconds)
 
 
 def _is_timeout(error: RuntimeError) -> bool:

@@ -14,9 +14,6 @@ from ormo_rpc.messages import Reply
 from ormo_rpc.runtimes.rpc.connection import SERVER, rpc_group
 from ormo_rpc.runtimes.rpc.service import deliver, published, say_goodbye, say_hello
 
-TRIES = 3
-"""How often a push is delivered before the worker gives up."""
-
 
 def work(store: Store, *, rank: int, world_size: int, timeout_seconds: float) -> None:
     """Be one worker of a run from start to end.
@@ -44,5 +41,5 @@ def _work(config: Config, job: Job, number: int, start_timeout_seconds: float) -
         push = worker.compute(reply)
         slowdown = config.heterogeneity.slowdown(number, config.num_workers, speed)
         time.sleep((slowdown - 1) * (time.monotonic() - began))
-        reply = deliver(service, push, worker.payload, timeout_seconds=config.runtime.rpc_timeout_seconds, tries=TRIES)
+        reply = deliver(service, push, worker.payload, timeout_seconds=config.runtime.rpc_timeout_seconds)
     say_goodbye(service, number, config.runtime.stop_timeout_seconds)
