@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from ormo_rpc.config import ConfigError
 from ormo_rpc.run_directory import read_summary
 
-TIMELINE_TICKETS = 60
-"""How many of the first tickets the timeline shows."""
+TIMELINE_TICKETS = 80
+"""How many updates the timeline reaches over."""
 
 
 @dataclass(frozen=True)
@@ -136,21 +136,23 @@ def _delays(axes: Axes, run: Run) -> None:
 
 
 def _timeline(axes: Axes, run: Run) -> None:
-    """A bar per ticket from issue to application, by worker, coloured by delay."""
+    """A bar per ticket from issue to application, by worker, coloured by delay, until `TIMELINE_TICKETS` are applied."""
+    applied = run.of_kind("apply")
+    end = applied[:TIMELINE_TICKETS][-1]["seconds"] if applied else 1.0
     began: dict[tuple[int, int], float] = {}
     bars: list[tuple[int, float, float, int]] = []
     for event in run.of_kind("issue", "reissue", "apply"):
         key = (event["worker"], event["ticket"])
         if event["event"] != "apply":
             began[key] = event["seconds"]
-        elif key in began and len(bars) < TIMELINE_TICKETS:
+        elif began.get(key, end) < end:
             bars.append((event["worker"], began[key], event["seconds"] - began[key], event["delay"]))
     most = max((delay for *_, delay in bars), default=1) or 1
     colours = matplotlib.colormaps["viridis"]
     for worker, start, length, delay in bars:
         axes.barh(worker, length, left=start, height=0.8, color=colours(delay / most), edgecolor="white", linewidth=0.5)
-    axes.set(xlabel="seconds", ylabel="worker", yticks=range(run.summary["num_workers"]))
-    axes.set_title(f"the first {len(bars)} gradients; the brighter, the later", fontsize="small")
+    axes.set(xlabel="seconds", ylabel="worker", yticks=range(run.summary["num_workers"]), xlim=(0, end))
+    axes.set_title("the first gradients, from ticket to update; the brighter, the later", fontsize="small")
 
 
 if __name__ == "__main__":

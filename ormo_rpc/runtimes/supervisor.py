@@ -109,17 +109,22 @@ class Supervisor:
         """
         reading, writing = os.pipe()
         output = contextlib.nullcontext() if log is None else log.open("ab")
-        with output as stream:
-            process = subprocess.Popen(
-                [*command, "--control", str(reading)],
-                env=dict(env),
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=stream,
-                pass_fds=[*pass_fds, reading],
-                start_new_session=True,
-            )
-        os.close(reading)
+        try:
+            with output as stream:
+                process = subprocess.Popen(
+                    [*command, "--control", str(reading)],
+                    env=dict(env),
+                    stdin=subprocess.DEVNULL,
+                    stdout=stream,
+                    stderr=stream,
+                    pass_fds=[*pass_fds, reading],
+                    start_new_session=True,
+                )
+        except BaseException:
+            os.close(writing)
+            raise
+        finally:
+            os.close(reading)
         child = Child(name, process, writing, log)
         self.children.append(child)
         return child
