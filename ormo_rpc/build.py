@@ -58,6 +58,8 @@ def build_server(
         raise ValueError(
             f"build_server: got the unknown option {sorted(rest)[0]!r}, expected one of {known} for {algorithm}, {scheduler}"
         )
+    if scheduler in rule_class.REFUSES:
+        raise ValueError(f"scheduler: got {scheduler!r}, which {algorithm} does not run under: {rule_class.REFUSES[scheduler]}")
     if params.dim() != 1 or params.dtype not in (torch.float32, torch.float64) or params.numel() == 0:
         raise ValueError(
             f"params: got shape {tuple(params.shape)} of {params.dtype}, expected one dimension of float32 or float64"

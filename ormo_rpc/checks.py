@@ -12,20 +12,21 @@ from ormo_rpc.errors import NonFiniteGradient, PushRefused
 from ormo_rpc.messages import Push
 
 
-def check_payload(push: Push, params: Tensor, buffers: Mapping[str, Tensor]) -> float:
+def check_payload(push: Push, params: Tensor, buffers: Mapping[str, Tensor], vectors: int = 1) -> float:
     """Refuse a push whose tensors cannot be applied; return the sum of its gradient, the evidence that the trace keeps.
 
     Args:
         push: What came.
         params: The server's parameters, shape (D,); only shape, dtype and device are looked at.
         buffers: The server's buffers by name, likewise.
+        vectors: How many vectors of D the rule takes in a push.
 
     Raises:
         PushRefused: a tensor of another shape, dtype or device, or a buffer missing or unknown.
         NonFiniteGradient: NaN or infinity in the gradient, a buffer or the loss.
     """
     sender = f"push of worker {push.worker} for ticket {push.ticket}"
-    _check_like(push.grad, params, f"{sender}: gradient")
+    _check_like(push.grad, params, f"{sender}: gradient", vectors)
     if push.buffers.keys() != buffers.keys():
         got, expected = sorted(push.buffers), sorted(buffers)
         raise PushRefused(f"{sender}: got the buffers {got}, expected {expected}; server and worker must build the same model")
@@ -45,9 +46,10 @@ def all_finite(values: Tensor) -> bool:
     return math.isfinite(values.sum().item()) or bool(torch.isfinite(values).all())
 
 
-def _check_like(got: Tensor, expected: Tensor, what: str) -> None:
-    for attribute in ("shape", "dtype", "device"):
-        came, wanted = getattr(got, attribute), getattr(expected, attribute)
+def _check_like(got: Tensor, expected: Tensor, what: str, vectors: int = 1) -> None:
+    shape = expected.shape if vectors == 1 else torch.Size([vectors * expected.numel()])
+    pairs = {"shape": (got.shape, shape), "dtype": (got.dtype, expected.dtype), "device": (got.device, expected.device)}
+    for attribute, (came, wanted) in pairs.items():
         if came != wanted:
             raise PushRefused(
                 f"{what}: got {attribute} {_plain(came)}, expected {_plain(wanted)}, as the server's parameters have it"

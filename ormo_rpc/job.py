@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from ormo_rpc import algorithms
 from ormo_rpc.buffers import RunningBuffers
 from ormo_rpc.build import build_server
 from ormo_rpc.config import Config
@@ -45,7 +46,7 @@ class Job:
             ValueError: the data set is missing or damaged.
         """
         data = config.dataset.load()
-        epochs = Epochs(len(data.train), config.train.batch_size, config.seed)
+        epochs = Epochs(len(data.train), config.train.batch_size * config.algorithm.steps, config.seed)
         total = epochs.total_tickets(config.train.epochs)
         if config.train.max_iterations is not None:
             total = min(total, config.train.max_iterations)
@@ -65,7 +66,9 @@ class Job:
             self.model(),
             self.data.train,
             self.epochs,
+            algorithms.find(self.config.algorithm.name),
             seed=self.config.seed,
+            momentum=train.momentum,
             weight_decay=train.weight_decay,
             clip_norm=train.clip_norm,
         )

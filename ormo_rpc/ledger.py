@@ -20,12 +20,14 @@ class Issue:
         worker: Who holds it.
         stamp: The index of the parameters that went with it.
         bucket: The bucket which that index had been given.
+        version: The rule's version of the parameters then.
     """
 
     ticket: int
     worker: int
     stamp: int
     bucket: int
+    version: int = 0
 
 
 class Ledger:
@@ -65,7 +67,7 @@ class Ledger:
         """There is no ticket to hand out at this moment."""
         return not self.returned and self.total is not None and self.issued >= self.total
 
-    def take(self, worker: int, stamp: int, bucket: int, members: Collection[int]) -> Issue | None:
+    def take(self, worker: int, stamp: int, bucket: int, version: int, members: Collection[int]) -> Issue | None:
         """Hand out the next ticket; None where there is none for this worker now.
 
         A ticket whose gradient was not finite goes to another worker than before, as long as there is one.
@@ -78,7 +80,7 @@ class Ledger:
             self.issued += 1
         else:
             return None
-        issue = Issue(ticket, worker, stamp, bucket)
+        issue = Issue(ticket, worker, stamp, bucket, version)
         self.outstanding[ticket] = issue
         self.holding.setdefault(worker, set()).add(ticket)
         return issue

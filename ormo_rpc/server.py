@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ormo_rpc.algorithms.base import Algorithm, Arrival
+from ormo_rpc.algorithms.base import Algorithm, Arrival, Dispatch
 from ormo_rpc.buckets import Buckets
 from ormo_rpc.buffers import RunningBuffers
 from ormo_rpc.checks import all_finite, check_payload
@@ -140,6 +140,7 @@ class ParameterServer:
             "members": {worker: member.answered for worker, member in self.members.items()},
             "waiting": list(self.waiting),
             "parked": list(self.parked),
+            "clocks": self.scheduler.state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -186,6 +187,7 @@ class ParameterServer:
         self.members = {worker: _Member(answered) for worker, answered in state["members"].items()}
         self.waiting = list(state["waiting"])
         self.parked = list(state["parked"])
+        self.scheduler.load_state(state["clocks"])
         self._started = True
         self._snapshot = None
         self._end_if_done()
@@ -204,7 +206,10 @@ class ParameterServer:
                 self.ledger.revoke(worker)
             self._record(Kind.resume, iteration=self.iteration, incarnation=self.incarnation)
         self._started = True
+        for worker in set(self.members) - set(range(self.num_workers)):
+            self.rule.leave(worker)
         self.members = {worker: _Member() for worker in range(self.num_workers)}
+        self.scheduler.start(self.members)
         self.waiting, self.parked = list(self.members), []
         return self._answer()
 
@@ -220,6 +225,7 @@ class ParameterServer:
             raise ValueError(f"join: got worker {worker}, expected a number >= 0")
         self.members[worker] = _Member()
         self.waiting.append(worker)
+        self.scheduler.join(worker)
         self._record(Kind.join, worker=worker, concurrency=self.concurrency)
         return self._answer()
 
@@ -233,6 +239,8 @@ class ParameterServer:
             raise ValueError(f"leave of worker {worker}: it is not a member; members are {sorted(self.members)}")
         lost = [issue.ticket for issue in self.ledger.revoke(worker)]
         del self.members[worker]
+        self.rule.leave(worker)
+        self.scheduler.leave(worker)
         for queue in (self.waiting, self.parked):
             if worker in queue:
                 queue.remove(worker)
@@ -261,7 +269,7 @@ class ParameterServer:
         Raises:
             PushRefused: the payload does not fit.
         """
-        return check_payload(push, self.params, self.buffers.average)
+        return check_payload(push, self.params, self.buffers.average, self.rule.VECTORS_PUSHED)
 
     @torch.no_grad()  # a gradient may still hang on its graph, which the parameters must not grow into
     def redeem(self, push: Push, grad_sum: float) -> list[Reply]:
@@ -273,6 +281,7 @@ class ParameterServer:
         member, issue = self._claim(push)
         if issue is None:
             return self._again(push.worker)
+        sent = None if member.reply is None else member.reply.params
         member.answered, member.reply = (push.ticket, push.stamp), None
         arrival = Arrival(
             worker=push.worker,
@@ -283,6 +292,8 @@ class ParameterServer:
             newest_bucket=self.newest_bucket,
             concurrency=self.concurrency,
             lr=self.lr(self.iteration),
+            version=issue.version,
+            sent=sent,
         )
         if self.ended:
             self._discard(issue, grad_sum, reason="the run has ended")
@@ -291,6 +302,7 @@ class ParameterServer:
         else:
             self._apply(push, issue, arrival, grad_sum)
         self.waiting.append(push.worker)
+        self.scheduler.settle(push.worker)
         return self._answer()
 
     def reject(self, push: Push) -> list[Reply]:
@@ -311,6 +323,7 @@ class ParameterServer:
         if seen_before:
             self._end(Status.diverged)
         self.waiting.append(push.worker)
+        self.scheduler.settle(push.worker)
         return self._answer()
 
     def finish(self) -> list[Reply]:
@@ -377,7 +390,7 @@ class ParameterServer:
             grad_sum=grad_sum.hex(),
         )
         # One look at the parameters a bucket: it costs a pass over memory, and NaN does not go away by itself.
-        if (self.buckets.room == 0 or self.ledger.done) and not all_finite(self.params):
+        if self.buckets.room == 0 and not all_finite(self.params):
             self._end(Status.diverged)
         self._end_if_done()
 
@@ -395,8 +408,10 @@ class ParameterServer:
         )
 
     def _end_if_done(self) -> None:
-        if self.ledger.done:
-            self._end(Status.completed)
+        if self.ledger.done and not self.ended:
+            self.rule.flush(self.lr(self.iteration - 1))
+            self._snapshot = None
+            self._end(Status.completed if all_finite(self.params) else Status.diverged)
 
     def _end(self, status: Status) -> None:
         if not self.ended:
@@ -425,26 +440,27 @@ class ParameterServer:
         ticket = None
         if not self.ended:
             fresh = self.ledger.issued
-            issue = self.ledger.take(worker, self.iteration, self.buckets.current, self.members)
+            issue = self.ledger.take(worker, self.iteration, self.buckets.current, self.rule.version, self.members)
             if issue is None:
                 return None
             ticket = issue.ticket
             self.newest_bucket = max(self.newest_bucket, issue.bucket)
             kind = Kind.issue if ticket >= fresh else Kind.reissue
             self._record(kind, worker=worker, ticket=ticket, stamp=issue.stamp, bucket=issue.bucket)
+        lr = 0.0 if ticket is None else self.lr(self.iteration)  # a schedule need not know the iteration T
         return Reply(
             worker=worker,
             ticket=ticket,
             stamp=self.iteration,
-            params=self._params_for(worker),
-            lr=0.0 if ticket is None else self.lr(self.iteration),  # a schedule need not know the iteration T
-            steps=1,
+            params=self.snapshot() if ticket is None else self._params_for(worker, lr),
+            lr=lr,
+            steps=self.rule.options.steps,
             incarnation=self.incarnation,
         )
 
-    def _params_for(self, worker: int) -> Tensor:
+    def _params_for(self, worker: int, lr: float) -> Tensor:
         """What the rule sends this worker: the snapshot that all replies of one stamp share, unless each gets its own."""
-        outgoing = self.rule.outgoing(worker)
+        outgoing = self.rule.outgoing(Dispatch(worker=worker, concurrency=self.concurrency, lr=lr))
         return self.snapshot() if outgoing is self.params else outgoing.clone()
 
     def _record(self, kind: Kind, **data: Any) -> None:
@@ -452,5 +468,9 @@ class ParameterServer:
 
 
 def _layout(values: Mapping[str, Any]) -> dict[str, str]:
-    """What is under each name: dtype and shape of a tensor, "number" otherwise."""
-    return {k: f"{v.dtype} {tuple(v.shape)}" if isinstance(v, Tensor) else "number" for k, v in sorted(values.items())}
+    """What is under each name: dtype and shape of a tensor, "number" otherwise; what is kept for each worker comes and goes."""
+    return {
+        k: f"{v.dtype} {tuple(v.shape)}" if isinstance(v, Tensor) else "number"
+        for k, v in sorted(values.items())
+        if "/" not in k
+    }

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ormo_rpc.algorithms.base import Algorithm, LocalWork
 from ormo_rpc.data import Epochs, Split
 from ormo_rpc.flat import FlatModel
 from ormo_rpc.messages import Push, Reply
@@ -13,16 +14,18 @@ from ormo_rpc.seeding import generator, seed_for
 
 
 class Worker:
-    """Computes the gradient of a ticket; batch, augmentation and dropout are functions of (seed, ticket) alone.
+    """Computes the push of a ticket; batches, augmentation and dropout are functions of (seed, ticket) alone.
 
-    The gradient and, behind it, the batch-norm statistics lie in one flat vector, `payload`, which the next call writes over.
+    The push and, behind it, the batch-norm statistics lie in one flat vector, `payload`, which the next call writes over.
 
     Args:
         model: The model, for this worker alone.
         data: The training split.
         epochs: Which samples make up which ticket.
+        rule: The server's rule, which says what becomes of the gradients before they are pushed.
         seed: The seed of the run.
-        weight_decay: ``lambda``; the gradient gets ``+ lambda w_i`` at the parameters that were handed out, after clipping.
+        momentum: ``beta``, for rules with local steps.
+        weight_decay: ``lambda``; a gradient gets ``+ lambda w`` at the parameters where it is taken, after clipping.
         clip_norm: The global norm to which the gradient of the loss is clipped first; None for no clipping.
     """
 
@@ -31,22 +34,27 @@ class Worker:
         model: FlatModel,
         data: Split,
         epochs: Epochs,
+        rule: type[Algorithm],
         *,
         seed: int,
+        momentum: float = 0.0,
         weight_decay: float = 0.0,
         clip_norm: float | None = None,
     ) -> None:
         self.model = model
         self.data = data
         self.epochs = epochs
+        self.rule = rule
         self.seed = seed
+        self.momentum = momentum
         self.weight_decay = weight_decay
         self.clip_norm = clip_norm
         model.module.train()
-        self.payload = torch.zeros(model.params.size + model.buffers.size, dtype=model.dtype)
-        self.grad, statistics = self.payload.split([model.params.size, model.buffers.size])
-        model.bind_grad(self.grad)
-        self.buffers = model.bind_batch_statistics(statistics)
+        length = rule.VECTORS_PUSHED * model.params.size
+        self.payload = torch.zeros(length + model.buffers.size, dtype=model.dtype)
+        self.push, self.statistics = self.payload.split([length, model.buffers.size])
+        self.buffers = model.bind_batch_statistics(self.statistics)
+        self._grad_bound = 0
 
     def compute(self, reply: Reply) -> Push:
         """The push that answers a reply. Its tensors are views of `payload`: use them before the next call.
@@ -55,41 +63,63 @@ class Worker:
             reply: Work, that is, a ticket that is not None.
         """
         assert reply.ticket is not None, "a reply without a ticket is the word to stop"
-        self.model.bind(reply.params)
-        self.payload.zero_()
-        loss, samples = self._backward(reply.ticket)
-        self._regularise(reply.params)
+        ticket, losses = reply.ticket, list[float]()
+        indices = self.epochs.indices(ticket)
+        batches = indices.tensor_split(min(reply.steps, len(indices)))  # the last ticket of an epoch may be a small one
+
+        def gradient(params: Tensor, step: int, into: Tensor) -> None:
+            losses.append(self._gradient(params, batches[step], ticket * reply.steps + step, into))
+
+        work = LocalWork(
+            sent=reply.params,
+            dimension=self.model.params.size,
+            lr=reply.lr,
+            momentum=self.momentum,
+            steps=len(batches),
+            gradient=gradient,
+        )
+        self.rule.local(work, self.push)
         return Push(
             worker=reply.worker,
-            ticket=reply.ticket,
+            ticket=ticket,
             stamp=reply.stamp,
-            grad=self.grad,
-            loss=loss,
-            samples=samples,
+            grad=self.push,
+            loss=sum(losses) / len(losses),
+            samples=len(indices),
             buffers=self.buffers,
             incarnation=reply.incarnation,
         )
 
     def warm_up(self) -> None:
         """Compute a gradient and forget it: a first pass is many times slower, a delay that means nothing."""
-        self.model.bind(self.model.flat_params())
-        self._backward(0)
+        scratch = torch.zeros(self.model.params.size, dtype=self.model.dtype)
+        self._gradient(self.model.flat_params(), self.epochs.indices(0), 0, scratch)
 
-    def _backward(self, ticket: int) -> tuple[float, int]:
-        """Add the gradient of the ticket's mean loss into `grad`; return that loss and the number of samples."""
-        augmentation = generator(self.seed, "augment", ticket)
+    def _gradient(self, params: Tensor, indices: Tensor, number: int, into: Tensor) -> float:
+        """Write the gradient of the samples' mean loss at ``params`` into ``into``; return that loss.
+
+        ``number`` is that of the batch in the run, the seed of all that is random in it.
+        """
+        self.model.bind(params)
+        if into.data_ptr() != self._grad_bound:
+            self.model.bind_grad(into)
+            self._grad_bound = into.data_ptr()
+        into.zero_()
+        self.statistics.zero_()
+        augmentation = generator(self.seed, "augment", number)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed_for(self.seed, "forward", ticket))
-            inputs, targets = self.data.batch(self.epochs.indices(ticket), augmentation)
+            torch.default_generator.manual_seed(seed_for(self.seed, "forward", number))
+            inputs, targets = self.data.batch(indices, augmentation)
             loss = functional.cross_entropy(self.model.module(inputs), targets)
             loss.backward()
-        return loss.item(), len(targets)
+        self._regularise(into, params)
+        return loss.item()
 
-    def _regularise(self, params: Tensor) -> None:
+    def _regularise(self, grad: Tensor, params: Tensor) -> None:
         """Clip, then decay: torch's order."""
         if self.clip_norm is not None:
-            norm = self.grad.norm().item()
+            norm = grad.norm().item()
             if norm > self.clip_norm:
-                self.grad.mul_(self.clip_norm / norm)
+                grad.mul_(self.clip_norm / norm)
         if self.weight_decay:
-            self.grad.add_(params, alpha=self.weight_decay)
+            grad.add_(params, alpha=self.weight_decay)

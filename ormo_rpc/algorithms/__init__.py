@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from ormo_rpc.algorithms.base import Algorithm, Arrival
+from ormo_rpc.algorithms.base import Algorithm, Arrival, Dispatch, LocalWork
 
-__all__ = ["NAMES", "Algorithm", "Arrival", "find"]
+__all__ = ["NAMES", "Algorithm", "Arrival", "Dispatch", "LocalWork", "find"]
 
 NAMES: tuple[str, ...] = tuple(
     sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base" and module.name[0] != "_")

@@ -1,17 +1,19 @@
 """The one contract that every server rule keeps: tensors in, tensors out; no lock, clock or network.
 
 A rule is one file: a subclass of `Algorithm` with its options as the nested class ``Options``. It is found by the name of its
-file. The server calls, for every gradient that arrives and in this order, `Algorithm.accepts`, `Algorithm.learning_rate` and
-`Algorithm.step`; between them nothing else touches the rule. A rule never asks which scheduler it runs under.
+file. On the server, for every push and in this order, `Algorithm.accepts`, `Algorithm.learning_rate` and `Algorithm.step` are
+called, then `Algorithm.outgoing` for everybody who is answered; between them nothing else touches the rule. On the worker
+`Algorithm.local` makes the push out of what was sent. A rule never asks which scheduler it runs under.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ormo_rpc.options import Section, option
@@ -30,6 +32,8 @@ class Arrival:
         newest_bucket: The largest bucket handed out to anybody so far.
         concurrency: ``K``, the number of gradients in the making at this moment.
         lr: ``eta``, the scheduled learning rate of iteration ``t``.
+        version: The rule's `Algorithm.version` when the ticket was handed out.
+        sent: What was sent with the ticket, never to be written to; None only in a server that was loaded and not started.
     """
 
     worker: int
@@ -40,11 +44,50 @@ class Arrival:
     newest_bucket: int
     concurrency: int
     lr: float
+    version: int = 0
+    sent: Tensor | None = None
 
     @property
     def delay(self) -> int:
         """``tau = t - i``."""
         return self.iteration - self.stamp
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dispatch:
+    """What the server knows when it answers a worker.
+
+    Attributes:
+        worker: Who is answered.
+        concurrency: ``K`` at this moment.
+        lr: ``eta``, the scheduled learning rate of the next iteration.
+    """
+
+    worker: int
+    concurrency: int
+    lr: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalWork:
+    """What a worker has for a ticket.
+
+    Attributes:
+        sent: What `Algorithm.outgoing` returned, of any number of vectors of D; not to be written to.
+        dimension: D.
+        lr: The learning rate when the ticket was handed out.
+        momentum: ``beta``.
+        steps: H, the number of batches in the ticket.
+        gradient: ``gradient(params, step, into)`` writes the gradient of the ticket's batch number ``step`` (0 to H - 1) at the
+            parameters ``params``, shape (D,), into ``into``, shape (D,).
+    """
+
+    sent: Tensor
+    dimension: int
+    lr: float
+    momentum: float
+    steps: int
+    gradient: Callable[[Tensor, int, Tensor], None]
 
 
 class Algorithm(ABC):
@@ -58,6 +101,10 @@ class Algorithm(ABC):
 
     NAME: ClassVar[str]
     """The rule's name everywhere: that of its file, of its yaml and in every metric."""
+    VECTORS_PUSHED: ClassVar[int] = 1
+    """How many vectors of D a push has, one behind the other; the first one is enough for a rule without local steps."""
+    REFUSES: ClassVar[Mapping[str, str]] = {}
+    """Schedulers under which the rule makes no sense, and why."""
 
     @dataclass(frozen=True, kw_only=True)
     class Options(Section):
@@ -65,6 +112,14 @@ class Algorithm(ABC):
 
         PATH = "algorithm"
         name: str = option("???", "the server's rule")
+
+        @property
+        def steps(self) -> int:
+            """H, the local steps of a worker for each ticket, each on a batch of its own."""
+            return 1
+
+    version: int = 0
+    """How often the parameters changed, for a rule that asks at which of its parameters a gradient was taken."""
 
     def __init__(self, params: Tensor, *, momentum: float, options: Any) -> None:
         self.params = params
@@ -83,18 +138,51 @@ class Algorithm(ABC):
     def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:
         """Apply one gradient, shape (D,), which is not modified."""
 
-    def outgoing(self, worker: int) -> Tensor:  # noqa: ARG002 - most rules send everybody the same
-        """What a worker is sent, shape (D,): ``w`` for most rules. The server copies it."""
+    def flush(self, lr: float) -> None:
+        """Apply what is still in a buffer; called once, when all gradients of the run are in."""
+
+    def leave(self, worker: int) -> None:
+        """A worker is gone; a rule that keeps something for each worker lets go of it."""
+
+    def outgoing(self, dispatch: Dispatch) -> Tensor:  # noqa: ARG002 - most rules send everybody the same
+        """What a worker is sent, ``w`` for most rules; the server copies it.
+
+        Where it is not `params` itself, its first D values are the parameters to work on, and more vectors of D may follow.
+        """
         return self.params
 
+    @classmethod
+    def local(cls, work: LocalWork, push: Tensor) -> None:
+        """On the worker: write what the server is to get into ``push``, shape (VECTORS_PUSHED * D,), here the gradient."""
+        work.gradient(work.sent, 0, push)
+
     def state(self) -> Mapping[str, Tensor | int | float]:
-        """Everything but ``w`` that the recursion carries from one gradient to the next, live (not a copy)."""
+        """Everything but ``w`` that the recursion carries from one gradient to the next, live (not a copy).
+
+        Each name is an attribute. What is kept for each worker is in a dictionary attribute, under the names
+        ``attribute/worker`` (see `by_worker`).
+        """
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` returned, in place."""
+        """Take over what `state` returned; what is kept for each worker is replaced."""
         for name, value in self.state().items():
-            if isinstance(value, Tensor):
+            if "/" in name:
+                getattr(self, name.split("/")[0]).clear()
+            elif isinstance(value, Tensor):
                 value.copy_(state[name])
             else:
                 setattr(self, name, state[name])
+        for name, value in state.items():
+            attribute, _, worker = name.partition("/")
+            if worker:
+                getattr(self, attribute)[int(worker)] = value.clone() if isinstance(value, Tensor) else value
+
+    @staticmethod
+    def by_worker(attribute: str, kept: Mapping[int, Tensor]) -> dict[str, Tensor]:
+        """The entries of `state` for a dictionary attribute that holds a tensor for each worker."""
+        return {f"{attribute}/{worker}": value for worker, value in sorted(kept.items())}
+
+    def zeros(self) -> Tensor:
+        """A new vector of D zeros, of the parameters' dtype and device."""
+        return torch.zeros_like(self.params)
