@@ -1,0 +1,116 @@
+"""The options of each runtime."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+from ormo_rpc.options import Section, option
+
+
+def _positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0
+
+
+def _not_negative(value: float) -> bool:
+    return math.isfinite(value) and value >= 0
+
+
+class GradientKind(Enum):
+    """What virtual workers compute."""
+
+    real = "real"
+    """Gradients of the model on the data."""
+    quadratic = "quadratic"
+    """Gradients of a noisy ill-conditioned quadratic: no data, no model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime(Section):
+    """What every runtime has."""
+
+    PATH = "runtime"
+    name: str = option("???", "how server and workers are run")
+    threads: int = option(
+        1, "threads of each process for tensor operations", valid=lambda v: v >= 1, expected="a whole number >= 1"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RpcRuntime(Runtime):
+    """Processes connected by torch.distributed.rpc."""
+
+    name: str = option("rpc", "processes on one machine or many, connected by torch.distributed.rpc")
+    start_timeout_seconds: float = option(
+        180.0, "time for all processes to start and find one another", valid=_positive, expected="a finite number > 0"
+    )
+    rpc_timeout_seconds: float = option(
+        120.0,
+        "time after which an unanswered push is repeated, and a silent server given up",
+        valid=_positive,
+        expected="a finite number > 0",
+    )
+    stop_timeout_seconds: float = option(
+        10.0, "time for a run to wind up when it is interrupted", valid=_positive, expected="a finite number > 0"
+    )
+    interface: str | None = option(
+        None, "network interface between machines, such as eth0; loopback when all is on one machine"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimRuntime(Runtime):
+    """A virtual cluster in one process: real server, real gradients, virtual time."""
+
+    name: str = option("sim", "a virtual cluster in this process: the same server and gradients, virtual time")
+    compute_seconds: float = option(
+        0.1,
+        "virtual seconds that a worker computes for a ticket, before heterogeneity",
+        valid=_positive,
+        expected="a number > 0",
+    )
+    latency_seconds: list[float] = option(
+        [0.0],
+        "one way, per worker (worker k takes entry k modulo the length)",
+        valid=lambda v: bool(v) and min(v) >= 0,
+        expected="numbers >= 0",
+    )
+    bandwidth: list[float] = option(
+        [],
+        "bytes per second, per worker likewise; empty: no limit",
+        valid=lambda v: all(b > 0 for b in v),
+        expected="numbers > 0",
+    )
+    service_seconds: float = option(
+        0.0, "virtual seconds that the server takes for a push", valid=_not_negative, expected="a number >= 0"
+    )
+    joins: dict[int, float] = option(
+        {},
+        "further workers and when they join, in virtual seconds",
+        valid=lambda v: all(t >= 0 for t in v.values()),
+        expected="times >= 0",
+    )
+    leaves: dict[int, float] = option(
+        {},
+        "workers that leave, and when, in virtual seconds",
+        valid=lambda v: all(t >= 0 for t in v.values()),
+        expected="times >= 0",
+    )
+    gradient: GradientKind = option(GradientKind.real, "real, or quadratic: a synthetic problem for very many workers")
+    dimension: int = option(1000, "parameters of the quadratic", valid=lambda v: v >= 1, expected="a whole number >= 1")
+    condition: float = option(100.0, "condition number of the quadratic", valid=lambda v: v >= 1, expected="a number >= 1")
+    noise: float = option(
+        0.1, "standard deviation of its gradient's noise, per coordinate", valid=_not_negative, expected="a number >= 0"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayRuntime(Runtime):
+    """A recorded run computed again."""
+
+    name: str = option("replay", "compute a recorded run (replay.run) again, bit for bit")
+
+
+RUNTIMES: dict[str, type[Runtime]] = {"rpc": RpcRuntime, "sim": SimRuntime, "replay": ReplayRuntime}
+"""The runtimes' options by name."""

@@ -1,0 +1,156 @@
+"""A virtual cluster: one real `ParameterServer`, one real gradient source, and workers that exist as events only.
+
+The journey of a ticket: the reply travels over the worker's link, the worker computes, the push travels back, waits in the server's
+queue, and is served; then the replies that are due leave. A gradient is computed when its push is served, at the snapshot that its
+reply carried, so a thousand workers need no memory but that of the snapshots that somebody still holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ormo_rpc.errors import NonFiniteGradient
+from ormo_rpc.messages import Push, Reply
+from ormo_rpc.runtimes.sim.clock import EventQueue
+from ormo_rpc.server import ParameterServer
+
+
+class GradientSource(Protocol):
+    """What answers replies; a `Worker`, or something cheaper."""
+
+    def compute(self, reply: Reply) -> Push:
+        """The push that answers a reply; its tensors are used before the next call."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Links:
+    """The network and the server's speed; worker k takes entry k modulo the length of a sequence.
+
+    Attributes:
+        latency_seconds: One way, per worker.
+        bandwidth: In bytes per second, per worker; empty for no limit.
+        message_bytes: The size of a push, and of a reply.
+        service_seconds: How long the server takes for a push.
+    """
+
+    latency_seconds: Sequence[float] = (0.0,)
+    bandwidth: Sequence[float] = ()
+    message_bytes: int = 0
+    service_seconds: float = 0.0
+
+    def seconds(self, worker: int) -> float:
+        """How long a message takes from or to a worker."""
+        transfer = self.message_bytes / self.bandwidth[worker % len(self.bandwidth)] if self.bandwidth else 0.0
+        return self.latency_seconds[worker % len(self.latency_seconds)] + transfer
+
+
+@dataclass
+class Load:
+    """How busy everybody was, in virtual seconds.
+
+    Attributes:
+        computing: By worker.
+        member: By worker, from joining to leaving or to the end.
+        serving: The server's time for pushes.
+        queueing: Sum over the pushes of the time that they waited for the server.
+    """
+
+    computing: dict[int, float] = field(default_factory=dict[int, float])
+    member: dict[int, float] = field(default_factory=dict[int, float])
+    serving: float = 0.0
+    queueing: float = 0.0
+
+
+class Cluster:
+    """Runs a server and its virtual workers on an event queue.
+
+    Args:
+        server: The server; its clock should be that of the queue.
+        source: Computes all gradients.
+        queue: Virtual time.
+        links: Network and server speed.
+        compute_seconds: ``compute_seconds(worker)`` draws how long the worker's next ticket takes.
+        observe: Called after every push that was served.
+    """
+
+    def __init__(
+        self,
+        server: ParameterServer,
+        source: GradientSource,
+        queue: EventQueue,
+        links: Links,
+        compute_seconds: Callable[[int], float],
+        observe: Callable[[], None],
+    ) -> None:
+        self.server = server
+        self.source = source
+        self.queue = queue
+        self.links = links
+        self.compute_seconds = compute_seconds
+        self.observe = observe
+        self.load = Load()
+        self._since: dict[int, float] = {}
+        self._free_at = 0.0
+
+    def start(self) -> None:
+        """Hand out the first tickets."""
+        self._since = dict.fromkeys(range(self.server.num_workers), 0.0)
+        self._send(self.server.start())
+
+    def join(self, worker: int) -> None:
+        """A worker comes."""
+        self._since[worker] = self.queue.now
+        self._send(self.server.join(worker))
+
+    def leave(self, worker: int) -> None:
+        """A worker is gone, and whatever it was at is lost."""
+        if worker in self._since:
+            self._count_membership(worker)
+            self._send(self.server.leave(worker))
+
+    def finish(self) -> None:
+        """Hand out no further ticket."""
+        self._send(self.server.finish())
+
+    def close(self) -> None:
+        """Count the time of those who stayed to the end."""
+        for worker in list(self._since):
+            self._count_membership(worker)
+
+    def _send(self, replies: Iterable[Reply]) -> None:
+        for reply in replies:
+            if reply.ticket is not None:
+                self.queue.at(self.queue.now + self.links.seconds(reply.worker), self._begin, reply)
+
+    def _begin(self, reply: Reply) -> None:
+        """The reply has reached its worker."""
+        seconds = self.compute_seconds(reply.worker)
+        if reply.worker in self._since:
+            self.load.computing[reply.worker] = self.load.computing.get(reply.worker, 0.0) + seconds
+        self.queue.at(self.queue.now + seconds + self.links.seconds(reply.worker), self._arrive, reply)
+
+    def _arrive(self, reply: Reply) -> None:
+        """The push has reached the server, and waits until those before it are served."""
+        begin = max(self.queue.now, self._free_at)
+        self._free_at = begin + self.links.service_seconds
+        self.load.queueing += begin - self.queue.now
+        self.load.serving += self.links.service_seconds
+        self.queue.at(self._free_at, self._serve, reply)
+
+    def _serve(self, reply: Reply) -> None:
+        if self._since.get(reply.worker, float("inf")) > self.queue.now or reply.worker not in self.server.members:
+            return  # it left in the meantime, and its connection with it
+        push = self.source.compute(reply)
+        try:
+            replies = self.server.receive(push)
+        except NonFiniteGradient:
+            replies = self.server.reject(push)
+        self.observe()
+        self._send(replies)
+
+    def _count_membership(self, worker: int) -> None:
+        seconds = self.queue.now - self._since.pop(worker)
+        self.load.member[worker] = self.load.member.get(worker, 0.0) + seconds

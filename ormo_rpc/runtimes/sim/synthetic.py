@@ -1,0 +1,73 @@
+"""Gradients that cost next to nothing, to study schedules with very many workers: a noisy quadratic, or noise alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ormo_rpc.algorithms.base import Algorithm, LocalWork
+from ormo_rpc.messages import Push, Reply
+from ormo_rpc.seeding import generator
+
+
+class Quadratic:
+    """Gradients of ``f(x) = 1/2 sum_j lambda_j x_j^2`` with additive Gaussian noise, keyed by (seed, ticket).
+
+    The curvatures ``lambda_j`` fall geometrically from 1 to ``1 / condition``; the start is ``x_j = 1``.
+
+    Args:
+        dimension: D.
+        condition: The condition number.
+        noise: The noise's standard deviation per coordinate.
+        rule: The server's rule.
+        momentum: ``beta``, for rules with local steps.
+        seed: The seed of the run.
+    """
+
+    def __init__(
+        self, dimension: int, condition: float, noise: float, rule: type[Algorithm], *, momentum: float, seed: int
+    ) -> None:
+        self.curvature = torch.logspace(0, -1, dimension, base=condition) if condition else torch.zeros(dimension)
+        self.noise = noise
+        self.rule = rule
+        self.momentum = momentum
+        self.seed = seed
+        self.push = torch.zeros(rule.VECTORS_PUSHED * dimension)
+
+    def start(self) -> Tensor:
+        """``x_0``, shape (D,)."""
+        return torch.ones_like(self.curvature)
+
+    def loss(self, params: Tensor) -> float:
+        """``f(x)``, without noise."""
+        return 0.5 * (self.curvature * params * params).sum().item()
+
+    def compute(self, reply: Reply) -> Push:
+        """The push that answers a reply; its tensor is written over by the next call."""
+        assert reply.ticket is not None
+        dimension = self.curvature.numel()
+        randomness = generator(self.seed, "noise", reply.ticket) if self.noise else None
+
+        def gradient(params: Tensor, step: int, into: Tensor) -> None:  # noqa: ARG001 - noise is drawn in the order of steps
+            torch.mul(params, self.curvature, out=into)
+            if randomness is not None:
+                into.add_(torch.randn(dimension, generator=randomness), alpha=self.noise)
+
+        work = LocalWork(
+            sent=reply.params,
+            dimension=dimension,
+            lr=reply.lr,
+            momentum=self.momentum,
+            steps=reply.steps,
+            gradient=gradient,
+        )
+        self.rule.local(work, self.push)
+        loss = self.loss(reply.params[:dimension])
+        return Push(
+            worker=reply.worker,
+            ticket=reply.ticket,
+            stamp=reply.stamp,
+            grad=self.push,
+            loss=loss,
+            incarnation=reply.incarnation,
+        )
