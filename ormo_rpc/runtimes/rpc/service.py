@@ -194,8 +194,8 @@ def say_hello(service: rpc.RRef[Service], worker: int, timeout_seconds: float) -
 def deliver(service: rpc.RRef[Service], push: Push, payload: Tensor, *, timeout_seconds: float) -> Reply:
     """In a worker: deliver a push and wait for the reply.
 
-    After a time-out the push is repeated, which never applies it twice, as long as the server answers at all: the reply may be held
-    back for longer, at a barrier or at the end of the run, by the slowest worker.
+    After a time-out the push is repeated, which never applies it twice, as long as the server answers at all: the reply may
+    be held back for longer, at a barrier or at the end of the run, by the slowest worker.
 
     Raises:
         RuntimeError: the server is gone, or has not answered a question for as long as the time-out.
