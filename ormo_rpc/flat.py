@@ -99,10 +99,19 @@ class FlatModel:
         for name, tensor in self.statistics().items():
             tensor.copy_(average[name])
 
-    def state_dict(self, params: Tensor, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The module's ``state_dict`` in plain PyTorch at these parameters and statistics, as a private copy."""
+    def state_dict(self, params: Tensor, average: Mapping[str, Tensor], updates: int) -> dict[str, Tensor]:
+        """The module's ``state_dict`` in plain PyTorch, as a private copy.
+
+        Args:
+            params: The parameters, shape (D,).
+            average: The running statistics by name.
+            updates: Of how many batches they are the average.
+        """
         self.bind(params)
         self.load_statistics(average)
+        for norm in self._norms.values():
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.fill_(updates)
         return {name: tensor.detach().clone() for name, tensor in self.module.state_dict().items()}
 
 

@@ -159,7 +159,7 @@ class Host:
 
     def _write_checkpoint(self, state: dict[str, Any]) -> None:
         average = {name.removeprefix("average."): value for name, value in state["buffers"].items() if name != "updates"}
-        model = self.model.state_dict(state["params"], average)
+        model = self.model.state_dict(state["params"], average, state["buffers"]["updates"])
         config = self.job.config
         self.checkpoint = checkpoint.write(self.directory.path, state, model, config, keep=config.checkpoint.keep)
         self.recorder.record(Event(Kind.checkpoint, self.clock(), {"iteration": state["iteration"]}))
