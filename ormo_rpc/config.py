@@ -23,6 +23,7 @@ from ormo_rpc.heterogeneity import HETEROGENEITIES, Heterogeneity
 from ormo_rpc.learning_rate import LearningRate, Shape
 from ormo_rpc.models import MODELS, MLPSection, ModelSection
 from ormo_rpc.options import Section, option
+from ormo_rpc.runtime_options import RUNTIMES, RpcRuntime, Runtime, SimRuntime
 from ormo_rpc.schedulers import SCHEDULERS, Scheduler
 
 
@@ -107,29 +108,11 @@ class Checkpoint(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Runtime(Section):
-    """How server and workers are run."""
+class Replay(Section):
+    """Which run is computed again."""
 
-    PATH = "runtime"
-    name: str = option("rpc", "rpc: processes connected by torch.distributed.rpc")
-    threads: int = option(
-        1, "threads of each process for tensor operations", valid=_at_least_one, expected="a whole number >= 1"
-    )
-    start_timeout_seconds: float = option(
-        180.0, "time for all processes to start and find one another", valid=_positive, expected="a finite number > 0"
-    )
-    rpc_timeout_seconds: float = option(
-        120.0,
-        "time after which an unanswered push is repeated, and a silent server given up",
-        valid=_positive,
-        expected="a finite number > 0",
-    )
-    stop_timeout_seconds: float = option(
-        10.0, "time for a run to wind up when it is interrupted", valid=_positive, expected="a finite number > 0"
-    )
-    interface: str | None = option(
-        None, "network interface between machines, such as eth0; loopback when all is on one machine"
-    )
+    PATH = "replay"
+    run: str | None = option(None, "the run directory to compute again, for runtime=replay")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +148,8 @@ class Config(Section):
     model: ModelSection = field(default_factory=MLPSection)
     heterogeneity: Heterogeneity = field(default_factory=Heterogeneity)
     train: Train = field(default_factory=Train)
-    runtime: Runtime = field(default_factory=Runtime)
+    runtime: Runtime = field(default_factory=RpcRuntime)
+    replay: Replay = field(default_factory=Replay)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     logger: Logger = field(default_factory=Logger)
 
@@ -174,6 +158,18 @@ class Config(Section):
         """The number of workers, once it is decided."""
         assert self.workers is not None, "workers is decided before anything starts"
         return self.workers
+
+    @property
+    def rpc(self) -> RpcRuntime:
+        """The options of the RPC runtime, where it is the one."""
+        assert isinstance(self.runtime, RpcRuntime)
+        return self.runtime
+
+    @property
+    def sim(self) -> SimRuntime:
+        """The options of the simulator, where it is the one."""
+        assert isinstance(self.runtime, SimRuntime)
+        return self.runtime
 
     def learning_rate(self, batches_per_epoch: int, total_tickets: int) -> LearningRate:
         """The scheduled learning rate of this run, in iterations."""
@@ -193,6 +189,7 @@ GROUPS: dict[str, Mapping[str, type[Section]]] = {
     "scheduler": {name: scheduler.Options for name, scheduler in SCHEDULERS.items()},
     "dataset": DATASETS,
     "model": MODELS,
+    "runtime": RUNTIMES,
     "heterogeneity": HETEROGENEITIES,
 }
 """The sections that are chosen by name."""
@@ -241,8 +238,11 @@ def parse_config(values: DictConfig | Mapping[str, Any]) -> Config:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     assert isinstance(config, Config)
-    if config.runtime.name != "rpc":
-        raise ConfigError(f"runtime: got {config.runtime.name!r}, expected rpc")
+    refused = algorithms.find(config.algorithm.name).REFUSES.get(config.scheduler.name)
+    if refused is not None:
+        raise ConfigError(
+            f"scheduler: got {config.scheduler.name!r}, which {config.algorithm.name} does not run under: {refused}"
+        )
     return config
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from ormo_rpc import algorithms
 from ormo_rpc.buffers import RunningBuffers
 from ormo_rpc.build import build_server
 from ormo_rpc.config import Config
-from ormo_rpc.data import DataSet, Epochs
+from ormo_rpc.data import Epochs
+from ormo_rpc.evaluation import Evaluation, evaluate
 from ormo_rpc.flat import FlatModel
 from ormo_rpc.learning_rate import LearningRate
 from ormo_rpc.records import Event
@@ -19,38 +22,62 @@ from ormo_rpc.seeding import seed_for
 from ormo_rpc.server import ParameterServer
 from ormo_rpc.worker import Worker
 
+Evaluator = Callable[[Tensor, Mapping[str, Tensor]], Evaluation]
+"""From parameters, shape (D,), and batch-norm statistics by name to the quality of the model."""
+Exporter = Callable[[Mapping[str, Any]], dict[str, Tensor]]
+"""From a server's state to a ``state_dict`` in plain PyTorch."""
 
-@dataclass(frozen=True)
-class Job:
-    """The parts of one run that do not change in its course.
 
-    Attributes:
-        config: The configuration.
-        data: Training and test split.
-        epochs: Which samples a ticket means.
-        total_tickets: T, how many gradients the run applies.
-        lr: The scheduled learning rate.
-    """
+class JobLike(Protocol):
+    """What a session needs to know of a job."""
 
     config: Config
-    data: DataSet
-    epochs: Epochs
     total_tickets: int
-    lr: LearningRate
+    batches_per_epoch: int
+    lr: Callable[[int], float]
 
-    @classmethod
-    def of(cls, config: Config) -> Job:
-        """Load the data and work out the length of the run.
+    def server(self, record: Callable[[Event], None], clock: Callable[[], float]) -> ParameterServer:
+        """The parameter server at iteration 0."""
+        ...
 
-        Raises:
-            ValueError: the data set is missing or damaged.
-        """
-        data = config.dataset.load()
-        epochs = Epochs(len(data.train), config.train.batch_size * config.algorithm.steps, config.seed)
-        total = epochs.total_tickets(config.train.epochs)
-        if config.train.max_iterations is not None:
-            total = min(total, config.train.max_iterations)
-        return cls(config, data, epochs, total, config.learning_rate(epochs.batches_per_epoch, total))
+    def epoch(self, iteration: int) -> float:
+        """How many epochs that many applied gradients are."""
+        ...
+
+    def evaluator(self) -> Evaluator | None:
+        """How to evaluate parameters; None where there is no test set."""
+        ...
+
+    def exporter(self) -> Exporter:
+        """How to make a ``state_dict`` in plain PyTorch."""
+        ...
+
+
+class Job:
+    """Training a model on data.
+
+    Args:
+        config: The configuration, with the number of workers decided.
+
+    Attributes:
+        data: Training and test split.
+        epochs: Which samples a ticket means.
+        batches_per_epoch: Tickets in an epoch.
+        total_tickets: T, how many pushes the run applies.
+        lr: The scheduled learning rate.
+
+    Raises:
+        ValueError: the data set is missing or damaged.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.data = config.dataset.load()
+        self.epochs = Epochs(len(self.data.train), config.train.batch_size * config.algorithm.steps, config.seed)
+        self.batches_per_epoch = self.epochs.batches_per_epoch
+        total = self.epochs.total_tickets(config.train.epochs)
+        self.total_tickets = min(total, config.train.max_iterations or total)
+        self.lr: LearningRate = config.learning_rate(self.batches_per_epoch, self.total_tickets)
 
     def model(self) -> FlatModel:
         """A model with the run's initial weights, the same in every process."""
@@ -75,27 +102,61 @@ class Job:
 
     def server(self, record: Callable[[Event], None], clock: Callable[[], float]) -> ParameterServer:
         """The parameter server at iteration 0."""
-        config, model = self.config, self.model()
-        options = {**asdict(config.algorithm), **asdict(config.scheduler)}
-        del options["name"]
-        return build_server(
-            algorithm=config.algorithm.name,
-            scheduler=config.scheduler.name,
-            params=model.flat_params(),
-            num_workers=config.num_workers,
-            lr=self.lr,
-            momentum=config.train.momentum,
-            total_tickets=self.total_tickets,
-            buffers=RunningBuffers(model.statistics(), model.buffer_momentum()),
-            record=record,
-            clock=clock,
-            **options,
-        )
+        model = self.model()
+        buffers = RunningBuffers(model.statistics(), model.buffer_momentum())
+        return configured_server(self, model.flat_params(), buffers, record, clock)
 
     def epoch(self, iteration: int) -> float:
         """How many epochs that many applied gradients are."""
-        return iteration / self.epochs.batches_per_epoch
+        return iteration / self.batches_per_epoch
+
+    def evaluator(self) -> Evaluator:
+        """Evaluates on the test split, with a model of its own."""
+        model = self.model()
+        return lambda params, statistics: evaluate(model, params, statistics, self.data.test)
+
+    def exporter(self) -> Exporter:
+        """Makes a ``state_dict``, with a model of its own."""
+        model = self.model()
+
+        def export(state: Mapping[str, Any]) -> dict[str, Tensor]:
+            buffers = state["buffers"]
+            average = {name: buffers[f"average.{name}"] for name in model.buffers.shapes}
+            return model.state_dict(state["params"], average, buffers["updates"])
+
+        return export
 
     def time_generator(self, worker: int) -> torch.Generator:
         """The source of chance of one worker's speed."""
-        return torch.Generator().manual_seed(seed_for(self.config.seed, "time", worker))
+        return time_generator(self.config, worker)
+
+
+def time_generator(config: Config, worker: int) -> torch.Generator:
+    """The source of chance of one worker's speed, independent of how many others there are."""
+    return torch.Generator().manual_seed(seed_for(config.seed, "time", worker))
+
+
+def configured_server(
+    job: JobLike,
+    params: Tensor,
+    buffers: RunningBuffers | None,
+    record: Callable[[Event], None],
+    clock: Callable[[], float],
+) -> ParameterServer:
+    """The server that a job's configuration asks for."""
+    config = job.config
+    options = {**asdict(config.algorithm), **asdict(config.scheduler)}
+    del options["name"]
+    return build_server(
+        algorithm=config.algorithm.name,
+        scheduler=config.scheduler.name,
+        params=params,
+        num_workers=config.num_workers,
+        lr=job.lr,
+        momentum=config.train.momentum,
+        total_tickets=job.total_tickets,
+        buffers=buffers,
+        record=record,
+        clock=clock,
+        **options,
+    )

@@ -7,7 +7,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from ormo_rpc.evaluation import Evaluation
-from ormo_rpc.job import Job
+from ormo_rpc.job import JobLike
 from ormo_rpc.records import Event, Statistics
 from ormo_rpc.run_directory import RunDirectory, write_summary
 
@@ -37,7 +37,7 @@ class Recorder:
 
     def __init__(
         self,
-        job: Job,
+        job: JobLike,
         directory: RunDirectory,
         dashboards: Sequence[Dashboard],
         clock: Callable[[], float],

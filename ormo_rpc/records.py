@@ -21,6 +21,7 @@ class Kind(Enum):
     leave = "leave"
     checkpoint = "checkpoint"
     resume = "resume"
+    finish = "finish"
     end = "end"
 
 

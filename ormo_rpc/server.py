@@ -122,7 +122,8 @@ class ParameterServer:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the future of the run depends on, as a private copy that `torch.load` reads with weights_only.
 
-        Replies are not in it: after `load_state_dict`, go on with the outstanding tickets, or call `start` to issue them anew.
+        Replies are not in it: after `load_state_dict`, go on with the outstanding tickets, or call `start` to issue them anew,
+        which a rule that reads what was sent (`Algorithm.READS_SENT`) cannot do without.
         """
         return {
             "version": STATE_VERSION,
@@ -282,6 +283,8 @@ class ParameterServer:
         if issue is None:
             return self._again(push.worker)
         sent = None if member.reply is None else member.reply.params
+        if sent is None and self.rule.READS_SENT:
+            raise Rejoin(f"push of worker {push.worker}: what it was sent was lost when the server's state was loaded; rejoin")
         member.answered, member.reply = (push.ticket, push.stamp), None
         arrival = Arrival(
             worker=push.worker,
@@ -329,6 +332,7 @@ class ParameterServer:
     def finish(self) -> list[Reply]:
         """Issue no further ticket; the run is completed once the outstanding ones are redeemed."""
         self.ledger.close()
+        self._record(Kind.finish, iteration=self.iteration)
         self._end_if_done()
         return self._answer()
 
@@ -460,7 +464,8 @@ class ParameterServer:
 
     def _params_for(self, worker: int, lr: float) -> Tensor:
         """What the rule sends this worker: the snapshot that all replies of one stamp share, unless each gets its own."""
-        outgoing = self.rule.outgoing(Dispatch(worker=worker, concurrency=self.concurrency, lr=lr))
+        dispatch = Dispatch(worker=worker, concurrency=self.concurrency, lr=lr, bucket=self.buckets.current)
+        outgoing = self.rule.outgoing(dispatch)
         return self.snapshot() if outgoing is self.params else outgoing.clone()
 
     def _record(self, kind: Kind, **data: Any) -> None:

@@ -176,7 +176,7 @@ def test_the_reason_may_have_no_words(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_model_pt_is_a_state_dict_of_plain_pytorch_and_is_evaluated(tmp_path: Path) -> None:
-    job = Job.of(CONFIG)
+    job = Job(CONFIG)
     running = job.server(lambda _: None, lambda: 0.0)
     for due in running.start():
         running.receive(job.worker().compute(due))
@@ -198,7 +198,7 @@ def test_model_pt_is_a_state_dict_of_plain_pytorch_and_is_evaluated(tmp_path: Pa
 
 
 def test_a_run_goes_on_from_its_checkpoint_with_the_same_bits(tmp_path: Path) -> None:
-    job = Job.of(CONFIG)
+    job = Job(CONFIG)
     whole, first, second = (job.server(lambda _: None, lambda: 0.0) for _ in range(3))
     worker = job.worker()
 

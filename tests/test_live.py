@@ -74,7 +74,7 @@ def test_the_default_run_trains_digits_and_leaves_everything_behind(tmp_path: Pa
 
     found, evaluation = evaluate_checkpoint(run_dir)
     assert evaluation.accuracy == result["test_accuracy"]
-    model = Job.of(load_config(run_dir / "config.yaml")).model()
+    model = Job(load_config(run_dir / "config.yaml")).model()
     model.module.load_state_dict(torch.load(found / "model.pt", weights_only=True))  # plain PyTorch
     assert sha256(model.flat_params()) == result["final_params_sha256"]
     assert set(processes(run_dir)["workers"]) == {"0", "1", "2", "3"}
@@ -94,7 +94,7 @@ def test_a_live_run_does_the_mathematics(tmp_path: Path) -> None:
     options = (*QUIET, *steps, "model.hidden=16", "train.weight_decay=0.01", "train.clip_norm=0.5")
     status, _, err = launch(tmp_path, *options)
     assert status == 0, err
-    job = Job.of(load_config(tmp_path / "config.yaml"))
+    job = Job(load_config(tmp_path / "config.yaml"))
     worker, beta = job.worker(), 0.9
     start = job.model().flat_params().double()
 
@@ -147,7 +147,7 @@ def test_batch_norm_and_the_synchronous_scheduler(tmp_path: Path) -> None:
         assert [event["stamp"] for event in events(run_dir, "apply")] == [0, 0, 0, 3, 3, 3, 6, 6, 6, 9]
 
         config = load_config(run_dir / "config.yaml")
-        job = Job.of(config)
+        job = Job(config)
         server, worker = job.server(lambda _: None, lambda: 0.0), job.worker()
         replies = {reply.worker: reply for reply in server.start()}
         means = torch.zeros(8)

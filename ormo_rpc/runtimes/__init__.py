@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from ormo_rpc import checkpoint
 from ormo_rpc.config import Config, ConfigError
 from ormo_rpc.run_directory import RunDirectory
+from ormo_rpc.runtime_options import GradientKind, RpcRuntime, SimRuntime
 from ormo_rpc.runtimes.failure import RunFailed
 
 __all__ = ["RunFailed", "run"]
@@ -32,20 +34,32 @@ def run(config: Config, run_dir: Path) -> dict[str, Any]:
         ConfigError: the configuration cannot be run here; nothing was started.
         RunFailed: the run did not meet its end.
     """
-    from ormo_rpc.runtimes import rpc
-
     config = _decide_workers(config)
-    if rpc.global_rank() == 0:
+    if _global_rank() == 0:
         RunDirectory.check_unused(run_dir)
         if config.checkpoint.resume is not None:
             checkpoint.find(Path(config.checkpoint.resume))
-    try:
-        config.dataset.prepare()
-        data = config.dataset.load()
-        config.model.build(data.input_shape, data.num_classes)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    return rpc.run(config, run_dir)
+    runtime = importlib.import_module(f"ormo_rpc.runtimes.{config.runtime.name}")
+    if _needs_data(config):
+        try:
+            config.dataset.prepare()
+            data = config.dataset.load()
+            config.model.build(data.input_shape, data.num_classes)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    return runtime.run(config, run_dir)
+
+
+def _needs_data(config: Config) -> bool:
+    """Whether the run trains the configured model on the configured data set."""
+    if isinstance(config.runtime, SimRuntime):
+        return config.runtime.gradient is GradientKind.real
+    return isinstance(config.runtime, RpcRuntime)
+
+
+def _global_rank() -> int:
+    """This process's rank under torchrun; 0 elsewhere."""
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 
 def _decide_workers(config: Config) -> Config:

@@ -85,7 +85,7 @@ def _start_rank(supervisor: Supervisor, config: Config, run_dir: Path, rank: int
 
 
 def _command(config: Config, rank: int, size: int, store: str) -> list[str]:
-    timeout = str(config.runtime.start_timeout_seconds)
+    timeout = str(config.rpc.start_timeout_seconds)
     return [
         *(sys.executable, "-m", "ormo_rpc.runtimes.rpc.child", "--rank", str(rank), "--world-size", str(size)),
         *("--store", store, "--start-timeout", timeout),
@@ -124,7 +124,7 @@ def _environment(config: Config, *, loopback: bool) -> dict[str, str]:
         # Every ordinary goodbye makes the agents warn of closed pipes.
         "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
     }
-    interface = _loopback_interface() if loopback else config.runtime.interface
+    interface = _loopback_interface() if loopback else config.rpc.interface
     if interface is not None:
         env |= {"TP_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
     return env
@@ -138,7 +138,7 @@ def _loopback_interface() -> str | None:
 def _watch(supervisor: Supervisor, config: Config, run_dir: Path) -> RunFailed | None:
     """Watch the children until the run is over; return what went wrong, if anything did."""
     children = supervisor.children
-    patience = config.runtime.stop_timeout_seconds
+    patience = config.rpc.stop_timeout_seconds
 
     def over() -> bool:
         return any(child.exit_code not in (None, 0) for child in children) or children[0].exit_code is not None

@@ -25,7 +25,7 @@ def work(store: Store, *, rank: int, world_size: int, timeout_seconds: float) ->
         timeout_seconds: For the start.
     """
     config = parse_config(OmegaConf.to_container(OmegaConf.create(store.get("config").decode())))  # pyright: ignore[reportArgumentType] # a mapping
-    job = Job.of(config)
+    job = Job(config)
     with rpc_group(store, rank=rank, world_size=world_size, timeout_seconds=timeout_seconds):
         store.wait(["service"])
         _work(config, job, rank - 1, timeout_seconds)
@@ -41,5 +41,5 @@ def _work(config: Config, job: Job, number: int, start_timeout_seconds: float) -
         push = worker.compute(reply)
         slowdown = config.heterogeneity.slowdown(number, config.num_workers, speed)
         time.sleep((slowdown - 1) * (time.monotonic() - began))
-        reply = deliver(service, push, worker.payload, timeout_seconds=config.runtime.rpc_timeout_seconds)
-    say_goodbye(service, number, config.runtime.stop_timeout_seconds)
+        reply = deliver(service, push, worker.payload, timeout_seconds=config.rpc.rpc_timeout_seconds)
+    say_goodbye(service, number, config.rpc.stop_timeout_seconds)

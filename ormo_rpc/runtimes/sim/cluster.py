@@ -1,8 +1,8 @@
 """A virtual cluster: one real `ParameterServer`, one real gradient source, and workers that exist as events only.
 
-The journey of a ticket: the reply travels over the worker's link, the worker computes, the push travels back, waits in the server's
-queue, and is served; then the replies that are due leave. A gradient is computed when its push is served, at the snapshot that its
-reply carried, so a thousand workers need no memory but that of the snapshots that somebody still holds.
+The journey of a ticket: the reply travels over the worker's link, the worker computes, the push travels back, waits in the
+server's queue, and is served; then the replies that are due leave. A gradient is computed when its push is served, at the
+snapshot that its reply carried, so a thousand workers need no memory but that of the snapshots that somebody still holds.
 """
 
 from __future__ import annotations

@@ -1,0 +1,142 @@
+"""The simulator: a virtual cluster around the same server and worker objects, in this process and in virtual time."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from ormo_rpc.config import Config, save_config
+from ormo_rpc.job import Job, time_generator
+from ormo_rpc.runtime_options import GradientKind
+from ormo_rpc.runtimes.failure import RunFailed
+from ormo_rpc.runtimes.sim.clock import EventQueue
+from ormo_rpc.runtimes.sim.cluster import Cluster, GradientSource, Links
+from ormo_rpc.runtimes.sim.jobs import SyntheticJob
+from ormo_rpc.session import Session
+
+PUMP_EVERY = 32
+"""Pushes between two looks at the queues of records."""
+
+
+class InlineExecutor(Executor):
+    """Runs what is submitted at once, so that nothing depends on which thread is faster."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Call, and return the result as a completed future."""
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def run(config: Config, run_dir: Path) -> dict[str, Any]:
+    """Simulate a run to its end and return its summary.
+
+    Raises:
+        RunFailed: it was interrupted; a checkpoint is left.
+    """
+    sim = config.sim
+    torch.set_num_threads(sim.threads)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    save_config(config, run_dir / "config.yaml")
+    queue = EventQueue()
+    real = sim.gradient is GradientKind.real
+    job = Job(config) if real else SyntheticJob(config)
+    source: GradientSource = job.worker() if isinstance(job, Job) else job.source()
+    terminal = sys.stderr.fileno() if sys.stderr.isatty() else None
+    session = Session(job, run_dir, InlineExecutor(), lambda: queue.now, terminal=terminal)
+    session.open()
+    cluster = Cluster(
+        session.server,
+        source,
+        queue,
+        _links(config, session),
+        _compute_seconds(config),
+        lambda: session.observe(session.server),
+    )
+    _schedule(config, queue, cluster)
+    interrupted = _drive(queue, session)
+    cluster.close()
+    state = session.server.state_dict()
+    session.write_checkpoint(state)
+    status = {"status": "interrupted", "reason": "SIGINT"} if interrupted else {}
+    summary = session.close(state, wait=True, virtual_seconds=queue.now, **status, **_loads(cluster, queue.now))
+    if interrupted:
+        raise RunFailed(
+            f"interrupted; iteration {state['iteration']} is kept: go on with checkpoint.resume={run_dir}", exit_status=130
+        )
+    return summary
+
+
+def _schedule(config: Config, queue: EventQueue, cluster: Cluster) -> None:
+    """Put into the queue what happens at given times."""
+    for worker, seconds in config.sim.joins.items():
+        queue.at(seconds, cluster.join, worker)
+    for worker, seconds in config.sim.leaves.items():
+        queue.at(seconds, cluster.leave, worker)
+    if config.train.max_seconds is not None:
+        queue.at(config.train.max_seconds, cluster.finish)
+    cluster.start()
+
+
+def _drive(queue: EventQueue, session: Session) -> bool:
+    """Let one event happen after the other until the run has ended; return whether it was interrupted."""
+    asked: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature of a signal handler
+        asked.append(number)
+
+    main = threading.current_thread() is threading.main_thread()
+    former = signal.signal(signal.SIGINT, interrupt) if main else None
+    try:
+        count = 0
+        while not session.server.ended and not asked and queue.step():
+            count += 1
+            if count % PUMP_EVERY == 0:
+                session.pump()
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, former)
+    return bool(asked)
+
+
+def _links(config: Config, session: Session) -> Links:
+    server = session.server
+    values = server.params.numel() + sum(value.numel() for value in server.buffers.average.values())
+    return Links(
+        latency_seconds=config.sim.latency_seconds,
+        bandwidth=config.sim.bandwidth,
+        message_bytes=values * server.params.element_size(),
+        service_seconds=config.sim.service_seconds,
+    )
+
+
+def _compute_seconds(config: Config) -> Callable[[int], float]:
+    """Draws how long a worker's next ticket takes, from a source of chance of its own."""
+    generators: dict[int, torch.Generator] = {}
+
+    def draw(worker: int) -> float:
+        if worker not in generators:
+            generators[worker] = time_generator(config, worker)
+        slowdown = config.heterogeneity.slowdown(worker, config.num_workers, generators[worker])
+        return config.sim.compute_seconds * slowdown
+
+    return draw
+
+
+def _loads(cluster: Cluster, seconds: float) -> dict[str, Any]:
+    """Who was busy for which part of the time."""
+    load = cluster.load
+    busy = {str(w): load.computing.get(w, 0.0) / max(load.member[w], 1e-12) for w in sorted(load.member)}
+    return {
+        "utilisation_per_worker": {worker: min(1.0, part) for worker, part in busy.items()},
+        "server_load": load.serving / seconds if seconds else 0.0,
+        "server_queue_seconds": load.queueing,
+    }
