@@ -86,6 +86,11 @@ def read(checkpoint: Path, name: str) -> dict[str, Any]:
         raise ConfigError(f"{checkpoint / name}: cannot be read: {reason}; take an older checkpoint") from None
 
 
+def iteration_of(checkpoint: Path) -> int:
+    """The iteration at which a checkpoint of a run directory was taken."""
+    return int(checkpoint.name.removeprefix(_PREFIX))
+
+
 def _complete(folder: Path) -> list[Path]:
     """The whole checkpoints of a folder, oldest first."""
     return sorted(path for path in folder.glob(f"{_PREFIX}*") if path.is_dir())

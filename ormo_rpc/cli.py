@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -19,6 +20,7 @@ from omegaconf import MISSING, DictConfig
 
 from ormo_rpc.config import GROUPS, Config, ConfigError, parse_config, schema_of
 from ormo_rpc.options import Section
+from ormo_rpc.torchrun import Torchrun
 
 
 def config_dir() -> Path:
@@ -64,7 +66,7 @@ def help_text() -> str:
         lines += [f"  {group}", *(f"      {line}" for line in common)]
         for name, section in choices.items():
             (doc,) = (f.metadata["doc"] for f in dataclasses.fields(section) if f.name == "name")
-            lines.append(f"    {name:<16}{doc}")
+            lines.append(f"    {name:<18}{doc}")
             lines += [f"      {line}" for line in described[name] if line not in common]
     for folder in sorted(path for path in config_dir().iterdir() if path.is_dir() and path.name not in GROUPS):
         lines.append(f"  {folder.name:<18}{', '.join(sorted(path.stem for path in folder.glob('*.yaml')))}")
@@ -94,8 +96,14 @@ def _describe(section: type[Section], field: dataclasses.Field[Any]) -> str:
 
 def main() -> None:
     """Run ``launch.py`` with this process's arguments."""
+    for number in range(3):  # a closed standard stream would lend its number to the next file that is opened
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     register_schemas()
-    if int(os.environ.get("RANK", "0")) > 0:
+    torchrun = Torchrun.from_environment()
+    if torchrun is not None and torchrun.rank > 0:
         # Rank 0 alone makes the run directory and its logs.
         sys.argv += [
             "hydra.run.dir=.",
@@ -125,20 +133,25 @@ def _job(values: DictConfig) -> None:
     mode = HydraConfig.get()
     sweep = mode.mode is RunMode.MULTIRUN
     try:
-        if sweep and "TORCHELASTIC_RUN_ID" in os.environ:
+        if sweep and Torchrun.from_environment() is not None:
             raise ConfigError("-m: got a sweep under torchrun, expected a single run; start sweeps with python launch.py -m")
         config, run_dir = parse_config(values), Path(mode.runtime.output_dir)
-        if sys.stderr.isatty():
+        if _on_terminal():
             print(f"launch.py: starting the processes of {run_dir}", file=sys.stderr)
         summary = run(config, run_dir)
     except (ConfigError, RunFailed) as error:
         print(f"launch.py: {error}", file=sys.stderr)
         sys.exit(error.exit_status if isinstance(error, RunFailed) else 2)
     if summary:
-        print(_result(summary, run_dir))
+        with contextlib.suppress(BrokenPipeError):  # whoever read our output has heard enough
+            print(_result(summary, run_dir), flush=True)
     if summary.get("status") == "diverged" and not sweep:
         print("launch.py: the parameters diverged; lower train.lr or train.momentum, or set train.clip_norm", file=sys.stderr)
         sys.exit(3)
+
+
+def _on_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()  # pyright: ignore[reportUnnecessaryComparison] # None where it was closed
 
 
 def _result(summary: dict[str, Any], run_dir: Path) -> str:

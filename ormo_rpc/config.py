@@ -204,6 +204,8 @@ def schema_of(section: type[Section]) -> DictConfig:
         child = None if OmegaConf.is_missing(node, name) else node[name]
         if isinstance(child, DictConfig):
             OmegaConf.set_readonly(child, False)
+            if OmegaConf.get_type(child) is dict:
+                OmegaConf.set_struct(child, False)  # a free dictionary, such as the keywords of a user's own model
     return node
 
 

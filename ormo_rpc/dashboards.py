@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -41,12 +42,14 @@ class ProgressBar:
         self.fields["delay"] = f"{statistics.delay_mean:.1f}"
         self.bar.set_postfix(self.fields, refresh=False)
         self.bar.update(max(0, statistics.iterations - self.bar.n))
-        self.bar.refresh()
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            self.bar.refresh()
 
     def close(self, summary: Mapping[str, Any]) -> None:  # noqa: ARG002 - the launcher prints it
         """Leave the last state standing."""
-        self.bar.close()
-        self.file.close()
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            self.bar.close()
+            self.file.close()
 
 
 class Wandb:
@@ -85,7 +88,7 @@ class Wandb:
         """Log a row, with each worker's mean delay and the histogram of all delays."""
         pushes = statistics.pushes_per_worker
         per_worker = {f"delay/worker_{w}": statistics.delay_sum_per_worker[w] / n for w, n in sorted(pushes.items())}
-        counts = np.bincount(list(statistics.delays.elements())) if "test_accuracy" in row and statistics.delays else None
+        counts = statistics.delay_counts() if "test_accuracy" in row and statistics.delays else None
         histogram = {} if counts is None else {"delay/histogram": self._histogram(counts)}
         self.run.log({**row, **per_worker, **histogram})
 
@@ -94,7 +97,7 @@ class Wandb:
         self.run.summary.update(plain(dict(summary)))
         self.run.finish()
 
-    def _histogram(self, counts: np.ndarray[Any, Any]) -> Any:
+    def _histogram(self, counts: list[int]) -> Any:
         most = self.wandb.Histogram.MAX_LENGTH
         width = -(-len(counts) // most)
         padded = np.pad(counts, (0, -len(counts) % width)).reshape(-1, width).sum(1)

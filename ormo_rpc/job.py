@@ -126,10 +126,6 @@ class Job:
 
         return export
 
-    def time_generator(self, worker: int) -> torch.Generator:
-        """The source of chance of one worker's speed."""
-        return time_generator(self.config, worker)
-
 
 def time_generator(config: Config, worker: int) -> torch.Generator:
     """The source of chance of one worker's speed, independent of how many others there are."""

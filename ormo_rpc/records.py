@@ -50,7 +50,6 @@ class Statistics:
 
     iterations: int = 0
     gradients_computed: int = 0
-    samples: int = 0
     discarded: int = 0
     repeated: int = 0
     pushes_per_worker: Counter[int] = field(default_factory=Counter[int])
@@ -64,7 +63,6 @@ class Statistics:
         data = event.data
         if event.kind is Kind.apply:
             self.iterations = data["iteration"] + 1
-            self.samples += data["samples"]
             self.delays[data["delay"]] += 1
             self.delay_sum_per_worker[data["worker"]] += data["delay"]
             if data["loss"] is not None:
@@ -76,6 +74,10 @@ class Statistics:
             self.pushes_per_worker[data["worker"]] += 1
         if event.kind is Kind.repeat:
             self.repeated += 1
+
+    def delay_counts(self) -> list[int]:
+        """How many applied gradients had the delay 0, 1, ..., delay_max."""
+        return [self.delays[delay] for delay in range(self.delay_max + 1)]
 
     @property
     def delay_mean(self) -> float:

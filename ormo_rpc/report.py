@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ormo_rpc.config import ConfigError
-from ormo_rpc.run_directory import read_summary
+from ormo_rpc.run_directory import read_summary, read_trace
 
 TIMELINE_TICKETS = 80
 """How many updates the timeline reaches over."""
@@ -48,7 +48,7 @@ class Run:
         summary = read_summary(path)
         if summary is None or "iterations" not in summary:
             raise ConfigError(f"{path}: got a folder without the summary of a run, expected a run directory")
-        return cls(path, summary, _lines(path / "metrics.jsonl"), _lines(path / "trace.jsonl")[1:])
+        return cls(path, summary, _lines(path / "metrics.jsonl"), read_trace(path)[1])
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
         """The values of a metric, and the seconds at which they were taken."""

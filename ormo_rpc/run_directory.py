@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -33,16 +34,19 @@ class RunDirectory:
         self._metrics = self._open("metrics.jsonl")
 
     @staticmethod
-    def check_unused(path: Path) -> None:
-        """Refuse a directory that holds a run.
+    def claim(path: Path) -> None:
+        """Make a run directory, for this run alone.
 
         Raises:
-            ConfigError: it does.
+            ConfigError: it holds a run, or another one has just claimed it.
         """
-        if (path / "trace.jsonl").exists():
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            (path / "trace.jsonl").open("x").close()
+        except FileExistsError:
             raise ConfigError(
                 f"{path}: got the directory of an earlier run, expected a new one; go on with checkpoint.resume={path}"
-            )
+            ) from None
 
     def write_header(self, **more: Any) -> None:
         """Write the first line of the trace: the format, and what the bits of the run depend on."""
@@ -76,7 +80,7 @@ class RunDirectory:
 
     @staticmethod
     def _write(file: TextIO, line: Mapping[str, Any]) -> None:
-        file.write(json.dumps(line) + "\n")
+        file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
 
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
@@ -92,8 +96,19 @@ def read_summary(path: Path) -> dict[str, Any] | None:
 
 def _replace(file: Path, content: Mapping[str, Any]) -> None:
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     temporary.replace(file)
+
+
+def _finite(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content with null for NaN and infinity, which JSON does not know."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in content.items()}
+
+
+def read_trace(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The header and the events of a run directory's trace."""
+    header, *events = [json.loads(line) for line in (path / "trace.jsonl").read_text(encoding="utf-8").splitlines()]
+    return header, events
 
 
 def environment() -> dict[str, Any]:

@@ -51,6 +51,12 @@ class RpcRuntime(Runtime):
         valid=_positive,
         expected="a finite number > 0",
     )
+    ticket_timeout_seconds: float = option(
+        900.0,
+        "time after which a worker that does not come back with its ticket ends the run",
+        valid=_positive,
+        expected="a finite number > 0",
+    )
     stop_timeout_seconds: float = option(
         10.0, "time for a run to wind up when it is interrupted", valid=_positive, expected="a finite number > 0"
     )

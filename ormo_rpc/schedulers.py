@@ -117,9 +117,7 @@ class SSP(Scheduler):
     class Options(Scheduler.Options):
         """The slack."""
 
-        name: str = option(
-            "ssp", "stale synchronous parallel: a worker waits while more than s tickets ahead of the slowest"
-        )
+        name: str = option("ssp", "stale synchronous parallel: a worker waits while more than s tickets ahead of the slowest")
         s: int = option(3, "tickets that a worker may be ahead", valid=lambda v: v >= 0, expected="a whole number >= 0")
 
     def __init__(self, options: Any) -> None:

@@ -129,7 +129,7 @@ class ParameterServer:
             "version": STATE_VERSION,
             "algorithm": self.rule.NAME,
             "scheduler": self.scheduler.NAME,
-            "params": self.params.clone(),
+            "params": self.snapshot(),
             "rule": {k: v.clone() if isinstance(v, Tensor) else v for k, v in self.rule.state().items()},
             "buffers": self.buffers.state(),
             "status": self.status.value,
@@ -175,9 +175,7 @@ class ParameterServer:
         self.params.copy_(state["params"])
         self.rule.load_state(state["rule"])
         self.buffers.load_state(state["buffers"])
-        # One that was completed or stopped goes on where this server has more to do, and only divergence is for ever.
-        diverged = state["status"] == Status.diverged.value
-        self.status = Status.diverged if diverged else Status.running
+        # One that has ended goes on where this server has more to do, unless the parameters themselves are lost.
         self.iteration = state["iteration"]
         self.incarnation = state["incarnation"]
         self.buckets = Buckets(*state["buckets"])
@@ -185,13 +183,15 @@ class ParameterServer:
         total = self.ledger.total
         self.ledger = Ledger.from_state(state["ledger"])
         self.ledger.total = total
+        self.status = Status.completed if self.ledger.done else Status.running
+        if not all_finite(self.params):
+            self.status = Status.diverged
         self.members = {worker: _Member(answered) for worker, answered in state["members"].items()}
         self.waiting = list(state["waiting"])
         self.parked = list(state["parked"])
         self.scheduler.load_state(state["clocks"])
         self._started = True
         self._snapshot = None
-        self._end_if_done()
 
     # ------------------------------------------------------------------------------------------------------- membership
 
@@ -359,8 +359,10 @@ class ParameterServer:
             if member.answered != (push.ticket, push.stamp):
                 raise
             issue = None
-        if issue is None:
+        if issue is None and member.answered == (push.ticket, push.stamp):
             self._record(Kind.repeat, worker=push.worker, ticket=push.ticket, stamp=push.stamp)
+        elif issue is None:
+            self._record(Kind.discard, worker=push.worker, ticket=push.ticket, stamp=push.stamp, reason="taken away")
         return member, issue
 
     def _again(self, worker: int) -> list[Reply]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
@@ -12,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ormo_rpc import checkpoint
+from ormo_rpc.config import Config
 from ormo_rpc.dashboards import dashboards
 from ormo_rpc.evaluation import Evaluation
 from ormo_rpc.flat import sha256
@@ -20,6 +22,8 @@ from ormo_rpc.recorder import Recorder
 from ormo_rpc.records import Event, Kind
 from ormo_rpc.run_directory import RunDirectory
 from ormo_rpc.server import ParameterServer
+
+_log = logging.getLogger(__name__)
 
 
 class Session:
@@ -61,7 +65,8 @@ class Session:
         self._evaluate = job.evaluator()
         self._evaluations: list[tuple[int, float, Future[Evaluation]]] = []
         self._to_evaluate: SimpleQueue[tuple[int, float, Tensor, dict[str, Tensor]]] = SimpleQueue()
-        self._to_write: SimpleQueue[dict[str, Any]] = SimpleQueue()
+        self._to_write: dict[str, Any] | None = None
+        """A state that waits to be written; where the disk is too slow for ``checkpoint.every``, later ones are skipped."""
         self._seen = 0
 
     def open(self) -> None:
@@ -91,8 +96,8 @@ class Session:
         if self._evaluate is not None and (self._seen % self.job.batches_per_epoch == 0 or server.ended):
             self._to_evaluate.put((self._seen, self.clock(), server.snapshot(), server.buffers.copy()))
         every = self.job.config.checkpoint.every
-        if every and self._seen % every == 0:
-            self._to_write.put(server.state_dict())
+        if every and self._seen % every == 0 and self._to_write is None:
+            self._to_write = server.state_dict()
 
     def pump(self, *, now: bool = False) -> None:
         """Write down what has come since the last call; a row of metrics too if it is time for one, or ``now``."""
@@ -101,8 +106,9 @@ class Session:
             assert self._evaluate is not None
             self._evaluations.append((iteration, seconds, self.executor.submit(self._evaluate, params, statistics)))
         self._take_evaluations(wait=False)
-        for state in _drained(self._to_write):
-            self.write_checkpoint(state)
+        if self._to_write is not None:
+            self.write_checkpoint(self._to_write)
+            self._to_write = None
 
     def write_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Write a state of the server as a checkpoint.
@@ -138,7 +144,11 @@ class Session:
     def _take_evaluations(self, *, wait: bool) -> None:
         while self._evaluations and (wait or self._evaluations[0][-1].done()):
             iteration, seconds, future = self._evaluations.pop(0)
-            self.recorder.evaluated(iteration, seconds, future.result())
+            failure = future.exception()
+            if failure is None:
+                self.recorder.evaluated(iteration, seconds, future.result())
+            else:  # training goes on, as it does not depend on it
+                _log.error("evaluation at iteration %d failed", iteration, exc_info=failure)
 
     def _summary(self, state: Mapping[str, Any]) -> dict[str, Any]:
         statistics, evaluation = self.recorder.statistics, self.recorder.evaluation
@@ -147,15 +157,7 @@ class Session:
         return {
             "status": state["status"],
             "reason": None,
-            "algorithm": config.algorithm.name,
-            "scheduler": config.scheduler.name,
-            "runtime": config.runtime.name,
-            "dataset": config.dataset.name,
-            "model": config.model.name,
-            "heterogeneity": config.heterogeneity.name,
-            "lr": config.train.lr,
-            "seed": config.seed,
-            "num_workers": config.num_workers,
+            **_identity(config),
             "parameters": state["params"].numel(),
             "iterations": state["iteration"],
             "gradients_computed": statistics.gradients_computed,
@@ -178,6 +180,54 @@ class Session:
             "final_buffers_sha256": sha256(*(state["buffers"][f"average.{name}"] for name in self.server.buffers.average)),
             "checkpoint": str(self.checkpoint) if self.checkpoint else None,
         }
+
+
+SUMMARY_KEYS = (
+    *(
+        "status",
+        "reason",
+        "algorithm",
+        "scheduler",
+        "runtime",
+        "dataset",
+        "model",
+        "heterogeneity",
+        "lr",
+        "seed",
+        "num_workers",
+    ),
+    *("parameters", "iterations", "gradients_computed", "discarded", "repeated", "epochs", "train_loss", "test_loss"),
+    *("test_accuracy", "wall_seconds", "virtual_seconds", "updates_per_second", "delay_mean", "delay_max"),
+    *(
+        "pushes_per_worker",
+        "lock_wait_seconds",
+        "lock_held_seconds",
+        "final_params_sha256",
+        "final_buffers_sha256",
+        "checkpoint",
+    ),
+)
+"""What every summary has at least."""
+
+
+def unfinished_summary(config: Config, status: str, reason: str) -> dict[str, Any]:
+    """The summary of a run whose server could not write one: what the configuration tells, and None for the rest."""
+    return {**dict.fromkeys(SUMMARY_KEYS), **_identity(config), "status": status, "reason": reason}
+
+
+def _identity(config: Config) -> dict[str, Any]:
+    """What kind of run it is."""
+    return {
+        "algorithm": config.algorithm.name,
+        "scheduler": config.scheduler.name,
+        "runtime": config.runtime.name,
+        "dataset": config.dataset.name,
+        "model": config.model.name,
+        "heterogeneity": config.heterogeneity.name,
+        "lr": config.train.lr,
+        "seed": config.seed,
+        "num_workers": config.num_workers,
+    }
 
 
 def _drained(queue: SimpleQueue[Any]) -> list[Any]:

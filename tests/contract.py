@@ -14,10 +14,12 @@ from ormo_rpc.algorithms._delay_adaptive import DelayRule
 from ormo_rpc.build import build_server
 from ormo_rpc.records import Event
 from ormo_rpc.server import ParameterServer
-from tests import reference
+from tests import reference, reference_batching, reference_peers
 from tests.schedule import Run, Schedule, noise, schedules
 
-SCHEDULERS = ("async", "sync")
+SCHEDULERS = ("async", "sync", "partial", "ssp")
+SCHEDULER_OPTIONS: Mapping[str, Mapping[str, Any]] = {"partial": {"k": 2}, "ssp": {"s": 1}}
+"""Such that a barrier is felt with the few workers of these tests."""
 DIMENSION = 4
 LEARNING_RATES: Mapping[str, Callable[[int], float]] = {
     "constant": lambda _: 0.1,
@@ -55,6 +57,7 @@ class Row:
         name: The rule's name.
         reference: Its slow twin.
         vectors: How many vectors of D elements the rule holds, the parameters among them, for ``num_workers`` workers.
+        more_vectors: And how many more with these options.
         lr: A learning rate at which it converges on the quadratic of the convergence test, whose largest curvature is 1.
         variants: Its options; every test draws one.
         schedulers: Those that it runs under.
@@ -68,9 +71,19 @@ class Row:
     variants: tuple[Mapping[str, Any], ...] = ({},)
     schedulers: tuple[str, ...] = SCHEDULERS
     reductions: tuple[Reduction, ...] = ()
+    more_vectors: Callable[[Mapping[str, Any]], int] = lambda _: 0
 
 
 CORRECTED = {"momentum_correction": True}
+DELAY_ADAPTIVE: tuple[Mapping[str, Any], ...] = (
+    {},
+    {"threshold": 1},
+    {"threshold": 2, "smoothness": 2.0},
+    {"rule": DelayRule.mishchenko},
+    {"rule": DelayRule.koloskova, "threshold": 2},
+    {"rule": DelayRule.drop},
+    {"rule": DelayRule.drop, "threshold": 1},
+)
 ROWS = (
     Row(name="asgd", reference=reference.ASGD, vectors=lambda _: 1, lr=0.1),
     Row(
@@ -93,17 +106,7 @@ ROWS = (
         reference=reference.OrMoDA,
         vectors=lambda _: 2,
         lr=0.01,
-        variants=(
-            {},
-            CORRECTED,
-            {"threshold": 1},
-            {"threshold": 1, **CORRECTED},
-            {"threshold": 2, "smoothness": 2.0},
-            {"rule": DelayRule.mishchenko},
-            {"rule": DelayRule.koloskova, "threshold": 2},
-            {"rule": DelayRule.drop},
-            {"rule": DelayRule.drop, "threshold": 1},
-        ),
+        variants=(*DELAY_ADAPTIVE, CORRECTED, {"threshold": 1, **CORRECTED}),
         reductions=(
             Reduction(to="ormo", options={"threshold": 1000}),
             Reduction(to="ormo", options={"rule": DelayRule.drop, "threshold": 1000}),
@@ -123,6 +126,131 @@ ROWS = (
             # Under sync every gradient is of the newest bucket, e = 0.
             Reduction(to="ormo", num_workers=3, schedulers=("sync",)),
         ),
+    ),
+    Row(
+        name="rennala",
+        reference=reference_batching.Rennala,
+        vectors=lambda _: 2,
+        lr=0.4,
+        variants=({}, {"batch": 1}, {"batch": 3}),
+        schedulers=("async",),
+        reductions=(Reduction(to="asgd", options={"batch": 1}, num_workers=1, schedulers=("async",)),),
+    ),
+    Row(
+        name="ringmaster",
+        reference=reference_batching.Ringmaster,
+        vectors=lambda _: 1,
+        lr=0.1,
+        variants=({}, {"delay_threshold": 1}, {"delay_threshold": 3}),
+        schedulers=("async",),
+        reductions=(Reduction(to="asgd", options={"delay_threshold": 1000}, schedulers=("async",)),),
+    ),
+    Row(
+        name="fedbuff",
+        reference=reference_batching.FedBuff,
+        vectors=lambda _: 2,
+        lr=0.4,
+        variants=({}, {"buffer": 1, "staleness_power": 0.5}, {"buffer": 3, "staleness_power": 0.5}),
+        reductions=(Reduction(to="asgd", options={"buffer": 1}),),
+    ),
+    Row(
+        name="delayed_nesterov",
+        reference=reference_batching.DelayedNesterov,
+        vectors=lambda _: 3,
+        lr=0.04,
+        variants=({}, {"period": 1}, {"period": 3, "activation": 0.2}, {"period": 1, "activation": 0.5}),
+        reductions=(Reduction(to="asgd", options={"period": 1}, momentum=0.0),),
+    ),
+    Row(
+        name="easgd",
+        reference=reference_batching.EASGD,
+        vectors=lambda workers: 1 + workers,
+        lr=0.1,
+        variants=({}, {"elasticity": 0.3}, {"elasticity": 1.0}),
+    ),
+    Row(name="orlomo", reference=reference_batching.OrLoMo, vectors=lambda _: 2, lr=0.01, variants=({}, {"local_steps": 1})),
+    Row(
+        name="pnm",
+        reference=reference_batching.PNM,
+        vectors=lambda _: 3,
+        lr=0.4,
+        variants=({}, {"beta2": 0.5}),
+        reductions=(Reduction(to="asgd", options={"beta2": 0.0}, momentum=0.0),),
+    ),
+    Row(
+        name="spa",
+        reference=reference_batching.SPA,
+        vectors=lambda _: 2,
+        lr=0.01,
+        variants=({}, {"averaging": 0.5}, {"averaging": 1.0}),
+        reductions=(Reduction(to="asgd", momentum=0.0), Reduction(to="naive", exact=False)),
+    ),
+    Row(
+        name="shifted",
+        reference=reference_peers.Shifted,
+        vectors=lambda num_workers: 1 + num_workers,
+        lr=0.01,
+        reductions=(Reduction(to="asgd", momentum=0.0, exact=False), Reduction(to="naive", num_workers=1)),
+    ),
+    Row(
+        name="dana",
+        reference=reference_peers.DANA,
+        vectors=lambda num_workers: 2 + num_workers,
+        lr=0.01,
+        reductions=(Reduction(to="asgd", momentum=0.0),),
+    ),
+    Row(
+        name="smega2",
+        reference=reference_peers.SMEGA2,
+        vectors=lambda _: 3,
+        lr=0.01,
+        reductions=(
+            Reduction(to="asgd", momentum=0.0),
+            # Both are Nesterov momentum with one worker, which never leaves.
+            Reduction(to="dana", num_workers=1, exact=False),
+        ),
+    ),
+    Row(
+        name="asgd_da",
+        reference=reference_peers.ASGDDA,
+        vectors=lambda _: 1,
+        lr=0.1,
+        variants=DELAY_ADAPTIVE,
+        reductions=(
+            Reduction(to="asgd", options={"threshold": 1000}),
+            Reduction(to="asgd", options={"rule": DelayRule.drop, "threshold": 1000}),
+            Reduction(to="asgd", num_workers=1),
+            Reduction(to="asgd", options={"rule": DelayRule.mishchenko}, num_workers=3, schedulers=("sync",)),
+            Reduction(to="ormo_da", momentum=0.0),
+        ),
+    ),
+    Row(
+        name="staleness_aware",
+        reference=reference_peers.StalenessAware,
+        vectors=lambda _: 1,
+        lr=0.1,
+        schedulers=("async", "ssp"),
+        reductions=(Reduction(to="asgd", num_workers=1, schedulers=("async", "ssp")),),
+    ),
+    Row(
+        name="dc_asgd",
+        reference=reference_peers.DCASGD,
+        vectors=lambda _: 1,
+        more_vectors=lambda options: int(options.get("adaptive", True)),
+        lr=0.1,
+        variants=({}, {"adaptive": False}, {"compensation": 0.5}, {"adaptive": False, "compensation": 0.5}),
+        reductions=(
+            Reduction(to="asgd", options={"compensation": 0.0}),
+            Reduction(to="asgd", options={"compensation": 0.0, "adaptive": False}),
+            Reduction(to="asgd", num_workers=1),
+        ),
+    ),
+    Row(
+        name="gap_aware",
+        reference=reference_peers.GapAware,
+        vectors=lambda _: 3,
+        lr=0.01,
+        reductions=(Reduction(to="asgd", momentum=0.0, num_workers=1),),
     ),
 )
 
@@ -180,6 +308,7 @@ class Case:
             momentum=self.momentum,
             total_tickets=self.tickets,
             record=(lambda _: None) if record is None else record.append,
+            **SCHEDULER_OPTIONS.get(scheduler, {}),
             **options,
         )
 
@@ -188,7 +317,8 @@ class Case:
     ) -> Run[ParameterServer]:
         """A run of such a server, started."""
         server = self.server(name, scheduler, options, record)
-        return Run(server=server, gradient=noise(DIMENSION, self.seed), num_workers=self.num_workers).start()
+        gradient = noise(DIMENSION * server.rule.VECTORS_PUSHED, self.seed)
+        return Run(server=server, gradient=gradient, num_workers=self.num_workers).start()
 
 
 @st.composite

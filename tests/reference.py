@@ -101,6 +101,10 @@ class Reference(ABC):
         """Whether a gradient is applied at all."""
         return True
 
+    def accepts_at(self, t: int, i: int, K: int) -> bool:  # noqa: N803
+        """The same for a rule that asks for more than the difference of iteration and stamp."""
+        return self.accepts(t - i, K)
+
     def rate(self, gradient: Gradient) -> float:
         """The learning rate of a gradient."""
         return gradient.eta
@@ -112,7 +116,7 @@ class Reference(ABC):
         for step in history:
             workers += {"join": 1, "leave": -1}.get(step.kind, 0)
             push = step.push
-            if push is not None and self.accepts(len(found) - push.stamp, workers):
+            if push is not None and self.accepts_at(len(found), push.stamp, workers):
                 t = len(found)
                 found.append(
                     Gradient(value_D=push.grad, worker=push.worker, t=t, i=push.stamp, handed=handed, K=workers, eta=self.lr(t))

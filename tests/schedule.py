@@ -10,6 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ormo_rpc.algorithms.base import Algorithm, LocalWork
 from ormo_rpc.messages import Push, Reply
 
 
@@ -92,6 +93,13 @@ class Run(Generic[S]):
         for key in [key for key in self.outstanding if key[0] == worker]:
             del self.outstanding[key]
         return self._note("leave", worker, None, replies)
+
+    def restart(self) -> Step:
+        """The server begins a new life with the workers of the start, and all outstanding replies are void."""
+        self.members, self.gone = set(range(self.num_workers)), []
+        self.stopped.clear()
+        self.outstanding.clear()
+        return self._note("start", -1, None, self.server.start())
 
     def steps(self, schedule: Schedule) -> Iterable[Step]:
         """Follow a schedule, then answer the oldest reply first, until none is outstanding.
@@ -182,6 +190,29 @@ def noise(dimension: int, seed: int = 0) -> Callable[[Reply], Tensor]:
     return gradient
 
 
+def pushed(rule: Algorithm, gradient_at: Callable[[Tensor], Tensor]) -> Callable[[Reply], Tensor]:
+    """What a worker of that rule pushes for a reply, when every batch has the gradient ``gradient_at(params)``."""
+
+    def gradient(params: Tensor, step: int, into: Tensor) -> None:  # noqa: ARG001 - all batches are the same
+        into.copy_(gradient_at(params))
+
+    def push(reply: Reply) -> Tensor:
+        dimension = rule.params.numel()
+        result = torch.zeros(rule.VECTORS_PUSHED * dimension, dtype=rule.params.dtype)
+        work = LocalWork(
+            sent=reply.params,
+            dimension=dimension,
+            lr=reply.lr,
+            momentum=rule.momentum,
+            steps=reply.steps,
+            gradient=gradient,
+        )
+        rule.local(work, result)
+        return result
+
+    return push
+
+
 class Quadratic:
     """The loss ``1/2 (w - target)' A (w - target)``, its curvatures spread evenly in the logarithm from ``smallest`` to 1.
 
@@ -200,7 +231,11 @@ class Quadratic:
 
     def gradient(self, reply: Reply) -> Tensor:
         """The exact gradient at the parameters of a reply."""
-        return self.matrix @ (reply.params - self.target)
+        return self.gradient_at(reply.params)
+
+    def gradient_at(self, params: Tensor) -> Tensor:
+        """The exact gradient at any parameters."""
+        return self.matrix @ (params - self.target)
 
     def distance(self, params: Tensor) -> float:
         """The Euclidean distance to the minimum."""

@@ -216,7 +216,7 @@ def test_a_dead_process_ends_the_run_with_one_line(victim: str, name: str, tmp_p
         os.kill(pids["server"] if victim == "server" else pids["workers"]["1"], signal.SIGKILL)
         _, err = launcher.communicate(timeout=30)
         assert launcher.returncode == 1
-        assert re.fullmatch(rf"launch\.py: {name} \(pid \d+\) was killed by SIGKILL \(see \S+\); the run has ended, .*\n", err)
+        assert re.fullmatch(rf"launch\.py: {name} \(pid \d+\) was killed by SIGKILL \(see \S+\); the run has ended; .*\n", err)
         assert gone(family)
     assert summary(tmp_path)["status"] == "failed"
 

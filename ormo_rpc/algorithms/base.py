@@ -61,11 +61,13 @@ class Dispatch:
         worker: Who is answered.
         concurrency: ``K`` at this moment.
         lr: ``eta``, the scheduled learning rate of the next iteration.
+        bucket: ``b``, the bucket of the index that goes with the parameters.
     """
 
     worker: int
     concurrency: int
     lr: float
+    bucket: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,6 +107,8 @@ class Algorithm(ABC):
     """How many vectors of D a push has, one behind the other; the first one is enough for a rule without local steps."""
     REFUSES: ClassVar[Mapping[str, str]] = {}
     """Schedulers under which the rule makes no sense, and why."""
+    READS_SENT: ClassVar[bool] = False
+    """Whether `step` needs `Arrival.sent`; the server then refuses a push whose reply it has lost, so that it is never None."""
 
     @dataclass(frozen=True, kw_only=True)
     class Options(Section):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
-import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ormo_rpc import checkpoint
-from ormo_rpc.config import Config, ConfigError
+from ormo_rpc.config import Config, ConfigError, load_config
+from ormo_rpc.flat import FlatModel
 from ormo_rpc.run_directory import RunDirectory
 from ormo_rpc.runtime_options import GradientKind, RpcRuntime, SimRuntime
 from ormo_rpc.runtimes.failure import RunFailed
+from ormo_rpc.torchrun import Torchrun
 
 __all__ = ["RunFailed", "run"]
 
@@ -34,19 +38,16 @@ def run(config: Config, run_dir: Path) -> dict[str, Any]:
         ConfigError: the configuration cannot be run here; nothing was started.
         RunFailed: the run did not meet its end.
     """
-    config = _decide_workers(config)
-    if _global_rank() == 0:
-        RunDirectory.check_unused(run_dir)
-        if config.checkpoint.resume is not None:
-            checkpoint.find(Path(config.checkpoint.resume))
+    torchrun = Torchrun.from_environment()
+    config = _decide_workers(config, torchrun)
+    first = torchrun is None or torchrun.rank == 0
     runtime = importlib.import_module(f"ormo_rpc.runtimes.{config.runtime.name}")
+    if first and config.checkpoint.resume is not None:
+        _check_resume(config, checkpoint.find(Path(config.checkpoint.resume)))
     if _needs_data(config):
-        try:
-            config.dataset.prepare()
-            data = config.dataset.load()
-            config.model.build(data.input_shape, data.num_classes)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+        _check_data_and_model(config)
+    if first:
+        RunDirectory.claim(run_dir)
     return runtime.run(config, run_dir)
 
 
@@ -57,16 +58,13 @@ def _needs_data(config: Config) -> bool:
     return isinstance(config.runtime, RpcRuntime)
 
 
-def _global_rank() -> int:
-    """This process's rank under torchrun; 0 elsewhere."""
-    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
-
-
-def _decide_workers(config: Config) -> Config:
+def _decide_workers(config: Config, torchrun: Torchrun | None) -> Config:
     """Fill in the number of workers: that of the ranks under torchrun, else the configured one."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if torchrun is None:
         return dataclasses.replace(config, workers=config.workers or DEFAULT_WORKERS)
-    ranks = int(os.environ["WORLD_SIZE"])
+    ranks = torchrun.world_size
+    if not isinstance(config.runtime, RpcRuntime):
+        raise ConfigError(f"runtime: got {config.runtime.name} under torchrun, expected rpc; start it with python launch.py")
     if ranks < 2:
         raise ConfigError(f"torchrun: got {ranks} process, expected at least 2; rank 0 serves and the others work")
     if config.workers not in (None, ranks - 1):
@@ -74,3 +72,31 @@ def _decide_workers(config: Config) -> Config:
             f"workers: got {config.workers}, expected {ranks - 1} under torchrun with {ranks} processes; leave it out"
         )
     return dataclasses.replace(config, workers=ranks - 1)
+
+
+RESUMED = ("seed", "algorithm", "scheduler", "dataset.name", "model", "train.batch_size", "train.momentum")
+"""What a run must have in common with the one that it goes on from: the meaning of its tickets and of its state."""
+
+
+def _check_resume(config: Config, path: Path) -> None:
+    """Refuse to go on from a run that was another one."""
+    then = load_config(path / "config.yaml")
+    for key in RESUMED:
+        was, wanted = (functools.reduce(getattr, key.split("."), each) for each in (then, config))
+        if was != wanted:
+            raise ConfigError(f"checkpoint.resume: {key}: got {wanted}, expected {was}, as {path} has it")
+
+
+def _check_data_and_model(config: Config) -> None:
+    """See to it that the data set is there and the model fits it, before any process starts; nothing of them is kept."""
+    try:
+        config.dataset.prepare()
+        data = config.dataset.load()
+        with torch.random.fork_rng(devices=[]):
+            FlatModel(config.model.build(data.input_shape, data.num_classes))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    except (Exception, SystemExit) as error:  # whatever a user's own model or data set does
+        raise ConfigError(f"dataset or model: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+    if len(data.test) == 0:
+        raise ConfigError("dataset: got an empty test set, expected at least one sample")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,13 @@ from ormo_rpc.flat import sha256
 from ormo_rpc.job import Job
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.records import Event
-from ormo_rpc.run_directory import environment, read_summary, write_summary
+from ormo_rpc.run_directory import environment, read_summary, read_trace, write_summary
 from ormo_rpc.runtime_options import GradientKind, SimRuntime
 from ormo_rpc.runtimes.failure import RunFailed
 from ormo_rpc.runtimes.sim.jobs import SyntheticJob
 
 BITS_DEPEND_ON = ("torch", "cpu", "capability", "threads")
 """What of the environment decides about the bits of a gradient."""
-UNORDERED = ("header", "checkpoint")
-"""Lines of the trace that are no change of the server."""
 
 
 def run(config: Config, run_dir: Path) -> dict[str, Any]:
@@ -47,7 +45,8 @@ def run(config: Config, run_dir: Path) -> dict[str, Any]:
     recorded = read_summary(source)
     if recorded is None or "final_params_sha256" not in recorded:
         raise ConfigError(f"replay.run: got {source}, expected the directory of a run that has ended")
-    header, events = _read_trace(source / "trace.jsonl")
+    header, events = read_trace(source)
+    events = [event for event in events if event["event"] != "checkpoint"]  # which changes nothing in the server
     original = load_config(source / "config.yaml")
     run_dir.mkdir(parents=True, exist_ok=True)
     save_config(config, run_dir / "config.yaml")
@@ -121,7 +120,9 @@ class Replay:
     def _hear(self, event: Mapping[str, Any]) -> None:
         """Do to the server what must have been done to it before this event."""
         kind, worker = event["event"], event.get("worker")
-        if kind in ("apply", "discard"):
+        if kind == "discard" and event["reason"] == "taken away":
+            self._say_again(event)
+        elif kind in ("apply", "discard"):
             assert worker is not None
             if worker not in self.held:
                 return
@@ -131,12 +132,7 @@ class Replay:
             except NonFiniteGradient:
                 self._take(self.server.reject(push))
         elif kind == "repeat":
-            nothing = torch.zeros(0)
-            incarnation = self.server.incarnation
-            push = Push(
-                worker=event["worker"], ticket=event["ticket"], stamp=event["stamp"], grad=nothing, incarnation=incarnation
-            )
-            self._take(self.server.redeem(push, 0.0))
+            self._say_again(event)
         elif kind == "join":
             self._take(self.server.join(event["worker"]))
         elif kind == "leave":
@@ -146,20 +142,14 @@ class Replay:
         elif kind == "end":
             self._take(self.server.stop())
 
+    def _say_again(self, event: Mapping[str, Any]) -> None:
+        """Push once more what is not applied, so its gradient does not matter."""
+        place = {name: event[name] for name in ("worker", "ticket", "stamp")}
+        push = Push(**place, grad=torch.zeros(0), incarnation=self.server.incarnation)
+        self._take(self.server.redeem(push, 0.0))
+
     def _take(self, replies: list[Reply]) -> None:
         self.held |= {reply.worker: reply for reply in replies if reply.ticket is not None}
-
-
-def _read_trace(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The header, and the events that change the server, in order."""
-
-    def lines() -> Iterator[dict[str, Any]]:
-        with file.open(encoding="utf-8") as trace:
-            for line in trace:
-                yield json.loads(line)
-
-    found = list(lines())
-    return found[0], [event for event in found[1:] if event["event"] not in UNORDERED]
 
 
 def _shown(event: Mapping[str, Any]) -> str:

@@ -8,10 +8,12 @@ supervisor alone.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +24,22 @@ from typing import Any, Self
 
 POLL_SECONDS = 0.02
 """How often the supervisor looks at its children."""
+DONE = 64
+"""The exit status of a child that has done its work."""
+LAST_WORDS = 300
+"""How many characters of a child's last line are told; the log has all of it."""
 KILL_SECONDS = 5.0
 """How long a child that is killed may take to disappear."""
+
+
+PR_SET_PDEATHSIG = 1
+_prctl: Callable[..., int] | None = ctypes.CDLL(None).prctl if sys.platform.startswith("linux") else None
+
+
+def _die_with_parent() -> None:
+    """In a child of Linux, before anything else: be killed when the parent is, even while stopped or still importing."""
+    if _prctl is not None:
+        _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @dataclass
@@ -47,6 +63,16 @@ class Child:
         """Its exit status, negative for a signal; None while it runs."""
         return self.process.poll()
 
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended yet."""
+        return self.exit_code is None
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended, but not by `DONE`: a status of 0 may come from anybody's ``sys.exit``."""
+        return self.exit_code not in (None, DONE)
+
     def tell(self, **message: Any) -> None:
         """Send it a message; one that is gone hears nothing."""
         with contextlib.suppress(BrokenPipeError):
@@ -66,7 +92,7 @@ class Child:
         if self.log is None or self.process.returncode < 0:
             return ""
         lines = self.log.read_text(errors="replace").strip().splitlines()
-        return lines[-1].strip() if lines else ""
+        return lines[-1].strip()[:LAST_WORDS] if lines else ""
 
 
 class Supervisor:
@@ -74,8 +100,8 @@ class Supervisor:
 
     def __init__(self) -> None:
         self.children: list[Child] = []
-        self.interrupted: signal.Signals | None = None
-        """The signal that asked to end, if one came."""
+        self.signals: list[signal.Signals] = []
+        """The signals that asked to end, in order; the first asks, one more insists."""
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -87,7 +113,7 @@ class Supervisor:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for child in self.children:
-            if child.exit_code is None:
+            if child.running:
                 child.process.kill()
         for child in self.children:
             child.process.wait(KILL_SECONDS)
@@ -119,6 +145,7 @@ class Supervisor:
                     stderr=stream,
                     pass_fds=[*pass_fds, reading],
                     start_new_session=True,
+                    preexec_fn=_die_with_parent,
                 )
         except BaseException:
             os.close(writing)
@@ -129,18 +156,17 @@ class Supervisor:
         self.children.append(child)
         return child
 
-    def wait(self, done: Callable[[], bool], timeout_seconds: float | None = None) -> bool:
-        """Wait until ``done()``, a signal, or the time-out; return whether it is done."""
+    def wait(self, done: Callable[[], bool], timeout_seconds: float | None = None, *, signals: int = 0) -> bool:
+        """Wait until ``done()``, more than so many signals, or the time-out; return whether it is done."""
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-        signalled = self.interrupted
         while not done():
-            if self.interrupted is not signalled or (deadline is not None and time.monotonic() > deadline):
+            if len(self.signals) > signals or (deadline is not None and time.monotonic() > deadline):
                 return False
             time.sleep(POLL_SECONDS)
         return True
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signature of a signal handler
-        self.interrupted = signal.Signals(number)
+        self.signals.append(signal.Signals(number))
 
 
 def listen_to_supervisor(control: int, on_message: Callable[[dict[str, Any]], None]) -> None:

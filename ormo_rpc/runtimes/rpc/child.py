@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import threading
 import traceback
 from pathlib import Path
 from typing import Any
@@ -15,27 +14,18 @@ import torch
 from ormo_rpc.runtimes.rpc.connection import Address, connect_store
 from ormo_rpc.runtimes.rpc.serve import Host, serve
 from ormo_rpc.runtimes.rpc.work import work
-from ormo_rpc.runtimes.supervisor import listen_to_supervisor
+from ormo_rpc.runtimes.supervisor import DONE, listen_to_supervisor
 
 
 def main() -> None:
     """Be the server or a worker, as the arguments say; where it fails, the last line of output is the error."""
     arguments = _parse()
     hosts: list[Host] = []
-    asked: list[dict[str, Any]] = []
-    guard = threading.Lock()  # of the two lists: a request to stop may come before there is anyone to ask
 
     def on_message(message: dict[str, Any]) -> None:
-        with guard:
-            asked.append(message)
-            for host in hosts:
-                host.ask_to_stop(message)
-
-    def on_ready(host: Host) -> None:
-        with guard:
-            hosts.append(host)
-            for message in asked:
-                host.ask_to_stop(message)
+        if not hosts:
+            os._exit(1)  # nothing has begun, so there is nothing to keep
+        hosts[0].ask_to_stop(message)
 
     listen_to_supervisor(arguments.control, on_message)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -59,7 +49,7 @@ def main() -> None:
                 world_size=arguments.world_size,
                 timeout_seconds=timeout,
                 terminal=arguments.terminal,
-                on_ready=on_ready,
+                on_ready=hosts.append,
             )
         else:
             work(store, rank=arguments.rank, world_size=arguments.world_size, timeout_seconds=timeout)
@@ -67,6 +57,7 @@ def main() -> None:
         traceback.print_exc()
         print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)  # the supervisor reads it
         os._exit(1)  # threads of the RPC agent may hold up an ordinary exit
+    sys.exit(DONE)
 
 
 def _parse() -> argparse.Namespace:

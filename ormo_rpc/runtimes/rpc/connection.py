@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 import warnings
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed.rpc as rpc
-from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage] # documented, not annotated as public
+from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage] # documented, not annotated as public
 from torch.distributed.rendezvous import register_rendezvous_handler
 
 SERVER = "server"
@@ -52,6 +53,27 @@ def connect_store(address: Address) -> Store:
         master_listen_fd=address.listener,
     )
     return PrefixStore(address.prefix, store)
+
+
+def say_ready(store: Store, rank: int) -> None:
+    """Tell the server that a worker's process has loaded everything and is about to join."""
+    store.set(f"ready/{rank}", "ready")
+
+
+def wait_until_ready(store: Store, world_size: int, timeout_seconds: float) -> None:
+    """In the server: wait until every worker is about to join, because the joining itself knows no time-out.
+
+    Raises:
+        TimeoutError: one of them is not there in time; the message names it.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    for rank in range(1, world_size):
+        try:
+            store.wait([f"ready/{rank}"], timedelta(seconds=max(0.01, deadline - time.monotonic())))
+        except DistStoreError:
+            raise TimeoutError(
+                f"worker {rank - 1} was not ready within runtime.start_timeout_seconds={timeout_seconds:g}; see its log"
+            ) from None
 
 
 @contextlib.contextmanager

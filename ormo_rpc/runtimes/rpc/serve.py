@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 from ormo_rpc.config import load_config
 from ormo_rpc.job import Job
 from ormo_rpc.messages import Reply
-from ormo_rpc.runtimes.rpc.connection import rpc_group
+from ormo_rpc.runtimes.rpc.connection import rpc_group, wait_until_ready
 from ormo_rpc.runtimes.rpc.service import Service, publish
 from ormo_rpc.server import ParameterServer
 from ormo_rpc.session import Session
@@ -57,7 +58,7 @@ class Host:
         self.stop_message: dict[str, str] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="evaluation")
         self.session = Session(job, run_dir, self._pool, self.clock, figures=self._lock_times, terminal=terminal)
-        self.service = Service(self.session.server, self.session.observe)
+        self.service = Service(self.session.server, self.session.observe, self.clock.start)
 
     def run(self) -> dict[str, Any]:
         """Record until the run is over and the workers are gone; return the summary."""
@@ -65,12 +66,12 @@ class Host:
         while not self.service.started.wait(PUMP_SECONDS):
             if self.stop_asked.is_set():
                 return self._finish()
-        self.clock.start()
         self.session.directory.write_processes(os.getpid(), self.service.processes)
         limit = self.session.job.config.train.max_seconds
         while not self.session.server.ended:
             if self.stop_asked.wait(PUMP_SECONDS):
                 break
+            self._check_health()
             if limit is not None and self.clock() >= limit:
                 limit = None
                 self.service.call(ParameterServer.finish)
@@ -91,13 +92,26 @@ class Host:
             return server.stop()
 
         self.service.call(stop)
-        self.session.pump()
         self.session.write_checkpoint(state)
         if not self.stop_message:
             self._wait_for_workers()
         summary = self.session.close(state, wait=not self.stop_message, wall_seconds=seconds, **self.stop_message)
         self._pool.shutdown(wait=False, cancel_futures=True)
         return summary
+
+    def _check_health(self) -> None:
+        """End the run where it cannot go on.
+
+        Raises:
+            RuntimeError: a push broke the server itself, or a worker does not come back with its ticket.
+        """
+        if self.service.broken is not None:
+            raise RuntimeError("a push could not be applied") from self.service.broken
+        patience = self.options.ticket_timeout_seconds
+        late = self.service.late(patience)
+        if late:
+            names = ", ".join(f"worker {worker}" for worker in late)
+            raise RuntimeError(f"{names}: no push for runtime.ticket_timeout_seconds={patience:g}; stuck, or too slow for it")
 
     def _wait_for_workers(self) -> None:
         """Until all have said goodbye; one that hangs is left to the supervisor."""
@@ -110,7 +124,15 @@ class Host:
         return {"lock_wait_seconds": self.service.lock_wait_seconds, "lock_held_seconds": self.service.lock_held_seconds}
 
 
-def serve(store: Store, run_dir: Path, *, world_size: int, timeout_seconds: float, terminal: int | None, on_ready: Any) -> None:
+def serve(
+    store: Store,
+    run_dir: Path,
+    *,
+    world_size: int,
+    timeout_seconds: float,
+    terminal: int | None,
+    on_ready: Callable[[Host], None],
+) -> None:
     """Be the server of a run from start to end.
 
     Args:
@@ -125,8 +147,9 @@ def serve(store: Store, run_dir: Path, *, world_size: int, timeout_seconds: floa
     store.set("config", (run_dir / "config.yaml").read_text())
     job = Job(config)
     host = Host(job, run_dir, terminal)
-    on_ready(host)
+    wait_until_ready(store, world_size, timeout_seconds)
     with rpc_group(store, rank=0, world_size=world_size, timeout_seconds=timeout_seconds):
         publish(host.service)
         store.set("service", "published")
+        on_ready(host)
         host.run()

@@ -33,11 +33,18 @@ class Service:
     Args:
         server: The parameter server.
         observe: Called under the lock after every push that changed something; it must be quick.
+        on_start: Called under the lock when all workers are there, before the first ticket is handed out.
     """
 
-    def __init__(self, server: ParameterServer, observe: Callable[[ParameterServer], None]) -> None:
+    def __init__(
+        self,
+        server: ParameterServer,
+        observe: Callable[[ParameterServer], None],
+        on_start: Callable[[], None] = lambda: None,
+    ) -> None:
         self.server = server
         self.observe = observe
+        self.on_start = on_start
         self.lock = threading.Lock()
         self.lock_wait_seconds = 0.0
         self.lock_held_seconds = 0.0
@@ -46,6 +53,10 @@ class Service:
         self.gone: set[int] = set()
         """Workers that said goodbye."""
         self.started = threading.Event()
+        self.broken: Exception | None = None
+        """What went wrong while a push was applied; the server's state is not to be trusted then."""
+        self._handed: dict[int, float] = {}
+        """When each worker was given its newest ticket."""
         self._open: dict[int, Future[Reply]] = {}
         self._buffers = Layout(server.buffers.average)
 
@@ -67,6 +78,8 @@ class Service:
             due = self._expect(worker, future)
             self.processes[worker] = process
             complete = len(self.processes) == self.server.num_workers
+            if complete:
+                self.on_start()
             due += self._due(self.server.start() if complete else [])
         _settle(due)
         if complete:
@@ -131,7 +144,14 @@ class Service:
             due = self._due(change(self.server))
         _settle(due)
 
+    def late(self, patience_seconds: float) -> list[int]:
+        """Workers that have held a ticket for longer than that."""
+        with self.lock:
+            now = time.monotonic()
+            return [worker for worker in self.server.ledger.holding if now - self._handed[worker] > patience_seconds]
+
     def _receive(self, push: Push) -> Future[Reply]:
+        """Apply a push; where that fails by no fault of its sender, the Future stays open, as the server is about to end."""
         try:
             grad_sum = self.server.check(push)
         except NonFiniteGradient:
@@ -140,8 +160,16 @@ class Service:
         asked = time.perf_counter()
         with self.lock:
             taken = time.perf_counter()
-            replies = self.server.reject(push) if grad_sum is None else self.server.redeem(push, grad_sum)
-            self.observe(self.server)
+            if self.broken is not None:
+                return future
+            try:
+                replies = self.server.reject(push) if grad_sum is None else self.server.redeem(push, grad_sum)
+                self.observe(self.server)
+            except PushRefused:
+                raise
+            except Exception as error:
+                self.broken = error
+                return future
             due = self._expect(push.worker, future) + self._due(replies)
             self.lock_wait_seconds += taken - asked
             self.lock_held_seconds += time.perf_counter() - taken
@@ -159,6 +187,8 @@ class Service:
 
         Were they looked up when the lock is released, a reply that is late to be sent could answer its worker's next push.
         """
+        replies = list(replies)
+        self._handed |= {reply.worker: time.monotonic() for reply in replies}
         return [(self._open.pop(reply.worker), reply) for reply in replies if reply.worker in self._open]
 
 
@@ -205,6 +235,8 @@ def deliver(service: rpc.RRef[Service], push: Push, payload: Tensor, *, timeout_
     while True:
         try:
             return rpc.rpc_sync(service.owner(), Service.push, args=arguments, timeout=timeout_seconds)
+        except TimeoutError:
+            pass  # an older try of this very push was handled after this one
         except RuntimeError as error:
             if not _is_timeout(error):
                 raise

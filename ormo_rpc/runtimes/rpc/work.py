@@ -9,10 +9,11 @@ from omegaconf import OmegaConf
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage] # documented, not annotated as public
 
 from ormo_rpc.config import Config, parse_config
-from ormo_rpc.job import Job
+from ormo_rpc.job import Job, time_generator
 from ormo_rpc.messages import Reply
-from ormo_rpc.runtimes.rpc.connection import SERVER, rpc_group
+from ormo_rpc.runtimes.rpc.connection import SERVER, rpc_group, say_ready
 from ormo_rpc.runtimes.rpc.service import deliver, published, say_goodbye, say_hello
+from ormo_rpc.worker import Worker
 
 
 def work(store: Store, *, rank: int, world_size: int, timeout_seconds: float) -> None:
@@ -26,15 +27,17 @@ def work(store: Store, *, rank: int, world_size: int, timeout_seconds: float) ->
     """
     config = parse_config(OmegaConf.to_container(OmegaConf.create(store.get("config").decode())))  # pyright: ignore[reportArgumentType] # a mapping
     job = Job(config)
+    worker = job.worker()
+    worker.warm_up()
+    say_ready(store, rank)
     with rpc_group(store, rank=rank, world_size=world_size, timeout_seconds=timeout_seconds):
         store.wait(["service"])
-        _work(config, job, rank - 1, timeout_seconds)
+        _work(config, worker, rank - 1, timeout_seconds)
 
 
-def _work(config: Config, job: Job, number: int, start_timeout_seconds: float) -> None:
+def _work(config: Config, worker: Worker, number: int, start_timeout_seconds: float) -> None:
     service = rpc.rpc_sync(SERVER, published)
-    worker, speed = job.worker(), job.time_generator(number)
-    worker.warm_up()
+    speed = time_generator(config, number)
     reply: Reply = say_hello(service, number, start_timeout_seconds)
     while reply.ticket is not None:
         began = time.monotonic()

@@ -1,0 +1,64 @@
+"""Asynchronous SGD whose workers look ahead along everybody's momentum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ormo_rpc.algorithms.base import Algorithm, Arrival, Dispatch
+from ormo_rpc.options import option
+
+
+class DANA(Algorithm):
+    """DANA-Zero: one momentum buffer for each worker, and each gradient is taken where the momenta of all will lead.
+
+    Recursion, for a gradient ``g`` of worker ``k``: ``v_k <- beta v_k + g; w <- w - eta v_k``, ``v_k`` in units of the
+    gradient. A worker is sent ``w - eta beta total`` with ``total = sum of all v_j``, the parameters after one more step of
+    everybody with a gradient of zero. With K = 1 this is Nesterov momentum. Memory: ``w, total`` and one ``v_k`` for each
+    worker, 2 + K vectors of D. ``v_k`` comes to be, as zero, with the first gradient of a worker and leaves the sum when the
+    worker does; K itself is not used, so it may change.
+
+    Source: Hakimi, Barkai, Gabel, Schuster 2019, arXiv 1907.11612, DANA-Zero. With a constant learning rate it equals the
+        paper's DANA-Slim, whose momentum lives on the workers. Departure: the paper has no workers that come and go.
+    """
+
+    NAME = "dana"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(Algorithm.Options):
+        """No options of its own."""
+
+        name: str = option("dana", "a momentum buffer for each worker, and a look ahead along their sum (DANA-Zero)")
+
+    def __init__(self, params: Tensor, *, momentum: float, options: Any) -> None:
+        super().__init__(params, momentum=momentum, options=options)
+        self.v: dict[int, Tensor] = {}
+        self.total = self.zeros()
+
+    def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:
+        """``v_k <- beta v_k + g; w <- w - eta v_k``, and the sum follows."""
+        if arrival.worker not in self.v:
+            self.v[arrival.worker] = self.zeros()
+        v = self.v[arrival.worker]
+        self.total.sub_(v)
+        v.mul_(self.momentum).add_(grad)
+        self.total.add_(v)
+        self.params.sub_(v, alpha=lr)
+
+    def leave(self, worker: int) -> None:
+        """The worker's momentum leaves the sum, which is made anew and so loses the rounding that it had gathered."""
+        if self.v.pop(worker, None) is not None:
+            self.total.zero_()
+            for v in self.v.values():
+                self.total.add_(v)
+
+    def outgoing(self, dispatch: Dispatch) -> Tensor:
+        """``w - eta beta total``."""
+        return self.params.sub(self.total, alpha=dispatch.lr * self.momentum)
+
+    def state(self) -> Mapping[str, Tensor | int | float]:
+        """The momentum ``v_k`` of each worker and their sum ``total``."""
+        return {"total": self.total, **self.by_worker("v", self.v)}

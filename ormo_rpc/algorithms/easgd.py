@@ -1,0 +1,86 @@
+"""Elastic averaging SGD."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ormo_rpc.algorithms.base import Algorithm, Arrival, Dispatch, LocalWork
+from ormo_rpc.options import option
+
+
+class EASGD(Algorithm):
+    """Elastic averaging SGD: each worker follows parameters of its own, tied to the centre by a spring.
+
+    Recursion: a ticket is H steps ``w_k <- w_k - eta g`` of worker k from its own ``w_k``. Then, on the server,
+    ``delta = a (w_k - w); w <- w + delta; w_k <- w_k - delta``. A worker pushes start minus end of its steps, with the ``eta``
+    that its ticket came with, so the learning rate is not applied again. The ``w_k`` live on the server, one that joins starts
+    at ``w``. Exchanges keep ``w + sum_k w_k``. Memory: ``w`` and the ``w_k``, ``1 + K`` vectors of D; a worker needs two more
+    while it works. The momentum is not read.
+
+    Source: Zhang, Choromanska, LeCun, NeurIPS 2015, arXiv 1412.6651, Algorithm 1 (asynchronous EASGD), with its ``a = 0.9 / K``
+        as the default. Departures: the exchange comes right after the H steps, in one with the push, and the next gradient is
+        taken after it; the paper takes that one before the exchange.
+    """
+
+    NAME = "easgd"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(Algorithm.Options):
+        """How far the workers go alone, and how strong the spring is."""
+
+        name: str = option("easgd", "elastic averaging of workers that take local steps")
+        local_steps: int = option(
+            4, "H, local steps for each ticket, each on a batch", valid=lambda v: v >= 1, expected="a whole number >= 1"
+        )
+        elasticity: float | None = option(
+            None,
+            "a, the part of the way to each other that centre and worker go; default 0.9 / K",
+            valid=lambda v: 0 < v <= 1,
+            expected="a number in (0, 1]",
+        )
+
+        @property
+        def steps(self) -> int:
+            """H."""
+            return self.local_steps
+
+    def __init__(self, params: Tensor, *, momentum: float, options: Any) -> None:
+        super().__init__(params, momentum=momentum, options=options)
+        self.own: dict[int, Tensor] = {}
+
+    def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:  # noqa: ARG002 - the push is in units of parameters
+        """The worker's own parameters go where it went; then they and the centre draw each other near."""
+        own = self.own[arrival.worker].sub_(grad)
+        a = self.options.elasticity
+        delta = (own - self.params).mul_(0.9 / arrival.concurrency if a is None else a)
+        self.params.add_(delta)
+        own.sub_(delta)
+
+    def leave(self, worker: int) -> None:
+        """Its own parameters are gone."""
+        self.own.pop(worker, None)
+
+    def outgoing(self, dispatch: Dispatch) -> Tensor:
+        """The worker's own parameters."""
+        if dispatch.worker not in self.own:
+            self.own[dispatch.worker] = self.params.clone()
+        return self.own[dispatch.worker]
+
+    @classmethod
+    def local(cls, work: LocalWork, push: Tensor) -> None:
+        """H steps of SGD; ``push`` is their sum."""
+        grad, here = torch.empty_like(push), work.sent.clone()
+        push.zero_()
+        for step in range(work.steps):
+            work.gradient(here, step, grad)
+            push.add_(grad, alpha=work.lr)
+            here.sub_(grad, alpha=work.lr)
+
+    def state(self) -> Mapping[str, Tensor | int | float]:
+        """The workers' own parameters."""
+        return self.by_worker("own", self.own)

@@ -1,0 +1,67 @@
+"""Buffered asynchronous aggregation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ormo_rpc.algorithms.base import Algorithm, Arrival
+from ormo_rpc.options import option
+
+
+class FedBuff(Algorithm):
+    """FedBuff: gradients are collected as they come, whatever their age, and every B of them make one step.
+
+    Recursion: ``G <- G + (1 + s)^-a g``, with ``s`` the staleness, the steps that the server made since the gradient's
+    parameters were sent. With the B-th one ``w <- w - eta G / B; G <- 0``. Weights with ``a > 0`` are not normalised. Memory:
+    ``w, G``, two vectors of D. The momentum is not read. With B = 1 and ``a = 0`` it is `asgd` bit for bit.
+
+    Source: Nguyen et al., AISTATS 2022, arXiv 2106.06639; the weight with ``a = 1/2`` is that of its experiments.
+        Departures: an update is one gradient instead of a client's local steps, and when the run ends a rest of fewer than B
+        is applied with the weight ``eta / B`` that each would have had.
+    """
+
+    NAME = "fedbuff"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(Algorithm.Options):
+        """The size of the buffer and the weight of what is old."""
+
+        name: str = option("fedbuff", "every B gradients, of any age, are averaged to one step")
+        buffer: int = option(4, "B, gradients that make a step", valid=lambda v: v >= 1, expected="a whole number >= 1")
+        staleness_power: float = option(
+            0.0,
+            "a in the weight (1 + s)^-a of a gradient that missed s steps of the server; 0: all alike",
+            valid=lambda v: 0 <= v < float("inf"),
+            expected="a finite number >= 0",
+        )
+
+    def __init__(self, params: Tensor, *, momentum: float, options: Any) -> None:
+        super().__init__(params, momentum=momentum, options=options)
+        self.collected = torch.zeros_like(params)
+        self.count = 0
+        self.version = 0
+
+    def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:
+        """``G <- G + (1 + s)^-a g``, and with the B-th one ``w <- w - eta G / B``."""
+        staleness = self.version - arrival.version
+        self.collected.add_(grad, alpha=(1 + staleness) ** -self.options.staleness_power)
+        self.count += 1
+        if self.count == self.options.buffer:
+            self.flush(lr)
+
+    def flush(self, lr: float) -> None:
+        """Apply what is collected."""
+        if self.count:
+            self.params.sub_(self.collected, alpha=lr / self.options.buffer)
+            self.collected.zero_()
+            self.count = 0
+            self.version += 1
+
+    def state(self) -> Mapping[str, Tensor | int | float]:
+        """The sum ``G`` and the number of its gradients, and how many steps were made."""
+        return {"collected": self.collected, "count": self.count, "version": self.version}

@@ -1,0 +1,66 @@
+"""Asynchronous SGD with momentum that shrinks a gradient by how far the parameters have moved since."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ormo_rpc.algorithms.base import Algorithm, Arrival
+from ormo_rpc.options import option
+
+MEMORY = 0.999
+"""What the running mean of the squared momentum keeps of itself at each gradient (the authors' value)."""
+EPSILON = 1e-8
+"""Added to the usual step, in units of the parameters (the authors' value)."""
+
+
+class GapAware(Algorithm):
+    """Gap-aware: each element of a gradient is divided by the number of usual steps that the parameters went meanwhile.
+
+    Recursion, elementwise, with ``w_bak`` the copy of the parameters that was sent with the ticket and ``n`` the gradients so
+    far: ``C = max_lr sqrt(MS / (1 - 0.999^n))``, ``g <- g / (1 + |w - w_bak| / (C + 1e-8))``, then
+    ``v <- beta v + g; w <- w - eta v``, then ``MS <- 0.999 MS + 0.001 v*v``. ``v`` is in units of the gradient; ``max_lr`` is
+    the largest learning rate so far. The first gradient has no gap (``n = 0``). Memory: ``w, v, MS``, three vectors of D; the
+    copies that were sent are kept by the server for every rule. K is not used, so it may change.
+
+    Source: Barkai, Hakimi, Schuster, ICLR 2020, arXiv 1909.10802. Departure: one momentum for all in order of arrival, as in
+        `naive`, which it equals where every gap is zero and the learning rate constant.
+    """
+
+    NAME = "gap_aware"
+    READS_SENT = True
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(Algorithm.Options):
+        """No options of its own."""
+
+        name: str = option("gap_aware", "heavy ball in order of arrival, gradients divided by the gap (Gap-Aware)")
+
+    def __init__(self, params: Tensor, *, momentum: float, options: Any) -> None:
+        super().__init__(params, momentum=momentum, options=options)
+        self.v = self.zeros()
+        self.mean_square = self.zeros()
+        self.count = 0
+        self.max_lr = 0.0
+
+    def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:
+        """Divide the gradient by ``1 + gap / C``, then take a step of heavy ball."""
+        assert arrival.sent is not None, "the server keeps what was sent where READS_SENT"
+        self.max_lr = max(self.max_lr, lr)
+        self.v.mul_(self.momentum)
+        if self.count:
+            usual = (self.mean_square / (1 - MEMORY**self.count)).sqrt_().mul_(self.max_lr).add_(EPSILON)
+            gap = (self.params - arrival.sent).abs_()
+            self.v.addcdiv_(grad, gap.div_(usual).add_(1))
+        else:
+            self.v.add_(grad)
+        self.params.sub_(self.v, alpha=lr)
+        self.mean_square.mul_(MEMORY).addcmul_(self.v, self.v, value=1 - MEMORY)
+        self.count += 1
+
+    def state(self) -> Mapping[str, Tensor | int | float]:
+        """The momentum ``v``, the running mean ``MS`` of its square, ``n``, and the largest learning rate."""
+        return {"v": self.v, "mean_square": self.mean_square, "count": self.count, "max_lr": self.max_lr}

@@ -1,0 +1,98 @@
+"""Ordered local momentum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ormo_rpc.algorithms.base import Algorithm, Arrival, Dispatch, LocalWork
+from ormo_rpc.options import option
+
+
+class OrLoMo(Algorithm):
+    """OrLoMo: workers take H steps of momentum SGD; their local momenta enter the server's in the order of iterations.
+
+    A ticket is H steps ``v <- beta v + eta g; x <- x - v`` from ``x = w``, ``v = u``. They are linear in ``u`` and the worker's
+    own gradients: ``v`` ends at ``beta^H u + m``, ``x`` at ``w - (beta + ... + beta^H) u - p``, with
+    ``m = sum_h beta^(H-h) eta g_h`` and ``p = sum_h (1 - beta^(H-h+1)) / (1 - beta) eta g_h``, which the worker pushes. The
+    server drifts by ``u`` once a round, whoever comes; a push of bucket ``b`` then owes what ``m`` did since its round:
+
+    1. *momentum shift*: while ``I`` is smaller than the largest bucket handed out so far,
+       ``w <- w - (beta + ... + beta^H) u; u <- beta^H u; I <- I + 1``;
+    2. with ``e = I - b >= 0``: ``u <- u + beta^(H e) m; w <- w - p - beta (1 - beta^(H e)) / (1 - beta) m``.
+
+    Where ``I = b`` already, ``w`` has drifted for this round, and the worker is sent 0 for ``u``: unless another push comes in
+    between, the server's ``w`` is then where the worker ended. With one worker this is momentum SGD, its steps on end; with
+    H = 1 and constant ``eta`` it is `ormo`. The server does not apply ``eta``, which is that of the ticket's issue, again.
+    Memory: ``w, u``, two vectors of D, and two more for the worker; messages carry two both ways.
+
+    Source: Shi, Wang, Li, AAAI 2026, arXiv 2601.12322. Reconstructed: only the abstract could be read here; the rules above are
+        derived from it and from `ormo`. A ticket of fewer than H batches counts as the last ones of its H steps.
+    """
+
+    NAME = "orlomo"
+    VECTORS_PUSHED = 2
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(Algorithm.Options):
+        """How far the workers go alone."""
+
+        name: str = option("orlomo", "ordered local momentum: workers take local steps of momentum SGD")
+        local_steps: int = option(
+            4, "H, local steps for each ticket, each on a batch", valid=lambda v: v >= 1, expected="a whole number >= 1"
+        )
+
+        @property
+        def steps(self) -> int:
+            """H."""
+            return self.local_steps
+
+    def __init__(self, params: Tensor, *, momentum: float, options: Any) -> None:
+        super().__init__(params, momentum=momentum, options=options)
+        self.u = torch.zeros_like(params)
+        self.index = 0
+
+    def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:  # noqa: ARG002 - the push is in units of parameters
+        """Shift the momentum to the newest bucket, then add the local momentum at its place."""
+        local_momentum, moved = grad.split(self.params.numel())
+        while self.index < arrival.newest_bucket:
+            self.params.sub_(self.u, alpha=self._drift(1))
+            self.u.mul_(self._decay(1))
+            self.index += 1
+        rounds = self.index - arrival.bucket
+        self.u.add_(local_momentum, alpha=self._decay(rounds))
+        self.params.sub_(moved).sub_(local_momentum, alpha=self._drift(rounds))
+
+    def outgoing(self, dispatch: Dispatch) -> Tensor:
+        """``[w | u]``, with 0 for ``u`` where the round's drift is in ``w`` already."""
+        pending = self.index < dispatch.bucket
+        return torch.cat([self.params, self.u if pending else torch.zeros_like(self.u)])
+
+    @classmethod
+    def local(cls, work: LocalWork, push: Tensor) -> None:
+        """H steps of momentum SGD; ``push`` is ``[m | p]``."""
+        here, momentum = work.sent.clone().split(work.dimension)
+        grad = torch.empty_like(here)
+        local_momentum, moved = push.zero_().split(work.dimension)
+        for step in range(work.steps):
+            work.gradient(here, step, grad)
+            momentum.mul_(work.momentum).add_(grad, alpha=work.lr)
+            here.sub_(momentum)
+            local_momentum.mul_(work.momentum).add_(grad, alpha=work.lr)
+            moved.add_(local_momentum)  # p sums m over the steps: 1 + beta + ... + beta^(H-h) for the gradient of step h
+
+    def _decay(self, rounds: int) -> float:
+        """``beta^(H rounds)``: what is left of a momentum after so many rounds."""
+        return self.momentum ** (self.options.local_steps * rounds)
+
+    def _drift(self, rounds: int) -> float:
+        """``beta + ... + beta^(H rounds)``: how far a momentum has carried the parameters in so many rounds."""
+        return self.momentum * (1 - self._decay(rounds)) / (1 - self.momentum)
+
+    def state(self) -> Mapping[str, Tensor | int | float]:
+        """The momentum ``u`` and its index ``I``."""
+        return {"u": self.u, "index": self.index}

@@ -1,0 +1,66 @@
+"""Rennala SGD."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ormo_rpc.algorithms.base import Algorithm, Arrival
+from ormo_rpc.options import option
+
+_REASON = "it decides itself whose gradients make up a step, and a worker that is held back adds none to it; use async"
+
+
+class Rennala(Algorithm):
+    """Rennala SGD: a step is the mean of B gradients that were all taken at the present parameters; others are discarded.
+
+    Recursion: a gradient ``g`` is accepted if it was taken at the present *version* of ``w``, the number of times that ``w``
+    has changed: ``G <- G + g``. With the B-th one ``w <- w - eta G / B; G <- 0; version <- version + 1``. A discarded gradient
+    does not advance ``t``, its ticket is issued again. Memory: ``w, G``, two vectors of D. The momentum is not read.
+
+    Source: Tyurin, Richtarik, NeurIPS 2023, arXiv 2305.12387 (Rennala SGD). Departure: when the run ends, a rest of fewer than
+        B gradients is applied with the weight ``eta / B`` that each would have had.
+    """
+
+    NAME = "rennala"
+    REFUSES: ClassVar[Mapping[str, str]] = {"sync": _REASON, "partial": _REASON, "ssp": _REASON}
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(Algorithm.Options):
+        """The size of a step."""
+
+        name: str = option("rennala", "a step is the mean of B gradients of the present parameters, others are discarded")
+        batch: int = option(4, "B, gradients that make a step", valid=lambda v: v >= 1, expected="a whole number >= 1")
+
+    def __init__(self, params: Tensor, *, momentum: float, options: Any) -> None:
+        super().__init__(params, momentum=momentum, options=options)
+        self.collected = torch.zeros_like(params)
+        self.count = 0
+        self.version = 0
+
+    def accepts(self, arrival: Arrival) -> bool:
+        """Whether it was taken at the parameters of the present."""
+        return arrival.version == self.version
+
+    def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:  # noqa: ARG002 - all that are accepted are alike
+        """``G <- G + g``, and with the B-th one ``w <- w - eta G / B``."""
+        self.collected.add_(grad)
+        self.count += 1
+        if self.count == self.options.batch:
+            self.flush(lr)
+
+    def flush(self, lr: float) -> None:
+        """Apply what is collected."""
+        if self.count:
+            self.params.sub_(self.collected, alpha=lr / self.options.batch)
+            self.collected.zero_()
+            self.count = 0
+            self.version += 1
+
+    def state(self) -> Mapping[str, Tensor | int | float]:
+        """The sum ``G`` and the number of its gradients, and the version of the parameters."""
+        return {"collected": self.collected, "count": self.count, "version": self.version}

@@ -1,0 +1,49 @@
+"""Ringmaster ASGD."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ormo_rpc.algorithms.base import Algorithm, Arrival
+from ormo_rpc.options import option
+
+_REASON = "it bounds the delays by what it discards, not by letting workers wait; use async"
+
+
+class Ringmaster(Algorithm):
+    """Ringmaster ASGD: a gradient whose delay reaches R is discarded and its worker answered with fresh parameters.
+
+    Recursion: ``w <- w - eta g`` if ``tau < R``, otherwise nothing. A discarded gradient does not advance ``t``, so the delay
+    counts applied gradients, and its ticket is issued again. Memory: ``w``, one vector of D. The momentum is not read.
+
+    Source: Maranjyan, Tyurin, Richtarik, ICML 2025, arXiv 2501.16168, without calculation stops. Departure: R is ``2 K`` where
+        it is not given; the paper's ``max(1, ceil(sigma^2 / epsilon))`` needs the noise of the gradients.
+    """
+
+    NAME = "ringmaster"
+    REFUSES: ClassVar[Mapping[str, str]] = {"sync": _REASON, "partial": _REASON, "ssp": _REASON}
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(Algorithm.Options):
+        """The delay that is too long."""
+
+        name: str = option("ringmaster", "asynchronous SGD that discards gradients whose delay reaches R")
+        delay_threshold: int | None = option(
+            None,
+            "R, the smallest delay that is discarded, in iterations; default 2 K",
+            valid=lambda v: isinstance(v, int) and v >= 1,
+            expected="a whole number >= 1",
+        )
+
+    def accepts(self, arrival: Arrival) -> bool:
+        """``tau < R``."""
+        threshold = self.options.delay_threshold
+        return arrival.delay < (2 * arrival.concurrency if threshold is None else threshold)
+
+    def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:  # noqa: ARG002 - what is accepted counts in full
+        """``w <- w - eta g``."""
+        self.params.sub_(grad, alpha=lr)

@@ -1,0 +1,54 @@
+"""Asynchronous SGD with shifted momentum: one momentum buffer for each worker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ormo_rpc.algorithms.base import Algorithm, Arrival
+from ormo_rpc.options import option
+
+
+class Shifted(Algorithm):
+    """Shifted momentum: a gradient meets the momentum of the time at which it was taken, not that of its arrival.
+
+    Recursion, for a gradient ``g`` of worker ``k``: ``v_k <- beta v_k + eta g; w <- w - v_k``, ``v_k`` in units of the
+    parameters. Under the asynchronous scheduler a worker's last gradient was applied just before its stamp, so this is
+    ``v_t = beta v_(t - tau) + eta g`` with one ``v`` for each iteration. Memory: ``w`` and one ``v_k`` for each worker, 1 + K
+    vectors of D. ``v_k`` comes to be, as zero, with the first gradient of a worker and goes when the worker leaves; K itself is
+    not used, so it may change.
+
+    Source: Giladi, Nacson, Hoffer, Soudry, ICLR 2020, arXiv 1909.12340 (shifted momentum). Departure: the paper has neither
+        barriers, under which the form with one buffer for each worker is kept, nor workers that come and go.
+    """
+
+    NAME = "shifted"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(Algorithm.Options):
+        """No options of its own."""
+
+        name: str = option("shifted", "a momentum buffer for each worker (shifted momentum)")
+
+    def __init__(self, params: Tensor, *, momentum: float, options: Any) -> None:
+        super().__init__(params, momentum=momentum, options=options)
+        self.v: dict[int, Tensor] = {}
+
+    def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:
+        """``v_k <- beta v_k + eta g; w <- w - v_k``."""
+        if arrival.worker not in self.v:
+            self.v[arrival.worker] = self.zeros()
+        v = self.v[arrival.worker]
+        v.mul_(self.momentum).add_(grad, alpha=lr)
+        self.params.sub_(v)
+
+    def leave(self, worker: int) -> None:
+        """The worker's momentum is gone with it."""
+        self.v.pop(worker, None)
+
+    def state(self) -> Mapping[str, Tensor | int | float]:
+        """The momentum ``v_k`` of each worker."""
+        return self.by_worker("v", self.v)

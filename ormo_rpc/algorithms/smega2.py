@@ -1,0 +1,72 @@
+"""Asynchronous SGD with a single momentum buffer that is updated once a round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ormo_rpc.algorithms.base import Algorithm, Arrival, Dispatch
+from ormo_rpc.options import option
+
+
+class SMEGA2(Algorithm):
+    """SMEGA2: one momentum of mean gradients for all workers, and each gradient is taken where ``w`` will be K steps on.
+
+    State ``w``, momentum ``v`` and sum of the round's gradients ``G`` (both in units of the gradient), ``c`` gradients in the
+    round. For a gradient ``g``: ``c <- c + 1; G <- G + g; w <- w - eta (g + beta v)``; then, where ``c >= K``, a new round:
+    ``v <- beta v + G / c; G <- 0; c <- 0``. A worker is sent ``w - eta beta ((K + c (beta - 1)) v + (c / K) G)``, the
+    parameters after K more gradients of zero. With K = 1 this is Nesterov momentum. Memory: ``w, v, G``, three vectors of D.
+
+    K may change: a round takes K gradients, K as it is when they come, and ``G / c`` is always their mean. Where K fell to
+    ``c`` or less, the next gradient ends the round, and the estimate is that of K gradients of zero again. At the end of a run
+    the round is closed with what it has, which changes ``v`` alone: ``w`` has had its gradients already.
+
+    Source: Cohen, Hakimi, Schuster, ICPP 2022 (SMEGA2). Departure: K is constant in the paper, so its mean is ``G / K``.
+    """
+
+    NAME = "smega2"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(Algorithm.Options):
+        """No options of its own."""
+
+        name: str = option("smega2", "a single momentum buffer of mean gradients, and a look ahead of K steps (SMEGA2)")
+
+    def __init__(self, params: Tensor, *, momentum: float, options: Any) -> None:
+        super().__init__(params, momentum=momentum, options=options)
+        self.v = self.zeros()
+        self.G = self.zeros()
+        self.count = 0
+
+    def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:
+        """``w <- w - eta (g + beta v)``; the momentum follows at the end of a round."""
+        self.params.sub_(grad, alpha=lr).sub_(self.v, alpha=lr * self.momentum)
+        self.G.add_(grad)
+        self.count += 1
+        if self.count >= arrival.concurrency:
+            self._close()
+
+    def flush(self, lr: float) -> None:  # noqa: ARG002 - the parameters do not move
+        """Close the round, if anything is in it."""
+        if self.count:
+            self._close()
+
+    def outgoing(self, dispatch: Dispatch) -> Tensor:
+        """The parameters after K more gradients of zero, the last ``late`` of them with the momentum of the next round."""
+        late = min(self.count, dispatch.concurrency - 1)
+        size = max(self.count + 1, dispatch.concurrency)
+        ahead = self.v * (dispatch.concurrency + late * (self.momentum - 1))
+        ahead.add_(self.G, alpha=late / size)
+        return self.params.sub(ahead, alpha=dispatch.lr * self.momentum)
+
+    def _close(self) -> None:
+        self.v.mul_(self.momentum).add_(self.G, alpha=1 / self.count)
+        self.G.zero_()
+        self.count = 0
+
+    def state(self) -> Mapping[str, Tensor | int | float]:
+        """The momentum ``v``, the sum ``G`` of the round's gradients and their number ``c``."""
+        return {"v": self.v, "G": self.G, "count": self.count}

@@ -1,0 +1,35 @@
+"""Asynchronous SGD that divides the learning rate by the delay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ormo_rpc.algorithms.asgd import ASGD
+from ormo_rpc.algorithms.base import Arrival
+from ormo_rpc.options import option
+
+ONE_AGE = "all gradients of a round were taken at the same parameters, so one age is right for all and the delay says nothing"
+
+
+class StalenessAware(ASGD):
+    """Staleness-aware ASGD: a gradient counts in inverse proportion to its delay.
+
+    Recursion: ``w <- w - eta / max(tau, 1) g``. Memory: ``w``, one vector of D. The momentum is not read. K is not used, so it
+    may change; as ``tau`` is K - 1 where all workers are equally fast, the learning rate falls with K.
+
+    Source: Zhang, Gupta, Lian, Liu, IJCAI 2016, arXiv 1511.05950. Departure: the paper averages the gradients of ``c`` workers
+        before each step; here c = 1, its softsync with as many groups as workers. Schedulers that answer in rounds are refused.
+    """
+
+    NAME = "staleness_aware"
+    REFUSES = {"sync": ONE_AGE, "partial": ONE_AGE}  # noqa: RUF012 - declared as a ClassVar in the base
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(ASGD.Options):
+        """No options of its own."""
+
+        name: str = option("staleness_aware", "asynchronous SGD, learning rate divided by the delay")
+
+    def learning_rate(self, arrival: Arrival) -> float:
+        """``eta / max(tau, 1)``."""
+        return arrival.lr / max(arrival.delay, 1)
