@@ -1,6 +1,6 @@
 # Every target that needs an environment makes it first.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check format bench clean
+.PHONY: help setup train test check format bench replays methods clean
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
@@ -35,6 +35,12 @@ format: .venv/ready  ## Put the code into its format
 
 bench: .venv/ready  ## Measure the server's step, in copies of the parameters
 	$(BIN)/python benchmarks/server_step.py $(ARGS)
+
+replays: .venv/ready  ## Run live and replay bit for bit, into results/ (minutes; ARGS="--cifar DIRECTORY")
+	$(BIN)/python benchmarks/replays.py $(ARGS)
+
+methods: .venv/ready  ## The paper's six methods, simulated, into results/ (a quarter of an hour; ARGS="--root DIRECTORY")
+	$(BIN)/python benchmarks/paper_methods.py $(ARGS)
 
 clean:  ## Remove the environment and caches; runs and data stay
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -15,6 +16,14 @@ def _positive(value: float) -> bool:
 
 def _not_negative(value: float) -> bool:
     return math.isfinite(value) and value >= 0
+
+
+def _at_least_one(value: float) -> bool:
+    return math.isfinite(value) and value >= 1
+
+
+def _are_times(value: Mapping[int, float]) -> bool:
+    return all(worker >= 0 and _not_negative(seconds) for worker, seconds in value.items())
 
 
 class GradientKind(Enum):
@@ -74,40 +83,40 @@ class SimRuntime(Runtime):
         0.1,
         "virtual seconds that a worker computes for a ticket, before heterogeneity",
         valid=_positive,
-        expected="a number > 0",
+        expected="a finite number > 0",
     )
     latency_seconds: list[float] = option(
         [0.0],
         "one way, per worker (worker k takes entry k modulo the length)",
-        valid=lambda v: bool(v) and min(v) >= 0,
-        expected="numbers >= 0",
+        valid=lambda v: bool(v) and all(map(_not_negative, v)),
+        expected="at least one finite number >= 0",
     )
     bandwidth: list[float] = option(
         [],
         "bytes per second, per worker likewise; empty: no limit",
-        valid=lambda v: all(b > 0 for b in v),
-        expected="numbers > 0",
+        valid=lambda v: all(map(_positive, v)),
+        expected="finite numbers > 0",
     )
     service_seconds: float = option(
-        0.0, "virtual seconds that the server takes for a push", valid=_not_negative, expected="a number >= 0"
+        0.0, "virtual seconds that the server takes for a push", valid=_not_negative, expected="a finite number >= 0"
     )
     joins: dict[int, float] = option(
         {},
         "further workers and when they join, in virtual seconds",
-        valid=lambda v: all(t >= 0 for t in v.values()),
-        expected="times >= 0",
+        valid=_are_times,
+        expected="whole numbers >= 0 with finite times >= 0",
     )
     leaves: dict[int, float] = option(
         {},
         "workers that leave, and when, in virtual seconds",
-        valid=lambda v: all(t >= 0 for t in v.values()),
-        expected="times >= 0",
+        valid=_are_times,
+        expected="whole numbers >= 0 with finite times >= 0",
     )
     gradient: GradientKind = option(GradientKind.real, "real, or quadratic: a synthetic problem for very many workers")
     dimension: int = option(1000, "parameters of the quadratic", valid=lambda v: v >= 1, expected="a whole number >= 1")
-    condition: float = option(100.0, "condition number of the quadratic", valid=lambda v: v >= 1, expected="a number >= 1")
+    condition: float = option(100.0, "condition number of the quadratic", valid=_at_least_one, expected="a finite number >= 1")
     noise: float = option(
-        0.1, "standard deviation of its gradient's noise, per coordinate", valid=_not_negative, expected="a number >= 0"
+        0.1, "standard deviation of its gradient's noise, per coordinate", valid=_not_negative, expected="a finite number >= 0"
     )
 
 

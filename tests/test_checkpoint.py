@@ -18,6 +18,7 @@ from ormo_rpc.evaluate import evaluate_checkpoint
 from ormo_rpc.evaluation import evaluate
 from ormo_rpc.flat import FlatModel
 from ormo_rpc.job import Job
+from ormo_rpc.runtimes import _check_resume as check_resume  # pyright: ignore[reportPrivateUsage] # nothing is started
 from ormo_rpc.server import ParameterServer
 
 CONFIG = parse_config({"workers": 2, "model": {"hidden": 5}, "train": {"max_iterations": 9}})
@@ -240,6 +241,44 @@ def test_a_checkpoint_of_another_run_is_refused_unchanged(options: dict[str, Any
     assert re.fullmatch(rf"state of a server: {message}; build this server as that one was", str(caught.value))
     assert torch.equal(other.params, before)
     assert other.iteration == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "changes", "got", "expected"),
+    [
+        ("seed", {"seed": 3}, "3", "0"),
+        ("train.batch_size", {"train": {"batch_size": 16}}, "16", "32"),
+        ("train.momentum", {"train": {"momentum": 0.5}}, "0.5", "0.9"),
+        ("model", {"model": {"hidden": 6}}, r"MLPSection\(.*hidden=6.*\)", r"MLPSection\(.*hidden=5.*\)"),
+        ("model", {"model": {"name": "cnn"}}, r"CNNSection\(.*\)", r"MLPSection\(.*\)"),
+        ("dataset.name", {"dataset": {"name": "mnist"}}, "mnist", "digits"),
+        ("algorithm", {"algorithm": {"momentum_correction": True}}, ".*=True.*", ".*=False.*"),
+        ("scheduler", {"scheduler": {"name": "sync"}}, ".*sync.*", ".*async.*"),
+    ],
+    ids=str,
+)
+def test_another_run_than_the_one_before_is_refused_with_the_key(
+    key: str, changes: dict[str, Any], got: str, expected: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path, 3)
+    with pytest.raises(ConfigError) as caught:
+        check_resume(changed(changes), path)
+    pattern = rf"checkpoint\.resume: {re.escape(key)}: got {got}, expected {expected}, as {re.escape(str(path))} has it"
+    assert re.fullmatch(pattern, str(caught.value)), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"workers": 7}, {"train": {"lr": 0.5, "epochs": 90}}, {"dataset": {"root": "elsewhere"}}], ids=str
+)
+def test_a_run_goes_on_with_more_workers_at_another_rate_for_longer(changes: dict[str, Any], tmp_path: Path) -> None:
+    check_resume(changed(changes), write(tmp_path, 3))
+
+
+def changed(changes: dict[str, Any]) -> Config:
+    """The configuration of the checkpoints with some values changed."""
+    model = {} if "name" in changes.get("model", {}) else {"hidden": 5}
+    train = {"max_iterations": 9, **changes.get("train", {})}
+    return parse_config({"workers": 2, **changes, "model": {**model, **changes.get("model", {})}, "train": train})
 
 
 def test_a_checkpoint_that_is_further_than_this_run_goes_is_refused(tmp_path: Path) -> None:

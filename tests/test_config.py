@@ -13,20 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from ormo_rpc import algorithms
+from ormo_rpc import algorithms, build_server
 from ormo_rpc.cli import compose, help_text
 from ormo_rpc.config import GROUPS, Config, ConfigError, load_config, parse_config, save_config
 from ormo_rpc.options import Section
+from ormo_rpc.runtimes import run
+from ormo_rpc.torchrun import Torchrun
 from tests.processes import PATIENCE_SECONDS, ROOT, launched
 
 CONF = ROOT / "conf"
 CUSTOM = {"_target_": "package.function"}
 
-CHOICES = {**{group: set(choices) for group, choices in GROUPS.items()}, "runtime": {"rpc"}, "logger": {"none", "wandb"}}
+CHOICES = {**{group: set(choices) for group, choices in GROUPS.items()}, "logger": {"none", "wandb"}}
+TEXTS = {"checkpoint.resume", "logger.group", "logger.run_name", "replay.run", "runtime.interface"}
+"""Keys of a text or none."""
 EXPERIMENTS = {path.stem for path in (CONF / "experiment").glob("*.yaml")}
 
 IN_RANGE: dict[str, tuple[list[Any], list[Any]]] = {
@@ -43,6 +48,12 @@ IN_RANGE: dict[str, tuple[list[Any], list[Any]]] = {
     "a finite number >= 1": ([1.0, 1e9], [0.999, -1.0, math.inf, math.nan]),
     "a number in [0, 1)": ([0.0, 0.999], [-1e-300, 1.0, math.nan]),
     "a number in (0, 1]": ([1e-300, 1.0], [0.0, 1.001, math.nan]),
+    "finite numbers > 0": ([[], [1e-300], [1e9, 1.0]], [[0.0], [1.0, -1.0], [math.inf], [1.0, math.nan]]),
+    "at least one finite number >= 0": ([[0.0], [1e9, 0.0]], [[], [-1e-300], [0.0, math.inf], [0.0, math.nan]]),
+    "whole numbers >= 0 with finite times >= 0": (
+        [{}, {0: 0.0}, {7: 1e9, 2: 1.0}],
+        [{0: -1e-300}, {-1: 1.0}, {0: 0.0, 1: math.inf}, {0: 0.0, 1: math.nan}],
+    ),
     "rising epochs > 0": ([[], [0.5, 1.0], [3.0, 3.0]], [[0.0], [2.0, 1.0], [math.nan]]),
     "a dotted path such as my_package.my_module.my_function": (["a.b", "a.b.C"], ["", "a", "a.", "a.b c", "a-b.c"]),
 }
@@ -197,7 +208,7 @@ def test_every_number_but_these_has_a_range() -> None:
     kinds = (int, float, type(None))
     numbers = {section.key(field.name) for _, _, section, field in FIELDS if type(field.default) in kinds}
     free = numbers - {section.key(field.name) for _, _, section, field in WITH_RANGE}
-    assert free == {"checkpoint.resume", "logger.group", "logger.run_name", "runtime.interface"}  # texts or none
+    assert free == TEXTS
 
 
 @pytest.mark.parametrize(("path", "choice", "section"), list(sections()), ids=str)
@@ -213,7 +224,7 @@ TYPED = [item for item in FIELDS if not isinstance(item[3].default, str)]
 @pytest.mark.parametrize("item", TYPED, ids=name_of)
 def test_a_wrong_type_is_named_with_its_full_key(item: tuple[str, str, type[Section], dataclasses.Field[Any]]) -> None:
     path, choice, section, field = item
-    if section.key(field.name) in {"checkpoint.resume", "logger.group", "logger.run_name", "runtime.interface"}:
+    if section.key(field.name) in TEXTS:
         value: Any = [1]  # a number would be taken as a text
         reason = r"Cannot convert 'ListConfig' to string: '\[1\]'"
     else:
@@ -221,7 +232,7 @@ def test_a_wrong_type_is_named_with_its_full_key(item: tuple[str, str, type[Sect
         reason = (
             r"Value 'much' of type 'str' could not be converted to (Integer|Float)|Value 'much' is not a valid bool.*|"
             r"Invalid value 'much', expected one of \[.+\]|Invalid value assigned: \w+ is not a (ListConfig|dict).*|"
-            r"Cannot assign str to Dict\[str, Any\]"
+            r"Cannot assign str to Dict\[(str, Any|int, float)\]"
         )
     message = refusal(tree(path, choice, field.name, value))
     assert re.fullmatch(rf"{re.escape(section.key(field.name))}: ({reason})", message), message
@@ -235,7 +246,7 @@ def test_a_wrong_type_is_named_with_its_full_key(item: tuple[str, str, type[Sect
         ({"model": "mlp"}, "model: got 'mlp', expected keys with their values"),
         ({"train": {"lr": "${nowhere}"}}, "train.lr: Interpolation key 'nowhere' not found"),
         ({"train": {"lr": 1 + 0j}}, "train.lr: Value 'complex' is not a supported primitive type"),
-        ({"runtime": {"name": "mpi"}}, "runtime: got 'mpi', expected rpc"),
+        ({"runtime": {"name": "mpi"}}, "runtime: got 'mpi', expected one of rpc, sim, replay"),
         ({"train": {"epochs": 1.5}}, "train.epochs: Value '1.5' of type 'float' could not be converted to Integer"),
         ({"train": {"lr": None}}, "train.lr: Incompatible value 'None' for field of type 'float'"),
     ],
@@ -243,6 +254,24 @@ def test_a_wrong_type_is_named_with_its_full_key(item: tuple[str, str, type[Sect
 )
 def test_other_wrong_trees(values: dict[str, Any], message: str) -> None:
     assert refusal(values) == message
+
+
+@pytest.mark.parametrize("algorithm", ["asgd_da", "ormo_da"])
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({"rule": "mishchenko", "threshold": 0}, "threshold: got 0"),
+        ({"rule": "mishchenko", "smoothness": 2.0}, "smoothness: got 2.0"),
+        ({"rule": "koloskova", "threshold": 3, "smoothness": 2.0}, "smoothness: got 2.0"),
+        ({"rule": "drop", "smoothness": 2.0}, "smoothness: got 2.0"),
+    ],
+    ids=str,
+)
+def test_an_option_that_the_delays_rule_would_not_use_is_refused(algorithm: str, options: dict[str, Any], refused: str) -> None:
+    expected = f"algorithm.{refused}, expected none, as algorithm.rule={options['rule']} does not use it"
+    assert refusal({"algorithm": {"name": algorithm, **options}}) == expected
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        build_server(algorithm=algorithm, params=torch.zeros(1), num_workers=1, **options)
 
 
 def test_an_interpolation_that_leads_nowhere_is_refused_after_composing() -> None:
@@ -259,7 +288,7 @@ def test_an_interpolation_that_leads_nowhere_is_refused_after_composing() -> Non
             r"Could not override 'train\.lerning'\..*: Key 'lerning' not in 'Train' full_key: train\.lerning .*",
         ),
         ("train.lr=much", r"Error merging override train\.lr=much: Value 'much' .* Float full_key: train\.lr .*"),
-        ("algorithm=adam", r"In 'config': Could not find 'algorithm/adam' .*asgd naive ormo .*"),
+        ("algorithm=adam", rf"In 'config': Could not find 'algorithm/adam' .* {' '.join(sorted(algorithms.NAMES))} .*"),
         ("+speed=1", r"speed: Key 'speed' not in 'Config'"),
         ("model=custom", r"model\._target_: got '', expected a dotted path .*"),
     ],
@@ -287,6 +316,68 @@ def test_epochs_become_iterations_and_the_scale_divides_the_rate() -> None:
     assert [unscaled(t) for t in (0, 1, 19, 20, 34, 35)] == pytest.approx([3 * value for value in rates])
 
 
+# -- under torchrun ----------------------------------------------------------------------------------------------------
+
+ELASTIC = {
+    "TORCHELASTIC_RUN_ID": "none",
+    "TORCHELASTIC_RESTART_COUNT": "2",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+    "RANK": "1",
+    "WORLD_SIZE": "3",
+    "LOCAL_WORLD_SIZE": "3",
+    "MASTER_ADDR": "host",
+    "MASTER_PORT": "29400",
+}
+PLACE = Torchrun(rank=1, world_size=3, store="host:29400", attempt=2, agent_store=True, one_machine=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, PLACE),
+        ({"LOCAL_WORLD_SIZE": "2"}, dataclasses.replace(PLACE, one_machine=False)),
+        ({"LOCAL_WORLD_SIZE": None}, dataclasses.replace(PLACE, one_machine=False)),
+        ({"TORCHELASTIC_USE_AGENT_STORE": "False"}, dataclasses.replace(PLACE, agent_store=False)),
+        ({"TORCHELASTIC_USE_AGENT_STORE": None}, dataclasses.replace(PLACE, agent_store=False)),
+        ({"TORCHELASTIC_RESTART_COUNT": None}, dataclasses.replace(PLACE, attempt=0)),
+        ({"TORCHELASTIC_RUN_ID": None}, None),  # RANK and the like alone may be anybody's
+    ],
+    ids=str,
+)
+def test_torchrun_tells_a_process_its_place(
+    changes: dict[str, str | None], expected: Torchrun | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    under_torchrun(monkeypatch, **changes)
+    assert Torchrun.from_environment() == expected
+
+
+def under_torchrun(monkeypatch: pytest.MonkeyPatch, **changes: str | None) -> None:
+    for name, value in {**ELASTIC, **changes}.items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    ("values", "ranks", "message"),
+    [
+        ({"runtime": {"name": "sim"}}, 3, "runtime: got sim under torchrun, expected rpc; start it with python launch.py"),
+        ({}, 1, "torchrun: got 1 process, expected at least 2; rank 0 serves and the others work"),
+        ({"workers": 4}, 3, "workers: got 4, expected 2 under torchrun with 3 processes; leave it out"),
+    ],
+    ids=str,
+)
+def test_what_torchrun_cannot_run_is_refused(
+    values: dict[str, Any], ranks: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    under_torchrun(monkeypatch, RANK="0", WORLD_SIZE=str(ranks))
+    with pytest.raises(ConfigError) as caught:
+        run(parse_config(values), tmp_path / "run")
+    assert str(caught.value) == message
+    assert not (tmp_path / "run").exists()
+
+
 # -- the help ----------------------------------------------------------------------------------------------------------
 
 
@@ -302,7 +393,7 @@ def test_the_help_has_every_key_with_its_meaning_and_default() -> None:
         begin = lines.index(group)
         for name in choices:
             assert any(re.fullmatch(rf"{name} +\S.*", line) for line in lines[begin:]), f"{group}={name}"
-    for group, names in {"runtime": CHOICES["runtime"], "logger": CHOICES["logger"], "experiment": EXPERIMENTS}.items():
+    for group, names in {"logger": CHOICES["logger"], "experiment": EXPERIMENTS}.items():
         assert any(line.split() == [group, *", ".join(sorted(names)).split()] for line in lines)
     assert max(map(len, help_text().splitlines())) <= 140
 

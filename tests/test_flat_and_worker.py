@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ormo_rpc import algorithms
 from ormo_rpc.data import ArraySplit, Epochs
 from ormo_rpc.flat import FlatModel, Layout, sha256
 from ormo_rpc.messages import Push, Reply
@@ -50,7 +51,13 @@ def module(name: str) -> nn.Module:
 
 def worker(name: str, *, seed: int = 0, weight_decay: float = 0.0, clip_norm: float | None = None) -> Worker:
     return Worker(
-        FlatModel(module(name)), data(), Epochs(SAMPLES, BATCH, seed), seed=seed, weight_decay=weight_decay, clip_norm=clip_norm
+        FlatModel(module(name)),
+        data(),
+        Epochs(SAMPLES, BATCH, seed),
+        algorithms.find("asgd"),
+        seed=seed,
+        weight_decay=weight_decay,
+        clip_norm=clip_norm,
     )
 
 

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
+
 import ormo_rpc
 
 PACKAGE = Path(ormo_rpc.__file__).parent
@@ -36,17 +38,18 @@ ONLY_IN = {
     "torch.futures": ("ormo_rpc.runtimes.rpc",),
     "hydra": ("ormo_rpc.cli",),
     "wandb": ("ormo_rpc.dashboards",),
-    "tqdm": ("ormo_rpc.dashboards",),
+    "tqdm": ("ormo_rpc.dashboards", "ormo_rpc.runtimes.replay"),
     "omegaconf": ("ormo_rpc.cli", "ormo_rpc.config", "ormo_rpc.runtimes.rpc.work"),
     "matplotlib": ("ormo_rpc.report",),
     "sklearn": ("ormo_rpc.data",),
     "torchvision": ("ormo_rpc.data", "ormo_rpc.models"),
     # Layers of our own: who may look at what lies above.
     "ormo_rpc.runtimes": ("ormo_rpc", "ormo_rpc.cli", "ormo_rpc.train", "ormo_rpc.runtimes"),
-    "ormo_rpc.runtimes.rpc": ("ormo_rpc.runtimes",),
+    "ormo_rpc.runtimes.rpc": (),  # chosen by its name
     "ormo_rpc.cli": ("ormo_rpc.train",),
-    "ormo_rpc.dashboards": ("ormo_rpc.runtimes",),
-    "ormo_rpc.recorder": ("ormo_rpc.dashboards", "ormo_rpc.runtimes"),
+    "ormo_rpc.session": ("ormo_rpc.runtimes",),
+    "ormo_rpc.dashboards": ("ormo_rpc.session",),
+    "ormo_rpc.recorder": ("ormo_rpc.dashboards", "ormo_rpc.session"),
 }
 """Who may import what, besides the thing itself."""
 
@@ -106,6 +109,14 @@ def test_every_arrow_points_down() -> None:
     assert faults(SOURCES) == []
 
 
+@pytest.mark.parametrize("runtime", ["ormo_rpc.runtimes.sim", "ormo_rpc.runtimes.replay"])
+def test_the_runtimes_of_one_process_know_no_network(runtime: str) -> None:
+    modules = [module for module in SOURCES if within(module, (runtime,))]
+    assert runtime in modules
+    network = ("torch.distributed", "torch.futures", "ormo_rpc.runtimes.rpc", "ormo_rpc.runtimes.supervisor", "socket")
+    assert not [(module, name) for module in modules for name in reachable(module, SOURCES) if within(name, network)]
+
+
 def test_every_place_that_is_named_exists_and_uses_what_it_may() -> None:
     assert {*MATHEMATICS, *CORE} <= SOURCES.keys()
     for thing, places in ONLY_IN.items():
@@ -125,8 +136,11 @@ def test_a_planted_import_is_found() -> None:
         "ormo_rpc.checks": "from ormo_rpc.runtimes import supervisor",
         "ormo_rpc.worker": "import torch.distributed.rpc as rpc",
         "ormo_rpc.recorder": "import wandb",
+        "ormo_rpc.runtimes.sim": "from ormo_rpc.runtimes.rpc import service",
+        "ormo_rpc.runtimes.replay": "import torch.distributed.rpc",
+        "ormo_rpc.job": "from ormo_rpc.session import Session",
         "ormo_rpc.train": "import hydra.utils",
-        "ormo_rpc.job": "from tqdm import tqdm",
+        "ormo_rpc.evaluation": "from tqdm import tqdm",
     }
     for module, line in planted.items():
         assert [fault for fault in faults({**SOURCES, module: f"{SOURCES[module]}\n{line}\n"}) if fault.startswith(module)], (

@@ -253,5 +253,5 @@ def test_staleness_aware_refuses_rounds() -> None:
 
 
 def test_a_negative_compensation_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^algorithm\.compensation: got -1, expected a number >= 0$"):
+    with pytest.raises(ValueError, match=r"^algorithm\.compensation: got -1, expected a finite number >= 0$"):
         begin("dc_asgd", num_workers=2, compensation=-1)

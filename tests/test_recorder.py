@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
 import termios
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,14 +23,13 @@ import torch
 from ormo_rpc import build_server
 from ormo_rpc.config import Config, ConfigError, parse_config
 from ormo_rpc.dashboards import ProgressBar, Wandb, dashboards, plain
-from ormo_rpc.data import Epochs
 from ormo_rpc.evaluation import Evaluation
-from ormo_rpc.job import Job
-from ormo_rpc.learning_rate import LearningRate
+from ormo_rpc.job import JobLike
 from ormo_rpc.messages import Push
 from ormo_rpc.recorder import Recorder
 from ormo_rpc.records import Event, Kind, Statistics
-from ormo_rpc.run_directory import RunDirectory, read_summary
+from ormo_rpc.run_directory import RunDirectory, read_summary, write_summary
+from tests.processes import PATIENCE_SECONDS
 
 TOTAL = 30
 CONFIG = parse_config({"workers": 3, "logger": {"log_seconds": 2.0, "mode": "disabled"}})
@@ -49,14 +51,29 @@ class Recording:
         self.closed.append(summary)
 
 
+class TenIterationsAnEpoch:
+    """What a recorder looks at of a job."""
+
+    config = CONFIG
+    total_tickets = TOTAL
+    batches_per_epoch = 10
+
+    def lr(self, _iteration: int) -> float:
+        """Always the same."""
+        return 0.5
+
+    def epoch(self, iteration: int) -> float:
+        """Ten iterations are one."""
+        return iteration / 10
+
+
 class Run:
     """A recorder with a clock that is set by hand, and the server whose events it records."""
 
     def __init__(self, folder: Path) -> None:
         self.now = 0.0
         self.held = 0.0
-        # 100 samples in batches of 10: 10 iterations an epoch.
-        self.job = Job(CONFIG, cast("Any", None), Epochs(100, 10, 0), TOTAL, LearningRate(base=0.5))
+        self.job = cast("JobLike", TenIterationsAnEpoch())
         self.shown = Recording()
         self.folder = folder
         self.directory = RunDirectory(folder)
@@ -113,6 +130,7 @@ def apply(iteration: int, worker: int, delay: int, loss: float | None = None) ->
 def test_statistics_by_hand() -> None:
     statistics = Statistics()
     assert (statistics.delay_mean, statistics.delay_max, statistics.loss) == (0.0, 0, None)
+    assert statistics.delay_counts() == [0]
     for event in (
         apply(4, 0, 2, loss=3.0),  # of a run that was resumed at iteration 4
         apply(5, 1, 0),
@@ -122,12 +140,13 @@ def test_statistics_by_hand() -> None:
         Event(Kind.issue, 0.0, {"worker": 0}),
     ):
         statistics.observe(event)
-    assert (statistics.iterations, statistics.gradients_computed, statistics.samples) == (7, 4, 24)
+    assert (statistics.iterations, statistics.gradients_computed) == (7, 4)
     assert (statistics.discarded, statistics.repeated) == (1, 1)
     assert statistics.pushes_per_worker == {0: 1, 1: 3}
     assert statistics.delay_sum_per_worker == {0: 2, 1: 5}  # of what was applied
     assert statistics.delay_mean == pytest.approx(7 / 3)  # (2 + 0 + 5) / 3
     assert statistics.delay_max == 5
+    assert statistics.delay_counts() == [1, 0, 1, 0, 0, 1]
     assert statistics.loss == pytest.approx(4.0)  # 3 + (53 - 3) / 50
 
 
@@ -155,7 +174,8 @@ def test_the_trace_has_every_event_and_the_statistics_are_its_sums(run: Run) -> 
     assert statistics.delay_max == max(delays) > 3
     assert statistics.pushes_per_worker == Counter(line["worker"] for line in applied)
     assert statistics.delays == Counter(delays)
-    assert statistics.samples == 180
+    assert statistics.delay_counts() == [delays.count(delay) for delay in range(max(delays) + 1)]
+    assert [line["samples"] for line in applied] == [10] * 18
 
 
 def test_a_row_of_metrics_comes_when_its_time_has_come(run: Run) -> None:
@@ -223,13 +243,14 @@ def test_the_end_writes_the_rest_and_the_summary_before_any_dashboard_closes(run
 
 
 def test_a_directory_is_used_once(tmp_path: Path) -> None:
-    RunDirectory.check_unused(tmp_path)
+    RunDirectory.claim(tmp_path)
+    assert (tmp_path / "trace.jsonl").read_bytes() == b""
     directory = RunDirectory(tmp_path)
     directory.write_header(seed=3)
     directory.write_processes(11, {1: 13, 0: 12})
     directory.close()
     with pytest.raises(ConfigError) as caught:
-        RunDirectory.check_unused(tmp_path)
+        RunDirectory.claim(tmp_path)
     assert str(caught.value) == (
         f"{tmp_path}: got the directory of an earlier run, expected a new one; go on with checkpoint.resume={tmp_path}"
     )
@@ -239,6 +260,42 @@ def test_a_directory_is_used_once(tmp_path: Path) -> None:
     assert {"commit", "python", "cpu", "capability"} <= header.keys()
     assert json.loads((tmp_path / "processes.json").read_text()) == {"server": 11, "workers": {"0": 12, "1": 13}}
     assert read_summary(tmp_path) is None
+
+
+def test_of_two_that_claim_a_directory_at_once_one_gets_it(tmp_path: Path) -> None:
+    together = threading.Barrier(2)
+
+    def claim(path: Path) -> bool:
+        together.wait(PATIENCE_SECONDS)
+        try:
+            RunDirectory.claim(path)
+        except ConfigError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(2) as both:
+        for number in range(50):
+            assert sorted(both.map(claim, [tmp_path / "runs" / str(number)] * 2)) == [False, True]
+
+
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    row = {"iteration": 3, "loss": math.nan, "rate": math.inf, "eta": -math.inf, "momentum": 0.5, "reason": None}
+    directory.write_event(Event(Kind.apply, 1.5, row))
+    directory.write_metrics(row)
+    directory.close()
+    write_summary(tmp_path, row)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    trace, metrics, summary = (
+        json.loads((tmp_path / name).read_text(), parse_constant=refuse)
+        for name in ("trace.jsonl", "metrics.jsonl", "summary.json")
+    )
+    expected = {**row, "loss": None, "rate": None, "eta": None}
+    assert trace == {"event": "apply", "seconds": 1.5, **expected}
+    assert metrics == summary == read_summary(tmp_path) == expected
 
 
 # -- dashboards --------------------------------------------------------------------------------------------------------

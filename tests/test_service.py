@@ -344,6 +344,70 @@ def test_a_change_from_outside_sends_the_replies_that_it_makes_due(change: Calla
     assert there.service.server.iteration == (1 if change is ParameterServer.stop else 2)
 
 
+def test_the_start_is_told_before_the_first_ticket_is_handed_out() -> None:
+    there = owner(2)
+    service = there.service
+    told: list[tuple[bool, int]] = []
+    service.on_start = lambda: told.append((service.lock.locked(), len(service.server.ledger.holding)))
+    there.hello(1)
+    assert told == []
+    there.hello(0)
+    assert told == [(True, 0)]
+    assert len(service.server.ledger.holding) == 2
+
+
+@pytest.mark.parametrize("where", ["server", "observer"])
+def test_a_failure_while_a_push_is_applied_is_kept_and_nobody_is_answered(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    failure = OSError("the disk is full")
+
+    def fail(*_arguments: Any) -> list[Reply]:
+        raise failure
+
+    there = owner(3, scheduler="sync")
+    service = there.service
+    first, second, third = begun(there)
+    held = there.push(first)
+    assert service.broken is None
+    monkeypatch.setattr(*((service.server, "redeem") if where == "server" else (service, "observe")), fail)
+    failed_push = there.push(second)
+    assert service.broken is failure
+    monkeypatch.undo()
+    iteration = service.server.iteration
+    answers = [held, failed_push, there.push(third), there.push(second)]
+    assert not any(answer.done() for answer in answers)
+    assert service.server.iteration == iteration  # a state that is not to be trusted is not changed any more
+    assert service.broken is failure
+
+
+def test_a_refused_push_breaks_nothing() -> None:
+    there = owner(2)
+    first, _ = begun(there)
+    with pytest.raises(PushRefused):
+        there.push(first, torch.zeros(DIMENSION + 1, dtype=torch.float64))
+    with pytest.raises(PushRefused):
+        there.push(Reply(worker=0, ticket=1, stamp=0, params=first.params, lr=0.0, steps=1, incarnation=0))
+    assert there.service.broken is None
+    assert there.push(first).value().ticket == 2
+
+
+def test_who_holds_a_ticket_past_the_patience_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    there = owner(3, scheduler="partial", k=2)
+    service = there.service
+    first, second, _ = begun(there)
+    clock.now = 10.0
+    held = there.push(first)
+    assert sorted(service.late(9.0)) == [1, 2]  # worker 0 waits at the barrier and holds nothing
+    assert service.late(10.0) == []
+    there.push(second)  # makes two: both go on, with new tickets
+    assert held.done()
+    assert service.late(9.0) == [2]
+    clock.now = 20.0
+    assert service.late(10.0) == [2]
+    assert sorted(service.late(9.0)) == [0, 1, 2]
+
+
 def test_who_said_goodbye_is_gone() -> None:
     there = owner(2)
     begun(there)
@@ -360,6 +424,8 @@ class Clock:
     def perf_counter(self) -> float:
         """The time that was set."""
         return self.now
+
+    monotonic = perf_counter
 
 
 class SlowLock:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from ormo_rpc.runtimes import supervisor as module
-from ormo_rpc.runtimes.supervisor import Child, Supervisor
+from ormo_rpc.runtimes.supervisor import DONE, Child, Supervisor
 from tests.processes import PATIENCE_SECONDS, gone, wait_until
 
 # The module is run from its file, so that a child does not load torch, which takes seconds.
@@ -192,10 +192,29 @@ def test_a_signal_ends_a_wait_once_and_its_handler_is_restored(number: signal.Si
             assert supervisor.wait(timer.never, PATIENCE_SECONDS) is False
             assert supervisor.signals == [number]
             # A later wait, for the children to wind up, is not cut short by the same signal.
-            assert supervisor.wait(timer.third_time, PATIENCE_SECONDS) is True
+            assert supervisor.wait(timer.third_time, PATIENCE_SECONDS, signals=1) is True
         assert signal.getsignal(number) is former
     finally:
         signal.signal(number, original)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_the_wait_for_the_children_to_stop(number: signal.Signals) -> None:
+    with Supervisor() as supervisor:
+        assert supervisor.wait(Signal(signal.SIGINT).never, PATIENCE_SECONDS) is False
+        assert supervisor.wait(Signal(number).never, 10 * PATIENCE_SECONDS, signals=1) is False
+        assert supervisor.signals == [signal.SIGINT, number]
+        assert supervisor.wait(lambda: True, signals=1) is True  # what is done is done
+
+
+@pytest.mark.parametrize(("code", "failed"), [(DONE, False), (0, True), (1, True)])
+def test_only_the_status_of_work_done_is_no_failure(code: int, failed: bool) -> None:
+    with Supervisor() as supervisor:
+        waiting = start(supervisor, STUBBORN, None)
+        child = start(supervisor, f"import sys; sys.exit({code})", None)
+        assert not waiting.failed  # it runs
+        assert ended(supervisor, child) == code
+        assert child.failed is failed
 
 
 class Signal:

@@ -40,6 +40,17 @@ class DelayAdaptiveOptions(Section):
         expected="a number > 0",
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.threshold is not None and self.rule is DelayRule.mishchenko:
+            self._refuse("threshold")
+        if self.smoothness is not None and self.rule is not DelayRule.ormo:
+            self._refuse("smoothness")
+
+    def _refuse(self, name: str) -> None:
+        value, rule = getattr(self, name), f"{self.key('rule')}={self.rule.value}"
+        raise ValueError(f"{self.key(name)}: got {value!r}, expected none, as {rule} does not use it")
+
 
 def threshold(options: DelayAdaptiveOptions, arrival: Arrival) -> int:
     """The delay up to which a gradient keeps the scheduled learning rate."""

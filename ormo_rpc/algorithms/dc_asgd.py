@@ -40,9 +40,9 @@ class DCASGD(Algorithm):
         adaptive: bool = option(True, "divide the compensation by the running root mean square of the gradient (DC-ASGD-a)")
         compensation: float | None = option(
             None,
-            "lambda, the strength of the compensation, no unit if adaptive, else 1 / loss; default 2 if adaptive, else 0.04",
-            valid=lambda v: v >= 0,
-            expected="a number >= 0",
+            "lambda, the strength, in 1 / loss if not adaptive; default 2 if adaptive, else 0.04",
+            valid=lambda v: 0 <= v < float("inf"),
+            expected="a finite number >= 0",
         )
 
     def __init__(self, params: Tensor, *, momentum: float, options: Any) -> None:

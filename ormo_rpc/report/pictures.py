@@ -1,0 +1,94 @@
+"""Pictures of runs: curves of a comparison, and the delays and the timeline of a single run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ormo_rpc.report.runs import Group, Run, differing
+
+TIMELINE_TICKETS = 80
+"""How many updates the timeline reaches over."""
+
+
+def comparison(groups: Sequence[Group]) -> Figure:
+    """Loss and accuracy of each group against epochs and against seconds; a line per seed, a colour per group."""
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    axes = figure.subplots(2, 2)
+    keys = differing(groups)
+    colours = matplotlib.colormaps["tab20"]
+    for number, group in enumerate(groups):
+        style = {"color": colours(number % 20), "linewidth": 1.0}
+        for run in group.runs:
+            label = group.label(keys) if run is group.runs[0] else None
+            for row, (epochs, seconds, values) in enumerate((run.losses(), run.accuracies())):
+                marker = "." if row else ""
+                axes[row][0].plot(epochs, values, label=label, marker=marker, **style)
+                axes[row][1].plot(seconds, values, marker=marker, **style)
+    for column, unit in enumerate(("epochs", _seconds(groups))):
+        axes[0][column].set(xlabel=unit, ylabel="training loss", yscale="log")
+        axes[1][column].set(xlabel=unit, ylabel="test accuracy")
+    for each in axes.flat:
+        each.grid(alpha=0.3)
+    axes[0][0].legend(fontsize="small")
+    return figure
+
+
+def single(run: Run) -> Figure:
+    """Loss and accuracy against seconds, the delays of the gradients, and who computed what when."""
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    loss_axes, accuracy_axes, delay_axes, timeline_axes = figure.subplots(2, 2).flat
+    summary = run.summary
+    figure.suptitle(
+        f"{summary['algorithm']} ({summary['scheduler']}), {summary['num_workers']} workers, "
+        f"{summary['dataset']}, {summary['model']}: {summary['status']}"
+    )
+    for axes, (_, seconds, values), name in (
+        (loss_axes, run.losses(), "training loss"),
+        (accuracy_axes, run.accuracies(), "test accuracy"),
+    ):
+        axes.plot(seconds, values, marker="." if axes is accuracy_axes else "")
+        axes.set(xlabel="seconds", ylabel=name)
+        axes.grid(alpha=0.3)
+    loss_axes.set_yscale("log")
+    _delays(delay_axes, run)
+    _timeline(timeline_axes, run)
+    return figure
+
+
+def _seconds(groups: Sequence[Group]) -> str:
+    runtimes = {group.setting["runtime"] for group in groups}
+    return "virtual seconds" if runtimes == {"sim"} else "seconds"
+
+
+def _delays(axes: Axes, run: Run) -> None:
+    delays = [event["delay"] for event in run.of_kind("apply")]
+    counts = np.bincount(delays) if delays else np.zeros(1, dtype=np.int64)
+    axes.bar(np.arange(len(counts)), counts, width=1.0)
+    axes.set(xlabel="delay (iterations)", ylabel="gradients", yscale="log" if delays else "linear")
+
+
+def _timeline(axes: Axes, run: Run) -> None:
+    """A bar per ticket from issue to application, by worker, coloured by delay, until `TIMELINE_TICKETS` are applied."""
+    applied = run.of_kind("apply")
+    end = applied[:TIMELINE_TICKETS][-1]["seconds"] if applied else 1.0
+    began: dict[tuple[int, int], float] = {}
+    bars: list[tuple[int, float, float, int]] = []
+    for event in run.of_kind("issue", "reissue", "apply"):
+        key = (event["worker"], event["ticket"])
+        if event["event"] != "apply":
+            began[key] = event["seconds"]
+        elif began.get(key, end) < end:
+            bars.append((event["worker"], began[key], event["seconds"] - began[key], event["delay"]))
+    most = max((delay for *_, delay in bars), default=1) or 1
+    colours = matplotlib.colormaps["viridis"]
+    for worker, start, length, delay in bars:
+        axes.barh(worker, length, left=start, height=0.8, color=colours(delay / most), edgecolor="white", linewidth=0.5)
+    axes.set(xlabel="seconds", ylabel="worker", xlim=(0, end))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title("the first gradients, from ticket to update; the brighter, the later", fontsize="small")

@@ -1,0 +1,118 @@
+"""What runs left behind, read back and put into groups that differ in nothing but the seed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ormo_rpc.config import ConfigError
+from ormo_rpc.run_directory import read_summary, read_trace
+
+SETTING = ("algorithm", "scheduler", "num_workers", "heterogeneity", "dataset", "model", "runtime", "lr")
+"""The entries of a summary that make up a setting."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Attributes:
+        path: Its directory.
+        summary: The content of ``summary.json``.
+        metrics: The rows of ``metrics.jsonl``.
+        events: The events of ``trace.jsonl``, without the header.
+    """
+
+    path: Path
+    summary: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+
+    @classmethod
+    def load(cls, path: Path) -> Run:
+        """Read a run directory.
+
+        Raises:
+            ConfigError: it is not that of a run that has ended.
+        """
+        summary = read_summary(path)
+        if summary is None or summary.get("iterations") is None:
+            raise ConfigError(f"{path}: got a folder without the summary of a run, expected a run directory or a sweep of some")
+        metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        return cls(path, summary, metrics, read_trace(path)[1])
+
+    @property
+    def batches_per_epoch(self) -> float:
+        """Iterations in an epoch."""
+        return self.summary["iterations"] / self.summary["epochs"]
+
+    def of_kind(self, *kinds: str) -> list[dict[str, Any]]:
+        """The events of some kinds, in order."""
+        return [event for event in self.events if event["event"] in kinds]
+
+    def losses(self) -> tuple[list[float], list[float], list[float]]:
+        """Epochs, seconds, and the batch losses averaged over about the last 20 gradients."""
+        epochs: list[float] = []
+        seconds: list[float] = []
+        averages: list[float] = []
+        for event in self.of_kind("apply"):
+            if event["loss"] is not None:
+                former = averages[-1] if averages else event["loss"]
+                averages.append(former + (event["loss"] - former) / 20)
+                epochs.append((event["iteration"] + 1) / self.batches_per_epoch)
+                seconds.append(event["seconds"])
+        return epochs, seconds, averages
+
+    def accuracies(self) -> tuple[list[float], list[float], list[float]]:
+        """Epochs, seconds and test accuracy of every evaluation."""
+        rows = [row for row in self.metrics if row.get("test_accuracy") is not None]
+        return [row["epoch"] for row in rows], [row["seconds"] for row in rows], [row["test_accuracy"] for row in rows]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one setting, which differ in nothing but the seed.
+
+    Attributes:
+        setting: The entries of `SETTING` by name.
+        runs: The runs, by seed.
+    """
+
+    setting: dict[str, Any]
+    runs: list[Run]
+
+    def label(self, differing: Sequence[str]) -> str:
+        """What sets it apart from other groups."""
+        return ", ".join(str(self.setting[key]) for key in differing) or str(self.setting["algorithm"])
+
+
+def find(paths: Iterable[Path]) -> list[Path]:
+    """The run directories among these paths and below them.
+
+    Raises:
+        ConfigError: there is none below one of them.
+    """
+    found: list[Path] = []
+    for path in paths:
+        below = sorted(file.parent for file in path.rglob("summary.json"))
+        if not below:
+            raise ConfigError(f"{path}: got a folder without any summary.json, expected a run directory or a sweep of some")
+        found += below
+    return found
+
+
+def group(runs: Iterable[Run]) -> list[Group]:
+    """The runs by setting, in the order of their settings."""
+    groups: dict[str, Group] = {}
+    for run in sorted(runs, key=lambda run: run.summary["seed"]):
+        setting = {key: run.summary.get(key) for key in SETTING}
+        groups.setdefault(json.dumps(setting), Group(setting, [])).runs.append(run)
+    return [groups[key] for key in sorted(groups)]
+
+
+def differing(groups: Sequence[Group]) -> list[str]:
+    """The entries of the setting in which groups differ."""
+    return [key for key in SETTING if len({json.dumps(each.setting[key]) for each in groups}) > 1]
