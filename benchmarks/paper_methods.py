@@ -1,7 +1,7 @@
 """The six methods of arXiv 2407.19234 side by side, simulated: ``python benchmarks/paper_methods.py --root DIRECTORY``.
 
 K = 16 virtual workers, alike (``none``) and with one of them ten times slower (``slow_tail``), an MLP on Fashion-MNIST. The
-procedure is the same for every method and setting: each learning rate of one grid is run with one seed that is not reported (the
+procedure is the same for every method and setting: each learning rate of one grid is run with a seed that is not reported (the
 tuning seed), the one with the lowest mean loss over the last tenth of the gradients is taken (a run that diverges is out), and
 the seeds of the table are run with it. Nothing else is tuned. Writes ``results/paper_methods.json`` and ``.md``.
 """

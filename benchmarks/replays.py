@@ -1,6 +1,6 @@
 """Live runs over RPC, computed again bit for bit: ``python benchmarks/replays.py [--cifar DIRECTORY]``.
 
-Runs each case live on this machine, replays it from its trace, and writes ``results/replays.md``. The case of CIFAR-10 needs the
+Runs each case live on this machine, replays it from its trace, and writes ``results/replays.md``. CIFAR-10 needs the
 folder that holds ``cifar-10-batches-py`` (``--cifar``) and is left out, and said to be, without it.
 """
 
@@ -15,7 +15,7 @@ from ormo_rpc import RunFailed, train
 from ormo_rpc.report.table import as_markdown
 from ormo_rpc.run_directory import environment, read_trace
 
-CASES = {
+CASES: dict[str, tuple[str, ...]] = {
     "ormo, one slow worker": ("heterogeneity=one_slow",),
     "smega2": ("algorithm=smega2", "train.lr=0.005"),
     "ormo under sync": ("scheduler=sync",),
@@ -35,7 +35,9 @@ def main() -> None:
     cases = dict(CASES)
     if cifar:
         cases["ResNet-20 on CIFAR-10 with augmentation"] = (*RESNET, f"dataset.root={cifar}")
-    table = [("live run, 4 workers", "events", "discards", "largest delay", "replay", "final_params_sha256")]
+    table: list[tuple[str, ...]] = [
+        ("live run, 4 workers", "events", "discards", "largest delay", "replay", "final_params_sha256")
+    ]
     for name, overrides in cases.items():
         with tempfile.TemporaryDirectory(prefix="replays_") as folder:
             live = Path(folder) / "live"
@@ -52,7 +54,8 @@ def main() -> None:
     here = environment()
     left_out = "" if cifar else "\n\nLeft out: ResNet-20 on CIFAR-10, for want of the data."
     RESULTS.mkdir(exist_ok=True)
-    text = f"{as_markdown(table)}{left_out}\n\ntorch {here['torch']}, {here['cpu']}, {os.cpu_count()} cores, 1 thread per process, 1 run per case.\n"
+    machine = f"torch {here['torch']}, {here['cpu']}, {os.cpu_count()} cores, 1 thread per process"
+    text = f"{as_markdown(table)}{left_out}\n\n{machine}, 1 run per case.\n"
     (RESULTS / "replays.md").write_text(text)
 
 

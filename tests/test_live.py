@@ -36,6 +36,13 @@ SUMMARY_KEYS = set(
 )
 
 
+def replayed(run_dir: Path, again: Path) -> str:
+    """The final parameters of a recorded run, computed again from its trace."""
+    summary = ormo_rpc.train(["runtime=replay", f"replay.run={run_dir}"], run_dir=again)
+    assert summary["identical"] is True
+    return summary["final_params_sha256"]
+
+
 def test_the_default_run_trains_digits_and_leaves_everything_behind(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     status, out, err = launch(run_dir)
@@ -78,14 +85,18 @@ def test_the_default_run_trains_digits_and_leaves_everything_behind(tmp_path: Pa
     model.module.load_state_dict(torch.load(found / "model.pt", weights_only=True))  # plain PyTorch
     assert sha256(model.flat_params()) == result["final_params_sha256"]
     assert set(processes(run_dir)["workers"]) == {"0", "1", "2", "3"}
+    assert replayed(run_dir, tmp_path / "again") == result["final_params_sha256"]
 
 
-@pytest.mark.parametrize("algorithm", ["asgd", "naive", "ormo_da", "ormo_vanilla"])
-def test_every_rule_runs_live(algorithm: str, tmp_path: Path) -> None:
-    status, _, err = launch(tmp_path, *QUIET, f"algorithm={algorithm}", "workers=2", "train.epochs=2", "train.lr=0.01")
+# One of each kind: what is sent is not w (smega2), discards (ringmaster), buffers (fedbuff), local steps (orlomo).
+@pytest.mark.parametrize("algorithm", ["naive", "smega2", "ringmaster", "fedbuff", "orlomo"])
+def test_every_kind_of_rule_runs_live_and_is_replayed(algorithm: str, tmp_path: Path) -> None:
+    options = ("workers=2", "train.max_iterations=60", "train.lr=0.005", "model.dropout=0.2")
+    status, _, err = launch(tmp_path / "run", *QUIET, f"algorithm={algorithm}", *options)
     assert status == 0, err
-    result = summary(tmp_path)
-    assert (result["algorithm"], result["status"], result["iterations"]) == (algorithm, "completed", 90)
+    result = summary(tmp_path / "run")
+    assert (result["algorithm"], result["status"], result["iterations"]) == (algorithm, "completed", 60)
+    assert replayed(tmp_path / "run", tmp_path / "again") == result["final_params_sha256"]
 
 
 def test_a_live_run_does_the_mathematics(tmp_path: Path) -> None:
@@ -158,9 +169,8 @@ def test_batch_norm_and_the_synchronous_scheduler(tmp_path: Path) -> None:
             replies |= {reply.worker: reply for reply in server.receive(push) if reply.ticket is not None}
         state = torch.load(checkpoint.find(run_dir) / "model.pt", weights_only=True)
         torch.testing.assert_close(state["2.running_mean"], means)
-        # Under sync the order within a round is all that chance decides, so a replay in that order has the same bits.
-        assert sha256(server.params) == result["final_params_sha256"]
         assert sha256(*server.buffers.average.values()) == result["final_buffers_sha256"]
+        assert replayed(run_dir, tmp_path / "again") == result["final_params_sha256"]
 
 
 def test_a_diverged_run_says_so(tmp_path: Path) -> None:
@@ -198,14 +208,16 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_goes_on(tmp_path: Path) -> N
 
 
 def test_a_push_that_waits_longer_than_its_time_out_is_repeated_and_applied_once(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
     # The slow worker takes 700 times its own computation, of a millisecond or so; the other one waits at the barrier.
     slow = ("scheduler=sync", "workers=2", "heterogeneity=one_slow", "heterogeneity.factor=700")
-    status, _, err = launch(tmp_path, *QUIET, *slow, "train.max_iterations=6", "runtime.rpc_timeout_seconds=0.3")
+    status, _, err = launch(run_dir, *QUIET, *slow, "train.max_iterations=6", "runtime.rpc_timeout_seconds=0.3")
     assert status == 0, err
-    assert [event["stamp"] for event in events(tmp_path, "apply")] == [0, 0, 2, 2, 4, 4]
-    assert sorted(event["ticket"] for event in events(tmp_path, "apply")) == list(range(6))
-    assert summary(tmp_path)["repeated"] > 0
-    assert {event["worker"] for event in events(tmp_path, "repeat")} == {0}
+    assert [event["stamp"] for event in events(run_dir, "apply")] == [0, 0, 2, 2, 4, 4]
+    assert sorted(event["ticket"] for event in events(run_dir, "apply")) == list(range(6))
+    assert summary(run_dir)["repeated"] > 0
+    assert {event["worker"] for event in events(run_dir, "repeat")} == {0}
+    assert replayed(run_dir, tmp_path / "again") == summary(run_dir)["final_params_sha256"]
 
 
 @pytest.mark.parametrize(("victim", "name"), [("worker", "worker 1"), ("server", "server")])
