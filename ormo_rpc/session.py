@@ -21,6 +21,7 @@ from ormo_rpc.job import JobLike
 from ormo_rpc.recorder import Recorder
 from ormo_rpc.records import Event, Kind
 from ormo_rpc.run_directory import RunDirectory
+from ormo_rpc.runtime_options import GradientKind, SimRuntime
 from ormo_rpc.server import ParameterServer
 
 _log = logging.getLogger(__name__)
@@ -217,12 +218,13 @@ def unfinished_summary(config: Config, status: str, reason: str) -> dict[str, An
 
 def _identity(config: Config) -> dict[str, Any]:
     """What kind of run it is."""
+    synthetic = isinstance(config.runtime, SimRuntime) and config.runtime.gradient is not GradientKind.real
     return {
         "algorithm": config.algorithm.name,
         "scheduler": config.scheduler.name,
         "runtime": config.runtime.name,
-        "dataset": config.dataset.name,
-        "model": config.model.name,
+        "dataset": "-" if synthetic else config.dataset.name,
+        "model": config.sim.gradient.value if synthetic else config.model.name,
         "heterogeneity": config.heterogeneity.name,
         "lr": config.train.lr,
         "seed": config.seed,

@@ -1,0 +1,63 @@
+"""What the simulator costs beyond the gradients: ``python benchmarks/sim_overhead.py --cifar DIRECTORY``.
+
+ResNet-20 on CIFAR-10, batches of 64, K = 64 virtual workers. The time of all calls of `Worker.compute` is taken from the time of the
+whole event loop; what is left (server, snapshots, events, trace) is the simulator's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import deque
+
+from ormo_rpc.cli import compose
+from ormo_rpc.job import Job
+from ormo_rpc.messages import Push, Reply
+from ormo_rpc.records import Event
+from ormo_rpc.runtimes.sim.clock import EventQueue
+from ormo_rpc.runtimes.sim.cluster import Cluster, Links
+from ormo_rpc.worker import Worker
+
+
+class Timed:
+    """A worker that counts the seconds of its gradients."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.seconds = 0.0
+
+    def compute(self, reply: Reply) -> Push:
+        """As `Worker.compute`."""
+        began = time.perf_counter()
+        push = self.worker.compute(reply)
+        self.seconds += time.perf_counter() - began
+        return push
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cifar", required=True, help="the folder that holds cifar-10-batches-py")
+    parser.add_argument("--iterations", type=int, default=100)
+    arguments = parser.parse_args()
+    data = (f"dataset.root={arguments.cifar}", "dataset.verify=false", "train.batch_size=64")
+    size = ("workers=64", f"train.max_iterations={arguments.iterations}")
+    job = Job(compose(["runtime=sim", "dataset=cifar10", "model=resnet20", *data, *size]))
+    queue, events = EventQueue(), deque[Event]()
+    source = Timed(job.worker())
+    source.worker.warm_up()
+    server = job.server(events.append, lambda: queue.now)
+    cluster = Cluster(server, source, queue, Links(), lambda _: 0.1, lambda: None)
+    began = time.perf_counter()
+    cluster.start()
+    while not server.ended and queue.step():
+        pass
+    whole = time.perf_counter() - began
+    own = whole - source.seconds
+    print(
+        f"{server.iteration} gradients: {source.seconds:.2f} s; the simulator's own: {own:.3f} s, {own / source.seconds:.2%} of that"
+    )
+
+
+if __name__ == "__main__":
+    main()
