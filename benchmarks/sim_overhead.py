@@ -1,7 +1,7 @@
 """What the simulator costs beyond the gradients: ``python benchmarks/sim_overhead.py --cifar DIRECTORY``.
 
-ResNet-20 on CIFAR-10, batches of 64, K = 64 virtual workers. The time of all calls of `Worker.compute` is taken from the time of the
-whole event loop; what is left (server, snapshots, events, trace) is the simulator's own.
+ResNet-20 on CIFAR-10, batches of 64, K = 64 virtual workers. The time of all calls of `Worker.compute` is taken from that of
+the whole event loop; what is left (server, snapshots, events, trace) is the simulator's own.
 """
 
 from __future__ import annotations
@@ -54,9 +54,8 @@ def main() -> None:
         pass
     whole = time.perf_counter() - began
     own = whole - source.seconds
-    print(
-        f"{server.iteration} gradients: {source.seconds:.2f} s; the simulator's own: {own:.3f} s, {own / source.seconds:.2%} of that"
-    )
+    part = own / source.seconds
+    print(f"{server.iteration} gradients: {source.seconds:.2f} s; the simulator's own: {own:.3f} s, {part:.2%} of that")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +120,19 @@ def main() -> None:
         _job(values)
 
     try:
-        hydra.main(version_base="1.3", config_path=str(config_dir().absolute()), config_name="config")(job)()
+        with contextlib.suppress(KeyboardInterrupt):
+            _hydra_main(job)
+            return
+        print("launch.py: interrupted before anything was started", file=sys.stderr)
+        sys.exit(130)
     except SystemExit as end:
         # Hydra refuses a wrong configuration with status 1, which is ours for a run that failed.
         sys.exit(2 if end.code == 1 and not began else end.code)
+
+
+def _hydra_main(job: Callable[[DictConfig], None]) -> None:
+    """Let hydra compose the configuration from our arguments, and call the job."""
+    hydra.main(version_base="1.3", config_path=str(config_dir().absolute()), config_name="config")(job)()
 
 
 def _job(values: DictConfig) -> None:

@@ -29,12 +29,13 @@ class ProgressBar:
 
     def __init__(self, total: int, initial: int, terminal: int) -> None:
         self.file = os.fdopen(os.dup(terminal), "w")
-        self.bar = tqdm(total=total, initial=initial, file=self.file, unit=" updates", dynamic_ncols=True)
+        self.bar = tqdm(total=total, initial=initial, file=self.file, unit="it", dynamic_ncols=True)
         self.fields: dict[str, str] = {}
 
     def show(self, row: Mapping[str, Any], statistics: Statistics) -> None:
         """Move the bar."""
-        self.fields["epoch"] = f"{row['epoch']:.1f}"
+        if "test_accuracy" not in row:  # an evaluation comes later than the epoch that it is of
+            self.fields["epoch"] = f"{row['epoch']:.1f}"
         if row.get("train_loss") is not None:
             self.fields["loss"] = f"{row['train_loss']:.4f}"
         if "test_accuracy" in row:

@@ -322,7 +322,7 @@ def test_the_progress_bar_shows_where_the_run_is() -> None:
         os.close(terminal)
     # Five of 50 iterations; delays (0 + 3 + 1 + 0 + 6) / 5 = 2; what an earlier row told still stands.
     last = shown.rstrip().split("\r")[-1]
-    pattern = r" *10%\|.* 5/50 \[.*updates.*, epoch=0\.5, loss=1\.2346, delay=2\.0, accuracy=91\.25%\]"
+    pattern = r" *10%\|.* 5/50 \[.*it.*, epoch=0\.5, loss=1\.2346, delay=2\.0, accuracy=91\.25%\]"
     assert re.fullmatch(pattern, last), last
 
 
