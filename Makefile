@@ -27,7 +27,7 @@ test: .venv/ready  ## Run all tests
 check: .venv/ready  ## Format, lint and types, of the package and its tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: .venv/ready  ## Put the code into its format
 	$(BIN)/ruff format .

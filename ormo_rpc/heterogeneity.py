@@ -6,8 +6,11 @@ worker cannot be made faster than it is.
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -28,6 +31,13 @@ class Heterogeneity(Section):
 
     PATH = "heterogeneity"
     name: str = option("none", "how the workers' speeds differ: none, as fast as they are")
+
+    def prepare(self) -> None:
+        """See to it that `slowdown` works, before anything starts.
+
+        Raises:
+            ValueError: it cannot.
+        """
 
     def slowdown(self, worker: int, num_workers: int, generator: torch.Generator) -> float:  # noqa: ARG002 - nobody is slowed
         """The factor >= 1 by which the worker's next ticket takes longer; random draws come from ``generator`` alone."""
@@ -93,11 +103,73 @@ class ExponentialDelays(Heterogeneity):
         return 1 + draw.item()
 
 
+@dataclass(frozen=True, kw_only=True)
+class LognormalDelays(Heterogeneity):
+    """Every ticket takes ``1 + X`` times as long, X lognormally distributed: most a little, a few very much."""
+
+    name: str = option("lognormal", "every ticket takes 1 + X times as long, X lognormally distributed")
+    median: float = option(0.5, "median of X", valid=_positive, expected="a finite number > 0")
+    sigma: float = option(1.0, "standard deviation of log X", valid=_positive, expected="a finite number > 0")
+
+    def slowdown(self, worker: int, num_workers: int, generator: torch.Generator) -> float:  # noqa: ARG002 - alike in law
+        """``1 + X`` with ``X = median * exp(sigma * normal)``."""
+        normal = torch.empty((), dtype=torch.float64).normal_(generator=generator).item()
+        return 1 + self.median * math.exp(self.sigma * normal)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedDelays(Heterogeneity):
+    """Tickets take as long as those of a recorded run did, in units of its shortest one.
+
+    A ticket's time is that from its issue to its update in the trace, the network included. Worker k draws from the times of
+    worker k modulo the number of recorded ones, with replacement.
+    """
+
+    name: str = option("recorded", "tickets take as long as in a recorded run, in units of its shortest one")
+    run: str | None = option(None, "the run directory of the recorded run")
+
+    def prepare(self) -> None:
+        """Read the trace.
+
+        Raises:
+            ValueError: there is none, or nothing in it.
+        """
+        if self.run is None or not (Path(self.run) / "trace.jsonl").is_file():
+            raise ValueError(f"{self.key('run')}: got {self.run!r}, expected a run directory with a trace.jsonl")
+        if not _recorded_slowdowns(self.run):
+            raise ValueError(f"{self.key('run')}: got {self.run!r}, in whose trace no gradient was applied")
+
+    def slowdown(self, worker: int, num_workers: int, generator: torch.Generator) -> float:  # noqa: ARG002 - as recorded
+        """One of the recorded factors of this worker."""
+        assert self.run is not None, "prepare has been called"
+        recorded = _recorded_slowdowns(self.run)
+        mine = recorded[worker % len(recorded)]
+        return mine[int(torch.randint(len(mine), (), generator=generator))]
+
+
+@functools.lru_cache(maxsize=1)
+def _recorded_slowdowns(run: str) -> list[list[float]]:
+    """For each worker of a run that redeemed any ticket, the time of each, in units of the shortest time of all."""
+    began: dict[tuple[int, int], float] = {}
+    seconds: dict[int, list[float]] = {}
+    with (Path(run) / "trace.jsonl").open(encoding="utf-8") as trace:
+        for event in map(json.loads, trace):
+            if event["event"] in ("issue", "reissue"):
+                began[event["worker"], event["ticket"]] = event["seconds"]
+            elif event["event"] == "apply":
+                taken = event["seconds"] - began[event["worker"], event["ticket"]]
+                seconds.setdefault(event["worker"], []).append(max(taken, 1e-6))  # the clock of the trace has microseconds
+    shortest = min((min(each) for each in seconds.values()), default=1.0)
+    return [[taken / shortest for taken in seconds[worker]] for worker in sorted(seconds)]
+
+
 HETEROGENEITIES: dict[str, type[Heterogeneity]] = {
     "none": Heterogeneity,
     "one_slow": OneSlow,
     "slow_tail": SlowTail,
     "gamma": GammaDelays,
     "exponential": ExponentialDelays,
+    "lognormal": LognormalDelays,
+    "recorded": RecordedDelays,
 }
 """The models by name."""

@@ -79,6 +79,15 @@ class Statistics:
         """How many applied gradients had the delay 0, 1, ..., delay_max."""
         return [self.delays[delay] for delay in range(self.delay_max + 1)]
 
+    def delay_quantile(self, part: float) -> int:
+        """The smallest delay that at least this part of the applied gradients does not exceed."""
+        wanted, seen = part * self.delays.total(), 0
+        for delay, count in sorted(self.delays.items()):
+            seen += count
+            if seen >= wanted:
+                return delay
+        return 0
+
     @property
     def delay_mean(self) -> float:
         """Mean delay of the applied gradients, in iterations."""

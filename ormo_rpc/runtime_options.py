@@ -33,6 +33,8 @@ class GradientKind(Enum):
     """Gradients of the model on the data."""
     quadratic = "quadratic"
     """Gradients of a noisy ill-conditioned quadratic: no data, no model."""
+    noise = "noise"
+    """Noise alone, where nothing but the schedule is of interest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +114,7 @@ class SimRuntime(Runtime):
         valid=_are_times,
         expected="whole numbers >= 0 with finite times >= 0",
     )
-    gradient: GradientKind = option(GradientKind.real, "real, or quadratic: a synthetic problem for very many workers")
+    gradient: GradientKind = option(GradientKind.real, "real; for very many workers: quadratic (synthetic), or noise alone")
     dimension: int = option(1000, "parameters of the quadratic", valid=lambda v: v >= 1, expected="a whole number >= 1")
     condition: float = option(100.0, "condition number of the quadratic", valid=_at_least_one, expected="a finite number >= 1")
     noise: float = option(

@@ -173,6 +173,8 @@ class Session:
             "updates_per_second": applied / seconds if seconds else 0.0,
             "delay_mean": statistics.delay_mean,
             "delay_max": statistics.delay_max,
+            "delay_median": statistics.delay_quantile(0.5),
+            "delay_99_percent": statistics.delay_quantile(0.99),
             "pushes_per_worker": {str(worker): count for worker, count in sorted(statistics.pushes_per_worker.items())},
             "lock_wait_seconds": 0.0,
             "lock_held_seconds": 0.0,

@@ -30,7 +30,7 @@ CONF = ROOT / "conf"
 CUSTOM = {"_target_": "package.function"}
 
 CHOICES = {**{group: set(choices) for group, choices in GROUPS.items()}, "logger": {"none", "wandb"}}
-TEXTS = {"checkpoint.resume", "logger.group", "logger.run_name", "replay.run", "runtime.interface"}
+TEXTS = {"checkpoint.resume", "heterogeneity.run", "logger.group", "logger.run_name", "replay.run", "runtime.interface"}
 """Keys of a text or none."""
 EXPERIMENTS = {path.stem for path in (CONF / "experiment").glob("*.yaml")}
 

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from ormo_rpc.heterogeneity import HETEROGENEITIES, ExponentialDelays, GammaDelays, Heterogeneity, OneSlow, SlowTail
+from ormo_rpc.heterogeneity import (
+    HETEROGENEITIES,
+    ExponentialDelays,
+    GammaDelays,
+    Heterogeneity,
+    LognormalDelays,
+    OneSlow,
+    RecordedDelays,
+    SlowTail,
+)
 
 DRAWS = 20_000
 
@@ -86,9 +98,40 @@ def test_chance_is_the_given_generator(law: Heterogeneity) -> None:
     assert torch.equal(of_another, first)  # alike in law, whichever worker it is
 
 
-@pytest.mark.parametrize("name", sorted(HETEROGENEITIES))
+@pytest.mark.parametrize("name", sorted(HETEROGENEITIES.keys() - {"recorded"}))  # which is as it was recorded
 def test_nobody_is_faster_than_it_is(name: str) -> None:
     factors = draws(HETEROGENEITIES[name](), 2000)
     assert factors.min().item() >= 1
     assert torch.isfinite(factors).all()
     assert HETEROGENEITIES[name]().name == name
+
+
+def test_lognormal_delays_have_the_stated_median_and_spread() -> None:
+    model = LognormalDelays(median=0.5, sigma=0.8)
+    source = torch.Generator().manual_seed(1)
+    logs = torch.tensor([math.log(model.slowdown(0, 4, source) - 1) for _ in range(4000)], dtype=torch.float64)
+    # Mean and standard deviation of log X are log 0.5 and 0.8; their standard errors 0.8 / sqrt(4000) = 0.0126 and 0.0089.
+    assert abs(logs.mean().item() - math.log(0.5)) < 4 * 0.0126
+    assert abs(logs.std().item() - 0.8) < 4 * 0.0089
+
+
+def test_recorded_delays_are_those_of_the_trace(tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = [{"event": "header"}]
+    for worker, seconds in ((0, (1.0, 2.0)), (1, (5.0, 10.0))):
+        for ticket, taken in enumerate(seconds):
+            place = {"worker": worker, "ticket": 10 * worker + ticket}
+            lines += [{"event": "issue", "seconds": 3.0, **place}, {"event": "apply", "seconds": 3.0 + taken, **place}]
+    (tmp_path / "trace.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    model = RecordedDelays(run=str(tmp_path))
+    model.prepare()
+    source = torch.Generator().manual_seed(1)
+    # In units of the shortest, 1 s; a third worker is like the first.
+    assert {model.slowdown(0, 3, source) for _ in range(50)} == {1.0, 2.0}
+    assert {model.slowdown(1, 3, source) for _ in range(50)} == {5.0, 10.0}
+    assert {model.slowdown(2, 3, source) for _ in range(50)} == {1.0, 2.0}
+
+
+@pytest.mark.parametrize("run", [None, "/nowhere"])
+def test_recorded_delays_need_a_trace(run: str | None) -> None:
+    with pytest.raises(ValueError, match=r"^heterogeneity\.run: got .*, expected a run directory with a trace\.jsonl$"):
+        RecordedDelays(run=run).prepare()

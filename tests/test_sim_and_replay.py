@@ -90,6 +90,13 @@ def test_max_seconds_are_virtual(tmp_path: Path) -> None:
     assert (summary["status"], summary["iterations"], summary["virtual_seconds"]) == ("completed", 10, 2.5)
 
 
+def test_noise_alone_moves_the_parameters_like_a_walk(tmp_path: Path) -> None:
+    summary = simulate(tmp_path, "workers=2", "train.max_iterations=5", "runtime.gradient=noise", "runtime.noise=0")
+    assert (summary["train_loss"], summary["model"], summary["delay_median"]) == (0.0, "noise", 1)
+    # Delays 0, 1, 1, 1, 1: at least 99% are at most 1, and half of them too.
+    assert summary["delay_99_percent"] == 1
+
+
 def test_a_thousand_workers_are_no_trouble(tmp_path: Path) -> None:
     summary = simulate(tmp_path, "workers=1000", "train.max_iterations=3000", "heterogeneity=exponential")
     assert summary["status"] == "completed"

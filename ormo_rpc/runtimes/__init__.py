@@ -44,6 +44,10 @@ def run(config: Config, run_dir: Path) -> dict[str, Any]:
     runtime = importlib.import_module(f"ormo_rpc.runtimes.{config.runtime.name}")
     if first and config.checkpoint.resume is not None:
         _check_resume(config, checkpoint.find(Path(config.checkpoint.resume)))
+    try:
+        config.heterogeneity.prepare()
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     if _needs_data(config):
         _check_data_and_model(config)
     if first:

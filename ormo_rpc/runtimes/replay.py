@@ -81,7 +81,7 @@ class Replay:
     """
 
     def __init__(self, config: Config, header: Mapping[str, Any]) -> None:
-        synthetic = isinstance(config.runtime, SimRuntime) and config.runtime.gradient is GradientKind.quadratic
+        synthetic = isinstance(config.runtime, SimRuntime) and config.runtime.gradient is not GradientKind.real
         job = SyntheticJob(config) if synthetic else Job(config)
         self.worker = job.source() if isinstance(job, SyntheticJob) else job.worker()
         self.produced: list[Event] = []

@@ -47,8 +47,7 @@ def run(config: Config, run_dir: Path) -> dict[str, Any]:
     run_dir.mkdir(parents=True, exist_ok=True)
     save_config(config, run_dir / "config.yaml")
     queue = EventQueue()
-    real = sim.gradient is GradientKind.real
-    job = Job(config) if real else SyntheticJob(config)
+    job = Job(config) if sim.gradient is GradientKind.real else SyntheticJob(config)
     source: GradientSource = job.worker() if isinstance(job, Job) else job.source()
     terminal = sys.stderr.fileno() if sys.stderr.isatty() else None
     session = Session(job, run_dir, InlineExecutor(), lambda: queue.now, terminal=terminal)

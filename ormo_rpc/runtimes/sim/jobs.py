@@ -11,6 +11,7 @@ from ormo_rpc import algorithms
 from ormo_rpc.config import Config, ConfigError
 from ormo_rpc.job import Evaluator, Exporter, configured_server
 from ormo_rpc.records import Event
+from ormo_rpc.runtime_options import GradientKind
 from ormo_rpc.runtimes.sim.synthetic import Quadratic
 from ormo_rpc.server import ParameterServer
 
@@ -39,10 +40,9 @@ class SyntheticJob:
     def source(self) -> Quadratic:
         """Computes the gradients."""
         sim = self.config.sim
+        condition = sim.condition if sim.gradient is GradientKind.quadratic else None
         rule = algorithms.find(self.config.algorithm.name)
-        return Quadratic(
-            sim.dimension, sim.condition, sim.noise, rule, momentum=self.config.train.momentum, seed=self.config.seed
-        )
+        return Quadratic(sim.dimension, condition, sim.noise, rule, momentum=self.config.train.momentum, seed=self.config.seed)
 
     def server(self, record: Callable[[Event], None], clock: Callable[[], float]) -> ParameterServer:
         """The parameter server at iteration 0."""

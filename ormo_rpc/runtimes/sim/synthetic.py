@@ -17,7 +17,7 @@ class Quadratic:
 
     Args:
         dimension: D.
-        condition: The condition number.
+        condition: The condition number; None for noise alone.
         noise: The noise's standard deviation per coordinate.
         rule: The server's rule.
         momentum: ``beta``, for rules with local steps.
@@ -25,9 +25,9 @@ class Quadratic:
     """
 
     def __init__(
-        self, dimension: int, condition: float, noise: float, rule: type[Algorithm], *, momentum: float, seed: int
+        self, dimension: int, condition: float | None, noise: float, rule: type[Algorithm], *, momentum: float, seed: int
     ) -> None:
-        self.curvature = torch.logspace(0, -1, dimension, base=condition) if condition else torch.zeros(dimension)
+        self.curvature = torch.zeros(dimension) if condition is None else torch.logspace(0, -1, dimension, base=condition)
         self.noise = noise
         self.rule = rule
         self.momentum = momentum
