@@ -175,7 +175,6 @@ class ParameterServer:
         self.params.copy_(state["params"])
         self.rule.load_state(state["rule"])
         self.buffers.load_state(state["buffers"])
-        # One that has ended goes on where this server has more to do, unless the parameters themselves are lost.
         self.iteration = state["iteration"]
         self.incarnation = state["incarnation"]
         self.buckets = Buckets(*state["buckets"])
@@ -183,9 +182,8 @@ class ParameterServer:
         total = self.ledger.total
         self.ledger = Ledger.from_state(state["ledger"])
         self.ledger.total = total
-        self.status = Status.completed if self.ledger.done else Status.running
-        if not all_finite(self.params):
-            self.status = Status.diverged
+        diverged = state["status"] == Status.diverged.value
+        self.status = Status.diverged if diverged else Status.completed if self.ledger.done else Status.running
         self.members = {worker: _Member(answered) for worker, answered in state["members"].items()}
         self.waiting = list(state["waiting"])
         self.parked = list(state["parked"])
@@ -206,6 +204,8 @@ class ParameterServer:
             for worker in list(self.members):
                 self.ledger.revoke(worker)
             self._record(Kind.resume, iteration=self.iteration, incarnation=self.incarnation)
+            if self.status is Status.diverged and all_finite(self.params) and not self.ledger.done:
+                self.status = Status.running  # gradients had gone astray, not the parameters: a lower rate may save them
         self._started = True
         for worker in set(self.members) - set(range(self.num_workers)):
             self.rule.leave(worker)
