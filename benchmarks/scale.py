@@ -2,8 +2,8 @@
 
 OrMo on the noisy quadratic (D = 100, condition 10), K = 1 to 4096 equal workers of 1 s per gradient, with fast links and with
 slow ones (1 s each way); the server takes 1 ms per push, so it is busy all the time from about K = 1,000 on. The learning rate
-is 1 / K of one value. Told are the mean delay, the server's load, the mean wait in its queue, and the virtual time until the loss
-has fallen to a twentieth of its start. Writes ``results/scale.md``.
+is 1 / K of one value. Told are the mean delay, the server's load, the mean wait in its queue, and the virtual time until the
+loss has fallen to a twentieth of its start. Writes ``results/scale.md``.
 """
 
 from __future__ import annotations
