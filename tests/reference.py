@@ -97,11 +97,11 @@ class Reference(ABC):
     def state(self, history: Sequence[Step]) -> Values:
         """The state after these calls."""
 
-    def accepts(self, tau: int, K: int) -> bool:  # noqa: ARG002, N803
+    def accepts(self, tau: int, K: int) -> bool:
         """Whether a gradient is applied at all."""
         return True
 
-    def accepts_at(self, t: int, i: int, K: int) -> bool:  # noqa: N803
+    def accepts_at(self, t: int, i: int, K: int) -> bool:
         """The same for a rule that asks for more than the difference of iteration and stamp."""
         return self.accepts(t - i, K)
 
@@ -149,7 +149,7 @@ def _pushes(history: Sequence[Step]) -> list[Any]:
 class ASGD(Reference):
     """``w = w_0 - sum of eta g``."""
 
-    def state(self, history: Sequence[Step]) -> Values:  # noqa: D102
+    def state(self, history: Sequence[Step]) -> Values:
         gradients = self.gradients(history)
         return {"w": self.start - self.total(gradients, [self.rate(g) for g in gradients])}
 
@@ -157,7 +157,7 @@ class ASGD(Reference):
 class Naive(Reference):
     """After n gradients: ``u = sum of beta^(n-1-t) eta g``, ``w = w_0 - sum of (1 - beta^(n-t)) / (1 - beta) eta g``."""
 
-    def state(self, history: Sequence[Step]) -> Values:  # noqa: D102
+    def state(self, history: Sequence[Step]) -> Values:
         gradients = self.gradients(history)
         n = len(gradients)
         return {
@@ -176,7 +176,7 @@ class OrMo(Reference):
     ``w = w_0 - sum of r ((1 - beta^(I_t-b+1)) / (1 - beta) + sum over j in (I_t, I] of beta^(j-b) eta_n(j) / eta_t) g``.
     """
 
-    def state(self, history: Sequence[Step]) -> Values:  # noqa: D102
+    def state(self, history: Sequence[Step]) -> Values:
         gradients = self.gradients(history)
         if not gradients:
             return {"w": self.start, "u": torch.zeros_like(self.start), "index": 0}
@@ -212,22 +212,22 @@ class OrMoVanilla(OrMo):
     That sum is ``(beta^(I_t-b+1) - beta^(I-b+1)) / (1 - beta)``, with ``I_t`` the momentum index when the gradient came.
     """
 
-    def in_params(self, gradient: Gradient, index: int) -> float:  # noqa: D102
+    def in_params(self, gradient: Gradient, index: int) -> float:
         e = gradient.I - gradient.b
         return 1 + (self.beta ** (e + 1) - self.beta ** (index - gradient.b + 1)) / (1 - self.beta)
 
-    def at_arrival(self, gradient: Gradient) -> float:  # noqa: ARG002, D102
+    def at_arrival(self, gradient: Gradient) -> float:
         return 1.0
 
 
 class OrMoDA(OrMo):
     """OrMo with a learning rate that follows the delay."""
 
-    def accepts(self, tau: int, K: int) -> bool:  # noqa: D102, N803
+    def accepts(self, tau: int, K: int) -> bool:
         return not (self.rule == "drop" and tau > self.limit(K))
 
-    def rate(self, gradient: Gradient) -> float:  # noqa: D102
-        eta, tau, K = gradient.eta, gradient.tau, gradient.K  # noqa: N806
+    def rate(self, gradient: Gradient) -> float:
+        eta, tau, K = gradient.eta, gradient.tau, gradient.K
         if self.rule == "mishchenko":
             return eta if tau <= K else eta * K / tau
         if self.rule == "drop" or tau <= self.limit(K):
@@ -243,7 +243,7 @@ class OrMoDA(OrMo):
         """The name of the delay's rule."""
         return getattr(self.options.get("rule"), "value", "ormo")
 
-    def limit(self, K: int) -> int:  # noqa: N803
+    def limit(self, K: int) -> int:
         """The delay up to which nothing changes."""
         chosen = self.options.get("threshold")
         return 2 * K if chosen is None else chosen

@@ -32,11 +32,11 @@ class Collecting(Reference):
         """B."""
         return self.options.get(self.NAME, 4)
 
-    def weight(self, gradient: Gradient) -> float:  # noqa: ARG002
+    def weight(self, gradient: Gradient) -> float:
         """The weight of a gradient in the sum."""
         return 1.0
 
-    def state(self, history: Sequence[Step]) -> Values:  # noqa: D102
+    def state(self, history: Sequence[Step]) -> Values:
         gradients = self.gradients(history)
         size, n = self.size, len(gradients)
         done = n if ended(history) else n - n % size
@@ -57,7 +57,7 @@ class Rennala(Collecting):
 
     NAME = "batch"
 
-    def accepts_at(self, t: int, i: int, K: int) -> bool:  # noqa: ARG002, D102, N803
+    def accepts_at(self, t: int, i: int, K: int) -> bool:
         return i // self.size == t // self.size
 
 
@@ -66,7 +66,7 @@ class FedBuff(Collecting):
 
     NAME = "buffer"
 
-    def weight(self, gradient: Gradient) -> float:  # noqa: D102
+    def weight(self, gradient: Gradient) -> float:
         rounds = gradient.t // self.size - gradient.i // self.size
         return 1 / (1 + rounds) ** self.options.get("staleness_power", 0.0)
 
@@ -74,11 +74,11 @@ class FedBuff(Collecting):
 class Ringmaster(Reference):
     """``w = w_0 - sum of eta g`` over those of delay less than R."""
 
-    def accepts(self, tau: int, K: int) -> bool:  # noqa: D102, N803
+    def accepts(self, tau: int, K: int) -> bool:
         chosen = self.options.get("delay_threshold")
         return tau < (2 * K if chosen is None else chosen)
 
-    def state(self, history: Sequence[Step]) -> Values:  # noqa: D102
+    def state(self, history: Sequence[Step]) -> Values:
         gradients = self.gradients(history)
         return {"w": self.start - self.total(gradients, [g.eta for g in gradients])}
 
@@ -86,9 +86,9 @@ class Ringmaster(Reference):
 class DelayedNesterov(Reference):
     """After r rounds ``m_r = sum of beta^(r-1-j) sum_j / N``; ``w`` sums what every gradient brings."""
 
-    def state(self, history: Sequence[Step]) -> Values:  # noqa: D102
+    def state(self, history: Sequence[Step]) -> Values:
         gradients = self.gradients(history)
-        N, c, n = self.options.get("period", 4), self.options.get("activation", 0.0), len(gradients)  # noqa: N806
+        N, c, n = self.options.get("period", 4), self.options.get("activation", 0.0), len(gradients)
         w = self.start.clone()
         for g in gradients:
             last = g.t % N == N - 1
@@ -101,7 +101,7 @@ class DelayedNesterov(Reference):
         collected = self.total(gradients[n - rest :], [1.0] * rest)
         return {"w": w, "m": self.momentum_after(gradients, rounds, N), "collected": collected, "count": rest}
 
-    def momentum_after(self, gradients: Sequence[Gradient], rounds: int, N: int) -> Tensor:  # noqa: N803
+    def momentum_after(self, gradients: Sequence[Gradient], rounds: int, N: int) -> Tensor:
         """The momentum after so many rounds, a rest counting as one."""
         taken = gradients[: rounds * N]
         return self.total(taken, [self.beta ** (rounds - 1 - g.t // N) / N for g in taken])
@@ -110,7 +110,7 @@ class DelayedNesterov(Reference):
 class PNM(Reference):
     """``m_t = (1 - beta^2) sum of beta^(t-s) g_s`` over the s of t's parity, and ``w`` the sum of the steps."""
 
-    def state(self, history: Sequence[Step]) -> Values:  # noqa: D102
+    def state(self, history: Sequence[Step]) -> Values:
         gradients = self.gradients(history)
         b, n = self.options.get("beta2", 1.0), len(gradients)
         w = self.start.clone()
@@ -128,7 +128,7 @@ class PNM(Reference):
 class SPA(Reference):
     """``z = w_0 - sum of gamma g``; ``w`` is the average of all ``z_t`` with weights ``c (1 - c)^(n-t)``, ``w_0`` the rest."""
 
-    def state(self, history: Sequence[Step]) -> Values:  # noqa: D102
+    def state(self, history: Sequence[Step]) -> Values:
         gradients = self.gradients(history)
         n, c = len(gradients), self.options.get("averaging") or 1 - self.beta
         # A gradient of iteration t is in z_(t+1) to z_n: sum of c (1 - c)^(n-s) over s = t+1..n.
@@ -142,7 +142,7 @@ class SPA(Reference):
 class EASGD(Reference):
     """The plain loop: the centre and those who hold or held a ticket, each exchange a convex combination of the two."""
 
-    def state(self, history: Sequence[Step]) -> Values:  # noqa: D102
+    def state(self, history: Sequence[Step]) -> Values:
         w, own = self.start.clone(), dict[int, Tensor]()
         workers = self.num_workers
         for step in history:
@@ -156,14 +156,14 @@ class EASGD(Reference):
             own = {**{reply.worker: w for reply in step.replies if reply.ticket is not None}, **own}
         return {"w": w, **{f"own/{worker}": value for worker, value in own.items()}}
 
-    def scale(self, history: Sequence[Step]) -> float:  # noqa: D102
+    def scale(self, history: Sequence[Step]) -> float:
         return _scale_of_moves(self.start, history)
 
 
 class OrLoMo(Reference):
     """``u = sum of beta^(H(I-b)) m``, ``w = w_0 - sum of (p + (beta + ... + beta^(H(I-b))) m)``."""
 
-    def state(self, history: Sequence[Step]) -> Values:  # noqa: D102
+    def state(self, history: Sequence[Step]) -> Values:
         gradients = self.gradients(history)
         u, w, steps = torch.zeros_like(self.start), self.start.clone(), self.options.get("local_steps", 4)
         index = gradients[-1].I if gradients else 0
@@ -174,7 +174,7 @@ class OrLoMo(Reference):
             w = w - p - sum(self.beta**j for j in range(1, passed + 1)) * m
         return {"w": w, "u": u, "index": index}
 
-    def scale(self, history: Sequence[Step]) -> float:  # noqa: D102
+    def scale(self, history: Sequence[Step]) -> float:
         return _scale_of_moves(self.start, history) / (1 - self.beta)
 
 

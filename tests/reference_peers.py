@@ -19,14 +19,14 @@ class ASGDDA(ASGD, OrMoDA):
 class StalenessAware(ASGD):
     """``w = w_0 - sum of eta / max(tau, 1) g``."""
 
-    def rate(self, gradient: Gradient) -> float:  # noqa: D102
+    def rate(self, gradient: Gradient) -> float:
         return gradient.eta if gradient.tau == 0 else gradient.eta / gradient.tau
 
 
 class InUnitsOfTheGradient(Reference):
     """A rule whose momentum sums ``g``, not ``eta g``, so that rounding works on larger numbers."""
 
-    def scale(self, history: Sequence[Step]) -> float:  # noqa: D102
+    def scale(self, history: Sequence[Step]) -> float:
         sizes = [float(step.push.grad.abs().max()) for step in history if step.push is not None]
         return super().scale(history) + sum(sizes) / (1 - self.beta)
 
@@ -59,7 +59,7 @@ class PerWorker(InUnitsOfTheGradient):
 class Shifted(PerWorker):
     """``v_k = sum of beta^m eta g``, m the later ones of k; in w a gradient weighs ``(1 - beta^(m+1)) / (1 - beta)``."""
 
-    def state(self, history: Sequence[Step]) -> Values:  # noqa: D102
+    def state(self, history: Sequence[Step]) -> Values:
         w = self.start
         for life in self.lives(history).values():
             w = w - self.total(life, [self.geometric(len(life) - n) * g.eta for n, g in enumerate(life)])
@@ -73,7 +73,7 @@ class Shifted(PerWorker):
 class DANA(PerWorker):
     """As `Shifted` in units of g, so that a gradient enters w with ``sum of beta^j eta`` over the rates of its worker since."""
 
-    def state(self, history: Sequence[Step]) -> Values:  # noqa: D102
+    def state(self, history: Sequence[Step]) -> Values:
         w = self.start
         for life in self.lives(history).values():
             w = w - self.total(
@@ -86,7 +86,7 @@ class DANA(PerWorker):
 class SMEGA2(InUnitsOfTheGradient):
     """With m_r the mean gradient of round r: ``v = sum of beta^(rounds since) m_r``; w gets the v of each gradient's time."""
 
-    def state(self, history: Sequence[Step]) -> Values:  # noqa: D102
+    def state(self, history: Sequence[Step]) -> Values:
         gradients = self.gradients(history)
         rounds: list[list[Gradient]] = [[]]
         for gradient in gradients:
@@ -112,7 +112,7 @@ class SMEGA2(InUnitsOfTheGradient):
 class DCASGD(Reference):
     """All parameters ``w_0, ..., w_n`` one after the other, ``w_bak = w_i``, and MS as a sum over all gradients so far."""
 
-    def state(self, history: Sequence[Step]) -> Values:  # noqa: D102
+    def state(self, history: Sequence[Step]) -> Values:
         gradients = self.gradients(history)
         w, mean_squares = [self.start], [torch.zeros_like(self.start)]
         for g in gradients:
@@ -152,7 +152,7 @@ class DCASGD(Reference):
 class GapAware(InUnitsOfTheGradient):
     """All parameters one after the other; v and MS as sums over all divided gradients so far, ``w_bak = w_i``."""
 
-    def state(self, history: Sequence[Step]) -> Values:  # noqa: D102
+    def state(self, history: Sequence[Step]) -> Values:
         w, v, divided = [self.start], list[Tensor](), list[Tensor]()
         for g in self.gradients(history):
             penalty = torch.ones_like(self.start)

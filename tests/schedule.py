@@ -17,10 +17,10 @@ from ormo_rpc.messages import Push, Reply
 class Server(Protocol):
     """What a schedule drives: `ormo_rpc.ParameterServer`, or anything that stands for it."""
 
-    def start(self) -> list[Reply]: ...  # noqa: D102
-    def receive(self, push: Push) -> list[Reply]: ...  # noqa: D102
-    def join(self, worker: int) -> list[Reply]: ...  # noqa: D102
-    def leave(self, worker: int) -> list[Reply]: ...  # noqa: D102
+    def start(self) -> list[Reply]: ...
+    def receive(self, push: Push) -> list[Reply]: ...
+    def join(self, worker: int) -> list[Reply]: ...
+    def leave(self, worker: int) -> list[Reply]: ...
 
 
 S = TypeVar("S", bound=Server)

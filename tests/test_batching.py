@@ -217,7 +217,7 @@ def test_spa_is_y_of_ordered_momentum_where_one_worker_runs(lr: float | Callable
 
 @given(schedule=schedules(), scheduler=st.sampled_from(["async", "sync"]))
 def test_easgd_is_the_plain_loop_and_exchanges_keep_the_sum(schedule: Schedule, scheduler: str) -> None:
-    K, H, a, lr = 3, 3, 0.2, 0.1  # noqa: N806
+    K, H, a, lr = 3, 3, 0.2, 0.1
     run = begin("easgd", num_workers=K, tickets=20, scheduler=scheduler, lr=lr, local_steps=H, elasticity=a)
     centre = run.server.params.clone()
     own = [centre.clone() for _ in range(K)]
@@ -258,7 +258,7 @@ def test_orlomo_with_one_local_step_is_ordered_momentum(schedule: Schedule, sche
 
 
 def test_orlomo_with_one_worker_is_momentum_sgd_of_torch() -> None:
-    H = 4  # noqa: N806
+    H = 4
     run = begin("orlomo", num_workers=1, tickets=30, local_steps=H, lr=0.05)
     path = torch_sgd(run.server.params, 30 * H, lr=0.05)
     for number, _ in enumerate(run.steps([]), start=1):
@@ -267,7 +267,7 @@ def test_orlomo_with_one_worker_is_momentum_sgd_of_torch() -> None:
 
 def test_synchronous_orlomo_is_heavy_ball_over_the_sums_of_local_parts() -> None:
     # With its own gradients g_kh of all workers known, a round is H steps of v <- beta v + eta sum_k g_kh; x <- x - v.
-    K, H, lr, rounds = 3, 4, 0.05, 6  # noqa: N806
+    K, H, lr, rounds = 3, 4, 0.05, 6
     run = begin("orlomo", num_workers=K, tickets=K * rounds, scheduler="sync", local_steps=H, lr=lr)
     start = run.server.params.clone()
     w, u, sums = start.clone(), torch.zeros_like(start), list[Tensor]()
@@ -305,7 +305,7 @@ def test_a_push_of_orlomo_with_none_between_ends_where_its_worker_did(schedule: 
 
 @given(schedule=schedules(), seed=st.integers(0, 9))
 def test_only_the_buckets_of_local_momenta_matter_to_orlomo(schedule: Schedule, seed: int) -> None:
-    H, beta = 3, 0.5  # noqa: N806
+    H, beta = 3, 0.5
     events: list[Event] = []
     work = noise(2 * D, seed)
     run = begin("orlomo", num_workers=3, tickets=20, momentum=beta, local_steps=H, gradient=work, record=events.append)

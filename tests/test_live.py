@@ -181,6 +181,16 @@ def test_a_diverged_run_says_so(tmp_path: Path) -> None:
     assert summary(tmp_path)["status"] == "diverged"
 
 
+def test_a_push_that_breaks_the_server_ends_the_run_and_nothing_torn_is_kept(tmp_path: Path) -> None:
+    # 1e39 is finite, as the schema asks, but no float32: the step fails after the check of the push.
+    status, _, err = launch(tmp_path, *QUIET, "train.lr=1e39", "workers=2")
+    assert status == 1
+    said = r"launch\.py: server \(pid \d+\) exited with status 1: RuntimeError: a push could not be applied: .*overflow.*\n"
+    assert re.fullmatch(said, err), err
+    assert not (tmp_path / "checkpoints").exists()
+    assert summary(tmp_path)["status"] == "failed"
+
+
 def test_an_interrupted_run_leaves_a_checkpoint_and_goes_on(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     with launched("launch.py", f"hydra.run.dir={first}", *ENDLESS) as launcher:

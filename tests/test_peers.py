@@ -144,7 +144,7 @@ def test_smega2_sends_the_parameters_after_k_more_gradients_of_zero(workers: int
     run = begin("smega2", num_workers=workers, lr=decay)
     server = run.server
     for _ in run.steps(schedule):
-        K, lr = server.concurrency, decay(server.iteration)  # noqa: N806
+        K, lr = server.concurrency, decay(server.iteration)
         rule = copy.deepcopy(server.rule)
         sent = rule.outgoing(Dispatch(worker=0, concurrency=K, lr=lr))
         arrival = Arrival(worker=0, ticket=0, iteration=0, stamp=0, bucket=0, newest_bucket=0, concurrency=K, lr=lr)

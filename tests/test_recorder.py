@@ -77,7 +77,7 @@ class Run:
         self.shown = Recording()
         self.folder = folder
         self.directory = RunDirectory(folder)
-        figures = lambda: {"lock_held_seconds": self.held}  # noqa: E731
+        figures = lambda: {"lock_held_seconds": self.held}  # noqa: E731 - one use, one line
         self.recorder = Recorder(self.job, self.directory, [self.shown], lambda: self.now, figures)
         self.server = build_server(
             params=torch.zeros(2),
@@ -363,7 +363,7 @@ class FakeWandb(SimpleNamespace):
 
     Histogram = Histogram
 
-    class Error(Exception):  # noqa: D106
+    class Error(Exception):  # noqa: D106 - stands for wandb's own
         pass
 
     def __init__(self, failure: str | None = None) -> None:

@@ -1,7 +1,5 @@
 """Every call of the server in any order that hypothesis thinks of, beside a model of who holds what."""
 
-# ruff: noqa: D102 - the name of a rule is its sentence
-
 from __future__ import annotations
 
 import math
@@ -61,7 +59,7 @@ class ServerMachine(RuleBasedStateMachine):
 
     def build(self) -> ParameterServer:
         start = torch.zeros(2, dtype=torch.float64)
-        return build_server(params=start, record=self.events.append, **self.options)  # pyright: ignore[reportArgumentType]
+        return build_server(params=start, record=self.events.append, **self.options)  # pyright: ignore[reportArgumentType] # a mixed dictionary
 
     def take(self, replies: list[Reply]) -> None:
         """Deliver replies; only a worker that waits for one may get one."""
@@ -189,7 +187,7 @@ class ServerMachine(RuleBasedStateMachine):
             assert reply.ticket is not None
             self.late.append(answer(reply, normal(2, 0, reply.ticket)))
         self.working, self.answered, self.newest = {}, {}, {}
-        self.members = set(range(self.options["num_workers"]))  # pyright: ignore[reportArgumentType]
+        self.members = set(range(self.options["num_workers"]))  # pyright: ignore[reportArgumentType] # a mixed dictionary
         self.take(self.server.start())
 
     @precondition(lambda self: len(self.events) > 15)

@@ -92,6 +92,7 @@ class Host:
             return server.stop()
 
         self.service.call(stop)
+        self._check_whole()
         self.session.write_checkpoint(state)
         if not self.stop_message:
             self._wait_for_workers()
@@ -105,13 +106,18 @@ class Host:
         Raises:
             RuntimeError: a push broke the server itself, or a worker does not come back with its ticket.
         """
-        if self.service.broken is not None:
-            raise RuntimeError("a push could not be applied") from self.service.broken
+        self._check_whole()
         patience = self.options.ticket_timeout_seconds
         late = self.service.late(patience)
         if late:
             names = ", ".join(f"worker {worker}" for worker in late)
             raise RuntimeError(f"{names}: no push for runtime.ticket_timeout_seconds={patience:g}; stuck, or too slow for it")
+
+    def _check_whole(self) -> None:
+        """Refuse to go on with, or to keep, a state to which a push may have been applied by half."""
+        cause = self.service.broken
+        if cause is not None:
+            raise RuntimeError(f"a push could not be applied: {type(cause).__name__}: {cause}") from cause
 
     def _wait_for_workers(self) -> None:
         """Until all have said goodbye; one that hangs is left to the supervisor."""
