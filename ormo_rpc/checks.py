@@ -1,30 +1,77 @@
-"""Checks of a push's payload: pure, so that they run before the lock is taken."""
+"""Checks of a push: pure, so that they run before the lock is taken. Nothing of it is trusted, its types included."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ormo_rpc.errors import NonFiniteGradient, PushRefused
+from ormo_rpc.errors import GradientTooLarge, NonFiniteGradient, PushRefused
 from ormo_rpc.messages import Push
 
+LARGEST = 2**53
+"""Up to here a whole number is the same in JSON, in a float and in every counter of ours."""
 
-def check_payload(push: Push, params: Tensor, buffers: Mapping[str, Tensor], vectors: int = 1) -> float:
-    """Refuse a push whose tensors cannot be applied; return the sum of its gradient, the evidence that the trace keeps.
+
+class NormPolicy(Enum):
+    """What becomes of a push whose norm is above the limit."""
+
+    clip = "clip"
+    """It is scaled down to the limit."""
+    refuse = "refuse"
+    """It is settled like one that is not finite: its ticket goes to another worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class NormGuard:
+    """A limit to the global norm of what is pushed, for most rules a gradient with its weight decay.
+
+    Attributes:
+        limit: The largest norm that is applied as it comes.
+        policy: What becomes of a larger one.
+    """
+
+    limit: float
+    policy: NormPolicy = NormPolicy.clip
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What a check leaves for the step.
+
+    Attributes:
+        grad: What is applied.
+        grad_sum: The sum of what came, the evidence that the trace keeps.
+        clipped_norm: The norm of what came, where it was scaled down.
+    """
+
+    grad: Tensor
+    grad_sum: float
+    clipped_norm: float | None = None
+
+
+def check_payload(
+    push: Push, params: Tensor, buffers: Mapping[str, Tensor], vectors: int = 1, guard: NormGuard | None = None
+) -> Checked:
+    """Refuse a push that cannot be applied, whoever holds its ticket.
 
     Args:
         push: What came.
         params: The server's parameters, shape (D,); only shape, dtype and device are looked at.
         buffers: The server's buffers by name, likewise.
         vectors: How many vectors of D the rule takes in a push.
+        guard: The limit to its norm.
 
     Raises:
-        PushRefused: a tensor of another shape, dtype or device, or a buffer missing or unknown.
+        PushRefused: a field of another type, a tensor of another shape, dtype or device, or a buffer missing or unknown.
         NonFiniteGradient: NaN or infinity in the gradient, a buffer or the loss.
+        GradientTooLarge: the norm is above a limit that refuses.
     """
+    _check_fields(push)
     sender = f"push of worker {push.worker} for ticket {push.ticket}"
     _check_like(push.grad, params, f"{sender}: gradient", vectors)
     if push.buffers.keys() != buffers.keys():
@@ -38,7 +85,41 @@ def check_payload(push: Push, params: Tensor, buffers: Mapping[str, Tensor], vec
         raise NonFiniteGradient(f"{sender}: loss: got {push.loss}, expected a finite number; the learning rate may be too high")
     if push.samples < 1:
         raise PushRefused(f"{sender}: samples: got {push.samples}, expected at least 1")
-    return grad_sum
+    return _guarded(push.grad.detach(), grad_sum, guard, f"{sender}: gradient")
+
+
+def check_whole(value: object, what: str, error: type[ValueError] = PushRefused) -> None:
+    """Refuse what is no whole number of up to 53 bits; a bool is none.
+
+    Raises:
+        ValueError: of the class ``error``.
+    """
+    if type(value) is not int:
+        raise error(f"{what}: got a {type(value).__name__}, expected a whole number")
+    if abs(value) > LARGEST:
+        raise error(f"{what}: got a number of {value.bit_length()} bits, expected one of at most 53")
+
+
+def check_plain(value: object, what: str) -> None:
+    """Refuse what is no ordinary dense tensor that lies wholly within its memory, which a forged message need not do.
+
+    Raises:
+        PushRefused: it is something else.
+    """
+    if type(value) not in (Tensor, nn.Parameter):
+        raise PushRefused(f"{what}: got a {type(value).__name__}, expected a tensor")
+    assert isinstance(value, Tensor)
+    named = any(getattr(value, "names", ()))  # not every version of torch has names
+    if value.layout is not torch.strided or value.is_nested or named:
+        kind = "nested" if value.is_nested else "named" if named else str(value.layout)
+        raise PushRefused(f"{what}: got a {kind} tensor, expected a plain dense one")
+    if value.device.type == "meta" or value.is_quantized or value.numel() == 0:
+        return  # without memory of its own, or of a dtype that is refused
+    places = list(zip(value.shape, value.stride(), strict=True))
+    last = value.storage_offset() + sum((size - 1) * step for size, step in places)
+    inside = value.storage_offset() >= 0 and all(step >= 0 for _, step in places)
+    if not inside or (last + 1) * value.element_size() > value.untyped_storage().nbytes():
+        raise PushRefused(f"{what}: got a tensor that reaches beyond its memory, expected a whole one")
 
 
 def all_finite(values: Tensor) -> bool:
@@ -46,7 +127,20 @@ def all_finite(values: Tensor) -> bool:
     return math.isfinite(values.sum().item()) or bool(torch.isfinite(values).all())
 
 
+def _check_fields(push: Push) -> None:
+    """Every field has its type, so that what follows can neither fail otherwise nor take True for 1."""
+    if type(push) is not Push:
+        raise PushRefused(f"push: got a {type(push).__name__}, expected a Push")
+    for name in ("worker", "ticket", "stamp", "incarnation", "samples"):
+        check_whole(getattr(push, name), f"push: {name}")
+    if push.loss is not None and type(push.loss) is not float:
+        check_whole(push.loss, "push: loss")
+    if not isinstance(push.buffers, Mapping) or not all(type(name) is str for name in push.buffers):  # pyright: ignore[reportUnnecessaryIsInstance] # it came from elsewhere
+        raise PushRefused(f"push: buffers: got a {type(push.buffers).__name__}, expected tensors by name")
+
+
 def _check_like(got: Tensor, expected: Tensor, what: str, vectors: int = 1) -> None:
+    check_plain(got, what)
     shape = expected.shape if vectors == 1 else torch.Size([vectors * expected.numel()])
     pairs = {"shape": (got.shape, shape), "dtype": (got.dtype, expected.dtype), "device": (got.device, expected.device)}
     for attribute, (came, wanted) in pairs.items():
@@ -64,6 +158,21 @@ def _check_finite(values: Tensor, what: str) -> float:
             f"{what}: got {bad} of {values.numel()} values NaN or infinite, expected finite numbers; lower the learning rate"
         )
     return float(total)
+
+
+def _guarded(grad: Tensor, grad_sum: float, guard: NormGuard | None, what: str) -> Checked:
+    """Look at the norm where there is a limit to it; one that overflows is found through the vector over its largest value."""
+    if guard is None or torch.linalg.vector_norm(grad, dtype=torch.float64).item() <= guard.limit:
+        return Checked(grad, grad_sum)
+    largest = grad.abs().max().item()
+    unit = grad / largest
+    unit_norm = torch.linalg.vector_norm(unit, dtype=torch.float64).item()
+    norm = largest * unit_norm
+    if guard.policy is NormPolicy.refuse:
+        raise GradientTooLarge(
+            f"{what}: got the norm {norm:g}, expected at most train.grad_norm_limit={guard.limit:g}; lower the learning rate"
+        )
+    return Checked(unit.mul_(guard.limit / unit_norm), grad_sum, norm)
 
 
 def _plain(value: object) -> str:

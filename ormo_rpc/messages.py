@@ -1,4 +1,4 @@
-"""What crosses between server and worker: `Reply` (work handed out) and `Push` (work done)."""
+"""What crosses between server and worker: `Reply` (work handed out), `Push` (work done) and `Refusal`."""
 
 from __future__ import annotations
 
@@ -55,3 +55,16 @@ class Push:
     samples: int = 1
     buffers: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     incarnation: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refusal:
+    """The server's no, as a value, because an exception that crosses torch.distributed.rpc loses its type on the way.
+
+    Attributes:
+        error: The name of the exception's class.
+        text: Its message.
+    """
+
+    error: str
+    text: str
