@@ -10,12 +10,14 @@ import argparse
 import time
 from collections import deque
 
+import torch
+
 from ormo_rpc.cli import compose
 from ormo_rpc.job import Job
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.records import Event
 from ormo_rpc.runtimes.sim.clock import EventQueue
-from ormo_rpc.runtimes.sim.cluster import Cluster, Links
+from ormo_rpc.runtimes.sim.cluster import Cluster, Links, Speeds
 from ormo_rpc.worker import Worker
 
 
@@ -47,10 +49,10 @@ def main() -> None:
     source = Timed(job.worker())
     source.worker.warm_up()
     server = job.server(events.append, lambda: queue.now)
-    cluster = Cluster(server, source, queue, Links(), lambda _: 0.1, lambda: None)
+    cluster = Cluster(server, source, queue, Links(), Speeds(lambda *_: 0.1, lambda _: torch.Generator()), lambda: None)
     began = time.perf_counter()
     cluster.start()
-    while not server.ended and queue.step():
+    while not server.ended and cluster.step():
         pass
     whole = time.perf_counter() - began
     own = whole - source.seconds

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ormo_rpc import algorithms, schedulers
 from ormo_rpc.buffers import RunningBuffers
-from ormo_rpc.checks import all_finite
+from ormo_rpc.checks import NormGuard, all_finite
 from ormo_rpc.records import Event
 from ormo_rpc.server import ParameterServer
 
@@ -27,9 +27,11 @@ def build_server(
     lr: float | Callable[[int], float] = 0.1,
     momentum: float = 0.9,
     total_tickets: int | None = None,
+    min_workers: int = 1,
     buffers: RunningBuffers | None = None,
     record: Callable[[Event], None] = lambda _: None,
     clock: Callable[[], float] = lambda: 0.0,
+    norm_guard: NormGuard | None = None,
     **options: Any,
 ) -> ParameterServer:
     """Build a parameter server in this process, without any network: the object that every runtime drives.
@@ -42,9 +44,11 @@ def build_server(
         lr: The learning rate ``eta``, or a function of the iteration ``t``.
         momentum: ``beta``, in [0, 1).
         total_tickets: T, how many gradients to apply; None for no end.
+        min_workers: While fewer are members, no ticket is handed out.
         buffers: The running average of buffers that come with the pushes; none by default.
         record: Called with every event, in order.
         clock: Seconds since the start, for the events.
+        norm_guard: The limit to the norm of what is pushed; none by default.
         options: Options of the rule and of the scheduler.
 
     Raises:
@@ -68,18 +72,24 @@ def build_server(
         raise ValueError("params: got NaN or infinity, expected finite numbers")
     if num_workers < 1:
         raise ValueError(f"num_workers: got {num_workers}, expected at least 1")
+    if min_workers < 1:
+        raise ValueError(f"min_workers: got {min_workers}, expected at least 1")
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum: got {momentum}, expected a number in [0, 1)")
     if total_tickets is not None and total_tickets < 1:
         raise ValueError(f"total_tickets: got {total_tickets}, expected at least 1, or None for no end")
     if not callable(lr) and not (math.isfinite(lr) and lr >= 0):
         raise ValueError(f"lr: got {lr}, expected a finite number >= 0 or a function of the iteration")
+    if norm_guard is not None and not (math.isfinite(norm_guard.limit) and norm_guard.limit > 0):
+        raise ValueError(f"norm_guard: got the limit {norm_guard.limit}, expected a finite number > 0")
     return ParameterServer(
         rule_class(params.detach().clone(), momentum=momentum, options=rule_options),
         scheduler_class(scheduler_options),
         num_workers=num_workers,
         lr=lr if callable(lr) else lambda _: lr,
         total_tickets=total_tickets,
+        min_workers=min_workers,
+        norm_guard=norm_guard,
         buffers=buffers,
         record=record,
         clock=clock,

@@ -151,8 +151,10 @@ def configured_server(
         lr=job.lr,
         momentum=config.train.momentum,
         total_tickets=job.total_tickets,
+        min_workers=config.runtime.min_workers,
         buffers=buffers,
         record=record,
         clock=clock,
+        norm_guard=config.train.norm_guard,
         **options,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
@@ -22,6 +23,21 @@ class Dashboard(Protocol):
     def close(self, summary: Mapping[str, Any]) -> None:
         """Show how it ended."""
         ...
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far the records were at one moment.
+
+    Attributes:
+        trace_bytes: The length of ``trace.jsonl``, which is on disk up to there.
+        metrics_bytes: Of ``metrics.jsonl``, likewise.
+        statistics: The running figures over the events so far, as `Statistics.state` has them.
+    """
+
+    trace_bytes: int
+    metrics_bytes: int
+    statistics: dict[str, Any]
 
 
 class Recorder:
@@ -50,13 +66,17 @@ class Recorder:
         self.figures = figures
         self.statistics = Statistics()
         self.evaluation: Evaluation | None = None
-        self._events: SimpleQueue[Event] = SimpleQueue()
+        self._events: SimpleQueue[Event | Callable[[Position], None]] = SimpleQueue()
         self._last = (0.0, 0)
         """Time of the last row, and how many gradients this run had applied by then (a resumed one does not begin at 0)."""
 
     def record(self, event: Event) -> None:
         """Take one event; called on the update path, it only puts it into a queue."""
         self._events.put(event)
+
+    def when_written(self, callback: Callable[[Position], None]) -> None:
+        """Call back, in `pump`, as soon as the events so far are written and none of the later ones."""
+        self._events.put(callback)
 
     def pump(self, *, now: bool = False) -> None:
         """Write down what has come, and a row of metrics if it is time for one, or ``now``."""
@@ -65,8 +85,11 @@ class Recorder:
                 event = self._events.get_nowait()
             except Empty:
                 break
-            self.statistics.observe(event)
-            self.directory.write_event(event)
+            if isinstance(event, Event):
+                self.statistics.observe(event)
+                self.directory.write_event(event)
+            else:
+                event(self._position())
         seconds, iteration = self.clock(), self.statistics.iterations
         if self.statistics.delays.total() > self._last[1] and (
             now or seconds - self._last[0] >= self.job.config.logger.log_seconds
@@ -86,6 +109,10 @@ class Recorder:
         self.directory.close()
         for dashboard in self.dashboards:
             dashboard.close(summary)
+
+    def _position(self) -> Position:
+        trace, metrics = self.directory.force()
+        return Position(trace, metrics, self.statistics.state())
 
     def _place(self, iteration: int, seconds: float) -> dict[str, Any]:
         return {"iteration": iteration, "epoch": round(self.job.epoch(iteration), 4), "seconds": round(seconds, 4)}

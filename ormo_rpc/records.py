@@ -19,6 +19,8 @@ class Kind(Enum):
     repeat = "repeat"
     join = "join"
     leave = "leave"
+    pause = "pause"
+    proceed = "proceed"
     checkpoint = "checkpoint"
     resume = "resume"
     finish = "finish"
@@ -57,6 +59,15 @@ class Statistics:
     delay_sum_per_worker: Counter[int] = field(default_factory=Counter[int])
     loss: float | None = None
     """Mean loss of the batches, averaged exponentially over about the last 50 gradients."""
+
+    def state(self) -> dict[str, Any]:
+        """The figures as plain values, a private copy."""
+        return {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` returned."""
+        for name, value in state.items():
+            setattr(self, name, Counter(value) if isinstance(value, dict) else value)
 
     def observe(self, event: Event) -> None:
         """Take one event into account."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import platform
+import shutil
+import struct
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -52,6 +55,17 @@ class RunDirectory:
         """Write the first line of the trace: the format, and what the bits of the run depend on."""
         self._write(self._trace, {"event": "header", "version": TRACE_VERSION, **environment(), **more})
 
+    def write_losses(self, losses: Sequence[Mapping[str, Any]]) -> None:
+        """Add lines to ``losses.jsonl``: the workers that were lost."""
+        with (self.path / "losses.jsonl").open("a", encoding="utf-8") as file:
+            for loss in losses:
+                self._write(file, loss)
+
+    def read_losses(self) -> list[dict[str, Any]]:
+        """All workers that were lost so far, in any life of the server."""
+        file = self.path / "losses.jsonl"
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+
     def write_event(self, event: Event) -> None:
         """Add a line to ``trace.jsonl``."""
         self._write(self._trace, event.line())
@@ -60,10 +74,38 @@ class RunDirectory:
         """Add a line to ``metrics.jsonl``."""
         self._write(self._metrics, row)
 
-    def write_processes(self, server: int, workers: Mapping[int, int]) -> None:
-        """Write ``processes.json``: the process number of the server and of each worker."""
-        content = {"server": server, "workers": {str(worker): pid for worker, pid in sorted(workers.items())}}
+    def write_processes(self, server: int, workers: Mapping[int, int], address: str) -> None:
+        """Write ``processes.json``: the process numbers of the server and of each worker, and where workers are let in."""
+        content = {
+            "server": server,
+            "workers": {str(worker): pid for worker, pid in sorted(workers.items())},
+            "address": address,
+        }
         _replace(self.path / "processes.json", content)
+
+    def cut(self, trace_bytes: int, metrics_bytes: int) -> None:
+        """Cut trace and metrics back to where they were; what is cut off the trace goes into ``trace.rolled_back.jsonl``."""
+        self.flush()
+        with (self.path / "trace.jsonl").open("rb") as trace, (self.path / "trace.rolled_back.jsonl").open("ab") as cut_off:
+            trace.seek(trace_bytes)
+            shutil.copyfileobj(trace, cut_off)
+        os.truncate(self.path / "trace.jsonl", trace_bytes)
+        os.truncate(self.path / "metrics.jsonl", metrics_bytes)
+        for file in (self._trace, self._metrics):
+            file.seek(0, os.SEEK_END)  # else `force` tells the former length until something is written
+
+    def header_bytes(self) -> int:
+        """The length of the trace's first line; 0 where it is not whole."""
+        with (self.path / "trace.jsonl").open("rb") as trace:
+            line = trace.readline()
+        return len(line) if line.endswith(b"\n") else 0
+
+    def force(self) -> tuple[int, int]:
+        """Force trace and metrics to disk, and return their lengths."""
+        self.flush()
+        for file in (self._trace, self._metrics):
+            os.fsync(file.fileno())
+        return self._trace.tell(), self._metrics.tell()
 
     def flush(self) -> None:
         """Hand everything written to the operating system, so that a killed process loses nothing of it."""
@@ -81,6 +123,41 @@ class RunDirectory:
     @staticmethod
     def _write(file: TextIO, line: Mapping[str, Any]) -> None:
         file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+
+
+class Progress:
+    """Counts in a file that a SIGKILL of this process leaves as they were at that moment.
+
+    The trace lags behind by up to the time between two looks at the queue of events; this does not, and costs the update path
+    no more than a store to memory.
+
+    Args:
+        run_dir: The run directory.
+
+    Attributes:
+        iterations: Gradients applied.
+        lives: Lives that the server has had.
+        rolled_back: Updates that were undone by its deaths.
+    """
+
+    _COUNTS = struct.Struct("<3q")
+
+    def __init__(self, run_dir: Path) -> None:
+        with (run_dir / "progress").open("a+b") as file:
+            file.truncate(self._COUNTS.size)
+            self._memory = mmap.mmap(file.fileno(), self._COUNTS.size)
+        self.iterations, self.lives, self.rolled_back = self._COUNTS.unpack(self._memory)
+
+    def begin(self, iterations: int) -> None:
+        """A life of the server begins, with so many gradients applied."""
+        self.lives += 1
+        self.rolled_back += max(0, self.iterations - iterations)
+        self.write(iterations)
+
+    def write(self, iterations: int) -> None:
+        """Set how many gradients are applied."""
+        self.iterations = iterations
+        self._COUNTS.pack_into(self._memory, 0, self.iterations, self.lives, self.rolled_back)
 
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:

@@ -3,49 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ormo_rpc.algorithms.base import Algorithm, Arrival, Dispatch
-from ormo_rpc.buckets import Buckets
-from ormo_rpc.buffers import RunningBuffers
-from ormo_rpc.checks import all_finite, check_payload
+from ormo_rpc.algorithms.base import Arrival, Dispatch
+from ormo_rpc.checks import Checked, NormPolicy, all_finite, check_payload, check_whole
 from ormo_rpc.errors import PushRefused, Rejoin
-from ormo_rpc.ledger import Issue, Ledger
+from ormo_rpc.ledger import Issue
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.records import Event, Kind
-from ormo_rpc.schedulers import Scheduler
+from ormo_rpc.server_state import Member, ServerState, Status
 
-STATE_VERSION = 1
-"""The format of `ParameterServer.state_dict`; another one is refused."""
-
-
-class Status(Enum):
-    """Where a run stands."""
-
-    running = "running"
-    completed = "completed"
-    """Every ticket is redeemed, or the run was asked to end early and did."""
-    diverged = "diverged"
-    """The parameters are not finite, or a ticket's gradient was not, from two workers."""
-    stopped = "stopped"
-    """Asked to end before its time; outstanding tickets were not waited for."""
+__all__ = ["ParameterServer", "Status"]
 
 
-@dataclass(slots=True)
-class _Member:
-    """What the server remembers of one worker: its newest push, and its newest reply unless one is due."""
-
-    answered: tuple[int, int] | None = None
-    reply: Reply | None = None
-
-
-class ParameterServer:
+class ParameterServer(ServerState):
     """Hands out tickets, applies each gradient once, and answers whom the scheduler says.
 
     Made by `build_server`. Every public method runs to its end before the next one is called; a runtime with threads holds one
@@ -57,174 +32,59 @@ class ParameterServer:
         num_workers: Workers 0 to num_workers - 1 are members from the start.
         lr: The scheduled learning rate, a pure function of the iteration.
         total_tickets: T, the number of gradients to apply; None means no end.
+        min_workers: While fewer are members, no ticket is handed out; what is outstanding is applied.
+        norm_guard: The limit to the norm of what is pushed.
         buffers: The running average of the buffers that come with the pushes.
         record: Called with each event, in order.
         clock: Seconds since the start of the run.
     """
 
-    def __init__(
-        self,
-        rule: Algorithm,
-        scheduler: Scheduler,
-        *,
-        num_workers: int,
-        lr: Callable[[int], float],
-        total_tickets: int | None = None,
-        buffers: RunningBuffers | None = None,
-        record: Callable[[Event], None] = lambda _: None,
-        clock: Callable[[], float] = lambda: 0.0,
-    ) -> None:
-        self.rule = rule
-        self.scheduler = scheduler
-        self.num_workers = num_workers
-        self.lr = lr
-        self.buffers = buffers or RunningBuffers({}, {})
-        self.record = record
-        self.clock = clock
-
-        self.status = Status.running
-        self.iteration = 0
-        self.incarnation = 0
-        self.buckets = Buckets()
-        self.newest_bucket = 0
-        self.ledger = Ledger(total_tickets)
-        self.members: dict[int, _Member] = {}
-        self.waiting: list[int] = []
-        """Workers whose answer the scheduler holds back, in the order of asking."""
-        self.parked: list[int] = []
-        """Workers to be answered as soon as there is a ticket for them, or the run ends."""
-        self._started = False
-        self._snapshot: Tensor | None = None
-
-    # ------------------------------------------------------------------------------------------------------------ state
-
-    @property
-    def params(self) -> Tensor:
-        """``w``, shape (D,), as it stands: live, to be read only."""
-        return self.rule.params
-
-    @property
-    def concurrency(self) -> int:
-        """K, the number of gradients in the making."""
-        return max(1, len(self.members))
-
-    @property
-    def ended(self) -> bool:
-        """No more gradient will be applied."""
-        return self.status is not Status.running
-
-    def snapshot(self) -> Tensor:
-        """``w`` as it stands, shape (D,), as a copy that never changes; one copy serves all who ask at the same iteration."""
-        if self._snapshot is None:
-            self._snapshot = self.params.clone()
-        return self._snapshot
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that the future of the run depends on, as a private copy that `torch.load` reads with weights_only.
-
-        Replies are not in it: after `load_state_dict`, go on with the outstanding tickets, or call `start` to issue them anew,
-        which a rule that reads what was sent (`Algorithm.READS_SENT`) cannot do without.
-        """
-        return {
-            "version": STATE_VERSION,
-            "algorithm": self.rule.NAME,
-            "scheduler": self.scheduler.NAME,
-            "params": self.snapshot(),
-            "rule": {k: v.clone() if isinstance(v, Tensor) else v for k, v in self.rule.state().items()},
-            "buffers": self.buffers.state(),
-            "status": self.status.value,
-            "iteration": self.iteration,
-            "incarnation": self.incarnation,
-            "buckets": (self.buckets.current, self.buckets.room),
-            "newest_bucket": self.newest_bucket,
-            "ledger": self.ledger.state(),
-            "members": {worker: member.answered for worker, member in self.members.items()},
-            "waiting": list(self.waiting),
-            "parked": list(self.parked),
-            "clocks": self.scheduler.state(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned; the number of tickets stays the one that this server was built with.
-
-        Raises:
-            ValueError: it has more applied gradients than this server is to apply, or is of another format, rule, scheduler,
-                dtype, shape or set of buffers; nothing is changed then.
-        """
-        mine = {
-            "version": STATE_VERSION,
-            "algorithm": self.rule.NAME,
-            "scheduler": self.scheduler.NAME,
-            "params": _layout({"params": self.params}),
-            "buffers": _layout(self.buffers.state()),
-            "rule": _layout(self.rule.state()),
-        }
-        theirs = {
-            **{key: state.get(key) for key in ("version", "algorithm", "scheduler")},
-            "params": _layout({"params": state.get("params")}),
-            "buffers": _layout(state.get("buffers", {})),
-            "rule": _layout(state.get("rule", {})),
-        }
-        for key, expected in mine.items():
-            if theirs[key] != expected:
-                raise ValueError(
-                    f"state of a server: {key}: got {theirs[key]}, expected {expected}; build this server as that one was"
-                )
-        if self.ledger.total is not None and state["iteration"] > self.ledger.total:
-            raise ValueError(f"state of a server: iteration: got {state['iteration']}, expected at most {self.ledger.total}")
-        self.params.copy_(state["params"])
-        self.rule.load_state(state["rule"])
-        self.buffers.load_state(state["buffers"])
-        self.iteration = state["iteration"]
-        self.incarnation = state["incarnation"]
-        self.buckets = Buckets(*state["buckets"])
-        self.newest_bucket = state["newest_bucket"]
-        total = self.ledger.total
-        self.ledger = Ledger.from_state(state["ledger"])
-        self.ledger.total = total
-        diverged = state["status"] == Status.diverged.value
-        self.status = Status.diverged if diverged else Status.completed if self.ledger.done else Status.running
-        self.members = {worker: _Member(answered) for worker, answered in state["members"].items()}
-        self.waiting = list(state["waiting"])
-        self.parked = list(state["parked"])
-        self.scheduler.load_state(state["clocks"])
-        self._started = True
-        self._snapshot = None
-
     # ------------------------------------------------------------------------------------------------------- membership
 
-    def start(self) -> list[Reply]:
+    def start(self, workers: Collection[int] | None = None) -> list[Reply]:
         """Begin a life of the server: every worker is handed a ticket at the present parameters.
 
-        After `load_state_dict` this is a new incarnation: tickets that were outstanding are issued again, and a push of an
-        older incarnation is answered "rejoin".
+        Tickets go to the workers in the order of their numbers. After `load_state_dict` this is a new incarnation: tickets that
+        were outstanding are issued again, and a push of an older incarnation is answered "rejoin".
+
+        Args:
+            workers: Who is there; others may `join` later. By default, workers 0 to num_workers - 1.
         """
-        if self._started:
+        present = sorted(range(self.num_workers) if workers is None else workers)
+        if not self.started and present != list(range(self.num_workers)):
+            self._record(Kind.resume, iteration=self.iteration, incarnation=self.incarnation, workers=present)
+        if self.started:
             self.incarnation += 1
             for worker in list(self.members):
                 self.ledger.revoke(worker)
-            self._record(Kind.resume, iteration=self.iteration, incarnation=self.incarnation)
+            self._record(Kind.resume, iteration=self.iteration, incarnation=self.incarnation, workers=present)
             if self.status is Status.diverged and all_finite(self.params) and not self.ledger.done:
                 self.status = Status.running  # gradients had gone astray, not the parameters: a lower rate may save them
-        self._started = True
-        for worker in set(self.members) - set(range(self.num_workers)):
+        self.started = True
+        for worker in set(self.members) - set(present):
             self.rule.leave(worker)
-        self.members = {worker: _Member() for worker in range(self.num_workers)}
+        self.members = {worker: Member() for worker in present}
         self.scheduler.start(self.members)
-        self.waiting, self.parked = list(self.members), []
+        self.waiting, self.parked, self.paused = list(self.members), [], False
         return self._answer()
+
+    def go_on_as(self, life: int) -> None:
+        """Be the life of that number (from 0) of a server that has died: `start` begins an incarnation that none before had."""
+        self.incarnation = max(self.incarnation, life - 1)
+        self.started = True
 
     def join(self, worker: int) -> list[Reply]:
         """A worker comes; K counts it from now on, so buckets opened from now on are larger.
 
         Raises:
-            ValueError: it is a member already, or its number is negative.
+            ValueError: it is a member already, or its number is negative or none.
         """
+        check_whole(worker, "join: worker", ValueError)
         if worker in self.members:
             raise ValueError(f"join of worker {worker}: it is a member already; let it leave first, or use another number")
         if worker < 0:
             raise ValueError(f"join: got worker {worker}, expected a number >= 0")
-        self.members[worker] = _Member()
+        self.members[worker] = Member()
         self.waiting.append(worker)
         self.scheduler.join(worker)
         self._record(Kind.join, worker=worker, concurrency=self.concurrency)
@@ -236,6 +96,7 @@ class ParameterServer:
         Raises:
             ValueError: it is not a member.
         """
+        check_whole(worker, "leave: worker", ValueError)
         if worker not in self.members:
             raise ValueError(f"leave of worker {worker}: it is not a member; members are {sorted(self.members)}")
         lost = [issue.ticket for issue in self.ledger.revoke(worker)]
@@ -261,20 +122,20 @@ class ParameterServer:
         """
         return self.redeem(push, self.check(push))
 
-    def check(self, push: Push) -> float:
-        """The part of `receive` that needs no lock: the payload's shape, dtype, device and finiteness.
+    def check(self, push: Push) -> Checked:
+        """The part of `receive` that needs no lock: types, and the payload's shape, dtype, device, finiteness and norm.
 
         Returns:
-            The sum of the gradient, for `redeem`.
+            What `redeem` applies.
 
         Raises:
             PushRefused: the payload does not fit.
         """
-        return check_payload(push, self.params, self.buffers.average, self.rule.VECTORS_PUSHED)
+        return check_payload(push, self.params, self.buffers.average, self.rule.VECTORS_PUSHED, self.norm_guard)
 
     @torch.no_grad()  # a gradient may still hang on its graph, which the parameters must not grow into
-    def redeem(self, push: Push, grad_sum: float) -> list[Reply]:
-        """The part of `receive` that changes the server; ``grad_sum`` is what `check` returned.
+    def redeem(self, push: Push, checked: Checked) -> list[Reply]:
+        """The part of `receive` that changes the server; ``checked`` is what `check` returned.
 
         Raises:
             PushRefused: the push does not fit the ledger; nothing has changed.
@@ -299,19 +160,19 @@ class ParameterServer:
             sent=sent,
         )
         if self.ended:
-            self._discard(issue, grad_sum, reason="the run has ended")
+            self._discard(issue, checked.grad_sum, reason="the run has ended")
         elif not self.rule.accepts(arrival):
-            self._discard(issue, grad_sum, reason="refused by the rule")
+            self._discard(issue, checked.grad_sum, reason="refused by the rule")
         else:
-            self._apply(push, issue, arrival, grad_sum)
+            self._apply(push, issue, arrival, checked)
         self.waiting.append(push.worker)
         self.scheduler.settle(push.worker)
         return self._answer()
 
     def reject(self, push: Push) -> list[Reply]:
-        """Settle a push whose payload `check` found not finite: the ticket goes to another worker, the sender gets other work.
+        """Settle a push that `check` found not finite or too large: its ticket goes to another worker, its sender has new work.
 
-        When the gradient of one ticket is not finite from two workers (or twice from the only one), the parameters are at
+        When the gradient of one ticket is so from two workers (or twice from the only one), the parameters are at
         fault, not the worker, and the run ends as `diverged`.
 
         Raises:
@@ -322,7 +183,8 @@ class ParameterServer:
             return self._again(push.worker)
         member.answered, member.reply = (push.ticket, push.stamp), None
         seen_before = push.ticket in self.ledger.refused_by
-        self._discard(issue, math.nan, reason="not finite", refused=True)
+        limited = self.norm_guard is not None and self.norm_guard.policy is NormPolicy.refuse
+        self._discard(issue, math.nan, reason="not finite or too large" if limited else "not finite", refused=True)
         if seen_before:
             self._end(Status.diverged)
         self.waiting.append(push.worker)
@@ -343,7 +205,7 @@ class ParameterServer:
 
     # ---------------------------------------------------------------------------------------------------------- inside
 
-    def _claim(self, push: Push) -> tuple[_Member, Issue | None]:
+    def _claim(self, push: Push) -> tuple[Member, Issue | None]:
         """The sender and the issue that its push answers; None for a push that is to be dropped: repeated or taken away."""
         sender = f"push of worker {push.worker} for ticket {push.ticket}"
         if push.incarnation != self.incarnation:
@@ -374,14 +236,14 @@ class ParameterServer:
             raise Rejoin(f"push of worker {worker}: its newest reply was lost when the server's state was loaded; rejoin")
         return []
 
-    def _apply(self, push: Push, issue: Issue, arrival: Arrival, grad_sum: float) -> None:
+    def _apply(self, push: Push, issue: Issue, arrival: Arrival, checked: Checked) -> None:
         lr = self.rule.learning_rate(arrival)
-        self.rule.step(push.grad, lr, arrival)
+        self.rule.step(checked.grad, lr, arrival)
         self.buffers.update(push.buffers)
         self.ledger.redeem(issue)
         self.iteration += 1
         self.buckets.advance(self.concurrency)
-        self._snapshot = None
+        self.newest_snapshot = None
         self._record(
             Kind.apply,
             iteration=arrival.iteration,
@@ -393,7 +255,8 @@ class ParameterServer:
             eta=lr,
             loss=push.loss,
             samples=push.samples,
-            grad_sum=grad_sum.hex(),
+            grad_sum=checked.grad_sum.hex(),
+            **({} if checked.clipped_norm is None else {"clipped_norm": checked.clipped_norm.hex()}),
         )
         # One look at the parameters a bucket: it costs a pass over memory, and NaN does not go away by itself.
         if self.buckets.room == 0 and not all_finite(self.params):
@@ -416,7 +279,7 @@ class ParameterServer:
     def _end_if_done(self) -> None:
         if self.ledger.done and not self.ended:
             self.rule.flush(self.lr(self.iteration - 1))
-            self._snapshot = None
+            self.newest_snapshot = None
             self._end(Status.completed if all_finite(self.params) else Status.diverged)
 
     def _end(self, status: Status) -> None:
@@ -426,6 +289,7 @@ class ParameterServer:
 
     def _answer(self) -> list[Reply]:
         """Reply to all whom the scheduler lets go and for whom there is a ticket, or the word to stop."""
+        enough = self._enough()
         released = self.waiting if self.ended else self.scheduler.due(self.waiting, self.ledger.holding)
         if released:
             self.parked.extend(released)
@@ -433,7 +297,7 @@ class ParameterServer:
             self.waiting = [worker for worker in self.waiting if worker not in gone]
         replies: list[Reply] = []
         for worker in list(self.parked):
-            if self.ledger.exhausted and not self.ended:
+            if not self.ended and (self.ledger.exhausted or not enough):
                 break
             reply = self._reply(worker)
             if reply is not None:
@@ -441,6 +305,15 @@ class ParameterServer:
                 self.members[worker].reply = reply
                 replies.append(reply)
         return replies
+
+    def _enough(self) -> bool:
+        """Whether there are ``min_workers``; says so when that changes."""
+        enough = len(self.members) >= self.min_workers
+        if enough == self.paused and not self.ended:
+            self.paused = not enough
+            kind = Kind.proceed if enough else Kind.pause
+            self._record(kind, concurrency=len(self.members), minimum=self.min_workers)
+        return enough
 
     def _reply(self, worker: int) -> Reply | None:
         ticket = None
@@ -472,12 +345,3 @@ class ParameterServer:
 
     def _record(self, kind: Kind, **data: Any) -> None:
         self.record(Event(kind, self.clock(), data))
-
-
-def _layout(values: Mapping[str, Any]) -> dict[str, str]:
-    """What is under each name: dtype and shape of a tensor, "number" otherwise; what is kept for each worker comes and goes."""
-    return {
-        k: f"{v.dtype} {tuple(v.shape)}" if isinstance(v, Tensor) else "number"
-        for k, v in sorted(values.items())
-        if "/" not in k
-    }

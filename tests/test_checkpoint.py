@@ -48,15 +48,32 @@ def weight(path: Path) -> float:
 # -- whole or not at all -----------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_is_a_folder_of_three_files(tmp_path: Path) -> None:
+def test_a_checkpoint_is_a_folder_of_four_files(tmp_path: Path) -> None:
     path = write(tmp_path, 7, weight=2.0)
     assert path == tmp_path / "checkpoints" / "iteration_000000007"
-    assert {file.name for file in path.iterdir()} == {"server.pt", "model.pt", "config.yaml"}
+    assert {file.name for file in path.iterdir()} == {"server.pt", "model.pt", "config.yaml", "manifest.json"}
     assert weight(path) == 2.0
     assert load_config(path / "config.yaml") == CONFIG
     read = checkpoint.read(path, "server.pt")
     assert read["iteration"] == 7
     assert torch.equal(read["params"], torch.arange(4.0))
+
+
+def test_the_next_write_clears_away_what_a_killed_one_has_left_and_loses_nothing(tmp_path: Path) -> None:
+    kept = write(tmp_path, 3, weight=1.0)
+    folder = kept.parent
+    (folder / ".iteration_000000009.4711").mkdir()
+    kept.rename(folder / ".iteration_000000003.4711.former")  # killed between the two renamings
+    write(tmp_path, 4)
+    assert names(tmp_path) == ["iteration_000000003", "iteration_000000004"]
+    assert weight(kept) == 1.0
+
+
+def test_a_damaged_newer_one_does_not_crowd_out_the_good(tmp_path: Path) -> None:
+    torn = write(tmp_path, 30)
+    (torn / "server.pt").write_bytes(b"")
+    good = write(tmp_path, 25, keep=1)
+    assert checkpoint.find(tmp_path) == good
 
 
 class Fault:
@@ -139,7 +156,7 @@ def test_find_says_what_it_expects(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         checkpoint.find(tmp_path)
     assert str(caught.value) == (
-        f"{tmp_path}: got a path without a checkpoint, expected a run directory or one of its checkpoints/iteration_*"
+        f"{tmp_path}: got a path without a good checkpoint, expected a run directory or one of its checkpoints/iteration_*"
     )
 
 

@@ -247,7 +247,7 @@ def test_a_directory_is_used_once(tmp_path: Path) -> None:
     assert (tmp_path / "trace.jsonl").read_bytes() == b""
     directory = RunDirectory(tmp_path)
     directory.write_header(seed=3)
-    directory.write_processes(11, {1: 13, 0: 12})
+    directory.write_processes(11, {1: 13, 0: 12}, "127.0.0.1:9")
     directory.close()
     with pytest.raises(ConfigError) as caught:
         RunDirectory.claim(tmp_path)
@@ -258,7 +258,11 @@ def test_a_directory_is_used_once(tmp_path: Path) -> None:
     assert (header["event"], header["version"], header["seed"]) == ("header", 1, 3)
     assert (header["torch"], header["threads"]) == (torch.__version__, torch.get_num_threads())
     assert {"commit", "python", "cpu", "capability"} <= header.keys()
-    assert json.loads((tmp_path / "processes.json").read_text()) == {"server": 11, "workers": {"0": 12, "1": 13}}
+    assert json.loads((tmp_path / "processes.json").read_text()) == {
+        "server": 11,
+        "workers": {"0": 12, "1": 13},
+        "address": "127.0.0.1:9",
+    }
     assert read_summary(tmp_path) is None
 
 

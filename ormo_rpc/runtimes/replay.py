@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from ormo_rpc import checkpoint
+from ormo_rpc.checks import Checked
 from ormo_rpc.config import Config, ConfigError, load_config, save_config
 from ormo_rpc.errors import NonFiniteGradient
 from ormo_rpc.flat import sha256
@@ -86,14 +87,18 @@ class Replay:
         self.worker = job.source() if isinstance(job, SyntheticJob) else job.worker()
         self.produced: list[Event] = []
         self.server = job.server(self.produced.append, lambda: 0.0)
-        if header.get("resumed"):
-            self.server.load_state_dict(checkpoint.read(checkpoint.find(Path(header["resumed"])), "server.pt"))
+        self.started = bool(header["started"])
+        """Whether the run began with a start; a simulation that went on in the midst of it did not."""
         self.held: dict[int, Reply] = {}
         """The newest reply of each worker."""
+        if header.get("resumed"):
+            self.server.load_state_dict(checkpoint.read(checkpoint.find(Path(header["resumed"])), "server.pt"))
+            self._take([member.reply for member in self.server.members.values() if member.reply is not None])
 
     def follow(self, events: list[dict[str, Any]]) -> str | None:
         """Let the server hear what leads to each recorded event; return the first difference, None where there is none."""
-        self._take(self.server.start())
+        if self.started and events and events[0]["event"] != "resume":
+            self._take(self.server.start())
         remaining = iter(tqdm(events, desc="replay", unit=" events", disable=not sys.stderr.isatty()))
         for number, event in enumerate(remaining):
             if not self.produced:
@@ -126,13 +131,11 @@ class Replay:
             assert worker is not None
             if worker not in self.held:
                 return
-            push = self.worker.compute(self.held[worker])
-            try:
-                self._take(self.server.receive(push))
-            except NonFiniteGradient:
-                self._take(self.server.reject(push))
+            self._take(self._heard(self.worker.compute(self.held[worker]), event))
         elif kind == "repeat":
             self._say_again(event)
+        elif kind == "resume":
+            self._restart(event)
         elif kind == "join":
             self._take(self.server.join(event["worker"]))
         elif kind == "leave":
@@ -142,11 +145,31 @@ class Replay:
         elif kind == "end":
             self._take(self.server.stop())
 
+    def _heard(self, push: Push, event: Mapping[str, Any]) -> list[Reply]:
+        """What the server answers to a push. One that came damaged, which ours is not, was rejected as not finite."""
+        if str(event.get("reason", "")).startswith("not finite"):
+            return self.server.reject(push)
+        try:
+            return self.server.receive(push)
+        except NonFiniteGradient:
+            return self.server.reject(push)
+
+    def _restart(self, event: Mapping[str, Any]) -> None:
+        """What a new life of the server did with the state of the former one at this point; or the first one, with few."""
+        if event["incarnation"] == 0:
+            self._take(self.server.start(event["workers"]))
+            return
+        self.server.load_state_dict(self.server.state_dict())
+        self.server.go_on_as(event["incarnation"])
+        self.held.clear()
+        self._take(self.server.start(event["workers"]))
+
     def _say_again(self, event: Mapping[str, Any]) -> None:
         """Push once more what is not applied, so its gradient does not matter."""
         place = {name: event[name] for name in ("worker", "ticket", "stamp")}
-        push = Push(**place, grad=torch.zeros(0), incarnation=self.server.incarnation)
-        self._take(self.server.redeem(push, 0.0))
+        nothing = torch.zeros(0)
+        push = Push(**place, grad=nothing, incarnation=self.server.incarnation)
+        self._take(self.server.redeem(push, Checked(nothing, 0.0)))
 
     def _take(self, replies: list[Reply]) -> None:
         self.held |= {reply.worker: reply for reply in replies if reply.ticket is not None}

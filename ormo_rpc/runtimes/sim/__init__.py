@@ -18,7 +18,7 @@ from ormo_rpc.job import Job, time_generator
 from ormo_rpc.runtime_options import GradientKind
 from ormo_rpc.runtimes.failure import RunFailed
 from ormo_rpc.runtimes.sim.clock import EventQueue
-from ormo_rpc.runtimes.sim.cluster import Cluster, GradientSource, Links
+from ormo_rpc.runtimes.sim.cluster import Cluster, GradientSource, Links, Speeds
 from ormo_rpc.runtimes.sim.jobs import SyntheticJob
 from ormo_rpc.session import Session
 
@@ -50,8 +50,12 @@ def run(config: Config, run_dir: Path) -> dict[str, Any]:
     job = Job(config) if sim.gradient is GradientKind.real else SyntheticJob(config)
     source: GradientSource = job.worker() if isinstance(job, Job) else job.source()
     terminal = sys.stderr.fileno() if sys.stderr.isatty() else None
-    session = Session(job, run_dir, InlineExecutor(), lambda: queue.now, terminal=terminal)
-    session.open()
+    inline = InlineExecutor()
+
+    def state() -> dict[str, Any]:
+        return {**session.server.state_dict(replies=True), "cluster": cluster.state()}
+
+    session = Session(job, run_dir, inline, inline, lambda: queue.now, state=state, terminal=terminal)
     cluster = Cluster(
         session.server,
         source,
@@ -60,16 +64,21 @@ def run(config: Config, run_dir: Path) -> dict[str, Any]:
         _compute_seconds(config),
         lambda: session.observe(session.server),
     )
-    _schedule(config, queue, cluster)
-    interrupted = _drive(queue, session)
+    session.open()
+    if session.going_on is None:
+        _schedule(config, queue, cluster)
+    else:
+        cluster.load_state(session.going_on)
+    interrupted = _drive(cluster, session)
+    last = state()
+    session.write_checkpoint(last)
     cluster.close()
-    state = session.server.state_dict()
-    session.write_checkpoint(state)
-    status = {"status": "interrupted", "reason": "SIGINT"} if interrupted else {}
-    summary = session.close(state, wait=True, virtual_seconds=queue.now, **status, **_loads(cluster, queue.now))
+    status = {"status": "interrupted", "reason": interrupted} if interrupted else {}
+    summary = session.close(last, wait=True, virtual_seconds=queue.now, **status, **_loads(cluster, queue.now))
     if interrupted:
         raise RunFailed(
-            f"interrupted; iteration {state['iteration']} is kept: go on with checkpoint.resume={run_dir}", exit_status=130
+            f"interrupted by {interrupted}; iteration {last['iteration']} is kept: go on with checkpoint.resume={run_dir}",
+            exit_status=130,
         )
     return summary
 
@@ -77,33 +86,34 @@ def run(config: Config, run_dir: Path) -> dict[str, Any]:
 def _schedule(config: Config, queue: EventQueue, cluster: Cluster) -> None:
     """Put into the queue what happens at given times."""
     for worker, seconds in config.sim.joins.items():
-        queue.at(seconds, cluster.join, worker)
+        queue.at(seconds, "join", worker)
     for worker, seconds in config.sim.leaves.items():
-        queue.at(seconds, cluster.leave, worker)
+        queue.at(seconds, "leave", worker)
     if config.train.max_seconds is not None:
-        queue.at(config.train.max_seconds, cluster.finish)
+        queue.at(config.train.max_seconds, "finish")
     cluster.start()
 
 
-def _drive(queue: EventQueue, session: Session) -> bool:
-    """Let one event happen after the other until the run has ended; return whether it was interrupted."""
+def _drive(cluster: Cluster, session: Session) -> str:
+    """Let one event happen after the other until the run has ended; return the signal that interrupted it, if one did."""
     asked: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature of a signal handler
         asked.append(number)
 
     main = threading.current_thread() is threading.main_thread()
-    former = signal.signal(signal.SIGINT, interrupt) if main else None
+    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+    former = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         count = 0
-        while not session.server.ended and not asked and queue.step():
+        while not session.server.ended and not asked and cluster.step():
             count += 1
             if count % PUMP_EVERY == 0:
                 session.pump()
     finally:
-        if main:
-            signal.signal(signal.SIGINT, former)
-    return bool(asked)
+        for number, handler in former.items():
+            signal.signal(number, handler)
+    return signal.Signals(asked[0]).name if asked else ""
 
 
 def _links(config: Config, session: Session) -> Links:
@@ -117,17 +127,13 @@ def _links(config: Config, session: Session) -> Links:
     )
 
 
-def _compute_seconds(config: Config) -> Callable[[int], float]:
-    """Draws how long a worker's next ticket takes, from a source of chance of its own."""
-    generators: dict[int, torch.Generator] = {}
+def _compute_seconds(config: Config) -> Speeds:
+    """Draws how long a worker's next ticket takes."""
 
-    def draw(worker: int) -> float:
-        if worker not in generators:
-            generators[worker] = time_generator(config, worker)
-        slowdown = config.heterogeneity.slowdown(worker, config.num_workers, generators[worker])
-        return config.sim.compute_seconds * slowdown
+    def seconds(worker: int, generator: torch.Generator) -> float:
+        return config.sim.compute_seconds * config.heterogeneity.slowdown(worker, config.num_workers, generator)
 
-    return draw
+    return Speeds(seconds, lambda worker: time_generator(config, worker))
 
 
 def _loads(cluster: Cluster, seconds: float) -> dict[str, Any]:

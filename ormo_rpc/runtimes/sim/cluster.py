@@ -8,8 +8,10 @@ snapshot that its reply carried, so a thousand workers need no memory but that o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Protocol
+
+import torch
 
 from ormo_rpc.errors import NonFiniteGradient
 from ormo_rpc.messages import Push, Reply
@@ -47,6 +49,36 @@ class Links:
         return self.latency_seconds[worker % len(self.latency_seconds)] + transfer
 
 
+class Speeds:
+    """Draws how long each worker's next ticket takes, from a source of chance of its own.
+
+    Args:
+        seconds: ``seconds(worker, generator)`` draws the next time.
+        generator: ``generator(worker)`` is a worker's source of chance at its start.
+    """
+
+    def __init__(self, seconds: Callable[[int, torch.Generator], float], generator: Callable[[int], torch.Generator]) -> None:
+        self._seconds = seconds
+        self._generator = generator
+        self.generators: dict[int, torch.Generator] = {}
+
+    def __call__(self, worker: int) -> float:
+        """How long a worker's next ticket takes."""
+        if worker not in self.generators:
+            self.generators[worker] = self._generator(worker)
+        return self._seconds(worker, self.generators[worker])
+
+    def state(self) -> dict[int, torch.Tensor]:
+        """Where each source of chance is."""
+        return {worker: generator.get_state() for worker, generator in self.generators.items()}
+
+    def load_state(self, state: dict[int, torch.Tensor]) -> None:
+        """Take over what `state` returned."""
+        for worker, where in state.items():
+            self.generators[worker] = self._generator(worker)
+            self.generators[worker].set_state(where)
+
+
 @dataclass
 class Load:
     """How busy everybody was, in virtual seconds.
@@ -72,8 +104,8 @@ class Cluster:
         source: Computes all gradients.
         queue: Virtual time.
         links: Network and server speed.
-        compute_seconds: ``compute_seconds(worker)`` draws how long the worker's next ticket takes.
-        observe: Called after every push that was served.
+        compute_seconds: Draws how long a worker's next ticket takes.
+        observe: Called after every push that was served, when the replies that it made due are on their way.
     """
 
     def __init__(
@@ -82,7 +114,7 @@ class Cluster:
         source: GradientSource,
         queue: EventQueue,
         links: Links,
-        compute_seconds: Callable[[int], float],
+        compute_seconds: Speeds,
         observe: Callable[[], None],
     ) -> None:
         self.server = server
@@ -94,6 +126,44 @@ class Cluster:
         self.load = Load()
         self._since: dict[int, float] = {}
         self._free_at = 0.0
+        self._events: dict[str, Callable[[Any], None]] = {
+            "join": self.join,
+            "leave": self.leave,
+            "finish": self.finish,
+            "begin": self._begin,
+            "arrive": self._arrive,
+            "serve": self._serve,
+        }
+
+    def step(self) -> bool:
+        """Let the next event happen; False when there is none."""
+        event = self.queue.pop()
+        if event is None:
+            return False
+        name, argument = event
+        self._events[name](argument)
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """All that is not the server's: time, what is under way, sources of chance, loads; `torch.load` reads it."""
+        queue = self.queue.state()
+        events = [(*when, _saved(argument)) for *when, argument in queue["events"]]
+        return {
+            "queue": {**queue, "events": events},
+            "speeds": self.compute_seconds.state(),
+            "load": asdict(self.load),
+            "since": dict(self._since),
+            "free_at": self._free_at,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned, with a server that has loaded its state of that moment."""
+        queue = state["queue"]
+        events = [(*when, _restored(argument)) for *when, argument in queue["events"]]
+        self.queue.load_state({**queue, "events": events})
+        self.compute_seconds.load_state(state["speeds"])
+        self.load = Load(**state["load"])
+        self._since, self._free_at = dict(state["since"]), state["free_at"]
 
     def start(self) -> None:
         """Hand out the first tickets."""
@@ -111,7 +181,7 @@ class Cluster:
             self._count_membership(worker)
             self._send(self.server.leave(worker))
 
-    def finish(self) -> None:
+    def finish(self, _: None = None) -> None:
         """Hand out no further ticket."""
         self._send(self.server.finish())
 
@@ -123,14 +193,14 @@ class Cluster:
     def _send(self, replies: Iterable[Reply]) -> None:
         for reply in replies:
             if reply.ticket is not None:
-                self.queue.at(self.queue.now + self.links.seconds(reply.worker), self._begin, reply)
+                self.queue.at(self.queue.now + self.links.seconds(reply.worker), "begin", reply)
 
     def _begin(self, reply: Reply) -> None:
         """The reply has reached its worker."""
         seconds = self.compute_seconds(reply.worker)
         if reply.worker in self._since:
             self.load.computing[reply.worker] = self.load.computing.get(reply.worker, 0.0) + seconds
-        self.queue.at(self.queue.now + seconds + self.links.seconds(reply.worker), self._arrive, reply)
+        self.queue.at(self.queue.now + seconds + self.links.seconds(reply.worker), "arrive", reply)
 
     def _arrive(self, reply: Reply) -> None:
         """The push has reached the server, and waits until those before it are served."""
@@ -138,7 +208,7 @@ class Cluster:
         self._free_at = begin + self.links.service_seconds
         self.load.queueing += begin - self.queue.now
         self.load.serving += self.links.service_seconds
-        self.queue.at(self._free_at, self._serve, reply)
+        self.queue.at(self._free_at, "serve", reply)
 
     def _serve(self, reply: Reply) -> None:
         if self._since.get(reply.worker, float("inf")) > self.queue.now or reply.worker not in self.server.members:
@@ -148,9 +218,20 @@ class Cluster:
             replies = self.server.receive(push)
         except NonFiniteGradient:
             replies = self.server.reject(push)
-        self.observe()
         self._send(replies)
+        self.observe()
 
     def _count_membership(self, worker: int) -> None:
         seconds = self.queue.now - self._since.pop(worker)
         self.load.member[worker] = self.load.member.get(worker, 0.0) + seconds
+
+
+def _saved(argument: Any) -> Any:
+    """An event's argument in plain values and tensors."""
+    if not isinstance(argument, Reply):
+        return argument
+    return {field.name: getattr(argument, field.name) for field in fields(argument)}
+
+
+def _restored(saved: Any) -> Any:
+    return Reply(**saved) if isinstance(saved, dict) else saved
