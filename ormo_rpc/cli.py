@@ -103,8 +103,8 @@ def main() -> None:
             os.open(os.devnull, os.O_RDWR)
     register_schemas()
     torchrun = Torchrun.from_environment()
-    if torchrun is not None and torchrun.rank > 0:
-        # Rank 0 alone makes the run directory and its logs.
+    if (torchrun is not None and torchrun.rank > 0) or "role=worker" in sys.argv[1:]:
+        # Who starts the server alone makes the run directory and its logs.
         sys.argv += [
             "hydra.run.dir=.",
             "hydra.output_subdir=null",
@@ -181,11 +181,13 @@ _HEADER = """launch.py - asynchronous data-parallel training with ordered moment
   python launch.py heterogeneity=one_slow             one worker ten times slower than the others
   python launch.py -m algorithm=asgd,naive,ormo seed=0,1,2                   a sweep of nine runs
   torchrun --standalone --nproc-per-node=4 launch.py  rank 0 serves, ranks 1 to 3 work
+  python launch.py role=worker server.address=HOST:PORT server.secret_file=RUN_DIRECTORY/secret
+                                                      one more worker for a run that goes on
   python -m ormo_rpc.evaluate RUN_DIRECTORY           test accuracy of a run or checkpoint
 """
 
 _FOOTER = """A run directory (outputs/DATE/TIME, printed at the end) holds config.yaml, metrics.jsonl, trace.jsonl,
 processes.json, logs/, checkpoints/, summary.json and the wandb run.
-Exit status: 0 the run met its end, 1 something died, 2 wrong configuration, 3 diverged, 130 interrupted
+Exit status: 0 the run met its end, 1 it could not, 2 wrong configuration, 3 diverged, 130 interrupted
 (a checkpoint is left; go on with checkpoint.resume=RUN_DIRECTORY).
 --cfg job prints the configuration; further options of hydra: --hydra-help."""

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ormo_rpc import algorithms
 from ormo_rpc.algorithms.base import Algorithm
+from ormo_rpc.checks import NormGuard, NormPolicy
 from ormo_rpc.data import DATASETS, DataSection, Digits
 from ormo_rpc.heterogeneity import HETEROGENEITIES, Heterogeneity
 from ormo_rpc.learning_rate import LearningRate, Shape
@@ -25,10 +26,20 @@ from ormo_rpc.models import MODELS, MLPSection, ModelSection
 from ormo_rpc.options import Section, option
 from ormo_rpc.runtime_options import RUNTIMES, RpcRuntime, Runtime, SimRuntime
 from ormo_rpc.schedulers import SCHEDULERS, Scheduler
+from ormo_rpc.wire_options import Wire
 
 
 class ConfigError(ValueError):
     """The configuration is wrong; the message has the full key, what came, and what was expected."""
+
+
+class Role(Enum):
+    """What this launcher does."""
+
+    all = "all"
+    """Start server and workers."""
+    worker = "worker"
+    """Start one worker for a server that runs already."""
 
 
 class LRScaling(Enum):
@@ -93,6 +104,20 @@ class Train(Section):
     clip_norm: float | None = option(
         None, "clip each gradient to this global norm, before weight decay", valid=_positive, expected="a finite number > 0"
     )
+    grad_norm_limit: float | None = option(
+        None,
+        "the server's limit to the global norm of a push; none by default",
+        valid=_positive,
+        expected="a finite number > 0",
+    )
+    grad_norm_policy: NormPolicy = option(
+        NormPolicy.clip, "what becomes of a push above the limit: clip it, or refuse it and give its ticket to another worker"
+    )
+
+    @property
+    def norm_guard(self) -> NormGuard | None:
+        """The server's limit to the norm of a push."""
+        return None if self.grad_norm_limit is None else NormGuard(self.grad_norm_limit, self.grad_norm_policy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +125,30 @@ class Checkpoint(Section):
     """When checkpoints are written, and where a run goes on from."""
 
     PATH = "checkpoint"
-    every: int = option(
-        0, "iterations between checkpoints; 0: only at the end", valid=lambda v: v >= 0, expected="a number >= 0"
+    every: int = option(0, "iterations between checkpoints; 0: by time alone", valid=lambda v: v >= 0, expected="a number >= 0")
+    every_seconds: float = option(
+        30.0,
+        "seconds (of the machine, not of a simulation) between checkpoints; 0: not by time",
+        valid=_not_negative,
+        expected="a finite number >= 0",
     )
+    journal: bool = option(False, "make each gradient durable before it is acknowledged: a crash then rolls nothing back")
     keep: int = option(3, "how many checkpoints are kept", valid=_at_least_one, expected="a whole number >= 1")
     resume: str | None = option(None, "a checkpoint or run directory to go on from")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server(Section):
+    """Where the server is found, and what it asks of workers."""
+
+    PATH = "server"
+    address: str | None = option(
+        None, "HOST:PORT where workers are let in (by default on loopback) or, with role=worker, where to ask"
+    )
+    secret_file: str | None = option(
+        None, "file with the secret of the run; else ORMO_RPC_SECRET counts, else one is made for the run"
+    )
+    public: bool = option(False, "allow server.address to be reachable from outside of a private network; see SECURITY.md")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +185,7 @@ class Config(Section):
     workers: int | None = option(
         None, "number of workers; default 4, under torchrun WORLD_SIZE - 1", valid=_at_least_one, expected="a whole number >= 1"
     )
+    role: Role = option(Role.all, "all (server and workers), or worker: join the run at server.address and work for it")
     seed: int = option(0, "of everything random", valid=lambda v: v >= 0, expected="a whole number >= 0")
     algorithm: Algorithm.Options = field(default_factory=lambda: algorithms.find("ormo").Options())
     scheduler: Scheduler.Options = field(default_factory=SCHEDULERS["async"].Options)
@@ -149,6 +194,8 @@ class Config(Section):
     heterogeneity: Heterogeneity = field(default_factory=Heterogeneity)
     train: Train = field(default_factory=Train)
     runtime: Runtime = field(default_factory=RpcRuntime)
+    server: Server = field(default_factory=Server)
+    wire: Wire = field(default_factory=Wire)
     replay: Replay = field(default_factory=Replay)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     logger: Logger = field(default_factory=Logger)

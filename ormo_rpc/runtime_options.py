@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+from ormo_rpc.faults import are_faults
 from ormo_rpc.options import Section, option
 
 
@@ -47,6 +48,10 @@ class Runtime(Section):
         1, "threads of each process for tensor operations", valid=lambda v: v >= 1, expected="a whole number >= 1"
     )
 
+    min_workers: int = option(
+        1, "while fewer workers are there, no work is handed out", valid=lambda v: v >= 1, expected="a whole number >= 1"
+    )
+
 
 @dataclass(frozen=True, kw_only=True)
 class RpcRuntime(Runtime):
@@ -57,23 +62,61 @@ class RpcRuntime(Runtime):
         180.0, "time for all processes to start and find one another", valid=_positive, expected="a finite number > 0"
     )
     rpc_timeout_seconds: float = option(
-        120.0,
+        30.0,
         "time after which an unanswered push is repeated, and a silent server given up",
         valid=_positive,
         expected="a finite number > 0",
     )
     ticket_timeout_seconds: float = option(
         900.0,
-        "time after which a worker that does not come back with its ticket ends the run",
+        "time after which a worker that does not come back with its ticket is evicted",
         valid=_positive,
         expected="a finite number > 0",
     )
     stop_timeout_seconds: float = option(
         10.0, "time for a run to wind up when it is interrupted", valid=_positive, expected="a finite number > 0"
     )
+    worker_timeout_seconds: float = option(
+        15.0,
+        "silence after which a process counts as dead; it gives ten signs of life in that time",
+        valid=_positive,
+        expected="a finite number > 0",
+    )
+    regroup_seconds: float = option(
+        10.0,
+        "time that a restarted server waits for all workers before it goes on with those who are back",
+        valid=_not_negative,
+        expected="a finite number >= 0",
+    )
+    max_restarts: int = option(
+        5, "how often each process that dies is started again", valid=lambda v: v >= 0, expected="a whole number >= 0"
+    )
+    restart_backoff_seconds: float = option(
+        0.5,
+        "pause before the first restart of a process; it doubles each time, up to 30",
+        valid=_not_negative,
+        expected="a finite number >= 0",
+    )
+    max_not_finite: int = option(
+        10,
+        "gradients in a row that are not finite after which a worker is dismissed",
+        valid=lambda v: v >= 1,
+        expected="a whole number >= 1",
+    )
     interface: str | None = option(
         None, "network interface between machines, such as eth0; loopback when all is on one machine"
     )
+    faults: list[str] = option(
+        [],
+        "for tests: faults to inject, such as kill@1:20 or stop@server:100 (see ormo_rpc/faults.py)",
+        valid=are_faults,
+        expected="words KIND@WHO:PUSH[:AMOUNT], kinds kill, stop, delay, drop_reply, corrupt",
+    )
+
+    @property
+    def heartbeat_seconds(self) -> float:
+        """The time between two signs of life: ten of them have to be missed before a process counts as dead."""
+        return self.worker_timeout_seconds / 10
 
 
 @dataclass(frozen=True, kw_only=True)

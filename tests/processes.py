@@ -14,8 +14,12 @@ from typing import Any
 
 import psutil
 
+import ormo_rpc
+
 ROOT = Path(__file__).parents[1]
 """The checkout."""
+QUIET = ("logger=none",)
+"""Without wandb, which takes seconds to start."""
 PATIENCE_SECONDS = 60.0
 """How long anything may take on a busy machine."""
 
@@ -95,3 +99,10 @@ def summary(run_dir: Path) -> dict[str, Any]:
 def gone(found: list[psutil.Process]) -> bool:
     """Whether none of these processes runs any more."""
     return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in found)
+
+
+def replayed(run_dir: Path, again: Path) -> str:
+    """The final parameters of a recorded run, computed again from its trace."""
+    summary = ormo_rpc.train(["runtime=replay", f"replay.run={run_dir}"], run_dir=again)
+    assert summary["identical"] is True
+    return summary["final_params_sha256"]

@@ -30,13 +30,19 @@ CONF = ROOT / "conf"
 CUSTOM = {"_target_": "package.function"}
 
 CHOICES = {**{group: set(choices) for group, choices in GROUPS.items()}, "logger": {"none", "wandb"}}
-TEXTS = {"checkpoint.resume", "heterogeneity.run", "logger.group", "logger.run_name", "replay.run", "runtime.interface"}
+TEXTS = {"checkpoint.resume", "heterogeneity.run", "logger.group", "logger.run_name", "replay.run", "runtime.interface"} | {
+    *("server.address", "server.secret_file")
+}
 """Keys of a text or none."""
 EXPERIMENTS = {path.stem for path in (CONF / "experiment").glob("*.yaml")}
 
 IN_RANGE: dict[str, tuple[list[Any], list[Any]]] = {
     # The range in words: values that are in it, values that are not; whole numbers also serve fields of fractions.
     "a whole number >= 1": ([1, 10**9], [0, -1]),
+    "words KIND@WHO:PUSH[:AMOUNT], kinds kill, stop, delay, drop_reply, corrupt": (
+        [[], ["kill@1:20", "delay@0:3:2.5"], ["stop@server:100"]],
+        [["kill"], ["kill@1:2", "kill@-1:2"]],
+    ),
     "a number >= 1": ([1, 10**9], [0, -1]),
     "at least 1": ([1, 10**9], [0, -1]),
     "a whole number >= 0": ([0, 10**9], [-1]),

@@ -21,6 +21,7 @@ SOURCES = {
 MATHEMATICS = ("ormo_rpc.algorithms", "ormo_rpc.schedulers", "ormo_rpc.buckets", "ormo_rpc.buffers", "ormo_rpc.learning_rate")
 CORE = (
     "ormo_rpc.server",
+    "ormo_rpc.server_state",
     "ormo_rpc.ledger",
     "ormo_rpc.checks",
     "ormo_rpc.messages",

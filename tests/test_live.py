@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import signal
 import socket
@@ -22,11 +21,10 @@ from ormo_rpc.evaluate import evaluate_checkpoint
 from ormo_rpc.flat import sha256
 from ormo_rpc.job import Job
 from ormo_rpc.messages import Reply
-from tests.processes import descendants, events, gone, launch, launched, processes, summary, wait_until
+from tests.processes import QUIET, descendants, events, gone, launch, launched, processes, replayed, summary, wait_until
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(180)]
 
-QUIET = ("logger=none",)
 ENDLESS = ("logger=none", "train.epochs=100000", "workers=2")
 
 SUMMARY_KEYS = set(
@@ -34,13 +32,6 @@ SUMMARY_KEYS = set(
     "virtual_seconds updates_per_second delay_mean delay_max pushes_per_worker lock_wait_seconds lock_held_seconds "
     "final_params_sha256 final_buffers_sha256".split()
 )
-
-
-def replayed(run_dir: Path, again: Path) -> str:
-    """The final parameters of a recorded run, computed again from its trace."""
-    summary = ormo_rpc.train(["runtime=replay", f"replay.run={run_dir}"], run_dir=again)
-    assert summary["identical"] is True
-    return summary["final_params_sha256"]
 
 
 def test_the_default_run_trains_digits_and_leaves_everything_behind(tmp_path: Path) -> None:
@@ -230,19 +221,6 @@ def test_a_push_that_waits_longer_than_its_time_out_is_repeated_and_applied_once
     assert replayed(run_dir, tmp_path / "again") == summary(run_dir)["final_params_sha256"]
 
 
-@pytest.mark.parametrize(("victim", "name"), [("worker", "worker 1"), ("server", "server")])
-def test_a_dead_process_ends_the_run_with_one_line(victim: str, name: str, tmp_path: Path) -> None:
-    with launched("launch.py", f"hydra.run.dir={tmp_path}", *ENDLESS) as launcher:
-        pids = processes(tmp_path)
-        family = descendants(launcher.pid)
-        os.kill(pids["server"] if victim == "server" else pids["workers"]["1"], signal.SIGKILL)
-        _, err = launcher.communicate(timeout=30)
-        assert launcher.returncode == 1
-        assert re.fullmatch(rf"launch\.py: {name} \(pid \d+\) was killed by SIGKILL \(see \S+\); the run has ended; .*\n", err)
-        assert gone(family)
-    assert summary(tmp_path)["status"] == "failed"
-
-
 def test_nothing_survives_a_killed_launcher(tmp_path: Path) -> None:
     with launched("launch.py", f"hydra.run.dir={tmp_path}", "train.epochs=100000", "workers=2") as launcher:
         processes(tmp_path)
@@ -285,19 +263,6 @@ def test_torchrun_gives_the_same_outputs(tmp_path: Path) -> None:
     assert {"config.yaml", "metrics.jsonl", "trace.jsonl", "processes.json", "summary.json", "checkpoints"} <= {
         path.name for path in tmp_path.iterdir()
     }
-
-
-def test_a_dead_worker_under_torchrun_ends_every_rank(tmp_path: Path) -> None:
-    command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "launch.py", f"hydra.run.dir={tmp_path}")
-    with launched(*command, *ENDLESS[:2]) as launcher:
-        pids = processes(tmp_path)
-        family = descendants(launcher.pid)
-        os.kill(pids["workers"]["1"], signal.SIGKILL)
-        _, err = launcher.communicate(timeout=60)
-        assert launcher.returncode != 0
-        assert re.search(r"^launch\.py: worker 1 \(pid \d+\) was killed by SIGKILL; the run has ended", err, re.MULTILINE)
-        wait_until(lambda: gone(family), "the end of all children")
-    assert summary(tmp_path)["status"] == "interrupted"  # by torchrun, which tells rank 0 no more than that
 
 
 def test_torchrun_is_interrupted_cleanly(tmp_path: Path) -> None:

@@ -8,20 +8,21 @@ import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, cast
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed.rpc as rpc
 from torch import Tensor
 
 from ormo_rpc import build_server
 from ormo_rpc.buffers import RunningBuffers
-from ormo_rpc.errors import PushRefused, Rejoin
-from ormo_rpc.messages import Push, Reply
+from ormo_rpc.checks import Checked
+from ormo_rpc.errors import BY_NAME, Dismissed, PushRefused, Rejoin
+from ormo_rpc.messages import Push, Refusal, Reply
 from ormo_rpc.records import Event, Kind
 from ormo_rpc.runtimes.rpc import service as module
-from ormo_rpc.runtimes.rpc.service import Service, deliver, say_goodbye
+from ormo_rpc.runtimes.rpc.seats import Seat
+from ormo_rpc.runtimes.rpc.service import Service
 from ormo_rpc.server import ParameterServer
 from tests.processes import PATIENCE_SECONDS
 
@@ -29,46 +30,62 @@ DIMENSION = 4
 MANY = 24  # an RPC agent has 16 threads by default
 
 
-class Answer(Protocol):
-    """A Future of torch, whose own annotations lack what it is completed with."""
+class Answer:
+    """A Future as the caller at the other end of the wire sees it: an exception that was sent is raised there."""
+
+    def __init__(self, future: Any) -> None:
+        self.future = future
 
     def done(self) -> bool:
         """Whether it is completed."""
-        ...
+        return self.future.done()
 
     def value(self) -> Reply:
         """What it is completed with; an error where it is not."""
-        ...
+        return self._received(self.future.value())
 
     def wait(self) -> Reply:
         """Wait for its value."""
-        ...
+        return self._received(self.future.wait())
 
     def add_done_callback(self, callback: Callable[[Any], None]) -> None:
         """Call back when it is completed, in the thread that does so."""
-        ...
+        self.future.add_done_callback(callback)
+
+    @staticmethod
+    def _received(result: Any) -> Reply:
+        if isinstance(result, Refusal):
+            raise BY_NAME[result.error](result.text)
+        return result
 
 
 class Owner:
-    """What a handler sees of the RRef: in the process that owns the service, the service itself."""
+    """The process that owns the service, as the door and the handlers of the agent see it."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
+        self.seats: dict[int, Seat] = {}
 
-    def local_value(self) -> Service:
-        """The service."""
-        return self.service
+    def admit(self, worker: int | None, post: str = "") -> Seat:
+        """Let a process in."""
+        hello = {"wanted": worker, "process": 1000 + (worker or 0), "host": "here", "post": post}
+        seat = self.service.admit(hello)
+        self.seats[seat.worker] = seat
+        return seat
 
     def hello(self, worker: int) -> Answer:
-        """Call the handler of a worker's first word."""
-        return cast("Answer", Service.hello(cast("rpc.RRef[Service]", self), worker, 1000 + worker))
+        """Let a worker in, and call the handler of its first word."""
+        return self.say_hello(self.admit(worker).token)
 
-    def push(self, reply: Reply, payload: Tensor | None = None) -> Answer:
+    def say_hello(self, token: str) -> Answer:
+        """Call the handler of a worker's first word."""
+        return Answer(self.service.ready(token))
+
+    def push(self, reply: Reply, payload: Tensor | None = None, *, token: str | None = None) -> Answer:
         """Call the handler of a push that answers a reply."""
         assert reply.ticket is not None
-        answer = Service.push(
-            cast("rpc.RRef[Service]", self),
-            reply.worker,
+        answer = self.service.receive(
+            token or self.seats[reply.worker].token,
             reply.ticket,
             reply.stamp,
             reply.incarnation,
@@ -76,7 +93,7 @@ class Owner:
             8,
             gradient(reply.ticket) if payload is None else payload,
         )
-        return cast("Answer", answer)
+        return Answer(answer)
 
 
 def gradient(ticket: int) -> Tensor:
@@ -113,18 +130,190 @@ def test_the_first_replies_come_when_all_have_said_hello() -> None:
     answers.append(there.hello(MANY - 1))
     assert [(answer.value().worker, answer.value().ticket) for answer in answers] == [(w, w) for w in range(MANY)]
     assert there.service.started.is_set()
-    assert there.service.processes == {worker: 1000 + worker for worker in range(MANY)}
+    present = there.service.seats.by_worker
+    assert {worker: seat.process for worker, seat in present.items()} == {worker: 1000 + worker for worker in range(MANY)}
 
 
-@pytest.mark.parametrize("worker", [0, -1, 2])
-def test_hello_refuses_the_unknown_and_the_repeated(worker: int) -> None:
+def test_the_order_of_arrival_decides_nothing() -> None:
+    """The trace does not say who arrived first, and a replay has to hand out the same tickets."""
+    there = owner(3)
+    answers = [there.hello(worker) for worker in (2, 0, 1)]
+    assert [(answer.value().worker, answer.value().ticket) for answer in answers] == [(2, 2), (0, 0), (1, 1)]
+
+
+@pytest.mark.parametrize(
+    "hello",
+    [
+        {},
+        {"wanted": -1},
+        {"wanted": 1 << 15},
+        {"wanted": True},
+        {"wanted": 1.0},
+        {"wanted": "1"},
+        {"process": "1"},
+        {"process": None},
+        {"host": 5},
+        {"post": None},
+    ],
+    ids=str,
+)
+def test_who_says_nonsense_of_itself_gets_no_seat(hello: dict[str, Any]) -> None:
     there = owner(2)
-    answer = there.hello(0)
-    with pytest.raises(PushRefused) as caught:
-        there.hello(worker)
-    assert str(caught.value) == f"hello: got worker {worker}, expected one below 2 that is new here"
+    given = {"wanted": 0, "process": 1, "host": "here", "post": "", **hello} if hello else {}
+    with pytest.raises(ValueError, match=r"\Ahello: got other fields than expected: .*\Z"):
+        there.service.admit(given)
+    assert len(there.service.seats) == 0
+
+
+def test_a_repeated_hello_takes_the_place_of_the_former_and_gets_the_same_reply() -> None:
+    there = owner(2)
+    former = there.hello(0)
+    token = there.seats[0].token
+    newer = there.say_hello(token)
+    with pytest.raises(TimeoutError, match=r"\Aworker 0 has asked again\Z"):
+        former.wait()
     there.hello(1)
-    assert answer.value().ticket == 0
+    reply = newer.value()
+    assert reply.ticket == 0
+    assert there.say_hello(token).value() is reply
+    assert there.service.server.ledger.issued == 2
+
+
+# -- coming and going --------------------------------------------------------------------------------------------------
+
+
+def test_a_guest_joins_a_run_and_gets_work_at_once() -> None:
+    there = owner(2)
+    begun(there)
+    seat = there.admit(None)
+    assert seat.worker == 2  # below are the numbers of the run's own workers
+    answer = there.say_hello(seat.token).value()
+    assert (answer.worker, answer.ticket) == (2, 2)
+    assert there.service.server.concurrency == 3
+
+
+def test_a_number_that_is_taken_goes_to_nobody_else() -> None:
+    there = owner(2)
+    begun(there)
+    assert there.admit(1, post="another").worker == 2
+    assert there.service.seats.by_worker[1].process == 1001
+
+
+def test_a_replacement_takes_the_number_of_the_process_that_it_replaces() -> None:
+    there = owner(2)
+    first, second = there.admit(0, post="a"), there.admit(1, post="b")
+    for seat in (first, second):
+        there.service.ready(seat.token)
+    replacement = there.admit(1, post="b")
+    assert (replacement.worker, replacement.token == second.token) == (1, False)
+    assert sorted(there.service.server.members) == [0]
+    assert [(loss["worker"], loss["held"], loss["reason"]) for loss in there.service.losses] == [
+        (1, [{"ticket": 1, "stamp": 0}], "it was replaced")
+    ]
+    answer = there.say_hello(replacement.token).value()
+    assert (answer.worker, answer.ticket) == (1, 1)  # the ticket that was lost
+    with pytest.raises(Rejoin, match=r"\Athis worker's seat is taken away: .*; rejoin\Z"):
+        there.push(answer, token=second.token)  # what the former process still sends
+
+
+@pytest.mark.parametrize("scheduler", ["async", "sync"])
+def test_a_lost_worker_is_named_its_ticket_issued_again_and_nobody_waits_for_it(
+    scheduler: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    there = owner(3, scheduler=scheduler, total_tickets=6)
+    first, second, third = begun(there)
+    held = [there.push(first), there.push(second)]
+    there.service.lost(there.seats[2], "its connection was closed")
+    assert [record.getMessage() for record in caplog.records] == [
+        "worker 2 (pid 1002 on here) is lost: its connection was closed; ticket 2 of stamp 0 is issued again"
+    ]
+    assert there.service.changed.is_set()
+    replies = [answer.value() for answer in held]
+    if scheduler == "async":
+        replies = [there.push(replies[0]).value(), replies[1]]
+    tickets = [reply.ticket for reply in replies]
+    assert 2 in tickets
+    with pytest.raises(Rejoin):
+        there.push(third)
+    there.service.lost(there.seats[2], "a second time")  # which is no news
+    assert len(there.service.losses) == 1
+
+
+def test_a_worker_that_waits_for_work_leaves_at_once() -> None:
+    there = owner(2, scheduler="sync")
+    first, second = begun(there)
+    held = there.push(first)
+    there.service.release(there.seats[0])
+    assert held.value().ticket is None
+    assert there.push(second).value().worker == 1  # alone in its round now
+    assert there.service.losses == []
+
+
+def test_a_worker_that_computes_leaves_with_its_push_which_counts() -> None:
+    there = owner(2, total_tickets=4)
+    first, second = begun(there)
+    there.service.release(there.seats[0])
+    assert 0 in there.service.server.members
+    assert there.push(first).value().ticket is None
+    assert sorted(there.service.server.members) == [1]
+    assert torch.equal(there.service.server.params, -gradient(0))
+    tickets: list[int | None] = []
+    reply = second
+    while reply.ticket is not None:
+        tickets.append(reply.ticket)
+        reply = there.push(reply).value()
+    assert tickets == [1, 2, 3]
+    assert there.service.losses == []
+
+
+def test_the_start_need_not_wait_for_all() -> None:
+    there = owner(3)
+    answer = there.hello(1)
+    assert not answer.done()
+    there.service.begin()
+    assert (answer.value().worker, answer.value().ticket) == (1, 0)
+    assert sorted(there.service.server.members) == [1]
+    assert there.hello(0).value().ticket == 1
+    assert there.service.server.concurrency == 2
+
+
+def test_a_worker_whose_gradients_are_never_finite_is_dismissed_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    there = owner(2, total_tickets=9)
+    there.service.max_not_finite = 3
+    bad, good = begun(there)
+    nan = torch.full((DIMENSION,), math.nan, dtype=torch.float64)
+    for _ in range(2):
+        bad = there.push(bad, nan).value()
+        good = there.push(good).value()
+    answer = there.push(bad, nan)
+    with pytest.raises(Dismissed, match=r"\Aworker 0: 3 gradients in a row were not finite \(runtime\.max_not_finite\)\Z"):
+        answer.wait()
+    assert "worker 0 (pid 1000 on here) is dismissed: 3 gradients in a row" in caplog.text
+    assert sorted(there.service.server.members) == [1]
+    while good.ticket is not None:
+        good = there.push(good).value()
+    assert torch.equal(there.service.server.params, -total(9))  # its tickets were done by the other one
+
+
+def test_a_finite_gradient_is_forgiveness() -> None:
+    there = owner(2)
+    there.service.max_not_finite = 2
+    reply, _ = begun(there)
+    nan = torch.full((DIMENSION,), math.nan, dtype=torch.float64)
+    for payload in (nan, None, nan, None):
+        reply = there.push(reply, payload).value()
+    assert sorted(there.service.server.members) == [0, 1]
+
+
+def test_nobody_is_let_in_after_the_end() -> None:
+    there = owner(1, total_tickets=1)
+    (reply,) = begun(there)
+    there.push(reply)
+    with pytest.raises(ValueError, match=r"\Athe run has ended\Z"):
+        there.admit(5)
+
+
+# -- barriers ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_barrier_of_many_workers_blocks_nobody() -> None:
@@ -156,7 +345,7 @@ class Client(threading.Thread):
         self.there = there
         self.number = number
         self.repeats = repeats
-        self.chance = random.Random(number)  # noqa: S311 - reproducible on purpose
+        self.chance = random.Random(number)
         self.done: list[int] = []
         self.repeated = 0
         self.failure: BaseException | None = None
@@ -344,6 +533,39 @@ def test_a_change_from_outside_sends_the_replies_that_it_makes_due(change: Calla
     assert there.service.server.iteration == (1 if change is ParameterServer.stop else 2)
 
 
+def test_the_word_to_stop_is_held_back_until_all_is_kept() -> None:
+    there = owner(2, total_tickets=2)
+    there.service.holds_farewell = True
+    first, second = begun(there)
+    answers = [there.push(first), there.push(second)]
+    assert there.service.server.ended
+    again = there.push(second)  # after a time-out, say
+    assert not any(answer.done() for answer in (answers[0], again))
+    there.service.say_farewell()
+    assert [answer.value().ticket for answer in (answers[0], again)] == [None, None]
+
+
+def test_the_start_waits_for_nobody_who_will_not_come() -> None:
+    there = owner(3)
+    answers = [there.hello(0), there.hello(2)]
+    assert not there.service.started.is_set()
+    there.service.expect_without(1)
+    assert [answer.value().ticket for answer in answers] == [0, 1]
+
+
+def test_a_guest_that_is_early_joins_when_the_run_begins() -> None:
+    events: list[Event] = []
+    there = owner(2, record=events.append)
+    guest = there.say_hello(there.admit(None).token)
+    answers = [there.hello(1), there.hello(0)]
+    assert [(answer.value().worker, answer.value().ticket) for answer in (answers[1], answers[0], guest)] == [
+        (0, 0),
+        (1, 1),
+        (2, 2),
+    ]
+    assert [event.kind for event in events] == [Kind.issue, Kind.issue, Kind.join, Kind.issue]  # which a replay does again
+
+
 def test_the_start_is_told_before_the_first_ticket_is_handed_out() -> None:
     there = owner(2)
     service = there.service
@@ -390,29 +612,40 @@ def test_a_refused_push_breaks_nothing() -> None:
     assert there.push(first).value().ticket == 2
 
 
-def test_who_holds_a_ticket_past_the_patience_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_holds_a_ticket_past_the_patience_is_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(module, "time", clock)
     there = owner(3, scheduler="partial", k=2)
     service = there.service
     first, second, _ = begun(there)
     clock.now = 10.0
-    held = there.push(first)
-    assert sorted(service.late(9.0)) == [1, 2]  # worker 0 waits at the barrier and holds nothing
-    assert service.late(10.0) == []
+    there.push(first)
+    service.evict_late(10.0)
+    assert service.losses == []
     there.push(second)  # makes two: both go on, with new tickets
-    assert held.done()
-    assert service.late(9.0) == [2]
-    clock.now = 20.0
-    assert service.late(10.0) == [2]
-    assert sorted(service.late(9.0)) == [0, 1, 2]
+    service.evict_late(9.0)
+    assert [(loss["worker"], loss["reason"]) for loss in service.losses] == [
+        (2, "no push for runtime.ticket_timeout_seconds=9, stuck or too slow for it")
+    ]
+    assert sorted(service.server.members) == [0, 1]
 
 
-def test_who_said_goodbye_is_gone() -> None:
+def test_who_said_goodbye_at_the_end_is_gone_and_not_lost() -> None:
     there = owner(2)
     begun(there)
-    Service.goodbye(cast("rpc.RRef[Service]", there), 1)
-    assert there.service.gone == {1}
+    there.service.call(ParameterServer.stop)
+    there.service.part(there.seats[1].token)
+    there.service.lost(there.seats[1], "its connection was closed")
+    assert sorted(there.service.seats.by_worker) == [0]
+    assert there.service.losses == []
+
+
+def test_who_says_goodbye_before_the_end_is_lost_and_its_ticket_is_not() -> None:
+    there = owner(2)
+    begun(there)
+    there.service.part(there.seats[1].token)
+    assert [loss["held"] for loss in there.service.losses] == [[{"ticket": 1, "stamp": 0}]]
+    assert list(there.service.server.ledger.returned) == [1]
 
 
 class Clock:
@@ -469,91 +702,17 @@ def test_the_payload_is_checked_before_the_lock_is_taken_and_sent_after_it_is_re
     locked: list[tuple[str, bool]] = []
     check = service.server.check
 
-    def look(push: Push) -> float:
+    def look(push: Push) -> Checked:
         locked.append(("check", service.lock.locked()))
         return check(push)
 
     monkeypatch.setattr(service.server, "check", look)
-    settle = module._settle  # pyright: ignore[reportPrivateUsage] # there is no other place to look from
+    settle = service._settle  # pyright: ignore[reportPrivateUsage] # there is no other place to look from
 
     def send(due: Any) -> None:
         locked.append(("send", service.lock.locked()))
         settle(due)
 
-    monkeypatch.setattr(module, "_settle", send)
+    monkeypatch.setattr(service, "_settle", send)
     there.push(reply)
     assert locked == [("check", False), ("send", False)]
-
-
-# -- in a worker -------------------------------------------------------------------------------------------------------
-
-
-class Wire:
-    """Stands in for `rpc.rpc_sync`: each call fails with the next of the texts, or is answered where that is None."""
-
-    def __init__(self, *failures: str | None) -> None:
-        self.failures = list(failures)
-        self.called: list[str] = []
-        self.arguments: list[tuple[Any, ...]] = []
-
-    def __call__(self, _to: str, function: Callable[..., Any], args: tuple[Any, ...] = (), *, timeout: float) -> str:
-        """Note the call, then fail or answer."""
-        self.called.append(function.__name__)
-        self.arguments.append((*args[1:], timeout))
-        failure = self.failures.pop(0) if self.failures else None
-        if failure is not None:
-            raise RuntimeError(failure)
-        return "reply"
-
-
-class Remote:
-    """The RRef at a worker."""
-
-    def owner(self) -> str:
-        """The name of the server."""
-        return "server"
-
-
-TIMEOUT = "RPCErr:1:RPC ran for more than set timeout (1000 ms) and will now be marked with an error"
-EOF = "eof (this error originated at tensorpipe/transport/shm/connection_impl.cc:259)"
-
-
-def delivered(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(rpc, "rpc_sync", wire)
-    payload = gradient(7)
-    push = Push(worker=3, ticket=7, stamp=5, grad=payload, loss=0.5, samples=8, incarnation=2)
-    return deliver(cast("rpc.RRef[Service]", Remote()), push, payload, timeout_seconds=9.0)
-
-
-def test_a_push_that_timed_out_is_repeated_unchanged_while_the_server_lives(monkeypatch: pytest.MonkeyPatch) -> None:
-    wire = Wire(TIMEOUT, None, TIMEOUT, None)
-    assert delivered(wire, monkeypatch) == "reply"
-    assert wire.called == ["push", "published", "push", "published", "push"]
-    pushes = wire.arguments[::2]
-    assert all(push[:6] == (3, 7, 5, 2, 0.5, 8) and push[7] == 9.0 for push in pushes)
-    assert all(torch.equal(push[6], gradient(7)) for push in pushes)
-
-
-@pytest.mark.parametrize(
-    ("failures", "called"),
-    [
-        ((TIMEOUT, TIMEOUT), ["push", "published"]),  # a server that hangs
-        ((TIMEOUT, EOF), ["push", "published"]),
-        ((EOF,), ["push"]),
-    ],
-)
-def test_a_push_is_given_up_when_the_server_is_gone(
-    failures: tuple[str, ...], called: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wire = Wire(*failures)
-    with pytest.raises(RuntimeError) as caught:
-        delivered(wire, monkeypatch)
-    assert str(caught.value) == failures[-1]
-    assert wire.called == called
-
-
-def test_a_server_that_has_gone_needs_no_goodbye(monkeypatch: pytest.MonkeyPatch) -> None:
-    wire = Wire(EOF)
-    monkeypatch.setattr(rpc, "rpc_sync", wire)
-    say_goodbye(cast("rpc.RRef[Service]", Remote()), 3, 1.0)
-    assert (wire.called, wire.arguments) == (["goodbye"], [(3, 1.0)])

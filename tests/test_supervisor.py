@@ -262,3 +262,34 @@ def run_in_thread(function: Callable[[], None]) -> None:
     thread.start()
     thread.join(PATIENCE_SECONDS)
     assert not thread.is_alive()
+
+
+def test_a_child_that_falls_silent_is_killed_and_said_to_have_been(tmp_path: Path) -> None:
+    script = "import os, signal, sys; os.write(int(sys.argv[sys.argv.index('--report') + 1]), b'\"hi\"\\n\\n'); "
+    told: list[str] = []
+    with Supervisor(told.append) as supervisor:
+        child = supervisor.start(
+            "it",
+            [sys.executable, "-c", script + "os.kill(os.getpid(), signal.SIGSTOP)"],
+            env=dict(os.environ),
+            log=tmp_path / "log",
+            patience_seconds=0.3,
+        )
+        assert supervisor.wait(lambda: not child.running, PATIENCE_SECONDS)
+        assert told == ["it: hi"]
+        assert re.fullmatch(
+            r"it \(pid \d+\) was silent for 0\.3 s \(stopped, or hung\) and was killed \(see .*\)", child.obituary()
+        )
+
+
+def test_a_child_that_was_never_heard_may_take_its_time(tmp_path: Path) -> None:
+    with Supervisor() as supervisor:
+        child = supervisor.start(
+            "it",
+            [sys.executable, "-c", "input()"],  # ends at once: it has no standard input
+            env=dict(os.environ),
+            log=tmp_path / "log",
+            patience_seconds=1e-9,
+        )
+        assert supervisor.wait(lambda: not child.running, PATIENCE_SECONDS)
+        assert "exited with status 1" in child.obituary()

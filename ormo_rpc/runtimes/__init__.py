@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ormo_rpc import checkpoint
-from ormo_rpc.config import Config, ConfigError, load_config
+from ormo_rpc.config import Config, ConfigError, Role, load_config
 from ormo_rpc.flat import FlatModel
 from ormo_rpc.run_directory import RunDirectory
 from ormo_rpc.runtime_options import GradientKind, RpcRuntime, SimRuntime
@@ -32,13 +32,15 @@ def run(config: Config, run_dir: Path) -> dict[str, Any]:
         run_dir: Where the outputs go. It must not hold a run yet.
 
     Returns:
-        The summary; empty on ranks other than 0 under torchrun.
+        The summary; empty on ranks other than 0 under torchrun, and for a worker of a run that others have started.
 
     Raises:
         ConfigError: the configuration cannot be run here; nothing was started.
         RunFailed: the run did not meet its end.
     """
     torchrun = Torchrun.from_environment()
+    if config.role is Role.worker:
+        return _join(config, torchrun)
     config = _decide_workers(config, torchrun)
     first = torchrun is None or torchrun.rank == 0
     runtime = importlib.import_module(f"ormo_rpc.runtimes.{config.runtime.name}")
@@ -53,6 +55,18 @@ def run(config: Config, run_dir: Path) -> dict[str, Any]:
     if first:
         RunDirectory.claim(run_dir)
     return runtime.run(config, run_dir)
+
+
+def _join(config: Config, torchrun: Torchrun | None) -> dict[str, Any]:
+    """Be a worker of a run that others have started; it has no summary of its own."""
+    if torchrun is not None:
+        raise ConfigError("role: got worker under torchrun, whose ranks are workers of themselves; use python launch.py")
+    if not isinstance(config.runtime, RpcRuntime):
+        raise ConfigError(f"runtime: got {config.runtime.name} with role=worker, expected rpc")
+    if config.server.address is None:
+        raise ConfigError("server.address: got None with role=worker, expected HOST:PORT of the running server")
+    importlib.import_module("ormo_rpc.runtimes.rpc").join(config)
+    return {}
 
 
 def _needs_data(config: Config) -> bool:

@@ -1,11 +1,14 @@
 """The RPC runtime: a server process and worker processes connected by torch.distributed.rpc, on one machine or many.
 
-`run` is called in the launcher, which starts every process of this machine (``python launch.py``) or the one of its rank
-(``torchrun``) as a child, and watches it. Only the children import torch.distributed.rpc.
+`run` and `join` are called in the launcher, which starts every process of this machine (``python launch.py``), the one of its
+rank (``torchrun``), or a guest of a run elsewhere (``role=worker``) as a child, and fills the place of each one that dies
+(`crew`). Only the children import torch.distributed.rpc.
 """
 
 from __future__ import annotations
 
+import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,75 +16,133 @@ from ormo_rpc import checkpoint
 from ormo_rpc.config import Config, ConfigError, save_config
 from ormo_rpc.run_directory import read_summary, write_summary
 from ormo_rpc.runtimes.failure import RunFailed
-from ormo_rpc.runtimes.rpc.processes import start_all, start_rank
-from ormo_rpc.runtimes.supervisor import Child, Supervisor
-from ormo_rpc.session import unfinished_summary
+from ormo_rpc.runtimes.rpc.crew import Crew, Post
+from ormo_rpc.runtimes.rpc.processes import guest_crew, local_crew, rank_crew
+from ormo_rpc.runtimes.supervisor import Supervisor
+from ormo_rpc.summary import unfinished_summary
 from ormo_rpc.torchrun import Torchrun
 
-BLAME_SECONDS = 0.5
-"""How long a worker's failure waits for news of the server's death, which would explain it."""
+MET_ITS_END = ("completed", "diverged")
+"""How a run ends that a signal has come too late for."""
 
 
 def run(config: Config, run_dir: Path) -> dict[str, Any]:
-    """Start the children of this launcher, watch them to their end, and return the summary.
+    """Start the children of this launcher, keep them at work to the end of the run, and return the summary.
 
     Raises:
         RunFailed: the run did not meet its end.
     """
     torchrun = Torchrun.from_environment()
-    first = torchrun is None or torchrun.rank == 0
-    if first:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        save_config(config, run_dir / "config.yaml")
-    with Supervisor() as supervisor:
-        if torchrun is None:
-            start_all(supervisor, config, run_dir)
-        else:
-            start_rank(supervisor, config, run_dir, torchrun)
-        failure = _watch(supervisor, config)
-    if failure is None:
-        return (read_summary(run_dir) or {}) if first else {}
-    if first:
-        if read_summary(run_dir) is None:
-            write_summary(run_dir, unfinished_summary(config, "interrupted" if supervisor.signals else "failed", str(failure)))
-        failure = RunFailed(f"{failure}; {_what_is_left(run_dir)}", failure.exit_status)
-    raise failure
+    if torchrun is not None and torchrun.rank > 0:
+        with Supervisor(_tell) as supervisor:
+            crew = _crew(supervisor, config)
+            _keep_worker(crew, rank_crew(crew, config, run_dir, torchrun), config)
+        return {}
+    run_dir.mkdir(parents=True, exist_ok=True)
+    save_config(config, run_dir / "config.yaml")
+    with Supervisor(_tell) as supervisor:
+        crew = _crew(supervisor, config)
+        place = local_crew(crew, config, run_dir) if torchrun is None else rank_crew(crew, config, run_dir, torchrun)
+        with place as server:
+            failure = _keep_server(crew, server, config)
+        interrupted = bool(supervisor.signals)
+    summary = read_summary(run_dir)
+    if failure is None or (summary is not None and summary["status"] in MET_ITS_END):
+        return summary or {}
+    if summary is None:
+        try:
+            write_summary(run_dir, unfinished_summary(config, "interrupted" if interrupted else "failed", str(failure)))
+        except OSError as error:  # such as a full disk, which may be what the failure is about
+            _tell(f"summary.json cannot be written: {error}")
+    raise RunFailed(f"{failure}; {_what_is_left(run_dir)}", failure.exit_status)
 
 
-def _watch(supervisor: Supervisor, config: Config) -> RunFailed | None:
-    """Watch the children until the run is over; return what went wrong, if anything did."""
-    first, *others = supervisor.children
-    patience = config.rpc.stop_timeout_seconds
-    supervisor.wait(lambda: not first.running or any(child.failed for child in supervisor.children))
-    if supervisor.signals:
-        name = supervisor.signals[0].name
-        _stop(supervisor, first, patience, status="interrupted", reason=name)
-        return RunFailed(f"interrupted by {name}", exit_status=130)
-    dead = _first_to_die(supervisor)
-    if dead is not None:
-        obituary = dead.obituary()
-        _stop(supervisor, first, patience, status="failed", reason=obituary)
-        return RunFailed(f"{obituary}; the run has ended")
-    # The run is over; whoever is late, because it still computes what nobody wants any more, is killed.
-    supervisor.wait(lambda: not any(child.running for child in others), patience)
-    return None
+def join(config: Config) -> None:
+    """Work for a server that runs already, until its run is over or we are asked to leave.
+
+    Raises:
+        RunFailed: the worker could not, or was not wanted.
+    """
+    with Supervisor(_tell) as supervisor:
+        crew = _crew(supervisor, config)
+        post = _keep_worker(crew, guest_crew(crew, config), config)
+    if post.given_up:
+        raise RunFailed(post.obituary)
 
 
-def _first_to_die(supervisor: Supervisor) -> Child | None:
-    """Who is to blame; where a worker fails, look whether it is because the server is gone."""
-    first, *others = supervisor.children
-    dead = next((child for child in others if child.failed), None)
-    if dead is not None:
-        supervisor.wait(lambda: not first.running, BLAME_SECONDS)
-    if first.failed:
-        return first
-    return dead if first.running else None
+def _crew(supervisor: Supervisor, config: Config) -> Crew:
+    options = config.rpc
+    return Crew(supervisor, max_restarts=options.max_restarts, backoff_seconds=options.restart_backoff_seconds, tell=_tell)
 
 
-def _stop(supervisor: Supervisor, child: Child, patience: float, **message: str) -> None:
-    """Ask the server to write a checkpoint and end; the end of the supervisor's context kills what is left."""
-    child.tell(stop=message)
-    supervisor.wait(lambda: not child.running, patience, signals=len(supervisor.signals))
+def _keep_server(crew: Crew, server: Post, config: Config) -> RunFailed | None:
+    """Keep the server, and what workers are ours, at work until the run is over; return what went wrong, if anything did."""
+    supervisor, patience = crew.supervisor, config.rpc.stop_timeout_seconds
+    workers = [post for post in crew.posts if post is not server]
+    told: set[tuple[int, str]] = set()
+    """Which news each life of the server has had."""
+
+    def tell(**news: Any) -> None:
+        if server.child is not None and (server.lives, str(news)) not in told:
+            told.add((server.lives, str(news)))
+            server.child.tell(**news)
+
+    def over() -> bool:
+        crew.tend()
+        for post in workers:
+            if post.over:
+                tell(without=post.worker)
+        if workers and all(post.over for post in workers):
+            tell(abandoned=next((post.obituary for post in reversed(workers) if post.given_up), "all have left"))
+        return server.over
+
+    supervisor.wait(over)
+    if server.done:
+        # The run is over; whoever is late, because it still computes what nobody wants any more, is killed.
+        supervisor.wait(lambda: all(post.child is None or not post.child.running for post in workers), patience)
+        return None
+    if server.given_up:
+        return RunFailed(f"{server.obituary}; the run has ended")
+    name = supervisor.signals[0].name
+    if server.child is not None:
+        server.child.tell(stop={"status": "interrupted", "reason": name})
+        _wait_for(supervisor, server, patience)
+    return RunFailed(f"interrupted by {name}", exit_status=130)
+
+
+def _keep_worker(crew: Crew, place: AbstractContextManager[Post], config: Config) -> Post:
+    """Keep one worker at work until its work is done, or nobody wants it.
+
+    Raises:
+        RunFailed: it was interrupted, and did not leave in time.
+    """
+    supervisor = crew.supervisor
+    with place as post:
+
+        def over() -> bool:
+            crew.tend()
+            return post.over
+
+        if not supervisor.wait(over):
+            name = supervisor.signals[0].name
+            if post.child is not None:
+                post.child.tell(leave=True)
+                _wait_for(supervisor, post, config.rpc.stop_timeout_seconds)
+                crew.tend()
+            if not post.done:
+                raise RunFailed(f"interrupted by {name}", exit_status=130)
+            _tell(f"the worker has left, as {name} asked")
+    return post
+
+
+def _wait_for(supervisor: Supervisor, post: Post, patience: float) -> None:
+    """Wait until a child that was asked to end has ended; one more signal insists."""
+    child = post.child
+    supervisor.wait(lambda: child is None or not child.running, patience, signals=len(supervisor.signals))
+
+
+def _tell(text: str) -> None:
+    print(f"launch.py: {text}", file=sys.stderr, flush=True)
 
 
 def _what_is_left(run_dir: Path) -> str:

@@ -3,75 +3,198 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
 import os
+import signal
+import socket
 import sys
+import threading
 import traceback
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage] # documented, not annotated as public
 
-from ormo_rpc.runtimes.rpc.connection import Address, connect_store
-from ormo_rpc.runtimes.rpc.serve import Host, serve
-from ormo_rpc.runtimes.rpc.work import work
-from ormo_rpc.runtimes.supervisor import DONE, listen_to_supervisor
+from ormo_rpc.config import ConfigError
+from ormo_rpc.errors import Dismissed
+from ormo_rpc.runtimes.rpc import serve, work
+from ormo_rpc.runtimes.rpc.lease import ServerLost
+from ormo_rpc.runtimes.rpc.secret import Secret, read_secret
+from ormo_rpc.runtimes.rpc.wire import WireError
+from ormo_rpc.runtimes.supervisor import DISMISSED, DONE, Report, listen_to_supervisor
+
+EXPECTED = (Dismissed, ServerLost, WireError, ConfigError, OSError)
+"""Errors whose message says everything."""
 
 
 def main() -> None:
-    """Be the server or a worker, as the arguments say; where it fails, the last line of output is the error."""
+    """Be the server or a worker, as the arguments say; where it fails, the supervisor is told why."""
     arguments = _parse()
-    hosts: list[Host] = []
+    os.set_inheritable(arguments.report, False)
+    os.set_inheritable(arguments.control, False)
+    report = Report(arguments.report, arguments.heartbeat)
+    _log_to(report, also_here=arguments.log)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    try:
+        if arguments.role == "server":
+            _serve(arguments, report.say)
+        else:
+            _work(arguments, report.say)
+    except BaseException as error:
+        report.last_words(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        if arguments.log or not isinstance(error, EXPECTED):
+            with contextlib.suppress(OSError):  # the log may lie on the full disk that this is about
+                traceback.print_exc()
+        os._exit(DISMISSED if isinstance(error, Dismissed) else 1)  # threads of the RPC agent may hold up an ordinary exit
+    # Taking the interpreter apart can take seconds, without a sign of life: a supervisor would see a death in it.
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(DONE)
+
+
+def _serve(arguments: argparse.Namespace, tell: Callable[[str], None]) -> None:
+    hosts: list[serve.Host] = []
+    early: list[dict[str, Any]] = []
+    turn = threading.Lock()
+    """Guards both, so that no message falls between being early and being heard."""
 
     def on_message(message: dict[str, Any]) -> None:
-        if not hosts:
-            os._exit(1)  # nothing has begun, so there is nothing to keep
-        hosts[0].ask_to_stop(message)
+        with turn:
+            if hosts:
+                hosts[0].hear(message)
+            elif "stop" in message:
+                os._exit(1)  # nothing has begun, so there is nothing to keep
+            else:
+                early.append(message)
 
     listen_to_supervisor(arguments.control, on_message)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    host, _, port = arguments.store.rpartition(":")
-    timeout: float = arguments.start_timeout
-    try:
-        store = connect_store(
-            Address(
-                host=host,
-                port=int(port),
-                listener=arguments.listen,
-                hosted=arguments.host_store,
-                prefix=arguments.prefix,
-                timeout_seconds=timeout,
-            )
+    listener = socket.socket(fileno=arguments.listener)
+    secret = _secret(arguments.secret_file)
+    place = serve.Place(
+        run_dir=arguments.run_dir,
+        listener=listener,
+        secret=secret,
+        life=arguments.life,
+        terminal=arguments.terminal,
+        tell=tell,
+    )
+
+    def on_ready(host: serve.Host) -> None:
+        with turn:
+            hosts.append(host)
+            for message in early:
+                host.hear(message)
+        if arguments.store is not None:
+            store = _store(arguments)
+            store.set("secret_file", str(arguments.secret_file or ""))
+            store.set("door", arguments.door)
+
+    serve.serve(place, on_ready)
+
+
+def _work(arguments: argparse.Namespace, tell: Callable[[str], None]) -> None:
+    if arguments.store is None:
+        address, secret = arguments.door, _secret(arguments.secret_file)
+    else:
+        store = _store(arguments)
+        address = store.get("door").decode()
+        secret = _secret(store.get("secret_file").decode() or None)
+    host, _, port = address.rpartition(":")
+    worker = work.Work(
+        work.Place(
+            door=lambda: (host, int(port)),
+            secret=secret,
+            wanted=arguments.worker,
+            post=arguments.post,
+            life=arguments.life,
+            data_root=arguments.data_root,
+            timeout_seconds=arguments.start_timeout,
+            tell=tell,
         )
-        if arguments.rank == 0:
-            serve(
-                store,
-                arguments.run_dir,
-                world_size=arguments.world_size,
-                timeout_seconds=timeout,
-                terminal=arguments.terminal,
-                on_ready=hosts.append,
-            )
-        else:
-            work(store, rank=arguments.rank, world_size=arguments.world_size, timeout_seconds=timeout)
-    except BaseException as error:
-        traceback.print_exc()
-        print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)  # the supervisor reads it
-        os._exit(1)  # threads of the RPC agent may hold up an ordinary exit
-    sys.exit(DONE)
+    )
+    listen_to_supervisor(arguments.control, lambda _: worker.leave())
+    _on_sigterm(worker.leave)
+    worker.run()
+
+
+def _on_sigterm(leave: Callable[[], None]) -> None:
+    """Leave on SIGTERM, also while the main thread waits within torch, where no handler of Python's would run."""
+    reading, writing = socket.socketpair()
+    writing.setblocking(False)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+
+    def listen() -> None:
+        with reading, writing:
+            while signal.SIGTERM not in reading.recv(64):
+                pass
+            leave()
+            threading.Event().wait()  # keep the descriptors, which the handler writes to
+
+    threading.Thread(target=listen, name="SIGTERM", daemon=True).start()
+
+
+def _secret(file: str | None) -> Secret:
+    secret = read_secret(file)
+    assert secret is not None, "the launcher sees to it that there is one"
+    return secret
+
+
+def _store(arguments: argparse.Namespace) -> PrefixStore:
+    """The store of torchrun's agent, where the server leaves its address for the workers."""
+    host, _, port = arguments.store.rpartition(":")
+    timeout = timedelta(seconds=arguments.start_timeout)
+    store = TCPStore(host, int(port), is_master=False, timeout=timeout, wait_for_workers=False)
+    return PrefixStore(arguments.prefix, store)
+
+
+class _Tell(logging.Handler):
+    """Hands warnings to the supervisor, which shows them to people."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__(logging.WARNING)
+        self.report = report
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Hand one on."""
+        self.report.say(record.getMessage())
+
+
+def _log_to(report: Report, *, also_here: bool) -> None:
+    """Send our own messages to the supervisor, and to our log where we have one."""
+    ours = logging.getLogger("ormo_rpc")
+    ours.setLevel(logging.INFO)
+    ours.addHandler(_Tell(report))
+    if also_here:
+        here = logging.StreamHandler()
+        here.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        ours.addHandler(here)
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rank", type=int, required=True, help="0 serves, the others work")
-    parser.add_argument("--world-size", type=int, required=True, help="workers plus one")
-    parser.add_argument("--store", required=True, metavar="HOST:PORT", help="where processes find one another")
-    parser.add_argument("--prefix", default="ormo_rpc", help="what our keys in the store begin with")
-    parser.add_argument("--listen", type=int, help="bound socket on which to keep the store")
-    parser.add_argument("--host-store", action="store_true", help="keep the store without such a socket")
-    parser.add_argument("--start-timeout", type=float, required=True, metavar="SECONDS")
+    parser.add_argument("role", choices=("server", "worker"))
+    parser.add_argument("--life", type=int, default=0, help="how often it was started before")
+    parser.add_argument("--door", metavar="HOST:PORT", help="where workers are let in")
+    parser.add_argument("--listener", type=int, help="of the server: the door's socket")
+    parser.add_argument("--secret-file", help="by default, the environment has the secret")
+    parser.add_argument("--store", metavar="HOST:PORT", help="where the server leaves the door's address, under torchrun")
+    parser.add_argument("--prefix", default="ormo_rpc", help="what our keys in that store begin with")
+    parser.add_argument("--start-timeout", type=float, default=180.0, metavar="SECONDS")
+    parser.add_argument("--heartbeat", type=float, default=1.0, metavar="SECONDS")
     parser.add_argument("--run-dir", type=Path, help="of the server")
-    parser.add_argument("--terminal", type=int, help="descriptor for the progress bar")
+    parser.add_argument("--terminal", type=int, help="of the server: descriptor for the progress bar")
+    parser.add_argument("--worker", type=int, help="of a worker: the number to have, if it is free")
+    parser.add_argument("--post", default="", help="of a worker: who keeps it running")
+    parser.add_argument("--data-root", help="of a worker: where the data set lies on this machine")
+    parser.add_argument("--log", action="store_true", help="output goes to a log of its own")
     parser.add_argument("--control", type=int, required=True, help="reading end of the supervisor's pipe")
+    parser.add_argument("--report", type=int, required=True, help="writing end of the pipe to the supervisor")
     return parser.parse_args()
 
 

@@ -6,34 +6,48 @@ push that makes the answer due completes it.
 
 from __future__ import annotations
 
-import os
+import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
+import torch
 import torch.distributed.rpc as rpc
 from torch import Tensor
 from torch.futures import Future
 
-from ormo_rpc.errors import NonFiniteGradient, PushRefused
+from ormo_rpc.checks import Checked, check_plain
+from ormo_rpc.errors import Dismissed, NonFiniteGradient, PushRefused, Rejoin
 from ormo_rpc.flat import Layout
-from ormo_rpc.messages import Push, Reply
+from ormo_rpc.journal import Journal, NoJournal
+from ormo_rpc.messages import Push, Refusal, Reply
+from ormo_rpc.runtimes.rpc.seats import RunEnded, Seat, Seats
 from ormo_rpc.server import ParameterServer
 
-_Due = tuple[Future[Reply], Reply | TimeoutError]
+Answer = Reply | Refusal
+"""What a call is answered with."""
+_Due = tuple["Future[Answer]", Reply | Exception]
 """A Future and what it is to be completed with."""
+LARGEST_WORKER = 1 << 15
+"""Worker numbers are smaller: those of torch's agents have 16 bits."""
+_log = logging.getLogger(__name__)
 
 
 class Service:
-    """What workers reach through an RRef.
+    """What workers reach through an RRef, and who decides at the door.
 
-    `lock` guards the parameter server with all that belongs to it, the open Futures, the list of processes and the times
-    measured here. Payload checks run before it is taken, replies are sent after it is released.
+    `lock` guards the parameter server with all that belongs to it: seats, arrived, losses, journal, open Futures, and the times
+    measured here. `broken` is never cleared, so it is read without. Payload checks run before the lock is taken; it is released
+    before the journal is forced to disk, and replies are sent last.
 
     Args:
         server: The parameter server.
-        observe: Called under the lock after every push that changed something; it must be quick.
-        on_start: Called under the lock when all workers are there, before the first ticket is handed out.
+        observe: Called under the lock after everything that changed something; it must be quick.
+        on_start: Called under the lock right before the first ticket is handed out.
+        journal: Told, under the lock, of everything that changes the server.
+        max_not_finite: After how many gradients in a row that are not finite a worker is dismissed.
+        holds_farewell: Whether the word to stop is held back until `say_farewell`, so that nobody is gone before all is kept.
     """
 
     def __init__(
@@ -41,69 +55,61 @@ class Service:
         server: ParameterServer,
         observe: Callable[[ParameterServer], None],
         on_start: Callable[[], None] = lambda: None,
+        *,
+        journal: Journal | NoJournal | None = None,
+        max_not_finite: int = 10,
+        holds_farewell: bool = False,
     ) -> None:
         self.server = server
         self.observe = observe
         self.on_start = on_start
+        self.journal = journal or NoJournal()
+        self.max_not_finite = max_not_finite
+        self.holds_farewell = holds_farewell
+        self.expected = set(range(server.num_workers))
+        """Who has to be ready before a first life of the server begins."""
         self.lock = threading.Lock()
         self.lock_wait_seconds = 0.0
         self.lock_held_seconds = 0.0
-        self.processes: dict[int, int] = {}
-        """The process number of each worker that said hello."""
-        self.gone: set[int] = set()
-        """Workers that said goodbye."""
+        self.seats = Seats(server.num_workers)
+        self.arrived: list[Seat] = []
+        """Who is ready to work and waits for the start."""
         self.started = threading.Event()
+        self.changed = threading.Event()
+        """Somebody has come or gone."""
+        self.losses: list[dict[str, Any]] = []
+        """Every worker that was lost, with its last ticket and stamp."""
         self.broken: Exception | None = None
-        """What went wrong while a push was applied; the server's state is not to be trusted then."""
+        """What went wrong while the server was changed; its state is not to be trusted then."""
         self._handed: dict[int, float] = {}
         """When each worker was given its newest ticket."""
-        self._open: dict[int, Future[Reply]] = {}
+        self._open: dict[int, Future[Answer]] = {}
         self._buffers = Layout(server.buffers.average)
 
     # ------------------------------------------------------------------------------------------------- called by workers
 
     @staticmethod
     @rpc.functions.async_execution
-    def hello(service: rpc.RRef[Service], worker: int, process: int) -> Future[Reply]:
-        """Say that a worker is ready; its first reply comes when all are.
+    def hello(token: str) -> Future[Answer]:
+        """Say that a worker is ready: it is a member from now on, and its first reply comes when there is work.
+
+        A repeated call takes the place of the former, and gets the same reply.
 
         Raises:
-            PushRefused: there is no such worker, or it said hello before.
+            Rejoin: the seat of this token is taken away.
         """
-        self = service.local_value()
-        with self.lock:
-            if worker in self.processes or not 0 <= worker < self.server.num_workers:
-                raise PushRefused(f"hello: got worker {worker}, expected one below {self.server.num_workers} that is new here")
-            future = Future[Reply]()
-            due = self._expect(worker, future)
-            self.processes[worker] = process
-            complete = len(self.processes) == self.server.num_workers
-            if complete:
-                self.on_start()
-            due += self._due(self.server.start() if complete else [])
-        _settle(due)
-        if complete:
-            self.started.set()
-        return future
+        return _answered(lambda: published().local_value().ready(token))
 
     @staticmethod
     @rpc.functions.async_execution
     def push(
-        service: rpc.RRef[Service],
-        worker: int,
-        ticket: int,
-        stamp: int,
-        incarnation: int,
-        loss: float | None,
-        samples: int,
-        payload: Tensor,
-    ) -> Future[Reply]:
+        token: str, ticket: int, stamp: int, incarnation: int, loss: float | None, samples: int, payload: Tensor
+    ) -> Future[Answer]:
         """Deliver the gradient of a ticket; the next reply is the answer.
 
         Args:
-            service: The service, owned by the server's process.
-            worker: See `Push`, as for the following ones.
-            ticket: Likewise.
+            token: That of the worker's seat.
+            ticket: See `Push`, as for the following ones.
             stamp: Likewise.
             incarnation: Likewise.
             loss: Likewise.
@@ -111,13 +117,298 @@ class Service:
             payload: Gradient and, behind it, the batch-norm statistics, as one flat tensor.
 
         Raises:
-            PushRefused: as `ParameterServer.receive`; it is raised at the caller.
+            Rejoin: the seat of this token is taken away.
+            Dismissed: this worker's gradients are not finite, again and again.
+            PushRefused: as `ParameterServer.receive`.
         """
-        self = service.local_value()
+        return _answered(lambda: published().local_value().receive(token, ticket, stamp, incarnation, loss, samples, payload))
+
+    @staticmethod
+    def goodbye(token: str) -> None:
+        """Say that a worker that was told to stop is leaving."""
+        published().local_value().part(token)
+
+    # ------------------------------------------------------------------------------------------------- called by the door
+
+    def admit(self, hello: Mapping[str, Any]) -> Seat:
+        """Seat a process; the one that it replaces loses its seat.
+
+        Raises:
+            ValueError: what it says of itself is not in order; `RunEnded` where no more work is to come.
+        """
+        wanted, process, host, post = (hello.get(name) for name in ("wanted", "process", "host", "post"))
+        number = wanted is None or (isinstance(wanted, int) and not isinstance(wanted, bool) and 0 <= wanted < LARGEST_WORKER)
+        if not (number and isinstance(process, int) and isinstance(host, str) and isinstance(post, str)):
+            raise ValueError("hello: got other fields than expected: wanted (a number), process, host, post")
+        with self.lock:
+            former = self.seats.holder(wanted, post)
+        if former is not None:
+            self.lost(former, "it was replaced")
+        with self.lock:
+            if self.server.ended:
+                raise RunEnded("the run has ended")
+            return self.seats.take(wanted, process, host[:64], post[:64])
+
+    def lost(self, seat: Seat, reason: str) -> None:
+        """Evict a worker: its ticket is issued again to another one, and nobody waits for it any more."""
+        due: list[_Due] = []
+        with self.lock:
+            if seat.token not in self.seats.by_token:
+                return  # it has said goodbye, or was evicted before
+            ledger = self.server.ledger
+            held = [ledger.outstanding[ticket] for ticket in ledger.holding.get(seat.worker, ())] if seat.joined else []
+            where = [{"ticket": issue.ticket, "stamp": issue.stamp} for issue in held]
+            due = self._evict(seat, Rejoin(f"worker {seat.worker} was evicted: {reason}; rejoin"))
+            if not self.server.ended:
+                self._note_loss(seat, reason, where)
+                held_words = "; ".join(f"ticket {h['ticket']} of stamp {h['stamp']} is issued again" for h in where)
+                _log.warning("%s is lost: %s; %s", seat, reason, held_words or "it held no ticket")
+        self._settle(due)
+
+    def release(self, seat: Seat) -> None:
+        """Let a worker leave: at once where it waits for work, else when it pushes the ticket that it holds."""
+        due: list[_Due] = []
+        with self.lock:
+            if seat.token not in self.seats.by_token:
+                return
+            seat.leaving = True
+            if seat.worker not in self.server.ledger.holding:
+                due = self._dismiss(seat)
+        self._settle(due)
+
+    # ---------------------------------------------------------------------------------------- called in the server's process
+
+    def ready(self, token: str) -> Future[Answer]:
+        """See `hello`."""
+        future = Future[Answer]()
+        due: list[_Due] = []
+        with self.lock:
+            seat = self._seat(token)
+            due = self._expect(seat.worker, future)
+            if seat.joined:
+                reply = self.server.members[seat.worker].reply
+                due += self._due([] if reply is None else [reply])
+            elif self.started.is_set():
+                due += self._join(seat)
+            elif seat not in self.arrived:
+                self.arrived.append(seat)
+                if self._complete():
+                    due += self._begin()
+        self._settle(due)
+        return future
+
+    def begin(self) -> None:
+        """Start with those who are there, without waiting for the others, if there is anybody."""
+        due: list[_Due] = []
+        with self.lock:
+            if self.arrived and not self.started.is_set():
+                due = self._begin()
+        self._settle(due)
+
+    def expect_without(self, worker: int) -> None:
+        """Do not wait for a worker any more before the start."""
+        due: list[_Due] = []
+        with self.lock:
+            self.expected.discard(worker)
+            if self._complete() and not self.started.is_set():
+                due = self._begin()
+        self._settle(due)
+
+    def say_farewell(self) -> None:
+        """Tell all who wait for it that the run has ended."""
+        with self.lock:
+            self.holds_farewell = False
+            replies = [member.reply for member in self.server.members.values()]
+            due = self._due([reply for reply in replies if reply is not None and reply.ticket is None])
+        self._settle(due)
+
+    def receive(
+        self, token: str, ticket: int, stamp: int, incarnation: int, loss: float | None, samples: int, payload: Tensor
+    ) -> Future[Answer]:
+        """See `push`. Where it fails by no fault of its sender, the Future stays open, as the server is about to end."""
+        seat = self._seat(token)  # looked at again under the lock
+        push = self._unpacked(seat.worker, ticket, stamp, incarnation, loss, samples, payload)
+        try:
+            checked = self.server.check(push)
+        except NonFiniteGradient:
+            checked = None
+        future = Future[Answer]()
+        asked = time.perf_counter()
+        with self.lock:
+            taken = time.perf_counter()
+            self._seat(token)  # it may have been evicted in the meantime
+            due = self._take(seat, push, checked, future)
+            self.lock_wait_seconds += taken - asked
+            self.lock_held_seconds += time.perf_counter() - taken
+        self._settle(due)
+        return future
+
+    def part(self, token: str) -> None:
+        """See `goodbye`. Who says it before the end has not been told to stop, and is lost."""
+        with self.lock:
+            seat = self.seats.by_token.get(token)
+            if seat is not None and self.server.ended:
+                self.seats.free(seat)
+                self.changed.set()
+                return
+        if seat is not None:
+            self.lost(seat, "it said goodbye before the end")
+
+    def call(self, change: Callable[[ParameterServer], list[Reply]]) -> None:
+        """Change the server from outside of a push, and send the replies that this makes due."""
+        with self.lock:
+            due = self._due(change(self.server))
+        self._settle(due)
+
+    def finish(self) -> None:
+        """Hand out no further ticket."""
+
+        def finish(server: ParameterServer) -> list[Reply]:
+            replies = server.finish()
+            self.journal.finish()
+            return replies
+
+        self.call(finish)
+
+    def evict_late(self, patience_seconds: float) -> None:
+        """Evict workers that have held a ticket for longer than that."""
+        if not self.started.is_set():
+            return
+        with self.lock:
+            now = time.monotonic()
+            late = [worker for worker in self.server.ledger.holding if now - self._handed[worker] > patience_seconds]
+            seats = [self.seats.by_worker[worker] for worker in late if worker in self.seats.by_worker]
+        for seat in seats:
+            self.lost(seat, f"no push for runtime.ticket_timeout_seconds={patience_seconds:g}, stuck or too slow for it")
+
+    # ---------------------------------------------------------------------------------------------------- under the lock
+
+    def _seat(self, token: str) -> Seat:
+        """The seat of a token; also without the lock, for what is looked at again under it."""
+        seat = self.seats.by_token.get(token) if type(token) is str else None
+        if seat is None:
+            raise Rejoin("this worker's seat is taken away: it was evicted, or the server has restarted; rejoin")
+        return seat
+
+    def _take(self, seat: Seat, push: Push, checked: Checked | None, future: Future[Answer]) -> list[_Due]:
+        """Apply a push that was checked, or settle one that is not finite (``checked`` of None)."""
+        if self.broken is not None:
+            return []
+        journal = NoJournal() if self.server.ended else self.journal  # which is closed soon after the end
+        try:
+            replies = self.server.reject(push) if checked is None else self.server.redeem(push, checked)
+            journal.push(push, rejected=checked is None)
+            self.observe(self.server)
+        except PushRefused:
+            raise
+        except Exception as error:
+            self.broken = error
+            return []
+        due = self._expect(seat.worker, future) + self._due(replies)
+        seat.not_finite = seat.not_finite + 1 if checked is None else 0
+        if seat.not_finite >= self.max_not_finite and len(self.server.members) > 1:
+            reason = f"{seat.not_finite} gradients in a row were not finite (runtime.max_not_finite)"
+            self._note_loss(seat, reason, [])
+            _log.warning("%s is dismissed: %s", seat, reason)
+            return self._without(due, future) + self._evict(seat, Dismissed(f"worker {seat.worker}: {reason}"), future)
+        if seat.leaving:
+            return self._without(due, future) + self._dismiss(seat, future)
+        return due
+
+    def _complete(self) -> bool:
+        return bool(self.arrived) and {each.worker for each in self.arrived} >= self.expected
+
+    def _begin(self) -> list[_Due]:
+        """A life of the server begins."""
+        self.on_start()
+        arrived, self.arrived = self.arrived, []
+        ours = [seat for seat in arrived if seat.worker < self.server.num_workers]
+        for seat in ours:
+            seat.joined = True
+        workers = sorted(seat.worker for seat in ours)
+        replies = self.server.start(workers)
+        self.journal.start(workers, self.server.incarnation)
+        self.started.set()
+        self.changed.set()
+        due = self._due(replies)
+        for guest in arrived:
+            if not guest.joined:
+                due += self._join(guest)
+        return due
+
+    def _join(self, seat: Seat) -> list[_Due]:
+        seat.joined = True
+        replies = self.server.join(seat.worker)
+        self.journal.join(seat.worker)
+        self.changed.set()
+        _log.info("%s has joined", seat)
+        return self._due(replies)
+
+    def _evict(self, seat: Seat, answer: Reply | Exception, future: Future[Answer] | None = None) -> list[_Due]:
+        """Take a seat away; who still waits for a reply gets this answer."""
+        self.seats.free(seat)
+        self.changed.set()
+        if seat in self.arrived:
+            self.arrived.remove(seat)
+        future = self._open.pop(seat.worker, future)
+        due: list[_Due] = [] if future is None else [(future, answer)]
+        if not seat.joined:
+            return due
+        journal = NoJournal() if self.server.ended else self.journal
+        replies = self.server.leave(seat.worker)
+        journal.leave(seat.worker)
+        self.observe(self.server)
+        return due + self._due(replies)
+
+    def _dismiss(self, seat: Seat, future: Future[Answer] | None = None) -> list[_Due]:
+        """Let a worker go that wants to leave: it is answered as at the end of the run."""
+        stop = Reply(
+            worker=seat.worker,
+            ticket=None,
+            stamp=self.server.iteration,
+            params=torch.empty(0),
+            lr=0.0,
+            steps=1,
+            incarnation=self.server.incarnation,
+        )
+        _log.info("%s leaves", seat)
+        return self._evict(seat, stop, future)
+
+    def _note_loss(self, seat: Seat, reason: str, held: list[dict[str, int]]) -> None:
+        where = {"worker": seat.worker, "process": seat.process, "host": seat.host}
+        self.losses.append({**where, "reason": reason, "held": held})
+
+    @staticmethod
+    def _without(due: list[_Due], future: Future[Answer]) -> list[_Due]:
+        """All but what was due to this one, who gets another answer."""
+        return [each for each in due if each[0] is not future]
+
+    def _expect(self, worker: int, future: Future[Answer]) -> list[_Due]:
+        """Open the Future of a worker's next reply; a repeated call takes the place of the former."""
+        former = self._open.get(worker)
+        self._open[worker] = future
+        return [] if former is None else [(former, TimeoutError(f"worker {worker} has asked again"))]
+
+    def _due(self, replies: Iterable[Reply]) -> list[_Due]:
+        """The Futures that these replies complete.
+
+        Were they looked up when the lock is released, a reply that is late to be sent could answer its worker's next push.
+        """
+        replies = [reply for reply in replies if not (self.holds_farewell and reply.ticket is None)]
+        self._handed |= {reply.worker: time.monotonic() for reply in replies}
+        return [(self._open.pop(reply.worker), reply) for reply in replies if reply.worker in self._open]
+
+    # ------------------------------------------------------------------------------------------------- without the lock
+
+    def _unpacked(
+        self, worker: int, ticket: int, stamp: int, incarnation: int, loss: float | None, samples: int, payload: Tensor
+    ) -> Push:
+        """The push that came as one flat tensor, which may be forged: it is not touched before its memory is looked at."""
+        check_plain(payload, f"push of worker {worker}: payload")
         dimension = max(0, payload.numel() - self._buffers.size)
         grad, statistics = payload.reshape(-1).split([dimension, payload.numel() - dimension])
         whole = statistics.numel() == self._buffers.size
-        push = Push(
+        return Push(
             worker=worker,
             ticket=ticket,
             stamp=stamp,
@@ -127,78 +418,32 @@ class Service:
             buffers=self._buffers.views(statistics) if whole else {},
             incarnation=incarnation,
         )
-        return self._receive(push)
 
-    @staticmethod
-    def goodbye(service: rpc.RRef[Service], worker: int) -> None:
-        """Say that a worker that was told to stop is leaving."""
-        self = service.local_value()
-        with self.lock:
-            self.gone.add(worker)
-
-    # ---------------------------------------------------------------------------------------- called in the server's process
-
-    def call(self, change: Callable[[ParameterServer], list[Reply]]) -> None:
-        """Change the server from outside of a push, and send the replies that this makes due."""
-        with self.lock:
-            due = self._due(change(self.server))
-        _settle(due)
-
-    def late(self, patience_seconds: float) -> list[int]:
-        """Workers that have held a ticket for longer than that."""
-        with self.lock:
-            now = time.monotonic()
-            return [worker for worker in self.server.ledger.holding if now - self._handed[worker] > patience_seconds]
-
-    def _receive(self, push: Push) -> Future[Reply]:
-        """Apply a push; where that fails by no fault of its sender, the Future stays open, as the server is about to end."""
+    def _settle(self, due: Iterable[_Due]) -> None:
+        """Complete Futures, as soon as what they acknowledge is durable; a reply never changes after it is issued."""
+        due = list(due)
         try:
-            grad_sum = self.server.check(push)
-        except NonFiniteGradient:
-            grad_sum = None
-        future = Future[Reply]()
-        asked = time.perf_counter()
-        with self.lock:
-            taken = time.perf_counter()
-            if self.broken is not None:
-                return future
-            try:
-                replies = self.server.reject(push) if grad_sum is None else self.server.redeem(push, grad_sum)
-                self.observe(self.server)
-            except PushRefused:
-                raise
-            except Exception as error:
-                self.broken = error
-                return future
-            due = self._expect(push.worker, future) + self._due(replies)
-            self.lock_wait_seconds += taken - asked
-            self.lock_held_seconds += time.perf_counter() - taken
-        _settle(due)
+            if due:
+                self.journal.sync()
+        except OSError as error:  # what is not durable is not acknowledged
+            self.broken = error
+            return
+        for future, outcome in due:
+            future.set_result(outcome if isinstance(outcome, Reply) else _refusal(outcome))
+
+
+def _answered(call: Callable[[], Future[Answer]]) -> Future[Answer]:
+    """Make a call; a refusal is an answer, too."""
+    try:
+        return call()
+    except PushRefused as error:
+        future = Future[Answer]()
+        future.set_result(_refusal(error))
         return future
 
-    def _expect(self, worker: int, future: Future[Reply]) -> list[_Due]:
-        """Under the lock: open the Future of a worker's next reply; a repeated call takes the place of the former."""
-        former = self._open.get(worker)
-        self._open[worker] = future
-        return [] if former is None else [(former, TimeoutError(f"worker {worker} has asked again"))]
 
-    def _due(self, replies: Iterable[Reply]) -> list[_Due]:
-        """Under the lock: the Futures that these replies complete.
-
-        Were they looked up when the lock is released, a reply that is late to be sent could answer its worker's next push.
-        """
-        replies = list(replies)
-        self._handed |= {reply.worker: time.monotonic() for reply in replies}
-        return [(self._open.pop(reply.worker), reply) for reply in replies if reply.worker in self._open]
-
-
-def _settle(due: Iterable[_Due]) -> None:
-    """Complete Futures; a reply never changes after it is issued, so this needs no lock."""
-    for future, outcome in due:
-        if isinstance(outcome, Reply):
-            future.set_result(outcome)
-        else:
-            future.set_exception(outcome)  # pyright: ignore[reportArgumentType] # as torch has it
+def _refusal(error: Exception) -> Refusal:
+    return Refusal(error=type(error).__name__, text=str(error))
 
 
 _service: rpc.RRef[Service] | None = None
@@ -216,40 +461,5 @@ def published() -> rpc.RRef[Service]:
     return _service
 
 
-def say_hello(service: rpc.RRef[Service], worker: int, timeout_seconds: float) -> Reply:
-    """In a worker: announce it and wait for its first reply."""
-    return rpc.rpc_sync(service.owner(), Service.hello, args=(service, worker, os.getpid()), timeout=timeout_seconds)
-
-
-def deliver(service: rpc.RRef[Service], push: Push, payload: Tensor, *, timeout_seconds: float) -> Reply:
-    """In a worker: deliver a push and wait for the reply.
-
-    After a time-out the push is repeated, which never applies it twice, as long as the server answers at all: the reply may
-    be held back for longer, at a barrier or at the end of the run, by the slowest worker.
-
-    Raises:
-        RuntimeError: the server is gone, or has not answered a question for as long as the time-out.
-        PushRefused: the server refused it.
-    """
-    arguments = (service, push.worker, push.ticket, push.stamp, push.incarnation, push.loss, push.samples, payload)
-    while True:
-        try:
-            return rpc.rpc_sync(service.owner(), Service.push, args=arguments, timeout=timeout_seconds)
-        except TimeoutError:
-            pass  # an older try of this very push was handled after this one
-        except RuntimeError as error:
-            if not _is_timeout(error):
-                raise
-        rpc.rpc_sync(service.owner(), published, timeout=timeout_seconds)
-
-
-def _is_timeout(error: RuntimeError) -> bool:
-    return str(error).startswith("RPCErr:1")
-
-
-def say_goodbye(service: rpc.RRef[Service], worker: int, timeout_seconds: float) -> None:
-    """In a worker: leave. A server that has gone already needs no goodbye."""
-    try:
-        rpc.rpc_sync(service.owner(), Service.goodbye, args=(service, worker), timeout=timeout_seconds)
-    except RuntimeError:
-        return
+CALLED_BY_WORKERS = (Service.hello, Service.push, Service.goodbye, published)
+"""All that a peer may call in the server's process."""

@@ -1,48 +1,156 @@
-"""A worker's process: from reply to push until it is told to stop."""
+"""A worker's process: from reply to push until it is told to stop, through as many lives of the server as it takes."""
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import torch.distributed.rpc as rpc
+import torch
 from omegaconf import OmegaConf
-from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage] # documented, not annotated as public
 
 from ormo_rpc.config import Config, parse_config
+from ormo_rpc.errors import Rejoin
+from ormo_rpc.faults import Injector
 from ormo_rpc.job import Job, time_generator
 from ormo_rpc.messages import Reply
-from ormo_rpc.runtimes.rpc.connection import SERVER, rpc_group, say_ready
-from ormo_rpc.runtimes.rpc.service import deliver, published, say_goodbye, say_hello
+from ormo_rpc.runtimes.rpc.agent import rpc_agent
+from ormo_rpc.runtimes.rpc.calls import Connection
+from ormo_rpc.runtimes.rpc.lease import Lease, ServerLost, let_in
+from ormo_rpc.runtimes.rpc.seats import RunEnded
+from ormo_rpc.runtimes.rpc.secret import Secret
 from ormo_rpc.worker import Worker
 
+_log = logging.getLogger(__name__)
 
-def work(store: Store, *, rank: int, world_size: int, timeout_seconds: float) -> None:
-    """Be one worker of a run from start to end.
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """What a worker's process is told when it is started.
+
+    Attributes:
+        door: Finds the server.
+        secret: Of the run.
+        wanted: The worker number to have, if it is free.
+        post: Who keeps this process running.
+        life: How often this process was started before.
+        data_root: Where the data set lies on this machine, if not where the run's configuration says.
+        timeout_seconds: How long to look for the server.
+        tell: Called with what people should know.
+    """
+
+    door: Callable[[], tuple[str, int]]
+    secret: Secret
+    wanted: int | None
+    post: str
+    life: int
+    data_root: str | None
+    timeout_seconds: float
+    tell: Callable[[str], None]
+
+
+class Work:
+    """Everything in a worker's process.
 
     Args:
-        store: Where the server is found, and the configuration.
-        rank: The rank in the RPC group; the worker's number is one less.
-        world_size: Workers plus one.
-        timeout_seconds: For the start.
+        place: Where and as whom to work.
     """
-    config = parse_config(OmegaConf.to_container(OmegaConf.create(store.get("config").decode())))  # pyright: ignore[reportArgumentType] # a mapping
-    job = Job(config)
-    worker = job.worker()
-    worker.warm_up()
-    say_ready(store, rank)
-    with rpc_group(store, rank=rank, world_size=world_size, timeout_seconds=timeout_seconds):
-        store.wait(["service"])
-        _work(config, worker, rank - 1, timeout_seconds)
 
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.lease: Lease | None = None
+        self.leaving = False
+        self._wanted = place.wanted
+        self._config_text = ""
+        self._config: Config | None = None
+        self._worker: Worker | None = None
+        self._injector: Injector | None = None
 
-def _work(config: Config, worker: Worker, number: int, start_timeout_seconds: float) -> None:
-    service = rpc.rpc_sync(SERVER, published)
-    speed = time_generator(config, number)
-    reply: Reply = say_hello(service, number, start_timeout_seconds)
-    while reply.ticket is not None:
-        began = time.monotonic()
-        push = worker.compute(reply)
-        slowdown = config.heterogeneity.slowdown(number, config.num_workers, speed)
-        time.sleep((slowdown - 1) * (time.monotonic() - began))
-        reply = deliver(service, push, worker.payload, timeout_seconds=config.rpc.rpc_timeout_seconds)
-    say_goodbye(service, number, config.rpc.stop_timeout_seconds)
+    def run(self) -> None:
+        """Work until told to stop; a server that is lost may come back, and one that has evicted us may let us in again.
+
+        Raises:
+            ServerLost: it did not come back in time.
+            Dismissed: this worker is not wanted any more.
+        """
+        place = self.place
+        while not self.leaving:
+            try:
+                lease = let_in(
+                    place.door,
+                    place.secret,
+                    wanted=self._wanted,
+                    post=place.post,
+                    timeout_seconds=place.timeout_seconds,
+                    leaving=lambda: self.leaving,
+                )
+            except RunEnded as end:
+                _log.info("%s", end)
+                return
+            except ServerLost:
+                if self.leaving:
+                    return
+                raise
+            with lease:
+                self.lease = lease
+                self._wanted = lease.welcome.worker
+                self._prepare(lease.welcome.config)
+                try:
+                    self._work(lease)
+                    return
+                except (ServerLost, Rejoin) as error:
+                    _log.info("asking to be let in again: %s", error)
+
+    def leave(self) -> None:
+        """Ask to leave; called from another thread."""
+        self.leaving = True
+        if self.lease is not None:
+            self.lease.leave()
+
+    def _prepare(self, config_text: str) -> None:
+        """Load data and model, unless they are there from a former life of the server."""
+        if config_text == self._config_text:
+            return
+        values = OmegaConf.create(config_text)
+        if self.place.data_root is not None:
+            OmegaConf.update(values, "dataset.root", self.place.data_root)
+        self._config = parse_config(OmegaConf.to_container(values))  # pyright: ignore[reportArgumentType] # a mapping
+        self._worker = Job(self._config).worker()
+        self._worker.warm_up()
+        self._config_text = config_text
+
+    def _work(self, lease: Lease) -> None:
+        """One life of the server."""
+        config, worker, number = self._config, self._worker, lease.welcome.worker
+        assert config is not None
+        assert worker is not None
+        if self._injector is None:
+            self._injector = Injector(config.rpc.faults, number, self.place.life, self.place.tell)
+        timeout = config.rpc.rpc_timeout_seconds
+        with rpc_agent(
+            f"worker{number}",
+            number + 1,
+            server=lease.welcome.agent,
+            transport=config.wire.transport,
+            timeout_seconds=timeout,
+        ):
+            server = Connection(lease.welcome.token, timeout)
+            try:
+                self._until_stopped(config, worker, self._injector, server, number)
+                server.goodbye()
+            finally:
+                del server  # its RRef, before the agent ends
+
+    def _until_stopped(self, config: Config, worker: Worker, injector: Injector, server: Connection, number: int) -> None:
+        speed: torch.Generator = time_generator(config, number)
+        reply: Reply = server.hello()
+        while reply.ticket is not None:
+            began = time.monotonic()
+            push = worker.compute(reply)
+            slowdown = config.heterogeneity.slowdown(number, config.num_workers, speed)
+            time.sleep((slowdown - 1) * (time.monotonic() - began))
+            injector.before_push(worker.payload)
+            reply = server.push(push, worker.payload)
+            if injector.drops_reply():
+                reply = server.push(push, worker.payload)
