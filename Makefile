@@ -1,6 +1,6 @@
 # Every target that needs an environment makes it first.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check format bench replays methods scale clean
+.PHONY: help setup train test check format bench replays methods scale chaos journal clean
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
@@ -44,6 +44,12 @@ methods: .venv/ready  ## The paper's six methods, simulated, into results/ (a qu
 
 scale: .venv/ready  ## Delay, queue and time to a target against the number of workers, simulated, into results/ (minutes)
 	$(BIN)/python benchmarks/scale.py $(ARGS)
+
+journal: .venv/ready  ## What checkpoint.journal costs a push, into results/
+	$(BIN)/python benchmarks/journal.py $(ARGS)
+
+chaos: .venv/ready  ## Inject random faults into a live run and check every guarantee, into results/ (minutes; ARGS="--journal")
+	$(BIN)/python -m benchmarks.chaos $(ARGS)
 
 clean:  ## Remove the environment and caches; runs and data stay
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
