@@ -62,7 +62,7 @@ def start(name: str, rank: int, server: str | None = None) -> Store:
 
     def agent(store: Any, name: str, rank: int, world_size: int, rpc_backend_options: Any) -> Any:  # noqa: ARG001 - torch's signature
         made = TensorPipeAgent(store, name, rank, None, rpc_backend_options, {}, [])
-        api._init_rpc_states(made)  # pyright: ignore[reportPrivateUsage]
+        api._init_rpc_states(made)  # pyright: ignore[reportPrivateUsage] # as torch does
         return made
 
     register_rendezvous_handler("hub", rendezvous)
@@ -148,7 +148,7 @@ def attempts(kind: str, folder: Path) -> dict[str, Callable[[], Any]]:
 
 def attack(kind: str, address: str, folder: Path) -> None:
     """Try everything, and print what came of it, one line each."""
-    internal._pickler = Forger  # pyright: ignore[reportPrivateUsage]
+    internal._pickler = Forger  # pyright: ignore[reportPrivateUsage] # an attacker would
     start("peer", 1, address)
     for name, attempt in attempts(kind, folder).items():
         try:

@@ -31,7 +31,7 @@ class Ear:
 
 def test_what_the_server_is_told_while_it_starts_is_heard_when_it_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     ear, tell = Ear(), list[Callable[[dict[str, Any]], None]]()
-    monkeypatch.setattr(child, "listen_to_supervisor", lambda _control, on_message: tell.append(on_message))  # pyright: ignore[reportUnknownArgumentType,reportUnknownLambdaType]
+    monkeypatch.setattr(child, "listen_to_supervisor", lambda _control, on_message: tell.append(on_message))  # pyright: ignore[reportUnknownArgumentType,reportUnknownLambdaType] # a stand-in
     monkeypatch.setenv("ORMO_RPC_SECRET", "0123456789abcdef" * 4)
 
     def serve(place: Place, on_ready: Callable[[Ear], None]) -> None:
@@ -45,7 +45,7 @@ def test_what_the_server_is_told_while_it_starts_is_heard_when_it_is_ready(monke
     ours, theirs = socket.socketpair()
     with ours:
         given = {"control": 0, "listener": theirs.detach(), "secret_file": None, "run_dir": Path(), "life": 0}
-        child._serve(argparse.Namespace(**given, terminal=None, store=None), lambda _: None)  # pyright: ignore[reportPrivateUsage]
+        child._serve(argparse.Namespace(**given, terminal=None, store=None), lambda _: None)  # pyright: ignore[reportPrivateUsage] # no process
     assert ear.heard == [{"abandoned": "all have left"}, {"stop": {"status": "interrupted"}}]
 
 

@@ -48,9 +48,9 @@ NAMES_LOGGED = 20
 """How many different refusals are written to the log; who sends more is not to fill the disk."""
 
 # The names are torch's own, private but pickled into each of its messages, so they do not change without notice.
-_RECEIVER = internal._InternalRPCPickler  # pyright: ignore[reportPrivateUsage]
+_RECEIVER = internal._InternalRPCPickler  # pyright: ignore[reportPrivateUsage] # see above
 _TENSOR, _RREF = "_tensor_receiver", "_py_rref_receiver"
-_tables = internal._thread_local_tensor_tables  # pyright: ignore[reportPrivateUsage]
+_tables = internal._thread_local_tensor_tables  # pyright: ignore[reportPrivateUsage] # see above
 _CALLS = (internal.PythonUDF, internal.RemoteException)
 _OPCODES = (
     *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.MEMOIZE, pickle.BINGET, pickle.LONG_BINGET),
@@ -156,7 +156,7 @@ def install(functions: Iterable[Callable[..., Any]] = (), *, references: bool = 
         functions: Functions or static functions of a module, found by peers under their qualified names.
         references: Whether a reference to a remote object may come.
     """
-    internal._unpickler = _for(functions, references)  # pyright: ignore[reportPrivateUsage]
+    internal._unpickler = _for(functions, references)  # pyright: ignore[reportPrivateUsage] # torch has no public place for it
 
 
 def loads(message: bytes, functions: Iterable[Callable[..., Any]] = ()) -> Any:
