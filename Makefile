@@ -1,6 +1,6 @@
 # Every target that needs an environment makes it first.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check format bench replays methods scale chaos journal clean
+.PHONY: help setup train test check format bench bench-step bench-ray bench-tensorflow replays methods scale chaos journal clean
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
@@ -8,7 +8,7 @@ BIN := .venv/bin
 ARGS ?=
 
 help:  ## Show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 .venv/ready: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 with venv was found; install one, or say which: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; }
@@ -33,8 +33,22 @@ format: .venv/ready  ## Put the code into its format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: .venv/ready  ## Measure the server's step, in copies of the parameters
-	$(BIN)/python benchmarks/server_step.py $(ARGS)
+bench: .venv/ready  ## Throughput beside the peers, into results/ (half an hour; ARGS="--workers 4 --rounds 5")
+	$(BIN)/python -m benchmarks.side_by_side $(ARGS)
+
+bench-step: .venv/ready  ## The server's step: against memory bandwidth, and each rule's in copies of the parameters
+	$(BIN)/python -m benchmarks.memory_bandwidth
+	$(BIN)/python -m benchmarks.one_pass --compile
+	$(BIN)/python -m benchmarks.server_step $(ARGS)
+
+bench-ray: .venv-ray/ready  ## Make the environment of the contender Ray, in .venv-ray
+bench-tensorflow: .venv-tensorflow/ready  ## Make the environment of the contender TensorFlow, in .venv-tensorflow
+
+.venv-%/ready:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 with venv was found; say which: PYTHON=/path/to/python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check '$*>=2' numpy psutil
+	@touch $@
 
 replays: .venv/ready  ## Run live and replay bit for bit, into results/ (minutes; ARGS="--cifar DIRECTORY")
 	$(BIN)/python benchmarks/replays.py $(ARGS)
@@ -52,5 +66,5 @@ chaos: .venv/ready  ## Inject random faults into a live run and check every guar
 	$(BIN)/python -m benchmarks.chaos $(ARGS)
 
 clean:  ## Remove the environment and caches; runs and data stay
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

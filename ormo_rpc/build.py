@@ -14,6 +14,7 @@ from torch import Tensor
 from ormo_rpc import algorithms, schedulers
 from ormo_rpc.buffers import RunningBuffers
 from ormo_rpc.checks import NormGuard, all_finite
+from ormo_rpc.kernels.steps import Kernel
 from ormo_rpc.records import Event
 from ormo_rpc.server import ParameterServer
 
@@ -32,6 +33,7 @@ def build_server(
     record: Callable[[Event], None] = lambda _: None,
     clock: Callable[[], float] = lambda: 0.0,
     norm_guard: NormGuard | None = None,
+    kernel: Kernel = Kernel(),  # noqa: B008 - it cannot change
     **options: Any,
 ) -> ParameterServer:
     """Build a parameter server in this process, without any network: the object that every runtime drives.
@@ -49,6 +51,7 @@ def build_server(
         record: Called with every event, in order.
         clock: Seconds since the start, for the events.
         norm_guard: The limit to the norm of what is pushed; none by default.
+        kernel: What the server goes over its vectors with; plain torch by default, `fastest_kernel` finds a better one.
         options: Options of the rule and of the scheduler.
 
     Raises:
@@ -82,8 +85,10 @@ def build_server(
         raise ValueError(f"lr: got {lr}, expected a finite number >= 0 or a function of the iteration")
     if norm_guard is not None and not (math.isfinite(norm_guard.limit) and norm_guard.limit > 0):
         raise ValueError(f"norm_guard: got the limit {norm_guard.limit}, expected a finite number > 0")
+    rule = rule_class(params.detach().clone(), momentum=momentum, options=rule_options)
+    rule.kernel = kernel
     return ParameterServer(
-        rule_class(params.detach().clone(), momentum=momentum, options=rule_options),
+        rule,
         scheduler_class(scheduler_options),
         num_workers=num_workers,
         lr=lr if callable(lr) else lambda _: lr,

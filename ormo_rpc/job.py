@@ -16,6 +16,7 @@ from ormo_rpc.config import Config
 from ormo_rpc.data import Epochs
 from ormo_rpc.evaluation import Evaluation, evaluate
 from ormo_rpc.flat import FlatModel
+from ormo_rpc.kernels.compiled import fastest_kernel
 from ormo_rpc.learning_rate import LearningRate
 from ormo_rpc.records import Event
 from ormo_rpc.seeding import seed_for
@@ -156,5 +157,6 @@ def configured_server(
         record=record,
         clock=clock,
         norm_guard=config.train.norm_guard,
+        kernel=fastest_kernel(params.numel()),
         **options,
     )

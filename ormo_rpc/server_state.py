@@ -90,7 +90,7 @@ class ServerState:
 
     @property
     def params(self) -> Tensor:
-        """``w``, shape (D,), as it stands: live, to be read only."""
+        """``w``, shape (D,), as it stands: to be read only, and at once, as the next gradient may change or replace it."""
         return self.rule.params
 
     @property
@@ -104,9 +104,12 @@ class ServerState:
         return self.status is not Status.running
 
     def snapshot(self) -> Tensor:
-        """``w`` as it stands, shape (D,), as a copy that never changes; one copy serves all who ask at the same iteration."""
+        """``w`` as it stands, shape (D,), in a vector that never changes; one serves all who ask at the same iteration.
+
+        It is a copy, unless the rule replaces its parameters anyway.
+        """
         if self.newest_snapshot is None:
-            self.newest_snapshot = self.params.clone()
+            self.newest_snapshot = self.params if self.rule.OUT_OF_PLACE else self.rule.blank().copy_(self.params)
         return self.newest_snapshot
 
     def state_dict(self, *, replies: bool = False) -> dict[str, Any]:
@@ -169,7 +172,7 @@ class ServerState:
                 )
         if self.ledger.total is not None and state["iteration"] > self.ledger.total:
             raise ValueError(f"state of a server: iteration: got {state['iteration']}, expected at most {self.ledger.total}")
-        self.params.copy_(state["params"])
+        self.rule.params = self.rule.blank().copy_(state["params"])  # others may still read the former ones
         self.rule.load_state(state["rule"])
         self.buffers.load_state(state["buffers"])
         self.iteration = state["iteration"]

@@ -113,6 +113,7 @@ class Session:
                 seed=config.seed,
                 resumed=None if source is None else str(source.absolute()),
                 started=self.going_on is None,
+                steps=self.server.rule.kernel.name,
             )
         if config.checkpoint.journal:
             self.journal = Journal(path)

@@ -18,7 +18,14 @@ SOURCES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 
-MATHEMATICS = ("ormo_rpc.algorithms", "ormo_rpc.schedulers", "ormo_rpc.buckets", "ormo_rpc.buffers", "ormo_rpc.learning_rate")
+MATHEMATICS = (
+    "ormo_rpc.algorithms",
+    "ormo_rpc.schedulers",
+    "ormo_rpc.buckets",
+    "ormo_rpc.buffers",
+    "ormo_rpc.learning_rate",
+    "ormo_rpc.kernels.steps",
+)
 CORE = (
     "ormo_rpc.server",
     "ormo_rpc.server_state",

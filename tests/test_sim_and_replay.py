@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ormo_rpc import ConfigError, RunFailed, algorithms, train
+from ormo_rpc.kernels import compiled
+from ormo_rpc.kernels.compiled import compiled_steps
 from ormo_rpc.run_directory import read_trace
 
 QUADRATIC = ("runtime=sim", "logger=none", "runtime.gradient=quadratic", "runtime.dimension=20", "train.lr=0.001")
@@ -124,6 +127,22 @@ def test_every_rule_is_simulated_and_replayed_to_the_bit(algorithm: str, tmp_pat
     again = replay(tmp_path / "again", tmp_path / "run")
     assert again["identical"] is True
     assert again["final_params_sha256"] == recorded["final_params_sha256"]
+
+
+@pytest.mark.parametrize("algorithm", ["ormo", "asgd", "naive", "shifted"])
+def test_compiled_steps_replay_what_torch_recorded_and_torch_what_they_did(
+    algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if compiled_steps() is None:
+        pytest.skip("no C compiler, or not one whose bits are torch's")
+    lengths = {"torch": sys.maxsize, "compiled": 0}
+    for steps, other in (("torch", "compiled"), ("compiled", "torch")):
+        monkeypatch.setattr(compiled, "WORTH_COMPILING", lengths[steps])
+        recorded = train([*DIGITS, f"algorithm={algorithm}", "heterogeneity=gamma"], run_dir=tmp_path / steps)
+        assert read_trace(tmp_path / steps)[0]["steps"] == steps
+        monkeypatch.setattr(compiled, "WORTH_COMPILING", lengths[other])
+        again = replay(tmp_path / f"{steps} again", tmp_path / steps)
+        assert (recorded["status"], again["identical"]) == ("completed", True)
 
 
 @pytest.mark.parametrize("scheduler", ["sync", "partial", "ssp"])

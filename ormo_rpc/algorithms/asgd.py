@@ -18,6 +18,7 @@ class ASGD(Algorithm):
     """
 
     NAME = "asgd"
+    OUT_OF_PLACE = True
 
     @dataclass(frozen=True, kw_only=True)
     class Options(Algorithm.Options):
@@ -27,4 +28,6 @@ class ASGD(Algorithm):
 
     def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:  # noqa: ARG002 - its age does not matter here
         """``w <- w - eta g``."""
-        self.params.sub_(grad, alpha=lr)
+        out = self.blank()
+        self.kernel.steps.plain(grad, self.params, out, into_w=lr)
+        self.params = out

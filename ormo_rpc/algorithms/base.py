@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ormo_rpc.kernels.steps import Kernel
 from ormo_rpc.options import Section, option
 
 
@@ -96,7 +97,7 @@ class Algorithm(ABC):
     """A server rule: how a gradient that was taken at stamp ``i`` changes the parameters at iteration ``t``.
 
     Args:
-        params: ``w``, the initial parameters, shape (D,); the rule owns and updates this very tensor.
+        params: ``w``, the initial parameters, shape (D,); the rule owns this very tensor, and updates or replaces it.
         momentum: ``beta``, in [0, 1); a rule without momentum does not read it.
         options: The rule's own options.
     """
@@ -110,6 +111,9 @@ class Algorithm(ABC):
     READS_SENT: ClassVar[bool] = False
     """Whether `step` needs `Arrival.sent`; the server then refuses a push whose reply it has lost, so that it is never None."""
 
+    OUT_OF_PLACE: ClassVar[bool] = False
+    """Whether `params` is replaced and never written to, so that the server hands it out as it is and copies nothing."""
+
     @dataclass(frozen=True, kw_only=True)
     class Options(Section):
         """Options that every rule has: its name."""
@@ -122,6 +126,8 @@ class Algorithm(ABC):
             """H, the local steps of a worker for each ticket, each on a batch of its own."""
             return 1
 
+    kernel: Kernel = Kernel()
+    """What rules that work out of place go over their vectors with; the server's builder chooses it."""
     version: int = 0
     """How often the parameters changed, for a rule that asks at which of its parameters a gradient was taken."""
 
@@ -149,7 +155,7 @@ class Algorithm(ABC):
         """A worker is gone; a rule that keeps something for each worker lets go of it."""
 
     def outgoing(self, dispatch: Dispatch) -> Tensor:  # noqa: ARG002 - most rules send everybody the same
-        """What a worker is sent, ``w`` for most rules; the server copies it.
+        """What a worker is sent, ``w`` for most rules; the server copies it where it might change.
 
         Where it is not `params` itself, its first D values are the parameters to work on, and more vectors of D may follow.
         """
@@ -186,6 +192,10 @@ class Algorithm(ABC):
     def by_worker(attribute: str, kept: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """The entries of `state` for a dictionary attribute that holds a tensor for each worker."""
         return {f"{attribute}/{worker}": value for worker, value in sorted(kept.items())}
+
+    def blank(self) -> Tensor:
+        """A vector of D for new parameters that nobody else sees; what is in it means nothing."""
+        return self.kernel.blank(self.params)
 
     def zeros(self) -> Tensor:
         """A new vector of D zeros, of the parameters' dtype and device."""

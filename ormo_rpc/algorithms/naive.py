@@ -21,6 +21,7 @@ class Naive(Algorithm):
     """
 
     NAME = "naive"
+    OUT_OF_PLACE = True
 
     @dataclass(frozen=True, kw_only=True)
     class Options(Algorithm.Options):
@@ -34,8 +35,9 @@ class Naive(Algorithm):
 
     def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:  # noqa: ARG002 - that it does not look is its fault
         """``u <- beta u + eta g; w <- w - u``."""
-        self.u.mul_(self.momentum).add_(grad, alpha=lr)
-        self.params.sub_(self.u)
+        out = self.blank()
+        self.kernel.steps.heavy(grad, self.u, self.params, out, beta=self.momentum, into_u=lr)
+        self.params = out
 
     def state(self) -> Mapping[str, Tensor | int | float]:
         """The momentum ``u``."""

@@ -36,6 +36,7 @@ class OrMo(Algorithm):
     """
 
     NAME = "ormo"
+    OUT_OF_PLACE = True
 
     @dataclass(frozen=True, kw_only=True)
     class Options(Algorithm.Options):
@@ -54,20 +55,28 @@ class OrMo(Algorithm):
 
     def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:
         """Shift the momentum to the newest bucket, then add the gradient at its place."""
-        self._correct(arrival.lr)
-        while self.index < arrival.newest_bucket:
-            self.params.sub_(self.u, alpha=self.momentum)
-            self.u.mul_(self.momentum)
-            self.index += 1
+        out = self.blank()
+        shifts = max(0, arrival.newest_bucket - self.index)
+        self.index += shifts
         exponent = self.index - arrival.bucket
-        self.u.add_(grad, alpha=self.momentum**exponent * lr)
-        self.params.sub_(grad, alpha=self._reach(exponent) * lr)
+        self.kernel.steps.ordered(
+            grad,
+            self.u,
+            self.params,
+            out,
+            scale=self._correction(arrival.lr),
+            shifts=shifts,
+            beta=self.momentum,
+            into_u=self.momentum**exponent * lr,
+            into_w=self._reach(exponent) * lr,
+        )
+        self.params, self.scheduled_lr = out, arrival.lr
 
-    def _correct(self, scheduled_lr: float) -> None:
-        """Rescale the momentum to a new scheduled learning rate; one that a rate of 0 has emptied stays as it is."""
+    def _correction(self, scheduled_lr: float) -> float:
+        """What rescales the momentum to a new scheduled learning rate; one that a rate of 0 has emptied stays as it is."""
         if self.options.momentum_correction and self.scheduled_lr not in (0.0, scheduled_lr):
-            self.u.mul_(scheduled_lr / self.scheduled_lr)
-        self.scheduled_lr = scheduled_lr
+            return scheduled_lr / self.scheduled_lr
+        return 1.0
 
     def _reach(self, exponent: int) -> float:
         """``1 + beta + ... + beta^exponent``: what the parameters owe a gradient that is so many buckets old."""

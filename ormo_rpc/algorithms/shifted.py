@@ -26,6 +26,7 @@ class Shifted(Algorithm):
     """
 
     NAME = "shifted"
+    OUT_OF_PLACE = True
 
     @dataclass(frozen=True, kw_only=True)
     class Options(Algorithm.Options):
@@ -41,9 +42,9 @@ class Shifted(Algorithm):
         """``v_k <- beta v_k + eta g; w <- w - v_k``."""
         if arrival.worker not in self.v:
             self.v[arrival.worker] = self.zeros()
-        v = self.v[arrival.worker]
-        v.mul_(self.momentum).add_(grad, alpha=lr)
-        self.params.sub_(v)
+        out = self.blank()
+        self.kernel.steps.heavy(grad, self.v[arrival.worker], self.params, out, beta=self.momentum, into_u=lr)
+        self.params = out
 
     def leave(self, worker: int) -> None:
         """The worker's momentum is gone with it."""

@@ -1,0 +1,6 @@
+"""Contenders of the throughput benchmark: the same round trip as other people's parameter servers make it.
+
+Each is a script, ``python -m benchmarks.peers.NAME --parameters D --workers K --seconds S``, that prints one line of JSON. They
+are written from public documentation, and do what a careful user of that system would do: buffers made once where the system
+lets you, one lock around the step, and never the live parameters in a reply.
+"""

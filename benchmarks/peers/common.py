@@ -1,0 +1,238 @@
+"""What all contenders share: the processes, the clock, and the line of JSON.
+
+A contender is two functions. ``server(job, publish)`` runs in the server's process: it calls ``publish(address)`` once, with
+anything that can be pickled, and then serves for ever; it is killed in the end. ``worker(job, number, address)`` runs in a
+worker's process as a context that gives a function: one round trip, from "push a gradient" to "parameters are here". The
+gradient is a buffer of the worker that nobody computes anything for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+import torch
+from torch import Tensor
+
+WARM_UP = 3
+"""Round trips before the clock starts; a first one pays for page faults and connections."""
+START_TIMEOUT_SECONDS = 120.0
+SLACK_SECONDS = 60.0
+LEARNING_RATE, MOMENTUM = 1e-3, 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is measured.
+
+    Attributes:
+        parameters: D, float32 values in the gradient and in the parameters.
+        workers: K, processes that push.
+        seconds: How long the clock runs.
+    """
+
+    parameters: int
+    workers: int
+    seconds: float
+
+
+RoundTrip = Callable[[], None]
+Server = Callable[[Job, Callable[[Any], None]], None]
+
+
+class WorkerOf(Protocol):
+    """See the module: a context that gives a round trip."""
+
+    def __call__(self, job: Job, number: int, address: Any) -> contextlib.AbstractContextManager[RoundTrip]:
+        """Connect."""
+        ...
+
+
+class Step:
+    """SGD with momentum on one flat vector, under one lock, as the server of every contender takes it."""
+
+    def __init__(self, dimension: int) -> None:
+        self.w = torch.zeros(dimension)
+        self.u = torch.zeros(dimension)
+        self.lock = threading.Lock()
+
+    def __call__(self, grad: Tensor, reply: Tensor | None = None) -> Tensor:
+        """Apply a gradient; return a copy of the parameters, in ``reply`` where there is such a buffer."""
+        with self.lock:
+            self.u.mul_(MOMENTUM).add_(grad)
+            self.w.sub_(self.u, alpha=LEARNING_RATE)
+            return self.w.clone() if reply is None else reply.copy_(self.w)
+
+
+def bytes_of(vector: Tensor) -> memoryview:
+    """The memory of a vector, to read from a socket into, or to write from."""
+    return memoryview(vector.numpy()).cast("B")  # pyright: ignore[reportArgumentType] # an array is a buffer
+
+
+def free_port() -> int:
+    """A port of loopback that was free a moment ago, for systems that cannot be handed a socket."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def main(name: str, server: Server, worker: WorkerOf) -> None:
+    """The command line of a contender."""
+    print(json.dumps(measure(name, job_from_command_line(), server, worker)), flush=True)
+
+
+def job_from_command_line() -> Job:
+    """The arguments that every contender takes."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--parameters", type=int, default=272_474, metavar="D")
+    parser.add_argument("--workers", type=int, default=2, metavar="K")
+    parser.add_argument("--seconds", type=float, default=5.0, metavar="S")
+    arguments = parser.parse_args()
+    return Job(parameters=arguments.parameters, workers=arguments.workers, seconds=arguments.seconds)
+
+
+def measure(name: str, job: Job, server: Server, worker: WorkerOf) -> dict[str, Any]:
+    """Start a server and workers, let them run for the time, and end them."""
+    context = multiprocessing.get_context("spawn")
+    processes: list[Any] = []
+    try:
+        mine, theirs = context.Pipe()
+        processes.append(context.Process(target=_serve, args=(server, job, theirs), daemon=True))
+        processes[0].start()
+        address = _receive(mine, START_TIMEOUT_SECONDS, "the server's address")
+        pipes: list[Connection] = []
+        for number in range(job.workers):
+            mine, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(worker, job, number, address, theirs), daemon=True)
+            process.start()
+            processes.append(process)
+            pipes.append(mine)
+        for number, pipe in enumerate(pipes):
+            _receive(pipe, START_TIMEOUT_SECONDS, f"worker {number}")
+        serving = psutil.Process(processes[0].pid)
+        before = _cpu_seconds(serving)
+        for pipe in pipes:
+            pipe.send("start")
+        durations: list[float] = []
+        for number, pipe in enumerate(pipes):
+            durations += _receive(pipe, job.seconds + SLACK_SECONDS, f"the round trips of worker {number}")
+        cpu = _cpu_seconds(serving) - before
+        peaks = [peak_bytes(process.pid) for process in processes]
+    finally:
+        for process in reversed(processes):
+            process.kill()
+            process.join()
+    return result(name, job, durations, cpu, peaks[0], peaks[1:])
+
+
+def result(
+    name: str, job: Job, durations: list[float], cpu_seconds: float | None, server_bytes: int | None, worker_bytes: list[int]
+) -> dict[str, Any]:
+    """The line of a contender."""
+    durations = sorted(durations)
+    updates = len(durations)
+    # Each worker's last round trip may end after the time; the mean of what all have taken is the time that was used.
+    used = sum(durations) / job.workers if durations else job.seconds
+    return {
+        "contender": name,
+        "parameters": job.parameters,
+        "workers": job.workers,
+        "seconds": job.seconds,
+        "updates_per_second": updates / used,
+        "megabytes_per_second": 8 * job.parameters * updates / used / 1e6,
+        "round_trip_median_seconds": statistics.median(durations) if durations else None,
+        "round_trip_99_percent_seconds": durations[min(updates - 1, int(0.99 * updates))] if durations else None,
+        "server_cpu_seconds_per_update": None if cpu_seconds is None or not updates else cpu_seconds / updates,
+        "server_peak_bytes": server_bytes,
+        "worker_peak_bytes": max(worker_bytes, default=None),
+    }
+
+
+def timed(round_trip: RoundTrip, seconds: float) -> list[float]:
+    """Do round trips until the time is over; how long each took."""
+    durations: list[float] = []
+    now = time.perf_counter()
+    end = now + seconds
+    while now < end:
+        round_trip()
+        then, now = now, time.perf_counter()
+        durations.append(now - then)
+    return durations
+
+
+def peak_bytes(pid: int) -> int:
+    """The most memory that a process has had so far."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system
+
+
+def _receive(pipe: Connection, timeout_seconds: float, what: str) -> Any:
+    if not pipe.poll(timeout_seconds):
+        raise TimeoutError(f"{what}: nothing came within {timeout_seconds:g} seconds")
+    return pipe.recv()
+
+
+def _serve(server: Server, job: Job, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    server(job, pipe.send)
+
+
+def _work(worker: WorkerOf, job: Job, number: int, address: Any, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    with worker(job, number, address) as round_trip:
+        for _ in range(WARM_UP):
+            round_trip()
+        pipe.send("ready")
+        _receive(pipe, START_TIMEOUT_SECONDS, "the word to start")
+        pipe.send(timed(round_trip, job.seconds))
+        pipe.poll(SLACK_SECONDS)  # killed from outside, once its memory has been looked at
+        os._exit(0)
+
+
+def shapes(dimension: int) -> list[int]:
+    """The sizes of the 65 tensors of ResNet-20 for CIFAR-10, scaled so that they add up to D."""
+    sizes, width = [9 * 3 * 16, 16, 16], 16
+    for stage in (16, 32, 64):
+        for _ in range(3):
+            sizes += [9 * width * stage, stage, stage, 9 * stage * stage, stage, stage]
+            if stage != width:
+                sizes += [width * stage, stage, stage]  # the shortcut where the width changes
+            width = stage
+    sizes += [64 * 10, 10]
+    return scaled(sizes, dimension)
+
+
+def scaled(sizes: list[int], dimension: int) -> list[int]:
+    """Sizes in the same proportions that add up to the dimension."""
+    total, found, done = sum(sizes), list[int](), 0
+    for end in (sum(sizes[: k + 1]) for k in range(len(sizes))):
+        found.append(dimension * end // total - done)
+        done += found[-1]
+    return found
+
+
+@contextlib.contextmanager
+def sockets(address: tuple[str, int]) -> Generator[socket.socket]:
+    """A connection to the server that does not wait to fill a packet."""
+    with socket.create_connection(address, timeout=START_TIMEOUT_SECONDS) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        yield connection

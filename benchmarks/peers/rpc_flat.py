@@ -1,0 +1,85 @@
+"""(c) PyTorch's RPC parameter server with gradient and parameters as one flat tensor each."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Generator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed.rpc as rpc
+from torch import Tensor
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage] # documented, not annotated as public
+
+from benchmarks.peers.common import LEARNING_RATE, MOMENTUM, Job, RoundTrip, free_port, main
+
+_server: Parameters | None = None
+
+
+class Parameters:
+    """Parameters and momentum, as tensors of the given sizes, under one lock."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        self.w = [torch.zeros(size) for size in sizes]
+        self.u = [torch.zeros(size) for size in sizes]
+        self.lock = threading.Lock()
+
+    def update(self, grads: list[Tensor]) -> list[Tensor]:
+        """Apply the gradients and return copies of the parameters."""
+        with self.lock:
+            for w, u, grad in zip(self.w, self.u, grads, strict=True):
+                u.mul_(MOMENTUM).add_(grad)
+                w.sub_(u, alpha=LEARNING_RATE)
+            return [w.clone() for w in self.w]
+
+
+def update(grads: list[Tensor]) -> list[Tensor]:
+    """Called by workers."""
+    assert _server is not None
+    return _server.update(grads)
+
+
+def serve(job: Job, sizes: list[int], publish: Callable[[Any], None]) -> None:
+    """Be the server, rank 0."""
+    global _server  # what a worker calls by name finds it so
+    _server = Parameters(sizes)
+    port = free_port()
+    publish(port)
+    join(job, 0, port)
+    threading.Event().wait()
+
+
+@contextlib.contextmanager
+def work(job: Job, sizes: list[int], number: int, port: int) -> Generator[RoundTrip]:
+    """Be a worker: a synchronous call, which returns the parameters."""
+    grads = [torch.randn(size) for size in sizes]
+    join(job, number + 1, port)
+
+    def round_trip() -> None:
+        rpc.rpc_sync("rank0", update, args=(grads,))
+
+    yield round_trip
+
+
+def join(job: Job, rank: int, port: int) -> None:
+    """Join the group; it is never left, as the processes are killed."""
+    options = rpc.TensorPipeRpcBackendOptions(init_method=f"tcp://127.0.0.1:{port}", rpc_timeout=120)
+    if rank > 0:  # the server is there first
+        TCPStore("127.0.0.1", port, timeout=timedelta(seconds=60), wait_for_workers=False)
+    rpc.init_rpc(f"rank{rank}", rank=rank, world_size=job.workers + 1, rpc_backend_options=options)
+
+
+def server(job: Job, publish: Callable[[Any], None]) -> None:
+    """One tensor."""
+    serve(job, [job.parameters], publish)
+
+
+def worker(job: Job, number: int, address: Any) -> contextlib.AbstractContextManager[RoundTrip]:
+    """One tensor."""
+    return work(job, [job.parameters], number, address)
+
+
+if __name__ == "__main__":
+    main("rpc_flat", server, worker)

@@ -1,0 +1,24 @@
+"""(b) PyTorch's RPC parameter server with a tensor for each parameter: 65 of them, in the proportions of ResNet-20."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.peers.common import Job, RoundTrip, main, shapes
+from benchmarks.peers.rpc_flat import serve, work
+
+
+def server(job: Job, publish: Callable[[Any], None]) -> None:
+    """Many tensors."""
+    serve(job, shapes(job.parameters), publish)
+
+
+def worker(job: Job, number: int, address: Any) -> contextlib.AbstractContextManager[RoundTrip]:
+    """Many tensors."""
+    return work(job, shapes(job.parameters), number, address)
+
+
+if __name__ == "__main__":
+    main("rpc_tensors", server, worker)

@@ -1,0 +1,93 @@
+"""TensorFlow's side of `tensorflow_server`; imported only where TensorFlow is.
+
+A step on a worker reads the parameters from the server and applies a constant gradient there with SGD and momentum. The
+coordinator keeps one step per worker scheduled; a round trip is the time that a step took by its own clock (``tf.timestamp``).
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import socket
+import threading
+import time
+from typing import Any
+
+import psutil
+
+from benchmarks.peers.foreign import job_from_command_line, peak_bytes, report
+
+LEARNING_RATE, MOMENTUM = 1e-3, 0.9
+
+
+def serve(cluster: dict[str, list[str]], role: str, index: int) -> None:
+    """Be a server or a worker until killed."""
+    tf: Any = importlib.import_module("tensorflow")  # in an environment of its own
+
+    tf.distribute.Server(tf.train.ClusterSpec(cluster), job_name=role, task_index=index, protocol="grpc", start=True)
+    threading.Event().wait()
+
+
+def main() -> None:
+    """Start the cluster on this machine, measure, and end it."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    job = job_from_command_line()
+    cluster = {"ps": [_address()], "worker": [_address() for _ in range(job.workers)]}
+    context = multiprocessing.get_context("spawn")
+    roles = [("ps", 0), *(("worker", index) for index in range(job.workers))]
+    processes = [context.Process(target=serve, args=(cluster, *role), daemon=True) for role in roles]
+    for process in processes:
+        process.start()
+    try:
+        serving = psutil.Process(processes[0].pid)
+        durations, cpu = _measure(cluster, job, serving)
+        peaks = [peak_bytes(int(process.pid or 0)) for process in processes]
+        report("tensorflow", job, durations, cpu, peaks[0], peaks[1:])
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _measure(cluster: dict[str, list[str]], job: Any, serving: psutil.Process) -> tuple[list[float], float]:
+    tf: Any = importlib.import_module("tensorflow")  # in an environment of its own
+
+    resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(tf.train.ClusterSpec(cluster), rpc_layer="grpc")
+    strategy = tf.distribute.ParameterServerStrategy(resolver)
+    coordinator = tf.distribute.coordinator.ClusterCoordinator(strategy)
+    with strategy.scope():
+        w = tf.Variable(tf.zeros([job.parameters]))
+        u = tf.Variable(tf.zeros([job.parameters]))
+
+    @tf.function
+    def step() -> Any:
+        began = tf.timestamp()
+        with tf.control_dependencies([began]):
+            grad = tf.ones([job.parameters])
+            applied = tf.raw_ops.ResourceApplyMomentum(
+                var=w.handle, accum=u.handle, lr=LEARNING_RATE, grad=grad, momentum=MOMENTUM, use_locking=True
+            )
+        with tf.control_dependencies([applied]):
+            params = tf.identity(w.read_value())
+        with tf.control_dependencies([params]):
+            return tf.timestamp() - began
+
+    def rounds(seconds: float) -> list[float]:
+        results: list[Any] = []
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            batch = [coordinator.schedule(step) for _ in range(2 * job.workers)]
+            coordinator.join()
+            results += batch
+        return [float(result.fetch()) for result in results]
+
+    rounds(1.0)
+    before = sum(serving.cpu_times()[:2])
+    durations = rounds(job.seconds)
+    return durations, sum(serving.cpu_times()[:2]) - before
+
+
+def _address() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return f"127.0.0.1:{listener.getsockname()[1]}"
