@@ -160,7 +160,7 @@ def test_vectors_that_c_cannot_read_are_left_to_torch() -> None:
     if steps is None:
         pytest.skip("no C compiler, or not one whose bits are torch's")
     strided = torch.arange(8.0)[::2]
-    lazily = torch._neg_view(torch.arange(4.0))  # pyright: ignore[reportPrivateImportUsage]
+    lazily = torch._neg_view(torch.arange(4.0))  # pyright: ignore[reportPrivateImportUsage,reportPrivateUsage] # how conj() of an imaginary part comes about
     for grad, expected in ((strided, [2.0, 0, -2, -4]), (lazily, [2.0, 3, 4, 5])):
         out, u = torch.full((4,), torch.nan), torch.zeros(4)
         steps.plain(grad, torch.full((4,), 2.0), out, into_w=1.0)
