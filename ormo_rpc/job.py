@@ -21,7 +21,7 @@ from ormo_rpc.learning_rate import LearningRate
 from ormo_rpc.records import Event
 from ormo_rpc.seeding import seed_for
 from ormo_rpc.server import ParameterServer
-from ormo_rpc.worker import Worker
+from ormo_rpc.worker import Worker, plain_bytes
 
 Evaluator = Callable[[Tensor, Mapping[str, Tensor]], Evaluation]
 """From parameters, shape (D,), and batch-norm statistics by name to the quality of the model."""
@@ -87,8 +87,8 @@ class Job:
             module = self.config.model.build(self.data.input_shape, self.data.num_classes)
         return FlatModel(module)
 
-    def worker(self) -> Worker:
-        """A worker with a model of its own."""
+    def worker(self, allocate: Callable[[int], Tensor] = plain_bytes) -> Worker:
+        """A worker with a model of its own, whose payload lies in memory made by ``allocate``; see `Worker`."""
         train = self.config.train
         return Worker(
             self.model(),
@@ -99,6 +99,7 @@ class Job:
             momentum=train.momentum,
             weight_decay=train.weight_decay,
             clip_norm=train.clip_norm,
+            allocate=allocate,
         )
 
     def server(self, record: Callable[[Event], None], clock: Callable[[], float]) -> ParameterServer:

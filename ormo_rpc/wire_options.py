@@ -12,9 +12,13 @@ class Transport(Enum):
     """How bytes travel."""
 
     auto = "auto"
-    """torch's choice: shared memory between processes of one machine, TCP between machines."""
+    """Each worker by itself: `shm` where it and the server can share memory, else `tcp`."""
+    shm = "shm"
+    """Memory that worker and server share, on one machine; a worker that cannot is not let in."""
+    tcp = "tcp"
+    """Frames on a TCP connection, from and into buffers that are made once."""
     uv = "uv"
-    """TCP always, as between machines."""
+    """torch.distributed.rpc over TCP, with an RRef to the server."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,5 +27,7 @@ class Wire(Section):
 
     PATH = "wire"
     transport: Transport = option(
-        Transport.auto, "auto (shared memory on one machine, TCP between machines) or uv (TCP always)"
+        Transport.auto,
+        "auto (each worker: shm where it can, else tcp), shm (shared memory on one machine), tcp (frames), or uv "
+        "(torch.distributed.rpc)",
     )

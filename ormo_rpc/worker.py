@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -11,6 +13,11 @@ from ormo_rpc.data import Epochs, Split
 from ormo_rpc.flat import FlatModel
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.seeding import generator, seed_for
+
+
+def plain_bytes(size: int) -> Tensor:
+    """That many bytes of this process alone, zero."""
+    return torch.zeros(size, dtype=torch.uint8)
 
 
 class Worker:
@@ -27,6 +34,7 @@ class Worker:
         momentum: ``beta``, for rules with local steps.
         weight_decay: ``lambda``; a gradient gets ``+ lambda w`` at the parameters where it is taken, after clipping.
         clip_norm: The global norm to which the gradient of the loss is clipped first; None for no clipping.
+        allocate: Makes the memory of `payload`: that many bytes, zero, as a tensor of uint8.
     """
 
     def __init__(
@@ -40,6 +48,7 @@ class Worker:
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         clip_norm: float | None = None,
+        allocate: Callable[[int], Tensor] = plain_bytes,
     ) -> None:
         self.model = model
         self.data = data
@@ -51,7 +60,7 @@ class Worker:
         self.clip_norm = clip_norm
         model.module.train()
         length = rule.VECTORS_PUSHED * model.params.size
-        self.payload = torch.zeros(length + model.buffers.size, dtype=model.dtype)
+        self.payload = allocate((length + model.buffers.size) * model.dtype.itemsize).view(model.dtype)
         self.push, self.statistics = self.payload.split([length, model.buffers.size])
         self.buffers = model.bind_batch_statistics(self.statistics)
         self._grad_bound = 0

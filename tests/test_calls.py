@@ -10,7 +10,7 @@ import torch
 import torch.distributed.rpc as rpc
 
 from ormo_rpc.messages import Push
-from ormo_rpc.runtimes.rpc.calls import Connection
+from ormo_rpc.runtimes.rpc.calls import RpcCalls
 from ormo_rpc.runtimes.rpc.lease import ServerLost
 
 
@@ -48,7 +48,7 @@ def delivered(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(rpc, "rpc_sync", wire)
     payload = torch.arange(4.0)
     push = Push(worker=3, ticket=7, stamp=5, grad=payload, loss=0.5, samples=8, incarnation=2)
-    return Connection("token", 9.0).push(push, payload)
+    return RpcCalls("token", 9.0).push(push, payload)
 
 
 def test_a_push_that_timed_out_is_repeated_unchanged_while_the_server_lives(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,5 +82,5 @@ def test_a_push_is_given_up_when_the_server_is_gone(
 def test_a_server_that_has_gone_needs_no_goodbye(monkeypatch: pytest.MonkeyPatch) -> None:
     wire = Wire(None, EOF)
     monkeypatch.setattr(rpc, "rpc_sync", wire)
-    Connection("token", 1.0).goodbye()
+    RpcCalls("token", 1.0).goodbye()
     assert (wire.called, wire.arguments[1:]) == (["published", "goodbye"], [("token", 1.0)])

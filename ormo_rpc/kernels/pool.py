@@ -45,10 +45,6 @@ class Pool:
 
     def take(self) -> Tensor:
         """A vector, shape (D,), that nobody else sees; what is in it means nothing."""
-        return self.take_numbered()[1]
-
-    def take_numbered(self) -> tuple[int, Tensor]:
-        """The same, with the number of its memory in `made`, for those who share memory by number."""
         try:
             number = self._free.popleft()
         except IndexError:
@@ -56,7 +52,7 @@ class Pool:
             self.made.append(self._memory(self.dimension * self.dtype.itemsize))
         array = numpy.frombuffer(self.made[number], dtype=_NUMPY[self.dtype], count=self.dimension)
         self._lent[number] = weakref.ref(array, lambda _: self._free.append(number))
-        return number, torch.from_numpy(array)
+        return torch.from_numpy(array)
 
     @property
     def lent(self) -> int:
@@ -64,10 +60,13 @@ class Pool:
         return len(self.made) - len(self._free)
 
 
-def pooled() -> Callable[[Tensor], Tensor]:
+def pooled(memory: Callable[[int], Memory] | None = None) -> Callable[[Tensor], Tensor]:
     """Makes vectors from pools, one pool for each D and dtype; what is small or not on the CPU is fresh memory.
 
     The pools hold as many vectors as were ever seen at once, and free none of them.
+
+    Args:
+        memory: See `Pool`.
     """
     pools: dict[tuple[int, torch.dtype], Pool] = {}
 
@@ -76,7 +75,7 @@ def pooled() -> Callable[[Tensor], Tensor]:
             return torch.empty_like(like)
         key = (like.numel(), like.dtype)
         if key not in pools:
-            pools[key] = Pool(*key)
+            pools[key] = Pool(*key, memory)
         return pools[key].take()
 
     return blank

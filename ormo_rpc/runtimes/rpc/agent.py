@@ -21,7 +21,6 @@ from torch.distributed.rendezvous import register_rendezvous_handler
 from torch.distributed.rpc import TensorPipeAgent, api, backend_registry
 
 from ormo_rpc.runtimes.rpc import unpickling
-from ormo_rpc.wire_options import Transport
 
 SERVER = "server"
 """The server's name for the agents of its workers."""
@@ -38,7 +37,6 @@ def rpc_agent(
     number: int,
     *,
     server: str | None,
-    transport: Transport,
     timeout_seconds: float,
     threads: int = 16,
     functions: Iterable[Callable[..., Any]] = (),
@@ -49,7 +47,6 @@ def rpc_agent(
         name: Of this process; `SERVER` for the server's.
         number: Of this process: 0 for the server's, larger for a worker's.
         server: The address of the server's agent; None in the server.
-        transport: Which of torch's transports it may use.
         timeout_seconds: For calls that do not say otherwise.
         threads: How many run handlers.
         functions: What others may call in this process.
@@ -63,9 +60,12 @@ def rpc_agent(
     if server is not None:
         view.set(_NAMES, f"{SERVER}-0,")
         view.set(f"{_ADDRESSES}/{SERVER}", server)
-    over_network: dict[str, Any] = {"_transports": ["uv"], "_channels": ["basic"]} if transport is Transport.uv else {}
     options = rpc.TensorPipeRpcBackendOptions(
-        init_method=f"{SCHEME}://", rpc_timeout=timeout_seconds, num_worker_threads=threads, **over_network
+        init_method=f"{SCHEME}://",
+        rpc_timeout=timeout_seconds,
+        num_worker_threads=threads,
+        _transports=["uv"],  # TCP; torch's own shared memory copies each message twice
+        _channels=["basic"],
     )
     backend = backend_registry.BackendType["ORMO_RPC"]
     rpc.init_rpc(name, backend=backend, rank=number, world_size=1, rpc_backend_options=options)

@@ -1,19 +1,48 @@
-"""A worker's calls to the server's service."""
+"""A worker's calls to the server, and how torch.distributed.rpc makes them; `stream_calls` is the other way."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch.distributed.rpc as rpc
 from torch import Tensor
 
 from ormo_rpc.errors import BY_NAME
 from ormo_rpc.messages import Push, Refusal, Reply
+from ormo_rpc.runtimes.rpc import handlers
 from ormo_rpc.runtimes.rpc.agent import SERVER
 from ormo_rpc.runtimes.rpc.lease import ServerLost
-from ormo_rpc.runtimes.rpc.service import Service, published
+from ormo_rpc.runtimes.rpc.service import Service
 
 
-class Connection:
-    """The way to the service, through the RRef that the server hands out.
+class Calls(Protocol):
+    """What a worker says to the server, and hears from it."""
+
+    def hello(self) -> Reply:
+        """Be a member, and wait for the first reply.
+
+        Raises:
+            ServerLost: the server is gone.
+            PushRefused: it refuses us.
+        """
+        ...
+
+    def push(self, push: Push, payload: Tensor) -> Reply:
+        """Deliver a push and wait for the reply, whose parameters may be written over by the next call.
+
+        Raises:
+            ServerLost: the server is gone.
+            PushRefused: the server refused it.
+        """
+        ...
+
+    def goodbye(self) -> None:
+        """Leave. A server that has gone already needs no goodbye."""
+        ...
+
+
+class RpcCalls:
+    """`Calls` through the RRef that the server hands out.
 
     Args:
         token: Of this worker's seat.
@@ -29,38 +58,30 @@ class Connection:
         self.service = self._probe()
 
     def hello(self) -> Reply:
-        """Be a member, and wait for the first reply.
-
-        Raises:
-            ServerLost: the server is gone.
-            PushRefused: it refuses us.
-        """
-        return self._insist(Service.hello, self.token)
+        """See `Calls.hello`."""
+        return self._insist(handlers.hello, self.token)
 
     def push(self, push: Push, payload: Tensor) -> Reply:
-        """Deliver a push and wait for the reply.
+        """See `Calls.push`.
 
         After a time-out the push is repeated, which never applies it twice, as long as the server answers at all: the reply
-        may be held back for longer, at a barrier or at the end of the run, by the slowest worker.
-
-        Raises:
-            ServerLost: the server is gone, or has not answered a question for as long as the time-out.
-            PushRefused: the server refused it.
+        may be held back for longer, at a barrier or at the end of the run, by the slowest worker. A server that has not
+        answered a question for as long as the time-out is lost.
         """
         place = (push.ticket, push.stamp, push.incarnation, push.loss, push.samples)
-        return self._insist(Service.push, self.token, *place, payload)
+        return self._insist(handlers.push, self.token, *place, payload)
 
     def goodbye(self) -> None:
-        """Leave. A server that has gone already needs no goodbye."""
+        """See `Calls.goodbye`."""
         try:
-            self._call(Service.goodbye, (self.token,))
+            self._call(handlers.goodbye, (self.token,))
         except (ServerLost, TimeoutError):
             return
 
     def _probe(self) -> rpc.RRef[Service]:
         """Ask for the RRef, which a server that lives answers at once."""
         try:
-            return rpc.rpc_sync(SERVER, published, timeout=self.timeout_seconds)
+            return rpc.rpc_sync(SERVER, handlers.published, timeout=self.timeout_seconds)
         except RuntimeError as error:
             raise ServerLost(_first_line(error)) from None
 

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from ormo_rpc.runtimes.rpc import wire
@@ -55,16 +55,24 @@ class Door:
         keeper: Decides about seats; it has a lock of its own.
         welcome: What everybody who is let in is told besides its seat.
         patience_seconds: After how much silence a worker is lost.
+        streams: Serves, to its end, the connection of a worker that was let in before and comes with its pushes.
     """
 
     def __init__(
-        self, listener: socket.socket, secret: Secret, keeper: Keeper, welcome: Mapping[str, Any], patience_seconds: float
+        self,
+        listener: socket.socket,
+        secret: Secret,
+        keeper: Keeper,
+        welcome: Mapping[str, Any],
+        patience_seconds: float,
+        streams: Callable[[wire.LineReader], None] = lambda _: None,
     ) -> None:
         self.listener = listener
         self.secret = secret
         self.keeper = keeper
         self.welcome = dict(welcome)
         self.patience_seconds = patience_seconds
+        self.streams = streams
         self._strangers = threading.BoundedSemaphore(STRANGERS)
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
@@ -107,10 +115,15 @@ class Door:
                 self._open.add(connection)
             try:
                 try:
-                    reader, seat = self._greet(connection)
+                    reader = wire.LineReader(connection)
+                    hello = wire.greet_worker(reader, self.secret, HANDSHAKE_SECONDS)
+                    seat = None if hello.get("stream") is True else self.keeper.admit(hello)
                 finally:
                     self._strangers.release()
-                self._keep(connection, reader, seat)
+                if seat is None:
+                    self._stream(reader)
+                else:
+                    self._keep(connection, reader, seat)
             except (wire.WireError, ValueError, OSError, EOFError) as error:
                 _log.warning("%s was not let in: %s", caller, error)
                 if isinstance(error, ValueError):  # which is ours; of the others it knows already
@@ -120,9 +133,10 @@ class Door:
                 with self._lock:
                     self._open.discard(connection)
 
-    def _greet(self, connection: socket.socket) -> tuple[wire.LineReader, Seat]:
-        reader = wire.LineReader(connection)
-        return reader, self.keeper.admit(wire.greet_worker(reader, self.secret, HANDSHAKE_SECONDS))
+    def _stream(self, reader: wire.LineReader) -> None:
+        """The pushes of a worker. Its end means nothing by itself: whether the worker lives is known from its lease."""
+        with contextlib.suppress(EOFError):
+            self.streams(reader)
 
     def _keep(self, connection: socket.socket, reader: wire.LineReader, seat: Seat) -> None:
         """The lease of a worker: beats, until it leaves or is lost."""

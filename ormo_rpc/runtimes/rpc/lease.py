@@ -37,7 +37,7 @@ class Welcome:
         worker: The worker number.
         token: To come with every call.
         config: The configuration of the run, as YAML.
-        agent: The address of the server's agent.
+        agent: The address of the server's agent of torch.distributed.rpc, where it has one.
         heartbeat_seconds: How often to beat.
         patience_seconds: After how much silence each side takes the other one for lost.
     """
@@ -45,7 +45,7 @@ class Welcome:
     worker: int
     token: str
     config: str
-    agent: str
+    agent: str | None
     heartbeat_seconds: float
     patience_seconds: float
 

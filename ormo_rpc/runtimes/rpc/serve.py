@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ormo_rpc.config import load_config
+from ormo_rpc.config import Config, load_config
 from ormo_rpc.faults import Injector
 from ormo_rpc.job import Job
+from ormo_rpc.kernels.pool import pooled
 from ormo_rpc.messages import Reply
 from ormo_rpc.runtimes.rpc.addresses import name_of
 from ormo_rpc.runtimes.rpc.agent import SERVER, rpc_agent
 from ormo_rpc.runtimes.rpc.door import Door
+from ormo_rpc.runtimes.rpc.handlers import CALLED_BY_WORKERS, publish
 from ormo_rpc.runtimes.rpc.secret import Secret
-from ormo_rpc.runtimes.rpc.service import CALLED_BY_WORKERS, Service, publish
+from ormo_rpc.runtimes.rpc.segments import AVAILABLE, Segments
+from ormo_rpc.runtimes.rpc.service import Service
+from ormo_rpc.runtimes.rpc.streams import Streams
 from ormo_rpc.server import ParameterServer
 from ormo_rpc.session import Session
+from ormo_rpc.wire_options import Transport
 
 PUMP_SECONDS = 0.1
 """How often events are written down."""
@@ -74,7 +80,7 @@ class Place:
 class Host:
     """Everything in the server's process: the session of the run, and the service that the workers reach.
 
-    The main thread runs `run`; handlers of the RPC agent and threads of the door call `Session.observe` under the service's
+    The main thread runs `run`; threads of the door, and handlers of the RPC agent, call `Session.observe` under the service's
     lock; evaluations and the writing of checkpoints have a thread each. What the main thread reads without that lock (whether
     the run has ended, how many are there) it looks at again a moment later.
 
@@ -96,6 +102,7 @@ class Host:
         self.session = Session(
             job, place.run_dir, self._pool, self._writer, self.clock, figures=self._lock_times, terminal=place.terminal
         )
+        self.segments = self._share_memory()
         self._rolled_back_before = self.session.progress.rolled_back
         self.session.open(life=place.life)
         self.clock.before = self.session.seconds_before
@@ -154,6 +161,16 @@ class Host:
         else:
             self.stop_message = message["stop"]
             self.stop_asked.set()
+
+    def _share_memory(self) -> Segments | None:
+        """Have snapshots lie in memory that workers on this machine can read, unless the wire is to be something else."""
+        if not AVAILABLE or self.session.job.config.wire.transport not in (Transport.auto, Transport.shm):
+            return None
+        segments, rule = Segments(), self.session.server.rule
+        rule.kernel = replace(rule.kernel, blank=pooled(segments))
+        if rule.OUT_OF_PLACE:
+            rule.params = rule.blank().copy_(rule.params)  # the first snapshot as well
+        return segments
 
     def _observe(self, server: ParameterServer) -> None:
         self.session.observe(server)
@@ -286,16 +303,9 @@ def serve(place: Place, on_ready: Callable[[Host], None]) -> None:
     config = load_config(place.run_dir / "config.yaml")
     host = Host(Job(config), place)
     options = config.rpc
-    with rpc_agent(
-        SERVER,
-        0,
-        server=None,
-        transport=config.wire.transport,
-        timeout_seconds=options.rpc_timeout_seconds,
-        threads=max(16, config.num_workers + 4),  # a handler never waits for another one, but for the lock
-        functions=CALLED_BY_WORKERS,
-    ) as agent:
-        publish(host.service)
+    with _agent(config) as agent:
+        if agent is not None:
+            publish(host.service)
         on_ready(host)
         welcome = {
             "config": text,
@@ -303,5 +313,23 @@ def serve(place: Place, on_ready: Callable[[Host], None]) -> None:
             "heartbeat_seconds": options.heartbeat_seconds,
             "patience_seconds": options.worker_timeout_seconds,
         }
-        with Door(place.listener, place.secret, host.service, welcome, options.worker_timeout_seconds):
+        streams = Streams(host.service, config.wire.transport, host.segments)
+        with Door(place.listener, place.secret, host.service, welcome, options.worker_timeout_seconds, streams.serve):
             host.run()
+
+
+@contextlib.contextmanager
+def _agent(config: Config) -> Generator[str | None]:
+    """The server's agent of torch.distributed.rpc, whose address is the value; None where the wire does without."""
+    if config.wire.transport is not Transport.uv:
+        yield None
+        return
+    with rpc_agent(
+        SERVER,
+        0,
+        server=None,
+        timeout_seconds=config.rpc.rpc_timeout_seconds,
+        threads=max(16, config.num_workers + 4),  # a handler never waits for another one, but for the lock
+        functions=CALLED_BY_WORKERS,
+    ) as address:
+        yield address

@@ -1,7 +1,7 @@
-"""The server's side of the wire: handlers that take a push, hold the lock for the ordered-momentum step, and answer by Futures.
+"""The server's side of the wire: takes a push, holds the lock for the ordered-momentum step, and answers by Futures.
 
-No handler ever waits for another worker: one whose answer is not due returns a Future that stays open, and the handler of the
-push that makes the answer due completes it.
+Nobody ever waits here for another worker: where an answer is not due its Future stays open, and the push that makes the answer
+due completes it. How pushes and answers cross is the business of `handlers` and `streams`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed.rpc as rpc
 from torch import Tensor
 from torch.futures import Future
 
@@ -35,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 
 class Service:
-    """What workers reach through an RRef, and who decides at the door.
+    """What workers reach, and who decides at the door.
 
     `lock` guards the parameter server with all that belongs to it: seats, arrived, losses, journal, open Futures, and the times
     measured here. `broken` is never cleared, so it is read without. Payload checks run before the lock is taken; it is released
@@ -85,48 +84,8 @@ class Service:
         """When each worker was given its newest ticket."""
         self._open: dict[int, Future[Answer]] = {}
         self._buffers = Layout(server.buffers.average)
-
-    # ------------------------------------------------------------------------------------------------- called by workers
-
-    @staticmethod
-    @rpc.functions.async_execution
-    def hello(token: str) -> Future[Answer]:
-        """Say that a worker is ready: it is a member from now on, and its first reply comes when there is work.
-
-        A repeated call takes the place of the former, and gets the same reply.
-
-        Raises:
-            Rejoin: the seat of this token is taken away.
-        """
-        return _answered(lambda: published().local_value().ready(token))
-
-    @staticmethod
-    @rpc.functions.async_execution
-    def push(
-        token: str, ticket: int, stamp: int, incarnation: int, loss: float | None, samples: int, payload: Tensor
-    ) -> Future[Answer]:
-        """Deliver the gradient of a ticket; the next reply is the answer.
-
-        Args:
-            token: That of the worker's seat.
-            ticket: See `Push`, as for the following ones.
-            stamp: Likewise.
-            incarnation: Likewise.
-            loss: Likewise.
-            samples: Likewise.
-            payload: Gradient and, behind it, the batch-norm statistics, as one flat tensor.
-
-        Raises:
-            Rejoin: the seat of this token is taken away.
-            Dismissed: this worker's gradients are not finite, again and again.
-            PushRefused: as `ParameterServer.receive`.
-        """
-        return _answered(lambda: published().local_value().receive(token, ticket, stamp, incarnation, loss, samples, payload))
-
-    @staticmethod
-    def goodbye(token: str) -> None:
-        """Say that a worker that was told to stop is leaving."""
-        published().local_value().part(token)
+        self.payload_elements = server.rule.VECTORS_PUSHED * server.params.numel() + self._buffers.size
+        """The length of what a worker pushes."""
 
     # ------------------------------------------------------------------------------------------------- called by the door
 
@@ -176,10 +135,16 @@ class Service:
                 due = self._dismiss(seat)
         self._settle(due)
 
-    # ---------------------------------------------------------------------------------------- called in the server's process
+    # --------------------------------------------------------------------------- called for workers, and by the server itself
 
     def ready(self, token: str) -> Future[Answer]:
-        """See `hello`."""
+        """Say that a worker is ready: it is a member from now on, and its first reply comes when there is work.
+
+        A repeated call takes the place of the former, and gets the same reply.
+
+        Raises:
+            Rejoin: the seat of this token is taken away.
+        """
         future = Future[Answer]()
         due: list[_Due] = []
         with self.lock:
@@ -225,7 +190,24 @@ class Service:
     def receive(
         self, token: str, ticket: int, stamp: int, incarnation: int, loss: float | None, samples: int, payload: Tensor
     ) -> Future[Answer]:
-        """See `push`. Where it fails by no fault of its sender, the Future stays open, as the server is about to end."""
+        """Deliver the gradient of a ticket; the next reply is the answer.
+
+        Where it fails by no fault of its sender, the Future stays open, as the server is about to end.
+
+        Args:
+            token: That of the worker's seat.
+            ticket: See `Push`, as for the following ones.
+            stamp: Likewise.
+            incarnation: Likewise.
+            loss: Likewise.
+            samples: Likewise.
+            payload: Gradient and, behind it, the batch-norm statistics, as one flat tensor.
+
+        Raises:
+            Rejoin: the seat of this token is taken away.
+            Dismissed: this worker's gradients are not finite, again and again.
+            PushRefused: as `ParameterServer.receive`.
+        """
         seat = self._seat(token)  # looked at again under the lock
         push = self._unpacked(seat.worker, ticket, stamp, incarnation, loss, samples, payload)
         try:
@@ -244,7 +226,7 @@ class Service:
         return future
 
     def part(self, token: str) -> None:
-        """See `goodbye`. Who says it before the end has not been told to stop, and is lost."""
+        """A worker that was told to stop is leaving. Who says it before the end has not been told to stop, and is lost."""
         with self.lock:
             seat = self.seats.by_token.get(token)
             if seat is not None and self.server.ended:
@@ -432,7 +414,7 @@ class Service:
             future.set_result(outcome if isinstance(outcome, Reply) else _refusal(outcome))
 
 
-def _answered(call: Callable[[], Future[Answer]]) -> Future[Answer]:
+def answered(call: Callable[[], Future[Answer]]) -> Future[Answer]:
     """Make a call; a refusal is an answer, too."""
     try:
         return call()
@@ -444,22 +426,3 @@ def _answered(call: Callable[[], Future[Answer]]) -> Future[Answer]:
 
 def _refusal(error: Exception) -> Refusal:
     return Refusal(error=type(error).__name__, text=str(error))
-
-
-_service: rpc.RRef[Service] | None = None
-
-
-def publish(service: Service) -> None:
-    """Make the service known to workers that ask this process for it."""
-    global _service  # a function that is called by name from another process has no other way to find it
-    _service = rpc.RRef(service)
-
-
-def published() -> rpc.RRef[Service]:
-    """The RRef of this process's service; called by workers."""
-    assert _service is not None, "the service is published before any worker is let in"
-    return _service
-
-
-CALLED_BY_WORKERS = (Service.hello, Service.push, Service.goodbye, published)
-"""All that a peer may call in the server's process."""

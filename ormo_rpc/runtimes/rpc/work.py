@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +17,14 @@ from ormo_rpc.faults import Injector
 from ormo_rpc.job import Job, time_generator
 from ormo_rpc.messages import Reply
 from ormo_rpc.runtimes.rpc.agent import rpc_agent
-from ormo_rpc.runtimes.rpc.calls import Connection
+from ormo_rpc.runtimes.rpc.calls import Calls, RpcCalls
 from ormo_rpc.runtimes.rpc.lease import Lease, ServerLost, let_in
 from ormo_rpc.runtimes.rpc.seats import RunEnded
 from ormo_rpc.runtimes.rpc.secret import Secret
-from ormo_rpc.worker import Worker
+from ormo_rpc.runtimes.rpc.segments import AVAILABLE, Segments
+from ormo_rpc.runtimes.rpc.stream_calls import StreamCalls
+from ormo_rpc.wire_options import Transport
+from ormo_rpc.worker import Worker, plain_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +69,8 @@ class Work:
         self._config_text = ""
         self._config: Config | None = None
         self._worker: Worker | None = None
+        self._segments: Segments | None = None
+        """Where the worker's payload lies, if the server may read it from there."""
         self._injector: Injector | None = None
 
     def run(self) -> None:
@@ -116,7 +122,9 @@ class Work:
         if self.place.data_root is not None:
             OmegaConf.update(values, "dataset.root", self.place.data_root)
         self._config = parse_config(OmegaConf.to_container(values))  # pyright: ignore[reportArgumentType] # a mapping
-        self._worker = Job(self._config).worker()
+        share = AVAILABLE and self._config.wire.transport in (Transport.auto, Transport.shm)
+        self._segments = Segments() if share else None
+        self._worker = Job(self._config).worker(allocate=plain_bytes if self._segments is None else self._segments.vector)
         self._worker.warm_up()
         self._config_text = config_text
 
@@ -127,22 +135,25 @@ class Work:
         assert worker is not None
         if self._injector is None:
             self._injector = Injector(config.rpc.faults, number, self.place.life, self.place.tell)
-        timeout = config.rpc.rpc_timeout_seconds
-        with rpc_agent(
-            f"worker{number}",
-            number + 1,
-            server=lease.welcome.agent,
-            transport=config.wire.transport,
-            timeout_seconds=timeout,
-        ):
-            server = Connection(lease.welcome.token, timeout)
-            try:
-                self._until_stopped(config, worker, self._injector, server, number)
-                server.goodbye()
-            finally:
-                del server  # its RRef, before the agent ends
+        with self._calls(config, worker, lease) as server:
+            self._until_stopped(config, worker, self._injector, server, number)
+            server.goodbye()
 
-    def _until_stopped(self, config: Config, worker: Worker, injector: Injector, server: Connection, number: int) -> None:
+    @contextlib.contextmanager
+    def _calls(self, config: Config, worker: Worker, lease: Lease) -> Generator[Calls]:
+        """The way to the server that the configuration says."""
+        timeout, transport, number = config.rpc.rpc_timeout_seconds, config.wire.transport, lease.welcome.worker
+        if transport is Transport.uv:
+            with rpc_agent(f"worker{number}", number + 1, server=lease.welcome.agent, timeout_seconds=timeout):
+                yield RpcCalls(lease.welcome.token, timeout)
+            return
+        must_share = transport is Transport.shm
+        with StreamCalls(
+            lease, self.place.secret, worker.payload, self._segments, must_share=must_share, timeout_seconds=timeout
+        ) as calls:
+            yield calls
+
+    def _until_stopped(self, config: Config, worker: Worker, injector: Injector, server: Calls, number: int) -> None:
         speed: torch.Generator = time_generator(config, number)
         reply: Reply = server.hello()
         while reply.ticket is not None:

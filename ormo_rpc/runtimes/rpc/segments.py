@@ -1,0 +1,97 @@
+"""Memory that processes of one machine share: files in memory, which have no name in any directory.
+
+A *segment* is made by ``memfd_create`` and known by its process and its descriptor there; another process of the same user
+opens it as ``/proc/PROCESS/fd/DESCRIPTOR``. It is gone with the last process that has it, however that ends, so nothing can be
+left in ``/dev/shm``. That a descriptor is the segment that was meant, rather than anything on another machine or in another
+container, where that process number means somebody else, is known from its name, which the kernel tells and which has 128 bits
+of chance. Its size is sealed: nobody can shrink it under a reader, who would die of that.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import secrets
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+AVAILABLE = sys.platform == "linux"
+"""Whether this system has such files."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """Where a process's segments are found.
+
+    Attributes:
+        process: The process that made them.
+        name: The name of each of them.
+    """
+
+    process: int
+    name: str
+
+
+class Segments:
+    """Makes segments, for as long as this object lives; each vector in them is found again by its address."""
+
+    def __init__(self) -> None:
+        self.origin = Origin(process=os.getpid(), name=f"ormo_rpc_{secrets.token_hex(16)}")
+        self._descriptors: dict[int, int] = {}
+
+    def __call__(self, size: int) -> mmap.mmap:
+        """Memory of that many bytes, all zero, on pages that are there already."""
+        descriptor = os.memfd_create(self.origin.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(descriptor, max(size, 1))
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            memory = mmap.mmap(descriptor, max(size, 1), flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._descriptors[_bytes(memory).data_ptr()] = descriptor
+        return memory
+
+    def vector(self, size: int) -> Tensor:
+        """The same as a tensor of bytes, shape (size,)."""
+        return _bytes(self(size))
+
+    def find(self, vector: Tensor) -> int | None:
+        """The descriptor of the segment at whose start a vector lies; None where it lies elsewhere."""
+        return self._descriptors.get(vector.data_ptr())
+
+    def __del__(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)  # the memory itself lives as long as a tensor that shares it
+
+
+def opened(origin: Origin, descriptor: int, size: int) -> Tensor:
+    """The first bytes of another process's segment, shape (size,). Who writes to them is killed by the system.
+
+    Raises:
+        OSError: it is not there, not ours to read, too small, or not what was meant: the other process is on another machine.
+    """
+    place, expected = f"/proc/{origin.process}/fd/{descriptor}", f"/memfd:{origin.name} (deleted)"
+    if str(Path(place).readlink()) != expected:  # looked at before, too, since merely opening some things has effects
+        raise FileNotFoundError(f"{place} is not the segment that was meant")
+    ours = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if str(Path(f"/proc/self/fd/{ours}").readlink()) != expected:
+            raise FileNotFoundError(f"{place} is not the segment that was meant")
+        if not fcntl.fcntl(ours, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK or os.fstat(ours).st_size < size:
+            raise OSError(f"{place} is too small, or its size can change")
+        return _bytes(mmap.mmap(ours, max(size, 1), flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ))[:size]
+    finally:
+        os.close(ours)
+
+
+def _bytes(memory: mmap.mmap) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")  # it is not meant to be
+        return torch.frombuffer(memory, dtype=torch.uint8)

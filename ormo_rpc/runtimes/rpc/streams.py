@@ -1,0 +1,167 @@
+"""The service as workers reach it by a stream: a connection to the door, with a thread for each.
+
+A worker that was let in connects once more, proves again that it knows the secret, and shows its token. Gradients and
+parameters lie in memory that both processes share, where both can open what the other one has made; what crosses is then a
+frame of some 60 bytes. Else the bytes follow the frame, from and into buffers that are made once.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.futures import Future
+
+from ormo_rpc.messages import Refusal
+from ormo_rpc.runtimes.rpc import wire
+from ormo_rpc.runtimes.rpc.frames import ANSWER, ASK, DTYPES, INLINE, LOOK_SECONDS, Ask, Say, Stream, bytes_of
+from ormo_rpc.runtimes.rpc.segments import Origin, Segments, opened
+from ormo_rpc.runtimes.rpc.service import Answer, Service, answered
+from ormo_rpc.wire_options import Transport
+
+GREETING_SECONDS = 10.0
+"""How long a worker may take to show its token."""
+GREETING_BYTES = 4096
+
+
+class Streams:
+    """Serves streams.
+
+    Args:
+        service: Whom they lead to.
+        transport: What the run's configuration asks for.
+        segments: Where the snapshots lie; None where they are not shared.
+    """
+
+    def __init__(self, service: Service, transport: Transport, segments: Segments | None) -> None:
+        self.service = service
+        self.transport = transport
+        self.segments = segments
+        self._probe = None if segments is None else segments.vector(1)
+        """What a worker tries to open."""
+        like = service.server.params
+        self._payload_dtype, self._payload_elements = like.dtype, service.payload_elements
+
+    def serve(self, reader: wire.LineReader) -> None:
+        """Serve a stream to its end, in the thread that calls.
+
+        Args:
+            reader: Of a connection whose other side knows the secret.
+
+        Raises:
+            ValueError: its token is none, or it asks for what the run does not have; the other side is to be told.
+            OSError, EOFError, wire.WireError: it went away, or does not keep to the protocol.
+        """
+        asked = reader.receive(GREETING_SECONDS, GREETING_BYTES)
+        token = asked.get("token")
+        if not isinstance(token, str) or token not in self.service.seats.by_token:
+            raise ValueError("stream: got a token without a seat; rejoin")
+        payload, reason = self._share(asked.get("segment"))
+        offer: dict[str, Any] = {"origin": None, "reason": reason}
+        if payload is not None and self.segments is not None and self._probe is not None:
+            offer |= {"origin": asdict(self.segments.origin), "probe": self.segments.find(self._probe)}
+        wire.send(reader.sock, offer)
+        if reader.receive(GREETING_SECONDS, GREETING_BYTES).get("shared") is not True:
+            payload = None
+        wire.send(reader.sock, {"frames": True})  # they begin behind this line, so that no reader of lines takes any of them
+        self._talk(Stream(reader.sock, lambda: token in self.service.seats.by_token), token, payload)
+
+    def _share(self, segment: object) -> tuple[Tensor | None, str]:
+        """The worker's payload in memory that we share with it; None, and why, where there is none."""
+        if self.segments is None:
+            return None, f"wire.transport={self.transport.value}"
+        try:
+            assert isinstance(segment, Mapping)
+            process, name, descriptor = segment["process"], segment["name"], segment["descriptor"]
+            assert type(process) is int and type(descriptor) is int and isinstance(name, str)  # noqa: PT018 - one question
+        except (AssertionError, KeyError):
+            return None, "the worker has no segment"
+        try:
+            size = self._payload_elements * self._payload_dtype.itemsize
+            return opened(Origin(process=process, name=name), descriptor, size).view(self._payload_dtype), ""
+        except OSError as error:
+            return None, f"server and worker share no memory: {error}"
+
+    def _talk(self, stream: Stream, token: str, shared: Tensor | None) -> None:
+        """Answer frame by frame, until the worker says goodbye.
+
+        Args:
+            stream: The connection.
+            token: The worker's.
+            shared: Its payload, where that lies in shared memory; parameters do so too, then.
+
+        Raises:
+            EOFError: it went away, or was evicted.
+            wire.WireError: it sent something else.
+        """
+        payload = torch.empty(self._payload_elements, dtype=self._payload_dtype) if shared is None else shared
+        inline = bytes_of(payload) if shared is None else None
+        frame = bytearray(ASK.size)
+        whole = memoryview(frame)
+        while True:
+            stream.receive(whole)
+            word, ticket, stamp, incarnation, samples, has_loss, loss = ASK.unpack(frame)
+            if word == Ask.push:
+                if inline is not None:
+                    stream.receive(inline)
+                known_loss = loss if has_loss else None
+                future = answered(
+                    lambda: self.service.receive(token, ticket, stamp, incarnation, known_loss, samples, payload)  # noqa: B023 - called at once
+                )
+            elif word == Ask.ready:
+                future = answered(lambda: self.service.ready(token))
+            elif word == Ask.goodbye:
+                self.service.part(token)
+                return
+            else:
+                raise wire.WireError(f"a frame with the word {word} came, expected one of {[*map(int, Ask)]}")
+            self._send(stream, _outcome(future, stream), shared=shared is not None)
+            del future  # with the parameters in it, so that their memory can be lent again
+
+    def _send(self, stream: Stream, answer: Answer, *, shared: bool) -> None:
+        if isinstance(answer, Refusal):
+            text = json.dumps(asdict(answer)).encode()
+            stream.send(ANSWER.pack(Say.refusal, 0, 0, 0, 0, 0.0, 0, len(text), INLINE), memoryview(text))
+        elif answer.ticket is None:
+            stream.send(ANSWER.pack(Say.stop, 0, answer.stamp, answer.incarnation, answer.steps, answer.lr, 0, 0, INLINE))
+        else:
+            vector = answer.params
+            descriptor = self.segments.find(vector) if shared and self.segments is not None else None
+            stream.send(
+                ANSWER.pack(
+                    Say.work,
+                    answer.ticket,
+                    answer.stamp,
+                    answer.incarnation,
+                    answer.steps,
+                    answer.lr,
+                    DTYPES.index(vector.dtype),
+                    vector.numel(),
+                    INLINE if descriptor is None else descriptor,
+                ),
+                bytes_of(vector) if descriptor is None else None,
+            )
+
+
+def _outcome(future: Future[Answer], stream: Stream) -> Answer:
+    """Wait for an answer, for as long as anybody wants it.
+
+    Raises:
+        EOFError: nobody does any more.
+    """
+    if not future.done():
+        done = queue.SimpleQueue[object]()
+        future.add_done_callback(done.put)
+        while True:
+            try:
+                done.get(timeout=LOOK_SECONDS)
+                break
+            except queue.Empty:
+                if not stream.alive():
+                    raise EOFError("the worker was evicted") from None
+    return future.value()
