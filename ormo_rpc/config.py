@@ -27,6 +27,7 @@ from ormo_rpc.options import Section, option
 from ormo_rpc.runtime_options import RUNTIMES, RpcRuntime, Runtime, SimRuntime
 from ormo_rpc.schedulers import SCHEDULERS, Scheduler
 from ormo_rpc.wire_options import Wire
+from ormo_rpc.worker_options import WorkerOptions
 
 
 class ConfigError(ValueError):
@@ -196,6 +197,7 @@ class Config(Section):
     runtime: Runtime = field(default_factory=RpcRuntime)
     server: Server = field(default_factory=Server)
     wire: Wire = field(default_factory=Wire)
+    worker: WorkerOptions = field(default_factory=WorkerOptions)
     replay: Replay = field(default_factory=Replay)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     logger: Logger = field(default_factory=Logger)

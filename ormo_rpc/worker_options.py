@@ -1,0 +1,17 @@
+"""Options of the workers themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ormo_rpc.options import Section, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerOptions(Section):
+    """What a worker does with a ticket."""
+
+    PATH = "worker"
+    stand_in: bool = option(
+        False, "push the same small numbers for every ticket and compute nothing: measures server and wire alone"
+    )
