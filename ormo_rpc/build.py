@@ -32,6 +32,7 @@ def build_server(
     buffers: RunningBuffers | None = None,
     record: Callable[[Event], None] = lambda _: None,
     clock: Callable[[], float] = lambda: 0.0,
+    timer: Callable[[], float] = lambda: 0.0,
     norm_guard: NormGuard | None = None,
     kernel: Kernel = Kernel(),  # noqa: B008 - it cannot change
     **options: Any,
@@ -50,6 +51,7 @@ def build_server(
         buffers: The running average of buffers that come with the pushes; none by default.
         record: Called with every event, in order.
         clock: Seconds since the start, for the events.
+        timer: Seconds of the processor's clock, to tell how long the steps take; by default nobody is told.
         norm_guard: The limit to the norm of what is pushed; none by default.
         kernel: What the server goes over its vectors with; plain torch by default, `fastest_kernel` finds a better one.
         options: Options of the rule and of the scheduler.
@@ -98,6 +100,7 @@ def build_server(
         buffers=buffers,
         record=record,
         clock=clock,
+        timer=timer,
     )
 
 

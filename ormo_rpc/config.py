@@ -13,6 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -26,7 +27,8 @@ from ormo_rpc.models import MODELS, MLPSection, ModelSection
 from ormo_rpc.options import Section, option
 from ormo_rpc.runtime_options import RUNTIMES, RpcRuntime, Runtime, SimRuntime
 from ormo_rpc.schedulers import SCHEDULERS, Scheduler
-from ormo_rpc.wire_options import Wire
+from ormo_rpc.wire_options import Transport, Wire
+from ormo_rpc.worker_options import WorkerOptions
 
 
 class ConfigError(ValueError):
@@ -196,15 +198,28 @@ class Config(Section):
     runtime: Runtime = field(default_factory=RpcRuntime)
     server: Server = field(default_factory=Server)
     wire: Wire = field(default_factory=Wire)
+    worker: WorkerOptions = field(default_factory=WorkerOptions)
     replay: Replay = field(default_factory=Replay)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     logger: Logger = field(default_factory=Logger)
 
     @property
-    def num_workers(self) -> int:
-        """The number of workers, once it is decided."""
+    def num_processes(self) -> int:
+        """The number of processes (or virtual machines) that work, once it is decided."""
         assert self.workers is not None, "workers is decided before anything starts"
         return self.workers
+
+    @property
+    def num_workers(self) -> int:
+        """K at the start, the number of workers that the server sees: a process that works ahead counts once for each ticket.
+
+        Process p has the workers p, p + num_processes, and so on.
+        """
+        return self.num_processes * (1 + self.worker.prefetch)
+
+    def slowdown(self, worker: int, generator: torch.Generator) -> float:
+        """How much longer than its own computation a worker takes for the next ticket: that of its process."""
+        return self.heterogeneity.slowdown(worker % self.num_processes, self.num_processes, generator)
 
     @property
     def rpc(self) -> RpcRuntime:
@@ -292,7 +307,26 @@ def parse_config(values: DictConfig | Mapping[str, Any]) -> Config:
         raise ConfigError(
             f"scheduler: got {config.scheduler.name!r}, which {config.algorithm.name} does not run under: {refused}"
         )
+    _refuse_together(config)
     return config
+
+
+def _refuse_together(config: Config) -> None:
+    """Refuse what does not go with working ahead.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    prefetch = config.worker.prefetch
+    if prefetch and SCHEDULERS[config.scheduler.name].BARRIER:
+        raise ConfigError(
+            f"worker.prefetch: got {prefetch} with scheduler={config.scheduler.name}, whose barrier waits for every ticket that "
+            f"a worker has, so none is ahead; expected 0, or scheduler=async or ssp"
+        )
+    if prefetch and config.wire.transport is Transport.uv:
+        raise ConfigError(
+            f"worker.prefetch: got {prefetch} with wire.transport=uv, where a process has one agent; expected 0, or auto, shm, tcp"
+        )
 
 
 def save_config(config: Config, path: Path) -> None:

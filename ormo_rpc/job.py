@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from ormo_rpc.learning_rate import LearningRate
 from ormo_rpc.records import Event
 from ormo_rpc.seeding import seed_for
 from ormo_rpc.server import ParameterServer
+from ormo_rpc.stand_in import StandInWorker
 from ormo_rpc.worker import Worker, plain_bytes
 
 Evaluator = Callable[[Tensor, Mapping[str, Tensor]], Evaluation]
@@ -88,9 +90,14 @@ class Job:
         return FlatModel(module)
 
     def worker(self, allocate: Callable[[int], Tensor] = plain_bytes) -> Worker:
-        """A worker with a model of its own, whose payload lies in memory made by ``allocate``; see `Worker`."""
+        """A worker with a model of its own, or one that stands in for it and computes nothing.
+
+        Args:
+            allocate: Makes the memory of its payload; see `Worker`.
+        """
         train = self.config.train
-        return Worker(
+        kind = StandInWorker if self.config.worker.stand_in else Worker
+        return kind(
             self.model(),
             self.data.train,
             self.epochs,
@@ -112,8 +119,10 @@ class Job:
         """How many epochs that many applied gradients are."""
         return iteration / self.batches_per_epoch
 
-    def evaluator(self) -> Evaluator:
-        """Evaluates on the test split, with a model of its own."""
+    def evaluator(self) -> Evaluator | None:
+        """Evaluates on the test split, with a model of its own; None where workers compute nothing that would be of interest."""
+        if self.config.worker.stand_in:
+            return None
         model = self.model()
         return lambda params, statistics: evaluate(model, params, statistics, self.data.test)
 
@@ -158,6 +167,7 @@ def configured_server(
         record=record,
         clock=clock,
         norm_guard=config.train.norm_guard,
+        timer=time.perf_counter,
         kernel=fastest_kernel(params.numel()),
         **options,
     )

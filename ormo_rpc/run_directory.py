@@ -21,6 +21,7 @@ from ormo_rpc.records import Event
 
 TRACE_VERSION = 1
 """The format of ``trace.jsonl``, in its header."""
+_JSON = json.JSONEncoder(allow_nan=False, check_circular=False)  # json.dumps would make one for every line
 
 
 class RunDirectory:
@@ -122,7 +123,11 @@ class RunDirectory:
 
     @staticmethod
     def _write(file: TextIO, line: Mapping[str, Any]) -> None:
-        file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+        try:
+            text = _JSON.encode(line)
+        except ValueError:  # rare, so that the common line is gone over once
+            text = _JSON.encode(_finite(line))
+        file.write(text + "\n")
 
 
 class Progress:

@@ -15,6 +15,9 @@ class Scheduler(ABC):
 
     NAME: ClassVar[str]
 
+    BARRIER: ClassVar[bool] = False
+    """Whether workers wait for one another after every ticket."""
+
     @dataclass(frozen=True, kw_only=True)
     class Options(Section):
         """Options that every scheduler has: its name."""
@@ -75,6 +78,7 @@ class Sync(Scheduler):
     """Answers all when all who hold a ticket have pushed: rounds, as in synchronous data-parallel SGD."""
 
     NAME = "sync"
+    BARRIER = True
 
     @dataclass(frozen=True, kw_only=True)
     class Options(Scheduler.Options):
@@ -91,6 +95,7 @@ class Partial(Scheduler):
     """Answers as soon as k workers wait, or nobody is left to wait for."""
 
     NAME = "partial"
+    BARRIER = True
 
     @dataclass(frozen=True, kw_only=True)
     class Options(Scheduler.Options):

@@ -37,6 +37,7 @@ class ParameterServer(ServerState):
         buffers: The running average of the buffers that come with the pushes.
         record: Called with each event, in order.
         clock: Seconds since the start of the run.
+        timer: Seconds, real ones, for `step_seconds`.
     """
 
     # ------------------------------------------------------------------------------------------------------- membership
@@ -238,7 +239,9 @@ class ParameterServer(ServerState):
 
     def _apply(self, push: Push, issue: Issue, arrival: Arrival, checked: Checked) -> None:
         lr = self.rule.learning_rate(arrival)
+        began = self.timer()
         self.rule.step(checked.grad, lr, arrival)
+        self.step_seconds += self.timer() - began
         self.buffers.update(push.buffers)
         self.ledger.redeem(issue)
         self.iteration += 1
@@ -340,8 +343,11 @@ class ParameterServer(ServerState):
     def _params_for(self, worker: int, lr: float) -> Tensor:
         """What the rule sends this worker: the snapshot that all replies of one stamp share, unless each gets its own."""
         dispatch = Dispatch(worker=worker, concurrency=self.concurrency, lr=lr, bucket=self.buckets.current)
+        began = self.timer()
         outgoing = self.rule.outgoing(dispatch)
-        return self.snapshot() if outgoing is self.params else outgoing.clone()
+        params = self.snapshot() if outgoing is self.params else outgoing.clone()
+        self.step_seconds += self.timer() - began
+        return params
 
     def _record(self, kind: Kind, **data: Any) -> None:
         self.record(Event(kind, self.clock(), data))

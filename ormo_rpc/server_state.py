@@ -58,6 +58,7 @@ class ServerState:
         buffers: RunningBuffers | None = None,
         record: Callable[[Event], None] = lambda _: None,
         clock: Callable[[], float] = lambda: 0.0,
+        timer: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.rule = rule
         self.scheduler = scheduler
@@ -68,6 +69,9 @@ class ServerState:
         self.buffers = buffers or RunningBuffers({}, {})
         self.record = record
         self.clock = clock
+        self.timer = timer
+        self.step_seconds = 0.0
+        """How long the rule's steps and the vectors for the replies took, by the timer; no part of the state."""
 
         self.status = Status.running
         self.iteration = 0

@@ -279,6 +279,7 @@ class Session:
             "pushes_per_worker": {str(worker): count for worker, count in sorted(statistics.pushes_per_worker.items())},
             "lock_wait_seconds": 0.0,
             "lock_held_seconds": 0.0,
+            "step_seconds": self.server.step_seconds,
             **self.figures(),
             "final_params_sha256": sha256(state["params"]),
             "final_buffers_sha256": sha256(*(state["buffers"][f"average.{name}"] for name in self.server.buffers.average)),

@@ -24,7 +24,7 @@ SUMMARY_KEYS = (
     *("parameters", "iterations", "gradients_computed", "discarded", "rolled_back", "server_lives", "repeated", "epochs"),
     *("train_loss", "test_loss", "test_accuracy", "wall_seconds", "virtual_seconds", "updates_per_second"),
     *("delay_mean", "delay_max", "delay_median", "delay_99_percent", "pushes_per_worker"),
-    *("lock_wait_seconds", "lock_held_seconds", "final_params_sha256", "final_buffers_sha256", "checkpoint"),
+    *("lock_wait_seconds", "lock_held_seconds", "step_seconds", "final_params_sha256", "final_buffers_sha256", "checkpoint"),
 )
 """What every summary has at least."""
 

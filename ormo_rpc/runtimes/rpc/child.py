@@ -21,10 +21,12 @@ from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPri
 
 from ormo_rpc.config import ConfigError
 from ormo_rpc.errors import Dismissed
-from ormo_rpc.runtimes.rpc import serve, work
+from ormo_rpc.runtimes.rpc import serve
 from ormo_rpc.runtimes.rpc.lease import ServerLost
+from ormo_rpc.runtimes.rpc.loop import Place
 from ormo_rpc.runtimes.rpc.secret import Secret, read_secret
 from ormo_rpc.runtimes.rpc.wire import WireError
+from ormo_rpc.runtimes.rpc.work import Work
 from ormo_rpc.runtimes.supervisor import DISMISSED, DONE, Report, listen_to_supervisor
 
 EXPECTED = (Dismissed, ServerLost, WireError, ConfigError, OSError)
@@ -105,8 +107,8 @@ def _work(arguments: argparse.Namespace, tell: Callable[[str], None]) -> None:
         address = store.get("door").decode()
         secret = _secret(store.get("secret_file").decode() or None)
     host, _, port = address.rpartition(":")
-    worker = work.Work(
-        work.Place(
+    worker = Work(
+        Place(
             door=lambda: (host, int(port)),
             secret=secret,
             wanted=arguments.worker,

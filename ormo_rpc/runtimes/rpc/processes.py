@@ -97,7 +97,7 @@ def local_crew(crew: Crew, config: Config, run_dir: Path) -> Generator[Post]:
         door = name_of(listener)
         starter = Starter(crew.supervisor, config, loopback=_is_loopback(listener), logs=logs)
         server = crew.add("server", starter.server(run_dir, listener, secret_file), restartable=killed, essential=True)
-        for worker in range(config.num_workers):
+        for worker in range(config.num_processes):
             command = ("--door", door, *_given("--secret-file", secret_file))
             crew.add(f"worker {worker}", starter.worker(worker, *command), worker=worker)
         yield server

@@ -155,7 +155,8 @@ class Host:
     def hear(self, message: dict[str, Any]) -> None:
         """Hear the supervisor; called in the thread that listens to it."""
         if "without" in message:
-            self.service.expect_without(message["without"])
+            for worker in range(message["without"], self.service.server.num_workers, self.session.job.config.num_processes):
+                self.service.expect_without(worker)
         elif "abandoned" in message:
             self.abandoned = message["abandoned"]
         else:

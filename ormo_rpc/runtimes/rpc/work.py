@@ -1,57 +1,11 @@
-"""A worker's process: from reply to push until it is told to stop, through as many lives of the server as it takes."""
+"""A worker's process: one loop from reply to push, or several where it works ahead."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import time
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+import threading
 
-import torch
-from omegaconf import OmegaConf
-
-from ormo_rpc.config import Config, parse_config
-from ormo_rpc.errors import Rejoin
-from ormo_rpc.faults import Injector
-from ormo_rpc.job import Job, time_generator
-from ormo_rpc.messages import Reply
-from ormo_rpc.runtimes.rpc.agent import rpc_agent
-from ormo_rpc.runtimes.rpc.calls import Calls, RpcCalls
-from ormo_rpc.runtimes.rpc.lease import Lease, ServerLost, let_in
-from ormo_rpc.runtimes.rpc.seats import RunEnded
-from ormo_rpc.runtimes.rpc.secret import Secret
-from ormo_rpc.runtimes.rpc.segments import AVAILABLE, Segments
-from ormo_rpc.runtimes.rpc.stream_calls import StreamCalls
-from ormo_rpc.wire_options import Transport
-from ormo_rpc.worker import Worker, plain_bytes
-
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """What a worker's process is told when it is started.
-
-    Attributes:
-        door: Finds the server.
-        secret: Of the run.
-        wanted: The worker number to have, if it is free.
-        post: Who keeps this process running.
-        life: How often this process was started before.
-        data_root: Where the data set lies on this machine, if not where the run's configuration says.
-        timeout_seconds: How long to look for the server.
-        tell: Called with what people should know.
-    """
-
-    door: Callable[[], tuple[str, int]]
-    secret: Secret
-    wanted: int | None
-    post: str
-    life: int
-    data_root: str | None
-    timeout_seconds: float
-    tell: Callable[[str], None]
+from ormo_rpc.job import Job
+from ormo_rpc.runtimes.rpc.loop import Loop, Place, Workshop
 
 
 class Work:
@@ -63,105 +17,44 @@ class Work:
 
     def __init__(self, place: Place) -> None:
         self.place = place
-        self.lease: Lease | None = None
-        self.leaving = False
-        self._wanted = place.wanted
-        self._config_text = ""
-        self._config: Config | None = None
-        self._worker: Worker | None = None
-        self._segments: Segments | None = None
-        """Where the worker's payload lies, if the server may read it from there."""
-        self._injector: Injector | None = None
+        self.workshop = Workshop(place)
+        self.loops = [Loop(self.workshop, place.wanted)]
+        self._threads: list[threading.Thread] = []
+        """Of all loops but the first, which has the main thread."""
+        self._failures: list[Exception] = []
+        """Why those have ended, where it was not that their work was done."""
 
     def run(self) -> None:
-        """Work until told to stop; a server that is lost may come back, and one that has evicted us may let us in again.
+        """Work until told to stop.
 
         Raises:
-            ServerLost: it did not come back in time.
+            ServerLost: the server did not come back in time.
             Dismissed: this worker is not wanted any more.
         """
-        place = self.place
-        while not self.leaving:
-            try:
-                lease = let_in(
-                    place.door,
-                    place.secret,
-                    wanted=self._wanted,
-                    post=place.post,
-                    timeout_seconds=place.timeout_seconds,
-                    leaving=lambda: self.leaving,
-                )
-            except RunEnded as end:
-                _log.info("%s", end)
-                return
-            except ServerLost:
-                if self.leaving:
-                    return
-                raise
-            with lease:
-                self.lease = lease
-                self._wanted = lease.welcome.worker
-                self._prepare(lease.welcome.config)
-                try:
-                    self._work(lease)
-                    return
-                except (ServerLost, Rejoin) as error:
-                    _log.info("asking to be let in again: %s", error)
+        self.loops[0].run(on_job=self._work_ahead)
+        for thread in self._threads:
+            thread.join()  # told to stop as we were; a server that is gone is noticed by each
+        if self._failures:
+            raise self._failures[0]
 
     def leave(self) -> None:
         """Ask to leave; called from another thread."""
-        self.leaving = True
-        if self.lease is not None:
-            self.lease.leave()
+        self.workshop.leaving = True
+        for loop in self.loops:
+            loop.leave()
 
-    def _prepare(self, config_text: str) -> None:
-        """Load data and model, unless they are there from a former life of the server."""
-        if config_text == self._config_text:
-            return
-        values = OmegaConf.create(config_text)
-        if self.place.data_root is not None:
-            OmegaConf.update(values, "dataset.root", self.place.data_root)
-        self._config = parse_config(OmegaConf.to_container(values))  # pyright: ignore[reportArgumentType] # a mapping
-        share = AVAILABLE and self._config.wire.transport in (Transport.auto, Transport.shm)
-        self._segments = Segments() if share else None
-        self._worker = Job(self._config).worker(allocate=plain_bytes if self._segments is None else self._segments.vector)
-        self._worker.warm_up()
-        self._config_text = config_text
+    def _work_ahead(self, job: Job) -> None:
+        """Start further loops, once, as soon as we know how many."""
+        config = job.config
+        for ahead in range(len(self.loops), 1 + config.worker.prefetch):
+            wanted = None if self.place.wanted is None else self.place.wanted + ahead * config.num_processes
+            self.loops.append(Loop(self.workshop, wanted))
+            self._threads.append(threading.Thread(target=self._run, args=(self.loops[-1],), name=f"ahead {ahead}", daemon=True))
+            self._threads[-1].start()
 
-    def _work(self, lease: Lease) -> None:
-        """One life of the server."""
-        config, worker, number = self._config, self._worker, lease.welcome.worker
-        assert config is not None
-        assert worker is not None
-        if self._injector is None:
-            self._injector = Injector(config.rpc.faults, number, self.place.life, self.place.tell)
-        with self._calls(config, worker, lease) as server:
-            self._until_stopped(config, worker, self._injector, server, number)
-            server.goodbye()
-
-    @contextlib.contextmanager
-    def _calls(self, config: Config, worker: Worker, lease: Lease) -> Generator[Calls]:
-        """The way to the server that the configuration says."""
-        timeout, transport, number = config.rpc.rpc_timeout_seconds, config.wire.transport, lease.welcome.worker
-        if transport is Transport.uv:
-            with rpc_agent(f"worker{number}", number + 1, server=lease.welcome.agent, timeout_seconds=timeout):
-                yield RpcCalls(lease.welcome.token, timeout)
-            return
-        must_share = transport is Transport.shm
-        with StreamCalls(
-            lease, self.place.secret, worker.payload, self._segments, must_share=must_share, timeout_seconds=timeout
-        ) as calls:
-            yield calls
-
-    def _until_stopped(self, config: Config, worker: Worker, injector: Injector, server: Calls, number: int) -> None:
-        speed: torch.Generator = time_generator(config, number)
-        reply: Reply = server.hello()
-        while reply.ticket is not None:
-            began = time.monotonic()
-            push = worker.compute(reply)
-            slowdown = config.heterogeneity.slowdown(number, config.num_workers, speed)
-            time.sleep((slowdown - 1) * (time.monotonic() - began))
-            injector.before_push(worker.payload)
-            reply = server.push(push, worker.payload)
-            if injector.drops_reply():
-                reply = server.push(push, worker.payload)
+    def _run(self, loop: Loop) -> None:
+        try:
+            loop.run()
+        except Exception as error:
+            self._failures.append(error)
+            self.leave()

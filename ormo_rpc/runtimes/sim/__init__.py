@@ -63,6 +63,7 @@ def run(config: Config, run_dir: Path) -> dict[str, Any]:
         _links(config, session),
         _compute_seconds(config),
         lambda: session.observe(session.server),
+        processes=config.num_processes if config.worker.prefetch else None,
     )
     session.open()
     if session.going_on is None:
@@ -131,7 +132,7 @@ def _compute_seconds(config: Config) -> Speeds:
     """Draws how long a worker's next ticket takes."""
 
     def seconds(worker: int, generator: torch.Generator) -> float:
-        return config.sim.compute_seconds * config.heterogeneity.slowdown(worker, config.num_workers, generator)
+        return config.sim.compute_seconds * config.slowdown(worker, generator)
 
     return Speeds(seconds, lambda worker: time_generator(config, worker))
 

@@ -106,6 +106,8 @@ class Cluster:
         links: Network and server speed.
         compute_seconds: Draws how long a worker's next ticket takes.
         observe: Called after every push that was served, when the replies that it made due are on their way.
+        processes: How many machines there are, if workers share them: worker k computes on machine k modulo that number, which
+            computes for one worker at a time.
     """
 
     def __init__(
@@ -116,6 +118,7 @@ class Cluster:
         links: Links,
         compute_seconds: Speeds,
         observe: Callable[[], None],
+        processes: int | None = None,
     ) -> None:
         self.server = server
         self.source = source
@@ -123,6 +126,9 @@ class Cluster:
         self.links = links
         self.compute_seconds = compute_seconds
         self.observe = observe
+        self.processes = processes
+        self._computing_until: dict[int, float] = {}
+        """When each machine is free, where several workers share it."""
         self.load = Load()
         self._since: dict[int, float] = {}
         self._free_at = 0.0
@@ -154,6 +160,7 @@ class Cluster:
             "load": asdict(self.load),
             "since": dict(self._since),
             "free_at": self._free_at,
+            "computing_until": dict(self._computing_until),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -164,6 +171,7 @@ class Cluster:
         self.compute_seconds.load_state(state["speeds"])
         self.load = Load(**state["load"])
         self._since, self._free_at = dict(state["since"]), state["free_at"]
+        self._computing_until = dict(state["computing_until"])
 
     def start(self) -> None:
         """Hand out the first tickets."""
@@ -198,9 +206,14 @@ class Cluster:
     def _begin(self, reply: Reply) -> None:
         """The reply has reached its worker."""
         seconds = self.compute_seconds(reply.worker)
+        begin = self.queue.now
+        if self.processes is not None:
+            machine = reply.worker % self.processes
+            begin = max(begin, self._computing_until.get(machine, 0.0))
+            self._computing_until[machine] = begin + seconds
         if reply.worker in self._since:
             self.load.computing[reply.worker] = self.load.computing.get(reply.worker, 0.0) + seconds
-        self.queue.at(self.queue.now + seconds + self.links.seconds(reply.worker), "arrive", reply)
+        self.queue.at(begin + seconds + self.links.seconds(reply.worker), "arrive", reply)
 
     def _arrive(self, reply: Reply) -> None:
         """The push has reached the server, and waits until those before it are served."""
