@@ -320,12 +320,13 @@ def _refuse_together(config: Config) -> None:
     prefetch = config.worker.prefetch
     if prefetch and SCHEDULERS[config.scheduler.name].BARRIER:
         raise ConfigError(
-            f"worker.prefetch: got {prefetch} with scheduler={config.scheduler.name}, whose barrier waits for every ticket that "
-            f"a worker has, so none is ahead; expected 0, or scheduler=async or ssp"
+            f"worker.prefetch: got {prefetch} with scheduler={config.scheduler.name}, whose barrier waits for all tickets, "
+            f"those ahead as well; expected 0, or scheduler=async or ssp"
         )
     if prefetch and config.wire.transport is Transport.uv:
         raise ConfigError(
-            f"worker.prefetch: got {prefetch} with wire.transport=uv, where a process has one agent; expected 0, or auto, shm, tcp"
+            f"worker.prefetch: got {prefetch} with wire.transport=uv, where a process has one agent for one worker; expected 0, "
+            f"or wire.transport=auto, shm or tcp"
         )
 
 

@@ -17,7 +17,7 @@ class WorkerOptions(Section):
     )
     prefetch: int = option(
         0,
-        "tickets that a worker has besides the one that is on the wire, so that it computes meanwhile; K is workers x (1 + this)",
+        "tickets that each worker has ahead, to compute on while a push is on the wire; K is workers x (1 + prefetch) then",
         valid=lambda v: v >= 0,
         expected="a whole number >= 0",
     )
