@@ -325,8 +325,8 @@ def _refuse_together(config: Config) -> None:
         )
     if prefetch and config.wire.transport is Transport.uv:
         raise ConfigError(
-            f"worker.prefetch: got {prefetch} with wire.transport=uv, where a process has one agent for one worker; expected 0, "
-            f"or wire.transport=auto, shm or tcp"
+            f"worker.prefetch: got {prefetch} with wire.transport=uv, where a process has one agent, for one worker; "
+            f"expected 0, or wire.transport=auto, shm or tcp"
         )
 
 

@@ -17,6 +17,9 @@ from ormo_rpc.messages import Push, Reply
 from ormo_rpc.records import Event, Kind
 from ormo_rpc.server_state import Member, ServerState, Status
 
+LOOK_EVERY = 64
+"""Updates from one look at whether the parameters are finite to the next."""
+
 __all__ = ["ParameterServer", "Status"]
 
 
@@ -261,8 +264,8 @@ class ParameterServer(ServerState):
             grad_sum=checked.grad_sum.hex(),
             **({} if checked.clipped_norm is None else {"clipped_norm": checked.clipped_norm.hex()}),
         )
-        # One look at the parameters a bucket: it costs a pass over memory, and NaN does not go away by itself.
-        if self.buckets.room == 0 and not all_finite(self.params):
+        # Now and then, as it costs a pass over memory, and NaN neither goes away by itself nor hides: gradients show it, too.
+        if self.iteration % LOOK_EVERY == 0 and not all_finite(self.params):
             self._end(Status.diverged)
         self._end_if_done()
 

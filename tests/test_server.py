@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ormo_rpc import server as server_module
 from ormo_rpc.buffers import RunningBuffers
 from ormo_rpc.build import build_server
 from ormo_rpc.errors import NonFiniteGradient, PushRefused, Rejoin
@@ -459,8 +460,9 @@ def test_a_good_gradient_the_second_time_forgets_the_first() -> None:
 
 
 @pytest.mark.parametrize("scheduler", ["async", "sync"])
-def test_parameters_that_overflow_end_the_run(scheduler: str) -> None:
-    # w = 0 - 10 * 1e308 = -inf with the first push; it is seen at the end of bucket 1, which takes K = 2 indices.
+def test_parameters_that_overflow_end_the_run(scheduler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # w = 0 - 10 * 1e308 = -inf with the first push; it is seen at the next look.
+    monkeypatch.setattr(server_module, "LOOK_EVERY", 2)
     trial = begin(num_workers=2, scheduler=scheduler, lr=10.0)
     trial.push(0, 1e308 * ONE)
     replies = trial.push(1)
@@ -473,8 +475,7 @@ def test_parameters_that_overflow_end_the_run(scheduler: str) -> None:
     assert {reply.ticket for reply in trial.held.values()} == {None}
 
 
-def test_an_overflow_in_the_last_bucket_counts_too() -> None:
-    # T = 1 with K = 3: bucket 1 is never full.
+def test_an_overflow_in_the_last_update_counts_too() -> None:
     trial = begin(tickets=1, lr=10.0)
     trial.push(0, 1e308 * ONE)
     assert trial.server.status is Status.diverged
@@ -576,7 +577,8 @@ def test_a_run_with_more_gradients_than_this_one_shall_have_is_refused() -> None
     assert same(fresh.server.state_dict(), before)
 
 
-def test_divergence_is_for_ever() -> None:
+def test_divergence_is_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "LOOK_EVERY", 1)
     trial = begin(num_workers=1, lr=10.0)
     trial.push(0, 1e308 * ONE)
     fresh = begin(num_workers=1, start=False)

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -33,6 +34,8 @@ from ormo_rpc.wire_options import Transport
 
 PUMP_SECONDS = 0.1
 """How often events are written down."""
+SWITCH_SECONDS = 0.001
+"""How long the thread that writes the trace may hold up one that has a push to apply."""
 _log = logging.getLogger(__name__)
 
 
@@ -304,6 +307,7 @@ def serve(place: Place, on_ready: Callable[[Host], None]) -> None:
     config = load_config(place.run_dir / "config.yaml")
     host = Host(Job(config), place)
     options = config.rpc
+    sys.setswitchinterval(SWITCH_SECONDS)
     with _agent(config) as agent:
         if agent is not None:
             publish(host.service)

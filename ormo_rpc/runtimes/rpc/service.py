@@ -208,8 +208,32 @@ class Service:
             Dismissed: this worker's gradients are not finite, again and again.
             PushRefused: as `ParameterServer.receive`.
         """
+        check_plain(payload, "push: payload")  # it may be forged: it is not touched before its memory is looked at
+        return self.take(token, ticket, stamp, incarnation, loss, samples, self.unpacked(payload))
+
+    def take(
+        self,
+        token: str,
+        ticket: int,
+        stamp: int,
+        incarnation: int,
+        loss: float | None,
+        samples: int,
+        parts: tuple[Tensor, Mapping[str, Tensor]],
+    ) -> Future[Answer]:
+        """The same, where gradient and batch-norm statistics are apart already."""
         seat = self._seat(token)  # looked at again under the lock
-        push = self._unpacked(seat.worker, ticket, stamp, incarnation, loss, samples, payload)
+        grad, buffers = parts
+        push = Push(
+            worker=seat.worker,
+            ticket=ticket,
+            stamp=stamp,
+            grad=grad,
+            loss=loss,
+            samples=samples,
+            buffers=buffers,
+            incarnation=incarnation,
+        )
         try:
             checked = self.server.check(push)
         except NonFiniteGradient:
@@ -382,24 +406,12 @@ class Service:
 
     # ------------------------------------------------------------------------------------------------- without the lock
 
-    def _unpacked(
-        self, worker: int, ticket: int, stamp: int, incarnation: int, loss: float | None, samples: int, payload: Tensor
-    ) -> Push:
-        """The push that came as one flat tensor, which may be forged: it is not touched before its memory is looked at."""
-        check_plain(payload, f"push of worker {worker}: payload")
+    def unpacked(self, payload: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Gradient and batch-norm statistics, as views of a payload; of one of another size, as much as `check` needs."""
         dimension = max(0, payload.numel() - self._buffers.size)
         grad, statistics = payload.reshape(-1).split([dimension, payload.numel() - dimension])
         whole = statistics.numel() == self._buffers.size
-        return Push(
-            worker=worker,
-            ticket=ticket,
-            stamp=stamp,
-            grad=grad,
-            loss=loss,
-            samples=samples,
-            buffers=self._buffers.views(statistics) if whole else {},
-            incarnation=incarnation,
-        )
+        return grad, self._buffers.views(statistics) if whole else {}
 
     def _settle(self, due: Iterable[_Due]) -> None:
         """Complete Futures, as soon as what they acknowledge is durable; a reply never changes after it is issued."""

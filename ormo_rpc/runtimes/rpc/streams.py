@@ -101,6 +101,7 @@ class Streams:
         """
         payload = torch.empty(self._payload_elements, dtype=self._payload_dtype) if shared is None else shared
         inline = bytes_of(payload) if shared is None else None
+        parts = self.service.unpacked(payload)
         frame = bytearray(ASK.size)
         whole = memoryview(frame)
         while True:
@@ -111,7 +112,7 @@ class Streams:
                     stream.receive(inline)
                 known_loss = loss if has_loss else None
                 future = answered(
-                    lambda: self.service.receive(token, ticket, stamp, incarnation, known_loss, samples, payload)  # noqa: B023 - called at once
+                    lambda: self.service.take(token, ticket, stamp, incarnation, known_loss, samples, parts)  # noqa: B023 - called at once
                 )
             elif word == Ask.ready:
                 future = answered(lambda: self.service.ready(token))
