@@ -17,7 +17,7 @@ class WorkerOptions(Section):
     )
     prefetch: int = option(
         0,
-        "tickets that each worker has ahead, to compute on while a push is on its way; K is workers x (1 + this)",
+        "tickets that a worker has ahead, to compute on while a push is on its way; K: workers x (1 + this)",
         valid=lambda v: v >= 0,
         expected="a whole number >= 0",
     )
