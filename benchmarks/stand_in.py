@@ -1,7 +1,4 @@
-"""A model of D parameters whose gradient costs next to nothing, and data for it: what `throughput` trains.
-
-Only a head of 8 parameters is used; the gradient of all others is zero, which a worker writes and pushes like any other.
-"""
+"""A model of D parameters, and data for it: what `throughput` runs, with workers that compute nothing (`worker.stand_in`)."""
 
 from __future__ import annotations
 
@@ -9,11 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-FEATURES, CLASSES = 4, 2
-
 
 class StandIn(nn.Module):
-    """D parameters, of which the first 8 are used.
+    """A vector.
 
     Args:
         parameters: D.
@@ -21,15 +16,14 @@ class StandIn(nn.Module):
 
     def __init__(self, parameters: int) -> None:
         super().__init__()
-        self.head = nn.Parameter(torch.zeros(CLASSES, FEATURES))
-        self.rest = nn.Parameter(torch.zeros(parameters - CLASSES * FEATURES))
+        self.vector = nn.Parameter(torch.zeros(parameters))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Logits, shape (batch, classes)."""
-        return inputs @ self.head.t()
+        """Nobody asks for it."""
+        raise NotImplementedError("a model without a forward pass: set worker.stand_in=true")
 
 
 def data() -> tuple[TensorDataset, TensorDataset]:
-    """Training and test set of 64 samples each."""
-    inputs, labels = torch.ones(64, FEATURES), torch.arange(64) % CLASSES
+    """Training and test set of 64 samples each, which nobody looks at."""
+    inputs, labels = torch.zeros(64, 1), torch.arange(64) % 2
     return TensorDataset(inputs, labels), TensorDataset(inputs, labels)

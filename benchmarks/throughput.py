@@ -1,8 +1,9 @@
 """The server's updates per second: ``python -m benchmarks.throughput --parameters D --workers K --seconds S [--json]``.
 
-Drives the real server and workers through `ormo_rpc.train`, with a model whose gradient costs next to nothing. Everything is
-taken from what any run leaves behind: updates and round trips from the trace (with a worker that computes nothing, the time
-between two of its pushes is its round trip), lock times from the summary, processor time and memory from the processes.
+Drives the real server and workers through `ormo_rpc.train`, with workers that compute nothing (``worker.stand_in=true``).
+Everything is taken from what any run leaves behind: updates and round trips from the trace (a worker that computes nothing
+pushes again at once, so the time between two of its pushes is its round trip), lock times from the summary, processor time and
+memory from the processes while they run, and how far the server is at that moment from the file ``progress``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import json
 import statistics
 import tempfile
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,38 +27,55 @@ from benchmarks.peers.common import Job, peak_bytes, result
 from ormo_rpc import train
 from ormo_rpc.run_directory import read_trace
 
-TRANSPORTS, WIRES = ("auto", "shm", "uv"), ("float32", "bf16")
+TRANSPORTS, WIRES = ("auto", "shm", "tcp", "uv"), ("float32", "bf16", "fp16")
 WARM_UP_SECONDS = 1.0
-SAMPLE_SECONDS = 0.05
+LOOK_SECONDS = 0.05
 
 
-def overrides(job: Job, transport: str, wire: str) -> list[str]:
-    """The run that is measured; an option that has its default is left out, so that older versions can be measured too."""
+def overrides(job: Job, transport: str = "auto", wire: str = "float32") -> list[str]:
+    """The run that is measured; what has its default is left out."""
     return [
         *("runtime=rpc", "algorithm=ormo", "logger=none", "logger.progress=false", f"workers={job.workers}", "train.lr=1e-6"),
         *("model=custom", "model._target_=benchmarks.stand_in.StandIn", f"model.kwargs={{parameters:{job.parameters}}}"),
-        *("dataset=custom", "dataset._target_=benchmarks.stand_in.data"),
+        *("dataset=custom", "dataset._target_=benchmarks.stand_in.data", "worker.stand_in=true"),
         *("train.batch_size=1", "train.epochs=1000000", f"train.max_seconds={WARM_UP_SECONDS + job.seconds}"),
         *([] if transport == "auto" else [f"wire.transport={transport}"]),
         *([] if wire == "float32" else [f"wire.dtype={wire}"]),
     ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What was seen of a run at one moment.
+
+    Attributes:
+        updates: Gradients applied so far.
+        cpu_seconds: What the server's process has used of processors so far.
+        server_bytes: The most memory that it has had so far.
+        worker_bytes: Likewise of the workers, the largest.
+    """
+
+    updates: int
+    cpu_seconds: float
+    server_bytes: int
+    worker_bytes: int
+
+
 class Watch:
-    """Processor time and peak memory of a run's processes, looked at from outside while it runs.
+    """Looks at a run's processes from outside, again and again, in a thread.
 
     Args:
         run_dir: Its directory, where ``processes.json`` tells who they are.
+
+    Attributes:
+        looks: What was seen.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
-        self.cpu: list[float] = []
-        """Seconds of the server's processors, at each look."""
-        self.peaks: dict[str, int] = {}
-        """Bytes of "server" and of each worker."""
+        self.looks: list[Look] = []
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Watch:
         self._thread.start()
@@ -65,43 +85,91 @@ class Watch:
         self._over.set()
         self._thread.join()
 
-    def _look(self) -> None:
-        while not self._over.wait(SAMPLE_SECONDS):
-            with contextlib.suppress(OSError, psutil.Error):  # not there yet, or not any more
-                processes = json.loads((self.run_dir / "processes.json").read_text())
-                times = psutil.Process(processes["server"]).cpu_times()
-                self.cpu.append(times.user + times.system)
-                for name, pid in {"server": processes["server"], **processes["workers"]}.items():
-                    self.peaks[name] = max(self.peaks.get(name, 0), peak_bytes(pid))
+    def _watch(self) -> None:
+        while not self._over.wait(LOOK_SECONDS):
+            with contextlib.suppress(OSError, psutil.Error, ValueError):  # not there yet, or not any more
+                self.looks.append(self._look())
+
+    def _look(self) -> Look:
+        processes = json.loads((self.run_dir / "processes.json").read_text())
+        times = psutil.Process(processes["server"]).cpu_times()
+        return Look(
+            updates=int.from_bytes((self.run_dir / "progress").read_bytes()[:8], "little"),
+            cpu_seconds=times.user + times.system,
+            server_bytes=peak_bytes(processes["server"]),
+            worker_bytes=max(peak_bytes(pid) for pid in processes["workers"].values()),
+        )
+
+    def between(self, first: int, last: int) -> list[Look]:
+        """What was seen while the server was between two numbers of updates."""
+        return [look for look in self.looks if first <= look.updates <= last]
 
 
-def measure(job: Job, transport: str, wire: str) -> dict[str, Any]:
-    """One run, as the line of a contender with what the server alone can tell."""
+def measure(job: Job, transport: str = "auto", wire: str = "float32", more: Sequence[str] = ()) -> dict[str, Any]:
+    """One run, as the line of a contender with what the server alone can tell.
+
+    Args:
+        job: D, K and how long.
+        transport: Of the wire.
+        wire: The numbers' format there.
+        more: Further overrides.
+
+    Raises:
+        ValueError: too little happened in the time.
+    """
     with tempfile.TemporaryDirectory(prefix="throughput_") as folder:
         run_dir = Path(folder) / "run"
         with Watch(run_dir) as watch:
-            summary = train(overrides(job, transport, wire), run_dir=run_dir)
+            summary = train([*overrides(job, transport, wire), *more], run_dir=run_dir)
         applied = [event for event in read_trace(run_dir)[1] if event["event"] == "apply"]
+    line = line_of(job, applied, watch, summary)
+    return {**line, "transport": transport, "wire": wire}
+
+
+def line_of(job: Job, applied: Sequence[Mapping[str, Any]], watch: Watch, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The line of a run from what it left behind.
+
+    Raises:
+        ValueError: too little happened in the time.
+    """
+    begin, end = WARM_UP_SECONDS, WARM_UP_SECONDS + job.seconds
     pushes: dict[int, list[float]] = defaultdict(list)
     for event in applied:
-        if WARM_UP_SECONDS <= event["seconds"] < WARM_UP_SECONDS + job.seconds:
-            pushes[event["worker"]].append(event["seconds"])
-    durations = [after - before for times in pushes.values() for before, after in itertools.pairwise(times)]
-    cpu = (watch.cpu[-1] - watch.cpu[0]) / len(applied) if len(watch.cpu) > 1 else 0.0
-    workers = [peak for name, peak in watch.peaks.items() if name != "server"]
-    line = result("ormo_rpc", job, durations, cpu * len(durations), watch.peaks.get("server"), workers)
-    return line | {
-        "transport": transport,
-        "wire": wire,
-        "lock_wait_seconds_per_update": summary["lock_wait_seconds"] / len(applied),
-        "lock_held_seconds_per_update": summary["lock_held_seconds"] / len(applied),
-        "spread_of_workers": _spread([len(times) for times in pushes.values()]),
+        pushes[event["worker"]].append(event["seconds"])
+    # As with the peers, a round trip counts that begins in time.
+    pairs = [pair for times in pushes.values() for pair in itertools.pairwise(times) if begin <= pair[0] < end]
+    durations = [after - before for before, after in pairs]
+    inside = [event for event in applied if begin <= event["seconds"] < end]
+    if not durations:
+        raise ValueError(f"got {len(inside)} updates in {job.seconds:g} s, expected two of a worker; measure for longer")
+    looks = watch.between(inside[0]["iteration"], inside[-1]["iteration"])
+    cpu = _slope(looks)
+    held, count = summary["lock_held_seconds"], len(applied)
+    last = looks[-1] if looks else None
+    return {
+        **result(
+            *("ormo_rpc", job, durations, None if cpu is None else cpu * len(durations)),
+            *(None if last is None else last.server_bytes, [] if last is None else [last.worker_bytes]),
+        ),
+        "delay_mean": statistics.fmean(event["delay"] for event in inside),
+        "delay_99_percent": sorted(event["delay"] for event in inside)[min(len(inside) - 1, int(0.99 * len(inside)))],
+        "lock_wait_seconds_per_update": summary["lock_wait_seconds"] / count,
+        "lock_held_seconds_per_update": held / count,
+        "step_seconds_per_update": summary["step_seconds"] / count,
+        "step_part_of_lock": summary["step_seconds"] / held if held else None,
+        "spread_of_workers": _spread(Counter(event["worker"] for event in inside)),
     }
 
 
-def _spread(counts: list[int]) -> float:
+def _slope(looks: Sequence[Look]) -> float | None:
+    """Processor seconds per update, between the first look and the last."""
+    updates = looks[-1].updates - looks[0].updates if looks else 0
+    return (looks[-1].cpu_seconds - looks[0].cpu_seconds) / updates if updates else None
+
+
+def _spread(pushes: Counter[int]) -> float:
     """The standard deviation of the workers' pushes over their mean: who is served less than others."""
-    return statistics.pstdev(counts) / statistics.fmean(counts) if counts else 0.0
+    return statistics.pstdev(pushes.values()) / statistics.fmean(pushes.values())
 
 
 def main() -> None:
@@ -112,10 +180,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, metavar="S")
     parser.add_argument("--transport", choices=TRANSPORTS, default="auto")
     parser.add_argument("--wire", choices=WIRES, default="float32")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further options of the run")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     arguments = parser.parse_args()
     job = Job(parameters=arguments.parameters, workers=arguments.workers, seconds=arguments.seconds)
-    line = measure(job, arguments.transport, arguments.wire)
+    line = measure(job, arguments.transport, arguments.wire, arguments.set)
     if arguments.json:
         print(json.dumps(line), flush=True)
         return

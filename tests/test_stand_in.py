@@ -11,6 +11,7 @@ from torch import nn
 import ormo_rpc
 from ormo_rpc import algorithms
 from ormo_rpc.cli import compose
+from ormo_rpc.flat import FlatModel
 from ormo_rpc.job import Job
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.run_directory import read_trace
@@ -101,7 +102,7 @@ def test_the_parameters_stay_finite_over_any_number_of_updates() -> None:
 
 
 def test_batch_statistics_go_with_it_and_are_finite() -> None:
-    worker = StandInWorker(ormo_rpc.flat.FlatModel(module("norm")), data(), EPOCHS, algorithms.find("ormo"), seed=0)
+    worker = StandInWorker(FlatModel(module("norm")), data(), EPOCHS, algorithms.find("ormo"), seed=0)
     reply = Reply(worker=0, ticket=0, stamp=0, params=worker.model.flat_params(), lr=0.1, steps=1, incarnation=0)
     push: Push = worker.compute(reply)
     assert {name: value.shape for name, value in push.buffers.items()} == worker.model.buffers.shapes
