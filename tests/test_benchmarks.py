@@ -54,7 +54,15 @@ def test_our_own_line_is_read_from_the_trace_and_the_looks(tmp_path: Path) -> No
     watch = throughput.Watch(tmp_path)
     looks = ((0, 9.0, 1), (2, 10.0, 2), (4, 10.2, 3), (6, 10.4, 4), (9, 99.0, 99))  # updates, CPU, bytes; the first applied in
     watch.looks = [  # time is number 1, the last is number 6
-        throughput.Look(updates=n, cpu_seconds=cpu, server_bytes=size, worker_bytes=10 * size) for n, cpu, size in looks
+        throughput.Look(
+            updates=n,
+            cpu_seconds=cpu,
+            workers_cpu_seconds=3 * cpu,
+            server_bytes=size,
+            server_bytes_now=0,
+            worker_bytes=10 * size,
+        )
+        for n, cpu, size in looks
     ]
     summary = {"lock_wait_seconds": 0.1, "lock_held_seconds": 2.0, "step_seconds": 1.8}
     line = throughput.line_of(job, applied, watch, summary)
@@ -62,6 +70,7 @@ def test_our_own_line_is_read_from_the_trace_and_the_looks(tmp_path: Path) -> No
     assert line["updates_per_second"] == pytest.approx(6 / ((4 * 0.5 + 1.0 + 1.05) / 2))
     assert line["round_trip_median_seconds"] == pytest.approx(0.5)
     assert line["server_cpu_seconds_per_update"] == pytest.approx(0.1)  # 0.4 s for 4 updates
+    assert line["workers_cpu_seconds_per_update"] == pytest.approx(0.3)
     assert (line["server_peak_bytes"], line["worker_peak_bytes"]) == (4, 40)  # what the end of the run needs is left out
     assert line["lock_held_seconds_per_update"] == pytest.approx(0.2)  # 10 updates in all
     assert line["step_part_of_lock"] == pytest.approx(0.9)
