@@ -51,13 +51,17 @@ class Look:
     Attributes:
         updates: Gradients applied so far.
         cpu_seconds: What the server's process has used of processors so far.
-        server_bytes: The most memory that it has had so far.
-        worker_bytes: Likewise of the workers, the largest.
+        workers_cpu_seconds: What those of the workers have, together.
+        server_bytes: The most memory that the server has had so far.
+        server_bytes_now: What it has now.
+        worker_bytes: The most memory that a worker has had so far.
     """
 
     updates: int
     cpu_seconds: float
+    workers_cpu_seconds: float
     server_bytes: int
+    server_bytes_now: int
     worker_bytes: int
 
 
@@ -91,13 +95,15 @@ class Watch:
                 self.looks.append(self._look())
 
     def _look(self) -> Look:
-        processes = json.loads((self.run_dir / "processes.json").read_text())
-        times = psutil.Process(processes["server"]).cpu_times()
+        told = json.loads((self.run_dir / "processes.json").read_text())
+        server, workers = psutil.Process(told["server"]), [psutil.Process(pid) for pid in told["workers"].values()]
         return Look(
             updates=int.from_bytes((self.run_dir / "progress").read_bytes()[:8], "little"),
-            cpu_seconds=times.user + times.system,
-            server_bytes=peak_bytes(processes["server"]),
-            worker_bytes=max(peak_bytes(pid) for pid in processes["workers"].values()),
+            cpu_seconds=_cpu_seconds(server),
+            workers_cpu_seconds=sum(map(_cpu_seconds, workers)),
+            server_bytes=peak_bytes(server.pid),
+            server_bytes_now=server.memory_info().rss,
+            worker_bytes=max(peak_bytes(worker.pid) for worker in workers),
         )
 
     def between(self, first: int, last: int) -> list[Look]:
@@ -143,7 +149,8 @@ def line_of(job: Job, applied: Sequence[Mapping[str, Any]], watch: Watch, summar
     if not durations:
         raise ValueError(f"got {len(inside)} updates in {job.seconds:g} s, expected two of a worker; measure for longer")
     looks = watch.between(inside[0]["iteration"], inside[-1]["iteration"])
-    cpu = _slope(looks)
+    cpu = _slope([(look.updates, look.cpu_seconds) for look in looks])
+    of_workers = _slope([(look.updates, look.workers_cpu_seconds) for look in looks])
     held, count = summary["lock_held_seconds"], len(applied)
     last = looks[-1] if looks else None
     return {
@@ -151,6 +158,7 @@ def line_of(job: Job, applied: Sequence[Mapping[str, Any]], watch: Watch, summar
             *("ormo_rpc", job, durations, None if cpu is None else cpu * len(durations)),
             *(None if last is None else last.server_bytes, [] if last is None else [last.worker_bytes]),
         ),
+        "workers_cpu_seconds_per_update": of_workers,
         "delay_mean": statistics.fmean(event["delay"] for event in inside),
         "delay_99_percent": sorted(event["delay"] for event in inside)[min(len(inside) - 1, int(0.99 * len(inside)))],
         "lock_wait_seconds_per_update": summary["lock_wait_seconds"] / count,
@@ -161,10 +169,15 @@ def line_of(job: Job, applied: Sequence[Mapping[str, Any]], watch: Watch, summar
     }
 
 
-def _slope(looks: Sequence[Look]) -> float | None:
-    """Processor seconds per update, between the first look and the last."""
-    updates = looks[-1].updates - looks[0].updates if looks else 0
-    return (looks[-1].cpu_seconds - looks[0].cpu_seconds) / updates if updates else None
+def _slope(looks: Sequence[tuple[int, float]]) -> float | None:
+    """Processor seconds per update, between the first look and the last; None where nothing happened between them."""
+    updates = looks[-1][0] - looks[0][0] if looks else 0
+    return (looks[-1][1] - looks[0][1]) / updates if updates else None
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system
 
 
 def _spread(pushes: Counter[int]) -> float:

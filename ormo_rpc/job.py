@@ -120,7 +120,7 @@ class Job:
         return iteration / self.batches_per_epoch
 
     def evaluator(self) -> Evaluator | None:
-        """Evaluates on the test split, with a model of its own; None where workers compute nothing of interest."""
+        """Evaluates on the test split, with a model of its own; None where the workers compute nothing."""
         if self.config.worker.stand_in:
             return None
         model = self.model()

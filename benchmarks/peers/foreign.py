@@ -28,10 +28,28 @@ def job_from_command_line() -> Job:
     return Job(arguments.parameters, arguments.workers, arguments.seconds)
 
 
-def report(name: str, job: Job, durations: list[float], cpu: float, server_bytes: int, worker_bytes: list[int]) -> None:
-    """Print the line."""
+def report(
+    name: str,
+    job: Job,
+    durations: list[float],
+    cpu: float,
+    server_bytes: int,
+    worker_bytes: list[int],
+    used: float | None = None,
+) -> None:
+    """Print the line.
+
+    Args:
+        name: The contender's.
+        job: What was measured.
+        durations: Of the round trips, in seconds.
+        cpu: Seconds that the server has used of processors.
+        server_bytes: Its peak memory.
+        worker_bytes: Those of the workers.
+        used: The time in which all that was done, where workers do not go from one round trip to the next without a pause.
+    """
     durations, updates = sorted(durations), len(durations)
-    used = sum(durations) / job.workers
+    used = used or sum(durations) / job.workers
     line = {
         "contender": name,
         "parameters": job.parameters,

@@ -1,7 +1,8 @@
 """TensorFlow's side of `tensorflow_server`; imported only where TensorFlow is.
 
-A step on a worker reads the parameters from the server and applies a constant gradient there with SGD and momentum. The
-coordinator keeps one step per worker scheduled; a round trip is the time that a step took by its own clock (``tf.timestamp``).
+A step on a worker applies a constant gradient to the parameters on the server, with SGD and momentum, and reads them. The
+coordinator has many steps scheduled, and each worker takes the next one when it is done; a round trip is the time that a step
+took by its own clock (``tf.timestamp``), and the rate is that of the whole, with the coordinator's part in it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ import psutil
 from benchmarks.peers.foreign import job_from_command_line, peak_bytes, report
 
 LEARNING_RATE, MOMENTUM = 1e-3, 0.9
+WARM_UP_SECONDS = 1.0
+BATCHES = 5
+"""How often the coordinator waits for all workers while it is measured."""
 
 
 def serve(cluster: dict[str, list[str]], role: str, index: int) -> None:
@@ -31,7 +35,7 @@ def serve(cluster: dict[str, list[str]], role: str, index: int) -> None:
 
 def main() -> None:
     """Start the cluster on this machine, measure, and end it."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.update(TF_CPP_MIN_LOG_LEVEL="3", CUDA_VISIBLE_DEVICES="-1")
     job = job_from_command_line()
     cluster = {"ps": [_address()], "worker": [_address() for _ in range(job.workers)]}
     context = multiprocessing.get_context("spawn")
@@ -41,16 +45,17 @@ def main() -> None:
         process.start()
     try:
         serving = psutil.Process(processes[0].pid)
-        durations, cpu = _measure(cluster, job, serving)
+        durations, used, cpu = _measure(cluster, job, serving)
         peaks = [peak_bytes(int(process.pid or 0)) for process in processes]
-        report("tensorflow", job, durations, cpu, peaks[0], peaks[1:])
+        report("tensorflow", job, durations, cpu, peaks[0], peaks[1:], used)
     finally:
         for process in processes:
             process.kill()
             process.join()
 
 
-def _measure(cluster: dict[str, list[str]], job: Any, serving: psutil.Process) -> tuple[list[float], float]:
+def _measure(cluster: dict[str, list[str]], job: Any, serving: psutil.Process) -> tuple[list[float], float, float]:
+    """The round trips, the time that all of them took, and the server's processor seconds."""
     tf: Any = importlib.import_module("tensorflow")  # in an environment of its own
 
     resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(tf.train.ClusterSpec(cluster), rpc_layer="grpc")
@@ -69,23 +74,25 @@ def _measure(cluster: dict[str, list[str]], job: Any, serving: psutil.Process) -
                 var=w.handle, accum=u.handle, lr=LEARNING_RATE, grad=grad, momentum=MOMENTUM, use_locking=True
             )
         with tf.control_dependencies([applied]):
-            params = tf.identity(w.read_value())
-        with tf.control_dependencies([params]):
-            return tf.timestamp() - began
+            newest = tf.identity(w.read_value())[-1]  # a number of them is returned, so that they have to come here
+        with tf.control_dependencies([newest]):
+            return tf.timestamp() - began, newest
 
-    def rounds(seconds: float) -> list[float]:
+    def run(seconds: float, at_once: int) -> tuple[list[float], float]:
         results: list[Any] = []
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            batch = [coordinator.schedule(step) for _ in range(2 * job.workers)]
+        began = time.perf_counter()
+        while time.perf_counter() < began + seconds:
+            batch = [coordinator.schedule(step) for _ in range(at_once)]
             coordinator.join()
             results += batch
-        return [float(result.fetch()) for result in results]
+        used = time.perf_counter() - began
+        return [float(result.fetch()[0]) for result in results], used
 
-    rounds(1.0)
+    durations, used = run(WARM_UP_SECONDS, 2 * job.workers)
+    at_once = max(2 * job.workers, int(len(durations) / used * job.seconds / BATCHES))
     before = sum(serving.cpu_times()[:2])
-    durations = rounds(job.seconds)
-    return durations, sum(serving.cpu_times()[:2]) - before
+    durations, used = run(job.seconds, at_once)
+    return durations, used, sum(serving.cpu_times()[:2]) - before
 
 
 def _address() -> str:
