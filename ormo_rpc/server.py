@@ -341,7 +341,7 @@ class ParameterServer(ServerState):
         """What the rule sends this worker: the snapshot that all replies of one stamp share, unless each gets its own."""
         dispatch = Dispatch(worker=worker, concurrency=self.concurrency, lr=lr, bucket=self.buckets.current)
         outgoing = self.rule.outgoing(dispatch)
-        return self.snapshot() if outgoing is self.params else outgoing.clone()
+        return self.snapshot() if outgoing is self.params else self.rule.kernel.blank(outgoing).copy_(outgoing)
 
     def _record(self, kind: Kind, **data: Any) -> None:
         self.record(Event(kind, self.clock(), data))

@@ -28,6 +28,5 @@ class Wire(Section):
     PATH = "wire"
     transport: Transport = option(
         Transport.auto,
-        "auto (each worker: shm where it can, else tcp), shm (shared memory on one machine), tcp (frames), or uv "
-        "(torch.distributed.rpc)",
+        "auto (shm where a worker can, else tcp), shm (shared memory), tcp, or uv (torch.distributed.rpc)",
     )
