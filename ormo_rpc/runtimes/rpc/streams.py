@@ -114,8 +114,8 @@ class Streams:
         """
         payload = torch.empty(self._payload_elements, dtype=self._payload_dtype) if shared is None else shared
         inline = bytes_of(payload) if shared is None else None
-        # A worker that lies can change shared memory after it was checked. That spoils its own gradient, which it may do anyway,
-        # but in the journal it would be a torn record, behind which all others are lost.
+        # A worker that lies can change shared memory after it was checked. That spoils its own gradient, which it may do
+        # anyway, but in the journal it would be a torn record, behind which all others are lost.
         private = torch.empty_like(payload) if shared is not None and isinstance(self.service.journal, Journal) else None
         frame = bytearray(ASK.size)
         whole = memoryview(frame)
