@@ -49,8 +49,16 @@ def chance(size: int) -> torch.Tensor:
     return torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
 
 
+def sending(stream: Stream) -> Callable[[], None]:
+    return lambda: stream.send(b"x", bytes_of(chance(LARGE)))
+
+
+def receiving(stream: Stream) -> Callable[[], None]:
+    return lambda: stream.receive(memoryview(bytearray(10_000)))
+
+
 def gone_after(looks: int) -> Callable[[], bool]:
-    """Is asked, and says no from that time on."""
+    """Whether somebody is alive who is found so that many times."""
     asked = iter(range(1_000_000))
     return lambda: next(asked) < looks
 
@@ -143,11 +151,9 @@ def test_who_stalls_is_given_up_as_soon_as_it_is_known_to_be_gone(what: str) -> 
         began = time.monotonic()
         if what == "stops in the middle":
             here.sendall(b"x" * 30)
+        call = sending(stream) if what == "does not read" else receiving(stream)
         with pytest.raises(EOFError, match=r"\Athe other side is gone\Z"):
-            if what == "does not read":
-                stream.send(b"x", bytes_of(chance(LARGE)))
-            else:
-                stream.receive(memoryview(bytearray(ASK.size)))
+            call()
         # Two looks, a second each, where the first one found it alive.
         assert 1.5 * frames.LOOK_SECONDS < time.monotonic() - began < SOON_SECONDS
 
@@ -171,12 +177,10 @@ def test_who_trickles_is_given_up_as_well(direction: str) -> None:
         trickling = threading.Thread(target=trickle, daemon=True)
         trickling.start()
         stream = Stream(there, gone_after(0))
+        call = receiving(stream) if direction == "gives" else sending(stream)
         try:
             with pytest.raises(EOFError, match=r"\Athe other side is gone\Z"):
-                if direction == "gives":
-                    stream.receive(memoryview(bytearray(10_000)))
-                else:
-                    stream.send(b"x", bytes_of(chance(LARGE)))
+                call()
         finally:
             ended.set()
             trickling.join(PATIENCE_SECONDS)

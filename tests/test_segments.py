@@ -1,4 +1,4 @@
-"""Shared memory between real processes: the other one reads and never writes, knows it for certain, and it ends with its users."""
+"""Shared memory between real processes: read by the other one, never written, known for certain, gone with its users."""
 
 from __future__ import annotations
 
