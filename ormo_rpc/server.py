@@ -348,7 +348,7 @@ class ParameterServer(ServerState):
         dispatch = Dispatch(worker=worker, concurrency=self.concurrency, lr=lr, bucket=self.buckets.current)
         began = self.timer()
         outgoing = self.rule.outgoing(dispatch)
-        params = self.snapshot() if outgoing is self.params else outgoing.clone()
+        params = self.snapshot() if outgoing is self.params else self.rule.kernel.blank(outgoing).copy_(outgoing)
         self.step_seconds += self.timer() - began
         return params
 

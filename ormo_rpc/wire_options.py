@@ -28,5 +28,5 @@ class Wire(Section):
     PATH = "wire"
     transport: Transport = option(
         Transport.auto,
-        "auto (shm where it works, else tcp), shm (shared memory), tcp (frames) or uv (torch.distributed.rpc)",
+        "auto (shm where a worker can, else tcp), shm (shared memory), tcp, or uv (torch.distributed.rpc)",
     )

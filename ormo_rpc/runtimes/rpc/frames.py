@@ -79,8 +79,9 @@ class Stream:
                 raise EOFError(f"the connection has ended: {error}") from None
             while parts and sent >= len(parts[0]):
                 sent -= len(parts.pop(0))
-            if parts:
+            if parts:  # the time is over, too: whoever takes a byte a second is no better than one who takes none
                 parts[0] = parts[0][sent:]
+                self._check_alive()
 
     def receive(self, into: memoryview) -> None:
         """Fill a buffer.
@@ -99,6 +100,8 @@ class Stream:
             if count == 0:
                 raise EOFError("the connection has ended")
             into = into[count:]
+            if into:  # as above
+                self._check_alive()
 
     def _check_alive(self) -> None:
         if not self.alive():

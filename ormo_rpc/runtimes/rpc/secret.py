@@ -20,7 +20,7 @@ from typing import Any, Literal, NoReturn
 
 from ormo_rpc.config import ConfigError
 
-PROTOCOL = 1
+PROTOCOL = 2
 """The version of what is said at the door; bound into every proof."""
 VARIABLE = "ORMO_RPC_SECRET"
 """The environment variable that holds the secret where no file is named."""

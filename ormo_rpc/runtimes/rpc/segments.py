@@ -4,11 +4,13 @@ A *segment* is made by ``memfd_create`` and known by its process and its descrip
 opens it as ``/proc/PROCESS/fd/DESCRIPTOR``. It is gone with the last process that has it, however that ends, so nothing can be
 left in ``/dev/shm``. That a descriptor is the segment that was meant, rather than anything on another machine or in another
 container, where that process number means somebody else, is known from its name, which the kernel tells and which has 128 bits
-of chance. Its size is sealed: nobody can shrink it under a reader, who would die of that.
+of chance. Its size is sealed: nobody can shrink it under a reader, who would die of that; and so is its content, for all but
+its maker, who has mapped it before.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -23,6 +25,10 @@ from torch import Tensor
 
 AVAILABLE = sys.platform == "linux"
 """Whether this system has such files."""
+
+
+_SEAL_FUTURE_WRITE = 0x0010
+"""From Linux 5.1 on, and in Python's own list from 3.13 on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,8 +56,10 @@ class Segments:
         descriptor = os.memfd_create(self.origin.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(descriptor, max(size, 1))
-            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
             memory = mmap.mmap(descriptor, max(size, 1), flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+            with contextlib.suppress(OSError):  # an older system: the others are still asked to map it for reading only
+                fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEAL_FUTURE_WRITE)
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         except BaseException:
             os.close(descriptor)
             raise
@@ -80,7 +88,7 @@ def opened(origin: Origin, descriptor: int, size: int) -> Tensor:
     place, expected = f"/proc/{origin.process}/fd/{descriptor}", f"/memfd:{origin.name} (deleted)"
     if str(Path(place).readlink()) != expected:  # looked at before, too, since merely opening some things has effects
         raise FileNotFoundError(f"{place} is not the segment that was meant")
-    ours = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+    ours = os.open(place, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)  # it may be a FIFO by now, and hold us
     try:
         if str(Path(f"/proc/self/fd/{ours}").readlink()) != expected:
             raise FileNotFoundError(f"{place} is not the segment that was meant")

@@ -11,23 +11,21 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ormo_rpc.config import Config, load_config
 from ormo_rpc.faults import Injector
 from ormo_rpc.job import Job
-from ormo_rpc.kernels.pool import pooled
 from ormo_rpc.messages import Reply
 from ormo_rpc.runtimes.rpc.addresses import name_of
 from ormo_rpc.runtimes.rpc.agent import SERVER, rpc_agent
 from ormo_rpc.runtimes.rpc.door import Door
 from ormo_rpc.runtimes.rpc.handlers import CALLED_BY_WORKERS, publish
 from ormo_rpc.runtimes.rpc.secret import Secret
-from ormo_rpc.runtimes.rpc.segments import AVAILABLE, Segments
 from ormo_rpc.runtimes.rpc.service import Service
-from ormo_rpc.runtimes.rpc.streams import Streams
+from ormo_rpc.runtimes.rpc.streams import Streams, shared_snapshots
 from ormo_rpc.server import ParameterServer
 from ormo_rpc.session import Session
 from ormo_rpc.wire_options import Transport
@@ -105,7 +103,7 @@ class Host:
         self.session = Session(
             job, place.run_dir, self._pool, self._writer, self.clock, figures=self._lock_times, terminal=place.terminal
         )
-        self.segments = self._share_memory()
+        self.segments = shared_snapshots(self.session.server.rule, job.config.wire.transport)
         self._rolled_back_before = self.session.progress.rolled_back
         self.session.open(life=place.life)
         self.clock.before = self.session.seconds_before
@@ -165,16 +163,6 @@ class Host:
         else:
             self.stop_message = message["stop"]
             self.stop_asked.set()
-
-    def _share_memory(self) -> Segments | None:
-        """Have snapshots lie in memory that workers on this machine can read, unless the wire is to be something else."""
-        if not AVAILABLE or self.session.job.config.wire.transport not in (Transport.auto, Transport.shm):
-            return None
-        segments, rule = Segments(), self.session.server.rule
-        rule.kernel = replace(rule.kernel, blank=pooled(segments))
-        if rule.OUT_OF_PLACE:
-            rule.params = rule.blank().copy_(rule.params)  # the first snapshot as well
-        return segments
 
     def _observe(self, server: ParameterServer) -> None:
         self.session.observe(server)

@@ -64,12 +64,12 @@ class StreamCalls:
             connection = socket.create_connection(lease.connection.getpeername()[:2], timeout_seconds)
             try:
                 reason = self._agree(wire.LineReader(connection), lease.welcome.token, secret, segments, timeout_seconds)
+                self._stream = Stream(connection, lambda: not lease.lost.is_set())
             except BaseException:
                 connection.close()
                 raise
         except (OSError, EOFError) as error:
             raise ServerLost(f"no stream to the server: {error or type(error).__name__}") from None
-        self._stream = Stream(connection, lambda: not lease.lost.is_set())
         if self._origin is None:
             if must_share:
                 connection.close()

@@ -10,23 +10,37 @@ from __future__ import annotations
 import json
 import queue
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.futures import Future
 
+from ormo_rpc.algorithms.base import Algorithm
+from ormo_rpc.journal import Journal
+from ormo_rpc.kernels.pool import pooled
 from ormo_rpc.messages import Refusal
 from ormo_rpc.runtimes.rpc import wire
 from ormo_rpc.runtimes.rpc.frames import ANSWER, ASK, DTYPES, INLINE, LOOK_SECONDS, Ask, Say, Stream, bytes_of
-from ormo_rpc.runtimes.rpc.segments import Origin, Segments, opened
+from ormo_rpc.runtimes.rpc.segments import AVAILABLE, Origin, Segments, opened
 from ormo_rpc.runtimes.rpc.service import Answer, Service, answered
 from ormo_rpc.wire_options import Transport
 
 GREETING_SECONDS = 10.0
 """How long a worker may take to show its token."""
 GREETING_BYTES = 4096
+
+
+def shared_snapshots(rule: Algorithm, transport: Transport) -> Segments | None:
+    """Have what a rule sends lie in memory that workers on this machine can read, unless the wire is to be something else."""
+    if not AVAILABLE or transport not in (Transport.auto, Transport.shm):
+        return None
+    segments = Segments()
+    rule.kernel = replace(rule.kernel, blank=pooled(segments))
+    if rule.OUT_OF_PLACE:
+        rule.params = rule.blank().copy_(rule.params)  # the first snapshot as well
+    return segments
 
 
 class Streams:
@@ -74,12 +88,11 @@ class Streams:
     def _share(self, segment: object) -> tuple[Tensor | None, str]:
         """The worker's payload in memory that we share with it; None, and why, where there is none."""
         if self.segments is None:
-            return None, f"wire.transport={self.transport.value}"
-        try:
-            assert isinstance(segment, Mapping)
-            process, name, descriptor = segment["process"], segment["name"], segment["descriptor"]
-            assert type(process) is int and type(descriptor) is int and isinstance(name, str)  # noqa: PT018 - one question
-        except (AssertionError, KeyError):
+            chosen = self.transport is Transport.tcp
+            return None, "wire.transport=tcp" if chosen else "the server's system has no memory that could be shared"
+        given = segment if isinstance(segment, Mapping) else {}
+        process, name, descriptor = (given.get(key) for key in ("process", "name", "descriptor"))
+        if type(process) is not int or type(descriptor) is not int or not isinstance(name, str):
             return None, "the worker has no segment"
         try:
             size = self._payload_elements * self._payload_dtype.itemsize
@@ -101,7 +114,10 @@ class Streams:
         """
         payload = torch.empty(self._payload_elements, dtype=self._payload_dtype) if shared is None else shared
         inline = bytes_of(payload) if shared is None else None
-        parts = self.service.unpacked(payload)
+        # A worker that lies can change shared memory after it was checked. That spoils its own gradient, which it may do
+        # anyway, but in the journal it would be a torn record, behind which all others are lost.
+        private = torch.empty_like(payload) if shared is not None and isinstance(self.service.journal, Journal) else None
+        parts = self.service.unpacked(payload if private is None else private)
         frame = bytearray(ASK.size)
         whole = memoryview(frame)
         while True:
@@ -110,6 +126,8 @@ class Streams:
             if word == Ask.push:
                 if inline is not None:
                     stream.receive(inline)
+                if private is not None:
+                    private.copy_(payload)
                 known_loss = loss if has_loss else None
                 future = answered(
                     lambda: self.service.take(token, ticket, stamp, incarnation, known_loss, samples, parts)  # noqa: B023 - called at once
@@ -159,10 +177,11 @@ def _outcome(future: Future[Answer], stream: Stream) -> Answer:
         done = queue.SimpleQueue[object]()
         future.add_done_callback(done.put)
         while True:
+            alive = stream.alive()  # before we wait: who is evicted meanwhile is given the reason in a moment
             try:
                 done.get(timeout=LOOK_SECONDS)
                 break
             except queue.Empty:
-                if not stream.alive():
+                if not alive:
                     raise EOFError("the worker was evicted") from None
     return future.value()
