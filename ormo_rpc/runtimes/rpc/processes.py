@@ -184,6 +184,8 @@ def _environment(config: Config, *, loopback: bool) -> dict[str, str]:
         "OMP_NUM_THREADS": str(config.runtime.threads),
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path) or os.environ.get("PYTHONPATH", ""),
         "PYTHONUNBUFFERED": "1",
+        # Large tensors on huge pages: fresh memory is what torch.distributed.rpc receives every message into.
+        "THP_MEM_ALLOC_ENABLE": os.environ.get("THP_MEM_ALLOC_ENABLE", "1"),
         # Every ordinary goodbye makes the agents warn of closed pipes.
         "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
     }
