@@ -198,8 +198,9 @@ def test_the_estimate_counts_what_is_installed(monkeypatch: pytest.MonkeyPatch, 
     there = Contender(name="there", module="there", overhead_seconds=4.0)
     missing = Contender(name="missing", module="missing", environment=tmp_path, overhead_seconds=100.0)
     monkeypatch.setattr(side_by_side, "CONTENDERS", {"there": there, "missing": missing})
-    # 3 rounds of 2 sizes and 2 numbers of workers, each 1 + 4 s.
-    assert side_by_side.estimated_seconds(["there", "missing"], (1, 2), (2, 4), 1.0, 3) == 60
+    # 3 rounds of 2 sizes and 2 numbers of workers, each 1 + 4 s, and 0.3 s for each million of parameters: 6 * 0.3 * 30 = 54.
+    found = side_by_side.estimated_seconds(["there", "missing"], (10_000_000, 20_000_000), (2, 4), 1.0, 3)
+    assert found == pytest.approx(60 + 54)
 
 
 def line(name: str, number: int, rate: float, **more: Any) -> dict[str, Any]:
