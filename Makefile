@@ -1,6 +1,6 @@
 # Every target that needs an environment makes it first.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check format bench bench-step bench-ray bench-tensorflow replays methods scale chaos journal clean
+.PHONY: help setup train test check format bench bench-step bench-ray bench-tensorflow live-scale server-memory replays methods scale chaos journal clean
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
@@ -33,7 +33,7 @@ format: .venv/ready  ## Put the code into its format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: .venv/ready  ## Throughput beside the peers, into results/ (half an hour; ARGS="--workers 4 --rounds 5")
+bench: .venv/ready  ## Throughput beside the peers, into results/ (half an hour; ARGS="--workers 2 4 --rounds 3")
 	$(BIN)/python -m benchmarks.side_by_side $(ARGS)
 
 bench-step: .venv/ready  ## The server's step: against memory bandwidth, and each rule's in copies of the parameters
@@ -49,6 +49,12 @@ bench-tensorflow: .venv-tensorflow/ready  ## Make the environment of the contend
 	$(PYTHON) -m venv --clear .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check '$*>=2' numpy psutil
 	@touch $@
+
+live-scale: .venv/ready  ## The live server against the number of workers, 1 to 32, into results/ (minutes)
+	$(BIN)/python -m benchmarks.live_scale $(ARGS)
+
+server-memory: .venv/ready  ## The live server's peak memory, and that it does not grow, into results/ (minutes)
+	$(BIN)/python -m benchmarks.server_memory $(ARGS)
 
 replays: .venv/ready  ## Run live and replay bit for bit, into results/ (minutes; ARGS="--cifar DIRECTORY")
 	$(BIN)/python benchmarks/replays.py $(ARGS)

@@ -138,7 +138,7 @@ def picture(content: Mapping[str, Any], path: Path) -> None:
         axis.set(title=title, xlabel="K, workers", xscale="log", yscale=scale)
         axis.set_xticks(sorted({line["workers"] for line in content["lines"]}), labels=None)
         axis.xaxis.set_major_formatter("{x:.0f}")
-        axis.xaxis.set_minor_locator(pyplot.NullLocator())
+        axis.minorticks_off()
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8)
     axes[0][0].set_ylim(bottom=0)

@@ -1,6 +1,6 @@
 """The live server's memory: ``make server-memory``.
 
-*How much.* Peak memory at some D, less that at D = 10, in bytes for each parameter, against a budget for OrMo: 16 D (parameters,
+*How much.* Peak memory at some D, less that at D = 10, in bytes for each parameter, and a budget for OrMo: 16 D (parameters,
 momentum, and two vectors besides, such as the copy that an export is made with), 4 D for each snapshot that somebody may hold
 (one for each worker, and the newest), and 4 D for each worker (the gradient that is on its way).
 
@@ -142,8 +142,12 @@ def main() -> None:
         "transport": a.transport,
         "peaks": peaks,
         "growth": {
-            **{"parameters": a.small, "workers": a.workers[0], "updates": a.updates, "bytes_per_update": growth(looks)},
-            **{"first_bytes": looks[0].server_bytes_now, "last_bytes": looks[-1].server_bytes_now},
+            "parameters": a.small,
+            "workers": a.workers[0],
+            "updates": a.updates,
+            "bytes_per_update": growth(looks),
+            "first_bytes": looks[0].server_bytes_now,
+            "last_bytes": looks[-1].server_bytes_now,
         },
     }
     a.into.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,8 @@ from benchmarks.side_by_side_report import as_text, write
 
 RESULTS = ROOT / "results"
 SIZES = (272_474, 2_000_000, 25_000_000)
+SECONDS_PER_PARAMETER = 3e-7
+"""About how much longer a measurement takes to prepare and to warm up for each parameter."""
 Measure = Callable[[Contender, int, int, float], dict[str, Any] | str]
 """From contender, D, K and S to a line, or to the reason why there is none."""
 
@@ -30,7 +32,9 @@ Measure = Callable[[Contender, int, int, float], dict[str, Any] | str]
 def estimated_seconds(names: Sequence[str], sizes: Sequence[int], workers: Sequence[int], seconds: float, rounds: int) -> float:
     """About how long all of it takes; what is not installed takes no time."""
     there = [CONTENDERS[name] for name in names if CONTENDERS[name].python.exists()]
-    return rounds * len(sizes) * len(workers) * sum(seconds + contender.overhead_seconds for contender in there)
+    starts = sum(contender.overhead_seconds for contender in there)
+    large = len(there) * SECONDS_PER_PARAMETER * sum(sizes)
+    return rounds * len(workers) * (len(sizes) * (len(there) * seconds + starts) + large)
 
 
 def rotated(names: Sequence[str], number: int) -> list[str]:

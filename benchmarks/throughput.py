@@ -29,7 +29,7 @@ from ormo_rpc.run_directory import read_trace
 
 TRANSPORTS, WIRES = ("auto", "shm", "tcp", "uv"), ("float32", "bf16", "fp16")
 WARM_UP_SECONDS = 1.0
-LOOK_SECONDS = 0.05
+LOOK_SECONDS = 0.1
 
 
 def overrides(job: Job, transport: str = "auto", wire: str = "float32") -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-from benchmarks import contenders, machine, side_by_side, side_by_side_report, throughput
+from benchmarks import contenders, live_scale, machine, server_memory, side_by_side, side_by_side_report, throughput
 from benchmarks.contenders import CONTENDERS, Contender
 from benchmarks.peers.common import Job, result, shapes
 from ormo_rpc.models.resnet20 import ResNet20, Shortcut
@@ -45,6 +45,13 @@ def apply(iteration: int, worker: int, seconds: float, delay: int = 1) -> dict[s
     return {"event": "apply", "iteration": iteration, "worker": worker, "seconds": seconds, "delay": delay}
 
 
+def look(updates: int, **seen: Any) -> throughput.Look:
+    nothing: dict[str, Any] = dict.fromkeys(
+        ("cpu_seconds", "workers_cpu_seconds", "server_bytes", "server_bytes_now", "worker_bytes"), 0
+    )
+    return throughput.Look(updates=updates, **{**nothing, **seen})
+
+
 def test_our_own_line_is_read_from_the_trace_and_the_looks(tmp_path: Path) -> None:
     # The clock runs from 1 s to 3 s. Worker 0 pushes at 0.5 and then every half second to 3.5, worker 1 at 1.25 and 2.25: five
     # round trips that begin in time, 4 of half a second and one of a whole; 3 s of two workers, so 5 / 1.5 updates/s.
@@ -54,14 +61,7 @@ def test_our_own_line_is_read_from_the_trace_and_the_looks(tmp_path: Path) -> No
     watch = throughput.Watch(tmp_path)
     looks = ((0, 9.0, 1), (2, 10.0, 2), (4, 10.2, 3), (6, 10.4, 4), (9, 99.0, 99))  # updates, CPU, bytes; the first applied in
     watch.looks = [  # time is number 1, the last is number 6
-        throughput.Look(
-            updates=n,
-            cpu_seconds=cpu,
-            workers_cpu_seconds=3 * cpu,
-            server_bytes=size,
-            server_bytes_now=0,
-            worker_bytes=10 * size,
-        )
+        look(n, cpu_seconds=cpu, workers_cpu_seconds=3 * cpu, server_bytes=size, worker_bytes=10 * size)
         for n, cpu, size in looks
     ]
     summary = {"lock_wait_seconds": 0.1, "lock_held_seconds": 2.0, "step_seconds": 1.8}
@@ -198,8 +198,9 @@ def test_the_estimate_counts_what_is_installed(monkeypatch: pytest.MonkeyPatch, 
     there = Contender(name="there", module="there", overhead_seconds=4.0)
     missing = Contender(name="missing", module="missing", environment=tmp_path, overhead_seconds=100.0)
     monkeypatch.setattr(side_by_side, "CONTENDERS", {"there": there, "missing": missing})
-    # 3 rounds of 2 sizes and 2 numbers of workers, each 1 + 4 s.
-    assert side_by_side.estimated_seconds(["there", "missing"], (1, 2), (2, 4), 1.0, 3) == 60
+    # 3 rounds of 2 sizes and 2 numbers of workers, each 1 + 4 s, and 0.3 s for each million of parameters: 6 * 0.3 * 30 = 54.
+    found = side_by_side.estimated_seconds(["there", "missing"], (10_000_000, 20_000_000), (2, 4), 1.0, 3)
+    assert found == pytest.approx(60 + 54)
 
 
 def line(name: str, number: int, rate: float, **more: Any) -> dict[str, Any]:
@@ -272,3 +273,81 @@ def test_the_machine_is_described(tmp_path: Path) -> None:
     found = machine.versions({"ray": tmp_path, "tensorflow": tmp_path / "nowhere"})
     assert found["ray"] == "2.1.0"
     assert "tensorflow" not in found
+
+
+# -- the live server against K -----------------------------------------------------------------------------------------
+
+
+def live_line(parameters: int, workers: int, rate: float, server: float, of_workers: float, held: float) -> dict[str, Any]:
+    job = Job(parameters=parameters, workers=workers, seconds=1.0)
+    return {
+        **result("ormo_rpc", job, [workers / rate] * 10, 10 * server, 1, [1]),
+        "workers_cpu_seconds_per_update": of_workers,
+        "lock_held_seconds_per_update": held,
+        "lock_wait_seconds_per_update": 1e-6,
+        "delay_mean": workers - 1.0,
+        "delay_99_percent": workers,
+        "spread_of_workers": 0.0,
+    }
+
+
+def test_the_knee_is_where_more_workers_are_not_worth_it_and_says_what_is_in_use(tmp_path: Path) -> None:
+    # The best rate is 1,000; K = 4 reaches 950 of it. There the server takes 0.95 cores and the workers 0.95: 1.9 of 2.
+    rates = {1: 400.0, 2: 800.0, 4: 950.0, 8: 1000.0}
+    lines = [live_line(1000, workers, rate, 1e-3, 1e-3, 5e-4) for workers, rate in reversed(rates.items())]
+    made = {**content([*lines, live_line(50, 1, 100.0, 1e-3, 0.0, 9.9e-3)], {}), "lines": lines}
+    (found,) = live_scale.groups(made).values()
+    assert [each["workers"] for each in found] == [1, 2, 4, 8]
+    at = live_scale.knee(found)
+    assert at["workers"] == 4
+    assert live_scale.in_use(at) == pytest.approx({"lock": 0.475, "server": 0.95, "all": 1.9})
+    assert live_scale.reason(at, 2).startswith("the cores of this machine (lock held 48% of the time, server 0.95 and all 1.90")
+    assert live_scale.reason(at, 8).startswith("the server's one interpreter")
+    assert live_scale.reason(live_line(50, 1, 100.0, 1e-3, 0.0, 9.9e-3), 2).startswith("the server's lock (lock held 99%")
+    assert live_scale.reason(live_line(50, 1, 100.0, 1e-3, 0.0, 1e-3), 2).startswith("nothing is in use all the time")
+    live_scale.write(made, tmp_path)
+    assert (
+        "* D = 1,000: the knee is at K = 4 with 950 updates/s, bound by the cores" in (tmp_path / "live_scale.md").read_text()
+    )
+    assert (tmp_path / "live_scale.png").stat().st_size > 1000
+
+
+# -- the server's memory -----------------------------------------------------------------------------------------------
+
+
+def test_growth_is_told_from_going_up_and_down() -> None:
+    # A start that fills caches, then 7 bytes for each update, and 50 bytes more at every other look.
+    looks = [look(n, server_bytes_now=1000 + min(n, 50) * 10 + 7 * n + 50 * (n // 10 % 2)) for n in range(0, 1001, 10)]
+    assert server_memory.growth(looks) == pytest.approx(7, rel=0.02)
+    with pytest.raises(ValueError, match=r"^got 1 looks at 5 updates, expected some in the second tenth and some in the last$"):
+        server_memory.growth([look(5)])
+
+
+def test_the_memory_of_a_server_is_put_beside_its_budget() -> None:
+    # 16 + 4 * 3 snapshots + 4 * 2 workers = 36
+    assert server_memory.budget(2) == 36
+    assert server_memory.peak([look(1, server_bytes=5), look(2, server_bytes=9)]) == 9
+    line = {"parameters": 1000, "workers": 2, "peak_bytes": 2_036_000, "budget": 36}
+    made = {
+        **content([], {}),
+        "peaks": [{**line, "bytes_per_parameter": 36.0}, {**line, "bytes_per_parameter": 36.5}],
+        "growth": {
+            "parameters": 10,
+            "workers": 2,
+            "updates": 1000,
+            "bytes_per_update": 101.0,
+            "first_bytes": 1e6,
+            "last_bytes": 2e6,
+        },
+    }
+    assert [row[-3:] for row in server_memory.peak_rows(made)[1:]] == [("36.0", "36", "yes"), ("36.5", "36", "no")]
+    assert "1,000 updates at D = 10, K = 2: growth,\n101.0 bytes for each update" in server_memory.as_text(made)
+
+
+@pytest.mark.live
+@pytest.mark.timeout(180)
+def test_a_live_server_keeps_nothing_of_a_push() -> None:
+    # A vector of 10,000 that is kept would be 40,000 bytes for each update; torch's agents take some hundred.
+    looks = server_memory.looks_at(10_000, 2, 3_000, "auto")
+    assert looks[-1].updates > 2_700
+    assert server_memory.growth(looks) < 4_000
