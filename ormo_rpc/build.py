@@ -34,6 +34,7 @@ def build_server(
     clock: Callable[[], float] = lambda: 0.0,
     norm_guard: NormGuard | None = None,
     kernel: Kernel = Kernel(),  # noqa: B008 - it cannot change
+    sent_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> ParameterServer:
     """Build a parameter server in this process, without any network: the object that every runtime drives.
@@ -52,6 +53,7 @@ def build_server(
         clock: Seconds since the start, for the events.
         norm_guard: The limit to the norm of what is pushed; none by default.
         kernel: What the server goes over its vectors with; plain torch by default, `fastest_kernel` finds a better one.
+        sent_dtype: What parameters are rounded to when they are handed out; as they are by default.
         options: Options of the rule and of the scheduler.
 
     Raises:
@@ -98,6 +100,7 @@ def build_server(
         buffers=buffers,
         record=record,
         clock=clock,
+        sent_dtype=sent_dtype,
     )
 
 

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 _KINDS = ("kill", "stop", "delay", "drop_reply", "corrupt")
@@ -103,7 +104,10 @@ class Injector:
         for fault in self.faults:
             if fault.kind == "corrupt" and 0 <= self.pushes - fault.push < fault.amount:
                 self.tell(f"fault {fault}, push {self.pushes}")
-                payload.fill_(math.nan)
+                if payload.dtype == torch.uint8:  # of whatever floating point type the values are, this is NaN
+                    payload.fill_(255)
+                else:
+                    payload.fill_(math.nan)
         self.pushes += 1
 
     def drops_reply(self) -> bool:

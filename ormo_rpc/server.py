@@ -37,6 +37,8 @@ class ParameterServer(ServerState):
         buffers: The running average of the buffers that come with the pushes.
         record: Called with each event, in order.
         clock: Seconds since the start of the run.
+        sent_dtype: What parameters are rounded to when they are handed out; None for as they are. Rules see, as what was sent,
+            the rounded values in the dtype of the parameters.
     """
 
     # ------------------------------------------------------------------------------------------------------- membership
@@ -146,6 +148,8 @@ class ParameterServer(ServerState):
         sent = None if member.reply is None else member.reply.params
         if sent is None and self.rule.READS_SENT:
             raise Rejoin(f"push of worker {push.worker}: what it was sent was lost when the server's state was loaded; rejoin")
+        if sent is not None and self.rule.READS_SENT:
+            sent = sent.to(self.params.dtype)
         member.answered, member.reply = (push.ticket, push.stamp), None
         arrival = Arrival(
             worker=push.worker,
@@ -243,7 +247,7 @@ class ParameterServer(ServerState):
         self.ledger.redeem(issue)
         self.iteration += 1
         self.buckets.advance(self.concurrency)
-        self.newest_snapshot = None
+        self.forget_snapshots()
         self._record(
             Kind.apply,
             iteration=arrival.iteration,
@@ -279,7 +283,7 @@ class ParameterServer(ServerState):
     def _end_if_done(self) -> None:
         if self.ledger.done and not self.ended:
             self.rule.flush(self.lr(self.iteration - 1))
-            self.newest_snapshot = None
+            self.forget_snapshots()
             self._end(Status.completed if all_finite(self.params) else Status.diverged)
 
     def _end(self, status: Status) -> None:
@@ -331,7 +335,7 @@ class ParameterServer(ServerState):
             worker=worker,
             ticket=ticket,
             stamp=self.iteration,
-            params=self.snapshot() if ticket is None else self._params_for(worker, lr),
+            params=self.sent_snapshot() if ticket is None else self._params_for(worker, lr),
             lr=lr,
             steps=self.rule.options.steps,
             incarnation=self.incarnation,
@@ -341,7 +345,7 @@ class ParameterServer(ServerState):
         """What the rule sends this worker: the snapshot that all replies of one stamp share, unless each gets its own."""
         dispatch = Dispatch(worker=worker, concurrency=self.concurrency, lr=lr, bucket=self.buckets.current)
         outgoing = self.rule.outgoing(dispatch)
-        return self.snapshot() if outgoing is self.params else outgoing.clone()
+        return self.sent_snapshot() if outgoing is self.params else self.handed_out(outgoing)
 
     def _record(self, kind: Kind, **data: Any) -> None:
         self.record(Event(kind, self.clock(), data))
