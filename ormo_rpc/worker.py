@@ -23,8 +23,8 @@ from ormo_rpc.seeding import generator, seed_for
 class Worker:
     """Computes the push of a ticket; batches, augmentation and dropout are functions of (seed, ticket) alone.
 
-    The push and, behind it, the batch-norm statistics lie in one flat tensor, `payload`, which the next call writes over: of the
-    model's dtype where the wire format is exact, else the bytes of the wire form. `wire` is the same memory, always as bytes.
+    The push and, behind it, the batch-norm statistics lie in one flat tensor, `payload`, which the next call writes over: of
+    the model's dtype where the wire format is exact, else the bytes of the wire form. `wire` is the same memory as bytes.
 
     Args:
         model: The model, for this worker alone.

@@ -94,9 +94,10 @@ class PushFormat:
         self.size = self._end
 
     def _region(self, count: int, dtype: torch.dtype) -> Region:
-        """The next one."""
-        start = -(-self._end // dtype.itemsize) * dtype.itemsize if count else self._end
-        region = Region(start, count, dtype)
+        """The next one; an empty one is at the beginning, where every dtype may be."""
+        if not count:
+            return Region(0, 0, dtype)
+        region = Region(-(-self._end // dtype.itemsize) * dtype.itemsize, count, dtype)
         self._end = region.end
         return region
 
