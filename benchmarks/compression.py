@@ -1,8 +1,8 @@
 """Accuracy against bytes for each lossy wire form, simulated: ``python -m benchmarks.compression --root DIRECTORY``.
 
 OrMo with K = 8 virtual workers that are alike, an MLP on Fashion-MNIST, one learning rate for all (chosen for the exact wire in
-one run of one epoch, and not tuned for any other). Every wire form is run with the same seeds. Writes ``results/compression.json``
-and ``.md``; without the data it says so and writes nothing.
+one run of one epoch, and not tuned for any other). Every wire form is run with the same seeds. Writes
+``results/compression.json`` and ``.md``; without the data it says so and writes nothing.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", default="data", help="the folder that holds FashionMNIST/raw")
     parser.add_argument("--model", default="mlp", choices=("mlp", "cnn"))
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--lr", type=float, default=0.01)
     arguments = parser.parse_args()
     if not (Path(arguments.root) / "FashionMNIST" / "raw").is_dir():
@@ -98,8 +98,8 @@ def main() -> None:
     table = as_markdown(cells(rows))
     here = environment()
     stated = (
-        f"OrMo, async, K = 8 alike workers, {arguments.model} on Fashion-MNIST, {arguments.epochs} epochs, batch 64, learning rate "
-        f"{arguments.lr:g} for all, momentum 0.9, {len(SEEDS)} seeds: mean and standard deviation. torch {here['torch']}, "
+        f"OrMo, async, K = 8 alike workers, {arguments.model} on Fashion-MNIST, {arguments.epochs} epochs, batch 64, learning "
+        f"rate {arguments.lr:g} for all, momentum 0.9, {len(SEEDS)} seeds: mean and standard deviation. torch {here['torch']}, "
         f"{here['cpu']}, 1 thread."
     )
     RESULTS.mkdir(exist_ok=True)

@@ -161,7 +161,7 @@ def test_a_smaller_push_takes_a_link_less_time(tmp_path: Path) -> None:
             "topk": {"compression": {"name": "topk", "ratio": 0.1}, "wire": {"dtype": "bf16"}},
         }.items()
     }
-    # 160 bytes a second: 20 values of 4 bytes 0.5 s, of 2 bytes 0.25 s; 2 values of 2 bytes and indices of 4: 12 bytes, 0.075 s.
+    # 160 bytes a second: 20 values of 4 bytes 0.5 s, of 2 bytes 0.25 s; 2 of 2 bytes with indices of 4: 12 bytes, 0.075 s.
     # Three tickets, each 1 s and two latencies of 0.25 s, and both messages.
     assert found == pytest.approx({"params": 3 * (1.5 + 0.25 + 0.5), "topk": 3 * (1.5 + 0.5 + 0.075)})
 
