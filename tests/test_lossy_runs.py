@@ -96,10 +96,10 @@ def test_an_interrupted_run_ends_as_if_nothing_had_been(name: str, tmp_path: Pat
 
 
 def test_a_worker_that_joins_anew_begins_with_nothing_left_over(tmp_path: Path) -> None:
-    # It leaves in the midst of a ticket, and is back before the push of that one would have arrived.
+    # A ticket takes 0.12 s with both ways: the push of the third one would arrive at 0.36 s, when its sender is another one.
     config = changed(
         BASE,
-        runtime={"name": "sim", "joins": {1: 0.36}, "leaves": {1: 0.35}, "latency_seconds": [0.01]},
+        runtime={"name": "sim", "joins": {1: 0.355}, "leaves": {1: 0.35}, "latency_seconds": [0.01]},
         heterogeneity={"name": "none"},
         **FORMATS["topk"],
     )
@@ -133,6 +133,14 @@ def test_pushes_that_the_rule_discards_are_encoded_all_the_same(tmp_path: Path) 
     )
     recorded = train(config, run_dir=tmp_path / "run")
     assert recorded["discarded"] > 0
+    assert replayed(tmp_path / "again", tmp_path / "run")["identical"] is True
+
+
+@pytest.mark.parametrize("name", ["fp16", "topk", "powersgd bf16", "both ways"])
+def test_a_run_that_diverges_is_seen_to_and_replayed(name: str, tmp_path: Path) -> None:
+    config = changed(BASE, train={"max_iterations": 60, "lr": 1e30}, **FORMATS[name])
+    recorded = train(config, run_dir=tmp_path / "run")
+    assert recorded["status"] == "diverged"
     assert replayed(tmp_path / "again", tmp_path / "run")["identical"] is True
 
 

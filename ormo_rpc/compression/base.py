@@ -71,8 +71,8 @@ class Compression(Section, ABC):
 
     With error feedback a worker adds what the wire has dropped so far to its next push ``g``, here with ``C`` for compression
     and rounding together: ``p = g + e``, push ``C(p)``, ``e <- p - C(p)``. So nothing is lost, only late: the sum of all that
-    was pushed and of the last ``e`` is the sum of all gradients. That costs a vector of D for each vector in a push on every
-    worker.
+    was pushed and of the last ``e`` is the sum of all gradients. (With a push that the server discards goes what it carried of
+    ``e``.) That costs a vector of D for each vector in a push on every worker; a simulation holds those of all its workers.
 
     It also serves rounding alone: then nearly nothing is dropped at a time, but what is too small for the dtype is dropped
     every time, and what is too large for fp16 is cut. With ``wire.dtype=float32`` and ``none`` there is nothing to feed back.
