@@ -1,6 +1,7 @@
 # Every target that needs an environment makes it first.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check format bench bench-step bench-ray bench-tensorflow live-scale server-memory replays methods scale chaos journal clean
+.PHONY: help setup train test check format bench bench-step bench-ray bench-tensorflow live-scale server-memory compression
+.PHONY: replays methods scale chaos journal clean
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
@@ -61,6 +62,9 @@ replays: .venv/ready  ## Run live and replay bit for bit, into results/ (minutes
 
 methods: .venv/ready  ## The paper's six methods, simulated, into results/ (a quarter of an hour; ARGS="--root DIRECTORY")
 	$(BIN)/python benchmarks/paper_methods.py $(ARGS)
+
+compression: .venv/ready  ## Accuracy against bytes for each lossy wire form, simulated, into results/ (ten minutes; ARGS="--root DIRECTORY")
+	$(BIN)/python -m benchmarks.compression $(ARGS)
 
 scale: .venv/ready  ## Delay, queue and time to a target against the number of workers, simulated, into results/ (minutes)
 	$(BIN)/python benchmarks/scale.py $(ARGS)

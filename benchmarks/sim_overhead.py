@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import time
 from collections import deque
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -34,6 +36,18 @@ class Timed:
         push = self.worker.compute(reply)
         self.seconds += time.perf_counter() - began
         return push
+
+    def forget(self, worker: int | None = None) -> None:
+        """As `Worker.forget`."""
+        self.worker.forget(worker)
+
+    def state(self) -> dict[int, dict[str, Any]]:
+        """As `Worker.state`."""
+        return self.worker.state()
+
+    def load_state(self, state: Mapping[int, Mapping[str, Any]]) -> None:
+        """As `Worker.load_state`."""
+        self.worker.load_state(state)
 
 
 def main() -> None:

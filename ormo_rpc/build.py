@@ -35,6 +35,7 @@ def build_server(
     timer: Callable[[], float] = lambda: 0.0,
     norm_guard: NormGuard | None = None,
     kernel: Kernel = Kernel(),  # noqa: B008 - it cannot change
+    sent_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> ParameterServer:
     """Build a parameter server in this process, without any network: the object that every runtime drives.
@@ -54,6 +55,7 @@ def build_server(
         timer: Seconds of the processor's clock, to tell how long the steps take; by default nobody is told.
         norm_guard: The limit to the norm of what is pushed; none by default.
         kernel: What the server goes over its vectors with; plain torch by default, `fastest_kernel` finds a better one.
+        sent_dtype: What parameters are rounded to when they are handed out; as they are by default.
         options: Options of the rule and of the scheduler.
 
     Raises:
@@ -101,6 +103,7 @@ def build_server(
         record=record,
         clock=clock,
         timer=timer,
+        sent_dtype=sent_dtype,
     )
 
 

@@ -91,7 +91,7 @@ def _describe(section: type[Section], field: dataclasses.Field[Any]) -> str:
     made = field.default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING
     default = field.default_factory() if made else field.default  # pyright: ignore[reportCallIssue] # it is one of the two
     shown = getattr(default, "value", default)
-    return f"{section.key(field.name):<32}{field.metadata['doc']} [{'none' if shown is None else shown}]"
+    return f"{section.key(field.name):<31} {field.metadata['doc']} [{'none' if shown is None else shown}]"
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ormo_rpc import algorithms
 from ormo_rpc.algorithms.base import Algorithm
 from ormo_rpc.checks import NormGuard, NormPolicy
+from ormo_rpc.compression import COMPRESSIONS, Compression, NoCompression
 from ormo_rpc.data import DATASETS, DataSection, Digits
 from ormo_rpc.heterogeneity import HETEROGENEITIES, Heterogeneity
 from ormo_rpc.learning_rate import LearningRate, Shape
@@ -27,7 +28,7 @@ from ormo_rpc.models import MODELS, MLPSection, ModelSection
 from ormo_rpc.options import Section, option
 from ormo_rpc.runtime_options import RUNTIMES, RpcRuntime, Runtime, SimRuntime
 from ormo_rpc.schedulers import SCHEDULERS, Scheduler
-from ormo_rpc.wire_options import Transport, Wire
+from ormo_rpc.wire_options import ParamsDtype, Transport, Wire, WireDtype
 from ormo_rpc.worker_options import WorkerOptions
 
 
@@ -199,6 +200,7 @@ class Config(Section):
     server: Server = field(default_factory=Server)
     wire: Wire = field(default_factory=Wire)
     worker: WorkerOptions = field(default_factory=WorkerOptions)
+    compression: Compression = field(default_factory=NoCompression)
     replay: Replay = field(default_factory=Replay)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     logger: Logger = field(default_factory=Logger)
@@ -220,6 +222,16 @@ class Config(Section):
     def slowdown(self, worker: int, generator: torch.Generator) -> float:
         """How much longer than its own computation a worker takes for the next ticket: that of its process."""
         return self.heterogeneity.slowdown(worker % self.num_processes, self.num_processes, generator)
+
+    @property
+    def wire_form(self) -> str:
+        """What becomes of pushes and parameters on the wire, in a few words: what differs from exact."""
+        options = [(field.name, field.default, getattr(self.compression, field.name)) for field in fields(self.compression)]
+        words = [self.compression.name] * (self.compression.name != "none")
+        words += [f"{name}={value}" for name, default, value in options if value != default]
+        words += [self.wire.dtype.value] * (self.wire.dtype is not WireDtype.float32)
+        words += [f"params={self.wire.params.value}"] * (self.wire.params is not ParamsDtype.float32)
+        return " ".join(words) or "exact"
 
     @property
     def rpc(self) -> RpcRuntime:
@@ -253,6 +265,7 @@ GROUPS: dict[str, Mapping[str, type[Section]]] = {
     "model": MODELS,
     "runtime": RUNTIMES,
     "heterogeneity": HETEROGENEITIES,
+    "compression": COMPRESSIONS,
 }
 """The sections that are chosen by name."""
 

@@ -15,7 +15,6 @@ A fault belongs to the first life of a process: one that is started again has no
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import signal
@@ -23,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 _KINDS = ("kill", "stop", "delay", "drop_reply", "corrupt")
@@ -103,7 +103,10 @@ class Injector:
         for fault in self.faults:
             if fault.kind == "corrupt" and 0 <= self.pushes - fault.push < fault.amount:
                 self.tell(f"fault {fault}, push {self.pushes}")
-                payload.fill_(math.nan)
+                if payload.dtype == torch.uint8:  # of whatever floating point type the values are, this is NaN
+                    payload.fill_(255)
+                else:
+                    payload.view(torch.uint8).fill_(0xFF)  # not a number in every dtype
         self.pushes += 1
 
     def drops_reply(self) -> bool:

@@ -13,17 +13,18 @@ from torch import Tensor
 from ormo_rpc import algorithms
 from ormo_rpc.buffers import RunningBuffers
 from ormo_rpc.build import build_server
+from ormo_rpc.compression import Allocate, PushFormat
 from ormo_rpc.config import Config
 from ormo_rpc.data import Epochs
 from ormo_rpc.evaluation import Evaluation, evaluate
-from ormo_rpc.flat import FlatModel
+from ormo_rpc.flat import FlatModel, Layout
 from ormo_rpc.kernels.compiled import fastest_kernel
 from ormo_rpc.learning_rate import LearningRate
 from ormo_rpc.records import Event
 from ormo_rpc.seeding import seed_for
 from ormo_rpc.server import ParameterServer
 from ormo_rpc.stand_in import StandInWorker
-from ormo_rpc.worker import Worker, plain_bytes
+from ormo_rpc.worker import Worker
 
 Evaluator = Callable[[Tensor, Mapping[str, Tensor]], Evaluation]
 """From parameters, shape (D,), and batch-norm statistics by name to the quality of the model."""
@@ -41,6 +42,10 @@ class JobLike(Protocol):
 
     def server(self, record: Callable[[Event], None], clock: Callable[[], float]) -> ParameterServer:
         """The parameter server at iteration 0."""
+        ...
+
+    def push_format(self) -> PushFormat:
+        """The wire form of its pushes."""
         ...
 
     def epoch(self, iteration: int) -> float:
@@ -89,16 +94,25 @@ class Job:
             module = self.config.model.build(self.data.input_shape, self.data.num_classes)
         return FlatModel(module)
 
-    def worker(self, allocate: Callable[[int], Tensor] = plain_bytes) -> Worker:
+    def push_format(self) -> PushFormat:
+        """The wire form of this job's pushes: the same on the server as on its workers."""
+        return self._push_format(self.model())
+
+    def _push_format(self, model: FlatModel) -> PushFormat:
+        return configured_format(self.config, model.params, model.buffers, model.dtype)
+
+    def worker(self, allocate: Allocate | None = None, *, decodes: bool = True) -> Worker:
         """A worker with a model of its own, or one that stands in for it and computes nothing.
 
         Args:
-            allocate: Makes the memory of its payload; see `Worker`.
+            allocate: Makes the memory of what it sends, given its bytes: a uint8 tensor of zeros at a multiple of 64; torch's
+                own by default.
+            decodes: See `Worker`.
         """
-        train = self.config.train
+        train, model = self.config.train, self.model()
         kind = StandInWorker if self.config.worker.stand_in else Worker
         return kind(
-            self.model(),
+            model,
             self.data.train,
             self.epochs,
             algorithms.find(self.config.algorithm.name),
@@ -106,7 +120,9 @@ class Job:
             momentum=train.momentum,
             weight_decay=train.weight_decay,
             clip_norm=train.clip_norm,
+            wire_format=self._push_format(model),
             allocate=allocate,
+            decodes=decodes,
         )
 
     def server(self, record: Callable[[Event], None], clock: Callable[[], float]) -> ParameterServer:
@@ -143,6 +159,19 @@ def time_generator(config: Config, worker: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed_for(config.seed, "time", worker))
 
 
+def configured_format(config: Config, params: Layout, buffers: Layout, dtype: torch.dtype) -> PushFormat:
+    """The wire form of pushes that a configuration asks for."""
+    return PushFormat(
+        params=params,
+        buffers=buffers,
+        dtype=dtype,
+        vectors=algorithms.find(config.algorithm.name).VECTORS_PUSHED,
+        compression=config.compression,
+        wire=config.wire.dtype,
+        seed=config.seed,
+    )
+
+
 def configured_server(
     job: JobLike,
     params: Tensor,
@@ -169,5 +198,6 @@ def configured_server(
         norm_guard=config.train.norm_guard,
         timer=time.perf_counter,
         kernel=fastest_kernel(params.numel()),
+        sent_dtype=config.wire.params.rounded,
         **options,
     )

@@ -16,8 +16,8 @@ class Reply:
         worker: The worker that it is for.
         ticket: The unit of work, a counter from 0; None means that there is no more work.
         stamp: The index of the parameters: how many gradients had been applied to them.
-        params: The parameters to work on, shape (D,). They never change after the reply is issued; replies of one stamp
-            may share them, and nobody may write to them.
+        params: The parameters to work on, shape (D,), of the server's dtype or of the one that it rounds them to. They never
+            change after the reply is issued; replies of one stamp may share them, and nobody may write to them.
         lr: The learning rate at the moment of issue, for rules that take local steps.
         steps: The number of local steps that the worker takes for this ticket.
         incarnation: Which life of the server issued it; goes back with the push.

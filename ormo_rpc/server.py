@@ -41,6 +41,8 @@ class ParameterServer(ServerState):
         record: Called with each event, in order.
         clock: Seconds since the start of the run.
         timer: Seconds, real ones, for `step_seconds`.
+        sent_dtype: What parameters are rounded to when they are handed out; None for as they are. Rules see, as what was sent,
+            the rounded values in the dtype of the parameters.
     """
 
     # ------------------------------------------------------------------------------------------------------- membership
@@ -150,6 +152,8 @@ class ParameterServer(ServerState):
         sent = None if member.reply is None else member.reply.params
         if sent is None and self.rule.READS_SENT:
             raise Rejoin(f"push of worker {push.worker}: what it was sent was lost when the server's state was loaded; rejoin")
+        if sent is not None and self.rule.READS_SENT:
+            sent = sent.to(self.params.dtype)
         member.answered, member.reply = (push.ticket, push.stamp), None
         arrival = Arrival(
             worker=push.worker,
@@ -249,7 +253,7 @@ class ParameterServer(ServerState):
         self.ledger.redeem(issue)
         self.iteration += 1
         self.buckets.advance(self.concurrency)
-        self.newest_snapshot = None
+        self.forget_snapshots()
         self._record(
             Kind.apply,
             iteration=arrival.iteration,
@@ -285,7 +289,7 @@ class ParameterServer(ServerState):
     def _end_if_done(self) -> None:
         if self.ledger.done and not self.ended:
             self.rule.flush(self.lr(self.iteration - 1))
-            self.newest_snapshot = None
+            self.forget_snapshots()
             self._end(Status.completed if all_finite(self.params) else Status.diverged)
 
     def _end(self, status: Status) -> None:
@@ -337,7 +341,7 @@ class ParameterServer(ServerState):
             worker=worker,
             ticket=ticket,
             stamp=self.iteration,
-            params=self.snapshot() if ticket is None else self._params_for(worker, lr),
+            params=self.sent_snapshot() if ticket is None else self._params_for(worker, lr),
             lr=lr,
             steps=self.rule.options.steps,
             incarnation=self.incarnation,
@@ -348,7 +352,7 @@ class ParameterServer(ServerState):
         dispatch = Dispatch(worker=worker, concurrency=self.concurrency, lr=lr, bucket=self.buckets.current)
         began = self.timer()
         outgoing = self.rule.outgoing(dispatch)
-        params = self.snapshot() if outgoing is self.params else self.rule.kernel.blank(outgoing).copy_(outgoing)
+        params = self.sent_snapshot() if outgoing is self.params else self.handed_out(outgoing)
         self.step_seconds += self.timer() - began
         return params
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ormo_rpc.algorithms.base import Algorithm
@@ -59,6 +60,7 @@ class ServerState:
         record: Callable[[Event], None] = lambda _: None,
         clock: Callable[[], float] = lambda: 0.0,
         timer: Callable[[], float] = lambda: 0.0,
+        sent_dtype: torch.dtype | None = None,
     ) -> None:
         self.rule = rule
         self.scheduler = scheduler
@@ -72,6 +74,7 @@ class ServerState:
         self.timer = timer
         self.step_seconds = 0.0
         """How long the rule's steps and the vectors for the replies took, by the timer; no part of the state."""
+        self.sent_dtype = sent_dtype
 
         self.status = Status.running
         self.iteration = 0
@@ -89,6 +92,8 @@ class ServerState:
         self.started = False
         self.newest_snapshot: Tensor | None = None
         """Of the present iteration, if somebody has asked for it."""
+        self.newest_rounded: Tensor | None = None
+        """Likewise, rounded to ``sent_dtype``."""
 
     # ------------------------------------------------------------------------------------------------------------ state
 
@@ -115,6 +120,25 @@ class ServerState:
         if self.newest_snapshot is None:
             self.newest_snapshot = self.params if self.rule.OUT_OF_PLACE else self.rule.blank().copy_(self.params)
         return self.newest_snapshot
+
+    def sent_snapshot(self) -> Tensor:
+        """The same as it is handed out: rounded to ``sent_dtype``, where there is one."""
+        if self.sent_dtype is None:
+            return self.snapshot()
+        if self.newest_rounded is None:
+            self.newest_rounded = self.handed_out(self.params)
+        return self.newest_rounded
+
+    def handed_out(self, vectors: Tensor) -> Tensor:
+        """A copy that never changes, of ``sent_dtype`` where there is one."""
+        if self.sent_dtype is None:
+            return self.rule.kernel.blank(vectors).copy_(vectors)
+        like = torch.empty(1, dtype=self.sent_dtype, device=vectors.device).expand(vectors.numel())  # without memory for them
+        return self.rule.kernel.blank(like).copy_(vectors)
+
+    def forget_snapshots(self) -> None:
+        """The parameters have changed."""
+        self.newest_snapshot = self.newest_rounded = None
 
     def state_dict(self, *, replies: bool = False) -> dict[str, Any]:
         """Everything that the future of the run depends on, as a private copy that `torch.load` reads with weights_only.
@@ -196,7 +220,7 @@ class ServerState:
         self.paused = state["paused"]
         self.scheduler.load_state(state["clocks"])
         self.started = True
-        self.newest_snapshot = None
+        self.forget_snapshots()
 
 
 def _layout(values: Mapping[str, Any]) -> dict[str, str]:

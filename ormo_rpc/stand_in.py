@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.seeding import generator
@@ -21,6 +22,8 @@ class StandInWorker(Worker):
 
     _drawn_into = 0
     """Where the payload lay when it was drawn."""
+    _drawn: Tensor | None = None
+    """What was drawn, where the errors of the wire are added to the push itself."""
 
     def compute(self, reply: Reply) -> Push:
         """The push that answers a reply; it has no loss, as nothing was looked at."""
@@ -30,17 +33,21 @@ class StandInWorker(Worker):
             worker=reply.worker,
             ticket=reply.ticket,
             stamp=reply.stamp,
-            grad=self.push,
+            grad=self._encoder.encode(reply.worker),
             samples=self.epochs.batch_size,
             buffers=self.buffers,
             incarnation=reply.incarnation,
         )
 
     def warm_up(self) -> None:
-        """Draw what is pushed, unless it lies in the payload already."""
+        """Draw what is pushed, unless it lies in the payload already, where a lossy wire does not change it."""
         if self._drawn_into == self.payload.data_ptr():
+            if self._drawn is not None:
+                self.push.copy_(self._drawn)
             return
         torch.randn(self.push.shape, generator=generator(self.seed, "stand in", 0), out=self.push)
         self.push.mul_(SCALE)
         self.statistics.fill_(1.0)  # a mean and a variance that an evaluation could live with
         self._drawn_into = self.payload.data_ptr()
+        form = self._encoder.format
+        self._drawn = self.push.clone() if form.compression.error_feedback and not form.exact else None

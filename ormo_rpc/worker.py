@@ -1,29 +1,30 @@
-"""The worker: from a `Reply` to a `Push`, the same object in every runtime. It keeps nothing between tickets."""
+"""The worker: from a `Reply` to a `Push`, the same object in every runtime.
+
+It keeps nothing between tickets, but for what a lossy wire format has dropped so far (see `Encoder`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ormo_rpc.algorithms.base import Algorithm, LocalWork
+from ormo_rpc.compression import Allocate, Encoder, PushFormat
 from ormo_rpc.data import Epochs, Split
 from ormo_rpc.flat import FlatModel
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.seeding import generator, seed_for
 
 
-def plain_bytes(size: int) -> Tensor:
-    """That many bytes of this process alone, zero."""
-    return torch.zeros(size, dtype=torch.uint8)
-
-
 class Worker:
     """Computes the push of a ticket; batches, augmentation and dropout are functions of (seed, ticket) alone.
 
-    The push and, behind it, the batch-norm statistics lie in one flat vector, `payload`, which the next call writes over.
+    The push and, behind it, the batch-norm statistics lie in one flat tensor, `payload`, which the next call writes over: of
+    the model's dtype where the wire format is exact, else the bytes of the wire form. `wire` is the same memory as bytes.
 
     Args:
         model: The model, for this worker alone.
@@ -34,7 +35,10 @@ class Worker:
         momentum: ``beta``, for rules with local steps.
         weight_decay: ``lambda``; a gradient gets ``+ lambda w`` at the parameters where it is taken, after clipping.
         clip_norm: The global norm to which the gradient of the loss is clipped first; None for no clipping.
-        allocate: Makes the memory of `payload`: that many bytes, zero, as a tensor of uint8.
+        wire_format: What becomes of the push on the wire; exact by default.
+        allocate: Makes the memory of `payload`, given its bytes.
+        decodes: Whether the push that `compute` returns has to be what the server will see, which costs time and is of no use
+            to who sends `payload`.
     """
 
     def __init__(
@@ -48,7 +52,9 @@ class Worker:
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         clip_norm: float | None = None,
-        allocate: Callable[[int], Tensor] = plain_bytes,
+        wire_format: PushFormat | None = None,
+        allocate: Allocate | None = None,
+        decodes: bool = True,
     ) -> None:
         self.model = model
         self.data = data
@@ -59,14 +65,20 @@ class Worker:
         self.weight_decay = weight_decay
         self.clip_norm = clip_norm
         model.module.train()
-        length = rule.VECTORS_PUSHED * model.params.size
-        self.payload = allocate((length + model.buffers.size) * model.dtype.itemsize).view(model.dtype)
-        self.push, self.statistics = self.payload.split([length, model.buffers.size])
+        exact = PushFormat(params=model.params, buffers=model.buffers, dtype=model.dtype, vectors=rule.VECTORS_PUSHED)
+        self._encoder = Encoder(wire_format or exact, allocate, decodes=decodes)
+        self.wire, self.payload = self._encoder.wire, self._encoder.payload
+        self.push, self.statistics = self._encoder.push, self._encoder.statistics
         self.buffers = model.bind_batch_statistics(self.statistics)
         self._grad_bound = 0
+        self._sent = torch.empty(0, dtype=model.dtype)
+        """What was sent, where it had to be cast to the model's dtype."""
 
     def compute(self, reply: Reply) -> Push:
-        """The push that answers a reply. Its tensors are views of `payload`: use them before the next call.
+        """The push that answers a reply, as the server will see it, while `payload` is what goes over the wire.
+
+        Both are written over by the next call. A lossy format makes each call count: what this push drops is added to the
+        next one of the same worker.
 
         Args:
             reply: Work, that is, a ticket that is not None.
@@ -80,7 +92,7 @@ class Worker:
             losses.append(self._gradient(params, batches[step], ticket * reply.steps + step, into))
 
         work = LocalWork(
-            sent=reply.params,
+            sent=self._cast(reply.params),
             dimension=self.model.params.size,
             lr=reply.lr,
             momentum=self.momentum,
@@ -92,12 +104,32 @@ class Worker:
             worker=reply.worker,
             ticket=ticket,
             stamp=reply.stamp,
-            grad=self.push,
+            grad=self._encoder.encode(reply.worker),
             loss=sum(losses) / len(losses),
             samples=len(indices),
             buffers=self.buffers,
             incarnation=reply.incarnation,
         )
+
+    def forget(self, worker: int | None = None) -> None:
+        """A worker (None: whichever this is) joins anew: what the wire had dropped of its pushes is gone."""
+        self._encoder.forget(worker)
+
+    def state(self) -> dict[int, dict[str, Any]]:
+        """What is kept of each worker, a private copy; empty where the wire format is exact."""
+        return self._encoder.state()
+
+    def load_state(self, state: Mapping[int, Mapping[str, Any]]) -> None:
+        """Take over what `state` returned."""
+        self._encoder.load_state(state)
+
+    def _cast(self, sent: Tensor) -> Tensor:
+        """What was sent, in the model's dtype."""
+        if sent.dtype == self.model.dtype:
+            return sent
+        if self._sent.shape != sent.shape:
+            self._sent = torch.empty_like(sent, dtype=self.model.dtype)
+        return self._sent.copy_(sent)
 
     def warm_up(self) -> None:
         """Compute a gradient and forget it: a first pass is many times slower, a delay that means nothing."""

@@ -36,7 +36,6 @@ from ormo_rpc.runtimes.rpc.stream_calls import StreamCalls
 from ormo_rpc.runtimes.rpc.streams import Streams, shared_snapshots
 from ormo_rpc.server import ParameterServer
 from ormo_rpc.wire_options import Transport
-from ormo_rpc.worker import plain_bytes
 from tests.contract import same
 from tests.processes import PATIENCE_SECONDS, wait_until
 from tests.schedule import normal
@@ -50,6 +49,11 @@ SHARED, TCP = Transport.auto, Transport.tcp
 BOTH = [pytest.param(SHARED, id="shared", marks=pytest.mark.skipif(not AVAILABLE, reason="no memfd_create")), TCP]
 
 
+def plain_bytes(size: int) -> Tensor:
+    """Memory that is not shared."""
+    return torch.zeros(size, dtype=torch.uint8)
+
+
 class Client:
     """A worker: its lease, its stream, and a thread that waits for its answers."""
 
@@ -60,7 +64,7 @@ class Client:
         self.segments = None if transport is TCP else Segments()
         allocate = plain_bytes if self.segments is None else self.segments.vector
         dtype = house.server.params.dtype
-        self.payload = allocate(house.service.payload_elements * dtype.itemsize).view(dtype)
+        self.payload = allocate(house.service.format.size).view(dtype)
         try:
             self.calls = StreamCalls(
                 self.lease,
@@ -142,7 +146,8 @@ class House:
             )
         )
         self.pushed += 1
-        wait_until(lambda: self.server.iteration >= self.twin.iteration, "the update")
+        twin = self.twin
+        wait_until(lambda: self.server.iteration >= twin.iteration, "the update")
         self.take(replies)
         for mine, twins in self.held.values():
             assert torch.equal(mine.params, twins.params), "a reply has changed after it was issued"
@@ -161,7 +166,9 @@ class House:
 
     def gradient(self, ticket: int) -> Tensor:
         """What is pushed for a ticket."""
-        return 0.1 * normal(self.service.payload_elements, 3, ticket).to(self.server.params.dtype)
+        return 0.1 * normal(self.service.format.size // self.server.params.element_size(), 3, ticket).to(
+            self.server.params.dtype
+        )
 
     def go_on(self, steps: int, chance: random.Random, among: tuple[int, ...] = tuple(range(WORKERS))) -> None:
         """That many pushes of workers that have work, in any order."""

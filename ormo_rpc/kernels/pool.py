@@ -19,7 +19,8 @@ WORTH_POOLING = 256 << 10
 Memory = Any
 """Anything with the buffer protocol, writable: a ``mmap``, a ``bytearray``."""
 
-_NUMPY: dict[torch.dtype, Any] = {torch.float32: numpy.float32, torch.float64: numpy.float64}
+_NUMPY: dict[torch.dtype, Any] = {torch.float32: numpy.float32, torch.float64: numpy.float64, torch.bfloat16: numpy.int16}
+"""A numpy type of that size; numpy has no bfloat16."""
 
 
 class Pool:
@@ -30,7 +31,7 @@ class Pool:
 
     Args:
         dimension: D.
-        dtype: float32 or float64.
+        dtype: float32, float64 or bfloat16.
         memory: Makes memory for that many bytes, aligned to 64.
     """
 
@@ -52,7 +53,7 @@ class Pool:
             self.made.append(self._memory(self.dimension * self.dtype.itemsize))
         array = numpy.frombuffer(self.made[number], dtype=_NUMPY[self.dtype], count=self.dimension)
         self._lent[number] = weakref.ref(array, lambda _: self._free.append(number))
-        return torch.from_numpy(array)
+        return torch.from_numpy(array).view(self.dtype)
 
     @property
     def lent(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from ormo_rpc.config import ConfigError
 from ormo_rpc.run_directory import read_summary, read_trace
 
-SETTING = ("algorithm", "scheduler", "num_workers", "heterogeneity", "dataset", "model", "runtime", "lr")
+SETTING = ("algorithm", "scheduler", "num_workers", "heterogeneity", "dataset", "model", "runtime", "wire", "lr")
 """The entries of a summary that make up a setting."""
 
 

@@ -92,7 +92,10 @@ def _decide_workers(config: Config, torchrun: Torchrun | None) -> Config:
     return dataclasses.replace(config, workers=ranks - 1)
 
 
-RESUMED = ("seed", "algorithm", "scheduler", "dataset.name", "model", "train.batch_size", "train.momentum")
+RESUMED = (
+    *("seed", "algorithm", "scheduler", "dataset.name", "model", "train.batch_size", "train.momentum"),
+    *("compression", "wire.dtype", "wire.params"),
+)
 """What a run must have in common with the one that it goes on from: the meaning of its tickets and of its state."""
 
 

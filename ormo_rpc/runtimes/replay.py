@@ -92,7 +92,10 @@ class Replay:
         self.held: dict[int, Reply] = {}
         """The newest reply of each worker."""
         if header.get("resumed"):
-            self.server.load_state_dict(checkpoint.read(checkpoint.find(Path(header["resumed"])), "server.pt"))
+            state = checkpoint.read(checkpoint.find(Path(header["resumed"])), "server.pt")
+            self.server.load_state_dict(state)
+            if not self.started:
+                self.worker.load_state(state["cluster"].get("source", {}))
             self._take([member.reply for member in self.server.members.values() if member.reply is not None])
 
     def follow(self, events: list[dict[str, Any]]) -> str | None:
@@ -137,6 +140,7 @@ class Replay:
         elif kind == "resume":
             self._restart(event)
         elif kind == "join":
+            self.worker.forget(event["worker"])
             self._take(self.server.join(event["worker"]))
         elif kind == "leave":
             self._take(self.server.leave(event["worker"]))
@@ -155,7 +159,11 @@ class Replay:
             return self.server.reject(push)
 
     def _restart(self, event: Mapping[str, Any]) -> None:
-        """What a new life of the server did with the state of the former one at this point; or the first one, with few."""
+        """What a new life of the server did with the state of the former one at this point; or the first one, with few.
+
+        Whoever works for it has joined it anew.
+        """
+        self.worker.forget()
         if event["incarnation"] == 0:
             self._take(self.server.start(event["workers"]))
             return

@@ -29,7 +29,7 @@ from ormo_rpc.runtimes.rpc.secret import Secret
 from ormo_rpc.runtimes.rpc.segments import AVAILABLE, Segments
 from ormo_rpc.runtimes.rpc.stream_calls import StreamCalls
 from ormo_rpc.wire_options import Transport
-from ormo_rpc.worker import Worker, plain_bytes
+from ormo_rpc.worker import Worker
 
 _log = logging.getLogger(__name__)
 
@@ -159,9 +159,10 @@ class Loop:
             if self._worker is None or job is not self._job:
                 share = AVAILABLE and job.config.wire.transport in (Transport.auto, Transport.shm)
                 self._segments = Segments() if share else None
-                self._worker = job.worker(plain_bytes if self._segments is None else self._segments.vector)
+                self._worker = job.worker(None if self._segments is None else self._segments.vector, decodes=False)
                 self._worker.warm_up()
                 self._job = job
+            self._worker.forget()  # to the server, who is let in is somebody new
             return job, self._worker
 
     @contextlib.contextmanager

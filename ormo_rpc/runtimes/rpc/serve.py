@@ -113,6 +113,7 @@ class Host:
             self._observe,
             self.clock.start,
             journal=self.session.journal,
+            push_format=job.push_format(),
             max_not_finite=self.options.max_not_finite,
             holds_farewell=True,
         )

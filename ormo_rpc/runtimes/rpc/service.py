@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.futures import Future
 
 from ormo_rpc.checks import Checked, check_plain
+from ormo_rpc.compression import PushFormat
 from ormo_rpc.errors import Dismissed, NonFiniteGradient, PushRefused, Rejoin
 from ormo_rpc.flat import Layout
 from ormo_rpc.journal import Journal, NoJournal
@@ -45,6 +46,7 @@ class Service:
         observe: Called under the lock after everything that changed something; it must be quick.
         on_start: Called under the lock right before the first ticket is handed out.
         journal: Told, under the lock, of everything that changes the server.
+        push_format: The wire form of pushes; exact by default.
         max_not_finite: After how many gradients in a row that are not finite a worker is dismissed.
         holds_farewell: Whether the word to stop is held back until `say_farewell`, so that nobody is gone before all is kept.
     """
@@ -56,6 +58,7 @@ class Service:
         on_start: Callable[[], None] = lambda: None,
         *,
         journal: Journal | NoJournal | None = None,
+        push_format: PushFormat | None = None,
         max_not_finite: int = 10,
         holds_farewell: bool = False,
     ) -> None:
@@ -83,9 +86,12 @@ class Service:
         self._handed: dict[int, float] = {}
         """When each worker was given its newest ticket."""
         self._open: dict[int, Future[Answer]] = {}
-        self._buffers = Layout(server.buffers.average)
-        self.payload_elements = server.rule.VECTORS_PUSHED * server.params.numel() + self._buffers.size
-        """The length of what a worker pushes."""
+        self.format = push_format or PushFormat(
+            params=Layout({"params": server.params}),
+            buffers=Layout(server.buffers.average),
+            dtype=server.params.dtype,
+            vectors=server.rule.VECTORS_PUSHED,
+        )
 
     # ------------------------------------------------------------------------------------------------- called by the door
 
@@ -201,15 +207,14 @@ class Service:
             incarnation: Likewise.
             loss: Likewise.
             samples: Likewise.
-            payload: Gradient and, behind it, the batch-norm statistics, as one flat tensor.
+            payload: The wire form, as bytes; where that is exact, gradient and batch-norm statistics as one flat tensor.
 
         Raises:
             Rejoin: the seat of this token is taken away.
             Dismissed: this worker's gradients are not finite, again and again.
             PushRefused: as `ParameterServer.receive`.
         """
-        check_plain(payload, "push: payload")  # it may be forged: it is not touched before its memory is looked at
-        return self.take(token, ticket, stamp, incarnation, loss, samples, self.unpacked(payload))
+        return self.take(token, ticket, stamp, incarnation, loss, samples, self.format.unpack(_bytes_of(payload, self.format)))
 
     def take(
         self,
@@ -406,13 +411,6 @@ class Service:
 
     # ------------------------------------------------------------------------------------------------- without the lock
 
-    def unpacked(self, payload: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Gradient and batch-norm statistics, as views of a payload; of one of another size, as much as `check` needs."""
-        dimension = max(0, payload.numel() - self._buffers.size)
-        grad, statistics = payload.reshape(-1).split([dimension, payload.numel() - dimension])
-        whole = statistics.numel() == self._buffers.size
-        return grad, self._buffers.views(statistics) if whole else {}
-
     def _settle(self, due: Iterable[_Due]) -> None:
         """Complete Futures, as soon as what they acknowledge is durable; a reply never changes after it is issued."""
         due = list(due)
@@ -434,6 +432,14 @@ def answered(call: Callable[[], Future[Answer]]) -> Future[Answer]:
         future = Future[Answer]()
         future.set_result(_refusal(error))
         return future
+
+
+def _bytes_of(payload: Tensor, form: PushFormat) -> Tensor:
+    """The bytes of a payload that came as a tensor, which may be forged: it is not touched before its memory is looked at."""
+    check_plain(payload, "push: payload")
+    if payload.dtype != (form.dtype if form.exact else torch.uint8):
+        raise PushRefused(f"push: payload: got the dtype {payload.dtype}, expected {form.dtype if form.exact else torch.uint8}")
+    return payload.detach().reshape(-1).view(torch.uint8)
 
 
 def _refusal(error: Exception) -> Refusal:

@@ -58,8 +58,6 @@ class Streams:
         self.segments = segments
         self._probe = None if segments is None else segments.vector(1)
         """What a worker tries to open."""
-        like = service.server.params
-        self._payload_dtype, self._payload_elements = like.dtype, service.payload_elements
 
     def serve(self, reader: wire.LineReader) -> None:
         """Serve a stream to its end, in the thread that calls.
@@ -95,8 +93,7 @@ class Streams:
         if type(process) is not int or type(descriptor) is not int or not isinstance(name, str):
             return None, "the worker has no segment"
         try:
-            size = self._payload_elements * self._payload_dtype.itemsize
-            return opened(Origin(process=process, name=name), descriptor, size).view(self._payload_dtype), ""
+            return opened(Origin(process=process, name=name), descriptor, self.service.format.size), ""
         except OSError as error:
             return None, f"server and worker share no memory: {error}"
 
@@ -112,12 +109,14 @@ class Streams:
             EOFError: it went away, or was evicted.
             wire.WireError: it sent something else.
         """
-        payload = torch.empty(self._payload_elements, dtype=self._payload_dtype) if shared is None else shared
-        inline = bytes_of(payload) if shared is None else None
+        form = self.service.format
         # A worker that lies can change shared memory after it was checked. That spoils its own gradient, which it may do
-        # anyway, but in the journal it would be a torn record, behind which all others are lost.
-        private = torch.empty_like(payload) if shared is not None and isinstance(self.service.journal, Journal) else None
-        parts = self.service.unpacked(payload if private is None else private)
+        # anyway; but the journal would have a torn record, behind which all others are lost, and a decoder another text.
+        copies = shared is not None and (isinstance(self.service.journal, Journal) or not form.exact)
+        payload = torch.empty(form.size, dtype=torch.uint8) if shared is None or copies else shared
+        inline = bytes_of(payload) if shared is None else None
+        push = None if form.exact else torch.empty(form.length, dtype=form.dtype)
+        parts = form.unpack(payload) if form.exact else None
         frame = bytearray(ASK.size)
         whole = memoryview(frame)
         while True:
@@ -126,12 +125,10 @@ class Streams:
             if word == Ask.push:
                 if inline is not None:
                     stream.receive(inline)
-                if private is not None:
-                    private.copy_(payload)
-                known_loss = loss if has_loss else None
-                future = answered(
-                    lambda: self.service.take(token, ticket, stamp, incarnation, known_loss, samples, parts)  # noqa: B023 - called at once
-                )
+                if shared is not None and copies:
+                    payload.copy_(shared)
+                told = (token, ticket, stamp, incarnation, loss if has_loss else None, samples)
+                future = answered(lambda: self.service.take(*told, parts or form.unpack(payload, push)))  # noqa: B023 - called at once
             elif word == Ask.ready:
                 future = answered(lambda: self.service.ready(token))
             elif word == Ask.goodbye:

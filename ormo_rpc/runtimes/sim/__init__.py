@@ -60,7 +60,7 @@ def run(config: Config, run_dir: Path) -> dict[str, Any]:
         session.server,
         source,
         queue,
-        _links(config, session),
+        _links(config, session, job.push_format().size),
         _compute_seconds(config),
         lambda: session.observe(session.server),
         processes=config.num_processes if config.worker.prefetch else None,
@@ -117,13 +117,14 @@ def _drive(cluster: Cluster, session: Session) -> str:
     return signal.Signals(asked[0]).name if asked else ""
 
 
-def _links(config: Config, session: Session) -> Links:
-    server = session.server
-    values = server.params.numel() + sum(value.numel() for value in server.buffers.average.values())
+def _links(config: Config, session: Session, push_bytes: int) -> Links:
+    params = session.server.params
+    sent_dtype = config.wire.params.rounded or params.dtype
     return Links(
         latency_seconds=config.sim.latency_seconds,
         bandwidth=config.sim.bandwidth,
-        message_bytes=values * server.params.element_size(),
+        push_bytes=push_bytes,
+        reply_bytes=params.numel() * sent_dtype.itemsize,
         service_seconds=config.sim.service_seconds,
     )
 

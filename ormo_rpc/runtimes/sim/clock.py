@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 from typing import Any
 
 
@@ -30,6 +31,11 @@ class EventQueue:
             return None
         self.now, _, name, argument = heapq.heappop(self._queue)
         return name, argument
+
+    def drop(self, unwanted: Callable[[Any], bool]) -> None:
+        """Let none of the events happen whose arguments are unwanted."""
+        self._queue = [event for event in self._queue if not unwanted(event[-1])]
+        heapq.heapify(self._queue)
 
     def state(self) -> dict[str, Any]:
         """The clock and all events to come, a private copy but for their arguments."""

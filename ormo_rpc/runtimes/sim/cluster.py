@@ -7,7 +7,7 @@ snapshot that its reply carried, so a thousand workers need no memory but that o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Protocol
 
@@ -23,7 +23,19 @@ class GradientSource(Protocol):
     """What answers replies; a `Worker`, or something cheaper."""
 
     def compute(self, reply: Reply) -> Push:
-        """The push that answers a reply; its tensors are used before the next call."""
+        """The push that answers a reply, as the server sees it; its tensors are used before the next call."""
+        ...
+
+    def forget(self, worker: int | None = None) -> None:
+        """A worker (None: each of them) begins anew: what is kept of it is gone."""
+        ...
+
+    def state(self) -> dict[int, dict[str, Any]]:
+        """What is kept of each worker between its pushes."""
+        ...
+
+    def load_state(self, state: Mapping[int, Mapping[str, Any]]) -> None:
+        """Take over what `state` returned."""
         ...
 
 
@@ -34,18 +46,27 @@ class Links:
     Attributes:
         latency_seconds: One way, per worker.
         bandwidth: In bytes per second, per worker; empty for no limit.
-        message_bytes: The size of a push, and of a reply.
+        push_bytes: The size of a push.
+        reply_bytes: The size of a reply.
         service_seconds: How long the server takes for a push.
     """
 
     latency_seconds: Sequence[float] = (0.0,)
     bandwidth: Sequence[float] = ()
-    message_bytes: int = 0
+    push_bytes: int = 0
+    reply_bytes: int = 0
     service_seconds: float = 0.0
 
-    def seconds(self, worker: int) -> float:
-        """How long a message takes from or to a worker."""
-        transfer = self.message_bytes / self.bandwidth[worker % len(self.bandwidth)] if self.bandwidth else 0.0
+    def push_seconds(self, worker: int) -> float:
+        """How long a worker's push is on its way."""
+        return self._seconds(worker, self.push_bytes)
+
+    def reply_seconds(self, worker: int) -> float:
+        """How long a reply to a worker is on its way."""
+        return self._seconds(worker, self.reply_bytes)
+
+    def _seconds(self, worker: int, message_bytes: int) -> float:
+        transfer = message_bytes / self.bandwidth[worker % len(self.bandwidth)] if self.bandwidth else 0.0
         return self.latency_seconds[worker % len(self.latency_seconds)] + transfer
 
 
@@ -161,6 +182,7 @@ class Cluster:
             "since": dict(self._since),
             "free_at": self._free_at,
             "computing_until": dict(self._computing_until),
+            "source": self.source.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -172,6 +194,7 @@ class Cluster:
         self.load = Load(**state["load"])
         self._since, self._free_at = dict(state["since"]), state["free_at"]
         self._computing_until = dict(state["computing_until"])
+        self.source.load_state(state.get("source", {}))  # which older checkpoints do not have
 
     def start(self) -> None:
         """Hand out the first tickets."""
@@ -179,7 +202,9 @@ class Cluster:
         self._send(self.server.start())
 
     def join(self, worker: int) -> None:
-        """A worker comes."""
+        """A worker comes; if one of its number was here before, what that one still had under way is lost at last."""
+        self.queue.drop(lambda argument: isinstance(argument, Reply) and argument.worker == worker)
+        self.source.forget(worker)
         self._since[worker] = self.queue.now
         self._send(self.server.join(worker))
 
@@ -187,6 +212,7 @@ class Cluster:
         """A worker is gone, and whatever it was at is lost."""
         if worker in self._since:
             self._count_membership(worker)
+            self.source.forget(worker)
             self._send(self.server.leave(worker))
 
     def finish(self, _: None = None) -> None:
@@ -201,7 +227,7 @@ class Cluster:
     def _send(self, replies: Iterable[Reply]) -> None:
         for reply in replies:
             if reply.ticket is not None:
-                self.queue.at(self.queue.now + self.links.seconds(reply.worker), "begin", reply)
+                self.queue.at(self.queue.now + self.links.reply_seconds(reply.worker), "begin", reply)
 
     def _begin(self, reply: Reply) -> None:
         """The reply has reached its worker."""
@@ -213,7 +239,7 @@ class Cluster:
             self._computing_until[machine] = begin + seconds
         if reply.worker in self._since:
             self.load.computing[reply.worker] = self.load.computing.get(reply.worker, 0.0) + seconds
-        self.queue.at(begin + seconds + self.links.seconds(reply.worker), "arrive", reply)
+        self.queue.at(begin + seconds + self.links.push_seconds(reply.worker), "arrive", reply)
 
     def _arrive(self, reply: Reply) -> None:
         """The push has reached the server, and waits until those before it are served."""

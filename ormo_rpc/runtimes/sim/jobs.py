@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ormo_rpc import algorithms
+from ormo_rpc.compression import PushFormat
 from ormo_rpc.config import Config, ConfigError
-from ormo_rpc.job import Evaluator, Exporter, configured_server
+from ormo_rpc.flat import Layout
+from ormo_rpc.job import Evaluator, Exporter, configured_format, configured_server
 from ormo_rpc.records import Event
 from ormo_rpc.runtime_options import GradientKind
 from ormo_rpc.runtimes.sim.synthetic import Quadratic
@@ -42,7 +45,20 @@ class SyntheticJob:
         sim = self.config.sim
         condition = sim.condition if sim.gradient is GradientKind.quadratic else None
         rule = algorithms.find(self.config.algorithm.name)
-        return Quadratic(sim.dimension, condition, sim.noise, rule, momentum=self.config.train.momentum, seed=self.config.seed)
+        return Quadratic(
+            sim.dimension,
+            condition,
+            sim.noise,
+            rule,
+            momentum=self.config.train.momentum,
+            seed=self.config.seed,
+            wire_format=self.push_format(),
+        )
+
+    def push_format(self) -> PushFormat:
+        """The wire form of its pushes, which have no matrix: powersgd sends them as they are."""
+        params = Layout({"x": torch.empty(self.config.sim.dimension)})
+        return configured_format(self.config, params, Layout({}), torch.float32)
 
     def server(self, record: Callable[[Event], None], clock: Callable[[], float]) -> ParameterServer:
         """The parameter server at iteration 0."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ormo_rpc.algorithms.base import Algorithm, LocalWork
+from ormo_rpc.compression import Encoder, PushFormat
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.seeding import generator
 
@@ -22,17 +26,26 @@ class Quadratic:
         rule: The server's rule.
         momentum: ``beta``, for rules with local steps.
         seed: The seed of the run.
+        wire_format: What becomes of a push on the wire.
     """
 
     def __init__(
-        self, dimension: int, condition: float | None, noise: float, rule: type[Algorithm], *, momentum: float, seed: int
+        self,
+        dimension: int,
+        condition: float | None,
+        noise: float,
+        rule: type[Algorithm],
+        *,
+        momentum: float,
+        seed: int,
+        wire_format: PushFormat,
     ) -> None:
         self.curvature = torch.zeros(dimension) if condition is None else torch.logspace(0, -1, dimension, base=condition)
         self.noise = noise
         self.rule = rule
         self.momentum = momentum
         self.seed = seed
-        self.push = torch.zeros(rule.VECTORS_PUSHED * dimension)
+        self._encoder = Encoder(wire_format)
 
     def start(self) -> Tensor:
         """``x_0``, shape (D,)."""
@@ -43,8 +56,9 @@ class Quadratic:
         return 0.5 * (self.curvature * params * params).sum().item()
 
     def compute(self, reply: Reply) -> Push:
-        """The push that answers a reply; its tensor is written over by the next call."""
+        """The push that answers a reply, as the server sees it; its tensor is written over by the next call."""
         assert reply.ticket is not None
+        sent = reply.params.to(self.curvature.dtype)
         dimension = self.curvature.numel()
         randomness = generator(self.seed, "noise", reply.ticket) if self.noise else None
 
@@ -54,20 +68,32 @@ class Quadratic:
                 into.add_(torch.randn(dimension, generator=randomness), alpha=self.noise)
 
         work = LocalWork(
-            sent=reply.params,
+            sent=sent,
             dimension=dimension,
             lr=reply.lr,
             momentum=self.momentum,
             steps=reply.steps,
             gradient=gradient,
         )
-        self.rule.local(work, self.push)
-        loss = self.loss(reply.params[:dimension])
+        self.rule.local(work, self._encoder.push)
+        loss = self.loss(sent[:dimension])
         return Push(
             worker=reply.worker,
             ticket=reply.ticket,
             stamp=reply.stamp,
-            grad=self.push,
+            grad=self._encoder.encode(reply.worker),
             loss=loss,
             incarnation=reply.incarnation,
         )
+
+    def forget(self, worker: int | None = None) -> None:
+        """A worker (None: each of them) begins anew: what the wire had dropped of its pushes is gone."""
+        self._encoder.forget(worker)
+
+    def state(self) -> dict[int, dict[str, Any]]:
+        """What is kept of each worker, a private copy."""
+        return self._encoder.state()
+
+    def load_state(self, state: Mapping[int, Mapping[str, Any]]) -> None:
+        """Take over what `state` returned."""
+        self._encoder.load_state(state)

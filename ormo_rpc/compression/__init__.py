@@ -1,0 +1,30 @@
+"""Compression of what a worker pushes: which values stand for a vector, beside the dtype that they travel in.
+
+A new one is one file here (its options and its `Compressor`), one in ``conf/compression/``, and one row in the table below::
+
+    base.py      the contract: a vector of D to its values and indices, and back
+    none.py      every value                     topk.py  the largest ones, with their places
+    powersgd.py  two thin factors for each matrix
+    rounding.py  values to the wire's dtype and back
+    format.py    `PushFormat`: the bytes of a push, of fixed number; what the server does with them
+    encoder.py   `Encoder`: the worker's side, with all that it remembers (error feedback, factors)
+
+Worker and server each build the same `PushFormat` from the configuration and the model (`Job.push_format`). The worker's
+gradient is written into `Encoder.push`, `Encoder.encode` makes the wire form of it and returns what the server will see;
+`PushFormat.unpack` makes that of the wire form. Without compression and rounding the wire form is the vector itself, and
+nothing is copied on either side.
+"""
+
+from __future__ import annotations
+
+from ormo_rpc.compression.base import Compression, Compressor
+from ormo_rpc.compression.encoder import Allocate, Encoder
+from ormo_rpc.compression.format import PushFormat
+from ormo_rpc.compression.none import NoCompression
+from ormo_rpc.compression.powersgd import PowerSGD
+from ormo_rpc.compression.topk import TopK
+
+__all__ = ["COMPRESSIONS", "Allocate", "Compression", "Compressor", "Encoder", "NoCompression", "PushFormat"]
+
+COMPRESSIONS: dict[str, type[Compression]] = {"none": NoCompression, "topk": TopK, "powersgd": PowerSGD}
+"""The options of each by name."""

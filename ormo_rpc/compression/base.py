@@ -1,0 +1,95 @@
+"""The contract of a compressor: a vector of D to the values and indices that stand for it, and back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ormo_rpc.flat import Layout
+from ormo_rpc.options import Section, option
+
+
+@dataclass(frozen=True, slots=True)
+class Compressed:
+    """What stands for a vector.
+
+    Attributes:
+        values: Shape (num_values,), of the vector's dtype, before rounding; it may share the vector's memory.
+        indices: Shape (num_indices,), int32.
+        kept: What the next call of `Compressor.compress` for the same worker gets.
+    """
+
+    values: Tensor
+    indices: Tensor | None = None
+    kept: Tensor | None = None
+
+
+class Compressor(ABC):
+    """Knows how many values and indices stand for a vector, and which. It has no memory of its own.
+
+    Attributes:
+        num_values: How many values.
+        num_indices: How many indices.
+    """
+
+    num_values: int
+    num_indices: int = 0
+
+    def start(self, generator: torch.Generator, dtype: torch.dtype) -> Tensor | None:  # noqa: ARG002 - most keep nothing
+        """What a worker that has pushed nothing yet passes for ``kept``; random draws come from ``generator`` alone."""
+        return None
+
+    @abstractmethod
+    def compress(self, vector: Tensor, kept: Tensor | None) -> Compressed:
+        """What stands for a vector, shape (D,); neither the vector nor ``kept`` is written to.
+
+        NaN or infinity anywhere in the vector is NaN or infinity in the values, so that the server refuses it.
+        """
+
+    @abstractmethod
+    def decompress(self, values: Tensor, indices: Tensor, into: Tensor) -> None:
+        """Write the vector that is meant into ``into``, shape (D,), whatever the values and indices are.
+
+        The bits depend on the arguments alone, not on threads or on what was called before.
+
+        Args:
+            values: Shape (num_values,), as they have travelled, of the wire's dtype. Where one is not finite, ``into`` is not.
+            indices: Shape (num_indices,), int32.
+            into: Of the model's dtype; what is in it means nothing.
+
+        Raises:
+            PushRefused: the indices mean nothing; the message says what they are and should be.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compression(Section, ABC):
+    """What every compression has.
+
+    With error feedback a worker adds what the wire has dropped so far to its next push ``g``, here with ``C`` for compression
+    and rounding together: ``p = g + e``, push ``C(p)``, ``e <- p - C(p)``. So nothing is lost, only late: the sum of all that
+    was pushed and of the last ``e`` is the sum of all gradients. (With a push that the server discards goes what it carried of
+    ``e``.) That costs a vector of D for each vector in a push on every worker; a simulation holds those of all its workers.
+
+    It also serves rounding alone: then nearly nothing is dropped at a time, but what is too small for the dtype is dropped
+    every time, and what is too large for fp16 is cut. With ``wire.dtype=float32`` and ``none`` there is nothing to feed back.
+
+    Source: Stich, Cordonnier, Jaggi, NeurIPS 2018, arXiv 1809.07599, Algorithm 1. Departures: there ``e`` holds steps, with the
+        learning rate in them; here gradients (or whatever the rule pushes), since the server applies the learning rate. ``e``
+        is forgotten when its worker joins anew.
+    """
+
+    PATH = "compression"
+    name: str = option("???", "which values of a push travel")
+    error_feedback: bool = option(True, "add what compression and rounding have dropped to the worker's next push")
+
+    @abstractmethod
+    def build(self, params: Layout) -> Compressor:
+        """The compressor for vectors of that layout.
+
+        Raises:
+            ValueError: it is not for vectors of that length.
+        """

@@ -1,0 +1,163 @@
+"""The bytes of a push: how many they are, what lies where, and what the server makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ormo_rpc.checks import check_plain
+from ormo_rpc.compression.base import Compressed, Compression, Compressor
+from ormo_rpc.compression.none import NoCompression
+from ormo_rpc.compression.rounding import round_into
+from ormo_rpc.errors import PushRefused
+from ormo_rpc.flat import Layout
+from ormo_rpc.wire_options import WireDtype
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Where some values lie among the bytes of a push.
+
+    Attributes:
+        start: Their first byte, a multiple of their own size.
+        count: How many values.
+        dtype: Theirs.
+    """
+
+    start: int
+    count: int
+    dtype: torch.dtype
+
+    @property
+    def end(self) -> int:
+        """The byte behind them."""
+        return self.start + self.count * self.dtype.itemsize
+
+    def of(self, wire: Tensor) -> Tensor:
+        """The values, shape (count,), as a view of the bytes."""
+        return wire[self.start : self.end].view(self.dtype)
+
+
+class PushFormat:
+    """The wire form of a push: for each vector the values that stand for it and their indices, then the batch-norm statistics.
+
+    Every part begins at a multiple of its values' size, little-endian as the machines are, and the whole has always the same
+    number of bytes. Both sides build it of the same configuration and model. It has no state and may be used by any thread.
+
+    Args:
+        params: Names and shapes of the parameters.
+        buffers: Those of the batch-norm statistics, which travel as they are.
+        dtype: The model's.
+        vectors: How many vectors of D a push has (`Algorithm.VECTORS_PUSHED`); each is compressed for itself.
+        compression: Which values travel; all by default.
+        wire: What they are rounded to.
+        seed: The seed of the run, for what a compressor draws.
+
+    Attributes:
+        size: Bytes of the wire form.
+        length: Values of a push once it is unpacked: ``vectors * D``.
+        exact: Whether the wire form is the push itself, so that nothing is copied.
+
+    Raises:
+        ValueError: the compression is not for so many parameters.
+    """
+
+    def __init__(
+        self,
+        *,
+        params: Layout,
+        buffers: Layout,
+        dtype: torch.dtype,
+        vectors: int = 1,
+        compression: Compression | None = None,
+        wire: WireDtype = WireDtype.float32,
+        seed: int = 0,
+    ) -> None:
+        self.compression = compression or NoCompression()
+        self.compressor: Compressor = self.compression.build(params)
+        self.buffers = buffers
+        self.dtype = dtype
+        self.vectors = vectors
+        self.dimension = params.size
+        self.length = vectors * params.size
+        self.seed = seed
+        value_dtype = wire.rounded or dtype
+        self.exact = value_dtype == dtype and isinstance(self.compression, NoCompression)
+        self._end = 0
+        self.regions = [
+            (self._region(self.compressor.num_values, value_dtype), self._region(self.compressor.num_indices, torch.int32))
+            for _ in range(vectors)
+        ]
+        self.statistics = self._region(buffers.size, dtype)
+        self.size = self._end
+
+    def _region(self, count: int, dtype: torch.dtype) -> Region:
+        """The next one; an empty one is at the beginning, where every dtype may be."""
+        if not count:
+            return Region(0, 0, dtype)
+        region = Region(-(-self._end // dtype.itemsize) * dtype.itemsize, count, dtype)
+        self._end = region.end
+        return region
+
+    def whole(self, wire: Tensor) -> Tensor:
+        """Where it is exact, the vectors of a push, shape (length,), as a view of its bytes."""
+        assert self.exact, "only an exact wire form is the push itself"
+        return wire[: self.length * self.dtype.itemsize].view(self.dtype)
+
+    def write(self, number: int, compressed: Compressed, wire: Tensor) -> None:
+        """Put what stands for vector ``number`` at its place among the bytes."""
+        values, indices = self.regions[number]
+        round_into(compressed.values, values.of(wire))
+        if compressed.indices is not None:
+            indices.of(wire).copy_(compressed.indices)
+
+    def read(self, number: int, wire: Tensor, into: Tensor) -> None:
+        """Write vector ``number`` into ``into``, shape (D,).
+
+        Raises:
+            PushRefused: see `Compressor.decompress`.
+        """
+        values, indices = self.regions[number]
+        self.compressor.decompress(values.of(wire), indices.of(wire), into)
+
+    def unpack(self, payload: Tensor, into: Tensor | None = None, sender: str = "push") -> tuple[Tensor, dict[str, Tensor]]:
+        """What came in a push, whatever the bytes are: total, and nothing outside of them and of ``into`` is touched.
+
+        What is not finite comes out as it is (or as NaN), and `ParameterServer.check` refuses it as `NonFiniteGradient`.
+
+        Args:
+            payload: The bytes, uint8, shape (size,), on the CPU; they may be forged.
+            into: Where the push goes, shape (length,), contiguous and of the model's dtype; by default new memory. It is not
+                used where the format is exact.
+            sender: Who sent it, for the error.
+
+        Returns:
+            The push, shape (length,), and the statistics by name. Statistics, and an exact push, are views of ``payload``.
+
+        Raises:
+            PushRefused: it is no such tensor, or the bytes have no meaning; what is in ``into`` then means nothing.
+        """
+        wire = self._checked(payload, f"{sender}: payload")
+        buffers = self.buffers.views(self.statistics.of(wire))
+        if self.exact:
+            return self.whole(wire), buffers
+        into = torch.empty(self.length, dtype=self.dtype) if into is None else into
+        for number, vector in enumerate(into.split(self.dimension)):
+            try:
+                self.read(number, wire, vector)
+            except PushRefused as error:
+                raise PushRefused(f"{sender}: payload: {error}") from None
+        return into, buffers
+
+    def _checked(self, payload: Tensor, what: str) -> Tensor:
+        """The bytes in one piece, at an address where values can be read from."""
+        check_plain(payload, what)
+        if (payload.dtype, payload.device.type, tuple(payload.shape)) != (torch.uint8, "cpu", (self.size,)):
+            raise PushRefused(
+                f"{what}: got {tuple(payload.shape)} of {payload.dtype} on {payload.device.type}, expected {self.size} bytes "
+                f"(torch.uint8) on cpu; worker and server must have the same model and wire format"
+            )
+        aligned = payload.is_contiguous() and payload.storage_offset() % 8 == 0 and payload.data_ptr() % 8 == 0
+        return payload if aligned else payload.clone(memory_format=torch.contiguous_format)

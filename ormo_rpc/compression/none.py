@@ -1,0 +1,42 @@
+"""No compression: every value travels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ormo_rpc.compression.base import Compressed, Compression, Compressor
+from ormo_rpc.flat import Layout
+from ormo_rpc.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoCompression(Compression):
+    """Every value travels, rounded to ``wire.dtype``."""
+
+    name: str = option("none", "every value of a push travels, rounded to wire.dtype")
+    error_feedback: bool = option(False, "add what rounding has dropped to the worker's next push")
+
+    def build(self, params: Layout) -> Compressor:
+        """See `Compression.build`."""
+        return Every(params.size)
+
+
+class Every(Compressor):
+    """Every value stands for itself.
+
+    Args:
+        dimension: D.
+    """
+
+    def __init__(self, dimension: int) -> None:
+        self.num_values = dimension
+
+    def compress(self, vector: Tensor, kept: Tensor | None) -> Compressed:  # noqa: ARG002 - there is nothing to keep
+        """See `Compressor.compress`."""
+        return Compressed(vector)
+
+    def decompress(self, values: Tensor, indices: Tensor, into: Tensor) -> None:  # noqa: ARG002 - there are none
+        """See `Compressor.decompress`."""
+        into.copy_(values)
