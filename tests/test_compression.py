@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -50,7 +51,7 @@ def made(name: str, wire: WireDtype, *, dtype: torch.dtype = torch.float32, vect
         buffers=layout(STATISTICS),
         dtype=dtype,
         vectors=vectors,
-        compression=COMPRESSIONS[name],
+        compression=replace(COMPRESSIONS[name], error_feedback=True),
         wire=wire,
     )
 

@@ -146,8 +146,8 @@ class House:
             )
         )
         self.pushed += 1
-        twin = self.twin
-        wait_until(lambda: self.server.iteration >= twin.iteration, "the update")
+        due: int = self.twin.iteration
+        wait_until(lambda: self.server.iteration >= due, "the update")
         self.take(replies)
         for mine, twins in self.held.values():
             assert torch.equal(mine.params, twins.params), "a reply has changed after it was issued"

@@ -13,7 +13,11 @@ from ormo_rpc.options import option
 
 @dataclass(frozen=True, kw_only=True)
 class NoCompression(Compression):
-    """Every value travels, rounded to ``wire.dtype``."""
+    """Every value travels, rounded to ``wire.dtype``.
+
+    Its errors are not fed back unless that is asked for: rounding to nearest drops little, and as much up as down, while the
+    feedback takes several passes over vectors of D.
+    """
 
     name: str = option("none", "every value of a push travels, rounded to wire.dtype")
     error_feedback: bool = option(False, "add what rounding has dropped to the worker's next push")
