@@ -46,7 +46,7 @@ PAIRS = [
     (rule, scheduler) for rule in algorithms.NAMES for scheduler in SCHEDULERS if scheduler not in algorithms.find(rule).REFUSES
 ]
 EVERY = {"every": 7, "keep": 100}
-OF_THIS_MACHINE = {"wall_seconds", "checkpoint", "updates_per_second"}
+OF_THIS_MACHINE = {"wall_seconds", "step_seconds", "checkpoint", "updates_per_second"}
 """Figures that have nothing to do with what was simulated."""
 
 
