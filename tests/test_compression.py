@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -33,7 +32,7 @@ SHAPES = {"conv": (8, 3, 3, 3), "conv_bias": (8,), "linear": (20, 30), "scale": 
 DIMENSION = 8 * 27 + 8 + 600 + 1 + 12
 STATISTICS = {"mean": (5,), "var": (5,)}
 COMPRESSIONS: dict[str, Compression] = {
-    "none": NoCompression(),
+    "none": NoCompression(error_feedback=True),
     "topk": TopK(ratio=0.05),
     "powersgd": PowerSGD(rank=2),
     "topk without feedback": TopK(ratio=0.05, error_feedback=False),
@@ -51,7 +50,7 @@ def made(name: str, wire: WireDtype, *, dtype: torch.dtype = torch.float32, vect
         buffers=layout(STATISTICS),
         dtype=dtype,
         vectors=vectors,
-        compression=replace(COMPRESSIONS[name], error_feedback=True),
+        compression=COMPRESSIONS[name],
         wire=wire,
     )
 

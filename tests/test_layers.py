@@ -47,7 +47,7 @@ ONLY_IN = {
     "hydra": ("ormo_rpc.cli",),
     "wandb": ("ormo_rpc.dashboards",),
     "tqdm": ("ormo_rpc.dashboards", "ormo_rpc.runtimes.replay"),
-    "omegaconf": ("ormo_rpc.cli", "ormo_rpc.config", "ormo_rpc.runtimes.rpc.work"),
+    "omegaconf": ("ormo_rpc.cli", "ormo_rpc.config", "ormo_rpc.runtimes.rpc.loop"),
     "matplotlib": ("ormo_rpc.report",),
     "sklearn": ("ormo_rpc.data",),
     "torchvision": ("ormo_rpc.data", "ormo_rpc.models"),

@@ -74,8 +74,8 @@ class Compression(Section, ABC):
     was pushed and of the last ``e`` is the sum of all gradients. (With a push that the server discards goes what it carried of
     ``e``.) That costs a vector of D for each vector in a push on every worker; a simulation holds those of all its workers.
 
-    It can serve rounding alone as well: then nearly nothing is dropped at a time, but what is too small for the dtype is dropped
-    every time, and what is too large for fp16 is cut. With ``wire.dtype=float32`` and ``none`` there is nothing to feed back.
+    It can serve rounding alone as well: nearly nothing is dropped at a time then, but what is too small for the dtype is
+    dropped every time, and what is too large for fp16 is cut. With ``wire.dtype=float32`` and ``none`` nothing is fed back.
 
     Source: Stich, Cordonnier, Jaggi, NeurIPS 2018, arXiv 1809.07599, Algorithm 1. Departures: there ``e`` holds steps, with the
         learning rate in them; here gradients (or whatever the rule pushes), since the server applies the learning rate. ``e``
