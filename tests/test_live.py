@@ -238,17 +238,16 @@ def test_nothing_survives_a_killed_launcher(killed: str, tmp_path: Path) -> None
         processes(tmp_path)
         family = descendants(launcher.pid)
         assert len(family) >= 4  # server, two workers, and what wandb starts
-        (name,) = {name for process in family for name in shared_memory_of(process)[:1] if process.pid == server_of(tmp_path)}
-        assert sum(name in shared_memory_of(process) for process in family) == 3  # the server and its workers
+        sharing = [names for names in map(shared_memory_of, family) if names]
+        everything = {name for names in sharing for name in names}
+        # The server and two workers: each has memory of its own, the server has that of all, and each worker the server's.
+        assert sorted(map(len, sharing)) == [2, 2, 3]
+        assert len(everything) == 3
         for process in [*([] if killed == "the launcher" else family), psutil.Process(launcher.pid)]:
             process.kill()
         wait_until(lambda: gone(family), "the end of all children")
-    assert not [process.pid for process in psutil.process_iter() if name in shared_memory_of(process)]
+    assert not [process.pid for process in psutil.process_iter() if everything & set(shared_memory_of(process))]
     assert not [each for each in names_in_shared_memory() - before if "ormo" in each or "torch" in each]
-
-
-def server_of(run_dir: Path) -> int:
-    return processes(run_dir)["server"]
 
 
 def names_in_shared_memory() -> set[str]:
