@@ -57,13 +57,13 @@ class Runtime(Section):
 class RpcRuntime(Runtime):
     """Processes connected by torch.distributed.rpc."""
 
-    name: str = option("rpc", "processes on one machine or many, connected by torch.distributed.rpc")
+    name: str = option("rpc", "processes on one machine or many, connected by shared memory, TCP or torch.distributed.rpc")
     start_timeout_seconds: float = option(
         180.0, "time for all processes to start and find one another", valid=_positive, expected="a finite number > 0"
     )
     rpc_timeout_seconds: float = option(
         30.0,
-        "time after which an unanswered push is repeated, and a silent server given up",
+        "time for letting a stream in; with wire.transport=uv, until an unanswered push is repeated",
         valid=_positive,
         expected="a finite number > 0",
     )

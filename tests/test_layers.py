@@ -43,7 +43,9 @@ TRANSPORT = (
 
 ONLY_IN = {
     "torch.distributed": ("ormo_rpc.runtimes.rpc",),
-    "torch.futures": ("ormo_rpc.runtimes.rpc",),
+    # An agent, and what it unpickles: only where wire.transport=uv.
+    "torch.distributed.rpc": tuple(f"ormo_rpc.runtimes.rpc.{name}" for name in ("agent", "calls", "handlers", "unpickling")),
+    "torch.futures": tuple(f"ormo_rpc.runtimes.rpc.{name}" for name in ("handlers", "service", "streams")),
     "hydra": ("ormo_rpc.cli",),
     "wandb": ("ormo_rpc.dashboards",),
     "tqdm": ("ormo_rpc.dashboards", "ormo_rpc.runtimes.replay"),
@@ -146,6 +148,9 @@ def test_a_planted_import_is_found() -> None:
         "ormo_rpc.recorder": "import wandb",
         "ormo_rpc.runtimes.sim": "from ormo_rpc.runtimes.rpc import service",
         "ormo_rpc.runtimes.replay": "import torch.distributed.rpc",
+        "ormo_rpc.runtimes.rpc.streams": "import torch.distributed.rpc as rpc",
+        "ormo_rpc.runtimes.rpc.service": "from torch.distributed import rpc",
+        "ormo_rpc.runtimes.rpc.door": "from torch.futures import Future",
         "ormo_rpc.job": "from ormo_rpc.session import Session",
         "ormo_rpc.train": "import hydra.utils",
         "ormo_rpc.evaluation": "from tqdm import tqdm",

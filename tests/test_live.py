@@ -1,4 +1,4 @@
-"""Live runs: real processes over torch.distributed.rpc on this machine. Their budget is counted in tests/README.md."""
+"""Live runs: real processes on this machine, over each kind of wire. Their budget is counted in tests/README.md."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ SUMMARY_KEYS = set(
 )
 
 
-def test_the_default_run_trains_digits_and_leaves_everything_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", ["auto", "tcp", "uv"])
+def test_the_default_run_trains_digits_and_leaves_everything_behind(transport: str, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    status, out, err = launch(run_dir)
+    status, out, err = launch(run_dir, *([] if transport == "auto" else [f"wire.transport={transport}"]))
     assert status == 0, err
     assert err == ""  # not a terminal: no progress bar, no warnings
     assert out.startswith("completed: ormo (async), 4 workers, digits, mlp: 1350 iterations")
@@ -80,9 +81,14 @@ def test_the_default_run_trains_digits_and_leaves_everything_behind(tmp_path: Pa
 
 
 # One of each kind: what is sent is not w (smega2), discards (ringmaster), buffers (fedbuff), local steps (orlomo).
-@pytest.mark.parametrize("algorithm", ["naive", "smega2", "ringmaster", "fedbuff", "orlomo"])
-def test_every_kind_of_rule_runs_live_and_is_replayed(algorithm: str, tmp_path: Path) -> None:
-    options = ("workers=2", "train.max_iterations=60", "train.lr=0.005", "model.dropout=0.2")
+# With 1100 hidden units there are enough parameters for them to lie in shared memory.
+@pytest.mark.parametrize(
+    ("algorithm", "transport"),
+    [("naive", "shm"), ("smega2", "shm"), ("ringmaster", "tcp"), ("fedbuff", "uv"), ("orlomo", "auto")],
+)
+def test_every_kind_of_rule_runs_live_and_is_replayed(algorithm: str, transport: str, tmp_path: Path) -> None:
+    given = ("workers=2", "train.max_iterations=60", "train.lr=0.005", "model.dropout=0.2")
+    options = (*given, "model.hidden=1100", f"wire.transport={transport}")
     status, _, err = launch(tmp_path / "run", *QUIET, f"algorithm={algorithm}", *options)
     assert status == 0, err
     result = summary(tmp_path / "run")
@@ -208,39 +214,73 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_goes_on(tmp_path: Path) -> N
     assert sorted(tickets) == list(range(more))
 
 
-def test_a_push_that_waits_longer_than_its_time_out_is_repeated_and_applied_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", ["uv", "tcp"])
+def test_a_push_that_waits_longer_than_its_time_out_is_repeated_and_applied_once(transport: str, tmp_path: Path) -> None:
+    """Over torch.distributed.rpc; a stream waits for as long as the lease holds, and repeats nothing."""
     run_dir = tmp_path / "run"
     # The slow worker takes 700 times its own computation, of a millisecond or so; the other one waits at the barrier.
     slow = ("scheduler=sync", "workers=2", "heterogeneity=one_slow", "heterogeneity.factor=700")
-    status, _, err = launch(run_dir, *QUIET, *slow, "train.max_iterations=6", "runtime.rpc_timeout_seconds=0.3")
+    wire = (f"wire.transport={transport}", "runtime.rpc_timeout_seconds=0.3")
+    status, _, err = launch(run_dir, *QUIET, *slow, "train.max_iterations=6", *wire)
     assert status == 0, err
     assert [event["stamp"] for event in events(run_dir, "apply")] == [0, 0, 2, 2, 4, 4]
     assert sorted(event["ticket"] for event in events(run_dir, "apply")) == list(range(6))
-    assert summary(run_dir)["repeated"] > 0
-    assert {event["worker"] for event in events(run_dir, "repeat")} == {0}
+    assert (summary(run_dir)["repeated"] > 0) == (transport == "uv")
+    assert {event["worker"] for event in events(run_dir, "repeat")} == ({0} if transport == "uv" else set())
     assert replayed(run_dir, tmp_path / "again") == summary(run_dir)["final_params_sha256"]
 
 
-def test_nothing_survives_a_killed_launcher(tmp_path: Path) -> None:
-    with launched("launch.py", f"hydra.run.dir={tmp_path}", "train.epochs=100000", "workers=2") as launcher:
+@pytest.mark.parametrize("killed", ["the launcher", "all at once"])
+def test_nothing_survives_a_killed_launcher(killed: str, tmp_path: Path) -> None:
+    options = ("train.epochs=100000", "workers=2", "model.hidden=1100", "wire.transport=shm")
+    before = names_in_shared_memory()
+    with launched("launch.py", f"hydra.run.dir={tmp_path}", *options) as launcher:
         processes(tmp_path)
         family = descendants(launcher.pid)
         assert len(family) >= 4  # server, two workers, and what wandb starts
-        launcher.kill()
+        sharing = [names for names in map(shared_memory_of, family) if names]
+        everything = {name for names in sharing for name in names}
+        # The server and two workers: each has memory of its own, the server has that of all, and each worker the server's.
+        assert sorted(map(len, sharing)) == [2, 2, 3]
+        assert len(everything) == 3
+        for process in [*([] if killed == "the launcher" else family), psutil.Process(launcher.pid)]:
+            process.kill()
         wait_until(lambda: gone(family), "the end of all children")
+    assert not [process.pid for process in psutil.process_iter() if everything & set(shared_memory_of(process))]
+    assert not [each for each in names_in_shared_memory() - before if "ormo" in each or "torch" in each]
 
 
-def test_all_sockets_are_on_loopback(tmp_path: Path) -> None:
-    with launched("launch.py", f"hydra.run.dir={tmp_path}", *ENDLESS) as launcher:
+def names_in_shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir()}  # noqa: S108 - looked at, not written to
+
+
+def shared_memory_of(process: psutil.Process) -> list[str]:
+    """The names of the memory that a process shares by our segments: its own, or another's."""
+    try:
+        maps = Path(f"/proc/{process.pid}/maps").read_text()
+    except OSError:  # it is gone, or somebody else's
+        return []
+    return sorted(set(re.findall(r"memfd:(ormo_rpc_\w+)", maps)))
+
+
+@pytest.mark.parametrize("transport", ["auto", "uv"])
+def test_all_sockets_are_on_loopback(transport: str, tmp_path: Path) -> None:
+    with launched("launch.py", f"hydra.run.dir={tmp_path}", *ENDLESS, f"wire.transport={transport}") as launcher:
         processes(tmp_path)
-        listening = [
-            connection.laddr.ip
-            for process in descendants(launcher.pid)
+        family = descendants(launcher.pid)
+        listening = {
+            connection.laddr
+            for process in family
             for connection in process.net_connections()
             if connection.status == psutil.CONN_LISTEN and connection.family in (socket.AF_INET, socket.AF_INET6)
-        ]
-        assert listening
-        assert set(listening) <= {"127.0.0.1", "::1"}
+        }
+        named = {each for process in family for each in process.net_connections("unix") if each.status == psutil.CONN_LISTEN}
+        assert {address.ip for address in listening} <= {"127.0.0.1", "::1"}
+        door = json.loads((tmp_path / "processes.json").read_text())["address"]
+        assert door in {f"{address.ip}:{address.port}" for address in listening}
+        assert not named
+        # By default there is the door and nothing else; each agent of torch.distributed.rpc has a number of ports.
+        assert len(listening) == 1 if transport == "auto" else len(listening) > 3
 
 
 def test_a_sweep_starts_and_ends_its_own_processes(tmp_path: Path) -> None:

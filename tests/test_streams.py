@@ -106,8 +106,9 @@ class Client:
 class House:
     """A service behind a door, and a twin of its server, in process, that gets the same pushes."""
 
-    def __init__(self, address: tuple[str, int], service: Service, twin: ParameterServer, segments: Segments | None) -> None:
-        self.address = address
+    def __init__(self, door: Door, service: Service, twin: ParameterServer, segments: Segments | None) -> None:
+        self.door = door
+        self.address: tuple[str, int] = door.listener.getsockname()[:2]
         self.service = service
         self.server = service.server
         self.twin = twin
@@ -146,8 +147,8 @@ class House:
             )
         )
         self.pushed += 1
-        due: int = self.twin.iteration
-        wait_until(lambda: self.server.iteration >= due, "the update")
+        applied: int = self.twin.iteration
+        wait_until(lambda: applied <= self.server.iteration, "the update")
         self.take(replies)
         for mine, twins in self.held.values():
             assert torch.equal(mine.params, twins.params), "a reply has changed after it was issued"
@@ -219,8 +220,8 @@ def opened(
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         welcome = {"config": "", "agent": None, "heartbeat_seconds": 1.0, "patience_seconds": PATIENCE_SECONDS}
         stack.callback(listener.shutdown, socket.SHUT_RDWR)  # wakes the thread that accepts
-        stack.enter_context(Door(listener, SECRET, service, welcome, PATIENCE_SECONDS, serving.serve))
-        house = House(listener.getsockname()[:2], service, twin, segments)
+        door = stack.enter_context(Door(listener, SECRET, service, welcome, PATIENCE_SECONDS, serving.serve))
+        house = House(door, service, twin, segments)
         try:
             yield house
         finally:
@@ -445,9 +446,9 @@ def test_a_door_that_closes_ends_all_streams() -> None:
     with opened(scheduler="sync", dimension=SMALL) as house:
         house.enter(SHARED, TCP, TCP)
         house.step(0)
-        waiting = house.waiting.pop(0)
-    with pytest.raises(ServerLost, match=r"\Athe server is gone: .*\Z"):
-        waiting.result(PATIENCE_SECONDS)
+        house.door.__exit__()
+        with pytest.raises(ServerLost, match=r"\Athe server is gone: .*\Z"):
+            house.waiting.pop(0).result(PATIENCE_SECONDS)
 
 
 # -- being let in --------------------------------------------------------------------------------------------------------

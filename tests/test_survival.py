@@ -45,10 +45,11 @@ def first(found: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
     return next(event for event in found if all(event.get(key) == value for key, value in wanted.items()))
 
 
-def test_a_killed_worker_is_named_and_replaced_and_a_run_with_too_few_pauses(tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", ["auto", "tcp"])
+def test_a_killed_worker_is_named_and_replaced_and_a_run_with_too_few_pauses(transport: str, tmp_path: Path) -> None:
     run_dir, total = tmp_path / "run", 600
     faults = "runtime.faults=[kill@1:5,drop_reply@0:7,corrupt@0:9:2]"
-    options = ("workers=2", "runtime.min_workers=2", f"train.max_iterations={total}")
+    options = ("workers=2", "runtime.min_workers=2", f"train.max_iterations={total}", f"wire.transport={transport}")
     status, out, err = launch(run_dir, *QUIET, *options, faults)
     assert status == 0, err
     assert out.startswith("completed: ")
@@ -106,7 +107,8 @@ def test_a_stopped_worker_is_evicted_and_the_barrier_shrinks(tmp_path: Path) -> 
 
 def test_a_killed_server_goes_on_from_its_checkpoint_and_counts_what_is_rolled_back(tmp_path: Path) -> None:
     run_dir, total = tmp_path / "run", 500
-    options = ("workers=2", f"train.max_iterations={total}", "checkpoint.every=100", "runtime.faults=[kill@server:250]")
+    faults = ("runtime.faults=[kill@server:250]", "wire.transport=tcp")
+    options = ("workers=2", f"train.max_iterations={total}", "checkpoint.every=100", *faults)
     status, _, err = launch(run_dir, *QUIET, *options)
     assert status == 0, err
     assert fired(err) == ["kill@server:250"]

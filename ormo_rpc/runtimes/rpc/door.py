@@ -1,9 +1,10 @@
 """The door: where workers ask to be let in, and the lease that tells whether they still live.
 
 A worker connects, both sides prove that they know the secret of the run (`wire`), and it is told its seat, the configuration
-and the address of the server's agent. The connection stays open for as long as the worker works. Each beat of the worker's is
-answered; one that falls silent for ``runtime.worker_timeout_seconds``, or whose connection ends, is lost. Because the operating
-system closes the connections of whoever dies, a death is known at once, on any machine.
+and, where there is one, the address of the server's agent. It connects once more for its pushes (`streams`). The first
+connection stays open for as long as the worker works. Each beat of the worker's is answered; one that falls silent for
+``runtime.worker_timeout_seconds``, or whose connection ends, is lost. Because the operating system closes the connections of
+whoever dies, a death is known at once, on any machine.
 """
 
 from __future__ import annotations
