@@ -39,6 +39,9 @@ class StandInWorker(Worker):
             incarnation=reply.incarnation,
         )
 
+    def load(self, reply: Reply) -> None:
+        """There is nothing to load."""
+
     def warm_up(self) -> None:
         """Draw what is pushed, unless it lies in the payload already, where a lossy wire does not change it."""
         if self._drawn_into == self.payload.data_ptr():

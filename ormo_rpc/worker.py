@@ -71,6 +71,8 @@ class Worker:
         self.push, self.statistics = self._encoder.push, self._encoder.statistics
         self.buffers = model.bind_batch_statistics(self.statistics)
         self._grad_bound = 0
+        self._loaded: dict[int, tuple[Tensor, Tensor]] = {}
+        """Batches that are made already, by their numbers in the run."""
         self._sent = torch.empty(0, dtype=model.dtype)
         """What was sent, where it had to be cast to the model's dtype."""
 
@@ -84,12 +86,11 @@ class Worker:
             reply: Work, that is, a ticket that is not None.
         """
         assert reply.ticket is not None, "a reply without a ticket is the word to stop"
-        ticket, losses = reply.ticket, list[float]()
-        indices = self.epochs.indices(ticket)
-        batches = indices.tensor_split(min(reply.steps, len(indices)))  # the last ticket of an epoch may be a small one
+        batches, losses = self._batches(reply.ticket, reply.steps), list[float]()
 
         def gradient(params: Tensor, step: int, into: Tensor) -> None:
-            losses.append(self._gradient(params, batches[step], ticket * reply.steps + step, into))
+            number, indices = batches[step]
+            losses.append(self._gradient(params, indices, number, into))
 
         work = LocalWork(
             sent=self._cast(reply.params),
@@ -102,14 +103,23 @@ class Worker:
         self.rule.local(work, self.push)
         return Push(
             worker=reply.worker,
-            ticket=ticket,
+            ticket=reply.ticket,
             stamp=reply.stamp,
             grad=self._encoder.encode(reply.worker),
             loss=sum(losses) / len(losses),
-            samples=len(indices),
+            samples=sum(len(indices) for _, indices in batches),
             buffers=self.buffers,
             incarnation=reply.incarnation,
         )
+
+    def load(self, reply: Reply) -> None:
+        """Make the batches of a ticket now, for `compute`, where they depend on nothing but their numbers.
+
+        It may run while another worker of this process computes.
+        """
+        if reply.ticket is not None and self.data.PURE:
+            batches = self._batches(reply.ticket, reply.steps)
+            self._loaded = {number: self.data.batch(indices, self._augmentation(number)) for number, indices in batches}
 
     def forget(self, worker: int | None = None) -> None:
         """A worker (None: whichever this is) joins anew: what the wire had dropped of its pushes is gone."""
@@ -147,14 +157,22 @@ class Worker:
             self._grad_bound = into.data_ptr()
         into.zero_()
         self.statistics.zero_()
-        augmentation = generator(self.seed, "augment", number)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_for(self.seed, "forward", number))
-            inputs, targets = self.data.batch(indices, augmentation)
+            inputs, targets = self._loaded.pop(number, None) or self.data.batch(indices, self._augmentation(number))
             loss = functional.cross_entropy(self.model.module(inputs), targets)
             loss.backward()
         self._regularise(into, params)
         return loss.item()
+
+    def _batches(self, ticket: int, steps: int) -> list[tuple[int, Tensor]]:
+        """The batches of a ticket: their numbers in the run, and which samples they are of."""
+        indices = self.epochs.indices(ticket)
+        parts = indices.tensor_split(min(steps, len(indices)))  # the last ticket of an epoch may be a small one
+        return [(ticket * steps + step, part) for step, part in enumerate(parts)]
+
+    def _augmentation(self, number: int) -> torch.Generator:
+        return generator(self.seed, "augment", number)
 
     def _regularise(self, grad: Tensor, params: Tensor) -> None:
         """Clip, then decay: torch's order."""

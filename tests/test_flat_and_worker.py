@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ormo_rpc import algorithms
-from ormo_rpc.data import ArraySplit, Epochs
+from ormo_rpc.data import ArraySplit, Epochs, MapSplit
 from ormo_rpc.flat import FlatModel, Layout, sha256
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.models import CNNSection, MLPSection, ResNet20Section
@@ -311,3 +312,44 @@ def test_the_global_generator_is_left_alone() -> None:
 def test_a_reply_without_a_ticket_is_no_work() -> None:
     with pytest.raises(AssertionError, match=r"\Aa reply without a ticket is the word to stop"):
         worker("mlp").compute(reply(None, weights("mlp")))
+
+
+@pytest.mark.parametrize("name", ["ormo", "orlomo"])
+def test_batches_that_are_loaded_ahead_are_those_that_would_be_made(name: str) -> None:
+    """In another thread, while torch's own source of chance goes on; one that is not asked for is not kept."""
+    data = ArraySplit(
+        torch.arange(80, dtype=torch.uint8).view(20, 1, 2, 2), torch.arange(20) % 3, scale=80, mean=[0.5], std=[1], augment=True
+    )
+    made: list[int] = []
+
+    class Counted(ArraySplit):
+        def batch(self, indices: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+            made.append(len(indices))
+            return super().batch(indices, generator)
+
+    def worker(split: ArraySplit) -> Worker:
+        linear = nn.Linear(4, 3)
+        torch.nn.init.ones_(linear.weight)
+        torch.nn.init.zeros_(linear.bias)
+        module = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), linear)
+        return Worker(FlatModel(module), split, Epochs(20, 6, 1), algorithms.find(name), seed=1, momentum=0.9)
+
+    counted = Counted(data.images, data.labels, scale=80, mean=[0.5], std=[1], augment=True)
+    plain, ahead = worker(data), worker(counted)
+    params = plain.model.flat_params()
+    for ticket in (0, 3, 1):
+        reply = Reply(worker=0, ticket=ticket, stamp=0, params=params, lr=0.1, steps=2, incarnation=0)
+        thread = threading.Thread(target=ahead.load, args=(reply,))
+        thread.start()
+        thread.join(10)
+        torch.rand(3)
+        loaded = len(made)
+        assert torch.equal(ahead.compute(reply).grad, plain.compute(reply).grad)
+        assert len(made) == loaded, "nothing is made twice"
+
+
+def test_a_data_set_that_draws_from_torch_itself_is_not_loaded_ahead() -> None:
+    split = MapSplit([(torch.zeros(4), 0)] * 20)
+    worker = Worker(FlatModel(nn.Linear(4, 3)), split, Epochs(20, 6, 1), algorithms.find("ormo"), seed=1)
+    split.batch = None  # pyright: ignore[reportAttributeAccessIssue] # whoever asks for a batch finds out
+    worker.load(Reply(worker=0, ticket=0, stamp=0, params=worker.model.flat_params(), lr=0.1, steps=1, incarnation=0))

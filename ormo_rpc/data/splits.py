@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
@@ -16,7 +16,14 @@ PADDING = 4
 
 
 class Split(Protocol):
-    """A numbered set of labelled samples."""
+    """A numbered set of labelled samples.
+
+    Attributes:
+        PURE: Whether a batch depends on its arguments alone and on no other source of chance, so that it may be made in any
+            thread at any time.
+    """
+
+    PURE: ClassVar[bool]
 
     def __len__(self) -> int: ...
 
@@ -66,6 +73,8 @@ class ArraySplit:
         augment: Crop and flip at random wherever a generator is given.
     """
 
+    PURE: ClassVar[bool] = True
+
     def __init__(
         self,
         images: Tensor,
@@ -100,6 +109,8 @@ class MapSplit:
     Whether it augments is its own affair. Its randomness must come from torch's global generator, which the worker seeds for
     every ticket: what it draws elsewhere (``random``, numpy) is not repeatable.
     """
+
+    PURE: ClassVar[bool] = False
 
     def __init__(self, dataset: MapStyle) -> None:
         self.dataset = dataset

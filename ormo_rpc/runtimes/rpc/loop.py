@@ -189,8 +189,11 @@ class Loop:
         speed: torch.Generator = time_generator(config, number)
         reply: Reply = server.hello()
         while reply.ticket is not None:
+            began = time.monotonic()
+            worker.load(reply)
+            waited = time.monotonic()
             with self.workshop.turn:
-                began = time.monotonic()
+                began += time.monotonic() - waited
                 push = worker.compute(reply)
                 slowdown = config.slowdown(number, speed)
                 time.sleep((slowdown - 1) * (time.monotonic() - began))
