@@ -314,7 +314,7 @@ def test_a_reply_without_a_ticket_is_no_work() -> None:
         worker("mlp").compute(reply(None, weights("mlp")))
 
 
-@pytest.mark.parametrize("name", ["ormo", "orlomo"])
+@pytest.mark.parametrize("name", ["ormo", "easgd"])
 def test_batches_that_are_loaded_ahead_are_those_that_would_be_made(name: str) -> None:
     """In another thread, while torch's own source of chance goes on; one that is not asked for is not kept."""
     data = ArraySplit(
