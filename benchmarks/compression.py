@@ -31,6 +31,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "float32 (exact)": (),
     "bf16": ("wire.dtype=bf16",),
     "fp16": ("wire.dtype=fp16",),
+    "fp16, error feedback": ("wire.dtype=fp16", "compression.error_feedback=true"),
     "top-k 1%": (TOPK, "compression.ratio=0.01"),
     "top-k 1%, no error feedback": (TOPK, "compression.ratio=0.01", NO_FEEDBACK),
     "top-k 0.1%": (TOPK, "compression.ratio=0.001"),
