@@ -41,6 +41,7 @@ def overrides(job: Job, transport: str = "auto", wire: str = "float32") -> list[
         *("train.batch_size=1", "train.epochs=1000000", f"train.max_seconds={WARM_UP_SECONDS + job.seconds}"),
         *([] if transport == "auto" else [f"wire.transport={transport}"]),
         *([] if wire == "float32" else [f"wire.dtype={wire}"]),
+        *([] if wire != "bf16" else ["wire.params=bf16"]),  # the only thing that parameters can be rounded to
     ]
 
 
@@ -129,6 +130,8 @@ def measure(job: Job, transport: str = "auto", wire: str = "float32", more: Sequ
             summary = train([*overrides(job, transport, wire), *more], run_dir=run_dir)
         applied = [event for event in read_trace(run_dir)[1] if event["event"] == "apply"]
     line = line_of(job, applied, watch, summary)
+    bytes_of_float32 = {"float32": 1.0, "bf16": 0.5, "fp16": 0.75}[wire]
+    line["megabytes_per_second"] *= bytes_of_float32
     return {**line, "transport": transport, "wire": wire}
 
 

@@ -90,6 +90,7 @@ def test_only_options_that_differ_from_their_defaults_are_given() -> None:
     assert [option for option in throughput.overrides(job, "uv", "bf16") if option.startswith("wire.")] == [
         "wire.transport=uv",
         "wire.dtype=bf16",
+        "wire.params=bf16",
     ]
 
 
