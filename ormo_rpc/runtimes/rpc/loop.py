@@ -22,8 +22,9 @@ from ormo_rpc.faults import Injector
 from ormo_rpc.job import Job, time_generator
 from ormo_rpc.messages import Reply
 from ormo_rpc.runtimes.rpc.agent import rpc_agent
-from ormo_rpc.runtimes.rpc.calls import Calls, RpcCalls
+from ormo_rpc.runtimes.rpc.calls import Calls
 from ormo_rpc.runtimes.rpc.lease import Lease, ServerLost, let_in
+from ormo_rpc.runtimes.rpc.rpc_calls import RpcCalls
 from ormo_rpc.runtimes.rpc.seats import RunEnded
 from ormo_rpc.runtimes.rpc.secret import Secret
 from ormo_rpc.runtimes.rpc.segments import AVAILABLE, Segments

@@ -22,9 +22,10 @@ from ormo_rpc.journal import Journal
 from ormo_rpc.kernels.pool import pooled
 from ormo_rpc.messages import Refusal
 from ormo_rpc.runtimes.rpc import wire
+from ormo_rpc.runtimes.rpc.answers import Answer, answered
 from ormo_rpc.runtimes.rpc.frames import ANSWER, ASK, DTYPES, INLINE, LOOK_SECONDS, Ask, Say, Stream, bytes_of
 from ormo_rpc.runtimes.rpc.segments import AVAILABLE, Origin, Segments, opened
-from ormo_rpc.runtimes.rpc.service import Answer, Service, answered
+from ormo_rpc.runtimes.rpc.service import Service
 from ormo_rpc.wire_options import Transport
 
 GREETING_SECONDS = 10.0
