@@ -42,7 +42,7 @@ class Runtime(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class RpcRuntime(Runtime):
-    """Processes connected by torch.distributed.rpc."""
+    """Processes that are connected as ``wire.transport`` says."""
 
     name: str = option("rpc", "processes on one machine or many, connected by shared memory, TCP or torch.distributed.rpc")
     start_timeout_seconds: float = option(

@@ -158,7 +158,7 @@ class Loop:
         with self.workshop.turn:
             job = self.workshop.job(config_text)
             if self._worker is None or job is not self._job:
-                share = AVAILABLE and job.config.wire.transport in (Transport.auto, Transport.shm)
+                share = AVAILABLE and job.config.wire.transport.may_share
                 self._segments = Segments() if share else None
                 self._worker = job.worker(None if self._segments is None else self._segments.vector, decodes=False)
                 self._worker.warm_up()

@@ -35,7 +35,7 @@ GREETING_BYTES = 4096
 
 def shared_snapshots(rule: Algorithm, transport: Transport) -> Segments | None:
     """Have what a rule sends lie in memory that workers on this machine can read, unless the wire is to be something else."""
-    if not AVAILABLE or transport not in (Transport.auto, Transport.shm):
+    if not (AVAILABLE and transport.may_share):
         return None
     segments = Segments()
     rule.kernel = replace(rule.kernel, blank=pooled(segments))
