@@ -220,7 +220,7 @@ class Service:
         samples: int,
         parts: tuple[Tensor, Mapping[str, Tensor]],
     ) -> Future[Answer]:
-        """The same, where gradient and batch-norm statistics are apart already."""
+        """The same, where gradient and batch-norm statistics are apart already: ``parts``, as `PushFormat.unpack` has them."""
         seat = self._seat(token)  # looked at again under the lock
         grad, buffers = parts
         push = Push(

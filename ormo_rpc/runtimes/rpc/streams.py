@@ -31,6 +31,7 @@ from ormo_rpc.wire_options import Transport
 GREETING_SECONDS = 10.0
 """How long a worker may take to show its token."""
 GREETING_BYTES = 4096
+"""The longest line of a worker, with its token and where its payload lies."""
 
 
 def shared_snapshots(rule: Algorithm, transport: Transport) -> Segments | None:
