@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.machine import load, machine, versions, words
-from benchmarks.peers.common import Job
+from benchmarks.peers.line import Job
 from benchmarks.throughput import measure
 from ormo_rpc.report.table import as_markdown
 

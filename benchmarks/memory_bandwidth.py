@@ -1,4 +1,4 @@
-"""How fast this machine moves memory: ``python benchmarks/memory_bandwidth.py``; the bound that other benchmarks refer to.
+"""How fast this machine moves memory: ``python -m benchmarks.memory_bandwidth``; the bound that other benchmarks refer to.
 
 A copy reads and writes 4 D bytes (8 D), ``y <- a x + y`` reads 8 D and writes 4 D (12 D), a sum reads 4 D. Reading the lines
 that a store is about to write over is not counted, so a store past the caches can beat the copy. Figures are the median, the

@@ -1,4 +1,4 @@
-"""OrMo's step with its snapshot, in every way that was tried: ``python benchmarks/one_pass.py``.
+"""OrMo's step with its snapshot, in every way that was tried: ``python -m benchmarks.one_pass``.
 
 The least that a step must move is 20 D bytes of float32: it reads gradient, momentum and parameters, and writes momentum
 and the new parameters, which are the snapshot. Times are ratios to what those bytes take at the bandwidth of

@@ -23,7 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.machine import machine, versions, words
-from benchmarks.peers.common import Job
+from benchmarks.peers.line import Job
 from benchmarks.throughput import Look, Watch, overrides
 from ormo_rpc import train
 from ormo_rpc.report.table import as_markdown

@@ -1,4 +1,4 @@
-"""How long the server takes per gradient, in copies of the parameters: ``python benchmarks/server_step.py``.
+"""How long the server takes per gradient, in copies of the parameters: ``python -m benchmarks.server_step``.
 
 Times are ratios to a copy of D float32 values (``torch.Tensor.copy_``) measured in the same run, interleaved, with the median
 and the spread over the rounds. No network and no workers: this is the part that runs under the lock.

@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.peers.common import Job, peak_bytes, result
+from benchmarks.peers.line import Job, peak_bytes, result
 from ormo_rpc import train
 from ormo_rpc.run_directory import read_trace
 

@@ -1,4 +1,4 @@
-"""Asynchronous data-parallel training with ordered momentum over torch.distributed.rpc."""
+"""Asynchronous data-parallel training with ordered momentum: a parameter server and its workers."""
 
 from __future__ import annotations
 

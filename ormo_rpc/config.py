@@ -6,7 +6,6 @@ them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
@@ -25,7 +24,7 @@ from ormo_rpc.data import DATASETS, DataSection, Digits
 from ormo_rpc.heterogeneity import HETEROGENEITIES, Heterogeneity
 from ormo_rpc.learning_rate import LearningRate, Shape
 from ormo_rpc.models import MODELS, MLPSection, ModelSection
-from ormo_rpc.options import Section, option
+from ormo_rpc.options import Section, at_least_one, not_negative, option, positive
 from ormo_rpc.runtime_options import RUNTIMES, RpcRuntime, Runtime, SimRuntime
 from ormo_rpc.schedulers import SCHEDULERS, Scheduler
 from ormo_rpc.wire_options import ParamsDtype, Transport, Wire, WireDtype
@@ -62,32 +61,20 @@ class WandbMode(Enum):
     disabled = "disabled"
 
 
-def _positive(value: float) -> bool:
-    return math.isfinite(value) and value > 0
-
-
-def _not_negative(value: float) -> bool:
-    return math.isfinite(value) and value >= 0
-
-
-def _at_least_one(value: int) -> bool:
-    return value >= 1
-
-
 @dataclass(frozen=True, kw_only=True)
 class Train(Section):
     """How long, with which batches and at which learning rate."""
 
     PATH = "train"
     epochs: int = option(
-        30, "end after this many passes over the training data", valid=_at_least_one, expected="a whole number >= 1"
+        30, "end after this many passes over the training data", valid=at_least_one, expected="a whole number >= 1"
     )
     max_iterations: int | None = option(
-        None, "end after this many applied gradients", valid=_at_least_one, expected="a number >= 1"
+        None, "end after this many applied gradients", valid=at_least_one, expected="a number >= 1"
     )
-    max_seconds: float | None = option(None, "end after this many seconds", valid=_positive, expected="a finite number > 0")
-    batch_size: int = option(32, "samples per gradient", valid=_at_least_one, expected="a whole number >= 1")
-    lr: float = option(0.02, "learning rate eta, to be tuned per rule", valid=_positive, expected="a finite number > 0")
+    max_seconds: float | None = option(None, "end after this many seconds", valid=positive, expected="a finite number > 0")
+    batch_size: int = option(32, "samples per gradient", valid=at_least_one, expected="a whole number >= 1")
+    lr: float = option(0.02, "learning rate eta, to be tuned per rule", valid=positive, expected="a finite number > 0")
     lr_schedule: Shape = option(Shape.constant, "constant, step (times lr_gamma at each of lr_milestones) or cosine")
     lr_milestones: list[float] = option(
         [],
@@ -95,22 +82,22 @@ class Train(Section):
         valid=lambda v: all(e > 0 for e in v) and sorted(v) == list(v),
         expected="rising epochs > 0",
     )
-    lr_gamma: float = option(0.1, "factor of step", valid=_positive, expected="a finite number > 0")
+    lr_gamma: float = option(0.1, "factor of step", valid=positive, expected="a finite number > 0")
     lr_scaling: LRScaling = option(LRScaling.none, "none, or mean: divide the learning rate by the number of workers")
-    warmup_epochs: float = option(0.0, "epochs of linear warm-up", valid=_not_negative, expected="a finite number >= 0")
+    warmup_epochs: float = option(0.0, "epochs of linear warm-up", valid=not_negative, expected="a finite number >= 0")
     momentum: float = option(
         0.9, "momentum beta, for rules that have one", valid=lambda v: 0 <= v < 1, expected="a number in [0, 1)"
     )
     weight_decay: float = option(
-        0.0, "weight decay lambda, part of the worker's gradient", valid=_not_negative, expected="a finite number >= 0"
+        0.0, "weight decay lambda, part of the worker's gradient", valid=not_negative, expected="a finite number >= 0"
     )
     clip_norm: float | None = option(
-        None, "clip each gradient to this global norm, before weight decay", valid=_positive, expected="a finite number > 0"
+        None, "clip each gradient to this global norm, before weight decay", valid=positive, expected="a finite number > 0"
     )
     grad_norm_limit: float | None = option(
         None,
         "the server's limit to the global norm of a push; none by default",
-        valid=_positive,
+        valid=positive,
         expected="a finite number > 0",
     )
     grad_norm_policy: NormPolicy = option(
@@ -132,11 +119,11 @@ class Checkpoint(Section):
     every_seconds: float = option(
         30.0,
         "seconds (of the machine, not of a simulation) between checkpoints; 0: not by time",
-        valid=_not_negative,
+        valid=not_negative,
         expected="a finite number >= 0",
     )
     journal: bool = option(False, "make each gradient durable before it is acknowledged: a crash then rolls nothing back")
-    keep: int = option(3, "how many checkpoints are kept", valid=_at_least_one, expected="a whole number >= 1")
+    keep: int = option(3, "how many checkpoints are kept", valid=at_least_one, expected="a whole number >= 1")
     resume: str | None = option(None, "a checkpoint or run directory to go on from")
 
 
@@ -173,7 +160,7 @@ class Logger(Section):
     group: str | None = option(None, "wandb group")
     progress: bool = option(True, "progress bar, when standard error is a terminal")
     log_seconds: float = option(
-        0.5, "time between lines of metrics.jsonl and wandb", valid=_positive, expected="a finite number > 0"
+        0.5, "time between lines of metrics.jsonl and wandb", valid=positive, expected="a finite number > 0"
     )
 
 
@@ -186,7 +173,7 @@ class Config(Section):
     """
 
     workers: int | None = option(
-        None, "number of workers; default 4, under torchrun WORLD_SIZE - 1", valid=_at_least_one, expected="a whole number >= 1"
+        None, "number of workers; default 4, under torchrun WORLD_SIZE - 1", valid=at_least_one, expected="a whole number >= 1"
     )
     role: Role = option(Role.all, "all (server and workers), or worker: join the run at server.address and work for it")
     seed: int = option(0, "of everything random", valid=lambda v: v >= 0, expected="a whole number >= 0")

@@ -103,10 +103,7 @@ class Injector:
         for fault in self.faults:
             if fault.kind == "corrupt" and 0 <= self.pushes - fault.push < fault.amount:
                 self.tell(f"fault {fault}, push {self.pushes}")
-                if payload.dtype == torch.uint8:  # of whatever floating point type the values are, this is NaN
-                    payload.fill_(255)
-                else:
-                    payload.view(torch.uint8).fill_(0xFF)  # not a number in every dtype
+                payload.view(torch.uint8).fill_(0xFF)  # NaN in every floating point type
         self.pushes += 1
 
     def drops_reply(self) -> bool:

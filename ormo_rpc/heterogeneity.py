@@ -14,15 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ormo_rpc.options import Section, option
-
-
-def _at_least_one(value: float) -> bool:
-    return math.isfinite(value) and value >= 1
-
-
-def _positive(value: float) -> bool:
-    return math.isfinite(value) and value > 0
+from ormo_rpc.options import Section, at_least_one, option, positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +41,7 @@ class OneSlow(Heterogeneity):
     """The last worker is slower than the others."""
 
     name: str = option("one_slow", "the last worker is slower than the others")
-    factor: float = option(10.0, "how many times slower", valid=_at_least_one, expected="a finite number >= 1")
+    factor: float = option(10.0, "how many times slower", valid=at_least_one, expected="a finite number >= 1")
 
     def slowdown(self, worker: int, num_workers: int, generator: torch.Generator) -> float:  # noqa: ARG002 - nothing is random
         """``factor`` for the last worker, 1 for the others."""
@@ -61,7 +53,7 @@ class SlowTail(Heterogeneity):
     """A fraction of the workers, at least one, is slower than the others; 1/16 as in the experiments of arXiv 2407.19234."""
 
     name: str = option("slow_tail", "a fraction of the workers, the last ones, is slower than the others")
-    factor: float = option(10.0, "how many times slower", valid=_at_least_one, expected="a finite number >= 1")
+    factor: float = option(10.0, "how many times slower", valid=at_least_one, expected="a finite number >= 1")
     fraction: float = option(
         1 / 16, "which part of the workers, at least one of them", valid=lambda v: 0 < v <= 1, expected="a number in (0, 1]"
     )
@@ -77,9 +69,9 @@ class GammaDelays(Heterogeneity):
     """Every ticket takes ``1 + X`` times as long, X gamma distributed (the family of Hakimi et al. 2019, arXiv 1907.11612)."""
 
     name: str = option("gamma", "every ticket takes 1 + X times as long, X gamma distributed")
-    mean: float = option(1.0, "mean of X", valid=_positive, expected="a finite number > 0")
+    mean: float = option(1.0, "mean of X", valid=positive, expected="a finite number > 0")
     variation: float = option(
-        0.5, "coefficient of variation of X: standard deviation / mean", valid=_positive, expected="a finite number > 0"
+        0.5, "coefficient of variation of X: standard deviation / mean", valid=positive, expected="a finite number > 0"
     )
 
     def slowdown(self, worker: int, num_workers: int, generator: torch.Generator) -> float:  # noqa: ARG002 - alike in law
@@ -95,7 +87,7 @@ class ExponentialDelays(Heterogeneity):
     """Every ticket takes ``1 + X`` times as long, X exponentially distributed."""
 
     name: str = option("exponential", "every ticket takes 1 + X times as long, X exponentially distributed")
-    mean: float = option(1.0, "mean of X", valid=_positive, expected="a finite number > 0")
+    mean: float = option(1.0, "mean of X", valid=positive, expected="a finite number > 0")
 
     def slowdown(self, worker: int, num_workers: int, generator: torch.Generator) -> float:  # noqa: ARG002 - alike in law
         """``1 + X`` with the given mean of X."""
@@ -108,8 +100,8 @@ class LognormalDelays(Heterogeneity):
     """Every ticket takes ``1 + X`` times as long, X lognormally distributed: most a little, a few very much."""
 
     name: str = option("lognormal", "every ticket takes 1 + X times as long, X lognormally distributed")
-    median: float = option(0.5, "median of X", valid=_positive, expected="a finite number > 0")
-    sigma: float = option(1.0, "standard deviation of log X", valid=_positive, expected="a finite number > 0")
+    median: float = option(0.5, "median of X", valid=positive, expected="a finite number > 0")
+    sigma: float = option(1.0, "standard deviation of log X", valid=positive, expected="a finite number > 0")
 
     def slowdown(self, worker: int, num_workers: int, generator: torch.Generator) -> float:  # noqa: ARG002 - alike in law
         """``1 + X`` with ``X = median * exp(sigma * normal)``."""

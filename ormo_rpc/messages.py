@@ -16,8 +16,10 @@ class Reply:
         worker: The worker that it is for.
         ticket: The unit of work, a counter from 0; None means that there is no more work.
         stamp: The index of the parameters: how many gradients had been applied to them.
-        params: The parameters to work on, shape (D,), of the server's dtype or of the one that it rounds them to. They never
-            change after the reply is issued; replies of one stamp may share them, and nobody may write to them.
+        params: What the rule sends (`Algorithm.outgoing`), for most rules the parameters to work on, shape (D,), of the
+            server's dtype or of the one that it rounds them to. It may be the server's own memory, and replies of one stamp may
+            share it, so nobody may write to it. On the server it never changes after the reply is issued; in a worker's process
+            it holds until the next push.
         lr: The learning rate at the moment of issue, for rules that take local steps.
         steps: The number of local steps that the worker takes for this ticket.
         incarnation: Which life of the server issued it; goes back with the push.
@@ -34,13 +36,14 @@ class Reply:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Push:
-    """The gradient of one ticket.
+    """What a worker has computed for one ticket.
 
     Attributes:
         worker: Who computed it.
         ticket: The ticket of the reply that it answers.
         stamp: The stamp of that reply.
-        grad: The gradient at that reply's parameters, shape (D,), of the server's dtype and device.
+        grad: What the rule expects (`Algorithm.local`), for most rules the gradient at that reply's parameters, shape
+            (VECTORS_PUSHED * D,), of the server's dtype and device.
         loss: The mean loss of the batch, where it is known.
         samples: The number of samples in the batch.
         buffers: The batch's own statistics by name (batch norm), for the running average that the server keeps.
@@ -59,7 +62,7 @@ class Push:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Refusal:
-    """The server's no, as a value, because an exception that crosses torch.distributed.rpc loses its type on the way.
+    """The server's no, as a value: frames hold no exceptions, and those that cross torch.distributed.rpc lose their type.
 
     Attributes:
         error: The name of the exception's class.

@@ -8,10 +8,26 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 T = TypeVar("T")
+
+
+def positive(value: float) -> bool:
+    """Whether a number is finite and > 0."""
+    return 0 < value < math.inf
+
+
+def not_negative(value: float) -> bool:
+    """Whether a number is finite and >= 0."""
+    return 0 <= value < math.inf
+
+
+def at_least_one(value: float) -> bool:
+    """Whether a number is finite and >= 1."""
+    return 1 <= value < math.inf
 
 
 def option(default: T, doc: str, *, valid: Callable[[Any], bool] | None = None, expected: str = "") -> T:

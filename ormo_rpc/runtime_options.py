@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
 from ormo_rpc.faults import are_faults
-from ormo_rpc.options import Section, option
-
-
-def _positive(value: float) -> bool:
-    return math.isfinite(value) and value > 0
-
-
-def _not_negative(value: float) -> bool:
-    return math.isfinite(value) and value >= 0
-
-
-def _at_least_one(value: float) -> bool:
-    return math.isfinite(value) and value >= 1
+from ormo_rpc.options import Section, at_least_one, not_negative, option, positive
 
 
 def _are_times(value: Mapping[int, float]) -> bool:
-    return all(worker >= 0 and _not_negative(seconds) for worker, seconds in value.items())
+    return all(worker >= 0 and not_negative(seconds) for worker, seconds in value.items())
 
 
 class GradientKind(Enum):
@@ -55,37 +42,37 @@ class Runtime(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class RpcRuntime(Runtime):
-    """Processes connected by torch.distributed.rpc."""
+    """Processes that are connected as ``wire.transport`` says."""
 
     name: str = option("rpc", "processes on one machine or many, connected by shared memory, TCP or torch.distributed.rpc")
     start_timeout_seconds: float = option(
-        180.0, "time for all processes to start and find one another", valid=_positive, expected="a finite number > 0"
+        180.0, "time for all processes to start and find one another", valid=positive, expected="a finite number > 0"
     )
     rpc_timeout_seconds: float = option(
         30.0,
         "time for letting a stream in; with wire.transport=uv, until an unanswered push is repeated",
-        valid=_positive,
+        valid=positive,
         expected="a finite number > 0",
     )
     ticket_timeout_seconds: float = option(
         900.0,
         "time after which a worker that does not come back with its ticket is evicted",
-        valid=_positive,
+        valid=positive,
         expected="a finite number > 0",
     )
     stop_timeout_seconds: float = option(
-        10.0, "time for a run to wind up when it is interrupted", valid=_positive, expected="a finite number > 0"
+        10.0, "time for a run to wind up when it is interrupted", valid=positive, expected="a finite number > 0"
     )
     worker_timeout_seconds: float = option(
         15.0,
         "silence after which a process counts as dead; it gives ten signs of life in that time",
-        valid=_positive,
+        valid=positive,
         expected="a finite number > 0",
     )
     regroup_seconds: float = option(
         10.0,
         "time that a restarted server waits for all workers before it goes on with those who are back",
-        valid=_not_negative,
+        valid=not_negative,
         expected="a finite number >= 0",
     )
     max_restarts: int = option(
@@ -94,7 +81,7 @@ class RpcRuntime(Runtime):
     restart_backoff_seconds: float = option(
         0.5,
         "pause before the first restart of a process; it doubles each time, up to 30",
-        valid=_not_negative,
+        valid=not_negative,
         expected="a finite number >= 0",
     )
     max_not_finite: int = option(
@@ -127,23 +114,23 @@ class SimRuntime(Runtime):
     compute_seconds: float = option(
         0.1,
         "virtual seconds that a worker computes for a ticket, before heterogeneity",
-        valid=_positive,
+        valid=positive,
         expected="a finite number > 0",
     )
     latency_seconds: list[float] = option(
         [0.0],
         "one way, per worker (worker k takes entry k modulo the length)",
-        valid=lambda v: bool(v) and all(map(_not_negative, v)),
+        valid=lambda v: bool(v) and all(map(not_negative, v)),
         expected="at least one finite number >= 0",
     )
     bandwidth: list[float] = option(
         [],
         "bytes per second, per worker likewise; empty: no limit",
-        valid=lambda v: all(map(_positive, v)),
+        valid=lambda v: all(map(positive, v)),
         expected="finite numbers > 0",
     )
     service_seconds: float = option(
-        0.0, "virtual seconds that the server takes for a push", valid=_not_negative, expected="a finite number >= 0"
+        0.0, "virtual seconds that the server takes for a push", valid=not_negative, expected="a finite number >= 0"
     )
     joins: dict[int, float] = option(
         {},
@@ -159,9 +146,9 @@ class SimRuntime(Runtime):
     )
     gradient: GradientKind = option(GradientKind.real, "real; for very many workers: quadratic (synthetic), or noise alone")
     dimension: int = option(1000, "parameters of the quadratic", valid=lambda v: v >= 1, expected="a whole number >= 1")
-    condition: float = option(100.0, "condition number of the quadratic", valid=_at_least_one, expected="a finite number >= 1")
+    condition: float = option(100.0, "condition number of the quadratic", valid=at_least_one, expected="a finite number >= 1")
     noise: float = option(
-        0.1, "standard deviation of its gradient's noise, per coordinate", valid=_not_negative, expected="a finite number >= 0"
+        0.1, "standard deviation of its gradient's noise, per coordinate", valid=not_negative, expected="a finite number >= 0"
     )
 
 

@@ -22,6 +22,11 @@ class Transport(Enum):
     uv = "uv"
     """torch.distributed.rpc over TCP, with an RRef to the server."""
 
+    @property
+    def may_share(self) -> bool:
+        """Whether worker and server share memory where they can."""
+        return self in (Transport.auto, Transport.shm)
+
 
 class WireDtype(Enum):
     """What the values of a push are rounded to."""

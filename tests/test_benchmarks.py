@@ -12,7 +12,8 @@ import pytest
 
 from benchmarks import contenders, live_scale, machine, server_memory, side_by_side, side_by_side_report, throughput
 from benchmarks.contenders import CONTENDERS, Contender
-from benchmarks.peers.common import Job, result, shapes
+from benchmarks.peers.common import shapes
+from benchmarks.peers.line import Job, result
 from ormo_rpc.models.resnet20 import ResNet20, Shortcut
 from tests.processes import wait_until
 

@@ -10,8 +10,8 @@ import torch
 import torch.distributed.rpc as rpc
 
 from ormo_rpc.messages import Push
-from ormo_rpc.runtimes.rpc.calls import RpcCalls
 from ormo_rpc.runtimes.rpc.lease import ServerLost
+from ormo_rpc.runtimes.rpc.rpc_calls import RpcCalls
 
 
 class Wire:

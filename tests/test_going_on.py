@@ -115,6 +115,24 @@ def test_going_on_twice_is_going_on(tmp_path: Path) -> None:
     check_going_on(tmp_path / "whole", whole, config, complete(tmp_path / "second")[0], tmp_path / "third")
 
 
+def test_a_checkpoint_from_before_working_ahead_and_lossy_wires_is_gone_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, read, without = changed(QUADRATIC, checkpoint=EVERY), checkpoint.read, list[str]()
+    whole = train(config, run_dir=tmp_path / "whole")
+
+    def read_older(source: Path, name: str) -> dict[str, Any]:
+        state = read(source, name)
+        for key in ("computing_until", "source"):
+            del state["cluster"][key]
+            without.append(key)
+        return state
+
+    monkeypatch.setattr(checkpoint, "read", read_older)
+    check_going_on(tmp_path / "whole", whole, config, complete(tmp_path / "whole")[0], tmp_path / "again")
+    assert without == ["computing_until", "source"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_keeps_a_simulation_where_it_is(number: signal.Signals, tmp_path: Path) -> None:
     config = changed(QUADRATIC, train={"max_iterations": 400})

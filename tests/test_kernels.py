@@ -134,6 +134,25 @@ def test_a_compiler_whose_bits_are_others_is_done_without(
     assert "would give other bits" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("torch_threads", "dimension", "divided"), [(1, 2 * CHUNK, 0), (3, 2 * CHUNK, 3), (3, 2 * CHUNK - 1, 0)]
+)
+def test_very_long_vectors_are_divided_among_as_many_threads_as_torch_may_have(
+    torch_threads: int, dimension: int, divided: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if compiled_steps() is None:
+        pytest.skip("no C compiler, or not one whose bits are torch's")
+    monkeypatch.setattr(compiled, "LEAST", CHUNK)
+    before = torch.get_num_threads()
+    torch.set_num_threads(torch_threads)
+    try:
+        kernel = fastest_kernel(dimension)
+    finally:
+        torch.set_num_threads(before)
+    assert kernel.name == "compiled"
+    assert (kernel.steps.threads if isinstance(kernel.steps, Threaded) else 0) == divided
+
+
 def test_other_bits_are_noticed() -> None:
     class Wrong(TorchSteps):
         def plain(self, grad: Tensor, w: Tensor, out: Tensor, *, into_w: float) -> None:

@@ -44,8 +44,10 @@ TRANSPORT = (
 ONLY_IN = {
     "torch.distributed": ("ormo_rpc.runtimes.rpc",),
     # An agent, and what it unpickles: only where wire.transport=uv.
-    "torch.distributed.rpc": tuple(f"ormo_rpc.runtimes.rpc.{name}" for name in ("agent", "calls", "handlers", "unpickling")),
-    "torch.futures": tuple(f"ormo_rpc.runtimes.rpc.{name}" for name in ("handlers", "service", "streams")),
+    "torch.distributed.rpc": tuple(
+        f"ormo_rpc.runtimes.rpc.{name}" for name in ("agent", "handlers", "rpc_calls", "unpickling")
+    ),
+    "torch.futures": tuple(f"ormo_rpc.runtimes.rpc.{name}" for name in ("answers", "handlers", "service", "streams")),
     "hydra": ("ormo_rpc.cli",),
     "wandb": ("ormo_rpc.dashboards",),
     "tqdm": ("ormo_rpc.dashboards", "ormo_rpc.runtimes.replay"),

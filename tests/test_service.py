@@ -20,7 +20,8 @@ from ormo_rpc.checks import Checked
 from ormo_rpc.errors import BY_NAME, Dismissed, PushRefused, Rejoin
 from ormo_rpc.messages import Push, Refusal, Reply
 from ormo_rpc.records import Event, Kind
-from ormo_rpc.runtimes.rpc import service as module
+from ormo_rpc.runtimes.rpc import answers as answers_module
+from ormo_rpc.runtimes.rpc import service as service_module
 from ormo_rpc.runtimes.rpc.seats import Seat
 from ormo_rpc.runtimes.rpc.service import Service
 from ormo_rpc.server import ParameterServer
@@ -532,7 +533,7 @@ def test_a_change_from_outside_sends_the_replies_that_it_makes_due(change: Calla
 
 def test_the_word_to_stop_is_held_back_until_all_is_kept() -> None:
     there = owner(2, total_tickets=2)
-    there.service.holds_farewell = True
+    there.service.answers.holds_farewell = True
     first, second = begun(there)
     answers = [there.push(first), there.push(second)]
     assert there.service.server.ended
@@ -611,7 +612,7 @@ def test_a_refused_push_breaks_nothing() -> None:
 
 def test_who_holds_a_ticket_past_the_patience_is_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(answers_module, "time", clock)
     there = owner(3, scheduler="partial", k=2)
     service = there.service
     first, second, _ = begun(there)
@@ -684,7 +685,7 @@ def test_lock_times_are_told_apart_and_add_up(monkeypatch: pytest.MonkeyPatch) -
 
     there = owner(1, observe=observe)
     reply = begun(there)[0]
-    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(service_module, "time", clock)
     monkeypatch.setattr(there.service, "lock", lock)
     for pushes in (1, 2, 3):
         reply = there.push(reply).value()

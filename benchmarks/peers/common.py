@@ -1,4 +1,4 @@
-"""What all contenders share: the processes, the clock, and the line of JSON.
+"""What contenders in our own environment share: the processes and the clock.
 
 A contender is two functions. ``server(job, publish)`` runs in the server's process: it calls ``publish(address)`` once, with
 anything that can be pickled, and then serves for ever; it is killed in the end. ``worker(job, number, address)`` runs in a
@@ -8,45 +8,28 @@ gradient is a buffer of the worker that nobody computes anything for.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import multiprocessing
 import os
 import socket
-import statistics
 import threading
 import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
 import torch
 from torch import Tensor
 
+from benchmarks.peers.line import Job, job_from_command_line, peak_bytes, result
+
 WARM_UP = 3
 """Round trips before the clock starts; a first one pays for page faults and connections."""
 START_TIMEOUT_SECONDS = 120.0
 SLACK_SECONDS = 60.0
 LEARNING_RATE, MOMENTUM = 1e-3, 0.9
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What is measured.
-
-    Attributes:
-        parameters: D, float32 values in the gradient and in the parameters.
-        workers: K, processes that push.
-        seconds: How long the clock runs.
-    """
-
-    parameters: int
-    workers: int
-    seconds: float
 
 
 RoundTrip = Callable[[], None]
@@ -93,16 +76,6 @@ def main(name: str, server: Server, worker: WorkerOf) -> None:
     print(json.dumps(measure(name, job_from_command_line(), server, worker)), flush=True)
 
 
-def job_from_command_line() -> Job:
-    """The arguments that every contender takes."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--parameters", type=int, default=272_474, metavar="D")
-    parser.add_argument("--workers", type=int, default=2, metavar="K")
-    parser.add_argument("--seconds", type=float, default=5.0, metavar="S")
-    arguments = parser.parse_args()
-    return Job(parameters=arguments.parameters, workers=arguments.workers, seconds=arguments.seconds)
-
-
 def measure(name: str, job: Job, server: Server, worker: WorkerOf) -> dict[str, Any]:
     """Start a server and workers, let them run for the time, and end them."""
     context = multiprocessing.get_context("spawn")
@@ -137,29 +110,6 @@ def measure(name: str, job: Job, server: Server, worker: WorkerOf) -> dict[str, 
     return result(name, job, durations, cpu, peaks[0], peaks[1:])
 
 
-def result(
-    name: str, job: Job, durations: list[float], cpu_seconds: float | None, server_bytes: int | None, worker_bytes: list[int]
-) -> dict[str, Any]:
-    """The line of a contender."""
-    durations = sorted(durations)
-    updates = len(durations)
-    # Each worker's last round trip may end after the time; the mean of what all have taken is the time that was used.
-    used = sum(durations) / job.workers if durations else job.seconds
-    return {
-        "contender": name,
-        "parameters": job.parameters,
-        "workers": job.workers,
-        "seconds": job.seconds,
-        "updates_per_second": updates / used,
-        "megabytes_per_second": 8 * job.parameters * updates / used / 1e6,
-        "round_trip_median_seconds": statistics.median(durations) if durations else None,
-        "round_trip_99_percent_seconds": durations[min(updates - 1, int(0.99 * updates))] if durations else None,
-        "server_cpu_seconds_per_update": None if cpu_seconds is None or not updates else cpu_seconds / updates,
-        "server_peak_bytes": server_bytes,
-        "worker_peak_bytes": max(worker_bytes, default=None),
-    }
-
-
 def timed(round_trip: RoundTrip, seconds: float) -> list[float]:
     """Do round trips until the time is over; how long each took."""
     durations: list[float] = []
@@ -170,14 +120,6 @@ def timed(round_trip: RoundTrip, seconds: float) -> list[float]:
         then, now = now, time.perf_counter()
         durations.append(now - then)
     return durations
-
-
-def peak_bytes(pid: int) -> int:
-    """The most memory that a process has had so far."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def _cpu_seconds(process: psutil.Process) -> float:

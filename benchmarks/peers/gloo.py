@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # pyright: ignore[reportPrivateImportUsage] # documented, not annotated as public
 
-from benchmarks.peers.common import START_TIMEOUT_SECONDS, Job, RoundTrip, Step, main
+from benchmarks.peers.common import START_TIMEOUT_SECONDS, RoundTrip, Step, main
+from benchmarks.peers.line import Job
 
 _TIMEOUT = timedelta(seconds=START_TIMEOUT_SECONDS)
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.peers.common import Job, RoundTrip, Step, bytes_of, main, sockets
+from benchmarks.peers.common import RoundTrip, Step, bytes_of, main, sockets
+from benchmarks.peers.line import Job
 
 
 def server(job: Job, publish: Callable[[Any], None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import secrets
 import tempfile
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.peers.foreign import job_from_command_line, peak_bytes, report
+from benchmarks.peers.line import job_from_command_line, peak_bytes, result
 
 # Read when Ray is imported: no report to its makers, and a secret for this run alone, not a file in the home directory.
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
@@ -86,6 +87,7 @@ def main() -> None:
             before = sum(process.cpu_times()[:2])
             durations = run(server, workers, job.parameters, job.seconds)
             cpu = sum(process.cpu_times()[:2]) - before
-            report("ray", job, durations, cpu, peak_bytes(process.pid), [peak_bytes(pid) for pid in pids])
+            line = result("ray", job, durations, cpu, peak_bytes(process.pid), [peak_bytes(pid) for pid in pids])
+            print(json.dumps(line), flush=True)
         finally:
             ray.shutdown()

@@ -13,7 +13,8 @@ import torch.distributed.rpc as rpc
 from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage] # documented, not annotated as public
 
-from benchmarks.peers.common import LEARNING_RATE, MOMENTUM, Job, RoundTrip, free_port, main
+from benchmarks.peers.common import LEARNING_RATE, MOMENTUM, RoundTrip, free_port, main
+from benchmarks.peers.line import Job
 
 _server: Parameters | None = None
 

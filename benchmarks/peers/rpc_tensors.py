@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.peers.common import Job, RoundTrip, main, shapes
+from benchmarks.peers.common import RoundTrip, main, shapes
+from benchmarks.peers.line import Job
 from benchmarks.peers.rpc_flat import serve, work
 
 

@@ -8,6 +8,7 @@ took by its own clock (``tf.timestamp``), and the rate is that of the whole, wit
 from __future__ import annotations
 
 import importlib
+import json
 import multiprocessing
 import os
 import socket
@@ -17,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.peers.foreign import job_from_command_line, peak_bytes, report
+from benchmarks.peers.line import job_from_command_line, peak_bytes, result
 
 LEARNING_RATE, MOMENTUM = 1e-3, 0.9
 WARM_UP_SECONDS = 1.0
@@ -47,7 +48,7 @@ def main() -> None:
         serving = psutil.Process(processes[0].pid)
         durations, used, cpu = _measure(cluster, job, serving)
         peaks = [peak_bytes(int(process.pid or 0)) for process in processes]
-        report("tensorflow", job, durations, cpu, peaks[0], peaks[1:], used)
+        print(json.dumps(result("tensorflow", job, durations, cpu, peaks[0], peaks[1:], used)), flush=True)
     finally:
         for process in processes:
             process.kill()

@@ -151,6 +151,18 @@ class PushFormat:
                 raise PushRefused(f"{sender}: payload: {error}") from None
         return into, buffers
 
+    def bytes_of(self, payload: Tensor) -> Tensor:
+        """The bytes of what `Encoder.payload` was at the sender; it may be forged, so its memory is looked at first.
+
+        Raises:
+            PushRefused: it is no plain tensor, or of another dtype.
+        """
+        check_plain(payload, "push: payload")
+        dtype = self.dtype if self.exact else torch.uint8
+        if payload.dtype != dtype:
+            raise PushRefused(f"push: payload: got the dtype {payload.dtype}, expected {dtype}")
+        return payload.detach().reshape(-1).view(torch.uint8)
+
     def _checked(self, payload: Tensor, what: str) -> Tensor:
         """The bytes in one piece, at an address where values can be read from."""
         check_plain(payload, what)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ormo_rpc.compression.base import Compressed, Compression, Compressor
 from ormo_rpc.flat import Layout
-from ormo_rpc.options import option
+from ormo_rpc.options import option, positive
 
 DEPENDENT = 100
 """In units of the dtype's epsilon: a column of which less is left beside the columns before it is a combination of them."""
@@ -37,7 +36,7 @@ class PowerSGD(Compression):
     min_compression_rate: float = option(
         2.0,
         "tensors that would not become smaller by more than this factor travel as they are",
-        valid=lambda v: math.isfinite(v) and v > 0,
+        valid=positive,
         expected="a finite number > 0",
     )
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ormo_rpc.kernels.pool import pooled
 from ormo_rpc.kernels.steps import CHUNK, Kernel, Steps, TorchSteps
+from ormo_rpc.kernels.threads import LEAST, Threaded
 
 SOURCE = Path(__file__).with_name("steps.c")
 FLAGS = ("-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-std=c11")
@@ -101,9 +102,17 @@ def _readable(*vectors: Tensor) -> bool:
 
 
 def fastest_kernel(dimension: int) -> Kernel:
-    """Pools of vectors, and compiled steps where the vectors are long enough for that and there is a compiler, else torch's."""
+    """Pools of vectors, and compiled steps where the vectors are long enough for that and there is a compiler, else torch's.
+
+    Compiled steps over very long vectors are divided among as many threads as torch may have now (``runtime.threads``); its own
+    operations it divides by itself.
+    """
     steps = compiled_steps() if dimension >= WORTH_COMPILING else None
-    return Kernel(blank=pooled()) if steps is None else Kernel(name="compiled", steps=steps, blank=pooled())
+    if steps is None:
+        return Kernel(blank=pooled())
+    threads = torch.get_num_threads()
+    divided = threads > 1 and dimension >= 2 * LEAST
+    return Kernel(name="compiled", steps=Threaded(steps, threads) if divided else steps, blank=pooled())
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""A step by several threads: each does it for a part of the vectors."""
+"""A step by several threads, each for a part of the vectors: compiled steps where ``runtime.threads`` is above 1."""
 
 from __future__ import annotations
 

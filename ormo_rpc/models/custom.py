@@ -14,7 +14,13 @@ from ormo_rpc.options import option
 
 @dataclass(frozen=True, kw_only=True)
 class CustomSection(ModelSection):
-    """The module that ``_target_(**kwargs)`` returns; ``input_shape`` and ``num_classes`` are passed if it takes them."""
+    """The module that ``_target_(**kwargs)`` returns; ``input_shape`` and ``num_classes`` are passed if it takes them.
+
+    Its forward pass must not write to its trainable parameters, as ``nn.Embedding`` with ``max_norm`` does: they are views of
+    what the server has handed out, which others read, and may be the server's own memory. In a simulation that would corrupt
+    the server; over shared memory the system kills the worker; elsewhere the gradient is taken at other parameters than those
+    of its stamp.
+    """
 
     name: str = option("custom", "your own")
     _target_: str = option(

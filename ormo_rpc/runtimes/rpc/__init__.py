@@ -1,8 +1,18 @@
-"""The RPC runtime: a server process and worker processes connected by torch.distributed.rpc, on one machine or many.
+"""The live runtime: a server process and worker processes on one machine or many; workers call the server and nobody else.
 
 `run` and `join` are called in the launcher, which starts every process of this machine (``python launch.py``), the one of its
-rank (``torchrun``), or a guest of a run elsewhere (``role=worker``) as a child, and fills the place of each one that dies
-(`crew`). Only the children import torch.distributed.rpc.
+rank (``torchrun``), or a guest of a run elsewhere (``role=worker``) as a child, and fills the place of each one that dies.
+Only the children import torch.distributed.rpc, and only with ``wire.transport=uv`` does one have an agent::
+
+    launcher                processes.py starts them, crew.py fills their places, child.py is their entry point
+    who is let in           addresses.py, secret.py; wire.py: messages and handshake; door.py: the server's side, with the seats
+                            of seats.py; lease.py: the worker's side, and its heartbeat
+    the server's process    serve.py; service.py: the lock around the parameter server; answers.py: who waits for a reply
+    a worker's process      work.py; loop.py: from reply to push; calls.py: what it asks of the server
+    shared memory and TCP   frames.py: what crosses; segments.py: memory that is shared; streams.py: the server's end,
+                            stream_calls.py: the worker's end
+    torch.distributed.rpc   agent.py; unpickling.py: what it may unpickle; handlers.py: the server's end,
+                            rpc_calls.py: the worker's end
 """
 
 from __future__ import annotations

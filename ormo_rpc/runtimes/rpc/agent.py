@@ -1,4 +1,4 @@
-"""This process's agent of torch.distributed.rpc, as hub or spoke.
+"""This process's agent of torch.distributed.rpc, as hub or spoke (``wire.transport=uv``).
 
 torch's own groups do not outlive a death: in a static group the dead never come back, and in a dynamic one every member has to
 tell every other one, through a store that a death leaves locked. Here there is no group. Workers call the server and nobody

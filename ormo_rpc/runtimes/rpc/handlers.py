@@ -9,7 +9,8 @@ import torch.distributed.rpc as rpc
 from torch import Tensor
 from torch.futures import Future
 
-from ormo_rpc.runtimes.rpc.service import Answer, Service, answered
+from ormo_rpc.runtimes.rpc.answers import Answer, answered
+from ormo_rpc.runtimes.rpc.service import Service
 
 
 @rpc.functions.async_execution

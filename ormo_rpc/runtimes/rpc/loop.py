@@ -22,8 +22,9 @@ from ormo_rpc.faults import Injector
 from ormo_rpc.job import Job, time_generator
 from ormo_rpc.messages import Reply
 from ormo_rpc.runtimes.rpc.agent import rpc_agent
-from ormo_rpc.runtimes.rpc.calls import Calls, RpcCalls
+from ormo_rpc.runtimes.rpc.calls import Calls
 from ormo_rpc.runtimes.rpc.lease import Lease, ServerLost, let_in
+from ormo_rpc.runtimes.rpc.rpc_calls import RpcCalls
 from ormo_rpc.runtimes.rpc.seats import RunEnded
 from ormo_rpc.runtimes.rpc.secret import Secret
 from ormo_rpc.runtimes.rpc.segments import AVAILABLE, Segments
@@ -157,7 +158,7 @@ class Loop:
         with self.workshop.turn:
             job = self.workshop.job(config_text)
             if self._worker is None or job is not self._job:
-                share = AVAILABLE and job.config.wire.transport in (Transport.auto, Transport.shm)
+                share = AVAILABLE and job.config.wire.transport.may_share
                 self._segments = Segments() if share else None
                 self._worker = job.worker(None if self._segments is None else self._segments.vector, decodes=False)
                 self._worker.warm_up()

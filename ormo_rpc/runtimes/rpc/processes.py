@@ -184,7 +184,7 @@ def _environment(config: Config, *, loopback: bool) -> dict[str, str]:
         "OMP_NUM_THREADS": str(config.runtime.threads),
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path) or os.environ.get("PYTHONPATH", ""),
         "PYTHONUNBUFFERED": "1",
-        # Large tensors on huge pages: fresh memory is what torch.distributed.rpc receives every message into.
+        # Fresh large tensors on huge pages take a fraction of the time; torch.distributed.rpc receives each message into one.
         "THP_MEM_ALLOC_ENABLE": os.environ.get("THP_MEM_ALLOC_ENABLE", "1"),
         # Every ordinary goodbye makes the agents warn of closed pipes.
         "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),

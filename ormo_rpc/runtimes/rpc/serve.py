@@ -81,9 +81,9 @@ class Place:
 class Host:
     """Everything in the server's process: the session of the run, and the service that the workers reach.
 
-    The main thread runs `run`; threads of the door, and handlers of the RPC agent, call `Session.observe` under the service's
-    lock; evaluations and the writing of checkpoints have a thread each. What the main thread reads without that lock (whether
-    the run has ended, how many are there) it looks at again a moment later.
+    The main thread runs `run`. Threads of the door, which serve the streams, and of the RPC agent call `Session.observe` under
+    the service's lock; evaluations and the writing of checkpoints have a thread each. What the main thread reads without that
+    lock (whether the run has ended, how many are there) it looks at again a moment later.
 
     Args:
         job: The run.

@@ -1,7 +1,6 @@
-"""The server's side of the wire: takes a push, holds the lock for the ordered-momentum step, and answers by Futures.
+"""The server's side of the wire: takes a push, holds the lock for the step, and answers by Futures (`answers`).
 
-Nobody ever waits here for another worker: where an answer is not due its Future stays open, and the push that makes the answer
-due completes it. How pushes and answers cross is the business of `handlers` and `streams`.
+How pushes and answers cross is the business of `streams` and `handlers`.
 """
 
 from __future__ import annotations
@@ -16,19 +15,16 @@ import torch
 from torch import Tensor
 from torch.futures import Future
 
-from ormo_rpc.checks import Checked, check_plain
+from ormo_rpc.checks import Checked
 from ormo_rpc.compression import PushFormat
 from ormo_rpc.errors import Dismissed, NonFiniteGradient, PushRefused, Rejoin
 from ormo_rpc.flat import Layout
 from ormo_rpc.journal import Journal, NoJournal
-from ormo_rpc.messages import Push, Refusal, Reply
+from ormo_rpc.messages import Push, Reply
+from ormo_rpc.runtimes.rpc.answers import Answer, Answers, Due, send, without
 from ormo_rpc.runtimes.rpc.seats import RunEnded, Seat, Seats
 from ormo_rpc.server import ParameterServer
 
-Answer = Reply | Refusal
-"""What a call is answered with."""
-_Due = tuple["Future[Answer]", Reply | Exception]
-"""A Future and what it is to be completed with."""
 LARGEST_WORKER = 1 << 15
 """Worker numbers are smaller: those of torch's agents have 16 bits."""
 _log = logging.getLogger(__name__)
@@ -37,7 +33,7 @@ _log = logging.getLogger(__name__)
 class Service:
     """What workers reach, and who decides at the door.
 
-    `lock` guards the parameter server with all that belongs to it: seats, arrived, losses, journal, open Futures, and the times
+    `lock` guards the parameter server with all that belongs to it: seats, arrived, losses, journal, answers, and the times
     measured here. `broken` is never cleared, so it is read without. Payload checks run before the lock is taken; it is released
     before the journal is forced to disk, and replies are sent last.
 
@@ -67,7 +63,6 @@ class Service:
         self.on_start = on_start
         self.journal = journal or NoJournal()
         self.max_not_finite = max_not_finite
-        self.holds_farewell = holds_farewell
         self.expected = set(range(server.num_workers))
         """Who has to be ready before a first life of the server begins."""
         self.lock = threading.Lock()
@@ -83,9 +78,8 @@ class Service:
         """Every worker that was lost, with its last ticket and stamp."""
         self.broken: Exception | None = None
         """What went wrong while the server was changed; its state is not to be trusted then."""
-        self._handed: dict[int, float] = {}
-        """When each worker was given its newest ticket."""
-        self._open: dict[int, Future[Answer]] = {}
+        self.answers = Answers(holds_farewell=holds_farewell)
+        """Who waits for a reply."""
         self.format = push_format or PushFormat(
             params=Layout({"params": server.params}),
             buffers=Layout(server.buffers.average),
@@ -116,7 +110,7 @@ class Service:
 
     def lost(self, seat: Seat, reason: str) -> None:
         """Evict a worker: its ticket is issued again to another one, and nobody waits for it any more."""
-        due: list[_Due] = []
+        due: list[Due] = []
         with self.lock:
             if seat.token not in self.seats.by_token:
                 return  # it has said goodbye, or was evicted before
@@ -132,7 +126,7 @@ class Service:
 
     def release(self, seat: Seat) -> None:
         """Let a worker leave: at once where it waits for work, else when it pushes the ticket that it holds."""
-        due: list[_Due] = []
+        due: list[Due] = []
         with self.lock:
             if seat.token not in self.seats.by_token:
                 return
@@ -152,13 +146,13 @@ class Service:
             Rejoin: the seat of this token is taken away.
         """
         future = Future[Answer]()
-        due: list[_Due] = []
+        due: list[Due] = []
         with self.lock:
             seat = self._seat(token)
-            due = self._expect(seat.worker, future)
+            due = self.answers.expect(seat.worker, future)
             if seat.joined:
                 reply = self.server.members[seat.worker].reply
-                due += self._due([] if reply is None else [reply])
+                due += self.answers.due([] if reply is None else [reply])
             elif self.started.is_set():
                 due += self._join(seat)
             elif seat not in self.arrived:
@@ -170,7 +164,7 @@ class Service:
 
     def begin(self) -> None:
         """Start with those who are there, without waiting for the others, if there is anybody."""
-        due: list[_Due] = []
+        due: list[Due] = []
         with self.lock:
             if self.arrived and not self.started.is_set():
                 due = self._begin()
@@ -178,7 +172,7 @@ class Service:
 
     def expect_without(self, worker: int) -> None:
         """Do not wait for a worker any more before the start."""
-        due: list[_Due] = []
+        due: list[Due] = []
         with self.lock:
             self.expected.discard(worker)
             if self._complete() and not self.started.is_set():
@@ -188,9 +182,9 @@ class Service:
     def say_farewell(self) -> None:
         """Tell all who wait for it that the run has ended."""
         with self.lock:
-            self.holds_farewell = False
+            self.answers.holds_farewell = False
             replies = [member.reply for member in self.server.members.values()]
-            due = self._due([reply for reply in replies if reply is not None and reply.ticket is None])
+            due = self.answers.due([reply for reply in replies if reply is not None and reply.ticket is None])
         self._settle(due)
 
     def receive(
@@ -214,7 +208,7 @@ class Service:
             Dismissed: this worker's gradients are not finite, again and again.
             PushRefused: as `ParameterServer.receive`.
         """
-        return self.take(token, ticket, stamp, incarnation, loss, samples, self.format.unpack(_bytes_of(payload, self.format)))
+        return self.take(token, ticket, stamp, incarnation, loss, samples, self.format.unpack(self.format.bytes_of(payload)))
 
     def take(
         self,
@@ -226,7 +220,7 @@ class Service:
         samples: int,
         parts: tuple[Tensor, Mapping[str, Tensor]],
     ) -> Future[Answer]:
-        """The same, where gradient and batch-norm statistics are apart already."""
+        """The same, where gradient and batch-norm statistics are apart already: ``parts``, as `PushFormat.unpack` has them."""
         seat = self._seat(token)  # looked at again under the lock
         grad, buffers = parts
         push = Push(
@@ -268,7 +262,7 @@ class Service:
     def call(self, change: Callable[[ParameterServer], list[Reply]]) -> None:
         """Change the server from outside of a push, and send the replies that this makes due."""
         with self.lock:
-            due = self._due(change(self.server))
+            due = self.answers.due(change(self.server))
         self._settle(due)
 
     def finish(self) -> None:
@@ -286,8 +280,7 @@ class Service:
         if not self.started.is_set():
             return
         with self.lock:
-            now = time.monotonic()
-            late = [worker for worker in self.server.ledger.holding if now - self._handed[worker] > patience_seconds]
+            late = self.answers.late(self.server.ledger.holding, patience_seconds)
             seats = [self.seats.by_worker[worker] for worker in late if worker in self.seats.by_worker]
         for seat in seats:
             self.lost(seat, f"no push for runtime.ticket_timeout_seconds={patience_seconds:g}, stuck or too slow for it")
@@ -301,7 +294,7 @@ class Service:
             raise Rejoin("this worker's seat is taken away: it was evicted, or the server has restarted; rejoin")
         return seat
 
-    def _take(self, seat: Seat, push: Push, checked: Checked | None, future: Future[Answer]) -> list[_Due]:
+    def _take(self, seat: Seat, push: Push, checked: Checked | None, future: Future[Answer]) -> list[Due]:
         """Apply a push that was checked, or settle one that is not finite (``checked`` of None)."""
         if self.broken is not None:
             return []
@@ -315,21 +308,21 @@ class Service:
         except Exception as error:
             self.broken = error
             return []
-        due = self._expect(seat.worker, future) + self._due(replies)
+        due = self.answers.expect(seat.worker, future) + self.answers.due(replies)
         seat.not_finite = seat.not_finite + 1 if checked is None else 0
         if seat.not_finite >= self.max_not_finite and len(self.server.members) > 1:
             reason = f"{seat.not_finite} gradients in a row were not finite (runtime.max_not_finite)"
             self._note_loss(seat, reason, [])
             _log.warning("%s is dismissed: %s", seat, reason)
-            return self._without(due, future) + self._evict(seat, Dismissed(f"worker {seat.worker}: {reason}"), future)
+            return without(due, future) + self._evict(seat, Dismissed(f"worker {seat.worker}: {reason}"), future)
         if seat.leaving:
-            return self._without(due, future) + self._dismiss(seat, future)
+            return without(due, future) + self._dismiss(seat, future)
         return due
 
     def _complete(self) -> bool:
         return bool(self.arrived) and {each.worker for each in self.arrived} >= self.expected
 
-    def _begin(self) -> list[_Due]:
+    def _begin(self) -> list[Due]:
         """A life of the server begins."""
         self.on_start()
         arrived, self.arrived = self.arrived, []
@@ -341,37 +334,37 @@ class Service:
         self.journal.start(workers, self.server.incarnation)
         self.started.set()
         self.changed.set()
-        due = self._due(replies)
+        due = self.answers.due(replies)
         for guest in arrived:
             if not guest.joined:
                 due += self._join(guest)
         return due
 
-    def _join(self, seat: Seat) -> list[_Due]:
+    def _join(self, seat: Seat) -> list[Due]:
         seat.joined = True
         replies = self.server.join(seat.worker)
         self.journal.join(seat.worker)
         self.changed.set()
         _log.info("%s has joined", seat)
-        return self._due(replies)
+        return self.answers.due(replies)
 
-    def _evict(self, seat: Seat, answer: Reply | Exception, future: Future[Answer] | None = None) -> list[_Due]:
+    def _evict(self, seat: Seat, answer: Reply | Exception, future: Future[Answer] | None = None) -> list[Due]:
         """Take a seat away; who still waits for a reply gets this answer."""
         self.seats.free(seat)
         self.changed.set()
         if seat in self.arrived:
             self.arrived.remove(seat)
-        future = self._open.pop(seat.worker, future)
-        due: list[_Due] = [] if future is None else [(future, answer)]
+        future = self.answers.close(seat.worker) or future
+        due: list[Due] = [] if future is None else [(future, answer)]
         if not seat.joined:
             return due
         journal = NoJournal() if self.server.ended else self.journal
         replies = self.server.leave(seat.worker)
         journal.leave(seat.worker)
         self.observe(self.server)
-        return due + self._due(replies)
+        return due + self.answers.due(replies)
 
-    def _dismiss(self, seat: Seat, future: Future[Answer] | None = None) -> list[_Due]:
+    def _dismiss(self, seat: Seat, future: Future[Answer] | None = None) -> list[Due]:
         """Let a worker go that wants to leave: it is answered as at the end of the run."""
         stop = Reply(
             worker=seat.worker,
@@ -389,30 +382,10 @@ class Service:
         where = {"worker": seat.worker, "process": seat.process, "host": seat.host}
         self.losses.append({**where, "reason": reason, "held": held})
 
-    @staticmethod
-    def _without(due: list[_Due], future: Future[Answer]) -> list[_Due]:
-        """All but what was due to this one, who gets another answer."""
-        return [each for each in due if each[0] is not future]
-
-    def _expect(self, worker: int, future: Future[Answer]) -> list[_Due]:
-        """Open the Future of a worker's next reply; a repeated call takes the place of the former."""
-        former = self._open.get(worker)
-        self._open[worker] = future
-        return [] if former is None else [(former, TimeoutError(f"worker {worker} has asked again"))]
-
-    def _due(self, replies: Iterable[Reply]) -> list[_Due]:
-        """The Futures that these replies complete.
-
-        Were they looked up when the lock is released, a reply that is late to be sent could answer its worker's next push.
-        """
-        replies = [reply for reply in replies if not (self.holds_farewell and reply.ticket is None)]
-        self._handed |= {reply.worker: time.monotonic() for reply in replies}
-        return [(self._open.pop(reply.worker), reply) for reply in replies if reply.worker in self._open]
-
     # ------------------------------------------------------------------------------------------------- without the lock
 
-    def _settle(self, due: Iterable[_Due]) -> None:
-        """Complete Futures, as soon as what they acknowledge is durable; a reply never changes after it is issued."""
+    def _settle(self, due: Iterable[Due]) -> None:
+        """Complete Futures, as soon as what they acknowledge is durable."""
         due = list(due)
         try:
             if due:
@@ -420,27 +393,4 @@ class Service:
         except OSError as error:  # what is not durable is not acknowledged
             self.broken = error
             return
-        for future, outcome in due:
-            future.set_result(outcome if isinstance(outcome, Reply) else _refusal(outcome))
-
-
-def answered(call: Callable[[], Future[Answer]]) -> Future[Answer]:
-    """Make a call; a refusal is an answer, too."""
-    try:
-        return call()
-    except PushRefused as error:
-        future = Future[Answer]()
-        future.set_result(_refusal(error))
-        return future
-
-
-def _bytes_of(payload: Tensor, form: PushFormat) -> Tensor:
-    """The bytes of a payload that came as a tensor, which may be forged: it is not touched before its memory is looked at."""
-    check_plain(payload, "push: payload")
-    if payload.dtype != (form.dtype if form.exact else torch.uint8):
-        raise PushRefused(f"push: payload: got the dtype {payload.dtype}, expected {form.dtype if form.exact else torch.uint8}")
-    return payload.detach().reshape(-1).view(torch.uint8)
-
-
-def _refusal(error: Exception) -> Refusal:
-    return Refusal(error=type(error).__name__, text=str(error))
+        send(due)

@@ -22,19 +22,21 @@ from ormo_rpc.journal import Journal
 from ormo_rpc.kernels.pool import pooled
 from ormo_rpc.messages import Refusal
 from ormo_rpc.runtimes.rpc import wire
+from ormo_rpc.runtimes.rpc.answers import Answer, answered
 from ormo_rpc.runtimes.rpc.frames import ANSWER, ASK, DTYPES, INLINE, LOOK_SECONDS, Ask, Say, Stream, bytes_of
 from ormo_rpc.runtimes.rpc.segments import AVAILABLE, Origin, Segments, opened
-from ormo_rpc.runtimes.rpc.service import Answer, Service, answered
+from ormo_rpc.runtimes.rpc.service import Service
 from ormo_rpc.wire_options import Transport
 
 GREETING_SECONDS = 10.0
 """How long a worker may take to show its token."""
 GREETING_BYTES = 4096
+"""The longest line of a worker, with its token and where its payload lies."""
 
 
 def shared_snapshots(rule: Algorithm, transport: Transport) -> Segments | None:
     """Have what a rule sends lie in memory that workers on this machine can read, unless the wire is to be something else."""
-    if not AVAILABLE or transport not in (Transport.auto, Transport.shm):
+    if not (AVAILABLE and transport.may_share):
         return None
     segments = Segments()
     rule.kernel = replace(rule.kernel, blank=pooled(segments))

@@ -193,8 +193,9 @@ class Cluster:
         self.compute_seconds.load_state(state["speeds"])
         self.load = Load(**state["load"])
         self._since, self._free_at = dict(state["since"]), state["free_at"]
-        self._computing_until = dict(state["computing_until"])
-        self.source.load_state(state.get("source", {}))  # which older checkpoints do not have
+        # Older checkpoints do not have these two.
+        self._computing_until = dict(state.get("computing_until", {}))
+        self.source.load_state(state.get("source", {}))
 
     def start(self) -> None:
         """Hand out the first tickets."""
