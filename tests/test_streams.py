@@ -519,6 +519,24 @@ def test_a_server_that_does_not_share_says_why(
     assert f"gradients and parameters go by TCP: {reason}" in told
 
 
+@pytest.mark.parametrize("when", ["from the start", "in the midst"])
+def test_where_descriptors_are_scarce_the_run_goes_on(
+    when: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with opened(SHARED) as house:
+        if when == "in the midst":
+            house.enter(*[SHARED] * WORKERS)
+        monkeypatch.setattr("resource.getrlimit", lambda _: (2, 2))
+        if when == "from the start":
+            house.enter(*[SHARED] * WORKERS)
+        house.go_on(12, random.Random(1))
+        house.check_same_state()
+        places = [mapping(came.params) for came, _ in house.held.values()]
+        assert not all("memfd" in place for place in places)
+    assert sum("memory is not shared from now on" in record.getMessage() for record in caplog.records) >= 1
+
+
 def test_memory_is_shared_where_it_must_be() -> None:
     with opened(Transport.shm) as house:
         house.enter(*[Transport.shm] * WORKERS)
