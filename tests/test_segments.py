@@ -269,12 +269,12 @@ def test_where_descriptors_are_scarce_memory_is_not_shared_and_good_as_ever(
     segments = Segments()
     _, last = descriptor_of(segments)
     monkeypatch.setattr("resource.getrlimit", lambda _: (2 * last, 2 * last))
-    before = len(os.listdir("/proc/self/fd"))
+    before = sum(1 for _ in Path("/proc/self/fd").iterdir())
     for size in (SIZE, 1):
         made = segments.vector(size)
         assert (made.shape, made.sum().item(), segments.find(made)) == ((size,), 0, None)
         made.fill_(3)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert sum(1 for _ in Path("/proc/self/fd").iterdir()) == before
     (said,) = [record.getMessage() for record in caplog.records]
     assert said.endswith(f"half of the {2 * last} open files that a process may have (ulimit -n) are open")
 

@@ -4,10 +4,12 @@ A *segment* is made by ``memfd_create`` and known by its process and its descrip
 opens it as ``/proc/PROCESS/fd/DESCRIPTOR``. It is gone with the last process that has it, however that ends, so nothing can be
 left in ``/dev/shm``. That a descriptor is the segment that was meant, rather than anything on another machine or in another
 container, where that process number means somebody else, is known from its name, which the kernel tells and which has 128 bits
-of chance. Every segment costs two descriptors here (Python keeps one with a mapping), and one in each process that opens it, so
-that no more are made once the table is half full: connections and files need the rest, and memory that is not shared is as good
-to whoever can send it. Its size is sealed: nobody can shrink it under a reader, who would die of that; and so is its content, for all but
+of chance. Its size is sealed: nobody can shrink it under a reader, who would die of that; and so is its content, for all but
 its maker, who has mapped it before.
+
+Every segment costs two descriptors here (Python keeps one with a mapping), and one in each process that opens it. So no more
+are made once the table of open files is half full: connections and files need the rest, and what lies in other memory goes by
+TCP.
 """
 
 from __future__ import annotations
