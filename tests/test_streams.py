@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -535,6 +536,25 @@ def test_where_descriptors_are_scarce_the_run_goes_on(
         places = [mapping(came.params) for came, _ in house.held.values()]
         assert not all("memfd" in place for place in places)
     assert sum("memory is not shared from now on" in record.getMessage() for record in caplog.records) >= 1
+
+
+def test_a_worker_that_has_too_many_segments_open_lets_them_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused: list[int] = []
+    really = stream_calls.opened
+    with opened(SHARED) as house:
+        house.enter(*[SHARED] * WORKERS)
+        (first, *_) = house.clients
+
+        def scarce(origin: Origin, descriptor: int, size: int) -> Tensor:
+            if len(first.calls._slots) >= 2:
+                refused.append(descriptor)
+                raise OSError(errno.EMFILE, "Too many open files")
+            return really(origin, descriptor, size)
+
+        monkeypatch.setattr(stream_calls, "opened", scarce)
+        house.go_on(20, random.Random(1), among=(0,))
+        house.check_same_state()
+    assert refused
 
 
 def test_memory_is_shared_where_it_must_be() -> None:
