@@ -43,8 +43,12 @@ class StandInWorker(Worker):
         """There is nothing to load."""
 
     def warm_up(self) -> None:
-        """Draw what is pushed, unless it lies in the payload already, where a lossy wire does not change it."""
-        if self._drawn_into == self.payload.data_ptr():
+        """Draw what is pushed, unless it lies in the payload already, where a lossy wire does not change it.
+
+        A fault (``corrupt``) writes NaN over all of the payload, so that the last value tells of it.
+        """
+        last = (self.statistics if self.statistics.numel() else self.push)[-1]
+        if self._drawn_into == self.payload.data_ptr() and not last.isnan():
             if self._drawn is not None:
                 self.push.copy_(self._drawn)
             return

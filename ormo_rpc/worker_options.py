@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from ormo_rpc.options import Section, option
 
+MOST_AHEAD = 100
+"""Each ticket ahead has a model, a thread and two connections, and no network is so slow that more of them were of use."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerOptions(Section):
@@ -18,6 +21,6 @@ class WorkerOptions(Section):
     prefetch: int = option(
         0,
         "tickets that a worker has ahead, to compute on while a push is on its way; K: workers x (1 + this)",
-        valid=lambda v: v >= 0,
-        expected="a whole number >= 0",
+        valid=lambda v: 0 <= v <= MOST_AHEAD,
+        expected=f"a whole number from 0 to {MOST_AHEAD}",
     )

@@ -86,6 +86,13 @@ def test_an_rpc_agent_refuses_it() -> None:
         compose(["wire.transport=uv", "worker.prefetch=1"])
 
 
+@pytest.mark.parametrize("value", [-1, 101, 40_000])
+def test_a_number_that_no_machine_could_bear_is_refused(value: int) -> None:
+    with pytest.raises(ConfigError, match=rf"^worker.prefetch: got {value}, expected a whole number from 0 to 100"):
+        compose([f"worker.prefetch={value}"])
+    assert compose(["worker.prefetch=100", "workers=4"]).num_workers == 404
+
+
 @pytest.mark.live
 @pytest.mark.timeout(180)
 def test_a_live_process_has_two_tickets_and_loses_both_when_it_is_killed(tmp_path: Path) -> None:

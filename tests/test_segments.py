@@ -263,6 +263,22 @@ def test_descriptors_go_with_the_object_and_the_memory_with_its_tensors() -> Non
     assert os.getpid() not in users(name)  # nor the duplicates of descriptors that Python keeps with a mapping
 
 
+def test_where_descriptors_are_scarce_memory_is_not_shared_and_good_as_ever(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    segments = Segments()
+    _, last = descriptor_of(segments)
+    monkeypatch.setattr("resource.getrlimit", lambda _: (2 * last, 2 * last))
+    before = sum(1 for _ in Path("/proc/self/fd").iterdir())
+    for size in (SIZE, 1):
+        made = segments.vector(size)
+        assert (made.shape, made.sum().item(), segments.find(made)) == ((size,), 0, None)
+        made.fill_(3)
+    assert sum(1 for _ in Path("/proc/self/fd").iterdir()) == before
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.endswith(f"half of the {2 * last} open files that a process may have (ulimit -n) are open")
+
+
 def test_to_open_is_no_occasion_for_warnings() -> None:
     segments = Segments()
     _, descriptor = descriptor_of(segments)

@@ -191,6 +191,12 @@ def test_a_replay_needs_a_run(tmp_path: Path) -> None:
         train(["runtime=replay"], run_dir=tmp_path / "a")
     with pytest.raises(ConfigError, match=r"^replay\.run: got \S+, expected the directory of a run that has ended$"):
         replay(tmp_path / "b", tmp_path)
+    never = tmp_path / "never"  # that of a run that was interrupted before it began
+    never.mkdir()
+    (never / "summary.json").write_text(json.dumps({"status": "interrupted", "final_params_sha256": None}))
+    (never / "trace.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"^replay\.run: got \S+never, expected the directory of a run that has ended$"):
+        train(["runtime=replay", f"replay.run={never}"], run_dir=tmp_path / "c")
 
 
 @pytest.mark.parametrize("scheduler", ["sync", "partial", "ssp"])

@@ -6,17 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import ormo_rpc
 from ormo_rpc import algorithms
 from ormo_rpc.cli import compose
+from ormo_rpc.compression import PushFormat
+from ormo_rpc.faults import Injector
 from ormo_rpc.flat import FlatModel
 from ormo_rpc.job import Job
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.run_directory import read_trace
 from ormo_rpc.server import ParameterServer
 from ormo_rpc.stand_in import SCALE, StandInWorker
+from ormo_rpc.wire_options import WireDtype
 from ormo_rpc.worker import Worker
 from tests.test_flat_and_worker import EPOCHS, data, module
 
@@ -74,6 +77,23 @@ def test_it_draws_again_where_the_payload_has_moved() -> None:
     worker.payload = torch.zeros_like(worker.payload)  # such as memory that is shared with the server
     worker.push, worker.statistics = worker.payload.split([worker.push.numel(), worker.statistics.numel()])
     assert torch.equal(worker.compute(reply).grad, before)
+
+
+@pytest.mark.parametrize("wire", ["float32", "bf16"])
+@pytest.mark.parametrize("kind", ["mlp", "norm"])
+def test_a_fault_spoils_one_push_and_no_later_one(kind: str, wire: str) -> None:
+    flat = FlatModel(module(kind))
+    form = PushFormat(params=flat.params, buffers=flat.buffers, dtype=flat.dtype, wire=WireDtype(wire))
+    worker = StandInWorker(flat, data(), EPOCHS, algorithms.find("ormo"), seed=0, wire_format=form)
+    reply = Reply(worker=0, ticket=0, stamp=0, params=flat.flat_params(), lr=0.1, steps=1, incarnation=0)
+    injector = Injector(["corrupt@0:1"], 0, 0, lambda _: None)
+    sent: list[Tensor] = []
+    for _ in range(3):
+        worker.compute(reply)
+        injector.before_push(worker.payload)
+        sent.append(worker.wire.clone())
+    assert bool((sent[1] == 0xFF).all())
+    assert torch.equal(sent[2], sent[0])
 
 
 @pytest.mark.parametrize("name", algorithms.NAMES)

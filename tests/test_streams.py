@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -517,6 +518,43 @@ def test_a_server_that_does_not_share_says_why(
         house.check_same_state()
     told = {record.getMessage() for record in caplog.records if record.levelno == logging.INFO}
     assert f"gradients and parameters go by TCP: {reason}" in told
+
+
+@pytest.mark.parametrize("when", ["from the start", "in the midst"])
+def test_where_descriptors_are_scarce_the_run_goes_on(
+    when: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with opened(SHARED) as house:
+        if when == "in the midst":
+            house.enter(*[SHARED] * WORKERS)
+        monkeypatch.setattr("resource.getrlimit", lambda _: (2, 2))
+        if when == "from the start":
+            house.enter(*[SHARED] * WORKERS)
+        house.go_on(12, random.Random(1))
+        house.check_same_state()
+        places = [mapping(came.params) for came, _ in house.held.values()]
+        assert not all("memfd" in place for place in places)
+    assert sum("memory is not shared from now on" in record.getMessage() for record in caplog.records) >= 1
+
+
+def test_a_worker_that_has_too_many_segments_open_lets_them_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused: list[int] = []
+    really = stream_calls.opened
+    with opened(SHARED) as house:
+        house.enter(*[SHARED] * WORKERS)
+        (first, *_) = house.clients
+
+        def scarce(origin: Origin, descriptor: int, size: int) -> Tensor:
+            if len(first.calls._slots) >= 2:
+                refused.append(descriptor)
+                raise OSError(errno.EMFILE, "Too many open files")
+            return really(origin, descriptor, size)
+
+        monkeypatch.setattr(stream_calls, "opened", scarce)
+        house.go_on(20, random.Random(1), among=(0,))
+        house.check_same_state()
+    assert refused
 
 
 def test_memory_is_shared_where_it_must_be() -> None:

@@ -44,7 +44,7 @@ def run(config: Config, run_dir: Path) -> dict[str, Any]:
         raise ConfigError("replay.run: got None, expected the run directory to compute again")
     source = Path(config.replay.run)
     recorded = read_summary(source)
-    if recorded is None or "final_params_sha256" not in recorded:
+    if recorded is None or recorded.get("final_params_sha256") is None:  # None where it was stopped before it began
         raise ConfigError(f"replay.run: got {source}, expected the directory of a run that has ended")
     header, events = read_trace(source)
     events = [event for event in events if event["event"] != "checkpoint"]  # which changes nothing in the server

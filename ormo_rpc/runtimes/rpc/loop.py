@@ -138,6 +138,8 @@ class Loop:
             with lease:
                 self.lease = lease
                 self._wanted = lease.welcome.worker
+                if workshop.leaving:  # `leave` came while we were let in, and did not know of this lease
+                    lease.leave()
                 job, worker = self._prepare(lease.welcome.config)
                 on_job(job)
                 try:

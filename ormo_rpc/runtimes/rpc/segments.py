@@ -6,14 +6,21 @@ left in ``/dev/shm``. That a descriptor is the segment that was meant, rather th
 container, where that process number means somebody else, is known from its name, which the kernel tells and which has 128 bits
 of chance. Its size is sealed: nobody can shrink it under a reader, who would die of that; and so is its content, for all but
 its maker, who has mapped it before.
+
+Every segment costs two descriptors here (Python keeps one with a mapping), and one in each process that opens it. So no more
+are made once the table of open files is half full: connections and files need the rest, and what lies in other memory goes by
+TCP.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import logging
 import mmap
 import os
+import resource
 import secrets
 import sys
 import warnings
@@ -23,12 +30,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ormo_rpc.kernels.pool import anonymous
+
 AVAILABLE = sys.platform == "linux"
 """Whether this system has such files."""
 
 
 _SEAL_FUTURE_WRITE = 0x0010
 """From Linux 5.1 on, and in Python's own list from 3.13 on."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,11 +60,24 @@ class Segments:
     def __init__(self) -> None:
         self.origin = Origin(process=os.getpid(), name=f"ormo_rpc_{secrets.token_hex(16)}")
         self._descriptors: dict[int, int] = {}
+        self._warned = False
 
     def __call__(self, size: int) -> mmap.mmap:
-        """Memory of that many bytes, all zero, on pages that are there already."""
+        """Memory of that many bytes, all zero, on pages that are there already; where there is no room, it is not shared."""
+        try:
+            return self._shared(size)
+        except OSError as error:
+            if not self._warned:
+                _log.warning("memory is not shared from now on, so what lies in it goes by TCP: %s", error)
+            self._warned = True
+            return anonymous(size)
+
+    def _shared(self, size: int) -> mmap.mmap:
         descriptor = os.memfd_create(self.origin.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
+            limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            if limit != resource.RLIM_INFINITY and 2 * descriptor > limit:  # the lowest number that is free
+                raise OSError(errno.EMFILE, f"half of the {limit} open files that a process may have (ulimit -n) are open")
             os.ftruncate(descriptor, max(size, 1))
             memory = mmap.mmap(descriptor, max(size, 1), flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
             with contextlib.suppress(OSError):  # an older system: the others are still asked to map it for reading only
@@ -68,7 +91,7 @@ class Segments:
 
     def vector(self, size: int) -> Tensor:
         """The same as a tensor of bytes, shape (size,)."""
-        return _bytes(self(size))
+        return _bytes(self(size))[: max(size, 1)]  # a mapping has whole pages
 
     def find(self, vector: Tensor) -> int | None:
         """The descriptor of the segment at whose start a vector lies; None where it lies elsewhere."""

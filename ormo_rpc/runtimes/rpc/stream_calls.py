@@ -157,5 +157,12 @@ class StreamCalls:
             return self._buffer.view(DTYPES[dtype])
         if descriptor not in self._slots:
             assert self._origin is not None, "the server names a segment only where they are shared"
-            self._slots[descriptor] = opened(self._origin, descriptor, size)
+            try:
+                slot = opened(self._origin, descriptor, size)
+            except OSError:  # such as too many open files: each that we have seen costs one
+                if not self._slots:
+                    raise
+                self._slots.clear()
+                slot = opened(self._origin, descriptor, size)
+            self._slots[descriptor] = slot
         return self._slots[descriptor].view(DTYPES[dtype])

@@ -58,8 +58,9 @@ class Streams:
         self.service = service
         self.transport = transport
         self.segments = segments
-        self._probe = None if segments is None else segments.vector(1)
-        """What a worker tries to open."""
+        self._kept = None if segments is None else segments.vector(1)
+        self._probe = None if segments is None or self._kept is None else segments.find(self._kept)
+        """The descriptor of a segment that a worker tries to open, as long as that is kept."""
 
     def serve(self, reader: wire.LineReader) -> None:
         """Serve a stream to its end, in the thread that calls.
@@ -77,8 +78,8 @@ class Streams:
             raise ValueError("stream: got a token without a seat; rejoin")
         payload, reason = self._share(asked.get("segment"))
         offer: dict[str, Any] = {"origin": None, "reason": reason}
-        if payload is not None and self.segments is not None and self._probe is not None:
-            offer |= {"origin": asdict(self.segments.origin), "probe": self.segments.find(self._probe)}
+        if payload is not None and self.segments is not None:
+            offer |= {"origin": asdict(self.segments.origin), "probe": self._probe}
         wire.send(reader.sock, offer)
         if reader.receive(GREETING_SECONDS, GREETING_BYTES).get("shared") is not True:
             payload = None
@@ -90,6 +91,8 @@ class Streams:
         if self.segments is None:
             chosen = self.transport is Transport.tcp
             return None, "wire.transport=tcp" if chosen else "the server's system has no memory that could be shared"
+        if self._probe is None:
+            return None, "the server has no memory that could be shared; see its log"
         given = segment if isinstance(segment, Mapping) else {}
         process, name, descriptor = (given.get(key) for key in ("process", "name", "descriptor"))
         if type(process) is not int or type(descriptor) is not int or not isinstance(name, str):
