@@ -36,6 +36,7 @@ def build_server(
     norm_guard: NormGuard | None = None,
     kernel: Kernel = Kernel(),  # noqa: B008 - it cannot change
     sent_dtype: torch.dtype | None = None,
+    process_of: Callable[[int], int] = lambda worker: worker,
     **options: Any,
 ) -> ParameterServer:
     """Build a parameter server in this process, without any network: the object that every runtime drives.
@@ -56,6 +57,7 @@ def build_server(
         norm_guard: The limit to the norm of what is pushed; none by default.
         kernel: What the server goes over its vectors with; plain torch by default, `fastest_kernel` finds a better one.
         sent_dtype: What parameters are rounded to when they are handed out; as they are by default.
+        process_of: From a worker to its process; by default each is its own. See `ParameterServer`.
         options: Options of the rule and of the scheduler.
 
     Raises:
@@ -104,6 +106,7 @@ def build_server(
         clock=clock,
         timer=timer,
         sent_dtype=sent_dtype,
+        process_of=process_of,
     )
 
 

@@ -206,6 +206,10 @@ class Config(Section):
         """
         return self.num_processes * (1 + self.worker.prefetch)
 
+    def process_of(self, worker: int) -> int:
+        """The process of a worker; a guest, whose number is none of the first K, counts as one of its own."""
+        return worker % self.num_processes if worker < self.num_workers else worker
+
     def slowdown(self, worker: int, generator: torch.Generator) -> float:
         """How much longer than its own computation a worker takes for the next ticket: that of its process."""
         return self.heterogeneity.slowdown(worker % self.num_processes, self.num_processes, generator)

@@ -199,5 +199,6 @@ def configured_server(
         timer=time.perf_counter,
         kernel=fastest_kernel(params.numel()),
         sent_dtype=config.wire.params.rounded,
+        process_of=config.process_of,
         **options,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,10 +38,12 @@ class Ledger:
 
     Args:
         total: How many tickets there are; None means that they never end.
+        process_of: From a worker to what it shares its faults with: workers of one process compute the same nonsense.
     """
 
-    def __init__(self, total: int | None) -> None:
+    def __init__(self, total: int | None, process_of: Callable[[int], int] = lambda worker: worker) -> None:
         self.total = total
+        self.process_of = process_of
         self.issued = 0
         """Tickets below this number have been handed out at least once."""
         self.redeemed = 0
@@ -70,7 +72,7 @@ class Ledger:
     def take(self, worker: int, stamp: int, bucket: int, version: int, members: Collection[int]) -> Issue | None:
         """Hand out the next ticket; None where there is none for this worker now.
 
-        A ticket whose gradient was not finite goes to another worker than before, as long as there is one.
+        A ticket whose gradient was not finite goes to a worker of another process than before, as long as there is one.
         """
         ticket = next((t for t in self.returned if self._may_have(worker, t, members)), None)
         if ticket is not None:
@@ -154,9 +156,9 @@ class Ledger:
         }
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Ledger:
+    def from_state(cls, state: dict[str, Any], process_of: Callable[[int], int] = lambda worker: worker) -> Ledger:
         """The ledger that `state` described."""
-        ledger = cls(state["total"])
+        ledger = cls(state["total"], process_of)
         ledger.issued, ledger.redeemed = state["issued"], state["redeemed"]
         ledger.returned.extend(state["returned"])
         ledger.revoked.update((ticket, worker, stamp) for ticket, worker, stamp in state["revoked"])
@@ -168,8 +170,8 @@ class Ledger:
         return ledger
 
     def _may_have(self, worker: int, ticket: int, members: Collection[int]) -> bool:
-        refused_by = self.refused_by.get(ticket, set())
-        return worker not in refused_by or all(member in refused_by for member in members)
+        refused_by = {self.process_of(each) for each in self.refused_by.get(ticket, ())}
+        return self.process_of(worker) not in refused_by or all(self.process_of(member) in refused_by for member in members)
 
     def _take_away(self, issue: Issue) -> None:
         del self.outstanding[issue.ticket]

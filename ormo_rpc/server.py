@@ -43,6 +43,7 @@ class ParameterServer(ServerState):
         timer: Seconds, real ones, for `step_seconds`.
         sent_dtype: What parameters are rounded to when they are handed out; None for as they are. Rules see, as what was sent,
             the rounded values in the dtype of the parameters.
+        process_of: From a worker to its process, where one has several; see `Ledger`.
     """
 
     # ------------------------------------------------------------------------------------------------------- membership
@@ -180,8 +181,8 @@ class ParameterServer(ServerState):
     def reject(self, push: Push) -> list[Reply]:
         """Settle a push that `check` found not finite or too large: its ticket goes to another worker, its sender has new work.
 
-        When the gradient of one ticket is so from two workers (or twice from the only one), the parameters are at
-        fault, not the worker, and the run ends as `diverged`.
+        When the gradient of one ticket is so from workers of two processes (or twice from the only one), the parameters are
+        at fault, not the worker, and the run ends as `diverged`.
 
         Raises:
             PushRefused: the push does not fit the ledger; nothing has changed.

@@ -61,6 +61,7 @@ class ServerState:
         clock: Callable[[], float] = lambda: 0.0,
         timer: Callable[[], float] = lambda: 0.0,
         sent_dtype: torch.dtype | None = None,
+        process_of: Callable[[int], int] = lambda worker: worker,
     ) -> None:
         self.rule = rule
         self.scheduler = scheduler
@@ -81,7 +82,7 @@ class ServerState:
         self.incarnation = 0
         self.buckets = Buckets()
         self.newest_bucket = 0
-        self.ledger = Ledger(total_tickets)
+        self.ledger = Ledger(total_tickets, process_of)
         self.members: dict[int, Member] = {}
         self.waiting: list[int] = []
         """Workers whose answer the scheduler holds back, in the order of asking."""
@@ -208,7 +209,7 @@ class ServerState:
         self.buckets = Buckets(*state["buckets"])
         self.newest_bucket = state["newest_bucket"]
         total = self.ledger.total
-        self.ledger = Ledger.from_state(state["ledger"])
+        self.ledger = Ledger.from_state(state["ledger"], self.ledger.process_of)
         self.ledger.total = total
         diverged = state["status"] == Status.diverged.value
         self.status = Status.diverged if diverged else Status.completed if self.ledger.done else Status.running

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+import torch
 
 import ormo_rpc
 from ormo_rpc.cli import compose
 from ormo_rpc.config import ConfigError
+from ormo_rpc.job import Job
+from ormo_rpc.messages import Push
 from ormo_rpc.schedulers import SCHEDULERS
+from ormo_rpc.server import Status
 from tests.processes import QUIET, events, launch, replayed, summary
 
 SIM = ("runtime=sim", "runtime.gradient=quadratic", "logger=none", "runtime.compute_seconds=1.0")
@@ -91,6 +96,33 @@ def test_a_number_that_no_machine_could_bear_is_refused(value: int) -> None:
     with pytest.raises(ConfigError, match=rf"^worker.prefetch: got {value}, expected a whole number from 0 to 100"):
         compose([f"worker.prefetch={value}"])
     assert compose(["worker.prefetch=100", "workers=4"]).num_workers == 404
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_process_that_computes_nonsense_ends_no_run_by_its_second_worker(loaded: bool) -> None:
+    some = Job(compose(["workers=2", "worker.prefetch=1", "model.hidden=4", "train.max_iterations=6"]))
+    server = some.server(lambda _: None, lambda: 0.0)
+    held = {reply.worker: reply for reply in server.start()}
+    if loaded:
+        server.load_state_dict(server.state_dict(replies=True))
+    grad, bad = torch.zeros_like(server.params), torch.full_like(server.params, math.nan)
+
+    def push(worker: int, what: torch.Tensor) -> None:
+        reply = held.pop(worker)
+        assert reply.ticket is not None
+        sent = Push(worker=worker, ticket=reply.ticket, stamp=reply.stamp, grad=what, incarnation=reply.incarnation)
+        replies = server.reject(sent) if what is bad else server.receive(sent)
+        held.update({reply.worker: reply for reply in replies if reply.ticket is not None})
+
+    spoiled = held[1].ticket
+    for worker in (1, 3, 1):  # those of process 1
+        push(worker, bad)
+        assert server.status is Status.running
+        assert spoiled not in {held[worker].ticket for worker in (1, 3) if worker in held}
+    push(0, grad)
+    assert held[0].ticket == spoiled
+    push(0, bad)
+    assert server.status is Status.diverged, "processes 0 and 1 agree"
 
 
 @pytest.mark.live

@@ -546,7 +546,7 @@ def test_a_worker_that_has_too_many_segments_open_lets_them_go(monkeypatch: pyte
         (first, *_) = house.clients
 
         def scarce(origin: Origin, descriptor: int, size: int) -> Tensor:
-            if len(first.calls._slots) >= 2:  # pyright: ignore[reportPrivateUsage] # what a full table of files would say
+            if len(first.calls._slots) >= 2:  # pyright: ignore[reportPrivateUsage] # which of them fill the table
                 refused.append(descriptor)
                 raise OSError(errno.EMFILE, "Too many open files")
             return really(origin, descriptor, size)
