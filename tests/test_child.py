@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 
+from ormo_rpc.errors import Dismissed
 from ormo_rpc.runtimes.rpc import child
+from ormo_rpc.runtimes.rpc.lease import ServerLost
 from ormo_rpc.runtimes.rpc.serve import Place
-from ormo_rpc.runtimes.supervisor import Supervisor
+from ormo_rpc.runtimes.rpc.wire import Refused, WireError
+from ormo_rpc.runtimes.supervisor import DISMISSED, Supervisor
 from tests.processes import PATIENCE_SECONDS
 
 
@@ -47,6 +50,33 @@ def test_what_the_server_is_told_while_it_starts_is_heard_when_it_is_ready(monke
         given = {"control": 0, "listener": theirs.detach(), "secret_file": None, "run_dir": Path(), "life": 0}
         child._serve(argparse.Namespace(**given, terminal=None, store=None), lambda _: None)  # pyright: ignore[reportPrivateUsage] # no process
     assert ear.heard == [{"abandoned": "all have left"}, {"stop": {"status": "interrupted"}}]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(Refused("no"), DISMISSED), (Dismissed("no"), DISMISSED), (WireError("what?"), 1), (ServerLost("gone"), 1)],
+)
+def test_who_would_be_refused_again_is_not_to_be_started_again(
+    error: Exception, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*_: object) -> None:
+        raise error
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    reading, writing = os.pipe()
+    arguments = argparse.Namespace(role="worker", report=writing, control=reading, heartbeat=60.0, log=False)
+    monkeypatch.setattr(child, "_parse", lambda: arguments)
+    monkeypatch.setattr(child, "_work", work)
+    monkeypatch.setattr(child, "_log_to", lambda *_, **__: None)  # pyright: ignore[reportUnknownArgumentType,reportUnknownLambdaType] # a stand-in
+    monkeypatch.setattr(os, "_exit", leave)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            child.main()
+        assert ended.value.code == status
+    finally:
+        os.close(reading)
 
 
 @pytest.mark.live

@@ -25,7 +25,7 @@ from ormo_rpc.runtimes.rpc import serve
 from ormo_rpc.runtimes.rpc.lease import ServerLost
 from ormo_rpc.runtimes.rpc.loop import Place
 from ormo_rpc.runtimes.rpc.secret import Secret, read_secret
-from ormo_rpc.runtimes.rpc.wire import WireError
+from ormo_rpc.runtimes.rpc.wire import Refused, WireError
 from ormo_rpc.runtimes.rpc.work import Work
 from ormo_rpc.runtimes.supervisor import DISMISSED, DONE, Report, listen_to_supervisor
 
@@ -51,7 +51,8 @@ def main() -> None:
         if arguments.log or not isinstance(error, EXPECTED):
             with contextlib.suppress(OSError):  # the log may lie on the full disk that this is about
                 traceback.print_exc()
-        os._exit(DISMISSED if isinstance(error, Dismissed) else 1)  # threads of the RPC agent may hold up an ordinary exit
+        final = isinstance(error, (Dismissed, Refused))  # another try would end as this one did
+        os._exit(DISMISSED if final else 1)  # threads of the RPC agent may hold up an ordinary exit
     # Taking the interpreter apart can take seconds, without a sign of life: a supervisor would see a death in it.
     logging.shutdown()
     sys.stdout.flush()

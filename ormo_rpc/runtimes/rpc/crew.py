@@ -55,7 +55,7 @@ class Post:
 
 
 def killed_or_failed(child: Child) -> bool:
-    """Restart a worker whatever it died of, unless it was dismissed."""
+    """Restart a worker whatever it died of, unless it was dismissed or refused."""
     return child.exit_code != DISMISSED
 
 
