@@ -181,8 +181,8 @@ class ParameterServer(ServerState):
     def reject(self, push: Push) -> list[Reply]:
         """Settle a push that `check` found not finite or too large: its ticket goes to another worker, its sender has new work.
 
-        When the gradient of one ticket is so from workers of two processes (or twice from the only one), the parameters are
-        at fault, not the worker, and the run ends as `diverged`.
+        When the parameters are not finite either, or the gradient of one ticket is so from workers of two processes (or twice
+        from the only one), they are at fault, not the worker, and the run ends as `diverged`.
 
         Raises:
             PushRefused: the push does not fit the ledger; nothing has changed.
@@ -194,7 +194,7 @@ class ParameterServer(ServerState):
         seen_before = push.ticket in self.ledger.refused_by
         limited = self.norm_guard is not None and self.norm_guard.policy is NormPolicy.refuse
         self._discard(issue, math.nan, reason="not finite or too large" if limited else "not finite", refused=True)
-        if seen_before:
+        if seen_before or not all_finite(self.params):
             self._end(Status.diverged)
         self.waiting.append(push.worker)
         self.scheduler.settle(push.worker)

@@ -46,6 +46,7 @@ IN_RANGE: dict[str, tuple[list[Any], list[Any]]] = {
     "a number >= 1": ([1, 10**9], [0, -1]),
     "at least 1": ([1, 10**9], [0, -1]),
     "a whole number >= 0": ([0, 10**9], [-1]),
+    "a whole number from 0 to 100": ([0, 1, 100], [-1, 101]),
     "a number >= 0": ([0, 10**9], [-1]),
     "at least 0": ([0, 10**9], [-1]),
     "a number > 0": ([1e-300, 1e9], [0.0, -1.0, math.nan]),

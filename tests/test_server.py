@@ -450,6 +450,14 @@ def test_twice_from_the_only_worker_ends_the_run() -> None:
     assert trial.server.status is Status.diverged
 
 
+def test_parameters_that_are_not_finite_are_at_fault_and_not_the_worker() -> None:
+    trial = begin(num_workers=2, lr=10.0)
+    trial.push(0, 1e308 * ONE)  # w = -inf, and nobody has looked yet
+    assert trial.server.status is Status.running
+    assert brief(trial.server.reject(trial.work(0, math.nan * ONE))) == [(0, None, 1)]
+    assert trial.server.status is Status.diverged
+
+
 def test_a_good_gradient_the_second_time_forgets_the_first() -> None:
     trial = begin(num_workers=1)
     trial.note(trial.server.reject(trial.work(0, math.nan * ONE)))

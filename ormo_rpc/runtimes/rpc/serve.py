@@ -111,7 +111,7 @@ class Host:
         self.service = Service(
             self.session.server,
             self._observe,
-            self.clock.start,
+            self._begin,
             journal=self.session.journal,
             push_format=job.push_format(),
             max_not_finite=self.options.max_not_finite,
@@ -119,6 +119,7 @@ class Host:
         )
         self.service.losses = self.session.directory.read_losses()
         self._losses_written = len(self.service.losses)
+        self._present: dict[int, int] = {}
         self._paused = False
         self._alone_since = time.monotonic()
         self._kept_at = time.monotonic()
@@ -165,6 +166,11 @@ class Host:
             self.stop_message = message["stop"]
             self.stop_asked.set()
 
+    def _begin(self) -> None:
+        """The first ticket is about to be handed out; called under the service's lock."""
+        self.clock.start()
+        self._present = {seat.worker: seat.process for seat in self.service.seats.by_worker.values()}
+
     def _observe(self, server: ParameterServer) -> None:
         self.session.observe(server)
         self._injector.applied(server.iteration)
@@ -201,8 +207,8 @@ class Host:
             with self.service.lock:
                 if self.session.server.ended:
                     return  # all are leaving; who was there is of more interest
-                present = {seat.worker: seat.process for seat in self.service.seats.by_worker.values()}
-            self.session.directory.write_processes(os.getpid(), present, name_of(self.place.listener))
+                self._present = {seat.worker: seat.process for seat in self.service.seats.by_worker.values()}
+            self._write_processes()
         self._write_losses()
         self.service.evict_late(self.options.ticket_timeout_seconds)
         members, least = len(self.session.server.members), self.options.min_workers
@@ -212,6 +218,10 @@ class Host:
                 _log.warning("paused: %d workers, and runtime.min_workers=%d; waiting for more", members, least)
             else:
                 _log.warning("going on: %d workers", members)
+
+    def _write_processes(self) -> None:
+        """Write down who was there when somebody came or went the last time before the end."""
+        self.session.directory.write_processes(os.getpid(), self._present, name_of(self.place.listener))
 
     def _write_losses(self) -> None:
         """Write down who was lost since the last call, so that a later life knows, too."""
@@ -256,6 +266,7 @@ class Host:
 
         self.service.call(stop)
         self._check_whole()
+        self._write_processes()  # a run may be over before anybody has looked
         self._write_losses()
         self.session.write_checkpoint(state)
         self.service.say_farewell()  # not before: should we die while we write, the workers are needed again
