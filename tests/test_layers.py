@@ -47,7 +47,7 @@ ONLY_IN = {
     "torch.distributed.rpc": tuple(
         f"ormo_rpc.runtimes.rpc.{name}" for name in ("agent", "handlers", "rpc_calls", "unpickling")
     ),
-    "torch.futures": tuple(f"ormo_rpc.runtimes.rpc.{name}" for name in ("answers", "handlers", "service", "streams")),
+    "torch.futures": ("ormo_rpc.runtimes.rpc.handlers",),
     "hydra": ("ormo_rpc.cli",),
     "wandb": ("ormo_rpc.dashboards",),
     "tqdm": ("ormo_rpc.dashboards", "ormo_rpc.runtimes.replay"),

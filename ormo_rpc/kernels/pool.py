@@ -47,7 +47,7 @@ class Pool:
     def take(self) -> Tensor:
         """A vector, shape (D,), that nobody else sees; what is in it means nothing."""
         try:
-            number = self._free.popleft()
+            number = self._free.pop()  # the last one that came back, which the caches may still have
         except IndexError:
             number = len(self.made)
             self.made.append(self._memory(self.dimension * self.dtype.itemsize))

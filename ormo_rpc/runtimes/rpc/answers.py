@@ -1,27 +1,80 @@
-"""Who waits for which answer: a Future for each worker that has asked, open until its reply is due.
+"""Who waits for which answer: a promise for each worker that has asked, open until its reply is due.
 
-Nobody waits in a thread of the server for another worker: a reply that is not due leaves the Future open, and whatever makes
-it due completes it.
+Nobody waits under the server's lock for another worker: a reply that is not due leaves the promise open, and whatever makes it
+due keeps it.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable
-
-from torch.futures import Future
 
 from ormo_rpc.errors import PushRefused
 from ormo_rpc.messages import Refusal, Reply
 
 Answer = Reply | Refusal
 """What a call is answered with."""
-Due = tuple["Future[Answer]", Reply | Exception]
-"""A Future and what it is to be completed with."""
+
+
+class Promise:
+    """An answer that is still to come. `_lock` guards all of it; callbacks run without.
+
+    A Future of torch would let go of the interpreter at every touch, and one of the standard library costs as much as the rest
+    of a small push.
+    """
+
+    __slots__ = ("_answer", "_callbacks", "_lock")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._answer: Answer | None = None
+        self._callbacks: list[Callable[[Promise], None]] = []
+
+    def done(self) -> bool:
+        """Whether the answer is here."""
+        return self._answer is not None
+
+    def value(self) -> Answer:
+        """The answer, which is here."""
+        assert self._answer is not None, "asked for an answer that is still to come"
+        return self._answer
+
+    def wait(self, timeout_seconds: float | None = None) -> Answer:
+        """Wait for the answer.
+
+        Raises:
+            TimeoutError: it has not come in time.
+        """
+        here = threading.Event()
+        self.add_done_callback(lambda _: here.set())
+        if not here.wait(timeout_seconds):
+            raise TimeoutError("the answer has not come in time")
+        return self.value()
+
+    def set_result(self, answer: Answer) -> None:
+        """Give the answer, once."""
+        with self._lock:
+            assert self._answer is None, "an answer was given already"
+            self._answer, callbacks = answer, self._callbacks
+        for callback in callbacks:
+            callback(self)
+
+    def add_done_callback(self, callback: Callable[[Promise], None]) -> None:
+        """Call back when the answer is here, in the thread that gives it; at once where it is."""
+        with self._lock:
+            if self._answer is None:
+                self._callbacks.append(callback)
+                return
+        callback(self)
+
+
+Due = tuple[Promise, Reply | Exception]
+"""A promise and what it is to be kept with."""
 
 
 class Answers:
-    """The open Futures; whoever uses it holds the lock of the service.
+    """The open promises; whoever uses it holds the lock of the service.
 
     Args:
         holds_farewell: Whether the word to stop is held back.
@@ -31,20 +84,20 @@ class Answers:
         self.holds_farewell = holds_farewell
         self._handed: dict[int, float] = {}
         """When each worker was given its newest reply."""
-        self._open: dict[int, Future[Answer]] = {}
+        self._open: dict[int, Promise] = {}
 
-    def expect(self, worker: int, future: Future[Answer]) -> list[Due]:
-        """Open the Future of a worker's next reply; a repeated call takes the place of the former."""
+    def expect(self, worker: int, promise: Promise) -> list[Due]:
+        """Open the promise of a worker's next reply; a repeated call takes the place of the former."""
         former = self._open.get(worker)
-        self._open[worker] = future
+        self._open[worker] = promise
         return [] if former is None else [(former, TimeoutError(f"worker {worker} has asked again"))]
 
-    def close(self, worker: int) -> Future[Answer] | None:
-        """The Future of a worker's next reply, which no reply completes any more; None where there is none."""
+    def close(self, worker: int) -> Promise | None:
+        """The promise of a worker's next reply, which no reply keeps any more; None where there is none."""
         return self._open.pop(worker, None)
 
     def due(self, replies: Iterable[Reply]) -> list[Due]:
-        """The Futures that these replies complete.
+        """The promises that these replies keep.
 
         Were they looked up when the lock is released, a reply that is late to be sent could answer its worker's next push.
         """
@@ -58,25 +111,25 @@ class Answers:
         return [worker for worker in workers if now - self._handed[worker] > patience_seconds]
 
 
-def without(due: Iterable[Due], future: Future[Answer]) -> list[Due]:
+def without(due: Iterable[Due], promise: Promise) -> list[Due]:
     """All but what was due to this one, who gets another answer."""
-    return [each for each in due if each[0] is not future]
+    return [each for each in due if each[0] is not promise]
 
 
 def send(due: Iterable[Due]) -> None:
-    """Complete Futures; a reply never changes after it is issued, so no lock is needed."""
-    for future, outcome in due:
-        future.set_result(outcome if isinstance(outcome, Reply) else _refusal(outcome))
+    """Keep promises; a reply never changes after it is issued, so no lock is needed."""
+    for promise, outcome in due:
+        promise.set_result(outcome if isinstance(outcome, Reply) else _refusal(outcome))
 
 
-def answered(call: Callable[[], Future[Answer]]) -> Future[Answer]:
+def answered(call: Callable[[], Promise]) -> Promise:
     """Make a call; a refusal is an answer, too."""
     try:
         return call()
     except PushRefused as error:
-        future = Future[Answer]()
-        future.set_result(_refusal(error))
-        return future
+        promise = Promise()
+        promise.set_result(_refusal(error))
+        return promise
 
 
 def _refusal(error: Exception) -> Refusal:

@@ -9,14 +9,14 @@ import torch.distributed.rpc as rpc
 from torch import Tensor
 from torch.futures import Future
 
-from ormo_rpc.runtimes.rpc.answers import Answer, answered
+from ormo_rpc.runtimes.rpc.answers import Answer, Promise, answered
 from ormo_rpc.runtimes.rpc.service import Service
 
 
 @rpc.functions.async_execution
 def hello(token: str) -> Future[Answer]:
     """Say that a worker is ready; see `Service.ready`."""
-    return answered(lambda: published().local_value().ready(token))
+    return _future(answered(lambda: published().local_value().ready(token)))
 
 
 @rpc.functions.async_execution
@@ -24,7 +24,16 @@ def push(
     token: str, ticket: int, stamp: int, incarnation: int, loss: float | None, samples: int, payload: Tensor
 ) -> Future[Answer]:
     """Deliver the gradient of a ticket; see `Service.receive`."""
-    return answered(lambda: published().local_value().receive(token, ticket, stamp, incarnation, loss, samples, payload))
+    return _future(
+        answered(lambda: published().local_value().receive(token, ticket, stamp, incarnation, loss, samples, payload))
+    )
+
+
+def _future(promise: Promise) -> Future[Answer]:
+    """The same as torch wants it."""
+    future = Future[Answer]()
+    promise.add_done_callback(lambda kept: future.set_result(kept.value()))
+    return future
 
 
 def goodbye(token: str) -> None:

@@ -1,4 +1,4 @@
-"""The server's side of the wire: takes a push, holds the lock for the step, and answers by Futures (`answers`).
+"""The server's side of the wire: takes a push, holds the lock for the step, and answers by promises (`answers`).
 
 How pushes and answers cross is the business of `streams` and `handlers`.
 """
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.futures import Future
 
 from ormo_rpc.checks import Checked
 from ormo_rpc.compression import PushFormat
@@ -21,7 +20,7 @@ from ormo_rpc.errors import Dismissed, NonFiniteGradient, PushRefused, Rejoin
 from ormo_rpc.flat import Layout
 from ormo_rpc.journal import Journal, NoJournal
 from ormo_rpc.messages import Push, Reply
-from ormo_rpc.runtimes.rpc.answers import Answer, Answers, Due, send, without
+from ormo_rpc.runtimes.rpc.answers import Answers, Due, Promise, send, without
 from ormo_rpc.runtimes.rpc.seats import RunEnded, Seat, Seats
 from ormo_rpc.server import ParameterServer
 
@@ -137,7 +136,7 @@ class Service:
 
     # --------------------------------------------------------------------------- called for workers, and by the server itself
 
-    def ready(self, token: str) -> Future[Answer]:
+    def ready(self, token: str) -> Promise:
         """Say that a worker is ready: it is a member from now on, and its first reply comes when there is work.
 
         A repeated call takes the place of the former, and gets the same reply.
@@ -145,11 +144,11 @@ class Service:
         Raises:
             Rejoin: the seat of this token is taken away.
         """
-        future = Future[Answer]()
+        promise = Promise()
         due: list[Due] = []
         with self.lock:
             seat = self._seat(token)
-            due = self.answers.expect(seat.worker, future)
+            due = self.answers.expect(seat.worker, promise)
             if seat.joined:
                 reply = self.server.members[seat.worker].reply
                 due += self.answers.due([] if reply is None else [reply])
@@ -160,7 +159,7 @@ class Service:
                 if self._complete():
                     due += self._begin()
         self._settle(due)
-        return future
+        return promise
 
     def begin(self) -> None:
         """Start with those who are there, without waiting for the others, if there is anybody."""
@@ -189,10 +188,10 @@ class Service:
 
     def receive(
         self, token: str, ticket: int, stamp: int, incarnation: int, loss: float | None, samples: int, payload: Tensor
-    ) -> Future[Answer]:
+    ) -> Promise:
         """Deliver the gradient of a ticket; the next reply is the answer.
 
-        Where it fails by no fault of its sender, the Future stays open, as the server is about to end.
+        Where it fails by no fault of its sender, the promise stays open, as the server is about to end.
 
         Args:
             token: That of the worker's seat.
@@ -219,7 +218,7 @@ class Service:
         loss: float | None,
         samples: int,
         parts: tuple[Tensor, Mapping[str, Tensor]],
-    ) -> Future[Answer]:
+    ) -> Promise:
         """The same, where gradient and batch-norm statistics are apart already: ``parts``, as `PushFormat.unpack` has them."""
         seat = self._seat(token)  # looked at again under the lock
         grad, buffers = parts
@@ -237,16 +236,16 @@ class Service:
             checked = self.server.check(push)
         except NonFiniteGradient:
             checked = None
-        future = Future[Answer]()
+        promise = Promise()
         asked = time.perf_counter()
         with self.lock:
             taken = time.perf_counter()
             self._seat(token)  # it may have been evicted in the meantime
-            due = self._take(seat, push, checked, future)
+            due = self._take(seat, push, checked, promise)
             self.lock_wait_seconds += taken - asked
             self.lock_held_seconds += time.perf_counter() - taken
         self._settle(due)
-        return future
+        return promise
 
     def part(self, token: str) -> None:
         """A worker that was told to stop is leaving. Who says it before the end has not been told to stop, and is lost."""
@@ -294,7 +293,7 @@ class Service:
             raise Rejoin("this worker's seat is taken away: it was evicted, or the server has restarted; rejoin")
         return seat
 
-    def _take(self, seat: Seat, push: Push, checked: Checked | None, future: Future[Answer]) -> list[Due]:
+    def _take(self, seat: Seat, push: Push, checked: Checked | None, promise: Promise) -> list[Due]:
         """Apply a push that was checked, or settle one that is not finite (``checked`` of None)."""
         if self.broken is not None:
             return []
@@ -308,15 +307,15 @@ class Service:
         except Exception as error:
             self.broken = error
             return []
-        due = self.answers.expect(seat.worker, future) + self.answers.due(replies)
+        due = self.answers.expect(seat.worker, promise) + self.answers.due(replies)
         seat.not_finite = seat.not_finite + 1 if checked is None else 0
         if seat.not_finite >= self.max_not_finite and len(self.server.members) > 1:
             reason = f"{seat.not_finite} gradients in a row were not finite (runtime.max_not_finite)"
             self._note_loss(seat, reason, [])
             _log.warning("%s is dismissed: %s", seat, reason)
-            return without(due, future) + self._evict(seat, Dismissed(f"worker {seat.worker}: {reason}"), future)
+            return without(due, promise) + self._evict(seat, Dismissed(f"worker {seat.worker}: {reason}"), promise)
         if seat.leaving:
-            return without(due, future) + self._dismiss(seat, future)
+            return without(due, promise) + self._dismiss(seat, promise)
         return due
 
     def _complete(self) -> bool:
@@ -348,14 +347,14 @@ class Service:
         _log.info("%s has joined", seat)
         return self.answers.due(replies)
 
-    def _evict(self, seat: Seat, answer: Reply | Exception, future: Future[Answer] | None = None) -> list[Due]:
+    def _evict(self, seat: Seat, answer: Reply | Exception, promise: Promise | None = None) -> list[Due]:
         """Take a seat away; who still waits for a reply gets this answer."""
         self.seats.free(seat)
         self.changed.set()
         if seat in self.arrived:
             self.arrived.remove(seat)
-        future = self.answers.close(seat.worker) or future
-        due: list[Due] = [] if future is None else [(future, answer)]
+        promise = self.answers.close(seat.worker) or promise
+        due: list[Due] = [] if promise is None else [(promise, answer)]
         if not seat.joined:
             return due
         journal = NoJournal() if self.server.ended else self.journal
@@ -364,7 +363,7 @@ class Service:
         self.observe(self.server)
         return due + self.answers.due(replies)
 
-    def _dismiss(self, seat: Seat, future: Future[Answer] | None = None) -> list[Due]:
+    def _dismiss(self, seat: Seat, promise: Promise | None = None) -> list[Due]:
         """Let a worker go that wants to leave: it is answered as at the end of the run."""
         stop = Reply(
             worker=seat.worker,
@@ -376,7 +375,7 @@ class Service:
             incarnation=self.server.incarnation,
         )
         _log.info("%s leaves", seat)
-        return self._evict(seat, stop, future)
+        return self._evict(seat, stop, promise)
 
     def _note_loss(self, seat: Seat, reason: str, held: list[dict[str, int]]) -> None:
         where = {"worker": seat.worker, "process": seat.process, "host": seat.host}
@@ -385,7 +384,7 @@ class Service:
     # ------------------------------------------------------------------------------------------------- without the lock
 
     def _settle(self, due: Iterable[Due]) -> None:
-        """Complete Futures, as soon as what they acknowledge is durable."""
+        """Keep promises, as soon as what they acknowledge is durable."""
         due = list(due)
         try:
             if due:

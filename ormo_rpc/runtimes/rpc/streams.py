@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.futures import Future
 
 from ormo_rpc.algorithms.base import Algorithm
 from ormo_rpc.journal import Journal
 from ormo_rpc.kernels.pool import pooled
 from ormo_rpc.messages import Refusal
 from ormo_rpc.runtimes.rpc import wire
-from ormo_rpc.runtimes.rpc.answers import Answer, answered
+from ormo_rpc.runtimes.rpc.answers import Answer, Promise, answered
 from ormo_rpc.runtimes.rpc.frames import ANSWER, ASK, DTYPES, INLINE, LOOK_SECONDS, Ask, Say, Stream, bytes_of
 from ormo_rpc.runtimes.rpc.segments import AVAILABLE, Origin, Segments, opened
 from ormo_rpc.runtimes.rpc.service import Service
@@ -133,16 +132,16 @@ class Streams:
                 if shared is not None and copies:
                     payload.copy_(shared)
                 told = (token, ticket, stamp, incarnation, loss if has_loss else None, samples)
-                future = answered(lambda: self.service.take(*told, parts or form.unpack(payload, push)))  # noqa: B023 - called at once
+                promise = answered(lambda: self.service.take(*told, parts or form.unpack(payload, push)))  # noqa: B023 - called at once
             elif word == Ask.ready:
-                future = answered(lambda: self.service.ready(token))
+                promise = answered(lambda: self.service.ready(token))
             elif word == Ask.goodbye:
                 self.service.part(token)
                 return
             else:
                 raise wire.WireError(f"a frame with the word {word} came, expected one of {[*map(int, Ask)]}")
-            self._send(stream, _outcome(future, stream), shared=shared is not None)
-            del future  # with the parameters in it, so that their memory can be lent again
+            self._send(stream, _outcome(promise, stream), shared=shared is not None)
+            del promise  # with the parameters in it, so that their memory can be lent again
 
     def _send(self, stream: Stream, answer: Answer, *, shared: bool) -> None:
         if isinstance(answer, Refusal):
@@ -169,15 +168,15 @@ class Streams:
             )
 
 
-def _outcome(future: Future[Answer], stream: Stream) -> Answer:
+def _outcome(promise: Promise, stream: Stream) -> Answer:
     """Wait for an answer, for as long as anybody wants it.
 
     Raises:
         EOFError: nobody does any more.
     """
-    if not future.done():
+    if not promise.done():
         done = queue.SimpleQueue[object]()
-        future.add_done_callback(done.put)
+        promise.add_done_callback(done.put)
         while True:
             alive = stream.alive()  # before we wait: who is evicted meanwhile is given the reason in a moment
             try:
@@ -186,4 +185,4 @@ def _outcome(future: Future[Answer], stream: Stream) -> Answer:
             except queue.Empty:
                 if not alive:
                     raise EOFError("the worker was evicted") from None
-    return future.value()
+    return promise.value()
