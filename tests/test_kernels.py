@@ -19,7 +19,7 @@ from ormo_rpc.kernels.pool import WORTH_POOLING, Pool
 from ormo_rpc.kernels.steps import CHUNK, Kernel, Steps, TorchSteps
 from ormo_rpc.kernels.threads import Threaded
 
-LENGTHS = [1, 17, 1_000, 3 * CHUNK + 5]
+LENGTHS = [1, 17, 1_000, 3 * CHUNK + 5, 13 * CHUNK + 5]  # the last one is so long that C stores past the caches
 DTYPES = [torch.float32, torch.float64]
 
 

@@ -7,8 +7,9 @@
  * The parameters are not updated in place: `w` is only read and `out` is written. So `w` can go on being the snapshot that
  * others read, and `out` becomes the next one; a copy of the parameters is never made. `u_out` may be `u`.
  *
- * `out` is written past the caches where it is aligned to a vector, which saves reading what is about to be overwritten; it
- * was faster at every size that was measured. Each function returns when its stores can be seen by other threads.
+ * A large `out` is written past the caches where it is aligned to a vector, which saves reading what is about to be
+ * overwritten; a smaller one is still in them when the next step, or a worker, reads it. Each function returns when its stores
+ * can be seen by other threads.
  */
 #include <stdint.h>
 
@@ -27,7 +28,8 @@ typedef __m256d vector_f64;
 #if defined(VECTOR)
 #define FENCE() _mm_sfence()
 #define LANES(T) ((int64_t)(sizeof(vector_f32) / sizeof(T)))
-#define ALIGNED(P) ((uintptr_t)(P) % sizeof(vector_f32) == 0)
+#define LARGE (3 << 20) /* bytes; measured, see benchmarks/README.md */
+#define PAST_CACHES(P, T) ((uintptr_t)(P) % sizeof(vector_f32) == 0 && n * (int64_t)sizeof(T) >= LARGE)
 #else
 #define FENCE() ((void)0)
 #endif
@@ -39,7 +41,7 @@ typedef __m256d vector_f64;
 /* Run the statements, which leave the new parameters in y, for whole vectors, and store y. */
 #if defined(VECTOR)
 #define VECTORS(T, P, ...)                                         \
-    if (ALIGNED(out))                                                           \
+    if (PAST_CACHES(out, T))                                                           \
         for (; i + LANES(T) <= n; i += LANES(T)) {                              \
             __VA_ARGS__ VECTOR(stream_##P)(out + i, y);                    \
         }                                                                       \
