@@ -98,7 +98,7 @@ def as_text(content: Mapping[str, Any]) -> str:
     text = [
         *(f"# Throughput, {content['date'][:10]}, K = {content['workers']}", "", words({**about, **loads}), ""),
         f"{content['rounds']} rounds of {content['seconds']:g} s each, interleaved; medians, and ratios within each round,",
-        "with the lowest and the highest. MB/s counts 8 D bytes for an update, whatever the wire makes of them.",
+        "with the lowest and the highest. MB/s counts both vectors of an update: 8 D bytes, or 4 D where both are bf16.",
         *("", as_markdown(rows(content))),
         *(["", "The server's lock; the step is the rule's, with the snapshot:", "", as_markdown(told)] if told[1:] else []),
         *(["", "Left out:", ""] if content["failures"] else []),
