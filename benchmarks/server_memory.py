@@ -31,7 +31,8 @@ from ormo_rpc.report.table import as_markdown
 RESULTS = Path(__file__).parents[1] / "results"
 TINY = 10
 """D of a server whose vectors weigh nothing."""
-UPDATES_FOR_PEAK = 30
+BYTES_FOR_PEAK = 24e9
+"""Bytes of gradients that are pushed while memory is looked at: some seconds at any D."""
 LONGEST_SECONDS = 600.0
 GROWTH_LIMIT = 100.0
 """Bytes for each update: an event of the trace that is kept, or a tensor object, would be more."""
@@ -124,7 +125,7 @@ def main() -> None:
             least = 0
             for parameters in (TINY, *a.parameters):
                 bar.set_description(f"peak, D = {parameters:,}, K = {workers}")
-                updates = 3_000 if parameters == TINY else UPDATES_FOR_PEAK * workers
+                updates = min(6_000, int(BYTES_FOR_PEAK / (4 * parameters)))
                 most = peak(looks_at(parameters, workers, updates, a.transport))
                 bar.update()
                 if parameters == TINY:
