@@ -216,7 +216,7 @@ def test_a_guest_joins_works_and_leaves_when_it_is_asked_to(tmp_path: Path) -> N
             assert stranger.returncode == 1
             assert "x" * 40 not in err
             assert re.fullmatch(
-                r"launch\.py: worker \(pid \d+\) exited with status 1: Refused: the server at \S+ refused us: .*secret.*\n",
+                r"launch\.py: worker \(pid \d+\) exited with status 65: Refused: the server at \S+ refused us: .*secret.*\n",
                 err,
             ), err
         seen = len(events(tmp_path, "apply"))
