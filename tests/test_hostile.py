@@ -440,7 +440,7 @@ sys.addaudithook(_watch)  # there is no taking it back, hence the switch
 
 def test_ten_thousand_mutated_messages_run_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     global _watched
-    monkeypatch.setattr(internal, "_unpickler", internal._unpickler)  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(internal, "_unpickler", internal._unpickler)  # pyright: ignore[reportPrivateUsage] # torch has no public name for it
     monkeypatch.setattr(unpickling, "_logged", set[str]())
     functions = (Api.push, Api.fails)
     unpickling.install(functions)

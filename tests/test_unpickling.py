@@ -28,7 +28,7 @@ REFUSED = r"^refused: {} is not on the list of what may cross \(ormo_rpc\.runtim
 
 @pytest.fixture(autouse=True)
 def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(internal, "_unpickler", internal._unpickler)  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(internal, "_unpickler", internal._unpickler)  # pyright: ignore[reportPrivateUsage] # torch has no public name for it
     monkeypatch.setattr(unpickling, "_logged", set[str]())
     unpickling.install(FUNCTIONS)
 
@@ -90,7 +90,7 @@ def test_a_reply_arrives_whole() -> None:
 @pytest.mark.parametrize("error", [PushRefused, NonFiniteGradient, Rejoin, TimeoutError, RuntimeError, pickle.UnpicklingError])
 def test_an_exception_of_a_call_is_raised_at_its_caller(error: type[Exception]) -> None:
     with pytest.raises(error, match=r"^why$") as caught:
-        internal._handle_exception(crossed(internal.RemoteException("why", error)))  # pyright: ignore[reportPrivateUsage]
+        internal._handle_exception(crossed(internal.RemoteException("why", error)))  # pyright: ignore[reportPrivateUsage] # torch has no public name for it
     assert type(caught.value) is error
 
 
@@ -185,8 +185,8 @@ def test_a_refused_module_is_not_even_imported() -> None:
     "way",
     [
         lambda: Evil(getattr, (Api, "hidden")),
-        lambda: Evil(getattr, (internal._InternalRPCPickler, "_script_module_receiver")),  # pyright: ignore[reportPrivateUsage]
-        lambda: Evil(getattr, (internal._InternalRPCPickler, "__init__")),  # pyright: ignore[reportPrivateUsage]
+        lambda: Evil(getattr, (internal._InternalRPCPickler, "_script_module_receiver")),  # pyright: ignore[reportPrivateUsage] # torch has no public name for it
+        lambda: Evil(getattr, (internal._InternalRPCPickler, "__init__")),  # pyright: ignore[reportPrivateUsage] # torch has no public name for it
         lambda: Evil(getattr, (Reply, "__init__")),
         lambda: Evil(Api.push, ("called while it is read",)),
         lambda: Evil(RuntimeError, ("made while it is read",)),
@@ -239,7 +239,7 @@ def test_a_message_without_the_tensor_that_it_speaks_of_is_refused_and_nothing_i
         internal.deserialize(data, [])
     with pytest.raises(pickle.UnpicklingError):
         internal.deserialize(b"\x80\x04", [torch.ones(1)])
-    assert internal._thread_local_tensor_tables.recv_tables == []  # pyright: ignore[reportPrivateUsage]
+    assert internal._thread_local_tensor_tables.recv_tables == []  # pyright: ignore[reportPrivateUsage] # torch has no public name for it
     assert crossed(call(Api.push, torch.ones(1))).args[0].tolist() == [1]
 
 

@@ -128,7 +128,7 @@ def test_a_secret_is_not_written_through_a_symbolic_link(tmp_path: Path) -> None
 
 
 def test_a_secret_does_not_show_itself() -> None:
-    for shown in (repr(SECRET), str(SECRET), f"{SECRET}", "%s" % (SECRET,), repr([SECRET]), repr({"secret": SECRET})):  # noqa: UP031
+    for shown in (repr(SECRET), str(SECRET), f"{SECRET}", "%s" % (SECRET,), repr([SECRET]), repr({"secret": SECRET})):  # noqa: UP031 - each way of showing one
         assert "horse" not in shown
     for leak in (pickle.dumps, copy.deepcopy, json.dumps, vars, hash):
         with pytest.raises(TypeError):
