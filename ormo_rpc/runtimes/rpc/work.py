@@ -21,6 +21,8 @@ class Work:
         self.loops = [Loop(self.workshop, place.wanted)]
         self._threads: list[threading.Thread] = []
         """Of all loops but the first, which has the main thread."""
+        self._patience_seconds = 0.0
+        """How long a ticket may take, as the configuration says."""
         self._failures: list[Exception] = []
         """Why those have ended, where it was not that their work was done."""
 
@@ -33,7 +35,9 @@ class Work:
         """
         self.loops[0].run(on_job=self._work_ahead)
         for thread in self._threads:
-            thread.join()  # told to stop as we were; a server that is gone is noticed by each
+            thread.join(
+                self._patience_seconds
+            )  # told to stop as we were; one that computes for longer is late for the server, too
         if self._failures:
             raise self._failures[0]
 
@@ -46,6 +50,7 @@ class Work:
     def _work_ahead(self, job: Job) -> None:
         """Start further loops, once, as soon as we know how many."""
         config = job.config
+        self._patience_seconds = config.rpc.ticket_timeout_seconds
         for ahead in range(len(self.loops), 1 + config.worker.prefetch):
             wanted = None if self.place.wanted is None else self.place.wanted + ahead * config.num_processes
             self.loops.append(Loop(self.workshop, wanted))
