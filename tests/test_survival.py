@@ -10,6 +10,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.processes import (
@@ -107,18 +108,27 @@ def test_a_stopped_worker_is_evicted_and_the_barrier_shrinks(tmp_path: Path) -> 
 
 def test_a_killed_server_goes_on_from_its_checkpoint_and_counts_what_is_rolled_back(tmp_path: Path) -> None:
     run_dir, total = tmp_path / "run", 500
-    faults = ("runtime.faults=[kill@server:250]", "wire.transport=tcp")
-    options = ("workers=2", f"train.max_iterations={total}", "checkpoint.every=100", *faults)
-    status, _, err = launch(run_dir, *QUIET, *options)
-    assert status == 0, err
-    assert fired(err) == ["kill@server:250"]
+    # The workers stop at iteration 200 until a checkpoint is on the disk, however slow that is.
+    faults = ["stop@0:100", "stop@1:100", "kill@server:250"]
+    options = ("workers=2", f"train.max_iterations={total}", "checkpoint.every=100", "wire.transport=tcp")
+    with launched(
+        "launch.py", f"hydra.run.dir={run_dir}", *QUIET, *options, f"runtime.faults=[{','.join(faults)}]"
+    ) as launcher:
+        workers = [psutil.Process(pid) for pid in processes(run_dir)["workers"].values()]
+        wait_until(lambda: all(worker.status() == psutil.STATUS_STOPPED for worker in workers), "two stopped workers")
+        wait_until(lambda: list((run_dir / "checkpoints").glob("iteration_*")), "a checkpoint")
+        for worker in workers:
+            worker.resume()
+        _, err = launcher.communicate(timeout=120)
+    assert launcher.returncode == 0, err
+    assert sorted(fired(err)) == sorted(faults)
     assert re.search(
         r"^launch\.py: server \(pid \d+\) was killed by SIGKILL .*; starting it again in 0\.5 s", err, re.MULTILINE
     )
     check_lineage(run_dir, total)
     (resume,) = events(run_dir, "resume")
     result = summary(run_dir)
-    assert resume["iteration"] in (100, 200)  # the second may not have been written yet
+    assert resume["iteration"] in (100, 200)  # the second may not have been due while the first was written
     assert result["rolled_back"] == 250 - resume["iteration"]
     assert result["server_lives"] == 2
     assert f"server: the server goes on from iteration {resume['iteration']}; {result['rolled_back']} updates" in err
