@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ormo_rpc.kernels.compiled import compiled_steps
 from ormo_rpc.kernels.pool import Pool
-from ormo_rpc.kernels.steps import CHUNK, Steps, TorchSteps
+from ormo_rpc.kernels.steps import CHUNK, Ordered, Steps, TorchSteps
 from ormo_rpc.kernels.threads import Threaded
 from ormo_rpc.run_directory import environment
 
@@ -121,7 +121,7 @@ def inductor(dimension: int) -> Step:
 
 
 def one_pass(make: Callable[[], Steps], *, pooled: bool) -> Callable[[int], Step]:
-    """`Steps.ordered` out of place: into vectors from a pool on huge pages, or into two that take turns."""
+    """An ordered step out of place: into vectors from a pool on huge pages, or into two that take turns."""
 
     def contender(dimension: int) -> Step:
         steps = make()
@@ -133,7 +133,7 @@ def one_pass(make: Callable[[], Steps], *, pooled: bool) -> Callable[[int], Step
 
         def step() -> None:
             old, out = buffers[0], pool.take() if pooled else buffers[1]
-            steps.ordered(grad, u, old, out, scale=1.0, shifts=1, beta=BETA, into_u=INTO_U, into_w=INTO_W)
+            steps(Ordered(scale=1.0, shifts=1, beta=BETA, into_u=INTO_U, into_w=INTO_W), grad, u, old, out)
             buffers[:] = [out, old]
 
         return step

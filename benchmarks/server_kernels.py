@@ -22,8 +22,8 @@ from ormo_rpc.algorithms import Arrival
 from ormo_rpc.algorithms.ormo import OrMo
 from ormo_rpc.checks import Checked
 from ormo_rpc.kernels.compiled import compiled_steps
+from ormo_rpc.kernels.kernel import Kernel
 from ormo_rpc.kernels.pool import pooled
-from ormo_rpc.kernels.steps import Kernel
 from ormo_rpc.run_directory import environment
 
 SIZES = (272_474, 2_000_000, 25_000_000)

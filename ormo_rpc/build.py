@@ -14,7 +14,7 @@ from torch import Tensor
 from ormo_rpc import algorithms, schedulers
 from ormo_rpc.buffers import RunningBuffers
 from ormo_rpc.checks import NormGuard, all_finite
-from ormo_rpc.kernels.steps import Kernel
+from ormo_rpc.kernels.kernel import Kernel
 from ormo_rpc.records import Event
 from ormo_rpc.server import ParameterServer
 
@@ -34,8 +34,9 @@ def build_server(
     clock: Callable[[], float] = lambda: 0.0,
     timer: Callable[[], float] = lambda: 0.0,
     norm_guard: NormGuard | None = None,
-    kernel: Kernel = Kernel(),  # noqa: B008 - it cannot change
+    kernel: Kernel | None = None,
     sent_dtype: torch.dtype | None = None,
+    pushed_dtype: torch.dtype | None = None,
     process_of: Callable[[int], int] = lambda worker: worker,
     **options: Any,
 ) -> ParameterServer:
@@ -57,6 +58,7 @@ def build_server(
         norm_guard: The limit to the norm of what is pushed; none by default.
         kernel: What the server goes over its vectors with; plain torch by default, `fastest_kernel` finds a better one.
         sent_dtype: What parameters are rounded to when they are handed out; as they are by default.
+        pushed_dtype: What pushes are rounded to, bfloat16 or float16; by default they are of the dtype of ``params``.
         process_of: From a worker to its process; by default each is its own. See `ParameterServer`.
         options: Options of the rule and of the scheduler.
 
@@ -89,10 +91,12 @@ def build_server(
         raise ValueError(f"total_tickets: got {total_tickets}, expected at least 1, or None for no end")
     if not callable(lr) and not (math.isfinite(lr) and lr >= 0):
         raise ValueError(f"lr: got {lr}, expected a finite number >= 0 or a function of the iteration")
+    if pushed_dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"pushed_dtype: got {pushed_dtype}, expected torch.bfloat16 or torch.float16, or None")
     if norm_guard is not None and not (math.isfinite(norm_guard.limit) and norm_guard.limit > 0):
         raise ValueError(f"norm_guard: got the limit {norm_guard.limit}, expected a finite number > 0")
     rule = rule_class(params.detach().clone(), momentum=momentum, options=rule_options)
-    rule.kernel = kernel
+    rule.kernel = dataclasses.replace(kernel or Kernel(), rounds=sent_dtype is torch.bfloat16)
     return ParameterServer(
         rule,
         scheduler_class(scheduler_options),
@@ -106,6 +110,7 @@ def build_server(
         clock=clock,
         timer=timer,
         sent_dtype=sent_dtype,
+        pushed_dtype=pushed_dtype,
         process_of=process_of,
     )
 

@@ -17,6 +17,10 @@ LARGEST = 2**53
 """Up to here a whole number is the same in JSON, in a float and in every counter of ours."""
 
 
+ROW = 4096
+"""16-bit values that are summed at a time."""
+
+
 class NormPolicy(Enum):
     """What becomes of a push whose norm is above the limit."""
 
@@ -55,7 +59,12 @@ class Checked:
 
 
 def check_payload(
-    push: Push, params: Tensor, buffers: Mapping[str, Tensor], vectors: int = 1, guard: NormGuard | None = None
+    push: Push,
+    params: Tensor,
+    buffers: Mapping[str, Tensor],
+    vectors: int = 1,
+    guard: NormGuard | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Checked:
     """Refuse a push that cannot be applied, whoever holds its ticket.
 
@@ -65,6 +74,7 @@ def check_payload(
         buffers: The server's buffers by name, likewise.
         vectors: How many vectors of D the rule takes in a push.
         guard: The limit to its norm.
+        dtype: That of the gradient; by default the parameters'.
 
     Raises:
         PushRefused: a field of another type, a tensor of another shape, dtype or device, or a buffer missing or unknown.
@@ -73,7 +83,7 @@ def check_payload(
     """
     _check_fields(push)
     sender = f"push of worker {push.worker} for ticket {push.ticket}"
-    _check_like(push.grad, params, f"{sender}: gradient", vectors)
+    _check_like(push.grad, params, f"{sender}: gradient", vectors, dtype)
     if push.buffers.keys() != buffers.keys():
         got, expected = sorted(push.buffers), sorted(buffers)
         raise PushRefused(f"{sender}: got the buffers {got}, expected {expected}; server and worker must build the same model")
@@ -85,7 +95,9 @@ def check_payload(
         raise NonFiniteGradient(f"{sender}: loss: got {push.loss}, expected a finite number; the learning rate may be too high")
     if push.samples < 1:
         raise PushRefused(f"{sender}: samples: got {push.samples}, expected at least 1")
-    return _guarded(push.grad.detach(), grad_sum, guard, f"{sender}: gradient")
+    if guard is None:
+        return Checked(push.grad.detach(), grad_sum)
+    return _guarded(push.grad.detach().to(params.dtype), grad_sum, guard, f"{sender}: gradient")
 
 
 def check_whole(value: object, what: str, error: type[ValueError] = PushRefused) -> None:
@@ -141,21 +153,29 @@ def _check_fields(push: Push) -> None:
         raise PushRefused(f"push: buffers: got a {type(push.buffers).__name__}, expected tensors by name")
 
 
-def _check_like(got: Tensor, expected: Tensor, what: str, vectors: int = 1) -> None:
+def _check_like(got: Tensor, expected: Tensor, what: str, vectors: int = 1, other_dtype: torch.dtype | None = None) -> None:
     check_plain(got, what)
-    if vectors == 1 and got.shape == expected.shape and got.dtype is expected.dtype and got.device == expected.device:
+    dtype = other_dtype or expected.dtype
+    if vectors == 1 and got.shape == expected.shape and got.dtype is dtype and got.device == expected.device:
         return
     shape = expected.shape if vectors == 1 else torch.Size([vectors * expected.numel()])
-    pairs = {"shape": (got.shape, shape), "dtype": (got.dtype, expected.dtype), "device": (got.device, expected.device)}
+    pairs = {"shape": (got.shape, shape), "dtype": (got.dtype, dtype), "device": (got.device, expected.device)}
     for attribute, (came, wanted) in pairs.items():
         if came != wanted:
-            raise PushRefused(
-                f"{what}: got {attribute} {_plain(came)}, expected {_plain(wanted)}, as the server's parameters have it"
-            )
+            source = "the wire has" if attribute == "dtype" and other_dtype else "the server's parameters have"
+            raise PushRefused(f"{what}: got {attribute} {_plain(came)}, expected {_plain(wanted)}, as {source} it")
+
+
+def _total(values: Tensor) -> float:
+    """The sum of all values. That of 16-bit ones is put together of the sums of rows, as torch rounds a sum to their bits."""
+    if values.element_size() > 2:
+        return values.sum().item()
+    whole = values.numel() // ROW * ROW
+    return (values[:whole].reshape(whole // ROW, ROW).sum(1).float().sum() + values[whole:].sum()).item()
 
 
 def _check_finite(values: Tensor, what: str) -> float:
-    total = values.sum().item()
+    total = _total(values)
     if not math.isfinite(total) and not torch.isfinite(values).all():
         bad = int((~torch.isfinite(values)).sum())
         raise NonFiniteGradient(
@@ -164,9 +184,9 @@ def _check_finite(values: Tensor, what: str) -> float:
     return float(total)
 
 
-def _guarded(grad: Tensor, grad_sum: float, guard: NormGuard | None, what: str) -> Checked:
-    """Look at the norm where there is a limit to it; one that overflows is found through the vector over its largest value."""
-    if guard is None or torch.linalg.vector_norm(grad, dtype=torch.float64).item() <= guard.limit:
+def _guarded(grad: Tensor, grad_sum: float, guard: NormGuard, what: str) -> Checked:
+    """Look at the norm, to which there is a limit; one that overflows is found through the vector over its largest value."""
+    if torch.linalg.vector_norm(grad, dtype=torch.float64).item() <= guard.limit:
         return Checked(grad, grad_sum)
     largest = grad.abs().max().item()
     unit = grad / largest

@@ -13,7 +13,7 @@ from torch import Tensor
 from ormo_rpc import algorithms
 from ormo_rpc.buffers import RunningBuffers
 from ormo_rpc.build import build_server
-from ormo_rpc.compression import Allocate, PushFormat
+from ormo_rpc.compression import Allocate, NoCompression, PushFormat
 from ormo_rpc.config import Config
 from ormo_rpc.data import Epochs
 from ormo_rpc.evaluation import Evaluation, evaluate
@@ -101,13 +101,12 @@ class Job:
     def _push_format(self, model: FlatModel) -> PushFormat:
         return configured_format(self.config, model.params, model.buffers, model.dtype)
 
-    def worker(self, allocate: Allocate | None = None, *, decodes: bool = True) -> Worker:
+    def worker(self, allocate: Allocate | None = None) -> Worker:
         """A worker with a model of its own, or one that stands in for it and computes nothing.
 
         Args:
             allocate: Makes the memory of what it sends, given its bytes: a uint8 tensor of zeros at a multiple of 64; torch's
                 own by default.
-            decodes: See `Worker`.
         """
         train, model = self.config.train, self.model()
         kind = StandInWorker if self.config.worker.stand_in else Worker
@@ -122,7 +121,6 @@ class Job:
             clip_norm=train.clip_norm,
             wire_format=self._push_format(model),
             allocate=allocate,
-            decodes=decodes,
         )
 
     def server(self, record: Callable[[Event], None], clock: Callable[[], float]) -> ParameterServer:
@@ -199,6 +197,7 @@ def configured_server(
         timer=time.perf_counter,
         kernel=fastest_kernel(params.numel()),
         sent_dtype=config.wire.params.rounded,
+        pushed_dtype=config.wire.dtype.rounded if isinstance(config.compression, NoCompression) else None,
         process_of=config.process_of,
         **options,
     )

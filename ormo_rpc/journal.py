@@ -236,7 +236,7 @@ def _tensors(layout: Iterable[tuple[str, list[int]]], payload: memoryview) -> li
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    array: Any = tensor.detach().contiguous().numpy()
+    array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
     return memoryview(array).cast("B") if tensor.numel() else memoryview(b"")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class ParameterServer(ServerState):
         timer: Seconds, real ones, for `step_seconds`.
         sent_dtype: What parameters are rounded to when they are handed out; None for as they are. Rules see, as what was sent,
             the rounded values in the dtype of the parameters.
+        pushed_dtype: What pushes are of, where that is not the dtype of the parameters: bfloat16 or float16.
         process_of: From a worker to its process, where one has several; see `Ledger`.
     """
 
@@ -138,7 +140,11 @@ class ParameterServer(ServerState):
         Raises:
             PushRefused: the payload does not fit.
         """
-        return check_payload(push, self.params, self.buffers.average, self.rule.VECTORS_PUSHED, self.norm_guard)
+        rule = self.rule
+        checked = check_payload(
+            push, self.params, self.buffers.average, rule.VECTORS_PUSHED, self.norm_guard, self.pushed_dtype
+        )
+        return checked if rule.OUT_OF_PLACE else replace(checked, grad=checked.grad.to(self.params.dtype))
 
     @torch.no_grad()  # a gradient may still hang on its graph, which the parameters must not grow into
     def redeem(self, push: Push, checked: Checked) -> list[Reply]:

@@ -61,6 +61,7 @@ class ServerState:
         clock: Callable[[], float] = lambda: 0.0,
         timer: Callable[[], float] = lambda: 0.0,
         sent_dtype: torch.dtype | None = None,
+        pushed_dtype: torch.dtype | None = None,
         process_of: Callable[[int], int] = lambda worker: worker,
     ) -> None:
         self.rule = rule
@@ -76,6 +77,7 @@ class ServerState:
         self.step_seconds = 0.0
         """How long the rule's steps and the vectors for the replies took, by the timer; no part of the state."""
         self.sent_dtype = sent_dtype
+        self.pushed_dtype = pushed_dtype
 
         self.status = Status.running
         self.iteration = 0
@@ -132,10 +134,7 @@ class ServerState:
 
     def handed_out(self, vectors: Tensor) -> Tensor:
         """A copy that never changes, of ``sent_dtype`` where there is one."""
-        if self.sent_dtype is None:
-            return self.rule.kernel.blank(vectors).copy_(vectors)
-        like = torch.empty(1, dtype=self.sent_dtype, device=vectors.device).expand(vectors.numel())  # without memory for them
-        return self.rule.kernel.blank(like).copy_(vectors)
+        return self.rule.kernel.copy(vectors, self.sent_dtype)
 
     def forget_snapshots(self) -> None:
         """The parameters have changed."""

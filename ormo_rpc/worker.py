@@ -37,8 +37,6 @@ class Worker:
         clip_norm: The global norm to which the gradient of the loss is clipped first; None for no clipping.
         wire_format: What becomes of the push on the wire; exact by default.
         allocate: Makes the memory of `payload`, given its bytes.
-        decodes: Whether the push that `compute` returns has to be what the server will see, which costs time and is of no use
-            to who sends `payload`.
     """
 
     def __init__(
@@ -54,7 +52,6 @@ class Worker:
         clip_norm: float | None = None,
         wire_format: PushFormat | None = None,
         allocate: Allocate | None = None,
-        decodes: bool = True,
     ) -> None:
         self.model = model
         self.data = data
@@ -66,7 +63,7 @@ class Worker:
         self.clip_norm = clip_norm
         model.module.train()
         exact = PushFormat(params=model.params, buffers=model.buffers, dtype=model.dtype, vectors=rule.VECTORS_PUSHED)
-        self._encoder = Encoder(wire_format or exact, allocate, decodes=decodes)
+        self._encoder = Encoder(wire_format or exact, allocate)
         self.wire, self.payload = self._encoder.wire, self._encoder.payload
         self.push, self.statistics = self._encoder.push, self._encoder.statistics
         self.buffers = model.bind_batch_statistics(self.statistics)

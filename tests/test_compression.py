@@ -358,7 +358,8 @@ def test_the_server_sees_what_the_worker_says_it_does(name: str, wire: WireDtype
         encoder.statistics.copy_(gradient[:10])
         said = encoded(encoder, gradient)
         push, buffers = format_.unpack(encoder.payload.view(torch.uint8).clone(), into)
-        assert format_.exact or push is into
+        assert format_.plain or push is into
+        assert push.dtype == format_.pushed_dtype
         assert torch.equal(push, said)
         assert torch.equal(torch.cat([*buffers.values()]), gradient[:10])
         assert torch.equal(format_.unpack(encoder.wire)[0], said)
@@ -401,7 +402,7 @@ def unpacked(format_: PushFormat, payload: Tensor) -> str:
         grad, buffers = format_.unpack(payload, room[16:-16], "push of worker 3")
         push = Push(worker=3, ticket=0, stamp=0, grad=grad, buffers=buffers)
         statistics = {name: torch.empty(shape) for name, shape in STATISTICS.items()}
-        check_payload(push, torch.empty(DIMENSION), statistics)
+        check_payload(push, torch.empty(DIMENSION), statistics, dtype=format_.pushed_dtype)
         assert torch.isfinite(grad).all()
     except PushRefused as error:
         outcome, said = type(error).__name__, str(error)

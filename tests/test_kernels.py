@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import platform
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -14,13 +15,13 @@ from torch import Tensor
 from ormo_rpc import Push, build_server
 from ormo_rpc.kernels import compiled, threads
 from ormo_rpc.kernels import steps as torch_steps
-from ormo_rpc.kernels.compiled import CompiledSteps, agrees, compiled_steps, fastest_kernel
+from ormo_rpc.kernels.compiled import agrees, compiled_steps, fastest_kernel
+from ormo_rpc.kernels.kernel import Kernel
 from ormo_rpc.kernels.pool import WORTH_POOLING, Pool
-from ormo_rpc.kernels.steps import CHUNK, Kernel, Steps, TorchSteps
+from ormo_rpc.kernels.steps import CHUNK, Heavy, Ordered, Plain, Step, Steps, TorchSteps
 from ormo_rpc.kernels.threads import Threaded
 
 LENGTHS = [1, 17, 1_000, 3 * CHUNK + 5, 13 * CHUNK + 5]  # the last one is so long that C stores past the caches
-DTYPES = [torch.float32, torch.float64]
 
 
 @pytest.fixture(params=["torch", "C", "torch, 3 threads", "C, 3 threads"])
@@ -42,25 +43,48 @@ def vectors(length: int, dtype: torch.dtype, offset: int) -> tuple[Tensor, Tenso
 
 
 def check(
-    run: Callable[[Tensor, Tensor, Tensor, Tensor], None], plain: Callable[[Tensor, Tensor, Tensor], None], *where: Any
+    run: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], None],
+    plain: Callable[[Tensor, Tensor, Tensor], None],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    *,
+    length: int,
+    offset: int,
 ) -> None:
-    """Compare a step with plain operations over whole vectors, which work on parameters in place; gradient and w stay."""
-    grad, u, w, out = vectors(*where)
-    expected_u, expected_w, before = u.clone(), w.clone(), (grad.clone(), w.clone())
-    plain(grad, expected_u, expected_w)
-    run(grad, u, w, out)
-    assert torch.equal(u, expected_u)
-    assert torch.equal(out, expected_w)
-    assert torch.equal(grad, before[0])
-    assert torch.equal(w, before[1])
+    """Compare a step with plain operations over whole vectors, which work on parameters in place; gradient and w stay.
+
+    With a gradient of 16 bits the plain operations get it widened; what is rounded is what torch's copy makes of the result.
+    """
+    dtype, grad_dtype = dtypes
+    grad, first_u, w, out = vectors(length, dtype, offset)
+    narrow = torch.empty(length + offset, dtype=grad_dtype)[offset:].copy_(grad)
+    expected_u, expected_w, before = first_u.clone(), w.clone(), (narrow.clone(), w.clone())
+    plain(narrow.to(dtype), expected_u, expected_w)
+    for low in (None, torch.zeros(length + offset, dtype=torch.bfloat16)[offset:]):
+        u = torch.empty(length + offset, dtype=dtype)[offset:].copy_(first_u)
+        run(narrow, u, w, out.fill_(torch.nan), low)
+        assert torch.equal(u, expected_u)
+        assert torch.equal(out, expected_w)
+        assert low is None or torch.equal(low, expected_w.to(torch.bfloat16))
+        assert torch.equal(narrow, before[0])
+        assert torch.equal(w, before[1])
+
+
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+    (torch.float64, torch.float64),
+    (torch.float64, torch.bfloat16),
+]
+"""Of the parameters, and of the gradient."""
 
 
 @pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize(("scale", "shifts"), [(1.0, 0), (1.0, 1), (0.3, 0), (0.3, 4)])
 def test_an_ordered_step_is_that_of_the_rule_to_the_bit(
-    steps: Steps, scale: float, shifts: int, length: int, dtype: torch.dtype, offset: int
+    steps: Steps, scale: float, shifts: int, length: int, dtypes: tuple[torch.dtype, torch.dtype], offset: int
 ) -> None:
     def plain(grad: Tensor, u: Tensor, w: Tensor) -> None:
         """As `ormo_rpc.algorithms.ormo` has it."""
@@ -71,42 +95,70 @@ def test_an_ordered_step_is_that_of_the_rule_to_the_bit(
         u.add_(grad, alpha=0.9**2 * 0.07)
         w.sub_(grad, alpha=2.71 * 0.07)
 
-    def run(grad: Tensor, u: Tensor, w: Tensor, out: Tensor) -> None:
-        steps.ordered(grad, u, w, out, scale=scale, shifts=shifts, beta=0.9, into_u=0.9**2 * 0.07, into_w=2.71 * 0.07)
-
-    check(run, plain, length, dtype, offset)
+    step = Ordered(scale=scale, shifts=shifts, beta=0.9, into_u=0.9**2 * 0.07, into_w=2.71 * 0.07)
+    check(functools.partial(steps, step), plain, dtypes, length=length, offset=offset)
 
 
 @pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("length", LENGTHS)
-def test_a_heavy_ball_step_is_that_of_the_rule_to_the_bit(steps: Steps, length: int, dtype: torch.dtype, offset: int) -> None:
+def test_a_heavy_ball_step_is_that_of_the_rule_to_the_bit(
+    steps: Steps, length: int, dtypes: tuple[torch.dtype, torch.dtype], offset: int
+) -> None:
     def plain(grad: Tensor, u: Tensor, w: Tensor) -> None:
         """As `ormo_rpc.algorithms.naive` has it."""
         u.mul_(0.9).add_(grad, alpha=0.07)
         w.sub_(u)
 
-    check(lambda g, u, w, out: steps.heavy(g, u, w, out, beta=0.9, into_u=0.07), plain, length, dtype, offset)
+    check(functools.partial(steps, Heavy(beta=0.9, into_u=0.07)), plain, dtypes, length=length, offset=offset)
 
 
 @pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_a_plain_step_is_that_of_the_rule_and_of_an_ordered_one_without_momentum(
-    steps: Steps, length: int, dtype: torch.dtype, offset: int
+    steps: Steps, length: int, dtypes: tuple[torch.dtype, torch.dtype], offset: int
 ) -> None:
     def plain(grad: Tensor, u: Tensor, w: Tensor) -> None:  # noqa: ARG001 - there is no momentum
         """As `ormo_rpc.algorithms.asgd` has it."""
         w.sub_(grad, alpha=0.07)
 
-    check(lambda g, _, w, out: steps.plain(g, w, out, into_w=0.07), plain, length, dtype, offset)
+    def run(grad: Tensor, u: Tensor, w: Tensor, out: Tensor, low: Tensor | None) -> None:  # noqa: ARG001 - likewise
+        steps(Plain(into_w=0.07), grad, None, w, out, low)
 
-    def ordered(grad: Tensor, u: Tensor, w: Tensor, out: Tensor) -> None:
+    check(run, plain, dtypes, length=length, offset=offset)
+
+    def ordered(grad: Tensor, u: Tensor, w: Tensor, out: Tensor, low: Tensor | None) -> None:
         # 0^0 = 1: the gradient's own weight in u is eta, and u is forgotten by the next shift.
-        steps.ordered(grad, u.zero_(), w, out, scale=1.0, shifts=1, beta=0.0, into_u=0.07, into_w=0.07)
-        u.copy_(vectors(length, dtype, offset)[1])
+        zero = torch.zeros_like(u)
+        steps(Ordered(scale=1.0, shifts=1, beta=0.0, into_u=0.07, into_w=0.07), grad, zero, w, out, low)
 
-    check(ordered, plain, length, dtype, offset)
+    check(ordered, plain, dtypes, length=length, offset=offset)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_number_of_16_bits_is_widened_exactly(steps: Steps, dtype: torch.dtype) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    for grad in (every, every[1:]):  # in whole vectors, and with a rest
+        out = torch.empty(grad.numel())
+        steps(Plain(into_w=-1.0), grad, None, torch.full_like(out, -0.0), out)  # -0 + x = x, the zeros included
+        expected = grad.float()
+        assert torch.equal(out.isnan(), expected.isnan())
+        assert torch.equal(out.nan_to_num(7.0).view(torch.int32), expected.nan_to_num(7.0).view(torch.int32))
+
+
+def test_numbers_are_rounded_to_the_nearest_with_ties_to_even(steps: Steps) -> None:
+    """All exponents and signs; what lies between two neighbours, in the middle, and next to the middle; no number at all."""
+    high = torch.arange(0, 2**16, 37, dtype=torch.int64)
+    rest = torch.tensor([0x0000, 0x0001, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    bits = (high[:, None] * 2**16 + rest).reshape(-1)
+    numbers = torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32).view(torch.float32)
+    out, low = torch.empty_like(numbers), torch.empty(numbers.numel(), dtype=torch.bfloat16)
+    steps(Plain(into_w=0.0), torch.zeros_like(numbers), None, numbers, out, low)
+    assert torch.equal(low.isnan(), numbers.isnan())
+    assert bool(numbers.isnan().any())
+    finite = ~numbers.isnan()
+    assert torch.equal(low[finite], numbers[finite].to(torch.bfloat16))
 
 
 def test_a_compiler_that_is_missing_or_fails_is_done_without(
@@ -134,6 +186,20 @@ def test_a_compiler_whose_bits_are_others_is_done_without(
     assert "would give other bits" in caplog.text
 
 
+@pytest.mark.parametrize("without", ["-mno-avx512f", "-mno-avx"])  # vectors of half the length, and none
+def test_the_bits_are_the_same_on_other_processors(without: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if compiled_steps() is None or platform.machine() != "x86_64":
+        pytest.skip("no C compiler, or not one whose bits are torch's, or another family of processors")
+    compiled_steps.cache_clear()
+    monkeypatch.setattr(compiled, "FLAGS", (*compiled.FLAGS, without))
+    steps = compiled_steps()
+    compiled_steps.cache_clear()
+    assert steps is not None
+    test_every_number_of_16_bits_is_widened_exactly(steps, torch.bfloat16)
+    test_every_number_of_16_bits_is_widened_exactly(steps, torch.float16)
+    test_numbers_are_rounded_to_the_nearest_with_ties_to_even(steps)
+
+
 @pytest.mark.parametrize(
     ("torch_threads", "dimension", "divided"), [(1, 2 * CHUNK, 0), (3, 2 * CHUNK, 3), (3, 2 * CHUNK - 1, 0)]
 )
@@ -153,25 +219,47 @@ def test_very_long_vectors_are_divided_among_as_many_threads_as_torch_may_have(
     assert (kernel.steps.threads if isinstance(kernel.steps, Threaded) else 0) == divided
 
 
-def test_other_bits_are_noticed() -> None:
-    class Wrong(TorchSteps):
-        def plain(self, grad: Tensor, w: Tensor, out: Tensor, *, into_w: float) -> None:
-            torch.sub(w, grad * into_w, out=out)  # rounds twice
+class Wrong(TorchSteps):
+    """Rounds twice, or widens wrongly, or rounds the other way."""
 
+    def __init__(self, fault: str) -> None:
+        self.fault = fault
+
+    def __call__(self, step: Step, grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor, low: Tensor | None = None) -> None:
+        """See `Steps`."""
+        super().__call__(step, grad, u, w, out, low)
+        if self.fault == "twice" and isinstance(step, Plain):
+            torch.sub(w, grad * step.into_w, out=out)
+        elif self.fault == "widened" and grad.dtype == torch.bfloat16:
+            out.add_(1e-3)
+        elif self.fault == "rounded" and low is not None:
+            low.view(torch.int16).copy_(out.to(torch.float32).view(torch.int32) // 2**16)
+
+
+@pytest.mark.parametrize("fault", ["twice", "widened", "rounded"])
+def test_other_bits_are_noticed(fault: str) -> None:
     assert agrees(TorchSteps(), TorchSteps())
-    assert not agrees(Wrong(), TorchSteps())
+    assert not agrees(Wrong(fault), TorchSteps())
 
 
-@pytest.mark.parametrize("wrong", ["shape", "dtype"])
+@pytest.mark.parametrize("wrong", ["shape", "dtype", "low", "u", "no u"])
 def test_c_is_never_called_with_vectors_that_do_not_fit(wrong: str) -> None:
     steps = compiled_steps()
     if steps is None:
         pytest.skip("no C compiler, or not one whose bits are torch's")
-    assert isinstance(steps, CompiledSteps)
-    grad, w = torch.ones(8), torch.ones(8)
-    out = {"shape": torch.ones(7), "dtype": torch.ones(8, dtype=torch.float64)}[wrong]
-    with pytest.raises(AssertionError, match=r"^plain: "):
-        steps.plain(grad, w, out, into_w=1.0)
+    ones, double = torch.ones(8), torch.ones(8, dtype=torch.float64)
+    step, u = (Heavy(0.9, 1.0), ones.clone()) if wrong in ("u", "no u") else (Plain(1.0), None)
+    out, low = ones.clone(), None
+    if wrong == "shape":
+        out = torch.ones(7)
+    elif wrong == "dtype":
+        out = double
+    elif wrong == "low":
+        low = torch.ones(8, dtype=torch.float16)
+    else:
+        u = double if wrong == "u" else None
+    with pytest.raises(AssertionError, match=r"^(Plain|Heavy)\("):
+        steps(step, ones, u, ones, out, low)
 
 
 def test_vectors_that_c_cannot_read_are_left_to_torch() -> None:
@@ -180,14 +268,15 @@ def test_vectors_that_c_cannot_read_are_left_to_torch() -> None:
         pytest.skip("no C compiler, or not one whose bits are torch's")
     strided = torch.arange(8.0)[::2]
     lazily = torch._neg_view(torch.arange(4.0))  # pyright: ignore[reportPrivateImportUsage,reportPrivateUsage] # how conj() of an imaginary part comes about
+    w = torch.full((4,), 2.0)
     for grad, expected in ((strided, [2.0, 0, -2, -4]), (lazily, [2.0, 3, 4, 5])):
         out, u = torch.full((4,), torch.nan), torch.zeros(4)
-        steps.plain(grad, torch.full((4,), 2.0), out, into_w=1.0)
+        steps(Plain(into_w=1.0), grad, None, w, out)
         assert out.tolist() == expected
-        steps.heavy(grad, u, torch.full((4,), 2.0), out, beta=0.5, into_u=1.0)
+        steps(Heavy(beta=0.5, into_u=1.0), grad, u, w, out)
         assert out.tolist() == expected
         assert u.tolist() == grad.tolist()
-        steps.ordered(grad, u.zero_(), torch.full((4,), 2.0), out, scale=1.0, shifts=1, beta=0.5, into_u=1.0, into_w=1.0)
+        steps(Ordered(scale=1.0, shifts=1, beta=0.5, into_u=1.0, into_w=1.0), grad, u.zero_(), w, out)
         assert out.tolist() == expected
         assert u.tolist() == grad.tolist()
 

@@ -222,7 +222,7 @@ def test_what_is_handed_out_is_rounded_and_what_is_kept_is_not(rule: str) -> Non
             blanks.append(vector.data_ptr())
         return vector
 
-    object.__setattr__(kernel, "blank", counted)
+    kernel.blank = counted
     server = build_server(
         algorithm=rule, params=start(dimension), num_workers=3, lr=0.1, sent_dtype=torch.bfloat16, kernel=kernel
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ormo_rpc.algorithms.base import Algorithm, Arrival
+from ormo_rpc.kernels.steps import Plain
 from ormo_rpc.options import option
 
 
@@ -28,6 +29,4 @@ class ASGD(Algorithm):
 
     def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:  # noqa: ARG002 - its age does not matter here
         """``w <- w - eta g``."""
-        out = self.blank()
-        self.kernel.steps.plain(grad, self.params, out, into_w=lr)
-        self.params = out
+        self.params = self.kernel.step(Plain(into_w=lr), grad, self.params)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ormo_rpc.kernels.steps import Kernel
+from ormo_rpc.kernels.kernel import Kernel
 from ormo_rpc.options import Section, option
 
 
@@ -112,7 +112,8 @@ class Algorithm(ABC):
     """Whether `step` needs `Arrival.sent`; the server then refuses a push whose reply it has lost, so that it is never None."""
 
     OUT_OF_PLACE: ClassVar[bool] = False
-    """Whether `params` is replaced and never written to, so that the server hands it out as it is and copies nothing."""
+    """Whether `step` is one of `kernel`, which replaces `params` and never writes to it: the server hands it out as it is and
+    copies nothing, and the gradient comes in the dtype that it had on the wire, as the kernel reads that, too."""
 
     @dataclass(frozen=True, kw_only=True)
     class Options(Section):
@@ -126,7 +127,7 @@ class Algorithm(ABC):
             """H, the local steps of a worker for each ticket, each on a batch of its own."""
             return 1
 
-    kernel: Kernel = Kernel()
+    kernel: Kernel
     """What rules that work out of place go over their vectors with; the server's builder chooses it."""
     version: int = 0
     """How often the parameters changed, for a rule that asks at which of its parameters a gradient was taken."""
@@ -135,6 +136,7 @@ class Algorithm(ABC):
         self.params = params
         self.momentum = momentum
         self.options = options
+        self.kernel = Kernel()
 
     def accepts(self, arrival: Arrival) -> bool:  # noqa: ARG002 - the common answer needs no look at it
         """Whether the gradient is applied at all; one that is not goes back into the queue as work to do again."""
@@ -146,7 +148,7 @@ class Algorithm(ABC):
 
     @abstractmethod
     def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:
-        """Apply one gradient, shape (D,), which is not modified."""
+        """Apply one gradient, shape (D,), of the dtype of `params` (but see `OUT_OF_PLACE`), which is not modified."""
 
     def flush(self, lr: float) -> None:
         """Apply what is still in a buffer; called once, when all gradients of the run are in."""

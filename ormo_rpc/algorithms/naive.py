@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ormo_rpc.algorithms.base import Algorithm, Arrival
+from ormo_rpc.kernels.steps import Heavy
 from ormo_rpc.options import option
 
 
@@ -35,9 +36,7 @@ class Naive(Algorithm):
 
     def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:  # noqa: ARG002 - that it does not look is its fault
         """``u <- beta u + eta g; w <- w - u``."""
-        out = self.blank()
-        self.kernel.steps.heavy(grad, self.u, self.params, out, beta=self.momentum, into_u=lr)
-        self.params = out
+        self.params = self.kernel.step(Heavy(beta=self.momentum, into_u=lr), grad, self.params, self.u)
 
     def state(self) -> Mapping[str, Tensor | int | float]:
         """The momentum ``u``."""

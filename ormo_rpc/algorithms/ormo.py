@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ormo_rpc.algorithms.base import Algorithm, Arrival
+from ormo_rpc.kernels.steps import Ordered
 from ormo_rpc.options import option
 
 
@@ -55,22 +56,18 @@ class OrMo(Algorithm):
 
     def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:
         """Shift the momentum to the newest bucket, then add the gradient at its place."""
-        out = self.blank()
         shifts = max(0, arrival.newest_bucket - self.index)
         self.index += shifts
         exponent = self.index - arrival.bucket
-        self.kernel.steps.ordered(
-            grad,
-            self.u,
-            self.params,
-            out,
+        step = Ordered(
             scale=self._correction(arrival.lr),
             shifts=shifts,
             beta=self.momentum,
             into_u=self.momentum**exponent * lr,
             into_w=self._reach(exponent) * lr,
         )
-        self.params, self.scheduled_lr = out, arrival.lr
+        self.params = self.kernel.step(step, grad, self.params, self.u)
+        self.scheduled_lr = arrival.lr
 
     def _correction(self, scheduled_lr: float) -> float:
         """What rescales the momentum to a new scheduled learning rate; one that a rate of 0 has emptied stays as it is."""

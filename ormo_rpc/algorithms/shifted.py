@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ormo_rpc.algorithms.base import Algorithm, Arrival
+from ormo_rpc.kernels.steps import Heavy
 from ormo_rpc.options import option
 
 
@@ -42,9 +43,7 @@ class Shifted(Algorithm):
         """``v_k <- beta v_k + eta g; w <- w - v_k``."""
         if arrival.worker not in self.v:
             self.v[arrival.worker] = self.zeros()
-        out = self.blank()
-        self.kernel.steps.heavy(grad, self.v[arrival.worker], self.params, out, beta=self.momentum, into_u=lr)
-        self.params = out
+        self.params = self.kernel.step(Heavy(beta=self.momentum, into_u=lr), grad, self.params, self.v[arrival.worker])
 
     def leave(self, worker: int) -> None:
         """The worker's momentum is gone with it."""

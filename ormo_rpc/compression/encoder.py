@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ormo_rpc.checks import all_finite
 from ormo_rpc.compression.format import PushFormat
-from ormo_rpc.compression.none import NoCompression
 from ormo_rpc.seeding import generator
 
 Allocate = Callable[[int], Tensor]
@@ -39,7 +38,6 @@ class Encoder:
     Args:
         format: The wire form.
         allocate: Makes the memory of the wire form; torch's own by default.
-        decodes: Whether `encode` has to return what the server will see, where nothing else depends on it.
 
     Attributes:
         wire: The bytes, shape (size,), which each call of `encode` writes over.
@@ -48,45 +46,51 @@ class Encoder:
         statistics: Where the batch-norm statistics are written to, flat; always the same memory.
     """
 
-    def __init__(self, format: PushFormat, allocate: Allocate | None = None, *, decodes: bool = True) -> None:  # noqa: A002 - what it is
+    def __init__(self, format: PushFormat, allocate: Allocate | None = None) -> None:  # noqa: A002 - what it is
         self.format = format
-        # A compressor that keeps something, or whose errors are fed back, has to know what became of the push.
-        self.decodes = decodes or format.compression.error_feedback or not isinstance(format.compression, NoCompression)
         self.wire = torch.zeros(format.size, dtype=torch.uint8) if allocate is None else allocate(format.size)
         assert self.wire.dtype == torch.uint8, "the memory of a wire form is bytes"
         assert self.wire.shape == (format.size,), "as many as were asked for"
         self.statistics = format.statistics.of(self.wire)
         self.push = format.whole(self.wire) if format.exact else torch.zeros(format.length, dtype=format.dtype)
         self.payload = self.wire.view(format.dtype) if format.exact else self.wire
-        self._decoded = torch.zeros_like(self.push) if self.decodes and not format.exact else self.push
+        # A compressor that keeps something, or whose errors are fed back, has to know what became of the push.
+        remembers = format.compression.error_feedback or not format.plain
+        self._decoded = torch.zeros_like(self.push) if remembers and not format.exact else None
         self._memories: dict[int, Memory] = {}
 
     def encode(self, worker: int) -> Tensor:
         """Make the wire form of what lies in `push` and `statistics`; return what the server will see of the push.
 
-        `push` is written to. The result, shape (length,), holds until the next call; without ``decodes`` it is `push`.
+        `push` is written to. The result, shape (length,), holds until the next call; see `PushFormat.unpack` for its dtype.
         """
         if self.format.exact:
             return self.push
         memory = self._memories.get(worker) or self._fresh(worker)
         if memory.error is not None:
             self.push.add_(memory.error)
-        kept: list[Tensor | None] = []
-        parts = zip(self.push.split(self.format.dimension), self._decoded.split(self.format.dimension), strict=True)
-        for number, (vector, decoded) in enumerate(parts):
-            compressed = self.format.compressor.compress(vector, memory.kept[number])
-            self.format.write(number, compressed, self.wire)
-            if not self.decodes:
-                continue
-            self.format.read(number, self.wire, decoded)
-            kept.append(compressed.kept)
-        if self.decodes and all_finite(self._decoded):
-            memory.kept = kept
-            if self.format.compression.error_feedback:
-                error = torch.empty_like(self.push) if memory.error is None else memory.error
-                memory.error = torch.sub(self.push, self._decoded, out=error)
-            self._memories[worker] = memory
+        vectors = self.push.split(self.format.dimension)
+        compressed = [self.format.compressor.compress(*each) for each in zip(vectors, memory.kept, strict=True)]
+        for number, each in enumerate(compressed):
+            self.format.write(number, each, self.wire)
+        if self._decoded is not None:
+            self._remember(worker, memory, [each.kept for each in compressed], self._decoded)
+        if self.format.plain:
+            return self.format.whole(self.wire)
+        assert self._decoded is not None, "what is encoded is decoded, too"
         return self._decoded
+
+    def _remember(self, worker: int, memory: Memory, kept: list[Tensor | None], decoded: Tensor) -> None:
+        """Decode a push as the server will, and keep what the next one of that worker has to know."""
+        for number, vector in enumerate(decoded.split(self.format.dimension)):
+            self.format.read(number, self.wire, vector)
+        if not all_finite(decoded):
+            return
+        memory.kept = kept
+        if self.format.compression.error_feedback:
+            error = torch.empty_like(self.push) if memory.error is None else memory.error
+            memory.error = torch.sub(self.push, decoded, out=error)
+        self._memories[worker] = memory
 
     def _fresh(self, worker: int) -> Memory:
         """The memory of a worker that has pushed nothing."""

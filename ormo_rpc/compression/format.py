@@ -58,7 +58,9 @@ class PushFormat:
     Attributes:
         size: Bytes of the wire form.
         length: Values of a push once it is unpacked: ``vectors * D``.
-        exact: Whether the wire form is the push itself, so that nothing is copied.
+        plain: Whether the values of the push are on the wire one by one, so that there is nothing to decode.
+        exact: Whether they are there as they are, so that the wire form is the push itself.
+        pushed_dtype: Of the push once it is unpacked: the wire's where it is plain, else the model's.
 
     Raises:
         ValueError: the compression is not for so many parameters.
@@ -84,7 +86,9 @@ class PushFormat:
         self.length = vectors * params.size
         self.seed = seed
         value_dtype = wire.rounded or dtype
-        self.exact = value_dtype == dtype and isinstance(self.compression, NoCompression)
+        self.plain = isinstance(self.compression, NoCompression)
+        self.exact = self.plain and value_dtype == dtype
+        self.pushed_dtype = value_dtype if self.plain else dtype
         self._end = 0
         self.regions = [
             (self._region(self.compressor.num_values, value_dtype), self._region(self.compressor.num_indices, torch.int32))
@@ -102,9 +106,10 @@ class PushFormat:
         return region
 
     def whole(self, wire: Tensor) -> Tensor:
-        """Where it is exact, the vectors of a push, shape (length,), as a view of its bytes."""
-        assert self.exact, "only an exact wire form is the push itself"
-        return wire[: self.length * self.dtype.itemsize].view(self.dtype)
+        """Where it is plain, the vectors of a push, shape (length,), as a view of its bytes, of the wire's dtype."""
+        assert self.plain, "what is encoded is not there as values"
+        first, last = self.regions[0][0], self.regions[-1][0]
+        return wire[first.start : last.end].view(first.dtype)
 
     def write(self, number: int, compressed: Compressed, wire: Tensor) -> None:
         """Put what stands for vector ``number`` at its place among the bytes."""
@@ -130,18 +135,18 @@ class PushFormat:
         Args:
             payload: The bytes, uint8, shape (size,), on the CPU; they may be forged.
             into: Where the push goes, shape (length,), contiguous and of the model's dtype; by default new memory. It is not
-                used where the format is exact.
+                used where the format is plain.
             sender: Who sent it, for the error.
 
         Returns:
-            The push, shape (length,), and the statistics by name. Statistics, and an exact push, are views of ``payload``.
+            The push, shape (length,), and the statistics by name. Statistics, and a plain push, are views of ``payload``.
 
         Raises:
             PushRefused: it is no such tensor, or the bytes have no meaning; what is in ``into`` then means nothing.
         """
         wire = self._checked(payload, f"{sender}: payload")
         buffers = self.buffers.views(self.statistics.of(wire))
-        if self.exact:
+        if self.plain:
             return self.whole(wire), buffers
         into = torch.empty(self.length, dtype=self.dtype) if into is None else into
         for number, vector in enumerate(into.split(self.dimension)):

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ormo_rpc.kernels.kernel import Kernel
 from ormo_rpc.kernels.pool import pooled
-from ormo_rpc.kernels.steps import CHUNK, Kernel, Steps, TorchSteps
+from ormo_rpc.kernels.steps import CHUNK, Heavy, Ordered, Plain, Step, Steps, TorchSteps
 from ormo_rpc.kernels.threads import LEAST, Threaded
 
 SOURCE = Path(__file__).with_name("steps.c")
@@ -29,7 +30,20 @@ WORTH_COMPILING = CHUNK
 """Elements below which the compiler takes longer than a run gains, as the calls cost more than the passes over memory."""
 
 _log = logging.getLogger(__name__)
-_SUFFIX: dict[torch.dtype, tuple[str, Any]] = {torch.float32: ("f32", ctypes.c_float), torch.float64: ("f64", ctypes.c_double)}
+_NAMES: dict[torch.dtype, tuple[str, Any]] = {
+    torch.float32: ("f32", ctypes.c_float),
+    torch.float64: ("f64", ctypes.c_double),
+    torch.bfloat16: ("bf16", None),
+    torch.float16: ("fp16", None),
+}
+"""What a dtype is called in C, and its numbers there."""
+_PAIRS = (
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+    (torch.float64, torch.float64),
+)
+"""Dtypes of parameters and of gradients that there are steps for."""
 
 
 class CompiledSteps:
@@ -41,64 +55,37 @@ class CompiledSteps:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._otherwise = TorchSteps()
-        self._functions: dict[tuple[str, torch.dtype], Any] = {}
-        size, address = ctypes.c_int64, ctypes.c_void_p
-        for dtype, (suffix, scalar) in _SUFFIX.items():
-            arguments = {
-                "plain": [size, *[address] * 3, scalar],
-                "heavy": [size, *[address] * 5, scalar, scalar],
-                "ordered": [size, *[address] * 5, scalar, size, *[scalar] * 3],
-            }
-            for name, types in arguments.items():
-                function = getattr(library, f"{name}_{suffix}")
-                function.argtypes, function.restype = types, None
-                self._functions[name, dtype] = function
+        self._functions: dict[tuple[type[Step], torch.dtype, torch.dtype], Any] = {}
+        size, addresses = ctypes.c_int64, [ctypes.c_void_p] * 5
+        for dtype, grad_dtype in _PAIRS:
+            suffix, scalar = _NAMES[dtype]
+            numbers = {Plain: [scalar], Heavy: [scalar] * 2, Ordered: [scalar, size, *[scalar] * 3]}
+            for kind, types in numbers.items():
+                function = getattr(library, f"{kind.__name__.lower()}_{suffix}_{_NAMES[grad_dtype][0]}")
+                function.argtypes, function.restype = [size, *addresses, *types], None
+                self._functions[kind, dtype, grad_dtype] = function
 
-    def plain(self, grad: Tensor, w: Tensor, out: Tensor, *, into_w: float) -> None:
-        """See `Steps.plain`."""
-        if not _readable(grad, w, out):
-            self._otherwise.plain(grad, w, out, into_w=into_w)
-        else:
-            self._call("plain", (grad, w, out), into_w)
-
-    def heavy(self, grad: Tensor, u: Tensor, w: Tensor, out: Tensor, *, beta: float, into_u: float) -> None:
-        """See `Steps.heavy`."""
-        if not _readable(grad, u, w, out):
-            self._otherwise.heavy(grad, u, w, out, beta=beta, into_u=into_u)
-        else:
-            self._call("heavy", (grad, u, u, w, out), beta, into_u)
-
-    def ordered(
-        self,
-        grad: Tensor,
-        u: Tensor,
-        w: Tensor,
-        out: Tensor,
-        *,
-        scale: float,
-        shifts: int,
-        beta: float,
-        into_u: float,
-        into_w: float,
-    ) -> None:
-        """See `Steps.ordered`."""
-        if not _readable(grad, u, w, out):
-            self._otherwise.ordered(grad, u, w, out, scale=scale, shifts=shifts, beta=beta, into_u=into_u, into_w=into_w)
-        else:
-            self._call("ordered", (grad, u, u, w, out), scale, shifts, beta, into_u, into_w)
-
-    def _call(self, name: str, vectors: tuple[Tensor, ...], *numbers: float) -> None:
-        """Call a function; C knows nothing of lengths, so whatever would make it read or write elsewhere is refused here."""
-        first = vectors[0]
-        for vector in vectors:
-            alike = vector.dtype == first.dtype and vector.numel() == first.numel()
-            assert alike, f"{name}: {vector.numel()} {vector.dtype} beside {first.numel()} {first.dtype}"
-        self._functions[name, first.dtype](first.numel(), *(vector.data_ptr() for vector in vectors), *numbers)
+    def __call__(self, step: Step, grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor, low: Tensor | None = None) -> None:
+        """See `Steps`."""
+        function = self._functions.get((type(step), w.dtype, grad.dtype))
+        vectors = (grad, u, w, out, low)
+        present = [vector for vector in vectors if vector is not None]
+        if function is None or not all(map(_readable, present)):
+            self._otherwise(step, grad, u, w, out, low)
+            return
+        # C knows nothing of lengths and dtypes, so whatever would make it read or write elsewhere is refused here.
+        length = w.numel()
+        fits = out.dtype == w.dtype and (u is None or u.dtype == w.dtype) and (low is None or low.dtype == torch.bfloat16)
+        fits = fits and all(vector.numel() == length for vector in present) and (u is None) == isinstance(step, Plain)
+        assert fits, f"{step}: got vectors of {[(vector.numel(), vector.dtype) for vector in present]}"
+        function(length, *(0 if vector is None else vector.data_ptr() for vector in vectors), *step)
+        if low is not None and w.dtype is torch.float64:
+            low.copy_(out)
 
 
-def _readable(*vectors: Tensor) -> bool:
-    """Whether the values of all of them lie in this machine's memory one behind the other, as they are."""
-    return all(vector.device.type == "cpu" and vector.is_contiguous() and not vector.is_neg() for vector in vectors)
+def _readable(vector: Tensor) -> bool:
+    """Whether its values lie in this machine's memory one behind the other, as they are."""
+    return vector.device.type == "cpu" and vector.is_contiguous() and not vector.is_neg()
 
 
 def fastest_kernel(dimension: int) -> Kernel:
@@ -147,26 +134,25 @@ def compiled_steps() -> CompiledSteps | None:
 
 
 def agrees(some: Steps, others: Steps, length: int = 1_037) -> bool:
-    """Whether two implementations give the same bits on vectors with an odd rest, aligned and not, of both dtypes."""
+    """Whether two implementations give the same bits on vectors with an odd rest, aligned and not, of all dtypes."""
     return all(
         torch.equal(mine, theirs)
-        for dtype in _SUFFIX
+        for dtypes in _PAIRS
         for offset in (0, 1)
-        for mine, theirs in zip(_all_steps(some, length, offset, dtype), _all_steps(others, length, offset, dtype), strict=True)
+        for mine, theirs in zip(
+            _all_steps(some, length, offset, *dtypes), _all_steps(others, length, offset, *dtypes), strict=True
+        )
     )
 
 
-def _all_steps(steps: Steps, length: int, offset: int, dtype: torch.dtype) -> list[Tensor]:
+def _all_steps(steps: Steps, length: int, offset: int, dtype: torch.dtype, grad_dtype: torch.dtype) -> list[Tensor]:
     """What each step makes of a gradient, a momentum and parameters that begin ``offset`` behind an aligned address."""
     results: list[Tensor] = []
-    for shifts in (None, 0, 1, 3):
+    for step in (Plain(0.037), Heavy(0.9, 0.037), *(Ordered(0.3, shifts, 0.9, 0.0333, 0.0703) for shifts in (0, 1, 3))):
         randomness = torch.Generator().manual_seed(0)
         grad, u, w, out = (torch.randn(length + offset, generator=randomness, dtype=dtype)[offset:] for _ in range(4))
-        if shifts is None:
-            steps.plain(grad, w, out, into_w=0.037)
-            results.append(out.clone())
-            steps.heavy(grad, u, w, out, beta=0.9, into_u=0.037)
-        else:
-            steps.ordered(grad, u, w, out, scale=0.3, shifts=shifts, beta=0.9, into_u=0.0333, into_w=0.0703)
-        results += [u, out]
+        low = torch.zeros(length + offset, dtype=torch.bfloat16)[offset:]
+        momentum = None if isinstance(step, Plain) else u
+        steps(step, grad.to(grad_dtype), momentum, w, out, low)
+        results += [u, out, low]
     return results

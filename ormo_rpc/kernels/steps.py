@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Protocol
+import itertools
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,94 +15,88 @@ WORTH_CUTTING = 16 * CHUNK
 """Elements below which the cutting costs more than the cache saves."""
 
 
+class Plain(NamedTuple):
+    """``out <- w - into_w g``; there is no ``u``."""
+
+    into_w: float
+
+
+class Heavy(NamedTuple):
+    """``u <- beta u + into_u g; out <- w - u``."""
+
+    beta: float
+    into_u: float
+
+
+class Ordered(NamedTuple):
+    """``u <- scale u``; ``shifts`` times ``w <- w - beta u; u <- beta u``; ``u <- u + into_u g; out <- w - into_w g``."""
+
+    scale: float
+    shifts: int
+    beta: float
+    into_u: float
+    into_w: float
+
+
+Step = Plain | Heavy | Ordered
+"""Which recursion, and its numbers."""
+
+
 class Steps(Protocol):
-    """Steps over vectors of D that are contiguous, of one dtype (float32 or float64), on the CPU.
+    """Takes steps. Every implementation gives the same bits, however the vectors are divided."""
 
-    The parameters ``w`` are only read and ``out`` is written, so that ``w`` may go on being the snapshot that others read, and
-    no copy of the parameters is ever made. ``u`` is updated in place. Every implementation gives the same bits, however the
-    vectors are divided.
-    """
+    def __call__(self, step: Step, grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor, low: Tensor | None = None) -> None:
+        """Take a step.
 
-    def plain(self, grad: Tensor, w: Tensor, out: Tensor, *, into_w: float) -> None:
-        """``out <- w - into_w g``."""
-        ...
-
-    def heavy(self, grad: Tensor, u: Tensor, w: Tensor, out: Tensor, *, beta: float, into_u: float) -> None:
-        """``u <- beta u + into_u g; out <- w - u``."""
-        ...
-
-    def ordered(
-        self,
-        grad: Tensor,
-        u: Tensor,
-        w: Tensor,
-        out: Tensor,
-        *,
-        scale: float,
-        shifts: int,
-        beta: float,
-        into_u: float,
-        into_w: float,
-    ) -> None:
-        """``u <- scale u``; ``shifts`` times ``w <- w - beta u; u <- beta u``; ``u <- u + into_u g; out <- w - into_w g``."""
+        Args:
+            step: Which one.
+            grad: ``g``, shape (D,), of the dtype of ``w``, or bfloat16 or float16, which are widened first.
+            u: The momentum, shape (D,), updated in place.
+            w: The parameters, shape (D,), float32 or float64. They are only read, so that they may go on being the snapshot
+                that others read, and no copy of them is ever made.
+            out: Where the new parameters are written, shape (D,).
+            low: Where they are written once more, rounded to bfloat16.
+        """
         ...
 
 
 class TorchSteps:
     """`Steps` in torch operations, chunk by chunk."""
 
-    def plain(self, grad: Tensor, w: Tensor, out: Tensor, *, into_w: float) -> None:
-        """See `Steps.plain`."""
-        torch.sub(w, grad, alpha=into_w, out=out)
-
-    def heavy(self, grad: Tensor, u: Tensor, w: Tensor, out: Tensor, *, beta: float, into_u: float) -> None:
-        """See `Steps.heavy`."""
-        for g_c, u_c, w_c, out_c in _chunks(grad, u, w, out):
-            u_c.mul_(beta).add_(g_c, alpha=into_u)
-            torch.sub(w_c, u_c, out=out_c)
-
-    def ordered(
-        self,
-        grad: Tensor,
-        u: Tensor,
-        w: Tensor,
-        out: Tensor,
-        *,
-        scale: float,
-        shifts: int,
-        beta: float,
-        into_u: float,
-        into_w: float,
-    ) -> None:
-        """See `Steps.ordered`."""
-        for g_c, u_c, w_c, out_c in _chunks(grad, u, w, out):
-            if scale != 1.0:
-                u_c.mul_(scale)
-            before = w_c
-            for _ in range(shifts):
-                torch.sub(before, u_c, alpha=beta, out=out_c)
-                u_c.mul_(beta)
-                before = out_c
-            u_c.add_(g_c, alpha=into_u)
-            torch.sub(before, g_c, alpha=into_w, out=out_c)
+    def __call__(self, step: Step, grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor, low: Tensor | None = None) -> None:
+        """See `Steps`."""
+        for grad_c, u_c, w_c, out_c, low_c in _chunks(grad, u, w, out, low):
+            _take(step, grad_c.to(w.dtype), u_c, w_c, out_c)
+            if low_c is not None:
+                low_c.copy_(out_c)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Kernel:
-    """What a server goes over its vectors with; whichever it is, the bits are the same.
+def _take(step: Step, grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor) -> None:
+    if isinstance(step, Plain):
+        torch.sub(w, grad, alpha=step.into_w, out=out)
+        return
+    assert u is not None, f"{step} has a momentum"
+    if isinstance(step, Heavy):
+        u.mul_(step.beta).add_(grad, alpha=step.into_u)
+        torch.sub(w, u, out=out)
+        return
+    if step.scale != 1.0:
+        u.mul_(step.scale)
+    before = w
+    for _ in range(step.shifts):
+        torch.sub(before, u, alpha=step.beta, out=out)
+        u.mul_(step.beta)
+        before = out
+    u.add_(grad, alpha=step.into_u)
+    torch.sub(before, grad, alpha=step.into_w, out=out)
 
-    Attributes:
-        name: For the header of the trace.
-        steps: The steps of rules that work out of place.
-        blank: Makes a vector like another one, which nobody else sees and in which nothing is meant.
-    """
 
-    name: str = "torch"
-    steps: Steps = TorchSteps()
-    blank: Callable[[Tensor], Tensor] = torch.empty_like
+Five = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]
 
 
-def _chunks(*vectors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    if vectors[0].numel() < WORTH_CUTTING:
-        return [vectors]
-    return zip(*(vector.split(CHUNK) for vector in vectors), strict=True)
+def _chunks(grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor, low: Tensor | None) -> Iterable[Five]:
+    if w.numel() < WORTH_CUTTING:
+        return [(grad, u, w, out, low)]
+    absent = itertools.repeat(None)
+    cut = [absent if vector is None else vector.split(CHUNK) for vector in (u, low)]
+    return zip(grad.split(CHUNK), cut[0], w.split(CHUNK), out.split(CHUNK), cut[1], strict=False)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from torch import Tensor
 
-from ormo_rpc.kernels.steps import CHUNK, Steps
+from ormo_rpc.kernels.steps import CHUNK, Step, Steps
 
 LEAST = 16 * CHUNK
 """Elements for each thread below which handing a part over costs more than it saves."""
@@ -27,46 +26,30 @@ class Threaded:
         self.threads = threads
         self._pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="step") if threads > 1 else None
 
-    def plain(self, grad: Tensor, w: Tensor, out: Tensor, *, into_w: float) -> None:
-        """See `Steps.plain`."""
-        self._divide(lambda *part: self.steps.plain(*part, into_w=into_w), grad, w, out)
-
-    def heavy(self, grad: Tensor, u: Tensor, w: Tensor, out: Tensor, *, beta: float, into_u: float) -> None:
-        """See `Steps.heavy`."""
-        self._divide(lambda *part: self.steps.heavy(*part, beta=beta, into_u=into_u), grad, u, w, out)
-
-    def ordered(
-        self,
-        grad: Tensor,
-        u: Tensor,
-        w: Tensor,
-        out: Tensor,
-        *,
-        scale: float,
-        shifts: int,
-        beta: float,
-        into_u: float,
-        into_w: float,
-    ) -> None:
-        """See `Steps.ordered`."""
-
-        def step(*part: Tensor) -> None:
-            self.steps.ordered(*part, scale=scale, shifts=shifts, beta=beta, into_u=into_u, into_w=into_w)
-
-        self._divide(step, grad, u, w, out)
-
-    def _divide(self, step: Callable[..., None], *vectors: Tensor) -> None:
-        """Call the step for parts that begin at a multiple of the chunk, and return when all are done."""
-        length = vectors[0].numel()
+    def __call__(self, step: Step, grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor, low: Tensor | None = None) -> None:
+        """See `Steps`: parts that begin at a multiple of the chunk; returns when all are done."""
+        length = w.numel()
         parts = min(self.threads, length // LEAST)
         if self._pool is None or parts < 2:
-            step(*vectors)
+            self.steps(step, grad, u, w, out, low)
             return
+
+        def take(start: int, end: int) -> None:
+            part = slice(start, end)
+            self.steps(
+                step,
+                grad[part],
+                None if u is None else u[part],
+                w[part],
+                out[part],
+                None if low is None else low[part],
+            )
+
         bounds = [part * length // parts // CHUNK * CHUNK for part in range(parts)] + [length]
-        pieces = [[vector[low:high] for vector in vectors] for low, high in itertools.pairwise(bounds)]
-        others = [self._pool.submit(step, *piece) for piece in pieces[1:]]
+        (first, *rest) = itertools.pairwise(bounds)
+        others = [self._pool.submit(take, *piece) for piece in rest]
         try:
-            step(*pieces[0])
+            take(*first)
         finally:
             for other in others:
                 other.result()

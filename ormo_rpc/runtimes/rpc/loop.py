@@ -162,7 +162,7 @@ class Loop:
             if self._worker is None or job is not self._job:
                 share = AVAILABLE and job.config.wire.transport.may_share
                 self._segments = Segments() if share else None
-                self._worker = job.worker(None if self._segments is None else self._segments.vector, decodes=False)
+                self._worker = job.worker(None if self._segments is None else self._segments.vector)
                 self._worker.warm_up()
                 self._job = job
             self._worker.forget()  # to the server, who is let in is somebody new

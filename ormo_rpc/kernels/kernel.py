@@ -1,0 +1,56 @@
+"""How a rule makes new parameters: a step into a vector of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ormo_rpc.kernels.steps import Step, Steps, TorchSteps
+
+
+@dataclass(kw_only=True, slots=True)
+class Kernel:
+    """What a server goes over its vectors with; whichever it is, the bits are the same.
+
+    Attributes:
+        name: For the header of the trace.
+        steps: The steps of rules that work out of place.
+        blank: Makes a vector like another one, which nobody else sees and in which nothing is meant.
+        rounds: Whether a step writes the new parameters rounded to bfloat16 as well, for `rounded`; a pass over memory less
+            where those are what workers are sent.
+    """
+
+    name: str = "torch"
+    steps: Steps = field(default_factory=TorchSteps)
+    blank: Callable[[Tensor], Tensor] = torch.empty_like
+    rounds: bool = False
+    _newest: tuple[Tensor, Tensor] | None = field(default=None, init=False)
+    """The parameters that the newest step has made, and the same rounded."""
+
+    def step(self, step: Step, grad: Tensor, w: Tensor, u: Tensor | None = None) -> Tensor:
+        """Take a step from ``w``, which stays as it is; ``u`` is updated in place. See `Steps`.
+
+        Returns:
+            The new parameters, in a vector of their own.
+        """
+        out = self.blank(w)
+        low = self.blank(_like(w, torch.bfloat16)) if self.rounds else None
+        self.steps(step, grad, u, w, out, low)
+        self._newest = None if low is None else (out, low)
+        return out
+
+    def copy(self, vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A copy that never changes, of that dtype; that of the newest parameters exists already where steps round."""
+        if dtype is None or dtype == vectors.dtype:
+            return self.blank(vectors).copy_(vectors)
+        if self._newest is not None and self._newest[0] is vectors and self._newest[1].dtype == dtype:
+            return self._newest[1]
+        return self.blank(_like(vectors, dtype)).copy_(vectors)
+
+
+def _like(vectors: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of that dtype and length, without memory for its values."""
+    return torch.empty(1, dtype=dtype, device=vectors.device).expand(vectors.numel())
