@@ -30,7 +30,7 @@ class RunningBuffers:
         for name, average in self.average.items():
             momentum = self.momentum[name]
             weight = 1 / self.updates if momentum is None else momentum
-            average.mul_(1 - weight).add_(batch[name], alpha=weight)
+            average.mul_(1 - weight).add_(batch[name].detach(), alpha=weight)
 
     def copy(self) -> dict[str, Tensor]:
         """The averages by name, as a private copy."""

@@ -146,7 +146,6 @@ class ParameterServer(ServerState):
         )
         return checked if rule.OUT_OF_PLACE else replace(checked, grad=checked.grad.to(self.params.dtype))
 
-    @torch.no_grad()  # a gradient may still hang on its graph, which the parameters must not grow into
     def redeem(self, push: Push, checked: Checked) -> list[Reply]:
         """The part of `receive` that changes the server; ``checked`` is what `check` returned.
 

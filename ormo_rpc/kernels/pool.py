@@ -53,7 +53,8 @@ class Pool:
             self.made.append(self._memory(self.dimension * self.dtype.itemsize))
         array = numpy.frombuffer(self.made[number], dtype=_NUMPY[self.dtype], count=self.dimension)
         self._lent[number] = weakref.ref(array, lambda _: self._free.append(number))
-        return torch.from_numpy(array).view(self.dtype)
+        vector = torch.from_numpy(array)
+        return vector if vector.dtype is self.dtype else vector.view(self.dtype)
 
     @property
     def lent(self) -> int:
