@@ -7,7 +7,6 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ormo_rpc.algorithms.base import Arrival, Dispatch
