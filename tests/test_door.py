@@ -14,7 +14,7 @@ import pytest
 from ormo_rpc.config import ConfigError
 from ormo_rpc.runtimes.rpc import door as door_module
 from ormo_rpc.runtimes.rpc import wire
-from ormo_rpc.runtimes.rpc.addresses import bound, interface_address, parse
+from ormo_rpc.runtimes.rpc.addresses import bound, interface_address, name_of, parse
 from ormo_rpc.runtimes.rpc.door import Door
 from ormo_rpc.runtimes.rpc.lease import Lease, ServerLost, let_in
 from ormo_rpc.runtimes.rpc.seats import RunEnded, Seat
@@ -175,13 +175,19 @@ def test_an_address_that_is_open_to_the_world_has_to_be_asked_for(address: str) 
         bound(address, public=False)
 
 
-def test_a_socket_listens_where_it_is_told_to() -> None:
-    with bound("127.0.0.1:0", public=False) as listener:
-        assert listener.getsockname()[0] == "127.0.0.1"
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_socket_listens_where_it_is_told_to_and_is_found_there(host: str) -> None:
+    try:
+        listener = bound(f"[{host}]:0" if ":" in host else f"{host}:0", public=False)
+    except ConfigError as error:
+        pytest.skip(f"this machine has no such address: {error}")
+    with listener:
+        assert listener.getsockname()[0] == host
+        assert parse(name_of(listener)) == listener.getsockname()[:2]
         with pytest.raises(
-            ConfigError, match=r"\Aserver\.address: got 127\.0\.0\.1:\d+, where one cannot listen: .*in use.*\Z"
+            ConfigError, match=rf"\Aserver\.address: got {re.escape(name_of(listener))}, where one cannot listen: .*in use.*\Z"
         ):
-            bound(f"127.0.0.1:{listener.getsockname()[1]}", public=False)
+            bound(name_of(listener), public=False)
     with bound("0.0.0.0:0", public=True) as listener:
         assert listener.getsockname()[0] == "0.0.0.0"  # noqa: S104 - as was asked
 

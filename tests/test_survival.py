@@ -26,6 +26,8 @@ from tests.processes import (
     wait_until,
 )
 
+HAS_IPV6 = any(address.family == socket.AF_INET6 for address in psutil.net_if_addrs().get("lo", ()))
+"""Whether the loopback interface has an address of version 6."""
 pytestmark = [pytest.mark.live, pytest.mark.timeout(180)]
 
 
@@ -204,9 +206,10 @@ def test_a_guest_that_nobody_answers_gives_up_once(tmp_path: Path) -> None:
 
 
 def test_a_guest_joins_works_and_leaves_when_it_is_asked_to(tmp_path: Path) -> None:
-    with launched("launch.py", f"hydra.run.dir={tmp_path}", *QUIET, "train.epochs=100000", "workers=1") as host:
+    listens = f'server.address="{"[::1]" if HAS_IPV6 else "127.0.0.1"}:0"'
+    with launched("launch.py", f"hydra.run.dir={tmp_path}", *QUIET, "train.epochs=100000", "workers=1", listens) as host:
         address = processes(tmp_path)["address"]
-        where = ("role=worker", f"server.address={address}")
+        where = ("role=worker", f'server.address="{address}"')
         with launched("launch.py", *where, f"server.secret_file={tmp_path / 'secret'}") as guest:
             by_guest = lambda: [event for event in events(tmp_path, "apply") if event["worker"] == 1]  # noqa: E731 - one line
             wait_until(lambda: len(by_guest()) > 20, "the guest's gradients")

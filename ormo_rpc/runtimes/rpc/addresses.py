@@ -34,7 +34,7 @@ def bound(address: str, *, public: bool) -> socket.socket:
 
 
 def parse(address: str) -> tuple[str, int]:
-    """Host and port of HOST:PORT.
+    """Host and port of HOST:PORT; the host of IPv6 in brackets, as in ``[::1]:2947``.
 
     Raises:
         ConfigError: it is not of that form.
@@ -48,7 +48,7 @@ def parse(address: str) -> tuple[str, int]:
 def name_of(listener: socket.socket) -> str:
     """HOST:PORT of a listening socket, as `parse` reads it."""
     host, port = listener.getsockname()[:2]
-    return f"{host}:{port}"
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def interface_address(interface: str | None) -> str:

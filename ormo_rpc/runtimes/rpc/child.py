@@ -22,6 +22,7 @@ from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPri
 from ormo_rpc.config import ConfigError
 from ormo_rpc.errors import Dismissed
 from ormo_rpc.runtimes.rpc import serve
+from ormo_rpc.runtimes.rpc.addresses import parse
 from ormo_rpc.runtimes.rpc.lease import ServerLost
 from ormo_rpc.runtimes.rpc.loop import Place
 from ormo_rpc.runtimes.rpc.secret import Secret, read_secret
@@ -107,10 +108,10 @@ def _work(arguments: argparse.Namespace, tell: Callable[[str], None]) -> None:
         store = _store(arguments)
         address = store.get("door").decode()
         secret = _secret(store.get("secret_file").decode() or None)
-    host, _, port = address.rpartition(":")
+    door = parse(address)
     worker = Work(
         Place(
-            door=lambda: (host, int(port)),
+            door=lambda: door,
             secret=secret,
             wanted=arguments.worker,
             post=arguments.post,

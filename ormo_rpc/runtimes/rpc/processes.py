@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ormo_rpc.config import Config, ConfigError
 from ormo_rpc.data import DataSection
-from ormo_rpc.runtimes.rpc.addresses import bound, interface_address, name_of
+from ormo_rpc.runtimes.rpc.addresses import bound, interface_address, name_of, parse
 from ormo_rpc.runtimes.rpc.crew import Crew, Post, killed
 from ormo_rpc.runtimes.rpc.secret import new_secret, read_secret, write_secret
 from ormo_rpc.runtimes.supervisor import Child, Supervisor
@@ -129,7 +129,7 @@ def guest_crew(crew: Crew, config: Config) -> Generator[Post]:
     """A worker for a server that runs already, started from another shell or machine; the value is its post."""
     assert config.server.address is not None
     secret_file = _known_secret(config)
-    host = config.server.address.rpartition(":")[0]
+    host, _ = parse(config.server.address)
     loopback = host in ("localhost", "::1") or host.startswith("127.")
     starter = Starter(crew.supervisor, config, loopback=loopback, logs=None)
     root = None if config.dataset.root == DataSection.root else config.dataset.root
