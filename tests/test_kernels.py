@@ -332,6 +332,31 @@ def test_a_server_has_the_bits_of_torch_and_few_vectors_with_any_kernel(algorith
     assert pools[0].lent <= 4
 
 
+@pytest.mark.parametrize("sent_dtype", [None, torch.bfloat16])
+def test_with_memory_reserved_no_step_has_to_make_any(sent_dtype: torch.dtype | None) -> None:
+    dimension, num_workers = WORTH_POOLING, 4
+    pools: dict[torch.dtype, Pool] = {}
+
+    def blank(like: Tensor) -> Tensor:
+        return pools.setdefault(like.dtype, Pool(like.numel(), like.dtype)).take()
+
+    server = build_server(
+        params=torch.ones(dimension), num_workers=num_workers, kernel=Kernel(blank=blank), sent_dtype=sent_dtype
+    )
+    server.rule.params = blank(server.params).copy_(server.params)  # as where snapshots are shared with other processes
+    server.rule.kernel.reserve(server.params, num_workers)
+    made = {dtype: len(pool.made) for dtype, pool in pools.items()}
+    assert sum(made.values()) <= num_workers + (2 if sent_dtype is None else 4)
+    held = {reply.worker: reply for reply in server.start()}
+    for worker in (0, 1, 2, 3, 3, 2, 1, 0, 1, 1):
+        reply = held.pop(worker)
+        assert reply.ticket is not None
+        push = Push(worker=worker, ticket=reply.ticket, stamp=reply.stamp, grad=torch.ones(dimension))
+        del reply
+        held |= {reply.worker: reply for reply in server.receive(push)}
+    assert {dtype: len(pool.made) for dtype, pool in pools.items()} == made
+
+
 # ------------------------------------------------------------------------------------------------------------------- the pool
 
 

@@ -42,6 +42,19 @@ class Kernel:
         self._newest = None if low is None else (out, low)
         return out
 
+    def reserve(self, w: Tensor, snapshots: int) -> None:
+        """Make memory for vectors like ``w`` now: a large one takes tens of milliseconds, for which a step would hold the lock.
+
+        Args:
+            w: The parameters.
+            snapshots: How many of them are handed out at a time, at most.
+        """
+        likes = [(w, 2 if self.rounds else snapshots + 1)]  # one more, to write into
+        if self.rounds:
+            likes.append((_like(w, torch.bfloat16), snapshots + 1))
+        made = [self.blank(like) for like, count in likes for _ in range(count)]
+        del made  # so that they can be lent
+
     def copy(self, vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A copy that never changes, of that dtype; that of the newest parameters exists already where steps round."""
         if dtype is None or dtype == vectors.dtype:

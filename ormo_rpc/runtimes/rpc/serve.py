@@ -103,7 +103,9 @@ class Host:
         self.session = Session(
             job, place.run_dir, self._pool, self._writer, self.clock, figures=self._lock_times, terminal=place.terminal
         )
-        self.segments = shared_snapshots(self.session.server.rule, job.config.wire.transport)
+        server = self.session.server
+        self.segments = shared_snapshots(server.rule, job.config.wire.transport)
+        server.rule.kernel.reserve(server.params, 1 if server.scheduler.BARRIER else server.num_workers)
         self._rolled_back_before = self.session.progress.rolled_back
         self.session.open(life=place.life)
         self.clock.before = self.session.seconds_before
