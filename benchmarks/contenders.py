@@ -15,6 +15,8 @@ from typing import Any
 
 import psutil
 
+from benchmarks.peers.rpc_flat import ONLY_TCP
+
 ROOT = Path(__file__).parents[1]
 TIMEOUT_SECONDS = 240.0
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "TP_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
@@ -72,6 +74,7 @@ CONTENDERS = {
         _peer(REFERENCE),
         _peer("rpc_flat"),
         _peer("rpc_flat_huge", "rpc_flat", variables=(("THP_MEM_ALLOC_ENABLE", "1"),)),
+        _peer("rpc_flat_uv", "rpc_flat", variables=((ONLY_TCP, "1"),)),
         _peer("gloo"),
         _peer("ray", "ray_server", environment=ELSEWHERE["ray"], overhead_seconds=10.0),
         _peer("tensorflow", "tensorflow_server", environment=ELSEWHERE["tensorflow"], overhead_seconds=13.0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Generator
 from datetime import timedelta
@@ -16,6 +17,8 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from benchmarks.peers.common import LEARNING_RATE, MOMENTUM, RoundTrip, free_port, main
 from benchmarks.peers.line import Job
 
+ONLY_TCP = "BENCHMARK_ONLY_TCP"
+"""A variable of the environment: do as between machines, where torch's shared memory does not lead."""
 _server: Parameters | None = None
 
 
@@ -66,7 +69,8 @@ def work(job: Job, sizes: list[int], number: int, port: int) -> Generator[RoundT
 
 def join(job: Job, rank: int, port: int) -> None:
     """Join the group; it is never left, as the processes are killed."""
-    options = rpc.TensorPipeRpcBackendOptions(init_method=f"tcp://127.0.0.1:{port}", rpc_timeout=120)
+    only_tcp: dict[str, Any] = {"_transports": ["uv"], "_channels": ["basic"]} if ONLY_TCP in os.environ else {}
+    options = rpc.TensorPipeRpcBackendOptions(init_method=f"tcp://127.0.0.1:{port}", rpc_timeout=120, **only_tcp)
     if rank > 0:  # the server is there first
         TCPStore("127.0.0.1", port, timeout=timedelta(seconds=60), wait_for_workers=False)
     rpc.init_rpc(f"rank{rank}", rank=rank, world_size=job.workers + 1, rpc_backend_options=options)
