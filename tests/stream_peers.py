@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ormo_rpc import build_server
 from ormo_rpc.buffers import RunningBuffers
+from ormo_rpc.compression import PushFormat
+from ormo_rpc.flat import Layout
 from ormo_rpc.journal import Journal
 from ormo_rpc.kernels import pool
 from ormo_rpc.messages import Push, Reply
@@ -27,7 +29,7 @@ from ormo_rpc.runtimes.rpc.service import Service
 from ormo_rpc.runtimes.rpc.stream_calls import StreamCalls
 from ormo_rpc.runtimes.rpc.streams import Streams, shared_snapshots
 from ormo_rpc.server import ParameterServer
-from ormo_rpc.wire_options import Transport
+from ormo_rpc.wire_options import Transport, WireDtype
 from tests.contract import same
 from tests.processes import PATIENCE_SECONDS, wait_until
 from tests.schedule import normal
@@ -55,8 +57,7 @@ class Client:
         self.lease: Lease = let_in(lambda: house.address, SECRET, wanted=number, post="", timeout_seconds=PATIENCE_SECONDS)
         self.segments = None if transport is TCP else Segments()
         allocate = plain_bytes if self.segments is None else self.segments.vector
-        dtype = house.server.params.dtype
-        self.payload = allocate(house.service.format.size).view(dtype)
+        self.payload = allocate(house.service.format.size).view(house.service.format.pushed_dtype)
         try:
             self.calls = StreamCalls(
                 self.lease,
@@ -99,7 +100,7 @@ FACTS = ("worker", "ticket", "stamp", "lr", "steps", "incarnation")
 
 
 class House:
-    """A service behind a door, and a twin of its server, in process, that gets the same pushes."""
+    """A service behind a door, and a twin of its server, in process, that gets the same pushes (rounded ones widened)."""
 
     def __init__(self, door: Door, service: Service, twin: ParameterServer, segments: Segments | None) -> None:
         self.door = door
@@ -134,7 +135,7 @@ class House:
                 worker=worker,
                 ticket=came.ticket,
                 stamp=came.stamp,
-                grad=payload[: payload.numel() - statistics.numel()],
+                grad=payload[: payload.numel() - statistics.numel()].to(self.twin.params.dtype),
                 buffers={"mean": statistics} if statistics.numel() else {},
                 loss=0.5,
                 samples=8,
@@ -162,9 +163,8 @@ class House:
 
     def gradient(self, ticket: int) -> Tensor:
         """What is pushed for a ticket."""
-        return 0.1 * normal(self.service.format.size // self.server.params.element_size(), 3, ticket).to(
-            self.server.params.dtype
-        )
+        dtype = self.service.format.pushed_dtype
+        return 0.1 * normal(self.service.format.size // dtype.itemsize, 3, ticket).to(dtype)
 
     def go_on(self, steps: int, chance: random.Random, among: tuple[int, ...] = tuple(range(WORKERS))) -> None:
         """That many pushes of workers that have work, in any order."""
@@ -188,25 +188,35 @@ def opened(
     dtype: torch.dtype = torch.float32,
     workers: int = WORKERS,
     buffers: bool = False,
+    wire: WireDtype = WireDtype.float32,
     max_not_finite: int = 10,
     journal: Journal | None = None,
     **options: Any,
 ) -> Generator[House]:
+    """A house; with a ``wire`` that rounds, what is handed out is rounded to bfloat16, and there are no ``buffers``."""
     given: dict[str, Any] = {
         "algorithm": "ormo",
         "lr": lambda t: 0.01 / (1 + t),
         "momentum": 0.9,
         "params": normal(dimension, 7, 0).to(dtype),
+        "sent_dtype": None if wire.rounded is None else torch.bfloat16,
         **options,
     }
 
-    def server() -> ParameterServer:
-        average = {"mean": torch.zeros(2, dtype=dtype)}
-        return build_server(num_workers=workers, buffers=RunningBuffers(average, {"mean": 0.25}) if buffers else None, **given)
+    def server(pushed: torch.dtype | None = None) -> ParameterServer:
+        average = RunningBuffers({"mean": torch.zeros(2, dtype=dtype)}, {"mean": 0.25}) if buffers else None
+        return build_server(num_workers=workers, buffers=average, pushed_dtype=pushed, **given)
 
-    twin, ours = server(), server()
+    twin, ours = server(), server(wire.rounded)
+    form = PushFormat(
+        params=Layout({"params": ours.params}),
+        buffers=Layout(ours.buffers.average),
+        dtype=dtype,
+        vectors=ours.rule.VECTORS_PUSHED,
+        wire=wire,
+    )
     segments = shared_snapshots(ours.rule, transport)
-    service = Service(ours, lambda _: None, max_not_finite=max_not_finite, journal=journal)
+    service = Service(ours, lambda _: None, max_not_finite=max_not_finite, journal=journal, push_format=form)
     serving = Streams(service, transport, segments)
     with ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ormo_rpc import algorithms
-from ormo_rpc.wire_options import Transport
+from ormo_rpc.wire_options import Transport, WireDtype
 from tests.processes import PATIENCE_SECONDS
 from tests.stream_peers import BOTH, FACTS, LARGE, SHARED, SMALL, TCP, WORKERS, mapping, opened
 
@@ -67,6 +67,21 @@ def test_other_sizes_and_dtypes_and_batch_norm(dimension: int, dtype: torch.dtyp
         assert house.server.buffers.updates == 40
         shared = "memfd" in mapping(next(iter(house.held.values()))[0].params)
         assert shared == (transport is SHARED and dimension == LARGE)
+
+
+@pytest.mark.parametrize("transport", BOTH)
+@pytest.mark.parametrize("wire", [WireDtype.bf16, WireDtype.fp16])
+@pytest.mark.parametrize("rule", ["ormo", "pnm"])  # one whose step reads 16 bits, and one that gets them widened
+def test_what_is_rounded_both_ways_is_the_same_numbers(rule: str, wire: WireDtype, transport: Transport) -> None:
+    with opened(dimension=2 * LARGE, algorithm=rule, wire=wire) as house:
+        house.enter(*[transport] * WORKERS)
+        house.go_on(24, random.Random(rule))
+        assert house.pushed == 24
+        house.check_same_state()
+        assert house.service.format.size == 2 * 2 * LARGE
+        came, _ = next(iter(house.held.values()))
+        assert came.params.dtype == torch.bfloat16
+        assert ("memfd" in mapping(came.params)) == (transport is SHARED)
 
 
 @pytest.mark.parametrize("transport", BOTH)
