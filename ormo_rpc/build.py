@@ -58,7 +58,7 @@ def build_server(
         norm_guard: The limit to the norm of what is pushed; none by default.
         kernel: What the server goes over its vectors with; plain torch by default, `fastest_kernel` finds a better one.
         sent_dtype: What parameters are rounded to when they are handed out; as they are by default.
-        pushed_dtype: What pushes are rounded to, bfloat16 or float16; by default they are of the dtype of ``params``.
+        pushed_dtype: What pushes are of, bfloat16 or float16; by default the dtype of ``params``.
         process_of: From a worker to its process; by default each is its own. See `ParameterServer`.
         options: Options of the rule and of the scheduler.
 
@@ -96,6 +96,7 @@ def build_server(
     if norm_guard is not None and not (math.isfinite(norm_guard.limit) and norm_guard.limit > 0):
         raise ValueError(f"norm_guard: got the limit {norm_guard.limit}, expected a finite number > 0")
     rule = rule_class(params.detach().clone(), momentum=momentum, options=rule_options)
+    # One of its own, as it remembers the newest parameters.
     rule.kernel = dataclasses.replace(kernel or Kernel(), rounds=sent_dtype is torch.bfloat16)
     return ParameterServer(
         rule,

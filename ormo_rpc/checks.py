@@ -15,10 +15,8 @@ from ormo_rpc.messages import Push
 
 LARGEST = 2**53
 """Up to here a whole number is the same in JSON, in a float and in every counter of ours."""
-
-
 ROW = 4096
-"""16-bit values that are summed at a time."""
+"""How many 16-bit values are summed to a sum that is rounded to 16 bits itself."""
 
 
 class NormPolicy(Enum):
@@ -48,7 +46,7 @@ class Checked:
     """What a check leaves for the step.
 
     Attributes:
-        grad: What is applied.
+        grad: What is applied: what came, or that scaled down, on no graph.
         grad_sum: The sum of what came, the evidence that the trace keeps.
         clipped_norm: The norm of what came, where it was scaled down.
     """
@@ -74,7 +72,7 @@ def check_payload(
         buffers: The server's buffers by name, likewise.
         vectors: How many vectors of D the rule takes in a push.
         guard: The limit to its norm.
-        dtype: That of the gradient; by default the parameters'.
+        dtype: That of the gradient on the wire; by default the parameters'.
 
     Raises:
         PushRefused: a field of another type, a tensor of another shape, dtype or device, or a buffer missing or unknown.
@@ -97,6 +95,7 @@ def check_payload(
         raise PushRefused(f"{sender}: samples: got {push.samples}, expected at least 1")
     if guard is None:
         return Checked(push.grad.detach(), grad_sum)
+    # Widened, as what is scaled down would else be rounded once more.
     return _guarded(push.grad.detach().to(params.dtype), grad_sum, guard, f"{sender}: gradient")
 
 
@@ -167,9 +166,12 @@ def _check_like(got: Tensor, expected: Tensor, what: str, vectors: int = 1, othe
 
 
 def _total(values: Tensor) -> float:
-    """The sum of all values. That of 16-bit ones is put together of the sums of rows, as torch rounds a sum to their bits."""
+    """The sum of all values. That of 16-bit ones is put together of the sums of rows, as torch rounds a sum to their bits.
+
+    In 16 bits a change of one value of a long vector could be lost; to sum in 32, torch widens the whole vector first.
+    """
     if values.element_size() > 2:
-        return values.sum().item()
+        return float(values.sum().item())
     whole = values.numel() // ROW * ROW
     return (values[:whole].reshape(whole // ROW, ROW).sum(1).float().sum() + values[whole:].sum()).item()
 
@@ -181,7 +183,7 @@ def _check_finite(values: Tensor, what: str) -> float:
         raise NonFiniteGradient(
             f"{what}: got {bad} of {values.numel()} values NaN or infinite, expected finite numbers; lower the learning rate"
         )
-    return float(total)
+    return total
 
 
 def _guarded(grad: Tensor, grad_sum: float, guard: NormGuard, what: str) -> Checked:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ormo_rpc import algorithms
 from ormo_rpc.buffers import RunningBuffers
 from ormo_rpc.build import build_server
-from ormo_rpc.compression import Allocate, NoCompression, PushFormat
+from ormo_rpc.compression import Allocate, PushFormat, pushed_dtype
 from ormo_rpc.config import Config
 from ormo_rpc.data import Epochs
 from ormo_rpc.evaluation import Evaluation, evaluate
@@ -197,7 +197,7 @@ def configured_server(
         timer=time.perf_counter,
         kernel=fastest_kernel(params.numel()),
         sent_dtype=config.wire.params.rounded,
-        pushed_dtype=config.wire.dtype.rounded if isinstance(config.compression, NoCompression) else None,
+        pushed_dtype=pushed_dtype(config.compression, config.wire.dtype),
         process_of=config.process_of,
         **options,
     )

@@ -236,8 +236,8 @@ def _tensors(layout: Iterable[tuple[str, list[int]]], payload: memoryview) -> li
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array).cast("B") if tensor.numel() else memoryview(b"")
+    array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()  # numpy has no bfloat16
+    return memoryview(array)
 
 
 def _numbered(folder: Path, first: int) -> list[tuple[int, int]]:

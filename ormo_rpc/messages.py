@@ -43,7 +43,7 @@ class Push:
         ticket: The ticket of the reply that it answers.
         stamp: The stamp of that reply.
         grad: What the rule expects (`Algorithm.local`), for most rules the gradient at that reply's parameters, shape
-            (VECTORS_PUSHED * D,), of the server's dtype and device.
+            (VECTORS_PUSHED * D,), on the server's device, of its dtype or of the one that the wire rounds pushes to.
         loss: The mean loss of the batch, where it is known.
         samples: The number of samples in the batch.
         buffers: The batch's own statistics by name (batch norm), for the running average that the server keeps.

@@ -43,7 +43,7 @@ class ParameterServer(ServerState):
         timer: Seconds, real ones, for `step_seconds`.
         sent_dtype: What parameters are rounded to when they are handed out; None for as they are. Rules see, as what was sent,
             the rounded values in the dtype of the parameters.
-        pushed_dtype: What pushes are of, where that is not the dtype of the parameters: bfloat16 or float16.
+        pushed_dtype: What pushes are of, bfloat16 or float16; None for the dtype of the parameters.
         process_of: From a worker to its process, where one has several; see `Ledger`.
     """
 
@@ -134,7 +134,7 @@ class ParameterServer(ServerState):
         """The part of `receive` that needs no lock: types, and the payload's shape, dtype, device, finiteness and norm.
 
         Returns:
-            What `redeem` applies.
+            What `redeem` applies: of the parameters' dtype, unless the rule's step reads that of the wire.
 
         Raises:
             PushRefused: the payload does not fit.

@@ -123,7 +123,7 @@ class Worker:
         self._encoder.forget(worker)
 
     def state(self) -> dict[int, dict[str, Any]]:
-        """What is kept of each worker, a private copy; empty where the wire format is exact."""
+        """What is kept of each worker, a private copy; empty where nothing is compressed or fed back."""
         return self._encoder.state()
 
     def load_state(self, state: Mapping[int, Mapping[str, Any]]) -> None:

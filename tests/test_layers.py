@@ -25,6 +25,7 @@ MATHEMATICS = (
     "ormo_rpc.buffers",
     "ormo_rpc.learning_rate",
     "ormo_rpc.kernels.steps",
+    "ormo_rpc.kernels.kernel",
 )
 CORE = (
     "ormo_rpc.server",

@@ -112,8 +112,8 @@ class Algorithm(ABC):
     """Whether `step` needs `Arrival.sent`; the server then refuses a push whose reply it has lost, so that it is never None."""
 
     OUT_OF_PLACE: ClassVar[bool] = False
-    """Whether `step` is one of `kernel`, which replaces `params` and never writes to it: the server hands it out as it is and
-    copies nothing, and the gradient comes in the dtype that it had on the wire, as the kernel reads that, too."""
+    """Whether `step` replaces `params` by what a step of `kernel` makes, and never writes to it: the server hands it out as it
+    is and copies nothing, and the gradient comes in the dtype that it had on the wire, as the kernel reads that, too."""
 
     @dataclass(frozen=True, kw_only=True)
     class Options(Section):

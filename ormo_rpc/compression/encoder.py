@@ -54,9 +54,9 @@ class Encoder:
         self.statistics = format.statistics.of(self.wire)
         self.push = format.whole(self.wire) if format.exact else torch.zeros(format.length, dtype=format.dtype)
         self.payload = self.wire.view(format.dtype) if format.exact else self.wire
-        # A compressor that keeps something, or whose errors are fed back, has to know what became of the push.
-        remembers = format.compression.error_feedback or not format.plain
-        self._decoded = torch.zeros_like(self.push) if remembers and not format.exact else None
+        # What the server will see of a push is decoded here too where it is compressed, or where errors are fed back.
+        decodes = not format.plain or (format.compression.error_feedback and not format.exact)
+        self._decoded = torch.zeros_like(self.push) if decodes else None
         self._memories: dict[int, Memory] = {}
 
     def encode(self, worker: int) -> Tensor:
@@ -77,7 +77,7 @@ class Encoder:
             self._remember(worker, memory, [each.kept for each in compressed], self._decoded)
         if self.format.plain:
             return self.format.whole(self.wire)
-        assert self._decoded is not None, "what is encoded is decoded, too"
+        assert self._decoded is not None, "what is compressed is decoded, too"
         return self._decoded
 
     def _remember(self, worker: int, memory: Memory, kept: list[Tensor | None], decoded: Tensor) -> None:

@@ -40,6 +40,11 @@ class Region:
         return wire[self.start : self.end].view(self.dtype)
 
 
+def pushed_dtype(compression: Compression, wire: WireDtype) -> torch.dtype | None:
+    """The dtype of pushes once they are unpacked; None for the model's, unless they are rounded and not compressed."""
+    return wire.rounded if isinstance(compression, NoCompression) else None
+
+
 class PushFormat:
     """The wire form of a push: for each vector the values that stand for it and their indices, then the batch-norm statistics.
 
@@ -58,9 +63,9 @@ class PushFormat:
     Attributes:
         size: Bytes of the wire form.
         length: Values of a push once it is unpacked: ``vectors * D``.
-        plain: Whether the values of the push are on the wire one by one, so that there is nothing to decode.
-        exact: Whether they are there as they are, so that the wire form is the push itself.
-        pushed_dtype: Of the push once it is unpacked: the wire's where it is plain, else the model's.
+        plain: Whether the values of the push are on the wire one by one, rounded or not, so that there is nothing to decode.
+        exact: Whether they are there as they are, too, so that the wire form is the push itself.
+        pushed_dtype: Of the push once it is unpacked; see the function of that name.
 
     Raises:
         ValueError: the compression is not for so many parameters.
@@ -88,7 +93,7 @@ class PushFormat:
         value_dtype = wire.rounded or dtype
         self.plain = isinstance(self.compression, NoCompression)
         self.exact = self.plain and value_dtype == dtype
-        self.pushed_dtype = value_dtype if self.plain else dtype
+        self.pushed_dtype = pushed_dtype(self.compression, wire) or dtype
         self._end = 0
         self.regions = [
             (self._region(self.compressor.num_values, value_dtype), self._region(self.compressor.num_indices, torch.int32))
@@ -107,7 +112,7 @@ class PushFormat:
 
     def whole(self, wire: Tensor) -> Tensor:
         """Where it is plain, the vectors of a push, shape (length,), as a view of its bytes, of the wire's dtype."""
-        assert self.plain, "what is encoded is not there as values"
+        assert self.plain, "what is compressed is not there value by value"
         first, last = self.regions[0][0], self.regions[-1][0]
         return wire[first.start : last.end].view(first.dtype)
 

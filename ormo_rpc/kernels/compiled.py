@@ -36,7 +36,7 @@ _NAMES: dict[torch.dtype, tuple[str, Any]] = {
     torch.bfloat16: ("bf16", None),
     torch.float16: ("fp16", None),
 }
-"""What a dtype is called in C, and its numbers there."""
+"""What a dtype is called in C, and the type of a step's numbers there, which are of the parameters' dtype."""
 _PAIRS = (
     (torch.float32, torch.float32),
     (torch.float32, torch.bfloat16),
@@ -47,7 +47,9 @@ _PAIRS = (
 
 
 class CompiledSteps:
-    """`Steps` in C: each element is read and written once. Vectors that C cannot read, strided or elsewhere, are torch's work.
+    """`Steps` in C: each element is read and written once.
+
+    What C cannot read is torch's work: strided or elsewhere, or with a gradient of another dtype than there are functions for.
 
     Args:
         library: ``steps.c``, compiled.
@@ -80,7 +82,7 @@ class CompiledSteps:
         assert fits, f"{step}: got vectors of {[(vector.numel(), vector.dtype) for vector in present]}"
         function(length, *(0 if vector is None else vector.data_ptr() for vector in vectors), *step)
         if low is not None and w.dtype is torch.float64:
-            low.copy_(out)
+            low.copy_(out)  # C rounds float32 alone
 
 
 def _readable(vector: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""How a rule makes new parameters: a step into a vector of its own."""
+"""How a server makes new parameters, a step into a vector of their own, and copies of its vectors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Kernel:
         name: For the header of the trace.
         steps: The steps of rules that work out of place.
         blank: Makes a vector like another one, which nobody else sees and in which nothing is meant.
-        rounds: Whether a step writes the new parameters rounded to bfloat16 as well, for `rounded`; a pass over memory less
+        rounds: Whether a step writes the new parameters rounded to bfloat16 as well, for `copy`; a pass over memory less
             where those are what workers are sent.
     """
 
@@ -33,8 +33,14 @@ class Kernel:
     def step(self, step: Step, grad: Tensor, w: Tensor, u: Tensor | None = None) -> Tensor:
         """Take a step from ``w``, which stays as it is; ``u`` is updated in place. See `Steps`.
 
+        Args:
+            step: Which one.
+            grad: The gradient, shape (D,), of the dtype of ``w``, bfloat16 or float16.
+            w: The parameters, shape (D,), float32 or float64.
+            u: The momentum, shape (D,), of the dtype of ``w``; none for a step without.
+
         Returns:
-            The new parameters, in a vector of their own.
+            The new parameters, shape (D,), in a vector of their own that nobody may write to.
         """
         out = self.blank(w)
         low = self.blank(_like(w, torch.bfloat16)) if self.rounds else None
@@ -56,7 +62,12 @@ class Kernel:
         del made  # so that they can be lent
 
     def copy(self, vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """A copy that never changes, of that dtype; that of the newest parameters exists already where steps round."""
+        """A copy that never changes, of that dtype; that of the newest parameters exists already where steps round.
+
+        Args:
+            vectors: One or more vectors of D.
+            dtype: That of the copy; by default it is of theirs.
+        """
         if dtype is None or dtype == vectors.dtype:
             return self.blank(vectors).copy_(vectors)
         if self._newest is not None and self._newest[0] is vectors and self._newest[1].dtype == dtype:
@@ -65,5 +76,5 @@ class Kernel:
 
 
 def _like(vectors: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor of that dtype and length, without memory for its values."""
+    """A tensor of that dtype, and as long, without memory for its values: to say what is wanted."""
     return torch.empty(1, dtype=dtype, device=vectors.device).expand(vectors.numel())

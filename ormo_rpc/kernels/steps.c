@@ -116,7 +116,7 @@ static inline void store_bf16(uint16_t *to, vector_f32 value, int past_caches) {
 #define VALUE_bf16(X) of_bf16(X)
 #define VALUE_fp16(X) of_fp16(X)
 #define ROUND_f32(PAST) if (low != NULL) store_bf16(low + i, y, PAST);
-#define ROUND_f64(PAST) /* is up to the caller */
+#define ROUND_f64(PAST) /* double to bf16 is up to the caller */
 #define ROUND_ONE_f32 if (low != NULL) low[i] = to_bf16(out[i]);
 #define ROUND_ONE_f64
 
@@ -141,7 +141,7 @@ static inline void store_bf16(uint16_t *to, vector_f32 value, int past_caches) {
 #define VECTORS(T, S, P, ...)
 #endif
 
-/* The steps for parameters of type T (named S, in intrinsics P) and gradients of type G (named GS). */
+/* The steps for parameters of type T (named S, in intrinsics P, multiplied and added by FMA) and gradients of type G (GS). */
 #define STEPS(T, S, P, FMA, G, GS)                                                                              \
     /* out <- w - b g */                                                                                        \
     void plain_##S##_##GS(int64_t n, const G *g, T *u, const T *w, T *out, uint16_t *low, T b) {                \

@@ -51,11 +51,11 @@ class Steps(Protocol):
         Args:
             step: Which one.
             grad: ``g``, shape (D,), of the dtype of ``w``, or bfloat16 or float16, which are widened first.
-            u: The momentum, shape (D,), updated in place.
+            u: The momentum, shape (D,), of the dtype of ``w``, updated in place; None for `Plain`.
             w: The parameters, shape (D,), float32 or float64. They are only read, so that they may go on being the snapshot
                 that others read, and no copy of them is ever made.
-            out: Where the new parameters are written, shape (D,).
-            low: Where they are written once more, rounded to bfloat16.
+            out: Where the new parameters are written, shape (D,), of the dtype of ``w``.
+            low: Where they are written once more, shape (D,), rounded to bfloat16; None for nowhere.
         """
         ...
 
@@ -91,12 +91,14 @@ def _take(step: Step, grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor) ->
     torch.sub(before, grad, alpha=step.into_w, out=out)
 
 
-Five = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]
+Operands = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]
+"""Of a step: ``grad, u, w, out, low``."""
 
 
-def _chunks(grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor, low: Tensor | None) -> Iterable[Five]:
+def _chunks(grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor, low: Tensor | None) -> Iterable[Operands]:
+    """The operands piece by piece, as one piece where they are short."""
     if w.numel() < WORTH_CUTTING:
         return [(grad, u, w, out, low)]
     absent = itertools.repeat(None)
-    cut = [absent if vector is None else vector.split(CHUNK) for vector in (u, low)]
-    return zip(grad.split(CHUNK), cut[0], w.split(CHUNK), out.split(CHUNK), cut[1], strict=False)
+    us, lows = (absent if vector is None else vector.split(CHUNK) for vector in (u, low))
+    return zip(grad.split(CHUNK), us, w.split(CHUNK), out.split(CHUNK), lows, strict=False)  # what is absent has no end

@@ -115,7 +115,8 @@ class Streams:
         """
         form = self.service.format
         # A worker that lies can change shared memory after it was checked. That spoils its own gradient, which it may do
-        # anyway; but the journal would have a torn record, behind which all others are lost, and a decoder another text.
+        # anyway; but the journal would have a torn record, behind which all others are lost, and a decoder other bytes
+        # than those that it has looked at.
         copies = shared is not None and (isinstance(self.service.journal, Journal) or not form.plain)
         payload = torch.empty(form.size, dtype=torch.uint8) if shared is None or copies else shared
         inline = bytes_of(payload) if shared is None else None
