@@ -184,7 +184,7 @@ def _check_finite(values: Tensor, what: str) -> float:
             f"{what}: got {bad} of {values.numel()} values NaN or infinite, expected finite numbers; lower the learning rate"
         )
     # A row of float16 values of 16 and more may have a sum beyond their range, and two such rows NaN, which tells nothing.
-    return float(total) if values.element_size() > 2 else float(_total(values.float()))
+    return float(total) if values.element_size() > 2 else float(values.double().sum().item())
 
 
 def _guarded(grad: Tensor, grad_sum: float, guard: NormGuard, what: str) -> Checked:

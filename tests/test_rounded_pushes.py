@@ -95,7 +95,7 @@ def test_the_sum_in_the_trace_is_a_number_where_that_of_a_row_is_beyond_float16(
     grad[ROW : 2 * ROW] = -value
     one = server("asgd", torch.float16, length=grad.numel())
     checked = one.check(pushed(one.start()[0], grad))
-    assert checked.grad_sum == pytest.approx(grad.double().sum().item(), rel=1e-6)
+    assert checked.grad_sum == value * ROW
     changed = grad.clone()
     changed[5] /= 2
     assert one.check(pushed(one.start()[0], changed)).grad_sum != checked.grad_sum
