@@ -20,7 +20,7 @@ class RunningBuffers:
     """
 
     def __init__(self, initial: Mapping[str, Tensor], momentum: Mapping[str, float | None]) -> None:
-        self.average = {name: value.clone() for name, value in initial.items()}
+        self.average = {name: value.detach().clone() for name, value in initial.items()}
         self.momentum = dict(momentum)
         self.updates = 0
 

@@ -178,12 +178,15 @@ def _total(values: Tensor) -> float:
 
 def _check_finite(values: Tensor, what: str) -> float:
     total = _total(values)
-    if not math.isfinite(total) and not torch.isfinite(values).all():
+    if math.isfinite(total):
+        return total
+    if not torch.isfinite(values).all():
         bad = int((~torch.isfinite(values)).sum())
         raise NonFiniteGradient(
             f"{what}: got {bad} of {values.numel()} values NaN or infinite, expected finite numbers; lower the learning rate"
         )
-    return total
+    # A row of float16 values of 16 and more may have a sum beyond their range, and two such rows NaN, which tells nothing.
+    return total if values.element_size() > 2 else float(values.double().sum().item())
 
 
 def _guarded(grad: Tensor, grad_sum: float, guard: NormGuard, what: str) -> Checked:

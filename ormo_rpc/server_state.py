@@ -172,6 +172,7 @@ class ServerState:
             "clocks": self.scheduler.state(),
         }
 
+    @torch.no_grad()  # whoever made the state, later steps must not hang on its graph
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned; the number of tickets stays the one that this server was built with.
 

@@ -88,6 +88,19 @@ def test_the_sum_of_a_rounded_push_tells_one_changed_value() -> None:
     assert len(told) == 4
 
 
+@pytest.mark.parametrize("value", [20.0, torch.finfo(torch.float16).max])
+def test_the_sum_in_the_trace_is_a_number_where_that_of_a_row_is_beyond_float16(value: float) -> None:
+    """Rows of the sums infinity and minus infinity would have NaN, whatever came."""
+    grad = torch.full((3 * ROW,), value, dtype=torch.float16)
+    grad[ROW : 2 * ROW] = -value
+    one = server("asgd", torch.float16, length=grad.numel())
+    checked = one.check(pushed(one.start()[0], grad))
+    assert checked.grad_sum == value * ROW
+    changed = grad.clone()
+    changed[5] /= 2
+    assert one.check(pushed(one.start()[0], changed)).grad_sum != checked.grad_sum
+
+
 @pytest.mark.parametrize("length", [1, 3, ROW, ROW + 1])
 def test_what_is_not_finite_is_found_wherever_it_is(length: int) -> None:
     one = server("ormo", torch.bfloat16, length=length)

@@ -200,6 +200,25 @@ def test_a_gradient_that_still_hangs_on_its_graph_leaves_the_server_free_of_it()
     assert trial.server.buffers.average["mean"].tolist() == [0.5, 1.0]  # 0.75 * 0 + 0.25 * 2 * (1, 2)
 
 
+def test_a_state_and_buffers_that_hang_on_a_graph_leave_the_server_free_of_it() -> None:
+    start = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    trial = begin(buffers=RunningBuffers({"mean": start}, {"mean": 0.25}))
+    plain = trial.server.state_dict(replies=True)
+    graph = {
+        **plain,
+        "params": plain["params"].clone().requires_grad_(),
+        "rule": {k: v.clone().requires_grad_() if isinstance(v, Tensor) else v for k, v in plain["rule"].items()},
+        "buffers": {k: v.clone().requires_grad_() if isinstance(v, Tensor) else v for k, v in plain["buffers"].items()},
+    }
+    for state in (plain, graph):
+        trial.server.load_state_dict(state)
+        trial.push(0, buffers=MEAN)
+        held = [trial.server.params, *trial.server.rule.state().values(), *trial.server.buffers.average.values()]
+        assert not any(value.requires_grad for value in held if isinstance(value, Tensor))
+        assert trial.server.params.tolist() == [-0.5, -0.5, -0.5]  # 0 - 0.5 * 1
+        trial.held[0] = next(Reply(**each) for each in plain["replies"] if each["worker"] == 0)
+
+
 # -------------------------------------------------------------------------------------------------------------------- replies
 
 
