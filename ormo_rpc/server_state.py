@@ -136,6 +136,16 @@ class ServerState:
         """A copy that never changes, of ``sent_dtype`` where there is one."""
         return self.rule.kernel.copy(vectors, self.sent_dtype)
 
+    def reserve(self, snapshots: int) -> None:
+        """Before the start: make memory for so many snapshots at a time, the first one among them.
+
+        A large vector takes tens of milliseconds to make, for which a step would hold the lock.
+        """
+        rule = self.rule
+        rule.kernel.reserve(rule.params, snapshots)
+        if rule.OUT_OF_PLACE:
+            rule.params = rule.blank().copy_(rule.params)
+
     def forget_snapshots(self) -> None:
         """The parameters have changed."""
         self.newest_snapshot = self.newest_rounded = None

@@ -216,6 +216,7 @@ def opened(
         wire=wire,
     )
     segments = shared_snapshots(ours.rule, transport)
+    ours.reserve(ours.num_workers)
     service = Service(ours, lambda _: None, max_not_finite=max_not_finite, journal=journal, push_format=form)
     serving = Streams(service, transport, segments)
     with ExitStack() as stack:

@@ -127,8 +127,10 @@ def test_where_descriptors_are_scarce_the_run_goes_on(
 ) -> None:
     caplog.set_level(logging.INFO)
     with opened(SHARED) as house:
+        hoard: list[Tensor] = []
         if when == "in the midst":
             house.enter(*[SHARED] * WORKERS)
+            hoard += [house.service.server.rule.blank() for _ in range(WORKERS + 1)]  # all that is left of what was reserved
         monkeypatch.setattr("resource.getrlimit", lambda _: (2, 2))
         if when == "from the start":
             house.enter(*[SHARED] * WORKERS)
@@ -136,6 +138,7 @@ def test_where_descriptors_are_scarce_the_run_goes_on(
         house.check_same_state()
         places = [mapping(came.params) for came, _ in house.held.values()]
         assert not all("memfd" in place for place in places)
+        del hoard
     assert sum("memory is not shared from now on" in record.getMessage() for record in caplog.records) >= 1
 
 

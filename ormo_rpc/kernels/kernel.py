@@ -49,7 +49,7 @@ class Kernel:
         return out
 
     def reserve(self, w: Tensor, snapshots: int) -> None:
-        """Make memory for vectors like ``w`` now: a large one takes tens of milliseconds, for which a step would hold the lock.
+        """Make memory for vectors like ``w`` now, so that no step has to.
 
         Args:
             w: The parameters.

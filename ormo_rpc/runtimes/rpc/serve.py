@@ -105,7 +105,7 @@ class Host:
         )
         server = self.session.server
         self.segments = shared_snapshots(server.rule, job.config.wire.transport)
-        server.rule.kernel.reserve(server.params, 1 if server.scheduler.BARRIER else server.num_workers)
+        server.reserve(1 if server.scheduler.BARRIER else server.num_workers)
         self._rolled_back_before = self.session.progress.rolled_back
         self.session.open(life=place.life)
         self.clock.before = self.session.seconds_before

@@ -39,8 +39,6 @@ def shared_snapshots(rule: Algorithm, transport: Transport) -> Segments | None:
         return None
     segments = Segments()
     rule.kernel = replace(rule.kernel, blank=pooled(segments))
-    if rule.OUT_OF_PLACE:
-        rule.params = rule.blank().copy_(rule.params)  # the first snapshot as well
     return segments
 
 
