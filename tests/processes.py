@@ -24,14 +24,14 @@ PATIENCE_SECONDS = 60.0
 """How long anything may take on a busy machine."""
 
 
-def wait_until(done: Callable[[], Any], what: str) -> Any:
-    """The first true value of ``done()``; fails the test when none comes in time."""
+def wait_until(done: Callable[[], Any], what: str, every_seconds: float = 0.05) -> Any:
+    """The first true value of ``done()``, which is asked so often; fails the test when none comes in time."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
         value = done()
         if value:
             return value
-        time.sleep(0.05)
+        time.sleep(every_seconds)
     raise AssertionError(f"{what} did not happen within {PATIENCE_SECONDS} s")
 
 

@@ -144,7 +144,7 @@ class House:
         )
         self.pushed += 1
         applied: int = self.twin.iteration
-        wait_until(lambda: applied <= self.server.iteration, "the update")
+        wait_until(lambda: applied <= self.server.iteration, "the update", every_seconds=0.001)
         self.take(replies)
         for mine, twins in self.held.values():
             assert torch.equal(mine.params, twins.params), "a reply has changed after it was issued"
