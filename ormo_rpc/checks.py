@@ -93,10 +93,8 @@ def check_payload(
         raise NonFiniteGradient(f"{sender}: loss: got {push.loss}, expected a finite number; the learning rate may be too high")
     if push.samples < 1:
         raise PushRefused(f"{sender}: samples: got {push.samples}, expected at least 1")
-    if guard is None:
-        return Checked(push.grad.detach(), grad_sum)
-    # Widened, as what is scaled down would else be rounded once more.
-    return _guarded(push.grad.detach().to(params.dtype), grad_sum, guard, f"{sender}: gradient")
+    checked = Checked(push.grad.detach(), grad_sum)
+    return checked if guard is None else _guarded(checked, guard, params.dtype, f"{sender}: gradient")
 
 
 def check_whole(value: object, what: str, error: type[ValueError] = PushRefused) -> None:
@@ -189,19 +187,23 @@ def _check_finite(values: Tensor, what: str) -> float:
     return total if values.element_size() > 2 else float(values.double().sum().item())
 
 
-def _guarded(grad: Tensor, grad_sum: float, guard: NormGuard, what: str) -> Checked:
-    """Look at the norm, to which there is a limit; one that overflows is found through the vector over its largest value."""
+def _guarded(checked: Checked, guard: NormGuard, dtype: torch.dtype, what: str) -> Checked:
+    """Look at the norm, to which there is a limit; one that overflows is found through the vector over its largest value.
+
+    What is scaled down is of the parameters' ``dtype``, so that it is not rounded once more.
+    """
+    grad = checked.grad
     if torch.linalg.vector_norm(grad, dtype=torch.float64).item() <= guard.limit:
-        return Checked(grad, grad_sum)
+        return checked
     largest = grad.abs().max().item()
-    unit = grad / largest
+    unit = grad.to(dtype) / largest
     unit_norm = torch.linalg.vector_norm(unit, dtype=torch.float64).item()
     norm = largest * unit_norm
     if guard.policy is NormPolicy.refuse:
         raise GradientTooLarge(
             f"{what}: got the norm {norm:g}, expected at most train.grad_norm_limit={guard.limit:g}; lower the learning rate"
         )
-    return Checked(unit.mul_(guard.limit / unit_norm), grad_sum, norm)
+    return Checked(unit.mul_(guard.limit / unit_norm), checked.grad_sum, norm)
 
 
 def _plain(value: object) -> str:

@@ -143,7 +143,9 @@ class ParameterServer(ServerState):
         checked = check_payload(
             push, self.params, self.buffers.average, rule.VECTORS_PUSHED, self.norm_guard, self.pushed_dtype
         )
-        return checked if rule.OUT_OF_PLACE else replace(checked, grad=checked.grad.to(self.params.dtype))
+        if rule.OUT_OF_PLACE or checked.grad.dtype == self.params.dtype:
+            return checked
+        return replace(checked, grad=checked.grad.to(self.params.dtype))
 
     def redeem(self, push: Push, checked: Checked) -> list[Reply]:
         """The part of `receive` that changes the server; ``checked`` is what `check` returned.

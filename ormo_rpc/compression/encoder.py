@@ -94,6 +94,8 @@ class Encoder:
 
     def _fresh(self, worker: int) -> Memory:
         """The memory of a worker that has pushed nothing."""
+        if self._decoded is None:  # rounding alone remembers nothing, so that this is asked for with each push
+            return Memory([None] * self.format.vectors)
         chance = generator(self.format.seed, "compression", worker)
         return Memory([self.format.compressor.start(chance, self.format.dtype) for _ in range(self.format.vectors)])
 

@@ -35,9 +35,8 @@ class Work:
         """
         self.loops[0].run(on_job=self._work_ahead)
         for thread in self._threads:
-            thread.join(
-                self._patience_seconds
-            )  # told to stop as we were; one that computes for longer is late for the server, too
+            # Told to stop as we were; one that computes for longer is late for the server, too.
+            thread.join(self._patience_seconds)
         if self._failures:
             raise self._failures[0]
 
