@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from ormo_rpc import train
 from ormo_rpc.cli import compose
-from ormo_rpc.job import Job
 from ormo_rpc.report.table import as_markdown, spread
-from ormo_rpc.run_directory import environment, read_trace
+from ormo_rpc.runtimes.job import Job
+from ormo_rpc.storage.run_directory import environment, read_trace
 
 TOPK, NO_FEEDBACK = "compression=topk", "compression.error_feedback=false"
 FORMS: dict[str, tuple[str, ...]] = {

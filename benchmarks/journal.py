@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from ormo_rpc import build_server
-from ormo_rpc.journal import Journal, NoJournal
 from ormo_rpc.messages import Reply
-from ormo_rpc.run_directory import environment
-from ormo_rpc.runtimes.rpc.service import Service
+from ormo_rpc.runtimes.distributed.server_process.service import Service
+from ormo_rpc.storage.journal import Journal, NoJournal
+from ormo_rpc.storage.run_directory import environment
 
 SIZES = (7_000, 272_474, 2_000_000)
 """About the default MLP, ResNet-20, and ten times that."""

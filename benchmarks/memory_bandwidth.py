@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ormo_rpc.run_directory import environment
+from ormo_rpc.storage.run_directory import environment
 
 SIZES = (65_536, 272_474, 2_000_000, 25_000_000)
 SECONDS = 0.05

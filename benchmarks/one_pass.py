@@ -23,7 +23,7 @@ from ormo_rpc.kernels.compiled import compiled_steps
 from ormo_rpc.kernels.pool import Pool
 from ormo_rpc.kernels.steps import CHUNK, Ordered, Steps, TorchSteps
 from ormo_rpc.kernels.threads import Threaded
-from ormo_rpc.run_directory import environment
+from ormo_rpc.storage.run_directory import environment
 
 BETA, INTO_U, INTO_W = 0.9, 1e-9, 1.9e-9
 SIZES = (272_474, 2_000_000, 25_000_000)

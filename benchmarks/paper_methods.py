@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ormo_rpc import train
 from ormo_rpc.report.table import as_markdown, spread
-from ormo_rpc.run_directory import environment, read_trace
+from ormo_rpc.storage.run_directory import environment, read_trace
 
 METHODS = ("asgd", "naive", "shifted", "smega2", "ormo", "ormo_da")
 SETTINGS = ("none", "slow_tail")

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ormo_rpc import train
 from ormo_rpc.report.table import as_markdown
-from ormo_rpc.run_directory import read_trace
+from ormo_rpc.storage.run_directory import read_trace
 
 WORKERS = (1, 4, 16, 64, 256, 1024, 4096)
 LATENCIES = {"fast": 0.0, "slow": 1.0}

@@ -20,11 +20,11 @@ from tqdm import tqdm
 from ormo_rpc import ParameterServer, Push, Reply, build_server
 from ormo_rpc.algorithms import Arrival
 from ormo_rpc.algorithms.ormo import OrMo
-from ormo_rpc.checks import Checked
 from ormo_rpc.kernels.compiled import compiled_steps
 from ormo_rpc.kernels.kernel import Kernel
 from ormo_rpc.kernels.pool import pooled
-from ormo_rpc.run_directory import environment
+from ormo_rpc.server.validation import Checked
+from ormo_rpc.storage.run_directory import environment
 
 SIZES = (272_474, 2_000_000, 25_000_000)
 WORKERS = 4

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ormo_rpc import Push, build_server
 from ormo_rpc.algorithms import NAMES
-from ormo_rpc.run_directory import environment
+from ormo_rpc.storage.run_directory import environment
 
 
 def server_step(rule: str, dimension: int) -> Callable[[], None]:

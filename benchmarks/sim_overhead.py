@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from ormo_rpc.cli import compose
-from ormo_rpc.job import Job
 from ormo_rpc.messages import Push, Reply
-from ormo_rpc.records import Event
-from ormo_rpc.runtimes.sim.clock import EventQueue
-from ormo_rpc.runtimes.sim.cluster import Cluster, Links, Speeds
-from ormo_rpc.worker import Worker
+from ormo_rpc.runtimes.job import Job
+from ormo_rpc.runtimes.simulator.clock import EventQueue
+from ormo_rpc.runtimes.simulator.cluster import Cluster, Links, Speeds
+from ormo_rpc.server.events import Event
+from ormo_rpc.worker.worker import Worker
 
 
 class Timed:

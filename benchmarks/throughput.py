@@ -25,7 +25,7 @@ import psutil
 
 from benchmarks.peers.line import Job, peak_bytes, result
 from ormo_rpc import train
-from ormo_rpc.run_directory import read_trace
+from ormo_rpc.storage.run_directory import read_trace
 
 TRANSPORTS, WIRES = ("auto", "shm", "tcp", "uv"), ("float32", "bf16", "fp16")
 WARM_UP_SECONDS = 1.0

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ormo_rpc.build import build_server
-from ormo_rpc.config import Config, ConfigError
-from ormo_rpc.errors import NonFiniteGradient, PushRefused, Rejoin
+from ormo_rpc.config.schema import Config
+from ormo_rpc.errors import ConfigError, NonFiniteGradient, PushRefused, Rejoin
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.runtimes import RunFailed
-from ormo_rpc.server import ParameterServer
+from ormo_rpc.server.build import build_server
+from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.train import train
 
 __all__ = [

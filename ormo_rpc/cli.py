@@ -18,9 +18,10 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig
 
-from ormo_rpc.config import GROUPS, Config, ConfigError, parse_config, schema_of
-from ormo_rpc.options import Section
-from ormo_rpc.torchrun import Torchrun
+from ormo_rpc.config.schema import GROUPS, Config, parse_config, schema_of
+from ormo_rpc.errors import ConfigError
+from ormo_rpc.options.section import Section
+from ormo_rpc.runtimes.torchrun import Torchrun
 
 
 def config_dir() -> Path:

@@ -1,9 +1,42 @@
-"""What the server answers to a push that it cannot take. A refused push has changed nothing.
+"""Every exception of the package. A refused push has changed nothing.
 
-Each is built from one string, so that it can be raised again on the other side of the wire.
+Those that cross to a worker (`BY_NAME`) are built from one string, so that they can be raised again on the other side.
 """
 
 from __future__ import annotations
+
+
+class ConfigError(ValueError):
+    """The configuration is wrong; the message has the full key, what came, and what was expected."""
+
+
+class RunFailed(RuntimeError):
+    """The run did not complete; the message is one line that says why.
+
+    Args:
+        message: What happened, and where to look.
+        exit_status: The launcher's exit status: 130 for an interruption, 1 for anything else.
+    """
+
+    def __init__(self, message: str, exit_status: int = 1) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
+
+
+class ServerLost(RuntimeError):
+    """The server, or the connection to it, is gone; it may come back."""
+
+
+class RunEnded(ValueError):
+    """Raised to a process that wants to join a run that has ended."""
+
+
+class WireError(Exception):
+    """The peer violates the protocol; the connection is of no more use."""
+
+
+class Refused(WireError):
+    """The peer has given its reason for not going on; another attempt is of no use."""
 
 
 class PushRefused(ValueError):

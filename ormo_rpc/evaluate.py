@@ -6,10 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from ormo_rpc import checkpoint
-from ormo_rpc.config import ConfigError, load_config
-from ormo_rpc.evaluation import Evaluation, evaluate
-from ormo_rpc.flat import FlatModel
+from ormo_rpc.config.schema import load_config
+from ormo_rpc.errors import ConfigError
+from ormo_rpc.models.flat import FlatModel
+from ormo_rpc.storage import checkpoint
+from ormo_rpc.worker.evaluation import Evaluation, evaluate
 
 
 def evaluate_checkpoint(path: Path) -> tuple[Path, Evaluation]:

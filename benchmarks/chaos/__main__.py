@@ -31,7 +31,7 @@ from benchmarks.chaos.network import Network, Place
 from benchmarks.chaos.plan import ROUND, SHORT, moments, plan, total
 from benchmarks.chaos.watch import ROOT, Failed, Run
 from ormo_rpc.report.table import as_markdown
-from ormo_rpc.run_directory import environment, read_summary, read_trace
+from ormo_rpc.storage.run_directory import environment, read_summary, read_trace
 
 TIMEOUT_SECONDS = 3.0
 """``runtime.worker_timeout_seconds``."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ormo_rpc.algorithms.base import Algorithm, Arrival
 from ormo_rpc.kernels.steps import Plain
-from ormo_rpc.options import option
+from ormo_rpc.options.section import option
 
 
 class ASGD(Algorithm):

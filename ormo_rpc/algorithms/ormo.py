@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ormo_rpc.algorithms.base import Algorithm, Arrival
 from ormo_rpc.kernels.steps import Ordered
-from ormo_rpc.options import option
+from ormo_rpc.options.section import option
 
 
 class OrMo(Algorithm):

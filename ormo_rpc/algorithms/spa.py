@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ormo_rpc.algorithms.base import Algorithm, Arrival
-from ormo_rpc.options import option
+from ormo_rpc.options.section import option
 
 
 class SPA(Algorithm):

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ormo_rpc.checks import all_finite
 from ormo_rpc.compression.format import PushFormat
 from ormo_rpc.seeding import generator
+from ormo_rpc.server.validation import all_finite
 
 Allocate = Callable[[int], Tensor]
 """Makes memory for that many bytes: a uint8 tensor of zeros, whose address is a multiple of 64."""

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ormo_rpc.checks import check_plain
 from ormo_rpc.compression.base import Compressed, Compression, Compressor
 from ormo_rpc.compression.none import NoCompression
 from ormo_rpc.compression.rounding import round_into
+from ormo_rpc.compression.wire_options import WireDtype
 from ormo_rpc.errors import PushRefused
-from ormo_rpc.flat import Layout
-from ormo_rpc.wire_options import WireDtype
+from ormo_rpc.models.flat import Layout
+from ormo_rpc.server.validation import check_plain
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ormo_rpc.checks import all_finite
+from ormo_rpc.server.validation import all_finite
 
 
 def round_into(values: Tensor, out: Tensor) -> None:

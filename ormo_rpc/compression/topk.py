@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ormo_rpc.checks import all_finite
 from ormo_rpc.compression.base import Compressed, Compression, Compressor
 from ormo_rpc.errors import PushRefused
-from ormo_rpc.flat import Layout
-from ormo_rpc.options import option
+from ormo_rpc.models.flat import Layout
+from ormo_rpc.options.section import option
+from ormo_rpc.server.validation import all_finite
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import matplotlib
 
-from ormo_rpc.config import ConfigError
+from ormo_rpc.errors import ConfigError
 from ormo_rpc.report import pictures
 from ormo_rpc.report.page import page
 from ormo_rpc.report.runs import Run, differing, find, group

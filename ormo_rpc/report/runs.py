@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ormo_rpc.config import ConfigError
-from ormo_rpc.run_directory import read_summary, read_trace
+from ormo_rpc.errors import ConfigError
+from ormo_rpc.storage.run_directory import read_summary, read_trace
 
 SETTING = ("algorithm", "scheduler", "num_workers", "heterogeneity", "dataset", "model", "runtime", "wire", "lr")
 """The entries of a summary that make up a setting."""

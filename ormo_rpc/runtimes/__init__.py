@@ -10,16 +10,22 @@ from typing import Any
 
 import torch
 
-from ormo_rpc import checkpoint
-from ormo_rpc.config import Config, ConfigError, Role, load_config
-from ormo_rpc.flat import FlatModel
-from ormo_rpc.run_directory import RunDirectory
-from ormo_rpc.runtime_options import GradientKind, RpcRuntime, SimRuntime
-from ormo_rpc.runtimes.failure import RunFailed
-from ormo_rpc.torchrun import Torchrun
+from ormo_rpc.config.runtimes import GradientKind, RpcRuntime, SimRuntime
+from ormo_rpc.config.schema import Config, Role, load_config
+from ormo_rpc.errors import ConfigError, RunFailed
+from ormo_rpc.models.flat import FlatModel
+from ormo_rpc.runtimes.torchrun import Torchrun
+from ormo_rpc.storage import checkpoint
+from ormo_rpc.storage.run_directory import RunDirectory
 
 __all__ = ["RunFailed", "run"]
 
+MODULES = {
+    "rpc": "ormo_rpc.runtimes.distributed.launcher.run",
+    "sim": "ormo_rpc.runtimes.simulator",
+    "replay": "ormo_rpc.runtimes.replay",
+}
+"""The module of each runtime, imported when it is chosen."""
 DEFAULT_WORKERS = 4
 """Workers of a run on this machine where the configuration names no number."""
 
@@ -43,7 +49,7 @@ def run(config: Config, run_dir: Path) -> dict[str, Any]:
         return _join(config, torchrun)
     config = _decide_workers(config, torchrun)
     first = torchrun is None or torchrun.rank == 0
-    runtime = importlib.import_module(f"ormo_rpc.runtimes.{config.runtime.name}")
+    runtime = importlib.import_module(MODULES[config.runtime.name])
     if first and config.checkpoint.resume is not None:
         _check_resume(config, checkpoint.find(Path(config.checkpoint.resume)))
     try:
@@ -65,7 +71,7 @@ def _join(config: Config, torchrun: Torchrun | None) -> dict[str, Any]:
         raise ConfigError(f"runtime: got {config.runtime.name} with role=worker, expected rpc")
     if config.server.address is None:
         raise ConfigError("server.address: got None with role=worker, expected HOST:PORT of the running server")
-    importlib.import_module("ormo_rpc.runtimes.rpc").join(config)
+    importlib.import_module(MODULES["rpc"]).join(config)
     return {}
 
 

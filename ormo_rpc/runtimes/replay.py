@@ -16,18 +16,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ormo_rpc import checkpoint
-from ormo_rpc.checks import Checked
-from ormo_rpc.config import Config, ConfigError, load_config, save_config
-from ormo_rpc.errors import NonFiniteGradient
-from ormo_rpc.flat import sha256
-from ormo_rpc.job import Job
+from ormo_rpc.config.runtimes import GradientKind, SimRuntime
+from ormo_rpc.config.schema import Config, load_config, save_config
+from ormo_rpc.errors import ConfigError, NonFiniteGradient, RunFailed
 from ormo_rpc.messages import Push, Reply
-from ormo_rpc.records import Event
-from ormo_rpc.run_directory import environment, read_summary, read_trace, write_summary
-from ormo_rpc.runtime_options import GradientKind, SimRuntime
-from ormo_rpc.runtimes.failure import RunFailed
-from ormo_rpc.runtimes.sim.jobs import SyntheticJob
+from ormo_rpc.models.flat import sha256
+from ormo_rpc.runtimes.job import Job
+from ormo_rpc.runtimes.simulator.jobs import SyntheticJob
+from ormo_rpc.server.events import Event
+from ormo_rpc.server.validation import Checked
+from ormo_rpc.storage import checkpoint
+from ormo_rpc.storage.run_directory import environment, read_summary, read_trace, write_summary
 
 BITS_DEPEND_ON = ("torch", "cpu", "capability", "threads")
 """What of the environment decides about the bits of a gradient."""

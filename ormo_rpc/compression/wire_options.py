@@ -1,0 +1,71 @@
+"""Options of the wire: how gradients and parameters travel between a worker and the server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from ormo_rpc.options.section import Section, option
+
+
+class Transport(Enum):
+    """How bytes travel."""
+
+    auto = "auto"
+    """Each worker by itself: `shm` where it and the server can share memory, else `tcp`."""
+    shm = "shm"
+    """Memory that worker and server share, on one machine; a worker that cannot is not let in."""
+    tcp = "tcp"
+    """Frames on a TCP connection, from and into buffers that are made once."""
+    uv = "uv"
+    """torch.distributed.rpc over TCP, with an RRef to the server."""
+
+    @property
+    def may_share(self) -> bool:
+        """Whether worker and server share memory where they can."""
+        return self in (Transport.auto, Transport.shm)
+
+
+class WireDtype(Enum):
+    """What the values of a push are rounded to."""
+
+    float32 = "float32"
+    """Nothing: they travel as the model has them."""
+    bf16 = "bf16"
+    """8 bits of precision, the range of float32."""
+    fp16 = "fp16"
+    """11 bits of precision; what is beyond 65,504 is sent as that."""
+
+    @property
+    def rounded(self) -> torch.dtype | None:
+        """The dtype to round to; None for as they are."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.value)
+
+
+class ParamsDtype(Enum):
+    """What parameters are rounded to when they are handed out."""
+
+    float32 = "float32"
+    """Nothing: they travel as the server has them."""
+    bf16 = "bf16"
+    """8 bits of precision: a gradient is then taken at rounded parameters; the server's own stay exact."""
+
+    @property
+    def rounded(self) -> torch.dtype | None:
+        """The dtype to round to; None for as they are."""
+        return {"bf16": torch.bfloat16}.get(self.value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wire(Section):
+    """How gradients and parameters travel."""
+
+    PATH = "wire"
+    transport: Transport = option(
+        Transport.auto,
+        "auto (shm where a worker can, else tcp), shm (shared memory), tcp, or uv (torch.distributed.rpc)",
+    )
+    dtype: WireDtype = option(WireDtype.float32, "what a push is rounded to: float32 (exact, as it is), bf16 or fp16")
+    params: ParamsDtype = option(ParamsDtype.float32, "what parameters are handed out as: float32 (exact, as they are) or bf16")

@@ -1,0 +1,163 @@
+"""The options of each runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from ormo_rpc.options.section import Section, at_least_one, not_negative, option, positive
+from ormo_rpc.worker.faults import are_faults
+
+
+def _are_times(value: Mapping[int, float]) -> bool:
+    return all(worker >= 0 and not_negative(seconds) for worker, seconds in value.items())
+
+
+class GradientKind(Enum):
+    """What virtual workers compute."""
+
+    real = "real"
+    """Gradients of the model on the data."""
+    quadratic = "quadratic"
+    """Gradients of a noisy ill-conditioned quadratic: no data, no model."""
+    noise = "noise"
+    """Noise alone, where nothing but the schedule is of interest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime(Section):
+    """What every runtime has."""
+
+    PATH = "runtime"
+    name: str = option("???", "how server and workers are run")
+    threads: int = option(
+        1, "threads of each process for tensor operations", valid=lambda v: v >= 1, expected="a whole number >= 1"
+    )
+
+    min_workers: int = option(
+        1, "while fewer workers are there, no work is handed out", valid=lambda v: v >= 1, expected="a whole number >= 1"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RpcRuntime(Runtime):
+    """Processes that are connected as ``wire.transport`` says."""
+
+    name: str = option("rpc", "processes on one machine or many, connected by shared memory, TCP or torch.distributed.rpc")
+    start_timeout_seconds: float = option(
+        180.0, "time for all processes to start and find one another", valid=positive, expected="a finite number > 0"
+    )
+    rpc_timeout_seconds: float = option(
+        30.0,
+        "time for letting a stream in; with wire.transport=uv, until an unanswered push is repeated",
+        valid=positive,
+        expected="a finite number > 0",
+    )
+    ticket_timeout_seconds: float = option(
+        900.0,
+        "time after which a worker that does not come back with its ticket is evicted",
+        valid=positive,
+        expected="a finite number > 0",
+    )
+    stop_timeout_seconds: float = option(
+        10.0, "time for a run to wind up when it is interrupted", valid=positive, expected="a finite number > 0"
+    )
+    worker_timeout_seconds: float = option(
+        15.0,
+        "silence after which a process counts as dead; it gives ten signs of life in that time",
+        valid=positive,
+        expected="a finite number > 0",
+    )
+    regroup_seconds: float = option(
+        10.0,
+        "time that a restarted server waits for all workers before it goes on with those who are back",
+        valid=not_negative,
+        expected="a finite number >= 0",
+    )
+    max_restarts: int = option(
+        5, "how often each process that dies is started again", valid=lambda v: v >= 0, expected="a whole number >= 0"
+    )
+    restart_backoff_seconds: float = option(
+        0.5,
+        "pause before the first restart of a process; it doubles each time, up to 30",
+        valid=not_negative,
+        expected="a finite number >= 0",
+    )
+    max_not_finite: int = option(
+        10,
+        "gradients in a row that are not finite after which a worker is dismissed",
+        valid=lambda v: v >= 1,
+        expected="a whole number >= 1",
+    )
+    interface: str | None = option(
+        None, "network interface between machines, such as eth0; loopback when all is on one machine"
+    )
+    faults: list[str] = option(
+        [],
+        "for tests: faults to inject, such as kill@1:20 or stop@server:100 (see ormo_rpc/faults.py)",
+        valid=are_faults,
+        expected="words KIND@WHO:PUSH[:AMOUNT], kinds kill, stop, delay, drop_reply, corrupt",
+    )
+
+    @property
+    def heartbeat_seconds(self) -> float:
+        """The time between two signs of life: ten of them have to be missed before a process counts as dead."""
+        return self.worker_timeout_seconds / 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimRuntime(Runtime):
+    """A virtual cluster in one process: real server, real gradients, virtual time."""
+
+    name: str = option("sim", "a virtual cluster in this process: the same server and gradients, virtual time")
+    compute_seconds: float = option(
+        0.1,
+        "virtual seconds that a worker computes for a ticket, before heterogeneity",
+        valid=positive,
+        expected="a finite number > 0",
+    )
+    latency_seconds: list[float] = option(
+        [0.0],
+        "one way, per worker (worker k takes entry k modulo the length)",
+        valid=lambda v: bool(v) and all(map(not_negative, v)),
+        expected="at least one finite number >= 0",
+    )
+    bandwidth: list[float] = option(
+        [],
+        "bytes per second, per worker likewise; empty: no limit",
+        valid=lambda v: all(map(positive, v)),
+        expected="finite numbers > 0",
+    )
+    service_seconds: float = option(
+        0.0, "virtual seconds that the server takes for a push", valid=not_negative, expected="a finite number >= 0"
+    )
+    joins: dict[int, float] = option(
+        {},
+        "further workers and when they join, in virtual seconds",
+        valid=_are_times,
+        expected="whole numbers >= 0 with finite times >= 0",
+    )
+    leaves: dict[int, float] = option(
+        {},
+        "workers that leave, and when, in virtual seconds",
+        valid=_are_times,
+        expected="whole numbers >= 0 with finite times >= 0",
+    )
+    gradient: GradientKind = option(GradientKind.real, "real; for very many workers: quadratic (synthetic), or noise alone")
+    dimension: int = option(1000, "parameters of the quadratic", valid=lambda v: v >= 1, expected="a whole number >= 1")
+    condition: float = option(100.0, "condition number of the quadratic", valid=at_least_one, expected="a finite number >= 1")
+    noise: float = option(
+        0.1, "standard deviation of its gradient's noise, per coordinate", valid=not_negative, expected="a finite number >= 0"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayRuntime(Runtime):
+    """A recorded run computed again."""
+
+    name: str = option("replay", "compute a recorded run (replay.run) again, bit for bit")
+
+
+RUNTIMES: dict[str, type[Runtime]] = {"rpc": RpcRuntime, "sim": SimRuntime, "replay": ReplayRuntime}
+"""The runtimes' options by name."""

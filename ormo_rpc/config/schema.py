@@ -1,0 +1,355 @@
+"""The schema of a run: every key with its type, default, meaning and range.
+
+Defaults stand here and with the sections of rules, schedulers, data sets and models; the files in ``conf/`` only choose among
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ormo_rpc import algorithms
+from ormo_rpc.algorithms.base import Algorithm
+from ormo_rpc.compression import COMPRESSIONS, Compression, NoCompression
+from ormo_rpc.compression.wire_options import ParamsDtype, Transport, Wire, WireDtype
+from ormo_rpc.config.runtimes import RUNTIMES, RpcRuntime, Runtime, SimRuntime
+from ormo_rpc.data import DATASETS, DataSection, Digits
+from ormo_rpc.errors import ConfigError
+from ormo_rpc.models import MODELS, MLPSection, ModelSection
+from ormo_rpc.options.section import Section, at_least_one, not_negative, option, positive
+from ormo_rpc.schedulers.base import SCHEDULERS, Scheduler
+from ormo_rpc.server.lr_schedule import LearningRate, Shape
+from ormo_rpc.server.validation import NormGuard, NormPolicy
+from ormo_rpc.worker.heterogeneity import HETEROGENEITIES, Heterogeneity
+from ormo_rpc.worker.options import WorkerOptions
+
+
+class Role(Enum):
+    """What this launcher does."""
+
+    all = "all"
+    """Start server and workers."""
+    worker = "worker"
+    """Start one worker for a server that runs already."""
+
+
+class LRScaling(Enum):
+    """Whether the learning rate depends on the number of workers."""
+
+    none = "none"
+    """As given: a synchronous round applies the sum of its gradients, as in arXiv 2407.19234."""
+    mean = "mean"
+    """Divided by the number of workers: a synchronous round applies their mean."""
+
+
+class WandbMode(Enum):
+    """Where Weights & Biases keeps the run."""
+
+    offline = "offline"
+    online = "online"
+    disabled = "disabled"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Section):
+    """How long, with which batches and at which learning rate."""
+
+    PATH = "train"
+    epochs: int = option(
+        30, "end after this many passes over the training data", valid=at_least_one, expected="a whole number >= 1"
+    )
+    max_iterations: int | None = option(
+        None, "end after this many applied gradients", valid=at_least_one, expected="a number >= 1"
+    )
+    max_seconds: float | None = option(None, "end after this many seconds", valid=positive, expected="a finite number > 0")
+    batch_size: int = option(32, "samples per gradient", valid=at_least_one, expected="a whole number >= 1")
+    lr: float = option(0.02, "learning rate eta, to be tuned per rule", valid=positive, expected="a finite number > 0")
+    lr_schedule: Shape = option(Shape.constant, "constant, step (times lr_gamma at each of lr_milestones) or cosine")
+    lr_milestones: list[float] = option(
+        [],
+        "epochs at which step acts",
+        valid=lambda v: all(e > 0 for e in v) and sorted(v) == list(v),
+        expected="rising epochs > 0",
+    )
+    lr_gamma: float = option(0.1, "factor of step", valid=positive, expected="a finite number > 0")
+    lr_scaling: LRScaling = option(LRScaling.none, "none, or mean: divide the learning rate by the number of workers")
+    warmup_epochs: float = option(0.0, "epochs of linear warm-up", valid=not_negative, expected="a finite number >= 0")
+    momentum: float = option(
+        0.9, "momentum beta, for rules that have one", valid=lambda v: 0 <= v < 1, expected="a number in [0, 1)"
+    )
+    weight_decay: float = option(
+        0.0, "weight decay lambda, part of the worker's gradient", valid=not_negative, expected="a finite number >= 0"
+    )
+    clip_norm: float | None = option(
+        None, "clip each gradient to this global norm, before weight decay", valid=positive, expected="a finite number > 0"
+    )
+    grad_norm_limit: float | None = option(
+        None,
+        "the server's limit to the global norm of a push; none by default",
+        valid=positive,
+        expected="a finite number > 0",
+    )
+    grad_norm_policy: NormPolicy = option(
+        NormPolicy.clip, "what becomes of a push above the limit: clip it, or refuse it and give its ticket to another worker"
+    )
+
+    @property
+    def norm_guard(self) -> NormGuard | None:
+        """The server's limit to the norm of a push."""
+        return None if self.grad_norm_limit is None else NormGuard(self.grad_norm_limit, self.grad_norm_policy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(Section):
+    """When checkpoints are written, and where a run goes on from."""
+
+    PATH = "checkpoint"
+    every: int = option(0, "iterations between checkpoints; 0: by time alone", valid=lambda v: v >= 0, expected="a number >= 0")
+    every_seconds: float = option(
+        30.0,
+        "seconds (of the machine, not of a simulation) between checkpoints; 0: not by time",
+        valid=not_negative,
+        expected="a finite number >= 0",
+    )
+    journal: bool = option(False, "make each gradient durable before it is acknowledged: a crash then rolls nothing back")
+    keep: int = option(3, "how many checkpoints are kept", valid=at_least_one, expected="a whole number >= 1")
+    resume: str | None = option(None, "a checkpoint or run directory to go on from")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server(Section):
+    """Where the server is found, and what it asks of workers."""
+
+    PATH = "server"
+    address: str | None = option(
+        None, "HOST:PORT where workers are let in (by default on loopback) or, with role=worker, where to ask"
+    )
+    secret_file: str | None = option(
+        None, "file with the secret of the run; else ORMO_RPC_SECRET counts, else one is made for the run"
+    )
+    public: bool = option(False, "allow server.address to be reachable from outside of a private network; see SECURITY.md")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay(Section):
+    """Which run is computed again."""
+
+    PATH = "replay"
+    run: str | None = option(None, "the run directory to compute again, for runtime=replay")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logger(Section):
+    """What is written besides the run directory."""
+
+    PATH = "logger"
+    mode: WandbMode = option(WandbMode.offline, "Weights & Biases: offline (kept in the run directory), online or disabled")
+    project: str = option("ormo_rpc", "wandb project")
+    run_name: str | None = option(None, "wandb run name; by default algorithm, scheduler, workers and seed")
+    group: str | None = option(None, "wandb group")
+    progress: bool = option(True, "progress bar, when standard error is a terminal")
+    log_seconds: float = option(
+        0.5, "time between lines of metrics.jsonl and wandb", valid=positive, expected="a finite number > 0"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Section):
+    """Everything that a run is made of.
+
+    Raises:
+        ValueError: a value is out of range; the message has the full key.
+    """
+
+    workers: int | None = option(
+        None, "number of workers; default 4, under torchrun WORLD_SIZE - 1", valid=at_least_one, expected="a whole number >= 1"
+    )
+    role: Role = option(Role.all, "all (server and workers), or worker: join the run at server.address and work for it")
+    seed: int = option(0, "of everything random", valid=lambda v: v >= 0, expected="a whole number >= 0")
+    algorithm: Algorithm.Options = field(default_factory=lambda: algorithms.find("ormo").Options())
+    scheduler: Scheduler.Options = field(default_factory=SCHEDULERS["async"].Options)
+    dataset: DataSection = field(default_factory=Digits)
+    model: ModelSection = field(default_factory=MLPSection)
+    heterogeneity: Heterogeneity = field(default_factory=Heterogeneity)
+    train: Train = field(default_factory=Train)
+    runtime: Runtime = field(default_factory=RpcRuntime)
+    server: Server = field(default_factory=Server)
+    wire: Wire = field(default_factory=Wire)
+    worker: WorkerOptions = field(default_factory=WorkerOptions)
+    compression: Compression = field(default_factory=NoCompression)
+    replay: Replay = field(default_factory=Replay)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    logger: Logger = field(default_factory=Logger)
+
+    @property
+    def num_processes(self) -> int:
+        """The number of processes (or virtual machines) that work, once it is decided."""
+        assert self.workers is not None, "workers is decided before anything starts"
+        return self.workers
+
+    @property
+    def num_workers(self) -> int:
+        """K at the start, the number of workers that the server sees: a process that works ahead counts once for each ticket.
+
+        Process p has the workers p, p + num_processes, and so on.
+        """
+        return self.num_processes * (1 + self.worker.prefetch)
+
+    def process_of(self, worker: int) -> int:
+        """The process of a worker; a guest, whose number is none of the first K, counts as one of its own."""
+        return worker % self.num_processes if worker < self.num_workers else worker
+
+    def slowdown(self, worker: int, generator: torch.Generator) -> float:
+        """How much longer than its own computation a worker takes for the next ticket: that of its process."""
+        return self.heterogeneity.slowdown(worker % self.num_processes, self.num_processes, generator)
+
+    @property
+    def wire_form(self) -> str:
+        """What becomes of pushes and parameters on the wire, in a few words: what differs from exact."""
+        options = [(field.name, field.default, getattr(self.compression, field.name)) for field in fields(self.compression)]
+        words = [self.compression.name] * (self.compression.name != "none")
+        words += [f"{name}={value}" for name, default, value in options if value != default]
+        words += [self.wire.dtype.value] * (self.wire.dtype is not WireDtype.float32)
+        words += [f"params={self.wire.params.value}"] * (self.wire.params is not ParamsDtype.float32)
+        return " ".join(words) or "exact"
+
+    @property
+    def rpc(self) -> RpcRuntime:
+        """The options of the RPC runtime, where it is the one."""
+        assert isinstance(self.runtime, RpcRuntime)
+        return self.runtime
+
+    @property
+    def sim(self) -> SimRuntime:
+        """The options of the simulator, where it is the one."""
+        assert isinstance(self.runtime, SimRuntime)
+        return self.runtime
+
+    def learning_rate(self, batches_per_epoch: int, total_tickets: int) -> LearningRate:
+        """The scheduled learning rate of this run, in iterations."""
+        scale = 1 / self.num_workers if self.train.lr_scaling is LRScaling.mean else 1.0
+        return LearningRate(
+            base=self.train.lr * scale,
+            shape=self.train.lr_schedule,
+            milestones=tuple(epoch * batches_per_epoch for epoch in self.train.lr_milestones),
+            gamma=self.train.lr_gamma,
+            warmup=round(self.train.warmup_epochs * batches_per_epoch),
+            total=total_tickets,
+        )
+
+
+GROUPS: dict[str, Mapping[str, type[Section]]] = {
+    "algorithm": {name: algorithms.find(name).Options for name in algorithms.NAMES},
+    "scheduler": {name: scheduler.Options for name, scheduler in SCHEDULERS.items()},
+    "dataset": DATASETS,
+    "model": MODELS,
+    "runtime": RUNTIMES,
+    "heterogeneity": HETEROGENEITIES,
+    "compression": COMPRESSIONS,
+}
+"""The sections that are chosen by name."""
+
+
+def schema_of(section: type[Section]) -> DictConfig:
+    """The typed OmegaConf node of a section; a frozen dataclass makes a read-only node, and overrides have to write to it."""
+    node = OmegaConf.structured(section)
+    assert isinstance(node, DictConfig)
+    OmegaConf.set_readonly(node, False)
+    for name in node:
+        child = None if OmegaConf.is_missing(node, name) else node[name]
+        if isinstance(child, DictConfig):
+            OmegaConf.set_readonly(child, False)
+            if OmegaConf.get_type(child) is dict:
+                OmegaConf.set_struct(child, False)  # a free dictionary, such as the keywords of a user's own model
+    return node
+
+
+def parse_config(values: DictConfig | Mapping[str, Any]) -> Config:
+    """Check a tree of values against the schema.
+
+    Args:
+        values: Nested plain values, such as a composed hydra configuration or a loaded ``config.yaml``. What is missing takes
+            its default; a group is chosen by its ``name``.
+
+    Raises:
+        ConfigError: a key is unknown, or a value has the wrong type or is out of range.
+    """
+    try:
+        tree = OmegaConf.create(
+            OmegaConf.to_container(values, resolve=True) if isinstance(values, DictConfig) else dict(values)
+        )
+        schema = schema_of(Config)
+        for section in (str(key) for key in schema if OmegaConf.is_dict(schema[key])):
+            if section in tree and not OmegaConf.is_dict(value := OmegaConf.select(tree, section)):
+                raise ConfigError(f"{section}: got {value!r}, expected keys with their values")
+        for group, choices in GROUPS.items():
+            name = OmegaConf.select(tree, f"{group}.name", default=schema[group].name)
+            if name not in choices:
+                raise ConfigError(f"{group}: got {name!r}, expected one of {', '.join(choices)}")
+            schema[group] = schema_of(choices[name])
+        config = OmegaConf.to_object(OmegaConf.merge(schema, tree))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_one_line(error)) from None
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    assert isinstance(config, Config)
+    refused = algorithms.find(config.algorithm.name).REFUSES.get(config.scheduler.name)
+    if refused is not None:
+        raise ConfigError(
+            f"scheduler: got {config.scheduler.name!r}, which {config.algorithm.name} does not run under: {refused}"
+        )
+    _refuse_together(config)
+    return config
+
+
+def _refuse_together(config: Config) -> None:
+    """Refuse what does not go with working ahead.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    prefetch = config.worker.prefetch
+    if prefetch and SCHEDULERS[config.scheduler.name].BARRIER:
+        raise ConfigError(
+            f"worker.prefetch: got {prefetch} with scheduler={config.scheduler.name}, whose barrier waits for all tickets, "
+            f"those ahead as well; expected 0, or scheduler=async or ssp"
+        )
+    if prefetch and config.wire.transport is Transport.uv:
+        raise ConfigError(
+            f"worker.prefetch: got {prefetch} with wire.transport=uv, where a process has one agent, for one worker; "
+            f"expected 0, or wire.transport=auto, shm or tcp"
+        )
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write a configuration as resolved YAML, which `load_config` reads."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def load_config(path: Path) -> Config:
+    """Read what `save_config` wrote.
+
+    Raises:
+        ConfigError: the file is missing, or does not fit the schema.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such file, expected the config.yaml of a run")
+    values = OmegaConf.load(path)
+    assert isinstance(values, DictConfig)
+    return parse_config(values)
+
+
+def _one_line(error: OmegaConfBaseException) -> str:
+    """OmegaConf's message with the full key in front, on one line."""
+    message = str(error.msg or error).splitlines()[0]
+    return f"{error.full_key}: {message}" if error.full_key else message

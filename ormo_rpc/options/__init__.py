@@ -1,0 +1,1 @@
+"""Typed options of every part, and their registration."""

@@ -1,0 +1,149 @@
+"""The simulator: a virtual cluster around the same server and worker objects, in this process and in virtual time."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from ormo_rpc.config.runtimes import GradientKind
+from ormo_rpc.config.schema import Config, save_config
+from ormo_rpc.errors import RunFailed
+from ormo_rpc.runtimes.job import Job, time_generator
+from ormo_rpc.runtimes.session import Session
+from ormo_rpc.runtimes.simulator.clock import EventQueue
+from ormo_rpc.runtimes.simulator.cluster import Cluster, GradientSource, Links, Speeds
+from ormo_rpc.runtimes.simulator.jobs import SyntheticJob
+
+PUMP_EVERY = 32
+"""Pushes between two looks at the queues of records."""
+
+
+class InlineExecutor(Executor):
+    """Runs what is submitted at once, so that nothing depends on which thread is faster."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Call, and return the result as a completed future."""
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def run(config: Config, run_dir: Path) -> dict[str, Any]:
+    """Simulate a run to its end and return its summary.
+
+    Raises:
+        RunFailed: it was interrupted; a checkpoint is left.
+    """
+    sim = config.sim
+    torch.set_num_threads(sim.threads)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    save_config(config, run_dir / "config.yaml")
+    queue = EventQueue()
+    job = Job(config) if sim.gradient is GradientKind.real else SyntheticJob(config)
+    source: GradientSource = job.worker() if isinstance(job, Job) else job.source()
+    terminal = sys.stderr.fileno() if sys.stderr.isatty() else None
+    inline = InlineExecutor()
+
+    def state() -> dict[str, Any]:
+        return {**session.server.state_dict(replies=True), "cluster": cluster.state()}
+
+    session = Session(job, run_dir, inline, inline, lambda: queue.now, state=state, terminal=terminal)
+    cluster = Cluster(
+        session.server,
+        source,
+        queue,
+        _links(config, session, job.push_format().size),
+        _compute_seconds(config),
+        lambda: session.observe(session.server),
+        processes=config.num_processes if config.worker.prefetch else None,
+    )
+    session.open()
+    if session.going_on is None:
+        _schedule(config, queue, cluster)
+    else:
+        cluster.load_state(session.going_on)
+    interrupted = _drive(cluster, session)
+    last = state()
+    session.write_checkpoint(last)
+    cluster.close()
+    status = {"status": "interrupted", "reason": interrupted} if interrupted else {}
+    summary = session.close(last, wait=True, virtual_seconds=queue.now, **status, **_loads(cluster, queue.now))
+    if interrupted:
+        raise RunFailed(
+            f"interrupted by {interrupted}; iteration {last['iteration']} is kept: go on with checkpoint.resume={run_dir}",
+            exit_status=130,
+        )
+    return summary
+
+
+def _schedule(config: Config, queue: EventQueue, cluster: Cluster) -> None:
+    """Put into the queue what happens at given times."""
+    for worker, seconds in config.sim.joins.items():
+        queue.at(seconds, "join", worker)
+    for worker, seconds in config.sim.leaves.items():
+        queue.at(seconds, "leave", worker)
+    if config.train.max_seconds is not None:
+        queue.at(config.train.max_seconds, "finish")
+    cluster.start()
+
+
+def _drive(cluster: Cluster, session: Session) -> str:
+    """Let one event happen after the other until the run has ended; return the signal that interrupted it, if one did."""
+    asked: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature of a signal handler
+        asked.append(number)
+
+    main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+    former = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        count = 0
+        while not session.server.ended and not asked and cluster.step():
+            count += 1
+            if count % PUMP_EVERY == 0:
+                session.pump()
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+    return signal.Signals(asked[0]).name if asked else ""
+
+
+def _links(config: Config, session: Session, push_bytes: int) -> Links:
+    params = session.server.params
+    sent_dtype = config.wire.params.rounded or params.dtype
+    return Links(
+        latency_seconds=config.sim.latency_seconds,
+        bandwidth=config.sim.bandwidth,
+        push_bytes=push_bytes,
+        reply_bytes=params.numel() * sent_dtype.itemsize,
+        service_seconds=config.sim.service_seconds,
+    )
+
+
+def _compute_seconds(config: Config) -> Speeds:
+    """Draws how long a worker's next ticket takes."""
+
+    def seconds(worker: int, generator: torch.Generator) -> float:
+        return config.sim.compute_seconds * config.slowdown(worker, generator)
+
+    return Speeds(seconds, lambda worker: time_generator(config, worker))
+
+
+def _loads(cluster: Cluster, seconds: float) -> dict[str, Any]:
+    """Who was busy for which part of the time."""
+    load = cluster.load
+    busy = {str(w): load.computing.get(w, 0.0) / max(load.member[w], 1e-12) for w in sorted(load.member)}
+    return {
+        "utilisation_per_worker": {worker: min(1.0, part) for worker, part in busy.items()},
+        "server_load": load.serving / seconds if seconds else 0.0,
+        "server_queue_seconds": load.queueing,
+    }

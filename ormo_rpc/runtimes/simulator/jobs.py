@@ -1,0 +1,82 @@
+"""A synthetic job: the noisy quadratic in place of a model and data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ormo_rpc import algorithms
+from ormo_rpc.compression import PushFormat
+from ormo_rpc.config.runtimes import GradientKind
+from ormo_rpc.config.schema import Config
+from ormo_rpc.errors import ConfigError
+from ormo_rpc.models.flat import Layout
+from ormo_rpc.runtimes.job import Evaluator, Exporter, configured_format, configured_server
+from ormo_rpc.runtimes.simulator.synthetic import Quadratic
+from ormo_rpc.server.events import Event
+from ormo_rpc.server.parameter_server import ParameterServer
+
+BATCHES_PER_EPOCH = 1000
+"""What counts as an epoch, where there is no data."""
+
+
+class SyntheticJob:
+    """As `Job`, without a model, data or evaluations: the training loss is the quadratic itself.
+
+    Args:
+        config: The configuration, with the number of workers decided.
+
+    Raises:
+        ConfigError: it does not say how many iterations to run.
+    """
+
+    def __init__(self, config: Config) -> None:
+        if config.train.max_iterations is None:
+            raise ConfigError("train.max_iterations: got None, expected a number: the quadratic has no epochs")
+        self.config = config
+        self.total_tickets = config.train.max_iterations
+        self.batches_per_epoch = BATCHES_PER_EPOCH
+        self.lr: Callable[[int], float] = config.learning_rate(self.batches_per_epoch, self.total_tickets)
+
+    def source(self) -> Quadratic:
+        """Computes the gradients."""
+        sim = self.config.sim
+        condition = sim.condition if sim.gradient is GradientKind.quadratic else None
+        rule = algorithms.find(self.config.algorithm.name)
+        return Quadratic(
+            sim.dimension,
+            condition,
+            sim.noise,
+            rule,
+            momentum=self.config.train.momentum,
+            seed=self.config.seed,
+            wire_format=self.push_format(),
+        )
+
+    def push_format(self) -> PushFormat:
+        """The wire form of its pushes, which have no matrix: powersgd sends them as they are."""
+        params = Layout({"x": torch.empty(self.config.sim.dimension)})
+        return configured_format(self.config, params, Layout({}), torch.float32)
+
+    def server(self, record: Callable[[Event], None], clock: Callable[[], float]) -> ParameterServer:
+        """The parameter server at iteration 0."""
+        return configured_server(self, self.source().start(), None, record, clock)
+
+    def epoch(self, iteration: int) -> float:
+        """Iterations over what counts as an epoch."""
+        return iteration / self.batches_per_epoch
+
+    def evaluator(self) -> Evaluator | None:
+        """There is no test set."""
+        return None
+
+    def exporter(self) -> Exporter:
+        """The parameters under one name."""
+
+        def export(state: Mapping[str, Any]) -> dict[str, Tensor]:
+            return {"x": state["params"].clone()}
+
+        return export

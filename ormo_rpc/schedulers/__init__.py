@@ -1,0 +1,1 @@
+"""Communication schedulers: who is answered when."""

@@ -1,0 +1,1 @@
+"""The parameter server: assignments, validation, algorithm and scheduler in one place."""

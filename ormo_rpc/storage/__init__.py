@@ -1,0 +1,1 @@
+"""Files of a run: run directory, checkpoints, write-ahead log, summary."""

@@ -1,0 +1,1 @@
+"""Fixed-size frames on a TCP connection, with payloads behind them or in shared memory."""

@@ -1,0 +1,26 @@
+"""Options of the workers themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ormo_rpc.options.section import Section, option
+
+MOST_AHEAD = 100
+"""Each ticket ahead has a model, a thread and two connections, and no network is so slow that more of them were of use."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerOptions(Section):
+    """What a worker does with a ticket."""
+
+    PATH = "worker"
+    stand_in: bool = option(
+        False, "push the same small numbers for every ticket and compute nothing: measures server and wire alone"
+    )
+    prefetch: int = option(
+        0,
+        "tickets that a worker has ahead, to compute on while a push is on its way; K: workers x (1 + this)",
+        valid=lambda v: 0 <= v <= MOST_AHEAD,
+        expected=f"a whole number from 0 to {MOST_AHEAD}",
+    )

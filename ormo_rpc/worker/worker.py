@@ -1,0 +1,181 @@
+"""The worker: from a `Reply` to a `Push`, the same object in every runtime.
+
+It keeps nothing between tickets, but for what a lossy wire format has dropped so far (see `Encoder`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ormo_rpc.algorithms.base import Algorithm, LocalWork
+from ormo_rpc.compression import Allocate, Encoder, PushFormat
+from ormo_rpc.data import Epochs, Split
+from ormo_rpc.messages import Push, Reply
+from ormo_rpc.models.flat import FlatModel
+from ormo_rpc.seeding import generator, seed_for
+
+
+class Worker:
+    """Computes the push of a ticket; batches, augmentation and dropout are functions of (seed, ticket) alone.
+
+    The push and, behind it, the batch-norm statistics lie in one flat tensor, `payload`, which the next call writes over: of
+    the model's dtype where the wire format is exact, else the bytes of the wire form. `wire` is the same memory as bytes.
+
+    Args:
+        model: The model, for this worker alone.
+        data: The training split.
+        epochs: Which samples make up which ticket.
+        rule: The server's rule, which says what becomes of the gradients before they are pushed.
+        seed: The seed of the run.
+        momentum: ``beta``, for rules with local steps.
+        weight_decay: ``lambda``; a gradient gets ``+ lambda w`` at the parameters where it is taken, after clipping.
+        clip_norm: The global norm to which the gradient of the loss is clipped first; None for no clipping.
+        wire_format: What becomes of the push on the wire; exact by default.
+        allocate: Makes the memory of `payload`, given its bytes.
+    """
+
+    def __init__(
+        self,
+        model: FlatModel,
+        data: Split,
+        epochs: Epochs,
+        rule: type[Algorithm],
+        *,
+        seed: int,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        clip_norm: float | None = None,
+        wire_format: PushFormat | None = None,
+        allocate: Allocate | None = None,
+    ) -> None:
+        self.model = model
+        self.data = data
+        self.epochs = epochs
+        self.rule = rule
+        self.seed = seed
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        self.clip_norm = clip_norm
+        model.module.train()
+        exact = PushFormat(params=model.params, buffers=model.buffers, dtype=model.dtype, vectors=rule.VECTORS_PUSHED)
+        self._encoder = Encoder(wire_format or exact, allocate)
+        self.wire, self.payload = self._encoder.wire, self._encoder.payload
+        self.push, self.statistics = self._encoder.push, self._encoder.statistics
+        self.buffers = model.bind_batch_statistics(self.statistics)
+        self._grad_bound = 0
+        self._loaded: dict[int, tuple[Tensor, Tensor]] = {}
+        """Batches that are made already, by their numbers in the run."""
+        self._sent = torch.empty(0, dtype=model.dtype)
+        """What was sent, where it had to be cast to the model's dtype."""
+
+    def compute(self, reply: Reply) -> Push:
+        """The push that answers a reply, as the server will see it, while `payload` is what goes over the wire.
+
+        Both are written over by the next call. A lossy format makes each call count: what this push drops is added to the
+        next one of the same worker.
+
+        Args:
+            reply: Work, that is, a ticket that is not None.
+        """
+        assert reply.ticket is not None, "a reply without a ticket is the word to stop"
+        batches, losses = self._batches(reply.ticket, reply.steps), list[float]()
+
+        def gradient(params: Tensor, step: int, into: Tensor) -> None:
+            number, indices = batches[step]
+            losses.append(self._gradient(params, indices, number, into))
+
+        work = LocalWork(
+            sent=self._cast(reply.params),
+            dimension=self.model.params.size,
+            lr=reply.lr,
+            momentum=self.momentum,
+            steps=len(batches),
+            gradient=gradient,
+        )
+        self.rule.local(work, self.push)
+        return Push(
+            worker=reply.worker,
+            ticket=reply.ticket,
+            stamp=reply.stamp,
+            grad=self._encoder.encode(reply.worker),
+            loss=sum(losses) / len(losses),
+            samples=sum(len(indices) for _, indices in batches),
+            buffers=self.buffers,
+            incarnation=reply.incarnation,
+        )
+
+    def load(self, reply: Reply) -> None:
+        """Make the batches of a ticket now, for `compute`, where they depend on nothing but their numbers.
+
+        It may run while another worker of this process computes.
+        """
+        if reply.ticket is not None and self.data.PURE:
+            batches = self._batches(reply.ticket, reply.steps)
+            self._loaded = {number: self.data.batch(indices, self._augmentation(number)) for number, indices in batches}
+
+    def forget(self, worker: int | None = None) -> None:
+        """A worker (None: whichever this is) joins anew: what the wire had dropped of its pushes is gone."""
+        self._encoder.forget(worker)
+
+    def state(self) -> dict[int, dict[str, Any]]:
+        """What is kept of each worker, a private copy; empty where nothing is compressed or fed back."""
+        return self._encoder.state()
+
+    def load_state(self, state: Mapping[int, Mapping[str, Any]]) -> None:
+        """Take over what `state` returned."""
+        self._encoder.load_state(state)
+
+    def _cast(self, sent: Tensor) -> Tensor:
+        """What was sent, in the model's dtype."""
+        if sent.dtype == self.model.dtype:
+            return sent
+        if self._sent.shape != sent.shape:
+            self._sent = torch.empty_like(sent, dtype=self.model.dtype)
+        return self._sent.copy_(sent)
+
+    def warm_up(self) -> None:
+        """Compute a gradient and forget it: a first pass is many times slower, a delay that means nothing."""
+        scratch = torch.zeros(self.model.params.size, dtype=self.model.dtype)
+        self._gradient(self.model.flat_params(), self.epochs.indices(0), 0, scratch)
+
+    def _gradient(self, params: Tensor, indices: Tensor, number: int, into: Tensor) -> float:
+        """Write the gradient of the samples' mean loss at ``params`` into ``into``; return that loss.
+
+        ``number`` is that of the batch in the run, the seed of all that is random in it.
+        """
+        self.model.bind(params)
+        if into.data_ptr() != self._grad_bound:
+            self.model.bind_grad(into)
+            self._grad_bound = into.data_ptr()
+        into.zero_()
+        self.statistics.zero_()
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed_for(self.seed, "forward", number))
+            inputs, targets = self._loaded.pop(number, None) or self.data.batch(indices, self._augmentation(number))
+            loss = functional.cross_entropy(self.model.module(inputs), targets)
+            loss.backward()
+        self._regularise(into, params)
+        return loss.item()
+
+    def _batches(self, ticket: int, steps: int) -> list[tuple[int, Tensor]]:
+        """The batches of a ticket: their numbers in the run, and which samples they are of."""
+        indices = self.epochs.indices(ticket)
+        parts = indices.tensor_split(min(steps, len(indices)))  # the last ticket of an epoch may be a small one
+        return [(ticket * steps + step, part) for step, part in enumerate(parts)]
+
+    def _augmentation(self, number: int) -> torch.Generator:
+        return generator(self.seed, "augment", number)
+
+    def _regularise(self, grad: Tensor, params: Tensor) -> None:
+        """Clip, then decay: torch's order."""
+        if self.clip_norm is not None:
+            norm = grad.norm().item()
+            if norm > self.clip_norm:
+                grad.mul_(self.clip_norm / norm)
+        if self.weight_decay:
+            grad.add_(params, alpha=self.weight_decay)

@@ -1,0 +1,1 @@
+"""Tests of several packages together, in this process."""

@@ -1,0 +1,294 @@
+"""Workers that lie to a stream: random bytes, half frames, forged pushes, false descriptions of memory; nobody is harmed."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import re
+import socket
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ormo_rpc import build_server
+from ormo_rpc.rendezvous import protocol as wire
+from ormo_rpc.storage.journal import Journal, replay
+from ormo_rpc.transports.stream import frames
+from ormo_rpc.transports.stream.frames import ASK, Ask, bytes_of
+from ormo_rpc.transports.stream.shared_memory import AVAILABLE, Segments
+from tests.support.contract import same
+from tests.support.processes import PATIENCE_SECONDS
+from tests.support.schedule import normal
+from tests.support.stream_peers import SECRET, SHARED, SMALL, TCP, WORKERS, House, opened
+
+
+class Liar:
+    """Somebody who was let in, and says what it likes.
+
+    Args:
+        house: Whom it is in.
+        segment: What it says of its memory.
+        greeting: In place of the line with its token.
+    """
+
+    def __init__(self, house: House, *, segment: object = None, greeting: bytes | None = None) -> None:
+        token = house.clients[2].lease.welcome.token
+        self.sock = socket.create_connection(house.address, PATIENCE_SECONDS)
+        self.reader = wire.LineReader(self.sock)
+        wire.greet_server(self.reader, SECRET, {"stream": True}, PATIENCE_SECONDS)
+        if greeting is not None:
+            self.offer = {}
+            self.say(greeting)
+            return
+        wire.send(self.sock, {"token": token, "segment": segment})
+        self.offer = self.reader.receive(PATIENCE_SECONDS, 1 << 16)
+
+    def begin(self, shared: object = False) -> Liar:
+        """Agree on it, so that frames begin."""
+        wire.send(self.sock, {"shared": shared})
+        assert self.reader.receive(PATIENCE_SECONDS, 1 << 16) == {"frames": True}
+        return self
+
+    def say(self, data: bytes) -> None:
+        """Send it, as far as it is taken."""
+        try:
+            self.sock.sendall(data)
+        except OSError:
+            return
+
+    def heard(self) -> bytes:
+        """All that is said, up to the end of the connection."""
+        parts: list[bytes] = []
+        try:
+            while part := self.sock.recv(1 << 16):
+                parts.append(part)
+        except ConnectionError:  # it is closed while something of ours is unread
+            pass
+        return b"".join(parts)
+
+
+def memory(size: int) -> tuple[Segments, dict[str, Any]]:
+    """A segment and how it is described."""
+    segments = Segments()
+    vector = segments.vector(size)
+    segments.kept = vector  # pyright: ignore[reportAttributeAccessIssue] # with them, so that it lives as long
+    return segments, {**asdict(segments.origin), "descriptor": segments.find(vector)}
+
+
+def push_frame(ticket: int = 0, stamp: int = 0, samples: int = 1, loss: float = 0.0) -> bytes:
+    return ASK.pack(Ask.push, ticket, stamp, 0, samples, 1, loss)
+
+
+LIES: dict[str, Callable[[House], Liar]] = {}
+
+
+def lie(make: Callable[[House], Liar]) -> Callable[[House], Liar]:
+    """Count it among the lies."""
+    LIES[make.__name__] = make
+    return make
+
+
+@lie
+def random_bytes(house: House) -> Liar:
+    liar = Liar(house).begin()
+    liar.say(random.Random(6).randbytes(50_000))
+    return liar
+
+
+@lie
+def unknown_word(house: House) -> Liar:
+    liar = Liar(house).begin()
+    liar.say(ASK.pack(99, 0, 0, 0, 0, 0, 0.0))
+    return liar
+
+
+@lie
+def word_of_64_bits(house: House) -> Liar:
+    liar = Liar(house).begin()
+    liar.say(ASK.pack(-(2**63), *[2**63 - 1] * 5, math.nan))
+    return liar
+
+
+@lie
+def giant_greeting(house: House) -> Liar:
+    return Liar(house, greeting=b'{"token": "' + b"x" * (8 << 20) + b'"}\n')
+
+
+@lie
+def deep_greeting(house: House) -> Liar:
+    return Liar(house, greeting=b'{"token": ' + b"[" * 3000 + b"\n")
+
+
+@lie
+def greeting_of_another_kind(house: House) -> Liar:
+    return Liar(house, greeting=b'["token"]\n')
+
+
+@lie
+def token_of_another_kind(house: House) -> Liar:
+    return Liar(house, greeting=b'{"token": {"a": 1}, "segment": null}\n')
+
+
+@lie
+def http(house: House) -> Liar:
+    return Liar(house, greeting=b"GET / HTTP/1.0\r\n\r\n")
+
+
+@lie
+def no_answer_to_the_offer(house: House) -> Liar:
+    liar = Liar(house)
+    liar.say(b"\xff\xfe\n")
+    return liar
+
+
+@lie
+def half_a_frame(house: House) -> Liar:
+    liar = Liar(house).begin()
+    liar.say(push_frame()[:30])
+    liar.sock.shutdown(socket.SHUT_WR)
+    return liar
+
+
+@lie
+def half_a_payload(house: House) -> Liar:
+    liar = Liar(house).begin()
+    liar.say(push_frame() + bytes(1000))
+    liar.sock.shutdown(socket.SHUT_WR)
+    return liar
+
+
+@lie
+def shared_though_nothing_was_offered(house: House) -> Liar:
+    liar = Liar(house).begin(shared=True)
+    liar.say(push_frame())  # without the bytes, which are still waited for
+    liar.sock.shutdown(socket.SHUT_WR)
+    return liar
+
+
+@pytest.mark.parametrize("what", LIES)
+def test_who_lies_harms_nobody(what: str, caplog: pytest.LogCaptureFixture) -> None:
+    with opened() as house:
+        house.enter(SHARED, TCP, TCP)
+        house.go_on(6, random.Random(1))
+        with house.service.lock:
+            before = house.server.state_dict(replies=True)
+        liar = LIES[what](house)
+        with liar.sock:
+            liar.heard()  # to its end: the stream is closed by the server
+        with house.service.lock:
+            assert same(house.server.state_dict(replies=True), before)
+        house.go_on(20, random.Random(2), among=(0, 1))
+        assert house.pushed == 26
+        assert house.service.losses == []
+    assert "Traceback" not in caplog.text
+
+
+def test_pushes_that_are_forged_get_their_refusal_each_and_the_stream_goes_on() -> None:
+    with opened(dimension=SMALL) as house:
+        house.enter(SHARED, TCP, TCP)
+        house.go_on(6, random.Random(1))
+        liar = Liar(house).begin()
+        frame = bytearray(frames.ANSWER.size)
+        with liar.sock:
+            stream = frames.Stream(liar.sock, lambda: True)
+            for forged in (
+                *(push_frame(ticket=number) for number in (-1, 10**6, 2**53, 2**63 - 1, -(2**63))),
+                *(push_frame(stamp=number) for number in (-1, 2**63 - 1)),
+                *(push_frame(samples=number) for number in (0, -5, 2**63 - 1)),
+            ):
+                stream.send(forged, bytes_of(torch.ones(SMALL)))
+                stream.receive(memoryview(frame))
+                word, *_, elements, descriptor = frames.ANSWER.unpack(frame)
+                assert (word, descriptor) == (frames.Say.refusal, frames.INLINE)
+                text = bytearray(elements)
+                stream.receive(memoryview(text))
+                assert b'"PushRefused"' in text
+        house.check_same_state()
+        house.go_on(10, random.Random(2))
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="this system has no memfd_create")
+def test_with_a_journal_nobody_changes_a_gradient_that_was_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the record of a worker that lies is torn, and all that others were acknowledged behind it is lost."""
+    journal = Journal(tmp_path)
+    with opened(dimension=SMALL, journal=journal) as house:
+        house.enter(*[SHARED] * WORKERS)
+        receive = house.service.receive
+
+        def received(token: str, *others: Any) -> Any:
+            house.clients[0].payload.fill_(math.nan)  # after it was pushed, and before it is looked at
+            return receive(token, *others)
+
+        monkeypatch.setattr(house.service, "receive", received)
+        house.go_on(12, random.Random(2))
+        house.check_same_state()
+        again = build_server(
+            algorithm="ormo",
+            lr=lambda t: 0.01 / (1 + t),
+            momentum=0.9,
+            params=normal(SMALL, 7, 0).float(),
+            num_workers=WORKERS,
+        )
+        assert replay(tmp_path, 0, again) == 1 + 12  # the start, and every push
+        assert torch.equal(again.params, house.twin.params)
+    journal.close()
+
+
+def wrong_segments() -> dict[str, object]:
+    """What is no description of a segment, or one of another."""
+    own = os.getpid()
+    return {
+        "a list": [own, "x", 3],
+        "a number": 5,
+        "nothing in it": {},
+        "a name that is none": {"process": own, "name": 5, "descriptor": 3},
+        "true": {"process": True, "name": "x", "descriptor": True},
+        "a fraction": {"process": 1.5, "name": "x", "descriptor": 3},
+        "a path": {"process": own, "name": "x", "descriptor": "../maps"},
+        "nobody": {"process": 2**31 - 1, "name": "x", "descriptor": 3},
+        "negative": {"process": -1, "name": "x", "descriptor": -1},
+        "huge": {"process": 10**400, "name": "x", "descriptor": 10**400},
+        "init": {"process": 1, "name": "x", "descriptor": 0},
+        "standard output": {"process": own, "name": "x", "descriptor": 1},
+        "a name with zeros": {"process": own, "name": "\0\ud800/", "descriptor": 1},
+    }
+
+
+@pytest.mark.parametrize("what", wrong_segments())
+def test_a_segment_that_is_none_is_not_shared(what: str) -> None:
+    with opened(dimension=SMALL) as house:
+        house.enter(SHARED, TCP, TCP)
+        liar = Liar(house, segment=wrong_segments()[what])
+        with liar.sock:
+            assert liar.offer["origin"] is None
+            assert re.match(r"\A(the worker has no segment|server and worker share no memory: .*)\Z", liar.offer["reason"])
+        house.go_on(10, random.Random(2))
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="this system has no memfd_create")
+def test_segments_of_another_size() -> None:
+    """One that is too small is not shared; of one that is larger the first bytes count."""
+    with opened(dimension=SMALL) as house:
+        house.enter(SHARED, TCP, TCP)
+        segments, described = memory(4 * SMALL - 1)
+        liar = Liar(house, segment=described)
+        assert liar.offer["origin"] is None
+        assert str(liar.offer["reason"]).endswith("is too small, or its size can change")
+        liar.sock.close()
+        larger, described = memory(1 << 20)
+        liar = Liar(house, segment=described)
+        assert liar.offer["origin"] is not None
+        liar.begin(shared=True)
+        liar.say(push_frame(ticket=12345))
+        frame = bytearray(frames.ANSWER.size)
+        frames.Stream(liar.sock, lambda: True).receive(memoryview(frame))
+        assert frames.ANSWER.unpack(frame)[0] == frames.Say.refusal
+        liar.sock.close()
+        house.check_same_state()
+        house.go_on(10, random.Random(2))
+        del segments, larger

@@ -1,0 +1,163 @@
+"""The memory that server and worker share: used again, never under a reader, and done without where it cannot be shared."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ormo_rpc.compression.wire_options import Transport
+from ormo_rpc.errors import Refused
+from ormo_rpc.kernels import pool
+from ormo_rpc.transports.stream import client as stream_calls
+from ormo_rpc.transports.stream import server as streams
+from ormo_rpc.transports.stream.shared_memory import AVAILABLE, Origin
+from tests.support.stream_peers import SHARED, SMALL, TCP, WORKERS, Client, mapping, opened
+
+
+def segments_of(origin: Origin) -> int:
+    """How many segments of an origin this process has; a mapping of Python's has a descriptor of its own."""
+    files: set[int] = set()
+    for each in Path("/proc/self/fd").iterdir():
+        try:
+            if origin.name in str(each.readlink()):
+                files.add(each.stat().st_ino)
+        except OSError:  # closed meanwhile, such as that of this very listing
+            continue
+    return len(files)
+
+
+@pytest.mark.parametrize("rule", ["ormo", "dc_asgd", "dana"])
+def test_memory_is_used_again_and_never_under_a_reader(rule: str) -> None:
+    """K replies are out, w is the next one or one more, and one is written; each rule that sends more has as much for that.
+
+    In `House.step` all replies that are out are compared with the twin's after every push.
+    """
+    with opened(algorithm=rule) as house:
+        house.enter(*[SHARED] * WORKERS)
+        house.go_on(240, random.Random(rule))
+        assert house.pushed == 240
+        assert house.segments is not None
+        probe = 1
+        assert WORKERS < segments_of(house.segments.origin) - probe <= WORKERS + 2
+        for client in house.clients:
+            assert client.segments is not None
+            assert segments_of(client.segments.origin) == 1
+
+
+def test_who_is_slow_keeps_its_parameters_while_the_others_go_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "WORTH_POOLING", 0)  # small vectors, too, lie in shared memory
+    with opened(dimension=SMALL) as house:
+        house.enter(*[SHARED] * WORKERS)
+        came, _ = house.held[0]
+        bits = came.params.clone()
+        for _ in range(5):
+            house.go_on(20, random.Random(9), among=(1, 2))
+            assert torch.equal(came.params, bits)
+        house.step(0)
+        assert not torch.equal(house.held[0][0].params, bits)
+        house.check_same_state()
+
+
+def test_memory_is_shared_where_it_must_be() -> None:
+    with opened(Transport.shm) as house:
+        house.enter(*[Transport.shm] * WORKERS)
+        house.go_on(6, random.Random(1))
+        house.check_same_state()
+
+
+def cannot(origin: Origin, descriptor: int, _size: int) -> Tensor:
+    raise FileNotFoundError(f"[Errno 2] No such file or directory: '/proc/{origin.process}/fd/{descriptor}'")
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="this system has no memfd_create")
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [(streams, "server and worker share no memory"), (stream_calls, "worker and server share no memory")],
+    ids=["the server cannot", "the worker cannot"],
+)
+def test_where_no_memory_can_be_shared_auto_says_so_and_goes_on_and_shm_gives_up(
+    module: Any, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(module, "opened", cannot)
+    with opened(Transport.auto) as house:
+        house.enter(*[SHARED] * WORKERS)
+        house.go_on(6, random.Random(1))
+        house.check_same_state()
+        assert "memfd" not in mapping(next(iter(house.held.values()))[0].params)
+    told = [record for record in caplog.records if "go by TCP" in record.getMessage()]
+    assert [record.levelno for record in told] == [logging.INFO] * WORKERS
+    said = rf"\Agradients and parameters go by TCP: {reason}: \[Errno 2\] No such file or directory: '/proc/\d+/fd/\d+'\Z"
+    assert all(re.match(said, record.getMessage()) for record in told)
+    with opened(Transport.shm) as house:
+        said = rf"\Awire\.transport=shm: {reason}: .*; expected a worker on the server's machine, or auto or tcp\Z"
+        with pytest.raises(Refused, match=said) as caught:
+            Client(house, 0, Transport.shm)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("transport", "reason"),
+    [(TCP, "wire.transport=tcp"), (Transport.auto, "the server's system has no memory that could be shared")],
+    ids=["tcp", "no memfd"],
+)
+def test_a_server_that_does_not_share_says_why(
+    transport: Transport, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    if transport is not TCP:
+        monkeypatch.setattr(streams, "AVAILABLE", False)
+    with opened(transport, dimension=SMALL) as house:
+        house.enter(*[SHARED] * WORKERS)
+        house.go_on(6, random.Random(1))
+        house.check_same_state()
+    told = {record.getMessage() for record in caplog.records if record.levelno == logging.INFO}
+    assert f"gradients and parameters go by TCP: {reason}" in told
+
+
+@pytest.mark.parametrize("when", ["from the start", "in the midst"])
+def test_where_descriptors_are_scarce_the_run_goes_on(
+    when: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with opened(SHARED) as house:
+        hoard: list[Tensor] = []
+        if when == "in the midst":
+            house.enter(*[SHARED] * WORKERS)
+            hoard += [house.service.server.rule.blank() for _ in range(WORKERS + 1)]  # all that is left of what was reserved
+        monkeypatch.setattr("resource.getrlimit", lambda _: (2, 2))
+        if when == "from the start":
+            house.enter(*[SHARED] * WORKERS)
+        house.go_on(12, random.Random(1))
+        house.check_same_state()
+        places = [mapping(came.params) for came, _ in house.held.values()]
+        assert not all("memfd" in place for place in places)
+        del hoard
+    assert sum("memory is not shared from now on" in record.getMessage() for record in caplog.records) >= 1
+
+
+def test_a_worker_that_has_too_many_segments_open_lets_them_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused: list[int] = []
+    really = stream_calls.opened
+    with opened(SHARED) as house:
+        house.enter(*[SHARED] * WORKERS)
+        (first, *_) = house.clients
+
+        def scarce(origin: Origin, descriptor: int, size: int) -> Tensor:
+            if len(first.calls._slots) >= 2:  # pyright: ignore[reportPrivateUsage] # which of them fill the table
+                refused.append(descriptor)
+                raise OSError(errno.EMFILE, "Too many open files")
+            return really(origin, descriptor, size)
+
+        monkeypatch.setattr(stream_calls, "opened", scarce)
+        house.go_on(20, random.Random(1), among=(0,))
+        house.check_same_state()
+    assert refused

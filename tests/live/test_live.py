@@ -1,0 +1,319 @@
+"""Live runs: real processes on this machine, over each kind of wire. Their budget is counted in tests/README.md."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import signal
+import socket
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+import ormo_rpc
+from ormo_rpc.cli import compose
+from ormo_rpc.config.schema import load_config
+from ormo_rpc.evaluate import evaluate_checkpoint
+from ormo_rpc.messages import Reply
+from ormo_rpc.models.flat import sha256
+from ormo_rpc.runtimes.job import Job
+from ormo_rpc.storage import checkpoint
+from tests.support.processes import QUIET, descendants, events, gone, launch, launched, processes, replayed, summary, wait_until
+
+pytestmark = [pytest.mark.live, pytest.mark.timeout(180)]
+
+ENDLESS = ("logger=none", "train.epochs=100000", "workers=2")
+
+SUMMARY_KEYS = set(
+    "status algorithm scheduler runtime num_workers iterations gradients_computed epochs train_loss test_accuracy wall_seconds "
+    "virtual_seconds updates_per_second delay_mean delay_max pushes_per_worker lock_wait_seconds lock_held_seconds "
+    "final_params_sha256 final_buffers_sha256".split()
+)
+
+
+@pytest.mark.parametrize("transport", ["auto", "tcp", "uv"])
+def test_the_default_run_trains_digits_and_leaves_everything_behind(transport: str, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    status, out, err = launch(run_dir, *([] if transport == "auto" else [f"wire.transport={transport}"]))
+    assert status == 0, err
+    assert err == ""  # not a terminal: no progress bar, no warnings
+    assert out.startswith("completed: ormo (async), 4 workers, digits, mlp: 1350 iterations")
+
+    result = summary(run_dir)
+    assert result.keys() >= SUMMARY_KEYS
+    assert (result["status"], result["iterations"], result["gradients_computed"]) == ("completed", 1350, 1350)
+    assert result["test_accuracy"] >= 0.95
+    assert result["wall_seconds"] < 60
+    assert sum(result["pushes_per_worker"].values()) == 1350
+
+    applied = events(run_dir, "apply")
+    assert [event["iteration"] for event in applied] == list(range(1350))
+    assert sorted(event["ticket"] for event in applied) == list(range(1350))
+    assert all(event["delay"] == event["iteration"] - event["stamp"] for event in applied)
+    # Identity 6: after T gradients all delays, and those of the gradients still in the making, sum to (K - 1) T.
+    # The first worker finds no more work when ticket T - 1 is out, so count up to there.
+    issued = events(run_dir)
+    last_issue = next(i for i, event in enumerate(issued) if event["event"] == "issue" and event["ticket"] == 1349)
+    before = issued[: last_issue + 1]
+    done = [event for event in before if event["event"] == "apply"]
+    holding = {event["ticket"]: event["stamp"] for event in before if event["event"] == "issue"}
+    for event in done:
+        del holding[event["ticket"]]
+    count = len(done)
+    assert sum(event["delay"] for event in done) + sum(count - stamp for stamp in holding.values()) == 3 * count
+
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    accuracies = {row["iteration"]: row["test_accuracy"] for row in rows if "test_accuracy" in row}
+    assert sorted(accuracies) == [45 * epoch for epoch in range(1, 31)]  # 1437 samples / 32 = 45 batches an epoch
+    assert all(0 <= row["lock_held_seconds"] < row["seconds"] for row in rows if "lock_held_seconds" in row)
+    assert any((run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
+
+    found, evaluation = evaluate_checkpoint(run_dir)
+    assert evaluation.accuracy == result["test_accuracy"]
+    model = Job(load_config(run_dir / "config.yaml")).model()
+    model.module.load_state_dict(torch.load(found / "model.pt", weights_only=True))  # plain PyTorch
+    assert sha256(model.flat_params()) == result["final_params_sha256"]
+    assert set(processes(run_dir)["workers"]) == {"0", "1", "2", "3"}
+    assert replayed(run_dir, tmp_path / "again") == result["final_params_sha256"]
+
+
+# One of each kind: what is sent is not w (smega2), discards (ringmaster), buffers (fedbuff), local steps (orlomo).
+# With 1100 hidden units there are enough parameters for them to lie in shared memory.
+@pytest.mark.parametrize(
+    ("algorithm", "transport"),
+    [("naive", "shm"), ("smega2", "shm"), ("ringmaster", "tcp"), ("fedbuff", "uv"), ("orlomo", "auto")],
+)
+def test_every_kind_of_rule_runs_live_and_is_replayed(algorithm: str, transport: str, tmp_path: Path) -> None:
+    given = ("workers=2", "train.max_iterations=60", "train.lr=0.005", "model.dropout=0.2")
+    options = (*given, "model.hidden=1100", f"wire.transport={transport}")
+    status, _, err = launch(tmp_path / "run", *QUIET, f"algorithm={algorithm}", *options)
+    assert status == 0, err
+    result = summary(tmp_path / "run")
+    assert (result["algorithm"], result["status"], result["iterations"]) == (algorithm, "completed", 60)
+    assert replayed(tmp_path / "run", tmp_path / "again") == result["final_params_sha256"]
+
+
+def test_a_live_run_does_the_mathematics(tmp_path: Path) -> None:
+    """The trace, redone: every gradient recomputed at the parameters that the sums over buckets give, in float64."""
+    steps = ("train.max_iterations=61", "workers=3", "heterogeneity=one_slow", "heterogeneity.factor=3")
+    options = (*QUIET, *steps, "model.hidden=16", "train.weight_decay=0.01", "train.clip_norm=0.5")
+    status, _, err = launch(tmp_path, *options)
+    assert status == 0, err
+    job = Job(load_config(tmp_path / "config.yaml"))
+    worker, beta = job.worker(), 0.9
+    start = job.model().flat_params().double()
+
+    received: list[tuple[int, torch.Tensor]] = []  # (bucket, eta g)
+    momentum_index, newest_bucket = 0, 0
+
+    def params() -> torch.Tensor:
+        """``w = w_0 - sum of (1 - beta^(I - b + 1)) / (1 - beta) eta g``."""
+        w = start.clone()
+        for bucket, step in received:
+            w -= (1 - beta ** (momentum_index - bucket + 1)) / (1 - beta) * step
+        return w
+
+    sent: dict[int, torch.Tensor] = {}
+    for event in events(tmp_path):
+        if event["event"] == "issue":
+            assert event["stamp"] == len(received)
+            assert event["bucket"] == math.ceil(event["stamp"] / 3)
+            newest_bucket = max(newest_bucket, event["bucket"])
+            sent[event["ticket"]] = params()
+        if event["event"] == "apply":
+            momentum_index = newest_bucket
+            handed = sent.pop(event["ticket"]).float()
+            reply = Reply(worker=0, ticket=event["ticket"], stamp=0, params=handed, lr=0.0, steps=1, incarnation=0)
+            grad = worker.compute(reply).grad
+            assert float.fromhex(event["grad_sum"]) == pytest.approx(grad.sum().item(), abs=1e-4)
+            received.append((event["bucket"], event["eta"] * grad.double()))
+    assert len(received) == 61
+    found = torch.load(checkpoint.find(tmp_path) / "server.pt", weights_only=True)["params"].double()
+    moved = (found - start).abs().max().item()
+    # Float32 carries 24 bits: 61 updates err by about 61 * 2^-24 = 4e-6 of what moved, new gradients by a bit more.
+    assert (found - params()).abs().max().item() < 1e-4 * moved
+    assert moved > 0.05
+
+
+def test_batch_norm_and_the_synchronous_scheduler(tmp_path: Path) -> None:
+    """SSGDm: rounds of equal stamps, and running statistics that are the average of what the batches had, in order."""
+    (tmp_path / "norms.py").write_text(
+        "from torch import nn\n"
+        "def net(input_shape, num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, num_classes))\n"
+    )
+    run_dir = tmp_path / "run"
+    overrides = ["scheduler=sync", "workers=3", "train.max_iterations=10", "model=custom", "model._target_=norms.net"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        result = ormo_rpc.train(["logger=none", *overrides], run_dir=run_dir)
+        assert result == summary(run_dir)
+        # Rounds of K = 3, and a last short one: 3 + 3 + 3 + 1 = 10.
+        assert [event["stamp"] for event in events(run_dir, "apply")] == [0, 0, 0, 3, 3, 3, 6, 6, 6, 9]
+
+        config = load_config(run_dir / "config.yaml")
+        job = Job(config)
+        server, worker = job.server(lambda _: None, lambda: 0.0), job.worker()
+        replies = {reply.worker: reply for reply in server.start()}
+        means = torch.zeros(8)
+        for event in events(run_dir, "apply"):
+            push = worker.compute(replies.pop(event["worker"]))
+            assert push.ticket == event["ticket"]
+            means = 0.9 * means + 0.1 * push.buffers["2.running_mean"]
+            replies |= {reply.worker: reply for reply in server.receive(push) if reply.ticket is not None}
+        state = torch.load(checkpoint.find(run_dir) / "model.pt", weights_only=True)
+        torch.testing.assert_close(state["2.running_mean"], means)
+        assert sha256(*server.buffers.average.values()) == result["final_buffers_sha256"]
+        assert replayed(run_dir, tmp_path / "again") == result["final_params_sha256"]
+
+
+def test_a_diverged_run_says_so(tmp_path: Path) -> None:
+    status, out, err = launch(tmp_path, *QUIET, "algorithm=naive", "train.lr=1e30", "workers=2")
+    assert status == 3
+    assert out.startswith("diverged: naive (async)")
+    assert re.fullmatch(r"launch\.py: the parameters diverged; lower train\.lr .*\n", err)
+    assert summary(tmp_path)["status"] == "diverged"
+
+
+def test_a_push_that_breaks_the_server_ends_the_run_and_nothing_torn_is_kept(tmp_path: Path) -> None:
+    # 1e39 is finite, as the schema asks, but no float32: the step fails after the check of the push.
+    status, _, err = launch(tmp_path, *QUIET, "train.lr=1e39", "workers=2")
+    assert status == 1
+    said = r"launch\.py: server \(pid \d+\) exited with status 1: RuntimeError: a push could not be applied: .*overflow.*\n"
+    assert re.fullmatch(said, err), err
+    assert not (tmp_path / "checkpoints").exists()
+    assert summary(tmp_path)["status"] == "failed"
+
+
+def test_an_interrupted_run_leaves_a_checkpoint_and_goes_on(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    with launched("launch.py", f"hydra.run.dir={first}", *ENDLESS) as launcher:
+        processes(first)
+        family = descendants(launcher.pid)
+        assert len(family) == 3
+        launcher.send_signal(signal.SIGINT)
+        _, err = launcher.communicate(timeout=30)
+        assert launcher.returncode == 130
+        assert re.fullmatch(
+            r"launch\.py: interrupted by SIGINT; iteration \d+ is kept: go on with checkpoint\.resume=\S+\n", err
+        )
+        assert gone(family)
+    kept = summary(first)
+    assert kept["status"] == "interrupted"
+    more = kept["iterations"] + 30
+    status, _, err = launch(
+        second, *QUIET, "workers=2", f"checkpoint.resume={first}", f"train.max_iterations={more}", "train.epochs=100000"
+    )
+    assert status == 0, err
+    assert [event["iteration"] for event in events(second, "apply")] == list(range(kept["iterations"], more))
+    assert summary(second)["iterations"] == more
+    tickets = [event["ticket"] for run in (first, second) for event in events(run, "apply") if event["iteration"] < more]
+    assert sorted(tickets) == list(range(more))
+
+
+@pytest.mark.parametrize("transport", ["uv", "tcp"])
+def test_a_push_that_waits_longer_than_its_time_out_is_repeated_and_applied_once(transport: str, tmp_path: Path) -> None:
+    """Over torch.distributed.rpc; a stream waits for as long as the lease holds, and repeats nothing."""
+    run_dir = tmp_path / "run"
+    # The slow worker takes 700 times its own computation, of a millisecond or so; the other one waits at the barrier.
+    slow = ("scheduler=sync", "workers=2", "heterogeneity=one_slow", "heterogeneity.factor=700")
+    wire = (f"wire.transport={transport}", "runtime.rpc_timeout_seconds=0.3")
+    status, _, err = launch(run_dir, *QUIET, *slow, "train.max_iterations=6", *wire)
+    assert status == 0, err
+    assert [event["stamp"] for event in events(run_dir, "apply")] == [0, 0, 2, 2, 4, 4]
+    assert sorted(event["ticket"] for event in events(run_dir, "apply")) == list(range(6))
+    assert (summary(run_dir)["repeated"] > 0) == (transport == "uv")
+    assert {event["worker"] for event in events(run_dir, "repeat")} == ({0} if transport == "uv" else set())
+    assert replayed(run_dir, tmp_path / "again") == summary(run_dir)["final_params_sha256"]
+
+
+@pytest.mark.parametrize("killed", ["the launcher", "all at once"])
+def test_nothing_survives_a_killed_launcher(killed: str, tmp_path: Path) -> None:
+    options = ("train.epochs=100000", "workers=2", "model.hidden=1100", "wire.transport=shm")
+    before = names_in_shared_memory()
+    with launched("launch.py", f"hydra.run.dir={tmp_path}", *options) as launcher:
+        processes(tmp_path)
+        family = descendants(launcher.pid)
+        assert len(family) >= 4  # server, two workers, and what wandb starts
+        sharing = [names for names in map(shared_memory_of, family) if names]
+        everything = {name for names in sharing for name in names}
+        # The server and two workers: each has memory of its own, the server has that of all, and each worker the server's.
+        assert sorted(map(len, sharing)) == [2, 2, 3]
+        assert len(everything) == 3
+        for process in [*([] if killed == "the launcher" else family), psutil.Process(launcher.pid)]:
+            process.kill()
+        wait_until(lambda: gone(family), "the end of all children")
+    assert not [process.pid for process in psutil.process_iter() if everything & set(shared_memory_of(process))]
+    assert not [each for each in names_in_shared_memory() - before if "ormo" in each or "torch" in each]
+
+
+def names_in_shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir()}  # noqa: S108 - looked at, not written to
+
+
+def shared_memory_of(process: psutil.Process) -> list[str]:
+    """The names of the memory that a process shares by our segments: its own, or another's."""
+    try:
+        maps = Path(f"/proc/{process.pid}/maps").read_text()
+    except OSError:  # it is gone, or somebody else's
+        return []
+    return sorted(set(re.findall(r"memfd:(ormo_rpc_\w+)", maps)))
+
+
+@pytest.mark.parametrize("transport", ["auto", "uv"])
+def test_all_sockets_are_on_loopback(transport: str, tmp_path: Path) -> None:
+    with launched("launch.py", f"hydra.run.dir={tmp_path}", *ENDLESS, f"wire.transport={transport}") as launcher:
+        processes(tmp_path)
+        family = descendants(launcher.pid)
+        listening = {
+            connection.laddr
+            for process in family
+            for connection in process.net_connections()
+            if connection.status == psutil.CONN_LISTEN and connection.family in (socket.AF_INET, socket.AF_INET6)
+        }
+        named = {each for process in family for each in process.net_connections("unix") if each.status == psutil.CONN_LISTEN}
+        assert {address.ip for address in listening} <= {"127.0.0.1", "::1"}
+        door = json.loads((tmp_path / "processes.json").read_text())["address"]
+        assert door in {f"{address.ip}:{address.port}" for address in listening}
+        assert not named
+        # By default there is the door and nothing else; each agent of torch.distributed.rpc has a number of ports.
+        assert len(listening) == 1 if transport == "auto" else len(listening) > 3
+
+
+def test_a_sweep_starts_and_ends_its_own_processes(tmp_path: Path) -> None:
+    arguments = ("-m", f"hydra.sweep.dir={tmp_path}", *QUIET, "workers=2", "train.epochs=1", "algorithm=asgd,ormo")
+    with launched("launch.py", *arguments) as launcher:
+        _, err = launcher.communicate(timeout=120)
+        assert launcher.returncode == 0, err
+    assert {summary(tmp_path / job)["algorithm"] for job in ("0", "1")} == {"asgd", "ormo"}
+
+
+def test_torchrun_gives_the_same_outputs(tmp_path: Path) -> None:
+    command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "launch.py", f"hydra.run.dir={tmp_path}")
+    with launched(*command, *QUIET, "train.epochs=2") as launcher:
+        out, err = launcher.communicate(timeout=120)
+        assert launcher.returncode == 0, err
+    assert out.count("completed: ormo (async), 2 workers") == 1
+    result = summary(tmp_path)
+    assert (result["status"], result["num_workers"], result["iterations"]) == ("completed", 2, 90)
+    assert compose(["workers=2", "logger=none", "train.epochs=2"]) == load_config(tmp_path / "config.yaml")
+    assert {"config.yaml", "metrics.jsonl", "trace.jsonl", "processes.json", "summary.json", "checkpoints"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+
+
+def test_torchrun_is_interrupted_cleanly(tmp_path: Path) -> None:
+    command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "launch.py", f"hydra.run.dir={tmp_path}")
+    with launched(*command, *ENDLESS[:2]) as launcher:
+        processes(tmp_path)
+        family = descendants(launcher.pid)
+        launcher.send_signal(signal.SIGINT)
+        launcher.communicate(timeout=60)
+        assert launcher.returncode != 0
+        wait_until(lambda: gone(family), "the end of all children")
+    result = summary(tmp_path)
+    assert result["status"] == "interrupted"
+    assert result["checkpoint"]

@@ -1,0 +1,308 @@
+"""Live runs in which processes die, hang, come and go: nothing is lost, and the run ends as it should."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.support.processes import QUIET, descendants, events, gone, launch, launched, processes, replayed, summary, wait_until
+
+HAS_IPV6 = any(address.family == socket.AF_INET6 for address in psutil.net_if_addrs().get("lo", ()))
+"""Whether the loopback interface has an address of version 6."""
+pytestmark = [pytest.mark.live, pytest.mark.timeout(180)]
+
+
+def check_lineage(run_dir: Path, total: int) -> None:
+    """Every iteration in order, and every ticket exactly once."""
+    applied = events(run_dir, "apply")
+    assert [event["iteration"] for event in applied] == list(range(total))
+    assert sorted(event["ticket"] for event in applied) == list(range(total))
+
+
+def fired(err: str) -> list[str]:
+    """The faults that were told, each a word and where."""
+    return re.findall(r"^launch\.py: (?:worker \d+|server): fault (\S+)", err, re.MULTILINE)
+
+
+def first(found: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
+    """The first event that has these values."""
+    return next(event for event in found if all(event.get(key) == value for key, value in wanted.items()))
+
+
+@pytest.mark.parametrize("transport", ["auto", "tcp"])
+def test_a_killed_worker_is_named_and_replaced_and_a_run_with_too_few_pauses(transport: str, tmp_path: Path) -> None:
+    run_dir, total = tmp_path / "run", 600
+    faults = "runtime.faults=[kill@1:5,drop_reply@0:7,corrupt@0:9:2]"
+    options = ("workers=2", "runtime.min_workers=2", f"train.max_iterations={total}", f"wire.transport={transport}")
+    status, out, err = launch(run_dir, *QUIET, *options, faults)
+    assert status == 0, err
+    assert out.startswith("completed: ")
+    assert sorted(fired(err)) == ["corrupt@0:9:2,", "corrupt@0:9:2,", "drop_reply@0:7", "kill@1:5"]
+    lost = re.search(
+        r"^launch\.py: server: worker 1 \(pid (\d+) on \S+\) is lost: its connection was closed; "
+        r"ticket (\d+) of stamp (\d+) is issued again$",
+        err,
+        re.MULTILINE,
+    )
+    assert lost, err
+    pid, ticket, stamp = map(int, lost.groups())
+    assert re.search(
+        rf"^launch\.py: worker 1 \(pid {pid}\) was killed by SIGKILL .*starting it again in 0\.5 s", err, re.MULTILINE
+    )
+    assert re.search(r"^launch\.py: server: paused: 1 workers, and runtime\.min_workers=2", err, re.MULTILINE)
+    assert re.search(r"^launch\.py: server: going on: 2 workers$", err, re.MULTILINE)
+    result = summary(run_dir)
+    assert [(loss["worker"], loss["process"], loss["held"]) for loss in result["losses"]] == [
+        (1, pid, [{"ticket": ticket, "stamp": stamp}])
+    ]
+    check_lineage(run_dir, total)
+    found = events(run_dir)
+    left = found.index(first(found, event="leave", worker=1))
+    joined = found.index(first(found, event="join", worker=1))
+    assert not [event for event in found[left:joined] if event["event"] in ("issue", "reissue")]  # paused
+    assert first(found[joined:], event="reissue")["ticket"] == ticket
+    assert [event for event in found[joined:] if event["event"] == "apply" and event["worker"] == 1]
+    assert result["repeated"] == 1
+    assert [event["reason"] for event in events(run_dir, "discard")] == ["not finite"] * 2
+    assert replayed(run_dir, tmp_path / "again") == result["final_params_sha256"]
+
+
+def test_a_stopped_worker_is_evicted_and_the_barrier_shrinks(tmp_path: Path) -> None:
+    total, timeout = 300, 3.0
+    options = ("scheduler=sync", "workers=3", f"train.max_iterations={total}", "runtime.faults=[stop@1:20]")
+    status, _, err = launch(tmp_path, *QUIET, *options, f"runtime.worker_timeout_seconds={timeout}", "runtime.max_restarts=0")
+    assert status == 0, err
+    assert fired(err) == ["stop@1:20"]
+    assert re.search(
+        r"^launch\.py: server: worker 1 .* is lost: (it was silent for 3 s|its connection was closed); ", err, re.MULTILINE
+    )
+    # Its supervisor kills it after the same silence, unless the others have ended the run by then.
+    told = re.findall(r"^launch\.py: worker 1 \(pid \d+\) (.*)$", err, re.MULTILINE)
+    assert all(each.startswith("was silent for 3 s (stopped, or hung) and was killed ") for each in told), err
+    check_lineage(tmp_path, total)
+    found = events(tmp_path)
+    left = first(found, event="leave")
+    before = [event for event in found if event["event"] == "apply" and event["seconds"] < left["seconds"]]
+    # Stopped between its last push and the next; the others waited at the barrier until it was evicted, and no longer.
+    assert timeout - 1.5 < left["seconds"] - before[-1]["seconds"] < timeout + 5
+    stamps = [event["stamp"] for event in found if event["event"] == "apply"]
+    rounds = [stamps.count(stamp) for stamp in dict.fromkeys(stamps)]
+    assert rounds[0] == 3
+    assert rounds[-2] == 2  # of the two that are left
+
+
+def test_a_killed_server_goes_on_from_its_checkpoint_and_counts_what_is_rolled_back(tmp_path: Path) -> None:
+    run_dir, total = tmp_path / "run", 500
+    # The workers stop at iteration 200 until a checkpoint is on the disk, however slow that is.
+    faults = ["stop@0:100", "stop@1:100", "kill@server:250"]
+    options = ("workers=2", f"train.max_iterations={total}", "checkpoint.every=100", "wire.transport=tcp")
+    with launched(
+        "launch.py", f"hydra.run.dir={run_dir}", *QUIET, *options, f"runtime.faults=[{','.join(faults)}]"
+    ) as launcher:
+        workers = [psutil.Process(pid) for pid in processes(run_dir)["workers"].values()]
+        wait_until(lambda: all(worker.status() == psutil.STATUS_STOPPED for worker in workers), "two stopped workers")
+        wait_until(lambda: list((run_dir / "checkpoints").glob("iteration_*")), "a checkpoint")
+        for worker in workers:
+            worker.resume()
+        _, err = launcher.communicate(timeout=120)
+    assert launcher.returncode == 0, err
+    assert sorted(fired(err)) == sorted(faults)
+    assert re.search(
+        r"^launch\.py: server \(pid \d+\) was killed by SIGKILL .*; starting it again in 0\.5 s", err, re.MULTILINE
+    )
+    check_lineage(run_dir, total)
+    (resume,) = events(run_dir, "resume")
+    result = summary(run_dir)
+    assert resume["iteration"] in (100, 200)  # the second may not have been due while the first was written
+    assert result["rolled_back"] == 250 - resume["iteration"]
+    assert result["server_lives"] == 2
+    assert f"server: the server goes on from iteration {resume['iteration']}; {result['rolled_back']} updates" in err
+    assert resume["workers"] == [0, 1]  # the same processes, which never ended
+    assert replayed(run_dir, tmp_path / "again") == result["final_params_sha256"]
+
+
+def test_with_the_journal_a_killed_server_loses_nothing(tmp_path: Path) -> None:
+    run_dir, total = tmp_path / "run", 400
+    options = ("workers=2", f"train.max_iterations={total}", "checkpoint.every=100", "checkpoint.journal=true")
+    status, _, err = launch(
+        run_dir, *QUIET, *options, "runtime.faults=[kill@server:250]", "algorithm=dc_asgd", "train.lr=0.005"
+    )
+    assert status == 0, err
+    assert fired(err) == ["kill@server:250"]
+    check_lineage(run_dir, total)
+    (resume,) = events(run_dir, "resume")
+    # The one that was just applied when the server died was acknowledged to nobody; it may be kept or not.
+    assert resume["iteration"] in (249, 250)
+    assert summary(run_dir)["rolled_back"] == 250 - resume["iteration"]
+    assert replayed(run_dir, tmp_path / "again") == summary(run_dir)["final_params_sha256"]
+
+
+def test_a_torn_newest_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    total = 1_000_000
+    options = ("workers=1", f"train.max_iterations={total}", "train.epochs=100000", "checkpoint.every=150")
+    with launched("launch.py", f"hydra.run.dir={tmp_path}", *QUIET, *options) as launcher:
+        checkpoints = tmp_path / "checkpoints"
+        wait_until(lambda: checkpoints.is_dir() and len(list(checkpoints.glob("iteration_*"))) >= 2, "two checkpoints")
+        server = processes(tmp_path)["server"]
+        os.kill(server, signal.SIGSTOP)
+        before, newest = sorted(checkpoints.glob("iteration_*"))[-2:]
+        file = newest / "server.pt"
+        file.write_bytes(file.read_bytes()[:-100])
+        os.kill(server, signal.SIGKILL)
+        wait_until(lambda: events(tmp_path, "resume"), "the next life of the server")
+        (resume,) = events(tmp_path, "resume")
+        assert resume["iteration"] == int(before.name.removeprefix("iteration_"))
+        launcher.send_signal(signal.SIGTERM)
+        _, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == 130
+    assert re.search(rf"^launch\.py: server: .*{newest.name}.*", err, re.MULTILINE), err
+
+
+def test_a_server_that_dies_after_the_last_update_has_only_to_write_it_down(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    options = ("workers=2", "train.max_iterations=60", "checkpoint.journal=true", "runtime.faults=[kill@server:60]")
+    status, out, err = launch(run_dir, *QUIET, *options)
+    assert status == 0, err
+    assert out.startswith("completed: ")
+    assert fired(err) == ["kill@server:60"]
+    assert "goes on from iteration 60; 0 updates after it are rolled back" in err
+    assert summary(run_dir)["server_lives"] == 2
+    assert summary(run_dir)["test_accuracy"] > 0
+    check_lineage(run_dir, 60)
+
+
+def test_a_guest_that_nobody_answers_gives_up_once(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("0123456789abcdef" * 4)
+    (tmp_path / "secret").chmod(0o600)
+    with socket.socket() as taken:  # bound and not listening: whoever calls is refused
+        taken.bind(("127.0.0.1", 0))
+        where = (
+            "role=worker",
+            f"server.address=127.0.0.1:{taken.getsockname()[1]}",
+            f"server.secret_file={tmp_path / 'secret'}",
+        )
+        with launched("launch.py", *where, "runtime.start_timeout_seconds=0.5") as guest:
+            _, err = guest.communicate(timeout=60)
+    assert guest.returncode == 1
+    assert len(err.splitlines()) == 1, err
+    assert re.search(r"ServerLost: no server lets us in at 127\.0\.0\.1:\d+: .* refused; given up after 0\.5 s$", err.strip())
+
+
+def test_a_guest_joins_works_and_leaves_when_it_is_asked_to(tmp_path: Path) -> None:
+    listens = f'server.address="{"[::1]" if HAS_IPV6 else "127.0.0.1"}:0"'
+    with launched("launch.py", f"hydra.run.dir={tmp_path}", *QUIET, "train.epochs=100000", "workers=1", listens) as host:
+        address = processes(tmp_path)["address"]
+        where = ("role=worker", f'server.address="{address}"')
+        with launched("launch.py", *where, f"server.secret_file={tmp_path / 'secret'}") as guest:
+            by_guest = lambda: [event for event in events(tmp_path, "apply") if event["worker"] == 1]  # noqa: E731 - one line
+            wait_until(lambda: len(by_guest()) > 20, "the guest's gradients")
+            family = descendants(guest.pid)
+            guest.send_signal(signal.SIGTERM)
+            _, err = guest.communicate(timeout=60)
+            assert (guest.returncode, err) == (0, "launch.py: the worker has left, as SIGTERM asked\n")
+            assert gone(family)
+        found = events(tmp_path)
+        assert first(found, event="join")["concurrency"] == 2
+        assert first(found, event="leave")["concurrency"] == 1
+        wrong = tmp_path / "wrong"
+        wrong.write_text("x" * 40)
+        wrong.chmod(0o600)
+        with launched("launch.py", *where, f"server.secret_file={wrong}", "runtime.max_restarts=0") as stranger:
+            _, err = stranger.communicate(timeout=60)
+            assert stranger.returncode == 1
+            assert "x" * 40 not in err
+            assert re.fullmatch(
+                r"launch\.py: worker \(pid \d+\) exited with status 65: Refused: the server at \S+ refused us: .*secret.*\n",
+                err,
+            ), err
+        seen = len(events(tmp_path, "apply"))
+        wait_until(lambda: len(events(tmp_path, "apply")) > seen + 20, "further updates")
+        host.send_signal(signal.SIGINT)
+        _, err = host.communicate(timeout=60)
+        assert host.returncode == 130
+    assert summary(tmp_path)["losses"] == []
+
+
+def test_a_run_that_nobody_works_for_ends_and_says_why(tmp_path: Path) -> None:
+    options = ("workers=1", "train.epochs=100000", "runtime.max_restarts=1", "runtime.restart_backoff_seconds=0")
+    with launched("launch.py", f"hydra.run.dir={tmp_path}", *QUIET, *options) as launcher:
+        victims: set[int] = set()
+        for _ in range(2):
+            pid = wait_until(lambda: next(iter(worker_pids(tmp_path) - victims), None), "a worker that was not killed yet")
+            victims.add(pid)
+            os.kill(pid, signal.SIGKILL)
+        _, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == 1
+    *_, last = err.splitlines()
+    left = r"no worker is left: worker 0 \(pid \d+\) was killed by SIGKILL .*; iteration \d+ is kept"
+    assert re.match(rf"launch\.py: server .*RuntimeError: {left}", last), err
+    result = summary(tmp_path)
+    assert (result["status"], len(result["losses"])) == ("failed", 2)
+
+
+def test_a_worker_that_is_too_slow_comes_back_and_one_that_is_never_finite_does_not(tmp_path: Path) -> None:
+    faults = "runtime.faults=[delay@1:5:4,corrupt@2:5:100]"
+    patience = ("runtime.ticket_timeout_seconds=1.5", "runtime.max_not_finite=3")
+    with launched(
+        "launch.py", f"hydra.run.dir={tmp_path}", *QUIET, "train.epochs=100000", "workers=3", faults, *patience
+    ) as host:
+        before = processes(tmp_path)["workers"]
+        wait_until(lambda: [event for event in events(tmp_path, "join") if event["worker"] == 1], "the return of the slow one")
+        wait_until(lambda: len(events(tmp_path, "leave")) >= 2, "the dismissal of the other")
+        host.send_signal(signal.SIGINT)
+        _, err = host.communicate(timeout=60)
+    assert host.returncode == 130
+    losses = {loss["worker"]: loss for loss in summary(tmp_path)["losses"]}
+    assert losses[1]["reason"] == "no push for runtime.ticket_timeout_seconds=1.5, stuck or too slow for it"
+    assert losses[2]["reason"] == "3 gradients in a row were not finite (runtime.max_not_finite)"
+    assert json.loads((tmp_path / "processes.json").read_text())["workers"]["1"] == before["1"]  # the same process
+    assert re.search(
+        r"^launch\.py: worker 2 .*Dismissed: worker 2: 3 gradients .*; the run goes on without it$", err, re.MULTILINE
+    )
+    assert not re.search(r"starting it again", err), err
+
+
+def worker_pids(run_dir: Path) -> set[int]:
+    """The workers that are there now."""
+    return set(processes(run_dir)["workers"].values())
+
+
+def test_torchrun_survives_the_death_of_children_without_restarting_ranks(tmp_path: Path) -> None:
+    total = 900
+    command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", "launch.py", f"hydra.run.dir={tmp_path}")
+    options = (f"train.max_iterations={total}", "checkpoint.every=100", "runtime.faults=[kill@1:30,kill@server:450]")
+    with launched(*command, *QUIET, *options) as launcher:
+        family: set[int] = set()
+
+        def ended() -> bool:
+            # Its own children only: what a rank starts looks like that rank for the moment between fork and exec.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                children = psutil.Process(launcher.pid).children()
+                family.update(process.pid for process in children if "launch.py" in " ".join(cmdline(process)))
+            return launcher.poll() is not None
+
+        wait_until(ended, "the end of the run")
+        _, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == 0, err
+    assert sorted(fired(err)) == ["kill@1:30", "kill@server:450"]
+    assert len(family) == 4  # the ranks: none was started again
+    check_lineage(tmp_path, total)
+    assert len(events(tmp_path, "resume")) == 1
+    assert summary(tmp_path)["server_lives"] == 2
+
+
+def cmdline(process: Any) -> list[str]:
+    """Its command line; empty where it has just ended."""
+    try:
+        return process.cmdline()
+    except Exception:
+        return []

@@ -1,0 +1,370 @@
+"""The table of rules: one row each, and every row inherits every test of ``test_contract.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ormo_rpc.algorithms._delay_adaptive import DelayRule
+from ormo_rpc.server.build import build_server
+from ormo_rpc.server.events import Event
+from ormo_rpc.server.parameter_server import ParameterServer
+from tests.support import reference, reference_batching, reference_peers
+from tests.support.schedule import Run, Schedule, noise, schedules
+
+SCHEDULERS = ("async", "sync", "partial", "ssp")
+SCHEDULER_OPTIONS: Mapping[str, Mapping[str, Any]] = {"partial": {"k": 2}, "ssp": {"s": 1}}
+"""Such that a barrier is felt with the few workers of these tests."""
+DIMENSION = 4
+LEARNING_RATES: Mapping[str, Callable[[int], float]] = {
+    "constant": lambda _: 0.1,
+    "decay": lambda t: 0.1 / (1 + t),
+    "step": lambda t: 0.1 if t % 4 < 2 else 0.03,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reduction:
+    """With these settings a rule is another rule.
+
+    Attributes:
+        to: The other rule's name.
+        options: The options of this rule.
+        momentum: beta for both; None for any.
+        num_workers: K; None for any, and then workers come and go too.
+        schedulers: Under which it holds.
+        exact: To the bit; otherwise to rounding.
+    """
+
+    to: str
+    options: Mapping[str, Any] | None = None
+    momentum: float | None = None
+    num_workers: int | None = None
+    schedulers: tuple[str, ...] = SCHEDULERS
+    exact: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What the tests need to know of a rule.
+
+    Attributes:
+        name: The rule's name.
+        reference: Its slow twin.
+        vectors: How many vectors of D elements the rule holds, the parameters among them, for ``num_workers`` workers.
+        more_vectors: And how many more with these options.
+        lr: A learning rate at which it converges on the quadratic of the convergence test, whose largest curvature is 1.
+        variants: Its options; every test draws one.
+        schedulers: Those that it runs under.
+        reductions: Settings under which it is another rule.
+    """
+
+    name: str
+    reference: type[reference.Reference]
+    vectors: Callable[[int], int]
+    lr: float
+    variants: tuple[Mapping[str, Any], ...] = ({},)
+    schedulers: tuple[str, ...] = SCHEDULERS
+    reductions: tuple[Reduction, ...] = ()
+    more_vectors: Callable[[Mapping[str, Any]], int] = lambda _: 0
+
+
+CORRECTED = {"momentum_correction": True}
+DELAY_ADAPTIVE: tuple[Mapping[str, Any], ...] = (
+    {},
+    {"threshold": 1},
+    {"threshold": 2, "smoothness": 2.0},
+    {"rule": DelayRule.mishchenko},
+    {"rule": DelayRule.koloskova, "threshold": 2},
+    {"rule": DelayRule.drop},
+    {"rule": DelayRule.drop, "threshold": 1},
+)
+ROWS = (
+    Row(name="asgd", reference=reference.ASGD, vectors=lambda _: 1, lr=0.1),
+    Row(
+        name="naive",
+        reference=reference.Naive,
+        vectors=lambda _: 2,
+        lr=0.01,
+        reductions=(Reduction(to="asgd", momentum=0.0, exact=False), Reduction(to="ormo", num_workers=1, exact=False)),
+    ),
+    Row(
+        name="ormo",
+        reference=reference.OrMo,
+        vectors=lambda _: 2,
+        lr=0.01,
+        variants=({}, CORRECTED),
+        reductions=(Reduction(to="asgd", momentum=0.0), Reduction(to="asgd", momentum=0.0, options=CORRECTED)),
+    ),
+    Row(
+        name="ormo_da",
+        reference=reference.OrMoDA,
+        vectors=lambda _: 2,
+        lr=0.01,
+        variants=(*DELAY_ADAPTIVE, CORRECTED, {"threshold": 1, **CORRECTED}),
+        reductions=(
+            Reduction(to="ormo", options={"threshold": 1000}),
+            Reduction(to="ormo", options={"rule": DelayRule.drop, "threshold": 1000}),
+            Reduction(to="ormo", num_workers=1),
+            # Under sync the oldest gradient of a round of K has the delay K - 1, which no rule takes for late.
+            Reduction(to="ormo", options={"rule": DelayRule.mishchenko}, num_workers=3, schedulers=("sync",)),
+        ),
+    ),
+    Row(
+        name="ormo_vanilla",
+        reference=reference.OrMoVanilla,
+        vectors=lambda _: 2,
+        lr=0.01,
+        variants=({}, CORRECTED),
+        reductions=(
+            Reduction(to="asgd", momentum=0.0),
+            # Under sync every gradient is of the newest bucket, e = 0.
+            Reduction(to="ormo", num_workers=3, schedulers=("sync",)),
+        ),
+    ),
+    Row(
+        name="rennala",
+        reference=reference_batching.Rennala,
+        vectors=lambda _: 2,
+        lr=0.4,
+        variants=({}, {"batch": 1}, {"batch": 3}),
+        schedulers=("async",),
+        reductions=(Reduction(to="asgd", options={"batch": 1}, num_workers=1, schedulers=("async",)),),
+    ),
+    Row(
+        name="ringmaster",
+        reference=reference_batching.Ringmaster,
+        vectors=lambda _: 1,
+        lr=0.1,
+        variants=({}, {"delay_threshold": 1}, {"delay_threshold": 3}),
+        schedulers=("async",),
+        reductions=(Reduction(to="asgd", options={"delay_threshold": 1000}, schedulers=("async",)),),
+    ),
+    Row(
+        name="fedbuff",
+        reference=reference_batching.FedBuff,
+        vectors=lambda _: 2,
+        lr=0.4,
+        variants=({}, {"buffer": 1, "staleness_power": 0.5}, {"buffer": 3, "staleness_power": 0.5}),
+        reductions=(Reduction(to="asgd", options={"buffer": 1}),),
+    ),
+    Row(
+        name="delayed_nesterov",
+        reference=reference_batching.DelayedNesterov,
+        vectors=lambda _: 3,
+        lr=0.04,
+        variants=({}, {"period": 1}, {"period": 3, "activation": 0.2}, {"period": 1, "activation": 0.5}),
+        reductions=(Reduction(to="asgd", options={"period": 1}, momentum=0.0),),
+    ),
+    Row(
+        name="easgd",
+        reference=reference_batching.EASGD,
+        vectors=lambda workers: 1 + workers,
+        lr=0.1,
+        variants=({}, {"elasticity": 0.3}, {"elasticity": 1.0}),
+    ),
+    Row(name="orlomo", reference=reference_batching.OrLoMo, vectors=lambda _: 2, lr=0.01, variants=({}, {"local_steps": 1})),
+    Row(
+        name="pnm",
+        reference=reference_batching.PNM,
+        vectors=lambda _: 3,
+        lr=0.4,
+        variants=({}, {"beta2": 0.5}),
+        reductions=(Reduction(to="asgd", options={"beta2": 0.0}, momentum=0.0),),
+    ),
+    Row(
+        name="spa",
+        reference=reference_batching.SPA,
+        vectors=lambda _: 2,
+        lr=0.01,
+        variants=({}, {"averaging": 0.5}, {"averaging": 1.0}),
+        reductions=(Reduction(to="asgd", momentum=0.0), Reduction(to="naive", exact=False)),
+    ),
+    Row(
+        name="shifted",
+        reference=reference_peers.Shifted,
+        vectors=lambda num_workers: 1 + num_workers,
+        lr=0.01,
+        reductions=(Reduction(to="asgd", momentum=0.0, exact=False), Reduction(to="naive", num_workers=1)),
+    ),
+    Row(
+        name="dana",
+        reference=reference_peers.DANA,
+        vectors=lambda num_workers: 2 + num_workers,
+        lr=0.01,
+        reductions=(Reduction(to="asgd", momentum=0.0),),
+    ),
+    Row(
+        name="smega2",
+        reference=reference_peers.SMEGA2,
+        vectors=lambda _: 3,
+        lr=0.01,
+        reductions=(
+            Reduction(to="asgd", momentum=0.0),
+            # Both are Nesterov momentum with one worker, which never leaves.
+            Reduction(to="dana", num_workers=1, exact=False),
+        ),
+    ),
+    Row(
+        name="asgd_da",
+        reference=reference_peers.ASGDDA,
+        vectors=lambda _: 1,
+        lr=0.1,
+        variants=DELAY_ADAPTIVE,
+        reductions=(
+            Reduction(to="asgd", options={"threshold": 1000}),
+            Reduction(to="asgd", options={"rule": DelayRule.drop, "threshold": 1000}),
+            Reduction(to="asgd", num_workers=1),
+            Reduction(to="asgd", options={"rule": DelayRule.mishchenko}, num_workers=3, schedulers=("sync",)),
+            Reduction(to="ormo_da", momentum=0.0),
+        ),
+    ),
+    Row(
+        name="staleness_aware",
+        reference=reference_peers.StalenessAware,
+        vectors=lambda _: 1,
+        lr=0.1,
+        schedulers=("async", "ssp"),
+        reductions=(Reduction(to="asgd", num_workers=1, schedulers=("async", "ssp")),),
+    ),
+    Row(
+        name="dc_asgd",
+        reference=reference_peers.DCASGD,
+        vectors=lambda _: 1,
+        more_vectors=lambda options: int(options.get("adaptive", True)),
+        lr=0.1,
+        variants=({}, {"adaptive": False}, {"compensation": 0.5}, {"adaptive": False, "compensation": 0.5}),
+        reductions=(
+            Reduction(to="asgd", options={"compensation": 0.0}),
+            Reduction(to="asgd", options={"compensation": 0.0, "adaptive": False}),
+            Reduction(to="asgd", num_workers=1),
+        ),
+    ),
+    Row(
+        name="gap_aware",
+        reference=reference_peers.GapAware,
+        vectors=lambda _: 3,
+        lr=0.01,
+        reductions=(Reduction(to="asgd", momentum=0.0, num_workers=1),),
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A run of whatever rule: the same for all rows.
+
+    Attributes:
+        variant: Picks one of the row's variants.
+        num_workers: K at the start.
+        tickets: T.
+        momentum: beta.
+        lr: The name of a schedule of learning rates.
+        seed: Of the start and the gradients.
+        schedule: Who pushes, comes and goes.
+    """
+
+    variant: int
+    num_workers: int
+    tickets: int
+    momentum: float
+    lr: str
+    seed: int
+    schedule: Schedule
+
+    def options(self, row: Row) -> Mapping[str, Any]:
+        """The variant of that rule that is meant."""
+        return row.variants[self.variant % len(row.variants)]
+
+    def start(self) -> Tensor:
+        """``w_0``, shape (D,)."""
+        return torch.randn(DIMENSION, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
+
+    def reference(self, row: Row) -> reference.Reference:
+        """The slow twin."""
+        return row.reference(
+            self.start(),
+            num_workers=self.num_workers,
+            lr=LEARNING_RATES[self.lr],
+            momentum=self.momentum,
+            **self.options(row),
+        )
+
+    def server(
+        self, name: str, scheduler: str, options: Mapping[str, Any], record: list[Event] | None = None
+    ) -> ParameterServer:
+        """A server with that rule; its events go to ``record``."""
+        return build_server(
+            algorithm=name,
+            scheduler=scheduler,
+            params=self.start(),
+            num_workers=self.num_workers,
+            lr=LEARNING_RATES[self.lr],
+            momentum=self.momentum,
+            total_tickets=self.tickets,
+            record=(lambda _: None) if record is None else record.append,
+            **SCHEDULER_OPTIONS.get(scheduler, {}),
+            **options,
+        )
+
+    def run(
+        self, name: str, scheduler: str, options: Mapping[str, Any], record: list[Event] | None = None
+    ) -> Run[ParameterServer]:
+        """A run of such a server, started."""
+        server = self.server(name, scheduler, options, record)
+        gradient = noise(DIMENSION * server.rule.VECTORS_PUSHED, self.seed)
+        return Run(server=server, gradient=gradient, num_workers=self.num_workers).start()
+
+
+@st.composite
+def cases(draw: st.DrawFn, *, changes: bool = True, momentum: float | None = None, num_workers: int | None = None) -> Case:
+    """Runs of every kind: T < K and T no multiple of K among them; with ``changes`` workers join and leave."""
+    return Case(
+        variant=draw(st.integers(0, 99)),
+        num_workers=draw(st.integers(1, 5)) if num_workers is None else num_workers,
+        tickets=draw(st.integers(1, 25)),
+        momentum=draw(st.sampled_from([0.9, 0.5, 0.0])) if momentum is None else momentum,
+        lr=draw(st.sampled_from(sorted(LEARNING_RATES))),
+        seed=draw(st.integers(0, 9)),
+        schedule=draw(schedules(changes=changes)),
+    )
+
+
+def values(server: ParameterServer) -> dict[str, Tensor | int | float]:
+    """``w`` and the state of the rule."""
+    return {"w": server.params, **server.rule.state()}
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two nested values are identical, tensors to the bit."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return type(a) is type(b) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, Mapping):
+        return isinstance(b, Mapping) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return type(a) is type(b) and bool(a == b)
+
+
+def tensors(value: Any, seen: set[int] | None = None) -> list[Tensor]:
+    """Every tensor that an object holds, however deep, each once."""
+    seen = set() if seen is None else seen
+    if id(value) in seen:
+        return []
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        inner = list(value.values())
+    elif isinstance(value, (str, bytes, int, float, type)) or callable(value):
+        inner = []
+    elif hasattr(value, "__iter__"):
+        inner = list(value)
+    else:
+        inner = list(getattr(value, "__dict__", {}).values())
+    return [tensor for item in inner for tensor in tensors(item, seen)]

@@ -1,0 +1,108 @@
+"""Helpers of tests that start real processes: launching, waiting with a time-out, and looking for what was left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import ormo_rpc
+
+ROOT = Path(__file__).parents[2]
+"""The checkout."""
+QUIET = ("logger=none",)
+"""Without wandb, which takes seconds to start."""
+PATIENCE_SECONDS = 60.0
+"""How long anything may take on a busy machine."""
+
+
+def wait_until(done: Callable[[], Any], what: str, every_seconds: float = 0.05) -> Any:
+    """The first true value of ``done()``, which is asked so often; fails the test when none comes in time."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+        value = done()
+        if value:
+            return value
+        time.sleep(every_seconds)
+    raise AssertionError(f"{what} did not happen within {PATIENCE_SECONDS} s")
+
+
+@contextmanager
+def launched(*command: str) -> Generator[subprocess.Popen[str]]:
+    """A command of the checkout, started in a session of its own; whatever of it is left at the end is killed."""
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={key: value for key, value in os.environ.items() if not key.startswith("WANDB_")},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    family = [psutil.Process(process.pid)]
+    try:
+        yield process
+    finally:
+        family += descendants(process.pid)
+        for member in family:
+            if member.is_running():
+                member.kill()
+        process.wait(PATIENCE_SECONDS)
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
+
+
+def launch(run_dir: Path, *overrides: str) -> tuple[int, str, str]:
+    """Run ``launch.py`` to its end: exit status, standard output, standard error."""
+    with launched("launch.py", f"hydra.run.dir={run_dir}", *overrides) as process:
+        out, err = process.communicate(timeout=2 * PATIENCE_SECONDS)
+        return process.returncode, out, err
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    """All processes that a process has started, directly or not."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def processes(run_dir: Path) -> dict[str, Any]:
+    """The content of ``processes.json``, once training has begun."""
+    wait_until(lambda: len(events(run_dir, "apply")) > 20, "the first updates")
+    return json.loads((run_dir / "processes.json").read_text())
+
+
+def events(run_dir: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The events of a run's trace, all or those of a kind; a line that is being written does not count."""
+    file = run_dir / "trace.jsonl"
+    lines = file.read_text().split("\n")[:-1] if file.is_file() else []
+    found = [json.loads(line) for line in lines]
+    return [event for event in found if kind in (None, event["event"])]
+
+
+def summary(run_dir: Path) -> dict[str, Any]:
+    """The summary of a run."""
+    return json.loads((run_dir / "summary.json").read_text())
+
+
+def gone(found: list[psutil.Process]) -> bool:
+    """Whether none of these processes runs any more."""
+    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in found)
+
+
+def replayed(run_dir: Path, again: Path) -> str:
+    """The final parameters of a recorded run, computed again from its trace."""
+    summary = ormo_rpc.train(["runtime=replay", f"replay.run={run_dir}"], run_dir=again)
+    assert summary["identical"] is True
+    return summary["final_params_sha256"]

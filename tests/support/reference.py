@@ -1,0 +1,249 @@
+"""Slow twins of the rules: the whole state from the list of all gradients, by the sums of the specification, no running buffer.
+
+Nothing here is shared with the package: buckets, delays, concurrency and learning rates are worked out again from the history
+of calls. Legend: ``D`` parameters, ``w`` parameters, ``u`` momentum, ``t`` iteration, ``i`` stamp, ``b`` bucket, ``I`` momentum
+index, ``K`` concurrency, ``eta`` learning rate, ``beta`` momentum coefficient, ``tau = t - i`` delay.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.support.schedule import Step
+
+Values = dict[str, Tensor | int | float]
+"""``w`` and whatever else the rule carries, by the name that the specification gives it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradient:
+    """A gradient that was applied.
+
+    Attributes:
+        value_D: The gradient.
+        worker: Who sent it.
+        t: How many gradients were applied before it.
+        i: Its stamp.
+        b: The bucket of its stamp.
+        handed: The largest stamp that anybody held or had held when it arrived; `I` is its bucket.
+        I: The largest bucket that had been handed out when it arrived: the momentum index after it.
+        K: The number of workers when it arrived.
+        eta: The learning rate of the schedule.
+    """
+
+    value_D: Tensor  # noqa: N815 - the suffix is the shape
+    worker: int
+    t: int
+    i: int
+    b: int = -1
+    handed: int
+    I: int = -1  # noqa: E741 - the paper's name
+    K: int
+    eta: float
+
+    @property
+    def tau(self) -> int:
+        """The delay."""
+        return self.t - self.i
+
+
+def buckets(sizes: Sequence[int]) -> list[int]:
+    """The bucket of each of the indices 0 to n.
+
+    Args:
+        sizes: K at the moment when each of the indices 1 to n came to be: a bucket that is opened by index i takes
+            ``sizes[i - 1]`` indices.
+    """
+    found = [0]
+    while len(found) <= len(sizes):
+        found += [found[-1] + 1] * sizes[len(found) - 1]
+    return found[: len(sizes) + 1]
+
+
+def heavy_ball(start: Tensor, sums: Sequence[Tensor], beta: float) -> tuple[Tensor, Tensor]:
+    """``v <- beta v + sum; x <- x - v`` over the sums of ``eta g`` of consecutive rounds or buckets; returns ``x, v``."""
+    x, v = start, torch.zeros_like(start)
+    for total in sums:
+        v = beta * v + total
+        x = x - v
+    return x, v
+
+
+class Reference(ABC):
+    """A rule, as the specification has it.
+
+    Args:
+        start: ``w_0``, shape (D,).
+        num_workers: The workers at the start.
+        lr: The learning rate as a function of t.
+        momentum: beta.
+        options: The options of the rule, by name.
+    """
+
+    def __init__(self, start: Tensor, *, num_workers: int, lr: Callable[[int], float], momentum: float, **options: Any) -> None:
+        self.start = start.clone()
+        self.num_workers = num_workers
+        self.lr = lr
+        self.beta = momentum
+        self.options = options
+
+    @abstractmethod
+    def state(self, history: Sequence[Step]) -> Values:
+        """The state after these calls."""
+
+    def accepts(self, tau: int, K: int) -> bool:
+        """Whether a gradient is applied at all."""
+        return True
+
+    def accepts_at(self, t: int, i: int, K: int) -> bool:
+        """The same for a rule that asks for more than the difference of iteration and stamp."""
+        return self.accepts(t - i, K)
+
+    def rate(self, gradient: Gradient) -> float:
+        """The learning rate of a gradient."""
+        return gradient.eta
+
+    def gradients(self, history: Sequence[Step]) -> list[Gradient]:
+        """The gradients that were applied, with their place in the order of iterations."""
+        found: list[Gradient] = []
+        handed, workers = 0, self.num_workers
+        for step in history:
+            workers += {"join": 1, "leave": -1}.get(step.kind, 0)
+            push = step.push
+            if push is not None and self.accepts_at(len(found), push.stamp, workers):
+                t = len(found)
+                found.append(
+                    Gradient(value_D=push.grad, worker=push.worker, t=t, i=push.stamp, handed=handed, K=workers, eta=self.lr(t))
+                )
+            handed = max([handed, *(reply.stamp for reply in step.replies if reply.ticket is not None)])
+        bucket = buckets([gradient.K for gradient in found])
+        return [replace(gradient, b=bucket[gradient.i], I=bucket[gradient.handed]) for gradient in found]
+
+    def total(self, gradients: Sequence[Gradient], weights: Sequence[float]) -> Tensor:
+        """The weighted sum of gradients, shape (D,)."""
+        result = torch.zeros_like(self.start)
+        for gradient, weight in zip(gradients, weights, strict=True):
+            result = result + weight * gradient.value_D
+        return result
+
+    def geometric(self, terms: int) -> float:
+        """``1 + beta + ... + beta^(terms - 1) = (1 - beta^terms) / (1 - beta)``."""
+        return (1 - self.beta**terms) / (1 - self.beta)
+
+    def scale(self, history: Sequence[Step]) -> float:
+        """The size of the numbers that rounding works on: the largest start, and all of ``eta g / (1 - beta)`` without sign."""
+        largest = sum(self.lr(t) * float(push.grad.abs().max()) for t, push in enumerate(_pushes(history)))
+        return 1 + float(self.start.abs().max()) + largest / (1 - self.beta)
+
+
+def _pushes(history: Sequence[Step]) -> list[Any]:
+    return [step.push for step in history if step.push is not None]
+
+
+class ASGD(Reference):
+    """``w = w_0 - sum of eta g``."""
+
+    def state(self, history: Sequence[Step]) -> Values:
+        gradients = self.gradients(history)
+        return {"w": self.start - self.total(gradients, [self.rate(g) for g in gradients])}
+
+
+class Naive(Reference):
+    """After n gradients: ``u = sum of beta^(n-1-t) eta g``, ``w = w_0 - sum of (1 - beta^(n-t)) / (1 - beta) eta g``."""
+
+    def state(self, history: Sequence[Step]) -> Values:
+        gradients = self.gradients(history)
+        n = len(gradients)
+        return {
+            "w": self.start - self.total(gradients, [self.geometric(n - g.t) * self.rate(g) for g in gradients]),
+            "u": self.total(gradients, [self.beta ** (n - 1 - g.t) * self.rate(g) for g in gradients]),
+        }
+
+
+class OrMo(Reference):
+    """``u = sum of beta^(I-b) eta g``, ``w = w_0 - sum of (1 - beta^(I-b+1)) / (1 - beta) eta g``.
+
+    With ``momentum_correction`` a gradient that was applied at ``t`` has the learning rate of the present in ``u`` and that of
+    each shift in what the shift took from ``w``. With ``eta_n`` the schedule's rate at iteration n, ``r`` the gradient's own,
+    and shift j made at ``n(j)``:
+    ``u = sum of beta^(I-b) r eta_last / eta_t g`` and
+    ``w = w_0 - sum of r ((1 - beta^(I_t-b+1)) / (1 - beta) + sum over j in (I_t, I] of beta^(j-b) eta_n(j) / eta_t) g``.
+    """
+
+    def state(self, history: Sequence[Step]) -> Values:
+        gradients = self.gradients(history)
+        if not gradients:
+            return {"w": self.start, "u": torch.zeros_like(self.start), "index": 0}
+        last = gradients[-1]
+        if self.options.get("momentum_correction"):
+            in_u = [self.beta ** (last.I - g.b) * self.rate(g) * last.eta / g.eta for g in gradients]
+            in_w = [self.rate(g) * (self.at_arrival(g) + self.shifted(g, gradients)) for g in gradients]
+        else:
+            in_u = [self.beta ** (last.I - g.b) * self.rate(g) for g in gradients]
+            in_w = [self.rate(g) * self.in_params(g, last.I) for g in gradients]
+        return {"w": self.start - self.total(gradients, in_w), "u": self.total(gradients, in_u), "index": last.I}
+
+    def in_params(self, gradient: Gradient, index: int) -> float:
+        """The weight of ``eta g`` in ``w_0 - w`` when the momentum index is ``index``."""
+        return self.geometric(index - gradient.b + 1)
+
+    def at_arrival(self, gradient: Gradient) -> float:
+        """The weight with which ``eta g`` enters the parameters."""
+        return self.geometric(gradient.I - gradient.b + 1)
+
+    def shifted(self, gradient: Gradient, gradients: Sequence[Gradient]) -> float:
+        """What the shifts since then added to that weight, each with the learning rate that ruled when it was made."""
+        weight = 0.0
+        for before, after in zip(gradients[gradient.t :], gradients[gradient.t + 1 :], strict=False):
+            for index in range(before.I + 1, after.I + 1):
+                weight += self.beta ** (index - gradient.b) * after.eta / gradient.eta
+        return weight
+
+
+class OrMoVanilla(OrMo):
+    """OrMo whose gradient enters ``w`` with weight 1; the shifts add ``beta^j`` for j from ``I_t-b+1`` to ``I-b``.
+
+    That sum is ``(beta^(I_t-b+1) - beta^(I-b+1)) / (1 - beta)``, with ``I_t`` the momentum index when the gradient came.
+    """
+
+    def in_params(self, gradient: Gradient, index: int) -> float:
+        e = gradient.I - gradient.b
+        return 1 + (self.beta ** (e + 1) - self.beta ** (index - gradient.b + 1)) / (1 - self.beta)
+
+    def at_arrival(self, gradient: Gradient) -> float:
+        return 1.0
+
+
+class OrMoDA(OrMo):
+    """OrMo with a learning rate that follows the delay."""
+
+    def accepts(self, tau: int, K: int) -> bool:
+        return not (self.rule == "drop" and tau > self.limit(K))
+
+    def rate(self, gradient: Gradient) -> float:
+        eta, tau, K = gradient.eta, gradient.tau, gradient.K
+        if self.rule == "mishchenko":
+            return eta if tau <= K else eta * K / tau
+        if self.rule == "drop" or tau <= self.limit(K):
+            return eta
+        if self.rule == "koloskova":
+            return eta / tau
+        if self.options.get("smoothness") is not None:
+            return min(eta, 1 / (4 * self.options["smoothness"] * tau))
+        return eta * self.limit(K) / tau
+
+    @property
+    def rule(self) -> str:
+        """The name of the delay's rule."""
+        return getattr(self.options.get("rule"), "value", "ormo")
+
+    def limit(self, K: int) -> int:
+        """The delay up to which nothing changes."""
+        chosen = self.options.get("threshold")
+        return 2 * K if chosen is None else chosen

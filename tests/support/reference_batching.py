@@ -1,0 +1,184 @@
+"""Slow twins of the rules that discard, collect, average or take local steps; see `tests.support.reference` for the legend.
+
+A gradient's *round* is ``t // B``: with what is discarded left out, every B-th gradient ends one. Closed forms
+where there are any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.support.reference import Gradient, Reference, Values
+from tests.support.schedule import Step
+
+
+def ended(history: Sequence[Step]) -> bool:
+    """Whether somebody was told to stop: then nothing is in a buffer any more."""
+    return any(reply.ticket is None for step in history for reply in step.replies)
+
+
+class Collecting(Reference):
+    """Every B gradients ``w <- w - eta sum / B`` at the last one's ``eta``; at the end the rest likewise."""
+
+    NAME: str
+    """The option that is B."""
+
+    @property
+    def size(self) -> int:
+        """B."""
+        return self.options.get(self.NAME, 4)
+
+    def weight(self, gradient: Gradient) -> float:
+        """The weight of a gradient in the sum."""
+        return 1.0
+
+    def state(self, history: Sequence[Step]) -> Values:
+        gradients = self.gradients(history)
+        size, n = self.size, len(gradients)
+        done = n if ended(history) else n - n % size
+        # A round's last gradient, and the last one of all for a rest, gives the learning rate.
+        rates = [self.lr(min(g.t - g.t % size + size, n) - 1) / size for g in gradients]
+        weights = [self.weight(g) for g in gradients]
+        w = self.start - self.total(gradients[:done], [a * b for a, b in zip(rates[:done], weights[:done], strict=True)])
+        return {
+            "w": w,
+            "collected": self.total(gradients[done:], weights[done:]),
+            "count": n - done,
+            "version": -(-done // size),
+        }
+
+
+class Rennala(Collecting):
+    """A gradient is accepted in the round of its stamp only."""
+
+    NAME = "batch"
+
+    def accepts_at(self, t: int, i: int, K: int) -> bool:
+        return i // self.size == t // self.size
+
+
+class FedBuff(Collecting):
+    """A gradient weighs ``(1 + s)^-a`` when s rounds ended since its stamp."""
+
+    NAME = "buffer"
+
+    def weight(self, gradient: Gradient) -> float:
+        rounds = gradient.t // self.size - gradient.i // self.size
+        return 1 / (1 + rounds) ** self.options.get("staleness_power", 0.0)
+
+
+class Ringmaster(Reference):
+    """``w = w_0 - sum of eta g`` over those of delay less than R."""
+
+    def accepts(self, tau: int, K: int) -> bool:
+        chosen = self.options.get("delay_threshold")
+        return tau < (2 * K if chosen is None else chosen)
+
+    def state(self, history: Sequence[Step]) -> Values:
+        gradients = self.gradients(history)
+        return {"w": self.start - self.total(gradients, [g.eta for g in gradients])}
+
+
+class DelayedNesterov(Reference):
+    """After r rounds ``m_r = sum of beta^(r-1-j) sum_j / N``; ``w`` sums what every gradient brings."""
+
+    def state(self, history: Sequence[Step]) -> Values:
+        gradients = self.gradients(history)
+        N, c, n = self.options.get("period", 4), self.options.get("activation", 0.0), len(gradients)
+        w = self.start.clone()
+        for g in gradients:
+            last = g.t % N == N - 1
+            m = self.momentum_after(gradients, (g.t + 1) // N, N)
+            w = w - g.eta * ((1 - c * N + c if last else c) * self.beta * m + g.value_D / N)
+        rounds, rest = divmod(n, N)
+        if rest and ended(history):
+            w = w - self.lr(n - 1) * (1 - c * rest) * self.beta * self.momentum_after(gradients, rounds + 1, N)
+            rounds, rest = rounds + 1, 0
+        collected = self.total(gradients[n - rest :], [1.0] * rest)
+        return {"w": w, "m": self.momentum_after(gradients, rounds, N), "collected": collected, "count": rest}
+
+    def momentum_after(self, gradients: Sequence[Gradient], rounds: int, N: int) -> Tensor:
+        """The momentum after so many rounds, a rest counting as one."""
+        taken = gradients[: rounds * N]
+        return self.total(taken, [self.beta ** (rounds - 1 - g.t // N) / N for g in taken])
+
+
+class PNM(Reference):
+    """``m_t = (1 - beta^2) sum of beta^(t-s) g_s`` over the s of t's parity, and ``w`` the sum of the steps."""
+
+    def state(self, history: Sequence[Step]) -> Values:
+        gradients = self.gradients(history)
+        b, n = self.options.get("beta2", 1.0), len(gradients)
+        w = self.start.clone()
+        for g in gradients:
+            w = w - g.eta * ((1 + b) * self.m(gradients, g.t) - b * self.m(gradients, g.t - 1)) / ((1 + b) ** 2 + b**2) ** 0.5
+        newest = {t % 2: self.m(gradients, t) for t in (n - 2, n - 1)}
+        return {"w": w, "even": newest[0], "odd": newest[1]}
+
+    def m(self, gradients: Sequence[Gradient], t: int) -> Tensor:
+        """``m_t``."""
+        taken = [g for g in gradients if g.t <= t and (t - g.t) % 2 == 0]
+        return self.total(taken, [(1 - self.beta**2) * self.beta ** (t - g.t) for g in taken])
+
+
+class SPA(Reference):
+    """``z = w_0 - sum of gamma g``; ``w`` is the average of all ``z_t`` with weights ``c (1 - c)^(n-t)``, ``w_0`` the rest."""
+
+    def state(self, history: Sequence[Step]) -> Values:
+        gradients = self.gradients(history)
+        n, c = len(gradients), self.options.get("averaging") or 1 - self.beta
+        # A gradient of iteration t is in z_(t+1) to z_n: sum of c (1 - c)^(n-s) over s = t+1..n.
+        in_w = [g.eta / (1 - self.beta) * (1 - (1 - c) ** (n - g.t)) for g in gradients]
+        return {
+            "w": self.start - self.total(gradients, in_w),
+            "z": self.start - self.total(gradients, [g.eta / (1 - self.beta) for g in gradients]),
+        }
+
+
+class EASGD(Reference):
+    """The plain loop: the centre and those who hold or held a ticket, each exchange a convex combination of the two."""
+
+    def state(self, history: Sequence[Step]) -> Values:
+        w, own = self.start.clone(), dict[int, Tensor]()
+        workers = self.num_workers
+        for step in history:
+            workers += {"join": 1, "leave": -1}.get(step.kind, 0)
+            if step.kind == "leave":
+                own.pop(step.worker, None)
+            if step.push is not None:
+                a = self.options.get("elasticity") or 0.9 / workers
+                moved = own[step.worker] - step.push.grad
+                w, own[step.worker] = (1 - a) * w + a * moved, a * w + (1 - a) * moved
+            own = {**{reply.worker: w for reply in step.replies if reply.ticket is not None}, **own}
+        return {"w": w, **{f"own/{worker}": value for worker, value in own.items()}}
+
+    def scale(self, history: Sequence[Step]) -> float:
+        return _scale_of_moves(self.start, history)
+
+
+class OrLoMo(Reference):
+    """``u = sum of beta^(H(I-b)) m``, ``w = w_0 - sum of (p + (beta + ... + beta^(H(I-b))) m)``."""
+
+    def state(self, history: Sequence[Step]) -> Values:
+        gradients = self.gradients(history)
+        u, w, steps = torch.zeros_like(self.start), self.start.clone(), self.options.get("local_steps", 4)
+        index = gradients[-1].I if gradients else 0
+        for g in gradients:
+            m, p = g.value_D.chunk(2)
+            passed = steps * (index - g.b)
+            u = u + self.beta**passed * m
+            w = w - p - sum(self.beta**j for j in range(1, passed + 1)) * m
+        return {"w": w, "u": u, "index": index}
+
+    def scale(self, history: Sequence[Step]) -> float:
+        return _scale_of_moves(self.start, history) / (1 - self.beta)
+
+
+def _scale_of_moves(start: Tensor, history: Sequence[Step]) -> float:
+    """As `Reference.scale` for pushes that are in units of the parameters."""
+    pushes: list[Any] = [step.push for step in history if step.push is not None]
+    return 1 + float(start.abs().max()) + sum(float(push.grad.abs().max()) for push in pushes)

@@ -1,0 +1,175 @@
+"""Slow twins of the peers of ordered momentum; see ``reference.py`` for the legend and for what a twin may not share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from tests.support.reference import ASGD, Gradient, OrMoDA, Reference, Values
+from tests.support.schedule import Step
+
+
+class ASGDDA(ASGD, OrMoDA):
+    """``w = w_0 - sum of eta(tau) g`` over the gradients that are not dropped."""
+
+
+class StalenessAware(ASGD):
+    """``w = w_0 - sum of eta / max(tau, 1) g``."""
+
+    def rate(self, gradient: Gradient) -> float:
+        return gradient.eta if gradient.tau == 0 else gradient.eta / gradient.tau
+
+
+class InUnitsOfTheGradient(Reference):
+    """A rule whose momentum sums ``g``, not ``eta g``, so that rounding works on larger numbers."""
+
+    def scale(self, history: Sequence[Step]) -> float:
+        sizes = [float(step.push.grad.abs().max()) for step in history if step.push is not None]
+        return super().scale(history) + sum(sizes) / (1 - self.beta)
+
+
+class PerWorker(InUnitsOfTheGradient):
+    """Rules with a buffer for each worker: a *life* of a worker ends when it leaves, and its buffer with it."""
+
+    def lives(self, history: Sequence[Step]) -> dict[tuple[int, int], list[Gradient]]:
+        """The gradients of each life, by worker and the number of times that it had left before."""
+        found: dict[tuple[int, int], list[Gradient]] = {}
+        left = Counter[int]()
+        gradients = iter(self.gradients(history))
+        for step in history:
+            if step.kind == "leave":
+                left[step.worker] += 1
+            elif step.push is not None:
+                found.setdefault((step.worker, left[step.worker]), []).append(next(gradients))
+        return found
+
+    def present(self, history: Sequence[Step]) -> Mapping[int, list[Gradient]]:
+        """The gradients of the lives that have not ended, by worker."""
+        left = Counter(step.worker for step in history if step.kind == "leave")
+        return {worker: life for (worker, number), life in self.lives(history).items() if number == left[worker]}
+
+    def powers(self, count: int) -> list[float]:
+        """``beta^(count-1), ..., beta, 1``: the weights of a life's gradients in its buffer."""
+        return [self.beta ** (count - 1 - n) for n in range(count)]
+
+
+class Shifted(PerWorker):
+    """``v_k = sum of beta^m eta g``, m the later ones of k; in w a gradient weighs ``(1 - beta^(m+1)) / (1 - beta)``."""
+
+    def state(self, history: Sequence[Step]) -> Values:
+        w = self.start
+        for life in self.lives(history).values():
+            w = w - self.total(life, [self.geometric(len(life) - n) * g.eta for n, g in enumerate(life)])
+        buffers = {
+            f"v/{worker}": self.total(life, [p * g.eta for p, g in zip(self.powers(len(life)), life, strict=True)])
+            for worker, life in self.present(history).items()
+        }
+        return {"w": w, **buffers}
+
+
+class DANA(PerWorker):
+    """As `Shifted` in units of g, so that a gradient enters w with ``sum of beta^j eta`` over the rates of its worker since."""
+
+    def state(self, history: Sequence[Step]) -> Values:
+        w = self.start
+        for life in self.lives(history).values():
+            w = w - self.total(
+                life, [sum(self.beta**j * later.eta for j, later in enumerate(life[n:])) for n in range(len(life))]
+            )
+        buffers = {f"v/{worker}": self.total(life, self.powers(len(life))) for worker, life in self.present(history).items()}
+        return {"w": w, "total": sum(buffers.values(), torch.zeros_like(self.start)), **buffers}
+
+
+class SMEGA2(InUnitsOfTheGradient):
+    """With m_r the mean gradient of round r: ``v = sum of beta^(rounds since) m_r``; w gets the v of each gradient's time."""
+
+    def state(self, history: Sequence[Step]) -> Values:
+        gradients = self.gradients(history)
+        rounds: list[list[Gradient]] = [[]]
+        for gradient in gradients:
+            rounds[-1].append(gradient)
+            if len(rounds[-1]) >= gradient.K:
+                rounds.append([])
+        if rounds[-1] and any(reply.ticket is None for step in history for reply in step.replies):  # the end of the run
+            rounds.append([])
+        w = self.start - self.total(gradients, [g.eta for g in gradients])
+        for number, members in enumerate(rounds):
+            w = w - sum(g.eta for g in members) * self.beta * self.momentum(rounds[:number])
+        return {"w": w, "v": self.momentum(rounds[:-1]), "G": self.total(rounds[-1], [1.0] * len(rounds[-1]))}
+
+    def momentum(self, rounds: Sequence[Sequence[Gradient]]) -> Tensor:
+        """``v`` after these rounds."""
+        v = torch.zeros_like(self.start)
+        for number, members in enumerate(rounds):
+            weight = self.beta ** (len(rounds) - 1 - number) / len(members)
+            v = v + self.total(members, [weight] * len(members))
+        return v
+
+
+class DCASGD(Reference):
+    """All parameters ``w_0, ..., w_n`` one after the other, ``w_bak = w_i``, and MS as a sum over all gradients so far."""
+
+    def state(self, history: Sequence[Step]) -> Values:
+        gradients = self.gradients(history)
+        w, mean_squares = [self.start], [torch.zeros_like(self.start)]
+        for g in gradients:
+            mean_squares.append(self.mean_square(gradients[: g.t + 1]))
+            w.append(w[-1] - g.eta * g.value_D - g.eta * self.curvature(g, mean_squares[-1]) * (w[g.t] - w[g.i]))
+        return {"w": w[-1], **({"mean_square": mean_squares[-1]} if self.adaptive else {})}
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether lambda follows the size of the gradients."""
+        return self.options.get("adaptive", True)
+
+    def mean_square(self, gradients: Sequence[Gradient]) -> Tensor:
+        """``MS = sum of 0.05 * 0.95^(later gradients) g^2``."""
+        squares = torch.stack([g.value_D**2 for g in gradients])
+        later = torch.arange(len(gradients) - 1, -1, -1, dtype=squares.dtype)
+        return (0.05 * 0.95**later) @ squares
+
+    def curvature(self, g: Gradient, mean_square: Tensor) -> Tensor:
+        """``lambda_t g^2``."""
+        chosen = self.options.get("compensation")
+        if self.adaptive:
+            return (2.0 if chosen is None else chosen) * g.value_D**2 / torch.sqrt(mean_square + 1e-7)
+        return (0.04 if chosen is None else chosen) * g.value_D**2
+
+    def scale(self, history: Sequence[Step]) -> float:
+        """What rounding works on: a step multiplies an error by at most ``1 + 2 eta lambda_t g^2``, all steps by the product.
+
+        The parameters themselves are within the same factor of those without compensation.
+        """
+        gradients, factor = self.gradients(history), 1.0
+        for g in gradients:
+            factor *= 1 + 2 * g.eta * float(self.curvature(g, self.mean_square(gradients[: g.t + 1])).max())
+        return super().scale(history) * factor
+
+
+class GapAware(InUnitsOfTheGradient):
+    """All parameters one after the other; v and MS as sums over all divided gradients so far, ``w_bak = w_i``."""
+
+    def state(self, history: Sequence[Step]) -> Values:
+        w, v, divided = [self.start], list[Tensor](), list[Tensor]()
+        for g in self.gradients(history):
+            penalty = torch.ones_like(self.start)
+            if v:
+                largest = max(self.lr(t) for t in range(g.t + 1))
+                bias = sum(0.001 * 0.999**n for n in range(len(v)))
+                usual = largest * (decayed(0.999, [0.001 * one**2 for one in v]) / bias) ** 0.5
+                penalty = 1 + (w[g.t] - w[g.i]).abs() / (usual + 1e-8)
+            divided.append(g.value_D / penalty)
+            v.append(decayed(self.beta, divided))
+            w.append(w[-1] - g.eta * v[-1])
+        zero = torch.zeros_like(self.start)
+        mean_square = decayed(0.999, [0.001 * one**2 for one in v]) if v else zero
+        return {"w": w[-1], "v": v[-1] if v else zero, "mean_square": mean_square}
+
+
+def decayed(keep: float, terms: Sequence[Tensor]) -> Tensor:
+    """``sum of keep^(later terms) term``."""
+    later = torch.arange(len(terms) - 1, -1, -1, dtype=terms[0].dtype)
+    return (keep**later) @ torch.stack(list(terms))

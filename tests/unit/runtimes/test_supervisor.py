@@ -1,0 +1,295 @@
+"""The supervisor: children hear it, are buried by it, and never outlive it. Each child is a real, tiny process."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from ormo_rpc.runtimes.distributed.launcher import supervisor as module
+from ormo_rpc.runtimes.distributed.launcher.supervisor import DONE, Child, Supervisor
+from tests.support.processes import PATIENCE_SECONDS, gone, wait_until
+
+# The module is run from its file, so that a child does not load torch, which takes seconds.
+PRELUDE = f"import json, os, runpy, signal, sys, threading\nsupervisor = runpy.run_path({module.__file__!r})\n"
+LISTENER = f"""{PRELUDE}
+def hear(message):
+    print(json.dumps(message), flush=True)
+    if "exit" in message:
+        os._exit(message["exit"])
+supervisor["listen_to_supervisor"](int(sys.argv[sys.argv.index("--control") + 1]), hear)
+print("ready", flush=True)
+threading.Event().wait()
+"""
+STUBBORN = """
+import signal, threading
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+print("ready", flush=True)
+threading.Event().wait()
+"""
+
+
+def start(supervisor: Supervisor, script: str, log: Path | None, name: str = "child") -> Child:
+    return supervisor.start(name, [sys.executable, "-c", script], env=dict(os.environ), log=log)
+
+
+def ready(log: Path) -> None:
+    wait_until(lambda: log.exists() and "ready" in log.read_text(), "the start of the child")
+
+
+def ended(supervisor: Supervisor, child: Child) -> int:
+    assert supervisor.wait(lambda: child.exit_code is not None, PATIENCE_SECONDS)
+    assert child.exit_code is not None
+    return child.exit_code
+
+
+def descriptors() -> set[str]:
+    return {str(path) for path in Path("/proc/self/fd").iterdir()}
+
+
+def test_messages_arrive_in_order_and_the_exit_code_comes_back(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with Supervisor() as supervisor:
+        child = start(supervisor, LISTENER, log)
+        ready(log)
+        assert child.exit_code is None
+        child.tell(stop={"status": "interrupted", "reason": "a\nb"})
+        child.tell(exit=7)
+        assert ended(supervisor, child) == 7
+        child.tell(exit=8)  # one that is gone hears nothing, and nobody minds
+    assert log.read_text().splitlines() == ["ready", '{"stop": {"status": "interrupted", "reason": "a\\nb"}}', '{"exit": 7}']
+
+
+@pytest.mark.parametrize(
+    ("script", "logged", "text"),
+    [
+        ("import sys; print('first\\nlast line '); sys.exit(3)", True, r"exited with status 3: last line \(see {log}\)"),
+        ("import sys; sys.exit('what went wrong')", True, r"exited with status 1: what went wrong \(see {log}\)"),
+        ("import sys; sys.exit(4)", True, r"exited with status 4 \(see {log}\)"),
+        ("import sys; sys.exit(5)", False, r"exited with status 5"),
+        (
+            "import os; print('of no meaning', flush=True); os.kill(os.getpid(), 9)",
+            True,
+            r"was killed by SIGKILL \(see {log}\)",
+        ),
+        ("import os; os.kill(os.getpid(), 15)", False, r"was killed by SIGTERM"),
+        (
+            "import os, sys; os.write(1, b'\\xff bad bytes'); sys.exit(6)",
+            True,
+            r"exited with status 6: � bad bytes \(see {log}\)",
+        ),
+    ],
+)
+def test_an_obituary_says_who_how_and_the_last_words(script: str, logged: bool, text: str, tmp_path: Path) -> None:
+    log = tmp_path / "log" if logged else None
+    with Supervisor() as supervisor:
+        child = start(supervisor, script, log, "worker 3")
+        ended(supervisor, child)
+        expected = text.replace("{log}", re.escape(str(log)))
+        assert re.fullmatch(rf"worker 3 \(pid {child.process.pid}\) {expected}", child.obituary()), child.obituary()
+
+
+@pytest.mark.parametrize("error", [None, KeyError("any")], ids=["normally", "by an error"])
+def test_the_end_of_the_context_leaves_nobody_and_nothing(error: Exception | None, tmp_path: Path) -> None:
+    before = descriptors()
+    logs = [tmp_path / "a", tmp_path / "b"]
+    children: list[Child] = []
+
+    def supervised() -> None:
+        with Supervisor() as supervisor:
+            children.extend(start(supervisor, STUBBORN, log) for log in logs)
+            for log in logs:
+                ready(log)
+            if error is not None:
+                raise error
+
+    if error is None:
+        supervised()
+    else:
+        with pytest.raises(KeyError):
+            supervised()
+    assert [child.exit_code for child in children] == [-signal.SIGKILL] * 2
+    assert descriptors() == before
+
+
+def test_a_program_that_does_not_exist_leaves_no_descriptor() -> None:
+    before = descriptors()
+    with Supervisor() as supervisor, pytest.raises(FileNotFoundError):
+        supervisor.start("child", ["/no/such/program"], env={}, log=None)
+    assert descriptors() == before
+
+
+def test_children_end_when_the_supervisor_is_killed(tmp_path: Path) -> None:
+    """Two of them: were one to inherit the other's pipe, neither would see its end."""
+    boss = f"""{PRELUDE}
+import pathlib
+with supervisor["Supervisor"]() as s:
+    for name in "ab":
+        command = [sys.executable, "-c", {LISTENER!r}]
+        child = s.start(name, command, env=dict(os.environ), log=pathlib.Path({str(tmp_path)!r}) / name)
+        print(child.process.pid, flush=True)
+    threading.Event().wait()
+"""
+    process = subprocess.Popen([sys.executable, "-c", boss], stdout=subprocess.PIPE, text=True)
+    with process:
+        assert process.stdout is not None
+        children = [psutil.Process(int(process.stdout.readline())) for _ in range(2)]
+        try:
+            for name in "ab":
+                ready(tmp_path / name)
+            assert not gone(children[:1])
+            assert not gone(children[1:])
+            process.kill()
+            wait_until(lambda: gone(children), "the end of the children")
+        finally:
+            for child in children:
+                if child.is_running():
+                    child.kill()
+
+
+@pytest.mark.parametrize("line", [b'{"anything": 1}\n', b"no JSON\n"], ids=["a handler that fails", "a broken message"])
+def test_a_child_that_cannot_hear_ends(line: bytes, tmp_path: Path) -> None:
+    script = LISTENER.replace("print(json.dumps(message), flush=True)", "raise RuntimeError('deaf')")
+    with Supervisor() as supervisor:
+        child = start(supervisor, script, tmp_path / "log")
+        ready(tmp_path / "log")
+        os.write(child.control, line)
+        assert ended(supervisor, child) == 1
+
+
+def test_ctrl_c_reaches_the_supervisor_alone(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with Supervisor() as supervisor:
+        child = start(supervisor, LISTENER, log)
+        ready(log)
+        pid = child.process.pid
+        assert os.getsid(pid) == pid != os.getsid(0)  # a session of its own: no terminal's signals
+        os.kill(pid, signal.SIGINT)  # and one that is sent to it on purpose is ignored
+        child.tell(exit=0)
+        assert ended(supervisor, child) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_wait_once_and_its_handler_is_restored(number: signal.Signals) -> None:
+    def former(*_arguments: Any) -> None:
+        raise AssertionError("the supervisor's handler is in place")
+
+    original = signal.signal(number, former)
+    try:
+        with Supervisor() as supervisor:
+            assert supervisor.signals == []
+            timer = Signal(number)
+            assert supervisor.wait(timer.never, PATIENCE_SECONDS) is False
+            assert supervisor.signals == [number]
+            # A later wait, for the children to wind up, is not cut short by the same signal.
+            assert supervisor.wait(timer.third_time, PATIENCE_SECONDS, signals=1) is True
+        assert signal.getsignal(number) is former
+    finally:
+        signal.signal(number, original)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_the_wait_for_the_children_to_stop(number: signal.Signals) -> None:
+    with Supervisor() as supervisor:
+        assert supervisor.wait(Signal(signal.SIGINT).never, PATIENCE_SECONDS) is False
+        assert supervisor.wait(Signal(number).never, 10 * PATIENCE_SECONDS, signals=1) is False
+        assert supervisor.signals == [signal.SIGINT, number]
+        assert supervisor.wait(lambda: True, signals=1) is True  # what is done is done
+
+
+@pytest.mark.parametrize(("code", "failed"), [(DONE, False), (0, True), (1, True)])
+def test_only_the_status_of_work_done_is_no_failure(code: int, failed: bool) -> None:
+    with Supervisor() as supervisor:
+        waiting = start(supervisor, STUBBORN, None)
+        child = start(supervisor, f"import sys; sys.exit({code})", None)
+        assert not waiting.failed  # it runs
+        assert ended(supervisor, child) == code
+        assert child.failed is failed
+
+
+class Signal:
+    """Conditions to wait for: one sends this process a signal when it is first asked."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
+        self.asked = 0
+
+    def never(self) -> bool:
+        """Send the signal once; it is never done."""
+        if self.asked == 0:
+            os.kill(os.getpid(), self.number)
+        self.asked += 1
+        return False
+
+    def third_time(self) -> bool:
+        """Done when asked a third time."""
+        self.asked += 1
+        return self.asked > 3
+
+
+def test_a_wait_has_its_time_out() -> None:
+    with Supervisor() as supervisor:
+        assert supervisor.wait(lambda: False, 0.0) is False
+        assert supervisor.wait(lambda: True, 0.0) is True
+
+
+def test_outside_of_the_main_thread_signals_are_left_alone() -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    inside: list[Any] = []
+
+    def elsewhere() -> None:
+        with Supervisor() as supervisor:
+            inside.extend(signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM))
+            child = start(supervisor, "print('hello')", None)
+            inside.append(ended(supervisor, child))
+
+    run_in_thread(elsewhere)
+    assert inside == [*handlers, 0]
+
+
+def run_in_thread(function: Callable[[], None]) -> None:
+    thread = threading.Thread(target=function)
+    thread.start()
+    thread.join(PATIENCE_SECONDS)
+    assert not thread.is_alive()
+
+
+def test_a_child_that_falls_silent_is_killed_and_said_to_have_been(tmp_path: Path) -> None:
+    script = "import os, signal, sys; os.write(int(sys.argv[sys.argv.index('--report') + 1]), b'\"hi\"\\n\\n'); "
+    told: list[str] = []
+    with Supervisor(told.append) as supervisor:
+        child = supervisor.start(
+            "it",
+            [sys.executable, "-c", script + "os.kill(os.getpid(), signal.SIGSTOP)"],
+            env=dict(os.environ),
+            log=tmp_path / "log",
+            patience_seconds=0.3,
+        )
+        assert supervisor.wait(lambda: not child.running, PATIENCE_SECONDS)
+        assert told == ["it: hi"]
+        assert re.fullmatch(
+            r"it \(pid \d+\) was silent for 0\.3 s \(stopped, or hung\) and was killed \(see .*\)", child.obituary()
+        )
+
+
+def test_a_child_that_was_never_heard_may_take_its_time(tmp_path: Path) -> None:
+    with Supervisor() as supervisor:
+        child = supervisor.start(
+            "it",
+            [sys.executable, "-c", "input()"],  # ends at once: it has no standard input
+            env=dict(os.environ),
+            log=tmp_path / "log",
+            patience_seconds=1e-9,
+        )
+        assert supervisor.wait(lambda: not child.running, PATIENCE_SECONDS)
+        assert "exited with status 1" in child.obituary()

@@ -1,0 +1,502 @@
+"""Bad input by the ten thousand: the core, the door and the unpickler refuse each with its one error, and nothing changes."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import random
+import socket
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.distributed.rpc import internal
+
+from ormo_rpc.errors import GradientTooLarge, NonFiniteGradient, PushRefused, Rejoin, WireError
+from ormo_rpc.messages import Push, Reply
+from ormo_rpc.rendezvous import protocol as wire
+from ormo_rpc.rendezvous.protocol import LineReader, greet_worker
+from ormo_rpc.rendezvous.secret import PROTOCOL, Secret, proof
+from ormo_rpc.runtimes.distributed.server_process.service import Service
+from ormo_rpc.server.buffers import RunningBuffers
+from ormo_rpc.server.build import build_server
+from ormo_rpc.server.events import Event
+from ormo_rpc.server.parameter_server import ParameterServer
+from ormo_rpc.server.validation import NormGuard, NormPolicy
+from ormo_rpc.transports.torch_rpc import unpickling
+from tests.support.contract import same
+from tests.support.peer import SYSTEM, Api
+from tests.support.schedule import answer, normal
+
+RULES = ("ormo", "ormo_da", "ringmaster", "fedbuff", "easgd", "orlomo", "dc_asgd", "shifted", "rennala", "smega2", "asgd")
+DIMENSION = 3
+PUSHES_PER_RULE = 1000
+"""Together 11,000 pushes, joins and leaves."""
+MESSAGES = 10_000
+"""Of each kind that crosses the wire."""
+
+# ------------------------------------------------------------------------------------------------------------------ the core
+
+Bad = tuple[dict[str, Any], type[Exception]]
+"""Fields of a push, and the very error that they are refused with."""
+
+NO_NUMBERS: tuple[Any, ...] = (
+    *(True, False, None, 1.0, 0.0, -0.0, math.nan, math.inf, 1j, "1", "", b"1", [], [1], (), (1,), {}, {1}, ..., object(), int),
+    *(10**30, -(10**30), 2**53 + 1, -(2**63), 10**5000, torch.tensor(1), torch.ones(2), np.int64(1), np.float64(1), len),
+)
+"""In place of a whole number."""
+
+
+def no_gradients(size: int) -> list[Bad]:
+    """In place of a gradient of ``size`` float64 values."""
+    good = torch.ones(size, dtype=torch.float64)
+    emptied = good.clone()
+    emptied.untyped_storage().resize_(0)
+    shorter = torch.ones(size, dtype=torch.float64)
+    shorter.untyped_storage().resize_(8)
+    spoilt = [good.clone() for _ in range(4)]
+    for tensor, value in zip(spoilt, (math.nan, math.inf, -math.inf, math.nan), strict=True):
+        tensor[-1] = value
+    spoilt[3].requires_grad_()
+    refused: list[Any] = [
+        *(None, 1.0, True, "grad", b"", [], [1.0] * size, (1.0,) * size, {}, object(), np.ones(size), Tensor, math.nan),
+        *(good.float(), good.half(), good.bfloat16(), good.long(), good.bool(), good.to(torch.complex128)),
+        *(good[:-1], torch.cat([good, good[:1]]), good[:0], good.reshape(1, size), good.reshape(size, 1), torch.tensor(1.0)),
+        *(torch.ones([0] * 30), good.expand(2, size), good.to("meta"), torch.empty(size + 1, device="meta")),
+        *(good.to_sparse(), (good - good).to_sparse(), good.reshape(1, size).to_sparse_csr()),
+        torch.quantize_per_tensor(good.float(), 0.1, 0, torch.qint8) if hasattr(torch, "quantize_per_tensor") else None,
+        torch.nested.nested_tensor([good, good], layout=torch.jagged),
+        *(nn.UninitializedParameter(), emptied, shorter, torch.ones(size, dtype=torch.float32).requires_grad_()),
+    ]
+    return [*(({"grad": grad}, PushRefused) for grad in refused), *(({"grad": grad}, NonFiniteGradient) for grad in spoilt)]
+
+
+NO_BUFFERS: list[Bad] = [
+    *(({"buffers": buffers}, PushRefused) for buffers in (None, 1, "mean", [], (), [("mean", 1)], {}, {1: torch.ones(2)})),
+    *(
+        ({"buffers": {"mean": value}}, PushRefused)
+        for value in (None, 1.0, "x", [1.0, 2.0], torch.ones(2), torch.ones(3).double())
+    ),
+    ({"buffers": {"mean": torch.ones(2).double(), "more": torch.ones(2).double()}}, PushRefused),
+    ({"buffers": {"mean": torch.ones(2).double().to_sparse()}}, PushRefused),
+    ({"buffers": {"mean": torch.tensor([1, math.nan]).double()}}, NonFiniteGradient),
+]
+NO_LOSSES: list[Bad] = [
+    *(({"loss": loss}, PushRefused) for loss in NO_NUMBERS if loss is not None and type(loss) is not float),
+    *(({"loss": loss}, NonFiniteGradient) for loss in (math.nan, math.inf, -math.inf)),
+]
+
+
+class Attack:
+    """A server in the middle of a run, and everything that is wrong for it at this moment.
+
+    Args:
+        rule: Its rule.
+        chance: What decides.
+    """
+
+    def __init__(self, rule: str, chance: random.Random) -> None:
+        self.chance = chance
+        self.events: list[Event] = []
+        self.server = self._build(rule, self.events)
+        self.twin = self._build(rule, [])
+        """Gets the good pushes alone."""
+        self.size = DIMENSION * self.server.rule.VECTORS_PUSHED
+        self.held: dict[int, Reply] = {}
+        self.take(self.server.start())
+        self.twin.start()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch's, about kinds of tensors that it wants to drop or to change
+            self.gradients = no_gradients(self.size)
+
+    @staticmethod
+    def _build(rule: str, events: list[Event]) -> ParameterServer:
+        return build_server(
+            algorithm=rule,
+            params=torch.zeros(DIMENSION, dtype=torch.float64),
+            num_workers=4,
+            lr=0.01,
+            buffers=RunningBuffers({"mean": torch.zeros(2, dtype=torch.float64)}, {"mean": 0.25}),
+            record=events.append,
+            norm_guard=NormGuard(1e6, NormPolicy.refuse),
+        )
+
+    def take(self, replies: list[Reply]) -> None:
+        self.held |= {reply.worker: reply for reply in replies}
+
+    def good(self, worker: int) -> Push:
+        reply = self.held[worker]
+        assert reply.ticket is not None
+        return replace(answer(reply, normal(self.size, 0, reply.ticket)), buffers={"mean": torch.ones(2).double()}, loss=0.5)
+
+    def go_on(self) -> None:
+        """One good push for both servers."""
+        push = self.good(self.chance.choice(sorted(self.held)))
+        self.take(self.server.receive(push))
+        self.twin.receive(push)
+
+    def bad(self) -> tuple[Callable[[], object], type[Exception]]:
+        """A call that has to fail, and how."""
+        pick, server = self.chance.choice, self.server
+        worker = pick(sorted(self.held))
+        good = self.good(worker)
+        other = pick([number for number in self.held if number != worker])
+        kind = pick(("number", "gradient", "gradient", "buffers", "loss", "place", "place", "norm", "join", "leave", "push"))
+        if kind in ("join", "leave"):
+            numbers = [value for value in NO_NUMBERS if not (kind == "leave" and value is None)]
+            number = pick([*numbers, -1, *(sorted(self.held) if kind == "join" else (4, 5, 2**53))])
+            return (lambda: server.join(number)) if kind == "join" else (lambda: server.leave(number)), ValueError
+        if kind == "push":
+            thing: Any = pick((None, 1, "push", {}, [], object(), self.held[worker], Push, vars))
+            return lambda: server.receive(thing), PushRefused
+        places: list[Bad] = [
+            ({"worker": pick((-1, 4, 7, 2**53, self.chance.randrange(4, 2**53)))}, Rejoin),
+            ({"incarnation": pick((-1, 1, 2**53, -(2**53)))}, Rejoin),
+            ({"worker": other}, PushRefused),
+            ({"ticket": self.held[other].ticket}, PushRefused),
+            ({"ticket": pick((-1, server.ledger.issued, server.ledger.issued + 5, 2**53, -(2**53)))}, PushRefused),
+            ({"stamp": pick((-1, good.stamp + 1, server.iteration + 1, 2**53, -(2**53)))}, PushRefused),
+            ({"samples": pick((0, -1, -(2**53)))}, PushRefused),
+        ]
+        changes, error = pick(
+            {
+                "number": [({pick(("worker", "ticket", "stamp", "incarnation", "samples")): pick(NO_NUMBERS)}, PushRefused)],
+                "gradient": self.gradients,
+                "buffers": NO_BUFFERS,
+                "loss": NO_LOSSES,
+                "place": places,
+                "norm": [
+                    ({"grad": torch.full((self.size,), value, dtype=torch.float64)}, GradientTooLarge)
+                    for value in (1e7, -1e300)
+                ],
+            }[kind]
+        )
+        return lambda: server.receive(replace(good, **changes)), error
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_thousand_bad_calls_each_get_their_error_and_change_nothing(rule: str) -> None:
+    attack = Attack(rule, random.Random(rule))
+    seen, before, recorded = Counter[str](), attack.server.state_dict(), len(attack.events)
+    for number in range(PUSHES_PER_RULE):
+        if number % 20 == 0:
+            attack.go_on()
+            before, recorded = attack.server.state_dict(), len(attack.events)
+        call, error = attack.bad()
+        with pytest.raises(error) as caught:
+            call()
+        assert type(caught.value) is error, f"{type(caught.value).__name__}: {caught.value}"
+        assert len(str(caught.value)) < 1000
+        seen[error.__name__] += 1
+        assert len(attack.events) == recorded
+        if number % 4 == 3:
+            assert same(attack.server.state_dict(), before)
+    assert same(attack.server.state_dict(), before)
+    assert same(attack.server.state_dict(), attack.twin.state_dict()), "the good pushes had another effect than by themselves"
+    assert seen.total() == PUSHES_PER_RULE
+    assert seen.keys() == {"PushRefused", "NonFiniteGradient", "GradientTooLarge", "Rejoin", "ValueError"}
+    assert min(seen.values()) >= 20
+
+
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.complex_numbers()
+    | st.text(max_size=5)
+    | st.binary(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3) | st.tuples(inner, inner)
+    ),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=600)
+@given(st.sampled_from([field.name for field in fields(Push)]), ANYTHING)
+def test_whatever_stands_in_a_field_is_taken_or_refused_as_documented(name: str, value: Any) -> None:
+    events: list[Event] = []
+    server = build_server(params=torch.zeros(DIMENSION, dtype=torch.float64), num_workers=2, record=events.append)
+    push = answer(server.start()[0], torch.ones(DIMENSION, dtype=torch.float64))
+    before, recorded = server.state_dict(), len(events)
+    # What is right there, in other words than the server's.
+    right = {
+        "worker": type(value) is int and value == 0,
+        "ticket": type(value) is int and value == 0,
+        "stamp": type(value) is int and value == 0,
+        "incarnation": type(value) is int and value == 0,
+        "samples": type(value) is int and 1 <= value <= 2**53,
+        "loss": value is None
+        or (type(value) is float and math.isfinite(value))
+        or (type(value) is int and abs(value) <= 2**53),
+        "buffers": value == {},
+        "grad": False,
+    }[name]
+    try:
+        server.receive(replace(push, **{name: value}))
+    except PushRefused:
+        assert not right
+        assert same(server.state_dict(), before)
+        assert len(events) == recorded
+    else:
+        assert right
+        assert server.iteration == 1
+
+
+@settings(max_examples=300)
+@given(st.booleans(), ANYTHING)
+def test_whoever_joins_or_leaves_is_a_number_that_may(joins: bool, value: Any) -> None:
+    server = build_server(params=torch.zeros(DIMENSION, dtype=torch.float64), num_workers=2)
+    server.start()
+    before = server.state_dict()
+    right = type(value) is int and (1 < value <= 2**53 if joins else value in (0, 1))
+    try:
+        (server.join if joins else server.leave)(value)
+    except ValueError:
+        assert not right
+        assert same(server.state_dict(), before)
+    else:
+        assert right
+
+
+def test_a_thousand_bad_calls_of_the_service_change_nothing() -> None:
+    """What a worker that was let in can do with its token, and without."""
+    buffers = RunningBuffers({"mean": torch.zeros(2, dtype=torch.float64)}, {"mean": 0.25})
+    server = build_server(params=torch.zeros(DIMENSION, dtype=torch.float64), num_workers=1, buffers=buffers)
+    service = Service(server, lambda _: None)
+    seat = service.admit({"wanted": 0, "process": 1, "host": "here", "post": ""})
+    first: Any = service.ready(seat.token).wait()
+    assert first.ticket == 0
+    good: list[Any] = [seat.token, 0, 0, 0, 0.5, 8, torch.ones(DIMENSION + 2, dtype=torch.float64)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        payloads = [changes["grad"] for changes, error in no_gradients(DIMENSION + 2) if error is PushRefused]
+    # Any shape of the right values will do; what is not finite is settled, not refused.
+    payloads = [value for value in payloads if not (type(value) is Tensor and is_plain(value) and value.dim() == 2)]
+    numbers = [value for value in NO_NUMBERS if value is not None]
+    losses = [value for value in numbers if type(value) is not float]
+    bad: list[list[Any]] = [["", "0" * 32, seat.token[:-1], *NO_NUMBERS], numbers, numbers, numbers, losses, numbers, payloads]
+    chance, outcomes, before = random.Random(4), Counter[str](), server.state_dict()
+    for _ in range(1000):
+        place = chance.randrange(len(good))
+        with pytest.raises(PushRefused) as caught:
+            service.receive(*[*good[:place], chance.choice(bad[place]), *good[place + 1 :]])
+        outcomes[type(caught.value).__name__] += 1
+        assert same(server.state_dict(), before)
+    assert outcomes.total() == 1000
+    assert outcomes.keys() == {"PushRefused", "Rejoin"}
+    assert service.broken is None
+    then: Any = service.receive(*good).wait()
+    assert then.ticket == 1, "the right call is taken afterwards"
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is dense, of float64, and in memory."""
+    return tensor.layout is torch.strided and tensor.dtype is torch.float64 and tensor.device.type == "cpu"
+
+
+# ------------------------------------------------------------------------------------------------------------------ the door
+
+SECRET = Secret("correct horse battery staple")
+HELLO = {"process": 17, "versions": ["2.14", None, 1.5], "name": "ü"}
+
+
+def mutated(data: bytes, chance: random.Random, pieces: list[bytes]) -> bytes:
+    """A message with something of it changed, dropped, doubled, or put in from another one."""
+    result = bytearray(data)
+    for _ in range(chance.choice((1, 1, 1, 2, 5, 20))):
+        place, length = chance.randrange(len(result) + 1), chance.choice((1, 1, 2, 4, 16))
+        way = chance.randrange(5)
+        if way == 0:
+            result[place : place + length] = chance.randbytes(length)
+        elif way == 1:
+            del result[place : place + length]
+        elif way == 2:
+            result[place:place] = result[place : place + length]
+        elif way == 3:
+            piece = chance.choice(pieces)
+            start = chance.randrange(len(piece))
+            result[place : place + length] = piece[start : start + chance.choice((1, 4, 32))]
+        elif place < len(result):
+            result[place] ^= 1 << chance.randrange(8)
+    return bytes(result)
+
+
+@contextmanager
+def said(data: bytes) -> Generator[LineReader]:
+    """A connection whose other side has said that and ended, so that nobody ever waits."""
+    here, there = socket.socketpair()
+    with here, there:
+        there.sendall(data)
+        there.shutdown(socket.SHUT_WR)
+        yield LineReader(here)
+
+
+def test_ten_thousand_malformed_lines_are_read_or_refused() -> None:
+    chance, outcomes = random.Random(1), Counter[str]()
+    pieces = [
+        b'{"a": 1}\n',
+        b'{"a": [1, {"b": null}], "\\ud800": 1e5}\n',
+        "{'ü': -0.0}\n".encode(),
+        b"[[[[",
+        b"\xff\xfe",
+        b"\x00\n\r\n",
+    ]
+    for number in range(MESSAGES):
+        data = chance.randbytes(chance.randrange(80)) if number % 4 == 0 else mutated(chance.choice(pieces), chance, pieces)
+        with said(data) as reader:
+            for _ in range(data.count(b"\n") + 1):
+                try:
+                    outcome = type(reader.receive(5.0, 60)).__name__
+                except (WireError, EOFError) as error:
+                    outcome = type(error).__name__
+                outcomes[outcome] += 1
+                if outcome == "EOFError":
+                    break
+    assert outcomes.total() >= MESSAGES
+    assert outcomes.keys() == {"dict", "WireError", "EOFError"}
+    assert min(outcomes.values()) > 200
+
+
+def test_ten_thousand_false_handshakes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    server_nonce, worker_nonce = "5" * 64, "c" * 64
+    monkeypatch.setattr(wire, "nonce", lambda: server_nonce)  # so that a right answer is known beforehand
+    right = proof(SECRET, "worker", server_nonce, worker_nonce, HELLO)
+    answer = {"ormo_rpc": PROTOCOL, "nonce": worker_nonce, "proof": right, "hello": HELLO}
+    line = wire.json.dumps(answer).encode() + b"\n"
+    with said(line) as reader:
+        assert greet_worker(reader, SECRET, 5.0) == HELLO
+    false = [
+        wire.json.dumps({**answer, name: value}).encode() + b"\n"
+        for name in answer
+        for value in (
+            None,
+            True,
+            0,
+            -1,
+            1e300,
+            10**40,
+            "",
+            "0" * 64,
+            "é" * 64,
+            "\ud800" * 64,
+            [],
+            {},
+            [[[]]],
+            {"a": {}},
+            [right],
+        )
+    ]
+    chance, outcomes = random.Random(2), Counter[str]()
+    for number in range(MESSAGES):
+        data = false[number] if number < len(false) else mutated(chance.choice([line, line, *false]), chance, [line, *false])
+        with said(data) as reader:
+            try:
+                assert greet_worker(reader, SECRET, 5.0) == HELLO, "a hello that was not proved"
+                assert b"\n" in data
+                assert {**wire.json.loads(data[: data.index(b"\n")]), **answer} == wire.json.loads(data[: data.index(b"\n")])
+                outcomes["taken"] += 1  # a change that is none, such as one more blank
+            except (WireError, EOFError) as error:
+                outcomes[str(error)] += 1
+    assert outcomes.total() == MESSAGES
+    assert outcomes["taken"] < MESSAGES / 20
+    assert outcomes["wrong secret"] > 300
+    assert SECRET.reveal() not in "".join(outcomes)
+
+
+# -------------------------------------------------------------------------------------------------------------- the unpickler
+
+
+class Evil:
+    """Pickles as the call of a function."""
+
+    def __init__(self, *reduced: Any) -> None:
+        self.reduced = reduced
+
+    def __reduce__(self) -> Any:
+        return self.reduced
+
+
+_watched: list[str] | None = None
+
+
+def _watch(event: str, arguments: tuple[Any, ...]) -> None:  # noqa: ARG001 - the signature of an audit hook
+    if _watched is not None:
+        _watched.append(event)
+
+
+sys.addaudithook(_watch)  # there is no taking it back, hence the switch
+
+
+def test_ten_thousand_mutated_messages_run_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    global _watched
+    monkeypatch.setattr(internal, "_unpickler", internal._unpickler)  # pyright: ignore[reportPrivateUsage] # torch has no public name for it
+    monkeypatch.setattr(unpickling, "_logged", set[str]())
+    functions = (Api.push, Api.fails)
+    unpickling.install(functions)
+    tensors = [torch.ones(2)]
+    reply = Reply(worker=1, ticket=None, stamp=2, params=tensors[0], lr=0.1, steps=4, incarnation=5)
+    honest: list[Any] = [
+        internal.PythonUDF(Api.push, ("token", 1, 2, 0, None, 1.5, 32, tensors[0]), {}),
+        internal.PythonUDF(Api.fails, (), {"a": [1, 2, (3, {"b": b"c"})]}),
+        internal.RemoteException("why", Rejoin),
+        reply,
+    ]
+    evil: list[Any] = [
+        Evil(SYSTEM, ("touch marker",)),
+        Evil(eval, ("1 + 1",)),
+        Evil(getattr, (Api, "hidden")),
+        Evil(setattr, (Api, "push", 1)),
+        Evil(Api.push, (1,)),
+        internal.PythonUDF(SYSTEM, ("touch marker",), {}),
+    ]
+    pickles = [internal.serialize(message)[0] for message in honest]
+    pieces = [*pickles, *(pickle.dumps(thing, protocol) for thing in evil for protocol in range(5))]
+    Api.calls.clear()
+    before = [dict(vars(thing)) for thing in (Api, Reply, Rejoin, *functions, internal.PythonUDF)]
+    chance, outcomes = random.Random(3), Counter[str]()
+    with torch.no_grad():
+        messages = [*pieces, *(mutated(chance.choice(pickles), chance, pieces) for _ in range(MESSAGES - len(pieces)))]
+    _watched = []
+    try:
+        for data in messages:
+            try:
+                result = internal.deserialize(data, tensors)
+            except pickle.UnpicklingError as error:
+                outcomes["refused" if str(error).startswith("refused: ") else "damaged"] += 1
+            else:
+                assert not isinstance(result, internal.PythonUDF) or result.func in functions
+                outcomes[type(result).__name__] += 1
+        ran = {event for event in _watched if event.partition(".")[0] not in ("logging", "time", "sys", "object")}
+    finally:
+        _watched = None
+    assert len(messages) == outcomes.total() == MESSAGES
+    assert ran == set(), "something was imported, opened, compiled or run"
+    assert Api.calls == []
+    assert [dict(vars(thing)) for thing in (Api, Reply, Rejoin, *functions, internal.PythonUDF)] == before
+    assert outcomes["refused"] > 1000
+    assert outcomes["damaged"] > 1000
+    assert outcomes["PythonUDF"] > 100, "no mutation left a message alive"
+    assert len(caplog.records) <= unpickling.NAMES_LOGGED
+
+
+def test_the_watch_of_the_test_above_sees_what_plain_pickle_runs() -> None:
+    global _watched
+    _watched = []
+    try:
+        pickle.loads(pickle.dumps(Evil(eval, ("1 + 1",))))  # noqa: S301 - that is the test
+        seen = set(_watched)
+    finally:
+        _watched = None
+    assert {"pickle.find_class", "compile", "exec"} <= seen

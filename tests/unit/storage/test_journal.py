@@ -1,0 +1,269 @@
+"""The journal: what was acknowledged is there after a crash, whole and in order, and what was torn is not."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ormo_rpc import build_server
+from ormo_rpc.errors import NonFiniteGradient
+from ormo_rpc.messages import Push, Reply
+from ormo_rpc.server.buffers import RunningBuffers
+from ormo_rpc.server.events import Event, Kind
+from ormo_rpc.server.parameter_server import ParameterServer
+from ormo_rpc.storage.journal import Journal, replay
+
+DIMENSION = 5
+RULES = ("asgd", "ormo", "shifted", "smega2", "dc_asgd", "gap_aware", "fedbuff", "easgd")
+"""Among them rules that read what was sent, that keep something for each worker, and that buffer."""
+
+
+def server(algorithm: str, events: list[Event] | None = None) -> ParameterServer:
+    return build_server(
+        algorithm=algorithm,
+        params=torch.linspace(-1, 1, DIMENSION, dtype=torch.float64),
+        num_workers=3,
+        lr=0.1,
+        momentum=0.5,
+        total_tickets=60,
+        buffers=RunningBuffers({"mean": torch.zeros(2, dtype=torch.float64)}, {"mean": 0.25}),
+        record=(lambda _: None) if events is None else events.append,
+    )
+
+
+def push(reply: Reply, length: int, *, finite: bool = True) -> Push:
+    """A push that answers a reply, with values of its own."""
+    assert reply.ticket is not None
+    generator = torch.Generator().manual_seed(reply.ticket)
+    grad = torch.randn(length, generator=generator, dtype=torch.float64)
+    if not finite:
+        grad[1] = float("nan")
+    return Push(
+        worker=reply.worker,
+        ticket=reply.ticket,
+        stamp=reply.stamp,
+        grad=grad,
+        loss=0.1 * reply.ticket,
+        samples=3,
+        buffers={"mean": torch.full((2,), float(reply.ticket), dtype=torch.float64)},
+        incarnation=reply.incarnation,
+    )
+
+
+class Machine:
+    """A server with its journal, as the RPC service drives them; keeps the state after each input."""
+
+    def __init__(self, algorithm: str, run_dir: Path) -> None:
+        self.events: list[Event] = []
+        self.server = server(algorithm, self.events)
+        self.journal = Journal(run_dir)
+        self.states: list[dict[str, Any]] = [self.server.state_dict(replies=True)]
+        self.sizes: list[int] = [0]
+        self.held: dict[int, Reply] = {}
+        self.file = next(iter((run_dir / "journal").iterdir()))
+
+    def did(self, replies: list[Reply]) -> None:
+        """Note what is held now, the state, and the journal's length."""
+        self.held |= {reply.worker: reply for reply in replies}
+        self.states.append(self.server.state_dict(replies=True))
+        self.sizes.append(self.file.stat().st_size)
+
+    def start(self) -> None:
+        """Begin with all workers."""
+        replies = self.server.start([0, 1, 2])
+        self.journal.start([0, 1, 2], self.server.incarnation)
+        self.did(replies)
+
+    def push(self, worker: int, *, finite: bool) -> None:
+        """A worker delivers, if it holds a ticket."""
+        reply = self.held.get(worker)
+        if reply is None or reply.ticket is None or worker not in self.server.members:
+            return
+        made = push(reply, self.server.rule.VECTORS_PUSHED * DIMENSION, finite=finite)
+        try:
+            replies = self.server.redeem(made, self.server.check(made))
+        except NonFiniteGradient:
+            replies = self.server.reject(made)
+        self.journal.push(made, rejected=not finite)
+        self.held.pop(worker)
+        self.did(replies)
+
+    def come_or_go(self, worker: int) -> None:
+        """A member leaves (but not the last one), anybody else joins."""
+        if worker in self.server.members:
+            if len(self.server.members) == 1:
+                return
+            replies = self.server.leave(worker)
+            self.journal.leave(worker)
+            self.held.pop(worker, None)
+        else:
+            replies = self.server.join(worker)
+            self.journal.join(worker)
+        self.did(replies)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two states are equal to the bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("push"), st.integers(0, 3)),
+        st.tuples(st.just("push"), st.integers(0, 3)),
+        st.tuples(st.just("bad"), st.integers(0, 3)),
+        st.tuples(st.just("come or go"), st.integers(0, 3)),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=60)
+@given(algorithm=st.sampled_from(RULES), steps=STEPS, cut=st.integers(0, 10**9), damage=st.booleans())
+def test_any_cut_of_the_journal_is_the_state_after_its_last_whole_record(
+    tmp_path_factory: pytest.TempPathFactory, algorithm: str, steps: list[tuple[str, int]], cut: int, damage: bool
+) -> None:
+    run_dir = tmp_path_factory.mktemp("run")
+    machine = Machine(algorithm, run_dir)
+    machine.start()
+    for what, worker in steps:
+        if what == "come or go":
+            machine.come_or_go(worker)
+        else:
+            machine.push(worker, finite=what == "push")
+    machine.journal.close()
+    content = machine.file.read_bytes()
+    assert machine.sizes[-1] == len(content)
+    at = cut % (len(content) + 1)
+    if damage and at < len(content):  # a byte that is wrong, and everything behind it still there
+        machine.file.write_bytes(content[:at] + bytes([content[at] ^ 0x55]) + content[at + 1 :])
+    else:
+        machine.file.write_bytes(content[:at])
+    whole = max(index for index, size in enumerate(machine.sizes) if size <= at)
+    events: list[Event] = []
+    again = server(algorithm, events)
+    assert replay(run_dir, 0, again) == whole
+    assert same(again.state_dict(replies=True), machine.states[whole])
+    assert [event.line() for event in events] == [event.line() for event in machine.events[: len(events)]]
+    applied = [event for event in events if event.kind is Kind.apply]
+    assert len(applied) == again.iteration
+
+
+@pytest.mark.parametrize("algorithm", ["ormo", "dc_asgd"])
+@pytest.mark.parametrize("newest_is_good", [True, False])
+def test_segments_chain_from_any_checkpoint_on(algorithm: str, newest_is_good: bool, tmp_path: Path) -> None:
+    machine = Machine(algorithm, tmp_path)
+    machine.start()
+    checkpoints: list[tuple[int, dict[str, Any]]] = []
+    for round_ in range(3):
+        for worker in (0, 1, 2, 1):
+            machine.push(worker, finite=True)
+        machine.journal.rotate()
+        checkpoints.append((machine.journal.segment, machine.server.state_dict(replies=True)))
+        assert len(checkpoints) == round_ + 1
+    for worker in (2, 0):
+        machine.push(worker, finite=True)
+    machine.journal.close()
+    segment, state = checkpoints[-1 if newest_is_good else 0]
+    again = server(algorithm)
+    again.load_state_dict(state)
+    assert replay(tmp_path, segment, again) == (2 if newest_is_good else 10)
+    assert same(again.state_dict(replies=True), machine.server.state_dict(replies=True))
+
+
+def test_what_follows_a_gap_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    machine = Machine("asgd", tmp_path)
+    machine.start()
+    for worker in (0, 1, 2):
+        machine.push(worker, finite=True)
+        machine.journal.rotate()
+    machine.journal.close()
+    (tmp_path / "journal" / "000001.log").unlink()
+    again = server("asgd")
+    assert replay(tmp_path, 0, again) == 2  # the start, and the push of the first segment
+    assert again.iteration == 1
+    assert "000001.log: is missing; 000002.log is not used" in caplog.text
+    assert {file.name for file in (tmp_path / "journal").iterdir()} == {"000000.log", "000002.lost", "000003.lost"}
+
+
+def test_what_nobody_goes_on_from_is_removed(tmp_path: Path) -> None:
+    machine = Machine("asgd", tmp_path)
+    machine.start()
+    for _ in range(3):
+        machine.journal.rotate()
+    machine.journal.forget(2)
+    assert sorted(file.name for file in (tmp_path / "journal").iterdir()) == ["000002.log", "000003.log"]
+    machine.journal.close()
+    assert Journal(tmp_path).segment == 4  # a new life never writes behind a torn record
+
+
+def test_one_force_to_disk_serves_all_who_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path)
+    force, waiting, go_on = os.fsync, threading.Event(), threading.Event()
+    forces: list[int] = []
+
+    def slow(descriptor: int) -> None:
+        forces.append(descriptor)
+        waiting.set()
+        assert go_on.wait(30)
+        force(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    journal.join(0)
+    first = threading.Thread(target=journal.sync)
+    first.start()
+    assert waiting.wait(30)
+    others: list[threading.Thread] = []
+    for worker in (1, 2, 3):
+        journal.join(worker)
+        others.append(threading.Thread(target=journal.sync))
+        others[-1].start()
+    go_on.set()
+    for thread in (first, *others):
+        thread.join(30)
+        assert not thread.is_alive()
+    assert len(forces) == 2  # the first one's, and one for all who came while it went on
+    journal.sync()
+    assert len(forces) == 2
+
+
+def test_what_cannot_be_made_durable_is_an_error(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    os.close(journal._file)  # pyright: ignore[reportPrivateUsage] # a disk that fails
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        journal.join(0)
+
+
+def test_behind_a_call_that_could_not_be_written_nothing_is_acknowledged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A torn record hides all that follow it, so a disk that has room again must not make them look durable."""
+    journal = Journal(tmp_path)
+    real = os.write
+
+    def half(descriptor: int, data: Any) -> int:
+        if len(data) > 12:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor, data)
+
+    monkeypatch.setattr(os, "write", half)
+    with pytest.raises(OSError, match="No space left on device"):
+        journal.join(0)
+    monkeypatch.undo()
+    journal.join(1)
+    with pytest.raises(OSError, match="No space left on device"):
+        journal.sync()

@@ -1,0 +1,124 @@
+"""The direction of imports: a package imports only from those above it, and each outside library has its one place."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+import ormo_rpc
+
+PACKAGE = Path(ormo_rpc.__file__).parent
+SOURCES = {
+    ".".join(("ormo_rpc", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path.read_text()
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+LAYERS = (
+    "errors messages seeding options kernels algorithms schedulers server data models compression worker rendezvous transports "
+    "loggers config storage report runtimes cli train evaluate"
+).split()
+"""Each imports from itself and from those before it."""
+
+MATHEMATICS = ("options", "kernels", "algorithms", "schedulers", "server")
+"""Packages that know no lock (the pool of memory in `kernels` apart), clock, network, process, hydra or wandb."""
+IMPURE = (
+    "asyncio concurrent hydra matplotlib multiprocessing omegaconf queue signal socket subprocess threading time "
+    "torch.distributed torch.futures tqdm wandb"
+).split()
+
+ONLY_IN = {
+    "torch.distributed": ("transports.torch_rpc", "runtimes.distributed.entry_point"),
+    "torch.distributed.rpc": ("transports.torch_rpc",),
+    "torch.futures": ("transports.torch_rpc",),
+    "socket": ("rendezvous", "transports.stream", "runtimes.distributed"),
+    "subprocess": ("kernels.compiled", "storage.run_directory", "runtimes.distributed.launcher"),
+    "hydra": ("cli",),
+    "omegaconf": ("cli", "config", "runtimes.distributed.worker_process"),
+    "wandb": ("loggers",),
+    "tqdm": ("loggers", "runtimes.replay"),
+    "matplotlib": ("report",),
+    "sklearn": ("data",),
+    "torchvision": ("data", "models"),
+}
+"""The only places of outside libraries."""
+
+KERNELS_MAY = {
+    "kernels.pool": {"threading"},
+    "kernels.threads": {"threading", "concurrent"},
+    "kernels.compiled": {"subprocess"},
+}
+
+
+@functools.cache
+def imports(source: str, module: str) -> frozenset[str]:
+    """Every module that a source imports anywhere, also within functions; ``from a import b`` counts as ``a.b``."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: a relative import"
+            assert node.module is not None
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return frozenset(found)
+
+
+def within(module: str, packages: Iterable[str]) -> bool:
+    """Whether a module is one of the packages, or inside one."""
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+def faults(sources: dict[str, str]) -> list[str]:
+    """Every forbidden arrow, as a line ``from -> to``."""
+    found: list[str] = []
+    for module, source in sources.items():
+        here = module.removeprefix("ormo_rpc").removeprefix(".")
+        layer = here.split(".")[0]
+        for name in imports(source, module):
+            inside = name.removeprefix("ormo_rpc.")
+            if name.startswith("ormo_rpc.") and layer and LAYERS.index(inside.split(".")[0]) > LAYERS.index(layer):
+                found.append(f"{module} -> {name}")
+            if layer in MATHEMATICS and within(name, IMPURE) and not within(name, KERNELS_MAY.get(here, ())):
+                found.append(f"{module} -> {name}")
+            found += [
+                f"{module} -> {name}"
+                for library, places in ONLY_IN.items()
+                if within(name, (library,)) and not within(here, places)
+            ]
+    return sorted(set(found))
+
+
+def test_every_arrow_points_down() -> None:
+    assert faults(SOURCES) == []
+
+
+def test_every_package_has_its_layer() -> None:
+    assert {module.split(".")[1] for module in SOURCES if module != "ormo_rpc"} == set(LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("algorithms.ormo", "from ormo_rpc.server import parameter_server"),
+        ("algorithms.base", "from threading import Lock"),
+        ("server.parameter_server", "import time"),
+        ("server.assignments", "def f():\n    from torch.distributed import rpc"),
+        ("server.validation", "from ormo_rpc.runtimes.distributed.launcher import supervisor"),
+        ("worker.worker", "import torch.distributed.rpc as rpc"),
+        ("worker.evaluation", "from tqdm import tqdm"),
+        ("transports.stream.server", "import torch.distributed.rpc as rpc"),
+        ("runtimes.simulator", "import socket"),
+        ("runtimes.replay", "import torch.distributed.rpc"),
+        ("runtimes.recorder", "import wandb"),
+        ("train", "import hydra.utils"),
+        ("storage.checkpoint", "from ormo_rpc.runtimes import job"),
+    ],
+)
+def test_a_planted_import_is_found(module: str, line: str) -> None:
+    name = f"ormo_rpc.{module}"
+    planted = faults({**SOURCES, name: f"{SOURCES[name]}\n{line}\n"})
+    assert [fault for fault in planted if fault.startswith(f"{name} -> ")]

@@ -1,0 +1,234 @@
+"""Frames over real connections: cut anywhere, slow, broken off in the middle, or to somebody who is gone."""
+
+from __future__ import annotations
+
+import math
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ormo_rpc.transports.stream import frames
+from ormo_rpc.transports.stream.frames import ANSWER, ASK, DTYPES, Stream, bytes_of
+from tests.support.processes import PATIENCE_SECONDS
+
+LARGE = 5 << 20
+WHOLE = st.integers(-(2**63), 2**63 - 1)
+SOON_SECONDS = 10.0
+"""Long after a look, and long before a test's time is over."""
+
+
+@contextmanager
+def connected(buffers: int | None = None) -> Generator[tuple[socket.socket, socket.socket]]:
+    """Both ends of a connection over loopback, with small buffers in the system if so asked."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        if buffers is not None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffers)
+        here = socket.socket()
+        if buffers is not None:
+            here.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffers)
+        here.connect(listener.getsockname())
+        there, _ = listener.accept()
+    with here, there:
+        yield here, there
+
+
+def always() -> bool:
+    return True
+
+
+def chance(size: int) -> torch.Tensor:
+    return torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
+
+
+def sending(stream: Stream) -> Callable[[], None]:
+    return lambda: stream.send(b"x", bytes_of(chance(LARGE)))
+
+
+def receiving(stream: Stream) -> Callable[[], None]:
+    return lambda: stream.receive(memoryview(bytearray(10_000)))
+
+
+def gone_after(looks: int) -> Callable[[], bool]:
+    """Whether somebody is alive who is found so that many times."""
+    asked = iter(range(1_000_000))
+    return lambda: next(asked) < looks
+
+
+def test_what_is_sent_in_many_parts_arrives_whole() -> None:
+    vector = chance(LARGE)
+    frame = bytes(range(72))
+    with connected(buffers=4096) as (here, there), ThreadPoolExecutor(1) as elsewhere:
+        sent: list[int] = []
+
+        class Counted:
+            """The connection, counting its parts."""
+
+            def __getattr__(self, name: str) -> object:
+                return getattr(here, name)
+
+            def sendmsg(self, parts: list[memoryview]) -> int:
+                """As `socket.sendmsg`, but at most 100,001 bytes at a time, which ends frames anywhere."""
+                sent.append(here.sendmsg([memoryview(b"".join(parts))[:100_001]]))
+                return sent[-1]
+
+        stream = Stream(Counted(), always)  # pyright: ignore[reportArgumentType] # as good as a socket
+        sending = elsewhere.submit(stream.send, frame, bytes_of(vector))
+        came, got = bytearray(72), torch.empty(LARGE, dtype=torch.uint8)
+        receiver = Stream(there, always)
+        receiver.receive(memoryview(came))
+        receiver.receive(bytes_of(got))
+        sending.result(PATIENCE_SECONDS)
+    assert len(sent) > 50
+    assert sum(sent) == 72 + LARGE
+    assert bytes(came) == frame
+    assert torch.equal(got, vector)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_vector_of_any_dtype_crosses_to_the_bit_with_small_buffers(dtype: torch.dtype) -> None:
+    vector = chance(1 << 20).view(dtype)  # NaN of every kind among them
+    with connected(buffers=4096) as (here, there), ThreadPoolExecutor(1) as elsewhere:
+        sending = elsewhere.submit(Stream(here, always).send, b"x", bytes_of(vector))
+        got = torch.empty_like(vector)
+        receiver = Stream(there, always)
+        receiver.receive(memoryview(bytearray(1)))
+        receiver.receive(bytes_of(got))
+        sending.result(PATIENCE_SECONDS)
+    assert torch.equal(got.view(torch.uint8), vector.view(torch.uint8))
+
+
+def test_frames_that_arrive_byte_by_byte_are_whole_and_end_where_they_end() -> None:
+    with connected() as (here, there), ThreadPoolExecutor(1) as elsewhere:
+        here.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        receiver = Stream(there, always)
+
+        def two() -> list[bytes]:
+            both = [bytearray(ASK.size), bytearray(ASK.size)]
+            for each in both:
+                receiver.receive(memoryview(each))
+            return [bytes(each) for each in both]
+
+        receiving = elsewhere.submit(two)
+        first, second = ASK.pack(1, 2, 3, 4, 5, 6, 7.5), ASK.pack(-1, -2, -3, -4, -5, -6, -7.5)
+        for byte in first + second:
+            here.sendall(bytes([byte]))
+        assert receiving.result(PATIENCE_SECONDS) == [first, second]
+
+
+@pytest.mark.parametrize("sent", [0, 1, 55])
+def test_an_end_in_the_middle_is_an_end(sent: int) -> None:
+    with connected() as (here, there):
+        here.sendall(bytes(sent))
+        here.shutdown(socket.SHUT_WR)
+        with pytest.raises(EOFError, match=r"\Athe connection has ended\Z"):
+            Stream(there, always).receive(memoryview(bytearray(ASK.size)))
+
+
+def test_a_connection_that_is_reset_is_an_end_for_both_directions() -> None:
+    with connected() as (here, there):
+        stream = Stream(there, always)
+        here.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close is a reset
+        here.close()
+        with pytest.raises(EOFError, match=r"\Athe connection has ended: .*reset.*\Z"):
+            stream.receive(memoryview(bytearray(1)))
+        with pytest.raises(EOFError, match=r"\Athe connection has ended: .*pipe.*\Z"):
+            stream.send(b"x")
+
+
+@pytest.mark.parametrize("what", ["says nothing", "stops in the middle", "does not read"])
+def test_who_stalls_is_given_up_as_soon_as_it_is_known_to_be_gone(what: str) -> None:
+    with connected(buffers=4096) as (here, there):
+        stream = Stream(there, gone_after(1))
+        began = time.monotonic()
+        if what == "stops in the middle":
+            here.sendall(b"x" * 30)
+        call = sending(stream) if what == "does not read" else receiving(stream)
+        with pytest.raises(EOFError, match=r"\Athe other side is gone\Z"):
+            call()
+        # Two looks, a second each, where the first one found it alive.
+        assert 1.5 * frames.LOOK_SECONDS < time.monotonic() - began < SOON_SECONDS
+
+
+@pytest.mark.parametrize("direction", ["gives", "takes"])
+def test_who_trickles_is_given_up_as_well(direction: str) -> None:
+    """A byte now and then is not a sign of life: else a worker that was evicted keeps its stream for ever."""
+    with connected(buffers=4096) as (here, there):
+        ended = threading.Event()
+
+        def trickle() -> None:
+            while not ended.wait(0.2):
+                try:
+                    if direction == "gives":
+                        here.sendall(b"x")
+                    else:
+                        here.recv(20_000)
+                except OSError:
+                    return
+
+        trickling = threading.Thread(target=trickle, daemon=True)
+        trickling.start()
+        stream = Stream(there, gone_after(0))
+        call = receiving(stream) if direction == "gives" else sending(stream)
+        try:
+            with pytest.raises(EOFError, match=r"\Athe other side is gone\Z"):
+                call()
+        finally:
+            ended.set()
+            trickling.join(PATIENCE_SECONDS)
+
+
+def test_who_is_alive_is_waited_for() -> None:
+    with connected(buffers=4096) as (here, there), ThreadPoolExecutor(1) as elsewhere:
+        looks: list[float] = []
+
+        def alive() -> bool:
+            looks.append(time.monotonic())
+            if len(looks) == 2:
+                here.sendall(b"here")
+            return True
+
+        got = bytearray(4)
+        elsewhere.submit(Stream(there, alive).receive, memoryview(got)).result(PATIENCE_SECONDS)
+        assert got == b"here"
+        assert len(looks) == 2
+
+
+@given(st.tuples(*[WHOLE] * 6, st.floats(width=64)))
+def test_what_a_worker_says_comes_back(fields: tuple[object, ...]) -> None:
+    frame = ASK.pack(*fields)
+    assert len(frame) == ASK.size == 56
+    check(ASK.unpack(frame), fields)
+
+
+@given(st.tuples(*[WHOLE] * 5, st.floats(width=64), *[WHOLE] * 3))
+def test_what_the_server_says_comes_back(fields: tuple[object, ...]) -> None:
+    frame = ANSWER.pack(*fields)
+    assert len(frame) == ANSWER.size == 72
+    check(ANSWER.unpack(frame), fields)
+
+
+def check(got: tuple[object, ...], expected: tuple[object, ...]) -> None:
+    for came, went in zip(got, expected, strict=True):
+        if isinstance(went, float) and math.isnan(went):
+            assert isinstance(came, float)
+            assert math.isnan(came)
+        else:
+            assert (type(came), repr(came)) == (type(went), repr(went))  # -0.0 is not 0.0
+
+
+def test_the_layout_on_the_wire_does_not_depend_on_the_machine() -> None:
+    """Little endian, without gaps: written out by hand."""
+    assert ASK.pack(1, 2, -1, 0, 3, 1, 0.5).hex() == (
+        "0100000000000000" "0200000000000000" "ffffffffffffffff" "0000000000000000" "0300000000000000" "0100000000000000"
+        "000000000000e03f"  # 2^-1: sign 0, exponent 1022 = 0x3fe, fraction 0
+    )  # fmt: skip
+    assert list(DTYPES) == [torch.float32, torch.float64, torch.bfloat16, torch.float16]

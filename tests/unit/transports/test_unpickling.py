@@ -1,0 +1,320 @@
+"""The allow-list: our messages pass as torch pickles them, and nothing else does, by name, by dots or by opcode."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.rpc import internal
+
+from ormo_rpc.errors import NonFiniteGradient, PushRefused, Rejoin
+from ormo_rpc.messages import Reply
+from ormo_rpc.transports.torch_rpc import unpickling
+from tests.support.peer import SYSTEM, Api
+from tests.support.processes import launched
+
+FUNCTIONS = (Api.push, Api.fails)
+REFUSED = r"^refused: {} is not on the list of what may cross \(ormo_rpc\.transports\.torch_rpc\.unpickling\)$"
+
+
+@pytest.fixture(autouse=True)
+def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(internal, "_unpickler", internal._unpickler)  # pyright: ignore[reportPrivateUsage] # torch has no public name for it
+    monkeypatch.setattr(unpickling, "_logged", set[str]())
+    unpickling.install(FUNCTIONS)
+
+
+def crossed(message: Any) -> Any:
+    """What arrives of a message, through torch's own two functions."""
+    return internal.deserialize(*internal.serialize(message))
+
+
+def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+    return internal.PythonUDF(function, args, kwargs)
+
+
+# ------------------------------------------------------------------------------------------------------------- what may cross
+
+
+def test_a_call_with_every_kind_of_argument_arrives() -> None:
+    arguments = (
+        "token",
+        0,
+        -1,
+        255,
+        70_000,
+        2**40,
+        -(2**70),
+        0.5,
+        None,
+        True,
+        False,
+        b"bytes",
+        "x" * 300,
+        "é",
+        (),
+        (1,),
+        [1, [2]],
+    )
+    arrived = crossed(call(Api.push, *arguments, more={"a": (1, 2, 3, 4), "b": {}}))
+    assert isinstance(arrived, internal.PythonUDF)
+    assert arrived.func is Api.push
+    assert arrived.args == arguments
+    assert [type(value) for value in arrived.args] == [type(value) for value in arguments]
+    assert arrived.kwargs == {"more": {"a": (1, 2, 3, 4), "b": {}}}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bfloat16])
+def test_tensors_travel_beside_and_come_back_in_their_places(dtype: torch.dtype) -> None:
+    first, second = torch.arange(3).to(dtype), torch.ones(2, dtype=dtype)
+    arrived = crossed(call(Api.push, first, "between", second, first))
+    assert [arrived.args[n] is tensor for n, tensor in ((0, first), (2, second), (3, first))] == [True] * 3
+
+
+def test_a_reply_arrives_whole() -> None:
+    reply = Reply(worker=1, ticket=None, stamp=2, params=torch.ones(3), lr=0.1, steps=4, incarnation=5)
+    arrived = crossed(reply)
+    assert type(arrived) is Reply
+    assert [getattr(arrived, name) for name in Reply.__slots__] == [getattr(reply, name) for name in Reply.__slots__]
+
+
+@pytest.mark.parametrize("error", [PushRefused, NonFiniteGradient, Rejoin, TimeoutError, RuntimeError, pickle.UnpicklingError])
+def test_an_exception_of_a_call_is_raised_at_its_caller(error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"^why$") as caught:
+        internal._handle_exception(crossed(internal.RemoteException("why", error)))  # pyright: ignore[reportPrivateUsage] # torch has no public name for it
+    assert type(caught.value) is error
+
+
+def test_a_worker_answers_no_calls_at_all() -> None:
+    unpickling.install()
+    with pytest.raises(pickle.UnpicklingError, match=REFUSED.format(r"tests\.peer\.Api\.push")):
+        crossed(call(Api.push))
+    assert crossed(("value", torch.ones(1)))[0] == "value"
+
+
+# --------------------------------------------------------------------------------------------------------- what is not to cross
+
+
+class Evil:
+    """Pickles as whatever it is told to."""
+
+    def __init__(self, *reduced: Any) -> None:
+        self.reduced = reduced
+
+    def __reduce__(self) -> Any:
+        return self.reduced
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (SYSTEM, "posix.system"),
+        (eval, "builtins.eval"),
+        (exec, "builtins.exec"),
+        (__import__, "builtins.__import__"),
+        (subprocess.Popen, "subprocess.Popen"),
+        (torch.load, "torch.serialization.load"),
+        (torch.from_file, "torch._C._VariableFunctionsClass"),
+        (pickle.loads, "_pickle.loads"),
+        (setattr, "builtins.setattr"),
+        (type, "builtins.type"),
+        (Api.hidden, "tests.support.peer.Api.hidden"),
+        (Api, "tests.support.peer.Api"),
+        (unpickling.install, "ormo_rpc.transports.torch_rpc.unpickling.install"),
+    ],
+)
+def test_other_functions_are_refused_and_named_once_in_the_log(
+    function: Any, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    for _ in range(2):
+        with pytest.raises(pickle.UnpicklingError, match=REFUSED.format(name.replace(".", r"\."))):
+            crossed(call(function, "x"))
+    assert [record.getMessage() for record in caplog.records] == [f"refused from a peer: {name}"]
+
+
+def stack_global(module: str, name: str) -> bytes:
+    """A call of a name, without asking whether it exists."""
+    texts = b"".join(pickle.SHORT_BINUNICODE + bytes([len(text)]) + text.encode() for text in (module, name))
+    return b"\x80\x04" + texts + pickle.STACK_GLOBAL + b"."
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("tests.support.peer", "os.system"),
+        ("tests.support.peer", "Api.push.__globals__"),
+        ("tests.support.peer", "Api.push.__class__"),
+        ("tests.support.peer", "Api"),
+        ("tests.support.peer.Api", "push"),
+        ("tests.support.peer", "Api.push "),
+        ("ormo_rpc.messages", "Reply.__init__.__globals__"),
+        ("ormo_rpc.messages", "Tensor"),
+        ("torch.distributed.rpc.internal", "sys.modules"),
+        ("torch.distributed.rpc.internal", "deserialize"),
+        ("torch.distributed.rpc.internal", "_InternalRPCPickler._script_module_receiver"),
+        ("builtins", "getattr.__self__"),
+        ("builtins", "object"),
+        ("__main__", "x"),
+        ("", ""),
+        ("copyreg", "_reconstructor"),
+    ],
+)
+def test_dotted_chains_and_neighbours_of_what_is_allowed_are_refused(module: str, name: str) -> None:
+    with pytest.raises(pickle.UnpicklingError, match=r"^refused: "):
+        unpickling.loads(stack_global(module, name), FUNCTIONS)
+
+
+def test_a_refused_module_is_not_even_imported() -> None:
+    assert "this" not in sys.modules
+    with pytest.raises(pickle.UnpicklingError):
+        unpickling.loads(stack_global("this", "s"), FUNCTIONS)
+    assert "this" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda: Evil(getattr, (Api, "hidden")),
+        lambda: Evil(getattr, (internal._InternalRPCPickler, "_script_module_receiver")),  # pyright: ignore[reportPrivateUsage] # torch has no public name for it
+        lambda: Evil(getattr, (internal._InternalRPCPickler, "__init__")),  # pyright: ignore[reportPrivateUsage] # torch has no public name for it
+        lambda: Evil(getattr, (Reply, "__init__")),
+        lambda: Evil(Api.push, ("called while it is read",)),
+        lambda: Evil(RuntimeError, ("made while it is read",)),
+        lambda: Evil(internal.PythonUDF, (1, 2, 3)),
+    ],
+)
+def test_no_call_but_that_for_a_tensor_is_made_while_a_message_is_read(way: Callable[[], Evil]) -> None:
+    Api.calls.clear()
+    with pytest.raises(pickle.UnpicklingError, match=r"^refused: "):
+        crossed(call(Api.push, way()))
+    assert Api.calls == []
+
+
+@pytest.mark.parametrize(
+    ("target", "state"),
+    [
+        (Api.push, {"__wrapped__": 1}),
+        (Api.push, (None, {"__defaults__": (1,)})),
+        (internal.PythonUDF, (None, {"func": 1})),
+        (Reply, (None, {"__setstate__": 1})),
+        (RuntimeError, (None, {"x": 1})),
+    ],
+)
+def test_nothing_of_this_process_can_be_written_to(target: Any, state: Any) -> None:
+    # Pickle's own BUILD sets attributes of whatever lies on the stack: a name that is allowed is enough.
+    before = dict(vars(target))
+    message = pickle.dumps(target, 4)[:-1] + pickle.dumps(state, 4)[2:-1] + pickle.BUILD + b"."
+    with pytest.raises(pickle.UnpicklingError, match=r"^refused: the opcode BUILD on "):
+        unpickling.loads(message, FUNCTIONS)
+    assert dict(vars(target)) == before
+
+
+@pytest.mark.parametrize(
+    "opcode", [b"cposix\nsystem\n", b"(iposix\nsystem\n", b"\x82\x01", b"P1\n", b"(cposix\nsystem\no", b"\x8f"]
+)
+def test_opcodes_that_none_of_our_messages_has_are_refused(opcode: bytes) -> None:
+    with pytest.raises(pickle.UnpicklingError, match=r"^a message that is no pickle of ours: KeyError$"):
+        unpickling.loads(b"\x80\x04" + opcode + b".", FUNCTIONS)
+
+
+@pytest.mark.parametrize("function", [PushRefused, internal.PythonUDF, Reply])
+def test_a_name_that_may_cross_is_not_thereby_a_function_to_call(function: Any) -> None:
+    with pytest.raises(pickle.UnpicklingError, match=REFUSED.format("a call of what is not a function of the service")):
+        crossed(call(function, "x"))
+
+
+def test_a_message_without_the_tensor_that_it_speaks_of_is_refused_and_nothing_is_kept() -> None:
+    data, _ = internal.serialize(call(Api.push, torch.ones(1)))
+    with pytest.raises(pickle.UnpicklingError, match=r"^a message that is no pickle of ours: IndexError$"):
+        internal.deserialize(data, [])
+    with pytest.raises(pickle.UnpicklingError):
+        internal.deserialize(b"\x80\x04", [torch.ones(1)])
+    assert internal._thread_local_tensor_tables.recv_tables == []  # pyright: ignore[reportPrivateUsage] # torch has no public name for it
+    assert crossed(call(Api.push, torch.ones(1))).args[0].tolist() == [1]
+
+
+def test_the_log_does_not_grow_with_what_a_peer_sends(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    for number in range(100):
+        with pytest.raises(pickle.UnpicklingError):
+            unpickling.loads(stack_global("a\nb\x1b", f"name{number}"), FUNCTIONS)
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages[0] == "refused from a peer: a?b?.name0"
+    assert len(messages) == unpickling.NAMES_LOGGED
+    assert messages[-1] == "refused from a peer: a?b?.name19; further names are refused without a word"
+
+
+# -------------------------------------------------------------------------------------------------------------- two processes
+
+
+@pytest.mark.live
+@pytest.mark.timeout(120)
+def test_a_peer_that_asks_a_server_for_other_functions_is_refused_and_the_server_serves_on(tmp_path: Path) -> None:
+    """Over real RPC, the peer with torch's own unpickler; see ``tests/peer.py``."""
+    attempts = talk("guarded", tmp_path)
+    assert attempts.pop("permitted before") == attempts.pop("permitted after") == "[2.0, 2.0]"
+    assert attempts.pop("permitted, raises") == "ValueError: PushRefused: On WorkerInfo(id=0, name=server):"  # torch's way
+    refused = r"RuntimeError: Error on Node 0: UnpicklingError: refused: "
+    assert attempts == {
+        "os.system": f"{refused}posix.system",
+        "eval": f"{refused}builtins.eval",
+        "Popen": f"{refused}subprocess.Popen",
+        "pickle.loads": f"{refused}_pickle.loads",
+        "dotted": f"{refused}tests.support.peer.Api.push.__globals__.get",
+        "hidden in an argument": f"{refused}posix.system",
+        "an RRef": f"{refused}the opcode REDUCE on a builtin_function_or_method",
+        "asynchronous": f"{refused}posix.system",
+    }
+    assert list(tmp_path.glob("marker*")) == []
+
+
+@pytest.mark.live
+@pytest.mark.timeout(120)
+def test_without_the_list_the_same_peer_runs_what_it_likes(tmp_path: Path) -> None:
+    attempts = talk("open", tmp_path)
+    assert attempts["os.system"] == "0"
+    assert attempts["eval"] == "2"
+    assert {path.name for path in tmp_path.glob("marker*")} >= {"marker-system", "marker-argument", "marker-asynchronous"}
+
+
+@pytest.mark.live
+@pytest.mark.timeout(120)
+def test_what_the_list_does_not_hold_back_is_what_the_page_on_security_says(tmp_path: Path) -> None:
+    """If this fails, torch has closed a hole, and SECURITY.md has to say so."""
+    (tmp_path / "private").write_text("private")
+    attempts = talk("guarded", tmp_path, "operators")
+    assert attempts == {"add": "[2.0, 2.0]", "read": "b'private'", "write": "[0, 0]"}
+    assert (tmp_path / "written").stat().st_size == 2
+
+
+@pytest.mark.live
+@pytest.mark.timeout(120)
+def test_a_stranger_ends_an_agent_with_one_line() -> None:
+    """As the test before: if it fails, SECURITY.md has good news to tell."""
+    with launched("-m", "tests.support.peer", "guarded") as serving:
+        assert serving.stdout is not None
+        host, _, port = serving.stdout.readline().strip().removeprefix("uv://").rpartition(":")
+        with socket.create_connection((host, int(port)), timeout=20) as stranger:
+            stranger.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            assert serving.wait(60) == -signal.SIGABRT
+
+
+def talk(server: str, folder: Path, peer: str = "calls") -> dict[str, str]:
+    """Start a server and a peer that knows nothing but its address; what the peer was answered, attempt by attempt."""
+    with launched("-m", "tests.support.peer", server) as serving:
+        assert serving.stdout is not None
+        address = serving.stdout.readline().strip()
+        with launched("-m", "tests.support.peer", peer, address, str(folder)) as asking:
+            out, err = asking.communicate(timeout=60)
+    assert asking.returncode == 0, err
+    return dict(line.split("\t") for line in out.splitlines())

@@ -1,0 +1,97 @@
+"""Faults happen where and as often as they are told to, and nowhere else."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import signal
+from typing import Any
+
+import pytest
+import torch
+
+from ormo_rpc.config.schema import parse_config
+from ormo_rpc.errors import ConfigError
+from ormo_rpc.worker import faults as module
+from ormo_rpc.worker.faults import Fault, Injector
+
+PUSHES = 12
+
+
+class Machine:
+    """Notes what would happen to the process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.signals: list[int] = []
+        self.slept: list[float] = []
+        monkeypatch.setattr(os, "kill", lambda _pid, number: self.signals.append(number))
+        monkeypatch.setattr(module, "time", self)
+
+    def sleep(self, seconds: float) -> None:
+        """Note it."""
+        self.slept.append(seconds)
+
+
+def worked(words: list[str], worker: int, life: int = 0) -> tuple[list[str], list[int], list[int]]:
+    """What a worker's faults told, which pushes were corrupt, and which replies were dropped, over some pushes."""
+    told: list[str] = []
+    injector = Injector(words, worker, life, told.append)
+    corrupt: list[int] = []
+    dropped: list[int] = []
+    for push in range(PUSHES):
+        payload = torch.ones(3)
+        injector.before_push(payload)
+        if payload.isnan().all():
+            corrupt.append(push)
+        if injector.drops_reply():
+            dropped.append(push)
+    return told, corrupt, dropped
+
+
+def test_each_fault_fires_once_at_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch)
+    words = ["kill@1:3", "stop@1:5", "delay@1:7:2.5", "drop_reply@1:8", "corrupt@1:9:2", "kill@0:1", "kill@server:2"]
+    told, corrupt, dropped = worked(words, 1)
+    assert told == [
+        *("fault kill@1:3", "fault stop@1:5", "fault delay@1:7:2.5", "fault drop_reply@1:8"),
+        *("fault corrupt@1:9:2, push 9", "fault corrupt@1:9:2, push 10"),
+    ]
+    assert machine.signals == [signal.SIGKILL, signal.SIGSTOP]
+    assert machine.slept == [2.5]
+    assert (corrupt, dropped) == ([9, 10], [8])
+
+
+def test_a_second_life_has_no_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch)
+    assert worked(["kill@1:3", "corrupt@1:4", "drop_reply@1:5"], 1, life=1) == ([], [], [])
+    assert machine.signals == []
+
+
+def test_the_server_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch)
+    told: list[str] = []
+    injector = Injector(["kill@server:2", "kill@2:3", "stop@server:5"], None, 0, told.append)
+    for iteration in (1, 2, 2, 3, 5):
+        injector.applied(iteration)
+    assert machine.signals == [signal.SIGKILL, signal.SIGSTOP]
+    assert told == ["fault kill@server:2", "fault stop@server:5"]
+
+
+@pytest.mark.parametrize("word", ["", "kill", "kill@1", "kill@:3", "kill@-1:3", "sneeze@1:3", "delay@server:3", "kill@1:3:x"])
+def test_a_word_that_means_no_fault_is_refused_before_anything_starts(word: str) -> None:
+    with pytest.raises(ValueError, match=rf"\Aruntime\.faults: got {re.escape(repr(word))}, expected KIND@WHO:PUSH"):
+        Fault.parse(word)
+    with pytest.raises(ConfigError, match=r"\Aruntime\.faults: got .*, expected words KIND@WHO:PUSH"):
+        parse_config({"runtime": {"faults": [word]}})
+
+
+def test_a_fault_reads_back_as_it_was_written() -> None:
+    for word in ("kill@1:3", "delay@0:5:2.5", "stop@server:100", "corrupt@7:0:20"):
+        assert str(Fault.parse(word)) == word
+
+
+def test_corruption_is_nothing_but_nan() -> None:
+    payload: Any = torch.ones(4)
+    Injector(["corrupt@0:0"], 0, 0, lambda _: None).before_push(payload)
+    assert all(math.isnan(value) for value in payload.tolist())
