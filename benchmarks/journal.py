@@ -37,8 +37,8 @@ class Pusher:
         self.journal = NoJournal() if run_dir is None else Journal(run_dir)
         server = build_server(params=torch.zeros(dimension), num_workers=1, lr=1e-6)
         self.service = Service(server, lambda _: None, journal=self.journal)
-        self.seat = self.service.admit({"wanted": 0, "process": 1, "host": "here", "post": ""})
-        self.reply = self.service.ready(self.seat.token).value()
+        self.membership = self.service.admit({"wanted": 0, "process": 1, "host": "here", "slot": ""})
+        self.reply = self.service.ready(self.membership.session_id).value()
         self.grad = torch.randn(dimension)
 
     def seconds(self, pushes: int) -> float:
@@ -49,7 +49,7 @@ class Pusher:
             assert self.reply.ticket is not None
             place = (self.reply.ticket, self.reply.stamp, self.reply.incarnation)
             began = time.perf_counter()
-            self.reply = self.service.receive(self.seat.token, *place, None, 1, self.grad).value()
+            self.reply = self.service.receive(self.membership.session_id, *place, None, 1, self.grad).value()
             times.append(time.perf_counter() - began)
         return statistics.median(times)
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ormo_rpc.kernels.compiled import compiled_steps
 from ormo_rpc.kernels.pool import Pool
-from ormo_rpc.kernels.steps import CHUNK, Ordered, Steps, TorchSteps
+from ormo_rpc.kernels.steps import CHUNK, OrMoStep, Steps, TorchSteps
 from ormo_rpc.kernels.threads import Threaded
 from ormo_rpc.storage.run_directory import environment
 
@@ -39,7 +39,7 @@ def in_place(dimension: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def apply(grad: Tensor, u: Tensor, w: Tensor) -> None:
-    """The rule's own operations."""
+    """The algorithm's own operations."""
     w.sub_(u, alpha=BETA)
     u.mul_(BETA)
     u.add_(grad, alpha=INTO_U)
@@ -133,7 +133,7 @@ def one_pass(make: Callable[[], Steps], *, pooled: bool) -> Callable[[int], Step
 
         def step() -> None:
             old, out = buffers[0], pool.take() if pooled else buffers[1]
-            steps(Ordered(scale=1.0, shifts=1, beta=BETA, into_u=INTO_U, into_w=INTO_W), grad, u, old, out)
+            steps(OrMoStep(scale=1.0, shifts=1, beta=BETA, u_scale=INTO_U, w_scale=INTO_W), grad, u, old, out)
             buffers[:] = [out, old]
 
         return step

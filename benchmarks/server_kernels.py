@@ -1,8 +1,8 @@
 """The server's step of OrMo with its snapshot, before and after: ``python -m benchmarks.server_kernels``.
 
-Three servers take turns, each with 4 workers that answer one after the other: the rule as it was, which updates its
-parameters in place, so that each reply needs a fresh copy; and the rule as it is, with torch's steps and with the compiled
-ones. Measured is the part under the lock, `ParameterServer.redeem`: apply, and the reply with its snapshot.
+Three servers take turns, each with 4 workers that answer one after the other: the algorithm as it was, which updates its
+parameters in place, so that each reply needs a fresh copy; and the algorithm as it is, with torch's steps and with the compiled
+ones. Measured is the part under the lock, `ParameterServer.commit`: apply, and the reply with its snapshot.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ormo_rpc import ParameterServer, Push, Reply, build_server
-from ormo_rpc.algorithms import Arrival
+from ormo_rpc.algorithms import PushContext
 from ormo_rpc.algorithms.ormo import OrMo
 from ormo_rpc.kernels.compiled import compiled_steps
 from ormo_rpc.kernels.kernel import Kernel
 from ormo_rpc.kernels.pool import pooled
-from ormo_rpc.server.validation import Checked
+from ormo_rpc.server.validation import ValidatedPush
 from ormo_rpc.storage.run_directory import environment
 
 SIZES = (272_474, 2_000_000, 25_000_000)
@@ -35,13 +35,13 @@ class InPlace(OrMo):
 
     OUT_OF_PLACE = False
 
-    def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:
+    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
         """Shift the momentum to the newest bucket, then add the gradient at its place."""
-        while self.index < arrival.newest_bucket:
+        while self.index < context.newest_bucket:
             self.params.sub_(self.u, alpha=self.momentum)
             self.u.mul_(self.momentum)
             self.index += 1
-        exponent = self.index - arrival.bucket
+        exponent = self.index - context.bucket
         self.u.add_(grad, alpha=self.momentum**exponent * lr)
         self.params.sub_(grad, alpha=self._reach(exponent) * lr)
 
@@ -51,7 +51,7 @@ class Contender:
 
     def __init__(self, server: ParameterServer, grad: Tensor) -> None:
         self.server = server
-        self.checked = Checked(grad, 0.0)
+        self.checked = ValidatedPush(grad, 0.0)
         self.replies: list[Reply] = server.start()
 
     def seconds(self, repeats: int) -> float:
@@ -62,7 +62,7 @@ class Contender:
             assert reply.ticket is not None
             push = Push(worker=reply.worker, ticket=reply.ticket, stamp=reply.stamp, grad=self.checked.grad)
             del reply
-            self.replies += self.server.redeem(push, self.checked)
+            self.replies += self.server.commit(push, self.checked)
         return (time.perf_counter() - began) / repeats
 
 
@@ -73,14 +73,14 @@ def contenders(dimension: int) -> dict[str, Contender]:
     assert steps is not None, "no C compiler"
     kernels = {
         "in place, copy": Kernel(),
-        "out of place, torch": Kernel(blank=pooled()),
-        "out of place, compiled": Kernel(name="compiled", steps=steps, blank=pooled()),
+        "out of place, torch": Kernel(empty=pooled()),
+        "out of place, compiled": Kernel(name="compiled", steps=steps, empty=pooled()),
     }
     found: dict[str, Contender] = {}
     for name, kernel in kernels.items():
         server = build_server(params=torch.zeros(dimension), num_workers=WORKERS, lr=1e-6, kernel=kernel)
         if name.startswith("in place"):
-            server.rule = InPlace(torch.zeros(dimension), momentum=0.9, options=server.rule.options)
+            server.algorithm = InPlace(torch.zeros(dimension), momentum=0.9, options=server.algorithm.options)
         found[name] = Contender(server, grad)
     return found
 

@@ -21,9 +21,9 @@ from ormo_rpc.algorithms import NAMES
 from ormo_rpc.storage.run_directory import environment
 
 
-def server_step(rule: str, dimension: int) -> Callable[[], None]:
+def server_step(algorithm: str, dimension: int) -> Callable[[], None]:
     """A function that pushes one gradient to a server of 4 workers and takes the reply, its snapshot included."""
-    server = build_server(algorithm=rule, params=torch.zeros(dimension), num_workers=4, lr=1e-6)
+    server = build_server(algorithm=algorithm, params=torch.zeros(dimension), num_workers=4, lr=1e-6)
     grad = torch.randn(dimension)
     replies = server.start()
 
@@ -54,19 +54,25 @@ def seconds(function: Callable[[], None], repeats: int) -> float:
 
 
 def measure(dimension: int, rounds: int, repeats: int) -> list[dict[str, Any]]:
-    """One row per rule: how many copies its step costs."""
-    contenders = {rule: server_step(rule, dimension) for rule in NAMES}
+    """One row per algorithm: how many copies its step costs."""
+    contenders = {algorithm: server_step(algorithm, dimension) for algorithm in NAMES}
     baseline = copy(dimension)
-    ratios: dict[str, list[float]] = {rule: [] for rule in contenders}
+    ratios: dict[str, list[float]] = {algorithm: [] for algorithm in contenders}
     for step in contenders.values():
         seconds(step, 4)
     for _ in tqdm(range(rounds), desc=f"D = {dimension:,}"):
-        for rule, step in contenders.items():
+        for algorithm, step in contenders.items():
             one_copy = seconds(baseline, repeats)
-            ratios[rule].append(seconds(step, repeats) / one_copy)
+            ratios[algorithm].append(seconds(step, repeats) / one_copy)
     return [
-        {"rule": rule, "dimension": dimension, "copies": statistics.median(found), "lowest": min(found), "highest": max(found)}
-        for rule, found in ratios.items()
+        {
+            "algorithm": algorithm,
+            "dimension": dimension,
+            "copies": statistics.median(found),
+            "lowest": min(found),
+            "highest": max(found),
+        }
+        for algorithm, found in ratios.items()
     ]
 
 
@@ -82,9 +88,9 @@ def main() -> None:
     if arguments.json:
         print(json.dumps({"environment": environment(), "rows": rows}, indent=2))
         return
-    print(f"{'rule':<14}{'D':>12}{'copies per gradient: median':>30}{'lowest':>9}{'highest':>9}")
+    print(f"{'algorithm':<14}{'D':>12}{'copies per gradient: median':>30}{'lowest':>9}{'highest':>9}")
     for row in rows:
-        print(f"{row['rule']:<14}{row['dimension']:>12,}{row['copies']:>30.1f}{row['lowest']:>9.1f}{row['highest']:>9.1f}")
+        print(f"{row['algorithm']:<14}{row['dimension']:>12,}{row['copies']:>30.1f}{row['lowest']:>9.1f}{row['highest']:>9.1f}")
 
 
 if __name__ == "__main__":

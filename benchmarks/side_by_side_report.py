@@ -100,7 +100,11 @@ def as_text(content: Mapping[str, Any]) -> str:
         f"{content['rounds']} rounds of {content['seconds']:g} s each, interleaved; medians, and ratios within each round,",
         "with the lowest and the highest. MB/s counts both vectors of an update: 8 D bytes, or 4 D where both are bf16.",
         *("", as_markdown(rows(content))),
-        *(["", "The server's lock; the step is the rule's, with the snapshot:", "", as_markdown(told)] if told[1:] else []),
+        *(
+            ["", "The server's lock; the step is the algorithm's, with the snapshot:", "", as_markdown(told)]
+            if told[1:]
+            else []
+        ),
         *(["", "Left out:", ""] if content["failures"] else []),
         *(f"* {line}" for line in failures(content)),
     ]
@@ -130,8 +134,8 @@ def picture(content: Mapping[str, Any], path: Path) -> None:
         if FLOOR in contenders:
             axis.axvline(_middle(contenders[FLOOR], "updates_per_second"), color="black", linewidth=0.7, linestyle=":")
         axis.set_xscale("log")
-        low, high = axis.get_xlim()
-        axis.set_xlim(low, high * (high / low) ** 0.45)  # room for the words
+        out_16bit, high = axis.get_xlim()
+        axis.set_xlim(out_16bit, high * (high / out_16bit) ** 0.45)  # room for the words
         axis.grid(axis="x", which="both", alpha=0.25)
         axis.set_title(f"D = {parameters:,}", fontsize=10)
         axis.set_xlabel("updates/s  (of raw sockets)")

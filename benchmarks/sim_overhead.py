@@ -41,13 +41,13 @@ class Timed:
         """As `Worker.forget`."""
         self.worker.forget(worker)
 
-    def state(self) -> dict[int, dict[str, Any]]:
-        """As `Worker.state`."""
-        return self.worker.state()
+    def state_dict(self) -> dict[int, dict[str, Any]]:
+        """As `Worker.state_dict`."""
+        return self.worker.state_dict()
 
-    def load_state(self, state: Mapping[int, Mapping[str, Any]]) -> None:
-        """As `Worker.load_state`."""
-        self.worker.load_state(state)
+    def load_state_dict(self, state: Mapping[int, Mapping[str, Any]]) -> None:
+        """As `Worker.load_state_dict`."""
+        self.worker.load_state_dict(state)
 
 
 def main() -> None:

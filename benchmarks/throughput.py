@@ -1,6 +1,6 @@
 """The server's updates per second: ``python -m benchmarks.throughput --parameters D --workers K --seconds S [--json]``.
 
-Drives the real server and workers through `ormo_rpc.train`, with workers that compute nothing (``worker.stand_in=true``).
+Drives the real server and workers through `ormo_rpc.train`, with workers that compute nothing (``worker.dummy=true``).
 Everything is taken from what any run leaves behind: updates and round trips from the trace (a worker that computes nothing
 pushes again at once, so the time between two of its pushes is its round trip), lock times from the summary, processor time and
 memory from the processes while they run, and how far the server is at that moment from the file ``progress``.
@@ -36,8 +36,8 @@ def overrides(job: Job, transport: str = "auto", wire: str = "float32") -> list[
     """The run that is measured; what has its default is left out."""
     return [
         *("runtime=rpc", "algorithm=ormo", "logger=none", "logger.progress=false", f"workers={job.workers}", "train.lr=1e-6"),
-        *("model=custom", "model._target_=benchmarks.stand_in.StandIn", f"model.kwargs={{parameters:{job.parameters}}}"),
-        *("dataset=custom", "dataset._target_=benchmarks.stand_in.data", "worker.stand_in=true"),
+        *("model=custom", "model._target_=benchmarks.dummy_model.StandIn", f"model.kwargs={{parameters:{job.parameters}}}"),
+        *("dataset=custom", "dataset._target_=benchmarks.dummy_model.data", "worker.dummy=true"),
         *("train.batch_size=1", "train.epochs=1000000", f"train.max_seconds={WARM_UP_SECONDS + job.seconds}"),
         *([] if transport == "auto" else [f"wire.transport={transport}"]),
         *([] if wire == "float32" else [f"wire.dtype={wire}"]),

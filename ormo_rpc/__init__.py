@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ormo_rpc.config.schema import Config
-from ormo_rpc.errors import ConfigError, NonFiniteGradient, PushRefused, Rejoin
+from ormo_rpc.errors import ConfigError, NonFiniteGradient, PushRefused, StaleSession
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.runtimes import RunFailed
 from ormo_rpc.server.build import build_server
@@ -17,9 +17,9 @@ __all__ = [
     "ParameterServer",
     "Push",
     "PushRefused",
-    "Rejoin",
     "Reply",
     "RunFailed",
+    "StaleSession",
     "build_server",
     "train",
 ]

@@ -97,7 +97,7 @@ def _describe(section: type[Section], field: dataclasses.Field[Any]) -> str:
 
 def main() -> None:
     """Run ``launch.py`` with this process's arguments."""
-    for number in range(3):  # a closed standard stream would lend its number to the next file that is opened
+    for number in range(3):  # a closed standard stream would lend its number to the next file that is attach
         try:
             os.fstat(number)
         except OSError:

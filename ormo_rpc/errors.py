@@ -40,7 +40,7 @@ class Refused(WireError):
 
 
 class PushRefused(ValueError):
-    """The push does not fit the server's ledger or its parameters; the message says what came, from whom, and what to do."""
+    """The push does not fit the server's assignments or its parameters; the message says what came, from whom, and what to do."""
 
 
 class NonFiniteGradient(PushRefused):
@@ -51,15 +51,16 @@ class GradientTooLarge(NonFiniteGradient):
     """The gradient is finite, but its norm is above a limit that refuses: it is settled as one that is not finite."""
 
 
-class Rejoin(PushRefused):
+class StaleSession(PushRefused):
     """The sender is not, or no longer, a worker of this life of the server: it has to join again to get new work."""
 
 
-class Dismissed(PushRefused):
+class WorkerBanned(PushRefused):
     """The sender's gradients are worthless, again and again; it is a member no longer, and need not come back."""
 
 
 BY_NAME: dict[str, type[Exception]] = {
-    error.__name__: error for error in (PushRefused, NonFiniteGradient, GradientTooLarge, Rejoin, Dismissed, TimeoutError)
+    error.__name__: error
+    for error in (PushRefused, NonFiniteGradient, GradientTooLarge, StaleSession, WorkerBanned, TimeoutError)
 }
 """What may be raised again on the other side of the wire."""

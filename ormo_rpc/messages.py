@@ -1,4 +1,4 @@
-"""What crosses between server and worker: `Reply` (work handed out), `Push` (work done) and `Refusal`."""
+"""What crosses between server and worker: `Reply` (work handed out), `Push` (work done) and `ErrorReply`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Reply:
         worker: The worker that it is for.
         ticket: The unit of work, a counter from 0; None means that there is no more work.
         stamp: The index of the parameters: how many gradients had been applied to them.
-        params: What the rule sends (`Algorithm.outgoing`), for most rules the parameters to work on, shape (D,), of the
+        params: What the algorithm sends (`Algorithm.outgoing`), for most algorithms the parameters to work on, shape (D,), of the
             server's dtype or of the one that it rounds them to. It may be the server's own memory, and replies of one stamp may
             share it, so nobody may write to it. On the server it never changes after the reply is issued; in a worker's process
             it holds until the next push.
-        lr: The learning rate at the moment of issue, for rules that take local steps.
+        lr: The learning rate at the moment of issue, for algorithms that take local steps.
         steps: The number of local steps that the worker takes for this ticket.
         incarnation: Which life of the server issued it; goes back with the push.
     """
@@ -42,7 +42,7 @@ class Push:
         worker: Who computed it.
         ticket: The ticket of the reply that it answers.
         stamp: The stamp of that reply.
-        grad: What the rule expects (`Algorithm.local`), for most rules the gradient at that reply's parameters, shape
+        grad: What the algorithm expects (`Algorithm.local`), for most algorithms the gradient at that reply's parameters, shape
             (VECTORS_PUSHED * D,), on the server's device, of its dtype or of the one that the wire rounds pushes to.
         loss: The mean loss of the batch, where it is known.
         samples: The number of samples in the batch.
@@ -61,7 +61,7 @@ class Push:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Refusal:
+class ErrorReply:
     """The server's no, as a value: frames hold no exceptions, and those that cross torch.distributed.rpc lose their type.
 
     Attributes:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from benchmarks.chaos import lineage, measure
 from benchmarks.chaos.faults import KINDS, OF_THE_NETWORK, WORDS, Chaos, Fault
 from benchmarks.chaos.lineage import Check
-from benchmarks.chaos.network import Network, Place
+from benchmarks.chaos.network import Network, ServerArgs
 from benchmarks.chaos.plan import ROUND, SHORT, moments, plan, total
 from benchmarks.chaos.watch import ROOT, Failed, Run
 from ormo_rpc.report.table import as_markdown
@@ -115,7 +115,7 @@ def chaos(options: Options, run_dir: Path, *, bar: bool = False) -> Result:
         network, told = _network(stack, options)
         kinds = plan(options.faults, chance, network=network is not None, only=options.only)
         length = total(len(kinds), options.gradients)
-        place = Place() if network is None else network.inside
+        place = ServerArgs() if network is None else network.inside
         run = stack.enter_context(Run(run_dir, place, _overrides(options, length, network)))
         subject = Chaos(run, chance, TIMEOUT_SECONDS, network)
         began = time.monotonic()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import psutil
 
 from benchmarks.chaos.lineage import Death
-from benchmarks.chaos.network import Network, Place
+from benchmarks.chaos.network import Network, ServerArgs
 from benchmarks.chaos.watch import Failed, Launched, Run, is_alive, progress
 
 WORDS = ("drop_reply@0:20", "delay@1:20:1.5", "corrupt@2:20:2", "drop_reply@2:40")
@@ -322,7 +322,7 @@ class Chaos:
         return bool(numbers) and len(self.run.applied_by(numbers[0], since)) >= WORK
 
     def _new_guest(self, fault: Fault) -> tuple[Launched, int, int]:
-        guest = self.run.guest(self.network.inside if self.network else Place())
+        guest = self.run.guest(self.network.inside if self.network else ServerArgs())
         worker, pid = self._at_work(guest)
         fault.target = f"worker {worker} (pid {pid}), a guest"
         return guest, worker, pid

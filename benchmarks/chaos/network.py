@@ -10,7 +10,7 @@ from typing import Self
 
 
 @dataclass(frozen=True)
-class Place:
+class ServerArgs:
     """Where processes run.
 
     Attributes:
@@ -41,7 +41,7 @@ class Network:
         tag = f"chaos{os.getpid()}"
         self._names = (f"{tag}a", f"{tag}b")
         self.inside, self.outside = (
-            Place(("ip", "netns", "exec", name), (f"runtime.interface={name}", "wire.transport=uv"), name)
+            ServerArgs(("ip", "netns", "exec", name), (f"runtime.interface={name}", "wire.transport=uv"), name)
             for name in self._names
         )
         self.netem = False

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import psutil
 
-from benchmarks.chaos.network import Place
+from benchmarks.chaos.network import ServerArgs
 
 ROOT = Path(__file__).parents[2]
 """The checkout."""
@@ -136,7 +136,7 @@ class Launched:
     family: set[psutil.Process] = field(default_factory=set[psutil.Process])
 
     @classmethod
-    def start(cls, place: Place, *overrides: str) -> Launched:
+    def start(cls, place: ServerArgs, *overrides: str) -> Launched:
         """Start ``launch.py``."""
         command = [*place.prefix, sys.executable, "launch.py", "logger=none", *place.overrides, *overrides]
         process = subprocess.Popen(
@@ -182,7 +182,7 @@ class Run:
         overrides: Of ``launch.py``.
     """
 
-    def __init__(self, run_dir: Path, place: Place, overrides: Sequence[str]) -> None:
+    def __init__(self, run_dir: Path, place: ServerArgs, overrides: Sequence[str]) -> None:
         self.run_dir = run_dir
         self.place = place
         self.trace = Trace(run_dir / "trace.jsonl")
@@ -281,7 +281,7 @@ class Run:
                 return process.pid
         return None
 
-    def guest(self, place: Place) -> Launched:
+    def guest(self, place: ServerArgs) -> Launched:
         """Start a guest."""
         address = self.processes()["address"]
         where = (f"server.address={address}", f"server.secret_file={self.run_dir / 'secret'}")

@@ -1,11 +1,11 @@
-"""Learning rates that fall with the delay of a gradient, shared by the rules that use them."""
+"""Learning rates that fall with the delay of a gradient, shared by the algorithms that use them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
 
-from ormo_rpc.algorithms.base import Arrival
+from ormo_rpc.algorithms.base import PushContext
 from ormo_rpc.options.section import Section, option
 
 
@@ -52,25 +52,25 @@ class DelayAdaptiveOptions(Section):
         raise ValueError(f"{self.key(name)}: got {value!r}, expected none, as {rule} does not use it")
 
 
-def threshold(options: DelayAdaptiveOptions, arrival: Arrival) -> int:
+def threshold(options: DelayAdaptiveOptions, context: PushContext) -> int:
     """The delay up to which a gradient keeps the scheduled learning rate."""
-    return 2 * arrival.concurrency if options.threshold is None else options.threshold
+    return 2 * context.concurrency if options.threshold is None else options.threshold
 
 
-def delay_adaptive_lr(options: DelayAdaptiveOptions, arrival: Arrival) -> float:
+def delay_adaptive_lr(options: DelayAdaptiveOptions, context: PushContext) -> float:
     """The learning rate of a gradient of delay ``tau``; see `DelayRule`."""
-    delay, lr = arrival.delay, arrival.lr
+    delay, lr = context.delay, context.lr
     if options.rule is DelayRule.mishchenko:
-        return lr * (arrival.concurrency / max(arrival.concurrency, delay))  # exactly lr up to a delay of K
-    if delay <= threshold(options, arrival) or options.rule is DelayRule.drop:
+        return lr * (context.concurrency / max(context.concurrency, delay))  # exactly lr up to a delay of K
+    if delay <= threshold(options, context) or options.rule is DelayRule.drop:
         return lr
     if options.rule is DelayRule.koloskova:
         return lr / delay
     if options.smoothness is not None:
         return min(lr, 1 / (4 * options.smoothness * delay))
-    return lr * threshold(options, arrival) / delay
+    return lr * threshold(options, context) / delay
 
 
-def delay_adaptive_accepts(options: DelayAdaptiveOptions, arrival: Arrival) -> bool:
+def delay_adaptive_accepts(options: DelayAdaptiveOptions, context: PushContext) -> bool:
     """Whether a gradient is applied: always, but past the threshold of rule=drop."""
-    return options.rule is not DelayRule.drop or arrival.delay <= threshold(options, arrival)
+    return options.rule is not DelayRule.drop or context.delay <= threshold(options, context)

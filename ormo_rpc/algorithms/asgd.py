@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ormo_rpc.algorithms.base import Algorithm, Arrival
-from ormo_rpc.kernels.steps import Plain
+from ormo_rpc.algorithms.base import Algorithm, PushContext
+from ormo_rpc.kernels.steps import SGDStep
 from ormo_rpc.options.section import option
 
 
@@ -27,6 +27,6 @@ class ASGD(Algorithm):
 
         name: str = option("asgd", "asynchronous SGD, no momentum")
 
-    def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:  # noqa: ARG002 - its age does not matter here
+    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:  # noqa: ARG002 - its age does not matter here
         """``w <- w - eta g``."""
-        self.params = self.kernel.step(Plain(into_w=lr), grad, self.params)
+        self.params = self.kernel.step(SGDStep(w_scale=lr), grad, self.params)

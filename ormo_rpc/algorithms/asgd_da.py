@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from ormo_rpc.algorithms._delay_adaptive import DelayAdaptiveOptions, delay_adaptive_accepts, delay_adaptive_lr
 from ormo_rpc.algorithms.asgd import ASGD
-from ormo_rpc.algorithms.base import Arrival
+from ormo_rpc.algorithms.base import PushContext
 from ormo_rpc.options.section import option
 
 
 class ASGDDA(ASGD):
     """ASGD-DA: asynchronous SGD whose learning rate falls for a gradient that comes very late.
 
-    Recursion: ``w <- w - eta(tau) g``, where ``eta(tau)`` is chosen by ``rule``, see `DelayRule`; the default is that of
+    Recursion: ``w <- w - eta(tau) g``, where ``eta(tau)`` is chosen by ``algorithm``, see `DelayRule`; the default is that of
     `ormo_da`, so that the two differ in momentum alone. Memory: ``w``, one vector of D. The momentum is not read. K is that of
     the moment when the gradient arrives, so it may change.
 
@@ -30,10 +30,10 @@ class ASGDDA(ASGD):
 
         name: str = option("asgd_da", "asynchronous SGD with a delay-adaptive learning rate, no momentum")
 
-    def accepts(self, arrival: Arrival) -> bool:
-        """Always, but for ``rule=drop`` past the threshold."""
-        return delay_adaptive_accepts(self.options, arrival)
+    def accepts(self, context: PushContext) -> bool:
+        """Always, but for ``algorithm=drop`` past the threshold."""
+        return delay_adaptive_accepts(self.options, context)
 
-    def learning_rate(self, arrival: Arrival) -> float:
+    def learning_rate(self, context: PushContext) -> float:
         """The scheduled learning rate, reduced where the delay is past the threshold."""
-        return delay_adaptive_lr(self.options, arrival)
+        return delay_adaptive_lr(self.options, context)

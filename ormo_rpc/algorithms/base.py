@@ -1,9 +1,9 @@
-"""The one contract that every server rule keeps: tensors in, tensors out; no lock, clock or network.
+"""The one contract that every server algorithm keeps: tensors in, tensors out; no lock, clock or network.
 
-A rule is one file: a subclass of `Algorithm` with its options as the nested class ``Options``. It is found by the name of its
+An algorithm is one file: a subclass of `Algorithm` with its options as the nested class ``Options``. It is found by the name of its
 file. On the server, for every push and in this order, `Algorithm.accepts`, `Algorithm.learning_rate` and `Algorithm.step` are
-called, then `Algorithm.outgoing` for everybody who is answered; between them nothing else touches the rule. On the worker
-`Algorithm.local` makes the push out of what was sent. A rule never asks which scheduler it runs under.
+called, then `Algorithm.outgoing` for everybody who is answered; between them nothing else touches the algorithm. On the worker
+`Algorithm.local` makes the push out of what was sent. An algorithm never asks which scheduler it runs under.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ormo_rpc.options.section import Section, option
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Arrival:
+class PushContext:
     """What the server knows of a gradient when it arrives.
 
     Attributes:
@@ -33,7 +33,7 @@ class Arrival:
         newest_bucket: The largest bucket handed out to anybody so far.
         concurrency: ``K``, the number of gradients in the making at this moment.
         lr: ``eta``, the scheduled learning rate of iteration ``t``.
-        version: The rule's `Algorithm.version` when the ticket was handed out.
+        version: The algorithm's `Algorithm.version` when the ticket was handed out.
         sent: What was sent with the ticket, never to be written to; None only in a server that was loaded and not started.
     """
 
@@ -55,7 +55,7 @@ class Arrival:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Dispatch:
+class PullContext:
     """What the server knows when it answers a worker.
 
     Attributes:
@@ -94,22 +94,22 @@ class LocalWork:
 
 
 class Algorithm(ABC):
-    """A server rule: how a gradient that was taken at stamp ``i`` changes the parameters at iteration ``t``.
+    """A server algorithm: how a gradient that was taken at stamp ``i`` changes the parameters at iteration ``t``.
 
     Args:
-        params: ``w``, the initial parameters, shape (D,); the rule owns this very tensor, and updates or replaces it.
-        momentum: ``beta``, in [0, 1); a rule without momentum does not read it.
-        options: The rule's own options.
+        params: ``w``, the initial parameters, shape (D,); the algorithm owns this very tensor, and updates or replaces it.
+        momentum: ``beta``, in [0, 1); an algorithm without momentum does not read it.
+        options: The algorithm's own options.
     """
 
     NAME: ClassVar[str]
-    """The rule's name everywhere: that of its file, of its yaml and in every metric."""
+    """The algorithm's name everywhere: that of its file, of its yaml and in every metric."""
     VECTORS_PUSHED: ClassVar[int] = 1
-    """How many vectors of D a push has, one behind the other; the first one is enough for a rule without local steps."""
+    """How many vectors of D a push has, one behind the other; the first one is enough for an algorithm without local steps."""
     REFUSES: ClassVar[Mapping[str, str]] = {}
-    """Schedulers under which the rule makes no sense, and why."""
+    """Schedulers under which the algorithm makes no sense, and why."""
     READS_SENT: ClassVar[bool] = False
-    """Whether `step` needs `Arrival.sent`; the server then refuses a push whose reply it has lost, so that it is never None."""
+    """Whether `step` needs `PushContext.sent`; the server then refuses a push whose reply it has lost, so that it is never None."""
 
     OUT_OF_PLACE: ClassVar[bool] = False
     """Whether `step` replaces `params` by what a step of `kernel` makes, and never writes to it: the server hands it out as it
@@ -117,10 +117,10 @@ class Algorithm(ABC):
 
     @dataclass(frozen=True, kw_only=True)
     class Options(Section):
-        """Options that every rule has: its name."""
+        """Options that every algorithm has: its name."""
 
         PATH = "algorithm"
-        name: str = option("???", "the server's rule")
+        name: str = option("???", "the server's algorithm")
 
         @property
         def steps(self) -> int:
@@ -128,9 +128,9 @@ class Algorithm(ABC):
             return 1
 
     kernel: Kernel
-    """What rules that work out of place go over their vectors with; the server's builder chooses it."""
+    """What algorithms that work out of place go over their vectors with; the server's builder chooses it."""
     version: int = 0
-    """How often the parameters changed, for a rule that asks at which of its parameters a gradient was taken."""
+    """How often the parameters changed, for an algorithm that asks at which of its parameters a gradient was taken."""
 
     def __init__(self, params: Tensor, *, momentum: float, options: Any) -> None:
         self.params = params
@@ -138,26 +138,26 @@ class Algorithm(ABC):
         self.options = options
         self.kernel = Kernel()
 
-    def accepts(self, arrival: Arrival) -> bool:  # noqa: ARG002 - the common answer needs no look at it
+    def accepts(self, context: PushContext) -> bool:  # noqa: ARG002 - the common answer needs no look at it
         """Whether the gradient is applied at all; one that is not goes back into the queue as work to do again."""
         return True
 
-    def learning_rate(self, arrival: Arrival) -> float:
-        """The learning rate of this gradient: the scheduled one, unless the rule adapts it to the delay."""
-        return arrival.lr
+    def learning_rate(self, context: PushContext) -> float:
+        """The learning rate of this gradient: the scheduled one, unless the algorithm adapts it to the delay."""
+        return context.lr
 
     @abstractmethod
-    def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:
+    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
         """Apply one gradient, shape (D,), of the dtype of `params` (but see `OUT_OF_PLACE`), which is not modified."""
 
     def flush(self, lr: float) -> None:
         """Apply what is still in a buffer; called once, when all gradients of the run are in."""
 
     def leave(self, worker: int) -> None:
-        """A worker is gone; a rule that keeps something for each worker lets go of it."""
+        """A worker is gone; an algorithm that keeps something for each worker lets go of it."""
 
-    def outgoing(self, dispatch: Dispatch) -> Tensor:  # noqa: ARG002 - most rules send everybody the same
-        """What a worker is sent, ``w`` for most rules; the server copies it where it might change.
+    def outgoing(self, context: PullContext) -> Tensor:  # noqa: ARG002 - most algorithms send everybody the same
+        """What a worker is sent, ``w`` for most algorithms; the server copies it where it might change.
 
         Where it is not `params` itself, its first D values are the parameters to work on, and more vectors of D may follow.
         """
@@ -168,7 +168,7 @@ class Algorithm(ABC):
         """On the worker: write what the server is to get into ``push``, shape (VECTORS_PUSHED * D,), here the gradient."""
         work.gradient(work.sent, 0, push)
 
-    def state(self) -> Mapping[str, Tensor | int | float]:
+    def state_dict(self) -> Mapping[str, Tensor | int | float]:
         """Everything but ``w`` that the recursion carries from one gradient to the next, live (not a copy).
 
         Each name is an attribute. What is kept for each worker is in a dictionary attribute, under the names
@@ -176,9 +176,9 @@ class Algorithm(ABC):
         """
         return {}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` returned; what is kept for each worker is replaced."""
-        for name, value in self.state().items():
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned; what is kept for each worker is replaced."""
+        for name, value in self.state_dict().items():
             if "/" in name:
                 getattr(self, name.split("/")[0]).clear()
             elif isinstance(value, Tensor):
@@ -192,12 +192,12 @@ class Algorithm(ABC):
 
     @staticmethod
     def by_worker(attribute: str, kept: Mapping[int, Tensor]) -> dict[str, Tensor]:
-        """The entries of `state` for a dictionary attribute that holds a tensor for each worker."""
+        """The entries of `state_dict` for a dictionary attribute that holds a tensor for each worker."""
         return {f"{attribute}/{worker}": value for worker, value in sorted(kept.items())}
 
-    def blank(self) -> Tensor:
+    def empty(self) -> Tensor:
         """A vector of D for new parameters that nobody else sees; what is in it means nothing."""
-        return self.kernel.blank(self.params)
+        return self.kernel.empty(self.params)
 
     def zeros(self) -> Tensor:
         """A new vector of D zeros, of the parameters' dtype and device."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ormo_rpc.algorithms.base import Algorithm, Arrival, Dispatch
+from ormo_rpc.algorithms.base import Algorithm, PullContext, PushContext
 from ormo_rpc.options.section import option
 
 
@@ -38,11 +38,11 @@ class DANA(Algorithm):
         self.v: dict[int, Tensor] = {}
         self.total = self.zeros()
 
-    def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:
+    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
         """``v_k <- beta v_k + g; w <- w - eta v_k``, and the sum follows."""
-        if arrival.worker not in self.v:
-            self.v[arrival.worker] = self.zeros()
-        v = self.v[arrival.worker]
+        if context.worker not in self.v:
+            self.v[context.worker] = self.zeros()
+        v = self.v[context.worker]
         self.total.sub_(v)
         v.mul_(self.momentum).add_(grad)
         self.total.add_(v)
@@ -55,10 +55,10 @@ class DANA(Algorithm):
             for v in self.v.values():
                 self.total.add_(v)
 
-    def outgoing(self, dispatch: Dispatch) -> Tensor:
+    def outgoing(self, context: PullContext) -> Tensor:
         """``w - eta beta total``."""
-        return self.params.sub(self.total, alpha=dispatch.lr * self.momentum)
+        return self.params.sub(self.total, alpha=context.lr * self.momentum)
 
-    def state(self) -> Mapping[str, Tensor | int | float]:
+    def state_dict(self) -> Mapping[str, Tensor | int | float]:
         """The momentum ``v_k`` of each worker and their sum ``total``."""
         return {"total": self.total, **self.by_worker("v", self.v)}

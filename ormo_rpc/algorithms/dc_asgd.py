@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ormo_rpc.algorithms.base import Algorithm, Arrival
+from ormo_rpc.algorithms.base import Algorithm, PushContext
 from ormo_rpc.options.section import option
 
 MEMORY = 0.95
@@ -24,7 +24,7 @@ class DCASGD(Algorithm):
     ``w <- w - eta (g + lambda g*g*(w - w_bak))``. The ``adaptive`` form (DC-ASGD-a) first takes
     ``MS <- 0.95 MS + 0.05 g*g`` and then ``lambda_t = lambda / sqrt(MS + 1e-7)`` for each element; the other one (DC-ASGD-c)
     has the same ``lambda`` for all. Memory: ``w`` and, if adaptive, ``MS``: one or two vectors of D; the server keeps the
-    copies that were sent, for every rule. The momentum is not read. K is not used, so it may change.
+    copies that were sent, for every algorithm. The momentum is not read. K is not used, so it may change.
 
     Source: Zheng et al., ICML 2017, arXiv 1609.08326, Algorithm 2; lambda = 2 (adaptive) and 0.04 as in its experiments.
     """
@@ -51,16 +51,16 @@ class DCASGD(Algorithm):
         self.compensation = default if options.compensation is None else options.compensation
         self.mean_square = self.zeros() if options.adaptive else None
 
-    def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:
+    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
         """``w <- w - eta (g + lambda_t g*g*(w - w_bak))``."""
-        assert arrival.sent is not None, "the server keeps what was sent where READS_SENT"
-        correction = self.params - arrival.sent
+        assert context.sent is not None, "the server keeps what was sent where READS_SENT"
+        correction = self.params - context.sent
         correction.mul_(grad).mul_(grad)
         if self.mean_square is not None:
             self.mean_square.mul_(MEMORY).addcmul_(grad, grad, value=1 - MEMORY)
             correction.div_((self.mean_square + EPSILON).sqrt_())
         self.params.sub_(grad, alpha=lr).sub_(correction, alpha=lr * self.compensation)
 
-    def state(self) -> Mapping[str, Tensor | int | float]:
+    def state_dict(self) -> Mapping[str, Tensor | int | float]:
         """The running mean of the squared gradients ``MS``, if adaptive."""
         return {} if self.mean_square is None else {"mean_square": self.mean_square}

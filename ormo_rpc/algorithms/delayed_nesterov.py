@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ormo_rpc.algorithms.base import Algorithm, Arrival
+from ormo_rpc.algorithms.base import Algorithm, PushContext
 from ormo_rpc.options.section import option
 
 
@@ -18,7 +18,7 @@ class DelayedNesterov(Algorithm):
 
     Recursion: ``D <- D + g``; with every N-th gradient ``m <- beta m + D / N; w <- w - eta ((1 - c N + c) beta m + g / N);
     D <- 0``, with every other one ``w <- w - eta (c beta m + g / N)``. So ``beta m`` acts once in N gradients, in parts if
-    ``c > 0``. With N = 1 and ``c = 0`` it is ``torch.optim.SGD(nesterov=True)`` in order of arrival. Memory: ``w, m, D``,
+    ``c > 0``. With N = 1 and ``c = 0`` it is ``torch.optim.SGD(nesterov=True)`` in order of context. Memory: ``w, m, D``,
     three vectors of D.
 
     Source: Liu et al. 2024, arXiv 2401.09135. Departures: one gradient instead of a worker's local steps, and when
@@ -51,7 +51,7 @@ class DelayedNesterov(Algorithm):
         self.collected = torch.zeros_like(params)
         self.count = 0
 
-    def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:  # noqa: ARG002 - order of arrival alone matters
+    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:  # noqa: ARG002 - order of context alone matters
         """The gradient at once; with the N-th one the momentum moves, otherwise its part c acts."""
         self.collected.add_(grad)
         self.count += 1
@@ -74,6 +74,6 @@ class DelayedNesterov(Algorithm):
         """Let that much of ``beta m`` act on the parameters."""
         self.params.sub_(self.m, alpha=factor * self.momentum)
 
-    def state(self) -> Mapping[str, Tensor | int | float]:
+    def state_dict(self) -> Mapping[str, Tensor | int | float]:
         """The momentum ``m``, the sum ``D`` and the number of its gradients."""
         return {"m": self.m, "collected": self.collected, "count": self.count}

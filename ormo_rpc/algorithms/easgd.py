@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ormo_rpc.algorithms.base import Algorithm, Arrival, Dispatch, LocalWork
+from ormo_rpc.algorithms.base import Algorithm, LocalWork, PullContext, PushContext
 from ormo_rpc.options.section import option
 
 
@@ -53,11 +53,11 @@ class EASGD(Algorithm):
         super().__init__(params, momentum=momentum, options=options)
         self.own: dict[int, Tensor] = {}
 
-    def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:  # noqa: ARG002 - the push is in units of parameters
+    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:  # noqa: ARG002 - the push is in units of parameters
         """The worker's own parameters go where it went; then they and the centre draw each other near."""
-        own = self.own[arrival.worker].sub_(grad)
+        own = self.own[context.worker].sub_(grad)
         a = self.options.elasticity
-        delta = (own - self.params).mul_(0.9 / arrival.concurrency if a is None else a)
+        delta = (own - self.params).mul_(0.9 / context.concurrency if a is None else a)
         self.params.add_(delta)
         own.sub_(delta)
 
@@ -65,11 +65,11 @@ class EASGD(Algorithm):
         """Its own parameters are gone."""
         self.own.pop(worker, None)
 
-    def outgoing(self, dispatch: Dispatch) -> Tensor:
+    def outgoing(self, context: PullContext) -> Tensor:
         """The worker's own parameters."""
-        if dispatch.worker not in self.own:
-            self.own[dispatch.worker] = self.params.clone()
-        return self.own[dispatch.worker]
+        if context.worker not in self.own:
+            self.own[context.worker] = self.params.clone()
+        return self.own[context.worker]
 
     @classmethod
     def local(cls, work: LocalWork, push: Tensor) -> None:
@@ -81,6 +81,6 @@ class EASGD(Algorithm):
             push.add_(grad, alpha=work.lr)
             here.sub_(grad, alpha=work.lr)
 
-    def state(self) -> Mapping[str, Tensor | int | float]:
+    def state_dict(self) -> Mapping[str, Tensor | int | float]:
         """The workers' own parameters."""
         return self.by_worker("own", self.own)

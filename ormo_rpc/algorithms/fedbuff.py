@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ormo_rpc.algorithms.base import Algorithm, Arrival
+from ormo_rpc.algorithms.base import Algorithm, PushContext
 from ormo_rpc.options.section import option
 
 
@@ -46,9 +46,9 @@ class FedBuff(Algorithm):
         self.count = 0
         self.version = 0
 
-    def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:
+    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
         """``G <- G + (1 + s)^-a g``, and with the B-th one ``w <- w - eta G / B``."""
-        staleness = self.version - arrival.version
+        staleness = self.version - context.version
         self.collected.add_(grad, alpha=(1 + staleness) ** -self.options.staleness_power)
         self.count += 1
         if self.count == self.options.buffer:
@@ -62,6 +62,6 @@ class FedBuff(Algorithm):
             self.count = 0
             self.version += 1
 
-    def state(self) -> Mapping[str, Tensor | int | float]:
+    def state_dict(self) -> Mapping[str, Tensor | int | float]:
         """The sum ``G`` and the number of its gradients, and how many steps were made."""
         return {"collected": self.collected, "count": self.count, "version": self.version}

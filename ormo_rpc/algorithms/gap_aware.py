@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ormo_rpc.algorithms.base import Algorithm, Arrival
+from ormo_rpc.algorithms.base import Algorithm, PushContext
 from ormo_rpc.options.section import option
 
 MEMORY = 0.999
@@ -24,9 +24,9 @@ class GapAware(Algorithm):
     far: ``C = max_lr sqrt(MS / (1 - 0.999^n))``, ``g <- g / (1 + |w - w_bak| / (C + 1e-8))``, then
     ``v <- beta v + g; w <- w - eta v``, then ``MS <- 0.999 MS + 0.001 v*v``. ``v`` is in units of the gradient; ``max_lr`` is
     the largest learning rate so far. The first gradient has no gap (``n = 0``). Memory: ``w, v, MS``, three vectors of D; the
-    copies that were sent are kept by the server for every rule. K is not used, so it may change.
+    copies that were sent are kept by the server for every algorithm. K is not used, so it may change.
 
-    Source: Barkai, Hakimi, Schuster, ICLR 2020, arXiv 1909.10802. Departure: one momentum for all in order of arrival, as in
+    Source: Barkai, Hakimi, Schuster, ICLR 2020, arXiv 1909.10802. Departure: one momentum for all in order of context, as in
         `naive`, which it equals where every gap is zero and the learning rate constant.
     """
 
@@ -37,7 +37,7 @@ class GapAware(Algorithm):
     class Options(Algorithm.Options):
         """No options of its own."""
 
-        name: str = option("gap_aware", "heavy ball in order of arrival, gradients divided by the gap (Gap-Aware)")
+        name: str = option("gap_aware", "heavy ball in order of context, gradients divided by the gap (Gap-Aware)")
 
     def __init__(self, params: Tensor, *, momentum: float, options: Any) -> None:
         super().__init__(params, momentum=momentum, options=options)
@@ -46,14 +46,14 @@ class GapAware(Algorithm):
         self.count = 0
         self.max_lr = 0.0
 
-    def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:
+    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
         """Divide the gradient by ``1 + gap / C``, then take a step of heavy ball."""
-        assert arrival.sent is not None, "the server keeps what was sent where READS_SENT"
+        assert context.sent is not None, "the server keeps what was sent where READS_SENT"
         self.max_lr = max(self.max_lr, lr)
         self.v.mul_(self.momentum)
         if self.count:
             usual = (self.mean_square / (1 - MEMORY**self.count)).sqrt_().mul_(self.max_lr).add_(EPSILON)
-            gap = (self.params - arrival.sent).abs_()
+            gap = (self.params - context.sent).abs_()
             self.v.addcdiv_(grad, gap.div_(usual).add_(1))
         else:
             self.v.add_(grad)
@@ -61,6 +61,6 @@ class GapAware(Algorithm):
         self.mean_square.mul_(MEMORY).addcmul_(self.v, self.v, value=1 - MEMORY)
         self.count += 1
 
-    def state(self) -> Mapping[str, Tensor | int | float]:
+    def state_dict(self) -> Mapping[str, Tensor | int | float]:
         """The momentum ``v``, the running mean ``MS`` of its square, ``n``, and the largest learning rate."""
         return {"v": self.v, "mean_square": self.mean_square, "count": self.count, "max_lr": self.max_lr}

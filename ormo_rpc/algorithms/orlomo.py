@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ormo_rpc.algorithms.base import Algorithm, Arrival, Dispatch, LocalWork
+from ormo_rpc.algorithms.base import Algorithm, LocalWork, PullContext, PushContext
 from ormo_rpc.options.section import option
 
 
@@ -30,7 +30,7 @@ class OrLoMo(Algorithm):
     H = 1 and constant ``eta`` it is `ormo`. The server does not apply ``eta``, which is that of the ticket's issue, again.
     Memory: ``w, u``, two vectors of D, and two more for the worker; messages carry two both ways.
 
-    Source: Shi, Wang, Li, AAAI 2026, arXiv 2601.12322. Reconstructed: only the abstract could be read here; the rules above are
+    Source: Shi, Wang, Li, AAAI 2026, arXiv 2601.12322. Reconstructed: only the abstract could be read here; the algorithms above are
         derived from it and from `ormo`. A ticket of fewer than H batches counts as the last ones of its H steps.
     """
 
@@ -56,20 +56,20 @@ class OrLoMo(Algorithm):
         self.u = torch.zeros_like(params)
         self.index = 0
 
-    def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:  # noqa: ARG002 - the push is in units of parameters
+    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:  # noqa: ARG002 - the push is in units of parameters
         """Shift the momentum to the newest bucket, then add the local momentum at its place."""
         local_momentum, moved = grad.split(self.params.numel())
-        while self.index < arrival.newest_bucket:
+        while self.index < context.newest_bucket:
             self.params.sub_(self.u, alpha=self._drift(1))
             self.u.mul_(self._decay(1))
             self.index += 1
-        rounds = self.index - arrival.bucket
+        rounds = self.index - context.bucket
         self.u.add_(local_momentum, alpha=self._decay(rounds))
         self.params.sub_(moved).sub_(local_momentum, alpha=self._drift(rounds))
 
-    def outgoing(self, dispatch: Dispatch) -> Tensor:
+    def outgoing(self, context: PullContext) -> Tensor:
         """``[w | u]``, with 0 for ``u`` where the round's drift is in ``w`` already."""
-        pending = self.index < dispatch.bucket
+        pending = self.index < context.bucket
         return torch.cat([self.params, self.u if pending else torch.zeros_like(self.u)])
 
     @classmethod
@@ -93,6 +93,6 @@ class OrLoMo(Algorithm):
         """``beta + ... + beta^(H rounds)``: how far a momentum has carried the parameters in so many rounds."""
         return self.momentum * (1 - self._decay(rounds)) / (1 - self.momentum)
 
-    def state(self) -> Mapping[str, Tensor | int | float]:
+    def state_dict(self) -> Mapping[str, Tensor | int | float]:
         """The momentum ``u`` and its index ``I``."""
         return {"u": self.u, "index": self.index}

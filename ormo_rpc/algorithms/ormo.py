@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ormo_rpc.algorithms.base import Algorithm, Arrival
-from ormo_rpc.kernels.steps import Ordered
+from ormo_rpc.algorithms.base import Algorithm, PushContext
+from ormo_rpc.kernels.steps import OrMoStep
 from ormo_rpc.options.section import option
 
 
@@ -54,20 +54,20 @@ class OrMo(Algorithm):
         self.index = 0
         self.scheduled_lr = 0.0
 
-    def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:
+    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
         """Shift the momentum to the newest bucket, then add the gradient at its place."""
-        shifts = max(0, arrival.newest_bucket - self.index)
+        shifts = max(0, context.newest_bucket - self.index)
         self.index += shifts
-        exponent = self.index - arrival.bucket
-        step = Ordered(
-            scale=self._correction(arrival.lr),
+        exponent = self.index - context.bucket
+        step = OrMoStep(
+            scale=self._correction(context.lr),
             shifts=shifts,
             beta=self.momentum,
-            into_u=self.momentum**exponent * lr,
-            into_w=self._reach(exponent) * lr,
+            u_scale=self.momentum**exponent * lr,
+            w_scale=self._reach(exponent) * lr,
         )
         self.params = self.kernel.step(step, grad, self.params, self.u)
-        self.scheduled_lr = arrival.lr
+        self.scheduled_lr = context.lr
 
     def _correction(self, scheduled_lr: float) -> float:
         """What rescales the momentum to a new scheduled learning rate; one that a rate of 0 has emptied stays as it is."""
@@ -79,6 +79,6 @@ class OrMo(Algorithm):
         """``1 + beta + ... + beta^exponent``: what the parameters owe a gradient that is so many buckets old."""
         return (1 - self.momentum ** (exponent + 1)) / (1 - self.momentum)
 
-    def state(self) -> Mapping[str, Tensor | int | float]:
+    def state_dict(self) -> Mapping[str, Tensor | int | float]:
         """The momentum ``u``, its index ``I`` and the learning rate it was last scaled to."""
         return {"u": self.u, "index": self.index, "scheduled_lr": self.scheduled_lr}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ormo_rpc.algorithms._delay_adaptive import DelayAdaptiveOptions, delay_adaptive_accepts, delay_adaptive_lr
-from ormo_rpc.algorithms.base import Arrival
+from ormo_rpc.algorithms.base import PushContext
 from ormo_rpc.algorithms.ormo import OrMo
 from ormo_rpc.options.section import option
 
@@ -17,7 +17,7 @@ class OrMoDA(OrMo):
     smoothness L is given, else ``eta 2 K / tau``, which is continuous at the threshold. Memory: ``w, u``, two vectors of D.
 
     Source: arXiv 2407.19234, Algorithm 3 (OrMo-DA); the form with L is that of the theorem. Reconstructed: the form without
-        L, as the rule of the paper's experiments is not known. Further published rules are chosen by ``rule``, see
+        L, as the algorithm of the paper's experiments is not known. Further published algorithms are chosen by ``algorithm``, see
         `DelayRule`.
     """
 
@@ -29,10 +29,10 @@ class OrMoDA(OrMo):
 
         name: str = option("ormo_da", "ordered momentum with a delay-adaptive learning rate")
 
-    def accepts(self, arrival: Arrival) -> bool:
-        """Always, but for ``rule=drop`` past the threshold."""
-        return delay_adaptive_accepts(self.options, arrival)
+    def accepts(self, context: PushContext) -> bool:
+        """Always, but for ``algorithm=drop`` past the threshold."""
+        return delay_adaptive_accepts(self.options, context)
 
-    def learning_rate(self, arrival: Arrival) -> float:
+    def learning_rate(self, context: PushContext) -> float:
         """The scheduled learning rate, reduced where the delay is past the threshold."""
-        return delay_adaptive_lr(self.options, arrival)
+        return delay_adaptive_lr(self.options, context)

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ormo_rpc.algorithms.base import Algorithm, Arrival
+from ormo_rpc.algorithms.base import Algorithm, PushContext
 from ormo_rpc.options.section import option
 
 
 class PNM(Algorithm):
     """Positive-negative momentum: the difference of two momenta, of the even and of the odd gradients.
 
-    Recursion, in order of arrival: ``m_t <- beta^2 m_{t-2} + (1 - beta^2) g;
+    Recursion, in order of context: ``m_t <- beta^2 m_{t-2} + (1 - beta^2) g;
     w <- w - eta ((1 + beta2) m_t - beta2 m_{t-1}) / sqrt((1 + beta2)^2 + beta2^2)``, with ``beta`` the momentum (beta1 in the
     paper). With ``beta = beta2 = 0`` it is `asgd`. Memory: ``w, m_t, m_{t-1}``, three vectors of D.
 
@@ -31,7 +31,7 @@ class PNM(Algorithm):
     class Options(Algorithm.Options):
         """The weight of the negative momentum."""
 
-        name: str = option("pnm", "positive-negative momentum in order of arrival")
+        name: str = option("pnm", "positive-negative momentum in order of context")
         beta2: float = option(
             1.0, "weight of the negative momentum", valid=lambda v: 0 <= v < float("inf"), expected="a finite number >= 0"
         )
@@ -41,14 +41,14 @@ class PNM(Algorithm):
         self.even = torch.zeros_like(params)
         self.odd = torch.zeros_like(params)
 
-    def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:
+    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
         """The momentum of the gradient's parity takes it; the parameters move by the difference of the two."""
-        positive, negative = (self.odd, self.even) if arrival.iteration % 2 else (self.even, self.odd)
+        positive, negative = (self.odd, self.even) if context.iteration % 2 else (self.even, self.odd)
         square, beta2 = self.momentum**2, self.options.beta2
         positive.mul_(square).add_(grad, alpha=1 - square)
         scaled_lr = lr / math.hypot(1 + beta2, beta2)
         self.params.sub_(positive, alpha=scaled_lr * (1 + beta2)).add_(negative, alpha=scaled_lr * beta2)
 
-    def state(self) -> Mapping[str, Tensor | int | float]:
+    def state_dict(self) -> Mapping[str, Tensor | int | float]:
         """The momenta of the even and of the odd iterations."""
         return {"even": self.even, "odd": self.odd}

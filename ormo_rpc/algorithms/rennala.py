@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ormo_rpc.algorithms.base import Algorithm, Arrival
+from ormo_rpc.algorithms.base import Algorithm, PushContext
 from ormo_rpc.options.section import option
 
 _REASON = "it decides itself whose gradients make up a step, and a worker that is held back adds none to it; use async"
@@ -42,11 +42,11 @@ class Rennala(Algorithm):
         self.count = 0
         self.version = 0
 
-    def accepts(self, arrival: Arrival) -> bool:
+    def accepts(self, context: PushContext) -> bool:
         """Whether it was taken at the parameters of the present."""
-        return arrival.version == self.version
+        return context.version == self.version
 
-    def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:  # noqa: ARG002 - all that are accepted are alike
+    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:  # noqa: ARG002 - all that are accepted are alike
         """``G <- G + g``, and with the B-th one ``w <- w - eta G / B``."""
         self.collected.add_(grad)
         self.count += 1
@@ -61,6 +61,6 @@ class Rennala(Algorithm):
             self.count = 0
             self.version += 1
 
-    def state(self) -> Mapping[str, Tensor | int | float]:
+    def state_dict(self) -> Mapping[str, Tensor | int | float]:
         """The sum ``G`` and the number of its gradients, and the version of the parameters."""
         return {"collected": self.collected, "count": self.count, "version": self.version}

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ormo_rpc.algorithms.base import Algorithm, Arrival
+from ormo_rpc.algorithms.base import Algorithm, PushContext
 from ormo_rpc.options.section import option
 
 _REASON = "it bounds the delays by what it discards, not by letting workers wait; use async"
@@ -39,11 +39,11 @@ class Ringmaster(Algorithm):
             expected="a whole number >= 1",
         )
 
-    def accepts(self, arrival: Arrival) -> bool:
+    def accepts(self, context: PushContext) -> bool:
         """``tau < R``."""
         threshold = self.options.delay_threshold
-        return arrival.delay < (2 * arrival.concurrency if threshold is None else threshold)
+        return context.delay < (2 * context.concurrency if threshold is None else threshold)
 
-    def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:  # noqa: ARG002 - what is accepted counts in full
+    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:  # noqa: ARG002 - what is accepted counts in full
         """``w <- w - eta g``."""
         self.params.sub_(grad, alpha=lr)

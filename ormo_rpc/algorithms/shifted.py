@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ormo_rpc.algorithms.base import Algorithm, Arrival
-from ormo_rpc.kernels.steps import Heavy
+from ormo_rpc.algorithms.base import Algorithm, PushContext
+from ormo_rpc.kernels.steps import HeavyBallStep
 from ormo_rpc.options.section import option
 
 
 class Shifted(Algorithm):
-    """Shifted momentum: a gradient meets the momentum of the time at which it was taken, not that of its arrival.
+    """Shifted momentum: a gradient meets the momentum of the time at which it was taken, not that of its context.
 
     Recursion, for a gradient ``g`` of worker ``k``: ``v_k <- beta v_k + eta g; w <- w - v_k``, ``v_k`` in units of the
     parameters. Under the asynchronous scheduler a worker's last gradient was applied just before its stamp, so this is
@@ -39,16 +39,16 @@ class Shifted(Algorithm):
         super().__init__(params, momentum=momentum, options=options)
         self.v: dict[int, Tensor] = {}
 
-    def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:
+    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
         """``v_k <- beta v_k + eta g; w <- w - v_k``."""
-        if arrival.worker not in self.v:
-            self.v[arrival.worker] = self.zeros()
-        self.params = self.kernel.step(Heavy(beta=self.momentum, into_u=lr), grad, self.params, self.v[arrival.worker])
+        if context.worker not in self.v:
+            self.v[context.worker] = self.zeros()
+        self.params = self.kernel.step(HeavyBallStep(beta=self.momentum, u_scale=lr), grad, self.params, self.v[context.worker])
 
     def leave(self, worker: int) -> None:
         """The worker's momentum is gone with it."""
         self.v.pop(worker, None)
 
-    def state(self) -> Mapping[str, Tensor | int | float]:
+    def state_dict(self) -> Mapping[str, Tensor | int | float]:
         """The momentum ``v_k`` of each worker."""
         return self.by_worker("v", self.v)

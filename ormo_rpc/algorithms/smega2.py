@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ormo_rpc.algorithms.base import Algorithm, Arrival, Dispatch
+from ormo_rpc.algorithms.base import Algorithm, PullContext, PushContext
 from ormo_rpc.options.section import option
 
 
@@ -41,12 +41,12 @@ class SMEGA2(Algorithm):
         self.G = self.zeros()
         self.count = 0
 
-    def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:
+    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
         """``w <- w - eta (g + beta v)``; the momentum follows at the end of a round."""
         self.params.sub_(grad, alpha=lr).sub_(self.v, alpha=lr * self.momentum)
         self.G.add_(grad)
         self.count += 1
-        if self.count >= arrival.concurrency:
+        if self.count >= context.concurrency:
             self._close()
 
     def flush(self, lr: float) -> None:  # noqa: ARG002 - the parameters do not move
@@ -54,19 +54,19 @@ class SMEGA2(Algorithm):
         if self.count:
             self._close()
 
-    def outgoing(self, dispatch: Dispatch) -> Tensor:
+    def outgoing(self, context: PullContext) -> Tensor:
         """The parameters after K more gradients of zero, the last ``late`` of them with the momentum of the next round."""
-        late = min(self.count, dispatch.concurrency - 1)
-        size = max(self.count + 1, dispatch.concurrency)
-        ahead = self.v * (dispatch.concurrency + late * (self.momentum - 1))
+        late = min(self.count, context.concurrency - 1)
+        size = max(self.count + 1, context.concurrency)
+        ahead = self.v * (context.concurrency + late * (self.momentum - 1))
         ahead.add_(self.G, alpha=late / size)
-        return self.params.sub(ahead, alpha=dispatch.lr * self.momentum)
+        return self.params.sub(ahead, alpha=context.lr * self.momentum)
 
     def _close(self) -> None:
         self.v.mul_(self.momentum).add_(self.G, alpha=1 / self.count)
         self.G.zero_()
         self.count = 0
 
-    def state(self) -> Mapping[str, Tensor | int | float]:
+    def state_dict(self) -> Mapping[str, Tensor | int | float]:
         """The momentum ``v``, the sum ``G`` of the round's gradients and their number ``c``."""
         return {"v": self.v, "G": self.G, "count": self.count}

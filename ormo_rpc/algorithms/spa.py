@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ormo_rpc.algorithms.base import Algorithm, Arrival
+from ormo_rpc.algorithms.base import Algorithm, PushContext
 from ormo_rpc.options.section import option
 
 
 class SPA(Algorithm):
     """Stochastic primal averaging: SGD with a large step on ``z``, and ``w`` its running average, where gradients are taken.
 
-    Recursion, in order of arrival: ``z <- z - gamma g; w <- (1 - c) w + c z`` with ``gamma = eta / (1 - beta)``. With
+    Recursion, in order of context: ``z <- z - gamma g; w <- (1 - c) w + c z`` with ``gamma = eta / (1 - beta)``. With
     ``c = 1 - beta``, the default, this is heavy ball (`naive`) for every schedule of ``eta``, and ``z`` is the
     ``y = w - beta / (1 - beta) u`` of `ormo`; with ``beta = 0`` it is `asgd` bit for bit. A late gradient moves ``z`` as it
     would have moved it in time. Memory: ``w, z``, two vectors of D.
@@ -29,7 +29,7 @@ class SPA(Algorithm):
     class Options(Algorithm.Options):
         """The weight of the newest point in the average."""
 
-        name: str = option("spa", "stochastic primal averaging in order of arrival")
+        name: str = option("spa", "stochastic primal averaging in order of context")
         averaging: float | None = option(
             None,
             "c, the weight of z in the average w; default 1 - momentum, which is heavy ball",
@@ -41,12 +41,12 @@ class SPA(Algorithm):
         super().__init__(params, momentum=momentum, options=options)
         self.z = params.clone()
 
-    def step(self, grad: Tensor, lr: float, arrival: Arrival) -> None:  # noqa: ARG002 - z asks for no order
+    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:  # noqa: ARG002 - z asks for no order
         """``z <- z - gamma g; w <- (1 - c) w + c z``."""
         c = self.options.averaging
         self.z.sub_(grad, alpha=lr / (1 - self.momentum))
         self.params.lerp_(self.z, 1 - self.momentum if c is None else c)
 
-    def state(self) -> Mapping[str, Tensor | int | float]:
+    def state_dict(self) -> Mapping[str, Tensor | int | float]:
         """The point ``z``."""
         return {"z": self.z}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ormo_rpc.algorithms.asgd import ASGD
-from ormo_rpc.algorithms.base import Arrival
+from ormo_rpc.algorithms.base import PushContext
 from ormo_rpc.options.section import option
 
 ONE_AGE = "all gradients of a round were taken at the same parameters, so one age is right for all and the delay says nothing"
@@ -30,6 +30,6 @@ class StalenessAware(ASGD):
 
         name: str = option("staleness_aware", "asynchronous SGD, learning rate divided by the delay")
 
-    def learning_rate(self, arrival: Arrival) -> float:
+    def learning_rate(self, context: PushContext) -> float:
         """``eta / max(tau, 1)``."""
-        return arrival.lr / max(arrival.delay, 1)
+        return context.lr / max(context.delay, 1)

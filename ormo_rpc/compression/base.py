@@ -78,7 +78,7 @@ class Compression(Section, ABC):
     dropped every time, and what is too large for fp16 is cut. With ``wire.dtype=float32`` and ``none`` nothing is fed back.
 
     Source: Stich, Cordonnier, Jaggi, NeurIPS 2018, arXiv 1809.07599, Algorithm 1. Departures: there ``e`` holds steps, with the
-        learning rate in them; here gradients (or whatever the rule pushes), since the server applies the learning rate. ``e``
+        learning rate in them; here gradients (or whatever the algorithm pushes), since the server applies the learning rate. ``e``
         is forgotten when its worker joins anew.
     """
 

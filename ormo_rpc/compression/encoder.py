@@ -106,15 +106,15 @@ class Encoder:
         else:
             self._memories.pop(worker, None)
 
-    def state(self) -> dict[int, dict[str, Any]]:
+    def state_dict(self) -> dict[int, dict[str, Any]]:
         """What each worker remembers, a private copy that `torch.load` reads with weights_only."""
         return {
             worker: {"kept": [_copy(each) for each in memory.kept], "error": _copy(memory.error)}
             for worker, memory in self._memories.items()
         }
 
-    def load_state(self, state: Mapping[int, Mapping[str, Any]]) -> None:
-        """Take over what `state` returned."""
+    def load_state_dict(self, state: Mapping[int, Mapping[str, Any]]) -> None:
+        """Take over what `state_dict` returned."""
         self._memories = {
             worker: Memory([_copy(each) for each in memory["kept"]], _copy(memory["error"])) for worker, memory in state.items()
         }

@@ -1,6 +1,6 @@
 """The schema of a run: every key with its type, default, meaning and range.
 
-Defaults stand here and with the sections of rules, schedulers, data sets and models; the files in ``conf/`` only choose among
+Defaults stand here and with the sections of algorithms, schedulers, data sets and models; the files in ``conf/`` only choose among
 them.
 """
 
@@ -27,7 +27,7 @@ from ormo_rpc.models import MODELS, MLPSection, ModelSection
 from ormo_rpc.options.section import Section, at_least_one, not_negative, option, positive
 from ormo_rpc.schedulers.base import SCHEDULERS, Scheduler
 from ormo_rpc.server.lr_schedule import LearningRate, Shape
-from ormo_rpc.server.validation import NormGuard, NormPolicy
+from ormo_rpc.server.validation import NormLimit, NormPolicy
 from ormo_rpc.worker.heterogeneity import HETEROGENEITIES, Heterogeneity
 from ormo_rpc.worker.options import WorkerOptions
 
@@ -71,7 +71,7 @@ class Train(Section):
     )
     max_seconds: float | None = option(None, "end after this many seconds", valid=positive, expected="a finite number > 0")
     batch_size: int = option(32, "samples per gradient", valid=at_least_one, expected="a whole number >= 1")
-    lr: float = option(0.02, "learning rate eta, to be tuned per rule", valid=positive, expected="a finite number > 0")
+    lr: float = option(0.02, "learning rate eta, to be tuned per algorithm", valid=positive, expected="a finite number > 0")
     lr_schedule: Shape = option(Shape.constant, "constant, step (times lr_gamma at each of lr_milestones) or cosine")
     lr_milestones: list[float] = option(
         [],
@@ -83,7 +83,7 @@ class Train(Section):
     lr_scaling: LRScaling = option(LRScaling.none, "none, or mean: divide the learning rate by the number of workers")
     warmup_epochs: float = option(0.0, "epochs of linear warm-up", valid=not_negative, expected="a finite number >= 0")
     momentum: float = option(
-        0.9, "momentum beta, for rules that have one", valid=lambda v: 0 <= v < 1, expected="a number in [0, 1)"
+        0.9, "momentum beta, for algorithms that have one", valid=lambda v: 0 <= v < 1, expected="a number in [0, 1)"
     )
     weight_decay: float = option(
         0.0, "weight decay lambda, part of the worker's gradient", valid=not_negative, expected="a finite number >= 0"
@@ -102,9 +102,9 @@ class Train(Section):
     )
 
     @property
-    def norm_guard(self) -> NormGuard | None:
+    def norm_limit(self) -> NormLimit | None:
         """The server's limit to the norm of a push."""
-        return None if self.grad_norm_limit is None else NormGuard(self.grad_norm_limit, self.grad_norm_policy)
+        return None if self.grad_norm_limit is None else NormLimit(self.grad_norm_limit, self.grad_norm_policy)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ormo_rpc.kernels.kernel import Kernel
 from ormo_rpc.kernels.pool import pooled
-from ormo_rpc.kernels.steps import CHUNK, Heavy, Ordered, Plain, Step, Steps, TorchSteps
+from ormo_rpc.kernels.steps import CHUNK, HeavyBallStep, OrMoStep, SGDStep, Step, Steps, TorchSteps
 from ormo_rpc.kernels.threads import LEAST, Threaded
 
 SOURCE = Path(__file__).with_name("steps.c")
@@ -61,28 +61,34 @@ class CompiledSteps:
         size, addresses = ctypes.c_int64, [ctypes.c_void_p] * 5
         for dtype, grad_dtype in _PAIRS:
             suffix, scalar = _NAMES[dtype]
-            numbers = {Plain: [scalar], Heavy: [scalar] * 2, Ordered: [scalar, size, *[scalar] * 3]}
+            numbers = {SGDStep: [scalar], HeavyBallStep: [scalar] * 2, OrMoStep: [scalar, size, *[scalar] * 3]}
             for kind, types in numbers.items():
                 function = getattr(library, f"{kind.__name__.lower()}_{suffix}_{_NAMES[grad_dtype][0]}")
                 function.argtypes, function.restype = [size, *addresses, *types], None
                 self._functions[kind, dtype, grad_dtype] = function
 
-    def __call__(self, step: Step, grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor, low: Tensor | None = None) -> None:
+    def __call__(
+        self, step: Step, grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor, out_16bit: Tensor | None = None
+    ) -> None:
         """See `Steps`."""
         function = self._functions.get((type(step), w.dtype, grad.dtype))
-        vectors = (grad, u, w, out, low)
+        vectors = (grad, u, w, out, out_16bit)
         present = [vector for vector in vectors if vector is not None]
         if function is None or not all(map(_readable, present)):
-            self._otherwise(step, grad, u, w, out, low)
+            self._otherwise(step, grad, u, w, out, out_16bit)
             return
         # C knows nothing of lengths and dtypes, so whatever would make it read or write elsewhere is refused here.
         length = w.numel()
-        fits = out.dtype == w.dtype and (u is None or u.dtype == w.dtype) and (low is None or low.dtype == torch.bfloat16)
-        fits = fits and all(vector.numel() == length for vector in present) and (u is None) == isinstance(step, Plain)
+        fits = (
+            out.dtype == w.dtype
+            and (u is None or u.dtype == w.dtype)
+            and (out_16bit is None or out_16bit.dtype == torch.bfloat16)
+        )
+        fits = fits and all(vector.numel() == length for vector in present) and (u is None) == isinstance(step, SGDStep)
         assert fits, f"{step}: got vectors of {[(vector.numel(), vector.dtype) for vector in present]}"
         function(length, *(0 if vector is None else vector.data_ptr() for vector in vectors), *step)
-        if low is not None and w.dtype is torch.float64:
-            low.copy_(out)  # C rounds float32 alone
+        if out_16bit is not None and w.dtype is torch.float64:
+            out_16bit.copy_(out)  # C rounds float32 alone
 
 
 def _readable(vector: Tensor) -> bool:
@@ -98,10 +104,10 @@ def fastest_kernel(dimension: int) -> Kernel:
     """
     steps = compiled_steps() if dimension >= WORTH_COMPILING else None
     if steps is None:
-        return Kernel(blank=pooled())
+        return Kernel(empty=pooled())
     threads = torch.get_num_threads()
     divided = threads > 1 and dimension >= 2 * LEAST
-    return Kernel(name="compiled", steps=Threaded(steps, threads) if divided else steps, blank=pooled())
+    return Kernel(name="compiled", steps=Threaded(steps, threads) if divided else steps, empty=pooled())
 
 
 @functools.cache
@@ -150,11 +156,15 @@ def agrees(some: Steps, others: Steps, length: int = 1_037) -> bool:
 def _all_steps(steps: Steps, length: int, offset: int, dtype: torch.dtype, grad_dtype: torch.dtype) -> list[Tensor]:
     """What each step makes of a gradient, a momentum and parameters that begin ``offset`` behind an aligned address."""
     results: list[Tensor] = []
-    for step in (Plain(0.037), Heavy(0.9, 0.037), *(Ordered(0.3, shifts, 0.9, 0.0333, 0.0703) for shifts in (0, 1, 3))):
+    for step in (
+        SGDStep(0.037),
+        HeavyBallStep(0.9, 0.037),
+        *(OrMoStep(0.3, shifts, 0.9, 0.0333, 0.0703) for shifts in (0, 1, 3)),
+    ):
         randomness = torch.Generator().manual_seed(0)
         grad, u, w, out = (torch.randn(length + offset, generator=randomness, dtype=dtype)[offset:] for _ in range(4))
-        low = torch.zeros(length + offset, dtype=torch.bfloat16)[offset:]
-        momentum = None if isinstance(step, Plain) else u
-        steps(step, grad.to(grad_dtype), momentum, w, out, low)
-        results += [u, out, low]
+        out_16bit = torch.zeros(length + offset, dtype=torch.bfloat16)[offset:]
+        momentum = None if isinstance(step, SGDStep) else u
+        steps(step, grad.to(grad_dtype), momentum, w, out, out_16bit)
+        results += [u, out, out_16bit]
     return results

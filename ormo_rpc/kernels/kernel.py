@@ -17,15 +17,15 @@ class Kernel:
 
     Attributes:
         name: For the header of the trace.
-        steps: The steps of rules that work out of place.
-        blank: Makes a vector like another one, which nobody else sees and in which nothing is meant.
+        steps: The steps of algorithms that work out of place.
+        empty: Makes a vector like another one, which nobody else sees and in which nothing is meant.
         rounds: Whether a step writes the new parameters rounded to bfloat16 as well, for `copy`; a pass over memory less
             where those are what workers are sent.
     """
 
     name: str = "torch"
     steps: Steps = field(default_factory=TorchSteps)
-    blank: Callable[[Tensor], Tensor] = torch.empty_like
+    empty: Callable[[Tensor], Tensor] = torch.empty_like
     rounds: bool = False
     _newest: tuple[Tensor, Tensor] | None = field(default=None, init=False)
     """The parameters that the newest step has made, and the same rounded."""
@@ -42,10 +42,10 @@ class Kernel:
         Returns:
             The new parameters, shape (D,), in a vector of their own that nobody may write to.
         """
-        out = self.blank(w)
-        low = self.blank(_like(w, torch.bfloat16)) if self.rounds else None
-        self.steps(step, grad, u, w, out, low)
-        self._newest = None if low is None else (out, low)
+        out = self.empty(w)
+        out_16bit = self.empty(_like(w, torch.bfloat16)) if self.rounds else None
+        self.steps(step, grad, u, w, out, out_16bit)
+        self._newest = None if out_16bit is None else (out, out_16bit)
         return out
 
     def reserve(self, w: Tensor, snapshots: int) -> None:
@@ -58,7 +58,7 @@ class Kernel:
         likes = [(w, 2 if self.rounds else snapshots + 1)]  # one more, to write into
         if self.rounds:
             likes.append((_like(w, torch.bfloat16), snapshots + 1))
-        made = [self.blank(like) for like, count in likes for _ in range(count)]
+        made = [self.empty(like) for like, count in likes for _ in range(count)]
         del made  # so that they can be lent
 
     def copy(self, vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -69,10 +69,10 @@ class Kernel:
             dtype: That of the copy; by default it is of theirs.
         """
         if dtype is None or dtype == vectors.dtype:
-            return self.blank(vectors).copy_(vectors)
+            return self.empty(vectors).copy_(vectors)
         if self._newest is not None and self._newest[0] is vectors and self._newest[1].dtype == dtype:
             return self._newest[1]
-        return self.blank(_like(vectors, dtype)).copy_(vectors)
+        return self.empty(_like(vectors, dtype)).copy_(vectors)
 
 
 def _like(vectors: Tensor, dtype: torch.dtype) -> Tensor:

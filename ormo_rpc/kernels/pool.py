@@ -72,7 +72,7 @@ def pooled(memory: Callable[[int], Memory] | None = None) -> Callable[[Tensor], 
     """
     pools: dict[tuple[int, torch.dtype], Pool] = {}
 
-    def blank(like: Tensor) -> Tensor:
+    def empty(like: Tensor) -> Tensor:
         if like.device.type != "cpu" or like.numel() * like.element_size() < WORTH_POOLING:
             return torch.empty_like(like)
         key = (like.numel(), like.dtype)
@@ -80,7 +80,7 @@ def pooled(memory: Callable[[int], Memory] | None = None) -> Callable[[Tensor], 
             pools[key] = Pool(*key, memory)
         return pools[key].take()
 
-    return blank
+    return empty
 
 
 def anonymous(size: int) -> Memory:

@@ -6,7 +6,7 @@
  *
  * The parameters are not updated in place: `w` is only read and `out` is written. So `w` can go on being the snapshot that
  * others read, and `out` becomes the next one; a copy of the parameters is never made. A gradient of 16 bits is widened as it
- * is read, which is exact. Where `low` is not NULL, the new parameters are written there as well, rounded to bf16.
+ * is read, which is exact. Where `out_16bit` is not NULL, the new parameters are written there as well, rounded to bf16.
  *
  * A large `out` is written past the caches where it is aligned to a vector, which saves reading what is about to be
  * overwritten; a smaller one is still in them when the next step, or a worker, reads it. Each function returns when its stores
@@ -99,7 +99,7 @@ static inline void store_bf16(uint16_t *to, vector_f32 value, int past_caches) {
 #define LANES(T) ((int64_t)(sizeof(vector_f32) / sizeof(T)))
 #define LARGE (3 << 20) /* bytes; measured, see benchmarks/README.md */
 #define PAST_CACHES(T)                                                                                           \
-    ((uintptr_t)out % sizeof(vector_f32) == 0 && (uintptr_t)low % (sizeof(vector_f32) / 2) == 0 &&               \
+    ((uintptr_t)out % sizeof(vector_f32) == 0 && (uintptr_t)out_16bit % (sizeof(vector_f32) / 2) == 0 &&               \
      n * (int64_t)sizeof(T) >= LARGE)
 #else
 #define FENCE() ((void)0)
@@ -115,9 +115,9 @@ static inline void store_bf16(uint16_t *to, vector_f32 value, int past_caches) {
 #define VALUE_f64(X) (X)
 #define VALUE_bf16(X) of_bf16(X)
 #define VALUE_fp16(X) of_fp16(X)
-#define ROUND_f32(PAST) if (low != NULL) store_bf16(low + i, y, PAST);
+#define ROUND_f32(PAST) if (out_16bit != NULL) store_bf16(out_16bit + i, y, PAST);
 #define ROUND_f64(PAST) /* double to bf16 is up to the caller */
-#define ROUND_ONE_f32 if (low != NULL) low[i] = to_bf16(out[i]);
+#define ROUND_ONE_f32 if (out_16bit != NULL) out_16bit[i] = to_bf16(out[i]);
 #define ROUND_ONE_f64
 
 /* Run the statements for every index from `i` on, as the rest of a vector, or as all of it where there are no vectors. */
@@ -144,18 +144,18 @@ static inline void store_bf16(uint16_t *to, vector_f32 value, int past_caches) {
 /* The steps for parameters of type T (named S, in intrinsics P, multiplied and added by FMA) and gradients of type G (GS). */
 #define STEPS(T, S, P, FMA, G, GS)                                                                              \
     /* out <- w - b g */                                                                                        \
-    void plain_##S##_##GS(int64_t n, const G *g, T *u, const T *w, T *out, uint16_t *low, T b) {                \
+    void plain_##S##_##GS(int64_t n, const G *g, T *u, const T *w, T *out, uint16_t *out_16bit, T b) {                \
         int64_t i = 0;                                                                                          \
-        (void)u, (void)low;                                                                                     \
+        (void)u, (void)out_16bit;                                                                                     \
         VECTORS(T, S, P, vector_##S y = VECTOR(fmadd_##P)(LOAD_##GS(g + i), VECTOR(set1_##P)(-b),               \
                                                           VECTOR(loadu_##P)(w + i));)                           \
         SCALARS(S, out[i] = FMA(VALUE_##GS(g[i]), -b, w[i]);)                                                   \
         FENCE();                                                                                                \
     }                                                                                                           \
     /* u <- beta u + a g;  out <- w - u */                                                                      \
-    void heavy_##S##_##GS(int64_t n, const G *g, T *u, const T *w, T *out, uint16_t *low, T beta, T a) {        \
+    void heavy_##S##_##GS(int64_t n, const G *g, T *u, const T *w, T *out, uint16_t *out_16bit, T beta, T a) {        \
         int64_t i = 0;                                                                                          \
-        (void)low;                                                                                              \
+        (void)out_16bit;                                                                                              \
         VECTORS(T, S, P,                                                                                        \
             vector_##S v = VECTOR(mul_##P)(VECTOR(loadu_##P)(u + i), VECTOR(set1_##P)(beta));                   \
             v = VECTOR(fmadd_##P)(LOAD_##GS(g + i), VECTOR(set1_##P)(a), v);                                    \
@@ -165,10 +165,10 @@ static inline void store_bf16(uint16_t *to, vector_f32 value, int past_caches) {
         FENCE();                                                                                                \
     }                                                                                                           \
     /* u <- scale u;  `shifts` times: w <- w - beta u, u <- beta u;  then u <- u + a g, out <- w - b g */       \
-    void ordered_##S##_##GS(int64_t n, const G *g, T *u, const T *w, T *out, uint16_t *low, T scale,            \
+    void ordered_##S##_##GS(int64_t n, const G *g, T *u, const T *w, T *out, uint16_t *out_16bit, T scale,            \
                             int64_t shifts, T beta, T a, T b) {                                                 \
         int64_t i = 0;                                                                                          \
-        (void)low;                                                                                              \
+        (void)out_16bit;                                                                                              \
         VECTORS(T, S, P,                                                                                        \
             vector_##S x = LOAD_##GS(g + i), y = VECTOR(loadu_##P)(w + i);                                      \
             vector_##S v = VECTOR(mul_##P)(VECTOR(loadu_##P)(u + i), VECTOR(set1_##P)(scale));                  \

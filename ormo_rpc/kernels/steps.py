@@ -15,47 +15,49 @@ WORTH_CUTTING = 16 * CHUNK
 """Elements below which the cutting costs more than the cache saves."""
 
 
-class Plain(NamedTuple):
-    """``out <- w - into_w g``; there is no ``u``."""
+class SGDStep(NamedTuple):
+    """``out <- w - w_scale g``; there is no ``u``."""
 
-    into_w: float
+    w_scale: float
 
 
-class Heavy(NamedTuple):
-    """``u <- beta u + into_u g; out <- w - u``."""
+class HeavyBallStep(NamedTuple):
+    """``u <- beta u + u_scale g; out <- w - u``."""
 
     beta: float
-    into_u: float
+    u_scale: float
 
 
-class Ordered(NamedTuple):
-    """``u <- scale u``; ``shifts`` times ``w <- w - beta u; u <- beta u``; ``u <- u + into_u g; out <- w - into_w g``."""
+class OrMoStep(NamedTuple):
+    """``u <- scale u``; ``shifts`` times ``w <- w - beta u; u <- beta u``; ``u <- u + u_scale g; out <- w - w_scale g``."""
 
     scale: float
     shifts: int
     beta: float
-    into_u: float
-    into_w: float
+    u_scale: float
+    w_scale: float
 
 
-Step = Plain | Heavy | Ordered
+Step = SGDStep | HeavyBallStep | OrMoStep
 """Which recursion, and its numbers."""
 
 
 class Steps(Protocol):
     """Takes steps. Every implementation gives the same bits, however the vectors are divided."""
 
-    def __call__(self, step: Step, grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor, low: Tensor | None = None) -> None:
+    def __call__(
+        self, step: Step, grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor, out_16bit: Tensor | None = None
+    ) -> None:
         """Take a step.
 
         Args:
             step: Which one.
             grad: ``g``, shape (D,), of the dtype of ``w``, or bfloat16 or float16, which are widened first.
-            u: The momentum, shape (D,), of the dtype of ``w``, updated in place; None for `Plain`.
+            u: The momentum, shape (D,), of the dtype of ``w``, updated in place; None for `SGDStep`.
             w: The parameters, shape (D,), float32 or float64. They are only read, so that they may go on being the snapshot
                 that others read, and no copy of them is ever made.
             out: Where the new parameters are written, shape (D,), of the dtype of ``w``.
-            low: Where they are written once more, shape (D,), rounded to bfloat16; None for nowhere.
+            out_16bit: Where they are written once more, shape (D,), rounded to bfloat16; None for nowhere.
         """
         ...
 
@@ -63,21 +65,23 @@ class Steps(Protocol):
 class TorchSteps:
     """`Steps` in torch operations, chunk by chunk."""
 
-    def __call__(self, step: Step, grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor, low: Tensor | None = None) -> None:
+    def __call__(
+        self, step: Step, grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor, out_16bit: Tensor | None = None
+    ) -> None:
         """See `Steps`."""
-        for grad_c, u_c, w_c, out_c, low_c in _chunks(grad, u, w, out, low):
+        for grad_c, u_c, w_c, out_c, out_16bit_c in _chunks(grad, u, w, out, out_16bit):
             _take(step, grad_c.to(w.dtype), u_c, w_c, out_c)
-            if low_c is not None:
-                low_c.copy_(out_c)
+            if out_16bit_c is not None:
+                out_16bit_c.copy_(out_c)
 
 
 def _take(step: Step, grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor) -> None:
-    if isinstance(step, Plain):
-        torch.sub(w, grad, alpha=step.into_w, out=out)
+    if isinstance(step, SGDStep):
+        torch.sub(w, grad, alpha=step.w_scale, out=out)
         return
     assert u is not None, f"{step} has a momentum"
-    if isinstance(step, Heavy):
-        u.mul_(step.beta).add_(grad, alpha=step.into_u)
+    if isinstance(step, HeavyBallStep):
+        u.mul_(step.beta).add_(grad, alpha=step.u_scale)
         torch.sub(w, u, out=out)
         return
     if step.scale != 1.0:
@@ -87,18 +91,18 @@ def _take(step: Step, grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor) ->
         torch.sub(before, u, alpha=step.beta, out=out)
         u.mul_(step.beta)
         before = out
-    u.add_(grad, alpha=step.into_u)
-    torch.sub(before, grad, alpha=step.into_w, out=out)
+    u.add_(grad, alpha=step.u_scale)
+    torch.sub(before, grad, alpha=step.w_scale, out=out)
 
 
 Operands = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]
-"""Of a step: ``grad, u, w, out, low``."""
+"""Of a step: ``grad, u, w, out, out_16bit``."""
 
 
-def _chunks(grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor, low: Tensor | None) -> Iterable[Operands]:
+def _chunks(grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor, out_16bit: Tensor | None) -> Iterable[Operands]:
     """The operands piece by piece, as one piece where they are short."""
     if w.numel() < WORTH_CUTTING:
-        return [(grad, u, w, out, low)]
+        return [(grad, u, w, out, out_16bit)]
     absent = itertools.repeat(None)
-    us, lows = (absent if vector is None else vector.split(CHUNK) for vector in (u, low))
-    return zip(grad.split(CHUNK), us, w.split(CHUNK), out.split(CHUNK), lows, strict=False)  # what is absent has no end
+    us, outs_16bit = (absent if vector is None else vector.split(CHUNK) for vector in (u, out_16bit))
+    return zip(grad.split(CHUNK), us, w.split(CHUNK), out.split(CHUNK), outs_16bit, strict=False)  # what is absent has no end

@@ -26,12 +26,14 @@ class Threaded:
         self.threads = threads
         self._pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="step") if threads > 1 else None
 
-    def __call__(self, step: Step, grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor, low: Tensor | None = None) -> None:
+    def __call__(
+        self, step: Step, grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor, out_16bit: Tensor | None = None
+    ) -> None:
         """See `Steps`: parts that begin at a multiple of the chunk; returns when all are done."""
         length = w.numel()
         parts = min(self.threads, length // LEAST)
         if self._pool is None or parts < 2:
-            self.steps(step, grad, u, w, out, low)
+            self.steps(step, grad, u, w, out, out_16bit)
             return
 
         def take(start: int, end: int) -> None:
@@ -42,7 +44,7 @@ class Threaded:
                 None if u is None else u[part],
                 w[part],
                 out[part],
-                None if low is None else low[part],
+                None if out_16bit is None else out_16bit[part],
             )
 
         bounds = [part * length // parts // CHUNK * CHUNK for part in range(parts)] + [length]

@@ -34,7 +34,7 @@ def bound(address: str, *, public: bool) -> socket.socket:
 
 
 def parse(address: str) -> tuple[str, int]:
-    """Host and port of HOST:PORT; the host of IPv6 in brackets, as in ``[::1]:2947``.
+    """ServerProcess and port of HOST:PORT; the host of IPv6 in brackets, as in ``[::1]:2947``.
 
     Raises:
         ConfigError: it is not of that form.

@@ -26,12 +26,12 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Welcome:
+class JoinResponse:
     """What the server tells a worker that it lets in.
 
     Attributes:
         worker: The worker number.
-        token: To come with every call.
+        session_id: To come with every call.
         config: The configuration of the run, as YAML.
         agent: The address of the server's agent of torch.distributed.rpc, where it has one.
         heartbeat_seconds: How often to beat.
@@ -39,7 +39,7 @@ class Welcome:
     """
 
     worker: int
-    token: str
+    session_id: str
     config: str
     agent: str | None
     heartbeat_seconds: float
@@ -54,13 +54,13 @@ class Lease:
     Args:
         connection: To the door, with the handshake done.
         reader: Of that connection.
-        welcome: What the server said.
+        join_response: What the server said.
     """
 
-    def __init__(self, connection: socket.socket, reader: wire.LineReader, welcome: Welcome) -> None:
+    def __init__(self, connection: socket.socket, reader: wire.LineReader, join_response: JoinResponse) -> None:
         self.connection = connection
         self.reader = reader
-        self.welcome = welcome
+        self.join_response = join_response
         self.lost = threading.Event()
         """The server has not been heard for too long, or has closed the connection."""
         self._sending = threading.Lock()
@@ -82,7 +82,7 @@ class Lease:
         self._send({"leave": True})
 
     def _beat(self) -> None:
-        while not self.lost.wait(self.welcome.heartbeat_seconds):
+        while not self.lost.wait(self.join_response.heartbeat_seconds):
             self._send({"beat": True})
 
     def _send(self, message: dict[str, Any]) -> None:
@@ -95,17 +95,17 @@ class Lease:
     def _listen(self) -> None:
         try:
             while not self.lost.is_set():
-                self.reader.receive(self.welcome.patience_seconds, WELCOME_BYTES)
+                self.reader.receive(self.join_response.patience_seconds, WELCOME_BYTES)
         except (OSError, EOFError, WireError):  # a time-out is an OSError
             self.lost.set()
 
 
-def let_in(
+def connect(
     door: Callable[[], tuple[str, int]],
     secret: Secret,
     *,
     wanted: int | None,
-    post: str,
+    slot: str,
     timeout_seconds: float,
     leaving: Callable[[], bool] = lambda: False,
 ) -> Lease:
@@ -115,17 +115,17 @@ def let_in(
         door: Finds the server's address; it is asked at every try, since a new life of the server may have another one.
         secret: Of the run.
         wanted: The worker number to have, if it is free.
-        post: Who keeps this process running; see `Seat.post`.
+        slot: Who keeps this process running; see `Membership.slot`.
         timeout_seconds: When to give up.
         leaving: Whether we have been asked to leave.
 
     Raises:
-        ServerLost: nobody opened in time, or we are leaving.
+        ServerLost: nobody attach in time, or we are leaving.
         RunEnded: there is no work any more.
         WireError: the server refused us (`Refused`), or is none that knows the secret.
     """
     began, warned = time.monotonic(), False
-    hello = {"wanted": wanted, "process": os.getpid(), "host": socket.gethostname(), "post": post}
+    hello = {"wanted": wanted, "process": os.getpid(), "host": socket.gethostname(), "slot": slot}
     while True:
         waited = time.monotonic() - began
         left = timeout_seconds - waited
@@ -156,7 +156,7 @@ def _knock(door: tuple[str, int], secret: Secret, hello: dict[str, Any], timeout
                 raise Refused(str(said["error"]))
         except Refused as error:
             raise Refused(f"the server at {door[0]}:{door[1]} refused us: {error}") from None
-        return Lease(connection, reader, Welcome(**{name: said[name] for name in Welcome.__dataclass_fields__}))
+        return Lease(connection, reader, JoinResponse(**{name: said[name] for name in JoinResponse.__dataclass_fields__}))
     except BaseException:
         connection.close()
         raise

@@ -1,6 +1,6 @@
 """The door: where workers ask to be let in, and the lease that tells whether they still live.
 
-A worker connects, both sides prove that they know the secret of the run (`wire`), and it is told its seat, the configuration
+A worker connects, both sides prove that they know the secret of the run (`wire`), and it is told its membership, the configuration
 and, where there is one, the address of the server's agent. It connects once more for its pushes (`streams`). The first
 connection stays open for as long as the worker works. Each beat of the worker's is answered; one that falls silent for
 ``runtime.worker_timeout_seconds``, or whose connection ends, is lost. Because the operating system closes the connections of
@@ -18,35 +18,35 @@ from typing import Any, Protocol
 
 from ormo_rpc.errors import RunEnded, WireError
 from ormo_rpc.rendezvous import protocol as wire
-from ormo_rpc.rendezvous.memberships import Seat
+from ormo_rpc.rendezvous.memberships import Membership
 from ormo_rpc.rendezvous.secret import Secret
 
 HANDSHAKE_SECONDS = 10.0
 """How long a caller may take to prove who it is."""
 BEAT_BYTES = 1024
 """The longest line of a worker that was let in."""
-STRANGERS = 32
+MAX_UNAUTHENTICATED = 32
 """How many callers may be at proving it; further ones wait in the listener's queue."""
 _log = logging.getLogger(__name__)
 
 
-class Keeper(Protocol):
-    """Who decides about seats."""
+class MembershipHandler(Protocol):
+    """Who decides about memberships."""
 
-    def admit(self, hello: Mapping[str, Any]) -> Seat:
-        """Give a seat to a process that has proved to know the secret; a ValueError tells it why not."""
+    def admit(self, hello: Mapping[str, Any]) -> Membership:
+        """Give a membership to a process that has proved to know the secret; a ValueError tells it why not."""
         ...
 
-    def lost(self, seat: Seat, reason: str) -> None:
-        """The holder of a seat is gone, or as good as."""
+    def lost(self, membership: Membership, reason: str) -> None:
+        """The holder of a membership is gone, or as good as."""
         ...
 
-    def release(self, seat: Seat) -> None:
-        """The holder of a seat wants to leave."""
+    def release(self, membership: Membership) -> None:
+        """The holder of a membership wants to leave."""
         ...
 
 
-class Door:
+class Listener:
     """Lets workers in; use it as a context, whose end closes every connection.
 
     Each connection has a thread of its own, which waits for nothing but its worker. `_lock` guards the set of open connections.
@@ -54,8 +54,8 @@ class Door:
     Args:
         listener: A listening socket.
         secret: Of the run.
-        keeper: Decides about seats; it has a lock of its own.
-        welcome: What everybody who is let in is told besides its seat.
+        keeper: Decides about memberships; it has a lock of its own.
+        join_response: What everybody who is let in is told besides its membership.
         patience_seconds: After how much silence a worker is lost.
         streams: Serves, to its end, the connection of a worker that was let in before and comes with its pushes.
     """
@@ -64,23 +64,23 @@ class Door:
         self,
         listener: socket.socket,
         secret: Secret,
-        keeper: Keeper,
-        welcome: Mapping[str, Any],
+        keeper: MembershipHandler,
+        join_response: Mapping[str, Any],
         patience_seconds: float,
         streams: Callable[[wire.LineReader], None] = lambda _: None,
     ) -> None:
         self.listener = listener
         self.secret = secret
         self.keeper = keeper
-        self.welcome = dict(welcome)
+        self.join_response = dict(join_response)
         self.patience_seconds = patience_seconds
         self.streams = streams
-        self._strangers = threading.BoundedSemaphore(STRANGERS)
+        self._strangers = threading.BoundedSemaphore(MAX_UNAUTHENTICATED)
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
         self._closed = False
 
-    def __enter__(self) -> Door:
+    def __enter__(self) -> Listener:
         threading.Thread(target=self._let_in, name="door", daemon=True).start()
         return self
 
@@ -119,13 +119,13 @@ class Door:
                 try:
                     reader = wire.LineReader(connection)
                     hello = wire.greet_worker(reader, self.secret, HANDSHAKE_SECONDS)
-                    seat = None if hello.get("stream") is True else self.keeper.admit(hello)
+                    membership = None if hello.get("stream") is True else self.keeper.admit(hello)
                 finally:
                     self._strangers.release()
-                if seat is None:
+                if membership is None:
                     self._stream(reader)
                 else:
-                    self._keep(connection, reader, seat)
+                    self._keep(connection, reader, membership)
             except (WireError, ValueError, OSError, EOFError) as error:
                 _log.warning("%s was not let in: %s", caller, error)
                 if isinstance(error, ValueError):  # which is ours; of the others it knows already
@@ -140,14 +140,14 @@ class Door:
         with contextlib.suppress(EOFError):
             self.streams(reader)
 
-    def _keep(self, connection: socket.socket, reader: wire.LineReader, seat: Seat) -> None:
+    def _keep(self, connection: socket.socket, reader: wire.LineReader, membership: Membership) -> None:
         """The lease of a worker: beats, until it leaves or is lost."""
         try:
-            wire.send(connection, {**self.welcome, "worker": seat.worker, "token": seat.token})
+            wire.send(connection, {**self.join_response, "worker": membership.worker, "session_id": membership.session_id})
             while True:
                 message = reader.receive(self.patience_seconds, BEAT_BYTES)
                 if "leave" in message:
-                    self.keeper.release(seat)
+                    self.keeper.release(membership)
                 wire.send(connection, {"beat": True})
         except TimeoutError:
             reason = f"it was silent for {self.patience_seconds:g} s"
@@ -156,4 +156,4 @@ class Door:
         except WireError as error:
             reason = f"it sent nonsense: {error}"
         if not self._closed:  # else it is we who have closed it
-            self.keeper.lost(seat, reason)
+            self.keeper.lost(membership, reason)

@@ -1,7 +1,7 @@
-"""Seats: which worker process has which worker number, from being let in until it is gone.
+"""Memberships: which worker process has which worker number, from being let in until it is gone.
 
-A number belongs to one process at a time. The *token* of a seat is what its process proves with that it was let in; it comes
-with every call, and dies with the seat, so what a process sends that was given up, or that knew another life of the server, is
+A number belongs to one process at a time. The *session_id* of a membership is what its process proves with that it was let in; it comes
+with every call, and dies with the membership, so what a process sends that was given up, or that knew another life of the server, is
 recognised for certain.
 """
 
@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 
 
 @dataclass(eq=False)
-class Seat:
+class Membership:
     """A worker process that was let in.
 
     Attributes:
         worker: Its worker number.
         process: Its process number, on its machine.
         host: Its machine.
-        post: Who keeps the process running: a replacement has the same one. Empty for nobody.
-        token: What it proves with that it was let in.
+        slot: Who keeps the process running: a replacement has the same one. Empty for nobody.
+        session_id: What it proves with that it was let in.
         joined: Whether it is a member, that is, may hold a ticket.
         leaving: Whether it has asked to leave after the ticket that it holds.
         not_finite: How many of its gradients in a row were not finite.
@@ -29,8 +29,8 @@ class Seat:
     worker: int
     process: int
     host: str
-    post: str
-    token: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
+    slot: str
+    session_id: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
     joined: bool = False
     leaving: bool = False
     not_finite: int = 0
@@ -39,8 +39,8 @@ class Seat:
         return f"worker {self.worker} (pid {self.process} on {self.host})"
 
 
-class Seats:
-    """All seats that are taken.
+class Memberships:
+    """All memberships that are taken.
 
     Args:
         num_workers: Numbers below this one are for workers that the run itself started, so a guest gets a larger one.
@@ -48,26 +48,26 @@ class Seats:
 
     def __init__(self, num_workers: int) -> None:
         self.num_workers = num_workers
-        self.by_token: dict[str, Seat] = {}
-        self.by_worker: dict[int, Seat] = {}
+        self.by_session: dict[str, Membership] = {}
+        self.by_worker: dict[int, Membership] = {}
 
     def __len__(self) -> int:
         return len(self.by_worker)
 
-    def holder(self, wanted: int | None, post: str) -> Seat | None:
-        """Who has to go before a process of that post gets the number that it wants: the process that it replaces."""
-        seat = None if wanted is None else self.by_worker.get(wanted)
-        return seat if seat is not None and post and seat.post == post else None
+    def holder(self, wanted: int | None, slot: str) -> Membership | None:
+        """Who has to go before a process of that slot gets the number that it wants: the process that it replaces."""
+        membership = None if wanted is None else self.by_worker.get(wanted)
+        return membership if membership is not None and slot and membership.slot == slot else None
 
-    def take(self, wanted: int | None, process: int, host: str, post: str) -> Seat:
-        """Seat a process: at the number that it wants where that is free, else at the lowest one for guests."""
+    def take(self, wanted: int | None, process: int, host: str, slot: str) -> Membership:
+        """Membership a process: at the number that it wants where that is free, else at the lowest one for guests."""
         worker = self.num_workers if wanted is None or wanted in self.by_worker else wanted
         while worker in self.by_worker:
             worker += 1
-        seat = Seat(worker, process, host, post)
-        self.by_token[seat.token] = self.by_worker[worker] = seat
-        return seat
+        membership = Membership(worker, process, host, slot)
+        self.by_session[membership.session_id] = self.by_worker[worker] = membership
+        return membership
 
-    def free(self, seat: Seat) -> None:
-        """The process is gone, and its token worth nothing."""
-        del self.by_token[seat.token], self.by_worker[seat.worker]
+    def free(self, membership: Membership) -> None:
+        """The process is gone, and its session_id worth nothing."""
+        del self.by_session[membership.session_id], self.by_worker[membership.worker]

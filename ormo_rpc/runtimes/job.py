@@ -22,7 +22,7 @@ from ormo_rpc.server.build import build_server
 from ormo_rpc.server.events import Event
 from ormo_rpc.server.lr_schedule import LearningRate
 from ormo_rpc.server.parameter_server import ParameterServer
-from ormo_rpc.worker.dummy import StandInWorker
+from ormo_rpc.worker.dummy import DummyWorker
 from ormo_rpc.worker.evaluation import Evaluation, evaluate
 from ormo_rpc.worker.worker import Worker
 
@@ -109,7 +109,7 @@ class Job:
                 own by default.
         """
         train, model = self.config.train, self.model()
-        kind = StandInWorker if self.config.worker.stand_in else Worker
+        kind = DummyWorker if self.config.worker.dummy else Worker
         return kind(
             model,
             self.data.train,
@@ -135,7 +135,7 @@ class Job:
 
     def evaluator(self) -> Evaluator | None:
         """Evaluates on the test split, with a model of its own; None where the workers compute nothing."""
-        if self.config.worker.stand_in:
+        if self.config.worker.dummy:
             return None
         model = self.model()
         return lambda params, statistics: evaluate(model, params, statistics, self.data.test)
@@ -193,7 +193,7 @@ def configured_server(
         buffers=buffers,
         record=record,
         clock=clock,
-        norm_guard=config.train.norm_guard,
+        norm_limit=config.train.norm_limit,
         timer=time.perf_counter,
         kernel=fastest_kernel(params.numel()),
         sent_dtype=config.wire.params.rounded,

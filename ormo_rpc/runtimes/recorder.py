@@ -32,7 +32,7 @@ class Position:
     Attributes:
         trace_bytes: The length of ``trace.jsonl``, which is on disk up to there.
         metrics_bytes: Of ``metrics.jsonl``, likewise.
-        statistics: The running figures over the events so far, as `Statistics.state` has them.
+        statistics: The running figures over the events so far, as `Statistics.state_dict` has them.
     """
 
     trace_bytes: int
@@ -112,7 +112,7 @@ class Recorder:
 
     def _position(self) -> Position:
         trace, metrics = self.directory.force()
-        return Position(trace, metrics, self.statistics.state())
+        return Position(trace, metrics, self.statistics.state_dict())
 
     def _place(self, iteration: int, seconds: float) -> dict[str, Any]:
         return {"iteration": iteration, "epoch": round(self.job.epoch(iteration), 4), "seconds": round(seconds, 4)}

@@ -24,7 +24,7 @@ from ormo_rpc.models.flat import sha256
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.runtimes.simulator.jobs import SyntheticJob
 from ormo_rpc.server.events import Event
-from ormo_rpc.server.validation import Checked
+from ormo_rpc.server.validation import ValidatedPush
 from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.run_directory import environment, read_summary, read_trace, write_summary
 
@@ -94,7 +94,7 @@ class Replay:
             state = checkpoint.read(checkpoint.find(Path(header["resumed"])), "server.pt")
             self.server.load_state_dict(state)
             if not self.started:
-                self.worker.load_state(state["cluster"].get("source", {}))
+                self.worker.load_state_dict(state["cluster"].get("source", {}))
             self._take([member.reply for member in self.server.members.values() if member.reply is not None])
 
     def follow(self, events: list[dict[str, Any]]) -> str | None:
@@ -167,7 +167,7 @@ class Replay:
             self._take(self.server.start(event["workers"]))
             return
         self.server.load_state_dict(self.server.state_dict())
-        self.server.go_on_as(event["incarnation"])
+        self.server.resume_as(event["incarnation"])
         self.held.clear()
         self._take(self.server.start(event["workers"]))
 
@@ -176,7 +176,7 @@ class Replay:
         place = {name: event[name] for name in ("worker", "ticket", "stamp")}
         nothing = torch.zeros(0)
         push = Push(**place, grad=nothing, incarnation=self.server.incarnation)
-        self._take(self.server.redeem(push, Checked(nothing, 0.0)))
+        self._take(self.server.commit(push, ValidatedPush(nothing, 0.0)))
 
     def _take(self, replies: list[Reply]) -> None:
         self.held |= {reply.worker: reply for reply in replies if reply.ticket is not None}

@@ -47,7 +47,7 @@ class Session:
         journal: To be told of every call that changes the server.
         seconds_before: The run's seconds when this process took over.
         progress: Counts that outlive this process.
-        going_on: What a simulator had kept in the checkpoint that this run goes on from.
+        resumed_state: What a simulator had kept in the checkpoint that this run goes on from.
     """
 
     def __init__(
@@ -71,11 +71,11 @@ class Session:
         shown = dashboards(job.config, run_dir, job.total_tickets, terminal)
         self.recorder = Recorder(job, self.directory, shown, clock, figures)
         self.server = job.server(self.recorder.record, clock)
-        self.state = state or (lambda: self.server.state_dict(replies=job.config.checkpoint.journal))
+        self._state = state or (lambda: self.server.state_dict(replies=job.config.checkpoint.journal))
         self.checkpoint: Path | None = None
         self.journal: NoJournal = NoJournal()
         self.seconds_before = 0.0
-        self.going_on: dict[str, Any] | None = None
+        self.resumed_state: dict[str, Any] | None = None
         self._began = time.monotonic()
         self._export = job.exporter()
         self._evaluate = job.evaluator()
@@ -112,8 +112,8 @@ class Session:
                 num_workers=config.num_workers,
                 seed=config.seed,
                 resumed=None if source is None else str(source.absolute()),
-                started=self.going_on is None,
-                steps=self.server.rule.kernel.name,
+                started=self.resumed_state is None,
+                steps=self.server.algorithm.kernel.name,
             )
         if config.checkpoint.journal:
             self.journal = Journal(path)
@@ -129,9 +129,9 @@ class Session:
         self.server.load_state_dict(state)
         records = state["session"]
         if self.job.config.runtime.name == "sim" and state["status"] == Status.running.value:
-            self.going_on = state.get("cluster")
-        if in_place or self.going_on is not None:
-            self.recorder.statistics.load_state(records["statistics"])
+            self.resumed_state = state.get("cluster")
+        if in_place or self.resumed_state is not None:
+            self.recorder.statistics.load_state_dict(records["statistics"])
             self.seconds_before = records["seconds"]
         if in_place:
             self.checkpoint = source
@@ -143,7 +143,7 @@ class Session:
         if own is None:
             self.directory.cut(self.directory.header_bytes(), 0)
         replay(path, 0 if own is None else checkpoint.segment_of(own), self.server)
-        self.server.go_on_as(life)
+        self.server.resume_as(life)
 
     def observe(self, server: ParameterServer) -> None:
         """At the end of an epoch and when a checkpoint is due, copy what is needed for it."""
@@ -162,7 +162,7 @@ class Session:
         if self._copied or self._writing is not None:
             return
         self._copied = True
-        self._hand_over(self.state())
+        self._hand_over(self._state())
 
     def _hand_over(self, state: dict[str, Any]) -> None:
         """Have a state written as soon as the events that led to it are."""

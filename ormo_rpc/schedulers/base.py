@@ -1,4 +1,4 @@
-"""Communication schedulers: who is answered when. They never see a gradient, and a rule never sees them."""
+"""Communication schedulers: who is answered when. They never see a gradient, and an algorithm never sees them."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ class Scheduler(ABC):
     def settle(self, worker: int) -> None:
         """A worker's push has been dealt with."""
 
-    def state(self) -> dict[int, int]:
+    def state_dict(self) -> dict[int, int]:
         """What the scheduler remembers, for each worker, as a private copy."""
         return {}
 
-    def load_state(self, state: Mapping[int, int]) -> None:
-        """Take over what `state` returned."""
+    def load_state_dict(self, state: Mapping[int, int]) -> None:
+        """Take over what `state_dict` returned."""
 
 
 class Async(Scheduler):
@@ -150,11 +150,11 @@ class SSP(Scheduler):
         """Its clock ticks."""
         self.clocks[worker] += 1
 
-    def state(self) -> dict[int, int]:
+    def state_dict(self) -> dict[int, int]:
         """The clocks."""
         return dict(self.clocks)
 
-    def load_state(self, state: Mapping[int, int]) -> None:
+    def load_state_dict(self, state: Mapping[int, int]) -> None:
         """Take over the clocks."""
         self.clocks = dict(state)
 

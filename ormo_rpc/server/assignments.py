@@ -1,4 +1,4 @@
-"""The ledger of tickets: who holds which unit of work, what is done, and what has to be done again."""
+"""The assignments of tickets: who holds which unit of work, what is done, and what has to be done again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ormo_rpc.messages import Push
 
 
 @dataclass(frozen=True, slots=True)
-class Issue:
+class Assignment:
     """One handing out of a ticket.
 
     Attributes:
@@ -20,7 +20,7 @@ class Issue:
         worker: Who holds it.
         stamp: The index of the parameters that went with it.
         bucket: The bucket which that index had been given.
-        version: The rule's version of the parameters then.
+        version: The algorithm's version of the parameters then.
     """
 
     ticket: int
@@ -30,10 +30,10 @@ class Issue:
     version: int = 0
 
 
-class Ledger:
-    """Hands out the tickets 0, 1, ..., total - 1, each to be redeemed exactly once.
+class Assignments:
+    """Hands out the tickets 0, 1, ..., total - 1, each to be committed exactly once.
 
-    A ticket is *new*, then *outstanding* with one worker, then *redeemed*; or it comes back (its holder left, its gradient was
+    A ticket is *new*, then *outstanding* with one worker, then *committed*; or it comes back (its holder left, its gradient was
     discarded or refused) and is handed out again before any new one.
 
     Args:
@@ -46,30 +46,30 @@ class Ledger:
         self.process_of = process_of
         self.issued = 0
         """Tickets below this number have been handed out at least once."""
-        self.redeemed = 0
-        self.outstanding: dict[int, Issue] = {}
+        self.committed = 0
+        self.outstanding: dict[int, Assignment] = {}
         self.holding: dict[int, set[int]] = {}
         """The tickets of each worker that holds any."""
         self.returned: deque[int] = deque()
         """Tickets to be done again, oldest first."""
-        self.shelved: list[int] = []
-        """Tickets that had come back when the ledger was closed: not handed out in this life."""
+        self.deferred: list[int] = []
+        """Tickets that had come back when the assignments was closed: not handed out in this life."""
         self.revoked: set[tuple[int, int, int]] = set()
         """(ticket, worker, stamp) taken away from a worker that may still push: one entry per loss, for ever."""
         self.refused_by: dict[int, set[int]] = {}
-        """Workers whose gradient for a ticket was not finite, while that ticket is not redeemed."""
+        """Workers whose gradient for a ticket was not finite, while that ticket is not committed."""
 
     @property
     def done(self) -> bool:
-        """Every ticket is redeemed."""
-        return self.redeemed == self.total
+        """Every ticket is committed."""
+        return self.committed == self.total
 
     @property
     def exhausted(self) -> bool:
         """There is no ticket to hand out at this moment."""
         return not self.returned and self.total is not None and self.issued >= self.total
 
-    def take(self, worker: int, stamp: int, bucket: int, version: int, members: Collection[int]) -> Issue | None:
+    def assign(self, worker: int, stamp: int, bucket: int, version: int, members: Collection[int]) -> Assignment | None:
         """Hand out the next ticket; None where there is none for this worker now.
 
         A ticket whose gradient was not finite goes to a worker of another process than before, as long as there is one.
@@ -82,21 +82,21 @@ class Ledger:
             self.issued += 1
         else:
             return None
-        issue = Issue(ticket, worker, stamp, bucket, version)
-        self.outstanding[ticket] = issue
+        assignment = Assignment(ticket, worker, stamp, bucket, version)
+        self.outstanding[ticket] = assignment
         self.holding.setdefault(worker, set()).add(ticket)
-        return issue
+        return assignment
 
-    def claim(self, push: Push, iteration: int) -> Issue | None:
-        """The issue that a push answers; None when it was taken away from its sender, whose push is then dropped.
+    def match(self, push: Push, iteration: int) -> Assignment | None:
+        """The assignment that a push answers; None when it was taken away from its sender, whose push is then dropped.
 
         Raises:
             PushRefused: the push was never asked for.
         """
         ticket, worker, stamp = push.ticket, push.worker, push.stamp
-        issue = self.outstanding.get(ticket)
-        if issue is not None and issue.worker == worker and issue.stamp == stamp:
-            return issue
+        assignment = self.outstanding.get(ticket)
+        if assignment is not None and assignment.worker == worker and assignment.stamp == stamp:
+            return assignment
         if (ticket, worker, stamp) in self.revoked:
             return None
         sender = f"push of worker {worker}"
@@ -106,76 +106,76 @@ class Ledger:
             raise PushRefused(
                 f"{sender} for ticket {ticket}: stamp: got {stamp}, expected one from 0 to the server's iteration {iteration}"
             )
-        if issue is None:
+        if assignment is None:
             raise PushRefused(
                 f"{sender}: ticket: got {ticket}, which is settled already; only a worker's newest push may be repeated"
             )
-        if issue.worker != worker:
+        if assignment.worker != worker:
             raise PushRefused(
-                f"{sender}: ticket: got {ticket}, which is held by worker {issue.worker}; push for a ticket of your own"
+                f"{sender}: ticket: got {ticket}, which is held by worker {assignment.worker}; push for a ticket of your own"
             )
-        raise PushRefused(f"{sender} for ticket {ticket}: stamp: got {stamp}, expected {issue.stamp}, that of the reply")
+        raise PushRefused(f"{sender} for ticket {ticket}: stamp: got {stamp}, expected {assignment.stamp}, that of the reply")
 
-    def redeem(self, issue: Issue) -> None:
+    def commit(self, assignment: Assignment) -> None:
         """The ticket's gradient is applied."""
-        self._take_away(issue)
-        self.redeemed += 1
-        self.refused_by.pop(issue.ticket, None)
+        self._remove(assignment)
+        self.committed += 1
+        self.refused_by.pop(assignment.ticket, None)
 
-    def give_back(self, issue: Issue, *, refused: bool = False) -> None:
+    def requeue(self, assignment: Assignment, *, refused: bool = False) -> None:
         """The ticket is to be done again; ``refused`` if because its gradient was not finite."""
-        self._take_away(issue)
-        self.returned.append(issue.ticket)
+        self._remove(assignment)
+        self.returned.append(assignment.ticket)
         if refused:
-            self.refused_by.setdefault(issue.ticket, set()).add(issue.worker)
+            self.refused_by.setdefault(assignment.ticket, set()).add(assignment.worker)
 
-    def revoke(self, worker: int) -> list[Issue]:
+    def revoke(self, worker: int) -> list[Assignment]:
         """Take away all tickets of a worker that is gone; a push for one of them will be dropped."""
         issues = [self.outstanding[ticket] for ticket in sorted(self.holding.get(worker, ()))]
-        for issue in issues:
-            self.give_back(issue)
-            self.revoked.add((issue.ticket, worker, issue.stamp))
+        for assignment in issues:
+            self.requeue(assignment)
+            self.revoked.add((assignment.ticket, worker, assignment.stamp))
         return issues
 
     def close(self) -> None:
         """Hand out nothing but what is outstanding now, should that come back; one made from this one's state does the rest."""
-        self.shelved.extend(self.returned)
+        self.deferred.extend(self.returned)
         self.returned.clear()
-        self.total = self.redeemed + len(self.outstanding)
+        self.total = self.committed + len(self.outstanding)
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """A private copy, of plain values only."""
         return {
             "total": self.total,
             "issued": self.issued,
-            "redeemed": self.redeemed,
-            "outstanding": [asdict(issue) for issue in self.outstanding.values()],
-            "returned": [*self.shelved, *self.returned],
+            "committed": self.committed,
+            "outstanding": [asdict(assignment) for assignment in self.outstanding.values()],
+            "returned": [*self.deferred, *self.returned],
             "revoked": sorted(self.revoked),
             "refused_by": {ticket: sorted(workers) for ticket, workers in self.refused_by.items()},
         }
 
     @classmethod
-    def from_state(cls, state: dict[str, Any], process_of: Callable[[int], int] = lambda worker: worker) -> Ledger:
-        """The ledger that `state` described."""
-        ledger = cls(state["total"], process_of)
-        ledger.issued, ledger.redeemed = state["issued"], state["redeemed"]
-        ledger.returned.extend(state["returned"])
-        ledger.revoked.update((ticket, worker, stamp) for ticket, worker, stamp in state["revoked"])
-        ledger.refused_by = {ticket: set(workers) for ticket, workers in state["refused_by"].items()}
+    def from_state(cls, state: dict[str, Any], process_of: Callable[[int], int] = lambda worker: worker) -> Assignments:
+        """The assignments that `state_dict` described."""
+        assignments = cls(state["total"], process_of)
+        assignments.issued, assignments.committed = state["issued"], state["committed"]
+        assignments.returned.extend(state["returned"])
+        assignments.revoked.update((ticket, worker, stamp) for ticket, worker, stamp in state["revoked"])
+        assignments.refused_by = {ticket: set(workers) for ticket, workers in state["refused_by"].items()}
         for fields in state["outstanding"]:
-            issue = Issue(**fields)
-            ledger.outstanding[issue.ticket] = issue
-            ledger.holding.setdefault(issue.worker, set()).add(issue.ticket)
-        return ledger
+            assignment = Assignment(**fields)
+            assignments.outstanding[assignment.ticket] = assignment
+            assignments.holding.setdefault(assignment.worker, set()).add(assignment.ticket)
+        return assignments
 
     def _may_have(self, worker: int, ticket: int, members: Collection[int]) -> bool:
         refused_by = {self.process_of(each) for each in self.refused_by.get(ticket, ())}
         return self.process_of(worker) not in refused_by or all(self.process_of(member) in refused_by for member in members)
 
-    def _take_away(self, issue: Issue) -> None:
-        del self.outstanding[issue.ticket]
-        tickets = self.holding[issue.worker]
-        tickets.remove(issue.ticket)
+    def _remove(self, assignment: Assignment) -> None:
+        del self.outstanding[assignment.ticket]
+        tickets = self.holding[assignment.worker]
+        tickets.remove(assignment.ticket)
         if not tickets:
-            del self.holding[issue.worker]
+            del self.holding[assignment.worker]

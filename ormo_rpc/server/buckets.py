@@ -7,7 +7,7 @@ class Buckets:
     """Deals the indices of the parameters out to buckets of K.
 
     Index 0 is bucket 0 alone. Index ``t + 1`` goes into the present bucket, or opens the next one when that is full; a bucket
-    takes as many indices as K says *at the moment when it is opened*, so a worker that joins or leaves changes only buckets
+    takes as many indices as K says *at the moment when it is attach*, so a worker that joins or leaves changes only buckets
     to come. For a constant K the bucket of index ``i`` is ``ceil(i / K)``.
 
     Attributes:

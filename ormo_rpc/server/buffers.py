@@ -36,12 +36,12 @@ class RunningBuffers:
         """The averages by name, as a private copy."""
         return {name: value.clone() for name, value in self.average.items()}
 
-    def state(self) -> dict[str, Tensor | int]:
+    def state_dict(self) -> dict[str, Tensor | int]:
         """A private copy."""
         return {"updates": self.updates, **{f"average.{name}": value.clone() for name, value in self.average.items()}}
 
-    def load_state(self, state: Mapping[str, Tensor | int]) -> None:
-        """Take over what `state` returned."""
+    def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:
+        """Take over what `state_dict` returned."""
         self.updates = int(state["updates"])
         for name, average in self.average.items():
             average.copy_(torch.as_tensor(state[f"average.{name}"]))

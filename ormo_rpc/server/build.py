@@ -17,7 +17,7 @@ from ormo_rpc.schedulers import base as schedulers
 from ormo_rpc.server.buffers import RunningBuffers
 from ormo_rpc.server.events import Event
 from ormo_rpc.server.parameter_server import ParameterServer
-from ormo_rpc.server.validation import NormGuard, all_finite
+from ormo_rpc.server.validation import NormLimit, all_finite
 
 
 def build_server(
@@ -34,7 +34,7 @@ def build_server(
     record: Callable[[Event], None] = lambda _: None,
     clock: Callable[[], float] = lambda: 0.0,
     timer: Callable[[], float] = lambda: 0.0,
-    norm_guard: NormGuard | None = None,
+    norm_limit: NormLimit | None = None,
     kernel: Kernel | None = None,
     sent_dtype: torch.dtype | None = None,
     pushed_dtype: torch.dtype | None = None,
@@ -46,7 +46,7 @@ def build_server(
     Args:
         params: ``w_0``, shape (D,), float32 or float64; copied.
         num_workers: The number of workers, numbered from 0.
-        algorithm: The rule's name.
+        algorithm: The algorithm's name.
         scheduler: The scheduler's name.
         lr: The learning rate ``eta``, or a function of the iteration ``t``.
         momentum: ``beta``, in [0, 1).
@@ -56,26 +56,28 @@ def build_server(
         record: Called with every event, in order.
         clock: Seconds since the start, for the events.
         timer: Seconds of the processor's clock, to tell how long the steps take; by default nobody is told.
-        norm_guard: The limit to the norm of what is pushed; none by default.
+        norm_limit: The limit to the norm of what is pushed; none by default.
         kernel: What the server goes over its vectors with; plain torch by default, `fastest_kernel` finds a better one.
         sent_dtype: What parameters are rounded to when they are handed out; as they are by default.
         pushed_dtype: What pushes are of, bfloat16 or float16; by default the dtype of ``params``.
         process_of: From a worker to its process; by default each is its own. See `ParameterServer`.
-        options: Options of the rule and of the scheduler.
+        options: Options of the algorithm and of the scheduler.
 
     Raises:
         ValueError: something is unknown or out of range.
     """
-    rule_class, scheduler_class = algorithms.find(algorithm), schedulers.find(scheduler)
-    rule_options, rest = _take_options(rule_class.Options, options)
+    algorithm_class, scheduler_class = algorithms.find(algorithm), schedulers.find(scheduler)
+    algorithm_options, rest = _take_options(algorithm_class.Options, options)
     scheduler_options, rest = _take_options(scheduler_class.Options, rest)
     if rest:
-        known = sorted({*_option_names(rule_class.Options), *_option_names(scheduler_class.Options)})
+        known = sorted({*_option_names(algorithm_class.Options), *_option_names(scheduler_class.Options)})
         raise ValueError(
             f"build_server: got the unknown option {sorted(rest)[0]!r}, expected one of {known} for {algorithm}, {scheduler}"
         )
-    if scheduler in rule_class.REFUSES:
-        raise ValueError(f"scheduler: got {scheduler!r}, which {algorithm} does not run under: {rule_class.REFUSES[scheduler]}")
+    if scheduler in algorithm_class.REFUSES:
+        raise ValueError(
+            f"scheduler: got {scheduler!r}, which {algorithm} does not run under: {algorithm_class.REFUSES[scheduler]}"
+        )
     if params.dim() != 1 or params.dtype not in (torch.float32, torch.float64) or params.numel() == 0:
         raise ValueError(
             f"params: got shape {tuple(params.shape)} of {params.dtype}, expected one dimension of float32 or float64"
@@ -94,19 +96,19 @@ def build_server(
         raise ValueError(f"lr: got {lr}, expected a finite number >= 0 or a function of the iteration")
     if pushed_dtype not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"pushed_dtype: got {pushed_dtype}, expected torch.bfloat16 or torch.float16, or None")
-    if norm_guard is not None and not (math.isfinite(norm_guard.limit) and norm_guard.limit > 0):
-        raise ValueError(f"norm_guard: got the limit {norm_guard.limit}, expected a finite number > 0")
-    rule = rule_class(params.detach().clone(), momentum=momentum, options=rule_options)
+    if norm_limit is not None and not (math.isfinite(norm_limit.limit) and norm_limit.limit > 0):
+        raise ValueError(f"norm_limit: got the limit {norm_limit.limit}, expected a finite number > 0")
+    instance = algorithm_class(params.detach().clone(), momentum=momentum, options=algorithm_options)
     # One of its own, as it remembers the newest parameters.
-    rule.kernel = dataclasses.replace(kernel or Kernel(), rounds=sent_dtype is torch.bfloat16)
+    instance.kernel = dataclasses.replace(kernel or Kernel(), rounds=sent_dtype is torch.bfloat16)
     return ParameterServer(
-        rule,
+        instance,
         scheduler_class(scheduler_options),
         num_workers=num_workers,
         lr=lr if callable(lr) else lambda _: lr,
         total_tickets=total_tickets,
         min_workers=min_workers,
-        norm_guard=norm_guard,
+        norm_limit=norm_limit,
         buffers=buffers,
         record=record,
         clock=clock,

@@ -60,12 +60,12 @@ class Statistics:
     loss: float | None = None
     """Mean loss of the batches, averaged exponentially over about the last 50 gradients."""
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """The figures as plain values, a private copy."""
         return {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` returned."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
         for name, value in state.items():
             setattr(self, name, Counter(value) if isinstance(value, dict) else value)
 

@@ -1,4 +1,4 @@
-"""The parameter server: ledger of tickets, rule and scheduler in one place. Single-threaded by contract."""
+"""The parameter server: assignments of tickets, algorithm and scheduler in one place. Single-threaded by contract."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from ormo_rpc.algorithms.base import Arrival, Dispatch
-from ormo_rpc.errors import PushRefused, Rejoin
+from ormo_rpc.algorithms.base import PullContext, PushContext
+from ormo_rpc.errors import PushRefused, StaleSession
 from ormo_rpc.messages import Push, Reply
-from ormo_rpc.server.assignments import Issue
+from ormo_rpc.server.assignments import Assignment
 from ormo_rpc.server.events import Event, Kind
 from ormo_rpc.server.state import Member, ServerState, Status
-from ormo_rpc.server.validation import Checked, NormPolicy, all_finite, check_payload, check_whole
+from ormo_rpc.server.validation import NormPolicy, ValidatedPush, all_finite, check_whole, validate_push
 
-LOOK_EVERY = 64
+FINITE_CHECK_INTERVAL = 64
 """Updates from one look at whether the parameters are finite to the next."""
 
 __all__ = ["ParameterServer", "Status"]
@@ -27,24 +27,24 @@ class ParameterServer(ServerState):
     """Hands out tickets, applies each gradient once, and answers whom the scheduler says.
 
     Made by `build_server`. Every public method runs to its end before the next one is called; a runtime with threads holds one
-    lock around them. `check` alone may run beside anything.
+    lock around them. `validate` alone may run beside anything.
 
     Args:
-        rule: The algorithm; it owns the parameters.
+        algorithm: The algorithm; it owns the parameters.
         scheduler: Who is answered when.
         num_workers: Workers 0 to num_workers - 1 are members from the start.
         lr: The scheduled learning rate, a pure function of the iteration.
         total_tickets: T, the number of gradients to apply; None means no end.
         min_workers: While fewer are members, no ticket is handed out; what is outstanding is applied.
-        norm_guard: The limit to the norm of what is pushed.
+        norm_limit: The limit to the norm of what is pushed.
         buffers: The running average of the buffers that come with the pushes.
         record: Called with each event, in order.
         clock: Seconds since the start of the run.
         timer: Seconds, real ones, for `step_seconds`.
-        sent_dtype: What parameters are rounded to when they are handed out; None for as they are. Rules see, as what was sent,
+        sent_dtype: What parameters are rounded to when they are handed out; None for as they are. Algorithms see, as what was sent,
             the rounded values in the dtype of the parameters.
         pushed_dtype: What pushes are of, bfloat16 or float16; None for the dtype of the parameters.
-        process_of: From a worker to its process, where one has several; see `Ledger`.
+        process_of: From a worker to its process, where one has several; see `Assignments`.
     """
 
     # ------------------------------------------------------------------------------------------------------- membership
@@ -64,25 +64,25 @@ class ParameterServer(ServerState):
         if self.started:
             self.incarnation += 1
             for worker in list(self.members):
-                self.ledger.revoke(worker)
+                self.assignments.revoke(worker)
             self._record(Kind.resume, iteration=self.iteration, incarnation=self.incarnation, workers=present)
-            if self.status is Status.diverged and all_finite(self.params) and not self.ledger.done:
+            if self.status is Status.diverged and all_finite(self.params) and not self.assignments.done:
                 self.status = Status.running  # gradients had gone astray, not the parameters: a lower rate may save them
         self.started = True
         for worker in set(self.members) - set(present):
-            self.rule.leave(worker)
+            self.algorithm.leave(worker)
         self.members = {worker: Member() for worker in present}
         self.scheduler.start(self.members)
-        self.waiting, self.parked, self.paused = list(self.members), [], False
+        self.blocked, self.idle, self.paused = list(self.members), [], False
         return self._answer()
 
-    def go_on_as(self, life: int) -> None:
+    def resume_as(self, life: int) -> None:
         """Be the life of that number (from 0) of a server that has died: `start` begins an incarnation that none before had."""
         self.incarnation = max(self.incarnation, life - 1)
         self.started = True
 
     def join(self, worker: int) -> list[Reply]:
-        """A worker comes; K counts it from now on, so buckets opened from now on are larger.
+        """A worker comes; K counts it from now on, so buckets attach from now on are larger.
 
         Raises:
             ValueError: it is a member already, or its number is negative or none.
@@ -93,7 +93,7 @@ class ParameterServer(ServerState):
         if worker < 0:
             raise ValueError(f"join: got worker {worker}, expected a number >= 0")
         self.members[worker] = Member()
-        self.waiting.append(worker)
+        self.blocked.append(worker)
         self.scheduler.join(worker)
         self._record(Kind.join, worker=worker, concurrency=self.concurrency)
         return self._answer()
@@ -107,11 +107,11 @@ class ParameterServer(ServerState):
         check_whole(worker, "leave: worker", ValueError)
         if worker not in self.members:
             raise ValueError(f"leave of worker {worker}: it is not a member; members are {sorted(self.members)}")
-        lost = [issue.ticket for issue in self.ledger.revoke(worker)]
+        lost = [assignment.ticket for assignment in self.assignments.revoke(worker)]
         del self.members[worker]
-        self.rule.leave(worker)
+        self.algorithm.leave(worker)
         self.scheduler.leave(worker)
-        for queue in (self.waiting, self.parked):
+        for queue in (self.blocked, self.idle):
             if worker in queue:
                 queue.remove(worker)
         self._record(Kind.leave, worker=worker, concurrency=self.concurrency, tickets=lost)
@@ -126,89 +126,91 @@ class ParameterServer(ServerState):
         scheduler still holds that reply back.
 
         Raises:
-            PushRefused: the push does not fit; nothing has changed. `NonFiniteGradient` and `Rejoin` are special cases.
+            PushRefused: the push does not fit; nothing has changed. `NonFiniteGradient` and `StaleSession` are special cases.
         """
-        return self.redeem(push, self.check(push))
+        return self.commit(push, self.validate(push))
 
-    def check(self, push: Push) -> Checked:
+    def validate(self, push: Push) -> ValidatedPush:
         """The part of `receive` that needs no lock: types, and the payload's shape, dtype, device, finiteness and norm.
 
         Returns:
-            What `redeem` applies: of the parameters' dtype, unless the rule's step reads that of the wire.
+            What `commit` applies: of the parameters' dtype, unless the algorithm's step reads that of the wire.
 
         Raises:
             PushRefused: the payload does not fit.
         """
-        rule = self.rule
-        checked = check_payload(
-            push, self.params, self.buffers.average, rule.VECTORS_PUSHED, self.norm_guard, self.pushed_dtype
+        algorithm = self.algorithm
+        validated = validate_push(
+            push, self.params, self.buffers.average, algorithm.VECTORS_PUSHED, self.norm_limit, self.pushed_dtype
         )
-        if rule.OUT_OF_PLACE or checked.grad.dtype == self.params.dtype:
-            return checked
-        return replace(checked, grad=checked.grad.to(self.params.dtype))
+        if algorithm.OUT_OF_PLACE or validated.grad.dtype == self.params.dtype:
+            return validated
+        return replace(validated, grad=validated.grad.to(self.params.dtype))
 
-    def redeem(self, push: Push, checked: Checked) -> list[Reply]:
-        """The part of `receive` that changes the server; ``checked`` is what `check` returned.
+    def commit(self, push: Push, validated: ValidatedPush) -> list[Reply]:
+        """The part of `receive` that changes the server; ``validated`` is what `validate` returned.
 
         Raises:
-            PushRefused: the push does not fit the ledger; nothing has changed.
+            PushRefused: the push does not fit the assignments; nothing has changed.
         """
-        member, issue = self._claim(push)
-        if issue is None:
+        member, assignment = self._claim(push)
+        if assignment is None:
             return self._again(push.worker)
         sent = None if member.reply is None else member.reply.params
-        if sent is None and self.rule.READS_SENT:
-            raise Rejoin(f"push of worker {push.worker}: what it was sent was lost when the server's state was loaded; rejoin")
-        if sent is not None and self.rule.READS_SENT:
+        if sent is None and self.algorithm.READS_SENT:
+            raise StaleSession(
+                f"push of worker {push.worker}: what it was sent was lost when the server's state was loaded; rejoin"
+            )
+        if sent is not None and self.algorithm.READS_SENT:
             sent = sent.to(self.params.dtype)
         member.answered, member.reply = (push.ticket, push.stamp), None
-        arrival = Arrival(
+        context = PushContext(
             worker=push.worker,
             ticket=push.ticket,
             iteration=self.iteration,
-            stamp=issue.stamp,
-            bucket=issue.bucket,
+            stamp=assignment.stamp,
+            bucket=assignment.bucket,
             newest_bucket=self.newest_bucket,
             concurrency=self.concurrency,
             lr=self.lr(self.iteration),
-            version=issue.version,
+            version=assignment.version,
             sent=sent,
         )
         if self.ended:
-            self._discard(issue, checked.grad_sum, reason="the run has ended")
-        elif not self.rule.accepts(arrival):
-            self._discard(issue, checked.grad_sum, reason="refused by the rule")
+            self._discard(assignment, validated.grad_sum, reason="the run has ended")
+        elif not self.algorithm.accepts(context):
+            self._discard(assignment, validated.grad_sum, reason="refused by the algorithm")
         else:
-            self._apply(push, issue, arrival, checked)
-        self.waiting.append(push.worker)
+            self._apply(push, assignment, context, validated)
+        self.blocked.append(push.worker)
         self.scheduler.settle(push.worker)
         return self._answer()
 
     def reject(self, push: Push) -> list[Reply]:
-        """Settle a push that `check` found not finite or too large: its ticket goes to another worker, its sender has new work.
+        """Settle a push that `validate` found not finite or too large: its ticket goes to another worker, its sender has new work.
 
         When the parameters are not finite either, or the gradient of one ticket is so from workers of two processes (or twice
         from the only one), they are at fault, not the worker, and the run ends as `diverged`.
 
         Raises:
-            PushRefused: the push does not fit the ledger; nothing has changed.
+            PushRefused: the push does not fit the assignments; nothing has changed.
         """
-        member, issue = self._claim(push)
-        if issue is None:
+        member, assignment = self._claim(push)
+        if assignment is None:
             return self._again(push.worker)
         member.answered, member.reply = (push.ticket, push.stamp), None
-        seen_before = push.ticket in self.ledger.refused_by
-        limited = self.norm_guard is not None and self.norm_guard.policy is NormPolicy.refuse
-        self._discard(issue, math.nan, reason="not finite or too large" if limited else "not finite", refused=True)
+        seen_before = push.ticket in self.assignments.refused_by
+        limited = self.norm_limit is not None and self.norm_limit.policy is NormPolicy.refuse
+        self._discard(assignment, math.nan, reason="not finite or too large" if limited else "not finite", refused=True)
         if seen_before or not all_finite(self.params):
             self._end(Status.diverged)
-        self.waiting.append(push.worker)
+        self.blocked.append(push.worker)
         self.scheduler.settle(push.worker)
         return self._answer()
 
     def finish(self) -> list[Reply]:
-        """Issue no further ticket; the run is completed once the outstanding ones are redeemed."""
-        self.ledger.close()
+        """Assignment no further ticket; the run is completed once the outstanding ones are redeemed."""
+        self.assignments.close()
         self._record(Kind.finish, iteration=self.iteration)
         self._end_if_done()
         return self._answer()
@@ -220,82 +222,82 @@ class ParameterServer(ServerState):
 
     # ---------------------------------------------------------------------------------------------------------- inside
 
-    def _claim(self, push: Push) -> tuple[Member, Issue | None]:
-        """The sender and the issue that its push answers; None for a push that is to be dropped: repeated or taken away."""
+    def _claim(self, push: Push) -> tuple[Member, Assignment | None]:
+        """The sender and the assignment that its push answers; None for a push that is to be dropped: repeated or taken away."""
         sender = f"push of worker {push.worker} for ticket {push.ticket}"
         if push.incarnation != self.incarnation:
-            raise Rejoin(
+            raise StaleSession(
                 f"{sender}: incarnation: got {push.incarnation}, expected {self.incarnation}; the server has restarted: rejoin"
             )
         if push.worker not in self.members:
-            raise Rejoin(f"{sender}: it is not a member, members are {sorted(self.members)}; join (again) to get work")
+            raise StaleSession(f"{sender}: it is not a member, members are {sorted(self.members)}; join (again) to get work")
         member = self.members[push.worker]
         try:
-            issue = self.ledger.claim(push, self.iteration)
+            assignment = self.assignments.match(push, self.iteration)
         except PushRefused:
             if member.answered != (push.ticket, push.stamp):
                 raise
-            issue = None
-        if issue is None and member.answered == (push.ticket, push.stamp):
+            assignment = None
+        if assignment is None and member.answered == (push.ticket, push.stamp):
             self._record(Kind.repeat, worker=push.worker, ticket=push.ticket, stamp=push.stamp)
-        elif issue is None:
+        elif assignment is None:
             self._record(Kind.discard, worker=push.worker, ticket=push.ticket, stamp=push.stamp, reason="taken away")
-        return member, issue
+        return member, assignment
 
     def _again(self, worker: int) -> list[Reply]:
         """The newest reply once more; nothing while it is still to come."""
         reply = self.members[worker].reply
         if reply is not None:
             return [reply]
-        if worker not in self.waiting and worker not in self.parked:
-            raise Rejoin(f"push of worker {worker}: its newest reply was lost when the server's state was loaded; rejoin")
+        if worker not in self.blocked and worker not in self.idle:
+            raise StaleSession(f"push of worker {worker}: its newest reply was lost when the server's state was loaded; rejoin")
         return []
 
-    def _apply(self, push: Push, issue: Issue, arrival: Arrival, checked: Checked) -> None:
-        lr = self.rule.learning_rate(arrival)
+    def _apply(self, push: Push, assignment: Assignment, context: PushContext, validated: ValidatedPush) -> None:
+        lr = self.algorithm.learning_rate(context)
         began = self.timer()
-        self.rule.step(checked.grad, lr, arrival)
+        self.algorithm.step(validated.grad, lr, context)
         self.step_seconds += self.timer() - began
         self.buffers.update(push.buffers)
-        self.ledger.redeem(issue)
+        self.assignments.commit(assignment)
         self.iteration += 1
         self.buckets.advance(self.concurrency)
         self.forget_snapshots()
         self._record(
             Kind.apply,
-            iteration=arrival.iteration,
+            iteration=context.iteration,
             worker=push.worker,
             ticket=push.ticket,
-            stamp=issue.stamp,
-            bucket=issue.bucket,
-            delay=arrival.delay,
+            stamp=assignment.stamp,
+            bucket=assignment.bucket,
+            delay=context.delay,
             eta=lr,
             loss=push.loss,
             samples=push.samples,
-            grad_sum=checked.grad_sum.hex(),
-            **({} if checked.clipped_norm is None else {"clipped_norm": checked.clipped_norm.hex()}),
+            grad_sum=validated.grad_sum.hex(),
+            **({} if validated.clipped_norm is None else {"clipped_norm": validated.clipped_norm.hex()}),
         )
         # Now and then, as it costs a pass over memory, and NaN neither goes away by itself nor hides: gradients show it, too.
-        if self.iteration % LOOK_EVERY == 0 and not all_finite(self.params):
+        if self.iteration % FINITE_CHECK_INTERVAL == 0 and not all_finite(self.params):
             self._end(Status.diverged)
         self._end_if_done()
 
-    def _discard(self, issue: Issue, grad_sum: float, *, reason: str, refused: bool = False) -> None:
-        self.ledger.give_back(issue, refused=refused)
+    def _discard(self, assignment: Assignment, grad_sum: float, *, reason: str, refused: bool = False) -> None:
+        self.assignments.requeue(assignment, refused=refused)
         self._record(
             Kind.discard,
-            worker=issue.worker,
-            ticket=issue.ticket,
-            stamp=issue.stamp,
-            bucket=issue.bucket,
-            delay=self.iteration - issue.stamp,
+            worker=assignment.worker,
+            ticket=assignment.ticket,
+            stamp=assignment.stamp,
+            bucket=assignment.bucket,
+            delay=self.iteration - assignment.stamp,
             reason=reason,
             grad_sum=grad_sum.hex(),
         )
 
     def _end_if_done(self) -> None:
-        if self.ledger.done and not self.ended:
-            self.rule.flush(self.lr(self.iteration - 1))
+        if self.assignments.done and not self.ended:
+            self.algorithm.flush(self.lr(self.iteration - 1))
             self.forget_snapshots()
             self._end(Status.completed if all_finite(self.params) else Status.diverged)
 
@@ -307,18 +309,18 @@ class ParameterServer(ServerState):
     def _answer(self) -> list[Reply]:
         """Reply to all whom the scheduler lets go and for whom there is a ticket, or the word to stop."""
         enough = self._enough()
-        released = self.waiting if self.ended else self.scheduler.due(self.waiting, self.ledger.holding)
+        released = self.blocked if self.ended else self.scheduler.due(self.blocked, self.assignments.holding)
         if released:
-            self.parked.extend(released)
+            self.idle.extend(released)
             gone = set(released)
-            self.waiting = [worker for worker in self.waiting if worker not in gone]
+            self.blocked = [worker for worker in self.blocked if worker not in gone]
         replies: list[Reply] = []
-        for worker in list(self.parked):
-            if not self.ended and (self.ledger.exhausted or not enough):
+        for worker in list(self.idle):
+            if not self.ended and (self.assignments.exhausted or not enough):
                 break
             reply = self._reply(worker)
             if reply is not None:
-                self.parked.remove(worker)
+                self.idle.remove(worker)
                 self.members[worker].reply = reply
                 replies.append(reply)
         return replies
@@ -335,14 +337,16 @@ class ParameterServer(ServerState):
     def _reply(self, worker: int) -> Reply | None:
         ticket = None
         if not self.ended:
-            fresh = self.ledger.issued
-            issue = self.ledger.take(worker, self.iteration, self.buckets.current, self.rule.version, self.members)
-            if issue is None:
+            fresh = self.assignments.issued
+            assignment = self.assignments.assign(
+                worker, self.iteration, self.buckets.current, self.algorithm.version, self.members
+            )
+            if assignment is None:
                 return None
-            ticket = issue.ticket
-            self.newest_bucket = max(self.newest_bucket, issue.bucket)
+            ticket = assignment.ticket
+            self.newest_bucket = max(self.newest_bucket, assignment.bucket)
             kind = Kind.issue if ticket >= fresh else Kind.reissue
-            self._record(kind, worker=worker, ticket=ticket, stamp=issue.stamp, bucket=issue.bucket)
+            self._record(kind, worker=worker, ticket=ticket, stamp=assignment.stamp, bucket=assignment.bucket)
         lr = 0.0 if ticket is None else self.lr(self.iteration)  # a schedule need not know the iteration T
         return Reply(
             worker=worker,
@@ -350,15 +354,15 @@ class ParameterServer(ServerState):
             stamp=self.iteration,
             params=self.sent_snapshot() if ticket is None else self._params_for(worker, lr),
             lr=lr,
-            steps=self.rule.options.steps,
+            steps=self.algorithm.options.steps,
             incarnation=self.incarnation,
         )
 
     def _params_for(self, worker: int, lr: float) -> Tensor:
-        """What the rule sends this worker: the snapshot that all replies of one stamp share, unless each gets its own."""
-        dispatch = Dispatch(worker=worker, concurrency=self.concurrency, lr=lr, bucket=self.buckets.current)
+        """What the algorithm sends this worker: the snapshot that all replies of one stamp share, unless each gets its own."""
+        context = PullContext(worker=worker, concurrency=self.concurrency, lr=lr, bucket=self.buckets.current)
         began = self.timer()
-        outgoing = self.rule.outgoing(dispatch)
+        outgoing = self.algorithm.outgoing(context)
         params = self.sent_snapshot() if outgoing is self.params else self.handed_out(outgoing)
         self.step_seconds += self.timer() - began
         return params

@@ -13,13 +13,13 @@ from torch import Tensor
 from ormo_rpc.algorithms.base import Algorithm
 from ormo_rpc.messages import Reply
 from ormo_rpc.schedulers.base import Scheduler
-from ormo_rpc.server.assignments import Ledger
+from ormo_rpc.server.assignments import Assignments
 from ormo_rpc.server.buckets import Buckets
 from ormo_rpc.server.buffers import RunningBuffers
 from ormo_rpc.server.events import Event
-from ormo_rpc.server.validation import NormGuard
+from ormo_rpc.server.validation import NormLimit
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 """The format of `ServerState.state_dict`; another one is refused."""
 
 
@@ -48,14 +48,14 @@ class ServerState:
 
     def __init__(
         self,
-        rule: Algorithm,
+        algorithm: Algorithm,
         scheduler: Scheduler,
         *,
         num_workers: int,
         lr: Callable[[int], float],
         total_tickets: int | None = None,
         min_workers: int = 1,
-        norm_guard: NormGuard | None = None,
+        norm_limit: NormLimit | None = None,
         buffers: RunningBuffers | None = None,
         record: Callable[[Event], None] = lambda _: None,
         clock: Callable[[], float] = lambda: 0.0,
@@ -64,18 +64,18 @@ class ServerState:
         pushed_dtype: torch.dtype | None = None,
         process_of: Callable[[int], int] = lambda worker: worker,
     ) -> None:
-        self.rule = rule
+        self.algorithm = algorithm
         self.scheduler = scheduler
         self.num_workers = num_workers
         self.min_workers = min_workers
-        self.norm_guard = norm_guard
+        self.norm_limit = norm_limit
         self.lr = lr
         self.buffers = buffers or RunningBuffers({}, {})
         self.record = record
         self.clock = clock
         self.timer = timer
         self.step_seconds = 0.0
-        """How long the rule's steps and the vectors for the replies took, by the timer; no part of the state."""
+        """How long the algorithm's steps and the vectors for the replies took, by the timer; no part of the state."""
         self.sent_dtype = sent_dtype
         self.pushed_dtype = pushed_dtype
 
@@ -84,11 +84,11 @@ class ServerState:
         self.incarnation = 0
         self.buckets = Buckets()
         self.newest_bucket = 0
-        self.ledger = Ledger(total_tickets, process_of)
+        self.assignments = Assignments(total_tickets, process_of)
         self.members: dict[int, Member] = {}
-        self.waiting: list[int] = []
+        self.blocked: list[int] = []
         """Workers whose answer the scheduler holds back, in the order of asking."""
-        self.parked: list[int] = []
+        self.idle: list[int] = []
         """Workers to be answered as soon as there is a ticket for them, or the run ends."""
         self.paused = False
         """There are fewer than ``min_workers``, and were enough before."""
@@ -103,7 +103,7 @@ class ServerState:
     @property
     def params(self) -> Tensor:
         """``w``, shape (D,), as it stands: to be read only, and at once, as the next gradient may change or replace it."""
-        return self.rule.params
+        return self.algorithm.params
 
     @property
     def concurrency(self) -> int:
@@ -118,10 +118,10 @@ class ServerState:
     def snapshot(self) -> Tensor:
         """``w`` as it stands, shape (D,), in a vector that never changes; one serves all who ask at the same iteration.
 
-        It is a copy, unless the rule replaces its parameters anyway.
+        It is a copy, unless the algorithm replaces its parameters anyway.
         """
         if self.newest_snapshot is None:
-            self.newest_snapshot = self.params if self.rule.OUT_OF_PLACE else self.rule.blank().copy_(self.params)
+            self.newest_snapshot = self.params if self.algorithm.OUT_OF_PLACE else self.algorithm.empty().copy_(self.params)
         return self.newest_snapshot
 
     def sent_snapshot(self) -> Tensor:
@@ -134,17 +134,17 @@ class ServerState:
 
     def handed_out(self, vectors: Tensor) -> Tensor:
         """A copy that never changes, of ``sent_dtype`` where there is one."""
-        return self.rule.kernel.copy(vectors, self.sent_dtype)
+        return self.algorithm.kernel.copy(vectors, self.sent_dtype)
 
     def reserve(self, snapshots: int) -> None:
         """Before the start: make memory for so many snapshots at a time, the first one among them.
 
         A large vector takes tens of milliseconds to make, for which a step would hold the lock.
         """
-        rule = self.rule
-        rule.kernel.reserve(rule.params, snapshots)
-        if rule.OUT_OF_PLACE:
-            rule.params = rule.blank().copy_(rule.params)
+        algorithm = self.algorithm
+        algorithm.kernel.reserve(algorithm.params, snapshots)
+        if algorithm.OUT_OF_PLACE:
+            algorithm.params = algorithm.empty().copy_(algorithm.params)
 
     def forget_snapshots(self) -> None:
         """The parameters have changed."""
@@ -153,8 +153,8 @@ class ServerState:
     def state_dict(self, *, replies: bool = False) -> dict[str, Any]:
         """Everything that the future of the run depends on, as a private copy that `torch.load` reads with weights_only.
 
-        Without the replies, call `ParameterServer.start` after `load_state_dict` to issue outstanding tickets anew, or go on
-        with pushes for them, which a rule that reads what was sent (`Algorithm.READS_SENT`) refuses.
+        Without the replies, call `ParameterServer.start` after `load_state_dict` to assignment outstanding tickets anew, or go on
+        with pushes for them, which an algorithm that reads what was sent (`Algorithm.READS_SENT`) refuses.
 
         Args:
             replies: Whether the newest reply of each worker is in it, with its parameters; one that is loaded with them goes on
@@ -165,21 +165,21 @@ class ServerState:
             "replies": [{field.name: getattr(reply, field.name) for field in fields(reply)} for reply in kept],
             "paused": self.paused,
             "version": STATE_VERSION,
-            "algorithm": self.rule.NAME,
+            "algorithm": self.algorithm.NAME,
             "scheduler": self.scheduler.NAME,
             "params": self.snapshot(),
-            "rule": {k: v.clone() if isinstance(v, Tensor) else v for k, v in self.rule.state().items()},
-            "buffers": self.buffers.state(),
+            "algorithm_state": {k: v.clone() if isinstance(v, Tensor) else v for k, v in self.algorithm.state_dict().items()},
+            "buffers": self.buffers.state_dict(),
             "status": self.status.value,
             "iteration": self.iteration,
             "incarnation": self.incarnation,
             "buckets": (self.buckets.current, self.buckets.room),
             "newest_bucket": self.newest_bucket,
-            "ledger": self.ledger.state(),
+            "assignments": self.assignments.state_dict(),
             "members": {worker: member.answered for worker, member in self.members.items()},
-            "waiting": list(self.waiting),
-            "parked": list(self.parked),
-            "clocks": self.scheduler.state(),
+            "blocked": list(self.blocked),
+            "idle": list(self.idle),
+            "scheduler_state": self.scheduler.state_dict(),
         }
 
     @torch.no_grad()  # whoever made the state, later steps must not hang on its graph
@@ -187,49 +187,51 @@ class ServerState:
         """Take over what `state_dict` returned; the number of tickets stays the one that this server was built with.
 
         Raises:
-            ValueError: it has more applied gradients than this server is to apply, or is of another format, rule, scheduler,
+            ValueError: it has more applied gradients than this server is to apply, or is of another format, algorithm, scheduler,
                 dtype, shape or set of buffers; nothing is changed then.
         """
         mine = {
             "version": STATE_VERSION,
-            "algorithm": self.rule.NAME,
+            "algorithm": self.algorithm.NAME,
             "scheduler": self.scheduler.NAME,
             "params": _layout({"params": self.params}),
-            "buffers": _layout(self.buffers.state()),
-            "rule": _layout(self.rule.state()),
+            "buffers": _layout(self.buffers.state_dict()),
+            "algorithm_state": _layout(self.algorithm.state_dict()),
         }
         theirs = {
             **{key: state.get(key) for key in ("version", "algorithm", "scheduler")},
             "params": _layout({"params": state.get("params")}),
             "buffers": _layout(state.get("buffers", {})),
-            "rule": _layout(state.get("rule", {})),
+            "algorithm_state": _layout(state.get("algorithm_state", {})),
         }
         for key, expected in mine.items():
             if theirs[key] != expected:
                 raise ValueError(
                     f"state of a server: {key}: got {theirs[key]}, expected {expected}; build this server as that one was"
                 )
-        if self.ledger.total is not None and state["iteration"] > self.ledger.total:
-            raise ValueError(f"state of a server: iteration: got {state['iteration']}, expected at most {self.ledger.total}")
-        self.rule.params = self.rule.blank().copy_(state["params"])  # others may still read the former ones
-        self.rule.load_state(state["rule"])
-        self.buffers.load_state(state["buffers"])
+        if self.assignments.total is not None and state["iteration"] > self.assignments.total:
+            raise ValueError(
+                f"state of a server: iteration: got {state['iteration']}, expected at most {self.assignments.total}"
+            )
+        self.algorithm.params = self.algorithm.empty().copy_(state["params"])  # others may still read the former ones
+        self.algorithm.load_state_dict(state["algorithm_state"])
+        self.buffers.load_state_dict(state["buffers"])
         self.iteration = state["iteration"]
         self.incarnation = state["incarnation"]
         self.buckets = Buckets(*state["buckets"])
         self.newest_bucket = state["newest_bucket"]
-        total = self.ledger.total
-        self.ledger = Ledger.from_state(state["ledger"], self.ledger.process_of)
-        self.ledger.total = total
+        total = self.assignments.total
+        self.assignments = Assignments.from_state(state["assignments"], self.assignments.process_of)
+        self.assignments.total = total
         diverged = state["status"] == Status.diverged.value
-        self.status = Status.diverged if diverged else Status.completed if self.ledger.done else Status.running
+        self.status = Status.diverged if diverged else Status.completed if self.assignments.done else Status.running
         self.members = {worker: Member(answered) for worker, answered in state["members"].items()}
-        self.waiting = list(state["waiting"])
-        self.parked = list(state["parked"])
+        self.blocked = list(state["blocked"])
+        self.idle = list(state["idle"])
         for values in state["replies"]:
             self.members[values["worker"]].reply = Reply(**values)
         self.paused = state["paused"]
-        self.scheduler.load_state(state["clocks"])
+        self.scheduler.load_state_dict(state["scheduler_state"])
         self.started = True
         self.forget_snapshots()
 

@@ -29,8 +29,8 @@ class NormPolicy(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class NormGuard:
-    """A limit to the global norm of what is pushed, for most rules a gradient with its weight decay.
+class NormLimit:
+    """A limit to the global norm of what is pushed, for most algorithms a gradient with its weight decay.
 
     Attributes:
         limit: The largest norm that is applied as it comes.
@@ -42,7 +42,7 @@ class NormGuard:
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
+class ValidatedPush:
     """What a check leaves for the step.
 
     Attributes:
@@ -56,21 +56,21 @@ class Checked:
     clipped_norm: float | None = None
 
 
-def check_payload(
+def validate_push(
     push: Push,
     params: Tensor,
     buffers: Mapping[str, Tensor],
     vectors: int = 1,
-    guard: NormGuard | None = None,
+    guard: NormLimit | None = None,
     dtype: torch.dtype | None = None,
-) -> Checked:
+) -> ValidatedPush:
     """Refuse a push that cannot be applied, whoever holds its ticket.
 
     Args:
         push: What came.
         params: The server's parameters, shape (D,); only shape, dtype and device are looked at.
         buffers: The server's buffers by name, likewise.
-        vectors: How many vectors of D the rule takes in a push.
+        vectors: How many vectors of D the algorithm takes in a push.
         guard: The limit to its norm.
         dtype: That of the gradient on the wire; by default the parameters'.
 
@@ -93,7 +93,7 @@ def check_payload(
         raise NonFiniteGradient(f"{sender}: loss: got {push.loss}, expected a finite number; the learning rate may be too high")
     if push.samples < 1:
         raise PushRefused(f"{sender}: samples: got {push.samples}, expected at least 1")
-    checked = Checked(push.grad.detach(), grad_sum)
+    checked = ValidatedPush(push.grad.detach(), grad_sum)
     return checked if guard is None else _guarded(checked, guard, params.dtype, f"{sender}: gradient")
 
 
@@ -187,7 +187,7 @@ def _check_finite(values: Tensor, what: str) -> float:
     return total if values.element_size() > 2 else float(values.double().sum().item())
 
 
-def _guarded(checked: Checked, guard: NormGuard, dtype: torch.dtype, what: str) -> Checked:
+def _guarded(checked: ValidatedPush, guard: NormLimit, dtype: torch.dtype, what: str) -> ValidatedPush:
     """Look at the norm, to which there is a limit; one that overflows is found through the vector over its largest value.
 
     What is scaled down is of the parameters' ``dtype``, so that it is not rounded once more.
@@ -203,7 +203,7 @@ def _guarded(checked: Checked, guard: NormGuard, dtype: torch.dtype, what: str) 
         raise GradientTooLarge(
             f"{what}: got the norm {norm:g}, expected at most train.grad_norm_limit={guard.limit:g}; lower the learning rate"
         )
-    return Checked(unit.mul_(guard.limit / unit_norm), checked.grad_sum, norm)
+    return ValidatedPush(unit.mul_(guard.limit / unit_norm), checked.grad_sum, norm)
 
 
 def _plain(value: object) -> str:

@@ -191,7 +191,7 @@ def _do(server: ParameterServer, call: Mapping[str, Any], payload: memoryview) -
     kind = call["do"]
     if kind == "start":
         if call["incarnation"] > 0:  # lives that ended before they began have no record, but count
-            server.go_on_as(call["incarnation"])
+            server.resume_as(call["incarnation"])
         server.start(call["workers"])
     elif kind == "join":
         server.join(call["worker"])

@@ -56,15 +56,15 @@ class RunDirectory:
         """Write the first line of the trace: the format, and what the bits of the run depend on."""
         self._write(self._trace, {"event": "header", "version": TRACE_VERSION, **environment(), **more})
 
-    def write_losses(self, losses: Sequence[Mapping[str, Any]]) -> None:
-        """Add lines to ``losses.jsonl``: the workers that were lost."""
-        with (self.path / "losses.jsonl").open("a", encoding="utf-8") as file:
+    def write_evictions(self, losses: Sequence[Mapping[str, Any]]) -> None:
+        """Add lines to ``evictions.jsonl``: the workers that were lost."""
+        with (self.path / "evictions.jsonl").open("a", encoding="utf-8") as file:
             for loss in losses:
                 self._write(file, loss)
 
-    def read_losses(self) -> list[dict[str, Any]]:
+    def read_evictions(self) -> list[dict[str, Any]]:
         """All workers that were lost so far, in any life of the server."""
-        file = self.path / "losses.jsonl"
+        file = self.path / "evictions.jsonl"
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
     def write_event(self, event: Event) -> None:

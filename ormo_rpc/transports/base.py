@@ -9,7 +9,7 @@ from torch import Tensor
 from ormo_rpc.messages import Push, Reply
 
 
-class Calls(Protocol):
+class ServerClient(Protocol):
     """Everything that a worker asks for."""
 
     def hello(self) -> Reply:

@@ -13,10 +13,10 @@ SCALE = 1e-6
 """The standard deviation of what is pushed: so small that the parameters stay finite over any number of updates."""
 
 
-class StandInWorker(Worker):
+class DummyWorker(Worker):
     """Answers every ticket with the same vector, which is drawn once, in no time: no pass over it, no batch, no loss.
 
-    The arguments are those of `Worker`; what concerns the gradient is not read. Whatever the rule expects, one vector or
+    The arguments are those of `Worker`; what concerns the gradient is not read. Whatever the algorithm expects, one vector or
     several, a gradient or a difference of parameters, it gets small numbers, those of the seed and so those of every worker.
     """
 

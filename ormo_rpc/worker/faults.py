@@ -78,7 +78,7 @@ def are_faults(words: Sequence[str]) -> bool:
     return True
 
 
-class Injector:
+class FaultInjector:
     """Lets the faults of one process happen.
 
     Args:

@@ -15,7 +15,7 @@ class WorkerOptions(Section):
     """What a worker does with a ticket."""
 
     PATH = "worker"
-    stand_in: bool = option(
+    dummy: bool = option(
         False, "push the same small numbers for every ticket and compute nothing: measures server and wire alone"
     )
     prefetch: int = option(

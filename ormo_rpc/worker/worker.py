@@ -30,9 +30,9 @@ class Worker:
         model: The model, for this worker alone.
         data: The training split.
         epochs: Which samples make up which ticket.
-        rule: The server's rule, which says what becomes of the gradients before they are pushed.
+        algorithm: The server's algorithm, which says what becomes of the gradients before they are pushed.
         seed: The seed of the run.
-        momentum: ``beta``, for rules with local steps.
+        momentum: ``beta``, for algorithms with local steps.
         weight_decay: ``lambda``; a gradient gets ``+ lambda w`` at the parameters where it is taken, after clipping.
         clip_norm: The global norm to which the gradient of the loss is clipped first; None for no clipping.
         wire_format: What becomes of the push on the wire; exact by default.
@@ -44,7 +44,7 @@ class Worker:
         model: FlatModel,
         data: Split,
         epochs: Epochs,
-        rule: type[Algorithm],
+        algorithm: type[Algorithm],
         *,
         seed: int,
         momentum: float = 0.0,
@@ -56,13 +56,13 @@ class Worker:
         self.model = model
         self.data = data
         self.epochs = epochs
-        self.rule = rule
+        self.algorithm = algorithm
         self.seed = seed
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.clip_norm = clip_norm
         model.module.train()
-        exact = PushFormat(params=model.params, buffers=model.buffers, dtype=model.dtype, vectors=rule.VECTORS_PUSHED)
+        exact = PushFormat(params=model.params, buffers=model.buffers, dtype=model.dtype, vectors=algorithm.VECTORS_PUSHED)
         self._encoder = Encoder(wire_format or exact, allocate)
         self.wire, self.payload = self._encoder.wire, self._encoder.payload
         self.push, self.statistics = self._encoder.push, self._encoder.statistics
@@ -97,7 +97,7 @@ class Worker:
             steps=len(batches),
             gradient=gradient,
         )
-        self.rule.local(work, self.push)
+        self.algorithm.local(work, self.push)
         return Push(
             worker=reply.worker,
             ticket=reply.ticket,
@@ -122,13 +122,13 @@ class Worker:
         """A worker (None: whichever this is) joins anew: what the wire had dropped of its pushes is gone."""
         self._encoder.forget(worker)
 
-    def state(self) -> dict[int, dict[str, Any]]:
+    def state_dict(self) -> dict[int, dict[str, Any]]:
         """What is kept of each worker, a private copy; empty where nothing is compressed or fed back."""
-        return self._encoder.state()
+        return self._encoder.state_dict()
 
-    def load_state(self, state: Mapping[int, Mapping[str, Any]]) -> None:
-        """Take over what `state` returned."""
-        self._encoder.load_state(state)
+    def load_state_dict(self, state: Mapping[int, Mapping[str, Any]]) -> None:
+        """Take over what `state_dict` returned."""
+        self._encoder.load_state_dict(state)
 
     def _cast(self, sent: Tensor) -> Tensor:
         """What was sent, in the model's dtype."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ormo_rpc import ConfigError, Push, algorithms, build_server, train
-from ormo_rpc.algorithms.base import Arrival
+from ormo_rpc.algorithms.base import PushContext
 from ormo_rpc.algorithms.dc_asgd import DCASGD
 from ormo_rpc.config.schema import parse_config
 from ormo_rpc.kernels.compiled import fastest_kernel
@@ -59,11 +59,11 @@ def test_a_simulated_run_is_replayed_to_the_bit(name: str, tmp_path: Path) -> No
     assert (exact["wire"], recorded["wire"]) == ("exact", parse_config(config).wire_form)
 
 
-@pytest.mark.parametrize("rule", algorithms.NAMES)
-def test_every_rule_runs_over_a_lossy_wire_both_ways(rule: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("algorithm", algorithms.NAMES)
+def test_every_algorithm_runs_over_a_lossy_wire_both_ways(algorithm: str, tmp_path: Path) -> None:
     config = changed(
         BASE,
-        algorithm={"name": rule},
+        algorithm={"name": algorithm},
         train={"max_iterations": 30, "lr": 0.001},
         compression={"name": "powersgd", "rank": 1},
         wire={"dtype": "bf16", "params": "bf16"},
@@ -107,9 +107,9 @@ def test_a_worker_that_joins_anew_begins_with_nothing_left_over(tmp_path: Path) 
     forget = Worker.forget
 
     def noted(self: Worker, worker: int | None = None) -> None:
-        calls.append(("kept" if worker in self.state() else "empty", worker))
+        calls.append(("kept" if worker in self.state_dict() else "empty", worker))
         forget(self, worker)
-        assert worker not in self.state()
+        assert worker not in self.state_dict()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Worker, "forget", noted)
@@ -124,7 +124,7 @@ def test_a_worker_that_joins_anew_begins_with_nothing_left_over(tmp_path: Path) 
     assert replayed(tmp_path / "again", tmp_path / "run")["identical"] is True
 
 
-def test_pushes_that_the_rule_discards_are_encoded_all_the_same(tmp_path: Path) -> None:
+def test_pushes_that_the_algorithm_discards_are_encoded_all_the_same(tmp_path: Path) -> None:
     config = changed(
         BASE,
         algorithm={"name": "ringmaster", "delay_threshold": 3},
@@ -177,10 +177,10 @@ def test_a_smaller_push_takes_a_link_less_time(tmp_path: Path) -> None:
 # -- one job, both sides -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ["ormo", "orlomo"])
+@pytest.mark.parametrize("algorithm", ["ormo", "orlomo"])
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_server_of_a_job_reads_what_its_worker_sends(name: str, rule: str) -> None:
-    job = Job(parse_config(changed(BASE, algorithm={"name": rule}, **FORMATS[name])))
+def test_the_server_of_a_job_reads_what_its_worker_sends(name: str, algorithm: str) -> None:
+    job = Job(parse_config(changed(BASE, algorithm={"name": algorithm}, **FORMATS[name])))
     places: list[Tensor] = []
 
     def allocate(size: int) -> Tensor:
@@ -209,22 +209,22 @@ def start(dimension: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(dimension, generator=torch.Generator().manual_seed(8), dtype=dtype)
 
 
-@pytest.mark.parametrize("rule", ["ormo", "pnm"])  # one that replaces its parameters, and one that writes to them
-def test_what_is_handed_out_is_rounded_and_what_is_kept_is_not(rule: str) -> None:
+@pytest.mark.parametrize("algorithm", ["ormo", "pnm"])  # one that replaces its parameters, and one that writes to them
+def test_what_is_handed_out_is_rounded_and_what_is_kept_is_not(algorithm: str) -> None:
     dimension = WORTH_POOLING // 2 + 3  # long enough for a pool of bf16
     blanks: list[int] = []
     kernel = fastest_kernel(dimension)
-    blank = kernel.blank
+    empty = kernel.empty
 
     def counted(like: Tensor) -> Tensor:
-        vector = blank(like)
+        vector = empty(like)
         if vector.dtype == torch.bfloat16:
             blanks.append(vector.data_ptr())
         return vector
 
-    kernel.blank = counted
+    kernel.empty = counted
     server = build_server(
-        algorithm=rule, params=start(dimension), num_workers=3, lr=0.1, sent_dtype=torch.bfloat16, kernel=kernel
+        algorithm=algorithm, params=start(dimension), num_workers=3, lr=0.1, sent_dtype=torch.bfloat16, kernel=kernel
     )
     replies = server.start()
     assert all(reply.params is replies[0].params for reply in replies)  # one serves all of a stamp
@@ -260,14 +260,14 @@ def test_further_vectors_are_rounded_too() -> None:
     assert reply.params[7:].any()
 
 
-def test_a_rule_sees_what_its_worker_saw(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_algorithm_sees_what_its_worker_saw(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
     step: Callable[..., None] = DCASGD.step
 
-    def noted(self: DCASGD, grad: Tensor, lr: float, arrival: Arrival) -> None:
-        assert arrival.sent is not None
-        seen.append(arrival.sent.clone())
-        step(self, grad, lr, arrival)
+    def noted(self: DCASGD, grad: Tensor, lr: float, context: PushContext) -> None:
+        assert context.sent is not None
+        seen.append(context.sent.clone())
+        step(self, grad, lr, context)
 
     monkeypatch.setattr(DCASGD, "step", noted)
     server = build_server(algorithm="dc_asgd", params=start(5, torch.float64), num_workers=2, sent_dtype=torch.bfloat16)

@@ -45,7 +45,10 @@ def changed(base: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 PAIRS = [
-    (rule, scheduler) for rule in algorithms.NAMES for scheduler in SCHEDULERS if scheduler not in algorithms.find(rule).REFUSES
+    (algorithm, scheduler)
+    for algorithm in algorithms.NAMES
+    for scheduler in SCHEDULERS
+    if scheduler not in algorithms.find(algorithm).REFUSES
 ]
 EVERY = {"every": 7, "keep": 100}
 OF_THIS_MACHINE = {"wall_seconds", "step_seconds", "checkpoint", "updates_per_second"}
@@ -72,9 +75,9 @@ def check_going_on(run_dir: Path, whole: dict[str, Any], config: dict[str, Any],
     return at
 
 
-@pytest.mark.parametrize(("rule", "scheduler"), PAIRS)
-def test_an_interrupted_simulation_ends_as_if_nothing_had_been(rule: str, scheduler: str, tmp_path: Path) -> None:
-    config = changed(QUADRATIC, algorithm={"name": rule}, scheduler={"name": scheduler}, checkpoint=EVERY)
+@pytest.mark.parametrize(("algorithm", "scheduler"), PAIRS)
+def test_an_interrupted_simulation_ends_as_if_nothing_had_been(algorithm: str, scheduler: str, tmp_path: Path) -> None:
+    config = changed(QUADRATIC, algorithm={"name": algorithm}, scheduler={"name": scheduler}, checkpoint=EVERY)
     whole = train(config, run_dir=tmp_path / "whole")
     *sources, last = complete(tmp_path / "whole")
     assert checkpoint.iteration_of(last) == whole["iterations"]
@@ -405,7 +408,7 @@ def test_pausing_is_told_once_and_undone_by_whoever_comes() -> None:
     events: list[Any] = []
     server = Job(config).server(events.append, lambda: 0.0)
     assert len(server.start()) == 3
-    assert server.leave(0) != [] or server.ledger.returned
+    assert server.leave(0) != [] or server.assignments.returned
     server.leave(1)
     assert server.join(5) != []
     kinds = [event.kind for event in events if event.kind in (Kind.pause, Kind.proceed)]

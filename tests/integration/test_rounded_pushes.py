@@ -1,4 +1,4 @@
-"""Pushes of 16 bits: to every rule they are what the same numbers in the dtype of the parameters are, to the bit."""
+"""Pushes of 16 bits: to every algorithm they are what the same numbers in the dtype of the parameters are, to the bit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ormo_rpc.errors import GradientTooLarge, NonFiniteGradient
 from ormo_rpc.kernels.compiled import fastest_kernel
 from ormo_rpc.messages import Reply
 from ormo_rpc.server.events import Event, Kind
-from ormo_rpc.server.validation import ROW, NormGuard, NormPolicy
+from ormo_rpc.server.validation import ROW, NormLimit, NormPolicy
 from ormo_rpc.storage.journal import Journal
 from ormo_rpc.storage.journal import replay as hear_again
 
@@ -24,11 +24,11 @@ ORDER = [0, 1, 1, 2, 0, 1, 1, 2, 0, 2]
 
 
 def server(
-    rule: str, pushed: torch.dtype | None, *, length: int = 70_001, events: list[Event] | None = None, **more: object
+    algorithm: str, pushed: torch.dtype | None, *, length: int = 70_001, events: list[Event] | None = None, **more: object
 ) -> ParameterServer:
     """A server with compiled steps, where there are any."""
     return build_server(
-        algorithm=rule,
+        algorithm=algorithm,
         params=torch.ones(length),
         num_workers=3,
         lr=lambda t: 0.1 / (t + 1),
@@ -39,8 +39,8 @@ def server(
     )
 
 
-def gradients(rule: str, length: int, dtype: torch.dtype) -> list[Tensor]:
-    size = length * algorithms.find(rule).VECTORS_PUSHED
+def gradients(algorithm: str, length: int, dtype: torch.dtype) -> list[Tensor]:
+    size = length * algorithms.find(algorithm).VECTORS_PUSHED
     generator = torch.Generator().manual_seed(3)
     return [torch.randn(size, generator=generator).to(dtype) for _ in ORDER]
 
@@ -51,13 +51,13 @@ def pushed(reply: Reply, grad: Tensor) -> Push:
 
 
 @pytest.mark.parametrize("dtype", ROUNDED)
-@pytest.mark.parametrize("rule", algorithms.NAMES)
-def test_a_rounded_push_is_the_same_numbers_to_every_rule(rule: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("algorithm", algorithms.NAMES)
+def test_a_rounded_push_is_the_same_numbers_to_every_algorithm(algorithm: str, dtype: torch.dtype) -> None:
     length = 70_001  # long enough for compiled steps, with a rest
     events: list[Event] = []
-    rounded, exact = server(rule, dtype, events=events), server(rule, None)
+    rounded, exact = server(algorithm, dtype, events=events), server(algorithm, None)
     held = [{reply.worker: reply for reply in each.start()} for each in (rounded, exact)]
-    grads = gradients(rule, length, dtype)
+    grads = gradients(algorithm, length, dtype)
     for worker, grad in zip(ORDER, grads, strict=True):
         before = grad.clone()
         for each, replies, what in ((rounded, held[0], grad), (exact, held[1], grad.float())):
@@ -65,8 +65,8 @@ def test_a_rounded_push_is_the_same_numbers_to_every_rule(rule: str, dtype: torc
         assert torch.equal(grad, before)
         assert torch.equal(rounded.params, exact.params)
     assert rounded.params.dtype == torch.float32
-    for name, value in rounded.rule.state().items():
-        other = exact.rule.state()[name]
+    for name, value in rounded.algorithm.state_dict().items():
+        other = exact.algorithm.state_dict()[name]
         assert torch.equal(value, other) if isinstance(value, Tensor) and isinstance(other, Tensor) else value == other
     # The evidence in the trace: the sums of rows have 8 or 11 bits each.
     for event, grad in zip([each for each in events if "grad_sum" in each.data], grads, strict=True):
@@ -94,11 +94,11 @@ def test_the_sum_in_the_trace_is_a_number_where_that_of_a_row_is_beyond_float16(
     grad = torch.full((3 * ROW,), value, dtype=torch.float16)
     grad[ROW : 2 * ROW] = -value
     one = server("asgd", torch.float16, length=grad.numel())
-    checked = one.check(pushed(one.start()[0], grad))
+    checked = one.validate(pushed(one.start()[0], grad))
     assert checked.grad_sum == value * ROW
     changed = grad.clone()
     changed[5] /= 2
-    assert one.check(pushed(one.start()[0], changed)).grad_sum != checked.grad_sum
+    assert one.validate(pushed(one.start()[0], changed)).grad_sum != checked.grad_sum
 
 
 @pytest.mark.parametrize("length", [1, 3, ROW, ROW + 1])
@@ -109,22 +109,22 @@ def test_what_is_not_finite_is_found_wherever_it_is(length: int) -> None:
         grad = torch.zeros(length, dtype=torch.bfloat16)
         grad[place] = math.inf
         with pytest.raises(NonFiniteGradient, match=rf"got 1 of {length} values NaN or infinite"):
-            one.check(pushed(reply, grad))
+            one.validate(pushed(reply, grad))
     large = torch.full((length,), torch.finfo(torch.bfloat16).max, dtype=torch.bfloat16)
-    assert one.check(pushed(reply, large)).grad is not None  # their sum is beyond the range, they are not
+    assert one.validate(pushed(reply, large)).grad is not None  # their sum is beyond the range, they are not
 
 
 def test_a_limit_to_the_norm_holds_for_rounded_pushes() -> None:
     grad = torch.tensor([3.0, 4.0]).bfloat16()
     for policy in NormPolicy:
-        guard = NormGuard(1.0, policy)
+        guard = NormLimit(1.0, policy)
         one = build_server(
-            algorithm="asgd", params=torch.zeros(2), lr=1.0, norm_guard=guard, pushed_dtype=torch.bfloat16, num_workers=1
+            algorithm="asgd", params=torch.zeros(2), lr=1.0, norm_limit=guard, pushed_dtype=torch.bfloat16, num_workers=1
         )
         (reply,) = one.start()
         if policy is NormPolicy.refuse:
             with pytest.raises(GradientTooLarge, match=r"got the norm 5"):
-                one.check(pushed(reply, grad))
+                one.validate(pushed(reply, grad))
         else:
             one.receive(pushed(reply, grad))
             torch.testing.assert_close(one.params, torch.tensor([-0.6, -0.8]))

@@ -120,7 +120,7 @@ def test_two_runs_of_a_seed_are_identical_and_another_seed_differs(tmp_path: Pat
 
 
 @pytest.mark.parametrize("algorithm", algorithms.NAMES)
-def test_every_rule_is_simulated_and_replayed_to_the_bit(algorithm: str, tmp_path: Path) -> None:
+def test_every_algorithm_is_simulated_and_replayed_to_the_bit(algorithm: str, tmp_path: Path) -> None:
     options = ("model.dropout=0.3", "heterogeneity=one_slow", "train.weight_decay=0.01", "train.lr=0.01")
     recorded = train([*DIGITS, f"algorithm={algorithm}", *options], run_dir=tmp_path / "run")
     assert (recorded["status"], recorded["iterations"], recorded["algorithm"]) == ("completed", 60, algorithm)

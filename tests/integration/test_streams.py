@@ -1,4 +1,4 @@
-"""Streams over loopback, by shared memory and by TCP: what the service says in process, to the bit."""
+"""StreamServer over loopback, by shared memory and by TCP: what the service says in process, to the bit."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 from ormo_rpc import algorithms
 from ormo_rpc.compression.wire_options import Transport, WireDtype
 from tests.support.processes import PATIENCE_SECONDS
-from tests.support.stream_peers import BOTH, FACTS, LARGE, SHARED, SMALL, TCP, WORKERS, mapping, opened
+from tests.support.stream_peers import BOTH, FACTS, LARGE, SHARED, SMALL, TCP, WORKERS, attach, mapping
 
 
 @pytest.mark.parametrize("transport", BOTH)
-@pytest.mark.parametrize("rule", algorithms.NAMES)
-def test_every_rule_says_by_a_stream_what_it_says_in_process(rule: str, transport: Transport) -> None:
-    with opened(algorithm=rule) as house:
+@pytest.mark.parametrize("algorithm", algorithms.NAMES)
+def test_every_algorithm_says_by_a_stream_what_it_says_in_process(algorithm: str, transport: Transport) -> None:
+    with attach(algorithm=algorithm) as house:
         house.enter(*[transport] * WORKERS)
-        house.go_on(24, random.Random(rule))
+        house.go_on(24, random.Random(algorithm))
         assert house.pushed == 24
         house.check_same_state()
         came, _ = next(iter(house.held.values()))
@@ -39,7 +39,7 @@ def test_every_rule_says_by_a_stream_what_it_says_in_process(rule: str, transpor
 def test_a_barrier_holds_answers_back_and_gives_them_all_at_once(
     scheduler: str, options: dict[str, Any], transports: tuple[Transport, ...]
 ) -> None:
-    with opened(scheduler=scheduler, **options) as house:
+    with attach(scheduler=scheduler, **options) as house:
         house.enter(*transports)
         house.go_on(30, random.Random(scheduler))
         assert house.pushed == 30
@@ -49,7 +49,7 @@ def test_a_barrier_holds_answers_back_and_gives_them_all_at_once(
 
 @pytest.mark.parametrize("transport", BOTH)
 @pytest.mark.parametrize(
-    ("dimension", "dtype", "rule"),
+    ("dimension", "dtype", "algorithm"),
     [
         (LARGE, torch.float64, "ormo"),
         (SMALL, torch.float32, "ormo"),
@@ -58,9 +58,11 @@ def test_a_barrier_holds_answers_back_and_gives_them_all_at_once(
     ],
     ids=str,
 )
-def test_other_sizes_and_dtypes_and_batch_norm(dimension: int, dtype: torch.dtype, rule: str, transport: Transport) -> None:
+def test_other_sizes_and_dtypes_and_batch_norm(
+    dimension: int, dtype: torch.dtype, algorithm: str, transport: Transport
+) -> None:
     """What is small comes with the frame, although its gradients are shared; statistics come behind the gradient."""
-    with opened(dimension=dimension, dtype=dtype, algorithm=rule, buffers=True) as house:
+    with attach(dimension=dimension, dtype=dtype, algorithm=algorithm, buffers=True) as house:
         house.enter(*[transport] * WORKERS)
         house.go_on(40, random.Random(5))
         house.check_same_state()
@@ -71,11 +73,11 @@ def test_other_sizes_and_dtypes_and_batch_norm(dimension: int, dtype: torch.dtyp
 
 @pytest.mark.parametrize("transport", BOTH)
 @pytest.mark.parametrize("wire", [WireDtype.bf16, WireDtype.fp16])
-@pytest.mark.parametrize("rule", ["ormo", "pnm"])  # one whose step reads 16 bits, and one that gets them widened
-def test_what_is_rounded_both_ways_is_the_same_numbers(rule: str, wire: WireDtype, transport: Transport) -> None:
-    with opened(dimension=2 * LARGE, algorithm=rule, wire=wire) as house:
+@pytest.mark.parametrize("algorithm", ["ormo", "pnm"])  # one whose step reads 16 bits, and one that gets them widened
+def test_what_is_rounded_both_ways_is_the_same_numbers(algorithm: str, wire: WireDtype, transport: Transport) -> None:
+    with attach(dimension=2 * LARGE, algorithm=algorithm, wire=wire) as house:
         house.enter(*[transport] * WORKERS)
-        house.go_on(24, random.Random(rule))
+        house.go_on(24, random.Random(algorithm))
         assert house.pushed == 24
         house.check_same_state()
         assert house.service.format.size == 2 * 2 * LARGE
@@ -86,7 +88,7 @@ def test_what_is_rounded_both_ways_is_the_same_numbers(rule: str, wire: WireDtyp
 
 @pytest.mark.parametrize("transport", BOTH)
 def test_a_run_ends_for_all_and_goodbye_is_heard(transport: Transport) -> None:
-    with opened(total_tickets=9, dimension=SMALL) as house:
+    with attach(total_tickets=9, dimension=SMALL) as house:
         house.enter(*[transport] * WORKERS)
         house.go_on(9, random.Random(1))
         assert not house.held
@@ -94,13 +96,13 @@ def test_a_run_ends_for_all_and_goodbye_is_heard(transport: Transport) -> None:
         house.check_same_state()
         for left, client in zip((2, 1, 0), house.clients, strict=True):
             client.calls.goodbye()  # returns when it was heard
-            assert len(house.service.seats) == left
+            assert len(house.service.memberships) == left
         assert house.service.losses == []
         house.clients[0].calls.goodbye()  # to nobody: no error
 
 
 def test_a_push_that_is_repeated_is_applied_once_and_gets_the_identical_reply() -> None:
-    with opened() as house:
+    with attach() as house:
         house.enter(SHARED, TCP, SHARED)
         for worker in (0, 1):
             before, _ = house.held[worker]

@@ -19,12 +19,12 @@ from ormo_rpc import build_server
 from ormo_rpc.rendezvous import protocol as wire
 from ormo_rpc.storage.journal import Journal, replay
 from ormo_rpc.transports.stream import frames
-from ormo_rpc.transports.stream.frames import ASK, Ask, bytes_of
-from ormo_rpc.transports.stream.shared_memory import AVAILABLE, Segments
+from ormo_rpc.transports.stream.frames import REQUEST, Request, bytes_of
+from ormo_rpc.transports.stream.shared_memory import AVAILABLE, SharedMemoryPool
 from tests.support.contract import same
 from tests.support.processes import PATIENCE_SECONDS
 from tests.support.schedule import normal
-from tests.support.stream_peers import SECRET, SHARED, SMALL, TCP, WORKERS, House, opened
+from tests.support.stream_peers import SECRET, SHARED, SMALL, TCP, WORKERS, House, attach
 
 
 class Liar:
@@ -33,11 +33,11 @@ class Liar:
     Args:
         house: Whom it is in.
         segment: What it says of its memory.
-        greeting: In place of the line with its token.
+        greeting: In place of the line with its session_id.
     """
 
     def __init__(self, house: House, *, segment: object = None, greeting: bytes | None = None) -> None:
-        token = house.clients[2].lease.welcome.token
+        session_id = house.clients[2].lease.join_response.session_id
         self.sock = socket.create_connection(house.address, PATIENCE_SECONDS)
         self.reader = wire.LineReader(self.sock)
         wire.greet_server(self.reader, SECRET, {"stream": True}, PATIENCE_SECONDS)
@@ -45,7 +45,7 @@ class Liar:
             self.offer = {}
             self.say(greeting)
             return
-        wire.send(self.sock, {"token": token, "segment": segment})
+        wire.send(self.sock, {"session_id": session_id, "segment": segment})
         self.offer = self.reader.receive(PATIENCE_SECONDS, 1 << 16)
 
     def begin(self, shared: object = False) -> Liar:
@@ -72,16 +72,16 @@ class Liar:
         return b"".join(parts)
 
 
-def memory(size: int) -> tuple[Segments, dict[str, Any]]:
+def memory(size: int) -> tuple[SharedMemoryPool, dict[str, Any]]:
     """A segment and how it is described."""
-    segments = Segments()
+    segments = SharedMemoryPool()
     vector = segments.vector(size)
     segments.kept = vector  # pyright: ignore[reportAttributeAccessIssue] # with them, so that it lives as long
     return segments, {**asdict(segments.origin), "descriptor": segments.find(vector)}
 
 
 def push_frame(ticket: int = 0, stamp: int = 0, samples: int = 1, loss: float = 0.0) -> bytes:
-    return ASK.pack(Ask.push, ticket, stamp, 0, samples, 1, loss)
+    return REQUEST.pack(Request.push, ticket, stamp, 0, samples, 1, loss)
 
 
 LIES: dict[str, Callable[[House], Liar]] = {}
@@ -103,35 +103,35 @@ def random_bytes(house: House) -> Liar:
 @lie
 def unknown_word(house: House) -> Liar:
     liar = Liar(house).begin()
-    liar.say(ASK.pack(99, 0, 0, 0, 0, 0, 0.0))
+    liar.say(REQUEST.pack(99, 0, 0, 0, 0, 0, 0.0))
     return liar
 
 
 @lie
 def word_of_64_bits(house: House) -> Liar:
     liar = Liar(house).begin()
-    liar.say(ASK.pack(-(2**63), *[2**63 - 1] * 5, math.nan))
+    liar.say(REQUEST.pack(-(2**63), *[2**63 - 1] * 5, math.nan))
     return liar
 
 
 @lie
 def giant_greeting(house: House) -> Liar:
-    return Liar(house, greeting=b'{"token": "' + b"x" * (8 << 20) + b'"}\n')
+    return Liar(house, greeting=b'{"session_id": "' + b"x" * (8 << 20) + b'"}\n')
 
 
 @lie
 def deep_greeting(house: House) -> Liar:
-    return Liar(house, greeting=b'{"token": ' + b"[" * 3000 + b"\n")
+    return Liar(house, greeting=b'{"session_id": ' + b"[" * 3000 + b"\n")
 
 
 @lie
 def greeting_of_another_kind(house: House) -> Liar:
-    return Liar(house, greeting=b'["token"]\n')
+    return Liar(house, greeting=b'["session_id"]\n')
 
 
 @lie
 def token_of_another_kind(house: House) -> Liar:
-    return Liar(house, greeting=b'{"token": {"a": 1}, "segment": null}\n')
+    return Liar(house, greeting=b'{"session_id": {"a": 1}, "segment": null}\n')
 
 
 @lie
@@ -172,7 +172,7 @@ def shared_though_nothing_was_offered(house: House) -> Liar:
 
 @pytest.mark.parametrize("what", LIES)
 def test_who_lies_harms_nobody(what: str, caplog: pytest.LogCaptureFixture) -> None:
-    with opened() as house:
+    with attach() as house:
         house.enter(SHARED, TCP, TCP)
         house.go_on(6, random.Random(1))
         with house.service.lock:
@@ -189,11 +189,11 @@ def test_who_lies_harms_nobody(what: str, caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_pushes_that_are_forged_get_their_refusal_each_and_the_stream_goes_on() -> None:
-    with opened(dimension=SMALL) as house:
+    with attach(dimension=SMALL) as house:
         house.enter(SHARED, TCP, TCP)
         house.go_on(6, random.Random(1))
         liar = Liar(house).begin()
-        frame = bytearray(frames.ANSWER.size)
+        frame = bytearray(frames.RESPONSE.size)
         with liar.sock:
             stream = frames.Stream(liar.sock, lambda: True)
             for forged in (
@@ -203,8 +203,8 @@ def test_pushes_that_are_forged_get_their_refusal_each_and_the_stream_goes_on() 
             ):
                 stream.send(forged, bytes_of(torch.ones(SMALL)))
                 stream.receive(memoryview(frame))
-                word, *_, elements, descriptor = frames.ANSWER.unpack(frame)
-                assert (word, descriptor) == (frames.Say.refusal, frames.INLINE)
+                word, *_, elements, descriptor = frames.RESPONSE.unpack(frame)
+                assert (word, descriptor) == (frames.Response.refusal, frames.INLINE)
                 text = bytearray(elements)
                 stream.receive(memoryview(text))
                 assert b'"PushRefused"' in text
@@ -216,13 +216,13 @@ def test_pushes_that_are_forged_get_their_refusal_each_and_the_stream_goes_on() 
 def test_with_a_journal_nobody_changes_a_gradient_that_was_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the record of a worker that lies is torn, and all that others were acknowledged behind it is lost."""
     journal = Journal(tmp_path)
-    with opened(dimension=SMALL, journal=journal) as house:
+    with attach(dimension=SMALL, journal=journal) as house:
         house.enter(*[SHARED] * WORKERS)
         receive = house.service.receive
 
-        def received(token: str, *others: Any) -> Any:
+        def received(session_id: str, *others: Any) -> Any:
             house.clients[0].payload.fill_(math.nan)  # after it was pushed, and before it is looked at
-            return receive(token, *others)
+            return receive(session_id, *others)
 
         monkeypatch.setattr(house.service, "receive", received)
         house.go_on(12, random.Random(2))
@@ -261,7 +261,7 @@ def wrong_segments() -> dict[str, object]:
 
 @pytest.mark.parametrize("what", wrong_segments())
 def test_a_segment_that_is_none_is_not_shared(what: str) -> None:
-    with opened(dimension=SMALL) as house:
+    with attach(dimension=SMALL) as house:
         house.enter(SHARED, TCP, TCP)
         liar = Liar(house, segment=wrong_segments()[what])
         with liar.sock:
@@ -273,7 +273,7 @@ def test_a_segment_that_is_none_is_not_shared(what: str) -> None:
 @pytest.mark.skipif(not AVAILABLE, reason="this system has no memfd_create")
 def test_segments_of_another_size() -> None:
     """One that is too small is not shared; of one that is larger the first bytes count."""
-    with opened(dimension=SMALL) as house:
+    with attach(dimension=SMALL) as house:
         house.enter(SHARED, TCP, TCP)
         segments, described = memory(4 * SMALL - 1)
         liar = Liar(house, segment=described)
@@ -285,9 +285,9 @@ def test_segments_of_another_size() -> None:
         assert liar.offer["origin"] is not None
         liar.begin(shared=True)
         liar.say(push_frame(ticket=12345))
-        frame = bytearray(frames.ANSWER.size)
+        frame = bytearray(frames.RESPONSE.size)
         frames.Stream(liar.sock, lambda: True).receive(memoryview(frame))
-        assert frames.ANSWER.unpack(frame)[0] == frames.Say.refusal
+        assert frames.RESPONSE.unpack(frame)[0] == frames.Response.refusal
         liar.sock.close()
         house.check_same_state()
         house.go_on(10, random.Random(2))

@@ -18,11 +18,11 @@ from ormo_rpc.errors import Refused
 from ormo_rpc.kernels import pool
 from ormo_rpc.transports.stream import client as stream_calls
 from ormo_rpc.transports.stream import server as streams
-from ormo_rpc.transports.stream.shared_memory import AVAILABLE, Origin
-from tests.support.stream_peers import SHARED, SMALL, TCP, WORKERS, Client, mapping, opened
+from ormo_rpc.transports.stream.shared_memory import AVAILABLE, SegmentHandle
+from tests.support.stream_peers import SHARED, SMALL, TCP, WORKERS, Client, attach, mapping
 
 
-def segments_of(origin: Origin) -> int:
+def segments_of(origin: SegmentHandle) -> int:
     """How many segments of an origin this process has; a mapping of Python's has a descriptor of its own."""
     files: set[int] = set()
     for each in Path("/proc/self/fd").iterdir():
@@ -34,15 +34,15 @@ def segments_of(origin: Origin) -> int:
     return len(files)
 
 
-@pytest.mark.parametrize("rule", ["ormo", "dc_asgd", "dana"])
-def test_memory_is_used_again_and_never_under_a_reader(rule: str) -> None:
-    """K replies are out, w is the next one or one more, and one is written; each rule that sends more has as much for that.
+@pytest.mark.parametrize("algorithm", ["ormo", "dc_asgd", "dana"])
+def test_memory_is_used_again_and_never_under_a_reader(algorithm: str) -> None:
+    """K replies are out, w is the next one or one more, and one is written; each algorithm that sends more has as much for that.
 
     In `House.step` all replies that are out are compared with the twin's after every push.
     """
-    with opened(algorithm=rule) as house:
+    with attach(algorithm=algorithm) as house:
         house.enter(*[SHARED] * WORKERS)
-        house.go_on(240, random.Random(rule))
+        house.go_on(240, random.Random(algorithm))
         assert house.pushed == 240
         assert house.segments is not None
         probe = 1
@@ -54,7 +54,7 @@ def test_memory_is_used_again_and_never_under_a_reader(rule: str) -> None:
 
 def test_who_is_slow_keeps_its_parameters_while_the_others_go_round(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "WORTH_POOLING", 0)  # small vectors, too, lie in shared memory
-    with opened(dimension=SMALL) as house:
+    with attach(dimension=SMALL) as house:
         house.enter(*[SHARED] * WORKERS)
         came, _ = house.held[0]
         bits = came.params.clone()
@@ -67,13 +67,13 @@ def test_who_is_slow_keeps_its_parameters_while_the_others_go_round(monkeypatch:
 
 
 def test_memory_is_shared_where_it_must_be() -> None:
-    with opened(Transport.shm) as house:
+    with attach(Transport.shm) as house:
         house.enter(*[Transport.shm] * WORKERS)
         house.go_on(6, random.Random(1))
         house.check_same_state()
 
 
-def cannot(origin: Origin, descriptor: int, _size: int) -> Tensor:
+def cannot(origin: SegmentHandle, descriptor: int, _size: int) -> Tensor:
     raise FileNotFoundError(f"[Errno 2] No such file or directory: '/proc/{origin.process}/fd/{descriptor}'")
 
 
@@ -87,8 +87,8 @@ def test_where_no_memory_can_be_shared_auto_says_so_and_goes_on_and_shm_gives_up
     module: Any, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(module, "opened", cannot)
-    with opened(Transport.auto) as house:
+    monkeypatch.setattr(module, "attach", cannot)
+    with attach(Transport.auto) as house:
         house.enter(*[SHARED] * WORKERS)
         house.go_on(6, random.Random(1))
         house.check_same_state()
@@ -97,7 +97,7 @@ def test_where_no_memory_can_be_shared_auto_says_so_and_goes_on_and_shm_gives_up
     assert [record.levelno for record in told] == [logging.INFO] * WORKERS
     said = rf"\Agradients and parameters go by TCP: {reason}: \[Errno 2\] No such file or directory: '/proc/\d+/fd/\d+'\Z"
     assert all(re.match(said, record.getMessage()) for record in told)
-    with opened(Transport.shm) as house:
+    with attach(Transport.shm) as house:
         said = rf"\Awire\.transport=shm: {reason}: .*; expected a worker on the server's machine, or auto or tcp\Z"
         with pytest.raises(Refused, match=said) as caught:
             Client(house, 0, Transport.shm)
@@ -115,7 +115,7 @@ def test_a_server_that_does_not_share_says_why(
     caplog.set_level(logging.INFO)
     if transport is not TCP:
         monkeypatch.setattr(streams, "AVAILABLE", False)
-    with opened(transport, dimension=SMALL) as house:
+    with attach(transport, dimension=SMALL) as house:
         house.enter(*[SHARED] * WORKERS)
         house.go_on(6, random.Random(1))
         house.check_same_state()
@@ -128,11 +128,13 @@ def test_where_descriptors_are_scarce_the_run_goes_on(
     when: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    with opened(SHARED) as house:
+    with attach(SHARED) as house:
         hoard: list[Tensor] = []
         if when == "in the midst":
             house.enter(*[SHARED] * WORKERS)
-            hoard += [house.service.server.rule.blank() for _ in range(WORKERS + 1)]  # all that is left of what was reserved
+            hoard += [
+                house.service.server.algorithm.empty() for _ in range(WORKERS + 1)
+            ]  # all that is left of what was reserved
         monkeypatch.setattr("resource.getrlimit", lambda _: (2, 2))
         if when == "from the start":
             house.enter(*[SHARED] * WORKERS)
@@ -146,18 +148,18 @@ def test_where_descriptors_are_scarce_the_run_goes_on(
 
 def test_a_worker_that_has_too_many_segments_open_lets_them_go(monkeypatch: pytest.MonkeyPatch) -> None:
     refused: list[int] = []
-    really = stream_calls.opened
-    with opened(SHARED) as house:
+    really = stream_calls.attach
+    with attach(SHARED) as house:
         house.enter(*[SHARED] * WORKERS)
         (first, *_) = house.clients
 
-        def scarce(origin: Origin, descriptor: int, size: int) -> Tensor:
+        def scarce(origin: SegmentHandle, descriptor: int, size: int) -> Tensor:
             if len(first.calls._slots) >= 2:  # pyright: ignore[reportPrivateUsage] # which of them fill the table
                 refused.append(descriptor)
                 raise OSError(errno.EMFILE, "Too many open files")
             return really(origin, descriptor, size)
 
-        monkeypatch.setattr(stream_calls, "opened", scarce)
+        monkeypatch.setattr(stream_calls, "attach", scarce)
         house.go_on(20, random.Random(1), among=(0,))
         house.check_same_state()
     assert refused

@@ -86,7 +86,7 @@ def test_the_default_run_trains_digits_and_leaves_everything_behind(transport: s
     ("algorithm", "transport"),
     [("naive", "shm"), ("smega2", "shm"), ("ringmaster", "tcp"), ("fedbuff", "uv"), ("orlomo", "auto")],
 )
-def test_every_kind_of_rule_runs_live_and_is_replayed(algorithm: str, transport: str, tmp_path: Path) -> None:
+def test_every_kind_of_algorithm_runs_live_and_is_replayed(algorithm: str, transport: str, tmp_path: Path) -> None:
     given = ("workers=2", "train.max_iterations=60", "train.lr=0.005", "model.dropout=0.2")
     options = (*given, "model.hidden=1100", f"wire.transport={transport}")
     status, _, err = launch(tmp_path / "run", *QUIET, f"algorithm={algorithm}", *options)

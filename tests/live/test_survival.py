@@ -266,7 +266,7 @@ def test_a_worker_that_is_too_slow_comes_back_and_one_that_is_never_finite_does_
     assert losses[2]["reason"] == "3 gradients in a row were not finite (runtime.max_not_finite)"
     assert json.loads((tmp_path / "processes.json").read_text())["workers"]["1"] == before["1"]  # the same process
     assert re.search(
-        r"^launch\.py: worker 2 .*Dismissed: worker 2: 3 gradients .*; the run goes on without it$", err, re.MULTILINE
+        r"^launch\.py: worker 2 .*WorkerBanned: worker 2: 3 gradients .*; the run goes on without it$", err, re.MULTILINE
     )
     assert not re.search(r"starting it again", err), err
 

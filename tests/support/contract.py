@@ -1,4 +1,4 @@
-"""The table of rules: one row each, and every row inherits every test of ``test_contract.py``."""
+"""The table of algorithms: one row each, and every row inherits every test of ``test_contract.py``."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ LEARNING_RATES: Mapping[str, Callable[[int], float]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Reduction:
-    """With these settings a rule is another rule.
+    """With these settings an algorithm is another algorithm.
 
     Attributes:
-        to: The other rule's name.
-        options: The options of this rule.
+        to: The other algorithm's name.
+        options: The options of this algorithm.
         momentum: beta for both; None for any.
         num_workers: K; None for any, and then workers come and go too.
         schedulers: Under which it holds.
@@ -51,17 +51,17 @@ class Reduction:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What the tests need to know of a rule.
+    """What the tests need to know of an algorithm.
 
     Attributes:
-        name: The rule's name.
+        name: The algorithm's name.
         reference: Its slow twin.
-        vectors: How many vectors of D elements the rule holds, the parameters among them, for ``num_workers`` workers.
+        vectors: How many vectors of D elements the algorithm holds, the parameters among them, for ``num_workers`` workers.
         more_vectors: And how many more with these options.
         lr: A learning rate at which it converges on the quadratic of the convergence test, whose largest curvature is 1.
         variants: Its options; every test draws one.
         schedulers: Those that it runs under.
-        reductions: Settings under which it is another rule.
+        reductions: Settings under which it is another algorithm.
     """
 
     name: str
@@ -111,7 +111,7 @@ ROWS = (
             Reduction(to="ormo", options={"threshold": 1000}),
             Reduction(to="ormo", options={"rule": DelayRule.drop, "threshold": 1000}),
             Reduction(to="ormo", num_workers=1),
-            # Under sync the oldest gradient of a round of K has the delay K - 1, which no rule takes for late.
+            # Under sync the oldest gradient of a round of K has the delay K - 1, which no algorithm takes for late.
             Reduction(to="ormo", options={"rule": DelayRule.mishchenko}, num_workers=3, schedulers=("sync",)),
         ),
     ),
@@ -257,7 +257,7 @@ ROWS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A run of whatever rule: the same for all rows.
+    """A run of whatever algorithm: the same for all rows.
 
     Attributes:
         variant: Picks one of the row's variants.
@@ -278,7 +278,7 @@ class Case:
     schedule: Schedule
 
     def options(self, row: Row) -> Mapping[str, Any]:
-        """The variant of that rule that is meant."""
+        """The variant of that algorithm that is meant."""
         return row.variants[self.variant % len(row.variants)]
 
     def start(self) -> Tensor:
@@ -298,7 +298,7 @@ class Case:
     def server(
         self, name: str, scheduler: str, options: Mapping[str, Any], record: list[Event] | None = None
     ) -> ParameterServer:
-        """A server with that rule; its events go to ``record``."""
+        """A server with that algorithm; its events go to ``record``."""
         return build_server(
             algorithm=name,
             scheduler=scheduler,
@@ -317,7 +317,7 @@ class Case:
     ) -> Run[ParameterServer]:
         """A run of such a server, started."""
         server = self.server(name, scheduler, options, record)
-        gradient = noise(DIMENSION * server.rule.VECTORS_PUSHED, self.seed)
+        gradient = noise(DIMENSION * server.algorithm.VECTORS_PUSHED, self.seed)
         return Run(server=server, gradient=gradient, num_workers=self.num_workers).start()
 
 
@@ -336,8 +336,8 @@ def cases(draw: st.DrawFn, *, changes: bool = True, momentum: float | None = Non
 
 
 def values(server: ParameterServer) -> dict[str, Tensor | int | float]:
-    """``w`` and the state of the rule."""
-    return {"w": server.params, **server.rule.state()}
+    """``w`` and the state of the algorithm."""
+    return {"w": server.params, **server.algorithm.state_dict()}
 
 
 def same(a: Any, b: Any) -> bool:

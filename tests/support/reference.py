@@ -1,4 +1,4 @@
-"""Slow twins of the rules: the whole state from the list of all gradients, by the sums of the specification, no running buffer.
+"""Slow twins of the algorithms: the whole state from the list of all gradients, by the sums of the specification, no running buffer.
 
 Nothing here is shared with the package: buckets, delays, concurrency and learning rates are worked out again from the history
 of calls. Legend: ``D`` parameters, ``w`` parameters, ``u`` momentum, ``t`` iteration, ``i`` stamp, ``b`` bucket, ``I`` momentum
@@ -18,7 +18,7 @@ from torch import Tensor
 from tests.support.schedule import Step
 
 Values = dict[str, Tensor | int | float]
-"""``w`` and whatever else the rule carries, by the name that the specification gives it."""
+"""``w`` and whatever else the algorithm carries, by the name that the specification gives it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ def buckets(sizes: Sequence[int]) -> list[int]:
     """The bucket of each of the indices 0 to n.
 
     Args:
-        sizes: K at the moment when each of the indices 1 to n came to be: a bucket that is opened by index i takes
+        sizes: K at the moment when each of the indices 1 to n came to be: a bucket that is attach by index i takes
             ``sizes[i - 1]`` indices.
     """
     found = [0]
@@ -76,14 +76,14 @@ def heavy_ball(start: Tensor, sums: Sequence[Tensor], beta: float) -> tuple[Tens
 
 
 class Reference(ABC):
-    """A rule, as the specification has it.
+    """An algorithm, as the specification has it.
 
     Args:
         start: ``w_0``, shape (D,).
         num_workers: The workers at the start.
         lr: The learning rate as a function of t.
         momentum: beta.
-        options: The options of the rule, by name.
+        options: The options of the algorithm, by name.
     """
 
     def __init__(self, start: Tensor, *, num_workers: int, lr: Callable[[int], float], momentum: float, **options: Any) -> None:
@@ -102,7 +102,7 @@ class Reference(ABC):
         return True
 
     def accepts_at(self, t: int, i: int, K: int) -> bool:
-        """The same for a rule that asks for more than the difference of iteration and stamp."""
+        """The same for an algorithm that asks for more than the difference of iteration and stamp."""
         return self.accepts(t - i, K)
 
     def rate(self, gradient: Gradient) -> float:
@@ -183,7 +183,7 @@ class OrMo(Reference):
         last = gradients[-1]
         if self.options.get("momentum_correction"):
             in_u = [self.beta ** (last.I - g.b) * self.rate(g) * last.eta / g.eta for g in gradients]
-            in_w = [self.rate(g) * (self.at_arrival(g) + self.shifted(g, gradients)) for g in gradients]
+            in_w = [self.rate(g) * (self.at_context(g) + self.shifted(g, gradients)) for g in gradients]
         else:
             in_u = [self.beta ** (last.I - g.b) * self.rate(g) for g in gradients]
             in_w = [self.rate(g) * self.in_params(g, last.I) for g in gradients]
@@ -193,7 +193,7 @@ class OrMo(Reference):
         """The weight of ``eta g`` in ``w_0 - w`` when the momentum index is ``index``."""
         return self.geometric(index - gradient.b + 1)
 
-    def at_arrival(self, gradient: Gradient) -> float:
+    def at_context(self, gradient: Gradient) -> float:
         """The weight with which ``eta g`` enters the parameters."""
         return self.geometric(gradient.I - gradient.b + 1)
 
@@ -216,7 +216,7 @@ class OrMoVanilla(OrMo):
         e = gradient.I - gradient.b
         return 1 + (self.beta ** (e + 1) - self.beta ** (index - gradient.b + 1)) / (1 - self.beta)
 
-    def at_arrival(self, gradient: Gradient) -> float:
+    def at_context(self, gradient: Gradient) -> float:
         return 1.0
 
 
@@ -224,24 +224,24 @@ class OrMoDA(OrMo):
     """OrMo with a learning rate that follows the delay."""
 
     def accepts(self, tau: int, K: int) -> bool:
-        return not (self.rule == "drop" and tau > self.limit(K))
+        return not (self.algorithm == "drop" and tau > self.limit(K))
 
     def rate(self, gradient: Gradient) -> float:
         eta, tau, K = gradient.eta, gradient.tau, gradient.K
-        if self.rule == "mishchenko":
+        if self.algorithm == "mishchenko":
             return eta if tau <= K else eta * K / tau
-        if self.rule == "drop" or tau <= self.limit(K):
+        if self.algorithm == "drop" or tau <= self.limit(K):
             return eta
-        if self.rule == "koloskova":
+        if self.algorithm == "koloskova":
             return eta / tau
         if self.options.get("smoothness") is not None:
             return min(eta, 1 / (4 * self.options["smoothness"] * tau))
         return eta * self.limit(K) / tau
 
     @property
-    def rule(self) -> str:
-        """The name of the delay's rule."""
-        return getattr(self.options.get("rule"), "value", "ormo")
+    def algorithm(self) -> str:
+        """The name of the delay's algorithm."""
+        return getattr(self.options.get("algorithm"), "value", "ormo")
 
     def limit(self, K: int) -> int:
         """The delay up to which nothing changes."""

@@ -1,4 +1,4 @@
-"""Slow twins of the rules that discard, collect, average or take local steps; see `tests.support.reference` for the legend.
+"""Slow twins of the algorithms that discard, collect, average or take local steps; see `tests.support.reference` for the legend.
 
 A gradient's *round* is ``t // B``: with what is discarded left out, every B-th gradient ends one. Closed forms
 where there are any.

@@ -24,7 +24,7 @@ class StalenessAware(ASGD):
 
 
 class InUnitsOfTheGradient(Reference):
-    """A rule whose momentum sums ``g``, not ``eta g``, so that rounding works on larger numbers."""
+    """An algorithm whose momentum sums ``g``, not ``eta g``, so that rounding works on larger numbers."""
 
     def scale(self, history: Sequence[Step]) -> float:
         sizes = [float(step.push.grad.abs().max()) for step in history if step.push is not None]
@@ -32,7 +32,7 @@ class InUnitsOfTheGradient(Reference):
 
 
 class PerWorker(InUnitsOfTheGradient):
-    """Rules with a buffer for each worker: a *life* of a worker ends when it leaves, and its buffer with it."""
+    """Algorithms with a buffer for each worker: a *life* of a worker ends when it leaves, and its buffer with it."""
 
     def lives(self, history: Sequence[Step]) -> dict[tuple[int, int], list[Gradient]]:
         """The gradients of each life, by worker and the number of times that it had left before."""

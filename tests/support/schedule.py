@@ -190,24 +190,24 @@ def noise(dimension: int, seed: int = 0) -> Callable[[Reply], Tensor]:
     return gradient
 
 
-def pushed(rule: Algorithm, gradient_at: Callable[[Tensor], Tensor]) -> Callable[[Reply], Tensor]:
-    """What a worker of that rule pushes for a reply, when every batch has the gradient ``gradient_at(params)``."""
+def pushed(algorithm: Algorithm, gradient_at: Callable[[Tensor], Tensor]) -> Callable[[Reply], Tensor]:
+    """What a worker of that algorithm pushes for a reply, when every batch has the gradient ``gradient_at(params)``."""
 
     def gradient(params: Tensor, step: int, into: Tensor) -> None:  # noqa: ARG001 - all batches are the same
         into.copy_(gradient_at(params))
 
     def push(reply: Reply) -> Tensor:
-        dimension = rule.params.numel()
-        result = torch.zeros(rule.VECTORS_PUSHED * dimension, dtype=rule.params.dtype)
+        dimension = algorithm.params.numel()
+        result = torch.zeros(algorithm.VECTORS_PUSHED * dimension, dtype=algorithm.params.dtype)
         work = LocalWork(
             sent=reply.params,
             dimension=dimension,
             lr=reply.lr,
-            momentum=rule.momentum,
+            momentum=algorithm.momentum,
             steps=reply.steps,
             gradient=gradient,
         )
-        rule.local(work, result)
+        algorithm.local(work, result)
         return result
 
     return push

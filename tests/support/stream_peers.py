@@ -20,16 +20,16 @@ from ormo_rpc.compression.wire_options import Transport, WireDtype
 from ormo_rpc.kernels import pool
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.models.flat import Layout
-from ormo_rpc.rendezvous.lease import Lease, let_in
-from ormo_rpc.rendezvous.listener import Door
+from ormo_rpc.rendezvous.lease import Lease, connect
+from ormo_rpc.rendezvous.listener import Listener
 from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.runtimes.distributed.server_process.service import Service
 from ormo_rpc.server.buffers import RunningBuffers
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.storage.journal import Journal
-from ormo_rpc.transports.stream.client import StreamCalls
-from ormo_rpc.transports.stream.server import Streams, shared_snapshots
-from ormo_rpc.transports.stream.shared_memory import AVAILABLE, Segments
+from ormo_rpc.transports.stream.client import StreamClient
+from ormo_rpc.transports.stream.server import StreamServer, shared_snapshots
+from ormo_rpc.transports.stream.shared_memory import AVAILABLE, SharedMemoryPool
 from tests.support.contract import same
 from tests.support.processes import PATIENCE_SECONDS, wait_until
 from tests.support.schedule import normal
@@ -54,12 +54,12 @@ class Client:
     def __init__(self, house: House, number: int, transport: Transport) -> None:
         self.number = number
         self.elsewhere = ThreadPoolExecutor(1)
-        self.lease: Lease = let_in(lambda: house.address, SECRET, wanted=number, post="", timeout_seconds=PATIENCE_SECONDS)
-        self.segments = None if transport is TCP else Segments()
+        self.lease: Lease = connect(lambda: house.address, SECRET, wanted=number, slot="", timeout_seconds=PATIENCE_SECONDS)
+        self.segments = None if transport is TCP else SharedMemoryPool()
         allocate = plain_bytes if self.segments is None else self.segments.vector
         self.payload = allocate(house.service.format.size).view(house.service.format.pushed_dtype)
         try:
-            self.calls = StreamCalls(
+            self.calls = StreamClient(
                 self.lease,
                 SECRET,
                 self.payload,
@@ -76,7 +76,7 @@ class Client:
         return self.elsewhere.submit(self.calls.hello)
 
     def push(self, reply: Reply, payload: Tensor, **other: Any) -> Future[Reply]:
-        """Answer a reply."""
+        """ServerResponse a reply."""
         assert reply.ticket is not None
         place: dict[str, Any] = {
             "ticket": reply.ticket,
@@ -102,7 +102,7 @@ FACTS = ("worker", "ticket", "stamp", "lr", "steps", "incarnation")
 class House:
     """A service behind a door, and a twin of its server, in process, that gets the same pushes (rounded ones widened)."""
 
-    def __init__(self, door: Door, service: Service, twin: ParameterServer, segments: Segments | None) -> None:
+    def __init__(self, door: Listener, service: Service, twin: ParameterServer, segments: SharedMemoryPool | None) -> None:
         self.door = door
         self.address: tuple[str, int] = door.listener.getsockname()[:2]
         self.service = service
@@ -181,7 +181,7 @@ class House:
 
 
 @contextmanager
-def opened(
+def attach(
     transport: Transport = SHARED,
     *,
     dimension: int = LARGE,
@@ -212,18 +212,18 @@ def opened(
         params=Layout({"params": ours.params}),
         buffers=Layout(ours.buffers.average),
         dtype=dtype,
-        vectors=ours.rule.VECTORS_PUSHED,
+        vectors=ours.algorithm.VECTORS_PUSHED,
         wire=wire,
     )
-    segments = shared_snapshots(ours.rule, transport)
+    segments = shared_snapshots(ours.algorithm, transport)
     ours.reserve(ours.num_workers)
     service = Service(ours, lambda _: None, max_not_finite=max_not_finite, journal=journal, push_format=form)
-    serving = Streams(service, transport, segments)
+    serving = StreamServer(service, transport, segments)
     with ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        welcome = {"config": "", "agent": None, "heartbeat_seconds": 1.0, "patience_seconds": PATIENCE_SECONDS}
+        join_response = {"config": "", "agent": None, "heartbeat_seconds": 1.0, "patience_seconds": PATIENCE_SECONDS}
         stack.callback(listener.shutdown, socket.SHUT_RDWR)  # wakes the thread that accepts
-        door = stack.enter_context(Door(listener, SECRET, service, welcome, PATIENCE_SECONDS, serving.serve))
+        door = stack.enter_context(Listener(listener, SECRET, service, join_response, PATIENCE_SECONDS, serving.serve))
         house = House(door, service, twin, segments)
         try:
             yield house

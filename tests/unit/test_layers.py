@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ SOURCES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 
-LAYERS = (
+LAYERS: Sequence[str] = (
     "errors messages seeding options kernels algorithms schedulers server data models compression worker rendezvous transports "
     "loggers config storage report runtimes cli train evaluate"
 ).split()

@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage] # documented, not annotated as public
 
-from ormo_rpc.errors import ConfigError, Dismissed, Refused, ServerLost, WireError
+from ormo_rpc.errors import ConfigError, Refused, ServerLost, WireError, WorkerBanned
 from ormo_rpc.rendezvous.addresses import parse
 from ormo_rpc.rendezvous.secret import Secret, read_secret
-from ormo_rpc.runtimes.distributed.launcher.supervisor import DISMISSED, DONE, Report, listen_to_supervisor
-from ormo_rpc.runtimes.distributed.server_process import server_process as serve
-from ormo_rpc.runtimes.distributed.worker_process.loop import Place
-from ormo_rpc.runtimes.distributed.worker_process.worker_process import Work
+from ormo_rpc.runtimes.distributed.launcher.supervisor import DONE, EXIT_NO_RESTART, Report, listen_to_supervisor
+from ormo_rpc.runtimes.distributed.server_process import server_process
+from ormo_rpc.runtimes.distributed.worker_process.loop import WorkerArgs
+from ormo_rpc.runtimes.distributed.worker_process.worker_process import WorkerProcess
 
-EXPECTED = (Dismissed, ServerLost, WireError, ConfigError, OSError)
+EXPECTED = (WorkerBanned, ServerLost, WireError, ConfigError, OSError)
 """Errors whose message says everything."""
 
 
@@ -49,8 +49,8 @@ def main() -> None:
         if arguments.log or not isinstance(error, EXPECTED):
             with contextlib.suppress(OSError):  # the log may lie on the full disk that this is about
                 traceback.print_exc()
-        final = isinstance(error, (Dismissed, Refused))  # another try would end as this one did
-        os._exit(DISMISSED if final else 1)  # threads of the RPC agent may hold up an ordinary exit
+        final = isinstance(error, (WorkerBanned, Refused))  # another try would end as this one did
+        os._exit(EXIT_NO_RESTART if final else 1)  # threads of the RPC agent may hold up an ordinary exit
     # Taking the interpreter apart can take seconds, without a sign of life: a supervisor would see a death in it.
     logging.shutdown()
     sys.stdout.flush()
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def _serve(arguments: argparse.Namespace, tell: Callable[[str], None]) -> None:
-    hosts: list[serve.Host] = []
+    hosts: list[server_process.ServerProcess] = []
     early: list[dict[str, Any]] = []
     turn = threading.Lock()
     """Guards both, so that no message falls between being early and being heard."""
@@ -76,7 +76,7 @@ def _serve(arguments: argparse.Namespace, tell: Callable[[str], None]) -> None:
     listen_to_supervisor(arguments.control, on_message)
     listener = socket.socket(fileno=arguments.listener)
     secret = _secret(arguments.secret_file)
-    place = serve.Place(
+    place = server_process.ServerArgs(
         run_dir=arguments.run_dir,
         listener=listener,
         secret=secret,
@@ -85,7 +85,7 @@ def _serve(arguments: argparse.Namespace, tell: Callable[[str], None]) -> None:
         tell=tell,
     )
 
-    def on_ready(host: serve.Host) -> None:
+    def on_ready(host: server_process.ServerProcess) -> None:
         with turn:
             hosts.append(host)
             for message in early:
@@ -95,7 +95,7 @@ def _serve(arguments: argparse.Namespace, tell: Callable[[str], None]) -> None:
             store.set("secret_file", str(arguments.secret_file or ""))
             store.set("door", arguments.door)
 
-    serve.serve(place, on_ready)
+    server_process.serve(place, on_ready)
 
 
 def _work(arguments: argparse.Namespace, tell: Callable[[str], None]) -> None:
@@ -106,12 +106,12 @@ def _work(arguments: argparse.Namespace, tell: Callable[[str], None]) -> None:
         address = store.get("door").decode()
         secret = _secret(store.get("secret_file").decode() or None)
     door = parse(address)
-    worker = Work(
-        Place(
+    worker = WorkerProcess(
+        WorkerArgs(
             door=lambda: door,
             secret=secret,
             wanted=arguments.worker,
-            post=arguments.post,
+            slot=arguments.slot,
             life=arguments.life,
             data_root=arguments.data_root,
             timeout_seconds=arguments.start_timeout,
@@ -191,7 +191,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--run-dir", type=Path, help="of the server")
     parser.add_argument("--terminal", type=int, help="of the server: descriptor for the progress bar")
     parser.add_argument("--worker", type=int, help="of a worker: the number to have, if it is free")
-    parser.add_argument("--post", default="", help="of a worker: who keeps it running")
+    parser.add_argument("--slot", default="", help="of a worker: who keeps it running")
     parser.add_argument("--data-root", help="of a worker: where the data set lies on this machine")
     parser.add_argument("--log", action="store_true", help="output goes to a log of its own")
     parser.add_argument("--control", type=int, required=True, help="reading end of the supervisor's pipe")

@@ -53,7 +53,7 @@ def run(config: Config, run_dir: Path) -> dict[str, Any]:
     inline = InlineExecutor()
 
     def state() -> dict[str, Any]:
-        return {**session.server.state_dict(replies=True), "cluster": cluster.state()}
+        return {**session.server.state_dict(replies=True), "cluster": cluster.state_dict()}
 
     session = Session(job, run_dir, inline, inline, lambda: queue.now, state=state, terminal=terminal)
     cluster = Cluster(
@@ -66,10 +66,10 @@ def run(config: Config, run_dir: Path) -> dict[str, Any]:
         processes=config.num_processes if config.worker.prefetch else None,
     )
     session.open()
-    if session.going_on is None:
+    if session.resumed_state is None:
         _schedule(config, queue, cluster)
     else:
-        cluster.load_state(session.going_on)
+        cluster.load_state_dict(session.resumed_state)
     interrupted = _drive(cluster, session)
     last = state()
     session.write_checkpoint(last)

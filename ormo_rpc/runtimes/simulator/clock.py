@@ -37,11 +37,11 @@ class EventQueue:
         self._queue = [event for event in self._queue if not unwanted(event[-1])]
         heapq.heapify(self._queue)
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """The clock and all events to come, a private copy but for their arguments."""
         return {"now": self.now, "count": self._count, "events": sorted(self._queue, key=lambda event: event[:2])}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what `state` returned."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
         self.now, self._count = state["now"], state["count"]
         self._queue = [tuple(event) for event in state["events"]]

@@ -30,12 +30,12 @@ class GradientSource(Protocol):
         """A worker (None: each of them) begins anew: what is kept of it is gone."""
         ...
 
-    def state(self) -> dict[int, dict[str, Any]]:
+    def state_dict(self) -> dict[int, dict[str, Any]]:
         """What is kept of each worker between its pushes."""
         ...
 
-    def load_state(self, state: Mapping[int, Mapping[str, Any]]) -> None:
-        """Take over what `state` returned."""
+    def load_state_dict(self, state: Mapping[int, Mapping[str, Any]]) -> None:
+        """Take over what `state_dict` returned."""
         ...
 
 
@@ -89,12 +89,12 @@ class Speeds:
             self.generators[worker] = self._generator(worker)
         return self._seconds(worker, self.generators[worker])
 
-    def state(self) -> dict[int, torch.Tensor]:
+    def state_dict(self) -> dict[int, torch.Tensor]:
         """Where each source of chance is."""
         return {worker: generator.get_state() for worker, generator in self.generators.items()}
 
-    def load_state(self, state: dict[int, torch.Tensor]) -> None:
-        """Take over what `state` returned."""
+    def load_state_dict(self, state: dict[int, torch.Tensor]) -> None:
+        """Take over what `state_dict` returned."""
         for worker, where in state.items():
             self.generators[worker] = self._generator(worker)
             self.generators[worker].set_state(where)
@@ -171,31 +171,31 @@ class Cluster:
         self._events[name](argument)
         return True
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """All that is not the server's: time, what is under way, sources of chance, loads; `torch.load` reads it."""
-        queue = self.queue.state()
+        queue = self.queue.state_dict()
         events = [(*when, _saved(argument)) for *when, argument in queue["events"]]
         return {
             "queue": {**queue, "events": events},
-            "speeds": self.compute_seconds.state(),
+            "speeds": self.compute_seconds.state_dict(),
             "load": asdict(self.load),
             "since": dict(self._since),
             "free_at": self._free_at,
             "computing_until": dict(self._computing_until),
-            "source": self.source.state(),
+            "source": self.source.state_dict(),
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned, with a server that has loaded its state of that moment."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned, with a server that has loaded its state of that moment."""
         queue = state["queue"]
         events = [(*when, _restored(argument)) for *when, argument in queue["events"]]
-        self.queue.load_state({**queue, "events": events})
-        self.compute_seconds.load_state(state["speeds"])
+        self.queue.load_state_dict({**queue, "events": events})
+        self.compute_seconds.load_state_dict(state["speeds"])
         self.load = Load(**state["load"])
         self._since, self._free_at = dict(state["since"]), state["free_at"]
         # Older checkpoints do not have these two.
         self._computing_until = dict(state.get("computing_until", {}))
-        self.source.load_state(state.get("source", {}))
+        self.source.load_state_dict(state.get("source", {}))
 
     def start(self) -> None:
         """Hand out the first tickets."""

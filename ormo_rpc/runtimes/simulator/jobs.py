@@ -45,12 +45,12 @@ class SyntheticJob:
         """Computes the gradients."""
         sim = self.config.sim
         condition = sim.condition if sim.gradient is GradientKind.quadratic else None
-        rule = algorithms.find(self.config.algorithm.name)
+        algorithm = algorithms.find(self.config.algorithm.name)
         return Quadratic(
             sim.dimension,
             condition,
             sim.noise,
-            rule,
+            algorithm,
             momentum=self.config.train.momentum,
             seed=self.config.seed,
             wire_format=self.push_format(),

@@ -23,8 +23,8 @@ class Quadratic:
         dimension: D.
         condition: The condition number; None for noise alone.
         noise: The noise's standard deviation per coordinate.
-        rule: The server's rule.
-        momentum: ``beta``, for rules with local steps.
+        algorithm: The server's algorithm.
+        momentum: ``beta``, for algorithms with local steps.
         seed: The seed of the run.
         wire_format: What becomes of a push on the wire.
     """
@@ -34,7 +34,7 @@ class Quadratic:
         dimension: int,
         condition: float | None,
         noise: float,
-        rule: type[Algorithm],
+        algorithm: type[Algorithm],
         *,
         momentum: float,
         seed: int,
@@ -42,7 +42,7 @@ class Quadratic:
     ) -> None:
         self.curvature = torch.zeros(dimension) if condition is None else torch.logspace(0, -1, dimension, base=condition)
         self.noise = noise
-        self.rule = rule
+        self.algorithm = algorithm
         self.momentum = momentum
         self.seed = seed
         self._encoder = Encoder(wire_format)
@@ -75,7 +75,7 @@ class Quadratic:
             steps=reply.steps,
             gradient=gradient,
         )
-        self.rule.local(work, self._encoder.push)
+        self.algorithm.local(work, self._encoder.push)
         loss = self.loss(sent[:dimension])
         return Push(
             worker=reply.worker,
@@ -90,10 +90,10 @@ class Quadratic:
         """A worker (None: each of them) begins anew: what the wire had dropped of its pushes is gone."""
         self._encoder.forget(worker)
 
-    def state(self) -> dict[int, dict[str, Any]]:
+    def state_dict(self) -> dict[int, dict[str, Any]]:
         """What is kept of each worker, a private copy."""
-        return self._encoder.state()
+        return self._encoder.state_dict()
 
-    def load_state(self, state: Mapping[int, Mapping[str, Any]]) -> None:
-        """Take over what `state` returned."""
-        self._encoder.load_state(state)
+    def load_state_dict(self, state: Mapping[int, Mapping[str, Any]]) -> None:
+        """Take over what `state_dict` returned."""
+        self._encoder.load_state_dict(state)

@@ -16,16 +16,16 @@ from ormo_rpc.messages import Push, Reply
 from ormo_rpc.rendezvous import protocol as wire
 from ormo_rpc.rendezvous.lease import Lease
 from ormo_rpc.rendezvous.secret import Secret
-from ormo_rpc.transports.stream.frames import ANSWER, ASK, DTYPES, INLINE, Ask, Say, Stream, bytes_of
-from ormo_rpc.transports.stream.shared_memory import Origin, Segments, opened
+from ormo_rpc.transports.stream.frames import DTYPES, INLINE, REQUEST, RESPONSE, Request, Response, Stream, bytes_of
+from ormo_rpc.transports.stream.shared_memory import SegmentHandle, SharedMemoryPool, attach
 
 GREETING_BYTES = 64 * 1024
 """The longest line of a server that has proved itself; the frames behind it have sizes of their own."""
 _log = logging.getLogger(__name__)
 
 
-class StreamCalls:
-    """`Calls` by a stream; use it as a context.
+class StreamClient:
+    """`ServerClient` by a stream; use it as a context.
 
     Shared parameters are the server's own memory, which we can only read and which it leaves alone until our next push; those
     that come with the frame lie in a buffer that the next ones are written into.
@@ -48,23 +48,25 @@ class StreamCalls:
         lease: Lease,
         secret: Secret,
         payload: Tensor,
-        segments: Segments | None,
+        segments: SharedMemoryPool | None,
         *,
         must_share: bool,
         timeout_seconds: float,
     ) -> None:
-        self.worker = lease.welcome.worker
+        self.worker = lease.join_response.worker
         self._payload = payload
-        self._origin: Origin | None = None
+        self._origin: SegmentHandle | None = None
         """Of the server's segments, where they are shared."""
         self._slots: dict[int, Tensor] = {}
         """Those that we have seen, by their descriptors, as bytes."""
         self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._frame = bytearray(ANSWER.size)
+        self._frame = bytearray(RESPONSE.size)
         try:
             connection = socket.create_connection(lease.connection.getpeername()[:2], timeout_seconds)
             try:
-                reason = self._agree(wire.LineReader(connection), lease.welcome.token, secret, segments, timeout_seconds)
+                reason = self._agree(
+                    wire.LineReader(connection), lease.join_response.session_id, secret, segments, timeout_seconds
+                )
                 self._stream = Stream(connection, lambda: not lease.lost.is_set())
             except BaseException:
                 connection.close()
@@ -78,21 +80,26 @@ class StreamCalls:
             _log.info("gradients and parameters go by TCP: %s", reason)
 
     def _agree(
-        self, reader: wire.LineReader, token: str, secret: Secret, segments: Segments | None, timeout_seconds: float
+        self,
+        reader: wire.LineReader,
+        session_id: str,
+        secret: Secret,
+        segments: SharedMemoryPool | None,
+        timeout_seconds: float,
     ) -> str:
         """Prove who we are, and find out whether memory can be shared; return why not."""
         wire.greet_server(reader, secret, {"stream": True}, timeout_seconds)
         descriptor = None if segments is None else segments.find(self._payload)
         mine = None if segments is None or descriptor is None else {**asdict(segments.origin), "descriptor": descriptor}
-        wire.send(reader.sock, {"token": token, "segment": mine})
+        wire.send(reader.sock, {"session_id": session_id, "segment": mine})
         answer = reader.receive(timeout_seconds, GREETING_BYTES)
         if "error" in answer:
             raise EOFError(answer["error"])
         reason = str(answer["reason"])
         if answer["origin"] is not None:
-            origin = Origin(**answer["origin"])
+            origin = SegmentHandle(**answer["origin"])
             try:
-                opened(origin, answer["probe"], 1)
+                attach(origin, answer["probe"], 1)
                 self._origin = origin
             except OSError as error:
                 reason = f"worker and server share no memory: {error}"
@@ -100,36 +107,36 @@ class StreamCalls:
         reader.receive(timeout_seconds, GREETING_BYTES)  # frames begin behind it
         return reason
 
-    def __enter__(self) -> StreamCalls:
+    def __enter__(self) -> StreamClient:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stream.connection.close()
 
     def hello(self) -> Reply:
-        """See `Calls.hello`."""
-        return self._ask(ASK.pack(Ask.ready, 0, 0, 0, 0, 0, 0.0), None)
+        """See `ServerClient.hello`."""
+        return self._ask(REQUEST.pack(Request.ready, 0, 0, 0, 0, 0, 0.0), None)
 
     def push(self, push: Push, payload: Tensor) -> Reply:
-        """See `Calls.push`."""
+        """See `ServerClient.push`."""
         assert payload is self._payload, "the payload is the one that the server knows"
         loss = 0.0 if push.loss is None else push.loss
         known = push.loss is not None
-        frame = ASK.pack(Ask.push, push.ticket, push.stamp, push.incarnation, push.samples, known, loss)
+        frame = REQUEST.pack(Request.push, push.ticket, push.stamp, push.incarnation, push.samples, known, loss)
         return self._ask(frame, None if self._origin is not None else bytes_of(payload))
 
     def goodbye(self) -> None:
-        """See `Calls.goodbye`; it waits until the server has heard it."""
+        """See `ServerClient.goodbye`; it waits until the server has heard it."""
         with contextlib.suppress(EOFError):
-            self._stream.send(ASK.pack(Ask.goodbye, 0, 0, 0, 0, 0, 0.0))
+            self._stream.send(REQUEST.pack(Request.goodbye, 0, 0, 0, 0, 0, 0.0))
             self._stream.receive(memoryview(bytearray(1)))  # it closes the connection then
 
     def _ask(self, frame: bytes, behind: memoryview | None) -> Reply:
         try:
             self._stream.send(frame, behind)
             self._stream.receive(memoryview(self._frame))
-            word, ticket, stamp, incarnation, steps, lr, dtype, elements, descriptor = ANSWER.unpack(self._frame)
-            if word == Say.refusal:
+            word, ticket, stamp, incarnation, steps, lr, dtype, elements, descriptor = RESPONSE.unpack(self._frame)
+            if word == Response.refusal:
                 text = bytearray(elements)
                 self._stream.receive(memoryview(text))
                 refusal = json.loads(text)
@@ -139,7 +146,7 @@ class StreamCalls:
             raise ServerLost(f"the server is gone: {error}") from None
         return Reply(
             worker=self.worker,
-            ticket=ticket if word == Say.work else None,
+            ticket=ticket if word == Response.work else None,
             stamp=stamp,
             params=params,
             lr=lr,
@@ -158,11 +165,11 @@ class StreamCalls:
         if descriptor not in self._slots:
             assert self._origin is not None, "the server names a segment only where they are shared"
             try:
-                slot = opened(self._origin, descriptor, size)
+                slot = attach(self._origin, descriptor, size)
             except OSError:  # such as too many open files: each that we have seen costs one
                 if not self._slots:
                     raise
                 self._slots.clear()
-                slot = opened(self._origin, descriptor, size)
+                slot = attach(self._origin, descriptor, size)
             self._slots[descriptor] = slot
         return self._slots[descriptor].view(DTYPES[dtype])

@@ -1,6 +1,6 @@
 """What crosses a stream: frames of fixed size, some with a vector's bytes behind them. Nothing in them is unpickled.
 
-A worker sends `ASK` frames and the server answers each with one `ANSWER`. A vector comes as its bytes, in the machine's order,
+A worker sends `REQUEST` frames and the server answers each with one `RESPONSE`. A vector comes as its bytes, in the machine's order,
 or lies in memory that both sides share; see `segments`.
 """
 
@@ -14,9 +14,9 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-ASK = struct.Struct("<qqqqqqd")
+REQUEST = struct.Struct("<qqqqqqd")
 """A word, ticket, stamp, incarnation, samples, whether there is a loss, the loss."""
-ANSWER = struct.Struct("<qqqqqdqqq")
+RESPONSE = struct.Struct("<qqqqqdqqq")
 """A word, ticket, stamp, incarnation, steps, lr; of the vector: dtype, elements, the descriptor of its segment or `INLINE`.
 
 With a refusal, the number of elements is that of the bytes of JSON that follow.
@@ -29,7 +29,7 @@ LOOK_SECONDS = 1
 """How often somebody who waits looks whether the other side is still there."""
 
 
-class Ask(IntEnum):
+class Request(IntEnum):
     """What a worker says."""
 
     ready = 1
@@ -37,7 +37,7 @@ class Ask(IntEnum):
     goodbye = 3
 
 
-class Say(IntEnum):
+class Response(IntEnum):
     """What the server says."""
 
     work = 1

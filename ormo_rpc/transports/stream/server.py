@@ -1,6 +1,6 @@
 """The service as workers reach it by a stream: a connection to the door, with a thread for each.
 
-A worker that was let in connects once more, proves again that it knows the secret, and shows its token. Gradients and
+A worker that was let in connects once more, proves again that it knows the secret, and shows its session_id. Gradients and
 parameters lie in memory that both processes share, where both can open what the other one has made; what crosses is then a
 frame of some 60 bytes. Else the bytes follow the frame, from and into buffers that are made once.
 """
@@ -20,30 +20,40 @@ from ormo_rpc.algorithms.base import Algorithm
 from ormo_rpc.compression.wire_options import Transport
 from ormo_rpc.errors import WireError
 from ormo_rpc.kernels.pool import pooled
-from ormo_rpc.messages import Refusal
+from ormo_rpc.messages import ErrorReply
 from ormo_rpc.rendezvous import protocol as wire
 from ormo_rpc.runtimes.distributed.server_process.service import Service
 from ormo_rpc.storage.journal import Journal
-from ormo_rpc.transports.pending_replies import Answer, Promise, answered
-from ormo_rpc.transports.stream.frames import ANSWER, ASK, DTYPES, INLINE, LOOK_SECONDS, Ask, Say, Stream, bytes_of
-from ormo_rpc.transports.stream.shared_memory import AVAILABLE, Origin, Segments, opened
+from ormo_rpc.transports.pending_replies import ReplyFuture, ServerResponse, answered
+from ormo_rpc.transports.stream.frames import (
+    DTYPES,
+    INLINE,
+    LOOK_SECONDS,
+    REQUEST,
+    RESPONSE,
+    Request,
+    Response,
+    Stream,
+    bytes_of,
+)
+from ormo_rpc.transports.stream.shared_memory import AVAILABLE, SegmentHandle, SharedMemoryPool, attach
 
 GREETING_SECONDS = 10.0
-"""How long a worker may take to show its token."""
+"""How long a worker may take to show its session_id."""
 GREETING_BYTES = 4096
-"""The longest line of a worker, with its token and where its payload lies."""
+"""The longest line of a worker, with its session_id and where its payload lies."""
 
 
-def shared_snapshots(rule: Algorithm, transport: Transport) -> Segments | None:
-    """Have what a rule sends lie in memory that workers on this machine can read, unless the wire is to be something else."""
+def shared_snapshots(algorithm: Algorithm, transport: Transport) -> SharedMemoryPool | None:
+    """Have what an algorithm sends lie in memory that workers on this machine can read, unless the wire is to be something else."""
     if not (AVAILABLE and transport.may_share):
         return None
-    segments = Segments()
-    rule.kernel = replace(rule.kernel, blank=pooled(segments))
+    segments = SharedMemoryPool()
+    algorithm.kernel = replace(algorithm.kernel, empty=pooled(segments))
     return segments
 
 
-class Streams:
+class StreamServer:
     """Serves streams.
 
     Args:
@@ -52,7 +62,7 @@ class Streams:
         segments: Where the snapshots lie; None where they are not shared.
     """
 
-    def __init__(self, service: Service, transport: Transport, segments: Segments | None) -> None:
+    def __init__(self, service: Service, transport: Transport, segments: SharedMemoryPool | None) -> None:
         self.service = service
         self.transport = transport
         self.segments = segments
@@ -67,13 +77,13 @@ class Streams:
             reader: Of a connection whose other side knows the secret.
 
         Raises:
-            ValueError: its token is none, or it asks for what the run does not have; the other side is to be told.
+            ValueError: its session_id is none, or it asks for what the run does not have; the other side is to be told.
             OSError, EOFError, WireError: it went away, or does not keep to the protocol.
         """
         asked = reader.receive(GREETING_SECONDS, GREETING_BYTES)
-        token = asked.get("token")
-        if not isinstance(token, str) or token not in self.service.seats.by_token:
-            raise ValueError("stream: got a token without a seat; rejoin")
+        session_id = asked.get("session_id")
+        if not isinstance(session_id, str) or session_id not in self.service.memberships.by_session:
+            raise ValueError("stream: got a session_id without a membership; rejoin")
         payload, reason = self._share(asked.get("segment"))
         offer: dict[str, Any] = {"origin": None, "reason": reason}
         if payload is not None and self.segments is not None:
@@ -82,7 +92,7 @@ class Streams:
         if reader.receive(GREETING_SECONDS, GREETING_BYTES).get("shared") is not True:
             payload = None
         wire.send(reader.sock, {"frames": True})  # they begin behind this line, so that no reader of lines takes any of them
-        self._talk(Stream(reader.sock, lambda: token in self.service.seats.by_token), token, payload)
+        self._talk(Stream(reader.sock, lambda: session_id in self.service.memberships.by_session), session_id, payload)
 
     def _share(self, segment: object) -> tuple[Tensor | None, str]:
         """The worker's payload in memory that we share with it; None, and why, where there is none."""
@@ -96,16 +106,16 @@ class Streams:
         if type(process) is not int or type(descriptor) is not int or not isinstance(name, str):
             return None, "the worker has no segment"
         try:
-            return opened(Origin(process=process, name=name), descriptor, self.service.format.size), ""
+            return attach(SegmentHandle(process=process, name=name), descriptor, self.service.format.size), ""
         except OSError as error:
             return None, f"server and worker share no memory: {error}"
 
-    def _talk(self, stream: Stream, token: str, shared: Tensor | None) -> None:
-        """Answer frame by frame, until the worker says goodbye.
+    def _talk(self, stream: Stream, session_id: str, shared: Tensor | None) -> None:
+        """ServerResponse frame by frame, until the worker says goodbye.
 
         Args:
             stream: The connection.
-            token: The worker's.
+            session_id: The worker's.
             shared: Its payload, where that lies in shared memory; parameters do so too, then.
 
         Raises:
@@ -121,40 +131,42 @@ class Streams:
         inline = bytes_of(payload) if shared is None else None
         push = None if form.plain else torch.empty(form.length, dtype=form.dtype)
         parts = form.unpack(payload) if form.plain else None
-        frame = bytearray(ASK.size)
+        frame = bytearray(REQUEST.size)
         whole = memoryview(frame)
         while True:
             stream.receive(whole)
-            word, ticket, stamp, incarnation, samples, has_loss, loss = ASK.unpack(frame)
-            if word == Ask.push:
+            word, ticket, stamp, incarnation, samples, has_loss, loss = REQUEST.unpack(frame)
+            if word == Request.push:
                 if inline is not None:
                     stream.receive(inline)
                 if shared is not None and copies:
                     payload.copy_(shared)
-                told = (token, ticket, stamp, incarnation, loss if has_loss else None, samples)
-                promise = answered(lambda: self.service.take(*told, parts or form.unpack(payload, push)))  # noqa: B023 - called at once
-            elif word == Ask.ready:
-                promise = answered(lambda: self.service.ready(token))
-            elif word == Ask.goodbye:
-                self.service.part(token)
+                told = (session_id, ticket, stamp, incarnation, loss if has_loss else None, samples)
+                future = answered(lambda: self.service.take(*told, parts or form.unpack(payload, push)))  # noqa: B023 - called at once
+            elif word == Request.ready:
+                future = answered(lambda: self.service.ready(session_id))
+            elif word == Request.goodbye:
+                self.service.part(session_id)
                 return
             else:
-                raise WireError(f"a frame with the word {word} came, expected one of {[*map(int, Ask)]}")
-            self._send(stream, _outcome(promise, stream), shared=shared is not None)
-            del promise  # with the parameters in it, so that their memory can be lent again
+                raise WireError(f"a frame with the word {word} came, expected one of {[*map(int, Request)]}")
+            self._send(stream, _outcome(future, stream), shared=shared is not None)
+            del future  # with the parameters in it, so that their memory can be lent again
 
-    def _send(self, stream: Stream, answer: Answer, *, shared: bool) -> None:
-        if isinstance(answer, Refusal):
+    def _send(self, stream: Stream, answer: ServerResponse, *, shared: bool) -> None:
+        if isinstance(answer, ErrorReply):
             text = json.dumps(asdict(answer)).encode()
-            stream.send(ANSWER.pack(Say.refusal, 0, 0, 0, 0, 0.0, 0, len(text), INLINE), memoryview(text))
+            stream.send(RESPONSE.pack(Response.refusal, 0, 0, 0, 0, 0.0, 0, len(text), INLINE), memoryview(text))
         elif answer.ticket is None:
-            stream.send(ANSWER.pack(Say.stop, 0, answer.stamp, answer.incarnation, answer.steps, answer.lr, 0, 0, INLINE))
+            stream.send(
+                RESPONSE.pack(Response.stop, 0, answer.stamp, answer.incarnation, answer.steps, answer.lr, 0, 0, INLINE)
+            )
         else:
             vector = answer.params
             descriptor = self.segments.find(vector) if shared and self.segments is not None else None
             stream.send(
-                ANSWER.pack(
-                    Say.work,
+                RESPONSE.pack(
+                    Response.work,
                     answer.ticket,
                     answer.stamp,
                     answer.incarnation,
@@ -168,15 +180,15 @@ class Streams:
             )
 
 
-def _outcome(promise: Promise, stream: Stream) -> Answer:
+def _outcome(future: ReplyFuture, stream: Stream) -> ServerResponse:
     """Wait for an answer, for as long as anybody wants it.
 
     Raises:
         EOFError: nobody does any more.
     """
-    if not promise.done():
+    if not future.done():
         done = queue.SimpleQueue[object]()
-        promise.add_done_callback(done.put)
+        future.add_done_callback(done.put)
         while True:
             alive = stream.alive()  # before we wait: who is evicted meanwhile is given the reason in a moment
             try:
@@ -185,4 +197,4 @@ def _outcome(promise: Promise, stream: Stream) -> Answer:
             except queue.Empty:
                 if not alive:
                     raise EOFError("the worker was evicted") from None
-    return promise.value()
+    return future.value()

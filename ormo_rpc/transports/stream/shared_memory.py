@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Origin:
+class SegmentHandle:
     """Where a process's segments are found.
 
     Attributes:
@@ -54,11 +54,11 @@ class Origin:
     name: str
 
 
-class Segments:
+class SharedMemoryPool:
     """Makes segments, for as long as this object lives; each vector in them is found again by its address."""
 
     def __init__(self) -> None:
-        self.origin = Origin(process=os.getpid(), name=f"ormo_rpc_{secrets.token_hex(16)}")
+        self.origin = SegmentHandle(process=os.getpid(), name=f"ormo_rpc_{secrets.token_hex(16)}")
         self._descriptors: dict[int, int] = {}
         self._warned = False
 
@@ -102,7 +102,7 @@ class Segments:
             os.close(descriptor)  # the memory itself lives as long as a tensor that shares it
 
 
-def opened(origin: Origin, descriptor: int, size: int) -> Tensor:
+def attach(origin: SegmentHandle, descriptor: int, size: int) -> Tensor:
     """The first bytes of another process's segment, shape (size,). Who writes to them is killed by the system.
 
     Raises:

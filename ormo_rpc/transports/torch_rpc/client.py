@@ -6,51 +6,51 @@ import torch.distributed.rpc as rpc
 from torch import Tensor
 
 from ormo_rpc.errors import BY_NAME, ServerLost
-from ormo_rpc.messages import Push, Refusal, Reply
+from ormo_rpc.messages import ErrorReply, Push, Reply
 from ormo_rpc.runtimes.distributed.server_process.service import Service
 from ormo_rpc.transports.torch_rpc import handlers
 from ormo_rpc.transports.torch_rpc.agent import SERVER
 
 
-class RpcCalls:
-    """`Calls` through the RRef that the server hands out.
+class TorchRpcClient:
+    """`ServerClient` through the RRef that the server hands out.
 
     Args:
-        token: Of this worker's seat.
+        session_id: Of this worker's membership.
         timeout_seconds: After how long a call that is not answered is taken for lost.
 
     Raises:
         ServerLost: the server does not answer.
     """
 
-    def __init__(self, token: str, timeout_seconds: float) -> None:
-        self.token = token
+    def __init__(self, session_id: str, timeout_seconds: float) -> None:
+        self.session_id = session_id
         self.timeout_seconds = timeout_seconds
         self.service = self._probe()
 
     def hello(self) -> Reply:
-        """See `Calls.hello`."""
-        return self._insist(handlers.hello, self.token)
+        """See `ServerClient.hello`."""
+        return self._insist(handlers.hello, self.session_id)
 
     def push(self, push: Push, payload: Tensor) -> Reply:
-        """See `Calls.push`.
+        """See `ServerClient.push`.
 
         After a time-out the push is repeated, which never applies it twice, as long as the server answers at all: the reply
         may be held back for longer, at a barrier or at the end of the run, by the slowest worker. A server that has not
         answered a question for as long as the time-out is lost.
         """
         place = (push.ticket, push.stamp, push.incarnation, push.loss, push.samples)
-        return self._insist(handlers.push, self.token, *place, payload)
+        return self._insist(handlers.push, self.session_id, *place, payload)
 
     def goodbye(self) -> None:
-        """See `Calls.goodbye`."""
+        """See `ServerClient.goodbye`."""
         try:
-            self._call(handlers.goodbye, (self.token,))
+            self._call(handlers.goodbye, (self.session_id,))
         except (ServerLost, TimeoutError):
             return
 
     def _probe(self) -> rpc.RRef[Service]:
-        """Ask for the RRef, which a server that lives answers at once."""
+        """Request for the RRef, which a server that lives answers at once."""
         try:
             return rpc.rpc_sync(SERVER, handlers.published, timeout=self.timeout_seconds)
         except RuntimeError as error:
@@ -72,7 +72,7 @@ class RpcCalls:
             if str(error).startswith("RPCErr:1"):  # how torch marks a time-out
                 raise TimeoutError(_first_line(error)) from None
             raise ServerLost(_first_line(error)) from None
-        if isinstance(answer, Refusal):
+        if isinstance(answer, ErrorReply):
             raise BY_NAME[answer.error](answer.text)
         return answer
 

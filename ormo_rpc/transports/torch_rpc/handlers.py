@@ -10,35 +10,35 @@ from torch import Tensor
 from torch.futures import Future
 
 from ormo_rpc.runtimes.distributed.server_process.service import Service
-from ormo_rpc.transports.pending_replies import Answer, Promise, answered
+from ormo_rpc.transports.pending_replies import ReplyFuture, ServerResponse, answered
 
 
 @rpc.functions.async_execution
-def hello(token: str) -> Future[Answer]:
+def hello(session_id: str) -> Future[ServerResponse]:
     """Say that a worker is ready; see `Service.ready`."""
-    return _future(answered(lambda: published().local_value().ready(token)))
+    return _future(answered(lambda: published().local_value().ready(session_id)))
 
 
 @rpc.functions.async_execution
 def push(
-    token: str, ticket: int, stamp: int, incarnation: int, loss: float | None, samples: int, payload: Tensor
-) -> Future[Answer]:
+    session_id: str, ticket: int, stamp: int, incarnation: int, loss: float | None, samples: int, payload: Tensor
+) -> Future[ServerResponse]:
     """Deliver the gradient of a ticket; see `Service.receive`."""
     return _future(
-        answered(lambda: published().local_value().receive(token, ticket, stamp, incarnation, loss, samples, payload))
+        answered(lambda: published().local_value().receive(session_id, ticket, stamp, incarnation, loss, samples, payload))
     )
 
 
-def _future(promise: Promise) -> Future[Answer]:
-    """The same as torch wants it."""
-    future = Future[Answer]()
-    promise.add_done_callback(lambda kept: future.set_result(kept.value()))
+def _future(pending: ReplyFuture) -> Future[ServerResponse]:
+    """The same future as torch's RPC wants it."""
+    future = Future[ServerResponse]()
+    pending.add_done_callback(lambda done: future.set_result(done.value()))
     return future
 
 
-def goodbye(token: str) -> None:
+def goodbye(session_id: str) -> None:
     """Say that a worker that was told to stop is leaving; see `Service.part`."""
-    published().local_value().part(token)
+    published().local_value().part(session_id)
 
 
 _service: rpc.RRef[Service] | None = None

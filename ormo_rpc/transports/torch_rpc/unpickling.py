@@ -30,14 +30,14 @@ from typing import Any, ClassVar, NoReturn, cast
 from torch.distributed.rpc import internal
 
 from ormo_rpc import errors
-from ormo_rpc.messages import Refusal, Reply
+from ormo_rpc.messages import ErrorReply, Reply
 
 _log = logging.getLogger(__name__)
 
-MESSAGES: tuple[type, ...] = (Reply, Refusal)
+MESSAGES: tuple[type, ...] = (Reply, ErrorReply)
 """Our own classes that cross, frozen dataclasses with slots."""
 EXCEPTIONS: tuple[type[BaseException], ...] = (
-    *(errors.PushRefused, errors.NonFiniteGradient, errors.GradientTooLarge, errors.Rejoin, errors.Dismissed),
+    *(errors.PushRefused, errors.NonFiniteGradient, errors.GradientTooLarge, errors.StaleSession, errors.WorkerBanned),
     *(ArithmeticError, AssertionError, AttributeError, EOFError, Exception, IndexError, KeyError, LookupError, MemoryError),
     *(NotImplementedError, OSError, OverflowError, RuntimeError, TimeoutError, TypeError, ValueError, ZeroDivisionError),
     *(BrokenPipeError, ConnectionError, ConnectionResetError, FileNotFoundError, PermissionError, RecursionError),
@@ -76,7 +76,7 @@ class AllowListUnpickler(_Unpickler):
     """What a peer may call in this process, by module and qualified name; set by `install`."""
     references: ClassVar[bool] = False
     """Whether a reference to a remote object may come; set by `install`."""
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {opcode[0]: _Unpickler.dispatch[opcode[0]] for opcode in _OPCODES}
+    context: ClassVar[dict[int, Callable[[Any], None]]] = {opcode[0]: _Unpickler.context[opcode[0]] for opcode in _OPCODES}
 
     def load(self) -> Any:
         """The message.
@@ -135,7 +135,7 @@ class AllowListUnpickler(_Unpickler):
             _refuse(f"the opcode BUILD on {_described(instance)}")
         instance.__setstate__(state)
 
-    dispatch |= {pickle.REDUCE[0]: _reduce, pickle.NEWOBJ[0]: _newobj, pickle.BUILD[0]: _build}
+    context |= {pickle.REDUCE[0]: _reduce, pickle.NEWOBJ[0]: _newobj, pickle.BUILD[0]: _build}
 
 
 class _TensorReceiver:

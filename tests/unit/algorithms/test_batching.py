@@ -1,4 +1,4 @@
-"""Rules that discard, collect, average or take local steps: against torch.optim, plain loops and closed forms."""
+"""Algorithms that discard, collect, average or take local steps: against torch.optim, plain loops and closed forms."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def begin(
         record=record,
         **options,
     )
-    work = pushed(server.rule, PROBLEM.gradient_at) if gradient is None else gradient
+    work = pushed(server.algorithm, PROBLEM.gradient_at) if gradient is None else gradient
     return Run(server=server, gradient=work, num_workers=num_workers).start()
 
 
@@ -167,10 +167,13 @@ def test_delayed_nesterov_closes_its_last_round_at_the_end(activation: float) ->
 def test_a_second_flush_changes_no_bit(algorithm: str, tickets: int) -> None:
     server = begin(algorithm, num_workers=1, tickets=tickets, gradient=noise(D)).finish().server
     before = server.state_dict()
-    server.rule.flush(0.1)
+    server.algorithm.flush(0.1)
     after = server.state_dict()
     assert torch.equal(after["params"], before["params"])
-    assert all(torch.equal(torch.as_tensor(after["rule"][k]), torch.as_tensor(v)) for k, v in before["rule"].items())
+    assert all(
+        torch.equal(torch.as_tensor(after["algorithm_state"][k]), torch.as_tensor(v))
+        for k, v in before["algorithm_state"].items()
+    )
 
 
 def test_delayed_nesterov_of_period_one_is_nesterov_momentum_of_torch() -> None:
@@ -205,8 +208,8 @@ def test_a_constant_gradient_moves_pnm_by_eta_over_the_norm_of_its_coefficients(
 def test_spa_is_y_of_ordered_momentum_where_one_worker_runs(lr: float | Callable[[int], float]) -> None:
     spa, ormo = (begin(name, num_workers=1, tickets=40, lr=lr) for name in ("spa", "ormo"))
     for _ in zip(spa.steps([]), ormo.steps([]), strict=True):
-        w, u = ormo.server.params, ormo.server.rule.state()["u"]
-        z = spa.server.rule.state()["z"]
+        w, u = ormo.server.params, ormo.server.algorithm.state_dict()["u"]
+        z = spa.server.algorithm.state_dict()["z"]
         assert isinstance(z, Tensor)
         close(spa.server.params, w)
         close(z, w - BETA / (1 - BETA) * u)
@@ -231,7 +234,7 @@ def test_easgd_is_the_plain_loop_and_exchanges_keep_the_sum(schedule: Schedule, 
         centre, own[step.worker] = centre + difference, x - difference
         close(run.server.params, centre)
         for worker, value in enumerate(own):
-            kept = run.server.rule.state()[f"own/{worker}"]
+            kept = run.server.algorithm.state_dict()[f"own/{worker}"]
             assert isinstance(kept, Tensor)
             close(kept, value)
         total = total - step.push.grad
@@ -241,7 +244,7 @@ def test_easgd_is_the_plain_loop_and_exchanges_keep_the_sum(schedule: Schedule, 
 def test_a_worker_of_easgd_that_comes_back_starts_at_the_centre() -> None:
     run = begin("easgd", num_workers=2, tickets=30).follow([("push", 0), ("push", 0), ("push", 1)])
     run.leave(1)
-    assert "own/1" not in run.server.rule.state()
+    assert "own/1" not in run.server.algorithm.state_dict()
     (reply,) = run.join(1).replies
     assert torch.equal(reply.params, run.server.params)
 
@@ -251,7 +254,7 @@ def test_orlomo_with_one_local_step_is_ordered_momentum(schedule: Schedule, sche
     local = begin("orlomo", num_workers=3, tickets=25, scheduler=scheduler, local_steps=1)
     ordered = begin("ormo", num_workers=3, tickets=25, scheduler=scheduler)
     for _ in zip(local.steps(schedule), ordered.steps(schedule), strict=True):
-        got, expected = (run.server.rule.state() for run in (local, ordered))
+        got, expected = (run.server.algorithm.state_dict() for run in (local, ordered))
         close(local.server.params, ordered.server.params)
         close(torch.as_tensor(got["u"]), torch.as_tensor(expected["u"]))
         assert got["index"] == expected["index"]
@@ -284,7 +287,7 @@ def test_synchronous_orlomo_is_heavy_ball_over_the_sums_of_local_parts() -> None
         sums += in_round
         w, u = heavy_ball(start, sums, BETA)
         close(run.server.params, w)
-        close(torch.as_tensor(run.server.rule.state()["u"]), u)
+        close(torch.as_tensor(run.server.algorithm.state_dict()["u"]), u)
 
 
 @given(schedule=schedules(), num_workers=st.integers(1, 5))
@@ -316,12 +319,12 @@ def test_only_the_buckets_of_local_momenta_matter_to_orlomo(schedule: Schedule, 
     for push in run.pushes:
         rounds[bucket[push.ticket]] += push.grad
     w, u = torch.linspace(-1, 1, D, dtype=torch.float64), torch.zeros(D, dtype=torch.float64)
-    for number in range(int(run.server.rule.state()["index"]) + 1):
+    for number in range(int(run.server.algorithm.state_dict()["index"]) + 1):
         m, p = rounds[number].split(D)
         w = w - (beta - beta ** (H + 1)) / (1 - beta) * u - p
         u = beta**H * u + m
     close(run.server.params, w)
-    close(torch.as_tensor(run.server.rule.state()["u"]), u)
+    close(torch.as_tensor(run.server.algorithm.state_dict()["u"]), u)
 
 
 # -------------------------------------------------------------------------------------------------------- real workers
@@ -372,7 +375,7 @@ def test_a_real_worker_of_orlomo_is_momentum_sgd_of_torch_over_tickets_of_severa
     assert torch.equal(*moved)
     (reply,) = server.receive(worker.compute(reply))
     close(server.params, w - sum(BETA**j for j in range(1, 5)) * u - moved[1], atol=2e-6)
-    close(torch.as_tensor(server.rule.state()["u"]), BETA**4 * u + moved[0], atol=2e-6)
+    close(torch.as_tensor(server.algorithm.state_dict()["u"]), BETA**4 * u + moved[0], atol=2e-6)
     while reply.ticket is not None:
         (reply,) = server.receive(worker.compute(reply))
     assert (server.iteration, server.status.value) == (4, "completed")

@@ -1,4 +1,4 @@
-"""What every rule keeps under each of its schedulers. A new rule needs a row in ``contract.py`` and nothing here."""
+"""What every algorithm keeps under each of its schedulers. A new algorithm needs a row in ``contract.py`` and nothing here."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def random_schedule(length: int, seed: int = 0) -> Schedule:
     return [("push", int(pick)) for pick in picks]
 
 
-def test_the_table_has_every_rule() -> None:
+def test_the_table_has_every_algorithm() -> None:
     assert sorted(row.name for row in ROWS) == sorted(algorithms.NAMES)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_a_rule_runs_under_every_scheduler_that_it_does_not_refuse(row: Row) -> None:
+def test_a_algorithm_runs_under_every_scheduler_that_it_does_not_refuse(row: Row) -> None:
     assert sorted([*row.schedulers, *algorithms.find(row.name).REFUSES]) == sorted(SCHEDULERS)
 
 
@@ -71,9 +71,9 @@ def test_no_gradient_and_no_issued_parameters_are_written_to(row: Row, scheduler
 @given(case=cases())
 def test_replies_share_memory_with_their_own_stamp_only(row: Row, scheduler: str, case: Case) -> None:
     run = case.run(row.name, scheduler, case.options(row)).finish(case.schedule)
-    live = {tensor.untyped_storage().data_ptr() for tensor in tensors(run.server.rule)}
+    live = {tensor.untyped_storage().data_ptr() for tensor in tensors(run.server.algorithm)}
     stamps: dict[int, int] = {}
-    if run.server.rule.OUT_OF_PLACE:  # the parameters themselves are handed out, and belong to the present stamp
+    if run.server.algorithm.OUT_OF_PLACE:  # the parameters themselves are handed out, and belong to the present stamp
         memory = run.server.params.untyped_storage().data_ptr()
         live.remove(memory)
         stamps[memory] = run.server.iteration
@@ -100,7 +100,7 @@ def test_a_saved_state_goes_on_identically_in_a_fresh_server(row: Row, scheduler
     assert same(fresh.state_dict(), saved)
     copied = original.fork(fresh)
     done = len(original.history)
-    if server.rule.READS_SENT:  # what was sent is no part of a saved state
+    if server.algorithm.READS_SENT:  # what was sent is no part of a saved state
         original.restart()
         copied.restart()
     original.finish(rest)
@@ -131,7 +131,7 @@ def test_each_ticket_is_redeemed_once_and_all_are_told_to_stop(row: Row, schedul
     assert sorted(applied) == list(range(case.tickets))
     assert [event.data["iteration"] for event in events if event.kind is Kind.apply] == list(range(case.tickets))
     assert run.stopped == run.members == set(server.members)
-    assert (server.status, server.iteration, server.ledger.outstanding) == (Status.completed, case.tickets, {})
+    assert (server.status, server.iteration, server.assignments.outstanding) == (Status.completed, case.tickets, {})
 
 
 @each_row
@@ -148,16 +148,16 @@ def test_memory_is_the_stated_one_and_does_not_grow(row: Row, scheduler: str) ->
             **SCHEDULER_OPTIONS.get(scheduler, {}),
             **options,
         )
-        gradient = noise(dimension * server.rule.VECTORS_PUSHED)
+        gradient = noise(dimension * server.algorithm.VECTORS_PUSHED)
         run = Run(server=server, gradient=gradient, num_workers=workers).start()
         run.finish(random_schedule(60))
-        held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors(server.rule)}
+        held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors(server.algorithm)}
         # 8 bytes per float64; scalars kept as tensors would be less than one vector together.
         assert sum(held.values()) // (8 * dimension) == row.vectors(workers) + row.more_vectors(options)
-        # Beside the rule: the parameters of the newest reply to each worker, and those being handed out, which are the
-        # rule's own where it works out of place.
+        # Beside the algorithm: the parameters of the newest reply to each worker, and those being handed out, which are the
+        # algorithm's own where it works out of place.
         others = {tensor.untyped_storage().data_ptr() for tensor in tensors(server)} - held.keys()
-        assert len(others) <= workers + (not server.rule.OUT_OF_PLACE)
+        assert len(others) <= workers + (not server.algorithm.OUT_OF_PLACE)
 
 
 @each_row
@@ -177,7 +177,7 @@ def test_it_converges_on_a_quadratic(row: Row, scheduler: str) -> None:
         **SCHEDULER_OPTIONS.get(scheduler, {}),
     )
     start = problem.distance(server.params)
-    gradient = pushed(server.rule, problem.gradient_at)
+    gradient = pushed(server.algorithm, problem.gradient_at)
     Run(server=server, gradient=gradient, num_workers=4).start().finish(random_schedule(1600))
     assert problem.distance(server.params) < 1e-7 * start
 
@@ -192,7 +192,7 @@ def test_it_converges_on_a_quadratic(row: Row, scheduler: str) -> None:
     ],
 )
 @given(case=cases())
-def test_it_reduces_to_another_rule(row: Row, reduction: Reduction, scheduler: str, case: Case) -> None:
+def test_it_reduces_to_another_algorithm(row: Row, reduction: Reduction, scheduler: str, case: Case) -> None:
     if reduction.momentum is not None:
         case = replace(case, momentum=reduction.momentum)
     if reduction.num_workers is not None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ormo_rpc.algorithms._delay_adaptive import DelayRule
-from ormo_rpc.algorithms.base import Arrival
+from ormo_rpc.algorithms.base import PushContext
 from ormo_rpc.messages import Reply
 from ormo_rpc.server.build import build_server
 from ormo_rpc.server.events import Event, Kind
@@ -72,7 +72,7 @@ def close(got: Tensor, expected: Tensor) -> None:
 
 
 def u_of(server: ParameterServer) -> Tensor:
-    u = server.rule.state()["u"]
+    u = server.algorithm.state_dict()["u"]
     assert isinstance(u, Tensor)
     return u
 
@@ -232,26 +232,26 @@ def test_the_order_matters_to_naive_momentum() -> None:
 def test_it_is_heavy_ball_over_the_buckets_that_grow_and_shrink(workers: int, schedule: Schedule) -> None:
     trial = begin(num_workers=workers, tickets=30)
     server, start = trial.run.server, trial.run.server.params.clone()
-    opened = {0: 0}  # the bucket of each index, dealt out here with K as it is when one opens
+    attach = {0: 0}  # the bucket of each index, dealt out here with K as it is when one opens
     room = bucket = handed = 0
     received: defaultdict[int, Tensor] = defaultdict(lambda: torch.zeros(D, dtype=torch.float64))
     newest_before_push = 0
     for step in trial.run.steps(schedule):
         if step.push is not None:
-            received[opened[step.push.stamp]] += 0.1 * step.push.grad
+            received[attach[step.push.stamp]] += 0.1 * step.push.grad
             newest_before_push = handed
             if room == 0:
                 bucket, room = bucket + 1, len(trial.run.members)
             room -= 1
-            opened[len(opened)] = bucket
+            attach[len(attach)] = bucket
             # A gradient that is missing counts as zero; buckets up to the newest that was handed out before the push.
             x, v = heavy_ball(start, [received[b] for b in range(newest_before_push + 1)], BETA)
             close(server.params, x)
             close(u_of(server), v)
-            exponent = int(server.rule.state()["index"]) - opened[step.push.stamp]  # e = I - b
+            exponent = int(server.algorithm.state_dict()["index"]) - attach[step.push.stamp]  # e = I - b
             assert exponent >= 0
-        handed = max([handed, *(opened[reply.stamp] for reply in step.replies if reply.ticket is not None)])
-    assert {data["stamp"]: data["bucket"] for data in trial.of(Kind.apply)}.items() <= opened.items()
+        handed = max([handed, *(attach[reply.stamp] for reply in step.replies if reply.ticket is not None)])
+    assert {data["stamp"]: data["bucket"] for data in trial.of(Kind.apply)}.items() <= attach.items()
 
 
 def test_a_bucket_keeps_the_size_that_it_was_opened_with() -> None:
@@ -343,8 +343,8 @@ def test_naive_momentum_diverges_where_ordered_momentum_converges() -> None:
 # ------------------------------------------------------------------------------------------------ delay-adaptive learning rates
 
 
-def arrival(delay: int, *, concurrency: int = 3, lr: float = 0.5) -> Arrival:
-    return Arrival(
+def context(delay: int, *, concurrency: int = 3, lr: float = 0.5) -> PushContext:
+    return PushContext(
         worker=0,
         ticket=0,
         iteration=100,
@@ -377,15 +377,15 @@ def arrival(delay: int, *, concurrency: int = 3, lr: float = 0.5) -> Arrival:
     ids=str,
 )
 def test_the_learning_rate_follows_the_delay(options: dict[str, Any], expected: dict[int, float]) -> None:
-    rule = begin(num_workers=3, tickets=None, algorithm="ormo_da", **options).run.server.rule
-    got = {delay: rule.learning_rate(arrival(delay)) for delay in expected}
+    algorithm = begin(num_workers=3, tickets=None, algorithm="ormo_da", **options).run.server.algorithm
+    got = {delay: algorithm.learning_rate(context(delay)) for delay in expected}
     assert got == pytest.approx(expected, rel=1e-15, abs=0)
-    assert all(rule.accepts(arrival(delay)) for delay in expected)
+    assert all(algorithm.accepts(context(delay)) for delay in expected)
 
 
 def test_drop_takes_nothing_past_the_threshold() -> None:
-    rule = begin(num_workers=3, tickets=None, algorithm="ormo_da", rule=DelayRule.drop).run.server.rule
-    assert [rule.accepts(arrival(delay)) for delay in (5, 6, 7, 50)] == [True, True, False, False]
+    algorithm = begin(num_workers=3, tickets=None, algorithm="ormo_da", rule=DelayRule.drop).run.server.algorithm
+    assert [algorithm.accepts(context(delay)) for delay in (5, 6, 7, 50)] == [True, True, False, False]
 
 
 def test_a_dropped_gradients_ticket_comes_back_with_fresh_parameters() -> None:
@@ -403,7 +403,7 @@ def test_a_dropped_gradients_ticket_comes_back_with_fresh_parameters() -> None:
     assert torch.equal(reply.params, before["params"])
     assert run.server.iteration == 2
     (discarded,) = trial.of(Kind.discard)
-    assert (discarded["ticket"], discarded["delay"], discarded["reason"]) == (1, 2, "refused by the rule")
+    assert (discarded["ticket"], discarded["delay"], discarded["reason"]) == (1, 2, "refused by the algorithm")
 
 
 @given(workers=st.integers(2, 5), schedule=schedules())

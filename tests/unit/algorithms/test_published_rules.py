@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ormo_rpc import algorithms
-from ormo_rpc.algorithms.base import Arrival, Dispatch
-from ormo_rpc.errors import Rejoin
+from ormo_rpc.algorithms.base import PullContext, PushContext
+from ormo_rpc.errors import StaleSession
 from ormo_rpc.messages import Reply
 from ormo_rpc.server.build import build_server
 from ormo_rpc.server.parameter_server import ParameterServer
@@ -108,7 +108,7 @@ def test_a_leavers_momentum_is_gone(name: str, expected: float) -> None:
         run.push(reply)
     close(server.params, torch.tensor([-0.4], dtype=torch.float64))
     run.leave(1)
-    sent = server.rule.outgoing(Dispatch(worker=0, concurrency=1, lr=0.1))
+    sent = server.algorithm.outgoing(PullContext(worker=0, concurrency=1, lr=0.1))
     close(sent, torch.tensor([-0.4 - expected], dtype=torch.float64))
     run.join(1)
     run.push(next(reply for reply in run.outstanding.values() if reply.worker == 1))
@@ -145,22 +145,25 @@ def test_smega2_sends_the_parameters_after_k_more_gradients_of_zero(workers: int
     server = run.server
     for _ in run.steps(schedule):
         K, lr = server.concurrency, decay(server.iteration)
-        rule = copy.deepcopy(server.rule)
-        sent = rule.outgoing(Dispatch(worker=0, concurrency=K, lr=lr))
-        arrival = Arrival(worker=0, ticket=0, iteration=0, stamp=0, bucket=0, newest_bucket=0, concurrency=K, lr=lr)
+        algorithm = copy.deepcopy(server.algorithm)
+        sent = algorithm.outgoing(PullContext(worker=0, concurrency=K, lr=lr))
+        context = PushContext(worker=0, ticket=0, iteration=0, stamp=0, bucket=0, newest_bucket=0, concurrency=K, lr=lr)
         for _ in range(K):
-            rule.step(torch.zeros(D, dtype=torch.float64), lr, arrival)
-        close(sent, rule.params)
+            algorithm.step(torch.zeros(D, dtype=torch.float64), lr, context)
+        close(sent, algorithm.params)
 
 
 @given(workers=st.integers(2, 5), schedule=schedules())
 def test_smega2_closes_its_last_round_once_and_leaves_the_parameters(workers: int, schedule: Schedule) -> None:
     server = begin("smega2", num_workers=workers).finish(schedule).server
-    params, state = server.params.clone(), copy.deepcopy(server.rule.state())
+    params, state = server.params.clone(), copy.deepcopy(server.algorithm.state_dict())
     assert state["count"] == 0
-    server.rule.flush(LR)
+    server.algorithm.flush(LR)
     assert torch.equal(server.params, params)
-    assert all(torch.equal(torch.as_tensor(value), torch.as_tensor(state[name])) for name, value in server.rule.state().items())
+    assert all(
+        torch.equal(torch.as_tensor(value), torch.as_tensor(state[name]))
+        for name, value in server.algorithm.state_dict().items()
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- delay-aware
@@ -227,7 +230,7 @@ def test_what_was_sent_is_asked_for_again_when_the_server_has_lost_it(algorithm:
     copied = run.fork(fresh)
     reply = next(iter(copied.outstanding.values()))
     with pytest.raises(
-        Rejoin, match=r"^push of worker 0: what it was sent was lost when the server's state was loaded; rejoin$"
+        StaleSession, match=r"^push of worker 0: what it was sent was lost when the server's state was loaded; rejoin$"
     ):
         copied.push(reply)
     copied.restart()

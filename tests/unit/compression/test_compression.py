@@ -25,8 +25,8 @@ from ormo_rpc.config.schema import parse_config
 from ormo_rpc.errors import ConfigError, PushRefused
 from ormo_rpc.messages import Push
 from ormo_rpc.models.flat import Layout
-from ormo_rpc.server.validation import check_payload
-from ormo_rpc.worker.faults import Injector
+from ormo_rpc.server.validation import validate_push
+from ormo_rpc.worker.faults import FaultInjector
 
 SHAPES = {"conv": (8, 3, 3, 3), "conv_bias": (8,), "linear": (20, 30), "scale": (), "small": (3, 4)}
 DIMENSION = 8 * 27 + 8 + 600 + 1 + 12
@@ -194,13 +194,13 @@ def test_powersgd_is_torchs_hook_of_one_process(rank: int, feedback: bool) -> No
         torch.manual_seed(np.random.RandomState(5).randint(1_000_000_000))
         start = torch.cat([torch.randn(1, part.columns, rank, dtype=torch.float64).reshape(-1) for part in worth])
     encoder = Encoder(format_)
-    encoder.load_state({0: {"kept": [start], "error": None}})
+    encoder.load_state_dict({0: {"kept": [start], "error": None}})
     for gradient in gradients(6, torch.float64, MATRICES_DIMENSION):
         bucket: Any = Bucket(gradient.clone())
         expected = published.powerSGD_hook(state, bucket).wait()
         torch.testing.assert_close(encoded(encoder, gradient), expected, rtol=1e-9, atol=1e-11)
         if feedback:
-            torch.testing.assert_close(encoder.state()[0]["error"], state.error_dict[0], rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(encoder.state_dict()[0]["error"], state.error_dict[0], rtol=1e-9, atol=1e-11)
 
 
 def test_orthogonalised_columns_are_orthonormal_or_nothing() -> None:
@@ -225,7 +225,7 @@ def test_powersgd_outlives_gradients_of_less_than_its_rank(rank_of_gradient: int
         seen = encoded(encoder, full)
         assert torch.isfinite(seen).all()
     # The same gradient again and again: what has arrived is nearly all of it, in every direction.
-    arrived = 201 * full - encoder.state()[0]["error"]
+    arrived = 201 * full - encoder.state_dict()[0]["error"]
     torch.testing.assert_close(arrived / 201, full, atol=0.3, rtol=0)
 
 
@@ -240,7 +240,7 @@ def test_nothing_is_lost_only_late(name: str, wire: WireDtype) -> None:
     # Whole numbers, whose sums are exact in float64 as long as what is pushed are whole numbers too; PowerSGD's are not.
     sent = [torch.randint(-9999, 10_000, (DIMENSION,), generator=generator).double() for _ in range(20)]
     seen = [encoded(encoder, gradient) for gradient in sent]
-    memory = encoder.state().get(0)
+    memory = encoder.state_dict().get(0)
     error = torch.zeros(DIMENSION, dtype=torch.float64) if memory is None else memory["error"]
     late = sum(sent, torch.zeros_like(error)) - sum(seen, torch.zeros_like(error)) - error
     if name == "powersgd":
@@ -277,14 +277,14 @@ def test_each_worker_has_its_own_memory_and_loses_it_when_it_joins_anew() -> Non
         assert torch.equal(encoded(encoder, gradient, 7), fresh)
         assert torch.equal(encoded(encoder, gradient, 0), encoded(alone[0], gradient, 0))
         encoder.forget()
-        assert encoder.state() == {}
+        assert encoder.state_dict() == {}
 
 
 def test_without_feedback_nothing_is_remembered_but_factors() -> None:
     encoder = Encoder(made("topk without feedback", WireDtype.bf16))
     gradient = gradients(1)[0]
     assert torch.equal(encoded(encoder, gradient), encoded(encoder, gradient))
-    assert encoder.state() == {0: {"kept": [None], "error": None}}
+    assert encoder.state_dict() == {0: {"kept": [None], "error": None}}
 
 
 @pytest.mark.parametrize("name", ["topk", "powersgd"])
@@ -293,12 +293,12 @@ def test_what_is_kept_and_loaded_goes_on_to_the_bit(name: str) -> None:
     *before, after = gradients(4)
     for gradient in before:
         encoded(one, gradient, 3)
-    state = one.state()
-    other.load_state(state)
+    state = one.state_dict()
+    other.load_state_dict(state)
     first = encoded(one, after, 3)
     assert torch.equal(encoded(other, after, 3), first)
     again = Encoder(made(name, WireDtype.fp16))
-    again.load_state(state)  # still the state of then: a private copy, both ways
+    again.load_state_dict(state)  # still the state of then: a private copy, both ways
     assert torch.equal(encoded(again, after, 3), first)
 
 
@@ -402,7 +402,7 @@ def unpacked(format_: PushFormat, payload: Tensor) -> str:
         grad, buffers = format_.unpack(payload, room[16:-16], "push of worker 3")
         push = Push(worker=3, ticket=0, stamp=0, grad=grad, buffers=buffers)
         statistics = {name: torch.empty(shape) for name, shape in STATISTICS.items()}
-        check_payload(push, torch.empty(DIMENSION), statistics, dtype=format_.pushed_dtype)
+        validate_push(push, torch.empty(DIMENSION), statistics, dtype=format_.pushed_dtype)
         assert torch.isfinite(grad).all()
     except PushRefused as error:
         outcome, said = type(error).__name__, str(error)
@@ -490,7 +490,7 @@ def test_a_payload_that_a_fault_corrupts_is_found_not_finite(name: str, wire: Wi
     encoder = Encoder(format_)
     encoded(encoder, gradients(1)[0])
     assert unpacked(format_, encoder.wire) == "taken"
-    Injector(["corrupt@3:0"], 3, 0, told.append).before_push(encoder.payload)
+    FaultInjector(["corrupt@3:0"], 3, 0, told.append).before_push(encoder.payload)
     assert told == ["fault corrupt@3:0, push 0"]
     assert unpacked(format_, encoder.wire) == "NonFiniteGradient"
 

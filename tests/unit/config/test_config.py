@@ -268,14 +268,16 @@ def test_other_wrong_trees(values: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "refused"),
     [
-        ({"rule": "mishchenko", "threshold": 0}, "threshold: got 0"),
-        ({"rule": "mishchenko", "smoothness": 2.0}, "smoothness: got 2.0"),
-        ({"rule": "koloskova", "threshold": 3, "smoothness": 2.0}, "smoothness: got 2.0"),
-        ({"rule": "drop", "smoothness": 2.0}, "smoothness: got 2.0"),
+        ({"algorithm": "mishchenko", "threshold": 0}, "threshold: got 0"),
+        ({"algorithm": "mishchenko", "smoothness": 2.0}, "smoothness: got 2.0"),
+        ({"algorithm": "koloskova", "threshold": 3, "smoothness": 2.0}, "smoothness: got 2.0"),
+        ({"algorithm": "drop", "smoothness": 2.0}, "smoothness: got 2.0"),
     ],
     ids=str,
 )
-def test_an_option_that_the_delays_rule_would_not_use_is_refused(algorithm: str, options: dict[str, Any], refused: str) -> None:
+def test_an_option_that_the_delays_algorithm_would_not_use_is_refused(
+    algorithm: str, options: dict[str, Any], refused: str
+) -> None:
     expected = f"algorithm.{refused}, expected none, as algorithm.rule={options['rule']} does not use it"
     assert refusal({"algorithm": {"name": algorithm, **options}}) == expected
     with pytest.raises(ValueError, match=re.escape(expected)):

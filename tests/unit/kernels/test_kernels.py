@@ -18,7 +18,7 @@ from ormo_rpc.kernels import steps as torch_steps
 from ormo_rpc.kernels.compiled import agrees, compiled_steps, fastest_kernel
 from ormo_rpc.kernels.kernel import Kernel
 from ormo_rpc.kernels.pool import WORTH_POOLING, Pool
-from ormo_rpc.kernels.steps import CHUNK, Heavy, Ordered, Plain, Step, Steps, TorchSteps
+from ormo_rpc.kernels.steps import CHUNK, HeavyBallStep, OrMoStep, SGDStep, Step, Steps, TorchSteps
 from ormo_rpc.kernels.threads import Threaded
 
 LENGTHS = [1, 17, 1_000, 3 * CHUNK + 5, 13 * CHUNK + 5]  # the last one is so long that C stores past the caches
@@ -59,12 +59,12 @@ def check(
     narrow = torch.empty(length + offset, dtype=grad_dtype)[offset:].copy_(grad)
     expected_u, expected_w, before = first_u.clone(), w.clone(), (narrow.clone(), w.clone())
     plain(narrow.to(dtype), expected_u, expected_w)
-    for low in (None, torch.zeros(length + offset, dtype=torch.bfloat16)[offset:]):
+    for out_16bit in (None, torch.zeros(length + offset, dtype=torch.bfloat16)[offset:]):
         u = torch.empty(length + offset, dtype=dtype)[offset:].copy_(first_u)
-        run(narrow, u, w, out.fill_(torch.nan), low)
+        run(narrow, u, w, out.fill_(torch.nan), out_16bit)
         assert torch.equal(u, expected_u)
         assert torch.equal(out, expected_w)
-        assert low is None or torch.equal(low, expected_w.to(torch.bfloat16))
+        assert out_16bit is None or torch.equal(out_16bit, expected_w.to(torch.bfloat16))
         assert torch.equal(narrow, before[0])
         assert torch.equal(w, before[1])
 
@@ -83,7 +83,7 @@ DTYPES = [
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize(("scale", "shifts"), [(1.0, 0), (1.0, 1), (0.3, 0), (0.3, 4)])
-def test_an_ordered_step_is_that_of_the_rule_to_the_bit(
+def test_an_ordered_step_is_that_of_the_algorithm_to_the_bit(
     steps: Steps, scale: float, shifts: int, length: int, dtypes: tuple[torch.dtype, torch.dtype], offset: int
 ) -> None:
     def plain(grad: Tensor, u: Tensor, w: Tensor) -> None:
@@ -95,14 +95,14 @@ def test_an_ordered_step_is_that_of_the_rule_to_the_bit(
         u.add_(grad, alpha=0.9**2 * 0.07)
         w.sub_(grad, alpha=2.71 * 0.07)
 
-    step = Ordered(scale=scale, shifts=shifts, beta=0.9, into_u=0.9**2 * 0.07, into_w=2.71 * 0.07)
+    step = OrMoStep(scale=scale, shifts=shifts, beta=0.9, u_scale=0.9**2 * 0.07, w_scale=2.71 * 0.07)
     check(functools.partial(steps, step), plain, dtypes, length=length, offset=offset)
 
 
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("length", LENGTHS)
-def test_a_heavy_ball_step_is_that_of_the_rule_to_the_bit(
+def test_a_heavy_ball_step_is_that_of_the_algorithm_to_the_bit(
     steps: Steps, length: int, dtypes: tuple[torch.dtype, torch.dtype], offset: int
 ) -> None:
     def plain(grad: Tensor, u: Tensor, w: Tensor) -> None:
@@ -110,28 +110,28 @@ def test_a_heavy_ball_step_is_that_of_the_rule_to_the_bit(
         u.mul_(0.9).add_(grad, alpha=0.07)
         w.sub_(u)
 
-    check(functools.partial(steps, Heavy(beta=0.9, into_u=0.07)), plain, dtypes, length=length, offset=offset)
+    check(functools.partial(steps, HeavyBallStep(beta=0.9, u_scale=0.07)), plain, dtypes, length=length, offset=offset)
 
 
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("length", LENGTHS)
-def test_a_plain_step_is_that_of_the_rule_and_of_an_ordered_one_without_momentum(
+def test_a_plain_step_is_that_of_the_algorithm_and_of_an_ordered_one_without_momentum(
     steps: Steps, length: int, dtypes: tuple[torch.dtype, torch.dtype], offset: int
 ) -> None:
     def plain(grad: Tensor, u: Tensor, w: Tensor) -> None:  # noqa: ARG001 - there is no momentum
         """As `ormo_rpc.algorithms.asgd` has it."""
         w.sub_(grad, alpha=0.07)
 
-    def run(grad: Tensor, u: Tensor, w: Tensor, out: Tensor, low: Tensor | None) -> None:  # noqa: ARG001 - likewise
-        steps(Plain(into_w=0.07), grad, None, w, out, low)
+    def run(grad: Tensor, u: Tensor, w: Tensor, out: Tensor, out_16bit: Tensor | None) -> None:  # noqa: ARG001 - likewise
+        steps(SGDStep(w_scale=0.07), grad, None, w, out, out_16bit)
 
     check(run, plain, dtypes, length=length, offset=offset)
 
-    def ordered(grad: Tensor, u: Tensor, w: Tensor, out: Tensor, low: Tensor | None) -> None:
+    def ordered(grad: Tensor, u: Tensor, w: Tensor, out: Tensor, out_16bit: Tensor | None) -> None:
         # 0^0 = 1: the gradient's own weight in u is eta, and u is forgotten by the next shift.
         zero = torch.zeros_like(u)
-        steps(Ordered(scale=1.0, shifts=1, beta=0.0, into_u=0.07, into_w=0.07), grad, zero, w, out, low)
+        steps(OrMoStep(scale=1.0, shifts=1, beta=0.0, u_scale=0.07, w_scale=0.07), grad, zero, w, out, out_16bit)
 
     check(ordered, plain, dtypes, length=length, offset=offset)
 
@@ -141,7 +141,7 @@ def test_every_number_of_16_bits_is_widened_exactly(steps: Steps, dtype: torch.d
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     for grad in (every, every[1:]):  # in whole vectors, and with a rest
         out = torch.empty(grad.numel())
-        steps(Plain(into_w=-1.0), grad, None, torch.full_like(out, -0.0), out)  # -0 + x = x, the zeros included
+        steps(SGDStep(w_scale=-1.0), grad, None, torch.full_like(out, -0.0), out)  # -0 + x = x, the zeros included
         expected = grad.float()
         assert torch.equal(out.isnan(), expected.isnan())
         assert torch.equal(out.nan_to_num(7.0).view(torch.int32), expected.nan_to_num(7.0).view(torch.int32))
@@ -153,12 +153,12 @@ def test_numbers_are_rounded_to_the_nearest_with_ties_to_even(steps: Steps) -> N
     rest = torch.tensor([0x0000, 0x0001, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
     bits = (high[:, None] * 2**16 + rest).reshape(-1)
     numbers = torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32).view(torch.float32)
-    out, low = torch.empty_like(numbers), torch.empty(numbers.numel(), dtype=torch.bfloat16)
-    steps(Plain(into_w=0.0), torch.zeros_like(numbers), None, numbers, out, low)
-    assert torch.equal(low.isnan(), numbers.isnan())
+    out, out_16bit = torch.empty_like(numbers), torch.empty(numbers.numel(), dtype=torch.bfloat16)
+    steps(SGDStep(w_scale=0.0), torch.zeros_like(numbers), None, numbers, out, out_16bit)
+    assert torch.equal(out_16bit.isnan(), numbers.isnan())
     assert bool(numbers.isnan().any())
     finite = ~numbers.isnan()
-    assert torch.equal(low[finite], numbers[finite].to(torch.bfloat16))
+    assert torch.equal(out_16bit[finite], numbers[finite].to(torch.bfloat16))
 
 
 def test_a_compiler_that_is_missing_or_fails_is_done_without(
@@ -225,15 +225,17 @@ class Wrong(TorchSteps):
     def __init__(self, fault: str) -> None:
         self.fault = fault
 
-    def __call__(self, step: Step, grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor, low: Tensor | None = None) -> None:
+    def __call__(
+        self, step: Step, grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor, out_16bit: Tensor | None = None
+    ) -> None:
         """See `Steps`."""
-        super().__call__(step, grad, u, w, out, low)
-        if self.fault == "twice" and isinstance(step, Plain):
-            torch.sub(w, grad * step.into_w, out=out)
+        super().__call__(step, grad, u, w, out, out_16bit)
+        if self.fault == "twice" and isinstance(step, SGDStep):
+            torch.sub(w, grad * step.w_scale, out=out)
         elif self.fault == "widened" and grad.dtype == torch.bfloat16:
             out.add_(1e-3)
-        elif self.fault == "rounded" and low is not None:
-            low.view(torch.int16).copy_(out.to(torch.float32).view(torch.int32) // 2**16)
+        elif self.fault == "rounded" and out_16bit is not None:
+            out_16bit.view(torch.int16).copy_(out.to(torch.float32).view(torch.int32) // 2**16)
 
 
 @pytest.mark.parametrize("fault", ["twice", "widened", "rounded"])
@@ -242,24 +244,24 @@ def test_other_bits_are_noticed(fault: str) -> None:
     assert not agrees(Wrong(fault), TorchSteps())
 
 
-@pytest.mark.parametrize("wrong", ["shape", "dtype", "low", "u", "no u"])
+@pytest.mark.parametrize("wrong", ["shape", "dtype", "out_16bit", "u", "no u"])
 def test_c_is_never_called_with_vectors_that_do_not_fit(wrong: str) -> None:
     steps = compiled_steps()
     if steps is None:
         pytest.skip("no C compiler, or not one whose bits are torch's")
     ones, double = torch.ones(8), torch.ones(8, dtype=torch.float64)
-    step, u = (Heavy(0.9, 1.0), ones.clone()) if wrong in ("u", "no u") else (Plain(1.0), None)
-    out, low = ones.clone(), None
+    step, u = (HeavyBallStep(0.9, 1.0), ones.clone()) if wrong in ("u", "no u") else (SGDStep(1.0), None)
+    out, out_16bit = ones.clone(), None
     if wrong == "shape":
         out = torch.ones(7)
     elif wrong == "dtype":
         out = double
-    elif wrong == "low":
-        low = torch.ones(8, dtype=torch.float16)
+    elif wrong == "out_16bit":
+        out_16bit = torch.ones(8, dtype=torch.float16)
     else:
         u = double if wrong == "u" else None
-    with pytest.raises(AssertionError, match=r"^(Plain|Heavy)\("):
-        steps(step, ones, u, ones, out, low)
+    with pytest.raises(AssertionError, match=r"^(SGDStep|HeavyBallStep)\("):
+        steps(step, ones, u, ones, out, out_16bit)
 
 
 def test_vectors_that_c_cannot_read_are_left_to_torch() -> None:
@@ -271,12 +273,12 @@ def test_vectors_that_c_cannot_read_are_left_to_torch() -> None:
     w = torch.full((4,), 2.0)
     for grad, expected in ((strided, [2.0, 0, -2, -4]), (lazily, [2.0, 3, 4, 5])):
         out, u = torch.full((4,), torch.nan), torch.zeros(4)
-        steps(Plain(into_w=1.0), grad, None, w, out)
+        steps(SGDStep(w_scale=1.0), grad, None, w, out)
         assert out.tolist() == expected
-        steps(Heavy(beta=0.5, into_u=1.0), grad, u, w, out)
+        steps(HeavyBallStep(beta=0.5, u_scale=1.0), grad, u, w, out)
         assert out.tolist() == expected
         assert u.tolist() == grad.tolist()
-        steps(Ordered(scale=1.0, shifts=1, beta=0.5, into_u=1.0, into_w=1.0), grad, u.zero_(), w, out)
+        steps(OrMoStep(scale=1.0, shifts=1, beta=0.5, u_scale=1.0, w_scale=1.0), grad, u.zero_(), w, out)
         assert out.tolist() == expected
         assert u.tolist() == grad.tolist()
 
@@ -289,13 +291,13 @@ def test_a_server_has_the_bits_of_torch_and_few_vectors_with_any_kernel(algorith
     dimension = WORTH_POOLING // 4 + 3  # long enough for a pool; float32
     pools: list[Pool] = []
 
-    def blank(like: Tensor) -> Tensor:
+    def empty(like: Tensor) -> Tensor:
         if not pools:
             pools.append(Pool(like.numel(), like.dtype))
         return pools[0].take()
 
     steps = compiled_steps() or TorchSteps()
-    kernels = [Kernel(), fastest_kernel(dimension), Kernel(name="mine", steps=steps, blank=blank)]
+    kernels = [Kernel(), fastest_kernel(dimension), Kernel(name="mine", steps=steps, empty=empty)]
     servers = [
         build_server(
             algorithm=algorithm, params=torch.ones(dimension), num_workers=3, lr=lambda t: 0.1 / (t + 1), kernel=kernel
@@ -321,7 +323,7 @@ def test_a_server_has_the_bits_of_torch_and_few_vectors_with_any_kernel(algorith
         for server, replies in zip(servers, held, strict=True):
             assert torch.equal(server.params, servers[0].params)
             assert torch.equal(replies[worker].params, server.params)
-            if server.rule.OUT_OF_PLACE:
+            if server.algorithm.OUT_OF_PLACE:
                 assert replies[worker].params.data_ptr() == server.params.data_ptr(), "the parameters are the snapshot"
         if number == 6:
             assert all(torch.equal(params, copy) for params, copy in before)
@@ -337,11 +339,11 @@ def test_with_memory_reserved_no_step_has_to_make_any(sent_dtype: torch.dtype | 
     dimension, num_workers = WORTH_POOLING, 4
     pools: dict[torch.dtype, Pool] = {}
 
-    def blank(like: Tensor) -> Tensor:
+    def empty(like: Tensor) -> Tensor:
         return pools.setdefault(like.dtype, Pool(like.numel(), like.dtype)).take()
 
     server = build_server(
-        params=torch.ones(dimension), num_workers=num_workers, kernel=Kernel(blank=blank), sent_dtype=sent_dtype
+        params=torch.ones(dimension), num_workers=num_workers, kernel=Kernel(empty=empty), sent_dtype=sent_dtype
     )
     server.reserve(num_workers)
     made = {dtype: len(pool.made) for dtype, pool in pools.items()}

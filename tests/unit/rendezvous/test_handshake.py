@@ -312,7 +312,7 @@ def work(reader: LineReader) -> None:
 def test_both_sides_prove_themselves_and_go_on_talking() -> None:
     def server(reader: LineReader) -> dict[str, Any]:
         hello = serve(reader)
-        send(reader.sock, {"welcome": hello["process"]})  # right behind the proof
+        send(reader.sock, {"join_response": hello["process"]})  # right behind the proof
         return {**hello, "then": reader.receive(PATIENCE, LIMIT)}
 
     def worker(reader: LineReader) -> dict[str, Any]:
@@ -322,7 +322,7 @@ def test_both_sides_prove_themselves_and_go_on_talking() -> None:
 
     served, worked = meet(server, worker)
     assert served.result() == {**HELLO, "then": {"heartbeat": 1}}
-    assert worked.result() == {"welcome": 17}
+    assert worked.result() == {"join_response": 17}
 
 
 def test_a_worker_with_another_secret_is_told_so_and_learns_nothing_else() -> None:

@@ -15,9 +15,9 @@ from ormo_rpc.errors import ConfigError, Refused, RunEnded, ServerLost
 from ormo_rpc.rendezvous import listener as door_module
 from ormo_rpc.rendezvous import protocol as wire
 from ormo_rpc.rendezvous.addresses import bound, interface_address, name_of, parse
-from ormo_rpc.rendezvous.lease import Lease, let_in
-from ormo_rpc.rendezvous.listener import Door
-from ormo_rpc.rendezvous.memberships import Seat
+from ormo_rpc.rendezvous.lease import Lease, connect
+from ormo_rpc.rendezvous.listener import Listener
+from ormo_rpc.rendezvous.memberships import Membership
 from ormo_rpc.rendezvous.secret import Secret
 from tests.support.processes import PATIENCE_SECONDS, wait_until
 
@@ -25,7 +25,7 @@ SECRET = Secret("a secret that only we two know")
 WELCOME = {"config": "seed: 3\n", "agent": "uv://127.0.0.1:9", "heartbeat_seconds": 0.05, "patience_seconds": 1.0}
 
 
-class Keeper:
+class MembershipHandler:
     """Lets everybody in, and notes what it is told."""
 
     def __init__(self, refuse: str = "") -> None:
@@ -34,47 +34,51 @@ class Keeper:
         self.hellos: list[Mapping[str, Any]] = []
         self.told: list[tuple[str, int, str]] = []
 
-    def admit(self, hello: Mapping[str, Any]) -> Seat:
-        """Seat it, or say why not."""
+    def admit(self, hello: Mapping[str, Any]) -> Membership:
+        """Membership it, or say why not."""
         if self.refuse:
             raise self.error(self.refuse)
         self.hellos.append(hello)
-        return Seat(len(self.hellos) - 1, hello["process"], hello["host"], hello["post"])
+        return Membership(len(self.hellos) - 1, hello["process"], hello["host"], hello["slot"])
 
-    def lost(self, seat: Seat, reason: str) -> None:
+    def lost(self, membership: Membership, reason: str) -> None:
         """Note it."""
-        self.told.append(("lost", seat.worker, reason))
+        self.told.append(("lost", membership.worker, reason))
 
-    def release(self, seat: Seat) -> None:
+    def release(self, membership: Membership) -> None:
         """Note it."""
-        self.told.append(("release", seat.worker, ""))
+        self.told.append(("release", membership.worker, ""))
 
 
 @contextmanager
-def opened(keeper: Keeper, patience_seconds: float = 1.0) -> Generator[tuple[str, int]]:
+def attach(keeper: MembershipHandler, patience_seconds: float = 1.0) -> Generator[tuple[str, int]]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        with Door(listener, SECRET, keeper, {**WELCOME, "patience_seconds": patience_seconds}, patience_seconds):
+        with Listener(listener, SECRET, keeper, {**WELCOME, "patience_seconds": patience_seconds}, patience_seconds):
             yield listener.getsockname()[:2]
         listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
 
 
 def knock(address: tuple[str, int], secret: Secret = SECRET, timeout_seconds: float = PATIENCE_SECONDS) -> Lease:
-    return let_in(lambda: address, secret, wanted=5, post="post", timeout_seconds=timeout_seconds)
+    return connect(lambda: address, secret, wanted=5, slot="slot", timeout_seconds=timeout_seconds)
 
 
 def test_who_knows_the_secret_is_let_in_and_told_what_it_needs() -> None:
-    keeper = Keeper()
-    with opened(keeper) as address, knock(address) as lease:
-        assert (lease.welcome.worker, lease.welcome.config, lease.welcome.agent) == (0, "seed: 3\n", "uv://127.0.0.1:9")
-        assert len(lease.welcome.token) == 32
-        assert (keeper.hellos[0]["wanted"], keeper.hellos[0]["post"]) == (5, "post")
+    keeper = MembershipHandler()
+    with attach(keeper) as address, knock(address) as lease:
+        assert (lease.join_response.worker, lease.join_response.config, lease.join_response.agent) == (
+            0,
+            "seed: 3\n",
+            "uv://127.0.0.1:9",
+        )
+        assert len(lease.join_response.session_id) == 32
+        assert (keeper.hellos[0]["wanted"], keeper.hellos[0]["slot"]) == (5, "slot")
         lease.leave()
         wait_until(lambda: ("release", 0, "") in keeper.told, "the wish to leave")
         assert not lease.lost.is_set()
 
 
 def test_a_wrong_secret_and_a_full_house_are_told_why(caplog: pytest.LogCaptureFixture) -> None:
-    with opened(Keeper("no room")) as address:
+    with attach(MembershipHandler("no room")) as address:
         with pytest.raises(Refused, match=r"\Athe server at 127\.0\.0\.1:\d+ refused us: wrong secret\Z"):
             knock(address, Secret("a secret of somebody else"))
         with pytest.raises(Refused, match=r"\Athe server at 127\.0\.0\.1:\d+ refused us: no room\Z"):
@@ -86,16 +90,16 @@ def test_a_wrong_secret_and_a_full_house_are_told_why(caplog: pytest.LogCaptureF
 
 
 def test_who_comes_after_the_end_is_told_so_and_need_not_come_again() -> None:
-    keeper = Keeper()
+    keeper = MembershipHandler()
     keeper.error = RunEnded
     keeper.refuse = "the run has ended"
-    with opened(keeper) as address, pytest.raises(RunEnded, match=r"\Athe run has ended\Z"):
+    with attach(keeper) as address, pytest.raises(RunEnded, match=r"\Athe run has ended\Z"):
         knock(address)
 
 
 def test_a_connection_that_ends_is_known_at_once_on_both_sides() -> None:
-    keeper = Keeper()
-    with opened(keeper, patience_seconds=PATIENCE_SECONDS) as address:
+    keeper = MembershipHandler()
+    with attach(keeper, patience_seconds=PATIENCE_SECONDS) as address:
         with knock(address):
             pass
         wait_until(lambda: keeper.told == [("lost", 0, "its connection was closed")], "the news")
@@ -107,17 +111,17 @@ def test_a_connection_that_ends_is_known_at_once_on_both_sides() -> None:
 
 @pytest.mark.parametrize("silent", ["worker", "server"])
 def test_silence_is_noticed_by_the_other_side(silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    keeper, heard = Keeper(), threading.Event()
+    keeper, heard = MembershipHandler(), threading.Event()
 
-    def let_in_and_say_no_more(door: Door, connection: socket.socket, _: wire.LineReader, seat: Seat) -> None:
-        wire.send(connection, {**door.welcome, "worker": seat.worker, "token": seat.token})
+    def let_in_and_say_no_more(door: Listener, connection: socket.socket, _: wire.LineReader, membership: Membership) -> None:
+        wire.send(connection, {**door.join_response, "worker": membership.worker, "session_id": membership.session_id})
         assert heard.wait(PATIENCE_SECONDS)
 
     if silent == "worker":
         monkeypatch.setattr(Lease, "_beat", lambda _: None)
     else:
-        monkeypatch.setattr(Door, "_keep", let_in_and_say_no_more)
-    with opened(keeper, patience_seconds=0.3) as address, knock(address) as lease:
+        monkeypatch.setattr(Listener, "_keep", let_in_and_say_no_more)
+    with attach(keeper, patience_seconds=0.3) as address, knock(address) as lease:
         assert lease.lost.wait(PATIENCE_SECONDS)
         if silent == "worker":
             wait_until(lambda: keeper.told == [("lost", 0, "it was silent for 0.3 s")], "the news")
@@ -126,15 +130,15 @@ def test_silence_is_noticed_by_the_other_side(silent: str, monkeypatch: pytest.M
 
 
 def test_beats_keep_a_lease_for_longer_than_the_patience() -> None:
-    keeper = Keeper()
-    with opened(keeper, patience_seconds=0.5) as address, knock(address) as lease:
+    keeper = MembershipHandler()
+    with attach(keeper, patience_seconds=0.5) as address, knock(address) as lease:
         assert not lease.lost.wait(1.5)
         assert keeper.told == []
 
 
 def test_nonsense_from_who_was_let_in_costs_it_its_seat() -> None:
-    keeper = Keeper()
-    with opened(keeper) as address, knock(address) as lease:
+    keeper = MembershipHandler()
+    with attach(keeper) as address, knock(address) as lease:
         lease.connection.sendall(b"[1, 2]\n")
         wait_until(lambda: keeper.told, "the news")
     assert keeper.told[0] == ("lost", 0, "it sent nonsense: a JSON list came, expected an object")
@@ -142,10 +146,10 @@ def test_nonsense_from_who_was_let_in_costs_it_its_seat() -> None:
 
 def test_strangers_who_say_nothing_do_not_keep_workers_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(door_module, "HANDSHAKE_SECONDS", 0.2)
-    with opened(Keeper()) as address:
-        strangers = [socket.create_connection(address) for _ in range(2 * door_module.STRANGERS)]
+    with attach(MembershipHandler()) as address:
+        strangers = [socket.create_connection(address) for _ in range(2 * door_module.MAX_UNAUTHENTICATED)]
         with knock(address) as lease:
-            assert lease.welcome.worker == 0
+            assert lease.join_response.worker == 0
         for stranger in strangers:
             stranger.close()
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from ormo_rpc.errors import Dismissed, Refused, ServerLost, WireError
+from ormo_rpc.errors import Refused, ServerLost, WireError, WorkerBanned
 from ormo_rpc.runtimes.distributed import entry_point as child
-from ormo_rpc.runtimes.distributed.launcher.supervisor import DISMISSED, Supervisor
-from ormo_rpc.runtimes.distributed.server_process.server_process import Place
+from ormo_rpc.runtimes.distributed.launcher.supervisor import EXIT_NO_RESTART, Supervisor
+from ormo_rpc.runtimes.distributed.server_process import server_process
 from tests.support.processes import PATIENCE_SECONDS
 
 
@@ -35,14 +35,14 @@ def test_what_the_server_is_told_while_it_starts_is_heard_when_it_is_ready(monke
     monkeypatch.setattr(child, "listen_to_supervisor", lambda _control, on_message: tell.append(on_message))  # pyright: ignore[reportUnknownArgumentType,reportUnknownLambdaType] # a stand-in
     monkeypatch.setenv("ORMO_RPC_SECRET", "0123456789abcdef" * 4)
 
-    def serve(place: Place, on_ready: Callable[[Ear], None]) -> None:
+    def serve(place: server_process.ServerArgs, on_ready: Callable[[Ear], None]) -> None:
         place.listener.close()
         tell[0]({"abandoned": "all have left"})
         assert ear.heard == []
         on_ready(ear)
         tell[0]({"stop": {"status": "interrupted"}})
 
-    monkeypatch.setattr(child.serve, "serve", serve)
+    monkeypatch.setattr(server_process, "serve", serve)
     ours, theirs = socket.socketpair()
     with ours:
         given = {"control": 0, "listener": theirs.detach(), "secret_file": None, "run_dir": Path(), "life": 0}
@@ -52,7 +52,7 @@ def test_what_the_server_is_told_while_it_starts_is_heard_when_it_is_ready(monke
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(Refused("no"), DISMISSED), (Dismissed("no"), DISMISSED), (WireError("what?"), 1), (ServerLost("gone"), 1)],
+    [(Refused("no"), EXIT_NO_RESTART), (WorkerBanned("no"), EXIT_NO_RESTART), (WireError("what?"), 1), (ServerLost("gone"), 1)],
 )
 def test_who_would_be_refused_again_is_not_to_be_started_again(
     error: Exception, status: int, monkeypatch: pytest.MonkeyPatch
@@ -100,6 +100,6 @@ def test_a_full_disk_does_not_hide_the_reason(tmp_path: Path) -> None:
             pass_fds=[listener.fileno()],
         )
         assert supervisor.wait(lambda: not server.running, PATIENCE_SECONDS)
-        supervisor.bury(server)
+        supervisor.reap(server)
         missing = f"FileNotFoundError: [Errno 2] No such file or directory: '{tmp_path / 'config.yaml'}' (see /dev/full)"
-        assert server.obituary() == f"server (pid {server.process.pid}) exited with status 1: {missing}"
+        assert server.exit_reason() == f"server (pid {server.process.pid}) exited with status 1: {missing}"

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from ormo_rpc import build_server
-from ormo_rpc.errors import BY_NAME, Dismissed, PushRefused, Rejoin
-from ormo_rpc.messages import Push, Refusal, Reply
-from ormo_rpc.rendezvous.memberships import Seat
+from ormo_rpc.errors import BY_NAME, PushRefused, StaleSession, WorkerBanned
+from ormo_rpc.messages import ErrorReply, Push, Reply
+from ormo_rpc.rendezvous.memberships import Membership
 from ormo_rpc.runtimes.distributed.server_process import service as service_module
 from ormo_rpc.runtimes.distributed.server_process.service import Service
 from ormo_rpc.server.buffers import RunningBuffers
 from ormo_rpc.server.events import Event, Kind
 from ormo_rpc.server.parameter_server import ParameterServer
-from ormo_rpc.server.validation import Checked
+from ormo_rpc.server.validation import ValidatedPush
 from ormo_rpc.transports import pending_replies as answers_module
 from tests.support.processes import PATIENCE_SECONDS
 
@@ -31,7 +31,7 @@ DIMENSION = 4
 MANY = 24  # an RPC agent has 16 threads by default
 
 
-class Answer:
+class ServerResponse:
     """A Future as the caller at the other end of the wire sees it: an exception that was sent is raised there."""
 
     def __init__(self, future: Any) -> None:
@@ -55,7 +55,7 @@ class Answer:
 
     @staticmethod
     def _received(result: Any) -> Reply:
-        if isinstance(result, Refusal):
+        if isinstance(result, ErrorReply):
             raise BY_NAME[result.error](result.text)
         return result
 
@@ -65,28 +65,28 @@ class Owner:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        self.seats: dict[int, Seat] = {}
+        self.memberships: dict[int, Membership] = {}
 
-    def admit(self, worker: int | None, post: str = "") -> Seat:
+    def admit(self, worker: int | None, slot: str = "") -> Membership:
         """Let a process in."""
-        hello = {"wanted": worker, "process": 1000 + (worker or 0), "host": "here", "post": post}
-        seat = self.service.admit(hello)
-        self.seats[seat.worker] = seat
-        return seat
+        hello = {"wanted": worker, "process": 1000 + (worker or 0), "host": "here", "slot": slot}
+        membership = self.service.admit(hello)
+        self.memberships[membership.worker] = membership
+        return membership
 
-    def hello(self, worker: int) -> Answer:
+    def hello(self, worker: int) -> ServerResponse:
         """Let a worker in, and call the handler of its first word."""
-        return self.say_hello(self.admit(worker).token)
+        return self.say_hello(self.admit(worker).session_id)
 
-    def say_hello(self, token: str) -> Answer:
+    def say_hello(self, session_id: str) -> ServerResponse:
         """Call the handler of a worker's first word."""
-        return Answer(self.service.ready(token))
+        return ServerResponse(self.service.ready(session_id))
 
-    def push(self, reply: Reply, payload: Tensor | None = None, *, token: str | None = None) -> Answer:
+    def push(self, reply: Reply, payload: Tensor | None = None, *, session_id: str | None = None) -> ServerResponse:
         """Call the handler of a push that answers a reply."""
         assert reply.ticket is not None
         answer = self.service.receive(
-            token or self.seats[reply.worker].token,
+            session_id or self.memberships[reply.worker].session_id,
             reply.ticket,
             reply.stamp,
             reply.incarnation,
@@ -94,7 +94,7 @@ class Owner:
             8,
             gradient(reply.ticket) if payload is None else payload,
         )
-        return Answer(answer)
+        return ServerResponse(answer)
 
 
 def gradient(ticket: int) -> Tensor:
@@ -131,8 +131,10 @@ def test_the_first_replies_come_when_all_have_said_hello() -> None:
     answers.append(there.hello(MANY - 1))
     assert [(answer.value().worker, answer.value().ticket) for answer in answers] == [(w, w) for w in range(MANY)]
     assert there.service.started.is_set()
-    present = there.service.seats.by_worker
-    assert {worker: seat.process for worker, seat in present.items()} == {worker: 1000 + worker for worker in range(MANY)}
+    present = there.service.memberships.by_worker
+    assert {worker: membership.process for worker, membership in present.items()} == {
+        worker: 1000 + worker for worker in range(MANY)
+    }
 
 
 def test_the_order_of_arrival_decides_nothing() -> None:
@@ -154,30 +156,30 @@ def test_the_order_of_arrival_decides_nothing() -> None:
         {"process": "1"},
         {"process": None},
         {"host": 5},
-        {"post": None},
+        {"slot": None},
     ],
     ids=str,
 )
 def test_who_says_nonsense_of_itself_gets_no_seat(hello: dict[str, Any]) -> None:
     there = owner(2)
-    given = {"wanted": 0, "process": 1, "host": "here", "post": "", **hello} if hello else {}
+    given = {"wanted": 0, "process": 1, "host": "here", "slot": "", **hello} if hello else {}
     with pytest.raises(ValueError, match=r"\Ahello: got other fields than expected: .*\Z"):
         there.service.admit(given)
-    assert len(there.service.seats) == 0
+    assert len(there.service.memberships) == 0
 
 
 def test_a_repeated_hello_takes_the_place_of_the_former_and_gets_the_same_reply() -> None:
     there = owner(2)
     former = there.hello(0)
-    token = there.seats[0].token
-    newer = there.say_hello(token)
+    session_id = there.memberships[0].session_id
+    newer = there.say_hello(session_id)
     with pytest.raises(TimeoutError, match=r"\Aworker 0 has asked again\Z"):
         former.wait()
     there.hello(1)
     reply = newer.value()
     assert reply.ticket == 0
-    assert there.say_hello(token).value() is reply
-    assert there.service.server.ledger.issued == 2
+    assert there.say_hello(session_id).value() is reply
+    assert there.service.server.assignments.issued == 2
 
 
 # -- coming and going --------------------------------------------------------------------------------------------------
@@ -186,9 +188,9 @@ def test_a_repeated_hello_takes_the_place_of_the_former_and_gets_the_same_reply(
 def test_a_guest_joins_a_run_and_gets_work_at_once() -> None:
     there = owner(2)
     begun(there)
-    seat = there.admit(None)
-    assert seat.worker == 2  # below are the numbers of the run's own workers
-    answer = there.say_hello(seat.token).value()
+    membership = there.admit(None)
+    assert membership.worker == 2  # below are the numbers of the run's own workers
+    answer = there.say_hello(membership.session_id).value()
     assert (answer.worker, answer.ticket) == (2, 2)
     assert there.service.server.concurrency == 3
 
@@ -196,25 +198,25 @@ def test_a_guest_joins_a_run_and_gets_work_at_once() -> None:
 def test_a_number_that_is_taken_goes_to_nobody_else() -> None:
     there = owner(2)
     begun(there)
-    assert there.admit(1, post="another").worker == 2
-    assert there.service.seats.by_worker[1].process == 1001
+    assert there.admit(1, slot="another").worker == 2
+    assert there.service.memberships.by_worker[1].process == 1001
 
 
 def test_a_replacement_takes_the_number_of_the_process_that_it_replaces() -> None:
     there = owner(2)
-    first, second = there.admit(0, post="a"), there.admit(1, post="b")
-    for seat in (first, second):
-        there.service.ready(seat.token)
-    replacement = there.admit(1, post="b")
-    assert (replacement.worker, replacement.token == second.token) == (1, False)
+    first, second = there.admit(0, slot="a"), there.admit(1, slot="b")
+    for membership in (first, second):
+        there.service.ready(membership.session_id)
+    replacement = there.admit(1, slot="b")
+    assert (replacement.worker, replacement.session_id == second.session_id) == (1, False)
     assert sorted(there.service.server.members) == [0]
     assert [(loss["worker"], loss["held"], loss["reason"]) for loss in there.service.losses] == [
         (1, [{"ticket": 1, "stamp": 0}], "it was replaced")
     ]
-    answer = there.say_hello(replacement.token).value()
+    answer = there.say_hello(replacement.session_id).value()
     assert (answer.worker, answer.ticket) == (1, 1)  # the ticket that was lost
-    with pytest.raises(Rejoin, match=r"\Athis worker's seat is taken away: .*; rejoin\Z"):
-        there.push(answer, token=second.token)  # what the former process still sends
+    with pytest.raises(StaleSession, match=r"\Athis worker's membership is taken away: .*; rejoin\Z"):
+        there.push(answer, session_id=second.session_id)  # what the former process still sends
 
 
 @pytest.mark.parametrize("scheduler", ["async", "sync"])
@@ -224,7 +226,7 @@ def test_a_lost_worker_is_named_its_ticket_issued_again_and_nobody_waits_for_it(
     there = owner(3, scheduler=scheduler, total_tickets=6)
     first, second, third = begun(there)
     held = [there.push(first), there.push(second)]
-    there.service.lost(there.seats[2], "its connection was closed")
+    there.service.lost(there.memberships[2], "its connection was closed")
     assert [record.getMessage() for record in caplog.records] == [
         "worker 2 (pid 1002 on here) is lost: its connection was closed; ticket 2 of stamp 0 is issued again"
     ]
@@ -234,9 +236,9 @@ def test_a_lost_worker_is_named_its_ticket_issued_again_and_nobody_waits_for_it(
         replies = [there.push(replies[0]).value(), replies[1]]
     tickets = [reply.ticket for reply in replies]
     assert 2 in tickets
-    with pytest.raises(Rejoin):
+    with pytest.raises(StaleSession):
         there.push(third)
-    there.service.lost(there.seats[2], "a second time")  # which is no news
+    there.service.lost(there.memberships[2], "a second time")  # which is no news
     assert len(there.service.losses) == 1
 
 
@@ -244,7 +246,7 @@ def test_a_worker_that_waits_for_work_leaves_at_once() -> None:
     there = owner(2, scheduler="sync")
     first, second = begun(there)
     held = there.push(first)
-    there.service.release(there.seats[0])
+    there.service.release(there.memberships[0])
     assert held.value().ticket is None
     assert there.push(second).value().worker == 1  # alone in its round now
     assert there.service.losses == []
@@ -253,7 +255,7 @@ def test_a_worker_that_waits_for_work_leaves_at_once() -> None:
 def test_a_worker_that_computes_leaves_with_its_push_which_counts() -> None:
     there = owner(2, total_tickets=4)
     first, second = begun(there)
-    there.service.release(there.seats[0])
+    there.service.release(there.memberships[0])
     assert 0 in there.service.server.members
     assert there.push(first).value().ticket is None
     assert sorted(there.service.server.members) == [1]
@@ -287,7 +289,7 @@ def test_a_worker_whose_gradients_are_never_finite_is_dismissed_by_name(caplog: 
         bad = there.push(bad, nan).value()
         good = there.push(good).value()
     answer = there.push(bad, nan)
-    with pytest.raises(Dismissed, match=r"\Aworker 0: 3 gradients in a row were not finite \(runtime\.max_not_finite\)\Z"):
+    with pytest.raises(WorkerBanned, match=r"\Aworker 0: 3 gradients in a row were not finite \(runtime\.max_not_finite\)\Z"):
         answer.wait()
     assert "worker 0 (pid 1000 on here) is dismissed: 3 gradients in a row" in caplog.text
     assert sorted(there.service.server.members) == [1]
@@ -352,7 +354,7 @@ class Client(threading.Thread):
         self.failure: BaseException | None = None
 
     def run(self) -> None:
-        """Work to the end, and keep what goes wrong for the test to see."""
+        """WorkerProcess to the end, and keep what goes wrong for the test to see."""
         try:
             self.work(self.there.hello(self.number).wait())
         except BaseException as error:
@@ -377,7 +379,7 @@ class Client(threading.Thread):
             reply = answer.wait()
 
 
-def failed(answer: Answer) -> bool:
+def failed(answer: ServerResponse) -> bool:
     try:
         answer.wait()
     except TimeoutError:
@@ -446,7 +448,7 @@ def test_a_reply_that_is_late_to_be_sent_does_not_answer_the_next_push() -> None
     """Worker 0's push ends the barrier; before its reply is sent it repeats the push, gets that reply, and pushes the next."""
     there = owner(2, scheduler="sync")
     first, second = begun(there)
-    answers: list[Answer] = []
+    answers: list[ServerResponse] = []
 
     def meanwhile(_future: Any) -> None:
         repeated = there.push(first)
@@ -504,7 +506,7 @@ def test_a_refused_push_leaves_the_open_answer_alone() -> None:
         PushRefused, match=r"\Apush of worker 0: ticket: got 1, which is held by worker 1; push for a ticket .*"
     ):
         there.push(Reply(worker=0, ticket=1, stamp=0, params=first.params, lr=0.0, steps=1, incarnation=0))
-    with pytest.raises(Rejoin, match=r"\Apush of worker 0 for ticket 0: incarnation: got 9, expected 0; .*"):
+    with pytest.raises(StaleSession, match=r"\Apush of worker 0 for ticket 0: incarnation: got 9, expected 0; .*"):
         there.push(Reply(worker=0, ticket=0, stamp=0, params=first.params, lr=0.0, steps=1, incarnation=9))
     assert not held.done()
     there.push(second)
@@ -533,13 +535,13 @@ def test_a_change_from_outside_sends_the_replies_that_it_makes_due(change: Calla
 
 def test_the_word_to_stop_is_held_back_until_all_is_kept() -> None:
     there = owner(2, total_tickets=2)
-    there.service.answers.holds_farewell = True
+    there.service.pending.defer_shutdown = True
     first, second = begun(there)
     answers = [there.push(first), there.push(second)]
     assert there.service.server.ended
     again = there.push(second)  # after a time-out, say
     assert not any(answer.done() for answer in (answers[0], again))
-    there.service.say_farewell()
+    there.service.release_shutdown()
     assert [answer.value().ticket for answer in (answers[0], again)] == [None, None]
 
 
@@ -554,7 +556,7 @@ def test_the_start_waits_for_nobody_who_will_not_come() -> None:
 def test_a_guest_that_is_early_joins_when_the_run_begins() -> None:
     events: list[Event] = []
     there = owner(2, record=events.append)
-    guest = there.say_hello(there.admit(None).token)
+    guest = there.say_hello(there.admit(None).session_id)
     answers = [there.hello(1), there.hello(0)]
     assert [(answer.value().worker, answer.value().ticket) for answer in (answers[1], answers[0], guest)] == [
         (0, 0),
@@ -568,12 +570,12 @@ def test_the_start_is_told_before_the_first_ticket_is_handed_out() -> None:
     there = owner(2)
     service = there.service
     told: list[tuple[bool, int]] = []
-    service.on_start = lambda: told.append((service.lock.locked(), len(service.server.ledger.holding)))
+    service.on_start = lambda: told.append((service.lock.locked(), len(service.server.assignments.holding)))
     there.hello(1)
     assert told == []
     there.hello(0)
     assert told == [(True, 0)]
-    assert len(service.server.ledger.holding) == 2
+    assert len(service.server.assignments.holding) == 2
 
 
 @pytest.mark.parametrize("where", ["server", "observer"])
@@ -632,18 +634,18 @@ def test_who_said_goodbye_at_the_end_is_gone_and_not_lost() -> None:
     there = owner(2)
     begun(there)
     there.service.call(ParameterServer.stop)
-    there.service.part(there.seats[1].token)
-    there.service.lost(there.seats[1], "its connection was closed")
-    assert sorted(there.service.seats.by_worker) == [0]
+    there.service.part(there.memberships[1].session_id)
+    there.service.lost(there.memberships[1], "its connection was closed")
+    assert sorted(there.service.memberships.by_worker) == [0]
     assert there.service.losses == []
 
 
 def test_who_says_goodbye_before_the_end_is_lost_and_its_ticket_is_not() -> None:
     there = owner(2)
     begun(there)
-    there.service.part(there.seats[1].token)
+    there.service.part(there.memberships[1].session_id)
     assert [loss["held"] for loss in there.service.losses] == [[{"ticket": 1, "stamp": 0}]]
-    assert list(there.service.server.ledger.returned) == [1]
+    assert list(there.service.server.assignments.returned) == [1]
 
 
 class Clock:
@@ -698,9 +700,9 @@ def test_the_payload_is_checked_before_the_lock_is_taken_and_sent_after_it_is_re
     service = there.service
     reply = begun(there)[0]
     locked: list[tuple[str, bool]] = []
-    check = service.server.check
+    check = service.server.validate
 
-    def look(push: Push) -> Checked:
+    def look(push: Push) -> ValidatedPush:
         locked.append(("check", service.lock.locked()))
         return check(push)
 

@@ -96,7 +96,7 @@ def test_an_obituary_says_who_how_and_the_last_words(script: str, logged: bool, 
         child = start(supervisor, script, log, "worker 3")
         ended(supervisor, child)
         expected = text.replace("{log}", re.escape(str(log)))
-        assert re.fullmatch(rf"worker 3 \(pid {child.process.pid}\) {expected}", child.obituary()), child.obituary()
+        assert re.fullmatch(rf"worker 3 \(pid {child.process.pid}\) {expected}", child.exit_reason()), child.exit_reason()
 
 
 @pytest.mark.parametrize("error", [None, KeyError("any")], ids=["normally", "by an error"])
@@ -278,7 +278,7 @@ def test_a_child_that_falls_silent_is_killed_and_said_to_have_been(tmp_path: Pat
         assert supervisor.wait(lambda: not child.running, PATIENCE_SECONDS)
         assert told == ["it: hi"]
         assert re.fullmatch(
-            r"it \(pid \d+\) was silent for 0\.3 s \(stopped, or hung\) and was killed \(see .*\)", child.obituary()
+            r"it \(pid \d+\) was silent for 0\.3 s \(stopped, or hung\) and was killed \(see .*\)", child.exit_reason()
         )
 
 
@@ -292,4 +292,4 @@ def test_a_child_that_was_never_heard_may_take_its_time(tmp_path: Path) -> None:
             patience_seconds=1e-9,
         )
         assert supervisor.wait(lambda: not child.running, PATIENCE_SECONDS)
-        assert "exited with status 1" in child.obituary()
+        assert "exited with status 1" in child.exit_reason()

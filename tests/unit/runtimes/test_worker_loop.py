@@ -10,15 +10,15 @@ import pytest
 from omegaconf import OmegaConf
 
 from ormo_rpc.cli import compose
-from ormo_rpc.rendezvous.lease import Lease, let_in
-from ormo_rpc.rendezvous.listener import Door
+from ormo_rpc.rendezvous.lease import Lease, connect
+from ormo_rpc.rendezvous.listener import Listener
 from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.runtimes.distributed.server_process.service import Service
 from ormo_rpc.runtimes.distributed.worker_process import loop
-from ormo_rpc.runtimes.distributed.worker_process.loop import Place
-from ormo_rpc.runtimes.distributed.worker_process.worker_process import Work
+from ormo_rpc.runtimes.distributed.worker_process.loop import WorkerArgs
+from ormo_rpc.runtimes.distributed.worker_process.worker_process import WorkerProcess
 from ormo_rpc.runtimes.job import Job
-from ormo_rpc.transports.stream.server import Streams
+from ormo_rpc.transports.stream.server import StreamServer
 from tests.support.processes import PATIENCE_SECONDS
 
 SECRET = Secret("a secret that only we two know")
@@ -26,28 +26,28 @@ TICKETS = 6
 
 
 @contextmanager
-def served(*overrides: str) -> Generator[tuple[Service, Work]]:
+def served(*overrides: str) -> Generator[tuple[Service, WorkerProcess]]:
     """The service of a short run, and a worker's process, in this one, that has not begun."""
     job = Job(compose(["workers=1", "model.hidden=4", f"train.max_iterations={TICKETS}", *overrides]))
     service = Service(job.server(lambda _: None, lambda: 0.0), lambda _: None, push_format=job.push_format())
-    streams = Streams(service, job.config.wire.transport, None)
+    streams = StreamServer(service, job.config.wire.transport, None)
     text = OmegaConf.to_yaml(OmegaConf.structured(job.config))
-    welcome = {"config": text, "agent": None, "heartbeat_seconds": 1.0, "patience_seconds": PATIENCE_SECONDS}
+    join_response = {"config": text, "agent": None, "heartbeat_seconds": 1.0, "patience_seconds": PATIENCE_SECONDS}
     with ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         stack.callback(listener.shutdown, socket.SHUT_RDWR)  # wakes the thread that accepts
-        stack.enter_context(Door(listener, SECRET, service, welcome, PATIENCE_SECONDS, streams.serve))
-        place = Place(
+        stack.enter_context(Listener(listener, SECRET, service, join_response, PATIENCE_SECONDS, streams.serve))
+        place = WorkerArgs(
             door=lambda: listener.getsockname()[:2],
             secret=SECRET,
             wanted=0,
-            post="here",
+            slot="here",
             life=0,
             data_root=None,
             timeout_seconds=PATIENCE_SECONDS,
             tell=lambda _: None,
         )
-        yield service, Work(place)
+        yield service, WorkerProcess(place)
 
 
 @pytest.mark.timeout(60)
@@ -55,7 +55,7 @@ def served(*overrides: str) -> Generator[tuple[Service, Work]]:
 def test_a_process_works_to_the_end(prefetch: int) -> None:
     with served(f"worker.prefetch={prefetch}") as (service, work):
         work.run()
-        assert (service.server.iteration, len(service.seats)) == (TICKETS, 0)
+        assert (service.server.iteration, len(service.memberships)) == (TICKETS, 0)
 
 
 @pytest.mark.timeout(60)
@@ -63,10 +63,10 @@ def test_who_is_asked_to_leave_while_it_is_let_in_leaves(monkeypatch: pytest.Mon
     with served() as (service, work):
 
         def let_in_meanwhile(*arguments: object, **options: object) -> Lease:
-            lease = let_in(*arguments, **options)  # pyright: ignore[reportArgumentType] # as they came
+            lease = connect(*arguments, **options)  # pyright: ignore[reportArgumentType] # as they came
             work.leave()  # before anybody knows of the lease
             return lease
 
-        monkeypatch.setattr(loop, "let_in", let_in_meanwhile)
+        monkeypatch.setattr(loop, "connect", let_in_meanwhile)
         work.run()
-        assert (service.server.iteration, len(service.seats)) == (0, 0)
+        assert (service.server.iteration, len(service.memberships)) == (0, 0)

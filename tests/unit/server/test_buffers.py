@@ -61,10 +61,10 @@ def test_a_state_goes_on_where_it_was_taken(momentum: float | None) -> None:
         whole.update(value)
     for value in values[:5]:
         first.update(value)
-    state = first.state()
+    state = first.state_dict()
     first.update(values[0])  # the state is a copy: this does not reach it
     second = RunningBuffers({"mean": torch.full((3,), 7.0)}, {"mean": momentum})
-    second.load_state(state)
+    second.load_state_dict(state)
     for value in values[5:]:
         second.update(value)
     assert torch.equal(second.average["mean"], whole.average["mean"])

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.rpc import internal
 
-from ormo_rpc.errors import GradientTooLarge, NonFiniteGradient, PushRefused, Rejoin, WireError
+from ormo_rpc.errors import GradientTooLarge, NonFiniteGradient, PushRefused, StaleSession, WireError
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.rendezvous import protocol as wire
 from ormo_rpc.rendezvous.protocol import LineReader, greet_worker
@@ -32,7 +32,7 @@ from ormo_rpc.server.buffers import RunningBuffers
 from ormo_rpc.server.build import build_server
 from ormo_rpc.server.events import Event
 from ormo_rpc.server.parameter_server import ParameterServer
-from ormo_rpc.server.validation import NormGuard, NormPolicy
+from ormo_rpc.server.validation import NormLimit, NormPolicy
 from ormo_rpc.transports.torch_rpc import unpickling
 from tests.support.contract import same
 from tests.support.peer import SYSTEM, Api
@@ -101,17 +101,17 @@ class Attack:
     """A server in the middle of a run, and everything that is wrong for it at this moment.
 
     Args:
-        rule: Its rule.
+        algorithm: Its algorithm.
         chance: What decides.
     """
 
-    def __init__(self, rule: str, chance: random.Random) -> None:
+    def __init__(self, algorithm: str, chance: random.Random) -> None:
         self.chance = chance
         self.events: list[Event] = []
-        self.server = self._build(rule, self.events)
-        self.twin = self._build(rule, [])
+        self.server = self._build(algorithm, self.events)
+        self.twin = self._build(algorithm, [])
         """Gets the good pushes alone."""
-        self.size = DIMENSION * self.server.rule.VECTORS_PUSHED
+        self.size = DIMENSION * self.server.algorithm.VECTORS_PUSHED
         self.held: dict[int, Reply] = {}
         self.take(self.server.start())
         self.twin.start()
@@ -120,15 +120,15 @@ class Attack:
             self.gradients = no_gradients(self.size)
 
     @staticmethod
-    def _build(rule: str, events: list[Event]) -> ParameterServer:
+    def _build(algorithm: str, events: list[Event]) -> ParameterServer:
         return build_server(
-            algorithm=rule,
+            algorithm=algorithm,
             params=torch.zeros(DIMENSION, dtype=torch.float64),
             num_workers=4,
             lr=0.01,
             buffers=RunningBuffers({"mean": torch.zeros(2, dtype=torch.float64)}, {"mean": 0.25}),
             record=events.append,
-            norm_guard=NormGuard(1e6, NormPolicy.refuse),
+            norm_limit=NormLimit(1e6, NormPolicy.refuse),
         )
 
     def take(self, replies: list[Reply]) -> None:
@@ -160,11 +160,11 @@ class Attack:
             thing: Any = pick((None, 1, "push", {}, [], object(), self.held[worker], Push, vars))
             return lambda: server.receive(thing), PushRefused
         places: list[Bad] = [
-            ({"worker": pick((-1, 4, 7, 2**53, self.chance.randrange(4, 2**53)))}, Rejoin),
-            ({"incarnation": pick((-1, 1, 2**53, -(2**53)))}, Rejoin),
+            ({"worker": pick((-1, 4, 7, 2**53, self.chance.randrange(4, 2**53)))}, StaleSession),
+            ({"incarnation": pick((-1, 1, 2**53, -(2**53)))}, StaleSession),
             ({"worker": other}, PushRefused),
             ({"ticket": self.held[other].ticket}, PushRefused),
-            ({"ticket": pick((-1, server.ledger.issued, server.ledger.issued + 5, 2**53, -(2**53)))}, PushRefused),
+            ({"ticket": pick((-1, server.assignments.issued, server.assignments.issued + 5, 2**53, -(2**53)))}, PushRefused),
             ({"stamp": pick((-1, good.stamp + 1, server.iteration + 1, 2**53, -(2**53)))}, PushRefused),
             ({"samples": pick((0, -1, -(2**53)))}, PushRefused),
         ]
@@ -184,9 +184,9 @@ class Attack:
         return lambda: server.receive(replace(good, **changes)), error
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_a_thousand_bad_calls_each_get_their_error_and_change_nothing(rule: str) -> None:
-    attack = Attack(rule, random.Random(rule))
+@pytest.mark.parametrize("algorithm", RULES)
+def test_a_thousand_bad_calls_each_get_their_error_and_change_nothing(algorithm: str) -> None:
+    attack = Attack(algorithm, random.Random(algorithm))
     seen, before, recorded = Counter[str](), attack.server.state_dict(), len(attack.events)
     for number in range(PUSHES_PER_RULE):
         if number % 20 == 0:
@@ -204,7 +204,7 @@ def test_a_thousand_bad_calls_each_get_their_error_and_change_nothing(rule: str)
     assert same(attack.server.state_dict(), before)
     assert same(attack.server.state_dict(), attack.twin.state_dict()), "the good pushes had another effect than by themselves"
     assert seen.total() == PUSHES_PER_RULE
-    assert seen.keys() == {"PushRefused", "NonFiniteGradient", "GradientTooLarge", "Rejoin", "ValueError"}
+    assert seen.keys() == {"PushRefused", "NonFiniteGradient", "GradientTooLarge", "StaleSession", "ValueError"}
     assert min(seen.values()) >= 20
 
 
@@ -271,14 +271,14 @@ def test_whoever_joins_or_leaves_is_a_number_that_may(joins: bool, value: Any) -
 
 
 def test_a_thousand_bad_calls_of_the_service_change_nothing() -> None:
-    """What a worker that was let in can do with its token, and without."""
+    """What a worker that was let in can do with its session_id, and without."""
     buffers = RunningBuffers({"mean": torch.zeros(2, dtype=torch.float64)}, {"mean": 0.25})
     server = build_server(params=torch.zeros(DIMENSION, dtype=torch.float64), num_workers=1, buffers=buffers)
     service = Service(server, lambda _: None)
-    seat = service.admit({"wanted": 0, "process": 1, "host": "here", "post": ""})
-    first: Any = service.ready(seat.token).wait()
+    membership = service.admit({"wanted": 0, "process": 1, "host": "here", "slot": ""})
+    first: Any = service.ready(membership.session_id).wait()
     assert first.ticket == 0
-    good: list[Any] = [seat.token, 0, 0, 0, 0.5, 8, torch.ones(DIMENSION + 2, dtype=torch.float64)]
+    good: list[Any] = [membership.session_id, 0, 0, 0, 0.5, 8, torch.ones(DIMENSION + 2, dtype=torch.float64)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         payloads = [changes["grad"] for changes, error in no_gradients(DIMENSION + 2) if error is PushRefused]
@@ -286,7 +286,15 @@ def test_a_thousand_bad_calls_of_the_service_change_nothing() -> None:
     payloads = [value for value in payloads if not (type(value) is Tensor and is_plain(value) and value.dim() == 2)]
     numbers = [value for value in NO_NUMBERS if value is not None]
     losses = [value for value in numbers if type(value) is not float]
-    bad: list[list[Any]] = [["", "0" * 32, seat.token[:-1], *NO_NUMBERS], numbers, numbers, numbers, losses, numbers, payloads]
+    bad: list[list[Any]] = [
+        ["", "0" * 32, membership.session_id[:-1], *NO_NUMBERS],
+        numbers,
+        numbers,
+        numbers,
+        losses,
+        numbers,
+        payloads,
+    ]
     chance, outcomes, before = random.Random(4), Counter[str](), server.state_dict()
     for _ in range(1000):
         place = chance.randrange(len(good))
@@ -295,7 +303,7 @@ def test_a_thousand_bad_calls_of_the_service_change_nothing() -> None:
         outcomes[type(caught.value).__name__] += 1
         assert same(server.state_dict(), before)
     assert outcomes.total() == 1000
-    assert outcomes.keys() == {"PushRefused", "Rejoin"}
+    assert outcomes.keys() == {"PushRefused", "StaleSession"}
     assert service.broken is None
     then: Any = service.receive(*good).wait()
     assert then.ticket == 1, "the right call is taken afterwards"
@@ -406,7 +414,7 @@ def test_ten_thousand_false_handshakes_are_refused(monkeypatch: pytest.MonkeyPat
                 assert greet_worker(reader, SECRET, 5.0) == HELLO, "a hello that was not proved"
                 assert b"\n" in data
                 assert {**wire.json.loads(data[: data.index(b"\n")]), **answer} == wire.json.loads(data[: data.index(b"\n")])
-                outcomes["taken"] += 1  # a change that is none, such as one more blank
+                outcomes["taken"] += 1  # a change that is none, such as one more empty
             except (WireError, EOFError) as error:
                 outcomes[str(error)] += 1
     assert outcomes.total() == MESSAGES
@@ -448,9 +456,9 @@ def test_ten_thousand_mutated_messages_run_nothing(monkeypatch: pytest.MonkeyPat
     tensors = [torch.ones(2)]
     reply = Reply(worker=1, ticket=None, stamp=2, params=tensors[0], lr=0.1, steps=4, incarnation=5)
     honest: list[Any] = [
-        internal.PythonUDF(Api.push, ("token", 1, 2, 0, None, 1.5, 32, tensors[0]), {}),
+        internal.PythonUDF(Api.push, ("session_id", 1, 2, 0, None, 1.5, 32, tensors[0]), {}),
         internal.PythonUDF(Api.fails, (), {"a": [1, 2, (3, {"b": b"c"})]}),
-        internal.RemoteException("why", Rejoin),
+        internal.RemoteException("why", StaleSession),
         reply,
     ]
     evil: list[Any] = [
@@ -464,7 +472,7 @@ def test_ten_thousand_mutated_messages_run_nothing(monkeypatch: pytest.MonkeyPat
     pickles = [internal.serialize(message)[0] for message in honest]
     pieces = [*pickles, *(pickle.dumps(thing, protocol) for thing in evil for protocol in range(5))]
     Api.calls.clear()
-    before = [dict(vars(thing)) for thing in (Api, Reply, Rejoin, *functions, internal.PythonUDF)]
+    before = [dict(vars(thing)) for thing in (Api, Reply, StaleSession, *functions, internal.PythonUDF)]
     chance, outcomes = random.Random(3), Counter[str]()
     with torch.no_grad():
         messages = [*pieces, *(mutated(chance.choice(pickles), chance, pieces) for _ in range(MESSAGES - len(pieces)))]
@@ -482,9 +490,9 @@ def test_ten_thousand_mutated_messages_run_nothing(monkeypatch: pytest.MonkeyPat
     finally:
         _watched = None
     assert len(messages) == outcomes.total() == MESSAGES
-    assert ran == set(), "something was imported, opened, compiled or run"
+    assert ran == set(), "something was imported, attach, compiled or run"
     assert Api.calls == []
-    assert [dict(vars(thing)) for thing in (Api, Reply, Rejoin, *functions, internal.PythonUDF)] == before
+    assert [dict(vars(thing)) for thing in (Api, Reply, StaleSession, *functions, internal.PythonUDF)] == before
     assert outcomes["refused"] > 1000
     assert outcomes["damaged"] > 1000
     assert outcomes["PythonUDF"] > 100, "no mutation left a message alive"

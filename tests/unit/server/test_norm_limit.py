@@ -14,26 +14,26 @@ from ormo_rpc.errors import ConfigError, GradientTooLarge
 from ormo_rpc.server.build import build_server
 from ormo_rpc.server.events import Event, Kind
 from ormo_rpc.server.parameter_server import ParameterServer
-from ormo_rpc.server.validation import NormGuard, NormPolicy
+from ormo_rpc.server.validation import NormLimit, NormPolicy
 from ormo_rpc.train import train
 from tests.support.contract import same
 from tests.support.schedule import answer
 
-CLIP, REFUSE = NormGuard(5.0), NormGuard(5.0, NormPolicy.refuse)
+CLIP, REFUSE = NormLimit(5.0), NormLimit(5.0, NormPolicy.refuse)
 SIM = (
     *("runtime=sim", "logger=none", "model.hidden=8", "workers=3", "train.batch_size=128", "train.max_iterations=30"),
     "train.grad_norm_limit=0.5",
 )
 
 
-def server(guard: NormGuard | None, events: list[Event], dtype: torch.dtype = torch.float64) -> ParameterServer:
+def server(guard: NormLimit | None, events: list[Event], dtype: torch.dtype = torch.float64) -> ParameterServer:
     start = torch.zeros(2, dtype=dtype)
     return build_server(
-        params=start, num_workers=2, algorithm="asgd", lr=1.0, total_tickets=9, record=events.append, norm_guard=guard
+        params=start, num_workers=2, algorithm="asgd", lr=1.0, total_tickets=9, record=events.append, norm_limit=guard
     )
 
 
-def pushed(guard: NormGuard | None, grad: Tensor) -> tuple[list[float], Event]:
+def pushed(guard: NormLimit | None, grad: Tensor) -> tuple[list[float], Event]:
     """``-w`` after one push, which is what was applied, and the event of it."""
     events: list[Event] = []
     made = server(guard, events, grad.dtype)
@@ -51,8 +51,8 @@ def test_a_larger_gradient_is_scaled_to_the_limit_and_the_event_says_so() -> Non
     assert event.data["grad_sum"] == (-2.0).hex(), "the sum is evidence of what the worker computed"
 
 
-@pytest.mark.parametrize("guard", [CLIP, REFUSE, NormGuard(5.0000001), None])
-def test_a_gradient_within_the_limit_is_applied_as_it_comes(guard: NormGuard | None) -> None:
+@pytest.mark.parametrize("guard", [CLIP, REFUSE, NormLimit(5.0000001), None])
+def test_a_gradient_within_the_limit_is_applied_as_it_comes(guard: NormLimit | None) -> None:
     applied, event = pushed(guard, torch.tensor([3.0, -4.0], dtype=torch.float64))
     assert applied == [3.0, -4.0]
     assert "clipped_norm" not in event.data
@@ -112,7 +112,7 @@ def test_the_options_are_checked() -> None:
         ConfigError, match=r"^train\.grad_norm_policy: Invalid value 'ignore', expected one of \[clip, refuse\]$"
     ):
         parse_config({"train": {"grad_norm_policy": "ignore"}})
-    with pytest.raises(ValueError, match=r"^norm_guard: got the limit nan, expected a finite number > 0$"):
-        server(NormGuard(math.nan), [])
-    assert parse_config({}).train.norm_guard is None
-    assert parse_config({"train": {"grad_norm_limit": 5, "grad_norm_policy": "refuse"}}).train.norm_guard == REFUSE
+    with pytest.raises(ValueError, match=r"^norm_limit: got the limit nan, expected a finite number > 0$"):
+        server(NormLimit(math.nan), [])
+    assert parse_config({}).train.norm_limit is None
+    assert parse_config({"train": {"grad_norm_limit": 5, "grad_norm_policy": "refuse"}}).train.norm_limit == REFUSE

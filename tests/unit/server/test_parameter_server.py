@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ormo_rpc.errors import NonFiniteGradient, PushRefused, Rejoin
+from ormo_rpc.errors import NonFiniteGradient, PushRefused, StaleSession
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.server import parameter_server as server_module
 from ormo_rpc.server.buffers import RunningBuffers
@@ -127,7 +127,7 @@ BAD: dict[str, tuple[dict[str, Any], type[PushRefused], str]] = {
     ),
     "unknown worker": (
         {"worker": 9},
-        Rejoin,
+        StaleSession,
         r"9 for ticket 1: it is not a member, members are \[0, 1, 2\]; join \(again\) to get work",
     ),
     "stamp from the future": (
@@ -160,7 +160,7 @@ BAD: dict[str, tuple[dict[str, Any], type[PushRefused], str]] = {
     ),
     "another incarnation": (
         {"incarnation": 1},
-        Rejoin,
+        StaleSession,
         "1 for ticket 1: incarnation: got 1, expected 0; the server has restarted: rejoin",
     ),
 }
@@ -194,7 +194,7 @@ def test_a_gradient_that_still_hangs_on_its_graph_leaves_the_server_free_of_it()
     trial = begin(buffers=RunningBuffers({"mean": torch.zeros(2, dtype=torch.float64)}, {"mean": 0.25}))
     grad, mean = ONE.clone().requires_grad_(), MEAN["mean"].clone().requires_grad_()
     trial.push(0, grad * 2, buffers={"mean": mean * 2})
-    held = [trial.server.params, *trial.server.rule.state().values(), *trial.server.buffers.average.values()]
+    held = [trial.server.params, *trial.server.algorithm.state_dict().values(), *trial.server.buffers.average.values()]
     assert not any(value.requires_grad for value in held if isinstance(value, Tensor))
     assert trial.server.params.tolist() == [-1, -1, -1]  # 0 - 0.5 * 2
     assert trial.server.buffers.average["mean"].tolist() == [0.5, 1.0]  # 0.75 * 0 + 0.25 * 2 * (1, 2)
@@ -207,13 +207,15 @@ def test_a_state_and_buffers_that_hang_on_a_graph_leave_the_server_free_of_it() 
     graph = {
         **plain,
         "params": plain["params"].clone().requires_grad_(),
-        "rule": {k: v.clone().requires_grad_() if isinstance(v, Tensor) else v for k, v in plain["rule"].items()},
+        "algorithm_state": {
+            k: v.clone().requires_grad_() if isinstance(v, Tensor) else v for k, v in plain["algorithm_state"].items()
+        },
         "buffers": {k: v.clone().requires_grad_() if isinstance(v, Tensor) else v for k, v in plain["buffers"].items()},
     }
     for state in (plain, graph):
         trial.server.load_state_dict(state)
         trial.push(0, buffers=MEAN)
-        held = [trial.server.params, *trial.server.rule.state().values(), *trial.server.buffers.average.values()]
+        held = [trial.server.params, *trial.server.algorithm.state_dict().values(), *trial.server.buffers.average.values()]
         assert not any(value.requires_grad for value in held if isinstance(value, Tensor))
         assert trial.server.params.tolist() == [-0.5, -0.5, -0.5]  # 0 - 0.5 * 1
         trial.held[0] = next(Reply(**each) for each in plain["replies"] if each["worker"] == 0)
@@ -336,7 +338,7 @@ def test_the_late_push_of_a_leaver_is_refused_and_after_its_return_answered_with
     trial.server.leave(1)
     before = trial.server.state_dict()
     with pytest.raises(
-        Rejoin, match=r"^push of worker 1 for ticket 1: it is not a member, members are \[0, 2\]; join \(again\) "
+        StaleSession, match=r"^push of worker 1 for ticket 1: it is not a member, members are \[0, 2\]; join \(again\) "
     ):
         trial.server.receive(late)
     assert same(trial.server.state_dict(), before)
@@ -458,7 +460,7 @@ def test_a_ticket_that_two_workers_find_bad_ends_the_run(scheduler: str) -> None
             trial.push(worker)
         assert trial.held[worker].ticket is None
     assert torch.equal(trial.server.params, before), "nothing is applied after the end"
-    assert not trial.server.ledger.outstanding
+    assert not trial.server.assignments.outstanding
 
 
 def test_twice_from_the_only_worker_ends_the_run() -> None:
@@ -483,13 +485,13 @@ def test_a_good_gradient_the_second_time_forgets_the_first() -> None:
     assert brief(trial.push(0)) == [(0, 1, 1)]
     trial.note(trial.server.reject(trial.work(0, math.nan * ONE)))
     assert trial.server.status is Status.running
-    assert trial.server.ledger.refused_by == {1: {0}}
+    assert trial.server.assignments.refused_by == {1: {0}}
 
 
 @pytest.mark.parametrize("scheduler", ["async", "sync"])
 def test_parameters_that_overflow_end_the_run(scheduler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # w = 0 - 10 * 1e308 = -inf with the first push; it is seen at the next look.
-    monkeypatch.setattr(server_module, "LOOK_EVERY", 2)
+    monkeypatch.setattr(server_module, "FINITE_CHECK_INTERVAL", 2)
     trial = begin(num_workers=2, scheduler=scheduler, lr=10.0)
     trial.push(0, 1e308 * ONE)
     replies = trial.push(1)
@@ -588,7 +590,7 @@ def test_a_run_that_was_ended_early_does_the_rest_when_it_is_loaded(end: str, mo
 
 def work(trial: Trial) -> None:
     """All who hold a ticket push, in turns, until nobody does."""
-    while busy := list(trial.server.ledger.holding):
+    while busy := list(trial.server.assignments.holding):
         for worker in busy:
             trial.push(worker)
 
@@ -605,7 +607,7 @@ def test_a_run_with_more_gradients_than_this_one_shall_have_is_refused() -> None
 
 
 def test_divergence_is_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "LOOK_EVERY", 1)
+    monkeypatch.setattr(server_module, "FINITE_CHECK_INTERVAL", 1)
     trial = begin(num_workers=1, lr=10.0)
     trial.push(0, 1e308 * ONE)
     fresh = begin(num_workers=1, start=False)
@@ -627,7 +629,7 @@ def test_a_restarted_server_issues_anew_what_was_outstanding(scheduler: str) -> 
     assert {(reply.stamp, reply.incarnation) for reply in fresh.held.values()} == {(1, 1)}
     assert fresh.kinds == ["resume", *{"async": ["reissue"] * 3, "sync": ["reissue", "reissue", "issue"]}[scheduler]]
     text = r"^push of worker 2 for ticket 2: incarnation: got 0, expected 1; the server has restarted: rejoin$"
-    with pytest.raises(Rejoin, match=text):
+    with pytest.raises(StaleSession, match=text):
         fresh.server.receive(stale)
     while fresh.server.status is Status.running:
         for worker in [worker for worker, reply in fresh.held.items() if reply.ticket is not None]:
@@ -724,7 +726,7 @@ def test_build_server_says_what_is_wrong(settings: dict[str, Any], text: str) ->
 
 
 def test_a_choice_may_be_given_by_its_name() -> None:
-    # Threshold 0: the gradient of worker 1 has the delay 1, which "drop" refuses and the default rule would not.
+    # Threshold 0: the gradient of worker 1 has the delay 1, which "drop" refuses and the default algorithm would not.
     trial = begin(algorithm="ormo_da", rule="drop", threshold=0)
     trial.push(0)
     trial.push(1)
@@ -784,7 +786,7 @@ def test_the_events_of_a_short_run() -> None:
             },
         ),
         ("leave", {"worker": 2, "concurrency": 1, "tickets": [2]}),
-        # Bucket 1 was opened with K = 2: indices 1 and 2.
+        # Bucket 1 was attach with K = 2: indices 1 and 2.
         ("reissue", {"worker": 1, "ticket": 2, "stamp": 2, "bucket": 1}),
         (
             "apply",

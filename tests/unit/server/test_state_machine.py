@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from ormo_rpc.errors import NonFiniteGradient, PushRefused, Rejoin
+from ormo_rpc.errors import NonFiniteGradient, PushRefused, StaleSession
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.server.build import build_server
 from ormo_rpc.server.events import Event, Kind
@@ -45,7 +45,7 @@ class ServerMachine(RuleBasedStateMachine):
     def begin(self, workers: int, tickets: int, scheduler: str, algorithm: str) -> None:
         self.options = {"num_workers": workers, "total_tickets": tickets, "scheduler": scheduler, "algorithm": algorithm}
         if algorithm == "ormo_da":
-            self.options |= {"rule": "drop", "threshold": 1}
+            self.options |= {"algorithm": "drop", "threshold": 1}
         self.working: dict[int, Reply] = {}
         self.members = set(range(workers))
         self.answered: dict[int, tuple[Push, Reply | None]] = {}
@@ -126,7 +126,7 @@ class ServerMachine(RuleBasedStateMachine):
             return  # the same work was handed out to it again: this answers it
         before = self.server.state_dict()
         if push.incarnation != self.server.incarnation or push.worker not in self.members:
-            with pytest.raises(Rejoin):
+            with pytest.raises(StaleSession):
                 self.server.receive(push)
         else:
             replies = self.server.receive(push)
@@ -140,7 +140,7 @@ class ServerMachine(RuleBasedStateMachine):
     def push_nonsense(self, pick: int, what: str) -> None:
         push = self.work(pick)
         wrong = {
-            "ticket": {"ticket": self.server.ledger.issued + pick},
+            "ticket": {"ticket": self.server.assignments.issued + pick},
             "stamp": {"stamp": self.server.iteration + 1 + pick},
             "worker": {"worker": max(self.members) + 1 + pick},
             "shape": {"grad": torch.zeros(3, dtype=torch.float64)},
@@ -195,30 +195,30 @@ class ServerMachine(RuleBasedStateMachine):
     def finish(self) -> None:
         if self.server.ended:
             return
-        self.given_up |= set(self.server.ledger.returned)
-        new = self.server.ledger.issued
+        self.given_up |= set(self.server.assignments.returned)
+        new = self.server.assignments.issued
         self.take(self.server.finish())
         self.total = self.server.iteration + len(self.working)
-        assert self.server.ledger.issued == new, "a new ticket after finish"
+        assert self.server.assignments.issued == new, "a new ticket after finish"
 
     @invariant()
     def every_ticket_is_in_one_place(self) -> None:
-        ledger = self.server.ledger
+        assignments = self.server.assignments
         redeemed = [event.data["ticket"] for event in self.events if event.kind is Kind.apply]
-        places = [*ledger.outstanding, *ledger.returned, *redeemed, *self.given_up]
-        assert sorted(places) == list(range(ledger.issued))
-        assert ledger.redeemed == self.server.iteration == len(redeemed)
+        places = [*assignments.outstanding, *assignments.returned, *redeemed, *self.given_up]
+        assert sorted(places) == list(range(assignments.issued))
+        assert assignments.committed == self.server.iteration == len(redeemed)
         assert self.server.iteration <= self.total
 
     @invariant()
     def the_ledger_knows_who_works_on_what(self) -> None:
-        ledger = self.server.ledger
-        held = {(issue.ticket, issue.worker, issue.stamp) for issue in ledger.outstanding.values()}
+        assignments = self.server.assignments
+        held = {(issue.ticket, issue.worker, issue.stamp) for issue in assignments.outstanding.values()}
         assert held == {(reply.ticket, reply.worker, reply.stamp) for reply in self.working.values()}
-        assert {(ticket, worker) for worker, tickets in ledger.holding.items() for ticket in tickets} == {
+        assert {(ticket, worker) for worker, tickets in assignments.holding.items() for ticket in tickets} == {
             (ticket, worker) for ticket, worker, _ in held
         }
-        assert all(ticket == issue.ticket for ticket, issue in ledger.outstanding.items())
+        assert all(ticket == issue.ticket for ticket, issue in assignments.outstanding.items())
 
     @invariant()
     def every_member_works_or_waits_or_was_told_to_stop(self) -> None:
@@ -226,7 +226,7 @@ class ServerMachine(RuleBasedStateMachine):
         stopped = {worker for worker, reply in self.newest.items() if reply.ticket is None}
         waiting = {worker for worker in self.members if worker not in self.working and worker not in stopped}
         assert set(server.members) == self.members
-        assert sorted([*server.waiting, *server.parked]) == sorted(waiting)
+        assert sorted([*server.blocked, *server.idle]) == sorted(waiting)
         if server.ended:
             assert not waiting
         elif self.members and not self.working:

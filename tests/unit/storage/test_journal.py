@@ -23,7 +23,7 @@ from ormo_rpc.storage.journal import Journal, replay
 
 DIMENSION = 5
 RULES = ("asgd", "ormo", "shifted", "smega2", "dc_asgd", "gap_aware", "fedbuff", "easgd")
-"""Among them rules that read what was sent, that keep something for each worker, and that buffer."""
+"""Among them algorithms that read what was sent, that keep something for each worker, and that buffer."""
 
 
 def server(algorithm: str, events: list[Event] | None = None) -> ParameterServer:
@@ -87,9 +87,9 @@ class Machine:
         reply = self.held.get(worker)
         if reply is None or reply.ticket is None or worker not in self.server.members:
             return
-        made = push(reply, self.server.rule.VECTORS_PUSHED * DIMENSION, finite=finite)
+        made = push(reply, self.server.algorithm.VECTORS_PUSHED * DIMENSION, finite=finite)
         try:
-            replies = self.server.redeem(made, self.server.check(made))
+            replies = self.server.commit(made, self.server.validate(made))
         except NonFiniteGradient:
             replies = self.server.reject(made)
         self.journal.push(made, rejected=not finite)

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ormo_rpc.transports.stream import frames
-from ormo_rpc.transports.stream.frames import ANSWER, ASK, DTYPES, Stream, bytes_of
+from ormo_rpc.transports.stream.frames import DTYPES, REQUEST, RESPONSE, Stream, bytes_of
 from tests.support.processes import PATIENCE_SECONDS
 
 LARGE = 5 << 20
@@ -112,13 +112,13 @@ def test_frames_that_arrive_byte_by_byte_are_whole_and_end_where_they_end() -> N
         receiver = Stream(there, always)
 
         def two() -> list[bytes]:
-            both = [bytearray(ASK.size), bytearray(ASK.size)]
+            both = [bytearray(REQUEST.size), bytearray(REQUEST.size)]
             for each in both:
                 receiver.receive(memoryview(each))
             return [bytes(each) for each in both]
 
         receiving = elsewhere.submit(two)
-        first, second = ASK.pack(1, 2, 3, 4, 5, 6, 7.5), ASK.pack(-1, -2, -3, -4, -5, -6, -7.5)
+        first, second = REQUEST.pack(1, 2, 3, 4, 5, 6, 7.5), REQUEST.pack(-1, -2, -3, -4, -5, -6, -7.5)
         for byte in first + second:
             here.sendall(bytes([byte]))
         assert receiving.result(PATIENCE_SECONDS) == [first, second]
@@ -130,7 +130,7 @@ def test_an_end_in_the_middle_is_an_end(sent: int) -> None:
         here.sendall(bytes(sent))
         here.shutdown(socket.SHUT_WR)
         with pytest.raises(EOFError, match=r"\Athe connection has ended\Z"):
-            Stream(there, always).receive(memoryview(bytearray(ASK.size)))
+            Stream(there, always).receive(memoryview(bytearray(REQUEST.size)))
 
 
 def test_a_connection_that_is_reset_is_an_end_for_both_directions() -> None:
@@ -204,16 +204,16 @@ def test_who_is_alive_is_waited_for() -> None:
 
 @given(st.tuples(*[WHOLE] * 6, st.floats(width=64)))
 def test_what_a_worker_says_comes_back(fields: tuple[object, ...]) -> None:
-    frame = ASK.pack(*fields)
-    assert len(frame) == ASK.size == 56
-    check(ASK.unpack(frame), fields)
+    frame = REQUEST.pack(*fields)
+    assert len(frame) == REQUEST.size == 56
+    check(REQUEST.unpack(frame), fields)
 
 
 @given(st.tuples(*[WHOLE] * 5, st.floats(width=64), *[WHOLE] * 3))
 def test_what_the_server_says_comes_back(fields: tuple[object, ...]) -> None:
-    frame = ANSWER.pack(*fields)
-    assert len(frame) == ANSWER.size == 72
-    check(ANSWER.unpack(frame), fields)
+    frame = RESPONSE.pack(*fields)
+    assert len(frame) == RESPONSE.size == 72
+    check(RESPONSE.unpack(frame), fields)
 
 
 def check(got: tuple[object, ...], expected: tuple[object, ...]) -> None:
@@ -227,7 +227,7 @@ def check(got: tuple[object, ...], expected: tuple[object, ...]) -> None:
 
 def test_the_layout_on_the_wire_does_not_depend_on_the_machine() -> None:
     """Little endian, without gaps: written out by hand."""
-    assert ASK.pack(1, 2, -1, 0, 3, 1, 0.5).hex() == (
+    assert REQUEST.pack(1, 2, -1, 0, 3, 1, 0.5).hex() == (
         "0100000000000000" "0200000000000000" "ffffffffffffffff" "0000000000000000" "0300000000000000" "0100000000000000"
         "000000000000e03f"  # 2^-1: sign 0, exponent 1022 = 0x3fe, fraction 0
     )  # fmt: skip

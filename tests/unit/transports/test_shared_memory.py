@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 
-from ormo_rpc.transports.stream.shared_memory import AVAILABLE, Origin, Segments, opened
+from ormo_rpc.transports.stream.shared_memory import AVAILABLE, SegmentHandle, SharedMemoryPool, attach
 from tests.support.processes import PATIENCE_SECONDS, ROOT, wait_until
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this system has no memfd_create")
@@ -27,9 +27,9 @@ SIZE = 3 * mmap.PAGESIZE + 5
 
 READS = """
 import sys
-from ormo_rpc.runtimes.rpc.segments import Origin, opened
+from ormo_rpc.transports.stream.shared_memory import SegmentHandle, attach
 process, name, descriptor, size = sys.argv[1:]
-seen = opened(Origin(process=int(process), name=name), int(descriptor), int(size))
+seen = attach(SegmentHandle(process=int(process), name=name), int(descriptor), int(size))
 print(bytes(seen[:4].tolist()).hex(), seen.sum().item(), flush=True)
 for line in sys.stdin:  # again, whenever asked
     if line == "write\\n":
@@ -38,8 +38,8 @@ for line in sys.stdin:  # again, whenever asked
 """
 MAKES = """
 import sys, time
-from ormo_rpc.runtimes.rpc.segments import Segments
-segments = Segments()
+from ormo_rpc.transports.stream.shared_memory import SharedMemoryPool
+segments = SharedMemoryPool()
 made = segments.vector(int(sys.argv[1]))
 made.fill_(7)
 print(segments.origin.process, segments.origin.name, segments.find(made), flush=True)
@@ -93,7 +93,7 @@ def users(name: str) -> list[int]:
     return found
 
 
-def descriptor_of(segments: Segments, size: int = SIZE) -> tuple[torch.Tensor, int]:
+def descriptor_of(segments: SharedMemoryPool, size: int = SIZE) -> tuple[torch.Tensor, int]:
     made = segments.vector(size)
     descriptor = segments.find(made)
     assert descriptor is not None
@@ -101,7 +101,7 @@ def descriptor_of(segments: Segments, size: int = SIZE) -> tuple[torch.Tensor, i
 
 
 def test_another_process_reads_what_is_written_and_dies_of_writing() -> None:
-    segments = Segments()
+    segments = SharedMemoryPool()
     made, descriptor = descriptor_of(segments)
     assert made.numel() == SIZE
     assert not made.any()
@@ -128,7 +128,7 @@ def test_the_memory_is_gone_with_the_last_process_however_that_ends() -> None:
             assert asked(reader, "read") == "07070707"  # it has it still
             assert users(name) == [reader.pid]
             with pytest.raises(OSError, match=r"No such file or directory"):
-                opened(Origin(process=int(process), name=name), int(descriptor), SIZE)
+                attach(SegmentHandle(process=int(process), name=name), int(descriptor), SIZE)
             reader.kill()
             reader.wait(PATIENCE_SECONDS)
     wait_until(lambda: not users(name), "the end of the memory")
@@ -184,7 +184,7 @@ def test_what_is_not_the_segment_that_was_meant_is_refused(what: str, tmp_path: 
     before = len(list(Path("/proc/self/fd").iterdir()))
     try:
         with pytest.raises(OSError, match=rf"\A/proc/{os.getpid()}/fd/{descriptor} {reason}\Z"):
-            opened(Origin(process=os.getpid(), name=NAME), descriptor, SIZE)
+            attach(SegmentHandle(process=os.getpid(), name=NAME), descriptor, SIZE)
         assert len(list(Path("/proc/self/fd").iterdir())) == before  # nothing of it stays open
     finally:
         os.close(descriptor)
@@ -194,27 +194,27 @@ def test_what_such_a_segment_would_be_is_taken(tmp_path: Path) -> None:  # noqa:
     """So that the refusals above are for what each of them says."""
     descriptor = memfd(size=SIZE, seals=fcntl.F_SEAL_SHRINK, name=NAME)
     try:
-        assert opened(Origin(process=os.getpid(), name=NAME), descriptor, SIZE).numel() == SIZE
+        assert attach(SegmentHandle(process=os.getpid(), name=NAME), descriptor, SIZE).numel() == SIZE
     finally:
         os.close(descriptor)
 
 
 def test_another_process_number_and_another_descriptor_are_errors() -> None:
-    segments = Segments()
+    segments = SharedMemoryPool()
     made, descriptor = descriptor_of(segments)
-    assert opened(segments.origin, descriptor, SIZE).numel() == SIZE
+    assert attach(segments.origin, descriptor, SIZE).numel() == SIZE
     with pytest.raises(OSError, match=r"No such file|Permission denied|not the segment that was meant"):
-        opened(Origin(process=os.getppid(), name=segments.origin.name), descriptor, SIZE)
+        attach(SegmentHandle(process=os.getppid(), name=segments.origin.name), descriptor, SIZE)
     for wrong in (-1, 2**31, 10**30, descriptor + 1000):
         with pytest.raises(OSError, match=r"No such file"):
-            opened(segments.origin, wrong, SIZE)
+            attach(segments.origin, wrong, SIZE)
     with pytest.raises(OSError, match=r"is too small, or its size can change\Z"):
-        opened(segments.origin, descriptor, 2 * SIZE)
+        attach(segments.origin, descriptor, 2 * SIZE)
     assert not made.any()
 
 
 def test_nobody_can_shrink_or_write_a_segment_through_its_descriptor() -> None:
-    segments = Segments()
+    segments = SharedMemoryPool()
     made, descriptor = descriptor_of(segments)
     made.fill_(3)
     other = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR)
@@ -235,26 +235,26 @@ def test_nobody_can_shrink_or_write_a_segment_through_its_descriptor() -> None:
 
 def test_an_older_system_that_cannot_seal_the_content_still_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ormo_rpc.transports.stream.shared_memory._SEAL_FUTURE_WRITE", 1 << 20)  # which no kernel knows
-    segments = Segments()
+    segments = SharedMemoryPool()
     made, descriptor = descriptor_of(segments)
     made.fill_(3)
-    assert opened(segments.origin, descriptor, SIZE).sum().item() == 3 * SIZE
+    assert attach(segments.origin, descriptor, SIZE).sum().item() == 3 * SIZE
     with pytest.raises(PermissionError):
         os.ftruncate(descriptor, 0)
 
 
 def test_descriptors_go_with_the_object_and_the_memory_with_its_tensors() -> None:
-    segments = Segments()
+    segments = SharedMemoryPool()
     origin, name = segments.origin, segments.origin.name
     made, descriptor = descriptor_of(segments)
-    seen = opened(segments.origin, descriptor, SIZE)
+    seen = attach(segments.origin, descriptor, SIZE)
     second, _ = descriptor_of(segments, 0)
     assert second.numel() == 1  # a mapping has a byte at least
     assert segments.find(torch.zeros(3)) is None
     del segments, second
     gc.collect()
     with pytest.raises(OSError, match=r"No such file|not the segment that was meant"):
-        opened(origin, descriptor, SIZE)
+        attach(origin, descriptor, SIZE)
     made.fill_(5)
     assert seen.sum().item() == 5 * SIZE
     assert Path("/proc/self/maps").read_text().count(name) == 2
@@ -266,7 +266,7 @@ def test_descriptors_go_with_the_object_and_the_memory_with_its_tensors() -> Non
 def test_where_descriptors_are_scarce_memory_is_not_shared_and_good_as_ever(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    segments = Segments()
+    segments = SharedMemoryPool()
     _, last = descriptor_of(segments)
     monkeypatch.setattr("resource.getrlimit", lambda _: (2 * last, 2 * last))
     before = sum(1 for _ in Path("/proc/self/fd").iterdir())
@@ -280,8 +280,8 @@ def test_where_descriptors_are_scarce_memory_is_not_shared_and_good_as_ever(
 
 
 def test_to_open_is_no_occasion_for_warnings() -> None:
-    segments = Segments()
+    segments = SharedMemoryPool()
     _, descriptor = descriptor_of(segments)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        opened(segments.origin, descriptor, SIZE)
+        attach(segments.origin, descriptor, SIZE)

@@ -11,7 +11,7 @@ import torch.distributed.rpc as rpc
 
 from ormo_rpc.errors import ServerLost
 from ormo_rpc.messages import Push
-from ormo_rpc.transports.torch_rpc.client import RpcCalls
+from ormo_rpc.transports.torch_rpc.client import TorchRpcClient
 
 
 class Wire:
@@ -48,7 +48,7 @@ def delivered(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(rpc, "rpc_sync", wire)
     payload = torch.arange(4.0)
     push = Push(worker=3, ticket=7, stamp=5, grad=payload, loss=0.5, samples=8, incarnation=2)
-    return RpcCalls("token", 9.0).push(push, payload)
+    return TorchRpcClient("session_id", 9.0).push(push, payload)
 
 
 def test_a_push_that_timed_out_is_repeated_unchanged_while_the_server_lives(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +56,7 @@ def test_a_push_that_timed_out_is_repeated_unchanged_while_the_server_lives(monk
     assert delivered(wire, monkeypatch) == "reply"
     assert wire.called == ["published", "push", "published", "push", "published", "push"]
     pushes = wire.arguments[1::2]
-    assert all(push[:6] == ("token", 7, 5, 2, 0.5, 8) and push[7] == 9.0 for push in pushes)
+    assert all(push[:6] == ("session_id", 7, 5, 2, 0.5, 8) and push[7] == 9.0 for push in pushes)
     assert all(torch.equal(push[6], torch.arange(4.0)) for push in pushes)
 
 
@@ -82,5 +82,5 @@ def test_a_push_is_given_up_when_the_server_is_gone(
 def test_a_server_that_has_gone_needs_no_goodbye(monkeypatch: pytest.MonkeyPatch) -> None:
     wire = Wire(None, EOF)
     monkeypatch.setattr(rpc, "rpc_sync", wire)
-    RpcCalls("token", 1.0).goodbye()
-    assert (wire.called, wire.arguments[1:]) == (["published", "goodbye"], [("token", 1.0)])
+    TorchRpcClient("session_id", 1.0).goodbye()
+    assert (wire.called, wire.arguments[1:]) == (["published", "goodbye"], [("session_id", 1.0)])

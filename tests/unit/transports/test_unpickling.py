@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.distributed.rpc import internal
 
-from ormo_rpc.errors import NonFiniteGradient, PushRefused, Rejoin
+from ormo_rpc.errors import NonFiniteGradient, PushRefused, StaleSession
 from ormo_rpc.messages import Reply
 from ormo_rpc.transports.torch_rpc import unpickling
 from tests.support.peer import SYSTEM, Api
@@ -47,7 +47,7 @@ def call(function: Any, *args: Any, **kwargs: Any) -> Any:
 
 def test_a_call_with_every_kind_of_argument_arrives() -> None:
     arguments = (
-        "token",
+        "session_id",
         0,
         -1,
         255,
@@ -87,7 +87,9 @@ def test_a_reply_arrives_whole() -> None:
     assert [getattr(arrived, name) for name in Reply.__slots__] == [getattr(reply, name) for name in Reply.__slots__]
 
 
-@pytest.mark.parametrize("error", [PushRefused, NonFiniteGradient, Rejoin, TimeoutError, RuntimeError, pickle.UnpicklingError])
+@pytest.mark.parametrize(
+    "error", [PushRefused, NonFiniteGradient, StaleSession, TimeoutError, RuntimeError, pickle.UnpicklingError]
+)
 def test_an_exception_of_a_call_is_raised_at_its_caller(error: type[Exception]) -> None:
     with pytest.raises(error, match=r"^why$") as caught:
         internal._handle_exception(crossed(internal.RemoteException("why", error)))  # pyright: ignore[reportPrivateUsage] # torch has no public name for it
@@ -96,7 +98,7 @@ def test_an_exception_of_a_call_is_raised_at_its_caller(error: type[Exception]) 
 
 def test_a_worker_answers_no_calls_at_all() -> None:
     unpickling.install()
-    with pytest.raises(pickle.UnpicklingError, match=REFUSED.format(r"tests\.peer\.Api\.push")):
+    with pytest.raises(pickle.UnpicklingError, match=REFUSED.format(r"tests\.support\.peer\.Api\.push")):
         crossed(call(Api.push))
     assert crossed(("value", torch.ones(1)))[0] == "value"
 

@@ -18,12 +18,12 @@ from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.storage.run_directory import read_trace
-from ormo_rpc.worker.dummy import SCALE, StandInWorker
-from ormo_rpc.worker.faults import Injector
+from ormo_rpc.worker.dummy import SCALE, DummyWorker
+from ormo_rpc.worker.faults import FaultInjector
 from ormo_rpc.worker.worker import Worker
 from tests.unit.worker.test_worker import EPOCHS, data, module
 
-SETTING = ("worker.stand_in=true", "logger=none", "logger.progress=false", "workers=3", "seed=4")
+SETTING = ("worker.dummy=true", "logger=none", "logger.progress=false", "workers=3", "seed=4")
 
 
 def job(*overrides: str) -> Job:
@@ -35,10 +35,10 @@ def server_of(some: Job) -> ParameterServer:
 
 
 def test_the_option_chooses_it_and_leaves_evaluations_out() -> None:
-    assert type(job().worker()) is StandInWorker
-    assert type(job("worker.stand_in=false").worker()) is Worker
+    assert type(job().worker()) is DummyWorker
+    assert type(job("worker.dummy=false").worker()) is Worker
     assert job().evaluator() is None
-    assert job("worker.stand_in=false").evaluator() is not None
+    assert job("worker.dummy=false").evaluator() is not None
 
 
 def test_every_ticket_of_every_worker_gets_the_same_small_numbers() -> None:
@@ -84,9 +84,9 @@ def test_it_draws_again_where_the_payload_has_moved() -> None:
 def test_a_fault_spoils_one_push_and_no_later_one(kind: str, wire: str) -> None:
     flat = FlatModel(module(kind))
     form = PushFormat(params=flat.params, buffers=flat.buffers, dtype=flat.dtype, wire=WireDtype(wire))
-    worker = StandInWorker(flat, data(), EPOCHS, algorithms.find("ormo"), seed=0, wire_format=form)
+    worker = DummyWorker(flat, data(), EPOCHS, algorithms.find("ormo"), seed=0, wire_format=form)
     reply = Reply(worker=0, ticket=0, stamp=0, params=flat.flat_params(), lr=0.1, steps=1, incarnation=0)
-    injector = Injector(["corrupt@0:1"], 0, 0, lambda _: None)
+    injector = FaultInjector(["corrupt@0:1"], 0, 0, lambda _: None)
     sent: list[Tensor] = []
     for _ in range(3):
         worker.compute(reply)
@@ -97,7 +97,7 @@ def test_a_fault_spoils_one_push_and_no_later_one(kind: str, wire: str) -> None:
 
 
 @pytest.mark.parametrize("name", algorithms.NAMES)
-def test_every_rule_takes_what_it_pushes(name: str) -> None:
+def test_every_algorithm_takes_what_it_pushes(name: str) -> None:
     some = job(f"algorithm={name}")
     worker, server = some.worker(), server_of(some)
     pending = server.start()
@@ -122,7 +122,7 @@ def test_the_parameters_stay_finite_over_any_number_of_updates() -> None:
 
 
 def test_batch_statistics_go_with_it_and_are_finite() -> None:
-    worker = StandInWorker(FlatModel(module("norm")), data(), EPOCHS, algorithms.find("ormo"), seed=0)
+    worker = DummyWorker(FlatModel(module("norm")), data(), EPOCHS, algorithms.find("ormo"), seed=0)
     reply = Reply(worker=0, ticket=0, stamp=0, params=worker.model.flat_params(), lr=0.1, steps=1, incarnation=0)
     push: Push = worker.compute(reply)
     assert {name: value.shape for name, value in push.buffers.items()} == worker.model.buffers.shapes

@@ -14,7 +14,7 @@ import torch
 from ormo_rpc.config.schema import parse_config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.worker import faults as module
-from ormo_rpc.worker.faults import Fault, Injector
+from ormo_rpc.worker.faults import Fault, FaultInjector
 
 PUSHES = 12
 
@@ -36,7 +36,7 @@ class Machine:
 def worked(words: list[str], worker: int, life: int = 0) -> tuple[list[str], list[int], list[int]]:
     """What a worker's faults told, which pushes were corrupt, and which replies were dropped, over some pushes."""
     told: list[str] = []
-    injector = Injector(words, worker, life, told.append)
+    injector = FaultInjector(words, worker, life, told.append)
     corrupt: list[int] = []
     dropped: list[int] = []
     for push in range(PUSHES):
@@ -71,7 +71,7 @@ def test_a_second_life_has_no_faults(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_server_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch)
     told: list[str] = []
-    injector = Injector(["kill@server:2", "kill@2:3", "stop@server:5"], None, 0, told.append)
+    injector = FaultInjector(["kill@server:2", "kill@2:3", "stop@server:5"], None, 0, told.append)
     for iteration in (1, 2, 2, 3, 5):
         injector.applied(iteration)
     assert machine.signals == [signal.SIGKILL, signal.SIGSTOP]
@@ -93,5 +93,5 @@ def test_a_fault_reads_back_as_it_was_written() -> None:
 
 def test_corruption_is_nothing_but_nan() -> None:
     payload: Any = torch.ones(4)
-    Injector(["corrupt@0:0"], 0, 0, lambda _: None).before_push(payload)
+    FaultInjector(["corrupt@0:0"], 0, 0, lambda _: None).before_push(payload)
     assert all(math.isnan(value) for value in payload.tolist())

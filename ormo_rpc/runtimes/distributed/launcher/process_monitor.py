@@ -1,4 +1,4 @@
-"""The crew: every process that this launcher has to keep at work, and a replacement for each one that dies."""
+"""The monitor: every process that this launcher has to keep at work, and a replacement for each one that dies."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ormo_rpc.runtimes.distributed.launcher.supervisor import DISMISSED, DONE, Child, Supervisor
+from ormo_rpc.runtimes.distributed.launcher.supervisor import DONE, EXIT_NO_RESTART, Child, Supervisor
 
 LONGEST_BACKOFF_SECONDS = 30.0
 """The pause before a restart doubles each time, up to this."""
@@ -15,8 +15,8 @@ LONG_LIFE_SECONDS = 300.0
 
 
 @dataclass
-class Post:
-    """A place in the crew: the server's, or a worker's.
+class ProcessSlot:
+    """A place in the monitor: the server's, or a worker's.
 
     Attributes:
         name: For messages.
@@ -29,7 +29,7 @@ class Post:
         failures: How many of them in a row have ended soon.
         began: When the present one was started, on the monotonic clock.
         due: When the next one starts, on the monotonic clock.
-        obituary: How the last child ended, where it was not by having done its work.
+        exit_reason: How the last child ended, where it was not by having done its work.
         done: Its work is done.
         given_up: Nobody will fill it any more.
     """
@@ -44,7 +44,7 @@ class Post:
     failures: int = 0
     began: float = 0.0
     due: float = 0.0
-    obituary: str = ""
+    exit_reason: str = ""
     done: bool = False
     given_up: bool = False
 
@@ -56,7 +56,7 @@ class Post:
 
 def killed_or_failed(child: Child) -> bool:
     """Restart a worker whatever it died of, unless it was dismissed or refused."""
-    return child.exit_code != DISMISSED
+    return child.exit_code != EXIT_NO_RESTART
 
 
 def killed(child: Child) -> bool:
@@ -64,13 +64,13 @@ def killed(child: Child) -> bool:
     return child.exit_code is not None and child.exit_code < 0
 
 
-class Crew:
-    """Keeps its posts filled.
+class ProcessMonitor:
+    """Keeps its slots filled.
 
     Args:
         supervisor: Starts and watches the children.
-        max_restarts: How often each post is filled again.
-        backoff_seconds: The pause before the first restart of a post; each further one is twice as long, until a life lasts.
+        max_restarts: How often each slot is filled again.
+        backoff_seconds: The pause before the first restart of a slot; each further one is twice as long, until a life lasts.
         tell: Called with what people should know.
     """
 
@@ -81,7 +81,7 @@ class Crew:
         self.max_restarts = max_restarts
         self.backoff_seconds = backoff_seconds
         self.tell = tell
-        self.posts: list[Post] = []
+        self.slots: list[ProcessSlot] = []
 
     def add(
         self,
@@ -91,42 +91,42 @@ class Crew:
         worker: int | None = None,
         restartable: Callable[[Child], bool] = killed_or_failed,
         essential: bool = False,
-    ) -> Post:
-        """Add a post and fill it."""
-        post = Post(name, worker, start, restartable, essential)
-        self.posts.append(post)
-        self._fill(post)
-        return post
+    ) -> ProcessSlot:
+        """Add a slot and fill it."""
+        slot = ProcessSlot(name, worker, start, restartable, essential)
+        self.slots.append(slot)
+        self._fill(slot)
+        return slot
 
-    def tend(self) -> None:
-        """Look after every post once: bury the dead, and start whoever is due."""
-        for post in self.posts:
-            if post.child is not None and not post.child.running:
-                self._bury(post, post.child)
-            if post.child is None and not post.over and time.monotonic() >= post.due:
-                self._fill(post)
+    def monitor(self) -> None:
+        """Look after every slot once: reap the dead, and start whoever is due."""
+        for slot in self.slots:
+            if slot.child is not None and not slot.child.running:
+                self._reap(slot, slot.child)
+            if slot.child is None and not slot.over and time.monotonic() >= slot.due:
+                self._fill(slot)
 
-    def _fill(self, post: Post) -> None:
-        post.began = time.monotonic()
-        post.child = post.start(post.lives)
-        post.lives += 1
+    def _fill(self, slot: ProcessSlot) -> None:
+        slot.began = time.monotonic()
+        slot.child = slot.start(slot.lives)
+        slot.lives += 1
 
-    def _bury(self, post: Post, child: Child) -> None:
-        post.child = None
-        self.supervisor.bury(child)
+    def _reap(self, slot: ProcessSlot, child: Child) -> None:
+        slot.child = None
+        self.supervisor.reap(child)
         if child.exit_code == DONE:
-            post.done = True
+            slot.done = True
             return
-        post.obituary = child.obituary()
-        restarts = post.lives - 1
+        slot.exit_reason = child.exit_reason()
+        restarts = slot.lives - 1
         exhausted = restarts >= self.max_restarts
-        if exhausted or not post.restartable(child):
-            post.given_up = True
-            post.obituary += f"; restarted {restarts} times (runtime.max_restarts)" if exhausted and restarts else ""
-            if not post.essential:
-                self.tell(f"{post.obituary}; the run goes on without it")
+        if exhausted or not slot.restartable(child):
+            slot.given_up = True
+            slot.exit_reason += f"; restarted {restarts} times (runtime.max_restarts)" if exhausted and restarts else ""
+            if not slot.essential:
+                self.tell(f"{slot.exit_reason}; the run goes on without it")
         else:
-            post.failures = 0 if time.monotonic() - post.began >= LONG_LIFE_SECONDS else post.failures + 1
-            pause = min(LONGEST_BACKOFF_SECONDS, self.backoff_seconds * 2 ** max(0, post.failures - 1))
-            post.due = time.monotonic() + pause
-            self.tell(f"{post.obituary}; starting it again in {pause:g} s ({restarts + 1} of {self.max_restarts} restarts)")
+            slot.failures = 0 if time.monotonic() - slot.began >= LONG_LIFE_SECONDS else slot.failures + 1
+            pause = min(LONGEST_BACKOFF_SECONDS, self.backoff_seconds * 2 ** max(0, slot.failures - 1))
+            slot.due = time.monotonic() + pause
+            self.tell(f"{slot.exit_reason}; starting it again in {pause:g} s ({restarts + 1} of {self.max_restarts} restarts)")

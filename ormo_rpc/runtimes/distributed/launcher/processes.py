@@ -15,7 +15,7 @@ from ormo_rpc.data import DataSection
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.rendezvous.addresses import bound, interface_address, name_of, parse
 from ormo_rpc.rendezvous.secret import new_secret, read_secret, write_secret
-from ormo_rpc.runtimes.distributed.launcher.process_monitor import Crew, Post, killed
+from ormo_rpc.runtimes.distributed.launcher.process_monitor import ProcessMonitor, ProcessSlot, killed
 from ormo_rpc.runtimes.distributed.launcher.supervisor import Child, Supervisor
 from ormo_rpc.runtimes.torchrun import Torchrun
 
@@ -25,7 +25,7 @@ SECRET_FILE = "secret"  # noqa: S105 - the name of a file
 """In the run directory, for workers of this machine that come later."""
 
 
-class Starter:
+class Launcher:
     """Starts children, each with what its role needs.
 
     Args:
@@ -62,10 +62,10 @@ class Starter:
     def worker(self, wanted: int | None, *more: str) -> Callable[[int], Child]:
         """How to start a life of a worker."""
         name = "worker" if wanted is None else f"worker {wanted}"
-        post = secrets.token_hex(8)
+        slot = secrets.token_hex(8)
 
         def start(life: int) -> Child:
-            command = ["worker", "--life", str(life), "--post", post, *_given("--worker", wanted), *more]
+            command = ["worker", "--life", str(life), "--slot", slot, *_given("--worker", wanted), *more]
             return self._start(name, command, [])
 
         return start
@@ -89,53 +89,53 @@ class Starter:
 
 
 @contextlib.contextmanager
-def local_crew(crew: Crew, config: Config, run_dir: Path) -> Generator[Post]:
-    """Server and workers on this machine; the value is the server's post."""
+def local_processes(monitor: ProcessMonitor, config: Config, run_dir: Path) -> Generator[ProcessSlot]:
+    """Server and workers on this machine; the value is the server's slot."""
     logs = run_dir / "logs"
     logs.mkdir(exist_ok=True)
     secret_file = _make_secret(config, run_dir)
     with bound(config.server.address or "127.0.0.1:0", public=config.server.public) as listener:
         door = name_of(listener)
-        starter = Starter(crew.supervisor, config, loopback=_is_loopback(listener), logs=logs)
-        server = crew.add("server", starter.server(run_dir, listener, secret_file), restartable=killed, essential=True)
+        starter = Launcher(monitor.supervisor, config, loopback=_is_loopback(listener), logs=logs)
+        server = monitor.add("server", starter.server(run_dir, listener, secret_file), restartable=killed, essential=True)
         for worker in range(config.num_processes):
             command = ("--door", door, *_given("--secret-file", secret_file))
-            crew.add(f"worker {worker}", starter.worker(worker, *command), worker=worker)
+            monitor.add(f"worker {worker}", starter.worker(worker, *command), worker=worker)
         yield server
 
 
 @contextlib.contextmanager
-def rank_crew(crew: Crew, config: Config, run_dir: Path, torchrun: Torchrun) -> Generator[Post]:
-    """The one child of a rank under torchrun; the value is its post.
+def rank_process(monitor: ProcessMonitor, config: Config, run_dir: Path, torchrun: Torchrun) -> Generator[ProcessSlot]:
+    """The one child of a rank under torchrun; the value is its slot.
 
     The server leaves its address in the store of torchrun's agent. Where there is none, the port that torchrun has chosen for
     such a store is free, and the server is found there.
     """
     store = ("--store", torchrun.store, "--prefix", f"ormo_rpc/{torchrun.attempt}") if torchrun.agent_store else ()
-    starter = Starter(crew.supervisor, config, loopback=torchrun.one_machine, logs=None)
+    starter = Launcher(monitor.supervisor, config, loopback=torchrun.one_machine, logs=None)
     if torchrun.rank > 0:
         where = store or ("--door", torchrun.store, *_given("--secret-file", config.server.secret_file))
-        yield crew.add(f"worker {torchrun.rank - 1}", starter.worker(torchrun.rank - 1, *where))
+        yield monitor.add(f"worker {torchrun.rank - 1}", starter.worker(torchrun.rank - 1, *where))
         return
     secret_file = _make_secret(config, run_dir) if torchrun.one_machine else _known_secret(config)
     host = "127.0.0.1" if torchrun.one_machine else interface_address(config.rpc.interface)
     port = 0 if torchrun.agent_store else int(torchrun.store.rpartition(":")[2])
     with bound(f"{host}:{port}", public=config.server.public) as listener:
         server = starter.server(run_dir, listener, secret_file, "--door", name_of(listener), *store)
-        yield crew.add("server", server, restartable=killed, essential=True)
+        yield monitor.add("server", server, restartable=killed, essential=True)
 
 
 @contextlib.contextmanager
-def guest_crew(crew: Crew, config: Config) -> Generator[Post]:
-    """A worker for a server that runs already, started from another shell or machine; the value is its post."""
+def elastic_worker_process(monitor: ProcessMonitor, config: Config) -> Generator[ProcessSlot]:
+    """A worker for a server that runs already, started from another shell or machine; the value is its slot."""
     assert config.server.address is not None
     secret_file = _known_secret(config)
     host, _ = parse(config.server.address)
     loopback = host in ("localhost", "::1") or host.startswith("127.")
-    starter = Starter(crew.supervisor, config, loopback=loopback, logs=None)
+    starter = Launcher(monitor.supervisor, config, loopback=loopback, logs=None)
     root = None if config.dataset.root == DataSection.root else config.dataset.root
     command = ("--door", config.server.address, *_given("--secret-file", secret_file), *_given("--data-root", root))
-    yield crew.add("worker", starter.worker(None, *command), restartable=killed, essential=True)
+    yield monitor.add("worker", starter.worker(None, *command), restartable=killed, essential=True)
 
 
 def _make_secret(config: Config, run_dir: Path) -> Path | None:

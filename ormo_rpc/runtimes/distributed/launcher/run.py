@@ -4,9 +4,9 @@
 rank (``torchrun``), or a guest of a run elsewhere (``role=worker``) as a child, and fills the place of each one that dies.
 Only the children import torch.distributed.rpc, and only with ``wire.transport=uv`` does one have an agent::
 
-    launcher                processes.py starts them, crew.py fills their places, child.py is their entry point
-    who is let in           addresses.py, secret.py; wire.py: messages and handshake; door.py: the server's side, with the seats
-                            of seats.py; lease.py: the worker's side, and its heartbeat
+    launcher                processes.py starts them, monitor.py fills their places, child.py is their entry point
+    who is let in           addresses.py, secret.py; wire.py: messages and handshake; door.py: the server's side, with the memberships
+                            of memberships.py; lease.py: the worker's side, and its heartbeat
     the server's process    serve.py; service.py: the lock around the parameter server; answers.py: who waits for a reply
     a worker's process      work.py; loop.py: from reply to push; calls.py: what it asks of the server
     shared memory and TCP   frames.py: what crosses; segments.py: memory that is shared; streams.py: the server's end,
@@ -24,15 +24,15 @@ from typing import Any
 
 from ormo_rpc.config.schema import Config, save_config
 from ormo_rpc.errors import ConfigError, RunFailed
-from ormo_rpc.runtimes.distributed.launcher.process_monitor import Crew, Post
-from ormo_rpc.runtimes.distributed.launcher.processes import guest_crew, local_crew, rank_crew
+from ormo_rpc.runtimes.distributed.launcher.process_monitor import ProcessMonitor, ProcessSlot
+from ormo_rpc.runtimes.distributed.launcher.processes import elastic_worker_process, local_processes, rank_process
 from ormo_rpc.runtimes.distributed.launcher.supervisor import Supervisor
 from ormo_rpc.runtimes.torchrun import Torchrun
 from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.run_directory import read_summary, write_summary
 from ormo_rpc.storage.summary import unfinished_summary
 
-MET_ITS_END = ("completed", "diverged")
+TERMINAL_STATUSES = ("completed", "diverged")
 """How a run ends that a signal has come too late for."""
 
 
@@ -45,19 +45,21 @@ def run(config: Config, run_dir: Path) -> dict[str, Any]:
     torchrun = Torchrun.from_environment()
     if torchrun is not None and torchrun.rank > 0:
         with Supervisor(_tell) as supervisor:
-            crew = _crew(supervisor, config)
-            _keep_worker(crew, rank_crew(crew, config, run_dir, torchrun), config)
+            monitor = _crew(supervisor, config)
+            _keep_worker(monitor, rank_process(monitor, config, run_dir, torchrun), config)
         return {}
     run_dir.mkdir(parents=True, exist_ok=True)
     save_config(config, run_dir / "config.yaml")
     with Supervisor(_tell) as supervisor:
-        crew = _crew(supervisor, config)
-        place = local_crew(crew, config, run_dir) if torchrun is None else rank_crew(crew, config, run_dir, torchrun)
+        monitor = _crew(supervisor, config)
+        place = (
+            local_processes(monitor, config, run_dir) if torchrun is None else rank_process(monitor, config, run_dir, torchrun)
+        )
         with place as server:
-            failure = _keep_server(crew, server, config)
+            failure = _keep_server(monitor, server, config)
         interrupted = bool(supervisor.signals)
     summary = read_summary(run_dir)
-    if failure is None or (summary is not None and summary["status"] in MET_ITS_END):
+    if failure is None or (summary is not None and summary["status"] in TERMINAL_STATUSES):
         return summary or {}
     if summary is None:
         try:
@@ -68,27 +70,29 @@ def run(config: Config, run_dir: Path) -> dict[str, Any]:
 
 
 def join(config: Config) -> None:
-    """Work for a server that runs already, until its run is over or we are asked to leave.
+    """WorkerProcess for a server that runs already, until its run is over or we are asked to leave.
 
     Raises:
         RunFailed: the worker could not, or was not wanted.
     """
     with Supervisor(_tell) as supervisor:
-        crew = _crew(supervisor, config)
-        post = _keep_worker(crew, guest_crew(crew, config), config)
-    if post.given_up:
-        raise RunFailed(post.obituary)
+        monitor = _crew(supervisor, config)
+        slot = _keep_worker(monitor, elastic_worker_process(monitor, config), config)
+    if slot.given_up:
+        raise RunFailed(slot.exit_reason)
 
 
-def _crew(supervisor: Supervisor, config: Config) -> Crew:
+def _crew(supervisor: Supervisor, config: Config) -> ProcessMonitor:
     options = config.rpc
-    return Crew(supervisor, max_restarts=options.max_restarts, backoff_seconds=options.restart_backoff_seconds, tell=_tell)
+    return ProcessMonitor(
+        supervisor, max_restarts=options.max_restarts, backoff_seconds=options.restart_backoff_seconds, tell=_tell
+    )
 
 
-def _keep_server(crew: Crew, server: Post, config: Config) -> RunFailed | None:
+def _keep_server(monitor: ProcessMonitor, server: ProcessSlot, config: Config) -> RunFailed | None:
     """Keep the server, and what workers are ours, at work until the run is over; return what went wrong, if anything did."""
-    supervisor, patience = crew.supervisor, config.rpc.stop_timeout_seconds
-    workers = [post for post in crew.posts if post is not server]
+    supervisor, patience = monitor.supervisor, config.rpc.stop_timeout_seconds
+    workers = [slot for slot in monitor.slots if slot is not server]
     told: set[tuple[int, str]] = set()
     """Which news each life of the server has had."""
 
@@ -98,21 +102,21 @@ def _keep_server(crew: Crew, server: Post, config: Config) -> RunFailed | None:
             server.child.tell(**news)
 
     def over() -> bool:
-        crew.tend()
-        for post in workers:
-            if post.over:
-                tell(without=post.worker)
-        if workers and all(post.over for post in workers):
-            tell(abandoned=next((post.obituary for post in reversed(workers) if post.given_up), "all have left"))
+        monitor.monitor()
+        for slot in workers:
+            if slot.over:
+                tell(without=slot.worker)
+        if workers and all(slot.over for slot in workers):
+            tell(abandoned=next((slot.exit_reason for slot in reversed(workers) if slot.given_up), "all have left"))
         return server.over
 
     supervisor.wait(over)
     if server.done:
         # The run is over; whoever is late, because it still computes what nobody wants any more, is killed.
-        supervisor.wait(lambda: all(post.child is None or not post.child.running for post in workers), patience)
+        supervisor.wait(lambda: all(slot.child is None or not slot.child.running for slot in workers), patience)
         return None
     if server.given_up:
-        return RunFailed(f"{server.obituary}; the run has ended")
+        return RunFailed(f"{server.exit_reason}; the run has ended")
     name = supervisor.signals[0].name
     if server.child is not None:
         server.child.tell(stop={"status": "interrupted", "reason": name})
@@ -120,34 +124,34 @@ def _keep_server(crew: Crew, server: Post, config: Config) -> RunFailed | None:
     return RunFailed(f"interrupted by {name}", exit_status=130)
 
 
-def _keep_worker(crew: Crew, place: AbstractContextManager[Post], config: Config) -> Post:
+def _keep_worker(monitor: ProcessMonitor, place: AbstractContextManager[ProcessSlot], config: Config) -> ProcessSlot:
     """Keep one worker at work until its work is done, or nobody wants it.
 
     Raises:
         RunFailed: it was interrupted, and did not leave in time.
     """
-    supervisor = crew.supervisor
-    with place as post:
+    supervisor = monitor.supervisor
+    with place as slot:
 
         def over() -> bool:
-            crew.tend()
-            return post.over
+            monitor.monitor()
+            return slot.over
 
         if not supervisor.wait(over):
             name = supervisor.signals[0].name
-            if post.child is not None:
-                post.child.tell(leave=True)
-                _wait_for(supervisor, post, config.rpc.stop_timeout_seconds)
-                crew.tend()
-            if not post.done:
+            if slot.child is not None:
+                slot.child.tell(leave=True)
+                _wait_for(supervisor, slot, config.rpc.stop_timeout_seconds)
+                monitor.monitor()
+            if not slot.done:
                 raise RunFailed(f"interrupted by {name}", exit_status=130)
             _tell(f"the worker has left, as {name} asked")
-    return post
+    return slot
 
 
-def _wait_for(supervisor: Supervisor, post: Post, patience: float) -> None:
+def _wait_for(supervisor: Supervisor, slot: ProcessSlot, patience: float) -> None:
     """Wait until a child that was asked to end has ended; one more signal insists."""
-    child = post.child
+    child = slot.child
     supervisor.wait(lambda: child is None or not child.running, patience, signals=len(supervisor.signals))
 
 

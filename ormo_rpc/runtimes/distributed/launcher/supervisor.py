@@ -27,7 +27,7 @@ POLL_SECONDS = 0.02
 """How often the supervisor looks at its children."""
 DONE = 64
 """The exit status of a child that has done its work."""
-DISMISSED = 65
+EXIT_NO_RESTART = 65
 """The exit status of a child that is not wanted any more; another one in its place would not be either."""
 LAST_WORDS = 300
 """How many characters of a child's last line are told; the log has all of it."""
@@ -119,7 +119,7 @@ class Child:
             self._silent = patience
             self.process.kill()
 
-    def obituary(self) -> str:
+    def exit_reason(self) -> str:
         """One line that says how it ended."""
         code = self.process.returncode
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
@@ -165,11 +165,11 @@ class Supervisor:
                 child.process.kill()
         for child in list(self.children):
             child.process.wait(KILL_SECONDS)
-            self.bury(child)
+            self.reap(child)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def bury(self, child: Child) -> None:
+    def reap(self, child: Child) -> None:
         """Forget a child that has ended, after its last words."""
         self._listen_to(child)
         os.close(child.control)

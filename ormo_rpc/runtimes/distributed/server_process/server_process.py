@@ -19,16 +19,16 @@ from ormo_rpc.compression.wire_options import Transport
 from ormo_rpc.config.schema import Config, load_config
 from ormo_rpc.messages import Reply
 from ormo_rpc.rendezvous.addresses import name_of
-from ormo_rpc.rendezvous.listener import Door
+from ormo_rpc.rendezvous.listener import Listener
 from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.runtimes.distributed.server_process.service import Service
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.runtimes.session import Session
 from ormo_rpc.server.parameter_server import ParameterServer
-from ormo_rpc.transports.stream.server import Streams, shared_snapshots
+from ormo_rpc.transports.stream.server import StreamServer, shared_snapshots
 from ormo_rpc.transports.torch_rpc.agent import SERVER, rpc_agent
 from ormo_rpc.transports.torch_rpc.handlers import CALLED_BY_WORKERS, publish
-from ormo_rpc.worker.faults import Injector
+from ormo_rpc.worker.faults import FaultInjector
 
 PUMP_SECONDS = 0.1
 """How often events are written down."""
@@ -58,7 +58,7 @@ class Stopwatch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class ServerArgs:
     """What a server's process is told when it is started.
 
     Attributes:
@@ -78,7 +78,7 @@ class Place:
     tell: Callable[[str], None]
 
 
-class Host:
+class ServerProcess:
     """Everything in the server's process: the session of the run, and the service that the workers reach.
 
     The main thread runs `run`. Threads of the door, which serve the streams, and of the RPC agent call `Session.observe` under
@@ -90,7 +90,7 @@ class Host:
         place: Where to serve.
     """
 
-    def __init__(self, job: Job, place: Place) -> None:
+    def __init__(self, job: Job, place: ServerArgs) -> None:
         self.options = job.config.rpc
         self.place = place
         self.clock = Stopwatch()
@@ -104,12 +104,12 @@ class Host:
             job, place.run_dir, self._pool, self._writer, self.clock, figures=self._lock_times, terminal=place.terminal
         )
         server = self.session.server
-        self.segments = shared_snapshots(server.rule, job.config.wire.transport)
+        self.segments = shared_snapshots(server.algorithm, job.config.wire.transport)
         server.reserve(1 if server.scheduler.BARRIER else server.num_workers)
         self._rolled_back_before = self.session.progress.rolled_back
         self.session.open(life=place.life)
         self.clock.before = self.session.seconds_before
-        self._injector = Injector(self.options.faults, None, place.life, place.tell)
+        self._injector = FaultInjector(self.options.faults, None, place.life, place.tell)
         self.service = Service(
             self.session.server,
             self._observe,
@@ -117,9 +117,9 @@ class Host:
             journal=self.session.journal,
             push_format=job.push_format(),
             max_not_finite=self.options.max_not_finite,
-            holds_farewell=True,
+            defer_shutdown=True,
         )
-        self.service.losses = self.session.directory.read_losses()
+        self.service.losses = self.session.directory.read_evictions()
         self._losses_written = len(self.service.losses)
         self._present: dict[int, int] = {}
         self._paused = False
@@ -171,7 +171,7 @@ class Host:
     def _begin(self) -> None:
         """The first ticket is about to be handed out; called under the service's lock."""
         self.clock.start()
-        self._present = {seat.worker: seat.process for seat in self.service.seats.by_worker.values()}
+        self._present = {membership.worker: membership.process for membership in self.service.memberships.by_worker.values()}
 
     def _observe(self, server: ParameterServer) -> None:
         self.session.observe(server)
@@ -192,8 +192,8 @@ class Host:
             waited = time.monotonic() - began
             if self.place.life > 0 and waited > self.options.regroup_seconds:
                 self.service.begin()
-            if waited > self.options.start_timeout_seconds or (self.abandoned and not self.service.seats):
-                here = sorted(seat.worker for seat in self.service.arrived)
+            if waited > self.options.start_timeout_seconds or (self.abandoned and not self.service.memberships):
+                here = sorted(membership.worker for membership in self.service.arrived)
                 missing = [worker for worker in range(wanted) if worker not in here]
                 raise TimeoutError(
                     self.abandoned
@@ -209,7 +209,9 @@ class Host:
             with self.service.lock:
                 if self.session.server.ended:
                     return  # all are leaving; who was there is of more interest
-                self._present = {seat.worker: seat.process for seat in self.service.seats.by_worker.values()}
+                self._present = {
+                    membership.worker: membership.process for membership in self.service.memberships.by_worker.values()
+                }
             self._write_processes()
         self._write_losses()
         self.service.evict_late(self.options.ticket_timeout_seconds)
@@ -230,7 +232,7 @@ class Host:
         new = self.service.losses[self._losses_written :]
         if new:
             self._losses_written += len(new)
-            self.session.directory.write_losses(new)
+            self.session.directory.write_evictions(new)
 
     def _keep(self) -> None:
         """Have a checkpoint written when it is time for one."""
@@ -242,7 +244,7 @@ class Host:
 
     def _nobody_comes(self) -> bool:
         """Whether there is no worker, and none to be expected."""
-        if self.service.seats:
+        if self.service.memberships:
             self._alone_since = time.monotonic()
             return False
         return bool(self.abandoned) or time.monotonic() - self._alone_since > self.options.start_timeout_seconds
@@ -271,7 +273,7 @@ class Host:
         self._write_processes()  # a run may be over before anybody has looked
         self._write_losses()
         self.session.write_checkpoint(state)
-        self.service.say_farewell()  # not before: should we die while we write, the workers are needed again
+        self.service.release_shutdown()  # not before: should we die while we write, the workers are needed again
         if not self.stop_message:
             self._wait_for_workers()
         summary = self.session.close(
@@ -290,7 +292,7 @@ class Host:
     def _wait_for_workers(self) -> None:
         """Until all have said goodbye; one that hangs is left to its supervisor."""
         deadline = time.monotonic() + self.options.stop_timeout_seconds
-        while self.service.seats and time.monotonic() < deadline:
+        while self.service.memberships and time.monotonic() < deadline:
             self.session.pump()
             time.sleep(PUMP_SECONDS / 10)
 
@@ -298,7 +300,7 @@ class Host:
         return {"lock_wait_seconds": self.service.lock_wait_seconds, "lock_held_seconds": self.service.lock_held_seconds}
 
 
-def serve(place: Place, on_ready: Callable[[Host], None]) -> None:
+def serve(place: ServerArgs, on_ready: Callable[[ServerProcess], None]) -> None:
     """Be the server of a run from start to end.
 
     Args:
@@ -307,21 +309,21 @@ def serve(place: Place, on_ready: Callable[[Host], None]) -> None:
     """
     text = (place.run_dir / "config.yaml").read_text()
     config = load_config(place.run_dir / "config.yaml")
-    host = Host(Job(config), place)
+    host = ServerProcess(Job(config), place)
     options = config.rpc
     sys.setswitchinterval(SWITCH_SECONDS)
     with _agent(config) as agent:
         if agent is not None:
             publish(host.service)
         on_ready(host)
-        welcome = {
+        join_response = {
             "config": text,
             "agent": agent,
             "heartbeat_seconds": options.heartbeat_seconds,
             "patience_seconds": options.worker_timeout_seconds,
         }
-        streams = Streams(host.service, config.wire.transport, host.segments)
-        with Door(place.listener, place.secret, host.service, welcome, options.worker_timeout_seconds, streams.serve):
+        streams = StreamServer(host.service, config.wire.transport, host.segments)
+        with Listener(place.listener, place.secret, host.service, join_response, options.worker_timeout_seconds, streams.serve):
             host.run()
 
 

@@ -1,7 +1,7 @@
 """From reply to push, one ticket at a time, until told to stop, through as many lives of the server as it takes.
 
-A worker's process has one such loop, or with ``worker.prefetch`` several, each with a seat of its own: while one waits for the
-wire, another one computes. To the server and to every rule they are workers like any others, so K counts each of them.
+A worker's process has one such loop, or with ``worker.prefetch`` several, each with a membership of its own: while one waits for the
+wire, another one computes. To the server and to every algorithm they are workers like any others, so K counts each of them.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from omegaconf import OmegaConf
 
 from ormo_rpc.compression.wire_options import Transport
 from ormo_rpc.config.schema import Config, parse_config
-from ormo_rpc.errors import Rejoin, RunEnded, ServerLost
+from ormo_rpc.errors import RunEnded, ServerLost, StaleSession
 from ormo_rpc.messages import Reply
-from ormo_rpc.rendezvous.lease import Lease, let_in
+from ormo_rpc.rendezvous.lease import Lease, connect
 from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.runtimes.job import Job, time_generator
-from ormo_rpc.transports.base import Calls
-from ormo_rpc.transports.stream.client import StreamCalls
-from ormo_rpc.transports.stream.shared_memory import AVAILABLE, Segments
+from ormo_rpc.transports.base import ServerClient
+from ormo_rpc.transports.stream.client import StreamClient
+from ormo_rpc.transports.stream.shared_memory import AVAILABLE, SharedMemoryPool
 from ormo_rpc.transports.torch_rpc.agent import rpc_agent
-from ormo_rpc.transports.torch_rpc.client import RpcCalls
-from ormo_rpc.worker.faults import Injector
+from ormo_rpc.transports.torch_rpc.client import TorchRpcClient
+from ormo_rpc.worker.faults import FaultInjector
 from ormo_rpc.worker.worker import Worker
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class WorkerArgs:
     """What a worker's process is told when it is started.
 
     Attributes:
         door: Finds the server.
         secret: Of the run.
         wanted: The worker number to have, if it is free.
-        post: Who keeps this process running.
+        slot: Who keeps this process running.
         life: How often this process was started before.
         data_root: Where the data set lies on this machine, if not where the run's configuration says.
         timeout_seconds: How long to look for the server.
@@ -52,14 +52,14 @@ class Place:
     door: Callable[[], tuple[str, int]]
     secret: Secret
     wanted: int | None
-    post: str
+    slot: str
     life: int
     data_root: str | None
     timeout_seconds: float
     tell: Callable[[str], None]
 
 
-class Workshop:
+class WorkerContext:
     """What the loops of one process share.
 
     `turn` guards the processor and all that is the process's own: the job, torch's source of chance, autograd. Whoever computes
@@ -69,7 +69,7 @@ class Workshop:
         place: Where and as whom to work.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: WorkerArgs) -> None:
         self.place = place
         self.turn = threading.Lock()
         self.leaving = False
@@ -88,65 +88,65 @@ class Workshop:
         return self._job
 
 
-class Loop:
-    """One seat, and the worker that sits there.
+class WorkerLoop:
+    """One membership, and the worker that sits there.
 
     Args:
-        workshop: Shared with the other loops of this process.
+        context: Shared with the other loops of this process.
         wanted: The worker number to have, if it is free.
     """
 
-    def __init__(self, workshop: Workshop, wanted: int | None) -> None:
-        self.workshop = workshop
+    def __init__(self, context: WorkerContext, wanted: int | None) -> None:
+        self.context = context
         self.lease: Lease | None = None
         self._wanted = wanted
         self._job: Job | None = None
         self._worker: Worker | None = None
-        self._segments: Segments | None = None
+        self._segments: SharedMemoryPool | None = None
         """Where the worker's payload lies, if the server may read it from there."""
-        self._injector: Injector | None = None
+        self._injector: FaultInjector | None = None
 
     def run(self, on_job: Callable[[Job], None] = lambda _: None) -> None:
-        """Work until told to stop; a server that is lost may come back, and one that has evicted us may let us in again.
+        """WorkerProcess until told to stop; a server that is lost may come back, and one that has evicted us may let us in again.
 
         Args:
             on_job: Called whenever we know what to work on.
 
         Raises:
             ServerLost: it did not come back in time.
-            Dismissed: this worker is not wanted any more.
+            WorkerBanned: this worker is not wanted any more.
         """
-        place, workshop = self.workshop.place, self.workshop
-        while not workshop.leaving:
+        place, context = self.context.place, self.context
+        while not context.leaving:
             try:
-                lease = let_in(
+                lease = connect(
                     place.door,
                     place.secret,
                     wanted=self._wanted,
-                    post=place.post,
+                    slot=place.slot,
                     timeout_seconds=place.timeout_seconds,
-                    leaving=lambda: workshop.leaving,
+                    leaving=lambda: context.leaving,
                 )
             except RunEnded as end:
                 _log.info("%s", end)
                 return
             except ServerLost:
-                if workshop.leaving:
+                if context.leaving:
                     return
                 raise
             with lease:
                 self.lease = lease
-                self._wanted = lease.welcome.worker
-                if workshop.leaving:  # `leave` came while we were let in, and did not know of this lease
+                self._wanted = lease.join_response.worker
+                if context.leaving:  # `leave` came while we were let in, and did not know of this lease
                     lease.leave()
-                job, worker = self._prepare(lease.welcome.config)
+                job, worker = self._prepare(lease.join_response.config)
                 on_job(job)
                 try:
                     with self._calls(job.config, worker, lease) as server:
-                        self._until_stopped(job.config, worker, server, lease.welcome.worker)
+                        self._until_stopped(job.config, worker, server, lease.join_response.worker)
                         server.goodbye()
                     return
-                except (ServerLost, Rejoin) as error:
+                except (ServerLost, StaleSession) as error:
                     _log.info("asking to be let in again: %s", error)
 
     def leave(self) -> None:
@@ -156,11 +156,11 @@ class Loop:
 
     def _prepare(self, config_text: str) -> tuple[Job, Worker]:
         """Make the worker, unless it is there from a former life of the server."""
-        with self.workshop.turn:
-            job = self.workshop.job(config_text)
+        with self.context.turn:
+            job = self.context.job(config_text)
             if self._worker is None or job is not self._job:
                 share = AVAILABLE and job.config.wire.transport.may_share
-                self._segments = Segments() if share else None
+                self._segments = SharedMemoryPool() if share else None
                 self._worker = job.worker(None if self._segments is None else self._segments.vector)
                 self._worker.warm_up()
                 self._job = job
@@ -168,16 +168,16 @@ class Loop:
             return job, self._worker
 
     @contextlib.contextmanager
-    def _calls(self, config: Config, worker: Worker, lease: Lease) -> Generator[Calls]:
+    def _calls(self, config: Config, worker: Worker, lease: Lease) -> Generator[ServerClient]:
         """The way to the server that the configuration says."""
-        timeout, transport, number = config.rpc.rpc_timeout_seconds, config.wire.transport, lease.welcome.worker
+        timeout, transport, number = config.rpc.rpc_timeout_seconds, config.wire.transport, lease.join_response.worker
         if transport is Transport.uv:
-            with rpc_agent(f"worker{number}", number + 1, server=lease.welcome.agent, timeout_seconds=timeout):
-                yield RpcCalls(lease.welcome.token, timeout)
+            with rpc_agent(f"worker{number}", number + 1, server=lease.join_response.agent, timeout_seconds=timeout):
+                yield TorchRpcClient(lease.join_response.session_id, timeout)
             return
-        with StreamCalls(
+        with StreamClient(
             lease,
-            self.workshop.place.secret,
+            self.context.place.secret,
             worker.payload,
             self._segments,
             must_share=transport is Transport.shm,
@@ -185,16 +185,16 @@ class Loop:
         ) as calls:
             yield calls
 
-    def _until_stopped(self, config: Config, worker: Worker, server: Calls, number: int) -> None:
+    def _until_stopped(self, config: Config, worker: Worker, server: ServerClient, number: int) -> None:
         if self._injector is None:
-            self._injector = Injector(config.rpc.faults, number, self.workshop.place.life, self.workshop.place.tell)
+            self._injector = FaultInjector(config.rpc.faults, number, self.context.place.life, self.context.place.tell)
         speed: torch.Generator = time_generator(config, number)
         reply: Reply = server.hello()
         while reply.ticket is not None:
             began = time.monotonic()
             worker.load(reply)
             waited = time.monotonic()
-            with self.workshop.turn:
+            with self.context.turn:
                 began += time.monotonic() - waited
                 push = worker.compute(reply)
                 slowdown = config.slowdown(number, speed)

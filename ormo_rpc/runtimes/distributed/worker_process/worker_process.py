@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import threading
 
-from ormo_rpc.runtimes.distributed.worker_process.loop import Loop, Place, Workshop
+from ormo_rpc.runtimes.distributed.worker_process.loop import WorkerArgs, WorkerContext, WorkerLoop
 from ormo_rpc.runtimes.job import Job
 
 
-class Work:
+class WorkerProcess:
     """Everything in a worker's process.
 
     Args:
         place: Where and as whom to work.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: WorkerArgs) -> None:
         self.place = place
-        self.workshop = Workshop(place)
-        self.loops = [Loop(self.workshop, place.wanted)]
+        self.context = WorkerContext(place)
+        self.loops = [WorkerLoop(self.context, place.wanted)]
         self._threads: list[threading.Thread] = []
         """Of all loops but the first, which has the main thread."""
         self._patience_seconds = 0.0
@@ -27,11 +27,11 @@ class Work:
         """Why those have ended, where it was not that their work was done."""
 
     def run(self) -> None:
-        """Work until told to stop.
+        """WorkerProcess until told to stop.
 
         Raises:
             ServerLost: the server did not come back in time.
-            Dismissed: this worker is not wanted any more.
+            WorkerBanned: this worker is not wanted any more.
         """
         self.loops[0].run(on_job=self._work_ahead)
         for thread in self._threads:
@@ -42,7 +42,7 @@ class Work:
 
     def leave(self) -> None:
         """Ask to leave; called from another thread."""
-        self.workshop.leaving = True
+        self.context.leaving = True
         for loop in self.loops:
             loop.leave()
 
@@ -52,11 +52,11 @@ class Work:
         self._patience_seconds = config.rpc.ticket_timeout_seconds
         for ahead in range(len(self.loops), 1 + config.worker.prefetch):
             wanted = None if self.place.wanted is None else self.place.wanted + ahead * config.num_processes
-            self.loops.append(Loop(self.workshop, wanted))
+            self.loops.append(WorkerLoop(self.context, wanted))
             self._threads.append(threading.Thread(target=self._run, args=(self.loops[-1],), name=f"ahead {ahead}", daemon=True))
             self._threads[-1].start()
 
-    def _run(self, loop: Loop) -> None:
+    def _run(self, loop: WorkerLoop) -> None:
         try:
             loop.run()
         except Exception as error:

@@ -1,4 +1,4 @@
-"""A model of D parameters, and data for it: what `throughput` runs, with workers that compute nothing (`worker.stand_in`)."""
+"""A model of D parameters, and data for it: what `throughput` runs, with workers that compute nothing (`worker.dummy`)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class StandIn(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Nobody asks for it."""
-        raise NotImplementedError("a model without a forward pass: set worker.stand_in=true")
+        raise NotImplementedError("a model without a forward pass: set worker.dummy=true")
 
 
 def data() -> tuple[TensorDataset, TensorDataset]:
