@@ -18,6 +18,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig
 
+from ormo_rpc.config.renamed import refuse_renamed
 from ormo_rpc.config.schema import GROUPS, Config, parse_config, schema_of
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.options.section import Section
@@ -50,6 +51,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: an override is wrong.
     """
+    refuse_renamed(overrides)
     register_schemas()
     with hydra.initialize_config_dir(str(config_dir().absolute()), version_base="1.3"):
         try:
@@ -102,6 +104,11 @@ def main() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    try:
+        refuse_renamed(sys.argv[1:])
+    except ConfigError as error:
+        print(f"launch.py: {error}", file=sys.stderr)
+        sys.exit(2)
     register_schemas()
     torchrun = Torchrun.from_environment()
     if (torchrun is not None and torchrun.rank > 0) or "role=worker" in sys.argv[1:]:

@@ -20,6 +20,7 @@ from ormo_rpc import algorithms
 from ormo_rpc.algorithms.base import Algorithm
 from ormo_rpc.compression import COMPRESSIONS, Compression, NoCompression
 from ormo_rpc.compression.wire_options import ParamsDtype, Transport, Wire, WireDtype
+from ormo_rpc.config.renamed import translate_renamed
 from ormo_rpc.config.runtimes import RUNTIMES, RpcRuntime, Runtime, SimRuntime
 from ormo_rpc.data import DATASETS, DataSection, Digits
 from ormo_rpc.errors import ConfigError
@@ -344,9 +345,9 @@ def load_config(path: Path) -> Config:
     """
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such file, expected the config.yaml of a run")
-    values = OmegaConf.load(path)
-    assert isinstance(values, DictConfig)
-    return parse_config(values)
+    values = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(values, dict)
+    return parse_config(translate_renamed({str(key): value for key, value in values.items()}))
 
 
 def _one_line(error: OmegaConfBaseException) -> str:

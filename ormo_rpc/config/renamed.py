@@ -1,0 +1,60 @@
+"""Keys and values that were renamed: refused on the command line with the new name, translated in recorded configurations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ormo_rpc.errors import ConfigError
+
+RENAMED_KEYS: Mapping[str, str] = {"worker.stand_in": "worker.dummy"}
+"""From the former full key to the present one."""
+RENAMED_VALUES: Mapping[tuple[str, str], str] = {}
+"""From (key, former value) to the present value; the key is the present one."""
+
+
+def refuse_renamed(overrides: Sequence[str]) -> None:
+    """Refuse command-line overrides under a former name.
+
+    Raises:
+        ConfigError: one is; the message has the new name.
+    """
+    for override in overrides:
+        key, _, value = override.partition("=")
+        key = key.lstrip("+~")
+        if key in RENAMED_KEYS:
+            raise ConfigError(f"{key}: was renamed; use {RENAMED_KEYS[key]}={value}")
+        if (key, value) in RENAMED_VALUES:
+            raise ConfigError(f"{key}: {value} was renamed; use {key}={RENAMED_VALUES[key, value]}")
+
+
+def translate_renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a nested configuration that an earlier version has saved, under the present names."""
+    translated = _copy(values)
+    for former, present in RENAMED_KEYS.items():
+        *path, name = former.split(".")
+        section = _section(translated, path)
+        if section is not None and name in section:
+            *path, new_name = present.split(".")
+            target = _section(translated, path, create=True)
+            assert target is not None
+            target[new_name] = section.pop(name)
+    for (key, former), present in RENAMED_VALUES.items():
+        *path, name = key.split(".")
+        section = _section(translated, path)
+        if section is not None and section.get(name) == former:
+            section[name] = present
+    return translated
+
+
+def _section(tree: dict[str, Any], path: Sequence[str], *, create: bool = False) -> dict[str, Any] | None:
+    for name in path:
+        child = tree.setdefault(name, {}) if create else tree.get(name)
+        if not isinstance(child, dict):
+            return None
+        tree = child
+    return tree
+
+
+def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {str(key): _copy(value) if isinstance(value, Mapping) else value for key, value in values.items()}
