@@ -21,7 +21,7 @@ from omegaconf import MISSING, DictConfig
 from ormo_rpc.config.renamed import refuse_renamed
 from ormo_rpc.config.schema import GROUPS, Config, parse_config, schema_of
 from ormo_rpc.errors import ConfigError
-from ormo_rpc.options.section import Section
+from ormo_rpc.options import Section
 from ormo_rpc.runtimes.torchrun import Torchrun
 
 

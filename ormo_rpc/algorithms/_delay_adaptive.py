@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ormo_rpc.algorithms.base import PushContext
-from ormo_rpc.options.section import Section, option
+from ormo_rpc.options import Section, option
 
 
 class DelayRule(Enum):

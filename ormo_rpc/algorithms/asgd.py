@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ormo_rpc.algorithms.base import Algorithm, PushContext
 from ormo_rpc.kernels.steps import SGDStep
-from ormo_rpc.options.section import option
+from ormo_rpc.options import option
 
 
 class ASGD(Algorithm):

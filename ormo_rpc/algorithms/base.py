@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ormo_rpc.kernels.kernel import Kernel
-from ormo_rpc.options.section import Section, option
+from ormo_rpc.options import Section, option
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ormo_rpc.algorithms.base import Algorithm, PullContext, PushContext
-from ormo_rpc.options.section import option
+from ormo_rpc.options import option
 
 
 class DANA(Algorithm):

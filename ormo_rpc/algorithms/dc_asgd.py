@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ormo_rpc.algorithms.base import Algorithm, PushContext
-from ormo_rpc.options.section import option
+from ormo_rpc.options import option
 
 MEMORY = 0.95
 """What the running mean of the squared gradients keeps of itself at each gradient (the authors' value)."""

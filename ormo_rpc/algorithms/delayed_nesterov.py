@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ormo_rpc.algorithms.base import Algorithm, PushContext
-from ormo_rpc.options.section import option
+from ormo_rpc.options import option
 
 
 class DelayedNesterov(Algorithm):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ormo_rpc.algorithms.base import Algorithm, LocalWork, PullContext, PushContext
-from ormo_rpc.options.section import option
+from ormo_rpc.options import option
 
 
 class EASGD(Algorithm):

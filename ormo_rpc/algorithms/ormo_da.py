@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ormo_rpc.algorithms._delay_adaptive import DelayAdaptiveOptions, delay_adaptive_accepts, delay_adaptive_lr
 from ormo_rpc.algorithms.base import PushContext
 from ormo_rpc.algorithms.ormo import OrMo
-from ormo_rpc.options.section import option
+from ormo_rpc.options import option
 
 
 class OrMoDA(OrMo):

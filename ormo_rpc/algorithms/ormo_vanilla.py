@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ormo_rpc.algorithms.ormo import OrMo
-from ormo_rpc.options.section import option
+from ormo_rpc.options import option
 
 
 class OrMoVanilla(OrMo):

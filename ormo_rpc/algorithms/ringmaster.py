@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ormo_rpc.algorithms.base import Algorithm, PushContext
-from ormo_rpc.options.section import option
+from ormo_rpc.options import option
 
 _REASON = "it bounds the delays by what it discards, not by letting workers wait; use async"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ormo_rpc.algorithms.asgd import ASGD
 from ormo_rpc.algorithms.base import PushContext
-from ormo_rpc.options.section import option
+from ormo_rpc.options import option
 
 ONE_AGE = "all gradients of a round were taken at the same parameters, so one age is right for all and the delay says nothing"
 

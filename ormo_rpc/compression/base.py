@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ormo_rpc.models.flat import Layout
-from ormo_rpc.options.section import Section, option
+from ormo_rpc.options import Section, option
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ormo_rpc.compression.base import Compressed, Compression, Compressor
 from ormo_rpc.models.flat import Layout
-from ormo_rpc.options.section import option, positive
+from ormo_rpc.options import option, positive
 
 DEPENDENT = 100
 """In units of the dtype's epsilon: a column of which less is left beside the columns before it is a combination of them."""

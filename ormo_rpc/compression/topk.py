@@ -11,7 +11,7 @@ from torch import Tensor
 from ormo_rpc.compression.base import Compressed, Compression, Compressor
 from ormo_rpc.errors import PushRefused
 from ormo_rpc.models.flat import Layout
-from ormo_rpc.options.section import option
+from ormo_rpc.options import option
 from ormo_rpc.server.validation import all_finite
 
 

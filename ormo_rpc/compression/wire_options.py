@@ -7,7 +7,7 @@ from enum import Enum
 
 import torch
 
-from ormo_rpc.options.section import Section, option
+from ormo_rpc.options import Section, option
 
 
 class Transport(Enum):

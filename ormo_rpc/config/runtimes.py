@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from ormo_rpc.options.section import Section, at_least_one, not_negative, option, positive
+from ormo_rpc.options import Section, at_least_one, not_negative, option, positive
 from ormo_rpc.worker.faults import are_faults
 
 

@@ -25,7 +25,7 @@ from ormo_rpc.config.runtimes import RUNTIMES, RpcRuntime, Runtime, SimRuntime
 from ormo_rpc.data import DATASETS, DataSection, Digits
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.models import MODELS, MLPSection, ModelSection
-from ormo_rpc.options.section import Section, at_least_one, not_negative, option, positive
+from ormo_rpc.options import Section, at_least_one, not_negative, option, positive
 from ormo_rpc.schedulers.base import SCHEDULERS, Scheduler
 from ormo_rpc.server.lr_schedule import LearningRate, Shape
 from ormo_rpc.server.validation import NormLimit, NormPolicy

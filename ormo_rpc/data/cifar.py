@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ormo_rpc.data.sources import TorchvisionSection
 from ormo_rpc.data.splits import DataSet
-from ormo_rpc.options.section import option
+from ormo_rpc.options import option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 from ormo_rpc.data.sources import DataSection
 from ormo_rpc.data.splits import DataSet, MapSplit, MapStyle
 from ormo_rpc.options import instantiate as target
-from ormo_rpc.options.section import option
+from ormo_rpc.options import option
 
 _log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import torch
 
 from ormo_rpc.data.sources import DataSection
 from ormo_rpc.data.splits import ArraySplit, DataSet
-from ormo_rpc.options.section import option
+from ormo_rpc.options import option
 
 TEST_SIZE = 360
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ormo_rpc.data.sources import TorchvisionSection
-from ormo_rpc.options.section import option
+from ormo_rpc.options import option
 
 
 @dataclass(frozen=True, kw_only=True)

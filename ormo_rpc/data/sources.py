@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ormo_rpc.data.splits import ArraySplit, DataSet
-from ormo_rpc.options.section import Section, option
+from ormo_rpc.options import Section, option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ormo_rpc.options.section import Section, option
+from ormo_rpc.options import Section, option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ormo_rpc.models.base import ModelSection, image_shape, is_probability
-from ormo_rpc.options.section import option
+from ormo_rpc.options import option
 
 
 class CNN(nn.Module):

@@ -9,7 +9,7 @@ from torch import nn
 
 from ormo_rpc.models.base import ModelSection
 from ormo_rpc.options import instantiate as target
-from ormo_rpc.options.section import option
+from ormo_rpc.options import option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from ormo_rpc.models.base import ModelSection, is_probability
-from ormo_rpc.options.section import option
+from ormo_rpc.options import option
 
 
 class MLP(nn.Module):

@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import Tensor, nn
 
 from ormo_rpc.models.base import ModelSection, image_shape
-from ormo_rpc.options.section import option
+from ormo_rpc.options import option
 
 BLOCKS_PER_STAGE = 3
 WIDTHS = (16, 32, 64)

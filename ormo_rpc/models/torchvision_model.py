@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ormo_rpc.models.base import ModelSection
-from ormo_rpc.options.section import option
+from ormo_rpc.options import option
 
 _TAKES_AUXILIARY_LOSS: dict[str, Any] = {"aux_logits": False, "init_weights": True}
 

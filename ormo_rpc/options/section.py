@@ -45,9 +45,8 @@ def option(default: T, doc: str, *, valid: Callable[[Any], bool] | None = None, 
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Section:
-    """A group of options with a place in the configuration tree.
+    """A group of options with a place in the configuration tree; every subclass is a keyword-only dataclass.
 
     Raises:
         ValueError: on construction, when a value is out of range; the message has the full key.
@@ -57,7 +56,7 @@ class Section:
     """Where the section stands in the configuration, such as ``train``."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
+        for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType] # every subclass is a dataclass
             valid: Callable[[Any], bool] | None = field.metadata.get("valid")
             value = getattr(self, field.name)
             if valid is None or (value is None and field.default is None):

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ormo_rpc.options.section import Section, option
+from ormo_rpc.options import Section, option
 
 
 class Scheduler(ABC):

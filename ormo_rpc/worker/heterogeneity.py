@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ormo_rpc.options.section import Section, at_least_one, option, positive
+from ormo_rpc.options import Section, at_least_one, option, positive
 
 
 @dataclass(frozen=True, kw_only=True)

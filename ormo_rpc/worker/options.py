@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ormo_rpc.options.section import Section, option
+from ormo_rpc.options import Section, option
 
 MOST_AHEAD = 100
 """Each ticket ahead has a model, a thread and two connections, and no network is so slow that more of them were of use."""

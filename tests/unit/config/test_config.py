@@ -22,7 +22,7 @@ from ormo_rpc import algorithms, build_server
 from ormo_rpc.cli import compose, help_text
 from ormo_rpc.config.schema import GROUPS, Config, load_config, parse_config, save_config
 from ormo_rpc.errors import ConfigError
-from ormo_rpc.options.section import Section
+from ormo_rpc.options import Section
 from ormo_rpc.runtimes import run
 from ormo_rpc.runtimes.torchrun import Torchrun
 from tests.support.processes import PATIENCE_SECONDS, ROOT, launched
