@@ -268,10 +268,10 @@ def test_other_wrong_trees(values: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "refused"),
     [
-        ({"algorithm": "mishchenko", "threshold": 0}, "threshold: got 0"),
-        ({"algorithm": "mishchenko", "smoothness": 2.0}, "smoothness: got 2.0"),
-        ({"algorithm": "koloskova", "threshold": 3, "smoothness": 2.0}, "smoothness: got 2.0"),
-        ({"algorithm": "drop", "smoothness": 2.0}, "smoothness: got 2.0"),
+        ({"rule": "mishchenko", "threshold": 0}, "threshold: got 0"),
+        ({"rule": "mishchenko", "smoothness": 2.0}, "smoothness: got 2.0"),
+        ({"rule": "koloskova", "threshold": 3, "smoothness": 2.0}, "smoothness: got 2.0"),
+        ({"rule": "drop", "smoothness": 2.0}, "smoothness: got 2.0"),
     ],
     ids=str,
 )
