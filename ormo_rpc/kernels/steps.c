@@ -144,7 +144,7 @@ static inline void store_bf16(uint16_t *to, vector_f32 value, int past_caches) {
 /* The steps for parameters of type T (named S, in intrinsics P, multiplied and added by FMA) and gradients of type G (GS). */
 #define STEPS(T, S, P, FMA, G, GS)                                                                              \
     /* out <- w - b g */                                                                                        \
-    void plain_##S##_##GS(int64_t n, const G *g, T *u, const T *w, T *out, uint16_t *out_16bit, T b) {                \
+    void sgdstep_##S##_##GS(int64_t n, const G *g, T *u, const T *w, T *out, uint16_t *out_16bit, T b) {                \
         int64_t i = 0;                                                                                          \
         (void)u, (void)out_16bit;                                                                                     \
         VECTORS(T, S, P, vector_##S y = VECTOR(fmadd_##P)(LOAD_##GS(g + i), VECTOR(set1_##P)(-b),               \
@@ -153,7 +153,7 @@ static inline void store_bf16(uint16_t *to, vector_f32 value, int past_caches) {
         FENCE();                                                                                                \
     }                                                                                                           \
     /* u <- beta u + a g;  out <- w - u */                                                                      \
-    void heavy_##S##_##GS(int64_t n, const G *g, T *u, const T *w, T *out, uint16_t *out_16bit, T beta, T a) {        \
+    void heavyballstep_##S##_##GS(int64_t n, const G *g, T *u, const T *w, T *out, uint16_t *out_16bit, T beta, T a) {        \
         int64_t i = 0;                                                                                          \
         (void)out_16bit;                                                                                              \
         VECTORS(T, S, P,                                                                                        \
@@ -165,7 +165,7 @@ static inline void store_bf16(uint16_t *to, vector_f32 value, int past_caches) {
         FENCE();                                                                                                \
     }                                                                                                           \
     /* u <- scale u;  `shifts` times: w <- w - beta u, u <- beta u;  then u <- u + a g, out <- w - b g */       \
-    void ordered_##S##_##GS(int64_t n, const G *g, T *u, const T *w, T *out, uint16_t *out_16bit, T scale,            \
+    void ormostep_##S##_##GS(int64_t n, const G *g, T *u, const T *w, T *out, uint16_t *out_16bit, T scale,            \
                             int64_t shifts, T beta, T a, T b) {                                                 \
         int64_t i = 0;                                                                                          \
         (void)out_16bit;                                                                                              \
