@@ -6,6 +6,7 @@ them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
@@ -190,6 +191,11 @@ class Config(Section):
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     logger: Logger = field(default_factory=Logger)
 
+    @functools.cached_property
+    def yaml(self) -> str:
+        """Resolved YAML, which `load_config` reads; kept, because every checkpoint writes it."""
+        return OmegaConf.to_yaml(OmegaConf.structured(self))
+
     @property
     def num_processes(self) -> int:
         """The number of processes (or virtual machines) that work, once it is decided."""
@@ -334,7 +340,7 @@ def _refuse_together(config: Config) -> None:
 
 def save_config(config: Config, path: Path) -> None:
     """Write a configuration as resolved YAML, which `load_config` reads."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    path.write_text(config.yaml)
 
 
 def load_config(path: Path) -> Config:
