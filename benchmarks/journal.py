@@ -37,8 +37,8 @@ class Pusher:
         self.journal = NoJournal() if run_dir is None else Journal(run_dir)
         server = build_server(params=torch.zeros(dimension), num_workers=1, lr=1e-6)
         self.service = Service(server, lambda _: None, journal=self.journal)
-        self.membership = self.service.admit({"wanted": 0, "process": 1, "host": "here", "slot": ""})
-        self.reply = self.service.ready(self.membership.session_id).value()
+        self.membership = self.service.join({"wanted": 0, "process": 1, "host": "here", "slot": ""})
+        self.reply = self.service.register(self.membership.session_id).value()
         self.grad = torch.randn(dimension)
 
     def seconds(self, pushes: int) -> float:

@@ -103,7 +103,7 @@ def losses_told(expected: Iterable[int], told: Iterable[int], summary: Mapping[s
         last_life: Those of ``expected`` that were lost in the last life of the server.
     """
     wanted, warned = Counter(expected), Counter(told)
-    listed = Counter(loss["process"] for loss in summary.get("losses") or [])
+    listed = Counter(loss["process"] for loss in summary.get("evictions") or [])
     silent, absent = list((wanted - warned).elements()), list((Counter(last_life) - listed).elements())
     surplus = list((warned - wanted).elements())
     problems = {"without a warning": silent, "not in the summary": absent, "lost though nothing was done to it": surplus}

@@ -33,15 +33,15 @@ _log = logging.getLogger(__name__)
 class MembershipHandler(Protocol):
     """Who decides about memberships."""
 
-    def admit(self, hello: Mapping[str, Any]) -> Membership:
+    def join(self, hello: Mapping[str, Any]) -> Membership:
         """Give a membership to a process that has proved to know the secret; a ValueError tells it why not."""
         ...
 
-    def lost(self, membership: Membership, reason: str) -> None:
+    def evict(self, membership: Membership, reason: str) -> None:
         """The holder of a membership is gone, or as good as."""
         ...
 
-    def release(self, membership: Membership) -> None:
+    def request_leave(self, membership: Membership) -> None:
         """The holder of a membership wants to leave."""
         ...
 
@@ -119,7 +119,7 @@ class Listener:
                 try:
                     reader = wire.LineReader(connection)
                     hello = wire.greet_worker(reader, self.secret, HANDSHAKE_SECONDS)
-                    membership = None if hello.get("stream") is True else self.keeper.admit(hello)
+                    membership = None if hello.get("stream") is True else self.keeper.join(hello)
                 finally:
                     self._strangers.release()
                 if membership is None:
@@ -147,7 +147,7 @@ class Listener:
             while True:
                 message = reader.receive(self.patience_seconds, BEAT_BYTES)
                 if "leave" in message:
-                    self.keeper.release(membership)
+                    self.keeper.request_leave(membership)
                 wire.send(connection, {"beat": True})
         except TimeoutError:
             reason = f"it was silent for {self.patience_seconds:g} s"
@@ -156,4 +156,4 @@ class Listener:
         except WireError as error:
             reason = f"it sent nonsense: {error}"
         if not self._closed:  # else it is we who have closed it
-            self.keeper.lost(membership, reason)
+            self.keeper.evict(membership, reason)

@@ -12,7 +12,7 @@ from ormo_rpc.messages import Push, Reply
 class ServerClient(Protocol):
     """Everything that a worker asks for."""
 
-    def hello(self) -> Reply:
+    def register(self) -> Reply:
         """Be a member, and wait for the first reply.
 
         Raises:
@@ -30,6 +30,6 @@ class ServerClient(Protocol):
         """
         ...
 
-    def goodbye(self) -> None:
+    def leave(self) -> None:
         """Leave. A server that has gone already needs no goodbye."""
         ...

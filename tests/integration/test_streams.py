@@ -95,10 +95,10 @@ def test_a_run_ends_for_all_and_goodbye_is_heard(transport: Transport) -> None:
         assert house.server.ended
         house.check_same_state()
         for left, client in zip((2, 1, 0), house.clients, strict=True):
-            client.calls.goodbye()  # returns when it was heard
+            client.calls.leave()  # returns when it was heard
             assert len(house.service.memberships) == left
-        assert house.service.losses == []
-        house.clients[0].calls.goodbye()  # to nobody: no error
+        assert house.service.evictions == []
+        house.clients[0].calls.leave()  # to nobody: no error
 
 
 def test_a_push_that_is_repeated_is_applied_once_and_gets_the_identical_reply() -> None:

@@ -184,7 +184,7 @@ def test_who_lies_harms_nobody(what: str, caplog: pytest.LogCaptureFixture) -> N
             assert same(house.server.state_dict(replies=True), before)
         house.go_on(20, random.Random(2), among=(0, 1))
         assert house.pushed == 26
-        assert house.service.losses == []
+        assert house.service.evictions == []
     assert "Traceback" not in caplog.text
 
 

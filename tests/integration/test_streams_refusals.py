@@ -48,11 +48,11 @@ def test_refusals_are_what_they_are_in_process_and_change_nothing(
         with pytest.raises(WorkerBanned, match=said):
             client.push(answer, good, loss=math.inf).result(PATIENCE_SECONDS)
 
-        house.service.lost(house.service.memberships.by_worker[1], "of this test")
+        house.service.evict(house.service.memberships.by_worker[1], "of this test")
         with pytest.raises(StaleSession, match=r"\Athis worker's membership is taken away: .*; rejoin\Z"):
             house.clients[1].push(house.held[1][0], good).result(PATIENCE_SECONDS)
         with pytest.raises(StaleSession, match=r"\Athis worker's membership is taken away: .*; rejoin\Z"):
-            house.clients[1].hello().result(PATIENCE_SECONDS)
+            house.clients[1].register().result(PATIENCE_SECONDS)
         assert house.clients[2].push(house.held[2][0], good).result(PATIENCE_SECONDS).ticket is not None
 
 
@@ -62,7 +62,7 @@ def test_who_waits_at_a_barrier_is_told_that_it_was_evicted() -> None:
         house.step(0)
         house.step(1)
         for worker in (0, 1):
-            house.service.lost(house.service.memberships.by_worker[worker], "of this test")
+            house.service.evict(house.service.memberships.by_worker[worker], "of this test")
             with pytest.raises(StaleSession, match=rf"\Aworker {worker} was evicted: of this test; rejoin\Z"):
                 house.waiting.pop(worker).result(PATIENCE_SECONDS)
 
@@ -70,11 +70,11 @@ def test_who_waits_at_a_barrier_is_told_that_it_was_evicted() -> None:
 def test_the_stream_of_who_was_evicted_ends_by_itself() -> None:
     with attach(dimension=SMALL) as house:
         house.enter(*[TCP] * WORKERS)
-        house.service.lost(house.service.memberships.by_worker[0], "of this test")
+        house.service.evict(house.service.memberships.by_worker[0], "of this test")
         with pytest.raises(EOFError):
             house.clients[0].calls._stream.receive(memoryview(bytearray(1)))  # pyright: ignore[reportPrivateUsage] # what is below
         with pytest.raises(ServerLost, match=r"\Athe server is gone: the connection has ended.*\Z"):
-            house.clients[0].calls.hello()
+            house.clients[0].calls.register()
 
 
 @pytest.mark.parametrize("transport", BOTH)
@@ -100,7 +100,7 @@ def test_without_a_seat_there_is_no_stream(caplog: pytest.LogCaptureFixture) -> 
     with attach(dimension=SMALL) as house:
         house.enter(*[TCP] * WORKERS)
         lease = house.clients[0].lease
-        house.service.lost(house.service.memberships.by_worker[0], "of this test")
+        house.service.evict(house.service.memberships.by_worker[0], "of this test")
         with pytest.raises(
             ServerLost, match=r"\Ano stream to the server: stream: got a session_id without a membership; rejoin\Z"
         ):

@@ -107,7 +107,7 @@ def test_a_life_of_the_server_that_nobody_knows_of_is_found(lives: Any, holds: b
     ],
 )
 def test_a_loss_that_is_not_told_or_that_nobody_caused_is_found(told: list[int], listed: list[int], figure: str) -> None:
-    summary = {"losses": [{"process": process} for process in listed]}
+    summary = {"evictions": [{"process": process} for process in listed]}
     check = lineage.losses_told([11, 12, 12], told, summary, [12])
     assert (check.figure, check.holds) == (figure, figure == "3 warnings for 3 losses")
 

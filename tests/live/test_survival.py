@@ -61,7 +61,7 @@ def test_a_killed_worker_is_named_and_replaced_and_a_run_with_too_few_pauses(tra
     assert re.search(r"^launch\.py: server: paused: 1 workers, and runtime\.min_workers=2", err, re.MULTILINE)
     assert re.search(r"^launch\.py: server: going on: 2 workers$", err, re.MULTILINE)
     result = summary(run_dir)
-    assert [(loss["worker"], loss["process"], loss["held"]) for loss in result["losses"]] == [
+    assert [(loss["worker"], loss["process"], loss["held"]) for loss in result["evictions"]] == [
         (1, pid, [{"ticket": ticket, "stamp": stamp}])
     ]
     check_lineage(run_dir, total)
@@ -229,7 +229,7 @@ def test_a_guest_joins_works_and_leaves_when_it_is_asked_to(tmp_path: Path) -> N
         host.send_signal(signal.SIGINT)
         _, err = host.communicate(timeout=60)
         assert host.returncode == 130
-    assert summary(tmp_path)["losses"] == []
+    assert summary(tmp_path)["evictions"] == []
 
 
 def test_a_run_that_nobody_works_for_ends_and_says_why(tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_a_run_that_nobody_works_for_ends_and_says_why(tmp_path: Path) -> None:
     left = r"no worker is left: worker 0 \(pid \d+\) was killed by SIGKILL .*; iteration \d+ is kept"
     assert re.match(rf"launch\.py: server .*RuntimeError: {left}", last), err
     result = summary(tmp_path)
-    assert (result["status"], len(result["losses"])) == ("failed", 2)
+    assert (result["status"], len(result["evictions"])) == ("failed", 2)
 
 
 def test_a_worker_that_is_too_slow_comes_back_and_one_that_is_never_finite_does_not(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_a_worker_that_is_too_slow_comes_back_and_one_that_is_never_finite_does_
         host.send_signal(signal.SIGINT)
         _, err = host.communicate(timeout=60)
     assert host.returncode == 130
-    losses = {loss["worker"]: loss for loss in summary(tmp_path)["losses"]}
+    losses = {loss["worker"]: loss for loss in summary(tmp_path)["evictions"]}
     assert losses[1]["reason"] == "no push for runtime.ticket_timeout_seconds=1.5, stuck or too slow for it"
     assert losses[2]["reason"] == "3 gradients in a row were not finite (runtime.max_not_finite)"
     assert json.loads((tmp_path / "processes.json").read_text())["workers"]["1"] == before["1"]  # the same process

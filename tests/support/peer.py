@@ -115,7 +115,7 @@ class Forger(cast("Any", pickle)._Pickler):
         self.write(pickle.STACK_GLOBAL)
         self.memoize(function)
 
-    context: ClassVar[dict[type, Any]] = {**cast("Any", pickle)._Pickler.context, FunctionType: save_function}
+    dispatch: ClassVar[dict[type, Any]] = {**cast("Any", pickle)._Pickler.dispatch, FunctionType: save_function}
 
 
 def attempts(kind: str, folder: Path) -> dict[str, Callable[[], Any]]:

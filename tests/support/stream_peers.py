@@ -71,9 +71,9 @@ class Client:
             self.lease.__exit__()
             raise
 
-    def hello(self) -> Future[Reply]:
+    def register(self) -> Future[Reply]:
         """Be ready; the answer comes when all are."""
-        return self.elsewhere.submit(self.calls.hello)
+        return self.elsewhere.submit(self.calls.register)
 
     def push(self, reply: Reply, payload: Tensor, **other: Any) -> Future[Reply]:
         """ServerResponse a reply."""
@@ -119,7 +119,7 @@ class House:
         """Let workers in, start, and take the first replies."""
         for number, transport in enumerate(transports):
             self.clients.append(Client(self, number, transport))
-        self.waiting = {client.number: client.hello() for client in self.clients}
+        self.waiting = {client.number: client.register() for client in self.clients}
         self.take(self.twin.start())
         return self
 

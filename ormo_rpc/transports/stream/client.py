@@ -113,9 +113,9 @@ class StreamClient:
     def __exit__(self, *_: object) -> None:
         self._stream.connection.close()
 
-    def hello(self) -> Reply:
-        """See `ServerClient.hello`."""
-        return self._ask(REQUEST.pack(Request.ready, 0, 0, 0, 0, 0, 0.0), None)
+    def register(self) -> Reply:
+        """See `ServerClient.register`."""
+        return self._ask(REQUEST.pack(Request.register, 0, 0, 0, 0, 0, 0.0), None)
 
     def push(self, push: Push, payload: Tensor) -> Reply:
         """See `ServerClient.push`."""
@@ -125,10 +125,10 @@ class StreamClient:
         frame = REQUEST.pack(Request.push, push.ticket, push.stamp, push.incarnation, push.samples, known, loss)
         return self._ask(frame, None if self._origin is not None else bytes_of(payload))
 
-    def goodbye(self) -> None:
-        """See `ServerClient.goodbye`; it waits until the server has heard it."""
+    def leave(self) -> None:
+        """See `ServerClient.leave`; it waits until the server has heard it."""
         with contextlib.suppress(EOFError):
-            self._stream.send(REQUEST.pack(Request.goodbye, 0, 0, 0, 0, 0, 0.0))
+            self._stream.send(REQUEST.pack(Request.leave, 0, 0, 0, 0, 0, 0.0))
             self._stream.receive(memoryview(bytearray(1)))  # it closes the connection then
 
     def _ask(self, frame: bytes, behind: memoryview | None) -> Reply:

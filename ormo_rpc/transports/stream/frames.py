@@ -32,9 +32,9 @@ LOOK_SECONDS = 1
 class Request(IntEnum):
     """What a worker says."""
 
-    ready = 1
+    register = 1
     push = 2
-    goodbye = 3
+    leave = 3
 
 
 class Response(IntEnum):

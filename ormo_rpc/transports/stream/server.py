@@ -143,10 +143,10 @@ class StreamServer:
                     payload.copy_(shared)
                 told = (session_id, ticket, stamp, incarnation, loss if has_loss else None, samples)
                 future = answered(lambda: self.service.take(*told, parts or form.unpack(payload, push)))  # noqa: B023 - called at once
-            elif word == Request.ready:
-                future = answered(lambda: self.service.ready(session_id))
-            elif word == Request.goodbye:
-                self.service.part(session_id)
+            elif word == Request.register:
+                future = answered(lambda: self.service.register(session_id))
+            elif word == Request.leave:
+                self.service.leave(session_id)
                 return
             else:
                 raise WireError(f"a frame with the word {word} came, expected one of {[*map(int, Request)]}")

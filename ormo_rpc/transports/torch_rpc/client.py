@@ -28,9 +28,9 @@ class TorchRpcClient:
         self.timeout_seconds = timeout_seconds
         self.service = self._probe()
 
-    def hello(self) -> Reply:
-        """See `ServerClient.hello`."""
-        return self._insist(handlers.hello, self.session_id)
+    def register(self) -> Reply:
+        """See `ServerClient.register`."""
+        return self._insist(handlers.register, self.session_id)
 
     def push(self, push: Push, payload: Tensor) -> Reply:
         """See `ServerClient.push`.
@@ -42,10 +42,10 @@ class TorchRpcClient:
         place = (push.ticket, push.stamp, push.incarnation, push.loss, push.samples)
         return self._insist(handlers.push, self.session_id, *place, payload)
 
-    def goodbye(self) -> None:
-        """See `ServerClient.goodbye`."""
+    def leave(self) -> None:
+        """See `ServerClient.leave`."""
         try:
-            self._call(handlers.goodbye, (self.session_id,))
+            self._call(handlers.leave, (self.session_id,))
         except (ServerLost, TimeoutError):
             return
 

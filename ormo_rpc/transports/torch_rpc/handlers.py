@@ -14,9 +14,9 @@ from ormo_rpc.transports.pending_replies import ReplyFuture, ServerResponse, ans
 
 
 @rpc.functions.async_execution
-def hello(session_id: str) -> Future[ServerResponse]:
-    """Say that a worker is ready; see `Service.ready`."""
-    return _future(answered(lambda: published().local_value().ready(session_id)))
+def register(session_id: str) -> Future[ServerResponse]:
+    """Say that a worker is ready; see `Service.register`."""
+    return _future(answered(lambda: published().local_value().register(session_id)))
 
 
 @rpc.functions.async_execution
@@ -36,9 +36,9 @@ def _future(pending: ReplyFuture) -> Future[ServerResponse]:
     return future
 
 
-def goodbye(session_id: str) -> None:
-    """Say that a worker that was told to stop is leaving; see `Service.part`."""
-    published().local_value().part(session_id)
+def leave(session_id: str) -> None:
+    """Say that a worker that was told to stop is leaving; see `Service.leave`."""
+    published().local_value().leave(session_id)
 
 
 _service: rpc.RRef[Service] | None = None
@@ -56,5 +56,5 @@ def published() -> rpc.RRef[Service]:
     return _service
 
 
-CALLED_BY_WORKERS = (hello, push, goodbye, published)
+CALLED_BY_WORKERS = (register, push, leave, published)
 """All that a peer may call in the server's process."""

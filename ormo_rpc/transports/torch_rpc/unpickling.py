@@ -76,7 +76,7 @@ class AllowListUnpickler(_Unpickler):
     """What a peer may call in this process, by module and qualified name; set by `install`."""
     references: ClassVar[bool] = False
     """Whether a reference to a remote object may come; set by `install`."""
-    context: ClassVar[dict[int, Callable[[Any], None]]] = {opcode[0]: _Unpickler.context[opcode[0]] for opcode in _OPCODES}
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {opcode[0]: _Unpickler.dispatch[opcode[0]] for opcode in _OPCODES}
 
     def load(self) -> Any:
         """The message.
@@ -135,7 +135,7 @@ class AllowListUnpickler(_Unpickler):
             _refuse(f"the opcode BUILD on {_described(instance)}")
         instance.__setstate__(state)
 
-    context |= {pickle.REDUCE[0]: _reduce, pickle.NEWOBJ[0]: _newobj, pickle.BUILD[0]: _build}
+    dispatch |= {pickle.REDUCE[0]: _reduce, pickle.NEWOBJ[0]: _newobj, pickle.BUILD[0]: _build}
 
 
 class _TensorReceiver:

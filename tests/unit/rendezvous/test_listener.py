@@ -31,23 +31,23 @@ class MembershipHandler:
     def __init__(self, refuse: str = "") -> None:
         self.refuse = refuse
         self.error: type[ValueError] = ValueError
-        self.hellos: list[Mapping[str, Any]] = []
+        self.requests: list[Mapping[str, Any]] = []
         self.told: list[tuple[str, int, str]] = []
 
-    def admit(self, hello: Mapping[str, Any]) -> Membership:
+    def join(self, hello: Mapping[str, Any]) -> Membership:
         """Membership it, or say why not."""
         if self.refuse:
             raise self.error(self.refuse)
-        self.hellos.append(hello)
-        return Membership(len(self.hellos) - 1, hello["process"], hello["host"], hello["slot"])
+        self.requests.append(hello)
+        return Membership(len(self.requests) - 1, hello["process"], hello["host"], hello["slot"])
 
-    def lost(self, membership: Membership, reason: str) -> None:
+    def evict(self, membership: Membership, reason: str) -> None:
         """Note it."""
-        self.told.append(("lost", membership.worker, reason))
+        self.told.append(("evict", membership.worker, reason))
 
-    def release(self, membership: Membership) -> None:
+    def request_leave(self, membership: Membership) -> None:
         """Note it."""
-        self.told.append(("release", membership.worker, ""))
+        self.told.append(("request_leave", membership.worker, ""))
 
 
 @contextmanager
@@ -71,9 +71,9 @@ def test_who_knows_the_secret_is_let_in_and_told_what_it_needs() -> None:
             "uv://127.0.0.1:9",
         )
         assert len(lease.join_response.session_id) == 32
-        assert (keeper.hellos[0]["wanted"], keeper.hellos[0]["slot"]) == (5, "slot")
+        assert (keeper.requests[0]["wanted"], keeper.requests[0]["slot"]) == (5, "slot")
         lease.leave()
-        wait_until(lambda: ("release", 0, "") in keeper.told, "the wish to leave")
+        wait_until(lambda: ("request_leave", 0, "") in keeper.told, "the wish to leave")
         assert not lease.lost.is_set()
 
 
@@ -102,7 +102,7 @@ def test_a_connection_that_ends_is_known_at_once_on_both_sides() -> None:
     with attach(keeper, patience_seconds=PATIENCE_SECONDS) as address:
         with knock(address):
             pass
-        wait_until(lambda: keeper.told == [("lost", 0, "its connection was closed")], "the news")
+        wait_until(lambda: keeper.told == [("evict", 0, "its connection was closed")], "the news")
         lease = knock(address).__enter__()
     assert lease.lost.wait(PATIENCE_SECONDS / 2)  # the door is closed: long before the patience ends
     lease.__exit__()
@@ -124,7 +124,7 @@ def test_silence_is_noticed_by_the_other_side(silent: str, monkeypatch: pytest.M
     with attach(keeper, patience_seconds=0.3) as address, knock(address) as lease:
         assert lease.lost.wait(PATIENCE_SECONDS)
         if silent == "worker":
-            wait_until(lambda: keeper.told == [("lost", 0, "it was silent for 0.3 s")], "the news")
+            wait_until(lambda: keeper.told == [("evict", 0, "it was silent for 0.3 s")], "the news")
         else:
             heard.set()
 
@@ -141,7 +141,7 @@ def test_nonsense_from_who_was_let_in_costs_it_its_seat() -> None:
     with attach(keeper) as address, knock(address) as lease:
         lease.connection.sendall(b"[1, 2]\n")
         wait_until(lambda: keeper.told, "the news")
-    assert keeper.told[0] == ("lost", 0, "it sent nonsense: a JSON list came, expected an object")
+    assert keeper.told[0] == ("evict", 0, "it sent nonsense: a JSON list came, expected an object")
 
 
 def test_strangers_who_say_nothing_do_not_keep_workers_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,20 +67,20 @@ class Owner:
         self.service = service
         self.memberships: dict[int, Membership] = {}
 
-    def admit(self, worker: int | None, slot: str = "") -> Membership:
+    def join(self, worker: int | None, slot: str = "") -> Membership:
         """Let a process in."""
         hello = {"wanted": worker, "process": 1000 + (worker or 0), "host": "here", "slot": slot}
-        membership = self.service.admit(hello)
+        membership = self.service.join(hello)
         self.memberships[membership.worker] = membership
         return membership
 
-    def hello(self, worker: int) -> ServerResponse:
+    def register(self, worker: int) -> ServerResponse:
         """Let a worker in, and call the handler of its first word."""
-        return self.say_hello(self.admit(worker).session_id)
+        return self.register_session(self.join(worker).session_id)
 
-    def say_hello(self, session_id: str) -> ServerResponse:
+    def register_session(self, session_id: str) -> ServerResponse:
         """Call the handler of a worker's first word."""
-        return ServerResponse(self.service.ready(session_id))
+        return ServerResponse(self.service.register(session_id))
 
     def push(self, reply: Reply, payload: Tensor | None = None, *, session_id: str | None = None) -> ServerResponse:
         """Call the handler of a push that answers a reply."""
@@ -117,7 +117,7 @@ def owner(
 
 def begun(there: Owner) -> list[Reply]:
     """The first replies, one per worker."""
-    return [answer.value() for answer in [there.hello(worker) for worker in range(there.service.server.num_workers)]]
+    return [answer.value() for answer in [there.register(worker) for worker in range(there.service.server.num_workers)]]
 
 
 # -- who is answered when ----------------------------------------------------------------------------------------------
@@ -125,10 +125,10 @@ def begun(there: Owner) -> list[Reply]:
 
 def test_the_first_replies_come_when_all_have_said_hello() -> None:
     there = owner(MANY)
-    answers = [there.hello(worker) for worker in range(MANY - 1)]
+    answers = [there.register(worker) for worker in range(MANY - 1)]
     assert not any(answer.done() for answer in answers)
     assert not there.service.started.is_set()
-    answers.append(there.hello(MANY - 1))
+    answers.append(there.register(MANY - 1))
     assert [(answer.value().worker, answer.value().ticket) for answer in answers] == [(w, w) for w in range(MANY)]
     assert there.service.started.is_set()
     present = there.service.memberships.by_worker
@@ -140,7 +140,7 @@ def test_the_first_replies_come_when_all_have_said_hello() -> None:
 def test_the_order_of_arrival_decides_nothing() -> None:
     """The trace does not say who arrived first, and a replay has to hand out the same tickets."""
     there = owner(3)
-    answers = [there.hello(worker) for worker in (2, 0, 1)]
+    answers = [there.register(worker) for worker in (2, 0, 1)]
     assert [(answer.value().worker, answer.value().ticket) for answer in answers] == [(2, 2), (0, 0), (1, 1)]
 
 
@@ -164,21 +164,21 @@ def test_who_says_nonsense_of_itself_gets_no_seat(hello: dict[str, Any]) -> None
     there = owner(2)
     given = {"wanted": 0, "process": 1, "host": "here", "slot": "", **hello} if hello else {}
     with pytest.raises(ValueError, match=r"\Ahello: got other fields than expected: .*\Z"):
-        there.service.admit(given)
+        there.service.join(given)
     assert len(there.service.memberships) == 0
 
 
 def test_a_repeated_hello_takes_the_place_of_the_former_and_gets_the_same_reply() -> None:
     there = owner(2)
-    former = there.hello(0)
+    former = there.register(0)
     session_id = there.memberships[0].session_id
-    newer = there.say_hello(session_id)
+    newer = there.register_session(session_id)
     with pytest.raises(TimeoutError, match=r"\Aworker 0 has asked again\Z"):
         former.wait()
-    there.hello(1)
+    there.register(1)
     reply = newer.value()
     assert reply.ticket == 0
-    assert there.say_hello(session_id).value() is reply
+    assert there.register_session(session_id).value() is reply
     assert there.service.server.assignments.issued == 2
 
 
@@ -188,9 +188,9 @@ def test_a_repeated_hello_takes_the_place_of_the_former_and_gets_the_same_reply(
 def test_a_guest_joins_a_run_and_gets_work_at_once() -> None:
     there = owner(2)
     begun(there)
-    membership = there.admit(None)
+    membership = there.join(None)
     assert membership.worker == 2  # below are the numbers of the run's own workers
-    answer = there.say_hello(membership.session_id).value()
+    answer = there.register_session(membership.session_id).value()
     assert (answer.worker, answer.ticket) == (2, 2)
     assert there.service.server.concurrency == 3
 
@@ -198,22 +198,22 @@ def test_a_guest_joins_a_run_and_gets_work_at_once() -> None:
 def test_a_number_that_is_taken_goes_to_nobody_else() -> None:
     there = owner(2)
     begun(there)
-    assert there.admit(1, slot="another").worker == 2
+    assert there.join(1, slot="another").worker == 2
     assert there.service.memberships.by_worker[1].process == 1001
 
 
 def test_a_replacement_takes_the_number_of_the_process_that_it_replaces() -> None:
     there = owner(2)
-    first, second = there.admit(0, slot="a"), there.admit(1, slot="b")
+    first, second = there.join(0, slot="a"), there.join(1, slot="b")
     for membership in (first, second):
-        there.service.ready(membership.session_id)
-    replacement = there.admit(1, slot="b")
+        there.service.register(membership.session_id)
+    replacement = there.join(1, slot="b")
     assert (replacement.worker, replacement.session_id == second.session_id) == (1, False)
     assert sorted(there.service.server.members) == [0]
-    assert [(loss["worker"], loss["held"], loss["reason"]) for loss in there.service.losses] == [
+    assert [(eviction["worker"], eviction["held"], eviction["reason"]) for eviction in there.service.evictions] == [
         (1, [{"ticket": 1, "stamp": 0}], "it was replaced")
     ]
-    answer = there.say_hello(replacement.session_id).value()
+    answer = there.register_session(replacement.session_id).value()
     assert (answer.worker, answer.ticket) == (1, 1)  # the ticket that was lost
     with pytest.raises(StaleSession, match=r"\Athis worker's membership is taken away: .*; rejoin\Z"):
         there.push(answer, session_id=second.session_id)  # what the former process still sends
@@ -226,7 +226,7 @@ def test_a_lost_worker_is_named_its_ticket_issued_again_and_nobody_waits_for_it(
     there = owner(3, scheduler=scheduler, total_tickets=6)
     first, second, third = begun(there)
     held = [there.push(first), there.push(second)]
-    there.service.lost(there.memberships[2], "its connection was closed")
+    there.service.evict(there.memberships[2], "its connection was closed")
     assert [record.getMessage() for record in caplog.records] == [
         "worker 2 (pid 1002 on here) is lost: its connection was closed; ticket 2 of stamp 0 is issued again"
     ]
@@ -238,24 +238,24 @@ def test_a_lost_worker_is_named_its_ticket_issued_again_and_nobody_waits_for_it(
     assert 2 in tickets
     with pytest.raises(StaleSession):
         there.push(third)
-    there.service.lost(there.memberships[2], "a second time")  # which is no news
-    assert len(there.service.losses) == 1
+    there.service.evict(there.memberships[2], "a second time")  # which is no news
+    assert len(there.service.evictions) == 1
 
 
 def test_a_worker_that_waits_for_work_leaves_at_once() -> None:
     there = owner(2, scheduler="sync")
     first, second = begun(there)
     held = there.push(first)
-    there.service.release(there.memberships[0])
+    there.service.request_leave(there.memberships[0])
     assert held.value().ticket is None
     assert there.push(second).value().worker == 1  # alone in its round now
-    assert there.service.losses == []
+    assert there.service.evictions == []
 
 
 def test_a_worker_that_computes_leaves_with_its_push_which_counts() -> None:
     there = owner(2, total_tickets=4)
     first, second = begun(there)
-    there.service.release(there.memberships[0])
+    there.service.request_leave(there.memberships[0])
     assert 0 in there.service.server.members
     assert there.push(first).value().ticket is None
     assert sorted(there.service.server.members) == [1]
@@ -266,17 +266,17 @@ def test_a_worker_that_computes_leaves_with_its_push_which_counts() -> None:
         tickets.append(reply.ticket)
         reply = there.push(reply).value()
     assert tickets == [1, 2, 3]
-    assert there.service.losses == []
+    assert there.service.evictions == []
 
 
 def test_the_start_need_not_wait_for_all() -> None:
     there = owner(3)
-    answer = there.hello(1)
+    answer = there.register(1)
     assert not answer.done()
-    there.service.begin()
+    there.service.start()
     assert (answer.value().worker, answer.value().ticket) == (1, 0)
     assert sorted(there.service.server.members) == [1]
-    assert there.hello(0).value().ticket == 1
+    assert there.register(0).value().ticket == 1
     assert there.service.server.concurrency == 2
 
 
@@ -313,7 +313,7 @@ def test_nobody_is_let_in_after_the_end() -> None:
     (reply,) = begun(there)
     there.push(reply)
     with pytest.raises(ValueError, match=r"\Athe run has ended\Z"):
-        there.admit(5)
+        there.join(5)
 
 
 # -- barriers ----------------------------------------------------------------------------------------------------------
@@ -356,7 +356,7 @@ class Client(threading.Thread):
     def run(self) -> None:
         """WorkerProcess to the end, and keep what goes wrong for the test to see."""
         try:
-            self.work(self.there.hello(self.number).wait())
+            self.work(self.there.register(self.number).wait())
         except BaseException as error:
             self.failure = error
 
@@ -547,17 +547,17 @@ def test_the_word_to_stop_is_held_back_until_all_is_kept() -> None:
 
 def test_the_start_waits_for_nobody_who_will_not_come() -> None:
     there = owner(3)
-    answers = [there.hello(0), there.hello(2)]
+    answers = [there.register(0), there.register(2)]
     assert not there.service.started.is_set()
-    there.service.expect_without(1)
+    there.service.stop_waiting_for(1)
     assert [answer.value().ticket for answer in answers] == [0, 1]
 
 
 def test_a_guest_that_is_early_joins_when_the_run_begins() -> None:
     events: list[Event] = []
     there = owner(2, record=events.append)
-    guest = there.say_hello(there.admit(None).session_id)
-    answers = [there.hello(1), there.hello(0)]
+    guest = there.register_session(there.join(None).session_id)
+    answers = [there.register(1), there.register(0)]
     assert [(answer.value().worker, answer.value().ticket) for answer in (answers[1], answers[0], guest)] == [
         (0, 0),
         (1, 1),
@@ -571,9 +571,9 @@ def test_the_start_is_told_before_the_first_ticket_is_handed_out() -> None:
     service = there.service
     told: list[tuple[bool, int]] = []
     service.on_start = lambda: told.append((service.lock.locked(), len(service.server.assignments.holding)))
-    there.hello(1)
+    there.register(1)
     assert told == []
-    there.hello(0)
+    there.register(0)
     assert told == [(True, 0)]
     assert len(service.server.assignments.holding) == 2
 
@@ -590,7 +590,7 @@ def test_a_failure_while_a_push_is_applied_is_kept_and_nobody_is_answered(where:
     first, second, third = begun(there)
     held = there.push(first)
     assert service.broken is None
-    monkeypatch.setattr(*((service.server, "redeem") if where == "server" else (service, "observe")), fail)
+    monkeypatch.setattr(*((service.server, "commit") if where == "server" else (service, "observe")), fail)
     failed_push = there.push(second)
     assert service.broken is failure
     monkeypatch.undo()
@@ -621,10 +621,10 @@ def test_who_holds_a_ticket_past_the_patience_is_evicted(monkeypatch: pytest.Mon
     clock.now = 10.0
     there.push(first)
     service.evict_late(10.0)
-    assert service.losses == []
+    assert service.evictions == []
     there.push(second)  # makes two: both go on, with new tickets
     service.evict_late(9.0)
-    assert [(loss["worker"], loss["reason"]) for loss in service.losses] == [
+    assert [(eviction["worker"], eviction["reason"]) for eviction in service.evictions] == [
         (2, "no push for runtime.ticket_timeout_seconds=9, stuck or too slow for it")
     ]
     assert sorted(service.server.members) == [0, 1]
@@ -634,17 +634,17 @@ def test_who_said_goodbye_at_the_end_is_gone_and_not_lost() -> None:
     there = owner(2)
     begun(there)
     there.service.call(ParameterServer.stop)
-    there.service.part(there.memberships[1].session_id)
-    there.service.lost(there.memberships[1], "its connection was closed")
+    there.service.leave(there.memberships[1].session_id)
+    there.service.evict(there.memberships[1], "its connection was closed")
     assert sorted(there.service.memberships.by_worker) == [0]
-    assert there.service.losses == []
+    assert there.service.evictions == []
 
 
 def test_who_says_goodbye_before_the_end_is_lost_and_its_ticket_is_not() -> None:
     there = owner(2)
     begun(there)
-    there.service.part(there.memberships[1].session_id)
-    assert [loss["held"] for loss in there.service.losses] == [[{"ticket": 1, "stamp": 0}]]
+    there.service.leave(there.memberships[1].session_id)
+    assert [eviction["held"] for eviction in there.service.evictions] == [[{"ticket": 1, "stamp": 0}]]
     assert list(there.service.server.assignments.returned) == [1]
 
 
@@ -706,7 +706,7 @@ def test_the_payload_is_checked_before_the_lock_is_taken_and_sent_after_it_is_re
         locked.append(("check", service.lock.locked()))
         return check(push)
 
-    monkeypatch.setattr(service.server, "check", look)
+    monkeypatch.setattr(service.server, "validate", look)
     settle = service._settle  # pyright: ignore[reportPrivateUsage] # there is no other place to look from
 
     def send(due: Any) -> None:

@@ -275,8 +275,8 @@ def test_a_thousand_bad_calls_of_the_service_change_nothing() -> None:
     buffers = RunningBuffers({"mean": torch.zeros(2, dtype=torch.float64)}, {"mean": 0.25})
     server = build_server(params=torch.zeros(DIMENSION, dtype=torch.float64), num_workers=1, buffers=buffers)
     service = Service(server, lambda _: None)
-    membership = service.admit({"wanted": 0, "process": 1, "host": "here", "slot": ""})
-    first: Any = service.ready(membership.session_id).wait()
+    membership = service.join({"wanted": 0, "process": 1, "host": "here", "slot": ""})
+    first: Any = service.register(membership.session_id).wait()
     assert first.ticket == 0
     good: list[Any] = [membership.session_id, 0, 0, 0, 0.5, 8, torch.ones(DIMENSION + 2, dtype=torch.float64)]
     with warnings.catch_warnings():

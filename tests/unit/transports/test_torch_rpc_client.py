@@ -82,5 +82,5 @@ def test_a_push_is_given_up_when_the_server_is_gone(
 def test_a_server_that_has_gone_needs_no_goodbye(monkeypatch: pytest.MonkeyPatch) -> None:
     wire = Wire(None, EOF)
     monkeypatch.setattr(rpc, "rpc_sync", wire)
-    TorchRpcClient("session_id", 1.0).goodbye()
-    assert (wire.called, wire.arguments[1:]) == (["published", "goodbye"], [("session_id", 1.0)])
+    TorchRpcClient("session_id", 1.0).leave()
+    assert (wire.called, wire.arguments[1:]) == (["published", "leave"], [("session_id", 1.0)])

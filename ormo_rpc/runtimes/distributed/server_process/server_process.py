@@ -119,8 +119,8 @@ class ServerProcess:
             max_not_finite=self.options.max_not_finite,
             defer_shutdown=True,
         )
-        self.service.losses = self.session.directory.read_evictions()
-        self._losses_written = len(self.service.losses)
+        self.service.evictions = self.session.directory.read_evictions()
+        self._evictions_written = len(self.service.evictions)
         self._present: dict[int, int] = {}
         self._paused = False
         self._alone_since = time.monotonic()
@@ -161,7 +161,7 @@ class ServerProcess:
         """Hear the supervisor; called in the thread that listens to it."""
         if "without" in message:
             for worker in range(message["without"], self.service.server.num_workers, self.session.job.config.num_processes):
-                self.service.expect_without(worker)
+                self.service.stop_waiting_for(worker)
         elif "abandoned" in message:
             self.abandoned = message["abandoned"]
         else:
@@ -191,7 +191,7 @@ class ServerProcess:
             self.session.pump()
             waited = time.monotonic() - began
             if self.place.life > 0 and waited > self.options.regroup_seconds:
-                self.service.begin()
+                self.service.start()
             if waited > self.options.start_timeout_seconds or (self.abandoned and not self.service.memberships):
                 here = sorted(membership.worker for membership in self.service.arrived)
                 missing = [worker for worker in range(wanted) if worker not in here]
@@ -213,7 +213,7 @@ class ServerProcess:
                     membership.worker: membership.process for membership in self.service.memberships.by_worker.values()
                 }
             self._write_processes()
-        self._write_losses()
+        self._write_evictions()
         self.service.evict_late(self.options.ticket_timeout_seconds)
         members, least = len(self.session.server.members), self.options.min_workers
         if self.service.started.is_set() and self._paused != (members < least):
@@ -227,11 +227,11 @@ class ServerProcess:
         """Write down who was there when somebody came or went the last time before the end."""
         self.session.directory.write_processes(os.getpid(), self._present, name_of(self.place.listener))
 
-    def _write_losses(self) -> None:
+    def _write_evictions(self) -> None:
         """Write down who was lost since the last call, so that a later life knows, too."""
-        new = self.service.losses[self._losses_written :]
+        new = self.service.evictions[self._evictions_written :]
         if new:
-            self._losses_written += len(new)
+            self._evictions_written += len(new)
             self.session.directory.write_evictions(new)
 
     def _keep(self) -> None:
@@ -271,13 +271,13 @@ class ServerProcess:
         self.service.call(stop)
         self._check_whole()
         self._write_processes()  # a run may be over before anybody has looked
-        self._write_losses()
+        self._write_evictions()
         self.session.write_checkpoint(state)
         self.service.release_shutdown()  # not before: should we die while we write, the workers are needed again
         if not self.stop_message:
             self._wait_for_workers()
         summary = self.session.close(
-            state, wait=not self.stop_message, wall_seconds=seconds, losses=self.service.losses, **self.stop_message
+            state, wait=not self.stop_message, wall_seconds=seconds, evictions=self.service.evictions, **self.stop_message
         )
         for pool in (self._pool, self._writer):
             pool.shutdown(wait=False, cancel_futures=True)

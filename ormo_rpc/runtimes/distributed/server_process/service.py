@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 class Service:
     """What workers reach, and who decides at the door.
 
-    `lock` guards the parameter server with all that belongs to it: memberships, arrived, losses, journal, answers, and the times
+    `lock` guards the parameter server with all that belongs to it: memberships, arrived, evictions, journal, answers, and the times
     measured here. `broken` is never cleared, so it is read without. Payload checks run before the lock is taken; it is released
     before the journal is forced to disk, and replies are sent last.
 
@@ -73,7 +73,7 @@ class Service:
         self.started = threading.Event()
         self.changed = threading.Event()
         """Somebody has come or gone."""
-        self.losses: list[dict[str, Any]] = []
+        self.evictions: list[dict[str, Any]] = []
         """Every worker that was lost, with its last ticket and stamp."""
         self.broken: Exception | None = None
         """What went wrong while the server was changed; its state is not to be trusted then."""
@@ -88,7 +88,7 @@ class Service:
 
     # ------------------------------------------------------------------------------------------------- called by the door
 
-    def admit(self, hello: Mapping[str, Any]) -> Membership:
+    def join(self, hello: Mapping[str, Any]) -> Membership:
         """Membership a process; the one that it replaces loses its membership.
 
         Raises:
@@ -101,13 +101,13 @@ class Service:
         with self.lock:
             former = self.memberships.holder(wanted, slot)
         if former is not None:
-            self.lost(former, "it was replaced")
+            self.evict(former, "it was replaced")
         with self.lock:
             if self.server.ended:
                 raise RunEnded("the run has ended")
             return self.memberships.take(wanted, process, host[:64], slot[:64])
 
-    def lost(self, membership: Membership, reason: str) -> None:
+    def evict(self, membership: Membership, reason: str) -> None:
         """Evict a worker: its ticket is issued again to another one, and nobody waits for it any more."""
         due: list[Due] = []
         with self.lock:
@@ -120,14 +120,14 @@ class Service:
                 else []
             )
             where = [{"ticket": issue.ticket, "stamp": issue.stamp} for issue in held]
-            due = self._evict(membership, StaleSession(f"worker {membership.worker} was evicted: {reason}; rejoin"))
+            due = self._remove(membership, StaleSession(f"worker {membership.worker} was evicted: {reason}; rejoin"))
             if not self.server.ended:
-                self._note_loss(membership, reason, where)
+                self._record_eviction(membership, reason, where)
                 held_words = "; ".join(f"ticket {h['ticket']} of stamp {h['stamp']} is issued again" for h in where)
                 _log.warning("%s is lost: %s; %s", membership, reason, held_words or "it held no ticket")
         self._settle(due)
 
-    def release(self, membership: Membership) -> None:
+    def request_leave(self, membership: Membership) -> None:
         """Let a worker leave: at once where it waits for work, else when it pushes the ticket that it holds."""
         due: list[Due] = []
         with self.lock:
@@ -135,12 +135,12 @@ class Service:
                 return
             membership.leaving = True
             if membership.worker not in self.server.assignments.holding:
-                due = self._dismiss(membership)
+                due = self._release(membership)
         self._settle(due)
 
     # --------------------------------------------------------------------------- called for workers, and by the server itself
 
-    def ready(self, session_id: str) -> ReplyFuture:
+    def register(self, session_id: str) -> ReplyFuture:
         """Say that a worker is ready: it is a member from now on, and its first reply comes when there is work.
 
         A repeated call takes the place of the former, and gets the same reply.
@@ -151,7 +151,7 @@ class Service:
         future = ReplyFuture()
         due: list[Due] = []
         with self.lock:
-            membership = self._seat(session_id)
+            membership = self._membership(session_id)
             due = self.pending.expect(membership.worker, future)
             if membership.joined:
                 reply = self.server.members[membership.worker].reply
@@ -165,7 +165,7 @@ class Service:
         self._settle(due)
         return future
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """Start with those who are there, without waiting for the others, if there is anybody."""
         due: list[Due] = []
         with self.lock:
@@ -173,7 +173,7 @@ class Service:
                 due = self._begin()
         self._settle(due)
 
-    def expect_without(self, worker: int) -> None:
+    def stop_waiting_for(self, worker: int) -> None:
         """Do not wait for a worker any more before the start."""
         due: list[Due] = []
         with self.lock:
@@ -226,7 +226,7 @@ class Service:
         parts: tuple[Tensor, Mapping[str, Tensor]],
     ) -> ReplyFuture:
         """The same, where gradient and batch-norm statistics are apart already: ``parts``, as `PushFormat.unpack` has them."""
-        membership = self._seat(session_id)  # looked at again under the lock
+        membership = self._membership(session_id)  # looked at again under the lock
         grad, buffers = parts
         push = Push(
             worker=membership.worker,
@@ -246,14 +246,14 @@ class Service:
         asked = time.perf_counter()
         with self.lock:
             taken = time.perf_counter()
-            self._seat(session_id)  # it may have been evicted in the meantime
+            self._membership(session_id)  # it may have been evicted in the meantime
             due = self._take(membership, push, checked, future)
             self.lock_wait_seconds += taken - asked
             self.lock_held_seconds += time.perf_counter() - taken
         self._settle(due)
         return future
 
-    def part(self, session_id: str) -> None:
+    def leave(self, session_id: str) -> None:
         """A worker that was told to stop is leaving. Who says it before the end has not been told to stop, and is lost."""
         with self.lock:
             membership = self.memberships.by_session.get(session_id)
@@ -262,7 +262,7 @@ class Service:
                 self.changed.set()
                 return
         if membership is not None:
-            self.lost(membership, "it said goodbye before the end")
+            self.evict(membership, "it said goodbye before the end")
 
     def call(self, change: Callable[[ParameterServer], list[Reply]]) -> None:
         """Change the server from outside of a push, and send the replies that this makes due."""
@@ -288,11 +288,11 @@ class Service:
             late = self.pending.late(self.server.assignments.holding, patience_seconds)
             memberships = [self.memberships.by_worker[worker] for worker in late if worker in self.memberships.by_worker]
         for membership in memberships:
-            self.lost(membership, f"no push for runtime.ticket_timeout_seconds={patience_seconds:g}, stuck or too slow for it")
+            self.evict(membership, f"no push for runtime.ticket_timeout_seconds={patience_seconds:g}, stuck or too slow for it")
 
     # ---------------------------------------------------------------------------------------------------- under the lock
 
-    def _seat(self, session_id: str) -> Membership:
+    def _membership(self, session_id: str) -> Membership:
         """The membership of a session_id; also without the lock, for what is looked at again under it."""
         membership = self.memberships.by_session.get(session_id) if type(session_id) is str else None
         if membership is None:
@@ -317,11 +317,13 @@ class Service:
         membership.not_finite = membership.not_finite + 1 if checked is None else 0
         if membership.not_finite >= self.max_not_finite and len(self.server.members) > 1:
             reason = f"{membership.not_finite} gradients in a row were not finite (runtime.max_not_finite)"
-            self._note_loss(membership, reason, [])
+            self._record_eviction(membership, reason, [])
             _log.warning("%s is dismissed: %s", membership, reason)
-            return without(due, future) + self._evict(membership, WorkerBanned(f"worker {membership.worker}: {reason}"), future)
+            return without(due, future) + self._remove(
+                membership, WorkerBanned(f"worker {membership.worker}: {reason}"), future
+            )
         if membership.leaving:
-            return without(due, future) + self._dismiss(membership, future)
+            return without(due, future) + self._release(membership, future)
         return due
 
     def _complete(self) -> bool:
@@ -353,7 +355,7 @@ class Service:
         _log.info("%s has joined", membership)
         return self.pending.due(replies)
 
-    def _evict(self, membership: Membership, answer: Reply | Exception, future: ReplyFuture | None = None) -> list[Due]:
+    def _remove(self, membership: Membership, answer: Reply | Exception, future: ReplyFuture | None = None) -> list[Due]:
         """Take a membership away; who still waits for a reply gets this answer."""
         self.memberships.free(membership)
         self.changed.set()
@@ -369,7 +371,7 @@ class Service:
         self.observe(self.server)
         return due + self.pending.due(replies)
 
-    def _dismiss(self, membership: Membership, future: ReplyFuture | None = None) -> list[Due]:
+    def _release(self, membership: Membership, future: ReplyFuture | None = None) -> list[Due]:
         """Let a worker go that wants to leave: it is answered as at the end of the run."""
         stop = Reply(
             worker=membership.worker,
@@ -381,11 +383,11 @@ class Service:
             incarnation=self.server.incarnation,
         )
         _log.info("%s leaves", membership)
-        return self._evict(membership, stop, future)
+        return self._remove(membership, stop, future)
 
-    def _note_loss(self, membership: Membership, reason: str, held: list[dict[str, int]]) -> None:
+    def _record_eviction(self, membership: Membership, reason: str, held: list[dict[str, int]]) -> None:
         where = {"worker": membership.worker, "process": membership.process, "host": membership.host}
-        self.losses.append({**where, "reason": reason, "held": held})
+        self.evictions.append({**where, "reason": reason, "held": held})
 
     # ------------------------------------------------------------------------------------------------- without the lock
 

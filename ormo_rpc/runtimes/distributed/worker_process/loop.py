@@ -144,7 +144,7 @@ class WorkerLoop:
                 try:
                     with self._calls(job.config, worker, lease) as server:
                         self._until_stopped(job.config, worker, server, lease.join_response.worker)
-                        server.goodbye()
+                        server.leave()
                     return
                 except (ServerLost, StaleSession) as error:
                     _log.info("asking to be let in again: %s", error)
@@ -189,7 +189,7 @@ class WorkerLoop:
         if self._injector is None:
             self._injector = FaultInjector(config.rpc.faults, number, self.context.place.life, self.context.place.tell)
         speed: torch.Generator = time_generator(config, number)
-        reply: Reply = server.hello()
+        reply: Reply = server.register()
         while reply.ticket is not None:
             began = time.monotonic()
             worker.load(reply)
