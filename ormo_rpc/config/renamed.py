@@ -56,5 +56,5 @@ def _section(tree: dict[str, Any], path: Sequence[str], *, create: bool = False)
     return tree
 
 
-def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {str(key): _copy(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+def _copy(values: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in values.items()}

@@ -224,24 +224,24 @@ class OrMoDA(OrMo):
     """OrMo with a learning rate that follows the delay."""
 
     def accepts(self, tau: int, K: int) -> bool:
-        return not (self.algorithm == "drop" and tau > self.limit(K))
+        return not (self.rule == "drop" and tau > self.limit(K))
 
     def rate(self, gradient: Gradient) -> float:
         eta, tau, K = gradient.eta, gradient.tau, gradient.K
-        if self.algorithm == "mishchenko":
+        if self.rule == "mishchenko":
             return eta if tau <= K else eta * K / tau
-        if self.algorithm == "drop" or tau <= self.limit(K):
+        if self.rule == "drop" or tau <= self.limit(K):
             return eta
-        if self.algorithm == "koloskova":
+        if self.rule == "koloskova":
             return eta / tau
         if self.options.get("smoothness") is not None:
             return min(eta, 1 / (4 * self.options["smoothness"] * tau))
         return eta * self.limit(K) / tau
 
     @property
-    def algorithm(self) -> str:
+    def rule(self) -> str:
         """The name of the delay's algorithm."""
-        return getattr(self.options.get("algorithm"), "value", "ormo")
+        return getattr(self.options.get("rule"), "value", "ormo")
 
     def limit(self, K: int) -> int:
         """The delay up to which nothing changes."""

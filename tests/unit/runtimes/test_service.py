@@ -703,7 +703,7 @@ def test_the_payload_is_checked_before_the_lock_is_taken_and_sent_after_it_is_re
     check = service.server.validate
 
     def look(push: Push) -> ValidatedPush:
-        locked.append(("check", service.lock.locked()))
+        locked.append(("validate", service.lock.locked()))
         return check(push)
 
     monkeypatch.setattr(service.server, "validate", look)
@@ -715,4 +715,4 @@ def test_the_payload_is_checked_before_the_lock_is_taken_and_sent_after_it_is_re
 
     monkeypatch.setattr(service, "_settle", send)
     there.push(reply)
-    assert locked == [("check", False), ("send", False)]
+    assert locked == [("validate", False), ("send", False)]

@@ -45,7 +45,7 @@ class ServerMachine(RuleBasedStateMachine):
     def begin(self, workers: int, tickets: int, scheduler: str, algorithm: str) -> None:
         self.options = {"num_workers": workers, "total_tickets": tickets, "scheduler": scheduler, "algorithm": algorithm}
         if algorithm == "ormo_da":
-            self.options |= {"algorithm": "drop", "threshold": 1}
+            self.options |= {"rule": "drop", "threshold": 1}
         self.working: dict[int, Reply] = {}
         self.members = set(range(workers))
         self.answered: dict[int, tuple[Push, Reply | None]] = {}
