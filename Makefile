@@ -37,13 +37,12 @@ format: .venv/ready  ## Put the code into its format
 bench: .venv/ready  ## Throughput beside the peers, into results/ (half an hour; ARGS="--workers 2 4 --rounds 3")
 	$(BIN)/python -m benchmarks.side_by_side $(ARGS)
 
-bench-step: .venv/ready  ## The server's step: against memory bandwidth, and each rule's in copies of the parameters
+bench-step: .venv/ready  ## The server's step: memory bandwidth, and each algorithm's step in copies of the parameters
 	$(BIN)/python -m benchmarks.memory_bandwidth
-	$(BIN)/python -m benchmarks.one_pass --compile
 	$(BIN)/python -m benchmarks.server_step $(ARGS)
 
-bench-ray: .venv-ray/ready  ## Make the environment of the contender Ray, in .venv-ray
-bench-tensorflow: .venv-tensorflow/ready  ## Make the environment of the contender TensorFlow, in .venv-tensorflow
+bench-ray: .venv-ray/ready  ## Make the environment of the peer Ray, in .venv-ray
+bench-tensorflow: .venv-tensorflow/ready  ## Make the environment of the peer TensorFlow, in .venv-tensorflow
 
 .venv-%/ready:
 	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 with venv was found; say which: PYTHON=/path/to/python3.12" >&2; exit 1; }
@@ -57,23 +56,23 @@ live-scale: .venv/ready  ## The live server against the number of workers, 1 to 
 server-memory: .venv/ready  ## The live server's peak memory, and that it does not grow, into results/ (minutes)
 	$(BIN)/python -m benchmarks.server_memory $(ARGS)
 
-replays: .venv/ready  ## Run live and replay bit for bit, into results/ (minutes; ARGS="--cifar DIRECTORY")
-	$(BIN)/python benchmarks/replays.py $(ARGS)
+replays: .venv/ready  ## Replay live runs and compare them bit for bit, into results/ (minutes; ARGS="--cifar DIRECTORY")
+	$(BIN)/python -m experiments.replays $(ARGS)
 
 methods: .venv/ready  ## The paper's six methods, simulated, into results/ (a quarter of an hour; ARGS="--root DIRECTORY")
-	$(BIN)/python benchmarks/paper_methods.py $(ARGS)
+	$(BIN)/python -m experiments.paper_methods $(ARGS)
 
-compression: .venv/ready  ## Accuracy against bytes for each lossy wire form, simulated, into results/ (ten minutes; ARGS="--root DIRECTORY")
-	$(BIN)/python -m benchmarks.compression $(ARGS)
+compression: .venv/ready  ## Accuracy against bytes for each lossy wire format, simulated, into results/ (ten minutes; ARGS="--root DIRECTORY")
+	$(BIN)/python -m experiments.compression $(ARGS)
 
 scale: .venv/ready  ## Delay, queue and time to a target against the number of workers, simulated, into results/ (minutes)
-	$(BIN)/python benchmarks/scale.py $(ARGS)
+	$(BIN)/python -m experiments.scale $(ARGS)
 
-journal: .venv/ready  ## What checkpoint.journal costs a push, into results/
-	$(BIN)/python benchmarks/journal.py $(ARGS)
+journal: .venv/ready  ## The cost of checkpoint.journal per push, into results/
+	$(BIN)/python -m benchmarks.journal $(ARGS)
 
 chaos: .venv/ready  ## Inject random faults into a live run and check every guarantee, into results/ (minutes; ARGS="--journal")
-	$(BIN)/python -m benchmarks.chaos $(ARGS)
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 clean:  ## Remove the environment and caches; runs and data stay
 	rm -rf .venv .venv-* .pytest_cache .ruff_cache .hypothesis

@@ -1,7 +1,7 @@
-"""What the journal costs: ``python benchmarks/journal.py``, or ``make journal``.
+"""Measure what ``checkpoint.journal`` costs a push: ``python -m benchmarks.journal``.
 
-One worker pushes to the RPC service in this process, without the wire, with and without `checkpoint.journal`, taking turns in
-rounds; the difference is what a push pays for being on disk before it is acknowledged: checksum, write and fsync.
+One worker pushes to the service in this process, without a transport, with and without the journal, taking turns in rounds;
+the difference is the price of a push that is on disk before it is acknowledged: checksum, write and fsync.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.measuring import RESULTS, spread
 from ormo_rpc import build_server
 from ormo_rpc.messages import Reply
 from ormo_rpc.runtimes.distributed.server_process.service import Service
@@ -22,15 +23,14 @@ from ormo_rpc.storage.run_directory import environment
 
 SIZES = (7_000, 272_474, 2_000_000)
 """About the default MLP, ResNet-20, and ten times that."""
-RESULT = Path(__file__).parents[1] / "results" / "journal.md"
 
 
 class Pusher:
-    """A service with one worker.
+    """A service and its only worker.
 
     Args:
         dimension: D.
-        run_dir: Where the journal goes; None for no journal.
+        run_dir: The folder of the journal; None for no journal.
     """
 
     def __init__(self, dimension: int, run_dir: Path | None) -> None:
@@ -42,7 +42,7 @@ class Pusher:
         self.grad = torch.randn(dimension)
 
     def seconds(self, pushes: int) -> float:
-        """The median time of a push, over so many."""
+        """The median seconds of a push."""
         times: list[float] = []
         for _ in range(pushes):
             assert isinstance(self.reply, Reply)
@@ -55,33 +55,36 @@ class Pusher:
 
 
 def main() -> None:
-    """Measure, print, and write the result."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--pushes", type=int, default=20, help="per round and contender")
-    parser.add_argument("--folder", type=Path, default=RESULT.parent, help="on the disk to measure")
+    parser.add_argument("--parameters", type=int, nargs="+", default=SIZES, metavar="D")
+    parser.add_argument("--pushes", type=int, default=20, help="in each round, with and without")
+    parser.add_argument(
+        "--into", type=Path, default=RESULTS, metavar="FOLDER", help="folder of the result, on the disk to measure"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[str] = []
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        for dimension in SIZES:
+    with tempfile.TemporaryDirectory(dir=arguments.into) as folder:
+        for dimension in arguments.parameters:
             run_dir = Path(folder) / str(dimension)
             run_dir.mkdir()
             plain, durable = Pusher(dimension, None), Pusher(dimension, run_dir)
             pairs = [(plain.seconds(arguments.pushes), durable.seconds(arguments.pushes)) for _ in range(arguments.rounds)]
-            without, with_ = (statistics.median(times) for times in zip(*pairs, strict=True))
-            ratios = sorted(b / a for a, b in pairs)
+            without, with_journal = (statistics.median(times) for times in zip(*pairs, strict=True))
+            ratios = spread([after / before for before, after in pairs], ".1f")
             rows.append(
-                f"| {dimension:,} | {without * 1e3:.2f} ms | {with_ * 1e3:.2f} ms | {statistics.median(ratios):.1f} "
-                f"({ratios[0]:.1f} to {ratios[-1]:.1f}) | {dimension * 4 / (with_ - without) / 1e6:.0f} MB/s |"
+                f"| {dimension:,} | {without * 1e3:.2f} ms | {with_journal * 1e3:.2f} ms | {ratios} | "
+                f"{dimension * 4 / (with_journal - without) / 1e6:.0f} MB/s |"
             )
             print(rows[-1], flush=True)
             durable.journal.close()
     here = environment()
-    RESULT.write_text(
-        "# What the journal costs\n\n"
-        f"`make journal`: a push of D float32 values to the service, without the wire, {arguments.rounds} rounds of "
-        f"{arguments.pushes} pushes taking turns; medians, and the least and largest ratio of a round. {here['cpu']}, "
+    (arguments.into / "journal.md").write_text(
+        "# Cost of the journal\n\n"
+        f"`make journal`: a push of D float32 values to the service, without a transport, {arguments.rounds} rounds of "
+        f"{arguments.pushes} pushes taking turns; medians, with the lowest and the highest ratio of a round. {here['cpu']}, "
         f"one thread, torch {here['torch']}, commit {here['commit']}.\n\n"
         "| D | without | with | ratio | to disk |\n|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
     )

@@ -1,4 +1,4 @@
-"""What figures depend on: the machine, the versions, and what else it was doing."""
+"""Describe what figures depend on: the machine, the versions, and the load."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 
 
 def machine() -> dict[str, Any]:
-    """The hardware and the system."""
+    """The hardware and the operating system."""
     return {
         "cpu": environment()["cpu"],
         "cores": os.cpu_count(),
@@ -31,10 +31,10 @@ def machine() -> dict[str, Any]:
 
 
 def versions(packages: Mapping[str, Path]) -> dict[str, Any]:
-    """Commit and versions: ours, and those of packages in environments of their own.
+    """The commit and versions, also of packages in environments of their own.
 
     Args:
-        packages: The folder of the environment by the package's name; one that is not there is left out.
+        packages: The folder of the environment by the package's name; one that does not exist is left out.
     """
     ours = environment()
     found = {key: ours[key] for key in ("commit", "python", "torch", "capability")}
@@ -45,12 +45,12 @@ def versions(packages: Mapping[str, Path]) -> dict[str, Any]:
 
 
 def load() -> list[float]:
-    """How many processes wanted a core, on average over the last minute, five and fifteen."""
+    """The load averages of the last one, five and fifteen minutes."""
     return [round(value, 2) for value in os.getloadavg()]
 
 
 def caches(folder: Path = CACHES) -> dict[str, str]:
-    """The sizes of the data caches of a core by level; empty where the system does not tell."""
+    """Sizes of the data caches of a core by level; empty if the system does not tell."""
     found: dict[str, str] = {}
     for index in sorted(folder.glob("index*")):
         kind, level, size = ((index / name).read_text().strip() for name in ("type", "level", "size"))
@@ -59,8 +59,8 @@ def caches(folder: Path = CACHES) -> dict[str, str]:
     return found
 
 
-def words(about: Mapping[str, Any]) -> str:
-    """All of it in one line."""
+def in_words(about: Mapping[str, Any]) -> str:
+    """All of it on one line."""
     parts: list[str] = []
     for key, value in about.items():
         plain = value
@@ -73,6 +73,6 @@ def words(about: Mapping[str, Any]) -> str:
 
 
 def _chosen(file: Path) -> str | None:
-    """The word in brackets, which is how the kernel shows what is chosen."""
+    """The word in brackets, which is how Linux marks the active choice."""
     found = re.search(r"\[(\w+)\]", file.read_text()) if file.is_file() else None
     return found[1] if found else None

@@ -1,4 +1,4 @@
-"""(d) A gloo group of two, server and worker, for each worker: the way of torchft's parameter server."""
+"""A gloo group of two, server and worker, for each worker: the design of torchft's parameter server."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Any
 import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # pyright: ignore[reportPrivateImportUsage] # documented, not annotated as public
 
-from benchmarks.peers.common import START_TIMEOUT_SECONDS, RoundTrip, Step, main
-from benchmarks.peers.line import Job
+from benchmarks.peers.harness import START_TIMEOUT_SECONDS, RoundTrip, Step, main
+from benchmarks.peers.measurement import Job
 
 _TIMEOUT = timedelta(seconds=START_TIMEOUT_SECONDS)
 
 
 def group(store: TCPStore, number: int, rank: int) -> Any:  # torch's annotations leave out send and recv
-    """The group of one worker, who is rank 1, and the server."""
+    """The group of the server, rank 0, and one worker, rank 1."""
     return ProcessGroupGloo(PrefixStore(f"worker{number}", store), rank, 2, _TIMEOUT)
 
 
 def server(job: Job, publish: Callable[[Any], None]) -> None:
-    """A thread for each worker: receive, step and copy under the lock, send."""
+    """Serve each worker in a thread: receive, step and copy under the lock, send."""
     step = Step(job.parameters)
     store = TCPStore("127.0.0.1", 0, is_master=True, timeout=_TIMEOUT, wait_for_workers=False)
 
-    def attend(number: int) -> None:
+    def serve(number: int) -> None:
         with_worker = group(store, number, 0)
         grad, reply = torch.zeros(job.parameters), torch.zeros(job.parameters)
         while True:
@@ -36,7 +36,7 @@ def server(job: Job, publish: Callable[[Any], None]) -> None:
             with_worker.send([reply], 1, 0).wait()
 
     for number in range(job.workers):
-        threading.Thread(target=attend, args=(number,), daemon=True).start()
+        threading.Thread(target=serve, args=(number,), daemon=True).start()
     publish(store.port)
     threading.Event().wait()
 

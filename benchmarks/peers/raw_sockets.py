@@ -1,4 +1,4 @@
-"""(a) TCP sockets and buffers made once: the floor that a person would write by hand."""
+"""TCP sockets and buffers made once: the least that can be written by hand, and the baseline of the comparison."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.peers.common import RoundTrip, Step, bytes_of, main, sockets
-from benchmarks.peers.line import Job
+from benchmarks.peers.harness import RoundTrip, Step, bytes_of, main, sockets
+from benchmarks.peers.measurement import Job
 
 
 def server(job: Job, publish: Callable[[Any], None]) -> None:
-    """A thread for each worker: receive, step and copy under the lock, send."""
+    """Serve each worker in a thread: receive, step and copy under the lock, send."""
     step = Step(job.parameters)
 
-    def attend(connection: socket.socket) -> None:
+    def serve(connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         grad, reply = torch.zeros(job.parameters), torch.zeros(job.parameters)
         into, out = bytes_of(grad), bytes_of(reply)
@@ -29,7 +29,7 @@ def server(job: Job, publish: Callable[[Any], None]) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=job.workers) as listener:
         publish(listener.getsockname())
         while True:
-            threading.Thread(target=attend, args=(listener.accept()[0],), daemon=True).start()
+            threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
 
 
 @contextlib.contextmanager
@@ -48,7 +48,7 @@ def worker(job: Job, number: int, address: Any) -> Generator[RoundTrip]:  # noqa
 
 
 def receive(connection: socket.socket, into: memoryview) -> bool:
-    """Fill the buffer; False where the other side has closed."""
+    """Fill the buffer; False if the other side has closed."""
     done = 0
     while done < len(into):
         count = connection.recv_into(into[done:])

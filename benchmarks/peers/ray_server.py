@@ -1,4 +1,4 @@
-"""(e) Ray: its asynchronous parameter server, an actor that holds the parameters, and actors that compute gradients.
+"""Ray: its asynchronous parameter server, an actor that holds the parameters, and actors that compute gradients.
 
 Runs in an environment of its own (``make bench-ray``), which has Ray, numpy and psutil but not our package. As in Ray's example
 the driver waits for any gradient, has the server apply it, and hands what it returns to the worker that computed it; the

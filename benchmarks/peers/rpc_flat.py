@@ -1,4 +1,4 @@
-"""(c) PyTorch's RPC parameter server with gradient and parameters as one flat tensor each."""
+"""PyTorch's RPC parameter server with gradient and parameters as one flat tensor each."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch.distributed.rpc as rpc
 from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage] # documented, not annotated as public
 
-from benchmarks.peers.common import LEARNING_RATE, MOMENTUM, RoundTrip, free_port, main
-from benchmarks.peers.line import Job
+from benchmarks.peers.harness import LEARNING_RATE, MOMENTUM, RoundTrip, free_port, main
+from benchmarks.peers.measurement import Job
 
 ONLY_TCP = "BENCHMARK_ONLY_TCP"
-"""A variable of the environment: do as between machines, where torch's shared memory does not lead."""
+"""Environment variable that keeps torch's agents off shared memory, as between machines."""
 _server: Parameters | None = None
 
 
@@ -40,14 +40,14 @@ class Parameters:
 
 
 def update(grads: list[Tensor]) -> list[Tensor]:
-    """Called by workers."""
+    """Apply the gradients; workers call this by name."""
     assert _server is not None
     return _server.update(grads)
 
 
 def serve(job: Job, sizes: list[int], publish: Callable[[Any], None]) -> None:
-    """Be the server, rank 0."""
-    global _server  # what a worker calls by name finds it so
+    """Serve as rank 0."""
+    global _server  # `update`, called by name, finds it there
     _server = Parameters(sizes)
     port = free_port()
     publish(port)
@@ -57,7 +57,7 @@ def serve(job: Job, sizes: list[int], publish: Callable[[Any], None]) -> None:
 
 @contextlib.contextmanager
 def work(job: Job, sizes: list[int], number: int, port: int) -> Generator[RoundTrip]:
-    """Be a worker: a synchronous call, which returns the parameters."""
+    """Work by synchronous calls, which return the parameters."""
     grads = [torch.randn(size) for size in sizes]
     join(job, number + 1, port)
 
@@ -68,21 +68,21 @@ def work(job: Job, sizes: list[int], number: int, port: int) -> Generator[RoundT
 
 
 def join(job: Job, rank: int, port: int) -> None:
-    """Join the group; it is never left, as the processes are killed."""
+    """Join the group; nobody leaves it, as the processes are killed."""
     only_tcp: dict[str, Any] = {"_transports": ["uv"], "_channels": ["basic"]} if ONLY_TCP in os.environ else {}
     options = rpc.TensorPipeRpcBackendOptions(init_method=f"tcp://127.0.0.1:{port}", rpc_timeout=120, **only_tcp)
-    if rank > 0:  # the server is there first
+    if rank > 0:  # wait for the server
         TCPStore("127.0.0.1", port, timeout=timedelta(seconds=60), wait_for_workers=False)
     rpc.init_rpc(f"rank{rank}", rank=rank, world_size=job.workers + 1, rpc_backend_options=options)
 
 
 def server(job: Job, publish: Callable[[Any], None]) -> None:
-    """One tensor."""
+    """Serve with one tensor."""
     serve(job, [job.parameters], publish)
 
 
 def worker(job: Job, number: int, address: Any) -> contextlib.AbstractContextManager[RoundTrip]:
-    """One tensor."""
+    """Work with one tensor."""
     return work(job, [job.parameters], number, address)
 
 

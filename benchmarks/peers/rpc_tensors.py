@@ -1,4 +1,4 @@
-"""(b) PyTorch's RPC parameter server with a tensor for each parameter: 65 of them, in the proportions of ResNet-20."""
+"""PyTorch's RPC parameter server with a tensor for each parameter: 65 of them, in the proportions of ResNet-20."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.peers.common import RoundTrip, main, shapes
-from benchmarks.peers.line import Job
+from benchmarks.peers.harness import RoundTrip, main, shapes
+from benchmarks.peers.measurement import Job
 from benchmarks.peers.rpc_flat import serve, work
 
 
 def server(job: Job, publish: Callable[[Any], None]) -> None:
-    """Many tensors."""
+    """Serve with many tensors."""
     serve(job, shapes(job.parameters), publish)
 
 
 def worker(job: Job, number: int, address: Any) -> contextlib.AbstractContextManager[RoundTrip]:
-    """Many tensors."""
+    """Work with many tensors."""
     return work(job, shapes(job.parameters), number, address)
 
 

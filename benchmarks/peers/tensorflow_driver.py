@@ -1,8 +1,8 @@
-"""TensorFlow's side of `tensorflow_server`; imported only where TensorFlow is.
+"""Run TensorFlow's ParameterServerStrategy; imported only in an environment that has TensorFlow.
 
 A step on a worker applies a constant gradient to the parameters on the server, with SGD and momentum, and reads them. The
-coordinator has many steps scheduled, and each worker takes the next one when it is done; a round trip is the time that a step
-took by its own clock (``tf.timestamp``), and the rate is that of the whole, with the coordinator's part in it.
+coordinator schedules many steps, and each worker takes the next one when it is done; a round trip is the time of a step by its
+own clock (``tf.timestamp``), and the rate includes the coordinator's part.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import Any
 
 import psutil
 
-from benchmarks.peers.line import job_from_command_line, peak_bytes, result
+from benchmarks.peers.measurement import cpu_seconds, job_from_command_line, measurement, peak_bytes
 
 LEARNING_RATE, MOMENTUM = 1e-3, 0.9
 WARM_UP_SECONDS = 1.0
 BATCHES = 5
-"""How often the coordinator waits for all workers while it is measured."""
+"""Number of times that the coordinator waits for all workers during the measurement."""
 
 
 def serve(cluster: dict[str, list[str]], role: str, index: int) -> None:
-    """Be a server or a worker until killed."""
+    """Serve or work until killed."""
     tf: Any = importlib.import_module("tensorflow")  # in an environment of its own
 
     tf.distribute.Server(tf.train.ClusterSpec(cluster), job_name=role, task_index=index, protocol="grpc", start=True)
@@ -35,7 +35,7 @@ def serve(cluster: dict[str, list[str]], role: str, index: int) -> None:
 
 
 def main() -> None:
-    """Start the cluster on this machine, measure, and end it."""
+    """Start the cluster on this machine, measure, and kill it."""
     os.environ.update(TF_CPP_MIN_LOG_LEVEL="3", CUDA_VISIBLE_DEVICES="-1")
     job = job_from_command_line()
     cluster = {"ps": [_address()], "worker": [_address() for _ in range(job.workers)]}
@@ -46,9 +46,9 @@ def main() -> None:
         process.start()
     try:
         serving = psutil.Process(processes[0].pid)
-        durations, used, cpu = _measure(cluster, job, serving)
+        durations, elapsed, cpu = _measure(cluster, job, serving)
         peaks = [peak_bytes(int(process.pid or 0)) for process in processes]
-        print(json.dumps(result("tensorflow", job, durations, cpu, peaks[0], peaks[1:], used)), flush=True)
+        print(json.dumps(measurement("tensorflow", job, durations, cpu, peaks[0], peaks[1:], elapsed)), flush=True)
     finally:
         for process in processes:
             process.kill()
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def _measure(cluster: dict[str, list[str]], job: Any, serving: psutil.Process) -> tuple[list[float], float, float]:
-    """The round trips, the time that all of them took, and the server's processor seconds."""
+    """Seconds of each round trip, of all of them, and of the server's processors."""
     tf: Any = importlib.import_module("tensorflow")  # in an environment of its own
 
     resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(tf.train.ClusterSpec(cluster), rpc_layer="grpc")
@@ -75,7 +75,7 @@ def _measure(cluster: dict[str, list[str]], job: Any, serving: psutil.Process) -
                 var=w.handle, accum=u.handle, lr=LEARNING_RATE, grad=grad, momentum=MOMENTUM, use_locking=True
             )
         with tf.control_dependencies([applied]):
-            newest = tf.identity(w.read_value())[-1]  # a number of them is returned, so that they have to come here
+            newest = tf.identity(w.read_value())[-1]  # one of them is returned, so that all have to arrive
         with tf.control_dependencies([newest]):
             return tf.timestamp() - began, newest
 
@@ -86,14 +86,14 @@ def _measure(cluster: dict[str, list[str]], job: Any, serving: psutil.Process) -
             batch = [coordinator.schedule(step) for _ in range(at_once)]
             coordinator.join()
             results += batch
-        used = time.perf_counter() - began
-        return [float(result.fetch()[0]) for result in results], used
+        elapsed = time.perf_counter() - began
+        return [float(result.fetch()[0]) for result in results], elapsed
 
-    durations, used = run(WARM_UP_SECONDS, 2 * job.workers)
-    at_once = max(2 * job.workers, int(len(durations) / used * job.seconds / BATCHES))
-    before = sum(serving.cpu_times()[:2])
-    durations, used = run(job.seconds, at_once)
-    return durations, used, sum(serving.cpu_times()[:2]) - before
+    durations, elapsed = run(WARM_UP_SECONDS, 2 * job.workers)
+    at_once = max(2 * job.workers, int(len(durations) / elapsed * job.seconds / BATCHES))
+    before = cpu_seconds(serving)
+    durations, elapsed = run(job.seconds, at_once)
+    return durations, elapsed, cpu_seconds(serving) - before
 
 
 def _address() -> str:

@@ -1,4 +1,4 @@
-"""(f) TensorFlow's ParameterServerStrategy: variables on a server, steps that a coordinator schedules on workers.
+"""TensorFlow's ParameterServerStrategy: variables on a server, steps that a coordinator schedules on workers.
 
 Runs in an environment of its own (``make bench-tensorflow``), which has TensorFlow and psutil but not our package.
 """

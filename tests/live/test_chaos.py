@@ -1,4 +1,4 @@
-"""The chaos run: its checks find what is planted, it reads a trace that is cut back, and a short form of it ends well."""
+"""The chaos harness: its checks find what is planted, it follows a trace that is truncated, and a short run ends well."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from typing import Any
 
 import pytest
 
-from benchmarks.chaos import lineage
-from benchmarks.chaos.__main__ import Options, chaos
-from benchmarks.chaos.faults import KINDS, OF_THE_NETWORK, WORDS
-from benchmarks.chaos.lineage import Death
-from benchmarks.chaos.network import Network
-from benchmarks.chaos.plan import SHORT, moments, plan, total
-from benchmarks.chaos.watch import Trace, listening, progress
 from ormo_rpc.storage.run_directory import Progress
+from tests.chaos import checks
+from tests.chaos.checks import ServerDeath
+from tests.chaos.faults import KINDS, NETWORK_FAULTS, OWN_FAULTS
+from tests.chaos.harness import Options, run_with_faults
+from tests.chaos.network import Network
+from tests.chaos.plan import SHORT, due_iterations, plan, total_iterations
+from tests.chaos.processes import listening
+from tests.chaos.run import applied_gradients
+from tests.chaos.trace import TraceFollower
 
 
 def applied(tickets: Sequence[int], iterations: Sequence[int] | None = None) -> list[dict[str, Any]]:
-    """A lineage, with an event between any two gradients."""
+    """The events of a trace that applies these tickets, each issued just before."""
     events: list[dict[str, Any]] = []
     for iteration, ticket in zip(iterations or range(len(tickets)), tickets, strict=True):
         events += [{"event": "issue", "ticket": ticket}, {"event": "apply", "iteration": iteration, "ticket": ticket}]
@@ -41,7 +43,7 @@ def applied(tickets: Sequence[int], iterations: Sequence[int] | None = None) -> 
     ],
 )
 def test_a_ticket_that_is_doubled_or_missing_is_found(tickets: list[int], figure: str, holds: bool) -> None:
-    check = lineage.tickets_exactly_once(applied(tickets), 4)
+    check = checks.tickets_exactly_once(applied(tickets), 4)
     assert (check.figure, check.holds) == (figure, holds)
 
 
@@ -56,7 +58,7 @@ def test_a_ticket_that_is_doubled_or_missing_is_found(tickets: list[int], figure
     ],
 )
 def test_iterations_out_of_order_are_found(iterations: list[int], figure: str, holds: bool) -> None:
-    check = lineage.iterations_in_order(applied(iterations, iterations), 3)
+    check = checks.iterations_in_order(applied(iterations, iterations), 3)
     assert (check.figure, check.holds) == (figure, holds)
 
 
@@ -71,52 +73,55 @@ def test_iterations_out_of_order_are_found(iterations: list[int], figure: str, h
     ],
 )
 def test_a_fault_that_did_not_fire_is_found(fired: dict[str, int], least: int, figure: str, holds: bool) -> None:
-    check = lineage.faults_fired({"kill": 2, "stop": 1}, fired, least)
+    check = checks.faults_fired({"kill": 2, "stop": 1}, fired, least)
     assert (check.figure, check.holds) == (figure, holds)
 
 
 @pytest.mark.parametrize(
-    ("deaths", "told", "journal", "holds"),
+    ("deaths", "reported", "journal", "holds"),
     [
-        ([Death(120, 100), Death(250, 245)], 25, False, True),
-        ([Death(120, 100), Death(250, 245)], 24, False, False),  # one was not counted
-        ([Death(120, 100), Death(250, 245)], 25, True, False),  # the journal keeps everything
-        ([Death(120, 120), Death(250, 250)], 0, True, True),
-        ([Death(120, 121)], -1, False, False),  # it cannot go on beyond what was applied
-        ([Death(120, None)], 0, False, False),
+        ([ServerDeath(120, 100), ServerDeath(250, 245)], 25, False, True),
+        ([ServerDeath(120, 100), ServerDeath(250, 245)], 24, False, False),  # one was not counted
+        ([ServerDeath(120, 100), ServerDeath(250, 245)], 25, True, False),  # the journal keeps everything
+        ([ServerDeath(120, 120), ServerDeath(250, 250)], 0, True, True),
+        ([ServerDeath(120, 121)], -1, False, False),  # it cannot resume after what was applied
+        ([ServerDeath(120, None)], 0, False, False),
         ([], 0, False, True),
         ([], None, False, False),
     ],
 )
-def test_updates_that_were_rolled_back_uncounted_are_found(deaths: list[Death], told: Any, journal: bool, holds: bool) -> None:
-    assert lineage.rolled_back_counted(deaths, {"rolled_back": told}, journal=journal).holds is holds
+def test_updates_that_were_rolled_back_uncounted_are_found(
+    deaths: list[ServerDeath], reported: Any, journal: bool, holds: bool
+) -> None:
+    assert checks.rolled_back_counted(deaths, {"rolled_back": reported}, journal=journal).holds is holds
 
 
-@pytest.mark.parametrize(("lives", "holds"), [(3, True), (2, False), (4, False), (None, False)])
-def test_a_life_of_the_server_that_nobody_knows_of_is_found(lives: Any, holds: bool) -> None:
-    assert lineage.lives_counted([Death(1, 0), Death(2, 1)], {"server_lives": lives}).holds is holds
+@pytest.mark.parametrize(("count", "holds"), [(3, True), (2, False), (4, False), (None, False)])
+def test_an_incarnation_of_the_server_without_a_death_is_found(count: Any, holds: bool) -> None:
+    assert checks.incarnations_counted([ServerDeath(1, 0), ServerDeath(2, 1)], {"server_lives": count}).holds is holds
 
 
 @pytest.mark.parametrize(
-    ("told", "listed", "figure"),
+    ("warned", "listed", "figure"),
     [
-        ([11, 12, 12], [12], "3 warnings for 3 losses"),
-        ([11, 12], [12], "2 warnings for 3 losses; 12 without a warning"),
-        ([11, 12, 12], [], "3 warnings for 3 losses; 12 not in the summary"),
-        ([11, 12, 12, 13], [12], "4 warnings for 3 losses; 13 lost though nothing was done to it"),
+        ([11, 12, 12], [12], "3 warnings for 3 evictions"),
+        ([11, 12], [12], "2 warnings for 3 evictions; 12 without a warning"),
+        ([11, 12, 12], [], "3 warnings for 3 evictions; 12 not in the summary"),
+        ([11, 12, 12, 13], [12], "4 warnings for 3 evictions; 13 evicted though no fault hit it"),
     ],
 )
-def test_a_loss_that_is_not_told_or_that_nobody_caused_is_found(told: list[int], listed: list[int], figure: str) -> None:
+def test_an_eviction_that_is_not_reported_or_has_no_cause_is_found(warned: list[int], listed: list[int], figure: str) -> None:
     summary = {"evictions": [{"process": process} for process in listed]}
-    check = lineage.losses_told([11, 12, 12], told, summary, [12])
-    assert (check.figure, check.holds) == (figure, figure == "3 warnings for 3 losses")
+    check = checks.evictions_reported([11, 12, 12], warned, summary, [12])
+    assert (check.figure, check.holds) == (figure, figure == "3 warnings for 3 evictions")
 
 
 @pytest.mark.parametrize(
-    ("status", "said", "holds"), [(0, "completed", True), (1, "completed", False), (0, "stopped", False), (None, None, False)]
+    ("status", "reported", "holds"),
+    [(0, "completed", True), (1, "completed", False), (0, "stopped", False), (None, None, False)],
 )
-def test_a_run_that_did_not_end_well_is_found(status: int | None, said: Any, holds: bool) -> None:
-    assert lineage.completed(status, {"status": said}).holds is holds
+def test_a_run_that_did_not_end_well_is_found(status: int | None, reported: Any, holds: bool) -> None:
+    assert checks.completed(status, {"status": reported}).holds is holds
 
 
 def test_a_plan_has_as_many_faults_as_wanted_of_every_kind_and_repeats_itself() -> None:
@@ -128,10 +133,10 @@ def test_a_plan_has_as_many_faults_as_wanted_of_every_kind_and_repeats_itself() 
     assert kinds != plan(30, random.Random(2), network=True)
     without = plan(30, random.Random(1), network=False)
     assert len(without) == 30
-    assert set(without) == set(KINDS) - set(OF_THE_NETWORK)
-    due = moments(30, 100, random.Random(1))
+    assert set(without) == set(KINDS) - set(NETWORK_FAULTS)
+    due = due_iterations(30, 100, random.Random(1))
     assert [moment // 100 for moment in due] == list(range(3, 33))  # each in a stretch of its own
-    assert max(due) < total(30, 100) - 200
+    assert max(due) < total_iterations(30, 100) - 200
 
 
 def line(kind: str, seconds: float, **more: Any) -> str:
@@ -139,37 +144,37 @@ def line(kind: str, seconds: float, **more: Any) -> str:
     return json.dumps({"event": kind, "seconds": seconds, **more}) + "\n"
 
 
-def test_a_trace_is_followed_through_the_lives_of_the_server(tmp_path: Path) -> None:
+def test_a_trace_is_followed_through_the_incarnations_of_the_server(tmp_path: Path) -> None:
     file = tmp_path / "trace.jsonl"
-    trace = Trace(file)
-    trace.look()  # there is none yet
+    trace = TraceFollower(file)
+    trace.poll()  # there is none yet
     head = json.dumps({"event": "header"}) + "\n"
     kept = head + line("apply", 1.0, iteration=0)
     file.write_text(kept + line("apply", 2.0, iteration=1) + line("apply", 3.0, iteration=2)[:20])
-    trace.look()
-    assert (trace.iteration, trace.life, len(trace.seen)) == (2, 0, 2)  # half a line is none
+    trace.poll()
+    assert (trace.iteration, trace.incarnation, len(trace.events)) == (2, 0, 2)  # half a line is not read
     longer = "".join(line("apply", 2.5 + place, iteration=place) for place in (1, 2, 3))
     file.write_text(kept + line("resume", 2.25, iteration=1, incarnation=1) + longer)  # cut, and beyond where it was
-    trace.look()
-    assert (trace.iteration, trace.life) == (4, 1)
-    assert [seen.data["iteration"] for seen in trace.seen if seen.life == 1] == [1, 1, 2, 3]
+    trace.poll()
+    assert (trace.iteration, trace.incarnation) == (4, 1)
+    assert [event.data["iteration"] for event in trace.events if event.incarnation == 1] == [1, 1, 2, 3]
     file.write_text(kept)  # cut to before the former resume
-    trace.look()
-    assert (trace.life, len(trace.seen)) == (1, 6)
+    trace.poll()
+    assert (trace.incarnation, len(trace.events)) == (1, 6)
     with file.open("a") as more:
         more.write(line("resume", 1.5, iteration=1, incarnation=2) + line("apply", 2.0, iteration=1))
-    trace.look()
-    assert (trace.iteration, trace.life, len(trace.seen)) == (2, 2, 8)
-    first, *_, last = trace.seen
-    assert trace.when(first) <= first.at
-    assert trace.when(last) <= last.at
+    trace.poll()
+    assert (trace.iteration, trace.incarnation, len(trace.events)) == (2, 2, 8)
+    first, *_, last = trace.events
+    assert trace.happened_at(first) <= first.read_at
+    assert trace.happened_at(last) <= last.read_at
 
 
-def test_what_the_server_has_applied_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_the_number_of_applied_gradients_is_read_as_it_was_written(tmp_path: Path) -> None:
     written = Progress(tmp_path)
     written.begin(0)
     written.write(1234567)
-    assert progress(tmp_path) == 1234567
+    assert applied_gradients(tmp_path) == 1234567
 
 
 def test_sockets_that_listen_are_told_from_others() -> None:
@@ -181,23 +186,23 @@ def test_sockets_that_listen_are_told_from_others() -> None:
 
 
 @pytest.mark.skipif(Network.why_not() is not None, reason="network namespaces cannot be made here")
-def test_a_network_of_our_own_is_gone_afterwards() -> None:
+def test_a_network_namespace_is_removed_afterwards() -> None:
     try:
         with Network() as network:
-            assert network.outside.namespace is not None
-            assert "local_address" in network.outside.table()
+            assert network.outside.name is not None
+            assert "local_address" in network.outside.tcp_table()
             network.lose()
             network.restore()
     except OSError as error:
         pytest.skip(f"network namespaces cannot be made here: {error}")
-    assert network.outside.table() == ""  # nothing can be run in it
+    assert network.outside.tcp_table() == ""  # nothing can be run in it
 
 
 @pytest.mark.live
 @pytest.mark.timeout(400)
-def test_a_short_run_with_faults_keeps_every_promise(tmp_path: Path) -> None:
-    options = Options(faults=len(SHORT), only=SHORT, least=len(SHORT) + len(WORDS), gradients=200, seed=3)
-    result = chaos(options, tmp_path / "run")
+def test_a_short_run_with_faults_keeps_every_guarantee(tmp_path: Path) -> None:
+    options = Options(faults=len(SHORT), kinds=SHORT, least=len(SHORT) + len(OWN_FAULTS), gradients=200, seed=3)
+    result = run_with_faults(options, tmp_path / "run")
     assert [str(check) for check in result.checks if not check.holds] == []
     assert {fault.kind for fault in result.faults if fault.fired} == {"kill_worker", "pause_worker", "kill_server"}
     assert result.summary["server_lives"] == 2

@@ -1,4 +1,7 @@
-"""What is measured, and the line of JSON that every contender prints; it knows no torch, which not every environment has."""
+"""The job that is measured, and the measurement that every system prints; imports neither torch nor our package.
+
+(Ray and TensorFlow run in environments of their own, which have neither.)
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is measured.
+    """The size and length of a measurement.
 
     Attributes:
         parameters: D, float32 values in the gradient and in the parameters.
         workers: K, processes that push.
-        seconds: How long the clock runs.
+        seconds: Time that is measured.
     """
 
     parameters: int
@@ -25,7 +30,7 @@ class Job:
 
 
 def job_from_command_line() -> Job:
-    """The arguments that every contender takes."""
+    """Parse the arguments that every system takes."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--parameters", type=int, default=272_474, metavar="D")
     parser.add_argument("--workers", type=int, default=2, metavar="K")
@@ -34,37 +39,38 @@ def job_from_command_line() -> Job:
     return Job(parameters=arguments.parameters, workers=arguments.workers, seconds=arguments.seconds)
 
 
-def result(
-    name: str,
+def measurement(
+    system: str,
     job: Job,
     durations: list[float],
     cpu_seconds: float | None,
     server_bytes: int | None,
     worker_bytes: list[int],
-    used: float | None = None,
+    elapsed: float | None = None,
 ) -> dict[str, Any]:
-    """The line of a contender.
+    """The measurement of a system.
 
     Args:
-        name: The contender's.
+        system: Its name.
         job: What was measured.
-        durations: Of the round trips, in seconds.
-        cpu_seconds: What the server has used of processors; None where that is not known.
-        server_bytes: Its peak memory; None likewise.
-        worker_bytes: Those of the workers.
-        used: The time in which all that was done, where workers do not go from one round trip to the next without a pause.
+        durations: Seconds of each round trip, of all workers.
+        cpu_seconds: Processor time of the server; None if it is not known.
+        server_bytes: Its peak memory; None if it is not known.
+        worker_bytes: Peak memory of each worker.
+        elapsed: Seconds in which all round trips were done; by default the mean over the workers of the sum of theirs, since
+            each goes from one round trip to the next without a pause.
     """
     durations = sorted(durations)
     updates = len(durations)
-    # Each worker's last round trip may end after the time; the mean of what all have taken is the time that was used.
-    used = used or (sum(durations) / job.workers if durations else job.seconds)
+    # A worker's last round trip may end after the time, hence not job.seconds.
+    elapsed = elapsed or (sum(durations) / job.workers if durations else job.seconds)
     return {
-        "contender": name,
+        "system": system,
         "parameters": job.parameters,
         "workers": job.workers,
         "seconds": job.seconds,
-        "updates_per_second": updates / used,
-        "megabytes_per_second": 8 * job.parameters * updates / used / 1e6,
+        "updates_per_second": updates / elapsed,
+        "megabytes_per_second": 8 * job.parameters * updates / elapsed / 1e6,
         "round_trip_median_seconds": statistics.median(durations) if durations else None,
         "round_trip_99_percent_seconds": durations[min(updates - 1, int(0.99 * updates))] if durations else None,
         "server_cpu_seconds_per_update": None if cpu_seconds is None or not updates else cpu_seconds / updates,
@@ -74,8 +80,14 @@ def result(
 
 
 def peak_bytes(pid: int) -> int:
-    """The most memory that a process has had so far."""
+    """The peak memory of a process so far."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+def cpu_seconds(process: psutil.Process) -> float:
+    """The processor time of a process so far."""
+    times = process.cpu_times()
+    return times.user + times.system

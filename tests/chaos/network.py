@@ -1,4 +1,4 @@
-"""A network of our own that can fail: two namespaces of Linux, joined by a pair of virtual interfaces."""
+"""A network that can be cut: two Linux network namespaces joined by a pair of virtual interfaces."""
 
 from __future__ import annotations
 
@@ -10,29 +10,34 @@ from typing import Self
 
 
 @dataclass(frozen=True)
-class ServerArgs:
-    """Where processes run.
+class Namespace:
+    """A network namespace that processes run in; by default that of this process.
 
     Attributes:
         prefix: What their commands begin with.
         overrides: Of ``launch.py``, which have to come with it.
-        namespace: Its name; None for that of this process.
+        name: Its name; None for that of this process.
     """
 
     prefix: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
-    namespace: str | None = None
+    name: str | None = None
 
-    def table(self) -> str:
-        """The TCP sockets of this place, as Linux lists them."""
+    def tcp_table(self) -> str:
+        """The TCP sockets of this namespace, as Linux lists them; empty if it does not exist."""
         files = ("/proc/net/tcp", "/proc/net/tcp6")
         return subprocess.run([*self.prefix, "cat", *files], capture_output=True, text=True, check=False, timeout=10).stdout
 
 
 class Network:
-    """Two namespaces, ``inside`` with the server and ``outside`` with a guest; use it as a context, whose end removes them.
+    """Two namespaces, ``inside`` for the run and ``outside`` for an elastic worker; a context manager that removes them.
 
-    The loss of every packet is that of ``tc netem`` where the kernel has it; else the interface of ``outside`` is taken down.
+    Packets are lost by ``tc netem`` if the kernel has it; otherwise the interface of ``outside`` is taken down.
+
+    Attributes:
+        inside: The namespace of the server.
+        outside: The other one.
+        netem: Packets are lost by ``tc netem``.
     """
 
     ADDRESS = "10.77.0.1"
@@ -41,14 +46,14 @@ class Network:
         tag = f"chaos{os.getpid()}"
         self._names = (f"{tag}a", f"{tag}b")
         self.inside, self.outside = (
-            ServerArgs(("ip", "netns", "exec", name), (f"runtime.interface={name}", "wire.transport=uv"), name)
+            Namespace(("ip", "netns", "exec", name), (f"runtime.interface={name}", "wire.transport=uv"), name)
             for name in self._names
         )
         self.netem = False
 
     @staticmethod
     def why_not() -> str | None:
-        """Why it cannot be had here; None where it can, as far as one sees without trying."""
+        """The reason why no namespace can be made here; None if nothing speaks against it before it is tried."""
         if os.geteuid() != 0:
             return "network namespaces need root"
         return None if shutil.which("ip") else "there is no ip command"
@@ -71,10 +76,10 @@ class Network:
 
     def __exit__(self, *_: object) -> None:
         for name in self._names:
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False, timeout=10)  # noqa: S607 - wherever it is
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False, timeout=10)  # noqa: S607 - found by PATH
 
     def lose(self) -> None:
-        """Lose everything from now on, in both directions."""
+        """Lose every packet from now on, in both directions."""
         if self.netem:
             for name in self._names:
                 _run("tc", "-n", name, "qdisc", "add", "dev", name, "root", "netem", "loss", "100%")
@@ -82,7 +87,7 @@ class Network:
             _run("ip", "-n", self._names[1], "link", "set", self._names[1], "down")
 
     def restore(self) -> None:
-        """Let everything through again."""
+        """Deliver packets again."""
         if self.netem:
             for name in self._names:
                 _run("tc", "-n", name, "qdisc", "delete", "dev", name, "root")

@@ -1,9 +1,9 @@
-"""What contenders in our own environment share: the processes and the clock.
+"""Start the processes of a peer in our own environment, and time its round trips.
 
-A contender is two functions. ``server(job, publish)`` runs in the server's process: it calls ``publish(address)`` once, with
+A peer is two functions. ``server(job, publish)`` runs in the server's process: it calls ``publish(address)`` once, with
 anything that can be pickled, and then serves for ever; it is killed in the end. ``worker(job, number, address)`` runs in a
-worker's process as a context that gives a function: one round trip, from "push a gradient" to "parameters are here". The
-gradient is a buffer of the worker that nobody computes anything for.
+worker's process as a context manager that gives a function: one round trip, from sending a gradient to holding the new
+parameters. The gradient is a buffer of the worker; nothing is computed for it.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import psutil
 import torch
 from torch import Tensor
 
-from benchmarks.peers.line import Job, job_from_command_line, peak_bytes, result
+from benchmarks.peers.measurement import Job, cpu_seconds, job_from_command_line, measurement, peak_bytes
 
 WARM_UP = 3
-"""Round trips before the clock starts; a first one pays for page faults and connections."""
+"""Round trips before the measurement; the first one pays for page faults and connections."""
 START_TIMEOUT_SECONDS = 120.0
 SLACK_SECONDS = 60.0
 LEARNING_RATE, MOMENTUM = 1e-3, 0.9
@@ -36,8 +36,8 @@ RoundTrip = Callable[[], None]
 Server = Callable[[Job, Callable[[Any], None]], None]
 
 
-class WorkerOf(Protocol):
-    """See the module: a context that gives a round trip."""
+class Worker(Protocol):
+    """The worker of a peer: a context manager that gives a round trip."""
 
     def __call__(self, job: Job, number: int, address: Any) -> contextlib.AbstractContextManager[RoundTrip]:
         """Connect."""
@@ -45,7 +45,7 @@ class WorkerOf(Protocol):
 
 
 class Step:
-    """SGD with momentum on one flat vector, under one lock, as the server of every contender takes it."""
+    """SGD with momentum on one flat vector, under one lock, as the server of every peer takes it."""
 
     def __init__(self, dimension: int) -> None:
         self.w = torch.zeros(dimension)
@@ -53,7 +53,7 @@ class Step:
         self.lock = threading.Lock()
 
     def __call__(self, grad: Tensor, reply: Tensor | None = None) -> Tensor:
-        """Apply a gradient; return a copy of the parameters, in ``reply`` where there is such a buffer."""
+        """Apply a gradient; return a copy of the parameters, in ``reply`` if it is given."""
         with self.lock:
             self.u.mul_(MOMENTUM).add_(grad)
             self.w.sub_(self.u, alpha=LEARNING_RATE)
@@ -61,23 +61,23 @@ class Step:
 
 
 def bytes_of(vector: Tensor) -> memoryview:
-    """The memory of a vector, to read from a socket into, or to write from."""
+    """The memory of a vector, to receive into or to send from."""
     return memoryview(vector.numpy()).cast("B")  # pyright: ignore[reportArgumentType] # an array is a buffer
 
 
 def free_port() -> int:
-    """A port of loopback that was free a moment ago, for systems that cannot be handed a socket."""
+    """A port of the loopback interface that was free a moment ago, for systems that take no socket."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()[1]
 
 
-def main(name: str, server: Server, worker: WorkerOf) -> None:
-    """The command line of a contender."""
+def main(name: str, server: Server, worker: Worker) -> None:
+    """Run the command line of a peer."""
     print(json.dumps(measure(name, job_from_command_line(), server, worker)), flush=True)
 
 
-def measure(name: str, job: Job, server: Server, worker: WorkerOf) -> dict[str, Any]:
-    """Start a server and workers, let them run for the time, and end them."""
+def measure(name: str, job: Job, server: Server, worker: Worker) -> dict[str, Any]:
+    """Start a server and workers, measure for the time, and kill them."""
     context = multiprocessing.get_context("spawn")
     processes: list[Any] = []
     try:
@@ -95,23 +95,23 @@ def measure(name: str, job: Job, server: Server, worker: WorkerOf) -> dict[str, 
         for number, pipe in enumerate(pipes):
             _receive(pipe, START_TIMEOUT_SECONDS, f"worker {number}")
         serving = psutil.Process(processes[0].pid)
-        before = _cpu_seconds(serving)
+        before = cpu_seconds(serving)
         for pipe in pipes:
             pipe.send("start")
         durations: list[float] = []
         for number, pipe in enumerate(pipes):
             durations += _receive(pipe, job.seconds + SLACK_SECONDS, f"the round trips of worker {number}")
-        cpu = _cpu_seconds(serving) - before
+        cpu = cpu_seconds(serving) - before
         peaks = [peak_bytes(process.pid) for process in processes]
     finally:
         for process in reversed(processes):
             process.kill()
             process.join()
-    return result(name, job, durations, cpu, peaks[0], peaks[1:])
+    return measurement(name, job, durations, cpu, peaks[0], peaks[1:])
 
 
 def timed(round_trip: RoundTrip, seconds: float) -> list[float]:
-    """Do round trips until the time is over; how long each took."""
+    """Do round trips until the time is over; seconds of each."""
     durations: list[float] = []
     now = time.perf_counter()
     end = now + seconds
@@ -120,11 +120,6 @@ def timed(round_trip: RoundTrip, seconds: float) -> list[float]:
         then, now = now, time.perf_counter()
         durations.append(now - then)
     return durations
-
-
-def _cpu_seconds(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return times.user + times.system
 
 
 def _receive(pipe: Connection, timeout_seconds: float, what: str) -> Any:
@@ -138,20 +133,20 @@ def _serve(server: Server, job: Job, pipe: Connection) -> None:
     server(job, pipe.send)
 
 
-def _work(worker: WorkerOf, job: Job, number: int, address: Any, pipe: Connection) -> None:
+def _work(worker: Worker, job: Job, number: int, address: Any, pipe: Connection) -> None:
     torch.set_num_threads(1)
     with worker(job, number, address) as round_trip:
         for _ in range(WARM_UP):
             round_trip()
         pipe.send("ready")
-        _receive(pipe, START_TIMEOUT_SECONDS, "the word to start")
+        _receive(pipe, START_TIMEOUT_SECONDS, "the signal to start")
         pipe.send(timed(round_trip, job.seconds))
-        pipe.poll(SLACK_SECONDS)  # killed from outside, once its memory has been looked at
+        pipe.poll(SLACK_SECONDS)  # until it is killed, once its memory has been read
         os._exit(0)
 
 
 def shapes(dimension: int) -> list[int]:
-    """The sizes of the 65 tensors of ResNet-20 for CIFAR-10, scaled so that they add up to D."""
+    """Sizes of the 65 tensors of ResNet-20 for CIFAR-10, scaled to add up to D."""
     sizes, width = [9 * 3 * 16, 16, 16], 16
     for stage in (16, 32, 64):
         for _ in range(3):
@@ -164,7 +159,7 @@ def shapes(dimension: int) -> list[int]:
 
 
 def scaled(sizes: list[int], dimension: int) -> list[int]:
-    """Sizes in the same proportions that add up to the dimension."""
+    """Scale sizes to add up to the dimension, keeping their proportions."""
     total, found, done = sum(sizes), list[int](), 0
     for end in (sum(sizes[: k + 1]) for k in range(len(sizes))):
         found.append(dimension * end // total - done)
@@ -174,7 +169,7 @@ def scaled(sizes: list[int], dimension: int) -> list[int]:
 
 @contextlib.contextmanager
 def sockets(address: tuple[str, int]) -> Generator[socket.socket]:
-    """A connection to the server that does not wait to fill a packet."""
+    """Connect to the server, without Nagle's algorithm."""
     with socket.create_connection(address, timeout=START_TIMEOUT_SECONDS) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         yield connection

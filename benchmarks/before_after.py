@@ -1,0 +1,162 @@
+"""Compare the throughput of two checkouts, interleaved: ``python -m benchmarks.before_after BEFORE AFTER``.
+
+BEFORE and AFTER are folders of checkouts. Each one's own ``benchmarks.throughput`` runs as a process in its folder, with its
+own package and options, so the command lines of the two may differ (``--before-options``, ``--after-options``). In each round
+both are measured at each size, one directly after the other, and the order alternates. The ratio is AFTER to BEFORE within
+each round: its median with the lowest and the highest. Exits with status 1 if a median ratio is below ``--least``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.machine import in_words, load
+from benchmarks.measuring import conditions, spread
+from benchmarks.systems import LOOPBACK, started
+from ormo_rpc.report.table import as_markdown
+
+SIZES = (272_474, 2_000_000)
+WORKERS = 2
+TIMEOUT_SECONDS = 240.0
+LEAST = 0.97
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkout:
+    """A checkout to measure.
+
+    Attributes:
+        name: In the results.
+        folder: Its root.
+        python: The interpreter.
+        options: Further arguments of its ``benchmarks.throughput``.
+    """
+
+    name: str
+    folder: Path
+    python: Path
+    options: Sequence[str] = ()
+
+    def commit(self) -> str:
+        """The commit, with ``+changes`` if files differ from it."""
+        command = ["git", "-C", str(self.folder), "describe", "--always", "--abbrev=10", "--dirty=+changes"]
+        found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+        return found.stdout.strip() or "unknown"
+
+    def measure(self, parameters: int, workers: int, seconds: float) -> dict[str, Any]:
+        """Run its benchmark once.
+
+        Raises:
+            RuntimeError: it failed; the text says why.
+        """
+        size = ("--parameters", str(parameters), "--workers", str(workers), "--seconds", str(seconds))
+        command = [str(self.python), "-m", "benchmarks.throughput", *size, "--json", *self.options]
+        variables = {**os.environ, **LOOPBACK, "PYTHONPATH": str(self.folder)}
+        with started(command, variables, self.folder) as process:
+            try:
+                out, err = process.communicate(timeout=TIMEOUT_SECONDS)
+            except subprocess.TimeoutExpired:
+                raise RuntimeError(f"{self.name}: no answer within {TIMEOUT_SECONDS:g} seconds") from None
+        if process.returncode != 0:
+            last = (err.strip().splitlines() or ["no output"])[-1]
+            raise RuntimeError(f"{self.name} at D = {parameters:,}: {last} (exit status {process.returncode})")
+        return json.loads(out.strip().splitlines()[-1])
+
+
+def measure(
+    checkouts: Sequence[Checkout], sizes: Sequence[int], workers: int, seconds: float, rounds: int
+) -> list[dict[str, Any]]:
+    """Measure the checkouts in turn, in each round in the opposite order."""
+    found: list[dict[str, Any]] = []
+    with tqdm(total=rounds * len(sizes) * len(checkouts), unit="run") as bar:
+        for number in range(rounds):
+            for parameters in sizes:
+                for checkout in checkouts if number % 2 == 0 else [*reversed(checkouts)]:
+                    bar.set_description(f"round {number + 1} of {rounds}, D = {parameters:,}, {checkout.name}")
+                    about = {"checkout": checkout.name, "round": number}
+                    found.append({**checkout.measure(parameters, workers, seconds), **about})
+                    bar.update()
+    return found
+
+
+def rates(measurements: Sequence[Mapping[str, Any]], name: str, parameters: int) -> list[float]:
+    """Updates per second of a checkout at one D, in the order of rounds."""
+    chosen = [each for each in measurements if (each["checkout"], each["parameters"]) == (name, parameters)]
+    return [each["updates_per_second"] for each in sorted(chosen, key=lambda each: each["round"])]
+
+
+def ratios(measurements: Sequence[Mapping[str, Any]], parameters: int) -> list[float]:
+    """After to before at one D, round by round."""
+    before, after = (rates(measurements, name, parameters) for name in ("before", "after"))
+    return [new / old for old, new in zip(before, after, strict=True)]
+
+
+def as_text(content: Mapping[str, Any]) -> str:
+    """The report as Markdown."""
+    measurements = content["measurements"]
+    table = [("D", "before, updates/s", "after, updates/s", "after to before")]
+    for parameters in sorted({each["parameters"] for each in measurements}):
+        before, after = (spread(rates(measurements, name, parameters), ",.0f") for name in ("before", "after"))
+        table.append((f"{parameters:,}", before, after, spread(ratios(measurements, parameters), ".3f")))
+    loads = {"load at start": content["load_at_start"], "load at end": content["load_at_end"]}
+    text = [
+        *(f"# Throughput before and after, {content['date'][:10]}, K = {content['workers']}", ""),
+        *(f"Before: {content['before']}. After: {content['after']}.", ""),
+        *(in_words({**content["machine"], "torch": content["versions"]["torch"], **loads}), ""),
+        f"{content['rounds']} rounds of {content['seconds']:g} s each, interleaved: medians, with the lowest and the highest.",
+        *("", as_markdown(table)),
+    ]
+    return "\n".join(text) + "\n"
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("before", "after"):
+        parser.add_argument(name, type=Path, help=f"folder of the checkout {name} the change")
+    for name in ("before", "after"):
+        parser.add_argument(f"--{name}-options", default="", metavar="OPTIONS", help="for its benchmarks.throughput, quoted")
+        parser.add_argument(f"--{name}-python", type=Path, default=sys.executable, metavar="FILE", help="its interpreter")
+    parser.add_argument("--parameters", type=int, nargs="+", default=SIZES, metavar="D")
+    parser.add_argument("--workers", type=int, default=WORKERS, metavar="K")
+    parser.add_argument("--seconds", type=float, default=3.0, metavar="S", help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--least", type=float, default=LEAST, help="smallest median ratio that is accepted (%(default)s)")
+    parser.add_argument("--into", type=Path, metavar="FILE", help="write FILE.json and FILE.md")
+    a = parser.parse_args()
+    checkouts = [
+        Checkout(
+            name=name,
+            folder=getattr(a, name).resolve(),
+            python=Path(getattr(a, f"{name}_python")),
+            options=shlex.split(getattr(a, f"{name}_options")),
+        )
+        for name in ("before", "after")
+    ]
+    content: dict[str, Any] = {**conditions(), "workers": a.workers, "seconds": a.seconds, "rounds": a.rounds}
+    content |= {checkout.name: checkout.commit() for checkout in checkouts}
+    content["measurements"] = measure(checkouts, a.parameters, a.workers, a.seconds, a.rounds)
+    content["load_at_end"] = load()
+    print(as_text(content))
+    if a.into is not None:
+        a.into.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+        a.into.with_suffix(".md").write_text(as_text(content))
+    slow = [d for d in a.parameters if statistics.median(ratios(content["measurements"], d)) < a.least]
+    if slow:
+        sys.exit(f"before_after: slower than {a.least:g} of before at D = {', '.join(f'{d:,}' for d in slow)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Timing, ratios and tables that several benchmarks share."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import load, machine, versions
+from ormo_rpc.storage.run_directory import environment
+
+ROOT = Path(__file__).parents[1]
+"""The checkout."""
+RESULTS = ROOT / "results"
+
+
+def seconds_per_call(function: Callable[[], Any], repeats: int) -> float:
+    """Mean seconds of a call."""
+    began = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    return (time.perf_counter() - began) / repeats
+
+
+def spread(values: Sequence[float], form: str = ".2f") -> str:
+    """The median with the lowest and the highest, such as ``1.02 (0.98 - 1.05)``; a dash if there are none."""
+    if not values:
+        return "-"
+    return f"{statistics.median(values):{form}} ({min(values):{form}} - {max(values):{form}})"
+
+
+def conditions(environments: dict[str, Path] | None = None) -> dict[str, Any]:
+    """Everything that figures depend on: date, machine, versions, load."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": versions(environments or {}),
+        "load_at_start": load(),
+    }
+
+
+def parser(description: str | None, sizes: Sequence[int]) -> ArgumentParser:
+    """The command line of a benchmark that prints a table: sizes, rounds, ``--json``."""
+    made = ArgumentParser(description=description)
+    made.add_argument("--parameters", type=int, nargs="+", default=sizes, metavar="D")
+    made.add_argument("--rounds", type=int, default=9)
+    made.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return made
+
+
+def show(rows: Sequence[dict[str, Any]], arguments: Namespace) -> None:
+    """Print rows of equal keys as a table, or as JSON with the environment."""
+    if arguments.json:
+        print(json.dumps({"environment": environment(), "rows": rows}, indent=2))
+        return
+    cells = [[key.replace("_", " ") for key in rows[0]]]
+    cells += [[_cell(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,48 @@
+"""Train in a temporary run directory and read back what it recorded."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from argparse import ArgumentParser
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ormo_rpc import train
+from ormo_rpc.storage.run_directory import read_trace
+
+RESULTS = Path(__file__).parents[1] / "results"
+SIMULATED = ("runtime=sim", "logger=none", "logger.progress=false")
+"""The overrides of every simulated run."""
+
+
+def parser(description: str | None) -> ArgumentParser:
+    """The command line of an experiment, with the option ``--into``."""
+    made = ArgumentParser(description=description)
+    made.add_argument("--into", type=Path, default=RESULTS, metavar="FOLDER", help="folder of the results")
+    return made
+
+
+def run(overrides: Iterable[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Train: the summary, and the applied gradients as the trace has them."""
+    with tempfile.TemporaryDirectory(prefix="experiment_") as folder:
+        run_dir = Path(folder) / "run"
+        summary = train([*overrides], run_dir=run_dir)
+        return summary, [event for event in read_trace(run_dir)[1] if event["event"] == "apply"]
+
+
+def last_loss(applied: Sequence[Mapping[str, Any]]) -> float | None:
+    """The mean loss of the last tenth of the gradients; None for a run without any."""
+    losses = [event["loss"] for event in applied]
+    return statistics.fmean(losses[-max(1, len(losses) // 10) :]) if losses else None
+
+
+def not_completed(summaries: Sequence[Mapping[str, Any]]) -> str:
+    """Number of runs that did not complete, such as ``1 of 3``."""
+    return f"{sum(summary['status'] != 'completed' for summary in summaries)} of {len(summaries)}"
+
+
+def select(summary: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """These keys of a summary."""
+    return {key: summary[key] for key in keys}
