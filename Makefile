@@ -1,12 +1,14 @@
 # Every target that needs an environment makes it first.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check format bench bench-step bench-ray bench-tensorflow live-scale server-memory compression
+.PHONY: help setup train quick test check format bench bench-step bench-ray bench-tensorflow live-scale server-memory compression
 .PHONY: replays methods scale chaos journal clean
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 ARGS ?=
+# Tests are handed out one at a time: some take a minute, and the last of them would keep one core waiting for another.
+PARALLEL := -n logical --maxprocesses 8 --maxschedchunk 1
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -22,8 +24,13 @@ setup: .venv/ready  ## Make the environment in .venv (a few minutes, several GB:
 train: .venv/ready  ## Train the default job: OrMo, 4 workers, handwritten digits (more: make train ARGS="workers=8")
 	$(BIN)/python launch.py $(ARGS)
 
-test: .venv/ready  ## Run all tests
-	$(BIN)/python -m pytest $(ARGS)
+quick: .venv/ready  ## Format, lint and the tests that matter, within a minute: before every commit
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow and not live" --hypothesis-profile=quick $(ARGS)
+
+test: .venv/ready  ## Run all tests, on all cores (one after another: ARGS="-n 0")
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 check: .venv/ready  ## Format, lint and types, of the package and its tests
 	$(BIN)/ruff format --check .

@@ -1,14 +1,56 @@
-"""Settings for every test: one thread, and hypothesis without chance, so that a run in CI can be repeated."""
+"""Settings for every test: one thread, hypothesis without randomness, the order, and no process left behind."""
 
 from __future__ import annotations
 
-import torch
-from hypothesis import HealthCheck, settings
+from collections.abc import Generator
+from pathlib import Path
 
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, settings
+
+# Without randomness a run in CI can be repeated. Another profile: pytest --hypothesis-profile=search
 settings.register_profile(
     "repeatable", derandomize=True, deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow]
 )
+settings.register_profile(  # what fails is not made smaller: that takes minutes
+    "quick",
+    parent=settings.get_profile("repeatable"),
+    max_examples=4,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+)
 settings.register_profile("search", parent=settings.get_profile("repeatable"), derandomize=False, max_examples=400)
-settings.load_profile("repeatable")  # another one: pytest --hypothesis-profile=search
+settings.load_profile("repeatable")
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put live tests last: beside each other, and not beside tests that keep a core busy for the whole time."""
+    items.sort(key=lambda item: item.get_closest_marker("live") is not None)
+
+
+def pytest_report_teststatus(report: pytest.TestReport, config: pytest.Config) -> tuple[str, str, str] | None:
+    """Have ``-q`` print nothing of tests that pass."""
+    return ("passed", "", "") if report.passed and report.when == "call" and config.get_verbosity() < 0 else None
+
+
+@pytest.fixture(autouse=True)
+def no_child_is_left() -> Generator[None]:
+    """Fail a test that leaves a process running which it has started."""
+    before = _children()
+    yield
+    left = [name for pid, name in _children().items() if pid not in before and name and "resource_tracker" not in name]
+    assert not left, f"still running after the test: {left}"
+
+
+def _children() -> dict[int, str]:
+    """The processes that this one has started, by number, with their command lines; nothing where Linux does not list them."""
+    found: dict[int, str] = {}
+    for file in Path("/proc/self/task").glob("*/children"):
+        try:
+            for pid in map(int, file.read_text().split()):
+                found[pid] = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+        except OSError:  # the thread, or the child, is gone
+            continue
+    return found
