@@ -34,7 +34,7 @@ EXIT_SECONDS = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What to inject, and when.
+    """The faults to inject, and their timing.
 
     Attributes:
         faults: Number of faults injected from outside, besides those that the processes inject into themselves.

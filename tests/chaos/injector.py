@@ -1,4 +1,4 @@
-"""What faults have in common: a run, its victims, and the effects to wait for."""
+"""The run that faults are injected into: its victims, and the effects to wait for."""
 
 from __future__ import annotations
 

@@ -23,11 +23,11 @@ from tests.chaos.trace import TraceEvent, TraceFollower
 ROOT = Path(__file__).parents[2]
 """The checkout."""
 POLL_SECONDS = 0.05
-"""Between two looks at the trace and the log."""
+"""Between two polls of the trace and the log."""
 PROCESSES_SECONDS = 0.25
-"""Between two looks for new processes."""
+"""Between two searches for new processes."""
 SOCKETS_SECONDS = 2.0
-"""Between two looks for new sockets."""
+"""Between two searches for new sockets."""
 PATIENCE_SECONDS = 180.0
 """Longest time that anything may take on a busy machine."""
 

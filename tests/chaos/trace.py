@@ -83,7 +83,7 @@ class TraceFollower:
         return found
 
     def _offset_after_truncation(self, content: bytes) -> int:
-        """Where the present incarnation's events begin, or the end of the file if it has recorded none yet."""
+        """The offset where the present incarnation's events begin, or the end of the file if it has recorded none yet."""
         end = content.rfind(b"\n") + 1
         start = content.rfind(b'{"event": "resume"', 0, end)
         if start < 0:
