@@ -36,8 +36,8 @@ def overrides(job: Job, transport: str = "auto", wire: str = "float32") -> list[
     """The overrides of the run that is measured; defaults are left out."""
     return [
         *("runtime=rpc", "algorithm=ormo", "logger=none", "logger.progress=false", f"workers={job.workers}", "train.lr=1e-6"),
-        *("model=custom", "model._target_=benchmarks.dummy_model.DummyModel", f"model.kwargs={{parameters:{job.parameters}}}"),
-        *("dataset=custom", "dataset._target_=benchmarks.dummy_model.data", "worker.dummy=true"),
+        *("model._target_=benchmarks.dummy_model.DummyModel", f"+model.parameters={job.parameters}"),
+        *("dataset._target_=benchmarks.dummy_model.data", "worker.dummy=true"),
         *("train.batch_size=1", "train.epochs=1000000", f"train.max_seconds={WARM_UP_SECONDS + job.seconds}"),
         *([] if transport == "auto" else [f"wire.transport={transport}"]),
         *([] if wire == "float32" else [f"wire.dtype={wire}"]),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import os
 import sys
@@ -12,113 +11,64 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
-from omegaconf import MISSING, DictConfig
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
+from ormo_rpc.config.help import help_text, list_of_keys
+from ormo_rpc.config.parsing import one_line, parse_config, unknown_key
 from ormo_rpc.config.renamed import refuse_renamed
-from ormo_rpc.config.schema import GROUPS, Config, parse_config, schema_of
+from ormo_rpc.config.schema import Config
+from ormo_rpc.config.write_conf import conf_dir
 from ormo_rpc.errors import ConfigError
-from ormo_rpc.options import Section
 from ormo_rpc.runtimes.torchrun import Torchrun
 
-
-def config_dir() -> Path:
-    """The folder ``conf``: inside the package where it was installed as a wheel, beside it in a checkout."""
-    package = Path(__file__).parent
-    return next(folder for folder in (package / "conf", package.parent / "conf") if folder.is_dir())
-
-
-def register_schemas() -> None:
-    """Tell hydra the typed schema, so that a typo or a wrong type is refused while it composes."""
-    store = ConfigStore.instance()
-    root = schema_of(Config)
-    root.update(dict.fromkeys(GROUPS, MISSING))  # the files of conf/ fill them
-    store.store(name="schema", node=root)
-    for group, choices in GROUPS.items():
-        for name, section in choices.items():
-            store.store(group=f"schema/{group}", name=name, node=schema_of(section), package=group)
-    store.store(
-        group="hydra/help", name="ormo_rpc", node={"app_name": "launch.py", "template": help_text()}, package="hydra.help"
-    )
+REPORTS = "HYDRA_FULL_ERROR"
+"""Environment variable at which hydra raises its errors instead of printing them over several lines."""
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
-    """The configuration that ``python launch.py`` would run with these overrides, for use from Python.
+    """Compose the configuration that ``python launch.py`` would run with these overrides, for use from Python.
 
     Raises:
         ConfigError: an override is wrong.
     """
+    try:
+        with hydra.initialize_config_dir(str(conf_dir().absolute()), version_base="1.3"):
+            return parse_config(hydra.compose("config", prepared(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _refused(error) from None
+
+
+def prepared(overrides: Sequence[str]) -> list[str]:
+    """The overrides as hydra wants them.
+
+    A dictionary in the place of another one (``runtime.joins={4: 1.5}``) would be refused for its new keys; ``++`` allows them.
+
+    Raises:
+        ConfigError: one uses a former name.
+    """
     refuse_renamed(overrides)
-    register_schemas()
-    with hydra.initialize_config_dir(str(config_dir().absolute()), version_base="1.3"):
-        try:
-            return parse_config(hydra.compose("config", list(overrides)))
-        except HydraException as error:
-            raise ConfigError(" ".join(f"{error}: {error.__cause__ or ''}".split())) from None
-
-
-def help_text() -> str:
-    """``launch.py --help``: what it does, the groups, and every key with default and meaning."""
-    lines = [_HEADER, "Groups (chosen as GROUP=NAME; the first column is the name):"]
-    for group, choices in GROUPS.items():
-        described = {name: _descriptions(section) for name, section in choices.items()}
-        common = [line for line in next(iter(described.values())) if all(line in lines for lines in described.values())]
-        lines += [f"  {group}", *(f"      {line}" for line in common)]
-        for name, section in choices.items():
-            (doc,) = (f.metadata["doc"] for f in dataclasses.fields(section) if f.name == "name")
-            lines.append(f"    {name:<18}{doc}")
-            lines += [f"      {line}" for line in described[name] if line not in common]
-    for folder in sorted(path for path in config_dir().iterdir() if path.is_dir() and path.name not in GROUPS):
-        lines.append(f"  {folder.name:<18}{', '.join(sorted(path.stem for path in folder.glob('*.yaml')))}")
-    lines += ["", "Keys (set as KEY=VALUE; defaults in brackets):"]
-    for field in dataclasses.fields(Config):
-        if field.name in GROUPS:
-            continue
-        if field.metadata:
-            lines.append(f"  {_describe(Config, field)}")
-        else:
-            section: type[Section] = field.default_factory  # pyright: ignore[reportAssignmentType] # a class
-            lines += [f"  {line}" for line in _descriptions(section)]
-    return "\n".join([*lines, "", _FOOTER]).replace("$", "$$")
-
-
-def _descriptions(section: type[Section]) -> list[str]:
-    chosen = section.PATH in GROUPS  # by its name
-    return [_describe(section, field) for field in dataclasses.fields(section) if field.name != "name" or not chosen]
-
-
-def _describe(section: type[Section], field: dataclasses.Field[Any]) -> str:
-    made = field.default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING
-    default = field.default_factory() if made else field.default  # pyright: ignore[reportCallIssue] # it is one of the two
-    shown = getattr(default, "value", default)
-    return f"{section.key(field.name):<31} {field.metadata['doc']} [{'none' if shown is None else shown}]"
+    return [f"++{word}" if word[:1].isalpha() and word.partition("=")[2].startswith("{") else word for word in overrides]
 
 
 def main() -> None:
     """Run ``launch.py`` with this process's arguments."""
-    for number in range(3):  # a closed standard stream would lend its number to the next file that is attach
+    for number in range(3):  # a closed standard stream would lend its number to the next file that is opened
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    try:
-        refuse_renamed(sys.argv[1:])
-    except ConfigError as error:
-        print(f"launch.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    register_schemas()
-    torchrun = Torchrun.from_environment()
-    if (torchrun is not None and torchrun.rank > 0) or "role=worker" in sys.argv[1:]:
-        # Who starts the server alone makes the run directory and its logs.
-        sys.argv += [
-            "hydra.run.dir=.",
-            "hydra.output_subdir=null",
-            "hydra/job_logging=disabled",
-            "hydra/hydra_logging=disabled",
-        ]
+    arguments = sys.argv[1:]
+    if "--help-all" in arguments:
+        print(list_of_keys())
+        return
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text())
+        return
+    wanted = REPORTS in os.environ
     began = False
 
     @functools.wraps(_job)
@@ -128,24 +78,53 @@ def main() -> None:
         _job(values)
 
     try:
+        sys.argv[1:] = [*prepared(arguments), *_without_directory(arguments)]
+        os.environ[REPORTS] = "1"
         with contextlib.suppress(KeyboardInterrupt):
             _hydra_main(job)
             return
         print("launch.py: interrupted before anything was started", file=sys.stderr)
         sys.exit(130)
+    except (HydraException, OmegaConfBaseException) as error:
+        if wanted or began:
+            raise
+        print(f"launch.py: {_refused(error)}", file=sys.stderr)
+        sys.exit(2)
+    except ConfigError as error:
+        print(f"launch.py: {error}", file=sys.stderr)
+        sys.exit(2)
     except SystemExit as end:
-        # Hydra refuses a wrong configuration with status 1, which is ours for a run that failed.
+        # Hydra refuses wrong arguments with status 1, which is ours for a run that failed.
         sys.exit(2 if end.code == 1 and not began else end.code)
 
 
 def _hydra_main(job: Callable[[DictConfig], None]) -> None:
     """Let hydra compose the configuration from our arguments, and call the job."""
-    hydra.main(version_base="1.3", config_path=str(config_dir().absolute()), config_name="config")(job)()
+    hydra.main(version_base="1.3", config_path=str(conf_dir().absolute()), config_name="config")(job)()
+
+
+def _without_directory(arguments: Sequence[str]) -> list[str]:
+    """Further arguments for a process that has no run directory, as the one that starts the server makes it and its logs."""
+    torchrun = Torchrun.from_environment()
+    if (torchrun is None or torchrun.rank == 0) and "role=worker" not in arguments:
+        return []
+    return ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
+
+
+def _refused(error: Exception) -> ConfigError:
+    """One line of what hydra has to say over several."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None and error.options:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return ConfigError(f"{group}: got {name!r}, expected one of {', '.join(error.options)}")
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(cause, OmegaConfBaseException):
+        return ConfigError(unknown_key(cause) or one_line(cause))
+    return ConfigError(" ".join(f"{error}: {error.__cause__ or ''}".split()).removesuffix(":"))
 
 
 def _job(values: DictConfig) -> None:
     """One job of hydra: a single run, or one of a sweep."""
-    from ormo_rpc.runtimes import RunFailed, run  # hydra answers --help without loading the runtimes
+    from ormo_rpc.runtimes import RunFailed, run  # hydra answers --cfg without loading the runtimes
 
     mode = HydraConfig.get()
     sweep = mode.mode is RunMode.MULTIRUN
@@ -160,7 +139,7 @@ def _job(values: DictConfig) -> None:
         print(f"launch.py: {error}", file=sys.stderr)
         sys.exit(error.exit_status if isinstance(error, RunFailed) else 2)
     if summary:
-        with contextlib.suppress(BrokenPipeError):  # whoever read our output has heard enough
+        with contextlib.suppress(BrokenPipeError):  # the reader of our output is gone
             print(_result(summary, run_dir), flush=True)
     if summary.get("status") == "diverged" and not sweep:
         print("launch.py: the parameters diverged; lower train.lr or train.momentum, or set train.clip_norm", file=sys.stderr)
@@ -179,23 +158,3 @@ def _result(summary: dict[str, Any], run_dir: Path) -> str:
         f"mean delay {summary['delay_mean']:.1f}, training loss {'-' if loss is None else f'{loss:.4f}'}, "
         f"test accuracy {'-' if accuracy is None else f'{accuracy:.2%}'}\nrun directory: {run_dir}"
     )
-
-
-_HEADER = """launch.py - asynchronous data-parallel training with ordered momentum (OrMo)
-
-  python launch.py                                    ormo, async, 4 workers, digits, on this machine
-  python launch.py algorithm=ormo_da workers=8 dataset=fashion_mnist model=cnn train.epochs=5 seed=1
-  python launch.py scheduler=sync                     synchronous SGD with momentum (SSGDm)
-  python launch.py heterogeneity=one_slow             one worker ten times slower than the others
-  python launch.py -m algorithm=asgd,naive,ormo seed=0,1,2                   a sweep of nine runs
-  torchrun --standalone --nproc-per-node=4 launch.py  rank 0 serves, ranks 1 to 3 work
-  python launch.py role=worker server.address=HOST:PORT server.secret_file=RUN_DIRECTORY/secret
-                                                      one more worker for a run that goes on
-  python -m ormo_rpc.evaluate RUN_DIRECTORY           test accuracy of a run or checkpoint
-"""
-
-_FOOTER = """A run directory (outputs/DATE/TIME, printed at the end) holds config.yaml, metrics.jsonl, trace.jsonl,
-processes.json, logs/, checkpoints/, summary.json and the wandb run.
-Exit status: 0 the run met its end, 1 it could not, 2 wrong configuration, 3 diverged, 130 interrupted
-(a checkpoint is left; go on with checkpoint.resume=RUN_DIRECTORY).
---cfg job prints the configuration; further options of hydra: --hydra-help."""

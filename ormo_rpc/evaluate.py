@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ormo_rpc.config.schema import load_config
+from ormo_rpc.config.parsing import load_config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.storage import checkpoint

@@ -7,7 +7,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ormo_rpc.config.schema import Config, parse_config
+from ormo_rpc.config.parsing import parse_config
+from ormo_rpc.config.schema import Config
 from ormo_rpc.runtimes import run
 
 

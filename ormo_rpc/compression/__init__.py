@@ -1,6 +1,6 @@
 """Compression of what a worker pushes: which values stand for a vector, beside the dtype that they travel in.
 
-A new one is one file here (its options and its `Compressor`), one in ``conf/compression/``, and one row in the table below::
+A new one is one file here, its options and its `Compressor`::
 
     base.py      the contract: a vector of D to its values and indices, and back
     none.py      every value                     topk.py  the largest ones, with their places
@@ -25,7 +25,14 @@ from ormo_rpc.compression.none import NoCompression
 from ormo_rpc.compression.powersgd import PowerSGD
 from ormo_rpc.compression.topk import TopK
 
-__all__ = ["COMPRESSIONS", "Allocate", "Compression", "Compressor", "Encoder", "NoCompression", "PushFormat", "pushed_dtype"]
-
-COMPRESSIONS: dict[str, type[Compression]] = {"none": NoCompression, "topk": TopK, "powersgd": PowerSGD}
-"""The options of each by name."""
+__all__ = [
+    "Allocate",
+    "Compression",
+    "Compressor",
+    "Encoder",
+    "NoCompression",
+    "PowerSGD",
+    "PushFormat",
+    "TopK",
+    "pushed_dtype",
+]

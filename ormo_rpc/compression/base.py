@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ormo_rpc.models.flat import Layout
-from ormo_rpc.options import Section, option
+from ormo_rpc.options import Part, option
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,8 @@ class Compressor(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compression(Section, ABC):
-    """What every compression has.
+class Compression(Part, ABC):
+    """The choice of what stands for a push on the wire, and its options.
 
     With error feedback a worker adds what the wire has dropped so far to its next push ``g``, here with ``C`` for compression
     and rounding together: ``p = g + e``, push ``C(p)``, ``e <- p - C(p)``. So nothing is lost, only late: the sum of all that
@@ -78,12 +78,11 @@ class Compression(Section, ABC):
     dropped every time, and what is too large for fp16 is cut. With ``wire.dtype=float32`` and ``none`` nothing is fed back.
 
     Source: Stich, Cordonnier, Jaggi, NeurIPS 2018, arXiv 1809.07599, Algorithm 1. Departures: there ``e`` holds steps, with the
-        learning rate in them; here gradients (or whatever the algorithm pushes), since the server applies the learning rate. ``e``
-        is forgotten when its worker joins anew.
+        learning rate in them; here gradients (or whatever the algorithm pushes), since the server applies the learning rate.
+        ``e`` is forgotten when its worker joins anew.
     """
 
     PATH = "compression"
-    name: str = option("???", "which values of a push travel")
     error_feedback: bool = option(True, "add what compression and rounding have dropped to the worker's next push")
 
     @abstractmethod

@@ -5,25 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
+from typing_extensions import override
 
 from ormo_rpc.compression.base import Compressed, Compression, Compressor
 from ormo_rpc.models.flat import Layout
-from ormo_rpc.options import option
+from ormo_rpc.options import option, register
 
 
+@register("none")
 @dataclass(frozen=True, kw_only=True)
 class NoCompression(Compression):
-    """Every value travels, rounded to ``wire.dtype``.
+    """Every value of a push travels, rounded to ``wire.dtype``.
 
     Its errors are not fed back unless that is asked for: rounding to nearest drops little, and as much up as down, while the
     feedback takes several passes over vectors of D.
     """
 
-    name: str = option("none", "every value of a push travels, rounded to wire.dtype")
     error_feedback: bool = option(False, "add what rounding has dropped to the worker's next push")
 
+    @override
     def build(self, params: Layout) -> Compressor:
-        """See `Compression.build`."""
         return Every(params.size)
 
 
@@ -37,10 +38,10 @@ class Every(Compressor):
     def __init__(self, dimension: int) -> None:
         self.num_values = dimension
 
-    def compress(self, vector: Tensor, kept: Tensor | None) -> Compressed:  # noqa: ARG002 - there is nothing to keep
-        """See `Compressor.compress`."""
+    @override
+    def compress(self, vector: Tensor, kept: Tensor | None) -> Compressed:
         return Compressed(vector)
 
-    def decompress(self, values: Tensor, indices: Tensor, into: Tensor) -> None:  # noqa: ARG002 - there are none
-        """See `Compressor.decompress`."""
+    @override
+    def decompress(self, values: Tensor, indices: Tensor, into: Tensor) -> None:
         into.copy_(values)

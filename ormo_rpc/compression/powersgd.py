@@ -7,18 +7,22 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ormo_rpc.compression.base import Compressed, Compression, Compressor
 from ormo_rpc.models.flat import Layout
-from ormo_rpc.options import option, positive
+from ormo_rpc.options import option, positive, register
 
 DEPENDENT = 100
 """In units of the dtype's epsilon: a column of which less is left beside the columns before it is a combination of them."""
 
 
+@register("powersgd")
 @dataclass(frozen=True, kw_only=True)
 class PowerSGD(Compression):
-    """Each parameter's gradient as a matrix ``M``, shape (n, m), travels as ``P``, (n, r), and ``Q``, (m, r); ``M ~ P Q^T``.
+    """Two thin factors for each matrix of parameters travel, with error feedback.
+
+    Each parameter's gradient as a matrix ``M``, shape (n, m), becomes ``P``, (n, r), and ``Q``, (m, r); ``M ~ P Q^T``.
 
     One step of power iteration, from the ``Q`` of the worker's last push (warm start) or a random one, as torch's
     `powerSGD_hook` has it: orthogonalise ``Q``; ``P = M Q``; orthogonalise ``P``; ``Q = M^T P``. ``M`` is the gradient viewed
@@ -31,7 +35,6 @@ class PowerSGD(Compression):
         ``Q`` for the next push, where torch divides by (nearly) 0; so a gradient of 0 does no harm.
     """
 
-    name: str = option("powersgd", "two thin factors for each matrix of parameters travel")
     rank: int = option(2, "r, columns of each factor", valid=lambda v: v >= 1, expected="a whole number >= 1")
     min_compression_rate: float = option(
         2.0,
@@ -40,13 +43,13 @@ class PowerSGD(Compression):
         expected="a finite number > 0",
     )
 
+    @override
     def build(self, params: Layout) -> Compressor:
-        """See `Compression.build`."""
         return Factors(params, self.rank, self.min_compression_rate)
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class FactoredTensor:
     """One tensor: where it lies, and which values and which part of what is kept belong to it.
 
     Attributes:
@@ -91,7 +94,7 @@ class Factors(Compressor):
     """
 
     def __init__(self, params: Layout, rank: int, least_rate: float) -> None:
-        self.parts: list[Part] = []
+        self.parts: list[FactoredTensor] = []
         self.num_values = self.num_kept = 0
         ends = accumulate(shape.numel() for shape in params.shapes.values())
         for shape, end in zip(params.shapes.values(), ends, strict=True):
@@ -99,17 +102,17 @@ class Factors(Compressor):
             columns = shape.numel() // max(1, rows)
             worth = (rows + columns) * rank * least_rate < rows * columns
             taken = min(rows, columns, rank) if worth else 0
-            part = Part(slice(end - shape.numel(), end), rows, columns, taken, self.num_values, self.num_kept)
+            part = FactoredTensor(slice(end - shape.numel(), end), rows, columns, taken, self.num_values, self.num_kept)
             self.parts.append(part)
             self.num_values += part.num_values
             self.num_kept += columns * taken
 
+    @override
     def start(self, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-        """All ``Q`` one behind the other, of normal values."""
         return torch.randn(self.num_kept, generator=generator, dtype=dtype)
 
+    @override
     def compress(self, vector: Tensor, kept: Tensor | None) -> Compressed:
-        """See `Compressor.compress`."""
         assert kept is not None, "what `start` returned"
         values, after = vector.new_empty(self.num_values), kept.clone()
         for part in self.parts:
@@ -126,8 +129,8 @@ class Factors(Compressor):
             torch.where(q.any(0), q, former, out=former)
         return Compressed(values, None, after)
 
-    def decompress(self, values: Tensor, indices: Tensor, into: Tensor) -> None:  # noqa: ARG002 - there are none
-        """See `Compressor.decompress`; a sum of outer products element by element, since a matrix product's bits may vary."""
+    @override
+    def decompress(self, values: Tensor, indices: Tensor, into: Tensor) -> None:
         for part in self.parts:
             if not part.rank:
                 into[part.place] = values[part.values : part.values + part.num_values]
@@ -135,6 +138,7 @@ class Factors(Compressor):
             matrix = into[part.place].view(part.rows, part.columns)
             p, q = (factor.to(into.dtype) for factor in part.factors(values))
             columns = q.t().contiguous()
+            # A sum of outer products element by element, since the bits of a matrix product may vary.
             torch.mul(p[:, :1], columns[0], out=matrix)
             for column in range(1, part.rank):
                 matrix.addcmul_(p[:, column : column + 1], columns[column])

@@ -12,6 +12,9 @@ RENAMED_KEYS: Mapping[str, str] = {"worker.stand_in": "worker.dummy"}
 RENAMED_VALUES: Mapping[tuple[str, str], str] = {}
 """From (key, former value) to the present value; the key is the present one."""
 
+CALLABLE = ("model", "dataset")
+"""Groups whose ``_target_`` may be any callable; its keywords were once in ``kwargs``."""
+
 
 def refuse_renamed(overrides: Sequence[str]) -> None:
     """Refuse command-line overrides under a former name.
@@ -22,6 +25,10 @@ def refuse_renamed(overrides: Sequence[str]) -> None:
     for override in overrides:
         key, _, value = override.partition("=")
         key = key.lstrip("+~")
+        group, _, keyword = key.partition(".kwargs")
+        if group in CALLABLE and keyword[:1] in ("", ".") and key != group:
+            wanted = f"+{group}{keyword}={value}" if keyword else f"+{group}.KEY=VALUE for each keyword"
+            raise ConfigError(f"{key}: keywords stand beside _target_; use {wanted}")
         if key in RENAMED_KEYS:
             raise ConfigError(f"{key}: was renamed; use {RENAMED_KEYS[key]}={value}")
         if (key, value) in RENAMED_VALUES:
@@ -39,6 +46,10 @@ def translate_renamed(values: Mapping[str, Any]) -> dict[str, Any]:
             target = _section(translated, path, create=True)
             assert target is not None
             target[new_name] = section.pop(name)
+    for group in CALLABLE:
+        section = translated.get(group)
+        if isinstance(section, dict) and section.get("_target_") is not None and isinstance(section.get("kwargs"), dict):
+            translated[group] = {"_target_": section["_target_"], **section["kwargs"]}
     for (key, former), present in RENAMED_VALUES.items():
         *path, name = key.split(".")
         section = _section(translated, path)

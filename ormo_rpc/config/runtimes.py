@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from ormo_rpc.options import Section, at_least_one, not_negative, option, positive
+from ormo_rpc.options import Part, at_least_one, not_negative, option, positive, register
 from ormo_rpc.worker.faults import are_faults
 
 
@@ -26,11 +26,10 @@ class GradientKind(Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Runtime(Section):
-    """What every runtime has."""
+class Runtime(Part):
+    """The options that every runtime has."""
 
     PATH = "runtime"
-    name: str = option("???", "how server and workers are run")
     threads: int = option(
         1, "threads of each process for tensor operations", valid=lambda v: v >= 1, expected="a whole number >= 1"
     )
@@ -40,11 +39,11 @@ class Runtime(Section):
     )
 
 
+@register("rpc")
 @dataclass(frozen=True, kw_only=True)
 class RpcRuntime(Runtime):
-    """Processes that are connected as ``wire.transport`` says."""
+    """Processes on this machine, or under torchrun on many, connected as ``wire.transport`` says."""
 
-    name: str = option("rpc", "processes on one machine or many, connected by shared memory, TCP or torch.distributed.rpc")
     start_timeout_seconds: float = option(
         180.0, "time for all processes to start and find one another", valid=positive, expected="a finite number > 0"
     )
@@ -106,11 +105,11 @@ class RpcRuntime(Runtime):
         return self.worker_timeout_seconds / 10
 
 
+@register("sim")
 @dataclass(frozen=True, kw_only=True)
 class SimRuntime(Runtime):
-    """A virtual cluster in one process: real server, real gradients, virtual time."""
+    """A virtual cluster in this process: the same server and gradients, virtual time."""
 
-    name: str = option("sim", "a virtual cluster in this process: the same server and gradients, virtual time")
     compute_seconds: float = option(
         0.1,
         "virtual seconds that a worker computes for a ticket, before heterogeneity",
@@ -152,12 +151,7 @@ class SimRuntime(Runtime):
     )
 
 
+@register("replay")
 @dataclass(frozen=True, kw_only=True)
 class ReplayRuntime(Runtime):
-    """A recorded run computed again."""
-
-    name: str = option("replay", "compute a recorded run (replay.run) again, bit for bit")
-
-
-RUNTIMES: dict[str, type[Runtime]] = {"rpc": RpcRuntime, "sim": SimRuntime, "replay": ReplayRuntime}
-"""The runtimes' options by name."""
+    """A recorded run computed again, bit for bit: replay.run=RUN_DIRECTORY."""

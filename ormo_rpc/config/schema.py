@@ -1,7 +1,7 @@
 """The schema of a run: every key with its type, default, meaning and range.
 
-Defaults stand here and with the sections of algorithms, schedulers, data sets and models; the files in ``conf/`` only choose among
-them.
+Sections that are always there stand here; those of a group (algorithm, model, ...) are parts, each in its own file. The files
+in ``conf/`` are written from both, see `write_conf`.
 """
 
 from __future__ import annotations
@@ -10,27 +10,23 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from pathlib import Path
-from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from ormo_rpc import algorithms
 from ormo_rpc.algorithms.base import Algorithm
-from ormo_rpc.compression import COMPRESSIONS, Compression, NoCompression
-from ormo_rpc.compression.wire_options import ParamsDtype, Transport, Wire, WireDtype
-from ormo_rpc.config.renamed import translate_renamed
-from ormo_rpc.config.runtimes import RUNTIMES, RpcRuntime, Runtime, SimRuntime
-from ormo_rpc.data import DATASETS, DataSection, Digits
-from ormo_rpc.errors import ConfigError
-from ormo_rpc.models import MODELS, MLPSection, ModelSection
-from ormo_rpc.options import Section, at_least_one, not_negative, option, positive
+from ormo_rpc.compression import Compression, NoCompression
+from ormo_rpc.compression.wire_options import ParamsDtype, Wire, WireDtype
+from ormo_rpc.config.runtimes import RpcRuntime, Runtime, SimRuntime
+from ormo_rpc.config.saving import to_yaml
+from ormo_rpc.data import DataSource, Digits
+from ormo_rpc.models import MLP, Model
+from ormo_rpc.options import Section, at_least_one, not_negative, option, parts, positive
+from ormo_rpc.options.part import PACKAGES
 from ormo_rpc.schedulers.base import SCHEDULERS, Scheduler
 from ormo_rpc.server.lr_schedule import LearningRate, Shape
 from ormo_rpc.server.validation import NormLimit, NormPolicy
-from ormo_rpc.worker.heterogeneity import HETEROGENEITIES, Heterogeneity
+from ormo_rpc.worker.heterogeneity import Heterogeneity, NoHeterogeneity
 from ormo_rpc.worker.options import WorkerOptions
 
 
@@ -69,7 +65,7 @@ class Train(Section):
         30, "end after this many passes over the training data", valid=at_least_one, expected="a whole number >= 1"
     )
     max_iterations: int | None = option(
-        None, "end after this many applied gradients", valid=at_least_one, expected="a number >= 1"
+        None, "end after this many applied gradients", valid=at_least_one, expected="a whole number >= 1"
     )
     max_seconds: float | None = option(None, "end after this many seconds", valid=positive, expected="a finite number > 0")
     batch_size: int = option(32, "samples per gradient", valid=at_least_one, expected="a whole number >= 1")
@@ -114,7 +110,9 @@ class Checkpoint(Section):
     """When checkpoints are written, and where a run goes on from."""
 
     PATH = "checkpoint"
-    every: int = option(0, "iterations between checkpoints; 0: by time alone", valid=lambda v: v >= 0, expected="a number >= 0")
+    every: int = option(
+        0, "iterations between checkpoints; 0: by time alone", valid=lambda v: v >= 0, expected="a whole number >= 0"
+    )
     every_seconds: float = option(
         30.0,
         "seconds (of the machine, not of a simulation) between checkpoints; 0: not by time",
@@ -178,9 +176,9 @@ class Config(Section):
     seed: int = option(0, "of everything random", valid=lambda v: v >= 0, expected="a whole number >= 0")
     algorithm: Algorithm.Options = field(default_factory=lambda: algorithms.find("ormo").Options())
     scheduler: Scheduler.Options = field(default_factory=SCHEDULERS["async"].Options)
-    dataset: DataSection = field(default_factory=Digits)
-    model: ModelSection = field(default_factory=MLPSection)
-    heterogeneity: Heterogeneity = field(default_factory=Heterogeneity)
+    dataset: DataSource = field(default_factory=Digits)
+    model: Model = field(default_factory=MLP)
+    heterogeneity: Heterogeneity = field(default_factory=NoHeterogeneity)
     train: Train = field(default_factory=Train)
     runtime: Runtime = field(default_factory=RpcRuntime)
     server: Server = field(default_factory=Server)
@@ -194,7 +192,7 @@ class Config(Section):
     @functools.cached_property
     def yaml(self) -> str:
         """Resolved YAML, which `load_config` reads; kept, because every checkpoint writes it."""
-        return OmegaConf.to_yaml(OmegaConf.structured(self))
+        return to_yaml(self)
 
     @property
     def num_processes(self) -> int:
@@ -253,110 +251,14 @@ class Config(Section):
         )
 
 
-GROUPS: dict[str, Mapping[str, type[Section]]] = {
-    "algorithm": {name: algorithms.find(name).Options for name in algorithms.NAMES},
-    "scheduler": {name: scheduler.Options for name, scheduler in SCHEDULERS.items()},
-    "dataset": DATASETS,
-    "model": MODELS,
-    "runtime": RUNTIMES,
-    "heterogeneity": HETEROGENEITIES,
-    "compression": COMPRESSIONS,
-}
-"""The sections that are chosen by name."""
+GROUPS: tuple[str, ...] = tuple(field.name for field in fields(Config) if field.name in PACKAGES and field.name != "logger")
+"""The sections that are parts: chosen by name or, from outside of the package, by ``_target_``."""
 
 
-def schema_of(section: type[Section]) -> DictConfig:
-    """The typed OmegaConf node of a section; a frozen dataclass makes a read-only node, and overrides have to write to it."""
-    node = OmegaConf.structured(section)
-    assert isinstance(node, DictConfig)
-    OmegaConf.set_readonly(node, False)
-    for name in node:
-        child = None if OmegaConf.is_missing(node, name) else node[name]
-        if isinstance(child, DictConfig):
-            OmegaConf.set_readonly(child, False)
-            if OmegaConf.get_type(child) is dict:
-                OmegaConf.set_struct(child, False)  # a free dictionary, such as the keywords of a user's own model
-    return node
-
-
-def parse_config(values: DictConfig | Mapping[str, Any]) -> Config:
-    """Check a tree of values against the schema.
-
-    Args:
-        values: Nested plain values, such as a composed hydra configuration or a loaded ``config.yaml``. What is missing takes
-            its default; a group is chosen by its ``name``.
-
-    Raises:
-        ConfigError: a key is unknown, or a value has the wrong type or is out of range.
-    """
-    try:
-        tree = OmegaConf.create(
-            OmegaConf.to_container(values, resolve=True) if isinstance(values, DictConfig) else dict(values)
-        )
-        schema = schema_of(Config)
-        for section in (str(key) for key in schema if OmegaConf.is_dict(schema[key])):
-            if section in tree and not OmegaConf.is_dict(value := OmegaConf.select(tree, section)):
-                raise ConfigError(f"{section}: got {value!r}, expected keys with their values")
-        for group, choices in GROUPS.items():
-            name = OmegaConf.select(tree, f"{group}.name", default=schema[group].name)
-            if name not in choices:
-                raise ConfigError(f"{group}: got {name!r}, expected one of {', '.join(choices)}")
-            schema[group] = schema_of(choices[name])
-        config = OmegaConf.to_object(OmegaConf.merge(schema, tree))
-    except OmegaConfBaseException as error:
-        raise ConfigError(_one_line(error)) from None
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    assert isinstance(config, Config)
-    refused = algorithms.find(config.algorithm.name).REFUSES.get(config.scheduler.name)
-    if refused is not None:
-        raise ConfigError(
-            f"scheduler: got {config.scheduler.name!r}, which {config.algorithm.name} does not run under: {refused}"
-        )
-    _refuse_together(config)
-    return config
-
-
-def _refuse_together(config: Config) -> None:
-    """Refuse what does not go with working ahead.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    prefetch = config.worker.prefetch
-    if prefetch and SCHEDULERS[config.scheduler.name].BARRIER:
-        raise ConfigError(
-            f"worker.prefetch: got {prefetch} with scheduler={config.scheduler.name}, whose barrier waits for all tickets, "
-            f"those ahead as well; expected 0, or scheduler=async or ssp"
-        )
-    if prefetch and config.wire.transport is Transport.uv:
-        raise ConfigError(
-            f"worker.prefetch: got {prefetch} with wire.transport=uv, where a process has one agent, for one worker; "
-            f"expected 0, or wire.transport=auto, shm or tcp"
-        )
-
-
-def save_config(config: Config, path: Path) -> None:
-    """Write a configuration as resolved YAML, which `load_config` reads."""
-    path.write_text(config.yaml)
-
-
-def load_config(path: Path) -> Config:
-    """Read what `save_config` wrote.
-
-    Raises:
-        ConfigError: the file is missing, or does not fit the schema.
-    """
-    if not path.is_file():
-        raise ConfigError(f"{path}: there is no such file, expected the config.yaml of a run")
-    values = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(values, dict)
-    return parse_config(translate_renamed({str(key): value for key, value in values.items()}))
-
-
-def _one_line(error: OmegaConfBaseException) -> str:
-    """OmegaConf's message with the full key in front, on one line."""
-    message = str(error.msg or error).splitlines()[0]
-    return f"{error.full_key}: {message}" if error.full_key else message
+def choices(group: str) -> Mapping[str, type[Section]]:
+    """The parts of a group by name."""
+    if group == "algorithm":
+        return {name: algorithms.find(name).Options for name in algorithms.NAMES}
+    if group == "scheduler":
+        return {name: scheduler.Options for name, scheduler in sorted(SCHEDULERS.items())}
+    return parts(group)

@@ -10,58 +10,61 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from ormo_rpc.data.sources import TorchvisionSection
+from ormo_rpc.data.sources import TorchvisionImages
 from ormo_rpc.data.splits import DataSet
-from ormo_rpc.options import option
+from ormo_rpc.options import option, register
 
 
+@register("cifar10")
 @dataclass(frozen=True, kw_only=True)
-class CIFAR10(TorchvisionSection):
-    """50,000 and 10,000 colour photographs of 32 x 32 pixels in ten classes (Krizhevsky 2009)."""
+class CIFAR10(TorchvisionImages):
+    """60,000 colour photographs of 32x32 pixels in ten classes (Krizhevsky 2009); 10,000 are for testing."""
 
     MEAN = (0.4914, 0.4822, 0.4465)
     STD = (0.2470, 0.2435, 0.2616)
-    name: str = option("cifar10", "60,000 photographs of 32x32 pixels, ten classes")
     augment: bool = option(True, "random crops (4 pixels of padding) and mirror images while training")
 
+    @override
     def load(self) -> DataSet:
-        """Check the files and read both halves; training images are augmented if wanted."""
         return self._load(augment=self.augment)
 
     @property
+    @override
     def folder(self) -> Path:
-        """``<root>/cifar-10-batches-py`` or ``<root>/cifar-100-python``."""
         return self.root_folder / self.torchvision_class.base_folder
 
+    @override
     def md5_sums(self) -> dict[str, str | None]:
-        """The files with images; that with the names of the classes is not needed."""
+        # The file with the names of the classes is not needed.
         return dict(self.torchvision_class.train_list + self.torchvision_class.test_list)
 
+    @override
     def fetch(self) -> None:
-        """Download the archive, check its md5 sum and unpack it."""
         from torchvision.datasets.utils import download_and_extract_archive
 
         source = self.torchvision_class
         download_and_extract_archive(source.url, str(self.root_folder), filename=source.filename, md5=source.tgz_md5)
 
+    @override
     def read(self, *, train: bool) -> tuple[Tensor, Tensor]:
-        """Read the batches of one half; the file of CIFAR-100 has coarse labels too, which are left alone."""
         files = self.torchvision_class.train_list if train else self.torchvision_class.test_list
         batches = [read_arrays(self.folder / name) for name, _ in files]
         images = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
+        # The file of CIFAR-100 has coarse labels as well.
         labels = np.concatenate([batch["labels" if "labels" in batch else "fine_labels"] for batch in batches])
         return torch.from_numpy(images), torch.from_numpy(labels)
 
 
+@register("cifar100")
 @dataclass(frozen=True, kw_only=True)
 class CIFAR100(CIFAR10):
-    """50,000 and 10,000 colour photographs of 32 x 32 pixels in a hundred classes (Krizhevsky 2009)."""
+    """60,000 colour photographs of 32x32 pixels in a hundred classes (Krizhevsky 2009); 10,000 are for testing."""
 
     MEAN = (0.5071, 0.4865, 0.4409)
     STD = (0.2673, 0.2564, 0.2762)
     NUM_CLASSES = 100
-    name: str = option("cifar100", "60,000 photographs of 32x32 pixels, a hundred classes")
 
 
 def read_arrays(path: Path) -> dict[str, Any]:
@@ -99,7 +102,7 @@ class _ArrayUnpickler(pickle.Unpickler):
     }
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
-        """The function that the file asks for, if it is a harmless one."""
+        """Look up the function that the file asks for, if it is a harmless one."""
         try:
             return self.ALLOWED[module_name, global_name]
         except KeyError:

@@ -9,40 +9,28 @@ from typing import Any, cast
 
 from torch import Tensor
 from torch.utils.data import default_collate
+from typing_extensions import override
 
-from ormo_rpc.data.sources import DataSection
+from ormo_rpc.data.sources import DataSource
 from ormo_rpc.data.splits import DataSet, MapSplit, MapStyle
-from ormo_rpc.options import instantiate as target
-from ormo_rpc.options import option
+from ormo_rpc.options import CallsTarget, register
 
 _log = logging.getLogger(__name__)
 
 
+@register("custom")
 @dataclass(frozen=True, kw_only=True)
-class Custom(DataSection):
-    """Whatever ``_target_(**kwargs)`` returns: a `DataSet`, or a pair (train, test) of map-style datasets of torch.
+class CustomData(DataSource, CallsTarget):
+    """A data set of your own: the function that ``dataset._target_`` names, the keys beside it are its keywords.
 
-    Of a pair the input shape is that of the first training item. The number of classes is ``kwargs["num_classes"]`` if given,
-    else the length of the training set's attribute ``classes``, else the largest training label plus one, for which the whole
-    set is read once; the log says which.
+    It returns a `DataSet`, or a pair (train, test) of map-style datasets of torch. Of a pair the input shape is that of the
+    first training item. The number of classes is the keyword ``num_classes`` if given, else the length of the training set's
+    attribute ``classes``, else the largest training label plus one, for which the whole set is read once; the log says which.
     """
 
-    name: str = option("custom", "your own")
-    _target_: str = option(
-        "",
-        "dotted path of a function that returns a DataSet or a pair (train, test) of torch datasets",
-        valid=target.is_dotted_path,
-        expected=target.DOTTED_PATH,
-    )
-    kwargs: dict[str, Any] = option({}, "keywords of that function")
-
+    @override
     def load(self) -> DataSet:
-        """Call the target.
-
-        Raises:
-            ValueError: when it cannot be called so, or returns something else; what it raises itself passes.
-        """
-        made = target.call(self.PATH, self._target_, self.kwargs)
+        made = self.call()
         if isinstance(made, DataSet):
             return made
         if not isinstance(made, (tuple, list)):
@@ -67,7 +55,7 @@ class Custom(DataSection):
     def _num_classes(self, train: MapStyle) -> int:
         classes = getattr(train, "classes", None)
         if "num_classes" in self.kwargs:
-            number, origin = int(self.kwargs["num_classes"]), "dataset.kwargs.num_classes"
+            number, origin = int(self.kwargs["num_classes"]), "dataset.num_classes"
         elif isinstance(classes, Sized):
             number, origin = len(classes), "its attribute classes"
         else:

@@ -5,17 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from typing_extensions import override
 
-from ormo_rpc.data.sources import DataSection
+from ormo_rpc.data.sources import DataSource
 from ormo_rpc.data.splits import ArraySplit, DataSet
-from ormo_rpc.options import option
+from ormo_rpc.options import register
 
 TEST_SIZE = 360
 
 
+@register("digits")
 @dataclass(frozen=True, kw_only=True)
-class Digits(DataSection):
-    """1,797 scans of 8 x 8 pixels, values 0 to 16, one channel, ten classes.
+class Digits(DataSource):
+    """1,797 handwritten digits of 8x8 pixels in ten classes, part of scikit-learn.
 
     The set has no official halves: 360 scans are set aside for testing and 1,437 left for training, with equal shares of every
     class. The division is always the same, whatever the run's seed, so that accuracies can be compared.
@@ -23,10 +25,8 @@ class Digits(DataSection):
     Source: Alpaydin and Kaynak 1998, the test half of UCI "Optical Recognition of Handwritten Digits".
     """
 
-    name: str = option("digits", "1,797 handwritten digits of 8x8 pixels, part of scikit-learn")
-
+    @override
     def load(self) -> DataSet:
-        """The fixed division into 1,437 and 360."""
         # Imported here: it takes a second, and no other data set needs it.
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
@@ -40,5 +40,6 @@ class Digits(DataSection):
         )
         return DataSet(train, test, (1, 8, 8), 10)
 
+    @override
     def prepare(self) -> None:
-        """Nothing to do: the scans are part of the scikit-learn package."""
+        pass  # the scans are part of the scikit-learn package

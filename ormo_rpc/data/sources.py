@@ -1,4 +1,4 @@
-"""What every data set in the configuration has: common options, files that may be missing, a download that happens once."""
+"""The contract of a data set, and images whose files torchvision knows: missing files, a download that happens once."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ormo_rpc.data.splits import ArraySplit, DataSet
-from ormo_rpc.options import Section, option
+from ormo_rpc.options import Part, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSection(Section, ABC):
-    """The options of every data set."""
+class DataSource(Part, ABC):
+    """A data set and its options."""
 
     PATH = "dataset"
-    name: str = option("???", "the data set")
     root: str = option("data", "folder that holds the files, one subfolder per data set")
     download: bool = option(False, "fetch missing files from the web, once per machine")
     verify: bool = option(True, "check md5 sums (CIFAR); off for a repackaged copy that you trust")
 
     @abstractmethod
     def load(self) -> DataSet:
-        """Read the data set into this process.
+        """Read the data set into this process's memory.
 
         Raises:
             ValueError: when it is missing or damaged; the message says what to do.
         """
 
     def prepare(self) -> None:
-        """See to it that `load` succeeds; called once per machine, before any worker starts.
+        """Make sure that `load` succeeds; called once per machine, before any worker starts.
 
         Raises:
             ValueError: as `load` does.
@@ -45,8 +45,8 @@ class DataSection(Section, ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TorchvisionSection(DataSection):
-    """Images whose files torchvision knows, and knows where to fetch; a subclass has the name of torchvision's class.
+class TorchvisionImages(DataSource):
+    """Images that torchvision can download; a subclass has the name of torchvision's class.
 
     The files are read without that class: it would unpickle whatever it finds, and it tells a missing file from a damaged one
     only in part.
@@ -87,14 +87,14 @@ class TorchvisionSection(DataSection):
     def read(self, *, train: bool) -> tuple[Tensor, Tensor]:
         """Images, uint8 of shape (N, C, H, W), and labels, int64 of shape (N,); raises anything on damaged files."""
 
+    @override
     def prepare(self) -> None:
-        """Fetch what is missing if allowed, then read everything once, so that no worker finds a fault first."""
         if self.download:
             self._fetch()
         self.load()
 
+    @override
     def load(self) -> DataSet:
-        """Check the files and read both halves; no augmentation."""
         return self._load(augment=False)
 
     def _load(self, *, augment: bool) -> DataSet:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ormo_rpc.config.saving import to_tree
 from ormo_rpc.config.schema import Config, WandbMode
 from ormo_rpc.runtimes.recorder import Dashboard
 from ormo_rpc.server.events import Statistics
@@ -76,7 +76,7 @@ class Wandb:
                 group=config.logger.group,
                 mode=config.logger.mode.value,
                 dir=directory,
-                config=plain(asdict(config)),
+                config=to_tree(config),
                 settings=wandb.Settings(console="off", silent=True),
             )
         except wandb.Error as error:

@@ -2,32 +2,11 @@
 
 from __future__ import annotations
 
-from ormo_rpc.models.base import ModelSection
-from ormo_rpc.models.cnn import CNN, CNNSection
-from ormo_rpc.models.custom import CustomSection
-from ormo_rpc.models.mlp import MLP, MLPSection
-from ormo_rpc.models.resnet20 import ResNet20, ResNet20Section, Shortcut
-from ormo_rpc.models.torchvision_model import TorchvisionSection
+from ormo_rpc.models.base import Model
+from ormo_rpc.models.cnn import CNN
+from ormo_rpc.models.custom import CustomModel
+from ormo_rpc.models.mlp import MLP
+from ormo_rpc.models.resnet20 import ResNet20, Shortcut
+from ormo_rpc.models.torchvision_model import Torchvision
 
-__all__ = [
-    "CNN",
-    "MLP",
-    "MODELS",
-    "CNNSection",
-    "CustomSection",
-    "MLPSection",
-    "ModelSection",
-    "ResNet20",
-    "ResNet20Section",
-    "Shortcut",
-    "TorchvisionSection",
-]
-
-MODELS: dict[str, type[ModelSection]] = {
-    "mlp": MLPSection,
-    "cnn": CNNSection,
-    "resnet20": ResNet20Section,
-    "torchvision": TorchvisionSection,
-    "custom": CustomSection,
-}
-"""The options of every model by its name in the configuration."""
+__all__ = ["CNN", "MLP", "CustomModel", "Model", "ResNet20", "Shortcut", "Torchvision"]

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ormo_rpc.options import Section, option
+from ormo_rpc.options import Part
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSection(Section, ABC):
-    """Options that every model has: its name."""
+class Model(Part, ABC):
+    """A network and its options."""
 
     PATH = "model"
-    name: str = option("???", "the model")
 
     @abstractmethod
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
@@ -43,7 +42,7 @@ def image_shape(name: str, input_shape: tuple[int, ...], smallest: int = 1) -> t
     """
     if len(input_shape) != 3 or min(input_shape[1:]) < smallest:
         raise ValueError(
-            f"model.name: {name} takes images (channels, height, width) of at least {smallest}x{smallest} pixels, "
+            f"model: {name} takes images (channels, height, width) of at least {smallest}x{smallest} pixels, "
             f"but the data set's inputs have shape {input_shape}"
         )
     channels, height, width = input_shape

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from typing_extensions import override
 
-from ormo_rpc.models.base import ModelSection, image_shape, is_probability
-from ormo_rpc.options import option
+from ormo_rpc.models.base import Model, image_shape, is_probability
+from ormo_rpc.options import option, register
 
 
-class CNN(nn.Module):
+class CNNNetwork(nn.Module):
     """Two 3x3 convolutions of 32 channels, each with ReLU and max pooling, then a hidden layer of 64 features.
 
     110,634 parameters for 28 x 28 grey pixels, 141,930 for 32 x 32 coloured ones. There is no batch norm, so no running
@@ -39,13 +40,13 @@ class CNN(nn.Module):
         return self.classifier(self.features(images))
 
 
+@register("cnn")
 @dataclass(frozen=True, kw_only=True)
-class CNNSection(ModelSection):
-    """Options of the small convolution net."""
+class CNN(Model):
+    """A small convolution net for images of at least 4x4 pixels."""
 
-    name: str = option("cnn", "small convolution net")
     dropout: float = option(0.0, "probability of dropping a feature", valid=is_probability, expected="a number in [0, 1)")
 
+    @override
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-        """A net for images of at least 4 x 4 pixels."""
-        return CNN(image_shape(self.name, input_shape, smallest=4), num_classes, self.dropout)
+        return CNNNetwork(image_shape(self.name, input_shape, smallest=4), num_classes, self.dropout)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from torch import Tensor, nn
+from typing_extensions import override
 
-from ormo_rpc.models.base import ModelSection, is_probability
-from ormo_rpc.options import option
+from ormo_rpc.models.base import Model, is_probability
+from ormo_rpc.options import option, register
 
 
-class MLP(nn.Module):
+class MLPNetwork(nn.Module):
     """Linear layers with ReLU between them; inputs of any shape are flattened.
 
     Args:
@@ -32,17 +33,19 @@ class MLP(nn.Module):
         return self.layers(inputs)
 
 
+@register("mlp")
 @dataclass(frozen=True, kw_only=True)
-class MLPSection(ModelSection):
-    """Options of the multilayer perceptron."""
+class MLP(Model):
+    """A multilayer perceptron; inputs of any shape are flattened."""
 
-    name: str = option("mlp", "multilayer perceptron")
-    hidden: int = option(128, "features of a hidden layer", valid=lambda n: n >= 1, expected="at least 1")
-    depth: int = option(1, "number of hidden layers; 0 is logistic regression", valid=lambda n: n >= 0, expected="at least 0")
+    hidden: int = option(128, "features of a hidden layer", valid=lambda n: n >= 1, expected="a whole number >= 1")
+    depth: int = option(
+        1, "number of hidden layers; 0 is logistic regression", valid=lambda n: n >= 0, expected="a whole number >= 0"
+    )
     dropout: float = option(
         0.0, "probability of dropping a hidden feature", valid=is_probability, expected="a number in [0, 1)"
     )
 
+    @override
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-        """A perceptron for inputs of any shape."""
-        return MLP([math.prod(input_shape), *[self.hidden] * self.depth, num_classes], self.dropout)
+        return MLPNetwork([math.prod(input_shape), *[self.hidden] * self.depth, num_classes], self.dropout)

@@ -7,9 +7,10 @@ from enum import Enum
 
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import Tensor, nn
+from typing_extensions import override
 
-from ormo_rpc.models.base import ModelSection, image_shape
-from ormo_rpc.options import option
+from ormo_rpc.models.base import Model, image_shape
+from ormo_rpc.options import option, register
 
 BLOCKS_PER_STAGE = 3
 WIDTHS = (16, 32, 64)
@@ -24,7 +25,7 @@ class Shortcut(Enum):
     """A 1x1 convolution of stride 2 with batch norm (option B)."""
 
 
-class ResNet20(nn.Module):
+class ResNet20Network(nn.Module):
     """A 3x3 convolution, three stages of three residual blocks with 16, 32 and 64 channels, global average, one linear layer.
 
     For CIFAR-10 269,722 parameters with `Shortcut.identity`, 272,474 with `Shortcut.projection`. Convolutions start from He's
@@ -92,14 +93,14 @@ def _convolution(before: int, after: int, *, kernel: int, stride: int) -> nn.Seq
     return nn.Sequential(convolution, nn.BatchNorm2d(after))
 
 
+@register("resnet20")
 @dataclass(frozen=True, kw_only=True)
-class ResNet20Section(ModelSection):
-    """Options of the residual network."""
+class ResNet20(Model):
+    """The residual network of 20 layers for CIFAR (He et al. 2015)."""
 
-    name: str = option("resnet20", "residual network of 20 layers for CIFAR")
     shortcut: Shortcut = option(Shortcut.identity, "shortcuts between stages: identity (no parameters) or projection (1x1)")
 
+    @override
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-        """A residual network for images with any number of channels."""
         channels, _, _ = image_shape(self.name, input_shape)
-        return ResNet20(channels, num_classes, self.shortcut)
+        return ResNet20Network(channels, num_classes, self.shortcut)

@@ -1,4 +1,4 @@
-"""Any of torchvision's classifiers."""
+"""The classifiers of torchvision."""
 
 from __future__ import annotations
 
@@ -8,27 +8,26 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import override
 
-from ormo_rpc.models.base import ModelSection
-from ormo_rpc.options import option
+from ormo_rpc.models.base import Model
+from ormo_rpc.options import option, register
 
 _TAKES_AUXILIARY_LOSS: dict[str, Any] = {"aux_logits": False, "init_weights": True}
 
 
+@register("torchvision")
 @dataclass(frozen=True, kw_only=True)
-class TorchvisionSection(ModelSection):
-    """A classifier of torchvision by name, with random weights: none are ever downloaded."""
+class Torchvision(Model):
+    """A classifier of torchvision with random weights: none are ever downloaded.
 
-    name: str = option("torchvision", "a classifier of torchvision")
+    It is tried once on an image of zeros: most want three channels, and some a certain size.
+    """
+
     arch: str = option("resnet18", "its name in torchvision.models, such as resnet50 or mobilenet_v3_small")
 
+    @override
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-        """The classifier, tried once on an image of zeros.
-
-        Raises:
-            ValueError: when there is none of that name, or it does not take such inputs (most want three channels, and some a
-                certain size).
-        """
         from torchvision import models  # imported here, because every other model works without torchvision
 
         names = models.list_models(module=models)

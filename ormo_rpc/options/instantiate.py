@@ -1,48 +1,231 @@
-"""Calling what the user names by a dotted path: ``dataset._target_`` and ``model._target_``."""
+"""Parts from what a user names: a registered name, or the ``_target_`` of a class or callable of the user's own.
+
+``_target_`` means what it means to ``hydra.utils.instantiate``: the dotted path of what is called, the keys beside it are its
+keywords.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
+
+from ormo_rpc.options.part import Part, find, parts
+from ormo_rpc.options.section import option
+from ormo_rpc.options.values import annotations_of, build, convert, plain
 
 DOTTED_PATH = "a dotted path such as my_package.my_module.my_function"
 """What a ``_target_`` has to be, in words."""
 
 
-def is_dotted_path(target: str) -> bool:
-    """Whether a text has the form ``module.name``."""
-    return "." in target and all(part.isidentifier() for part in target.split("."))
+def is_dotted_path(target: object) -> bool:
+    """Whether a value is a text of the form ``module.name``."""
+    return isinstance(target, str) and "." in target and all(part.isidentifier() for part in target.split("."))
 
 
-def call(section: str, target: str, kwargs: Mapping[str, Any], offered: Mapping[str, Any] | None = None) -> Any:
-    """Import ``module.name`` and call it.
+@dataclass(frozen=True, kw_only=True)
+class CallsTarget(Part):
+    """A part whose work is done by any callable of the user's, for groups where that is allowed."""
+
+    _target_: str = option("", "dotted path of what is called", valid=is_dotted_path, expected=DOTTED_PATH)
+    kwargs: dict[str, Any] = option({}, "its keywords")
+
+    @property
+    def target(self) -> str:
+        """The dotted path."""
+        return self._target_
+
+    def call(self, **offered: Any) -> Any:
+        """Call the target with its keywords, and with those of ``offered`` that it takes and the user has not given.
+
+        Raises:
+            ValueError: it cannot be imported or called so; what it raises itself passes.
+        """
+        return instantiate(self.PATH, self._target_, self.kwargs, offered)
+
+
+def instantiate(path: str, target: str, keywords: Mapping[str, Any], offered: Mapping[str, Any] | None = None) -> Any:
+    """Import ``module.name`` and call it; a keyword that has a ``_target_`` itself is instantiated first.
 
     Args:
-        section: Where the target stands in the configuration, such as ``dataset``, for the messages.
-        target: The dotted path of a function or class of a module.
-        kwargs: The user's keywords.
+        path: Where the target stands in the configuration, such as ``dataset``, for the messages.
+        target: The dotted path of a function or class.
+        keywords: The user's keywords.
         offered: Further keywords; each is passed only if the signature names it and the user gave no other value.
 
     Raises:
-        ValueError: when the target cannot be imported or called, or does not take the keywords. What it raises itself passes.
+        ValueError: the target cannot be imported or called, or does not take the keywords. What it raises itself passes.
     """
-    where = f"{section}._target_: {target!r}"
-    module_name, _, name = target.rpartition(".")
-    try:
-        function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{where} cannot be imported: {error}; is its folder on PYTHONPATH?") from error
-    if not callable(function):
-        raise ValueError(f"{where} is {function!r}, expected a function or class")
+    function = locate(path, target)
+    keywords = {key: _nested(f"{path}.{key}", value) for key, value in keywords.items()}
     try:
         signature = inspect.signature(function)
     except ValueError:  # some built-in types have none
-        return function(**kwargs)
-    keywords = {key: value for key, value in (offered or {}).items() if key in signature.parameters} | dict(kwargs)
+        return function(**keywords)
+    given = {key: value for key, value in (offered or {}).items() if key in signature.parameters} | keywords
     try:
-        signature.bind(**keywords)
+        signature.bind(**given)
     except TypeError as error:
-        raise ValueError(f"{where} takes {signature}, not {section}.kwargs={dict(kwargs)!r}: {error}") from error
-    return function(**keywords)
+        shown = ", ".join(f"{path}.{key}={value!r}" for key, value in keywords.items()) or "no keywords"
+        raise ValueError(f"{path}._target_: {target!r} takes {signature}, not {shown}: {error}") from error
+    return function(**given)
+
+
+def locate(path: str, target: str) -> Callable[..., Any]:
+    """Import the function or class of a dotted path.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not is_dotted_path(target):
+        raise ValueError(f"{path}._target_: got {target!r}, expected {DOTTED_PATH}")
+    try:
+        found = _import(target)
+    except Exception as error:  # the user's module may raise anything while it is imported
+        raise ValueError(
+            f"{path}._target_: {target!r} cannot be imported: {' '.join(str(error).split())}; is its folder on PYTHONPATH?"
+        ) from error
+    if not callable(found):
+        raise ValueError(f"{path}._target_: {target!r} is {found!r}, expected a function or class")
+    return found
+
+
+def part(group: str, value: Any, default: type[Part]) -> Part:
+    """The part of a group that a value stands for.
+
+    Args:
+        group: Such as ``algorithm``.
+        value: A part, a class of parts, a name, or keys with their values: ``name`` or ``_target_``, and options. Beside a
+            ``_target_`` the options of ``name`` count only where they are not its defaults, so that hydra may compose them.
+        default: The class where no name is given.
+
+    Raises:
+        ValueError: it stands for none.
+    """
+    base = base_of(default)
+    if isinstance(value, Part) and isinstance(value, base):
+        path_of(group, type(value))
+        return value
+    if isinstance(value, type) and issubclass(value, base):
+        value = {"_target_": path_of(group, value)}
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{group}: got {value!r}, expected keys with their values, or one of {', '.join(parts(group))}")
+    options = {str(key): each for key, each in value.items()}
+    target = options.pop("_target_", None)
+    if target is not None:
+        return _part_of_target(base, target, options)
+    name = options.pop("name", default.name)
+    if not isinstance(name, str):
+        raise ValueError(f"{group}: got {name!r}, expected one of {', '.join(parts(group))}")
+    cls = find(group, name)
+    if issubclass(cls, CallsTarget):
+        raise ValueError(f"{group}._target_: got None with {group}={name}, expected {DOTTED_PATH}")
+    return build(cls, options)
+
+
+def values_of(made: Part) -> dict[str, Any]:
+    """What `part` makes the same part of: plain values.
+
+    Raises:
+        ValueError: an option is no plain value, or its class cannot be imported by its name.
+    """
+    cls = type(made)
+    if isinstance(made, CallsTarget):
+        return {"_target_": made.target, **{key: plain(made.key(key), each) for key, each in made.kwargs.items()}}
+    options = {name: plain(made.key(name), getattr(made, name)) for name in cls.declared()}
+    return {"name": cls.name, **options} if is_registered(cls) else {"_target_": path_of(cls.PATH, cls), **options}
+
+
+def is_registered(cls: type[Part]) -> bool:
+    """Whether a class has a name in its group."""
+    return parts(cls.PATH).get(cls.name) is cls
+
+
+def base_of(cls: type[Part]) -> type[Part]:
+    """The base class of a group, of which `cls` is a subclass."""
+    return next(each for each in cls.__mro__ if Part in each.__bases__ and each is not CallsTarget)
+
+
+def path_of(group: str, thing: Any) -> str:
+    """The dotted path of a class or function, for other processes to import it by.
+
+    Raises:
+        ValueError: they could not.
+    """
+    module, name = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
+    if module is None or name is None or "<" in name:
+        raise ValueError(f"{group}: {name or thing!r} cannot be imported by other processes; define it at the top of a module")
+    if module in ("__main__", "__mp_main__"):
+        raise ValueError(f"{group}: {name} is defined in __main__, where other processes cannot import it; move it to a module")
+    return f"{module}.{name}"
+
+
+def _part_of_target(base: type[Part], target: Any, options: dict[str, Any]) -> Part:
+    group = base.PATH
+    found = locate(group, target)
+    options = _without_defaults(group, options)
+    if isinstance(found, type) and issubclass(found, base):
+        if inspect.isabstract(found):
+            missing = ", ".join(sorted(found.__abstractmethods__))  # pyright: ignore[reportAttributeAccessIssue] # of ABCMeta
+            raise ValueError(f"{group}._target_: {target!r} is abstract, expected a class that has {missing}")
+        return build(found, options)
+    caller = next((each for each in parts(group).values() if issubclass(each, CallsTarget)), None)
+    if caller is None:
+        raise ValueError(f"{group}._target_: {target!r} is {found!r}, expected a subclass of {base.__module__}.{base.__name__}")
+    if isinstance(options.get("kwargs"), Mapping):
+        keys = " ".join(f"+{group}.{key}={each}" for key, each in options["kwargs"].items())
+        raise ValueError(f"{group}.kwargs: keywords stand beside _target_; use {keys or f'+{group}.KEY=VALUE'}")
+    return caller(_target_=target, kwargs=options)
+
+
+def _without_defaults(group: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options beside a ``_target_``, without those that a file of the group has put there."""
+    named = parts(group).get(str(options.get("name")))
+    if named is None:
+        return options
+    defaults = named.declared()
+    kinds = annotations_of(named)
+    return {
+        key: value
+        for key, value in options.items()
+        if key != "name" and not (key in defaults and _is_default(defaults[key], kinds[key], value))
+    }
+
+
+def _is_default(field: dataclasses.Field[Any], kind: Any, value: Any) -> bool:
+    factory = field.default_factory
+    default = field.default if factory is dataclasses.MISSING else factory()
+    try:
+        return convert(value, kind) == default
+    except (TypeError, ValueError):
+        return False
+
+
+def _nested(path: str, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        inner = {str(key): _nested(f"{path}.{key}", each) for key, each in value.items()}
+        target = inner.pop("_target_", None)
+        return value if target is None else instantiate(path, target, inner)
+    return [_nested(path, each) for each in value] if isinstance(value, list) else value
+
+
+def _import(target: str) -> Any:
+    """The object of a dotted path: the longest prefix that is a module, and attributes from there on."""
+    head, *rest = target.split(".")
+    found: Any = importlib.import_module(head)
+    for position, name in enumerate(rest):
+        if not hasattr(found, name) and isinstance(found, ModuleType):
+            module = ".".join((head, *rest[: position + 1]))
+            try:
+                importlib.import_module(module)
+            except ModuleNotFoundError as error:
+                if error.name != module:
+                    raise
+        found = getattr(found, name)
+    return found

@@ -56,13 +56,18 @@ class Section:
     """Where the section stands in the configuration, such as ``train``."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType] # every subclass is a dataclass
+        for field in self.declared().values():
             valid: Callable[[Any], bool] | None = field.metadata.get("valid")
             value = getattr(self, field.name)
             if valid is None or (value is None and field.default is None):
                 continue
             if not valid(value):
                 raise ValueError(f"{self.key(field.name)}: got {value!r}, expected {field.metadata['expected']}")
+
+    @classmethod
+    def declared(cls) -> dict[str, dataclasses.Field[Any]]:
+        """The options by name."""
+        return {field.name: field for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType] # every subclass is a dataclass
 
     @classmethod
     def key(cls, name: str) -> str:

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from ormo_rpc.config.parsing import load_config
 from ormo_rpc.config.runtimes import GradientKind, RpcRuntime, SimRuntime
-from ormo_rpc.config.schema import Config, Role, load_config
+from ormo_rpc.config.schema import Config, Role
 from ormo_rpc.errors import ConfigError, RunFailed
 from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.runtimes.torchrun import Torchrun

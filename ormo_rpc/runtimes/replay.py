@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ormo_rpc.config.parsing import load_config, save_config
 from ormo_rpc.config.runtimes import GradientKind, SimRuntime
-from ormo_rpc.config.schema import Config, load_config, save_config
+from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError, NonFiniteGradient, RunFailed
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.models.flat import sha256

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ormo_rpc.config.schema import Config, save_config
+from ormo_rpc.config.parsing import save_config
+from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
 
 FOLDER = "checkpoints"

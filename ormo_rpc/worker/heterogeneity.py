@@ -9,106 +9,124 @@ from __future__ import annotations
 import functools
 import json
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from typing_extensions import override
 
-from ormo_rpc.options import Section, at_least_one, option, positive
+from ormo_rpc.options import Part, at_least_one, option, positive, register
 
 
 @dataclass(frozen=True, kw_only=True)
-class Heterogeneity(Section):
-    """All workers are as fast as they are (``none``)."""
+class Heterogeneity(Part, ABC):
+    """A law of how much longer a worker takes for a ticket, and its options."""
 
     PATH = "heterogeneity"
-    name: str = option("none", "how the workers' speeds differ: none, as fast as they are")
 
     def prepare(self) -> None:
-        """See to it that `slowdown` works, before anything starts.
+        """Make sure that `slowdown` works, before anything starts.
 
         Raises:
             ValueError: it cannot.
         """
 
-    def slowdown(self, worker: int, num_workers: int, generator: torch.Generator) -> float:  # noqa: ARG002 - nobody is slowed
+    @abstractmethod
+    def slowdown(self, worker: int, num_workers: int, generator: torch.Generator) -> float:
         """The factor >= 1 by which the worker's next ticket takes longer; random draws come from ``generator`` alone."""
+
+
+@register("none")
+@dataclass(frozen=True, kw_only=True)
+class NoHeterogeneity(Heterogeneity):
+    """Workers are as fast as they are."""
+
+    @override
+    def slowdown(self, worker: int, num_workers: int, generator: torch.Generator) -> float:
         return 1.0
 
 
+@register("one_slow")
 @dataclass(frozen=True, kw_only=True)
 class OneSlow(Heterogeneity):
-    """The last worker is slower than the others."""
+    """The last worker is slower than the others, ten times by default."""
 
-    name: str = option("one_slow", "the last worker is slower than the others")
     factor: float = option(10.0, "how many times slower", valid=at_least_one, expected="a finite number >= 1")
 
-    def slowdown(self, worker: int, num_workers: int, generator: torch.Generator) -> float:  # noqa: ARG002 - nothing is random
-        """``factor`` for the last worker, 1 for the others."""
+    @override
+    def slowdown(self, worker: int, num_workers: int, generator: torch.Generator) -> float:
         return self.factor if worker == num_workers - 1 else 1.0
 
 
+@register("slow_tail")
 @dataclass(frozen=True, kw_only=True)
 class SlowTail(Heterogeneity):
-    """A fraction of the workers, at least one, is slower than the others; 1/16 as in the experiments of arXiv 2407.19234."""
+    """A fraction of the workers, at least one, is slower than the others.
 
-    name: str = option("slow_tail", "a fraction of the workers, the last ones, is slower than the others")
+    1/16 of them as in the experiments of arXiv 2407.19234.
+    """
+
     factor: float = option(10.0, "how many times slower", valid=at_least_one, expected="a finite number >= 1")
     fraction: float = option(
         1 / 16, "which part of the workers, at least one of them", valid=lambda v: 0 < v <= 1, expected="a number in (0, 1]"
     )
 
-    def slowdown(self, worker: int, num_workers: int, generator: torch.Generator) -> float:  # noqa: ARG002 - nothing is random
-        """``factor`` for the last ``ceil(fraction * num_workers)`` workers, 1 for the others."""
+    @override
+    def slowdown(self, worker: int, num_workers: int, generator: torch.Generator) -> float:
         slow = max(1, math.ceil(self.fraction * num_workers))
         return self.factor if worker >= num_workers - slow else 1.0
 
 
+@register("gamma")
 @dataclass(frozen=True, kw_only=True)
 class GammaDelays(Heterogeneity):
-    """Every ticket takes ``1 + X`` times as long, X gamma distributed (the family of Hakimi et al. 2019, arXiv 1907.11612)."""
+    """Every ticket takes ``1 + X`` times as long, X gamma distributed.
 
-    name: str = option("gamma", "every ticket takes 1 + X times as long, X gamma distributed")
+    Source: the family of Hakimi et al. 2019, arXiv 1907.11612.
+    """
+
     mean: float = option(1.0, "mean of X", valid=positive, expected="a finite number > 0")
     variation: float = option(
         0.5, "coefficient of variation of X: standard deviation / mean", valid=positive, expected="a finite number > 0"
     )
 
-    def slowdown(self, worker: int, num_workers: int, generator: torch.Generator) -> float:  # noqa: ARG002 - alike in law
-        """``1 + X`` with X of shape ``1 / variation^2`` and the given mean."""
+    @override
+    def slowdown(self, worker: int, num_workers: int, generator: torch.Generator) -> float:
         shape = 1 / self.variation**2
         # torch.distributions takes no generator; its sampler underneath does.
         draw = torch._standard_gamma(torch.tensor(shape, dtype=torch.float64), generator=generator)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] # see above
         return 1 + self.mean / shape * draw.item()
 
 
+@register("exponential")
 @dataclass(frozen=True, kw_only=True)
 class ExponentialDelays(Heterogeneity):
     """Every ticket takes ``1 + X`` times as long, X exponentially distributed."""
 
-    name: str = option("exponential", "every ticket takes 1 + X times as long, X exponentially distributed")
     mean: float = option(1.0, "mean of X", valid=positive, expected="a finite number > 0")
 
-    def slowdown(self, worker: int, num_workers: int, generator: torch.Generator) -> float:  # noqa: ARG002 - alike in law
-        """``1 + X`` with the given mean of X."""
+    @override
+    def slowdown(self, worker: int, num_workers: int, generator: torch.Generator) -> float:
         draw = torch.empty((), dtype=torch.float64).exponential_(1 / self.mean, generator=generator)
         return 1 + draw.item()
 
 
+@register("lognormal")
 @dataclass(frozen=True, kw_only=True)
 class LognormalDelays(Heterogeneity):
     """Every ticket takes ``1 + X`` times as long, X lognormally distributed: most a little, a few very much."""
 
-    name: str = option("lognormal", "every ticket takes 1 + X times as long, X lognormally distributed")
     median: float = option(0.5, "median of X", valid=positive, expected="a finite number > 0")
     sigma: float = option(1.0, "standard deviation of log X", valid=positive, expected="a finite number > 0")
 
-    def slowdown(self, worker: int, num_workers: int, generator: torch.Generator) -> float:  # noqa: ARG002 - alike in law
-        """``1 + X`` with ``X = median * exp(sigma * normal)``."""
+    @override
+    def slowdown(self, worker: int, num_workers: int, generator: torch.Generator) -> float:
         normal = torch.empty((), dtype=torch.float64).normal_(generator=generator).item()
         return 1 + self.median * math.exp(self.sigma * normal)
 
 
+@register("recorded")
 @dataclass(frozen=True, kw_only=True)
 class RecordedDelays(Heterogeneity):
     """Tickets take as long as those of a recorded run did, in units of its shortest one.
@@ -117,22 +135,17 @@ class RecordedDelays(Heterogeneity):
     worker k modulo the number of recorded ones, with replacement.
     """
 
-    name: str = option("recorded", "tickets take as long as in a recorded run, in units of its shortest one")
     run: str | None = option(None, "the run directory of the recorded run")
 
+    @override
     def prepare(self) -> None:
-        """Read the trace.
-
-        Raises:
-            ValueError: there is none, or nothing in it.
-        """
         if self.run is None or not (Path(self.run) / "trace.jsonl").is_file():
             raise ValueError(f"{self.key('run')}: got {self.run!r}, expected a run directory with a trace.jsonl")
         if not _recorded_slowdowns(self.run):
             raise ValueError(f"{self.key('run')}: got {self.run!r}, in whose trace no gradient was applied")
 
-    def slowdown(self, worker: int, num_workers: int, generator: torch.Generator) -> float:  # noqa: ARG002 - as recorded
-        """One of the recorded factors of this worker."""
+    @override
+    def slowdown(self, worker: int, num_workers: int, generator: torch.Generator) -> float:
         assert self.run is not None, "prepare has been called"
         recorded = _recorded_slowdowns(self.run)
         mine = recorded[worker % len(recorded)]
@@ -153,15 +166,3 @@ def _recorded_slowdowns(run: str) -> list[list[float]]:
                 seconds.setdefault(event["worker"], []).append(max(taken, 1e-6))  # the clock of the trace has microseconds
     shortest = min((min(each) for each in seconds.values()), default=1.0)
     return [[taken / shortest for taken in seconds[worker]] for worker in sorted(seconds)]
-
-
-HETEROGENEITIES: dict[str, type[Heterogeneity]] = {
-    "none": Heterogeneity,
-    "one_slow": OneSlow,
-    "slow_tail": SlowTail,
-    "gamma": GammaDelays,
-    "exponential": ExponentialDelays,
-    "lognormal": LognormalDelays,
-    "recorded": RecordedDelays,
-}
-"""The models by name."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from ormo_rpc import ConfigError, Push, algorithms, build_server, train
 from ormo_rpc.algorithms.base import PushContext
 from ormo_rpc.algorithms.dc_asgd import DCASGD
-from ormo_rpc.config.schema import parse_config
+from ormo_rpc.config.parsing import parse_config
 from ormo_rpc.kernels.compiled import fastest_kernel
 from ormo_rpc.kernels.pool import WORTH_POOLING
 from ormo_rpc.runtimes.job import Job

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ormo_rpc import RunFailed, algorithms, train
-from ormo_rpc.config.schema import parse_config, save_config
+from ormo_rpc.config.parsing import parse_config, save_config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.messages import Reply
 from ormo_rpc.runtimes.job import Job

@@ -15,7 +15,7 @@ import torch
 
 import ormo_rpc
 from ormo_rpc.cli import compose
-from ormo_rpc.config.schema import load_config
+from ormo_rpc.config.parsing import load_config
 from ormo_rpc.evaluate import evaluate_checkpoint
 from ormo_rpc.messages import Reply
 from ormo_rpc.models.flat import sha256

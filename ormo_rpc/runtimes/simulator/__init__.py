@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from ormo_rpc.config.parsing import save_config
 from ormo_rpc.config.runtimes import GradientKind
-from ormo_rpc.config.schema import Config, save_config
+from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import RunFailed
 from ormo_rpc.runtimes.job import Job, time_generator
 from ormo_rpc.runtimes.session import Session

@@ -21,7 +21,8 @@ import pytest
 import torch
 
 from ormo_rpc import build_server
-from ormo_rpc.config.schema import Config, parse_config
+from ormo_rpc.config.parsing import parse_config
+from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.loggers.dashboards import ProgressBar, Wandb, dashboards, plain
 from ormo_rpc.messages import Push

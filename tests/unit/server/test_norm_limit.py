@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ormo_rpc.config.schema import parse_config
+from ormo_rpc.config.parsing import parse_config
 from ormo_rpc.errors import ConfigError, GradientTooLarge
 from ormo_rpc.server.build import build_server
 from ormo_rpc.server.events import Event, Kind

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from ormo_rpc import build_server
-from ormo_rpc.config.schema import Config, load_config, parse_config
+from ormo_rpc.config.parsing import load_config, parse_config
+from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.evaluate import evaluate_checkpoint
 from ormo_rpc.models.flat import FlatModel
@@ -268,8 +269,8 @@ def test_a_checkpoint_of_another_run_is_refused_unchanged(options: dict[str, Any
         ("seed", {"seed": 3}, "3", "0"),
         ("train.batch_size", {"train": {"batch_size": 16}}, "16", "32"),
         ("train.momentum", {"train": {"momentum": 0.5}}, "0.5", "0.9"),
-        ("model", {"model": {"hidden": 6}}, r"MLPSection\(.*hidden=6.*\)", r"MLPSection\(.*hidden=5.*\)"),
-        ("model", {"model": {"name": "cnn"}}, r"CNNSection\(.*\)", r"MLPSection\(.*\)"),
+        ("model", {"model": {"hidden": 6}}, r"MLP\(.*hidden=6.*\)", r"MLP\(.*hidden=5.*\)"),
+        ("model", {"model": {"name": "cnn"}}, r"CNN\(.*\)", r"MLP\(.*\)"),
         ("dataset.name", {"dataset": {"name": "mnist"}}, "mnist", "digits"),
         ("algorithm", {"algorithm": {"momentum_correction": True}}, ".*=True.*", ".*=False.*"),
         ("scheduler", {"scheduler": {"name": "sync"}}, ".*sync.*", ".*async.*"),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ormo_rpc.config.schema import parse_config
+from ormo_rpc.config.parsing import parse_config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.worker import faults as module
 from ormo_rpc.worker.faults import Fault, FaultInjector

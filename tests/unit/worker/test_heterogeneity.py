@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from ormo_rpc.options import parts
 from ormo_rpc.worker.heterogeneity import (
-    HETEROGENEITIES,
     ExponentialDelays,
     GammaDelays,
     Heterogeneity,
     LognormalDelays,
+    NoHeterogeneity,
     OneSlow,
     RecordedDelays,
     SlowTail,
@@ -34,7 +35,7 @@ def slow(law: Heterogeneity, num_workers: int) -> list[float]:
 
 
 def test_nobody_is_slowed_by_default() -> None:
-    assert slow(Heterogeneity(), 5) == [1.0] * 5
+    assert slow(NoHeterogeneity(), 5) == [1.0] * 5
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 7])
@@ -98,12 +99,25 @@ def test_chance_is_the_given_generator(law: Heterogeneity) -> None:
     assert torch.equal(of_another, first)  # alike in law, whichever worker it is
 
 
-@pytest.mark.parametrize("name", sorted(HETEROGENEITIES.keys() - {"recorded"}))  # which is as it was recorded
-def test_nobody_is_faster_than_it_is(name: str) -> None:
-    factors = draws(HETEROGENEITIES[name](), 2000)
+LAWS: list[Heterogeneity] = [
+    NoHeterogeneity(),
+    OneSlow(),
+    SlowTail(),
+    GammaDelays(),
+    ExponentialDelays(),
+    LognormalDelays(),
+]
+
+
+def test_every_registered_law_is_tested_here() -> None:
+    assert {type(law) for law in LAWS} | {RecordedDelays} == set(parts("heterogeneity").values())
+
+
+@pytest.mark.parametrize("law", LAWS, ids=repr)
+def test_no_law_makes_a_worker_faster_than_it_is(law: Heterogeneity) -> None:
+    factors = draws(law, 2000)
     assert factors.min().item() >= 1
     assert torch.isfinite(factors).all()
-    assert HETEROGENEITIES[name]().name == name
 
 
 def test_lognormal_delays_have_the_stated_median_and_spread() -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional
 from ormo_rpc import algorithms
 from ormo_rpc.data import ArraySplit, Epochs, MapSplit
 from ormo_rpc.messages import Push, Reply
-from ormo_rpc.models import CNNSection, MLPSection, ResNet20Section
+from ormo_rpc.models import CNN, MLP, ResNet20
 from ormo_rpc.models.flat import FlatModel, Layout, sha256
 from ormo_rpc.worker.worker import Worker
 
@@ -31,9 +31,9 @@ def with_norm() -> nn.Module:
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "mlp": lambda: MLPSection(hidden=7, depth=2, dropout=0.4).build((1, SIDE, SIDE), 10),
-    "cnn": lambda: CNNSection(dropout=0.3).build((1, SIDE, SIDE), 10),
-    "resnet20": lambda: ResNet20Section().build((1, SIDE, SIDE), 10),
+    "mlp": lambda: MLP(hidden=7, depth=2, dropout=0.4).build((1, SIDE, SIDE), 10),
+    "cnn": lambda: CNN(dropout=0.3).build((1, SIDE, SIDE), 10),
+    "resnet20": lambda: ResNet20().build((1, SIDE, SIDE), 10),
     "norm": with_norm,
 }
 

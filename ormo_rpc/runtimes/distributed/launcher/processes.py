@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 
 from ormo_rpc.config.schema import Config
-from ormo_rpc.data import DataSection
+from ormo_rpc.data import DataSource
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.rendezvous.addresses import bound, interface_address, name_of, parse
 from ormo_rpc.rendezvous.secret import new_secret, read_secret, write_secret
@@ -133,7 +133,7 @@ def elastic_worker_process(monitor: ProcessMonitor, config: Config) -> Generator
     host, _ = parse(config.server.address)
     loopback = host in ("localhost", "::1") or host.startswith("127.")
     starter = Launcher(monitor.supervisor, config, loopback=loopback, logs=None)
-    root = None if config.dataset.root == DataSection.root else config.dataset.root
+    root = None if config.dataset.root == DataSource.root else config.dataset.root
     command = ("--door", config.server.address, *_given("--secret-file", secret_file), *_given("--data-root", root))
     yield monitor.add("worker", starter.worker(None, *command), restartable=killed, essential=True)
 

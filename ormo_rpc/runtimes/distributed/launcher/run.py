@@ -22,7 +22,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from ormo_rpc.config.schema import Config, save_config
+from ormo_rpc.config.parsing import save_config
+from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError, RunFailed
 from ormo_rpc.runtimes.distributed.launcher.process_monitor import ProcessMonitor, ProcessSlot
 from ormo_rpc.runtimes.distributed.launcher.processes import elastic_worker_process, local_processes, rank_process

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ormo_rpc.compression.wire_options import Transport
-from ormo_rpc.config.schema import Config, load_config
+from ormo_rpc.config.parsing import load_config
+from ormo_rpc.config.schema import Config
 from ormo_rpc.messages import Reply
 from ormo_rpc.rendezvous.addresses import name_of
 from ormo_rpc.rendezvous.listener import Listener

@@ -14,10 +14,10 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import torch
-from omegaconf import OmegaConf
 
 from ormo_rpc.compression.wire_options import Transport
-from ormo_rpc.config.schema import Config, parse_config
+from ormo_rpc.config.parsing import parse_text
+from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import RunEnded, ServerLost, StaleSession
 from ormo_rpc.messages import Reply
 from ormo_rpc.rendezvous.lease import Lease, connect
@@ -80,10 +80,7 @@ class WorkerContext:
     def job(self, config_text: str) -> Job:
         """The job of that configuration, with its data loaded, which is done once; to be called with the turn."""
         if self._job is None or config_text != self._config_text:
-            values = OmegaConf.create(config_text)
-            if self.place.data_root is not None:
-                OmegaConf.update(values, "dataset.root", self.place.data_root)
-            self._job = Job(parse_config(OmegaConf.to_container(values)))  # pyright: ignore[reportArgumentType] # a mapping
+            self._job = Job(parse_text(config_text, data_root=self.place.data_root))
             self._config_text = config_text
         return self._job
 

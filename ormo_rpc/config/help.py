@@ -1,0 +1,75 @@
+"""What ``python launch.py --help`` and ``--help-all`` print."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+
+from ormo_rpc.config.schema import GROUPS, Config, choices
+from ormo_rpc.config.write_conf import conf_dir, options_of, sections, summary_of
+from ormo_rpc.options import Section
+
+WIDTH = 110
+
+
+def help_text() -> str:
+    """What the command does, a few commands, the groups with their names, and how to see the rest."""
+    return "\n".join([_HEADER, *_groups(), "", *_keys(), "", _FOOTER])
+
+
+def list_of_keys() -> str:
+    """Every key with its meaning and default."""
+    lines = ["Keys, set as KEY=VALUE; the default is in brackets. Those of a group belong to the part named above them."]
+    for path, choice, section in sections():
+        lines += ["", f"{path}={choice}: {summary_of(section)}" if choice else f"{path or 'top level'}: {summary_of(section)}"]
+        lines += [_described(section, *option) for option in options_of(section)]
+    return "\n".join(lines)
+
+
+def _groups() -> Iterator[str]:
+    yield "Groups, chosen as GROUP=NAME (your own class: GROUP._target_=my_module.MyClass):"
+    names = {group: ", ".join(choices(group)) for group in GROUPS}
+    extra = {path.name for path in conf_dir().iterdir() if path.is_dir()} - {*GROUPS, "hydra"}
+    for group in sorted(extra):
+        names[group] = ", ".join(sorted(path.stem for path in (conf_dir() / group).glob("*.yaml")))
+    for group, text in names.items():
+        yield textwrap.fill(text, WIDTH, initial_indent=f"  {group:<15}", subsequent_indent=" " * 17)
+
+
+def _keys() -> Iterator[str]:
+    yield "Keys, set as KEY=VALUE:"
+    tops = [name for name, _, _ in options_of(Config)]
+    yield textwrap.fill(", ".join(tops), WIDTH, initial_indent="  ", subsequent_indent="  ")
+    inner = [f"{path}.*" for path, choice, _ in sections() if path and not choice]
+    yield textwrap.fill(
+        ", ".join([*inner, *(f"{group}.*" for group in GROUPS)]), WIDTH, initial_indent="  ", subsequent_indent="  "
+    )
+
+
+def _described(section: type[Section], name: str, default: object, doc: str) -> str:
+    return f"  {section.key(name):<32} {doc} [{'none' if default is None else default}]"
+
+
+_HEADER = """\
+Asynchronous data-parallel training with ordered momentum (OrMo): a parameter server and its workers.
+
+  python launch.py                                   ormo, async, 4 workers, digits, on this machine
+  python launch.py algorithm=ormo_da workers=8 dataset=fashion_mnist model=cnn train.epochs=5 seed=1
+  python launch.py scheduler=sync                    synchronous SGD with momentum (SSGDm)
+  python launch.py runtime=sim workers=64            a virtual cluster in this process
+  python launch.py -m algorithm=asgd,naive seed=0,1  a sweep of four runs
+  torchrun --standalone --nproc-per-node=4 launch.py
+                                                     rank 0 serves, ranks 1 to 3 work
+  python launch.py role=worker server.address=HOST:PORT server.secret_file=RUN_DIRECTORY/secret
+                                                     one more worker for a run that is going on
+  python -m ormo_rpc.evaluate RUN_DIRECTORY          test accuracy of a run or checkpoint
+"""
+
+_FOOTER = """\
+  python launch.py --help-all                        every key with its meaning and default; also in conf/
+  python launch.py algorithm=dana --cfg job          the configuration that would run
+  python launch.py --hydra-help                      options of hydra
+
+A run directory, outputs/DATE/TIME, has config.yaml, metrics.jsonl, trace.jsonl, summary.json, checkpoints/.
+Exit status: 0 the run met its end, 1 it could not, 2 wrong configuration, 3 diverged, 130 interrupted
+(a checkpoint is left; go on with checkpoint.resume=RUN_DIRECTORY)."""

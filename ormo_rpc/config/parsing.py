@@ -1,0 +1,156 @@
+"""A tree of plain values to a `Config`, and back to YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ormo_rpc import algorithms
+from ormo_rpc.compression.wire_options import Transport
+from ormo_rpc.config.renamed import translate_renamed
+from ormo_rpc.config.saving import to_tree
+from ormo_rpc.config.schema import Config, choices
+from ormo_rpc.errors import ConfigError
+from ormo_rpc.options import Part, Section
+from ormo_rpc.options.instantiate import part, path_of
+from ormo_rpc.options.values import build, refuse_key
+from ormo_rpc.schedulers.base import SCHEDULERS
+
+
+def parse_config(values: DictConfig | Mapping[str, Any]) -> Config:
+    """Check a tree of values against the schema.
+
+    Args:
+        values: Nested plain values, such as a composed hydra configuration or a loaded ``config.yaml``. What is missing takes
+            its default. A group is a name, keys with their values (``name`` or ``_target_``, and options), or a part.
+
+    Raises:
+        ConfigError: a key is unknown, or a value has the wrong type or is out of range; one line with the full key.
+    """
+    try:
+        config = build(Config, _resolved(values), _section)
+        to_tree(config)  # what cannot be saved is refused before anything starts
+    except OmegaConfBaseException as error:
+        raise ConfigError(one_line(error)) from None
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    _refuse_together(config)
+    return config
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write a configuration as resolved YAML, which `load_config` reads."""
+    path.write_text(config.yaml)
+
+
+def load_config(path: Path) -> Config:
+    """Read what `save_config` wrote, now or in an earlier version.
+
+    Raises:
+        ConfigError: the file is missing, or does not fit the schema.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such file, expected the config.yaml of a run")
+    return parse_text(path.read_text())
+
+
+def parse_text(text: str, *, data_root: str | None = None) -> Config:
+    """Read the text that `save_config` wrote.
+
+    Args:
+        text: YAML.
+        data_root: Where the files of the data set lie on this machine, if not where the text says.
+
+    Raises:
+        ConfigError: the text does not fit the schema.
+    """
+    values = OmegaConf.to_container(OmegaConf.create(text))
+    assert isinstance(values, dict)
+    config = parse_config(translate_renamed({str(key): value for key, value in values.items()}))
+    if data_root is None:
+        return config
+    return dataclasses.replace(config, dataset=dataclasses.replace(config.dataset, root=data_root))
+
+
+def one_line(error: OmegaConfBaseException) -> str:
+    """OmegaConf's message with the full key in front, on one line."""
+    message = str(error.msg or error).splitlines()[0]
+    return f"{error.full_key}: {message}" if error.full_key else message
+
+
+def unknown_key(error: OmegaConfBaseException) -> str | None:
+    """What hydra's refusal of an unknown key means, on one line; None where the error is another one."""
+    if "is not in struct" not in str(error.msg) or not isinstance(error.parent_node, DictConfig):
+        return None
+    path, _, name = str(error.full_key).rpartition(".")
+    refusal = refuse_key(path, name, [str(key) for key in error.parent_node])
+    return f"{refusal}; an option of your own class: +{error.full_key}=VALUE" if "_target_" in error.parent_node else refusal
+
+
+def _resolved(values: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """The values with every interpolation resolved; parts and their classes stay what they are."""
+    objects: dict[str, Any] = {}
+    if not isinstance(values, DictConfig):
+        objects = {key: value for key, value in values.items() if isinstance(value, (Section, type))}
+        values = OmegaConf.create({key: _with_paths(key, value) for key, value in values.items() if key not in objects})
+    resolved = OmegaConf.to_container(values, resolve=True)
+    assert isinstance(resolved, dict)
+    return {**{str(key): value for key, value in resolved.items()}, **objects}
+
+
+def _with_paths(key: str, value: Any) -> Any:
+    """The value with the dotted path of each callable in its place."""
+    if isinstance(value, Mapping):
+        return {each: _with_paths(key, inner) for each, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_paths(key, inner) for inner in value]
+    return path_of(key, value) if callable(value) else value
+
+
+def _section(key: str, kind: Any, value: Any, default: Any) -> Any:
+    """A section or part of the configuration from what stands for it."""
+    if issubclass(kind, Part):
+        return part(key, value, default)
+    if isinstance(value, kind):
+        return value
+    if key in ("algorithm", "scheduler"):
+        value = {"name": value} if isinstance(value, str) else value
+        value = {each: inner for each, inner in value.items() if (each, inner) != ("_target_", None)}
+        name = value.get("name", default().name)
+        if name not in choices(key):
+            raise ConfigError(f"{key}: got {name!r}, expected one of {', '.join(choices(key))}")
+        return build(choices(key)[name], value)
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{key}: got {value!r}, expected keys with their values")
+    return build(kind, {str(each): inner for each, inner in value.items()})
+
+
+def _refuse_together(config: Config) -> None:
+    """Refuse what does not go together.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    refused = algorithms.find(config.algorithm.name).REFUSES.get(config.scheduler.name)
+    if refused is not None:
+        raise ConfigError(
+            f"scheduler: got {config.scheduler.name!r}, which {config.algorithm.name} does not run under: {refused}"
+        )
+    prefetch = config.worker.prefetch
+    if prefetch and SCHEDULERS[config.scheduler.name].BARRIER:
+        raise ConfigError(
+            f"worker.prefetch: got {prefetch} with scheduler={config.scheduler.name}, whose barrier waits for all tickets, "
+            f"those ahead as well; expected 0, or scheduler=async or ssp"
+        )
+    if prefetch and config.wire.transport is Transport.uv:
+        raise ConfigError(
+            f"worker.prefetch: got {prefetch} with wire.transport=uv, where a process has one agent, for one worker; "
+            f"expected 0, or wire.transport=auto, shm or tcp"
+        )

@@ -1,0 +1,191 @@
+"""Values from outside, such as YAML or a command line, converted to what the annotations of options say."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import Enum
+from pathlib import PurePath
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from ormo_rpc.options.section import Section
+
+S = TypeVar("S", bound=Section)
+_BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
+def build(section: type[S], values: Mapping[str, Any], convert_section: Callable[[str, Any, Any, Any], Any] | None = None) -> S:
+    """Make a section of values by name.
+
+    Args:
+        section: The class.
+        values: What differs from the defaults.
+        convert_section: From (key, annotation, value, default) to the value of a field that is a section itself.
+
+    Raises:
+        ValueError: a name is unknown, or a value has the wrong type or is out of range: one line with the full key.
+    """
+    fields = section.declared()
+    for name in values:
+        if name not in fields:
+            raise ValueError(refuse_key(section.PATH, str(name), fields, getattr(section, "name", "")))
+    kinds = annotations_of(section)
+    made: dict[str, Any] = {}
+    for name, field in fields.items():
+        key = section.key(name)
+        if name in values and convert_section is not None and is_section(kinds[name]):
+            made[name] = convert_section(key, kinds[name], values[name], field.default_factory)
+        elif name in values:
+            made[name] = _converted(key, field, kinds[name], values[name])
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{key}: got nothing, expected {in_words(kinds[name])}")
+    return section(**made)
+
+
+def is_section(kind: Any) -> bool:
+    """Whether an annotation is a class of sections."""
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
+def annotations_of(section: type[Section]) -> dict[str, Any]:
+    """The annotation of each option.
+
+    Raises:
+        ValueError: one cannot be evaluated, which can happen to a class from outside of the package.
+    """
+    try:
+        return get_type_hints(section)
+    except Exception as error:  # an annotation may be any expression
+        raise ValueError(
+            f"{section.PATH}: the annotations of {section.__module__}.{section.__qualname__} cannot be evaluated: {error}"
+        ) from None
+
+
+def _converted(key: str, field: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
+    try:
+        return convert(value, kind)
+    except (TypeError, ValueError):
+        expected = field.metadata.get("expected") or in_words(kind)
+        if Enum in getattr(_without_none(kind), "__mro__", ()):
+            expected = in_words(kind)
+        raise ValueError(f"{key}: got {value!r}, expected {expected}") from None
+
+
+def convert(value: Any, kind: Any) -> Any:
+    """Convert a value to an annotation: a text to a number or a member of an enumeration, the entries of a list, and so on.
+
+    Raises:
+        TypeError, ValueError: it is no such value.
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return _first_that_fits(value, inner)
+    if origin in (list, tuple, Sequence):
+        if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+            raise TypeError
+        items = [convert(item, inner[0]) for item in value]
+        return tuple(items) if origin is tuple else items
+    if origin in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            raise TypeError
+        return {convert(key, inner[0]): convert(item, inner[1]) for key, item in value.items()}
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return value if isinstance(value, kind) else _member(kind, value)
+    if kind is bool:
+        return (
+            value if isinstance(value, bool) else _BOOLEANS[str(value).lower()] if str(value).lower() in _BOOLEANS else _fail()
+        )
+    if kind in (int, float):
+        if isinstance(value, bool) or not isinstance(value, (int, str) if kind is int else (int, float, str)):
+            raise TypeError
+        return kind(value)
+    if kind is str:
+        return str(value) if isinstance(value, (str, int, float, PurePath)) else _fail()
+    return value
+
+
+def in_words(kind: Any) -> str:
+    """What an annotation allows, for an error message."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join(in_words(each) for each in inner)
+    if origin in (list, tuple, Sequence):
+        return "a list"
+    if origin in (dict, Mapping):
+        return "keys with their values"
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return f"one of {', '.join(_written(member) for member in kind)}"
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "none"}
+    return words.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def plain(key: str, value: Any) -> Any:
+    """The plain value (null, truth, number, text, list, keys with values) that `convert` reads back as this one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if isinstance(value, Enum):
+        return _written(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {each if isinstance(each, int) else str(each): plain(key, item) for each, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(key, item) for item in value]
+    raise ValueError(f"{key}: got {value!r}, expected a plain value, one that config.yaml can hold")
+
+
+def refuse_key(path: str, name: str, known: Iterable[str], owner: str = "") -> str:
+    """What to say of an unknown key.
+
+    Args:
+        path: The section where it came.
+        name: The key in that section.
+        known: The keys that there are.
+        owner: The name of the part that they belong to, if it is one.
+    """
+    names = [each for each in known if each != "name" and not each.startswith("_")]
+    prefix = f"{path}." if path else ""
+    close = difflib.get_close_matches(name, names, n=1)
+    if close:
+        return f"{prefix}{name}: got an unknown key; did you mean {prefix}{close[0]}?"
+    if not names:
+        return f"{prefix}{name}: got an unknown key, {owner or path} has no options"
+    return f"{prefix}{name}: got an unknown key, expected one of {', '.join(names)}{f' (of {owner})' if owner else ''}"
+
+
+def _first_that_fits(value: Any, kinds: Sequence[Any]) -> Any:
+    if value is None and type(None) in kinds:
+        return None
+    for kind in kinds:
+        try:
+            return convert(value, kind) if kind is not type(None) else _fail()
+        except (TypeError, ValueError):
+            pass
+    raise TypeError
+
+
+def _without_none(kind: Any) -> Any:
+    rest = [each for each in get_args(kind) if each is not type(None)]
+    return rest[0] if get_origin(kind) in (Union, types.UnionType) and len(rest) == 1 else kind
+
+
+def _member(kind: type[Enum], value: Any) -> Enum:
+    return next(member for member in kind if value in (member.value, member.name)) if _known(kind, value) else _fail()
+
+
+def _known(kind: type[Enum], value: Any) -> bool:
+    return any(value in (member.value, member.name) for member in kind)
+
+
+def _written(member: Enum) -> str:
+    return member.value if isinstance(member.value, str) else member.name
+
+
+def _fail() -> Any:
+    raise TypeError

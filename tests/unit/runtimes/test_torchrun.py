@@ -1,0 +1,73 @@
+"""What torchrun tells a process, and what cannot run under it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ormo_rpc.config.parsing import parse_config
+from ormo_rpc.errors import ConfigError
+from ormo_rpc.runtimes import run
+from ormo_rpc.runtimes.torchrun import Torchrun
+
+ELASTIC = {
+    "TORCHELASTIC_RUN_ID": "none",
+    "TORCHELASTIC_RESTART_COUNT": "2",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+    "RANK": "1",
+    "WORLD_SIZE": "3",
+    "LOCAL_WORLD_SIZE": "3",
+    "MASTER_ADDR": "host",
+    "MASTER_PORT": "29400",
+}
+PLACE = Torchrun(rank=1, world_size=3, store="host:29400", attempt=2, agent_store=True, one_machine=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, PLACE),
+        ({"LOCAL_WORLD_SIZE": "2"}, dataclasses.replace(PLACE, one_machine=False)),
+        ({"LOCAL_WORLD_SIZE": None}, dataclasses.replace(PLACE, one_machine=False)),
+        ({"TORCHELASTIC_USE_AGENT_STORE": "False"}, dataclasses.replace(PLACE, agent_store=False)),
+        ({"TORCHELASTIC_USE_AGENT_STORE": None}, dataclasses.replace(PLACE, agent_store=False)),
+        ({"TORCHELASTIC_RESTART_COUNT": None}, dataclasses.replace(PLACE, attempt=0)),
+        ({"TORCHELASTIC_RUN_ID": None}, None),  # RANK and the like alone may be anybody's
+    ],
+    ids=str,
+)
+def test_torchrun_tells_a_process_its_place(
+    changes: dict[str, str | None], expected: Torchrun | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    under_torchrun(monkeypatch, **changes)
+    assert Torchrun.from_environment() == expected
+
+
+def under_torchrun(monkeypatch: pytest.MonkeyPatch, **changes: str | None) -> None:
+    for name, value in {**ELASTIC, **changes}.items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    ("values", "ranks", "message"),
+    [
+        ({"runtime": {"name": "sim"}}, 3, "runtime: got sim under torchrun, expected rpc; start it with python launch.py"),
+        ({}, 1, "torchrun: got 1 process, expected at least 2; rank 0 serves and the others work"),
+        ({"workers": 4}, 3, "workers: got 4, expected 2 under torchrun with 3 processes; leave it out"),
+    ],
+    ids=str,
+)
+def test_what_torchrun_cannot_run_is_refused(
+    values: dict[str, Any], ranks: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    under_torchrun(monkeypatch, RANK="0", WORLD_SIZE=str(ranks))
+    with pytest.raises(ConfigError) as caught:
+        run(parse_config(values), tmp_path / "run")
+    assert str(caught.value) == message
+    assert not (tmp_path / "run").exists()
