@@ -16,7 +16,7 @@ from tests.unit.benchmarks.made_up import sample
 
 
 def test_the_many_tensors_are_those_of_resnet20_and_keep_their_proportions() -> None:
-    model = ResNet20(3, 10, Shortcut.projection)
+    model = ResNet20(shortcut=Shortcut.projection).build((3, 32, 32), 10)
     assert sorted(shapes(272_474)) == sorted(parameter.numel() for parameter in model.parameters())
     larger = shapes(2 * 272_474)
     assert sum(larger) == 2 * 272_474
