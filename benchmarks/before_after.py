@@ -55,6 +55,19 @@ class Checkout:
         found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
         return found.stdout.strip() or "unknown"
 
+    def check(self) -> None:
+        """Make sure that its own package would be measured.
+
+        Raises:
+            RuntimeError: another one would be, or none.
+        """
+        code = "import importlib.util as u; print(getattr(u.find_spec('ormo_rpc'), 'origin', 'none'))"
+        command = [str(self.python), "-c", code]
+        found = subprocess.run(command, cwd=self.folder, env=self._variables(), capture_output=True, text=True, check=False)
+        package = found.stdout.strip() or found.stderr.strip()
+        if not package.startswith(f"{self.folder}{os.sep}"):
+            raise RuntimeError(f"{self.name}: got the package {package}, expected the one in {self.folder}")
+
     def measure(self, parameters: int, workers: int, seconds: float) -> dict[str, Any]:
         """Run its benchmark once.
 
@@ -63,8 +76,7 @@ class Checkout:
         """
         size = ("--parameters", str(parameters), "--workers", str(workers), "--seconds", str(seconds))
         command = [str(self.python), "-m", "benchmarks.throughput", *size, "--json", *self.options]
-        variables = {**os.environ, **LOOPBACK, "PYTHONPATH": str(self.folder)}
-        with started(command, variables, self.folder) as process:
+        with started(command, self._variables(), self.folder) as process:
             try:
                 out, err = process.communicate(timeout=TIMEOUT_SECONDS)
             except subprocess.TimeoutExpired:
@@ -73,6 +85,9 @@ class Checkout:
             last = (err.strip().splitlines() or ["no output"])[-1]
             raise RuntimeError(f"{self.name} at D = {parameters:,}: {last} (exit status {process.returncode})")
         return json.loads(out.strip().splitlines()[-1])
+
+    def _variables(self) -> dict[str, str]:
+        return {**os.environ, **LOOPBACK, "PYTHONPATH": str(self.folder)}
 
 
 def measure(
@@ -127,7 +142,7 @@ def main() -> None:
     for name in ("before", "after"):
         parser.add_argument(name, type=Path, help=f"folder of the checkout {name} the change")
     for name in ("before", "after"):
-        parser.add_argument(f"--{name}-options", default="", metavar="OPTIONS", help="for its benchmarks.throughput, quoted")
+        parser.add_argument(f"--{name}-options", default="", metavar="'OPTIONS'", help="of its benchmarks.throughput, quoted")
         parser.add_argument(f"--{name}-python", type=Path, default=sys.executable, metavar="FILE", help="its interpreter")
     parser.add_argument("--parameters", type=int, nargs="+", default=SIZES, metavar="D")
     parser.add_argument("--workers", type=int, default=WORKERS, metavar="K")
@@ -147,7 +162,12 @@ def main() -> None:
     ]
     content: dict[str, Any] = {**conditions(), "workers": a.workers, "seconds": a.seconds, "rounds": a.rounds}
     content |= {checkout.name: checkout.commit() for checkout in checkouts}
-    content["measurements"] = measure(checkouts, a.parameters, a.workers, a.seconds, a.rounds)
+    try:
+        for checkout in checkouts:
+            checkout.check()
+        content["measurements"] = measure(checkouts, a.parameters, a.workers, a.seconds, a.rounds)
+    except RuntimeError as error:
+        sys.exit(f"before_after: {error}")
     content["load_at_end"] = load()
     print(as_text(content))
     if a.into is not None:
