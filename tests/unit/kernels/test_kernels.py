@@ -77,15 +77,25 @@ DTYPES = [
     (torch.float64, torch.bfloat16),
 ]
 """Of the parameters, and of the gradient."""
+SHIFTS = [(1.0, 0), (1.0, 1), (0.3, 0), (0.3, 4)]
+"""How an ordered step scales its momentum, and how often it shifts it."""
+CASES = [
+    (length, DTYPES[j], (i + j) % 5 % 2, SHIFTS[(i + 3 * j) % 5 % 4])
+    for i, length in enumerate(LENGTHS)
+    for j in range(len(DTYPES))
+]
+"""Every length with every pair of dtypes, and of the offset and the shifts every pair with each other and with any of these.
+
+Sums modulo a prime do that: any two of i, j, i + j and i + 3 j determine the others.
+"""
 
 
-@pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize(("scale", "shifts"), [(1.0, 0), (1.0, 1), (0.3, 0), (0.3, 4)])
+@pytest.mark.parametrize(("length", "dtypes", "offset", "shifted"), CASES)
 def test_an_ordered_step_is_that_of_the_algorithm_to_the_bit(
-    steps: Steps, scale: float, shifts: int, length: int, dtypes: tuple[torch.dtype, torch.dtype], offset: int
+    steps: Steps, length: int, dtypes: tuple[torch.dtype, torch.dtype], offset: int, shifted: tuple[float, int]
 ) -> None:
+    scale, shifts = shifted
+
     def plain(grad: Tensor, u: Tensor, w: Tensor) -> None:
         """As `ormo_rpc.algorithms.ormo` has it."""
         u.mul_(scale)
@@ -99,9 +109,7 @@ def test_an_ordered_step_is_that_of_the_algorithm_to_the_bit(
     check(functools.partial(steps, step), plain, dtypes, length=length, offset=offset)
 
 
-@pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(("length", "dtypes", "offset"), [case[:3] for case in CASES])
 def test_a_heavy_ball_step_is_that_of_the_algorithm_to_the_bit(
     steps: Steps, length: int, dtypes: tuple[torch.dtype, torch.dtype], offset: int
 ) -> None:
@@ -113,9 +121,7 @@ def test_a_heavy_ball_step_is_that_of_the_algorithm_to_the_bit(
     check(functools.partial(steps, HeavyBallStep(beta=0.9, u_scale=0.07)), plain, dtypes, length=length, offset=offset)
 
 
-@pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(("length", "dtypes", "offset"), [case[:3] for case in CASES])
 def test_a_plain_step_is_that_of_the_algorithm_and_of_an_ordered_one_without_momentum(
     steps: Steps, length: int, dtypes: tuple[torch.dtype, torch.dtype], offset: int
 ) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.rpc import internal
@@ -35,6 +35,7 @@ from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.server.validation import NormLimit, NormPolicy
 from ormo_rpc.transports.torch_rpc import unpickling
 from tests.support.contract import same
+from tests.support.examples import examples
 from tests.support.peer import SYSTEM, Api
 from tests.support.schedule import answer, normal
 
@@ -223,7 +224,7 @@ ANYTHING = st.recursive(
 )
 
 
-@settings(max_examples=600)
+@examples(60)
 @given(st.sampled_from([field.name for field in fields(Push)]), ANYTHING)
 def test_whatever_stands_in_a_field_is_taken_or_refused_as_documented(name: str, value: Any) -> None:
     events: list[Event] = []
@@ -254,7 +255,7 @@ def test_whatever_stands_in_a_field_is_taken_or_refused_as_documented(name: str,
         assert server.iteration == 1
 
 
-@settings(max_examples=300)
+@examples(30)
 @given(st.booleans(), ANYTHING)
 def test_whoever_joins_or_leaves_is_a_number_that_may(joins: bool, value: Any) -> None:
     server = build_server(params=torch.zeros(DIMENSION, dtype=torch.float64), num_workers=2)

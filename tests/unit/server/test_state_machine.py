@@ -17,6 +17,7 @@ from ormo_rpc.server.build import build_server
 from ormo_rpc.server.events import Event, Kind
 from ormo_rpc.server.parameter_server import ParameterServer, Status
 from tests.support.contract import same
+from tests.support.examples import examples
 from tests.support.schedule import answer, normal
 
 PICK = st.integers(0, 99)
@@ -254,5 +255,5 @@ class ServerMachine(RuleBasedStateMachine):
             assert len(done) == len(set(done)) == self.total
 
 
-ServerMachine.TestCase.settings = settings(settings.get_profile("repeatable"), max_examples=100, stateful_step_count=30)
+ServerMachine.TestCase.settings = settings(examples(10), stateful_step_count=30)
 TestServer = ServerMachine.TestCase

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ormo_rpc import build_server
@@ -20,6 +20,7 @@ from ormo_rpc.server.buffers import RunningBuffers
 from ormo_rpc.server.events import Event, Kind
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.storage.journal import Journal, replay
+from tests.support.examples import examples
 
 DIMENSION = 5
 RULES = ("asgd", "ormo", "shifted", "smega2", "dc_asgd", "gap_aware", "fedbuff", "easgd")
@@ -132,7 +133,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=60)
+@examples(6)
 @given(algorithm=st.sampled_from(RULES), steps=STEPS, cut=st.integers(0, 10**9), damage=st.booleans())
 def test_any_cut_of_the_journal_is_the_state_after_its_last_whole_record(
     tmp_path_factory: pytest.TempPathFactory, algorithm: str, steps: list[tuple[str, int]], cut: int, damage: bool

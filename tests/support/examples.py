@@ -1,0 +1,10 @@
+"""How many examples a test needs, in proportion to what the profile of hypothesis has."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+
+
+def examples(times: int) -> settings:
+    """Settings with so many times the examples of the profile: 10 in ``make test``, 4 in ``make quick``, 400 in a search."""
+    return settings(max_examples=times * settings().max_examples)
