@@ -1,7 +1,7 @@
 # Every target that needs an environment makes it first.
 .DEFAULT_GOAL := help
 .PHONY: help setup train quick test check format bench bench-step bench-ray bench-tensorflow live-scale server-memory compression
-.PHONY: replays methods scale chaos journal clean
+.PHONY: replays methods when-it-pays scale chaos journal clean
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
@@ -68,6 +68,9 @@ replays: .venv/ready  ## Replay live runs and compare them bit for bit, into res
 
 methods: .venv/ready  ## The paper's six methods, simulated, into results/ (a quarter of an hour; ARGS="--root DIRECTORY")
 	$(BIN)/python -m experiments.paper_methods $(ARGS)
+
+when-it-pays: .venv/ready  ## Time to a target accuracy, asynchronous against synchronous, simulated, into results/ and docs/ (minutes)
+	$(BIN)/python -m experiments.when_it_pays $(ARGS)
 
 compression: .venv/ready  ## Accuracy against bytes for each lossy wire format, simulated, into results/ (ten minutes; ARGS="--root DIRECTORY")
 	$(BIN)/python -m experiments.compression $(ARGS)
