@@ -34,6 +34,7 @@ from ormo_rpc.data import (
     Epochs,
     FashionMNIST,
     MapSplit,
+    digits,
 )
 from ormo_rpc.data.cifar import read_arrays
 from ormo_rpc.options import parts
@@ -195,6 +196,21 @@ def test_the_digits_are_divided_once_and_for_all_with_equal_shares_of_every_clas
         assert torch.equal(inputs, other.batch(everything, None)[0])
         assert inputs.shape == (len(one), 1, 8, 8)
         assert labels.bincount().float().div(len(one)).sub(0.1).abs().max() < 0.005  # the ten digits are about a tenth each
+
+
+@pytest.mark.parametrize("scans", [digits.SCANS, "no/such/file"], ids=["file", "library"])
+def test_the_digits_are_divided_as_scikit_learn_divides_them(scans: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    monkeypatch.setattr(digits, "SCANS", scans)
+    everything, labels = load_digits(return_X_y=True)
+    parts = train_test_split(everything, labels, test_size=360, random_state=0, stratify=labels)
+    data = Digits().load()
+    for half, x, y in ((data.train, parts[0], parts[2]), (data.test, parts[1], parts[3])):
+        inputs, targets = half.batch(torch.arange(len(half)), None)
+        assert torch.equal(targets, torch.as_tensor(y))
+        torch.testing.assert_close((inputs * 0.3760 + 0.3053).flatten(1) * 16, torch.as_tensor(x).float(), rtol=0, atol=1e-5)
 
 
 def test_the_digits_are_scikit_learns_scans_normalised() -> None:
