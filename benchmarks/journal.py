@@ -17,6 +17,7 @@ import torch
 from benchmarks.measuring import RESULTS, spread
 from ormo_rpc import build_server
 from ormo_rpc.messages import Reply
+from ormo_rpc.rendezvous.protocol import JoinRequest
 from ormo_rpc.runtimes.distributed.server_process.service import Service
 from ormo_rpc.storage.journal import Journal, NoJournal
 from ormo_rpc.storage.run_directory import environment
@@ -37,7 +38,7 @@ class Pusher:
         self.journal = NoJournal() if run_dir is None else Journal(run_dir)
         server = build_server(params=torch.zeros(dimension), num_workers=1, lr=1e-6)
         self.service = Service(server, lambda _: None, journal=self.journal)
-        self.membership = self.service.join({"wanted": 0, "process": 1, "host": "here", "slot": ""})
+        self.membership = self.service.join(JoinRequest(preferred_worker=0, pid=1, host="here", slot_id=""))
         self.reply = self.service.register(self.membership.session_id).value()
         self.grad = torch.randn(dimension)
 

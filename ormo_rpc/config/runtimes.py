@@ -96,7 +96,7 @@ class RpcRuntime(Runtime):
         [],
         "for tests: faults to inject, such as kill@1:20 or stop@server:100 (see ormo_rpc/faults.py)",
         valid=are_faults,
-        expected="words KIND@WHO:PUSH[:AMOUNT], kinds kill, stop, delay, drop_reply, corrupt",
+        expected="words KIND@WORKER:PUSH[:AMOUNT], kinds kill, stop, delay, drop_reply, corrupt",
     )
 
     @property

@@ -1,1 +1,5 @@
-"""Rendezvous: how a worker finds the server, proves that it knows the secret, and holds its lease."""
+"""Rendezvous: workers find the server, both sides authenticate, and each worker holds a lease for as long as it works.
+
+`listener` is the server's side and `lease` the worker's; `protocol` has the messages and the handshake of both. `secret` is
+what they authenticate with, `memberships` who holds which worker number, `addresses` where the server listens.
+"""

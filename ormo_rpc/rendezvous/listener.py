@@ -1,10 +1,9 @@
-"""The door: where workers ask to be let in, and the lease that tells whether they still live.
+"""The server's side of the rendezvous: accepts connections, authenticates them, and holds the lease of each worker.
 
-A worker connects, both sides prove that they know the secret of the run (`wire`), and it is told its membership, the configuration
-and, where there is one, the address of the server's agent. It connects once more for its pushes (`streams`). The first
-connection stays open for as long as the worker works. Each beat of the worker's is answered; one that falls silent for
-``runtime.worker_timeout_seconds``, or whose connection ends, is lost. Because the operating system closes the connections of
-whoever dies, a death is known at once, on any machine.
+A worker connects, both sides prove that they know the secret of the run, and the worker gets its `JoinResponse`. That
+connection stays open for as long as it works and is its lease: each heartbeat is answered, and a worker that is silent for
+``runtime.worker_timeout_seconds``, or whose connection ends, is evicted. The operating system closes the connections of a
+process that dies, so a death is noticed at once, from any machine. For a transport by stream a worker connects once more.
 """
 
 from __future__ import annotations
@@ -13,147 +12,150 @@ import contextlib
 import logging
 import socket
 import threading
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Protocol
 
 from ormo_rpc.errors import RunEnded, WireError
-from ormo_rpc.rendezvous import protocol as wire
 from ormo_rpc.rendezvous.memberships import Membership
+from ormo_rpc.rendezvous.protocol import JoinRequest, JoinResponse, LineReader, authenticate_worker, send
 from ormo_rpc.rendezvous.secret import Secret
 
-HANDSHAKE_SECONDS = 10.0
-"""How long a caller may take to prove who it is."""
-BEAT_BYTES = 1024
-"""The longest line of a worker that was let in."""
+HANDSHAKE_TIMEOUT_SECONDS = 10.0
+"""A connection that is not authenticated by then is closed."""
+MAX_HEARTBEAT_BYTES = 1024
+"""The longest line of a worker that has joined."""
 MAX_UNAUTHENTICATED = 32
-"""How many callers may be at proving it; further ones wait in the listener's queue."""
+"""Connections whose handshake is under way; further ones wait in the socket's queue."""
+ACCEPT_RETRY_SECONDS = 1.0
+"""The pause after a connection could not be accepted."""
 _log = logging.getLogger(__name__)
 
 
 class MembershipHandler(Protocol):
-    """Who decides about memberships."""
+    """Decides about memberships; called from the threads of several connections at once."""
 
-    def join(self, hello: Mapping[str, Any]) -> Membership:
-        """Give a membership to a process that has proved to know the secret; a ValueError tells it why not."""
+    def join(self, request: JoinRequest) -> Membership:
+        """Give an authenticated process a membership.
+
+        Raises:
+            ValueError: it is refused; the message, which says why, is sent to it. `RunEnded` where the run is over.
+        """
         ...
 
     def evict(self, membership: Membership, reason: str) -> None:
-        """The holder of a membership is gone, or as good as."""
+        """Take a membership away, since its process is gone or does not answer."""
         ...
 
     def request_leave(self, membership: Membership) -> None:
-        """The holder of a membership wants to leave."""
+        """Let a worker leave, as it has asked to, as soon as it holds no ticket."""
         ...
 
 
 class Listener:
-    """Lets workers in; use it as a context, whose end closes every connection.
+    """Serves the listening socket of a run; use it as a context, whose end closes every connection.
 
-    Each connection has a thread of its own, which waits for nothing but its worker. `_lock` guards the set of open connections.
+    Each connection has a thread of its own, which waits for nothing but its peer. `_lock` guards `_connections` and `_closed`.
 
     Args:
-        listener: A listening socket.
+        sock: A listening socket.
         secret: Of the run.
-        keeper: Decides about memberships; it has a lock of its own.
-        join_response: What everybody who is let in is told besides its membership.
-        patience_seconds: After how much silence a worker is lost.
-        streams: Serves, to its end, the connection of a worker that was let in before and comes with its pushes.
+        handler: Decides about memberships.
+        response: The answer to a worker that has joined.
+        timeout_seconds: A worker that is silent for so long is evicted.
+        serve_stream: Serves, to its end, the authenticated connection on which a worker that has joined pushes.
     """
 
     def __init__(
         self,
-        listener: socket.socket,
+        sock: socket.socket,
         secret: Secret,
-        keeper: MembershipHandler,
-        join_response: Mapping[str, Any],
-        patience_seconds: float,
-        streams: Callable[[wire.LineReader], None] = lambda _: None,
+        handler: MembershipHandler,
+        response: Callable[[Membership], JoinResponse],
+        timeout_seconds: float,
+        serve_stream: Callable[[LineReader], None] = lambda _: None,
     ) -> None:
-        self.listener = listener
+        self.sock = sock
         self.secret = secret
-        self.keeper = keeper
-        self.join_response = dict(join_response)
-        self.patience_seconds = patience_seconds
-        self.streams = streams
-        self._strangers = threading.BoundedSemaphore(MAX_UNAUTHENTICATED)
+        self.handler = handler
+        self.response = response
+        self.timeout_seconds = timeout_seconds
+        self.serve_stream = serve_stream
+        self._unauthenticated = threading.BoundedSemaphore(MAX_UNAUTHENTICATED)
         self._lock = threading.Lock()
-        self._open: set[socket.socket] = set()
-        self._closed = False
+        self._connections: set[socket.socket] = set()
+        self._closed = threading.Event()
 
     def __enter__(self) -> Listener:
-        threading.Thread(target=self._let_in, name="door", daemon=True).start()
+        threading.Thread(target=self._accept, name="listener", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
-            self._closed = True
-            connections = list(self._open)
+            self._closed.set()
+            connections = list(self._connections)
         for connection in connections:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
-    def _let_in(self) -> None:
+    def _accept(self) -> None:
         while True:
-            self._strangers.acquire()
+            self._unauthenticated.acquire()  # each is given back within the time-out of a handshake
             try:
-                connection, (host, port, *_) = self.listener.accept()
-            except OSError as error:  # such as too many open files: those who are inside go on
-                self._strangers.release()
-                if self._closed:
+                connection, (host, port, *_) = self.sock.accept()
+            except OSError as error:  # such as too many open files: the workers that have joined are served on
+                self._unauthenticated.release()
+                if self._closed.is_set():
                     return
-                _log.warning("the door cannot let anybody in: %s", error)
-                threading.Event().wait(1.0)
+                _log.warning("a connection could not be accepted: %s; trying again in %g s", error, ACCEPT_RETRY_SECONDS)
+                self._closed.wait(ACCEPT_RETRY_SECONDS)
                 continue
-            threading.Thread(
-                target=self._attend, args=(connection, f"{host}:{port}"), name=f"door {host}:{port}", daemon=True
-            ).start()
+            peer = f"{host}:{port}"
+            threading.Thread(target=self._serve, args=(connection, peer), name=f"connection {peer}", daemon=True).start()
 
-    def _attend(self, connection: socket.socket, caller: str) -> None:
-        """One connection, from its first byte to its last."""
+    def _serve(self, connection: socket.socket, peer: str) -> None:
+        """Serve one connection, from its first byte to its last."""
         with connection:
             with self._lock:
-                if self._closed:
+                if self._closed.is_set():
                     return
-                self._open.add(connection)
+                self._connections.add(connection)
             try:
                 try:
-                    reader = wire.LineReader(connection)
-                    hello = wire.greet_worker(reader, self.secret, HANDSHAKE_SECONDS)
-                    membership = None if hello.get("stream") is True else self.keeper.join(hello)
+                    reader = LineReader(connection)
+                    request = authenticate_worker(reader, self.secret, HANDSHAKE_TIMEOUT_SECONDS)
+                    stream = request.get("stream") is True
+                    membership = None if stream else self.handler.join(JoinRequest.parse(request))
                 finally:
-                    self._strangers.release()
+                    self._unauthenticated.release()
                 if membership is None:
-                    self._stream(reader)
+                    with contextlib.suppress(EOFError):  # which means nothing: a worker lives for as long as its lease
+                        self.serve_stream(reader)
                 else:
-                    self._keep(connection, reader, membership)
+                    self._hold_lease(connection, reader, membership)
             except (WireError, ValueError, OSError, EOFError) as error:
-                _log.warning("%s was not let in: %s", caller, error)
-                if isinstance(error, ValueError):  # which is ours; of the others it knows already
+                _log.warning("refused a connection from %s: %s", peer, error)
+                if isinstance(error, ValueError):  # ours; the peer knows of the others
                     with contextlib.suppress(OSError, EOFError):
-                        wire.send(connection, {"error": str(error), "ended": isinstance(error, RunEnded)})
+                        send(connection, {"error": str(error), "run_ended": isinstance(error, RunEnded)})
             finally:
                 with self._lock:
-                    self._open.discard(connection)
+                    self._connections.discard(connection)
 
-    def _stream(self, reader: wire.LineReader) -> None:
-        """The pushes of a worker. Its end means nothing by itself: whether the worker lives is known from its lease."""
-        with contextlib.suppress(EOFError):
-            self.streams(reader)
-
-    def _keep(self, connection: socket.socket, reader: wire.LineReader, membership: Membership) -> None:
-        """The lease of a worker: beats, until it leaves or is lost."""
+    def _hold_lease(self, connection: socket.socket, reader: LineReader, membership: Membership) -> None:
+        """Answer a worker's heartbeats, until it leaves or has to be evicted."""
         try:
-            wire.send(connection, {**self.join_response, "worker": membership.worker, "session_id": membership.session_id})
+            send(connection, asdict(self.response(membership)))
             while True:
-                message = reader.receive(self.patience_seconds, BEAT_BYTES)
+                message = reader.receive(self.timeout_seconds, MAX_HEARTBEAT_BYTES)
                 if "leave" in message:
-                    self.keeper.request_leave(membership)
-                wire.send(connection, {"beat": True})
+                    self.handler.request_leave(membership)
+                send(connection, {"heartbeat": True})
         except TimeoutError:
-            reason = f"it was silent for {self.patience_seconds:g} s"
+            reason = f"it was silent for {self.timeout_seconds:g} s"
         except (OSError, EOFError):
             reason = "its connection was closed"
         except WireError as error:
-            reason = f"it sent nonsense: {error}"
-        if not self._closed:  # else it is we who have closed it
-            self.keeper.evict(membership, reason)
+            reason = f"it violated the protocol: {error}"
+        if not self._closed.is_set():  # else the connection was closed by us
+            self.handler.evict(membership, reason)

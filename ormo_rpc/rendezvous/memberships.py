@@ -1,8 +1,7 @@
-"""Memberships: which worker process has which worker number, from being let in until it is gone.
+"""Memberships: which process holds which worker number, from joining until it leaves or is evicted.
 
-A number belongs to one process at a time. The *session_id* of a membership is what its process proves with that it was let in; it comes
-with every call, and dies with the membership, so what a process sends that was given up, or that knew another life of the server, is
-recognised for certain.
+A worker number belongs to one process at a time. The *session id* of a membership authenticates every later call and is void
+with the membership, so calls of an evicted process, or of one that joined an earlier incarnation of the server, are recognised.
 """
 
 from __future__ import annotations
@@ -13,37 +12,37 @@ from dataclasses import dataclass, field
 
 @dataclass(eq=False)
 class Membership:
-    """A worker process that was let in.
+    """A process that has joined.
 
     Attributes:
         worker: Its worker number.
-        process: Its process number, on its machine.
-        host: Its machine.
-        slot: Who keeps the process running: a replacement has the same one. Empty for nobody.
-        session_id: What it proves with that it was let in.
-        joined: Whether it is a member, that is, may hold a ticket.
-        leaving: Whether it has asked to leave after the ticket that it holds.
-        not_finite: How many of its gradients in a row were not finite.
+        pid: Its process id, on its host.
+        host: The name of its host.
+        slot_id: The process slot that its launcher keeps filled: a replacement comes from the same one. Empty for none.
+        session_id: Authenticates its calls.
+        joined: True once it may hold a ticket.
+        leaving: True once it has asked to leave after the ticket that it holds.
+        not_finite: Consecutive gradients of its that were not finite.
     """
 
     worker: int
-    process: int
+    pid: int
     host: str
-    slot: str
+    slot_id: str
     session_id: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
     joined: bool = False
     leaving: bool = False
     not_finite: int = 0
 
     def __str__(self) -> str:
-        return f"worker {self.worker} (pid {self.process} on {self.host})"
+        return f"worker {self.worker} (pid {self.pid} on {self.host})"
 
 
 class Memberships:
-    """All memberships that are taken.
+    """The current memberships, by worker number and by session id.
 
     Args:
-        num_workers: Numbers below this one are for workers that the run itself started, so a guest gets a larger one.
+        num_workers: Numbers below it are for workers that the run itself starts; an elastic worker gets a larger one.
     """
 
     def __init__(self, num_workers: int) -> None:
@@ -54,20 +53,21 @@ class Memberships:
     def __len__(self) -> int:
         return len(self.by_worker)
 
-    def holder(self, wanted: int | None, slot: str) -> Membership | None:
-        """Who has to go before a process of that slot gets the number that it wants: the process that it replaces."""
-        membership = None if wanted is None else self.by_worker.get(wanted)
-        return membership if membership is not None and slot and membership.slot == slot else None
+    def replaced_by(self, preferred_worker: int | None, slot_id: str) -> Membership | None:
+        """The membership of the process that this one replaces, which was in the same slot; None where there is none."""
+        membership = None if preferred_worker is None else self.by_worker.get(preferred_worker)
+        return membership if membership is not None and slot_id and membership.slot_id == slot_id else None
 
-    def take(self, wanted: int | None, process: int, host: str, slot: str) -> Membership:
-        """Membership a process: at the number that it wants where that is free, else at the lowest one for guests."""
-        worker = self.num_workers if wanted is None or wanted in self.by_worker else wanted
+    def add(self, preferred_worker: int | None, pid: int, host: str, slot_id: str) -> Membership:
+        """Give a process the number that it prefers where that is free, else the lowest free one of elastic workers."""
+        taken = preferred_worker is None or preferred_worker in self.by_worker
+        worker = self.num_workers if preferred_worker is None or taken else preferred_worker
         while worker in self.by_worker:
             worker += 1
-        membership = Membership(worker, process, host, slot)
+        membership = Membership(worker, pid, host, slot_id)
         self.by_session[membership.session_id] = self.by_worker[worker] = membership
         return membership
 
-    def free(self, membership: Membership) -> None:
-        """The process is gone, and its session_id worth nothing."""
+    def remove(self, membership: Membership) -> None:
+        """Free a worker number and void its session id."""
         del self.by_session[membership.session_id], self.by_worker[membership.worker]

@@ -1,7 +1,7 @@
-"""What crosses the door's connections: one JSON object a line, with limits, and the handshake that opens each of them.
+"""The rendezvous protocol: one JSON object a line, with limits; the handshake that opens each connection; and joining.
 
-Nothing here trusts the other side: a line has a largest length, a message a time by which it must be whole, and until both
-sides have proved that they know the secret, nothing that came is looked at beyond what the proof needs.
+Nothing here trusts the other side: a line has a largest length, a message a time by which it must be complete, and until both
+sides are authenticated, nothing that came is looked at beyond what the proof needs.
 """
 
 from __future__ import annotations
@@ -12,25 +12,98 @@ import select
 import socket
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NoReturn, TypeGuard
 
 from ormo_rpc.errors import Refused, WireError
-from ormo_rpc.rendezvous.secret import NONCE_CHARACTERS, PROTOCOL, Secret, nonce, proof, verify
+from ormo_rpc.rendezvous.secret import NONCE_CHARACTERS, PROTOCOL_VERSION, Secret, nonce, proof, verify
 
-GREETING_BYTES = 16 * 1024
+MAX_HANDSHAKE_BYTES = 16 * 1024
 """The longest line of a handshake."""
-SEND_SECONDS = 10.0
-"""How long somebody who does not read may hold a sender."""
+SEND_TIMEOUT_SECONDS = 10.0
+"""After this time a peer that does not read no longer blocks a sender."""
+MAX_WORKER = (1 << 15) - 1
+"""The largest worker number: those of torch's agents have 16 bits."""
+MAX_NAME_CHARACTERS = 64
+"""Longer names of hosts and slots are cut."""
 _CHUNK_BYTES = 64 * 1024
-_WRONG_SECRET = "wrong secret"  # noqa: S105 - what is said of one
+_WRONG_SECRET = "wrong secret"  # noqa: S105 - the reason for a refusal
 
 
-def send(sock: socket.socket, message: Mapping[str, Any], timeout_seconds: float = SEND_SECONDS) -> None:
+@dataclass(frozen=True, kw_only=True)
+class JoinRequest:
+    """Sent by a process that wants to join, as the request of its handshake.
+
+    Attributes:
+        preferred_worker: The worker number to have, if it is free; None for any.
+        pid: The process id.
+        host: The name of its host.
+        slot_id: The process slot that its launcher keeps filled; empty for none.
+    """
+
+    preferred_worker: int | None
+    pid: int
+    host: str
+    slot_id: str
+
+    @classmethod
+    def parse(cls, request: Mapping[str, Any]) -> JoinRequest:
+        """Check the fields of a request.
+
+        Raises:
+            ValueError: one is missing, or of another type or range.
+        """
+        worker, pid, host, slot_id = (request.get(name) for name in ("preferred_worker", "pid", "host", "slot_id"))
+        number = worker is None or (type(worker) is int and 0 <= worker <= MAX_WORKER)
+        if not (number and type(pid) is int and isinstance(host, str) and isinstance(slot_id, str)):
+            raise ValueError(
+                f"join request: got other fields than expected: preferred_worker (null, or a number up to {MAX_WORKER}), pid, "
+                f"host, slot_id"
+            )
+        return cls(
+            preferred_worker=worker, pid=pid, host=_printable(host, MAX_NAME_CHARACTERS), slot_id=slot_id[:MAX_NAME_CHARACTERS]
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinResponse:
+    """Sent by the server to a process that has joined.
+
+    Attributes:
+        worker: Its worker number.
+        session_id: Authenticates its later calls.
+        config: The configuration of the run, as YAML.
+        agent: The address of the server's agent of torch.distributed.rpc, where it has one.
+        heartbeat_seconds: The interval of its heartbeats.
+        timeout_seconds: After this much silence each side takes the other one for dead.
+    """
+
+    worker: int
+    session_id: str
+    config: str
+    agent: str | None
+    heartbeat_seconds: float
+    timeout_seconds: float
+
+    @classmethod
+    def parse(cls, message: Mapping[str, Any]) -> JoinResponse:
+        """Read the message of an authenticated server.
+
+        Raises:
+            WireError: a field is missing.
+        """
+        missing = [name for name in cls.__dataclass_fields__ if name not in message]
+        if missing:
+            raise WireError(f"join response: got no {', '.join(missing)}")
+        return cls(**{name: message[name] for name in cls.__dataclass_fields__})
+
+
+def send(sock: socket.socket, message: Mapping[str, Any], timeout_seconds: float = SEND_TIMEOUT_SECONDS) -> None:
     """Send one message. Threads that share a connection hold a lock of their own around it.
 
     Raises:
-        TimeoutError: the other side has not taken it in time; part of it may be under way, so close the connection.
-        OSError: the connection is gone.
+        TimeoutError: the peer did not take it in time; part of it may be under way, so close the connection.
+        OSError: the connection is closed.
     """
     data = memoryview(json.dumps(message, allow_nan=False, separators=(",", ":")).encode() + b"\n")
     deadline = time.monotonic() + timeout_seconds
@@ -43,11 +116,11 @@ def send(sock: socket.socket, message: Mapping[str, Any], timeout_seconds: float
 
 
 class LineReader:
-    """Reads messages from a connection; what has come of the next one stays here.
+    """Reads messages from a connection, and keeps what has arrived of the next one.
 
     Args:
-        sock: The connection; its own time-out is neither used nor changed, so another thread may send meanwhile. Whoever
-            wants to wake a reader shuts the connection down before closing it.
+        sock: The connection; its own time-out is neither used nor changed, so another thread may send meanwhile. To wake a
+            reader, shut the connection down before closing it.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -55,16 +128,16 @@ class LineReader:
         self._buffer = bytearray()
 
     def receive(self, timeout_seconds: float, limit_bytes: int) -> dict[str, Any]:
-        """The next message.
+        """Return the next message.
 
         Args:
             timeout_seconds: For the whole of it, however slowly its bytes come.
             limit_bytes: The longest line, its end included.
 
         Raises:
-            TimeoutError: it is not whole in time; what has come is kept for the next call.
-            EOFError: the other side is gone, between two messages.
-            WireError: the line is too long, is not a JSON object in UTF-8, or the other side was gone in the middle of it.
+            TimeoutError: it is incomplete; what has arrived is kept for the next call.
+            EOFError: the connection ended between two messages.
+            WireError: the line is too long, is not a JSON object in UTF-8, or the connection ended in the middle of it.
         """
         deadline = time.monotonic() + timeout_seconds
         seen = 0
@@ -72,7 +145,7 @@ class LineReader:
             seen = len(self._buffer)
             if seen >= limit_bytes:
                 raise WireError(f"a line of more than {limit_bytes} bytes came, expected a shorter one")
-            _wait(self.sock, select.POLLIN, deadline, "no whole message came")
+            _wait(self.sock, select.POLLIN, deadline, "no complete message came")
             try:
                 data = self.sock.recv(min(_CHUNK_BYTES, limit_bytes - seen), socket.MSG_DONTWAIT)
             except BlockingIOError:
@@ -89,10 +162,10 @@ class LineReader:
         return _parsed(line)
 
 
-def greet_worker(reader: LineReader, secret: Secret, timeout_seconds: float) -> dict[str, Any]:
-    """In the server: let somebody prove that it knows the secret, prove it in turn, and return what it says of itself.
+def authenticate_worker(reader: LineReader, secret: Secret, timeout_seconds: float) -> dict[str, Any]:
+    """In the server: check that the other side knows the secret, prove it in turn, and return the worker's request.
 
-    Afterwards the server sends messages of its own with `send(reader.sock, ...)`.
+    Afterwards the server sends its own messages with `send(reader.sock, ...)`.
 
     Args:
         reader: A new connection.
@@ -100,65 +173,65 @@ def greet_worker(reader: LineReader, secret: Secret, timeout_seconds: float) -> 
         timeout_seconds: For the whole handshake.
 
     Raises:
-        WireError: another version or secret, or nothing that we understand; the other side has been told.
-        EOFError: it went away.
-        TimeoutError: it took too long.
-        OSError: the connection broke while we were sending.
+        WireError: another version or secret, or a malformed answer; the other side has been told.
+        EOFError: the connection ended.
+        TimeoutError: the handshake took too long.
+        OSError: the connection failed while sending.
     """
     deadline = time.monotonic() + timeout_seconds
     mine = nonce()
-    send(reader.sock, {"ormo_rpc": PROTOCOL, "nonce": mine}, timeout_seconds)
-    answer = reader.receive(_left(deadline), GREETING_BYTES)
+    send(reader.sock, {"ormo_rpc": PROTOCOL_VERSION, "nonce": mine}, timeout_seconds)
+    answer = reader.receive(_left(deadline), MAX_HANDSHAKE_BYTES)
     if "error" in answer:
         raise Refused(_printable(answer["error"]))
-    if answer.get("ormo_rpc") != PROTOCOL:
+    if answer.get("ormo_rpc") != PROTOCOL_VERSION:
         _refuse(reader.sock, _other_version(answer.get("ormo_rpc"), "worker", "server"), deadline)
-    theirs, hello = answer.get("nonce"), answer.get("hello")
-    if not _is_nonce(theirs) or not isinstance(hello, dict):
-        _refuse(reader.sock, "the answer to the greeting has no nonce or no hello", deadline)
+    theirs, request = answer.get("nonce"), answer.get("request")
+    if not _is_nonce(theirs) or not isinstance(request, dict):
+        _refuse(reader.sock, "the answer to the server's nonce has no nonce or no request", deadline)
     try:
-        known = verify(answer.get("proof"), secret, "worker", mine, theirs, hello)
-    except RecursionError:  # a hello that is nested as deep as a parser takes it
+        known = verify(answer.get("proof"), secret, "worker", mine, theirs, request)
+    except RecursionError:  # a request that is nested as deep as a parser takes it
         known = False
     if not known:
         _refuse(reader.sock, _WRONG_SECRET, deadline)
-    send(reader.sock, {"proof": proof(secret, "server", mine, theirs, hello)}, _left(deadline))
-    return hello
+    send(reader.sock, {"proof": proof(secret, "server", mine, theirs, request)}, _left(deadline))
+    return request
 
 
-def greet_server(reader: LineReader, secret: Secret, hello: Mapping[str, Any], timeout_seconds: float) -> None:
-    """In a worker: prove that it knows the secret, and make sure that the server does.
+def authenticate_server(reader: LineReader, secret: Secret, request: Mapping[str, Any], timeout_seconds: float) -> None:
+    """In a worker: prove that it knows the secret, and check that the server does.
 
     Afterwards the worker reads the server's messages with the same reader.
 
     Args:
         reader: A new connection.
         secret: The secret of the run.
-        hello: What the worker says of itself, of JSON's types; it goes to the server before that has proved anything.
+        request: What the connection is for, of JSON's types; it is sent before the server is authenticated.
         timeout_seconds: For the whole handshake.
 
     Raises:
-        Refused: the server has said why it does not go on.
-        WireError: another version, or it is not a server that knows the secret.
-        EOFError: it went away.
-        TimeoutError: it took too long.
-        OSError: the connection broke while we were sending.
+        Refused: the server has given its reason for a refusal.
+        WireError: another version, or a server that does not know the secret.
+        EOFError: the connection ended.
+        TimeoutError: the handshake took too long.
+        OSError: the connection failed while sending.
     """
     deadline = time.monotonic() + timeout_seconds
-    greeting = reader.receive(timeout_seconds, GREETING_BYTES)
-    if "error" in greeting:
-        raise Refused(_printable(greeting["error"]))
-    if greeting.get("ormo_rpc") != PROTOCOL:
-        _refuse(reader.sock, _other_version(greeting.get("ormo_rpc"), "server", "worker"), deadline)
-    theirs, mine = greeting.get("nonce"), nonce()
+    challenge = reader.receive(timeout_seconds, MAX_HANDSHAKE_BYTES)
+    if "error" in challenge:
+        raise Refused(_printable(challenge["error"]))
+    if challenge.get("ormo_rpc") != PROTOCOL_VERSION:
+        _refuse(reader.sock, _other_version(challenge.get("ormo_rpc"), "server", "worker"), deadline)
+    theirs, mine = challenge.get("nonce"), nonce()
     if not _is_nonce(theirs):
-        _refuse(reader.sock, "the greeting has no nonce", deadline)
-    mine_proof = proof(secret, "worker", theirs, mine, hello)
-    send(reader.sock, {"ormo_rpc": PROTOCOL, "nonce": mine, "proof": mine_proof, "hello": dict(hello)}, _left(deadline))
-    answer = reader.receive(_left(deadline), GREETING_BYTES)
+        _refuse(reader.sock, "the server's first message has no nonce", deadline)
+    proved = {"proof": proof(secret, "worker", theirs, mine, request), "request": dict(request)}
+    send(reader.sock, {"ormo_rpc": PROTOCOL_VERSION, "nonce": mine, **proved}, _left(deadline))
+    answer = reader.receive(_left(deadline), MAX_HANDSHAKE_BYTES)
     if "error" in answer:
         raise Refused(_printable(answer["error"]))
-    if not verify(answer.get("proof"), secret, "server", theirs, mine, hello):
+    if not verify(answer.get("proof"), secret, "server", theirs, mine, request):
         _refuse(reader.sock, "the server does not know the secret", deadline)
 
 
@@ -206,10 +279,10 @@ def _is_nonce(value: object) -> TypeGuard[str]:
 
 def _other_version(theirs: object, other: str, here: str) -> str:
     got = str(theirs) if type(theirs) is int and abs(theirs) < 10**9 else "none"
-    return f"protocol: the {other} has version {got}, the {here} version {PROTOCOL}; install the same ormo_rpc on both"
+    return f"protocol: the {other} has version {got}, the {here} version {PROTOCOL_VERSION}; install the same ormo_rpc on both"
 
 
-def _printable(text: object) -> str:
-    """What the other side says, on one line, without anything that a terminal would act on."""
-    shown = str(text)[:500] if isinstance(text, str) else "no reason given"
+def _printable(text: object, limit: int = 500) -> str:
+    """The other side's words on one line, without anything that a terminal would act on."""
+    shown = text[:limit] if isinstance(text, str) else "no reason given"
     return "".join(character if character.isprintable() else "?" for character in shown)

@@ -1,9 +1,9 @@
-"""The shared secret of a run: where it comes from, and how both sides of a connection prove that they know it.
+"""The shared secret of a run: reading and writing it, and the proof by which both sides of a connection authenticate.
 
-The secret itself never crosses the wire. Each side sends a *nonce*, fresh chance, and answers with
-``HMAC-SHA256(secret, [label, version, role, nonce of the server, nonce of the worker, what the worker says of itself])``. The
-role keeps one side's proof from being sent back to it, the nonces keep an old proof from being used again, and the rest cannot
-be changed on the way.
+The secret itself never crosses the wire. Each side sends a *nonce*, random and never used again, and answers with
+``HMAC-SHA256(secret, [label, version, role, nonce of the server, nonce of the worker, request of the worker])``. The role keeps
+one side's proof from being sent back to it, the nonces keep an old proof from being replayed, and the rest cannot be changed on
+the way.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any, Literal, NoReturn
 
 from ormo_rpc.errors import ConfigError
 
-PROTOCOL = 2
-"""The version of what is said at the door; bound into every proof."""
-VARIABLE = "ORMO_RPC_SECRET"
+PROTOCOL_VERSION = 3
+"""The version of the rendezvous protocol; bound into every proof."""
+SECRET_VARIABLE = "ORMO_RPC_SECRET"  # noqa: S105 - the name of a variable
 """The environment variable that holds the secret where no file is named."""
-SHORTEST = 16
-"""A secret of fewer characters is refused: whoever records one handshake could try them all."""
-LONGEST_BYTES = 4096
-"""A file that is longer holds something else."""
+MIN_SECRET_CHARACTERS = 16
+"""A shorter secret is refused: after recording one handshake, all of them could be tried."""
+MAX_SECRET_BYTES = 4096
+"""A longer file holds something else."""
 NONCE_CHARACTERS = 64
 """32 bytes in hexadecimal."""
 
@@ -35,10 +35,10 @@ Role = Literal["server", "worker"]
 
 
 class Secret:
-    """A secret that neither a log, a traceback, a pickle nor a JSON file can show by accident.
+    """A secret that no log, traceback, pickle or JSON file can show by accident.
 
     Args:
-        value: The secret, at least `SHORTEST` characters.
+        value: The secret, at least `MIN_SECRET_CHARACTERS` characters.
 
     Raises:
         ConfigError: it is too short.
@@ -47,14 +47,15 @@ class Secret:
     __slots__ = ("_value",)
 
     def __init__(self, value: str) -> None:
-        if len(value) < SHORTEST:
+        if len(value) < MIN_SECRET_CHARACTERS:
             raise ConfigError(
-                f"secret: got {len(value)} characters, expected at least {SHORTEST}; `openssl rand -hex 32` makes one"
+                f"secret: got {len(value)} characters, expected at least {MIN_SECRET_CHARACTERS}; "
+                f"`openssl rand -hex 32` makes one"
             )
         self._value = value
 
     def reveal(self) -> str:
-        """The secret itself, to be handed to a child or written by `write_secret`; never to be logged."""
+        """Return the secret itself, for a proof or for `write_secret`; never to be logged."""
         return self._value
 
     def __repr__(self) -> str:
@@ -63,19 +64,19 @@ class Secret:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Secret) and hmac.compare_digest(self._value.encode(), other._value.encode())
 
-    __hash__ = None  # pyright: ignore[reportAssignmentType] # as Python has it for what is not to be hashed
+    __hash__ = None  # pyright: ignore[reportAssignmentType] # Python's way to make it unhashable
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a Secret is not pickled; hand its text to whom it is for")
+        raise TypeError("a Secret cannot be pickled")
 
 
 def new_secret() -> Secret:
-    """A secret for one run: 256 bits of the system's chance."""
+    """Make a secret for one run: 256 random bits of the operating system."""
     return Secret(secrets.token_hex(32))
 
 
 def write_secret(path: Path, secret: Secret) -> None:
-    """Write a secret where its owner alone can read it, whole or not at all.
+    """Write a secret to a file that its owner alone can read, completely or not at all.
 
     Raises:
         ConfigError: the path is a symbolic link, or its directory cannot be written to.
@@ -98,41 +99,41 @@ def write_secret(path: Path, secret: Secret) -> None:
 
 
 def read_secret(file: str | None) -> Secret | None:
-    """The secret in a file or, where none is named, in the environment variable ORMO_RPC_SECRET; None where there is neither.
+    """Read the secret from a file or, where none is named, from the environment variable ORMO_RPC_SECRET.
 
-    Blanks and the end of the line around it do not count.
+    White space around it does not count. None where no file is named and the variable is not set.
 
     Raises:
-        ConfigError: the file is missing, can be read by others than its owner, or what is in it is no secret.
+        ConfigError: the file is missing, can be read by others than its owner, or does not hold a secret.
     """
     if file is not None:
         return _secret(_owned_text(Path(file)), file)
-    value = os.environ.get(VARIABLE)
-    return None if value is None else _secret(value, f"the environment variable {VARIABLE}")
+    value = os.environ.get(SECRET_VARIABLE)
+    return None if value is None else _secret(value, f"the environment variable {SECRET_VARIABLE}")
 
 
 def nonce() -> str:
-    """Fresh chance for one connection."""
+    """Make a random value for one connection."""
     return secrets.token_hex(NONCE_CHARACTERS // 2)
 
 
-def proof(secret: Secret, role: Role, server_nonce: str, worker_nonce: str, hello: Mapping[str, Any]) -> str:
-    """What only somebody who knows the secret can say, in this role and on this connection.
+def proof(secret: Secret, role: Role, server_nonce: str, worker_nonce: str, request: Mapping[str, Any]) -> str:
+    """Prove to know the secret, in one role and on one connection.
 
     Args:
         secret: The secret.
-        role: Who proves it.
+        role: The side that proves it.
         server_nonce: The server's nonce.
-        worker_nonce: The worker's.
-        hello: What the worker says of itself, of JSON's types.
+        worker_nonce: The worker's nonce.
+        request: The worker's request, of JSON's types.
     """
-    said = json.dumps(["ormo_rpc door", PROTOCOL, role, server_nonce, worker_nonce, hello], sort_keys=True)
+    said = json.dumps(["ormo_rpc rendezvous", PROTOCOL_VERSION, role, server_nonce, worker_nonce, request], sort_keys=True)
     return hmac.new(secret.reveal().encode(), said.encode(), hashlib.sha256).hexdigest()
 
 
-def verify(given: object, secret: Secret, role: Role, server_nonce: str, worker_nonce: str, hello: Mapping[str, Any]) -> bool:
-    """Whether ``given``, of any type, is that `proof`; takes the same time wherever it differs."""
-    expected = proof(secret, role, server_nonce, worker_nonce, hello)
+def verify(given: object, secret: Secret, role: Role, server_nonce: str, worker_nonce: str, request: Mapping[str, Any]) -> bool:
+    """Check ``given``, of any type, against the `proof`, in a time that does not tell where they differ."""
+    expected = proof(secret, role, server_nonce, worker_nonce, request)
     return isinstance(given, str) and given.isascii() and hmac.compare_digest(given, expected)
 
 
@@ -144,11 +145,11 @@ def _secret(text: str, source: str) -> Secret:
 
 
 def _owned_text(path: Path) -> str:
-    """The text of a small file that nobody but its owner can read."""
+    """Read a small file, which its owner alone must be able to read."""
     try:
-        with open(path, "rb", opener=_without_waiting) as file:
-            status = os.fstat(file.fileno())  # of the open file, which nobody can swap
-            content = file.read(LONGEST_BYTES + 1) if stat.S_ISREG(status.st_mode) else b""
+        with open(path, "rb", opener=_open_nonblocking) as file:
+            status = os.fstat(file.fileno())  # of the open file, which cannot be swapped
+            content = file.read(MAX_SECRET_BYTES + 1) if stat.S_ISREG(status.st_mode) else b""
     except OSError as error:
         raise ConfigError(f"{path}: the secret cannot be read: {error.strerror}") from None
     if not stat.S_ISREG(status.st_mode):
@@ -158,14 +159,14 @@ def _owned_text(path: Path) -> str:
             f"{path}: its mode is {stat.S_IMODE(status.st_mode):04o}, so others than its owner may use it, expected 0600; "
             "run `chmod 600` on it, and make a new secret if others may have read this one"
         )
-    if len(content) > LONGEST_BYTES:
-        raise ConfigError(f"{path}: it has more than {LONGEST_BYTES} bytes, expected a secret of one line")
+    if len(content) > MAX_SECRET_BYTES:
+        raise ConfigError(f"{path}: it has more than {MAX_SECRET_BYTES} bytes, expected a secret of one line")
     try:
         return content.decode()
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: it is not text in UTF-8, expected a secret of one line") from None
 
 
-def _without_waiting(name: str, flags: int) -> int:
-    """Opens a file; a pipe that nobody writes to would hold us otherwise."""
+def _open_nonblocking(name: str, flags: int) -> int:
+    """Open a file without blocking, as a pipe without a writer otherwise would."""
     return os.open(name, flags | os.O_NONBLOCK)

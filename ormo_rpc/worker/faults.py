@@ -1,16 +1,15 @@
-"""Faults on purpose: what dies, hangs, is late, lost or wrong, at a named place and counted.
+"""Fault injection: processes that die, hang or are late, replies that are lost, and gradients that are wrong.
 
-A fault is one word of ``runtime.faults``, ``KIND@WHO:PUSH`` or ``KIND@WHO:PUSH:AMOUNT``: at push number PUSH of worker WHO (the
-first is 0), or at iteration PUSH of WHO = ``server``:
+A fault is one word of ``runtime.faults``: ``KIND@WORKER:PUSH`` or ``KIND@WORKER:PUSH:AMOUNT`` happens at a push of a worker,
+counted from 0, and ``KIND@server:ITERATION`` in the server:
 
-* ``kill``: SIGKILL to itself, right before a worker's push, or right after the server has applied a gradient and before anybody
-  is answered;
-* ``stop``: SIGSTOP, likewise;
-* ``delay``: wait AMOUNT seconds before the push (1 by default);
-* ``drop_reply``: the worker throws the answer away, as if it had been lost, and pushes again;
-* ``corrupt``: NaN in place of the gradient, in AMOUNT pushes in a row (1 by default).
+* ``kill``: SIGKILL to itself, right before a worker's push, or after the server has applied a gradient and before it replies;
+* ``stop``: SIGSTOP to itself, at the same places;
+* ``delay``: sleep AMOUNT seconds before the push (1 by default);
+* ``drop_reply``: discard the reply, as if it had been lost, and push again;
+* ``corrupt``: push NaN in place of the gradient, in AMOUNT consecutive pushes (1 by default).
 
-A fault belongs to the first life of a process: one that is started again has none. Each one that fires is told.
+Only the first process of the server or of a worker has faults; a restarted one has none. Each fault is told when it fires.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_KINDS = ("kill", "stop", "delay", "drop_reply", "corrupt")
-_OF_THE_SERVER = ("kill", "stop")
-_FORM = re.compile(r"(?P<kind>\w+)@(?P<who>server|\d+):(?P<push>\d+)(:(?P<amount>\d+(\.\d+)?))?")
+_WORKER_KINDS = ("kill", "stop", "delay", "drop_reply", "corrupt")
+_SERVER_KINDS = ("kill", "stop")
+_FORM = re.compile(r"(?P<kind>\w+)@(?P<process>server|\d+):(?P<place>\d+)(:(?P<amount>\d+(\.\d+)?))?")
 
 
 @dataclass(frozen=True)
@@ -36,40 +35,40 @@ class Fault:
 
     Attributes:
         kind: What happens.
-        worker: To whom; None for the server.
-        push: At which push of that worker, or at which iteration of the server.
-        amount: Seconds, or a number of pushes.
+        worker: The worker number of the process; None for the server.
+        place: The push of that worker, or the iteration of the server.
+        amount: Seconds of a delay, or a number of pushes.
     """
 
     kind: str
     worker: int | None
-    push: int
+    place: int
     amount: float = 1.0
 
     def __str__(self) -> str:
-        who = "server" if self.worker is None else self.worker
-        return f"{self.kind}@{who}:{self.push}" + ("" if self.amount == 1 else f":{self.amount:g}")
+        process = "server" if self.worker is None else self.worker
+        return f"{self.kind}@{process}:{self.place}" + ("" if self.amount == 1 else f":{self.amount:g}")
 
     @classmethod
-    def parse(cls, text: str) -> Fault:
-        """The fault that a word means.
+    def parse(cls, word: str) -> Fault:
+        """Read one word.
 
         Raises:
-            ValueError: it means none.
+            ValueError: it is of another form, or there is no such kind.
         """
-        found = _FORM.fullmatch(text)
-        known = found is not None and found["kind"] in (_OF_THE_SERVER if found["who"] == "server" else _KINDS)
+        found = _FORM.fullmatch(word)
+        known = found is not None and found["kind"] in (_SERVER_KINDS if found["process"] == "server" else _WORKER_KINDS)
         if found is None or not known:
             raise ValueError(
-                f"runtime.faults: got {text!r}, expected KIND@WHO:PUSH[:AMOUNT] with one of {', '.join(_KINDS)} and a worker's "
-                f"number, or kill or stop and server"
+                f"runtime.faults: got {word!r}, expected KIND@WORKER:PUSH[:AMOUNT] with one of {', '.join(_WORKER_KINDS)}, or "
+                f"KIND@server:ITERATION with one of {', '.join(_SERVER_KINDS)}"
             )
-        worker = None if found["who"] == "server" else int(found["who"])
-        return cls(found["kind"], worker, int(found["push"]), float(found["amount"] or 1))
+        worker = None if found["process"] == "server" else int(found["process"])
+        return cls(found["kind"], worker, int(found["place"]), float(found["amount"] or 1))
 
 
 def are_faults(words: Sequence[str]) -> bool:
-    """Whether each of these words means a fault."""
+    """Check that each word is a fault."""
     try:
         for word in words:
             Fault.parse(word)
@@ -79,49 +78,49 @@ def are_faults(words: Sequence[str]) -> bool:
 
 
 class FaultInjector:
-    """Lets the faults of one process happen.
+    """Makes the faults of one process happen.
 
     Args:
         words: All faults of the run.
-        worker: The process's worker number; None for the server.
-        life: How often this process was started before.
+        worker: The worker number of this process; None for the server.
+        restart_count: Earlier processes of this server or worker; only the first one has faults.
         tell: Called right before a fault happens.
     """
 
-    def __init__(self, words: Sequence[str], worker: int | None, life: int, tell: Callable[[str], None]) -> None:
-        faults = [Fault.parse(word) for word in words] if life == 0 else []
+    def __init__(self, words: Sequence[str], worker: int | None, restart_count: int, tell: Callable[[str], None]) -> None:
+        faults = [Fault.parse(word) for word in words] if restart_count == 0 else []
         self.faults = [fault for fault in faults if fault.worker == worker]
         self.tell = tell
         self.pushes = 0
-        """Of a worker: how many it has begun."""
+        """Pushes that a worker has begun."""
 
     def before_push(self, payload: Tensor) -> None:
-        """In a worker, when its payload is complete and not yet sent."""
-        self._strike(self.pushes)
-        for fault in self._at("delay", self.pushes):
+        """Call in a worker, once its payload is complete and before it is sent."""
+        self._kill_or_stop(self.pushes)
+        for fault in self._take("delay", self.pushes):
             time.sleep(fault.amount)
         for fault in self.faults:
-            if fault.kind == "corrupt" and 0 <= self.pushes - fault.push < fault.amount:
+            if fault.kind == "corrupt" and 0 <= self.pushes - fault.place < fault.amount:
                 self.tell(f"fault {fault}, push {self.pushes}")
                 payload.view(torch.uint8).fill_(0xFF)  # NaN in every floating point type
         self.pushes += 1
 
     def drops_reply(self) -> bool:
-        """In a worker, when the push that `before_push` saw is answered."""
-        return bool(self._at("drop_reply", self.pushes - 1))
+        """Call in a worker, once the push that `before_push` saw is answered; True where the reply is to be discarded."""
+        return bool(self._take("drop_reply", self.pushes - 1))
 
     def applied(self, iteration: int) -> None:
-        """In the server, when that many gradients are applied."""
-        self._strike(iteration)
+        """Call in the server, once that many gradients are applied."""
+        self._kill_or_stop(iteration)
 
-    def _strike(self, place: int) -> None:
+    def _kill_or_stop(self, place: int) -> None:
         for kind, number in (("kill", signal.SIGKILL), ("stop", signal.SIGSTOP)):
-            for _ in self._at(kind, place):
+            for _ in self._take(kind, place):
                 os.kill(os.getpid(), number)
 
-    def _at(self, kind: str, place: int) -> list[Fault]:
-        """The faults of a kind that happen here; each happens once, and is told."""
-        found = [fault for fault in self.faults if fault.kind == kind and fault.push == place]
+    def _take(self, kind: str, place: int) -> list[Fault]:
+        """Remove the faults of a kind that happen here, since each happens once, and tell them."""
+        found = [fault for fault in self.faults if fault.kind == kind and fault.place == place]
         for fault in found:
             self.faults.remove(fault)
             self.tell(f"fault {fault}")

@@ -50,7 +50,7 @@ def stop_worker(injector: FaultInjector, fault: Fault) -> None:
     fault.target = f"worker {worker} (pid {pid})"
     injector.hit(worker, pid, signal.SIGSTOP)
     injector.expect_eviction(worker, pid)
-    injector.expect_exit(f"worker {worker}", pid, "was silent for")
+    injector.expect_exit(f"worker {worker}", pid, "was killed after")
     fault.outcome = "evicted, and killed by the launcher"
 
 
@@ -93,7 +93,7 @@ def stop_server(injector: FaultInjector, fault: Fault) -> None:
     pid = injector.run.server()
     fault.target = f"server (pid {pid})"
     os.kill(pid, signal.SIGSTOP)
-    injector.expect_next_incarnation(fault, pid, "was silent for")
+    injector.expect_next_incarnation(fault, pid, "was killed after")
 
 
 def pause_server(injector: FaultInjector, fault: Fault) -> None:

@@ -23,12 +23,12 @@ SOME_GRADIENTS = 5
 
 def eviction_warning(pid: str | int = r"(\d+)") -> str:
     """The pattern of the server's warning about an eviction; a process that rejoins may have another worker number."""
-    return rf"^launch\.py: server: worker \d+ \(pid {pid} on \S+\) is lost: "
+    return rf"^launch\.py: server: worker \d+ \(pid {pid} on \S+\) was evicted: "
 
 
 OWN_FAULT = r"^launch\.py: worker \d+: fault ([^\s,]+)"
 """The pattern of a worker's line about a fault of ``runtime.faults``."""
-LEFT = "the worker has left, as SIGTERM asked$"
+LEFT = "the worker left the run on SIGTERM$"
 """The pattern of the last line of an elastic worker that leaves."""
 
 

@@ -201,7 +201,7 @@ class ObservedRun:
         joined = self.processes()["workers"].values()
         for process in psutil.Process(self.launcher.process.pid).children():
             arguments = command_line(process)
-            named = "--worker" in arguments and arguments[arguments.index("--worker") + 1] == str(worker)
+            named = "--preferred-worker" in arguments and arguments[arguments.index("--preferred-worker") + 1] == str(worker)
             if named and process.pid not in joined and is_running(process):
                 return process.pid
         return None

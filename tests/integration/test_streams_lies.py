@@ -40,7 +40,7 @@ class Liar:
         session_id = house.clients[2].lease.join_response.session_id
         self.sock = socket.create_connection(house.address, PATIENCE_SECONDS)
         self.reader = wire.LineReader(self.sock)
-        wire.greet_server(self.reader, SECRET, {"stream": True}, PATIENCE_SECONDS)
+        wire.authenticate_server(self.reader, SECRET, {"stream": True}, PATIENCE_SECONDS)
         if greeting is not None:
             self.offer = {}
             self.say(greeting)

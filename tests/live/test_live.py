@@ -1,4 +1,4 @@
-"""Live runs: real processes on this machine, over each kind of wire. Their budget is counted in tests/README.md."""
+"""Live runs: real processes on this machine, over each transport. Their budget is counted in tests/README.md."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SUMMARY_KEYS = set(
 
 
 @pytest.mark.parametrize("transport", ["auto", "tcp", "uv"])
-def test_the_default_run_trains_digits_and_leaves_everything_behind(transport: str, tmp_path: Path) -> None:
+def test_the_default_run_trains_digits_and_writes_all_its_files(transport: str, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     status, out, err = launch(run_dir, *([] if transport == "auto" else [f"wire.transport={transport}"]))
     assert status == 0, err
@@ -53,7 +53,7 @@ def test_the_default_run_trains_digits_and_leaves_everything_behind(transport: s
     assert [event["iteration"] for event in applied] == list(range(1350))
     assert sorted(event["ticket"] for event in applied) == list(range(1350))
     assert all(event["delay"] == event["iteration"] - event["stamp"] for event in applied)
-    # Identity 6: after T gradients all delays, and those of the gradients still in the making, sum to (K - 1) T.
+    # Identity 6: after T gradients all delays, and those of the gradients in flight, sum to (K - 1) T.
     # The first worker finds no more work when ticket T - 1 is out, so count up to there.
     issued = events(run_dir)
     last_issue = next(i for i, event in enumerate(issued) if event["event"] == "issue" and event["ticket"] == 1349)
@@ -96,7 +96,7 @@ def test_every_kind_of_algorithm_runs_live_and_is_replayed(algorithm: str, trans
     assert replayed(tmp_path / "run", tmp_path / "again") == result["final_params_sha256"]
 
 
-def test_a_live_run_does_the_mathematics(tmp_path: Path) -> None:
+def test_a_live_run_computes_the_update_rule(tmp_path: Path) -> None:
     """The trace, redone: every gradient recomputed at the parameters that the sums over buckets give, in float64."""
     steps = ("train.max_iterations=61", "workers=3", "heterogeneity=one_slow", "heterogeneity.factor=3")
     options = (*QUIET, *steps, "model.hidden=16", "train.weight_decay=0.01", "train.clip_norm=0.5")
@@ -138,7 +138,7 @@ def test_a_live_run_does_the_mathematics(tmp_path: Path) -> None:
     assert moved > 0.05
 
 
-def test_batch_norm_and_the_synchronous_scheduler(tmp_path: Path) -> None:
+def test_batch_norm_statistics_are_averaged_under_the_synchronous_scheduler(tmp_path: Path) -> None:
     """SSGDm: rounds of equal stamps, and running statistics that are the average of what the batches had, in order."""
     (tmp_path / "norms.py").write_text(
         "from torch import nn\n"
@@ -170,7 +170,7 @@ def test_batch_norm_and_the_synchronous_scheduler(tmp_path: Path) -> None:
         assert replayed(run_dir, tmp_path / "again") == result["final_params_sha256"]
 
 
-def test_a_diverged_run_says_so(tmp_path: Path) -> None:
+def test_a_diverged_run_exits_with_status_3_and_the_reason(tmp_path: Path) -> None:
     status, out, err = launch(tmp_path, *QUIET, "algorithm=naive", "train.lr=1e30", "workers=2")
     assert status == 3
     assert out.startswith("diverged: naive (async)")
@@ -178,7 +178,7 @@ def test_a_diverged_run_says_so(tmp_path: Path) -> None:
     assert summary(tmp_path)["status"] == "diverged"
 
 
-def test_a_push_that_breaks_the_server_ends_the_run_and_nothing_torn_is_kept(tmp_path: Path) -> None:
+def test_a_push_that_fails_half_way_ends_the_run_without_a_checkpoint(tmp_path: Path) -> None:
     # 1e39 is finite, as the schema asks, but no float32: the step fails after the check of the push.
     status, _, err = launch(tmp_path, *QUIET, "train.lr=1e39", "workers=2")
     assert status == 1
@@ -188,7 +188,7 @@ def test_a_push_that_breaks_the_server_ends_the_run_and_nothing_torn_is_kept(tmp
     assert summary(tmp_path)["status"] == "failed"
 
 
-def test_an_interrupted_run_leaves_a_checkpoint_and_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_run_leaves_a_checkpoint_and_resumes(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     with launched("launch.py", f"hydra.run.dir={first}", *ENDLESS) as launcher:
         processes(first)
@@ -198,7 +198,7 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_goes_on(tmp_path: Path) -> N
         _, err = launcher.communicate(timeout=30)
         assert launcher.returncode == 130
         assert re.fullmatch(
-            r"launch\.py: interrupted by SIGINT; iteration \d+ is kept: go on with checkpoint\.resume=\S+\n", err
+            r"launch\.py: interrupted by SIGINT; iteration \d+ is kept: resume with checkpoint\.resume=\S+\n", err
         )
         assert gone(family)
     kept = summary(first)
@@ -215,7 +215,7 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_goes_on(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("transport", ["uv", "tcp"])
-def test_a_push_that_waits_longer_than_its_time_out_is_repeated_and_applied_once(transport: str, tmp_path: Path) -> None:
+def test_a_push_that_times_out_is_repeated_and_applied_once(transport: str, tmp_path: Path) -> None:
     """Over torch.distributed.rpc; a stream waits for as long as the lease holds, and repeats nothing."""
     run_dir = tmp_path / "run"
     # The slow worker takes 700 times its own computation, of a millisecond or so; the other one waits at the barrier.
@@ -231,7 +231,7 @@ def test_a_push_that_waits_longer_than_its_time_out_is_repeated_and_applied_once
 
 
 @pytest.mark.parametrize("killed", ["the launcher", "all at once"])
-def test_nothing_survives_a_killed_launcher(killed: str, tmp_path: Path) -> None:
+def test_no_process_or_shared_memory_survives_a_killed_launcher(killed: str, tmp_path: Path) -> None:
     options = ("train.epochs=100000", "workers=2", "model.hidden=1100", "wire.transport=shm")
     before = names_in_shared_memory()
     with launched("launch.py", f"hydra.run.dir={tmp_path}", *options) as launcher:
@@ -275,11 +275,11 @@ def test_all_sockets_are_on_loopback(transport: str, tmp_path: Path) -> None:
             if connection.status == psutil.CONN_LISTEN and connection.family in (socket.AF_INET, socket.AF_INET6)
         }
         named = {each for process in family for each in process.net_connections("unix") if each.status == psutil.CONN_LISTEN}
-        assert {address.ip for address in listening} <= {"127.0.0.1", "::1"}
-        door = json.loads((tmp_path / "processes.json").read_text())["address"]
-        assert door in {f"{address.ip}:{address.port}" for address in listening}
+        assert {each.ip for each in listening} <= {"127.0.0.1", "::1"}
+        address = json.loads((tmp_path / "processes.json").read_text())["address"]
+        assert address in {f"{each.ip}:{each.port}" for each in listening}
         assert not named
-        # By default there is the door and nothing else; each agent of torch.distributed.rpc has a number of ports.
+        # By default there is the listener and nothing else; each agent of torch.distributed.rpc has a number of ports.
         assert len(listening) == 1 if transport == "auto" else len(listening) > 3
 
 

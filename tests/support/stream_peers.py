@@ -32,6 +32,7 @@ from ormo_rpc.transports.stream.server import StreamServer, shared_snapshots
 from ormo_rpc.transports.stream.shared_memory import AVAILABLE, SharedMemoryPool
 from tests.support.contract import same
 from tests.support.processes import PATIENCE_SECONDS, wait_until
+from tests.support.rendezvous import join_response
 from tests.support.schedule import normal
 
 SECRET = Secret("a secret that only we two know")
@@ -54,7 +55,9 @@ class Client:
     def __init__(self, house: House, number: int, transport: Transport) -> None:
         self.number = number
         self.elsewhere = ThreadPoolExecutor(1)
-        self.lease: Lease = connect(lambda: house.address, SECRET, wanted=number, slot="", timeout_seconds=PATIENCE_SECONDS)
+        self.lease: Lease = connect(
+            house.address, SECRET, preferred_worker=number, slot_id="", timeout_seconds=PATIENCE_SECONDS
+        )
         self.segments = None if transport is TCP else SharedMemoryPool()
         allocate = plain_bytes if self.segments is None else self.segments.vector
         self.payload = allocate(house.service.format.size).view(house.service.format.pushed_dtype)
@@ -104,7 +107,7 @@ class House:
 
     def __init__(self, door: Listener, service: Service, twin: ParameterServer, segments: SharedMemoryPool | None) -> None:
         self.door = door
-        self.address: tuple[str, int] = door.listener.getsockname()[:2]
+        self.address: tuple[str, int] = door.sock.getsockname()[:2]
         self.service = service
         self.server = service.server
         self.twin = twin
@@ -221,9 +224,8 @@ def attach(
     serving = StreamServer(service, transport, segments)
     with ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        join_response = {"config": "", "agent": None, "heartbeat_seconds": 1.0, "patience_seconds": PATIENCE_SECONDS}
         stack.callback(listener.shutdown, socket.SHUT_RDWR)  # wakes the thread that accepts
-        door = stack.enter_context(Listener(listener, SECRET, service, join_response, PATIENCE_SECONDS, serving.serve))
+        door = stack.enter_context(Listener(listener, SECRET, service, join_response(), PATIENCE_SECONDS, serving.serve))
         house = House(door, service, twin, segments)
         try:
             yield house

@@ -1,4 +1,4 @@
-"""The entry point of every child process: ``python -m ormo_rpc.runtimes.distributed.entry_point``, started by the launcher only."""
+"""The entry point of the launcher's children: ``python -m ormo_rpc.runtimes.distributed.entry_point server|worker ...``."""
 
 from __future__ import annotations
 
@@ -11,192 +11,208 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage] # documented, not annotated as public
+from typing_extensions import override
 
 from ormo_rpc.errors import ConfigError, Refused, ServerLost, WireError, WorkerBanned
-from ormo_rpc.rendezvous.addresses import parse
+from ormo_rpc.rendezvous.addresses import parse_address
 from ormo_rpc.rendezvous.secret import Secret, read_secret
-from ormo_rpc.runtimes.distributed.launcher.supervisor import DONE, EXIT_NO_RESTART, Report, listen_to_supervisor
+from ormo_rpc.runtimes.distributed.launcher.child import EXIT_DONE, EXIT_NO_RESTART, Reporter, obey_supervisor
 from ormo_rpc.runtimes.distributed.server_process import server_process
 from ormo_rpc.runtimes.distributed.worker_process.loop import WorkerArgs
 from ormo_rpc.runtimes.distributed.worker_process.worker_process import WorkerProcess
 
-EXPECTED = (WorkerBanned, ServerLost, WireError, ConfigError, OSError)
-"""Errors whose message says everything."""
+EXPECTED_ERRORS = (WorkerBanned, ServerLost, WireError, ConfigError, OSError)
+"""Their messages suffice: no traceback is shown for them."""
 
 
-def main() -> None:
-    """Be the server or a worker, as the arguments say; where it fails, the supervisor is told why."""
-    arguments = _parse()
-    os.set_inheritable(arguments.report, False)
-    os.set_inheritable(arguments.control, False)
-    report = Report(arguments.report, arguments.heartbeat)
-    _log_to(report, also_here=arguments.log)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Be the server or a worker, as the command line says; tell the supervisor the reason of a failure."""
+    arguments = _parse(argv)
+    os.set_inheritable(arguments.report_fd, False)
+    os.set_inheritable(arguments.control_fd, False)
+    reporter = Reporter(arguments.report_fd, arguments.heartbeat_seconds)
+    _log_to(reporter, stderr=arguments.log)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
-        if arguments.role == "server":
-            _serve(arguments, report.say)
-        else:
-            _work(arguments, report.say)
+        arguments.run(arguments, reporter.tell)
     except BaseException as error:
-        report.last_words(f"{type(error).__name__}: {' '.join(str(error).split())}")
-        if arguments.log or not isinstance(error, EXPECTED):
-            with contextlib.suppress(OSError):  # the log may lie on the full disk that this is about
+        reporter.exit_reason(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        if arguments.log or not isinstance(error, EXPECTED_ERRORS):
+            with contextlib.suppress(OSError):  # the log may be on the full disk that this is about
                 traceback.print_exc()
-        final = isinstance(error, (WorkerBanned, Refused))  # another try would end as this one did
-        os._exit(EXIT_NO_RESTART if final else 1)  # threads of the RPC agent may hold up an ordinary exit
-    # Taking the interpreter apart can take seconds, without a sign of life: a supervisor would see a death in it.
+        # Threads of torch's RPC agent may hold up an ordinary exit.
+        os._exit(EXIT_NO_RESTART if isinstance(error, (WorkerBanned, Refused)) else 1)
+    # Finalising the interpreter can take seconds without a heartbeat, which a supervisor would take for a death.
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(DONE)
+    os._exit(EXIT_DONE)
 
 
-def _serve(arguments: argparse.Namespace, tell: Callable[[str], None]) -> None:
-    hosts: list[server_process.ServerProcess] = []
-    early: list[dict[str, Any]] = []
-    turn = threading.Lock()
-    """Guards both, so that no message falls between being early and being heard."""
-
-    def on_message(message: dict[str, Any]) -> None:
-        with turn:
-            if hosts:
-                hosts[0].hear(message)
-            elif "stop" in message:
-                os._exit(1)  # nothing has begun, so there is nothing to keep
-            else:
-                early.append(message)
-
-    listen_to_supervisor(arguments.control, on_message)
-    listener = socket.socket(fileno=arguments.listener)
-    secret = _secret(arguments.secret_file)
-    place = server_process.ServerArgs(
+def _run_server(arguments: argparse.Namespace, tell: Callable[[str], None]) -> None:
+    control = _ServerControl()
+    obey_supervisor(arguments.control_fd, control.handle)
+    args = server_process.ServerArgs(
         run_dir=arguments.run_dir,
-        listener=listener,
-        secret=secret,
-        life=arguments.life,
-        terminal=arguments.terminal,
+        listener=socket.socket(fileno=arguments.listener_fd),
+        secret=_secret(arguments.secret_file),
+        life=arguments.incarnation,
+        terminal=arguments.terminal_fd,
         tell=tell,
     )
 
-    def on_ready(host: server_process.ServerProcess) -> None:
-        with turn:
-            hosts.append(host)
-            for message in early:
-                host.hear(message)
+    def on_ready(server: server_process.ServerProcess) -> None:
+        control.connect(server)
         if arguments.store is not None:
             store = _store(arguments)
             store.set("secret_file", str(arguments.secret_file or ""))
-            store.set("door", arguments.door)
+            store.set("address", arguments.address)
 
-    server_process.serve(place, on_ready)
+    server_process.serve(args, on_ready)
 
 
-def _work(arguments: argparse.Namespace, tell: Callable[[str], None]) -> None:
+def _run_worker(arguments: argparse.Namespace, tell: Callable[[str], None]) -> None:
     if arguments.store is None:
-        address, secret = arguments.door, _secret(arguments.secret_file)
+        address, secret_file = arguments.address, arguments.secret_file
     else:
         store = _store(arguments)
-        address = store.get("door").decode()
-        secret = _secret(store.get("secret_file").decode() or None)
-    door = parse(address)
+        address, secret_file = store.get("address").decode(), store.get("secret_file").decode() or None
+    door = parse_address(address)
     worker = WorkerProcess(
         WorkerArgs(
             door=lambda: door,
-            secret=secret,
-            wanted=arguments.worker,
-            slot=arguments.slot,
-            life=arguments.life,
+            secret=_secret(secret_file),
+            wanted=arguments.preferred_worker,
+            slot=arguments.slot_id,
+            life=arguments.restart_count,
             data_root=arguments.data_root,
-            timeout_seconds=arguments.start_timeout,
+            timeout_seconds=arguments.start_timeout_seconds,
             tell=tell,
         )
     )
-    listen_to_supervisor(arguments.control, lambda _: worker.leave())
+    obey_supervisor(arguments.control_fd, lambda _: worker.leave())
     _on_sigterm(worker.leave)
     worker.run()
 
 
+class _ServerControl:
+    """Hands the supervisor's messages to the server, those that come before it is ready included.
+
+    `_lock` guards the server and the early messages, so that each message is handled once and in order.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._server: server_process.ServerProcess | None = None
+        self._early: list[dict[str, Any]] = []
+
+    def handle(self, message: dict[str, Any]) -> None:
+        """Handle a message, or keep it until there is a server; one to stop ends a server that is not ready."""
+        with self._lock:
+            if self._server is not None:
+                self._server.hear(message)
+            elif "stop" in message:
+                os._exit(1)  # nothing has begun that could be kept
+            else:
+                self._early.append(message)
+
+    def connect(self, server: server_process.ServerProcess) -> None:
+        """Hand the server what has come, and what comes from now on."""
+        with self._lock:
+            self._server = server
+            for message in self._early:
+                server.hear(message)
+
+
 def _on_sigterm(leave: Callable[[], None]) -> None:
     """Leave on SIGTERM, also while the main thread waits within torch, where no handler of Python's would run."""
-    reading, writing = socket.socketpair()
-    writing.setblocking(False)
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
     signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+    signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
 
     def listen() -> None:
-        with reading, writing:
-            while signal.SIGTERM not in reading.recv(64):
+        with receiver, sender:
+            while signal.SIGTERM not in receiver.recv(64):
                 pass
             leave()
-            threading.Event().wait()  # keep the descriptors, which the handler writes to
+            threading.Event().wait()  # keep the sockets open, since the handler writes to one, for as long as the process
 
     threading.Thread(target=listen, name="SIGTERM", daemon=True).start()
 
 
 def _secret(file: str | None) -> Secret:
     secret = read_secret(file)
-    assert secret is not None, "the launcher sees to it that there is one"
+    assert secret is not None, "the launcher has made sure that there is one"
     return secret
 
 
 def _store(arguments: argparse.Namespace) -> PrefixStore:
-    """The store of torchrun's agent, where the server leaves its address for the workers."""
+    """The store of torchrun's agent, in which the server leaves its address for the workers."""
     host, _, port = arguments.store.rpartition(":")
-    timeout = timedelta(seconds=arguments.start_timeout)
+    timeout = timedelta(seconds=arguments.start_timeout_seconds)
     store = TCPStore(host, int(port), is_master=False, timeout=timeout, wait_for_workers=False)
-    return PrefixStore(arguments.prefix, store)
+    return PrefixStore(arguments.store_prefix, store)
 
 
-class _Tell(logging.Handler):
-    """Hands warnings to the supervisor, which shows them to people."""
+class _ReportHandler(logging.Handler):
+    """Sends warnings to the supervisor, which shows them to people."""
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, reporter: Reporter) -> None:
         super().__init__(logging.WARNING)
-        self.report = report
+        self.reporter = reporter
 
+    @override
     def emit(self, record: logging.LogRecord) -> None:
-        """Hand one on."""
-        self.report.say(record.getMessage())
+        self.reporter.tell(record.getMessage())
 
 
-def _log_to(report: Report, *, also_here: bool) -> None:
-    """Send our own messages to the supervisor, and to our log where we have one."""
-    ours = logging.getLogger("ormo_rpc")
-    ours.setLevel(logging.INFO)
-    ours.addHandler(_Tell(report))
-    if also_here:
-        here = logging.StreamHandler()
-        here.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        ours.addHandler(here)
+def _log_to(reporter: Reporter, *, stderr: bool) -> None:
+    """Send the package's warnings to the supervisor and, where standard error is a log of ours, all messages there."""
+    logger = logging.getLogger("ormo_rpc")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(_ReportHandler(reporter))
+    if stderr:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(handler)
 
 
-def _parse() -> argparse.Namespace:
+def _parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--control-fd", type=int, required=True, help="reading end of the control pipe")
+    common.add_argument("--report-fd", type=int, required=True, help="writing end of the report pipe")
+    common.add_argument("--heartbeat-seconds", type=float, default=1.0, help="interval of the heartbeats on the report pipe")
+    common.add_argument("--log", action="store_true", help="log to standard error, which is this process's own file")
+    common.add_argument("--address", metavar="HOST:PORT", help="of the server's listener")
+    common.add_argument("--secret-file", help="by default the environment has the secret")
+    common.add_argument("--store", metavar="HOST:PORT", help="torchrun's store, in which the server leaves its address")
+    common.add_argument("--store-prefix", default="ormo_rpc", help="of our keys in that store")
+    common.add_argument("--start-timeout-seconds", type=float, default=180.0, help="to reach the server, or the store")
+
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("role", choices=("server", "worker"))
-    parser.add_argument("--life", type=int, default=0, help="how often it was started before")
-    parser.add_argument("--door", metavar="HOST:PORT", help="where workers are let in")
-    parser.add_argument("--listener", type=int, help="of the server: the door's socket")
-    parser.add_argument("--secret-file", help="by default, the environment has the secret")
-    parser.add_argument("--store", metavar="HOST:PORT", help="where the server leaves the door's address, under torchrun")
-    parser.add_argument("--prefix", default="ormo_rpc", help="what our keys in that store begin with")
-    parser.add_argument("--start-timeout", type=float, default=180.0, metavar="SECONDS")
-    parser.add_argument("--heartbeat", type=float, default=1.0, metavar="SECONDS")
-    parser.add_argument("--run-dir", type=Path, help="of the server")
-    parser.add_argument("--terminal", type=int, help="of the server: descriptor for the progress bar")
-    parser.add_argument("--worker", type=int, help="of a worker: the number to have, if it is free")
-    parser.add_argument("--slot", default="", help="of a worker: who keeps it running")
-    parser.add_argument("--data-root", help="of a worker: where the data set lies on this machine")
-    parser.add_argument("--log", action="store_true", help="output goes to a log of its own")
-    parser.add_argument("--control", type=int, required=True, help="reading end of the supervisor's pipe")
-    parser.add_argument("--report", type=int, required=True, help="writing end of the pipe to the supervisor")
-    return parser.parse_args()
+    roles = parser.add_subparsers(required=True)
+    server = roles.add_parser("server", parents=[common])
+    server.set_defaults(run=_run_server)
+    server.add_argument("--incarnation", type=int, default=0, help="earlier processes of this server")
+    server.add_argument("--run-dir", type=Path, required=True, help="with the run's config.yaml")
+    server.add_argument("--listener-fd", type=int, required=True, help="listening socket")
+    server.add_argument("--terminal-fd", type=int, help="terminal for the progress bar, where there is one")
+
+    worker = roles.add_parser("worker", parents=[common])
+    worker.set_defaults(run=_run_worker)
+    worker.add_argument("--restart-count", type=int, default=0, help="earlier processes in this slot")
+    worker.add_argument("--preferred-worker", type=int, help="worker number to have, if it is free")
+    worker.add_argument("--slot-id", default="", help="process slot, which a replacement has as well")
+    worker.add_argument("--data-root", help="folder of the data set on this machine")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ormo_rpc.errors import BY_NAME, Refused, ServerLost
 from ormo_rpc.messages import Push, Reply
-from ormo_rpc.rendezvous import protocol as wire
+from ormo_rpc.rendezvous import protocol
 from ormo_rpc.rendezvous.lease import Lease
 from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.transports.stream.frames import DTYPES, INLINE, REQUEST, RESPONSE, Request, Response, Stream, bytes_of
@@ -31,12 +31,12 @@ class StreamClient:
     that come with the frame lie in a buffer that the next ones are written into.
 
     Args:
-        lease: Ours; streams are let in by the same door.
+        lease: Ours; streams are accepted by the same listener.
         secret: Of the run.
         payload: What every push is in, shape (elements of a payload,).
         segments: Where it lies, if other processes may read it.
         must_share: Whether to give up where no memory can be shared.
-        timeout_seconds: For being let in.
+        timeout_seconds: For the handshake.
 
     Raises:
         ServerLost: the server is gone, or knows us no longer.
@@ -65,7 +65,7 @@ class StreamClient:
             connection = socket.create_connection(lease.connection.getpeername()[:2], timeout_seconds)
             try:
                 reason = self._agree(
-                    wire.LineReader(connection), lease.join_response.session_id, secret, segments, timeout_seconds
+                    protocol.LineReader(connection), lease.join_response.session_id, secret, segments, timeout_seconds
                 )
                 self._stream = Stream(connection, lambda: not lease.lost.is_set())
             except BaseException:
@@ -81,17 +81,17 @@ class StreamClient:
 
     def _agree(
         self,
-        reader: wire.LineReader,
+        reader: protocol.LineReader,
         session_id: str,
         secret: Secret,
         segments: SharedMemoryPool | None,
         timeout_seconds: float,
     ) -> str:
         """Prove who we are, and find out whether memory can be shared; return why not."""
-        wire.greet_server(reader, secret, {"stream": True}, timeout_seconds)
+        protocol.authenticate_server(reader, secret, {"stream": True}, timeout_seconds)
         descriptor = None if segments is None else segments.find(self._payload)
         mine = None if segments is None or descriptor is None else {**asdict(segments.origin), "descriptor": descriptor}
-        wire.send(reader.sock, {"session_id": session_id, "segment": mine})
+        protocol.send(reader.sock, {"session_id": session_id, "segment": mine})
         answer = reader.receive(timeout_seconds, GREETING_BYTES)
         if "error" in answer:
             raise EOFError(answer["error"])
@@ -103,7 +103,7 @@ class StreamClient:
                 self._origin = origin
             except OSError as error:
                 reason = f"worker and server share no memory: {error}"
-        wire.send(reader.sock, {"shared": self._origin is not None})
+        protocol.send(reader.sock, {"shared": self._origin is not None})
         reader.receive(timeout_seconds, GREETING_BYTES)  # frames begin behind it
         return reason
 

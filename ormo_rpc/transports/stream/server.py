@@ -1,6 +1,6 @@
-"""The service as workers reach it by a stream: a connection to the door, with a thread for each.
+"""The service as workers reach it by a stream: a connection to the listener, with a thread for each.
 
-A worker that was let in connects once more, proves again that it knows the secret, and shows its session_id. Gradients and
+A worker that has joined connects once more, proves again that it knows the secret, and shows its session_id. Gradients and
 parameters lie in memory that both processes share, where both can open what the other one has made; what crosses is then a
 frame of some 60 bytes. Else the bytes follow the frame, from and into buffers that are made once.
 """

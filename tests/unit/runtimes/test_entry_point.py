@@ -1,8 +1,7 @@
-"""The entry point of the children: what it hears before it is ready, and what it says when it fails."""
+"""The entry point of the children: its command line, messages that come early, and the reasons and statuses of failures."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import socket
 import sys
@@ -13,48 +12,69 @@ from typing import Any
 import pytest
 
 from ormo_rpc.errors import Refused, ServerLost, WireError, WorkerBanned
-from ormo_rpc.runtimes.distributed import entry_point as child
-from ormo_rpc.runtimes.distributed.launcher.supervisor import EXIT_NO_RESTART, Supervisor
+from ormo_rpc.runtimes.distributed import entry_point
+from ormo_rpc.runtimes.distributed.launcher.child import EXIT_NO_RESTART
+from ormo_rpc.runtimes.distributed.launcher.supervisor import Supervisor
 from ormo_rpc.runtimes.distributed.server_process import server_process
 from tests.support.processes import PATIENCE_SECONDS
 
+parse = entry_point._parse  # pyright: ignore[reportPrivateUsage] # without a process
 
-class Ear:
-    """In the place of a host: keeps what it hears."""
+
+class Server:
+    """In place of a `ServerProcess`: notes the supervisor's messages."""
 
     def __init__(self) -> None:
-        self.heard: list[dict[str, Any]] = []
+        self.messages: list[dict[str, Any]] = []
 
     def hear(self, message: dict[str, Any]) -> None:
-        """Keep it."""
-        self.heard.append(message)
+        """Note it."""
+        self.messages.append(message)
 
 
-def test_what_the_server_is_told_while_it_starts_is_heard_when_it_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
-    ear, tell = Ear(), list[Callable[[dict[str, Any]], None]]()
-    monkeypatch.setattr(child, "listen_to_supervisor", lambda _control, on_message: tell.append(on_message))  # pyright: ignore[reportUnknownArgumentType,reportUnknownLambdaType] # a stand-in
-    monkeypatch.setenv("ORMO_RPC_SECRET", "0123456789abcdef" * 4)
+class Reporter:
+    """Notes the exit reasons."""
 
-    def serve(place: server_process.ServerArgs, on_ready: Callable[[Ear], None]) -> None:
-        place.listener.close()
-        tell[0]({"abandoned": "all have left"})
-        assert ear.heard == []
-        on_ready(ear)
-        tell[0]({"stop": {"status": "interrupted"}})
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
 
+    def tell(self, text: str) -> None:
+        """Do nothing."""
+
+    def exit_reason(self, text: str) -> None:
+        """Note it."""
+        self.reasons.append(text)
+
+
+def test_a_server_handles_the_messages_that_came_before_it_was_ready(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    server, handlers = Server(), list[Callable[[dict[str, Any]], None]]()
+
+    def obey_supervisor(_control_fd: int, on_message: Callable[[dict[str, Any]], None]) -> None:
+        handlers.append(on_message)
+
+    def serve(args: server_process.ServerArgs, on_ready: Callable[[Server], None]) -> None:
+        args.listener.close()
+        handlers[0]({"all_workers_ended": "all have left"})
+        assert server.messages == []
+        on_ready(server)
+        handlers[0]({"stop": {"status": "interrupted"}})
+
+    monkeypatch.setattr(entry_point, "obey_supervisor", obey_supervisor)
     monkeypatch.setattr(server_process, "serve", serve)
+    monkeypatch.setenv("ORMO_RPC_SECRET", "0123456789abcdef" * 4)
     ours, theirs = socket.socketpair()
     with ours:
-        given = {"control": 0, "listener": theirs.detach(), "secret_file": None, "run_dir": Path(), "life": 0}
-        child._serve(argparse.Namespace(**given, terminal=None, store=None), lambda _: None)  # pyright: ignore[reportPrivateUsage] # no process
-    assert ear.heard == [{"abandoned": "all have left"}, {"stop": {"status": "interrupted"}}]
+        command = ["server", "--run-dir", str(tmp_path), "--listener-fd", str(theirs.detach())]
+        arguments = parse([*command, "--control-fd", "0", "--report-fd", "1"])
+        arguments.run(arguments, lambda _: None)
+    assert server.messages == [{"all_workers_ended": "all have left"}, {"stop": {"status": "interrupted"}}]
 
 
 @pytest.mark.parametrize(
     ("error", "status"),
     [(Refused("no"), EXIT_NO_RESTART), (WorkerBanned("no"), EXIT_NO_RESTART), (WireError("what?"), 1), (ServerLost("gone"), 1)],
 )
-def test_who_would_be_refused_again_is_not_to_be_started_again(
+def test_a_banned_or_refused_process_exits_with_the_status_that_forbids_a_restart(
     error: Exception, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def work(*_: object) -> None:
@@ -63,24 +83,26 @@ def test_who_would_be_refused_again_is_not_to_be_started_again(
     def leave(code: int) -> None:
         raise SystemExit(code)
 
-    reading, writing = os.pipe()
-    arguments = argparse.Namespace(role="worker", report=writing, control=reading, heartbeat=60.0, log=False)
-    monkeypatch.setattr(child, "_parse", lambda: arguments)
-    monkeypatch.setattr(child, "_work", work)
-    monkeypatch.setattr(child, "_log_to", lambda *_, **__: None)  # pyright: ignore[reportUnknownArgumentType,reportUnknownLambdaType] # a stand-in
+    reporter = Reporter()
+    monkeypatch.setattr(entry_point, "Reporter", lambda *_: reporter)  # pyright: ignore[reportUnknownArgumentType,reportUnknownLambdaType] # in place of it
+    monkeypatch.setattr(entry_point, "_run_worker", work)
+    monkeypatch.setattr(entry_point, "_log_to", lambda *_, **__: None)  # pyright: ignore[reportUnknownArgumentType,reportUnknownLambdaType] # in place of it
     monkeypatch.setattr(os, "_exit", leave)
+    control_fd, report_fd = os.pipe()
     try:
         with pytest.raises(SystemExit) as ended:
-            child.main()
+            entry_point.main(["worker", "--control-fd", str(control_fd), "--report-fd", str(report_fd)])
         assert ended.value.code == status
+        assert reporter.reasons == [f"{type(error).__name__}: {error}"]
     finally:
-        os.close(reading)
+        os.close(control_fd)
+        os.close(report_fd)
 
 
 @pytest.mark.live
 @pytest.mark.timeout(90)
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
-def test_a_full_disk_does_not_hide_the_reason(tmp_path: Path) -> None:
+def test_a_full_disk_does_not_hide_the_exit_reason(tmp_path: Path) -> None:
     with socket.socket() as listener, Supervisor() as supervisor:
         command = [
             sys.executable,
@@ -94,7 +116,7 @@ def test_a_full_disk_does_not_hide_the_reason(tmp_path: Path) -> None:
         env = {**os.environ, "ORMO_RPC_SECRET": "0123456789abcdef" * 4, "PYTHONPATH": os.pathsep.join(sys.path)}
         server = supervisor.start(
             "server",
-            [*command, "--listener", str(listener.fileno())],
+            [*command, "--listener-fd", str(listener.fileno())],
             env=env,
             log=Path("/dev/full"),
             pass_fds=[listener.fileno()],

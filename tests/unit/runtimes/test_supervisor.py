@@ -1,4 +1,4 @@
-"""The supervisor: children hear it, are buried by it, and never outlive it. Each child is a real, tiny process."""
+"""The supervisor and its children: messages, exit reasons, time-outs, and no child that outlives it. The children are real."""
 
 from __future__ import annotations
 
@@ -15,18 +15,24 @@ from typing import Any
 import psutil
 import pytest
 
-from ormo_rpc.runtimes.distributed.launcher import supervisor as module
-from ormo_rpc.runtimes.distributed.launcher.supervisor import DONE, Child, Supervisor
+from ormo_rpc.runtimes.distributed.launcher import child as child_module
+from ormo_rpc.runtimes.distributed.launcher import supervisor as supervisor_module
+from ormo_rpc.runtimes.distributed.launcher.child import EXIT_DONE
+from ormo_rpc.runtimes.distributed.launcher.supervisor import ChildProcess, Supervisor
 from tests.support.processes import PATIENCE_SECONDS, gone, wait_until
 
-# The module is run from its file, so that a child does not load torch, which takes seconds.
-PRELUDE = f"import json, os, runpy, signal, sys, threading\nsupervisor = runpy.run_path({module.__file__!r})\n"
+# Both modules are run from their files, since importing the package loads torch, which takes seconds.
+PRELUDE = f"""
+import json, os, runpy, signal, sys, threading, types
+child = runpy.run_path({child_module.__file__!r})
+sys.modules[{child_module.__name__!r}] = types.SimpleNamespace(**child)
+"""
 LISTENER = f"""{PRELUDE}
-def hear(message):
+def handle(message):
     print(json.dumps(message), flush=True)
     if "exit" in message:
         os._exit(message["exit"])
-supervisor["listen_to_supervisor"](int(sys.argv[sys.argv.index("--control") + 1]), hear)
+child["obey_supervisor"](int(sys.argv[sys.argv.index("--control-fd") + 1]), handle)
 print("ready", flush=True)
 threading.Event().wait()
 """
@@ -39,7 +45,7 @@ threading.Event().wait()
 """
 
 
-def start(supervisor: Supervisor, script: str, log: Path | None, name: str = "child") -> Child:
+def start(supervisor: Supervisor, script: str, log: Path | None, name: str = "child") -> ChildProcess:
     return supervisor.start(name, [sys.executable, "-c", script], env=dict(os.environ), log=log)
 
 
@@ -47,7 +53,7 @@ def ready(log: Path) -> None:
     wait_until(lambda: log.exists() and "ready" in log.read_text(), "the start of the child")
 
 
-def ended(supervisor: Supervisor, child: Child) -> int:
+def ended(supervisor: Supervisor, child: ChildProcess) -> int:
     assert supervisor.wait(lambda: child.exit_code is not None, PATIENCE_SECONDS)
     assert child.exit_code is not None
     return child.exit_code
@@ -63,10 +69,10 @@ def test_messages_arrive_in_order_and_the_exit_code_comes_back(tmp_path: Path) -
         child = start(supervisor, LISTENER, log)
         ready(log)
         assert child.exit_code is None
-        child.tell(stop={"status": "interrupted", "reason": "a\nb"})
-        child.tell(exit=7)
+        child.send(stop={"status": "interrupted", "reason": "a\nb"})
+        child.send(exit=7)
         assert ended(supervisor, child) == 7
-        child.tell(exit=8)  # one that is gone hears nothing, and nobody minds
+        child.send(exit=8)  # nothing happens where it has ended
     assert log.read_text().splitlines() == ["ready", '{"stop": {"status": "interrupted", "reason": "a\\nb"}}', '{"exit": 7}']
 
 
@@ -78,7 +84,7 @@ def test_messages_arrive_in_order_and_the_exit_code_comes_back(tmp_path: Path) -
         ("import sys; sys.exit(4)", True, r"exited with status 4 \(see {log}\)"),
         ("import sys; sys.exit(5)", False, r"exited with status 5"),
         (
-            "import os; print('of no meaning', flush=True); os.kill(os.getpid(), 9)",
+            "import os; print('not a reason', flush=True); os.kill(os.getpid(), 9)",
             True,
             r"was killed by SIGKILL \(see {log}\)",
         ),
@@ -90,7 +96,7 @@ def test_messages_arrive_in_order_and_the_exit_code_comes_back(tmp_path: Path) -
         ),
     ],
 )
-def test_an_obituary_says_who_how_and_the_last_words(script: str, logged: bool, text: str, tmp_path: Path) -> None:
+def test_an_exit_reason_says_which_process_ended_how_and_why(script: str, logged: bool, text: str, tmp_path: Path) -> None:
     log = tmp_path / "log" if logged else None
     with Supervisor() as supervisor:
         child = start(supervisor, script, log, "worker 3")
@@ -100,10 +106,10 @@ def test_an_obituary_says_who_how_and_the_last_words(script: str, logged: bool, 
 
 
 @pytest.mark.parametrize("error", [None, KeyError("any")], ids=["normally", "by an error"])
-def test_the_end_of_the_context_leaves_nobody_and_nothing(error: Exception | None, tmp_path: Path) -> None:
+def test_the_end_of_the_context_leaves_no_process_and_no_descriptor(error: Exception | None, tmp_path: Path) -> None:
     before = descriptors()
     logs = [tmp_path / "a", tmp_path / "b"]
-    children: list[Child] = []
+    children: list[ChildProcess] = []
 
     def supervised() -> None:
         with Supervisor() as supervisor:
@@ -131,16 +137,17 @@ def test_a_program_that_does_not_exist_leaves_no_descriptor() -> None:
 
 def test_children_end_when_the_supervisor_is_killed(tmp_path: Path) -> None:
     """Two of them: were one to inherit the other's pipe, neither would see its end."""
-    boss = f"""{PRELUDE}
+    launcher = f"""{PRELUDE}
+supervisor = runpy.run_path({supervisor_module.__file__!r})
 import pathlib
 with supervisor["Supervisor"]() as s:
     for name in "ab":
         command = [sys.executable, "-c", {LISTENER!r}]
-        child = s.start(name, command, env=dict(os.environ), log=pathlib.Path({str(tmp_path)!r}) / name)
-        print(child.process.pid, flush=True)
+        process = s.start(name, command, env=dict(os.environ), log=pathlib.Path({str(tmp_path)!r}) / name)
+        print(process.process.pid, flush=True)
     threading.Event().wait()
 """
-    process = subprocess.Popen([sys.executable, "-c", boss], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", launcher], stdout=subprocess.PIPE, text=True)
     with process:
         assert process.stdout is not None
         children = [psutil.Process(int(process.stdout.readline())) for _ in range(2)]
@@ -158,12 +165,12 @@ with supervisor["Supervisor"]() as s:
 
 
 @pytest.mark.parametrize("line", [b'{"anything": 1}\n', b"no JSON\n"], ids=["a handler that fails", "a broken message"])
-def test_a_child_that_cannot_hear_ends(line: bytes, tmp_path: Path) -> None:
-    script = LISTENER.replace("print(json.dumps(message), flush=True)", "raise RuntimeError('deaf')")
+def test_a_child_that_cannot_read_its_messages_ends(line: bytes, tmp_path: Path) -> None:
+    script = LISTENER.replace("print(json.dumps(message), flush=True)", "raise RuntimeError('no handler')")
     with Supervisor() as supervisor:
         child = start(supervisor, script, tmp_path / "log")
         ready(tmp_path / "log")
-        os.write(child.control, line)
+        os.write(child.control_fd, line)
         assert ended(supervisor, child) == 1
 
 
@@ -175,12 +182,12 @@ def test_ctrl_c_reaches_the_supervisor_alone(tmp_path: Path) -> None:
         pid = child.process.pid
         assert os.getsid(pid) == pid != os.getsid(0)  # a session of its own: no terminal's signals
         os.kill(pid, signal.SIGINT)  # and one that is sent to it on purpose is ignored
-        child.tell(exit=0)
+        child.send(exit=0)
         assert ended(supervisor, child) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_wait_once_and_its_handler_is_restored(number: signal.Signals) -> None:
+def test_a_signal_ends_one_wait_and_its_handler_is_restored(number: signal.Signals) -> None:
     def former(*_arguments: Any) -> None:
         raise AssertionError("the supervisor's handler is in place")
 
@@ -207,8 +214,8 @@ def test_a_second_signal_ends_the_wait_for_the_children_to_stop(number: signal.S
         assert supervisor.wait(lambda: True, signals=1) is True  # what is done is done
 
 
-@pytest.mark.parametrize(("code", "failed"), [(DONE, False), (0, True), (1, True)])
-def test_only_the_status_of_work_done_is_no_failure(code: int, failed: bool) -> None:
+@pytest.mark.parametrize(("code", "failed"), [(EXIT_DONE, False), (0, True), (1, True)])
+def test_every_exit_status_but_done_is_a_failure(code: int, failed: bool) -> None:
     with Supervisor() as supervisor:
         waiting = start(supervisor, STUBBORN, None)
         child = start(supervisor, f"import sys; sys.exit({code})", None)
@@ -237,13 +244,13 @@ class Signal:
         return self.asked > 3
 
 
-def test_a_wait_has_its_time_out() -> None:
+def test_a_wait_times_out() -> None:
     with Supervisor() as supervisor:
         assert supervisor.wait(lambda: False, 0.0) is False
         assert supervisor.wait(lambda: True, 0.0) is True
 
 
-def test_outside_of_the_main_thread_signals_are_left_alone() -> None:
+def test_outside_of_the_main_thread_signal_handlers_stay() -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     inside: list[Any] = []
 
@@ -264,8 +271,8 @@ def run_in_thread(function: Callable[[], None]) -> None:
     assert not thread.is_alive()
 
 
-def test_a_child_that_falls_silent_is_killed_and_said_to_have_been(tmp_path: Path) -> None:
-    script = "import os, signal, sys; os.write(int(sys.argv[sys.argv.index('--report') + 1]), b'\"hi\"\\n\\n'); "
+def test_a_silent_child_is_killed_after_its_time_out(tmp_path: Path) -> None:
+    script = "import os, signal, sys; os.write(int(sys.argv[sys.argv.index('--report-fd') + 1]), b'\"hi\"\\n\\n'); "
     told: list[str] = []
     with Supervisor(told.append) as supervisor:
         child = supervisor.start(
@@ -273,23 +280,23 @@ def test_a_child_that_falls_silent_is_killed_and_said_to_have_been(tmp_path: Pat
             [sys.executable, "-c", script + "os.kill(os.getpid(), signal.SIGSTOP)"],
             env=dict(os.environ),
             log=tmp_path / "log",
-            patience_seconds=0.3,
+            timeout_seconds=0.3,
         )
         assert supervisor.wait(lambda: not child.running, PATIENCE_SECONDS)
         assert told == ["it: hi"]
         assert re.fullmatch(
-            r"it \(pid \d+\) was silent for 0\.3 s \(stopped, or hung\) and was killed \(see .*\)", child.exit_reason()
+            r"it \(pid \d+\) was killed after 0\.3 s without a heartbeat \(stopped, or hung\) \(see .*\)", child.exit_reason()
         )
 
 
-def test_a_child_that_was_never_heard_may_take_its_time(tmp_path: Path) -> None:
+def test_the_time_out_begins_with_the_first_heartbeat(tmp_path: Path) -> None:
     with Supervisor() as supervisor:
         child = supervisor.start(
             "it",
             [sys.executable, "-c", "input()"],  # ends at once: it has no standard input
             env=dict(os.environ),
             log=tmp_path / "log",
-            patience_seconds=1e-9,
+            timeout_seconds=1e-9,
         )
         assert supervisor.wait(lambda: not child.running, PATIENCE_SECONDS)
         assert "exited with status 1" in child.exit_reason()

@@ -1,4 +1,4 @@
-"""A worker's loops against a real door, in process: when they leave."""
+"""A worker's loops against a real listener, in process: when they leave."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from ormo_rpc.runtimes.distributed.worker_process.worker_process import WorkerPr
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.transports.stream.server import StreamServer
 from tests.support.processes import PATIENCE_SECONDS
+from tests.support.rendezvous import join_response
 
 SECRET = Secret("a secret that only we two know")
 TICKETS = 6
@@ -32,11 +33,10 @@ def served(*overrides: str) -> Generator[tuple[Service, WorkerProcess]]:
     service = Service(job.server(lambda _: None, lambda: 0.0), lambda _: None, push_format=job.push_format())
     streams = StreamServer(service, job.config.wire.transport, None)
     text = OmegaConf.to_yaml(OmegaConf.structured(job.config))
-    join_response = {"config": text, "agent": None, "heartbeat_seconds": 1.0, "patience_seconds": PATIENCE_SECONDS}
     with ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         stack.callback(listener.shutdown, socket.SHUT_RDWR)  # wakes the thread that accepts
-        stack.enter_context(Listener(listener, SECRET, service, join_response, PATIENCE_SECONDS, streams.serve))
+        stack.enter_context(Listener(listener, SECRET, service, join_response(text), PATIENCE_SECONDS, streams.serve))
         place = WorkerArgs(
             door=lambda: listener.getsockname()[:2],
             secret=SECRET,
@@ -59,14 +59,14 @@ def test_a_process_works_to_the_end(prefetch: int) -> None:
 
 
 @pytest.mark.timeout(60)
-def test_who_is_asked_to_leave_while_it_is_let_in_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_is_asked_to_leave_while_it_joins_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     with served() as (service, work):
 
-        def let_in_meanwhile(*arguments: object, **options: object) -> Lease:
+        def join_and_be_asked_to_leave(*arguments: object, **options: object) -> Lease:
             lease = connect(*arguments, **options)  # pyright: ignore[reportArgumentType] # as they came
             work.leave()  # before anybody knows of the lease
             return lease
 
-        monkeypatch.setattr(loop, "connect", let_in_meanwhile)
+        monkeypatch.setattr(loop, "connect", join_and_be_asked_to_leave)
         work.run()
         assert (service.server.iteration, len(service.memberships)) == (0, 0)

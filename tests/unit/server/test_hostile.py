@@ -1,4 +1,4 @@
-"""Bad input by the ten thousand: the core, the door and the unpickler refuse each with its one error, and nothing changes."""
+"""Bad input by the ten thousand: the core, the rendezvous and the unpickler refuse each with its one error, and nothing changes."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from torch.distributed.rpc import internal
 from ormo_rpc.errors import GradientTooLarge, NonFiniteGradient, PushRefused, StaleSession, WireError
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.rendezvous import protocol as wire
-from ormo_rpc.rendezvous.protocol import LineReader, greet_worker
-from ormo_rpc.rendezvous.secret import PROTOCOL, Secret, proof
+from ormo_rpc.rendezvous.protocol import JoinRequest, LineReader, authenticate_worker
+from ormo_rpc.rendezvous.secret import PROTOCOL_VERSION, Secret, proof
 from ormo_rpc.runtimes.distributed.server_process.service import Service
 from ormo_rpc.server.buffers import RunningBuffers
 from ormo_rpc.server.build import build_server
@@ -276,7 +276,7 @@ def test_a_thousand_bad_calls_of_the_service_change_nothing() -> None:
     buffers = RunningBuffers({"mean": torch.zeros(2, dtype=torch.float64)}, {"mean": 0.25})
     server = build_server(params=torch.zeros(DIMENSION, dtype=torch.float64), num_workers=1, buffers=buffers)
     service = Service(server, lambda _: None)
-    membership = service.join({"wanted": 0, "process": 1, "host": "here", "slot": ""})
+    membership = service.join(JoinRequest(preferred_worker=0, pid=1, host="here", slot_id=""))
     first: Any = service.register(membership.session_id).wait()
     assert first.ticket == 0
     good: list[Any] = [membership.session_id, 0, 0, 0, 0.5, 8, torch.ones(DIMENSION + 2, dtype=torch.float64)]
@@ -315,10 +315,10 @@ def is_plain(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and tensor.dtype is torch.float64 and tensor.device.type == "cpu"
 
 
-# ------------------------------------------------------------------------------------------------------------------ the door
+# ----------------------------------------------------------------------------------------------------------- the rendezvous
 
 SECRET = Secret("correct horse battery staple")
-HELLO = {"process": 17, "versions": ["2.14", None, 1.5], "name": "ü"}
+REQUEST = {"process": 17, "versions": ["2.14", None, 1.5], "name": "ü"}
 
 
 def mutated(data: bytes, chance: random.Random, pieces: list[bytes]) -> bytes:
@@ -381,11 +381,11 @@ def test_ten_thousand_malformed_lines_are_read_or_refused() -> None:
 def test_ten_thousand_false_handshakes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     server_nonce, worker_nonce = "5" * 64, "c" * 64
     monkeypatch.setattr(wire, "nonce", lambda: server_nonce)  # so that a right answer is known beforehand
-    right = proof(SECRET, "worker", server_nonce, worker_nonce, HELLO)
-    answer = {"ormo_rpc": PROTOCOL, "nonce": worker_nonce, "proof": right, "hello": HELLO}
+    right = proof(SECRET, "worker", server_nonce, worker_nonce, REQUEST)
+    answer = {"ormo_rpc": PROTOCOL_VERSION, "nonce": worker_nonce, "proof": right, "request": REQUEST}
     line = wire.json.dumps(answer).encode() + b"\n"
     with said(line) as reader:
-        assert greet_worker(reader, SECRET, 5.0) == HELLO
+        assert authenticate_worker(reader, SECRET, 5.0) == REQUEST
     false = [
         wire.json.dumps({**answer, name: value}).encode() + b"\n"
         for name in answer
@@ -412,7 +412,7 @@ def test_ten_thousand_false_handshakes_are_refused(monkeypatch: pytest.MonkeyPat
         data = false[number] if number < len(false) else mutated(chance.choice([line, line, *false]), chance, [line, *false])
         with said(data) as reader:
             try:
-                assert greet_worker(reader, SECRET, 5.0) == HELLO, "a hello that was not proved"
+                assert authenticate_worker(reader, SECRET, 5.0) == REQUEST, "a request that was not proved"
                 assert b"\n" in data
                 assert {**wire.json.loads(data[: data.index(b"\n")]), **answer} == wire.json.loads(data[: data.index(b"\n")])
                 outcomes["taken"] += 1  # a change that is none, such as one more empty

@@ -80,9 +80,9 @@ def test_the_server_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("word", ["", "kill", "kill@1", "kill@:3", "kill@-1:3", "sneeze@1:3", "delay@server:3", "kill@1:3:x"])
 def test_a_word_that_means_no_fault_is_refused_before_anything_starts(word: str) -> None:
-    with pytest.raises(ValueError, match=rf"\Aruntime\.faults: got {re.escape(repr(word))}, expected KIND@WHO:PUSH"):
+    with pytest.raises(ValueError, match=rf"\Aruntime\.faults: got {re.escape(repr(word))}, expected KIND@WORKER:PUSH"):
         Fault.parse(word)
-    with pytest.raises(ConfigError, match=r"\Aruntime\.faults: got .*, expected words KIND@WHO:PUSH"):
+    with pytest.raises(ConfigError, match=r"\Aruntime\.faults: got .*, expected words KIND@WORKER:PUSH"):
         parse_config({"runtime": {"faults": [word]}})
 
 

@@ -1,1 +1,1 @@
-"""The launcher: starts the processes of a run, replaces those that die, ends all of them."""
+"""The launcher: starts the processes of a run, restarts those that die, and ends all of them."""

@@ -1,4 +1,4 @@
-"""The monitor: every process that this launcher has to keep at work, and a replacement for each one that dies."""
+"""The process monitor: keeps each process slot of this launcher filled, and restarts processes that die, with a back-off."""
 
 from __future__ import annotations
 
@@ -6,61 +6,62 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ormo_rpc.runtimes.distributed.launcher.supervisor import DONE, EXIT_NO_RESTART, Child, Supervisor
+from ormo_rpc.runtimes.distributed.launcher.child import EXIT_DONE, EXIT_NO_RESTART
+from ormo_rpc.runtimes.distributed.launcher.supervisor import ChildProcess, Supervisor
 
-LONGEST_BACKOFF_SECONDS = 30.0
+MAX_BACKOFF_SECONDS = 30.0
 """The pause before a restart doubles each time, up to this."""
-LONG_LIFE_SECONDS = 300.0
-"""After a life of at least this, the pause is the first one again."""
+BACKOFF_RESET_SECONDS = 300.0
+"""After a process has run for so long, the pause is the first one again."""
 
 
 @dataclass
 class ProcessSlot:
-    """A place in the monitor: the server's, or a worker's.
+    """A role that a process fills: the server's, or a worker's.
 
     Attributes:
         name: For messages.
-        worker: The worker number; None for the server's, and a guest's.
-        start: ``start(life)`` starts the child that fills it; lives count from 0.
-        restartable: Whether a child that ended in this way is replaced.
-        essential: The run does not go on without it, so giving it up is not told here but by whoever ends the run.
-        child: Who fills it; None between two lives.
-        lives: How many children it has had.
-        failures: How many of them in a row have ended soon.
-        began: When the present one was started, on the monotonic clock.
-        due: When the next one starts, on the monotonic clock.
-        exit_reason: How the last child ended, where it was not by having done its work.
+        worker: The worker number; None for the server and for an elastic worker.
+        start: ``start(restart_count)`` starts the process that fills the slot.
+        should_restart: Tells from how a process ended whether it is replaced.
+        essential: The run ends with it, so that giving it up is told by whoever ends the run, not by the monitor.
+        child: The process that fills it; None between two of them.
+        restart_count: Processes that have filled it before the present one.
+        failures: Consecutive processes that did not run for `BACKOFF_RESET_SECONDS`.
+        started_at: Start of the newest process, on the monotonic clock.
+        restart_at: Start of the next one, on the monotonic clock.
+        exit_reason: How the last process ended, unless its work was done.
         done: Its work is done.
-        given_up: Nobody will fill it any more.
+        given_up: It stays empty, though its work is not done.
     """
 
     name: str
     worker: int | None
-    start: Callable[[int], Child]
-    restartable: Callable[[Child], bool]
+    start: Callable[[int], ChildProcess]
+    should_restart: Callable[[ChildProcess], bool]
     essential: bool
-    child: Child | None = None
-    lives: int = 0
+    child: ChildProcess | None = None
+    restart_count: int = 0
     failures: int = 0
-    began: float = 0.0
-    due: float = 0.0
+    started_at: float = 0.0
+    restart_at: float = 0.0
     exit_reason: str = ""
     done: bool = False
     given_up: bool = False
 
     @property
-    def over(self) -> bool:
-        """Nobody fills it, and nobody will."""
+    def finished(self) -> bool:
+        """True once it stays empty."""
         return self.done or self.given_up
 
 
-def killed_or_failed(child: Child) -> bool:
-    """Restart a worker whatever it died of, unless it was dismissed or refused."""
+def unless_banned(child: ChildProcess) -> bool:
+    """Restart a worker however it ended, unless it was banned or refused."""
     return child.exit_code != EXIT_NO_RESTART
 
 
-def killed(child: Child) -> bool:
-    """Restart the server where something else ended it; an error of its own would come again."""
+def if_killed(child: ChildProcess) -> bool:
+    """Restart a process that was killed by a signal; an error of its own would come again."""
     return child.exit_code is not None and child.exit_code < 0
 
 
@@ -68,10 +69,10 @@ class ProcessMonitor:
     """Keeps its slots filled.
 
     Args:
-        supervisor: Starts and watches the children.
-        max_restarts: How often each slot is filled again.
-        backoff_seconds: The pause before the first restart of a slot; each further one is twice as long, until a life lasts.
-        tell: Called with what people should know.
+        supervisor: Starts and watches the processes.
+        max_restarts: Restarts of each slot.
+        backoff_seconds: The pause before the first restart of a slot; it doubles until a process runs for long.
+        tell: Called with messages for people.
     """
 
     def __init__(
@@ -86,47 +87,47 @@ class ProcessMonitor:
     def add(
         self,
         name: str,
-        start: Callable[[int], Child],
+        start: Callable[[int], ChildProcess],
         *,
         worker: int | None = None,
-        restartable: Callable[[Child], bool] = killed_or_failed,
+        should_restart: Callable[[ChildProcess], bool] = unless_banned,
         essential: bool = False,
     ) -> ProcessSlot:
         """Add a slot and fill it."""
-        slot = ProcessSlot(name, worker, start, restartable, essential)
+        slot = ProcessSlot(name, worker, start, should_restart, essential)
         self.slots.append(slot)
-        self._fill(slot)
+        self._start(slot)
         return slot
 
-    def monitor(self) -> None:
-        """Look after every slot once: reap the dead, and start whoever is due."""
+    def poll(self) -> None:
+        """Reap exited processes; restart those whose back-off has elapsed."""
         for slot in self.slots:
             if slot.child is not None and not slot.child.running:
                 self._reap(slot, slot.child)
-            if slot.child is None and not slot.over and time.monotonic() >= slot.due:
-                self._fill(slot)
+            if slot.child is None and not slot.finished and time.monotonic() >= slot.restart_at:
+                slot.restart_count += 1
+                self._start(slot)
 
-    def _fill(self, slot: ProcessSlot) -> None:
-        slot.began = time.monotonic()
-        slot.child = slot.start(slot.lives)
-        slot.lives += 1
+    def _start(self, slot: ProcessSlot) -> None:
+        slot.started_at = time.monotonic()
+        slot.child = slot.start(slot.restart_count)
 
-    def _reap(self, slot: ProcessSlot, child: Child) -> None:
+    def _reap(self, slot: ProcessSlot, child: ChildProcess) -> None:
         slot.child = None
         self.supervisor.reap(child)
-        if child.exit_code == DONE:
+        if child.exit_code == EXIT_DONE:
             slot.done = True
             return
         slot.exit_reason = child.exit_reason()
-        restarts = slot.lives - 1
+        restarts = slot.restart_count
         exhausted = restarts >= self.max_restarts
-        if exhausted or not slot.restartable(child):
+        if exhausted or not slot.should_restart(child):
             slot.given_up = True
             slot.exit_reason += f"; restarted {restarts} times (runtime.max_restarts)" if exhausted and restarts else ""
             if not slot.essential:
-                self.tell(f"{slot.exit_reason}; the run goes on without it")
+                self.tell(f"{slot.exit_reason}; the run continues without it")
         else:
-            slot.failures = 0 if time.monotonic() - slot.began >= LONG_LIFE_SECONDS else slot.failures + 1
-            pause = min(LONGEST_BACKOFF_SECONDS, self.backoff_seconds * 2 ** max(0, slot.failures - 1))
-            slot.due = time.monotonic() + pause
-            self.tell(f"{slot.exit_reason}; starting it again in {pause:g} s ({restarts + 1} of {self.max_restarts} restarts)")
+            slot.failures = 0 if time.monotonic() - slot.started_at >= BACKOFF_RESET_SECONDS else slot.failures + 1
+            pause = min(MAX_BACKOFF_SECONDS, self.backoff_seconds * 2 ** max(0, slot.failures - 1))
+            slot.restart_at = time.monotonic() + pause
+            self.tell(f"{slot.exit_reason}; restarting it in {pause:g} s (restart {restarts + 1} of {self.max_restarts})")

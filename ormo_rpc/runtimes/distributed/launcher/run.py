@@ -1,18 +1,14 @@
-"""The live runtime: a server process and worker processes on one machine or many; workers call the server and nobody else.
+"""The live runtime: a server process and worker processes, on one machine or many; workers call the server and nobody else.
 
-`run` and `join` are called in the launcher, which starts every process of this machine (``python launch.py``), the one of its
-rank (``torchrun``), or a guest of a run elsewhere (``role=worker``) as a child, and fills the place of each one that dies.
-Only the children import torch.distributed.rpc, and only with ``wire.transport=uv`` does one have an agent::
+`run` and `join` run in the launcher, which starts all processes of this machine (``python launch.py``), the one of its rank
+(``torchrun``), or an elastic worker of a run elsewhere (``role=worker``), and restarts those that die::
 
-    launcher                processes.py starts them, monitor.py fills their places, child.py is their entry point
-    who is let in           addresses.py, secret.py; wire.py: messages and handshake; door.py: the server's side, with the memberships
-                            of memberships.py; lease.py: the worker's side, and its heartbeat
-    the server's process    serve.py; service.py: the lock around the parameter server; answers.py: who waits for a reply
-    a worker's process      work.py; loop.py: from reply to push; calls.py: what it asks of the server
-    shared memory and TCP   frames.py: what crosses; segments.py: memory that is shared; streams.py: the server's end,
-                            stream_calls.py: the worker's end
-    torch.distributed.rpc   agent.py; unpickling.py: what it may unpickle; handlers.py: the server's end,
-                            rpc_calls.py: the worker's end
+    launcher           processes.py: what each role is started with; process_monitor.py: restarts; supervisor.py: the parent's
+                       side of the children's pipes, child.py: theirs; entry_point.py: the children's main
+    rendezvous         listener.py: the server's side; lease.py: a worker's; protocol.py: the handshake
+    server_process     service.py: the lock around the parameter server, and memberships
+    worker_process     from reply to push
+    transports         how pushes and replies cross
 """
 
 from __future__ import annotations
@@ -34,11 +30,11 @@ from ormo_rpc.storage.run_directory import read_summary, write_summary
 from ormo_rpc.storage.summary import unfinished_summary
 
 TERMINAL_STATUSES = ("completed", "diverged")
-"""How a run ends that a signal has come too late for."""
+"""The statuses of a run that has met its end; a signal that comes later changes nothing."""
 
 
 def run(config: Config, run_dir: Path) -> dict[str, Any]:
-    """Start the children of this launcher, keep them at work to the end of the run, and return the summary.
+    """Start the processes of this launcher, keep them running to the end of the run, and return the summary.
 
     Raises:
         RunFailed: the run did not meet its end.
@@ -46,18 +42,19 @@ def run(config: Config, run_dir: Path) -> dict[str, Any]:
     torchrun = Torchrun.from_environment()
     if torchrun is not None and torchrun.rank > 0:
         with Supervisor(_tell) as supervisor:
-            monitor = _crew(supervisor, config)
-            _keep_worker(monitor, rank_process(monitor, config, run_dir, torchrun), config)
+            monitor = _monitor(supervisor, config)
+            _supervise_worker(monitor, rank_process(monitor, config, run_dir, torchrun), config)
         return {}
     run_dir.mkdir(parents=True, exist_ok=True)
     save_config(config, run_dir / "config.yaml")
     with Supervisor(_tell) as supervisor:
-        monitor = _crew(supervisor, config)
-        place = (
-            local_processes(monitor, config, run_dir) if torchrun is None else rank_process(monitor, config, run_dir, torchrun)
-        )
-        with place as server:
-            failure = _keep_server(monitor, server, config)
+        monitor = _monitor(supervisor, config)
+        if torchrun is None:
+            processes = local_processes(monitor, config, run_dir)
+        else:
+            processes = rank_process(monitor, config, run_dir, torchrun)
+        with processes as server:
+            failure = _supervise_server(monitor, server, config)
         interrupted = bool(supervisor.signals)
     summary = read_summary(run_dir)
     if failure is None or (summary is not None and summary["status"] in TERMINAL_STATUSES):
@@ -67,103 +64,102 @@ def run(config: Config, run_dir: Path) -> dict[str, Any]:
             write_summary(run_dir, unfinished_summary(config, "interrupted" if interrupted else "failed", str(failure)))
         except OSError as error:  # such as a full disk, which may be what the failure is about
             _tell(f"summary.json cannot be written: {error}")
-    raise RunFailed(f"{failure}; {_what_is_left(run_dir)}", failure.exit_status)
+    raise RunFailed(f"{failure}; {_how_to_resume(run_dir)}", failure.exit_status)
 
 
 def join(config: Config) -> None:
-    """WorkerProcess for a server that runs already, until its run is over or we are asked to leave.
+    """Run an elastic worker until the run is over or it is asked to leave.
 
     Raises:
-        RunFailed: the worker could not, or was not wanted.
+        RunFailed: the worker failed, or was refused or banned.
     """
     with Supervisor(_tell) as supervisor:
-        monitor = _crew(supervisor, config)
-        slot = _keep_worker(monitor, elastic_worker_process(monitor, config), config)
+        monitor = _monitor(supervisor, config)
+        slot = _supervise_worker(monitor, elastic_worker_process(monitor, config), config)
     if slot.given_up:
         raise RunFailed(slot.exit_reason)
 
 
-def _crew(supervisor: Supervisor, config: Config) -> ProcessMonitor:
+def _monitor(supervisor: Supervisor, config: Config) -> ProcessMonitor:
     options = config.rpc
     return ProcessMonitor(
         supervisor, max_restarts=options.max_restarts, backoff_seconds=options.restart_backoff_seconds, tell=_tell
     )
 
 
-def _keep_server(monitor: ProcessMonitor, server: ProcessSlot, config: Config) -> RunFailed | None:
-    """Keep the server, and what workers are ours, at work until the run is over; return what went wrong, if anything did."""
-    supervisor, patience = monitor.supervisor, config.rpc.stop_timeout_seconds
+def _supervise_server(monitor: ProcessMonitor, server: ProcessSlot, config: Config) -> RunFailed | None:
+    """Keep the server and this launcher's workers running to the end of the run; return what went wrong, if anything."""
+    supervisor, timeout = monitor.supervisor, config.rpc.stop_timeout_seconds
     workers = [slot for slot in monitor.slots if slot is not server]
-    told: set[tuple[int, str]] = set()
-    """Which news each life of the server has had."""
+    sent: set[tuple[int, str]] = set()
+    """Messages that each incarnation of the server has been sent."""
 
-    def tell(**news: Any) -> None:
-        if server.child is not None and (server.lives, str(news)) not in told:
-            told.add((server.lives, str(news)))
-            server.child.tell(**news)
+    def send(**message: Any) -> None:
+        if server.child is not None and (server.restart_count, str(message)) not in sent:
+            sent.add((server.restart_count, str(message)))
+            server.child.send(**message)
 
-    def over() -> bool:
-        monitor.monitor()
+    def finished() -> bool:
+        monitor.poll()
         for slot in workers:
-            if slot.over:
-                tell(without=slot.worker)
-        if workers and all(slot.over for slot in workers):
-            tell(abandoned=next((slot.exit_reason for slot in reversed(workers) if slot.given_up), "all have left"))
-        return server.over
+            if slot.finished:
+                send(worker_ended=slot.worker)
+        if workers and all(slot.finished for slot in workers):
+            send(all_workers_ended=next((slot.exit_reason for slot in reversed(workers) if slot.given_up), "all have left"))
+        return server.finished
 
-    supervisor.wait(over)
+    supervisor.wait(finished)
     if server.done:
-        # The run is over; whoever is late, because it still computes what nobody wants any more, is killed.
-        supervisor.wait(lambda: all(slot.child is None or not slot.child.running for slot in workers), patience)
+        # The run is over; a worker that still computes what nobody needs any more is killed.
+        supervisor.wait(lambda: all(slot.child is None or not slot.child.running for slot in workers), timeout)
         return None
     if server.given_up:
         return RunFailed(f"{server.exit_reason}; the run has ended")
     name = supervisor.signals[0].name
     if server.child is not None:
-        server.child.tell(stop={"status": "interrupted", "reason": name})
-        _wait_for(supervisor, server, patience)
+        server.child.send(stop={"status": "interrupted", "reason": name})
+        _wait_for_exit(supervisor, server, timeout)
     return RunFailed(f"interrupted by {name}", exit_status=130)
 
 
-def _keep_worker(monitor: ProcessMonitor, place: AbstractContextManager[ProcessSlot], config: Config) -> ProcessSlot:
-    """Keep one worker at work until its work is done, or nobody wants it.
+def _supervise_worker(monitor: ProcessMonitor, process: AbstractContextManager[ProcessSlot], config: Config) -> ProcessSlot:
+    """Keep one worker running until its work is done or it is given up.
 
     Raises:
         RunFailed: it was interrupted, and did not leave in time.
     """
     supervisor = monitor.supervisor
-    with place as slot:
+    with process as slot:
 
-        def over() -> bool:
-            monitor.monitor()
-            return slot.over
+        def finished() -> bool:
+            monitor.poll()
+            return slot.finished
 
-        if not supervisor.wait(over):
+        if not supervisor.wait(finished):
             name = supervisor.signals[0].name
             if slot.child is not None:
-                slot.child.tell(leave=True)
-                _wait_for(supervisor, slot, config.rpc.stop_timeout_seconds)
-                monitor.monitor()
+                slot.child.send(leave=True)
+                _wait_for_exit(supervisor, slot, config.rpc.stop_timeout_seconds)
+                monitor.poll()
             if not slot.done:
                 raise RunFailed(f"interrupted by {name}", exit_status=130)
-            _tell(f"the worker has left, as {name} asked")
+            _tell(f"the worker left the run on {name}")
     return slot
 
 
-def _wait_for(supervisor: Supervisor, slot: ProcessSlot, patience: float) -> None:
-    """Wait until a child that was asked to end has ended; one more signal insists."""
+def _wait_for_exit(supervisor: Supervisor, slot: ProcessSlot, timeout_seconds: float) -> None:
+    """Wait until a child that was asked to end has ended; one more signal ends the wait."""
     child = slot.child
-    supervisor.wait(lambda: child is None or not child.running, patience, signals=len(supervisor.signals))
+    supervisor.wait(lambda: child is None or not child.running, timeout_seconds, signals=len(supervisor.signals))
 
 
 def _tell(text: str) -> None:
     print(f"launch.py: {text}", file=sys.stderr, flush=True)
 
 
-def _what_is_left(run_dir: Path) -> str:
-    """Where to go on from."""
+def _how_to_resume(run_dir: Path) -> str:
     try:
         newest = checkpoint.find(run_dir)
     except ConfigError:
-        return f"no checkpoint was written, logs are in {run_dir / 'logs'}"
-    return f"iteration {checkpoint.iteration_of(newest)} is kept: go on with checkpoint.resume={run_dir}"
+        return f"no checkpoint was written, see the logs in {run_dir / 'logs'}"
+    return f"iteration {checkpoint.iteration_of(newest)} is kept: resume with checkpoint.resume={run_dir}"

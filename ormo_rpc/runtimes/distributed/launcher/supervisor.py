@@ -1,9 +1,9 @@
-"""The supervisor: starts child processes, watches them, and takes all of them with it when it ends, however it ends.
+"""The supervisor: starts child processes, watches them, and leaves none of them behind, however it ends.
 
-Each child holds two pipes of its own. A line on its *control pipe* is a message of the supervisor's; its end means that the
-supervisor is gone (also by SIGKILL), whereupon the child ends itself. On its *report pipe* the child tells that it lives, again
-and again, and what people should read; one that falls silent (stopped, or hung) is killed. Children live in sessions of their
-own, so Ctrl-C reaches the supervisor alone.
+Each child has two pipes (`child` is its side of them). A line on its *control pipe* is a message to it; the end of that pipe
+means that the supervisor is gone (also by SIGKILL), whereupon the child exits. On its *report pipe* it sends heartbeats and
+messages for people; a child that is silent for too long (stopped, or hung) is killed. Children have sessions of their own, so
+Ctrl-C reaches the supervisor alone.
 """
 
 from __future__ import annotations
@@ -23,56 +23,51 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from ormo_rpc.runtimes.distributed.launcher.child import EXIT_DONE, MAX_EXIT_REASON_CHARACTERS
+
 POLL_SECONDS = 0.02
-"""How often the supervisor looks at its children."""
-DONE = 64
-"""The exit status of a child that has done its work."""
-EXIT_NO_RESTART = 65
-"""The exit status of a child that is not wanted any more; another one in its place would not be either."""
-LAST_WORDS = 300
-"""How many characters of a child's last line are told; the log has all of it."""
-SAID = 600
-"""How many characters of a report are told; escaped as JSON they fit into one write to a pipe that nothing can divide."""
-KILL_SECONDS = 5.0
-"""How long a child that is killed may take to disappear."""
+"""The interval at which the supervisor looks at its children."""
+KILL_TIMEOUT_SECONDS = 5.0
+"""A child that was killed is gone by then."""
 _PR_SET_PDEATHSIG = 1
 """Linux: prctl(2) asks for a signal at the death of the parent."""
 _prctl: Callable[..., int] | None = ctypes.CDLL(None).prctl if sys.platform.startswith("linux") else None
 
 
 def _die_with_parent() -> None:
-    """In a child of Linux, before anything else: be killed when the parent is, even while stopped or still importing."""
+    """Ask Linux, first thing in a child, to kill it together with its parent, even while it is stopped or still importing."""
     if _prctl is not None:
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @dataclass
-class Child:
-    """A process that the supervisor started.
+class ChildProcess:
+    """A process that the supervisor has started.
 
     Attributes:
-        name: What it is, for messages.
+        name: Its role, for messages.
         process: The process.
-        control: The writing end of its control pipe.
-        report: The reading end of its report pipe.
-        log: Where its output goes; None where it goes to ours.
-        patience_seconds: How long it may be silent, once it has been heard; None for ever.
-        start_patience_seconds: How long it may take to be heard for the first time; None for ever.
+        control_fd: The writing end of its control pipe.
+        report_fd: The reading end of its report pipe.
+        log: The file with its output; None where it writes to the supervisor's.
+        timeout_seconds: It is killed when silent for longer, once it has been heard; None for never.
+        start_timeout_seconds: It is killed when its first heartbeat takes longer; None for never.
     """
 
     name: str
     process: subprocess.Popen[bytes]
-    control: int
-    report: int
+    control_fd: int
+    report_fd: int
     log: Path | None
-    patience_seconds: float | None = None
-    start_patience_seconds: float | None = None
-    _began: float = field(default_factory=time.monotonic)
-    _heard: float | None = None
-    _unfinished: bytes = b""
-    _silent: float = 0.0
-    """For how long it was silent when it was killed for that."""
-    _farewell: str = ""
+    timeout_seconds: float | None = None
+    start_timeout_seconds: float | None = None
+    _started_at: float = field(default_factory=time.monotonic)
+    _heard_at: float | None = None
+    _incomplete: bytes = b""
+    """The beginning of a line whose end has not arrived."""
+    _silent_seconds: float = 0.0
+    """The time-out that it was killed for; 0 where it was not."""
+    _exit_reason: str = ""
 
     @property
     def exit_code(self) -> int | None:
@@ -81,82 +76,82 @@ class Child:
 
     @property
     def running(self) -> bool:
-        """Whether it has not ended yet."""
+        """True until it has ended."""
         return self.exit_code is None
 
     @property
     def failed(self) -> bool:
-        """Whether it has ended, but not by `DONE`: a status of 0 may come from anybody's ``sys.exit``."""
-        return self.exit_code not in (None, DONE)
+        """True once it has ended in any way but `EXIT_DONE`."""
+        return self.exit_code not in (None, EXIT_DONE)
 
-    def tell(self, **message: Any) -> None:
-        """Send it a message; one that is gone hears nothing."""
+    def send(self, **message: Any) -> None:
+        """Send it a message; nothing happens where it has ended."""
         with contextlib.suppress(BrokenPipeError):
-            os.write(self.control, json.dumps(message).encode() + b"\n")
+            os.write(self.control_fd, json.dumps(message).encode() + b"\n")
 
-    def hear(self) -> list[str]:
-        """What it has reported since the last call; a beat of its pulse says nothing, but that it lives."""
-        said = b""
+    def receive(self) -> list[str]:
+        """Return its messages for people since the last call, and note its heartbeats and its exit reason."""
+        data = b""
         with contextlib.suppress(BlockingIOError):
-            while chunk := os.read(self.report, 65536):
-                said += chunk
-        if said:
-            self._heard = time.monotonic()
-        *lines, self._unfinished = (self._unfinished + said).split(b"\n")
-        heard: list[Any] = []
+            while chunk := os.read(self.report_fd, 65536):
+                data += chunk
+        if data:
+            self._heard_at = time.monotonic()
+        *lines, self._incomplete = (self._incomplete + data).split(b"\n")
+        reports: list[Any] = []
         for line in filter(None, lines):
-            with contextlib.suppress(ValueError):  # torn, by whatever: it is no reason to end the run
-                heard.append(json.loads(line))
-        for farewell in (each for each in heard if isinstance(each, dict)):
-            self._farewell = farewell["last"]
-        return [each for each in heard if isinstance(each, str)]
+            with contextlib.suppress(ValueError):  # a torn line is no reason to end the run
+                reports.append(json.loads(line))
+        for report in reports:
+            if isinstance(report, dict):
+                self._exit_reason = str(report.get("exit_reason", ""))
+        return [report for report in reports if isinstance(report, str)]
 
     def kill_if_silent(self) -> None:
-        """End it if it has not been heard for too long; call `hear` before, as we may have been stopped ourselves."""
-        patience = self.start_patience_seconds if self._heard is None else self.patience_seconds
-        since = self._began if self._heard is None else self._heard
-        if patience is not None and time.monotonic() - since > patience and self.running and not self._silent:
-            self._silent = patience
+        """Kill it after a time-out; call `receive` right before, as the supervisor itself may have been stopped."""
+        timeout = self.start_timeout_seconds if self._heard_at is None else self.timeout_seconds
+        since = self._started_at if self._heard_at is None else self._heard_at
+        if timeout is not None and time.monotonic() - since > timeout and self.running and not self._silent_seconds:
+            self._silent_seconds = timeout
             self.process.kill()
 
     def exit_reason(self) -> str:
-        """One line that says how it ended."""
+        """Say on one line how it ended."""
         code = self.process.returncode
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
-        if self._silent:
-            how = f"was silent for {self._silent:g} s (stopped, or hung) and was killed"
-        last = self._last_words()
-        return (
-            f"{self.name} (pid {self.process.pid}) {how}{f': {last}' if last else ''}{f' (see {self.log})' if self.log else ''}"
-        )
+        if self._silent_seconds:
+            how = f"was killed after {self._silent_seconds:g} s without a heartbeat (stopped, or hung)"
+        why = self._reported_reason()
+        where = f" (see {self.log})" if self.log else ""
+        return f"{self.name} (pid {self.process.pid}) {how}{f': {why}' if why else ''}{where}"
 
-    def _last_words(self) -> str:
-        """What it said last, or the last line of its log, if it ended by an error of its own."""
-        if self._farewell or self.log is None or self.process.returncode < 0:
-            return self._farewell[:LAST_WORDS]
+    def _reported_reason(self) -> str:
+        """The exit reason that it has sent; without one, the last line of its log if it ended by an error of its own."""
+        if self._exit_reason or self.log is None or self.process.returncode < 0:
+            return self._exit_reason[:MAX_EXIT_REASON_CHARACTERS]
         lines = self.log.read_text(errors="replace").strip().splitlines()
-        return lines[-1].strip()[:LAST_WORDS] if lines else ""
+        return lines[-1].strip()[:MAX_EXIT_REASON_CHARACTERS] if lines else ""
 
 
 class Supervisor:
     """Starts children and ends them; use it as a context, whose end leaves no child alive.
 
     Args:
-        tell: Called with what children report for people to read.
+        tell: Called with the messages of children for people.
     """
 
     def __init__(self, tell: Callable[[str], None] = lambda _: None) -> None:
-        self.children: list[Child] = []
+        self.children: list[ChildProcess] = []
         self.tell = tell
         self.signals: list[signal.Signals] = []
-        """The signals that asked to end, in order; the first asks, one more insists."""
+        """The SIGINT and SIGTERM received so far; the first asks for an orderly end, a second one ends the wait for it."""
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        # Signals can be handled in the main thread only; elsewhere they stay the business of whoever runs it.
+        # Python handles signals in the main thread only; elsewhere they are left to the program around us.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._interrupt)
+                self._handlers[number] = signal.signal(number, self._note_signal)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -164,17 +159,10 @@ class Supervisor:
             if child.running:
                 child.process.kill()
         for child in list(self.children):
-            child.process.wait(KILL_SECONDS)
+            child.process.wait(KILL_TIMEOUT_SECONDS)
             self.reap(child)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-
-    def reap(self, child: Child) -> None:
-        """Forget a child that has ended, after its last words."""
-        self._listen_to(child)
-        os.close(child.control)
-        os.close(child.report)
-        self.children.remove(child)
 
     def start(
         self,
@@ -184,111 +172,76 @@ class Supervisor:
         env: Mapping[str, str],
         log: Path | None,
         pass_fds: Sequence[int] = (),
-        patience_seconds: float | None = None,
-        start_patience_seconds: float | None = None,
-    ) -> Child:
-        """Start a child; ``--control FD --report FD`` is added to its command.
+        timeout_seconds: float | None = None,
+        start_timeout_seconds: float | None = None,
+    ) -> ChildProcess:
+        """Start a child; ``--control-fd FD --report-fd FD`` is added to its command.
 
         Args:
-            name: What it is, for messages.
+            name: Its role, for messages.
             command: Program and arguments.
             env: Its environment.
-            log: The file for its output; None for ours.
+            log: The file for its output; None for the supervisor's own.
             pass_fds: File descriptors that it inherits.
-            patience_seconds: How long it may be silent after its first report before it is killed; None for ever.
-            start_patience_seconds: How long its first report may take; None for ever.
+            timeout_seconds: See `ChildProcess.timeout_seconds`.
+            start_timeout_seconds: See `ChildProcess.start_timeout_seconds`.
         """
-        (reading, writing), (report, reporting) = os.pipe(), os.pipe()
-        os.set_blocking(report, False)
-        os.set_blocking(reporting, False)  # a child never waits for a supervisor that does not listen
+        (control_reader, control_writer), (report_reader, report_writer) = os.pipe(), os.pipe()
+        os.set_blocking(report_reader, False)
+        os.set_blocking(report_writer, False)  # a child never waits for a supervisor that does not read
         output = contextlib.nullcontext() if log is None else log.open("ab")
         try:
             with output as stream:
                 process = subprocess.Popen(
-                    [*command, "--control", str(reading), "--report", str(reporting)],
+                    [*command, "--control-fd", str(control_reader), "--report-fd", str(report_writer)],
                     env=dict(env),
                     stdin=subprocess.DEVNULL,
                     stdout=stream,
                     stderr=stream,
-                    pass_fds=[*pass_fds, reading, reporting],
+                    pass_fds=[*pass_fds, control_reader, report_writer],
                     start_new_session=True,
                     preexec_fn=_die_with_parent,
                 )
         except BaseException:
-            os.close(writing)
-            os.close(report)
+            os.close(control_writer)
+            os.close(report_reader)
             raise
         finally:
-            os.close(reading)
-            os.close(reporting)
-        child = Child(name, process, writing, report, log, patience_seconds, start_patience_seconds)
+            os.close(control_reader)
+            os.close(report_writer)
+        child = ChildProcess(name, process, control_writer, report_reader, log, timeout_seconds, start_timeout_seconds)
         self.children.append(child)
         return child
 
+    def reap(self, child: ChildProcess) -> None:
+        """Read the last reports of a child that has ended, and forget it."""
+        self._receive_from(child)
+        os.close(child.control_fd)
+        os.close(child.report_fd)
+        self.children.remove(child)
+
     def wait(self, done: Callable[[], bool], timeout_seconds: float | None = None, *, signals: int = 0) -> bool:
-        """Wait until ``done()``, more than so many signals, or the time-out; return whether it is done."""
+        """Watch the children until ``done()``, a time-out, or more than that many signals.
+
+        Returns:
+            True where it is done.
+        """
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         while not done():
-            self._look_after_children()
+            self._watch_children()
             if len(self.signals) > signals or (deadline is not None and time.monotonic() > deadline):
                 return False
             time.sleep(POLL_SECONDS)
         return True
 
-    def _look_after_children(self) -> None:
+    def _watch_children(self) -> None:
         for child in self.children:
-            self._listen_to(child)
+            self._receive_from(child)
             child.kill_if_silent()
 
-    def _listen_to(self, child: Child) -> None:
-        for text in child.hear():
+    def _receive_from(self, child: ChildProcess) -> None:
+        for text in child.receive():
             self.tell(f"{child.name}: {text}")
 
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signature of a signal handler
+    def _note_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signature of a signal handler
         self.signals.append(signal.Signals(number))
-
-
-def listen_to_supervisor(control: int, on_message: Callable[[dict[str, Any]], None]) -> None:
-    """In a child: hear the supervisor's messages in a thread, and end this process at once when the supervisor is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def listen() -> None:
-        try:
-            with os.fdopen(control) as pipe:
-                for line in pipe:
-                    on_message(json.loads(line))
-        finally:  # whatever went wrong: a process that nobody can end must not go on
-            os._exit(1)
-
-    threading.Thread(target=listen, name="control", daemon=True).start()
-
-
-class Report:
-    """In a child: the writing end of its report pipe.
-
-    Args:
-        descriptor: Of the pipe.
-        beat_seconds: How often it tells that it lives.
-    """
-
-    def __init__(self, descriptor: int, beat_seconds: float) -> None:
-        self._descriptor = descriptor
-        self._beat_seconds = beat_seconds
-        threading.Thread(target=self._beat, name="pulse", daemon=True).start()
-
-    def say(self, text: str) -> None:
-        """Tell people something; when this returns, not even a SIGKILL of ours takes it back."""
-        self._write(json.dumps(text[:SAID]).encode() + b"\n")
-
-    def last_words(self, text: str) -> None:
-        """Tell why this process is about to end."""
-        self._write(json.dumps({"last": text[:LAST_WORDS]}).encode() + b"\n")
-
-    def _beat(self) -> None:
-        while True:
-            self._write(b"\n")
-            time.sleep(self._beat_seconds)
-
-    def _write(self, line: bytes) -> None:
-        with contextlib.suppress(BlockingIOError, BrokenPipeError):  # nobody listens at present: it is no one's loss
-            os.write(self._descriptor, line)

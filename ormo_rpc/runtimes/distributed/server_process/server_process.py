@@ -19,8 +19,10 @@ from ormo_rpc.compression.wire_options import Transport
 from ormo_rpc.config.parsing import load_config
 from ormo_rpc.config.schema import Config
 from ormo_rpc.messages import Reply
-from ormo_rpc.rendezvous.addresses import name_of
+from ormo_rpc.rendezvous.addresses import address_of
 from ormo_rpc.rendezvous.listener import Listener
+from ormo_rpc.rendezvous.memberships import Membership
+from ormo_rpc.rendezvous.protocol import JoinResponse
 from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.runtimes.distributed.server_process.service import Service
 from ormo_rpc.runtimes.job import Job
@@ -64,7 +66,7 @@ class ServerArgs:
 
     Attributes:
         run_dir: The run directory, with ``config.yaml``.
-        listener: The door's listening socket, which outlives this process.
+        listener: The listening socket, which outlives this process.
         secret: Of the run.
         life: How often the server was started before.
         terminal: A file descriptor for the progress bar, where there is a terminal.
@@ -82,7 +84,7 @@ class ServerArgs:
 class ServerProcess:
     """Everything in the server's process: the session of the run, and the service that the workers reach.
 
-    The main thread runs `run`. Threads of the door, which serve the streams, and of the RPC agent call `Session.observe` under
+    The main thread runs `run`. Threads of the listener, which serve the streams, and of the RPC agent call `Session.observe` under
     the service's lock; evaluations and the writing of checkpoints have a thread each. What the main thread reads without that
     lock (whether the run has ended, how many are there) it looks at again a moment later.
 
@@ -136,7 +138,7 @@ class ServerProcess:
         """
         if self.place.life > 0:
             _log.warning(
-                "the server goes on from iteration %d; %d updates after it are rolled back",
+                "the server resumes from iteration %d; %d later updates are rolled back",
                 self.session.server.iteration,
                 self.session.progress.rolled_back - self._rolled_back_before,
             )
@@ -160,11 +162,13 @@ class ServerProcess:
 
     def hear(self, message: dict[str, Any]) -> None:
         """Hear the supervisor; called in the thread that listens to it."""
-        if "without" in message:
-            for worker in range(message["without"], self.service.server.num_workers, self.session.job.config.num_processes):
+        if "worker_ended" in message:
+            for worker in range(
+                message["worker_ended"], self.service.server.num_workers, self.session.job.config.num_processes
+            ):
                 self.service.stop_waiting_for(worker)
-        elif "abandoned" in message:
-            self.abandoned = message["abandoned"]
+        elif "all_workers_ended" in message:
+            self.abandoned = message["all_workers_ended"]
         else:
             self.stop_message = message["stop"]
             self.stop_asked.set()
@@ -172,7 +176,7 @@ class ServerProcess:
     def _begin(self) -> None:
         """The first ticket is about to be handed out; called under the service's lock."""
         self.clock.start()
-        self._present = {membership.worker: membership.process for membership in self.service.memberships.by_worker.values()}
+        self._present = {membership.worker: membership.pid for membership in self.service.memberships.by_worker.values()}
 
     def _observe(self, server: ParameterServer) -> None:
         self.session.observe(server)
@@ -211,7 +215,7 @@ class ServerProcess:
                 if self.session.server.ended:
                     return  # all are leaving; who was there is of more interest
                 self._present = {
-                    membership.worker: membership.process for membership in self.service.memberships.by_worker.values()
+                    membership.worker: membership.pid for membership in self.service.memberships.by_worker.values()
                 }
             self._write_processes()
         self._write_evictions()
@@ -222,11 +226,11 @@ class ServerProcess:
             if self._paused:
                 _log.warning("paused: %d workers, and runtime.min_workers=%d; waiting for more", members, least)
             else:
-                _log.warning("going on: %d workers", members)
+                _log.warning("resumed: %d workers", members)
 
     def _write_processes(self) -> None:
         """Write down who was there when somebody came or went the last time before the end."""
-        self.session.directory.write_processes(os.getpid(), self._present, name_of(self.place.listener))
+        self.session.directory.write_processes(os.getpid(), self._present, address_of(self.place.listener))
 
     def _write_evictions(self) -> None:
         """Write down who was lost since the last call, so that a later life knows, too."""
@@ -317,14 +321,19 @@ def serve(place: ServerArgs, on_ready: Callable[[ServerProcess], None]) -> None:
         if agent is not None:
             publish(host.service)
         on_ready(host)
-        join_response = {
-            "config": text,
-            "agent": agent,
-            "heartbeat_seconds": options.heartbeat_seconds,
-            "patience_seconds": options.worker_timeout_seconds,
-        }
+
+        def response(membership: Membership) -> JoinResponse:
+            return JoinResponse(
+                worker=membership.worker,
+                session_id=membership.session_id,
+                config=text,
+                agent=agent,
+                heartbeat_seconds=options.heartbeat_seconds,
+                timeout_seconds=options.worker_timeout_seconds,
+            )
+
         streams = StreamServer(host.service, config.wire.transport, host.segments)
-        with Listener(place.listener, place.secret, host.service, join_response, options.worker_timeout_seconds, streams.serve):
+        with Listener(place.listener, place.secret, host.service, response, options.worker_timeout_seconds, streams.serve):
             host.run()
 
 

@@ -19,18 +19,17 @@ from ormo_rpc.errors import NonFiniteGradient, PushRefused, RunEnded, StaleSessi
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.models.flat import Layout
 from ormo_rpc.rendezvous.memberships import Membership, Memberships
+from ormo_rpc.rendezvous.protocol import JoinRequest
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.server.validation import ValidatedPush
 from ormo_rpc.storage.journal import Journal, NoJournal
 from ormo_rpc.transports.pending_replies import Due, PendingReplies, ReplyFuture, send, without
 
-LARGEST_WORKER = 1 << 15
-"""Worker numbers are smaller: those of torch's agents have 16 bits."""
 _log = logging.getLogger(__name__)
 
 
 class Service:
-    """What workers reach, and who decides at the door.
+    """What workers reach, and the handler of its memberships.
 
     `lock` guards the parameter server with all that belongs to it: memberships, arrived, evictions, journal, answers, and the times
     measured here. `broken` is never cleared, so it is read without. Payload checks run before the lock is taken; it is released
@@ -86,26 +85,22 @@ class Service:
             vectors=server.algorithm.VECTORS_PUSHED,
         )
 
-    # ------------------------------------------------------------------------------------------------- called by the door
+    # ------------------------------------------------------------------------------------------------- called by the listener
 
-    def join(self, hello: Mapping[str, Any]) -> Membership:
-        """Membership a process; the one that it replaces loses its membership.
+    def join(self, request: JoinRequest) -> Membership:
+        """Give a process a membership, and evict the process that it replaces.
 
         Raises:
-            ValueError: what it says of itself is not in order; `RunEnded` where no more work is to come.
+            RunEnded: the run is over.
         """
-        wanted, process, host, slot = (hello.get(name) for name in ("wanted", "process", "host", "slot"))
-        number = wanted is None or (isinstance(wanted, int) and not isinstance(wanted, bool) and 0 <= wanted < LARGEST_WORKER)
-        if not (number and isinstance(process, int) and isinstance(host, str) and isinstance(slot, str)):
-            raise ValueError("hello: got other fields than expected: wanted (a number), process, host, slot")
         with self.lock:
-            former = self.memberships.holder(wanted, slot)
+            former = self.memberships.replaced_by(request.preferred_worker, request.slot_id)
         if former is not None:
             self.evict(former, "it was replaced")
         with self.lock:
             if self.server.ended:
                 raise RunEnded("the run has ended")
-            return self.memberships.take(wanted, process, host[:64], slot[:64])
+            return self.memberships.add(request.preferred_worker, request.pid, request.host, request.slot_id)
 
     def evict(self, membership: Membership, reason: str) -> None:
         """Evict a worker: its ticket is issued again to another one, and nobody waits for it any more."""
@@ -123,8 +118,8 @@ class Service:
             due = self._remove(membership, StaleSession(f"worker {membership.worker} was evicted: {reason}; rejoin"))
             if not self.server.ended:
                 self._record_eviction(membership, reason, where)
-                held_words = "; ".join(f"ticket {h['ticket']} of stamp {h['stamp']} is issued again" for h in where)
-                _log.warning("%s is lost: %s; %s", membership, reason, held_words or "it held no ticket")
+                held_words = "; ".join(f"ticket {h['ticket']} of stamp {h['stamp']} will be reissued" for h in where)
+                _log.warning("%s was evicted: %s; %s", membership, reason, held_words or "it held no ticket")
         self._settle(due)
 
     def request_leave(self, membership: Membership) -> None:
@@ -258,11 +253,11 @@ class Service:
         with self.lock:
             membership = self.memberships.by_session.get(session_id)
             if membership is not None and self.server.ended:
-                self.memberships.free(membership)
+                self.memberships.remove(membership)
                 self.changed.set()
                 return
         if membership is not None:
-            self.evict(membership, "it said goodbye before the end")
+            self.evict(membership, "it left before the end without being told to")
 
     def call(self, change: Callable[[ParameterServer], list[Reply]]) -> None:
         """Change the server from outside of a push, and send the replies that this makes due."""
@@ -318,7 +313,7 @@ class Service:
         if membership.not_finite >= self.max_not_finite and len(self.server.members) > 1:
             reason = f"{membership.not_finite} gradients in a row were not finite (runtime.max_not_finite)"
             self._record_eviction(membership, reason, [])
-            _log.warning("%s is dismissed: %s", membership, reason)
+            _log.warning("%s was banned: %s", membership, reason)
             return without(due, future) + self._remove(
                 membership, WorkerBanned(f"worker {membership.worker}: {reason}"), future
             )
@@ -352,12 +347,12 @@ class Service:
         replies = self.server.join(membership.worker)
         self.journal.join(membership.worker)
         self.changed.set()
-        _log.info("%s has joined", membership)
+        _log.info("%s joined", membership)
         return self.pending.due(replies)
 
     def _remove(self, membership: Membership, answer: Reply | Exception, future: ReplyFuture | None = None) -> list[Due]:
         """Take a membership away; who still waits for a reply gets this answer."""
-        self.memberships.free(membership)
+        self.memberships.remove(membership)
         self.changed.set()
         if membership in self.arrived:
             self.arrived.remove(membership)
@@ -382,11 +377,11 @@ class Service:
             steps=1,
             incarnation=self.server.incarnation,
         )
-        _log.info("%s leaves", membership)
+        _log.info("%s left", membership)
         return self._remove(membership, stop, future)
 
     def _record_eviction(self, membership: Membership, reason: str, held: list[dict[str, int]]) -> None:
-        where = {"worker": membership.worker, "process": membership.process, "host": membership.host}
+        where = {"worker": membership.worker, "process": membership.pid, "host": membership.host}
         self.evictions.append({**where, "reason": reason, "held": held})
 
     # ------------------------------------------------------------------------------------------------- without the lock

@@ -117,12 +117,12 @@ class WorkerLoop:
         while not context.leaving:
             try:
                 lease = connect(
-                    place.door,
+                    place.door(),
                     place.secret,
-                    wanted=self._wanted,
-                    slot=place.slot,
+                    preferred_worker=self._wanted,
+                    slot_id=place.slot,
                     timeout_seconds=place.timeout_seconds,
-                    leaving=lambda: context.leaving,
+                    stopping=lambda: context.leaving,
                 )
             except RunEnded as end:
                 _log.info("%s", end)
@@ -144,7 +144,7 @@ class WorkerLoop:
                         server.leave()
                     return
                 except (ServerLost, StaleSession) as error:
-                    _log.info("asking to be let in again: %s", error)
+                    _log.info("joining again: %s", error)
 
     def leave(self) -> None:
         """Ask to leave; called from another thread."""

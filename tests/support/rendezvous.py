@@ -1,0 +1,37 @@
+"""Both ends of a connection, and the answer to workers that join, for tests of the rendezvous and of what is built on it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+
+from ormo_rpc.rendezvous.memberships import Membership
+from ormo_rpc.rendezvous.protocol import JoinResponse
+from tests.support.processes import PATIENCE_SECONDS
+
+
+def join_response(
+    config: str = "",
+    *,
+    agent: str | None = None,
+    heartbeat_seconds: float = 1.0,
+    timeout_seconds: float = PATIENCE_SECONDS,
+) -> Callable[[Membership], JoinResponse]:
+    """Return what answers a worker that has joined, as `Listener` takes it."""
+    return lambda membership: JoinResponse(
+        worker=membership.worker,
+        session_id=membership.session_id,
+        config=config,
+        agent=agent,
+        heartbeat_seconds=heartbeat_seconds,
+        timeout_seconds=timeout_seconds,
+    )
+
+
+@contextmanager
+def connected_sockets() -> Generator[tuple[socket.socket, socket.socket]]:
+    """Both ends of a connection."""
+    here, there = socket.socketpair()
+    with here, there:
+        yield here, there
