@@ -1,6 +1,6 @@
 # Every target that needs an environment makes it first.
 .DEFAULT_GOAL := help
-.PHONY: help setup train quick test check format bench bench-step bench-ray bench-tensorflow live-scale server-memory compression
+.PHONY: help setup train quick test check conf format bench bench-step bench-ray bench-tensorflow live-scale server-memory compression
 .PHONY: replays methods when-it-pays scale chaos journal clean
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
@@ -36,6 +36,9 @@ check: .venv/ready  ## Format, lint and types, of the package and its tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+conf: .venv/ready  ## Write the files of conf/ that say what can be set, from the schema
+	$(BIN)/python -m ormo_rpc.config.write_conf
 
 format: .venv/ready  ## Put the code into its format
 	$(BIN)/ruff format .

@@ -43,7 +43,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 
 
 def prepared(overrides: Sequence[str]) -> list[str]:
-    """The overrides as hydra wants them.
+    """Bring overrides into the form that hydra wants.
 
     A dictionary in the place of another one (``runtime.joins={4: 1.5}``) would be refused for its new keys; ``++`` allows them.
 
@@ -83,15 +83,15 @@ def main() -> None:
         with contextlib.suppress(KeyboardInterrupt):
             _hydra_main(job)
             return
-        print("launch.py: interrupted before anything was started", file=sys.stderr)
+        _say("interrupted before anything was started")
         sys.exit(130)
     except (HydraException, OmegaConfBaseException) as error:
         if wanted or began:
             raise
-        print(f"launch.py: {_refused(error)}", file=sys.stderr)
+        _say(str(_refused(error)))
         sys.exit(2)
     except ConfigError as error:
-        print(f"launch.py: {error}", file=sys.stderr)
+        _say(str(error))
         sys.exit(2)
     except SystemExit as end:
         # Hydra refuses wrong arguments with status 1, which is ours for a run that failed.
@@ -133,17 +133,22 @@ def _job(values: DictConfig) -> None:
             raise ConfigError("-m: got a sweep under torchrun, expected a single run; start sweeps with python launch.py -m")
         config, run_dir = parse_config(values), Path(mode.runtime.output_dir)
         if _on_terminal():
-            print(f"launch.py: starting the processes of {run_dir}", file=sys.stderr)
+            _say(f"starting the processes of {run_dir}")
         summary = run(config, run_dir)
     except (ConfigError, RunFailed) as error:
-        print(f"launch.py: {error}", file=sys.stderr)
+        _say(str(error))
         sys.exit(error.exit_status if isinstance(error, RunFailed) else 2)
     if summary:
         with contextlib.suppress(BrokenPipeError):  # the reader of our output is gone
             print(_result(summary, run_dir), flush=True)
     if summary.get("status") == "diverged" and not sweep:
-        print("launch.py: the parameters diverged; lower train.lr or train.momentum, or set train.clip_norm", file=sys.stderr)
+        _say("the parameters diverged; lower train.lr or train.momentum, or set train.clip_norm")
         sys.exit(3)
+
+
+def _say(message: str) -> None:
+    """Print a line on standard error, with the name of the command in front."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
 
 
 def _on_terminal() -> bool:
