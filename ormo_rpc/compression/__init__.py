@@ -1,13 +1,13 @@
-"""Compression of what a worker pushes: which values stand for a vector, beside the dtype that they travel in.
+"""Compression of pushes: the values that stand for a vector, beside the dtype that they travel in.
 
 A new one is one file here, its options and its `Compressor`::
 
-    base.py      the contract: a vector of D to its values and indices, and back
+    base.py      the contract: a vector of D to values and indices, and back
     none.py      every value                     topk.py  the largest ones, with their places
     powersgd.py  two thin factors for each matrix
     rounding.py  values to the wire's dtype and back
-    format.py    `PushFormat`: the bytes of a push, of fixed number; what the server makes of them
-    encoder.py   `Encoder`: the worker's side, with all that it remembers (error feedback, factors)
+    format.py    `PushFormat`: the bytes of a push, of fixed number; the server's side
+    encoder.py   `Encoder`: the worker's side, with the state of each worker (error feedback, factors)
 
 Worker and server each build the same `PushFormat` from the configuration and the model (`Job.push_format`). The worker's
 gradient is written into `Encoder.push`, `Encoder.encode` makes the wire form of it and returns what the server will see;

@@ -14,44 +14,44 @@ from ormo_rpc.options import Part, option
 
 @dataclass(frozen=True, slots=True)
 class Compressed:
-    """What stands for a vector.
+    """The values and indices that stand for a vector.
 
     Attributes:
         values: Shape (num_values,), of the vector's dtype, before rounding; it may share the vector's memory.
         indices: Shape (num_indices,), int32.
-        kept: What the next call of `Compressor.compress` for the same worker gets.
+        state: For the next call of `Compressor.compress` for the same worker.
     """
 
     values: Tensor
     indices: Tensor | None = None
-    kept: Tensor | None = None
+    state: Tensor | None = None
 
 
 class Compressor(ABC):
-    """Knows how many values and indices stand for a vector, and which. It has no memory of its own.
+    """Compression of a vector to values and indices, and back. It is stateless: the state of each worker is passed to it.
 
     Attributes:
-        num_values: How many values.
-        num_indices: How many indices.
+        num_values: Values of a compressed vector.
+        num_indices: Indices of a compressed vector.
     """
 
     num_values: int
     num_indices: int = 0
 
     def start(self, generator: torch.Generator, dtype: torch.dtype) -> Tensor | None:  # noqa: ARG002 - most keep nothing
-        """What a worker that has pushed nothing yet passes for ``kept``; random draws come from ``generator`` alone."""
+        """Make the state of a worker that has pushed nothing yet; random draws come from ``generator`` alone."""
         return None
 
     @abstractmethod
-    def compress(self, vector: Tensor, kept: Tensor | None) -> Compressed:
-        """What stands for a vector, shape (D,); neither the vector nor ``kept`` is written to.
+    def compress(self, vector: Tensor, state: Tensor | None) -> Compressed:
+        """Compress a vector, shape (D,); neither the vector nor ``state`` is written to.
 
         NaN or infinity anywhere in the vector is NaN or infinity in the values, so that the server refuses it.
         """
 
     @abstractmethod
     def decompress(self, values: Tensor, indices: Tensor, into: Tensor) -> None:
-        """Write the vector that is meant into ``into``, shape (D,), whatever the values and indices are.
+        """Write the vector into ``into``, shape (D,), whatever the values and indices are.
 
         The bits depend on the arguments alone, not on threads or on what was called before.
 
@@ -87,7 +87,7 @@ class Compression(Part, ABC):
 
     @abstractmethod
     def build(self, params: Layout) -> Compressor:
-        """The compressor for vectors of that layout.
+        """Make the compressor for vectors of that layout.
 
         Raises:
             ValueError: it is not for vectors of that length.

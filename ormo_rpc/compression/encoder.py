@@ -1,4 +1,4 @@
-"""The worker's side of the wire form, with all that a worker remembers from one push to the next."""
+"""The worker's side of the wire form, with the state of each worker between two pushes."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from ormo_rpc.seeding import generator
 from ormo_rpc.server.validation import all_finite
 
 Allocate = Callable[[int], Tensor]
-"""Makes memory for that many bytes: a uint8 tensor of zeros, whose address is a multiple of 64."""
+"""Allocates memory of that many bytes: a uint8 tensor of zeros, whose address is a multiple of 64."""
 
 
 @dataclass
-class Memory:
-    """What one worker remembers.
+class EncoderState:
+    """The state of one worker.
 
     Attributes:
-        kept: For each vector what its compressor keeps.
-        error: ``e``, what the wire has dropped so far, shape (length,); None for nothing.
+        compressor: The compressor's state for each vector.
+        residual: ``e``, the sum of what compression and rounding have dropped so far, shape (length,); None for zero.
     """
 
-    kept: list[Tensor | None]
-    error: Tensor | None = None
+    compressor: list[Tensor | None]
+    residual: Tensor | None = None
 
 
 class Encoder:
-    """Makes wire forms, for any number of workers: each has a memory of its own, which begins empty when it joins.
+    """Encode pushes for the wire, for any number of workers: each has a state of its own, which is empty when it joins.
 
-    A push that is not finite leaves the memory as it was, so that one bad batch spoils no later push.
+    A push that is not finite leaves the state as it was, so that one bad batch spoils no later push.
 
     Args:
         format: The wire form.
-        allocate: Makes the memory of the wire form; torch's own by default.
+        allocate: Allocates the memory of the wire form; torch's own allocator by default.
 
     Attributes:
         wire: The bytes, shape (size,), which each call of `encode` writes over.
         payload: The same, as it is sent: values of the model's dtype where the format is exact, else bytes.
-        push: Where the push to encode is written to, shape (length,); the same memory where the format is exact.
-        statistics: Where the batch-norm statistics are written to, flat; always the same memory.
+        push: Buffer for the push to encode, shape (length,); the same memory where the format is exact.
+        statistics: Buffer for the batch-norm statistics, flat; always the same memory.
     """
 
     def __init__(self, format: PushFormat, allocate: Allocate | None = None) -> None:  # noqa: A002 - what it is
@@ -57,7 +57,7 @@ class Encoder:
         # What the server will see of a push is decoded here too where it is compressed, or where errors are fed back.
         decodes = not format.plain or (format.compression.error_feedback and not format.exact)
         self._decoded = torch.zeros_like(self.push) if decodes else None
-        self._memories: dict[int, Memory] = {}
+        self._states: dict[int, EncoderState] = {}
 
     def encode(self, worker: int) -> Tensor:
         """Make the wire form of what lies in `push` and `statistics`; return what the server will see of the push.
@@ -66,57 +66,58 @@ class Encoder:
         """
         if self.format.exact:
             return self.push
-        memory = self._memories.get(worker) or self._fresh(worker)
-        if memory.error is not None:
-            self.push.add_(memory.error)
+        state = self._states.get(worker) or self._fresh(worker)
+        if state.residual is not None:
+            self.push.add_(state.residual)
         vectors = self.push.split(self.format.dimension)
-        compressed = [self.format.compressor.compress(*each) for each in zip(vectors, memory.kept, strict=True)]
+        compressed = [self.format.compressor.compress(*each) for each in zip(vectors, state.compressor, strict=True)]
         for number, each in enumerate(compressed):
             self.format.write(number, each, self.wire)
         if self._decoded is not None:
-            self._remember(worker, memory, [each.kept for each in compressed], self._decoded)
+            self._remember(worker, state, [each.state for each in compressed], self._decoded)
         if self.format.plain:
             return self.format.whole(self.wire)
         assert self._decoded is not None, "what is compressed is decoded, too"
         return self._decoded
 
-    def _remember(self, worker: int, memory: Memory, kept: list[Tensor | None], decoded: Tensor) -> None:
-        """Decode a push as the server will, and keep what the next one of that worker has to know."""
+    def _remember(self, worker: int, state: EncoderState, states: list[Tensor | None], decoded: Tensor) -> None:
+        """Decode a push as the server will, and update the state of its worker."""
         for number, vector in enumerate(decoded.split(self.format.dimension)):
             self.format.read(number, self.wire, vector)
         if not all_finite(decoded):
             return
-        memory.kept = kept
+        state.compressor = states
         if self.format.compression.error_feedback:
-            error = torch.empty_like(self.push) if memory.error is None else memory.error
-            memory.error = torch.sub(self.push, decoded, out=error)
-        self._memories[worker] = memory
+            residual = torch.empty_like(self.push) if state.residual is None else state.residual
+            state.residual = torch.sub(self.push, decoded, out=residual)
+        self._states[worker] = state
 
-    def _fresh(self, worker: int) -> Memory:
-        """The memory of a worker that has pushed nothing."""
-        if self._decoded is None:  # rounding alone remembers nothing, so that this is asked for with each push
-            return Memory([None] * self.format.vectors)
-        chance = generator(self.format.seed, "compression", worker)
-        return Memory([self.format.compressor.start(chance, self.format.dtype) for _ in range(self.format.vectors)])
+    def _fresh(self, worker: int) -> EncoderState:
+        """The state of a worker that has pushed nothing."""
+        if self._decoded is None:  # rounding alone has no state, so that this is asked for with each push
+            return EncoderState([None] * self.format.vectors)
+        draws = generator(self.format.seed, "compression", worker)
+        return EncoderState([self.format.compressor.start(draws, self.format.dtype) for _ in range(self.format.vectors)])
 
-    def forget(self, worker: int | None = None) -> None:
-        """A worker (None: each of them) begins anew: what it remembers is gone."""
+    def reset(self, worker: int | None = None) -> None:
+        """Drop the state of a worker, or of each of them."""
         if worker is None:
-            self._memories.clear()
+            self._states.clear()
         else:
-            self._memories.pop(worker, None)
+            self._states.pop(worker, None)
 
     def state_dict(self) -> dict[int, dict[str, Any]]:
-        """What each worker remembers, a private copy that `torch.load` reads with weights_only."""
+        """The state of each worker, a private copy that `torch.load` reads with weights_only."""
         return {
-            worker: {"kept": [_copy(each) for each in memory.kept], "error": _copy(memory.error)}
-            for worker, memory in self._memories.items()
+            worker: {"compressor": [_copy(each) for each in state.compressor], "residual": _copy(state.residual)}
+            for worker, state in self._states.items()
         }
 
     def load_state_dict(self, state: Mapping[int, Mapping[str, Any]]) -> None:
         """Take over what `state_dict` returned."""
-        self._memories = {
-            worker: Memory([_copy(each) for each in memory["kept"]], _copy(memory["error"])) for worker, memory in state.items()
+        self._states = {
+            worker: EncoderState([_copy(each) for each in saved["compressor"]], _copy(saved["residual"]))
+            for worker, saved in state.items()
         }
 
 

@@ -1,4 +1,4 @@
-"""The bytes of a push: how many they are, what lies where, and what the server makes of them."""
+"""The wire form of a push: its size, its layout, and its decoding on the server."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ormo_rpc.server.validation import check_plain
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Where some values lie among the bytes of a push.
+    """The place of some values among the bytes of a push.
 
     Attributes:
         start: Their first byte, a multiple of their own size.
-        count: How many values.
+        count: The number of values.
         dtype: Theirs.
     """
 
@@ -55,8 +55,8 @@ class PushFormat:
         params: Names and shapes of the parameters.
         buffers: Those of the batch-norm statistics, which travel as they are.
         dtype: The model's.
-        vectors: How many vectors of D a push has (`Algorithm.VECTORS_PUSHED`); each is compressed for itself.
-        compression: Which values travel; all by default.
+        vectors: The number of vectors of D in a push (`Algorithm.VECTORS_PUSHED`); each is compressed for itself.
+        compression: The choice of values that travel; all by default.
         wire: What they are rounded to.
         seed: The seed of the run, for what a compressor draws.
 
@@ -103,7 +103,7 @@ class PushFormat:
         self.size = self._end
 
     def _region(self, count: int, dtype: torch.dtype) -> Region:
-        """The next one; an empty one is at the beginning, where every dtype may be."""
+        """Place the next region; an empty one is at the beginning, where every dtype may be."""
         if not count:
             return Region(0, 0, dtype)
         region = Region(-(-self._end // dtype.itemsize) * dtype.itemsize, count, dtype)
@@ -111,7 +111,7 @@ class PushFormat:
         return region
 
     def whole(self, wire: Tensor) -> Tensor:
-        """Where it is plain, the vectors of a push, shape (length,), as a view of its bytes, of the wire's dtype."""
+        """View the vectors of a push, shape (length,), in its bytes, of the wire's dtype; only where the format is plain."""
         assert self.plain, "what is compressed is not there value by value"
         first, last = self.regions[0][0], self.regions[-1][0]
         return wire[first.start : last.end].view(first.dtype)
@@ -133,7 +133,7 @@ class PushFormat:
         self.compressor.decompress(values.of(wire), indices.of(wire), into)
 
     def unpack(self, payload: Tensor, into: Tensor | None = None, sender: str = "push") -> tuple[Tensor, dict[str, Tensor]]:
-        """What came in a push, whatever the bytes are: total, and nothing outside of them and of ``into`` is touched.
+        """Decode a push, whatever the bytes are: total, and nothing outside of them and of ``into`` is touched.
 
         What is not finite comes out as it is (or as NaN), and `ParameterServer.check` refuses it as `NonFiniteGradient`.
 

@@ -39,7 +39,7 @@ class Every(Compressor):
         self.num_values = dimension
 
     @override
-    def compress(self, vector: Tensor, kept: Tensor | None) -> Compressed:
+    def compress(self, vector: Tensor, state: Tensor | None) -> Compressed:
         return Compressed(vector)
 
     @override

@@ -50,15 +50,15 @@ class PowerSGD(Compression):
 
 @dataclass(frozen=True, slots=True)
 class FactoredTensor:
-    """One tensor: where it lies, and which values and which part of what is kept belong to it.
+    """One tensor: its place in the vector, and the offsets of its values and of its part of the state.
 
     Attributes:
         place: In the vector.
         rows: n.
         columns: m.
         rank: r; 0 for a tensor that travels as it is.
-        values: Where the values begin: the tensor's own, or ``P`` and then ``Q``, row by row.
-        kept: Where ``Q`` is in what is kept.
+        values: Offset of its values: the tensor's own, or ``P`` and then ``Q``, row by row.
+        state: Offset of ``Q`` in the state.
     """
 
     place: slice
@@ -66,11 +66,11 @@ class FactoredTensor:
     columns: int
     rank: int
     values: int
-    kept: int
+    state: int
 
     @property
     def num_values(self) -> int:
-        """How many values stand for it."""
+        """The number of values that stand for it."""
         return (self.rows + self.columns) * self.rank if self.rank else self.rows * self.columns
 
     def factors(self, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,54 +79,54 @@ class FactoredTensor:
         end = middle + self.columns * self.rank
         return values[self.values : middle].view(self.rows, self.rank), values[middle:end].view(self.columns, self.rank)
 
-    def former(self, kept: Tensor) -> Tensor:
-        """The ``Q`` of the push before, shape (m, r), as a view."""
-        return kept[self.kept : self.kept + self.columns * self.rank].view(self.columns, self.rank)
+    def previous(self, state: Tensor) -> Tensor:
+        """View the ``Q`` of the last push, shape (m, r)."""
+        return state[self.state : self.state + self.columns * self.rank].view(self.columns, self.rank)
 
 
 class Factors(Compressor):
-    """Two factors for each tensor that is worth it.
+    """Compress each tensor that becomes small enough to two factors.
 
     Args:
         params: Names and shapes of the tensors.
         rank: r.
-        least_rate: By which factor a tensor has to become smaller, at least.
+        least_rate: The factor by which a tensor has to become smaller, at least.
     """
 
     def __init__(self, params: Layout, rank: int, least_rate: float) -> None:
         self.parts: list[FactoredTensor] = []
-        self.num_values = self.num_kept = 0
+        self.num_values = self.state_size = 0
         ends = accumulate(shape.numel() for shape in params.shapes.values())
         for shape, end in zip(params.shapes.values(), ends, strict=True):
             rows = shape[0] if shape else 1
             columns = shape.numel() // max(1, rows)
             worth = (rows + columns) * rank * least_rate < rows * columns
             taken = min(rows, columns, rank) if worth else 0
-            part = FactoredTensor(slice(end - shape.numel(), end), rows, columns, taken, self.num_values, self.num_kept)
+            part = FactoredTensor(slice(end - shape.numel(), end), rows, columns, taken, self.num_values, self.state_size)
             self.parts.append(part)
             self.num_values += part.num_values
-            self.num_kept += columns * taken
+            self.state_size += columns * taken
 
     @override
     def start(self, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-        return torch.randn(self.num_kept, generator=generator, dtype=dtype)
+        return torch.randn(self.state_size, generator=generator, dtype=dtype)
 
     @override
-    def compress(self, vector: Tensor, kept: Tensor | None) -> Compressed:
-        assert kept is not None, "what `start` returned"
-        values, after = vector.new_empty(self.num_values), kept.clone()
+    def compress(self, vector: Tensor, state: Tensor | None) -> Compressed:
+        assert state is not None, "what `start` returned"
+        values, after = vector.new_empty(self.num_values), state.clone()
         for part in self.parts:
             if not part.rank:
                 values[part.values : part.values + part.num_values] = vector[part.place]
                 continue
             matrix = vector[part.place].view(part.rows, part.columns)
-            former = part.former(after)
-            orthogonalise(former)
+            previous = part.previous(after)
+            orthogonalise(previous)
             p, q = part.factors(values)
-            torch.mm(matrix, former, out=p)
+            torch.mm(matrix, previous, out=p)
             orthogonalise(p)
             torch.mm(matrix.t(), p, out=q)
-            torch.where(q.any(0), q, former, out=former)
+            torch.where(q.any(0), q, previous, out=previous)
         return Compressed(values, None, after)
 
     @override

@@ -51,7 +51,7 @@ class Largest(Compressor):
         self.num_values = self.num_indices = k
 
     @override
-    def compress(self, vector: Tensor, kept: Tensor | None) -> Compressed:
+    def compress(self, vector: Tensor, state: Tensor | None) -> Compressed:
         # NaN is the largest of all to topk, so that it is not dropped.
         places = vector.abs().topk(self.num_values, sorted=False).indices.sort().values
         return Compressed(vector[places], places.to(torch.int32))

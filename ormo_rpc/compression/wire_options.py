@@ -1,4 +1,4 @@
-"""Options of the wire: how gradients and parameters travel between a worker and the server."""
+"""Options of the wire between a worker and the server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ormo_rpc.options import Section, option
 
 
 class Transport(Enum):
-    """How bytes travel."""
+    """The way that bytes travel."""
 
     auto = "auto"
     """Each worker by itself: `shm` where it and the server can share memory, else `tcp`."""
@@ -24,12 +24,12 @@ class Transport(Enum):
 
     @property
     def may_share(self) -> bool:
-        """Whether worker and server share memory where they can."""
+        """True where worker and server share memory if they can."""
         return self in (Transport.auto, Transport.shm)
 
 
 class WireDtype(Enum):
-    """What the values of a push are rounded to."""
+    """The dtype that the values of a push are rounded to."""
 
     float32 = "float32"
     """Nothing: they travel as the model has them."""
@@ -45,7 +45,7 @@ class WireDtype(Enum):
 
 
 class ParamsDtype(Enum):
-    """What parameters are rounded to when they are handed out."""
+    """The dtype that parameters are rounded to when they are sent."""
 
     float32 = "float32"
     """Nothing: they travel as the server has them."""
@@ -60,7 +60,7 @@ class ParamsDtype(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Wire(Section):
-    """How gradients and parameters travel."""
+    """The dtypes of gradients and parameters between a worker and the server."""
 
     PATH = "wire"
     transport: Transport = option(

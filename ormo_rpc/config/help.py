@@ -1,4 +1,4 @@
-"""What ``python launch.py --help`` and ``--help-all`` print."""
+"""The texts of ``python launch.py --help`` and ``--help-all``."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ WIDTH = 110
 
 
 def help_text() -> str:
-    """What the command does, a few commands, the groups with their names, and how to see the rest."""
+    """Explain the command on one screen: examples, the groups with their names, and the way to the rest."""
     return "\n".join([_HEADER, *_groups(), "", *_keys(), "", _FOOTER])
 
 
 def list_of_keys() -> str:
-    """Every key with its meaning and default."""
+    """List every key with its meaning and default."""
     lines = ["Keys, set as KEY=VALUE; the default is in brackets. Those of a group belong to the part named above them."]
     for path, choice, section in sections():
         lines += ["", f"{path}={choice}: {summary_of(section)}" if choice else f"{path or 'top level'}: {summary_of(section)}"]

@@ -86,7 +86,7 @@ def one_line(error: OmegaConfBaseException) -> str:
 
 
 def unknown_key(error: OmegaConfBaseException) -> str | None:
-    """What hydra's refusal of an unknown key means, on one line; None where the error is another one."""
+    """Explain hydra's refusal of an unknown key on one line; None where the error is another one."""
     if "is not in struct" not in str(error.msg) or not isinstance(error.parent_node, DictConfig):
         return None
     path, _, name = str(error.full_key).rpartition(".")
@@ -95,7 +95,7 @@ def unknown_key(error: OmegaConfBaseException) -> str | None:
 
 
 def _resolved(values: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """The values with every interpolation resolved; parts and their classes stay what they are."""
+    """Resolve every interpolation; parts and their classes stay as they are."""
     objects: dict[str, Any] = {}
     if not isinstance(values, DictConfig):
         objects = {key: value for key, value in values.items() if isinstance(value, (Section, type))}
@@ -106,7 +106,7 @@ def _resolved(values: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_paths(key: str, value: Any) -> Any:
-    """The value with the dotted path of each callable in its place."""
+    """Replace each callable by its dotted path."""
     if isinstance(value, Mapping):
         return {each: _with_paths(key, inner) for each, inner in value.items()}
     if isinstance(value, list):
@@ -115,7 +115,7 @@ def _with_paths(key: str, value: Any) -> Any:
 
 
 def _section(key: str, kind: Any, value: Any, default: Any) -> Any:
-    """A section or part of the configuration from what stands for it."""
+    """Make the section or part that a value stands for."""
     if issubclass(kind, Part):
         return part(key, value, default)
     if isinstance(value, kind):

@@ -15,7 +15,7 @@ def _are_times(value: Mapping[int, float]) -> bool:
 
 
 class GradientKind(Enum):
-    """What virtual workers compute."""
+    """The gradients of virtual workers."""
 
     real = "real"
     """Gradients of the model on the data."""
@@ -49,7 +49,7 @@ class RpcRuntime(Runtime):
     )
     rpc_timeout_seconds: float = option(
         30.0,
-        "time for letting a stream in; with wire.transport=uv, until an unanswered push is repeated",
+        "time for accepting a connection; with wire.transport=uv, until an unanswered push is repeated",
         valid=positive,
         expected="a finite number > 0",
     )
@@ -64,13 +64,13 @@ class RpcRuntime(Runtime):
     )
     worker_timeout_seconds: float = option(
         15.0,
-        "silence after which a process counts as dead; it gives ten signs of life in that time",
+        "silence after which a process counts as dead; it sends ten heartbeats in that time",
         valid=positive,
         expected="a finite number > 0",
     )
     regroup_seconds: float = option(
         10.0,
-        "time that a restarted server waits for all workers before it goes on with those who are back",
+        "time that a restarted server waits for all workers before it continues with those that are back",
         valid=not_negative,
         expected="a finite number >= 0",
     )
@@ -85,7 +85,7 @@ class RpcRuntime(Runtime):
     )
     max_not_finite: int = option(
         10,
-        "gradients in a row that are not finite after which a worker is dismissed",
+        "gradients in a row that are not finite after which a worker is evicted",
         valid=lambda v: v >= 1,
         expected="a whole number >= 1",
     )
@@ -94,14 +94,14 @@ class RpcRuntime(Runtime):
     )
     faults: list[str] = option(
         [],
-        "for tests: faults to inject, such as kill@1:20 or stop@server:100 (see ormo_rpc/faults.py)",
+        "for tests: faults to inject, such as kill@1:20 or stop@server:100 (see ormo_rpc/worker/faults.py)",
         valid=are_faults,
         expected="words KIND@WORKER:PUSH[:AMOUNT], kinds kill, stop, delay, drop_reply, corrupt",
     )
 
     @property
     def heartbeat_seconds(self) -> float:
-        """The time between two signs of life: ten of them have to be missed before a process counts as dead."""
+        """The time between two heartbeats: ten of them have to be missed before a process counts as dead."""
         return self.worker_timeout_seconds / 10
 
 
@@ -124,7 +124,7 @@ class SimRuntime(Runtime):
     )
     bandwidth: list[float] = option(
         [],
-        "bytes per second, per worker likewise; empty: no limit",
+        "bytes per second, per worker in the same way; empty: no limit",
         valid=lambda v: all(map(positive, v)),
         expected="finite numbers > 0",
     )

@@ -31,7 +31,7 @@ from ormo_rpc.worker.options import WorkerOptions
 
 
 class Role(Enum):
-    """What this launcher does."""
+    """The work of this launcher."""
 
     all = "all"
     """Start server and workers."""
@@ -40,7 +40,7 @@ class Role(Enum):
 
 
 class LRScaling(Enum):
-    """Whether the learning rate depends on the number of workers."""
+    """The scale of the learning rate."""
 
     none = "none"
     """As given: a synchronous round applies the sum of its gradients, as in arXiv 2407.19234."""
@@ -58,7 +58,7 @@ class WandbMode(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Section):
-    """How long, with which batches and at which learning rate."""
+    """The length of a run, its batches and its learning rate."""
 
     PATH = "train"
     epochs: int = option(
@@ -96,7 +96,7 @@ class Train(Section):
         expected="a finite number > 0",
     )
     grad_norm_policy: NormPolicy = option(
-        NormPolicy.clip, "what becomes of a push above the limit: clip it, or refuse it and give its ticket to another worker"
+        NormPolicy.clip, "for a push above the limit: clip it, or refuse it and assign its ticket to another worker"
     )
 
     @property
@@ -107,7 +107,7 @@ class Train(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint(Section):
-    """When checkpoints are written, and where a run goes on from."""
+    """The times of checkpoints, and the one to resume from."""
 
     PATH = "checkpoint"
     every: int = option(
@@ -120,17 +120,17 @@ class Checkpoint(Section):
         expected="a finite number >= 0",
     )
     journal: bool = option(False, "make each gradient durable before it is acknowledged: a crash then rolls nothing back")
-    keep: int = option(3, "how many checkpoints are kept", valid=at_least_one, expected="a whole number >= 1")
-    resume: str | None = option(None, "a checkpoint or run directory to go on from")
+    keep: int = option(3, "checkpoints that are kept", valid=at_least_one, expected="a whole number >= 1")
+    resume: str | None = option(None, "a checkpoint or run directory to resume from")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Server(Section):
-    """Where the server is found, and what it asks of workers."""
+    """The server's address and secret."""
 
     PATH = "server"
     address: str | None = option(
-        None, "HOST:PORT where workers are let in (by default on loopback) or, with role=worker, where to ask"
+        None, "HOST:PORT where the server listens (by default on loopback) or, with role=worker, where to join"
     )
     secret_file: str | None = option(
         None, "file with the secret of the run; else ORMO_RPC_SECRET counts, else one is made for the run"
@@ -140,7 +140,7 @@ class Server(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Replay(Section):
-    """Which run is computed again."""
+    """The run to compute again."""
 
     PATH = "replay"
     run: str | None = option(None, "the run directory to compute again, for runtime=replay")
@@ -209,16 +209,16 @@ class Config(Section):
         return self.num_processes * (1 + self.worker.prefetch)
 
     def process_of(self, worker: int) -> int:
-        """The process of a worker; a guest, whose number is none of the first K, counts as one of its own."""
+        """The process of a worker; an elastic one, whose number is none of the first K, has one of its own."""
         return worker % self.num_processes if worker < self.num_workers else worker
 
     def slowdown(self, worker: int, generator: torch.Generator) -> float:
-        """How much longer than its own computation a worker takes for the next ticket: that of its process."""
+        """The factor by which a worker's next ticket takes longer than its computation: that of its process."""
         return self.heterogeneity.slowdown(worker % self.num_processes, self.num_processes, generator)
 
     @property
     def wire_form(self) -> str:
-        """What becomes of pushes and parameters on the wire, in a few words: what differs from exact."""
+        """The form of pushes and parameters on the wire in a few words: what differs from exact."""
         options = [(field.name, field.default, getattr(self.compression, field.name)) for field in fields(self.compression)]
         words = [self.compression.name] * (self.compression.name != "none")
         words += [f"{name}={value}" for name, default, value in options if value != default]

@@ -1,4 +1,4 @@
-"""Data sets: where they come from (one file each), how a batch is made of them, and which samples a ticket means."""
+"""Data sets (one file each), batches of them, and the samples of each ticket."""
 
 from __future__ import annotations
 

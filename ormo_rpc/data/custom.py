@@ -74,5 +74,5 @@ class CustomData(DataSource, CallsTarget):
 
 
 def _are_labels(labels: Any) -> bool:
-    """Whether the collated labels of one item are class numbers: an integer tensor, shape (1,)."""
+    """Tell whether the collated labels of one item are class numbers: an integer tensor, shape (1,)."""
     return isinstance(labels, Tensor) and labels.shape == (1,) and not (labels.is_floating_point() or labels.is_complex())

@@ -73,7 +73,7 @@ class TorchvisionImages(DataSource):
     @property
     @abstractmethod
     def folder(self) -> Path:
-        """Where the files lie."""
+        """The folder of the files."""
 
     @abstractmethod
     def md5_sums(self) -> dict[str, str | None]:

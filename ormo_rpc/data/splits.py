@@ -1,4 +1,4 @@
-"""What is trained and tested on: a `Split` turns sample numbers into a batch and keeps nothing between two batches."""
+"""Training and test samples: a `Split` turns sample numbers into a batch and keeps nothing between two batches."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 PADDING = 4
-"""How far a random crop reaches beyond the image, in pixels on each side."""
+"""Pixels that a random crop reaches beyond the image on each side."""
 
 
 class Split(Protocol):
     """A numbered set of labelled samples.
 
     Attributes:
-        PURE: Whether a batch depends on its arguments alone and on no other source of chance, so that it may be made in any
+        PURE: Whether a batch depends on its arguments alone and on no other randomness, so that it may be made in any
             thread at any time.
     """
 
@@ -129,7 +129,7 @@ def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
 
     Args:
         images: Shape (B, C, H, W).
-        generator: The only source of chance: first the offsets down, then those to the right, then the flips, B of each.
+        generator: The only randomness: first the offsets down, then those to the right, then the flips, B of each.
     """
     size, _, height, width = images.shape
     down, right = torch.randint(0, 2 * PADDING + 1, (2, size, 1), generator=generator)

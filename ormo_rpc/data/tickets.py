@@ -1,4 +1,4 @@
-"""Which samples a ticket means."""
+"""The samples of each ticket."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Epochs:
             raise ValueError("dataset: the training set is empty, expected at least one sample")
         self.batch_size = batch_size
         self.batches_per_epoch = -(-num_samples // batch_size)
-        # Around the turn of an epoch tickets of both sides are in the making, hence two permutations.
+        # Around the turn of an epoch tickets of both sides are in flight, hence two permutations.
         self._order = functools.lru_cache(maxsize=2)(functools.partial(_permutation, num_samples, seed))
 
     def total_tickets(self, epochs: int) -> int:
-        """How many tickets make that many epochs."""
+        """The number of tickets in that many epochs."""
         return epochs * self.batches_per_epoch
 
     def indices(self, ticket: int) -> Tensor:

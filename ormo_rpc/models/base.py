@@ -1,4 +1,4 @@
-"""The one contract of every model in the configuration: options in, a network for these inputs and classes out."""
+"""The contract of every model: options in, a network for these inputs and classes out."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Model(Part, ABC):
 
 
 def is_probability(value: float) -> bool:
-    """Whether a dropout rate is in [0, 1)."""
+    """Tell whether a dropout rate is in [0, 1)."""
     return 0.0 <= value < 1.0
 
 

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPriva
 
 
 class Layout:
-    """Names and shapes of tensors that lie one behind the other in a flat vector.
+    """Names and shapes of tensors that lie contiguous in a flat vector.
 
     Args:
         tensors: The tensors by name, in their order.
@@ -105,7 +105,7 @@ class FlatModel:
         Args:
             params: The parameters, shape (D,).
             average: The running statistics by name.
-            updates: Of how many batches they are the average.
+            updates: The number of batches that they are the average of.
         """
         self.bind(params)
         self.load_statistics(average)
@@ -124,7 +124,7 @@ def _prefix(name: str) -> str:
 
 
 def sha256(*tensors: Tensor) -> str:
-    """The SHA-256 of the tensors' bytes, one behind the other, in hexadecimal."""
+    """The SHA-256 of the tensors' bytes, concatenated, in hexadecimal."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

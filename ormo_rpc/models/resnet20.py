@@ -17,7 +17,7 @@ WIDTHS = (16, 32, 64)
 
 
 class Shortcut(Enum):
-    """How the input passes a block that halves the image and doubles the channels; the names are what is typed."""
+    """The shortcut of a block that halves the image and doubles the channels."""
 
     identity = "identity"
     """Every second pixel, the new channels zero: no parameters (option A of the paper, its choice for CIFAR)."""

@@ -19,11 +19,11 @@ from ormo_rpc.options.section import option
 from ormo_rpc.options.values import annotations_of, build, convert, plain
 
 DOTTED_PATH = "a dotted path such as my_package.my_module.my_function"
-"""What a ``_target_`` has to be, in words."""
+"""The form of a ``_target_``, in words."""
 
 
 def is_dotted_path(target: object) -> bool:
-    """Whether a value is a text of the form ``module.name``."""
+    """Tell whether a value is a text of the form ``module.name``."""
     return isinstance(target, str) and "." in target and all(part.isidentifier() for part in target.split("."))
 
 
@@ -130,7 +130,7 @@ def part(group: str, value: Any, default: type[Part]) -> Part:
 
 
 def values_of(made: Part) -> dict[str, Any]:
-    """What `part` makes the same part of: plain values.
+    """Return the plain values that `part` makes the same part of.
 
     Raises:
         ValueError: an option is no plain value, or its class cannot be imported by its name.
@@ -143,7 +143,7 @@ def values_of(made: Part) -> dict[str, Any]:
 
 
 def is_registered(cls: type[Part]) -> bool:
-    """Whether a class has a name in its group."""
+    """Tell whether a class has a name in its group."""
     return parts(cls.PATH).get(cls.name) is cls
 
 

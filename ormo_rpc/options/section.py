@@ -16,17 +16,17 @@ T = TypeVar("T")
 
 
 def positive(value: float) -> bool:
-    """Whether a number is finite and > 0."""
+    """Tell whether a number is finite and > 0."""
     return 0 < value < math.inf
 
 
 def not_negative(value: float) -> bool:
-    """Whether a number is finite and >= 0."""
+    """Tell whether a number is finite and >= 0."""
     return 0 <= value < math.inf
 
 
 def at_least_one(value: float) -> bool:
-    """Whether a number is finite and >= 1."""
+    """Tell whether a number is finite and >= 1."""
     return 1 <= value < math.inf
 
 
@@ -53,7 +53,7 @@ class Section:
     """
 
     PATH: ClassVar[str] = ""
-    """Where the section stands in the configuration, such as ``train``."""
+    """The section's place in the configuration, such as ``train``."""
 
     def __post_init__(self) -> None:
         for field in self.declared().values():

@@ -45,7 +45,7 @@ def build(section: type[S], values: Mapping[str, Any], convert_section: Callable
 
 
 def is_section(kind: Any) -> bool:
-    """Whether an annotation is a class of sections."""
+    """Tell whether an annotation is a class of sections."""
     return isinstance(kind, type) and issubclass(kind, Section)
 
 
@@ -107,7 +107,7 @@ def convert(value: Any, kind: Any) -> Any:
 
 
 def in_words(kind: Any) -> str:
-    """What an annotation allows, for an error message."""
+    """Say what an annotation allows, for an error message."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return " or ".join(in_words(each) for each in inner)
@@ -141,7 +141,7 @@ def plain(key: str, value: Any) -> Any:
 
 
 def refuse_key(path: str, name: str, known: Iterable[str], owner: str = "") -> str:
-    """What to say of an unknown key.
+    """Say that a key is unknown, and which one may be meant.
 
     Args:
         path: The section where it came.

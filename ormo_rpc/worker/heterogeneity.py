@@ -1,4 +1,4 @@
-"""Machines that differ in speed: how much longer than its own computation a worker takes for a ticket.
+"""Machines that differ in speed: the factor by which a worker takes longer than its own computation.
 
 A live worker sleeps for the difference; a simulated one adds it to its virtual time. A factor is never below 1, because a live
 worker cannot be made faster than it is.

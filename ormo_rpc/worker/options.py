@@ -12,7 +12,7 @@ MOST_AHEAD = 100
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerOptions(Section):
-    """What a worker does with a ticket."""
+    """The work of a worker on its tickets."""
 
     PATH = "worker"
     dummy: bool = option(

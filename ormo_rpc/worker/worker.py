@@ -120,7 +120,7 @@ class Worker:
 
     def forget(self, worker: int | None = None) -> None:
         """A worker (None: whichever this is) joins anew: what the wire had dropped of its pushes is gone."""
-        self._encoder.forget(worker)
+        self._encoder.reset(worker)
 
     def state_dict(self) -> dict[int, dict[str, Any]]:
         """What is kept of each worker, a private copy; empty where nothing is compressed or fed back."""

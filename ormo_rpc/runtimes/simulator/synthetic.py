@@ -88,7 +88,7 @@ class Quadratic:
 
     def forget(self, worker: int | None = None) -> None:
         """A worker (None: each of them) begins anew: what the wire had dropped of its pushes is gone."""
-        self._encoder.forget(worker)
+        self._encoder.reset(worker)
 
     def state_dict(self) -> dict[int, dict[str, Any]]:
         """What is kept of each worker, a private copy."""

@@ -66,7 +66,7 @@ def gradients(count: int, dtype: torch.dtype = torch.float32, length: int = DIME
 
 
 def encoded(encoder: Encoder, gradient: Tensor, worker: int = 0) -> Tensor:
-    """What the server will see of a gradient, as a copy."""
+    """A copy of what the server will see of a gradient."""
     encoder.push.copy_(gradient)
     return encoder.encode(worker).clone()
 
@@ -141,7 +141,7 @@ def test_topk_is_a_plain_loop(feedback: bool, wire: WireDtype) -> None:
 
 
 class Bucket:
-    """What the published hook asks of a bucket of gradients."""
+    """The methods that the published hook calls on a bucket of gradients."""
 
     def __init__(self, flat: Tensor) -> None:
         self.flat = flat
@@ -199,7 +199,7 @@ def test_powersgd_is_torchs_hook_of_one_process(rank: int, feedback: bool) -> No
         torch.manual_seed(np.random.RandomState(5).randint(1_000_000_000))
         start = torch.cat([torch.randn(1, part.columns, rank, dtype=torch.float64).reshape(-1) for part in worth])
     encoder = Encoder(format_)
-    encoder.load_state_dict({0: {"kept": [start], "error": None}})
+    encoder.load_state_dict({0: {"compressor": [start], "residual": None}})
     for gradient in gradients(6, torch.float64, MATRICES_DIMENSION):
         bucket: Any = Bucket(gradient.clone())
         expected = published.powerSGD_hook(state, bucket).wait()
@@ -276,12 +276,12 @@ def test_each_worker_has_its_own_memory_and_loses_it_when_it_joins_anew() -> Non
         for number, gradient in enumerate(gradients(8)):
             worker = (0, 7)[number % 2]
             assert torch.equal(encoded(encoder, gradient, worker), encoded(alone[worker], gradient, worker))
-        encoder.forget(7)
+        encoder.reset(7)
         gradient = gradients(1)[0]
         fresh = encoded(Encoder(made(name, WireDtype.bf16)), gradient, 7)
         assert torch.equal(encoded(encoder, gradient, 7), fresh)
         assert torch.equal(encoded(encoder, gradient, 0), encoded(alone[0], gradient, 0))
-        encoder.forget()
+        encoder.reset()
         assert encoder.state_dict() == {}
 
 
@@ -289,7 +289,7 @@ def test_without_feedback_nothing_is_remembered_but_factors() -> None:
     encoder = Encoder(made("topk without feedback", WireDtype.bf16))
     gradient = gradients(1)[0]
     assert torch.equal(encoded(encoder, gradient), encoded(encoder, gradient))
-    assert encoder.state_dict() == {0: {"kept": [None], "error": None}}
+    assert encoder.state_dict() == {0: {"compressor": [None], "residual": None}}
 
 
 @pytest.mark.parametrize("name", ["topk", "powersgd"])
@@ -400,7 +400,7 @@ SENTINEL = 12345.0
 
 
 def unpacked(format_: PushFormat, payload: Tensor) -> str:
-    """What becomes of a payload at the server: "taken" or the name of the refusal; nothing beside its place is written."""
+    """The server's answer to a payload, "taken" or the name of the refusal; nothing beside its place is written."""
     room = torch.full((format_.length + 32,), SENTINEL)
     outcome, said = "taken", "push of worker 3"
     try:

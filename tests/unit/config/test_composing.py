@@ -1,4 +1,4 @@
-"""What composes: each part, each experiment, the defaults; and that every configuration comes back equal from its file."""
+"""Composing a configuration: each part, each experiment, the defaults; every one comes back equal from its file."""
 
 from __future__ import annotations
 

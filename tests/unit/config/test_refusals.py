@@ -1,4 +1,4 @@
-"""What is refused, and in which words: one line with the full key, what came, and what was expected."""
+"""Refused configurations: one line with the full key, what came, and what was expected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much slower workers are: who is, by how much on average, and that chance comes from the given generator alone."""
+"""Laws of slowness: the workers that are slow, their mean and spread, and that all draws come from the given generator."""
 
 from __future__ import annotations
 
