@@ -205,7 +205,7 @@ def test_powersgd_is_torchs_hook_of_one_process(rank: int, feedback: bool) -> No
         expected = published.powerSGD_hook(state, bucket).wait()
         torch.testing.assert_close(encoded(encoder, gradient), expected, rtol=1e-9, atol=1e-11)
         if feedback:
-            torch.testing.assert_close(encoder.state_dict()[0]["error"], state.error_dict[0], rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(encoder.state_dict()[0]["residual"], state.error_dict[0], rtol=1e-9, atol=1e-11)
 
 
 def test_orthogonalised_columns_are_orthonormal_or_nothing() -> None:
@@ -230,7 +230,7 @@ def test_powersgd_outlives_gradients_of_less_than_its_rank(rank_of_gradient: int
         seen = encoded(encoder, full)
         assert torch.isfinite(seen).all()
     # The same gradient again and again: what has arrived is nearly all of it, in every direction.
-    arrived = 201 * full - encoder.state_dict()[0]["error"]
+    arrived = 201 * full - encoder.state_dict()[0]["residual"]
     torch.testing.assert_close(arrived / 201, full, atol=0.3, rtol=0)
 
 
@@ -246,7 +246,7 @@ def test_nothing_is_lost_only_late(name: str, wire: WireDtype) -> None:
     sent = [torch.randint(-9999, 10_000, (DIMENSION,), generator=generator).double() for _ in range(20)]
     seen = [encoded(encoder, gradient) for gradient in sent]
     memory = encoder.state_dict().get(0)
-    error = torch.zeros(DIMENSION, dtype=torch.float64) if memory is None else memory["error"]
+    error = torch.zeros(DIMENSION, dtype=torch.float64) if memory is None else memory["residual"]
     late = sum(sent, torch.zeros_like(error)) - sum(seen, torch.zeros_like(error)) - error
     if name == "powersgd":
         # Two roundings a step, g + e and p - C(p), and those of our own sums: at most 4 per step, of values below 20 * 9,999.
