@@ -17,9 +17,9 @@ class CustomModel(Model, CallsTarget):
     """A model of your own: the class or function that ``model._target_`` names, the keys beside it are its keywords.
 
     ``input_shape`` and ``num_classes`` are passed if it takes them. The forward pass must not write to its trainable
-    parameters, as ``nn.Embedding`` with ``max_norm`` does: they are views of what the server has handed out, which others read,
-    and may be the server's own memory. In a simulation that would corrupt the server; over shared memory the system kills the worker;
-    elsewhere the gradient is taken at other parameters than those of its stamp.
+    parameters, as ``nn.Embedding`` with ``max_norm`` does: they are views of what the server has sent, which others read, and
+    may be the server's own memory. In a simulation that would corrupt the server; over shared memory the system kills the
+    worker; elsewhere the gradient is taken at other parameters than those of its stamp.
     """
 
     @override
