@@ -19,7 +19,7 @@ from ormo_rpc import build_server
 from ormo_rpc.messages import Reply
 from ormo_rpc.rendezvous.protocol import JoinRequest
 from ormo_rpc.runtimes.distributed.server_process.service import Service
-from ormo_rpc.storage.journal import Journal, NoJournal
+from ormo_rpc.storage.journal import FileJournal, NoJournal
 from ormo_rpc.storage.run_directory import environment
 
 SIZES = (7_000, 272_474, 2_000_000)
@@ -35,7 +35,7 @@ class Pusher:
     """
 
     def __init__(self, dimension: int, run_dir: Path | None) -> None:
-        self.journal = NoJournal() if run_dir is None else Journal(run_dir)
+        self.journal = NoJournal() if run_dir is None else FileJournal(run_dir)
         server = build_server(params=torch.zeros(dimension), num_workers=1, lr=1e-6)
         self.service = Service(server, lambda _: None, journal=self.journal)
         self.membership = self.service.join(JoinRequest(preferred_worker=0, pid=1, host="here", slot_id=""))

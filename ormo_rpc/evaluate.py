@@ -22,7 +22,7 @@ def evaluate_checkpoint(path: Path) -> tuple[Path, Evaluation]:
     Raises:
         ValueError: there is no checkpoint, it is damaged, or its data set is missing.
     """
-    found = checkpoint.find(path)
+    found = checkpoint.locate(path)
     config = load_config(found / "config.yaml")
     data = config.dataset.load()
     module = config.model.build(data.input_shape, data.num_classes)

@@ -11,6 +11,8 @@ RENAMED_KEYS: Mapping[str, str] = {"worker.stand_in": "worker.dummy"}
 """From the former full key to the present one."""
 RENAMED_VALUES: Mapping[tuple[str, str], str] = {}
 """From (key, former value) to the present value; the key is the present one."""
+_NO_WANDB = ("logger.mode", "disabled")
+"""The key and value that meant what ``logger=none`` means now."""
 
 CALLABLE = ("model", "dataset")
 """Groups whose ``_target_`` may be any callable; its keywords were once in ``kwargs``."""
@@ -31,6 +33,8 @@ def refuse_renamed(overrides: Sequence[str]) -> None:
             raise ConfigError(f"{key}: keywords stand beside _target_; use {wanted}")
         if key in RENAMED_KEYS:
             raise ConfigError(f"{key}: was renamed; use {RENAMED_KEYS[key]}={value}")
+        if (key, value) == _NO_WANDB:
+            raise ConfigError(f"{key}: {value} was renamed; use logger=none")
         if (key, value) in RENAMED_VALUES:
             raise ConfigError(f"{key}: {value} was renamed; use {key}={RENAMED_VALUES[key, value]}")
 
@@ -55,6 +59,9 @@ def translate_renamed(values: Mapping[str, Any]) -> dict[str, Any]:
         section = _section(translated, path)
         if section is not None and section.get(name) == former:
             section[name] = present
+    logger = _section(translated, ["logger"])
+    if logger is not None and logger.get("mode") == _NO_WANDB[1]:
+        translated["logger"] = {"name": "none"} | {key: logger[key] for key in ("progress", "log_seconds") if key in logger}
     return translated
 
 

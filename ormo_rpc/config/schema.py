@@ -20,6 +20,7 @@ from ormo_rpc.compression.wire_options import ParamsDtype, Wire, WireDtype
 from ormo_rpc.config.runtimes import RpcRuntime, Runtime, SimRuntime
 from ormo_rpc.config.saving import to_yaml
 from ormo_rpc.data import DataSource, Digits
+from ormo_rpc.loggers import Logger, WandbLogger
 from ormo_rpc.models import MLP, Model
 from ormo_rpc.options import Section, at_least_one, not_negative, option, parts, positive
 from ormo_rpc.options.part import PACKAGES
@@ -46,14 +47,6 @@ class LRScaling(Enum):
     """As given: a synchronous round applies the sum of its gradients, as in arXiv 2407.19234."""
     mean = "mean"
     """Divided by the number of workers: a synchronous round applies their mean."""
-
-
-class WandbMode(Enum):
-    """Where Weights & Biases keeps the run."""
-
-    offline = "offline"
-    online = "online"
-    disabled = "disabled"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,21 +140,6 @@ class Replay(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Logger(Section):
-    """What is written besides the run directory."""
-
-    PATH = "logger"
-    mode: WandbMode = option(WandbMode.offline, "Weights & Biases: offline (kept in the run directory), online or disabled")
-    project: str = option("ormo_rpc", "wandb project")
-    run_name: str | None = option(None, "wandb run name; by default algorithm, scheduler, workers and seed")
-    group: str | None = option(None, "wandb group")
-    progress: bool = option(True, "progress bar, when standard error is a terminal")
-    log_seconds: float = option(
-        0.5, "time between lines of metrics.jsonl and wandb", valid=positive, expected="a finite number > 0"
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class Config(Section):
     """Everything that a run is made of.
 
@@ -187,7 +165,7 @@ class Config(Section):
     compression: Compression = field(default_factory=NoCompression)
     replay: Replay = field(default_factory=Replay)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    logger: Logger = field(default_factory=Logger)
+    logger: Logger = field(default_factory=WandbLogger)
 
     @functools.cached_property
     def yaml(self) -> str:
@@ -251,7 +229,7 @@ class Config(Section):
         )
 
 
-GROUPS: tuple[str, ...] = tuple(field.name for field in fields(Config) if field.name in PACKAGES and field.name != "logger")
+GROUPS: tuple[str, ...] = tuple(field.name for field in fields(Config) if field.name in PACKAGES)
 """The sections that are parts: chosen by name or, from outside of the package, by ``_target_``."""
 
 

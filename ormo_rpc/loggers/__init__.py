@@ -1,1 +1,22 @@
-"""Loggers: where a run can be watched."""
+"""Loggers: metrics of a run, and the places besides the run directory where they are shown while it goes on."""
+
+from __future__ import annotations
+
+from ormo_rpc.loggers.base import Logger, RunInfo, RunLog
+from ormo_rpc.loggers.none import NoLogger
+from ormo_rpc.loggers.progress import ProgressBar
+from ormo_rpc.loggers.wandb import WandbLogger
+
+__all__ = ["Logger", "NoLogger", "RunInfo", "RunLog", "WandbLogger", "start_logs"]
+
+
+def start_logs(logger: Logger, run: RunInfo, terminal: int | None) -> list[RunLog]:
+    """Start the logger and, where it is wanted and there is a terminal, the progress bar.
+
+    Args:
+        logger: The logger.
+        run: The run to be logged.
+        terminal: A file descriptor of the terminal, if there is one.
+    """
+    bar = [ProgressBar(run.total_iterations, terminal)] if logger.progress and terminal is not None else []
+    return [logger.start(run), *bar]

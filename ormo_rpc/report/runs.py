@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ormo_rpc.errors import ConfigError
-from ormo_rpc.storage.run_directory import read_summary, read_trace
+from ormo_rpc.storage.run_directory import read_metrics, read_trace
+from ormo_rpc.storage.summary import read_summary
 
 SETTING = ("algorithm", "scheduler", "num_workers", "heterogeneity", "dataset", "model", "runtime", "wire", "lr")
 """The entries of a summary that make up a setting."""
@@ -41,8 +42,7 @@ class Run:
         summary = read_summary(path)
         if summary is None or summary.get("iterations") is None:
             raise ConfigError(f"{path}: got a folder without the summary of a run, expected a run directory or a sweep of some")
-        metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        return cls(path, summary, metrics, read_trace(path)[1])
+        return cls(path, summary, read_metrics(path), read_trace(path)[1])
 
     @property
     def batches_per_epoch(self) -> float:

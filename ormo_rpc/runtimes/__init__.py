@@ -52,7 +52,7 @@ def run(config: Config, run_dir: Path) -> dict[str, Any]:
     first = torchrun is None or torchrun.rank == 0
     runtime = importlib.import_module(MODULES[config.runtime.name])
     if first and config.checkpoint.resume is not None:
-        _check_resume(config, checkpoint.find(Path(config.checkpoint.resume)))
+        _check_resume(config, checkpoint.locate(Path(config.checkpoint.resume)))
     try:
         config.heterogeneity.prepare()
     except ValueError as error:

@@ -1,38 +1,30 @@
-"""From events to what people see: the trace, metrics, a progress bar and a dashboard. It never holds anyone up."""
+"""The recorder: from the server's events to trace, metrics and loggers, off the update path."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Any, Protocol
+from typing import Any
 
+from ormo_rpc.loggers import RunLog
+from ormo_rpc.loggers.metrics import Measurements, Rows, row_of
+from ormo_rpc.loggers.statistics import Statistics
 from ormo_rpc.runtimes.job import JobLike
-from ormo_rpc.server.events import Event, Statistics
-from ormo_rpc.storage.run_directory import RunDirectory, write_summary
+from ormo_rpc.server.events import Event
+from ormo_rpc.storage.run_directory import RunDirectory
+from ormo_rpc.storage.summary import Summary, write_summary
 from ormo_rpc.worker.evaluation import Evaluation
 
 
-class Dashboard(Protocol):
-    """Something that shows the course of a run."""
-
-    def show(self, row: Mapping[str, Any], statistics: Statistics) -> None:
-        """Show one row of metrics."""
-        ...
-
-    def close(self, summary: Mapping[str, Any]) -> None:
-        """Show how it ended."""
-        ...
-
-
 @dataclass(frozen=True)
-class Position:
-    """How far the records were at one moment.
+class Offsets:
+    """The extent of the records at one moment; a restarted server truncates them to it.
 
     Attributes:
         trace_bytes: The length of ``trace.jsonl``, which is on disk up to there.
-        metrics_bytes: Of ``metrics.jsonl``, likewise.
-        statistics: The running figures over the events so far, as `Statistics.state_dict` has them.
+        metrics_bytes: The length of ``metrics.jsonl``, which is on disk up to there.
+        statistics: Those of the events so far, as `Statistics.state_dict` returns them.
     """
 
     trace_bytes: int
@@ -41,99 +33,96 @@ class Position:
 
 
 class Recorder:
-    """Collects events from any thread; `pump`, called by one thread again and again, writes them down.
+    """Collects events from any thread; `flush`, called regularly by one thread, writes them.
 
     Args:
         job: The run.
-        directory: Where trace and metrics go.
-        dashboards: Who else is told.
+        directory: Receives trace and metrics.
+        logs: Receive every row of metrics too.
         clock: Seconds since the run began.
-        figures: Further running figures for every row, such as the time that the lock was held.
+        extra_metrics: Returns metrics by name that the runtime measures itself, such as lock times.
     """
 
     def __init__(
         self,
         job: JobLike,
         directory: RunDirectory,
-        dashboards: Sequence[Dashboard],
+        logs: Sequence[RunLog],
         clock: Callable[[], float],
-        figures: Callable[[], Mapping[str, float]],
+        extra_metrics: Callable[[], Mapping[str, Any]],
     ) -> None:
         self.job = job
         self.directory = directory
-        self.dashboards = dashboards
+        self.logs = logs
         self.clock = clock
-        self.figures = figures
+        self.extra_metrics = extra_metrics
         self.statistics = Statistics()
         self.evaluation: Evaluation | None = None
-        self._events: SimpleQueue[Event | Callable[[Position], None]] = SimpleQueue()
-        self._last = (0.0, 0)
-        """Time of the last row, and how many gradients this run had applied by then (a resumed one does not begin at 0)."""
+        self._queue: SimpleQueue[Event | Callable[[Offsets], None]] = SimpleQueue()
+        self._last_row = (0.0, 0)
+        """Seconds at the last row of an interval, and the gradients that this run itself had applied by then."""
 
     def record(self, event: Event) -> None:
-        """Take one event; called on the update path, it only puts it into a queue."""
-        self._events.put(event)
+        """Put an event into the queue; called on the update path."""
+        self._queue.put(event)
 
-    def when_written(self, callback: Callable[[Position], None]) -> None:
-        """Call back, in `pump`, as soon as the events so far are written and none of the later ones."""
-        self._events.put(callback)
+    def call_when_written(self, callback: Callable[[Offsets], None]) -> None:
+        """Have `flush` call back once all events so far are written, and none of the later ones."""
+        self._queue.put(callback)
 
-    def pump(self, *, now: bool = False) -> None:
-        """Write down what has come, and a row of metrics if it is time for one, or ``now``."""
+    def record_evaluation(self, iteration: int, seconds: float, evaluation: Evaluation) -> None:
+        """Write a row for an evaluation of the parameters that were current at an iteration and time."""
+        self.evaluation = evaluation
+        self._log({**self._coordinates(iteration, seconds), **row_of(self.measurements(0.0, 0), Rows.evaluation)})
+
+    def flush(self, *, row: bool = False) -> None:
+        """Write the events in the queue, and a row of metrics where ``logger.log_seconds`` have passed or ``row`` is set."""
         while True:
             try:
-                event = self._events.get_nowait()
+                item = self._queue.get_nowait()
             except Empty:
                 break
-            if isinstance(event, Event):
-                self.statistics.observe(event)
-                self.directory.write_event(event)
+            if isinstance(item, Event):
+                self.statistics.observe(item)
+                self.directory.write_event(item)
             else:
-                event(self._position())
-        seconds, iteration = self.clock(), self.statistics.iterations
-        if self.statistics.delays.total() > self._last[1] and (
-            now or seconds - self._last[0] >= self.job.config.logger.log_seconds
-        ):
-            self._row(seconds, iteration)
+                item(Offsets(*self.directory.sync(), self.statistics.state_dict()))
+        seconds, (last_seconds, last_applied) = self.clock(), self._last_row
+        due = row or seconds - last_seconds >= self.job.config.logger.log_seconds
+        if due and self.statistics.applied > last_applied:
+            self._write_row(seconds)
         self.directory.flush()
 
-    def evaluated(self, iteration: int, seconds: float, evaluation: Evaluation) -> None:
-        """Take the result of an evaluation of the parameters that an iteration had left, at that time."""
-        self.evaluation = evaluation
-        self._show({**self._place(iteration, seconds), "test_loss": evaluation.loss, "test_accuracy": evaluation.accuracy})
-
-    def close(self, summary: Mapping[str, Any]) -> None:
-        """Write down the rest and close everything."""
-        self.pump(now=True)
-        write_summary(self.directory.path, summary)  # first: a dashboard may take its time over the network
-        self.directory.close()
-        for dashboard in self.dashboards:
-            dashboard.close(summary)
-
-    def _position(self) -> Position:
-        trace, metrics = self.directory.force()
-        return Position(trace, metrics, self.statistics.state_dict())
-
-    def _place(self, iteration: int, seconds: float) -> dict[str, Any]:
-        return {"iteration": iteration, "epoch": round(self.job.epoch(iteration), 4), "seconds": round(seconds, 4)}
-
-    def _row(self, seconds: float, iteration: int) -> None:
-        then, before = self._last
-        applied = self.statistics.delays.total()
-        self._last = (seconds, applied)
-        self._show(
-            {
-                **self._place(iteration, seconds),
-                "train_loss": self.statistics.loss,
-                "lr": self.job.lr(iteration),
-                "updates_per_second": round((applied - before) / max(seconds - then, 1e-9), 2),
-                "delay_mean": round(self.statistics.delay_mean, 4),
-                "delay_max": self.statistics.delay_max,
-                **{name: round(value, 6) for name, value in self.figures().items()},
-            }
+    def measurements(self, seconds: float, applied: int) -> Measurements:
+        """Collect what metrics are computed from, rates over ``applied`` gradients in ``seconds``."""
+        return Measurements(
+            statistics=self.statistics,
+            evaluation=self.evaluation,
+            seconds=seconds,
+            applied=applied,
+            extra=self.extra_metrics(),
         )
 
-    def _show(self, row: Mapping[str, Any]) -> None:
+    def close(self, summary: Summary) -> dict[str, Any]:
+        """Write the rest and the summary, end the logs, and return the content of ``summary.json``."""
+        self.flush(row=True)
+        content = write_summary(self.directory.path, summary)  # first: a logger may take its time over the network
+        self.directory.close()
+        for log in self.logs:
+            log.finish(content)
+        return content
+
+    def _write_row(self, seconds: float) -> None:
+        last_seconds, last_applied = self._last_row
+        iteration, applied = self.statistics.iterations, self.statistics.applied
+        self._last_row = (seconds, applied)
+        at = self.measurements(max(seconds - last_seconds, 1e-9), applied - last_applied)
+        self._log({**self._coordinates(iteration, seconds), "lr": self.job.lr(iteration), **row_of(at, Rows.interval)})
+
+    def _coordinates(self, iteration: int, seconds: float) -> dict[str, Any]:
+        return {"iteration": iteration, "epoch": round(self.job.epoch(iteration), 4), "seconds": round(seconds, 4)}
+
+    def _log(self, row: Mapping[str, Any]) -> None:
         self.directory.write_metrics(row)
-        for dashboard in self.dashboards:
-            dashboard.show(row, self.statistics)
+        for log in self.logs:
+            log.log(row, self.statistics)

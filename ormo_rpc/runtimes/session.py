@@ -1,110 +1,108 @@
-"""A session: the server of a run with all that records it beside, whichever runtime drives it."""
+"""A session: the parameter server of a run together with everything that records it, for every runtime that trains."""
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import Any
 
-from torch import Tensor
-
-from ormo_rpc.loggers.dashboards import dashboards
+from ormo_rpc.config.saving import to_tree
+from ormo_rpc.config.schema import Config
+from ormo_rpc.loggers import RunInfo, start_logs
+from ormo_rpc.loggers.metrics import measure
 from ormo_rpc.models.flat import sha256
+from ormo_rpc.runtimes.checkpoints import CheckpointWriter
+from ormo_rpc.runtimes.evaluations import Evaluations
 from ormo_rpc.runtimes.job import JobLike
-from ormo_rpc.runtimes.recorder import Position, Recorder
-from ormo_rpc.server.events import Event, Kind
+from ormo_rpc.runtimes.recorder import Recorder
 from ormo_rpc.server.parameter_server import ParameterServer, Status
 from ormo_rpc.storage import checkpoint
-from ormo_rpc.storage.journal import Journal, NoJournal, replay
-from ormo_rpc.storage.run_directory import Progress, RunDirectory
-from ormo_rpc.storage.summary import identity
-from ormo_rpc.worker.evaluation import Evaluation
-
-_log = logging.getLogger(__name__)
+from ormo_rpc.storage.counters import RunCounters
+from ormo_rpc.storage.journal import FileJournal, Journal, recover
+from ormo_rpc.storage.run_directory import RunDirectory
+from ormo_rpc.storage.summary import Summary, identity
 
 
 class Session:
     """The parameter server, trace, metrics, evaluations, checkpoints and the summary of one run.
 
-    `observe` and `copy_state` are called under whatever lock guards the server; they hand copies over through queues. All other
-    methods belong to one thread.
+    `observe` and `copy_state` are called under the lock that guards the server, if there is one; they hand copies over through
+    queues. All other methods belong to one thread, which calls `flush` regularly.
 
     Args:
         job: The run.
         run_dir: Its directory.
-        executor: Where evaluations run.
-        writer: Where checkpoints are written, one at a time.
+        evaluation_executor: Runs evaluations.
+        checkpoint_executor: Writes checkpoints.
         clock: The run's seconds, real or virtual.
-        figures: Further running figures for the metrics.
-        state: The state to keep in checkpoints, where it is more than that of the server.
+        extra_metrics: Returns metrics by name that the runtime measures itself.
+        state: Copies the state for a checkpoint, where it is more than that of the server.
         terminal: A file descriptor for the progress bar, where there is a terminal.
 
     Attributes:
-        journal: To be told of every call that changes the server.
         seconds_before: The run's seconds when this process took over.
-        progress: Counts that outlive this process.
-        resumed_state: What a simulator had kept in the checkpoint that this run goes on from.
+        counters: Counters that survive this process.
+        resumed_state: The checkpoint's state of the simulator, where a simulation continues exactly.
     """
 
     def __init__(
         self,
         job: JobLike,
         run_dir: Path,
-        executor: Executor,
-        writer: Executor,
+        evaluation_executor: Executor,
+        checkpoint_executor: Executor,
         clock: Callable[[], float],
         *,
-        figures: Callable[[], Mapping[str, float]] = dict,
+        extra_metrics: Callable[[], Mapping[str, float]] = dict,
         state: Callable[[], dict[str, Any]] | None = None,
         terminal: int | None = None,
     ) -> None:
+        config = job.config
         self.job = job
         self.directory = RunDirectory(run_dir)
-        self.executor = executor
-        self.writer = writer
         self.clock = clock
-        self.figures = figures
-        shown = dashboards(job.config, run_dir, job.total_tickets, terminal)
-        self.recorder = Recorder(job, self.directory, shown, clock, figures)
+        logs = start_logs(config.logger, _run_info(config, run_dir, job.total_tickets), terminal)
+        self.recorder = Recorder(job, self.directory, logs, clock, extra_metrics)
         self.server = job.server(self.recorder.record, clock)
-        self._state = state or (lambda: self.server.state_dict(replies=job.config.checkpoint.journal))
-        self.checkpoint: Path | None = None
-        self.journal: NoJournal = NoJournal()
+        self.evaluations = Evaluations(job.evaluator(), evaluation_executor, self.recorder)
+        self.checkpoints = CheckpointWriter(run_dir, config, job.exporter(), checkpoint_executor, self.recorder, clock)
+        self.counters = RunCounters(run_dir)
         self.seconds_before = 0.0
         self.resumed_state: dict[str, Any] | None = None
+        self._copy_state = state or (lambda: self.server.state_dict(replies=config.checkpoint.journal))
         self._began = time.monotonic()
-        self._export = job.exporter()
-        self._evaluate = job.evaluator()
-        self._evaluations: list[tuple[int, float, Future[Evaluation]]] = []
-        self._to_evaluate: SimpleQueue[tuple[int, float, Tensor, dict[str, Tensor]]] = SimpleQueue()
-        self.progress = Progress(run_dir)
-        self._writing: Future[Path] | None = None
-        """A checkpoint that is being written; where the disk is too slow, those that become due meanwhile are skipped."""
-        self._copied = False
-        """A state was copied, and waits for the events before it to be written."""
         self._seen = 0
+        """The server's iteration at the last `observe`."""
 
-    def open(self, life: int = 0) -> None:
-        """Write the header of the trace, and go on from a checkpoint where there is one to go on from.
+    @property
+    def journal(self) -> Journal:
+        """The journal, which the runtime tells of every call that changes the server."""
+        return self.checkpoints.journal
+
+    def open(self, incarnation: int = 0) -> None:
+        """Write the header of the trace, and load the checkpoint to resume from, where there is one.
 
         Args:
-            life: How often a server of this very run directory was started before. A later life goes on from the directory's
-                newest good checkpoint and the journal, and cuts the trace back to them.
+            incarnation: The number of earlier server processes in this run directory. A restarted server resumes from the
+                directory's newest intact checkpoint and the journal, and truncates the trace to them.
 
         Raises:
             ConfigError: the checkpoint is of another run, or damaged.
         """
         config, path = self.job.config, self.directory.path
-        source = None if config.checkpoint.resume is None else checkpoint.find(Path(config.checkpoint.resume))
-        own = checkpoint.newest(path) if life > 0 else None
-        if own is not None or source is not None:
-            self._load(own or source, in_place=own is not None)
-        if life > 0:
-            self._take_over(life, own)
+        source = None if config.checkpoint.resume is None else checkpoint.locate(Path(config.checkpoint.resume))
+        own = checkpoint.newest(path) if incarnation > 0 else None
+        if own is not None:
+            self._load(own, in_place=True)
+        elif source is not None:
+            self._load(source, in_place=False)
+        if incarnation > 0:
+            if own is None:
+                self.directory.truncate(self.directory.header_bytes(), 0)
+            recover(path, 0 if own is None else checkpoint.segment_of(own), self.server)
+            self.server.resume_as(incarnation)
         if self.directory.header_bytes() == 0:
             self.directory.write_header(
                 algorithm=config.algorithm.name,
@@ -116,15 +114,14 @@ class Session:
                 steps=self.server.algorithm.kernel.name,
             )
         if config.checkpoint.journal:
-            self.journal = Journal(path)
+            self.checkpoints.journal = FileJournal(path)
         self._seen = self.server.iteration
-        self.progress.begin(self._seen)
-        if life > 0 and self.server.ended and self._evaluate is not None:  # the former life died before it could
-            self._to_evaluate.put((self._seen, self.seconds_before, self.server.snapshot(), self.server.buffers.copy()))
+        self.counters.begin(self._seen)
+        if incarnation > 0 and self.server.ended:  # the former process died before it could evaluate the final parameters
+            self.evaluations.request(self.server, self.seconds_before)
 
-    def _load(self, source: Path | None, *, in_place: bool) -> None:
-        """Take over the state of a checkpoint, and what was recorded up to it where the records go on."""
-        assert source is not None
+    def _load(self, source: Path, *, in_place: bool) -> None:
+        """Load a checkpoint's state, and its records where they are continued, ``in_place`` in this run directory."""
         state = checkpoint.read(source, "server.pt")
         self.server.load_state_dict(state)
         records = state["session"]
@@ -134,163 +131,82 @@ class Session:
             self.recorder.statistics.load_state_dict(records["statistics"])
             self.seconds_before = records["seconds"]
         if in_place:
-            self.checkpoint = source
-            self.directory.cut(records["trace_bytes"], records["metrics_bytes"])
-
-    def _take_over(self, life: int, own: Path | None) -> None:
-        """Go on in the place of a server that has died."""
-        path = self.directory.path
-        if own is None:
-            self.directory.cut(self.directory.header_bytes(), 0)
-        replay(path, 0 if own is None else checkpoint.segment_of(own), self.server)
-        self.server.resume_as(life)
+            self.checkpoints.newest = source
+            self.directory.truncate(records["trace_bytes"], records["metrics_bytes"])
 
     def observe(self, server: ParameterServer) -> None:
-        """At the end of an epoch and when a checkpoint is due, copy what is needed for it."""
+        """Copy what an evaluation or a checkpoint needs, at the end of an epoch or when one is due."""
         if server.iteration == self._seen:
             return
         self._seen = server.iteration
-        self.progress.write(self._seen)
-        if self._evaluate is not None and (self._seen % self.job.batches_per_epoch == 0 or server.ended):
-            self._to_evaluate.put((self._seen, self.clock(), server.snapshot(), server.buffers.copy()))
+        self.counters.set_iterations(self._seen)
+        if self._seen % self.job.batches_per_epoch == 0 or server.ended:
+            self.evaluations.request(server, self.clock())
         every = self.job.config.checkpoint.every
         if every and self._seen % every == 0:
             self.copy_state()
 
     def copy_state(self) -> None:
         """Copy the state for a checkpoint, unless another one is under way."""
-        if self._copied or self._writing is not None:
-            return
-        self._copied = True
-        self._hand_over(self._state())
+        if not self.checkpoints.busy:
+            self.checkpoints.submit(self._copy_state())
 
-    def _hand_over(self, state: dict[str, Any]) -> None:
-        """Have a state written as soon as the events that led to it are."""
-        self.journal.rotate()
-        seconds, segment = self.clock(), self.journal.segment
-
-        def submit(position: Position) -> None:
-            records = {
-                "seconds": seconds,
-                "trace_bytes": position.trace_bytes,
-                "metrics_bytes": position.metrics_bytes,
-                "statistics": position.statistics,
-            }
-            self._writing, self._copied = self.writer.submit(self._write, {**state, "session": records}, segment), False
-
-        self.recorder.when_written(submit)
-
-    def pump(self, *, now: bool = False) -> None:
-        """Write down what has come since the last call; a row of metrics too if it is time for one, or ``now``.
+    def flush(self) -> None:
+        """Write the records so far, start evaluations, and note those and checkpoints that are complete.
 
         Raises:
             OSError: something cannot be written, such as a checkpoint to a full disk.
         """
-        self.recorder.pump(now=now)
-        for iteration, seconds, params, statistics in _drained(self._to_evaluate):
-            assert self._evaluate is not None
-            self._evaluations.append((iteration, seconds, self.executor.submit(self._evaluate, params, statistics)))
-        self._take_evaluations(wait=False)
-        if self._writing is not None and self._writing.done():
-            self._take_checkpoint()
+        self.recorder.flush()
+        self.evaluations.flush()
+        self.checkpoints.flush()
 
     def write_checkpoint(self, state: dict[str, Any]) -> None:
-        """Write a state as a checkpoint, and wait until that is done.
+        """Write a state as a checkpoint, and wait until it is complete.
 
         Raises:
             OSError: it cannot be written.
         """
-        self.recorder.pump()
-        if self._writing is not None:
-            self._take_checkpoint()
-        self._hand_over(state)
-        self.recorder.pump()
-        self._take_checkpoint()
+        self.checkpoints.write(state)
 
-    def _take_checkpoint(self) -> None:
-        assert self._writing is not None
-        writing, self._writing = self._writing, None
-        self.checkpoint = writing.result()
-
-    def _write(self, state: Mapping[str, Any], segment: int) -> Path:
-        """In the writer: write a checkpoint, and remove what only older ones needed."""
-        config, path = self.job.config, self.directory.path
-        written = checkpoint.write(path, state, self._export(state), config, keep=config.checkpoint.keep, segment=segment)
-        self.journal.forget(checkpoint.first_segment(path))
-        self.recorder.record(Event(Kind.checkpoint, self.clock(), {"iteration": state["iteration"]}))
-        return written
-
-    def close(
-        self, state: Mapping[str, Any], *, wait: bool, status: str | None = None, reason: str | None = None, **more: Any
-    ) -> dict[str, Any]:
-        """Write the rest and the summary.
+    def close(self, state: Mapping[str, Any], *, wait: bool, **entries: Any) -> dict[str, Any]:
+        """Write the rest and the summary, and return the summary's content.
 
         Args:
             state: The server's last state.
-            wait: Whether to wait for evaluations that are not ready.
-            status: How the run ended, where the server does not know it.
-            reason: Why.
-            more: Further entries of the summary.
+            wait: Wait for evaluations that are not ready.
+            entries: Further entries of the `Summary`; they replace those that the session knows itself.
         """
-        self.pump()
+        self.flush()
         if wait:
-            self._take_evaluations(wait=True)
-        self.recorder.pump(now=True)
+            self.evaluations.wait()
+        self.recorder.flush(row=True)
         self.journal.close()
-        summary = self._summary(state) | {key: value for key, value in (("status", status), ("reason", reason)) if value} | more
-        self.recorder.close(summary)
-        return summary
+        return self.recorder.close(Summary(**{**self._summary_entries(state), **entries}))
 
-    def _take_evaluations(self, *, wait: bool) -> None:
-        while self._evaluations and (wait or self._evaluations[0][-1].done()):
-            iteration, seconds, future = self._evaluations.pop(0)
-            failure = future.exception()
-            if failure is None:
-                self.recorder.evaluated(iteration, seconds, future.result())
-            else:  # training goes on, as it does not depend on it
-                _log.error("evaluation at iteration %d failed", iteration, exc_info=failure)
-
-    def _summary(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        statistics, evaluation = self.recorder.statistics, self.recorder.evaluation
-        config, seconds = self.job.config, self.clock()
-        applied = sum(statistics.delays.values())
+    def _summary_entries(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        buffers = (state["buffers"][f"average.{name}"] for name in self.server.buffers.average)
         return {
+            **measure(self.recorder.measurements(self.clock(), self.recorder.statistics.applied)),
+            **identity(self.job.config),
             "status": state["status"],
-            "reason": None,
-            **identity(config),
             "parameters": state["params"].numel(),
             "iterations": state["iteration"],
-            "gradients_computed": statistics.gradients_computed,
-            "discarded": statistics.discarded,
-            "rolled_back": self.progress.rolled_back,
-            "server_lives": self.progress.lives,
-            "repeated": statistics.repeated,
             "epochs": self.job.epoch(state["iteration"]),
-            "train_loss": statistics.loss,
-            "test_loss": None if evaluation is None else evaluation.loss,
-            "test_accuracy": None if evaluation is None else evaluation.accuracy,
+            "rolled_back": self.counters.rolled_back,
+            "incarnations": self.counters.incarnations,
             "wall_seconds": time.monotonic() - self._began,
-            "virtual_seconds": None,
-            "updates_per_second": applied / seconds if seconds else 0.0,
-            "delay_mean": statistics.delay_mean,
-            "delay_max": statistics.delay_max,
-            "delay_median": statistics.delay_quantile(0.5),
-            "delay_99_percent": statistics.delay_quantile(0.99),
-            "pushes_per_worker": {str(worker): count for worker, count in sorted(statistics.pushes_per_worker.items())},
-            "lock_wait_seconds": 0.0,
-            "lock_held_seconds": 0.0,
             "step_seconds": self.server.step_seconds,
-            **self.figures(),
             "final_params_sha256": sha256(state["params"]),
-            "final_buffers_sha256": sha256(*(state["buffers"][f"average.{name}"] for name in self.server.buffers.average)),
-            "checkpoint": str(self.checkpoint) if self.checkpoint else None,
+            "final_buffers_sha256": sha256(*buffers),
+            "checkpoint": None if self.checkpoints.newest is None else str(self.checkpoints.newest),
         }
 
 
-def _drained(queue: SimpleQueue[Any]) -> list[Any]:
-    items: list[Any] = []
-    while True:
-        try:
-            items.append(queue.get_nowait())
-        except Empty:
-            return items
+def _run_info(config: Config, run_dir: Path, total_iterations: int) -> RunInfo:
+    return RunInfo(
+        name=f"{config.algorithm.name}-{config.scheduler.name}-{config.num_workers}w-seed{config.seed}",
+        config=to_tree(config),
+        directory=run_dir,
+        total_iterations=total_iterations,
+    )

@@ -1,8 +1,8 @@
-"""Checkpoints: folders that appear whole or not at all, and that plain PyTorch can read.
+"""Checkpoints: folders that appear in one step, and that plain PyTorch can read.
 
 ``checkpoints/iteration_000001350/`` holds ``model.pt`` (the model's ``state_dict``: ``torch.load(..., weights_only=True)``),
-``server.pt`` (all that the run depends on), ``config.yaml``, and ``manifest.json`` with the SHA-256 of the others, so that one
-that is torn or damaged is recognised before anything of it is used.
+``server.pt`` (all that the run depends on), ``config.yaml``, and ``manifest.json`` with the SHA-256 of the others, so that a torn
+or damaged checkpoint is recognised before anything of it is used.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ormo_rpc.errors import ConfigError
 
 FOLDER = "checkpoints"
 FORMAT = 2
-"""Of the folder; another one is refused."""
+"""The format of the folder, in its manifest; another one is refused."""
 _MANIFEST = "manifest.json"
 _PREFIX = "iteration_"
 _log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 def write(
     run_dir: Path, server: Mapping[str, Any], model: Mapping[str, Tensor], config: Config, *, keep: int, segment: int = 0
 ) -> Path:
-    """Write a checkpoint of a run, then remove all but the newest ``keep``.
+    """Write a checkpoint of a run, then remove all but the newest ``keep``; return its folder.
 
     The folder is written under a temporary name, forced to disk, and renamed.
 
@@ -44,17 +44,17 @@ def write(
         server: Content of ``server.pt``, with the key ``iteration``.
         model: Content of ``model.pt``.
         config: The run's configuration.
-        keep: How many checkpoints are kept.
-        segment: The number of the journal's segment that begins with this state.
+        keep: The number of checkpoints to keep.
+        segment: The journal's segment that begins with this state.
 
     Raises:
-        OSError: the disk is full, or not to be written; what was there is untouched.
+        OSError: the disk is full or read-only; earlier checkpoints are untouched.
     """
     folder = run_dir / FOLDER
     target = folder / f"{_PREFIX}{server['iteration']:09d}"
     temporary = folder / f".{target.name}.{os.getpid()}"
     former = temporary.with_name(f"{temporary.name}.former")
-    _tidy(folder)
+    _remove_leftovers(folder)
     temporary.mkdir(parents=True)
     try:
         for name, content in (("server.pt", server), ("model.pt", model)):
@@ -64,79 +64,89 @@ def write(
                 os.fsync(file.fileno())
         save_config(config, temporary / "config.yaml")
         _write_manifest(temporary, server["iteration"], segment)
-        if target.exists():  # of the same iteration: it goes only when the new one is in its place
+        if target.exists():  # a checkpoint of the same iteration: removed only once the new one is in its place
             target.rename(former)
         temporary.rename(target)
         _sync_folder(folder)
     finally:
         if former.exists() and not target.exists():
             former.rename(target)
-        for folder_left in (temporary, former):
-            shutil.rmtree(folder_left, ignore_errors=True)
-    # A damaged newer one, which this run had to pass over, does not count.
+        for leftover in (temporary, former):
+            shutil.rmtree(leftover, ignore_errors=True)
+    # A damaged newer checkpoint, which this run could not resume from, does not count.
     for old in [each for each in complete(run_dir) if iteration_of(each) <= iteration_of(target)][:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
 
-def find(path: Path) -> Path:
-    """The checkpoint that a path means: the path itself, or the newest good one of a run directory.
+def locate(path: Path) -> Path:
+    """Return the checkpoint at a path, or the newest intact checkpoint of the run directory at a path.
 
-    Of a run directory, those that are damaged are passed over with a warning.
+    Damaged checkpoints of a run directory are skipped with a warning.
 
     Raises:
-        ConfigError: there is none, or the one that the path names is damaged.
+        ConfigError: there is none, or the path is that of a damaged checkpoint.
     """
     if (path / "server.pt").exists() or (path / _MANIFEST).exists():
-        fault = damage(path)
-        if fault is not None:
-            raise ConfigError(f"{fault}; take another checkpoint")
+        damage = damage_of(path)
+        if damage is not None:
+            raise ConfigError(f"{damage}; take another checkpoint")
         return path
     found = newest(path)
     if found is not None:
         return found
     raise ConfigError(
-        f"{path}: got a path without a good checkpoint, expected a run directory or one of its {FOLDER}/{_PREFIX}*"
+        f"{path}: got a path without an intact checkpoint, expected a run directory or one of its {FOLDER}/{_PREFIX}*"
     )
 
 
 def newest(run_dir: Path) -> Path | None:
-    """The newest good checkpoint of a run directory; None where there is none. Damaged ones are named in a warning."""
+    """Return the newest intact checkpoint of a run directory, or None; damaged ones are skipped with a warning."""
     for candidate in reversed(complete(run_dir)):
-        fault = damage(candidate)
-        if fault is None:
+        damage = damage_of(candidate)
+        if damage is None:
             return candidate
-        _log.warning("%s; it is passed over for an older one", fault)
+        _log.warning("%s; an older checkpoint is used instead", damage)
     return None
 
 
+def complete(run_dir: Path) -> list[Path]:
+    """List the completely written checkpoints of a run directory, oldest first; they may have been damaged since."""
+    return sorted(path for path in (run_dir / FOLDER).glob(f"{_PREFIX}*") if path.is_dir())
+
+
+def iteration_of(checkpoint: Path) -> int:
+    """Return the iteration of a checkpoint of a run directory."""
+    return int(checkpoint.name.removeprefix(_PREFIX))
+
+
 def segment_of(checkpoint: Path) -> int:
-    """The number of the journal's segment that begins with a good checkpoint."""
+    """Return the number of the journal's segment that begins with an intact checkpoint."""
     return json.loads((checkpoint / _MANIFEST).read_bytes())["segment"]
 
 
 def first_segment(run_dir: Path) -> int:
-    """The first segment of the journal that any checkpoint of a run directory needs; one without a manifest needs none."""
+    """Return the first segment of the journal that any checkpoint needs; one without a readable manifest needs none."""
     found: list[int] = []
     for candidate in complete(run_dir):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # nobody will go on from it, as `damage` tells
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # nothing resumes from it: `damage_of` says so
             found.append(segment_of(candidate))
     return min(found, default=0)
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with the files of a checkpoint; None where they are as they were written."""
+def damage_of(checkpoint: Path) -> str | None:
+    """Describe the damage to a checkpoint's files; None where they are as they were written."""
     try:
         manifest = json.loads((checkpoint / _MANIFEST).read_bytes())
         if manifest["format"] != FORMAT:
             return f"{checkpoint}: format: got {manifest['format']}, expected {FORMAT}"
-        for name, wanted in manifest["sha256"].items():
-            if _sha256(checkpoint / name) != wanted:
+        for name, expected in manifest["sha256"].items():
+            if _sha256(checkpoint / name) != expected:
                 return f"{checkpoint / name}: is damaged: its SHA-256 is not the one in {_MANIFEST}"
     except OSError as error:
         return f"{checkpoint}: is incomplete: {error.strerror}: {Path(error.filename or '').name}"
     except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{checkpoint / _MANIFEST}: is damaged: it is not what we write"
+        return f"{checkpoint / _MANIFEST}: is damaged: it is not a manifest of this format"
     return None
 
 
@@ -153,19 +163,14 @@ def read(checkpoint: Path, name: str) -> dict[str, Any]:
         raise ConfigError(f"{checkpoint / name}: cannot be read: {reason}; take an older checkpoint") from None
 
 
-def iteration_of(checkpoint: Path) -> int:
-    """The iteration at which a checkpoint of a run directory was taken."""
-    return int(checkpoint.name.removeprefix(_PREFIX))
-
-
-def _tidy(folder: Path) -> None:
-    """Remove what a writer that was killed has left; a checkpoint that it had moved aside gets its name again."""
-    for left in folder.glob(f".{_PREFIX}*"):
-        target = folder / left.name.removeprefix(".").split(".")[0]
-        if left.suffix == ".former" and not target.exists():
-            left.rename(target)
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what a killed writer has left; a checkpoint that it had moved aside gets its name back."""
+    for leftover in folder.glob(f".{_PREFIX}*"):
+        target = folder / leftover.name.removeprefix(".").split(".")[0]
+        if leftover.suffix == ".former" and not target.exists():
+            leftover.rename(target)
         else:
-            shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _write_manifest(folder: Path, iteration: int, segment: int) -> None:
@@ -186,13 +191,8 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def complete(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run directory that were written to their end, oldest first."""
-    return sorted(path for path in (run_dir / FOLDER).glob(f"{_PREFIX}*") if path.is_dir())
-
-
 def _sync_folder(folder: Path) -> None:
-    """Force the rename to disk, where the file system can."""
+    """Force the rename to disk, where the file system supports it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

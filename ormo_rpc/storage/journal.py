@@ -1,11 +1,11 @@
-"""The journal: every input of the server, made durable before it is acknowledged, so that a crash rolls nothing back.
+"""The journal, a write-ahead log: every input of the server is durable before it is acknowledged, so a crash loses none.
 
-The parameter server is a deterministic machine: its state is a function of the state at a checkpoint and of the calls since.
-The journal holds these calls in order. A new *segment* begins with each copy of the state that is taken for a checkpoint, which
-keeps the segment's number; going on from a checkpoint means to make the calls of that segment and of all later ones again.
+The parameter server is deterministic: its state is a function of the state at a checkpoint and of the calls since. The journal
+holds these calls in order. A new *segment* begins with each copy of the state that is taken for a checkpoint, which keeps the
+segment's number; recovering from a checkpoint means making the calls of that segment and of all later ones again.
 
-A record is its length, its CRC-32, a line of JSON, and the bytes of the tensors. What a crash has torn at the end of a segment
-was acknowledged to nobody, and counts as never written.
+A record is its length, its CRC-32, a line of JSON, and the bytes of the tensors. A record torn by a crash at the end of a segment
+was never acknowledged, and counts as not written.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import threading
 import zlib
 from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ormo_rpc.messages import Push
 from ormo_rpc.server.parameter_server import ParameterServer
@@ -29,130 +30,180 @@ from ormo_rpc.server.parameter_server import ParameterServer
 FOLDER = "journal"
 _log = logging.getLogger(__name__)
 _HEADER = struct.Struct("<QI")
-"""Length of what follows, and its CRC-32."""
+"""Length of the rest of a record, and its CRC-32."""
 
 
-class NoJournal:
-    """Stands where there is no journal, and does nothing."""
+class Journal(Protocol):
+    """Record of the calls that change a server.
 
-    segment = 0
-    """The number of the present segment."""
+    Attributes:
+        durable: Pushes are recorded before they are acknowledged.
+        segment: The number of the present segment.
+    """
+
+    durable: bool
+    segment: int
 
     def start(self, workers: Iterable[int], incarnation: int) -> None:
-        """A life of the server has begun with these workers, as this incarnation."""
+        """Record that this incarnation of the server started with these workers."""
+        ...
 
     def join(self, worker: int) -> None:
-        """A worker has come."""
+        """Record that a worker joined."""
+        ...
 
     def leave(self, worker: int) -> None:
-        """A worker has gone."""
+        """Record that a worker left or was evicted."""
+        ...
 
     def push(self, push: Push, *, rejected: bool) -> None:
-        """A push was redeemed or, where it was not finite, rejected."""
+        """Record a push that was committed or, being not finite, rejected."""
+        ...
 
     def finish(self) -> None:
-        """No further ticket is handed out."""
+        """Record that no further ticket is issued."""
+        ...
 
     def sync(self) -> None:
-        """Return when everything so far is on disk. It may be called from any thread, without the server's lock."""
+        """Return when every record so far is on disk; callable from any thread, without the server's lock."""
+        ...
 
     def rotate(self) -> None:
-        """Begin the next segment, since the state was just copied."""
+        """Begin the next segment, because the state was just copied."""
+        ...
 
     def forget(self, before: int) -> None:
-        """Remove the segments below a number, from which nobody will go on any more."""
+        """Remove the segments below a number, which no checkpoint needs any more."""
+        ...
 
     def close(self) -> None:
         """Close the files."""
+        ...
 
 
-class Journal(NoJournal):
-    """The journal of a run directory.
+class NoJournal(Journal):
+    """A journal that records nothing, for ``checkpoint.journal=false``."""
 
-    All methods but `sync` and `forget` are called under the server's lock. `_syncing` guards the list of files that are still
-    to be forced to disk, and lets one force serve all who wait meanwhile.
+    durable = False
+    segment = 0
+
+    @override
+    def start(self, workers: Iterable[int], incarnation: int) -> None: ...
+
+    @override
+    def join(self, worker: int) -> None: ...
+
+    @override
+    def leave(self, worker: int) -> None: ...
+
+    @override
+    def push(self, push: Push, *, rejected: bool) -> None: ...
+
+    @override
+    def finish(self) -> None: ...
+
+    @override
+    def sync(self) -> None: ...
+
+    @override
+    def rotate(self) -> None: ...
+
+    @override
+    def forget(self, before: int) -> None: ...
+
+    @override
+    def close(self) -> None: ...
+
+
+class FileJournal(Journal):
+    """The journal in a run directory's files.
+
+    All methods but `sync` and `forget` are called under the server's lock. `_syncing` guards the list of files that still have
+    to be forced to disk, and lets one fsync serve every thread that waits meanwhile.
 
     Args:
         run_dir: The run directory.
 
     Raises:
-        OSError: from any method, where the disk is full or broken; what was acknowledged before is safe. A call that could not
-            be appended may have left a torn record, behind which nothing would be read, so `sync` fails from then on.
+        OSError: from any method, where the disk is full or broken; what was acknowledged before is safe. A failed append may
+            have left a torn record, which hides every later one, so `sync` fails from then on.
     """
+
+    durable = True
 
     def __init__(self, run_dir: Path) -> None:
         self.folder = run_dir / FOLDER
         self.folder.mkdir(exist_ok=True)
-        self.segment = max(_numbers(self.folder), default=-1) + 1
+        self.segment = max(_segment_numbers(self.folder), default=-1) + 1
         self._syncing = threading.Lock()
         self._appended = 0
         self._synced = 0
         self._failure: OSError | None = None
         self._file = self._open()
-        self._former: list[int] = []
+        self._unsynced_files: list[int] = []
 
+    @override
     def start(self, workers: Iterable[int], incarnation: int) -> None:
-        """See `NoJournal`, as for the following ones."""
         self._append({"do": "start", "workers": list(workers), "incarnation": incarnation})
 
+    @override
     def join(self, worker: int) -> None:
-        """Likewise."""
         self._append({"do": "join", "worker": worker})
 
+    @override
     def leave(self, worker: int) -> None:
-        """Likewise."""
         self._append({"do": "leave", "worker": worker})
 
+    @override
     def finish(self) -> None:
-        """Likewise."""
         self._append({"do": "finish"})
 
+    @override
     def push(self, push: Push, *, rejected: bool) -> None:
-        """Likewise. What was rejected is not kept itself, since nothing of it has entered the state."""
-        place = {"worker": push.worker, "ticket": push.ticket, "stamp": push.stamp, "incarnation": push.incarnation}
-        if rejected:
-            self._append({"do": "reject", **place})
+        context = {"worker": push.worker, "ticket": push.ticket, "stamp": push.stamp, "incarnation": push.incarnation}
+        if rejected:  # the gradient is not kept, since none of it has entered the state
+            self._append({"do": "reject", **context})
             return
         tensors = [push.grad, *push.buffers.values()]
         layout = [(str(tensor.dtype).removeprefix("torch."), list(tensor.shape)) for tensor in tensors]
         facts = {"loss": push.loss, "samples": push.samples, "buffers": list(push.buffers), "layout": layout}
-        self._append({"do": "push", **place, **facts}, tensors)
+        self._append({"do": "push", **context, **facts}, tensors)
 
+    @override
     def sync(self) -> None:
-        """Likewise."""
         wanted = self._appended
         with self._syncing:
             if self._failure is not None:
                 raise OSError(self._failure.errno, self._failure.strerror) from self._failure
             if self._synced >= wanted:
                 return
-            reached, former, self._former = self._appended, self._former, []
-            for descriptor in former:
+            reached, unsynced, self._unsynced_files = self._appended, self._unsynced_files, []
+            for descriptor in unsynced:
                 os.fsync(descriptor)
                 os.close(descriptor)
             os.fsync(self._file)
             self._synced = reached
 
+    @override
     def rotate(self) -> None:
-        """Likewise."""
         with self._syncing:
-            self._former.append(self._file)
+            self._unsynced_files.append(self._file)
             self.segment += 1
             self._file = self._open()
 
+    @override
     def forget(self, before: int) -> None:
-        """Likewise."""
-        for number in _numbers(self.folder):
+        for number in _segment_numbers(self.folder):
             if number < before:
-                _segment(self.folder, number).unlink(missing_ok=True)
+                _segment_file(self.folder, number).unlink(missing_ok=True)
 
+    @override
     def close(self) -> None:
-        """Likewise."""
         self.sync()
         os.close(self._file)
 
     def _open(self) -> int:
-        return os.open(_segment(self.folder, self.segment), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        return os.open(_segment_file(self.folder, self.segment), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def _append(self, call: Mapping[str, Any], tensors: Iterable[Tensor] = ()) -> None:
         line = json.dumps(call).encode() + b"\n"
@@ -171,26 +222,28 @@ class Journal(NoJournal):
         self._appended += 1
 
 
-def replay(run_dir: Path, first: int, server: ParameterServer) -> int:
-    """Make the calls of segment ``first`` and all later ones, up to a gap, again; return how many they were."""
+def recover(run_dir: Path, first: int, server: ParameterServer) -> int:
+    """Make the calls of segment ``first`` and all later ones again, up to a missing segment; return their number."""
     folder, count = run_dir / FOLDER, 0
-    for place, number in _numbered(folder, first):
-        if number != place:
-            # What follows a gap belongs to a state that is lost; it is set aside, so that no later life stumbles over it.
-            _log.warning("%s: is missing; %s is not used", _segment(folder, place), _segment(folder, number).name)
-            _segment(folder, number).rename(_segment(folder, number).with_suffix(".lost"))
+    present = sorted(number for number in _segment_numbers(folder) if number >= first)
+    for expected, number in enumerate(present, first):
+        file = _segment_file(folder, number)
+        if number != expected:
+            # Segments after a gap belong to a state that is lost; they are set aside, so that no later incarnation reads them.
+            _log.warning("%s: is missing; %s is not used", _segment_file(folder, expected), file.name)
+            file.rename(file.with_suffix(".lost"))
             continue
-        for call, payload in _records(_segment(folder, number)):
-            _do(server, call, payload)
+        for call, payload in _records(file):
+            _apply(server, call, payload)
             count += 1
     return count
 
 
-def _do(server: ParameterServer, call: Mapping[str, Any], payload: memoryview) -> None:
-    """Make one call; the replies that it makes due were for workers that are gone, or will be issued again."""
+def _apply(server: ParameterServer, call: Mapping[str, Any], payload: memoryview) -> None:
+    """Make one call; its replies are dropped, since their workers are gone or will be issued their tickets again."""
     kind = call["do"]
     if kind == "start":
-        if call["incarnation"] > 0:  # lives that ended before they began have no record, but count
+        if call["incarnation"] > 0:  # incarnations that ended before they started have no record, but count
             server.resume_as(call["incarnation"])
         server.start(call["workers"])
     elif kind == "join":
@@ -200,17 +253,17 @@ def _do(server: ParameterServer, call: Mapping[str, Any], payload: memoryview) -
     elif kind == "finish":
         server.finish()
     else:
-        place = {name: call[name] for name in ("worker", "ticket", "stamp", "incarnation")}
+        context = {name: call[name] for name in ("worker", "ticket", "stamp", "incarnation")}
         if kind == "reject":
-            server.reject(Push(**place, grad=torch.empty(0)))
+            server.reject(Push(**context, grad=torch.empty(0)))
         else:
             grad, *buffers = _tensors(call["layout"], payload)
             named = dict(zip(call["buffers"], buffers, strict=True))
-            server.receive(Push(**place, grad=grad, loss=call["loss"], samples=call["samples"], buffers=named))
+            server.receive(Push(**context, grad=grad, loss=call["loss"], samples=call["samples"], buffers=named))
 
 
 def _records(file: Path) -> Generator[tuple[dict[str, Any], memoryview]]:
-    """The whole records of a segment, up to the first one that is torn."""
+    """Yield the complete records of a segment, up to the first one that is torn."""
     content = memoryview(file.read_bytes())
     while len(content) >= _HEADER.size:
         length, checksum = _HEADER.unpack_from(content)
@@ -240,15 +293,9 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(array)
 
 
-def _numbered(folder: Path, first: int) -> list[tuple[int, int]]:
-    """The segments from a number on: which one is expected at each place, and which one is there."""
-    found = sorted(number for number in _numbers(folder) if number >= first)
-    return list(enumerate(found, first))
-
-
-def _numbers(folder: Path) -> list[int]:
+def _segment_numbers(folder: Path) -> list[int]:
     return [int(file.stem) for file in folder.glob("*.log")]
 
 
-def _segment(folder: Path, number: int) -> Path:
+def _segment_file(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.log"

@@ -1,42 +1,82 @@
-"""What the summary of every run says, also of a run whose server could not write one."""
+"""The summary of a run: every key of ``summary.json``."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ormo_rpc.config.runtimes import GradientKind, SimRuntime
 from ormo_rpc.config.schema import Config
+from ormo_rpc.loggers.metrics import Metrics
+from ormo_rpc.storage.run_directory import write_json
 
-SUMMARY_KEYS = (
-    *(
-        "status",
-        "reason",
-        "algorithm",
-        "scheduler",
-        "runtime",
-        "dataset",
-        "model",
-        "heterogeneity",
-        "wire",
-        "lr",
-        "seed",
-        "num_workers",
-    ),
-    *("parameters", "iterations", "gradients_computed", "discarded", "rolled_back", "server_lives", "repeated", "epochs"),
-    *("train_loss", "test_loss", "test_accuracy", "wall_seconds", "virtual_seconds", "updates_per_second"),
-    *("delay_mean", "delay_max", "delay_median", "delay_99_percent", "pushes_per_worker"),
-    *("lock_wait_seconds", "lock_held_seconds", "step_seconds", "final_params_sha256", "final_buffers_sha256", "checkpoint"),
-)
-"""What every summary has at least."""
+FILE = "summary.json"
+RENAMED_KEYS: Mapping[str, str] = {"server_lives": "incarnations", "losses": "evictions"}
+"""From a key of earlier versions to the present one."""
 
 
-def unfinished_summary(config: Config, status: str, reason: str) -> dict[str, Any]:
-    """The summary of a run whose server could not write one: what the configuration tells, and None for the rest."""
-    return {**dict.fromkeys(SUMMARY_KEYS), **identity(config), "status": status, "reason": reason}
+def entry(doc: str) -> Any:
+    """Declare a key of the summary."""
+    return dataclasses.field(default=None, metadata={"doc": doc})
+
+
+@dataclass(kw_only=True)
+class Summary(Metrics):
+    """Everything that ``summary.json`` says; None where it is not known, or means nothing in this kind of run."""
+
+    status: str | None = entry("completed, diverged, interrupted, failed; of a replay also differs")
+    reason: str | None = entry("why it was interrupted, failed or differs")
+
+    algorithm: str | None = entry("name of the algorithm")
+    scheduler: str | None = entry("name of the scheduler")
+    runtime: str | None = entry("rpc, sim or replay")
+    dataset: str | None = entry("name of the data set; - for synthetic gradients")
+    model: str | None = entry("name of the model, or the kind of synthetic gradients")
+    heterogeneity: str | None = entry("name of the heterogeneity")
+    wire: str | None = entry("how pushes and parameters are changed on the wire; exact if not at all")
+    lr: float | None = entry("configured learning rate train.lr")
+    seed: int | None = entry("seed of the run")
+    num_workers: int | None = entry("K, workers at the start")
+    parameters: int | None = entry("D, parameters of the model")
+
+    epochs: float | None = entry("passes over the training data")
+    wall_seconds: float | None = entry("seconds that the run took")
+    virtual_seconds: float | None = entry("simulated seconds that the run took")
+    rolled_back: int | None = entry("updates undone because a server process died")
+    incarnations: int | None = entry("server processes that the run had")
+    evictions: list[dict[str, Any]] | None = entry("evicted workers: worker, process, host, reason, and the tickets they held")
+
+    final_params_sha256: str | None = entry("SHA-256 of the final parameters")
+    final_buffers_sha256: str | None = entry("SHA-256 of the final batch-norm statistics")
+    checkpoint: str | None = entry("the last checkpoint written")
+
+    utilisation_per_worker: dict[str, float] | None = entry("simulation: fraction of its time that each worker computed")
+    server_load: float | None = entry("simulation: fraction of the time that the server was busy")
+    server_queue_seconds: float | None = entry("simulation: sum over the pushes of the time that they waited for the server")
+
+    replayed: str | None = entry("replay: the recorded run")
+    identical: bool | None = entry("replay: whether every event and the final state are the recorded ones")
+    environment_differences: dict[str, list[Any]] | None = entry("replay: recorded and present value of what bits depend on")
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Summary:
+        """Take over the entries of a summary that was read; keys of other versions are dropped."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{key: value for key, value in content.items() if key in names})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of ``summary.json``: kind and end of the run first, metrics behind."""
+        metrics = {field.name for field in dataclasses.fields(Metrics)}
+        names = [field.name for field in dataclasses.fields(self)]
+        return {name: getattr(self, name) for name in sorted(names, key=metrics.__contains__)}
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """What kind of run it is."""
+    """Return the entries of a summary that the configuration determines."""
     synthetic = isinstance(config.runtime, SimRuntime) and config.runtime.gradient is not GradientKind.real
     return {
         "algorithm": config.algorithm.name,
@@ -50,3 +90,24 @@ def identity(config: Config) -> dict[str, Any]:
         "seed": config.seed,
         "num_workers": config.num_workers,
     }
+
+
+def write_summary(run_dir: Path, summary: Summary) -> dict[str, Any]:
+    """Write ``summary.json`` in one step, and return its content."""
+    content = summary.to_dict()
+    write_json(run_dir / FILE, content)
+    return content
+
+
+def read_summary(run_dir: Path) -> dict[str, Any] | None:
+    """Read ``summary.json``, also one with keys of earlier versions; None where there is none yet."""
+    file = run_dir / FILE
+    if not file.is_file():
+        return None
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return {RENAMED_KEYS.get(key, key): value for key, value in content.items()}
+
+
+def unfinished_summary(config: Config, status: str, reason: str) -> Summary:
+    """Make the summary of a run whose server process could not write one."""
+    return Summary(**identity(config), status=status, reason=reason)

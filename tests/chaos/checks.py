@@ -89,7 +89,7 @@ def rolled_back_counted(deaths: Sequence[ServerDeath], summary: Mapping[str, Any
 
 def incarnations_counted(deaths: Sequence[ServerDeath], summary: Mapping[str, Any]) -> Check:
     """The summary counts one incarnation of the server more than it had deaths."""
-    count = summary.get("server_lives")
+    count = summary.get("incarnations")
     return Check("incarnations of the server", f"{count} with {len(deaths)} deaths", count == len(deaths) + 1)
 
 

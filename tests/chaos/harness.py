@@ -14,7 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ormo_rpc.storage.run_directory import read_summary, read_trace
+from ormo_rpc.storage.run_directory import read_trace
+from ormo_rpc.storage.summary import read_summary
 from tests.chaos import checks
 from tests.chaos.checks import Check
 from tests.chaos.faults import NETWORK_FAULTS, OWN_FAULTS, inject

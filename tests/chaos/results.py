@@ -13,7 +13,7 @@ from ormo_rpc.storage.run_directory import environment
 from tests.chaos import recovery_times
 from tests.chaos.harness import TIMEOUT_SECONDS, Options, Result
 
-SUMMARY_KEYS = ("status", "iterations", "server_lives", "rolled_back", "gradients_computed", "repeated", "discarded")
+SUMMARY_KEYS = ("status", "iterations", "incarnations", "rolled_back", "gradients_computed", "repeated", "discarded")
 
 
 def write(result: Result, options: Options, folder: Path) -> None:

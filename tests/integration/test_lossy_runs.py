@@ -34,7 +34,7 @@ FORMATS: dict[str, dict[str, Any]] = {
 }
 BASE: dict[str, Any] = {
     "runtime": {"name": "sim"},
-    "logger": {"mode": "disabled", "progress": False},
+    "logger": {"name": "none", "progress": False},
     "model": {"hidden": 8},
     "train": {"max_iterations": 60, "lr": 0.01},
     "heterogeneity": {"name": "gamma"},

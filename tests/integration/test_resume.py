@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import threading
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,12 @@ from ormo_rpc.schedulers.base import SCHEDULERS
 from ormo_rpc.server.events import Kind
 from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.checkpoint import complete
-from ormo_rpc.storage.run_directory import RunDirectory, read_trace, write_summary
+from ormo_rpc.storage.run_directory import read_trace
+from ormo_rpc.storage.summary import Summary, write_summary
 
 QUADRATIC: dict[str, Any] = {
     "runtime": {"name": "sim", "gradient": "quadratic", "dimension": 6},
-    "logger": {"mode": "disabled", "progress": False},
+    "logger": {"name": "none", "progress": False},
     "heterogeneity": {"name": "gamma"},
     "train": {"lr": 0.001, "max_iterations": 70},
     "workers": 4,
@@ -156,12 +157,14 @@ def test_a_signal_keeps_a_simulation_where_it_is(number: signal.Signals, tmp_pat
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Session, "observe", observe)
-        with pytest.raises(RunFailed, match=rf"\Ainterrupted by {number.name}; iteration 123 is kept: go on with .*") as caught:
+        with pytest.raises(
+            RunFailed, match=rf"\Ainterrupted by {number.name}; iteration 123 is kept: resume with .*"
+        ) as caught:
             train(config, run_dir=tmp_path / "first")
     assert caught.value.exit_status == 130
     assert started.is_set()
     assert json.loads((tmp_path / "first" / "summary.json").read_text())["reason"] == number.name
-    source = checkpoint.find(tmp_path / "first")
+    source = checkpoint.locate(tmp_path / "first")
     assert check_going_on(tmp_path / "whole", whole, config, source, tmp_path / "second") == 123
 
 
@@ -171,22 +174,24 @@ def test_a_signal_keeps_a_simulation_where_it_is(number: signal.Signals, tmp_pat
 class Life:
     """One life of a server in a run directory, without processes: a session, and pushes to it."""
 
-    def __init__(self, run_dir: Path, number: int, *, start: bool = True, **options: Any) -> None:
+    def __init__(
+        self, run_dir: Path, number: int, *, start: bool = True, writer: Executor | None = None, **options: Any
+    ) -> None:
         run_dir.mkdir(exist_ok=True)
         config = parse_config(
             {
                 "workers": 2,
                 "model": {"hidden": 4},
                 "train": {"max_iterations": 60, "lr": 0.01},
-                "logger": {"mode": "disabled"},
+                "logger": {"name": "none"},
                 "checkpoint": {"every_seconds": 0, **options},
             }
         )
         (run_dir / "trace.jsonl").touch()
         job = Job(config)
         self.worker = job.worker()
-        self.session = Session(job, run_dir, InlineExecutor(), InlineExecutor(), lambda: 1.5)
-        self.session.open(life=number)
+        self.session = Session(job, run_dir, InlineExecutor(), writer or InlineExecutor(), lambda: 1.5)
+        self.session.open(incarnation=number)
         self.server = self.session.server
         self.replies: dict[int, Reply] = {}
         if start:
@@ -203,7 +208,7 @@ class Life:
             self.session.observe(self.server)
             self.session.journal.sync()
             self.replies |= {reply.worker: reply for reply in replies}
-            self.session.pump()
+            self.session.flush()
 
     def die(self) -> None:
         """Be gone, as after a SIGKILL: what was written stays, and no more is written."""
@@ -234,8 +239,8 @@ def test_after_a_crash_the_lineage_has_every_ticket_once(every: int, journal: bo
     second = Life(tmp_path, 1, every=every, journal=journal)
     went_on = 25 if journal else 20 if every else 0
     assert second.server.iteration == went_on
-    assert second.session.progress.rolled_back == 25 - went_on
-    assert second.session.progress.lives == 2
+    assert second.session.counters.rolled_back == 25 - went_on
+    assert second.session.counters.incarnations == 2
     assert second.server.incarnation == 1
     if journal:
         assert second.sha() == kept[25]
@@ -244,7 +249,7 @@ def test_after_a_crash_the_lineage_has_every_ticket_once(every: int, journal: bo
     third = Life(tmp_path, 2, every=every, journal=journal)
     went_on_again = went_on + 8 if journal else 20 if every else 0
     assert third.server.iteration == went_on_again
-    assert third.session.progress.rolled_back == (25 - went_on) + (went_on + 8 - went_on_again)
+    assert third.session.counters.rolled_back == (25 - went_on) + (went_on + 8 - went_on_again)
     assert third.server.incarnation == 2
     third.push(60 - went_on_again)
     assert third.server.ended
@@ -253,15 +258,15 @@ def test_after_a_crash_the_lineage_has_every_ticket_once(every: int, journal: bo
     assert [event["workers"] for event in resumes] == [[0, 1]] * (2 if journal else 1)
     state = third.server.state_dict()
     summary = third.session.close(state, wait=True)
-    assert (summary["rolled_back"], summary["server_lives"], summary["iterations"]) == (
-        third.session.progress.rolled_back,
+    assert (summary["rolled_back"], summary["incarnations"], summary["iterations"]) == (
+        third.session.counters.rolled_back,
         3,
         60,
     )
     assert sum(summary["pushes_per_worker"].values()) == summary["gradients_computed"] == 60  # of the lineage alone
 
     save_config(third.session.job.config, tmp_path / "config.yaml")
-    write_summary(tmp_path, summary)
+    write_summary(tmp_path, Summary.from_dict(summary))
     again = train(["runtime=replay", f"replay.run={tmp_path}", "logger=none"], run_dir=tmp_path / "again")
     assert again["identical"] is True
 
@@ -275,7 +280,7 @@ def test_a_life_that_ended_before_it_began_is_no_obstacle_to_the_journal(tmp_pat
         shas.append(life.sha())
         life.die()
     last = Life(tmp_path, 3, journal=True)
-    assert (last.server.iteration, last.session.progress.rolled_back, last.server.incarnation) == (14, 0, 3)
+    assert (last.server.iteration, last.session.counters.rolled_back, last.server.incarnation) == (14, 0, 3)
     assert last.sha() == shas[-1]
     last.die()
 
@@ -298,11 +303,11 @@ def test_a_torn_newest_checkpoint_is_passed_over_and_the_journal_chains_from_the
     newest = complete(tmp_path)[-1]
     (newest / "server.pt").write_bytes(b"")
     second = Life(tmp_path, 1, every=10, journal=True)
-    assert (second.server.iteration, second.session.progress.rolled_back) == (25, 0)
+    assert (second.server.iteration, second.session.counters.rolled_back) == (25, 0)
     assert second.sha() == first.sha()
     second.die()
     assert [record.getMessage() for record in caplog.records] == [
-        f"{newest / 'server.pt'}: is damaged: its SHA-256 is not the one in manifest.json; it is passed over for an older one"
+        f"{newest / 'server.pt'}: is damaged: its SHA-256 is not the one in manifest.json; an older checkpoint is used instead"
     ]
 
 
@@ -313,20 +318,7 @@ def test_a_checkpoint_without_its_manifest_does_not_end_the_run_at_the_next_one(
     (spoilt / "manifest.json").unlink()
     life.push(10)
     life.die()
-    assert checkpoint.find(tmp_path).name == "iteration_000000020"
-
-
-def test_after_a_cut_a_place_is_that_in_the_files(tmp_path: Path) -> None:
-    """Else a second crash would cut a file to a length that it does not have, that is, fill it up with zeros."""
-    first = RunDirectory(tmp_path)
-    for iteration in range(10):
-        first.write_metrics({"iteration": iteration})
-    first.close()
-    second = RunDirectory(tmp_path)
-    half = (tmp_path / "metrics.jsonl").stat().st_size // 2
-    second.cut(0, half)
-    assert second.force() == (0, half)
-    second.close()
+    assert checkpoint.locate(tmp_path).name == "iteration_000000020"
 
 
 def test_a_full_disk_ends_the_run_and_the_last_good_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,12 +334,11 @@ def test_a_full_disk_ends_the_run_and_the_last_good_checkpoint_stays(tmp_path: P
         life.push(10)
     monkeypatch.undo()
     life.die()
-    assert checkpoint.find(tmp_path) == good
+    assert checkpoint.locate(tmp_path) == good
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [good.name]
 
 
 def test_a_checkpoint_that_is_being_written_holds_nobody_up(tmp_path: Path) -> None:
-    life = Life(tmp_path, 0, every=5)
     slow: list[tuple[Any, tuple[Any, ...], Future[Any]]] = []
 
     class Slow(InlineExecutor):
@@ -356,14 +347,14 @@ def test_a_checkpoint_that_is_being_written_holds_nobody_up(tmp_path: Path) -> N
             slow.append((fn, args, future))
             return future
 
-    life.session.writer = Slow()
+    life = Life(tmp_path, 0, writer=Slow(), every=5)
     life.push(23)  # four become due; those that do while the first one is written are skipped
     assert len(slow) == 1
     assert lineage_written(tmp_path) == 23
     fn, arguments, future = slow.pop()
     future.set_result(fn(*arguments))
     assert checkpoint.iteration_of(complete(tmp_path)[0]) == 5
-    life.session.pump()
+    life.session.flush()
     life.push(3)
     assert len(slow) == 1
     life.die()
@@ -380,8 +371,8 @@ def lineage_written(run_dir: Path) -> int:
         ("server.pt", lambda data: data[:-1], r"server\.pt: is damaged: its SHA-256 is not the one in manifest\.json"),
         ("model.pt", lambda data: data[:50] + b"x" + data[51:], r"model\.pt: is damaged: its SHA-256 .*"),
         ("config.yaml", lambda data: data + b"#", r"config\.yaml: is damaged: its SHA-256 .*"),
-        ("manifest.json", lambda _: b"{}", r"manifest\.json: is damaged: it is not what we write"),
-        ("manifest.json", lambda _: b"\xff", r"manifest\.json: is damaged: it is not what we write"),
+        ("manifest.json", lambda _: b"{}", r"manifest\.json: is damaged: it is not a manifest of this format"),
+        ("manifest.json", lambda _: b"\xff", r"manifest\.json: is damaged: it is not a manifest of this format"),
         ("manifest.json", lambda data: data.replace(b'"format": 2', b'"format": 1'), r".*: format: got 1, expected 2"),
         ("server.pt", None, r".*: is incomplete: No such file or directory: server\.pt"),
         ("manifest.json", None, r".*: is incomplete: No such file or directory: manifest\.json"),
@@ -392,15 +383,15 @@ def test_damage_is_found_and_named(file: str, change: Any, said: str, tmp_path: 
     life.push(10)
     life.die()
     (path,) = complete(tmp_path)
-    assert checkpoint.damage(path) is None
+    assert checkpoint.damage_of(path) is None
     if change is None:
         (path / file).unlink()
     else:
         (path / file).write_bytes(change((path / file).read_bytes()))
     with pytest.raises(ConfigError, match=rf"\A.*{said}; take another checkpoint\Z"):
-        checkpoint.find(path)
-    with pytest.raises(ConfigError, match=r"\A.*: got a path without a good checkpoint, expected .*\Z"):
-        checkpoint.find(tmp_path)
+        checkpoint.locate(path)
+    with pytest.raises(ConfigError, match=r"\A.*: got a path without an intact checkpoint, expected .*\Z"):
+        checkpoint.locate(tmp_path)
 
 
 def test_pausing_is_told_once_and_undone_by_whoever_comes() -> None:

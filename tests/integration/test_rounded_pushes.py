@@ -15,8 +15,7 @@ from ormo_rpc.kernels.compiled import fastest_kernel
 from ormo_rpc.messages import Reply
 from ormo_rpc.server.events import Event, Kind
 from ormo_rpc.server.validation import ROW, NormLimit, NormPolicy
-from ormo_rpc.storage.journal import Journal
-from ormo_rpc.storage.journal import replay as hear_again
+from ormo_rpc.storage.journal import FileJournal, recover
 
 ROUNDED = [torch.bfloat16, torch.float16]
 ORDER = [0, 1, 1, 2, 0, 1, 1, 2, 0, 2]
@@ -148,7 +147,7 @@ def test_only_16_bits_are_known() -> None:
 def test_the_journal_keeps_them_as_they_came(dtype: torch.dtype, tmp_path: Path) -> None:
     grads = gradients("ormo", 1001, dtype)
     first, again = (server("ormo", dtype, length=1001) for _ in range(2))
-    journal = Journal(tmp_path)
+    journal = FileJournal(tmp_path)
     held = {reply.worker: reply for reply in first.start()}
     journal.start([0, 1, 2], first.incarnation)
     for worker, grad in zip(ORDER, grads, strict=True):
@@ -156,7 +155,7 @@ def test_the_journal_keeps_them_as_they_came(dtype: torch.dtype, tmp_path: Path)
         held |= {reply.worker: reply for reply in first.receive(push)}
         journal.push(push, rejected=False)
     journal.close()
-    assert hear_again(tmp_path, 0, again) == 1 + len(ORDER)
+    assert recover(tmp_path, 0, again) == 1 + len(ORDER)
     assert torch.equal(again.params, first.params)
     assert first.iteration == len(ORDER)
     size = sum(file.stat().st_size for file in tmp_path.rglob("*.log"))

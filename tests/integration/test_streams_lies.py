@@ -17,7 +17,7 @@ import torch
 
 from ormo_rpc import build_server
 from ormo_rpc.rendezvous import protocol as wire
-from ormo_rpc.storage.journal import Journal, replay
+from ormo_rpc.storage.journal import FileJournal, recover
 from ormo_rpc.transports.stream import frames
 from ormo_rpc.transports.stream.frames import REQUEST, Request, bytes_of
 from ormo_rpc.transports.stream.shared_memory import AVAILABLE, SharedMemoryPool
@@ -215,7 +215,7 @@ def test_pushes_that_are_forged_get_their_refusal_each_and_the_stream_goes_on() 
 @pytest.mark.skipif(not AVAILABLE, reason="this system has no memfd_create")
 def test_with_a_journal_nobody_changes_a_gradient_that_was_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the record of a worker that lies is torn, and all that others were acknowledged behind it is lost."""
-    journal = Journal(tmp_path)
+    journal = FileJournal(tmp_path)
     with attach(dimension=SMALL, journal=journal) as house:
         house.enter(*[SHARED] * WORKERS)
         receive = house.service.receive
@@ -234,7 +234,7 @@ def test_with_a_journal_nobody_changes_a_gradient_that_was_checked(tmp_path: Pat
             params=normal(SMALL, 7, 0).float(),
             num_workers=WORKERS,
         )
-        assert replay(tmp_path, 0, again) == 1 + 12  # the start, and every push
+        assert recover(tmp_path, 0, again) == 1 + 12  # the start, and every push
         assert torch.equal(again.params, house.twin.params)
     journal.close()
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ormo_rpc.storage.run_directory import Progress
+from ormo_rpc.storage.counters import RunCounters
 from tests.chaos import checks
 from tests.chaos.checks import ServerDeath
 from tests.chaos.faults import KINDS, NETWORK_FAULTS, OWN_FAULTS
@@ -98,7 +98,7 @@ def test_updates_that_were_rolled_back_uncounted_are_found(
 
 @pytest.mark.parametrize(("count", "holds"), [(3, True), (2, False), (4, False), (None, False)])
 def test_an_incarnation_of_the_server_without_a_death_is_found(count: Any, holds: bool) -> None:
-    assert checks.incarnations_counted([ServerDeath(1, 0), ServerDeath(2, 1)], {"server_lives": count}).holds is holds
+    assert checks.incarnations_counted([ServerDeath(1, 0), ServerDeath(2, 1)], {"incarnations": count}).holds is holds
 
 
 @pytest.mark.parametrize(
@@ -171,9 +171,9 @@ def test_a_trace_is_followed_through_the_incarnations_of_the_server(tmp_path: Pa
 
 
 def test_the_number_of_applied_gradients_is_read_as_it_was_written(tmp_path: Path) -> None:
-    written = Progress(tmp_path)
+    written = RunCounters(tmp_path)
     written.begin(0)
-    written.write(1234567)
+    written.set_iterations(1234567)
     assert applied_gradients(tmp_path) == 1234567
 
 
@@ -205,4 +205,4 @@ def test_a_short_run_with_faults_keeps_every_guarantee(tmp_path: Path) -> None:
     result = run_with_faults(options, tmp_path / "run")
     assert [str(check) for check in result.checks if not check.holds] == []
     assert {fault.kind for fault in result.faults if fault.fired} == {"kill_worker", "pause_worker", "kill_server"}
-    assert result.summary["server_lives"] == 2
+    assert result.summary["incarnations"] == 2

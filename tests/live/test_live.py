@@ -131,7 +131,7 @@ def test_a_live_run_computes_the_update_rule(tmp_path: Path) -> None:
             assert float.fromhex(event["grad_sum"]) == pytest.approx(grad.sum().item(), abs=1e-4)
             received.append((event["bucket"], event["eta"] * grad.double()))
     assert len(received) == 61
-    found = torch.load(checkpoint.find(tmp_path) / "server.pt", weights_only=True)["params"].double()
+    found = torch.load(checkpoint.locate(tmp_path) / "server.pt", weights_only=True)["params"].double()
     moved = (found - start).abs().max().item()
     # Float32 carries 24 bits: 61 updates err by about 61 * 2^-24 = 4e-6 of what moved, new gradients by a bit more.
     assert (found - params()).abs().max().item() < 1e-4 * moved
@@ -164,7 +164,7 @@ def test_batch_norm_statistics_are_averaged_under_the_synchronous_scheduler(tmp_
             assert push.ticket == event["ticket"]
             means = 0.9 * means + 0.1 * push.buffers["2.running_mean"]
             replies |= {reply.worker: reply for reply in server.receive(push) if reply.ticket is not None}
-        state = torch.load(checkpoint.find(run_dir) / "model.pt", weights_only=True)
+        state = torch.load(checkpoint.locate(run_dir) / "model.pt", weights_only=True)
         torch.testing.assert_close(state["2.running_mean"], means)
         assert sha256(*server.buffers.average.values()) == result["final_buffers_sha256"]
         assert replayed(run_dir, tmp_path / "again") == result["final_params_sha256"]

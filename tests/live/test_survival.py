@@ -120,7 +120,7 @@ def test_a_killed_server_resumes_from_its_checkpoint_and_counts_the_updates_roll
     result = summary(run_dir)
     assert resume["iteration"] in (100, 200)  # the second may not have been due while the first was written
     assert result["rolled_back"] == 250 - resume["iteration"]
-    assert result["server_lives"] == 2
+    assert result["incarnations"] == 2
     assert f"server: the server resumes from iteration {resume['iteration']}; {result['rolled_back']} later updates" in err
     assert resume["workers"] == [0, 1]  # the same processes, which never ended
     assert replayed(run_dir, tmp_path / "again") == result["final_params_sha256"]
@@ -171,7 +171,7 @@ def test_a_server_that_dies_after_the_last_update_still_writes_the_results(tmp_p
     assert out.startswith("completed: ")
     assert fired(err) == ["kill@server:60"]
     assert "resumes from iteration 60; 0 later updates are rolled back" in err
-    assert summary(run_dir)["server_lives"] == 2
+    assert summary(run_dir)["incarnations"] == 2
     assert summary(run_dir)["test_accuracy"] > 0
     check_lineage(run_dir, 60)
 
@@ -295,7 +295,7 @@ def test_torchrun_restarts_no_rank_when_server_and_worker_die(tmp_path: Path) ->
     assert len(family) == 4  # the ranks: none was started again
     check_lineage(tmp_path, total)
     assert len(events(tmp_path, "resume")) == 1
-    assert summary(tmp_path)["server_lives"] == 2
+    assert summary(tmp_path)["incarnations"] == 2
 
 
 def cmdline(process: Any) -> list[str]:

@@ -35,7 +35,7 @@ ONLY_IN = {
     "torch.distributed.rpc": ("transports.torch_rpc",),
     "torch.futures": ("transports.torch_rpc",),
     "socket": ("rendezvous", "transports.stream", "runtimes.distributed"),
-    "subprocess": ("kernels.compiled", "storage.run_directory", "runtimes.distributed.launcher"),
+    "subprocess": ("kernels.compiled", "storage.environment", "runtimes.distributed.launcher"),
     "hydra": ("cli",),
     "omegaconf": ("cli", "config", "runtimes.distributed.worker_process"),
     "wandb": ("loggers",),

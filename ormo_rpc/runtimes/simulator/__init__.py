@@ -23,8 +23,8 @@ from ormo_rpc.runtimes.simulator.clock import EventQueue
 from ormo_rpc.runtimes.simulator.cluster import Cluster, GradientSource, Links, Speeds
 from ormo_rpc.runtimes.simulator.jobs import SyntheticJob
 
-PUMP_EVERY = 32
-"""Pushes between two looks at the queues of records."""
+EVENTS_PER_FLUSH = 32
+"""Events of the cluster between two flushes of the records."""
 
 
 class InlineExecutor(Executor):
@@ -79,7 +79,7 @@ def run(config: Config, run_dir: Path) -> dict[str, Any]:
     summary = session.close(last, wait=True, virtual_seconds=queue.now, **status, **_loads(cluster, queue.now))
     if interrupted:
         raise RunFailed(
-            f"interrupted by {interrupted}; iteration {last['iteration']} is kept: go on with checkpoint.resume={run_dir}",
+            f"interrupted by {interrupted}; iteration {last['iteration']} is kept: resume with checkpoint.resume={run_dir}",
             exit_status=130,
         )
     return summary
@@ -110,8 +110,8 @@ def _drive(cluster: Cluster, session: Session) -> str:
         count = 0
         while not session.server.ended and not asked and cluster.step():
             count += 1
-            if count % PUMP_EVERY == 0:
-                session.pump()
+            if count % EVENTS_PER_FLUSH == 0:
+                session.flush()
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)

@@ -23,7 +23,6 @@ from ormo_rpc.kernels.pool import pooled
 from ormo_rpc.messages import ErrorReply
 from ormo_rpc.rendezvous import protocol as wire
 from ormo_rpc.runtimes.distributed.server_process.service import Service
-from ormo_rpc.storage.journal import Journal
 from ormo_rpc.transports.pending_replies import ReplyFuture, ServerResponse, answered
 from ormo_rpc.transports.stream.frames import (
     DTYPES,
@@ -126,7 +125,7 @@ class StreamServer:
         # A worker that lies can change shared memory after it was checked. That spoils its own gradient, which it may do
         # anyway; but the journal would have a torn record, behind which all others are lost, and a decoder other bytes
         # than those that it has looked at.
-        copies = shared is not None and (isinstance(self.service.journal, Journal) or not form.plain)
+        copies = shared is not None and (self.service.journal.durable or not form.plain)
         payload = torch.empty(form.size, dtype=torch.uint8) if shared is None or copies else shared
         inline = bytes_of(payload) if shared is None else None
         push = None if form.plain else torch.empty(form.length, dtype=form.dtype)

@@ -12,7 +12,7 @@ from ormo_rpc.config.schema import GROUPS, choices
 from ormo_rpc.config.write_conf import conf_dir, rendered
 from tests.support.keys import KEYS, default_of
 
-NOT_WRITTEN = ("config.yaml", "experiment/", "logger/")
+NOT_WRITTEN = ("config.yaml", "experiment/")
 
 
 def test_the_files_are_those_that_the_schema_writes() -> None:
@@ -36,7 +36,7 @@ def test_the_help_fits_on_a_screen_and_names_every_group_and_part() -> None:
     assert len(lines) <= 45
     assert max(map(len, lines)) <= 110
     text = " ".join(help_text().split())
-    for group in (*GROUPS, "logger", "experiment"):
+    for group in (*GROUPS, "experiment"):
         names = choices(group) if group in GROUPS else sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
         assert re.search(rf" {group} {', '.join(names)} ", text), group
     assert "--help-all" in text

@@ -76,7 +76,7 @@ def test_a_damaged_newer_one_does_not_crowd_out_the_good(tmp_path: Path) -> None
     torn = write(tmp_path, 30)
     (torn / "server.pt").write_bytes(b"")
     good = write(tmp_path, 25, keep=1)
-    assert checkpoint.find(tmp_path) == good
+    assert checkpoint.locate(tmp_path) == good
 
 
 class Fault:
@@ -121,7 +121,7 @@ def test_a_failure_leaves_what_was_there_and_nothing_else(
             write(tmp_path, 3 if same else 4, weight=2.0)
     assert fault.calls >= call
     assert names(tmp_path) == [former.name]
-    assert weight(checkpoint.find(tmp_path)) == 1.0
+    assert weight(checkpoint.locate(tmp_path)) == 1.0
     assert weight(write(tmp_path, 4, weight=2.0)) == 2.0  # and the next one succeeds
 
 
@@ -129,14 +129,14 @@ def test_a_checkpoint_of_the_same_iteration_is_replaced(tmp_path: Path) -> None:
     write(tmp_path, 3, weight=1.0)
     write(tmp_path, 3, weight=2.0)
     assert names(tmp_path) == ["iteration_000000003"]
-    assert weight(checkpoint.find(tmp_path)) == 2.0
+    assert weight(checkpoint.locate(tmp_path)) == 2.0
 
 
 def test_what_a_killed_process_has_left_is_no_checkpoint(tmp_path: Path) -> None:
     write(tmp_path, 3)
     (tmp_path / "checkpoints" / ".iteration_000000009.4711").mkdir()
     (tmp_path / "checkpoints" / "iteration_000000010").touch()  # not a folder
-    assert checkpoint.find(tmp_path).name == "iteration_000000003"
+    assert checkpoint.locate(tmp_path).name == "iteration_000000003"
 
 
 @pytest.mark.parametrize("keep", [1, 2, 5])
@@ -151,15 +151,15 @@ def test_the_newest_are_kept(keep: int, tmp_path: Path) -> None:
 
 def test_find_takes_a_run_or_a_checkpoint(tmp_path: Path) -> None:
     older, newer = write(tmp_path, 9), write(tmp_path, 100)
-    assert checkpoint.find(tmp_path) == newer
-    assert checkpoint.find(older) == older
+    assert checkpoint.locate(tmp_path) == newer
+    assert checkpoint.locate(older) == older
 
 
 def test_find_says_what_it_expects(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        checkpoint.find(tmp_path)
+        checkpoint.locate(tmp_path)
     assert str(caught.value) == (
-        f"{tmp_path}: got a path without a good checkpoint, expected a run directory or one of its checkpoints/iteration_*"
+        f"{tmp_path}: got a path without an intact checkpoint, expected a run directory or one of its checkpoints/iteration_*"
     )
 
 

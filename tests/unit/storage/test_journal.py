@@ -19,7 +19,7 @@ from ormo_rpc.messages import Push, Reply
 from ormo_rpc.server.buffers import RunningBuffers
 from ormo_rpc.server.events import Event, Kind
 from ormo_rpc.server.parameter_server import ParameterServer
-from ormo_rpc.storage.journal import Journal, replay
+from ormo_rpc.storage.journal import FileJournal, recover
 from tests.support.examples import examples
 
 DIMENSION = 5
@@ -65,7 +65,7 @@ class Machine:
     def __init__(self, algorithm: str, run_dir: Path) -> None:
         self.events: list[Event] = []
         self.server = server(algorithm, self.events)
-        self.journal = Journal(run_dir)
+        self.journal = FileJournal(run_dir)
         self.states: list[dict[str, Any]] = [self.server.state_dict(replies=True)]
         self.sizes: list[int] = [0]
         self.held: dict[int, Reply] = {}
@@ -157,7 +157,7 @@ def test_any_cut_of_the_journal_is_the_state_after_its_last_whole_record(
     whole = max(index for index, size in enumerate(machine.sizes) if size <= at)
     events: list[Event] = []
     again = server(algorithm, events)
-    assert replay(run_dir, 0, again) == whole
+    assert recover(run_dir, 0, again) == whole
     assert same(again.state_dict(replies=True), machine.states[whole])
     assert [event.line() for event in events] == [event.line() for event in machine.events[: len(events)]]
     applied = [event for event in events if event.kind is Kind.apply]
@@ -182,7 +182,7 @@ def test_segments_chain_from_any_checkpoint_on(algorithm: str, newest_is_good: b
     segment, state = checkpoints[-1 if newest_is_good else 0]
     again = server(algorithm)
     again.load_state_dict(state)
-    assert replay(tmp_path, segment, again) == (2 if newest_is_good else 10)
+    assert recover(tmp_path, segment, again) == (2 if newest_is_good else 10)
     assert same(again.state_dict(replies=True), machine.server.state_dict(replies=True))
 
 
@@ -195,7 +195,7 @@ def test_what_follows_a_gap_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptu
     machine.journal.close()
     (tmp_path / "journal" / "000001.log").unlink()
     again = server("asgd")
-    assert replay(tmp_path, 0, again) == 2  # the start, and the push of the first segment
+    assert recover(tmp_path, 0, again) == 2  # the start, and the push of the first segment
     assert again.iteration == 1
     assert "000001.log: is missing; 000002.log is not used" in caplog.text
     assert {file.name for file in (tmp_path / "journal").iterdir()} == {"000000.log", "000002.lost", "000003.lost"}
@@ -209,11 +209,11 @@ def test_what_nobody_goes_on_from_is_removed(tmp_path: Path) -> None:
     machine.journal.forget(2)
     assert sorted(file.name for file in (tmp_path / "journal").iterdir()) == ["000002.log", "000003.log"]
     machine.journal.close()
-    assert Journal(tmp_path).segment == 4  # a new life never writes behind a torn record
+    assert FileJournal(tmp_path).segment == 4  # a new life never writes behind a torn record
 
 
 def test_one_force_to_disk_serves_all_who_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    journal = Journal(tmp_path)
+    journal = FileJournal(tmp_path)
     force, waiting, go_on = os.fsync, threading.Event(), threading.Event()
     forces: list[int] = []
 
@@ -243,7 +243,7 @@ def test_one_force_to_disk_serves_all_who_wait(tmp_path: Path, monkeypatch: pyte
 
 
 def test_what_cannot_be_made_durable_is_an_error(tmp_path: Path) -> None:
-    journal = Journal(tmp_path)
+    journal = FileJournal(tmp_path)
     os.close(journal._file)  # pyright: ignore[reportPrivateUsage] # a disk that fails
     with pytest.raises(OSError, match="Bad file descriptor"):
         journal.join(0)
@@ -253,7 +253,7 @@ def test_behind_a_call_that_could_not_be_written_nothing_is_acknowledged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A torn record hides all that follow it, so a disk that has room again must not make them look durable."""
-    journal = Journal(tmp_path)
+    journal = FileJournal(tmp_path)
     real = os.write
 
     def half(descriptor: int, data: Any) -> int:

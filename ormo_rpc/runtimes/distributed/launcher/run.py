@@ -26,8 +26,7 @@ from ormo_rpc.runtimes.distributed.launcher.processes import elastic_worker_proc
 from ormo_rpc.runtimes.distributed.launcher.supervisor import Supervisor
 from ormo_rpc.runtimes.torchrun import Torchrun
 from ormo_rpc.storage import checkpoint
-from ormo_rpc.storage.run_directory import read_summary, write_summary
-from ormo_rpc.storage.summary import unfinished_summary
+from ormo_rpc.storage.summary import read_summary, unfinished_summary, write_summary
 
 TERMINAL_STATUSES = ("completed", "diverged")
 """The statuses of a run that has met its end; a signal that comes later changes nothing."""
@@ -159,7 +158,7 @@ def _tell(text: str) -> None:
 
 def _how_to_resume(run_dir: Path) -> str:
     try:
-        newest = checkpoint.find(run_dir)
+        newest = checkpoint.locate(run_dir)
     except ConfigError:
         return f"no checkpoint was written, see the logs in {run_dir / 'logs'}"
     return f"iteration {checkpoint.iteration_of(newest)} is kept: resume with checkpoint.resume={run_dir}"

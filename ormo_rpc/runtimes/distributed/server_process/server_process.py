@@ -104,13 +104,13 @@ class ServerProcess:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="evaluation")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.session = Session(
-            job, place.run_dir, self._pool, self._writer, self.clock, figures=self._lock_times, terminal=place.terminal
+            job, place.run_dir, self._pool, self._writer, self.clock, extra_metrics=self._lock_times, terminal=place.terminal
         )
         server = self.session.server
         self.segments = shared_snapshots(server.algorithm, job.config.wire.transport)
         server.reserve(1 if server.scheduler.BARRIER else server.num_workers)
-        self._rolled_back_before = self.session.progress.rolled_back
-        self.session.open(life=place.life)
+        self._rolled_back_before = self.session.counters.rolled_back
+        self.session.open(incarnation=place.life)
         self.clock.before = self.session.seconds_before
         self._injector = FaultInjector(self.options.faults, None, place.life, place.tell)
         self.service = Service(
@@ -140,7 +140,7 @@ class ServerProcess:
             _log.warning(
                 "the server resumes from iteration %d; %d later updates are rolled back",
                 self.session.server.iteration,
-                self.session.progress.rolled_back - self._rolled_back_before,
+                self.session.counters.rolled_back - self._rolled_back_before,
             )
         # A former life may have applied the last gradient and died before it could say so.
         if self.session.server.ended or not self._wait_for_start():
@@ -155,7 +155,7 @@ class ServerProcess:
             if limit is not None and self.clock() >= limit:
                 limit = None
                 self.service.finish()
-            self.session.pump()
+            self.session.flush()
             if self._nobody_comes():
                 return self._give_up()
         return self._finish()
@@ -193,7 +193,7 @@ class ServerProcess:
             if self.stop_asked.is_set():
                 return False
             self._look_after_workers()
-            self.session.pump()
+            self.session.flush()
             waited = time.monotonic() - began
             if self.place.life > 0 and waited > self.options.regroup_seconds:
                 self.service.start()
@@ -298,7 +298,7 @@ class ServerProcess:
         """Until all have said goodbye; one that hangs is left to its supervisor."""
         deadline = time.monotonic() + self.options.stop_timeout_seconds
         while self.service.memberships and time.monotonic() < deadline:
-            self.session.pump()
+            self.session.flush()
             time.sleep(PUMP_SECONDS / 10)
 
     def _lock_times(self) -> dict[str, float]:

@@ -51,7 +51,7 @@ class Service:
         observe: Callable[[ParameterServer], None],
         on_start: Callable[[], None] = lambda: None,
         *,
-        journal: Journal | NoJournal | None = None,
+        journal: Journal | None = None,
         push_format: PushFormat | None = None,
         max_not_finite: int = 10,
         defer_shutdown: bool = False,
@@ -59,7 +59,7 @@ class Service:
         self.server = server
         self.observe = observe
         self.on_start = on_start
-        self.journal = journal or NoJournal()
+        self.journal: Journal = journal or NoJournal()
         self.max_not_finite = max_not_finite
         self.expected = set(range(server.num_workers))
         """Who has to be ready before a first life of the server begins."""

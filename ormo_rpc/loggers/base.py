@@ -1,0 +1,61 @@
+"""The interface of a logger: a `Logger` is chosen in the configuration, and starts a `RunLog` for the run."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ormo_rpc.loggers.statistics import Statistics
+from ormo_rpc.options import Part, option, positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """The run to be logged.
+
+    Attributes:
+        name: Algorithm, scheduler, workers and seed, such as ``ormo-async-4w-seed0``.
+        config: The whole configuration, nested, of plain values.
+        directory: The run directory; a logger may write into it.
+        total_iterations: T, the iterations of the run.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    directory: Path
+    total_iterations: int
+
+
+class RunLog:
+    """The log of one run; a subclass overrides what it needs. All calls come from one thread."""
+
+    def log(self, row: Mapping[str, Any], statistics: Statistics) -> None:
+        """Log one row of metrics.jsonl.
+
+        Args:
+            row: ``iteration``, ``epoch``, ``seconds``, and metrics by name: those of an interval or of an evaluation.
+            statistics: Of all events so far; not to be kept, since they go on counting.
+        """
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """End the log; the content of summary.json is final."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logger(Part, ABC):
+    """A destination for metrics besides the run directory; the fields here are options of every logger."""
+
+    PATH = "logger"
+    progress: bool = option(True, "progress bar, when standard error is a terminal")
+    log_seconds: float = option(0.5, "seconds between rows of metrics.jsonl", valid=positive, expected="a finite number > 0")
+
+    @abstractmethod
+    def start(self, run: RunInfo) -> RunLog:
+        """Begin to log a run.
+
+        Raises:
+            ValueError: it cannot; the message has the key to change.
+        """

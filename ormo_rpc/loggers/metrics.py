@@ -1,0 +1,177 @@
+"""Metrics: one declaration each drives metrics.jsonl, wandb, the progress bar, summary.json and the table of the report.
+
+A metric is a field of `Metrics`; to add one, add a field::
+
+    delay_90_percent: int | None = metric(
+        "90% of the applied gradients have at most this delay",
+        lambda at: at.statistics.delay_quantile(0.9), in_rows=Rows.interval, bar="delay 90%", column="90% delay", form=".0f",
+    )
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from ormo_rpc.loggers.statistics import Statistics
+from ormo_rpc.worker.evaluation import Evaluation
+
+
+class Rows(Enum):
+    """Rows of metrics.jsonl, which wandb and the progress bar are given too, that have a metric."""
+
+    none = "none"
+    interval = "interval"
+    """A row every ``logger.log_seconds``."""
+    evaluation = "evaluation"
+    """A row for each evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurements:
+    """Measurements at one moment, from which metrics are computed.
+
+    Attributes:
+        statistics: Of the events so far.
+        evaluation: The newest one.
+        seconds: The length of the time that rates are over: since the last row, or of the whole run.
+        applied: Gradients applied in that time.
+        extra: Metrics by name that the runtime measures itself.
+    """
+
+    statistics: Statistics
+    evaluation: Evaluation | None
+    seconds: float
+    applied: int
+    extra: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """The declaration of a metric.
+
+    Attributes:
+        doc: Its meaning, with the unit.
+        value: Computes it; None where the runtime measures it (`Measurements.extra`).
+        in_rows: The rows of metrics.jsonl that have it.
+        digits: Decimal places in a row; None for all.
+        bar: Its label on the progress bar; empty: it is not shown there.
+        column: Its heading in the table of the report; empty: it has no column.
+        form: The format specification of its value on the bar and in the table.
+    """
+
+    doc: str
+    value: Callable[[Measurements], Any] | None
+    in_rows: Rows
+    digits: int | None
+    bar: str
+    column: str
+    form: str
+
+    def shown(self, value: Any) -> str:
+        """Format a value for the progress bar or the table."""
+        return format(value, self.form)
+
+
+def metric(
+    doc: str,
+    value: Callable[[Measurements], Any] | None = None,
+    *,
+    in_rows: Rows = Rows.none,
+    digits: int | None = None,
+    bar: str = "",
+    column: str = "",
+    form: str = "",
+) -> Any:
+    """Declare a field of `Metrics`; the arguments are those of `Metric`."""
+    declared = Metric(doc=doc, value=value, in_rows=in_rows, digits=digits, bar=bar, column=column, form=form)
+    return dataclasses.field(default=None, metadata={"doc": doc, "metric": declared})
+
+
+@dataclass(kw_only=True)
+class Metrics:
+    """All metrics of a run; each stands in its summary, and None where it was not measured."""
+
+    iterations: int | None = metric("gradients applied", column="iterations", form=".0f")
+    gradients_computed: int | None = metric("gradients applied or discarded", lambda at: at.statistics.gradients_computed)
+    discarded: int | None = metric("gradients not applied", lambda at: at.statistics.discarded)
+    repeated: int | None = metric("pushes that came again after a lost reply", lambda at: at.statistics.repeated)
+    train_loss: float | None = metric(
+        "mean batch loss, averaged over about the last 50 gradients",
+        lambda at: at.statistics.loss,
+        in_rows=Rows.interval,
+        bar="loss",
+        column="train loss",
+        form=".4f",
+    )
+    test_loss: float | None = metric(
+        "mean loss on the test split",
+        lambda at: None if at.evaluation is None else at.evaluation.loss,
+        in_rows=Rows.evaluation,
+    )
+    test_accuracy: float | None = metric(
+        "accuracy on the test split, in [0, 1]",
+        lambda at: None if at.evaluation is None else at.evaluation.accuracy,
+        in_rows=Rows.evaluation,
+        bar="accuracy",
+        column="test accuracy",
+        form=".2%",
+    )
+    updates_per_second: float | None = metric(
+        "gradients applied per second",
+        lambda at: at.applied / at.seconds if at.seconds else 0.0,
+        in_rows=Rows.interval,
+        digits=2,
+    )
+    delay_mean: float | None = metric(
+        "mean delay of the applied gradients, in iterations",
+        lambda at: at.statistics.delay_mean,
+        in_rows=Rows.interval,
+        digits=4,
+        bar="delay",
+        column="mean delay",
+        form=".1f",
+    )
+    delay_max: int | None = metric(
+        "largest delay, in iterations",
+        lambda at: at.statistics.delay_max,
+        in_rows=Rows.interval,
+        column="max delay",
+        form=".0f",
+    )
+    delay_median: int | None = metric("median delay, in iterations", lambda at: at.statistics.delay_quantile(0.5))
+    delay_99_percent: int | None = metric(
+        "delay that 99% of the applied gradients do not exceed", lambda at: at.statistics.delay_quantile(0.99)
+    )
+    pushes_per_worker: dict[str, int] | None = metric(
+        "gradients applied or discarded, by worker",
+        lambda at: {str(worker): count for worker, count in sorted(at.statistics.pushes_per_worker.items())},
+    )
+    lock_wait_seconds: float | None = metric(
+        "seconds that pushes waited for the server's lock", in_rows=Rows.interval, digits=6
+    )
+    lock_held_seconds: float | None = metric("seconds that the server's lock was held", in_rows=Rows.interval, digits=6)
+    step_seconds: float | None = metric("seconds that the algorithm's steps and snapshots took")
+
+
+METRICS: Mapping[str, Metric] = {field.name: field.metadata["metric"] for field in dataclasses.fields(Metrics)}
+"""The declarations by name."""
+
+
+def measure(at: Measurements) -> dict[str, Any]:
+    """Compute all metrics; the summary has them as they are."""
+    return {name: at.extra.get(name) if declared.value is None else declared.value(at) for name, declared in METRICS.items()}
+
+
+def row_of(at: Measurements, rows: Rows) -> dict[str, Any]:
+    """Compute the metrics of a row of metrics.jsonl, rounded, without those that were not measured."""
+    row: dict[str, Any] = {}
+    for name, declared in METRICS.items():
+        if declared.in_rows is rows:
+            value = at.extra.get(name) if declared.value is None else declared.value(at)
+            if value is not None:
+                row[name] = value if declared.digits is None else round(value, declared.digits)
+    return row

@@ -1,0 +1,111 @@
+"""Writing checkpoints beside training: a state is copied under the server's lock, and written once its events are on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, Future
+from pathlib import Path
+from typing import Any
+
+from ormo_rpc.config.schema import Config
+from ormo_rpc.runtimes.job import Exporter
+from ormo_rpc.runtimes.recorder import Offsets, Recorder
+from ormo_rpc.server.events import Event, Kind
+from ormo_rpc.storage import checkpoint
+from ormo_rpc.storage.journal import Journal, NoJournal
+
+
+class CheckpointWriter:
+    """Writes one checkpoint at a time; where the disk is too slow, those that become due meanwhile are skipped.
+
+    Args:
+        run_dir: The run directory.
+        config: The configuration of the run.
+        exporter: Makes the content of ``model.pt``.
+        executor: Writes to disk.
+        recorder: Tells when the events that led to a state are written.
+        clock: The run's seconds.
+
+    Attributes:
+        journal: Begins a segment with each checkpoint.
+        newest: The newest checkpoint that was written.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Config,
+        exporter: Exporter,
+        executor: Executor,
+        recorder: Recorder,
+        clock: Callable[[], float],
+    ) -> None:
+        self.journal: Journal = NoJournal()
+        self.newest: Path | None = None
+        self._run_dir = run_dir
+        self._config = config
+        self._export = exporter
+        self._executor = executor
+        self._recorder = recorder
+        self._clock = clock
+        self._pending = False
+        """A state was copied, and waits for the events before it to be written."""
+        self._writing: Future[Path] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is under way."""
+        return self._pending or self._writing is not None
+
+    def submit(self, state: Mapping[str, Any]) -> None:
+        """Have a copied state written as soon as the events that led to it are; called under the server's lock."""
+        self._pending = True
+        self.journal.rotate()
+        seconds, segment = self._clock(), self.journal.segment
+
+        def start(offsets: Offsets) -> None:
+            records = {
+                "seconds": seconds,
+                "trace_bytes": offsets.trace_bytes,
+                "metrics_bytes": offsets.metrics_bytes,
+                "statistics": offsets.statistics,
+            }
+            self._writing = self._executor.submit(self._write, {**state, "session": records}, segment)
+            self._pending = False
+
+        self._recorder.call_when_written(start)
+
+    def flush(self) -> None:
+        """Note a checkpoint that is complete.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self._writing is not None and self._writing.done():
+            self._wait()
+
+    def write(self, state: Mapping[str, Any]) -> None:
+        """Write a state as a checkpoint, and wait until it is complete.
+
+        Raises:
+            OSError: it, or the one before it, could not be written.
+        """
+        self._recorder.flush()
+        if self._writing is not None:
+            self._wait()
+        self.submit(state)
+        self._recorder.flush()
+        self._wait()
+
+    def _wait(self) -> None:
+        assert self._writing is not None
+        writing, self._writing = self._writing, None
+        self.newest = writing.result()
+
+    def _write(self, state: Mapping[str, Any], segment: int) -> Path:
+        """Write a checkpoint, and remove what only older ones needed; called in the executor."""
+        keep, model = self._config.checkpoint.keep, self._export(state)
+        written = checkpoint.write(self._run_dir, state, model, self._config, keep=keep, segment=segment)
+        self.journal.forget(checkpoint.first_segment(self._run_dir))
+        self._recorder.record(Event(Kind.checkpoint, self._clock(), {"iteration": state["iteration"]}))
+        return written

@@ -1,0 +1,42 @@
+"""Counters of a run that survive the SIGKILL of the server process."""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from pathlib import Path
+
+
+class RunCounters:
+    """Counters in the memory-mapped file ``progress``, exact at the moment of a SIGKILL.
+
+    The trace lags behind by the time between two flushes of the recorder. These counters do not, and cost the update path no
+    more than a store to memory.
+
+    Args:
+        run_dir: The run directory.
+
+    Attributes:
+        iterations: Gradients applied.
+        incarnations: Server processes so far, this one included once `begin` was called.
+        rolled_back: Updates undone because a server process died.
+    """
+
+    _COUNTS = struct.Struct("<3q")
+
+    def __init__(self, run_dir: Path) -> None:
+        with (run_dir / "progress").open("a+b") as file:
+            file.truncate(self._COUNTS.size)
+            self._memory = mmap.mmap(file.fileno(), self._COUNTS.size)
+        self.iterations, self.incarnations, self.rolled_back = self._COUNTS.unpack(self._memory)
+
+    def begin(self, iterations: int) -> None:
+        """Count a new server process, which begins with this many gradients applied."""
+        self.incarnations += 1
+        self.rolled_back += max(0, self.iterations - iterations)
+        self.set_iterations(iterations)
+
+    def set_iterations(self, iterations: int) -> None:
+        """Set the number of gradients applied."""
+        self.iterations = iterations
+        self._COUNTS.pack_into(self._memory, 0, self.iterations, self.incarnations, self.rolled_back)

@@ -1,0 +1,141 @@
+"""The run directory: claimed once, JSON in every file, and summaries and evictions of earlier versions."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from ormo_rpc.config.parsing import parse_config
+from ormo_rpc.errors import ConfigError
+from ormo_rpc.server.events import Event, Kind
+from ormo_rpc.storage.counters import RunCounters
+from ormo_rpc.storage.run_directory import RunDirectory
+from ormo_rpc.storage.summary import Summary, identity, read_summary, unfinished_summary, write_summary
+from tests.support.processes import PATIENCE_SECONDS
+
+
+def test_a_directory_is_used_once(tmp_path: Path) -> None:
+    RunDirectory.claim(tmp_path)
+    assert (tmp_path / "trace.jsonl").read_bytes() == b""
+    directory = RunDirectory(tmp_path)
+    directory.write_header(seed=3)
+    directory.write_processes(11, {1: 13, 0: 12}, "127.0.0.1:9")
+    directory.close()
+    with pytest.raises(ConfigError) as caught:
+        RunDirectory.claim(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}: got the directory of an earlier run, expected a new one; continue that run with "
+        f"checkpoint.resume={tmp_path}"
+    )
+    header = json.loads((tmp_path / "trace.jsonl").read_text())
+    assert (header["event"], header["version"], header["seed"]) == ("header", 1, 3)
+    assert (header["torch"], header["threads"]) == (torch.__version__, torch.get_num_threads())
+    assert {"commit", "python", "cpu", "capability"} <= header.keys()
+    assert json.loads((tmp_path / "processes.json").read_text()) == {
+        "server": 11,
+        "workers": {"0": 12, "1": 13},
+        "address": "127.0.0.1:9",
+    }
+    assert read_summary(tmp_path) is None
+
+
+def test_one_of_two_processes_that_claim_a_directory_at_once_gets_it(tmp_path: Path) -> None:
+    together = threading.Barrier(2)
+
+    def claim(path: Path) -> bool:
+        together.wait(PATIENCE_SECONDS)
+        try:
+            RunDirectory.claim(path)
+        except ConfigError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(2) as both:
+        for number in range(50):
+            assert sorted(both.map(claim, [tmp_path / "runs" / str(number)] * 2)) == [False, True]
+
+
+def test_nan_and_infinity_are_null_in_every_file(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    row = {"iteration": 3, "loss": math.nan, "rate": math.inf, "eta": -math.inf, "momentum": 0.5, "reason": None}
+    directory.write_event(Event(Kind.apply, 1.5, row))
+    directory.write_metrics(row)
+    directory.close()
+    write_summary(tmp_path, Summary(train_loss=math.nan, updates_per_second=math.inf, delay_mean=0.5))
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    trace, metrics, summary = (
+        json.loads((tmp_path / name).read_text(), parse_constant=refuse)
+        for name in ("trace.jsonl", "metrics.jsonl", "summary.json")
+    )
+    expected = {**row, "loss": None, "rate": None, "eta": None}
+    assert trace == {"event": "apply", "seconds": 1.5, **expected}
+    assert metrics == expected
+    assert (summary["train_loss"], summary["updates_per_second"], summary["delay_mean"]) == (None, None, 0.5)
+
+
+def test_truncated_files_report_their_new_lengths(tmp_path: Path) -> None:
+    """Otherwise a second crash would truncate a file to a length beyond its end, that is, fill it up with zeros."""
+    first = RunDirectory(tmp_path)
+    for iteration in range(10):
+        first.write_metrics({"iteration": iteration})
+    first.close()
+    second = RunDirectory(tmp_path)
+    half = (tmp_path / "metrics.jsonl").stat().st_size // 2
+    second.truncate(0, half)
+    assert second.sync() == (0, half)
+    second.close()
+
+
+def test_evictions_are_read_under_their_former_name_too(tmp_path: Path) -> None:
+    (tmp_path / "losses.jsonl").write_text('{"worker": 1}\n')
+    directory = RunDirectory(tmp_path)
+    assert directory.read_evictions() == [{"worker": 1}]
+    directory.write_evictions([{"worker": 2}, {"worker": 0}])
+    assert (tmp_path / "evictions.jsonl").read_text() == '{"worker": 2}\n{"worker": 0}\n'
+    assert directory.read_evictions() == [{"worker": 1}, {"worker": 2}, {"worker": 0}]
+    directory.close()
+
+
+def test_counters_survive_the_process_and_count_what_a_new_one_does_not_have(tmp_path: Path) -> None:
+    first = RunCounters(tmp_path)
+    first.begin(0)
+    first.set_iterations(25)
+    second = RunCounters(tmp_path)
+    assert (second.iterations, second.incarnations, second.rolled_back) == (25, 1, 0)
+    second.begin(20)
+    third = RunCounters(tmp_path)
+    assert (third.iterations, third.incarnations, third.rolled_back) == (20, 2, 5)
+
+
+def test_every_key_of_the_summary_is_documented_and_none_by_default() -> None:
+    assert all(field.metadata["doc"] for field in dataclasses.fields(Summary))
+    content = Summary().to_dict()
+    assert list(content)[:2] == ["status", "reason"]
+    assert set(content.values()) == {None}
+
+
+def test_the_summary_of_a_run_without_a_server_has_what_the_configuration_determines(tmp_path: Path) -> None:
+    config = parse_config({"workers": 3, "seed": 7, "algorithm": {"name": "asgd"}})
+    content = write_summary(tmp_path, unfinished_summary(config, "failed", "no port is free"))
+    assert content == read_summary(tmp_path)
+    known = {"status": "failed", "reason": "no port is free", **identity(config)}
+    assert {key: value for key, value in content.items() if value is not None} == known
+    assert (known["algorithm"], known["num_workers"], known["wire"]) == ("asgd", 3, "exact")
+
+
+def test_a_summary_of_an_earlier_version_is_read_under_the_present_keys(tmp_path: Path) -> None:
+    former = {"status": "completed", "server_lives": 2, "losses": [{"worker": 1}], "of_long_ago": 3}
+    (tmp_path / "summary.json").write_text(json.dumps(former))
+    content = read_summary(tmp_path) or {}
+    assert content == {"status": "completed", "incarnations": 2, "evictions": [{"worker": 1}], "of_long_ago": 3}
+    assert Summary.from_dict(content).incarnations == 2
