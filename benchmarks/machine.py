@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from ormo_rpc.storage.run_directory import environment
+from ormo_rpc.storage.environment import environment
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import load, machine, versions
-from ormo_rpc.storage.run_directory import environment
+from ormo_rpc.storage.environment import environment
 
 ROOT = Path(__file__).parents[1]
 """The checkout."""

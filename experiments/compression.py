@@ -20,7 +20,7 @@ from experiments import common
 from ormo_rpc.cli import compose
 from ormo_rpc.report.table import as_markdown, spread
 from ormo_rpc.runtimes.job import Job
-from ormo_rpc.storage.run_directory import environment
+from ormo_rpc.storage.environment import environment
 
 TOPK, NO_FEEDBACK = "compression=topk", "compression.error_feedback=false"
 FORMATS: dict[str, tuple[str, ...]] = {

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from experiments import common
 from ormo_rpc.report.table import as_markdown, spread
-from ormo_rpc.storage.run_directory import environment
+from ormo_rpc.storage.environment import environment
 
 METHODS = ("asgd", "naive", "shifted", "smega2", "ormo", "ormo_da")
 SETTINGS = ("none", "slow_tail")

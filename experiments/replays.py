@@ -13,7 +13,8 @@ from pathlib import Path
 from experiments import common
 from ormo_rpc import RunFailed, train
 from ormo_rpc.report.table import as_markdown
-from ormo_rpc.storage.run_directory import environment, read_trace
+from ormo_rpc.storage.environment import environment
+from ormo_rpc.storage.run_directory import read_trace
 
 CASES: dict[str, tuple[str, ...]] = {
     "ormo, one slow worker": ("heterogeneity=one_slow",),

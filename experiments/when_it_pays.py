@@ -26,7 +26,7 @@ from experiments import common
 from ormo_rpc import train
 from ormo_rpc.report.runs import Run
 from ormo_rpc.report.table import as_markdown, spread
-from ormo_rpc.storage.run_directory import environment
+from ormo_rpc.storage.environment import environment
 
 WORKERS = 8
 SCHEDULERS: Mapping[str, tuple[str, ...]] = {

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ormo_rpc.report.table import as_markdown
-from ormo_rpc.storage.run_directory import environment
+from ormo_rpc.storage.environment import environment
 from tests.chaos import recovery_times
 from tests.chaos.harness import TIMEOUT_SECONDS, Options, Result
 
