@@ -34,10 +34,9 @@ SUMMARY_KEYS = set(
 )
 
 
-@pytest.mark.parametrize("transport", ["auto", "tcp", "uv"])
-def test_the_default_run_trains_digits_and_writes_all_its_files(transport: str, tmp_path: Path) -> None:
+def test_the_default_run_trains_digits_and_writes_all_its_files(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    status, out, err = launch(run_dir, *([] if transport == "auto" else [f"wire.transport={transport}"]))
+    status, out, err = launch(run_dir)
     assert status == 0, err
     assert err == ""  # not a terminal: no progress bar, no warnings
     assert out.startswith("completed: ormo (async), 4 workers, digits, mlp: 1350 iterations")
@@ -84,15 +83,19 @@ def test_the_default_run_trains_digits_and_writes_all_its_files(transport: str, 
 # With 1100 hidden units there are enough parameters for them to lie in shared memory.
 @pytest.mark.parametrize(
     ("algorithm", "transport"),
-    [("naive", "shm"), ("smega2", "shm"), ("ringmaster", "tcp"), ("fedbuff", "uv"), ("orlomo", "auto")],
+    [("smega2", "shm"), ("ringmaster", "tcp"), ("fedbuff", "uv"), ("orlomo", "auto")],
 )
 def test_every_kind_of_algorithm_runs_live_and_is_replayed(algorithm: str, transport: str, tmp_path: Path) -> None:
     given = ("workers=2", "train.max_iterations=60", "train.lr=0.005", "model.dropout=0.2")
     options = (*given, "model.hidden=1100", f"wire.transport={transport}")
     status, _, err = launch(tmp_path / "run", *QUIET, f"algorithm={algorithm}", *options)
-    assert status == 0, err
+    assert (status, err) == (0, "")
     result = summary(tmp_path / "run")
     assert (result["algorithm"], result["status"], result["iterations"]) == (algorithm, "completed", 60)
+    applied = events(tmp_path / "run", "apply")
+    assert [event["iteration"] for event in applied] == list(range(60))
+    assert sorted(event["ticket"] for event in applied) == list(range(60))
+    assert all(event["delay"] == event["iteration"] - event["stamp"] for event in applied)
     assert replayed(tmp_path / "run", tmp_path / "again") == result["final_params_sha256"]
 
 
@@ -233,7 +236,6 @@ def test_a_push_that_times_out_is_repeated_and_applied_once(transport: str, tmp_
 @pytest.mark.parametrize("killed", ["the launcher", "all at once"])
 def test_no_process_or_shared_memory_survives_a_killed_launcher(killed: str, tmp_path: Path) -> None:
     options = ("train.epochs=100000", "workers=2", "model.hidden=1100", "wire.transport=shm")
-    before = names_in_shared_memory()
     with launched("launch.py", f"hydra.run.dir={tmp_path}", *options) as launcher:
         processes(tmp_path)
         family = descendants(launcher.pid)
@@ -247,11 +249,10 @@ def test_no_process_or_shared_memory_survives_a_killed_launcher(killed: str, tmp
             process.kill()
         wait_until(lambda: gone(family), "the end of all children")
     assert not [process.pid for process in psutil.process_iter() if everything & set(shared_memory_of(process))]
-    assert not [each for each in names_in_shared_memory() - before if "ormo" in each or "torch" in each]
-
-
-def names_in_shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()}  # noqa: S108 - looked at, not written to
+    # PyTorch's names have the process in them; those of runs beside this one do not count.
+    pids = {str(process.pid) for process in family}
+    left = [path.name for path in Path("/dev/shm").iterdir()]  # noqa: S108 - looked at, not written to
+    assert not [each for each in left if "ormo" in each or pids & set(each.split("_"))]
 
 
 def shared_memory_of(process: psutil.Process) -> list[str]:
