@@ -10,6 +10,8 @@ from ormo_rpc.server.build import build_server
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.train import train
 
+__version__ = "0.2.0"
+
 __all__ = [
     "Config",
     "ConfigError",
@@ -20,6 +22,7 @@ __all__ = [
     "Reply",
     "RunFailed",
     "StaleSession",
+    "__version__",
     "build_server",
     "train",
 ]
