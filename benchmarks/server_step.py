@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from benchmarks.measuring import parser, seconds_per_call, show
 from ormo_rpc import Push, build_server
-from ormo_rpc.algorithms import NAMES
+from ormo_rpc.options import parts
 
 SIZES = (272_474, 2_000_000)
 REPEATS = 20
@@ -72,7 +72,9 @@ def measure(dimension: int, rounds: int, algorithms: list[str]) -> list[dict[str
 def main() -> None:
     """Run the command line."""
     arguments = parser(__doc__, SIZES)
-    arguments.add_argument("--algorithms", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME")
+    arguments.add_argument(
+        "--algorithms", nargs="+", choices=parts("algorithm"), default=list(parts("algorithm")), metavar="NAME"
+    )
     given = arguments.parse_args()
     torch.set_num_threads(1)
     show([row for dimension in given.parameters for row in measure(dimension, given.rounds, given.algorithms)], given)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from ormo_rpc.algorithms.base import PushContext
-from ormo_rpc.options import Section, option
+from typing_extensions import override
+
+from ormo_rpc.algorithms.base import Algorithm, PushContext
+from ormo_rpc.options import option
 
 
 class DelayRule(Enum):
@@ -22,9 +24,9 @@ class DelayRule(Enum):
     """``eta`` up to R; a gradient that is older is discarded and its ticket done again."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DelayAdaptiveOptions(Section):
-    """Options of a delay-adaptive learning rate."""
+@dataclass(kw_only=True)
+class DelayAdaptive(Algorithm):
+    """A learning rate that follows the delay, to be mixed in before an algorithm: ``class OrMoDA(DelayAdaptive, OrMo)``."""
 
     rule: DelayRule = option(DelayRule.ormo, "how the learning rate follows the delay: ormo, mishchenko, koloskova or drop")
     threshold: int | None = option(
@@ -40,6 +42,28 @@ class DelayAdaptiveOptions(Section):
         expected="a number > 0",
     )
 
+    @override
+    def accepts(self, context: PushContext) -> bool:
+        return self.rule is not DelayRule.drop or context.delay <= self._largest_delay(context)
+
+    @override
+    def learning_rate(self, context: PushContext) -> float:
+        delay, lr = context.delay, context.lr
+        if self.rule is DelayRule.mishchenko:
+            return lr * (context.concurrency / max(context.concurrency, delay))  # exactly lr up to a delay of K
+        threshold = self._largest_delay(context)
+        if delay <= threshold or self.rule is DelayRule.drop:
+            return lr
+        if self.rule is DelayRule.koloskova:
+            return lr / delay
+        if self.smoothness is not None:
+            return min(lr, 1 / (4 * self.smoothness * delay))
+        return lr * threshold / delay
+
+    def _largest_delay(self, context: PushContext) -> int:
+        """Return the delay up to which a gradient keeps the scheduled learning rate."""
+        return 2 * context.concurrency if self.threshold is None else self.threshold
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.threshold is not None and self.rule is DelayRule.mishchenko:
@@ -50,27 +74,3 @@ class DelayAdaptiveOptions(Section):
     def _refuse(self, name: str) -> None:
         value, rule = getattr(self, name), f"{self.key('rule')}={self.rule.value}"
         raise ValueError(f"{self.key(name)}: got {value!r}, expected none, as {rule} does not use it")
-
-
-def threshold(options: DelayAdaptiveOptions, context: PushContext) -> int:
-    """The delay up to which a gradient keeps the scheduled learning rate."""
-    return 2 * context.concurrency if options.threshold is None else options.threshold
-
-
-def delay_adaptive_lr(options: DelayAdaptiveOptions, context: PushContext) -> float:
-    """The learning rate of a gradient of delay ``tau``; see `DelayRule`."""
-    delay, lr = context.delay, context.lr
-    if options.rule is DelayRule.mishchenko:
-        return lr * (context.concurrency / max(context.concurrency, delay))  # exactly lr up to a delay of K
-    if delay <= threshold(options, context) or options.rule is DelayRule.drop:
-        return lr
-    if options.rule is DelayRule.koloskova:
-        return lr / delay
-    if options.smoothness is not None:
-        return min(lr, 1 / (4 * options.smoothness * delay))
-    return lr * threshold(options, context) / delay
-
-
-def delay_adaptive_accepts(options: DelayAdaptiveOptions, context: PushContext) -> bool:
-    """Whether a gradient is applied: always, but past the threshold of rule=drop."""
-    return options.rule is not DelayRule.drop or context.delay <= threshold(options, context)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
+from typing_extensions import override
 
 from ormo_rpc.algorithms.base import Algorithm, PushContext
 from ormo_rpc.kernels.steps import SGDStep
-from ormo_rpc.options import option
+from ormo_rpc.options import register
 
 
+@register("asgd")
+@dataclass(kw_only=True)
 class ASGD(Algorithm):
     """Asynchronous SGD without momentum: every gradient moves the parameters as it comes.
 
@@ -18,15 +21,9 @@ class ASGD(Algorithm):
     Source: Agarwal and Duchi 2011 (arXiv 1104.5525); the baseline ASGD of arXiv 2407.19234.
     """
 
-    NAME = "asgd"
     OUT_OF_PLACE = True
 
-    @dataclass(frozen=True, kw_only=True)
-    class Options(Algorithm.Options):
-        """No options of its own."""
-
-        name: str = option("asgd", "asynchronous SGD, no momentum")
-
-    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:  # noqa: ARG002 - its age does not matter here
+    @override
+    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
         """``w <- w - eta g``."""
         self.params = self.kernel.step(SGDStep(w_scale=lr), grad, self.params)

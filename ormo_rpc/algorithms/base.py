@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ormo_rpc.kernels.kernel import Kernel
-from ormo_rpc.options import Section, option
+from ormo_rpc.options import Part
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,50 +93,50 @@ class LocalWork:
     gradient: Callable[[Tensor, int, Tensor], None]
 
 
-class Algorithm(ABC):
+@dataclass(kw_only=True)
+class Algorithm(Part, ABC):
     """A server algorithm: how a gradient that was taken at stamp ``i`` changes the parameters at iteration ``t``.
 
-    Args:
-        params: ``w``, the initial parameters, shape (D,); the algorithm owns this very tensor, and updates or replaces it.
+    The fields of the dataclass are its options; its running state is set by `init`, which only the server calls. A worker has
+    the same object without that state, for `local`.
+
+    Attributes:
+        params: ``w``, shape (D,).
         momentum: ``beta``, in [0, 1); an algorithm without momentum does not read it.
-        options: The algorithm's own options.
+        kernel: Makes new parameters and copies; chosen by the server's builder.
+        version: The number of changes of the parameters so far, for an algorithm that reads `PushContext.version`.
     """
 
-    NAME: ClassVar[str]
-    """The algorithm's name everywhere: that of its file, of its yaml and in every metric."""
+    PATH = "algorithm"
+
     VECTORS_PUSHED: ClassVar[int] = 1
-    """How many vectors of D a push has, one behind the other; the first one is enough for an algorithm without local steps."""
-    REFUSES: ClassVar[Mapping[str, str]] = {}
-    """Schedulers under which the algorithm makes no sense, and why."""
+    """How many vectors of D a push has, contiguous; an algorithm without local steps reads the first one only."""
     READS_SENT: ClassVar[bool] = False
     """Whether `step` needs `PushContext.sent`; the server then refuses a push whose reply it has lost, so that it is never None."""
-
     OUT_OF_PLACE: ClassVar[bool] = False
-    """Whether `step` replaces `params` by what a step of `kernel` makes, and never writes to it: the server hands it out as it
-    is and copies nothing, and the gradient comes in the dtype that it had on the wire, as the kernel reads that, too."""
+    """Whether `step` replaces `params` by what `kernel` makes, and never writes to it: the server hands it out as it is and
+    copies nothing, and the gradient comes in the dtype that it had on the wire, which the kernel reads too."""
+    NEEDS_IMMEDIATE_REPLIES: ClassVar[str | None] = None
+    """Why the algorithm runs only under a scheduler that is `Scheduler.IMMEDIATE`; None where it runs under any."""
+    NEEDS_NO_BARRIER: ClassVar[str | None] = None
+    """Why the algorithm does not run under a scheduler that is a `Scheduler.BARRIER`; None where it does."""
 
-    @dataclass(frozen=True, kw_only=True)
-    class Options(Section):
-        """Options that every algorithm has: its name."""
+    def init(self, params: Tensor, momentum: float) -> None:
+        """Set the state at iteration 0.
 
-        PATH = "algorithm"
-        name: str = option("???", "the server's algorithm")
-
-        @property
-        def steps(self) -> int:
-            """H, the local steps of a worker for each ticket, each on a batch of its own."""
-            return 1
-
-    kernel: Kernel
-    """What algorithms that work out of place go over their vectors with; the server's builder chooses it."""
-    version: int = 0
-    """How often the parameters changed, for an algorithm that asks at which of its parameters a gradient was taken."""
-
-    def __init__(self, params: Tensor, *, momentum: float, options: Any) -> None:
+        Args:
+            params: ``w_0``, shape (D,); the algorithm owns this very tensor, and updates or replaces it.
+            momentum: ``beta``.
+        """
         self.params = params
         self.momentum = momentum
-        self.options = options
         self.kernel = Kernel()
+        self.version = 0
+
+    @property
+    def steps(self) -> int:
+        """H, the local steps of a worker for each ticket, each on a batch of its own."""
+        return 1
 
     def accepts(self, context: PushContext) -> bool:  # noqa: ARG002 - the common answer needs no look at it
         """Whether the gradient is applied at all; one that is not goes back into the queue as work to do again."""
@@ -163,8 +163,7 @@ class Algorithm(ABC):
         """
         return self.params
 
-    @classmethod
-    def local(cls, work: LocalWork, push: Tensor) -> None:
+    def local(self, work: LocalWork, push: Tensor) -> None:
         """On the worker: write what the server is to get into ``push``, shape (VECTORS_PUSHED * D,), here the gradient."""
         work.gradient(work.sent, 0, push)
 
@@ -192,8 +191,11 @@ class Algorithm(ABC):
 
     @staticmethod
     def by_worker(attribute: str, kept: Mapping[int, Tensor]) -> dict[str, Tensor]:
-        """The entries of `state_dict` for a dictionary attribute that holds a tensor for each worker."""
-        return {f"{attribute}/{worker}": value for worker, value in sorted(kept.items())}
+        """The entries of `state_dict` for a dictionary attribute that holds a tensor for each worker.
+
+        They keep the attribute's order, on which the rounding of a sum over it depends.
+        """
+        return {f"{attribute}/{worker}": value for worker, value in kept.items()}
 
     def empty(self) -> Tensor:
         """A vector of D for new parameters that nobody else sees; what is in it means nothing."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
+from typing_extensions import override
 
 from ormo_rpc.algorithms.base import Algorithm, PullContext, PushContext
-from ormo_rpc.options import option
+from ormo_rpc.options import register
 
 
+@register("dana")
+@dataclass(kw_only=True)
 class DANA(Algorithm):
     """DANA-Zero: one momentum buffer for each worker, and each gradient is taken where the momenta of all will lead.
 
@@ -25,19 +27,13 @@ class DANA(Algorithm):
         paper's DANA-Slim, whose momentum lives on the workers. Departure: the paper has no workers that come and go.
     """
 
-    NAME = "dana"
-
-    @dataclass(frozen=True, kw_only=True)
-    class Options(Algorithm.Options):
-        """No options of its own."""
-
-        name: str = option("dana", "a momentum buffer for each worker, and a look ahead along their sum (DANA-Zero)")
-
-    def __init__(self, params: Tensor, *, momentum: float, options: Any) -> None:
-        super().__init__(params, momentum=momentum, options=options)
+    @override
+    def init(self, params: Tensor, momentum: float) -> None:
+        super().init(params, momentum)
         self.v: dict[int, Tensor] = {}
         self.total = self.zeros()
 
+    @override
     def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
         """``v_k <- beta v_k + g; w <- w - eta v_k``, and the sum follows."""
         if context.worker not in self.v:
@@ -48,6 +44,7 @@ class DANA(Algorithm):
         self.total.add_(v)
         self.params.sub_(v, alpha=lr)
 
+    @override
     def leave(self, worker: int) -> None:
         """The worker's momentum leaves the sum, which is made anew and so loses the rounding that it had gathered."""
         if self.v.pop(worker, None) is not None:
@@ -55,10 +52,12 @@ class DANA(Algorithm):
             for v in self.v.values():
                 self.total.add_(v)
 
+    @override
     def outgoing(self, context: PullContext) -> Tensor:
         """``w - eta beta total``."""
         return self.params.sub(self.total, alpha=context.lr * self.momentum)
 
+    @override
     def state_dict(self) -> Mapping[str, Tensor | int | float]:
         """The momentum ``v_k`` of each worker and their sum ``total``."""
         return {"total": self.total, **self.by_worker("v", self.v)}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
+from typing_extensions import override
 
 from ormo_rpc.algorithms.base import Algorithm, PushContext
-from ormo_rpc.options import option
+from ormo_rpc.options import option, register
 
 MEMORY = 0.95
 """What the running mean of the squared gradients keeps of itself at each gradient (the authors' value)."""
@@ -17,6 +17,8 @@ EPSILON = 1e-7
 """Added to that mean, in units of the squared gradient (the authors' value)."""
 
 
+@register("dc_asgd")
+@dataclass(kw_only=True)
 class DCASGD(Algorithm):
     """DC-ASGD: a late gradient is carried over to the present parameters by a diagonal guess of the Hessian, ``lambda g*g``.
 
@@ -29,28 +31,24 @@ class DCASGD(Algorithm):
     Source: Zheng et al., ICML 2017, arXiv 1609.08326, Algorithm 2; lambda = 2 (adaptive) and 0.04 as in its experiments.
     """
 
-    NAME = "dc_asgd"
     READS_SENT = True
 
-    @dataclass(frozen=True, kw_only=True)
-    class Options(Algorithm.Options):
-        """The form and strength of the compensation."""
+    adaptive: bool = option(True, "divide the compensation by the running root mean square of the gradient (DC-ASGD-a)")
+    compensation: float | None = option(
+        None,
+        "lambda, the strength, in 1 / loss if not adaptive; default 2 if adaptive, else 0.04",
+        valid=lambda v: 0 <= v < float("inf"),
+        expected="a finite number >= 0",
+    )
 
-        name: str = option("dc_asgd", "asynchronous SGD with delay compensation (DC-ASGD)")
-        adaptive: bool = option(True, "divide the compensation by the running root mean square of the gradient (DC-ASGD-a)")
-        compensation: float | None = option(
-            None,
-            "lambda, the strength, in 1 / loss if not adaptive; default 2 if adaptive, else 0.04",
-            valid=lambda v: 0 <= v < float("inf"),
-            expected="a finite number >= 0",
-        )
+    @override
+    def init(self, params: Tensor, momentum: float) -> None:
+        super().init(params, momentum)
+        default = 2.0 if self.adaptive else 0.04
+        self.strength = default if self.compensation is None else self.compensation
+        self.mean_square = self.zeros() if self.adaptive else None
 
-    def __init__(self, params: Tensor, *, momentum: float, options: Any) -> None:
-        super().__init__(params, momentum=momentum, options=options)
-        default = 2.0 if options.adaptive else 0.04
-        self.compensation = default if options.compensation is None else options.compensation
-        self.mean_square = self.zeros() if options.adaptive else None
-
+    @override
     def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
         """``w <- w - eta (g + lambda_t g*g*(w - w_bak))``."""
         assert context.sent is not None, "the server keeps what was sent where READS_SENT"
@@ -59,8 +57,9 @@ class DCASGD(Algorithm):
         if self.mean_square is not None:
             self.mean_square.mul_(MEMORY).addcmul_(grad, grad, value=1 - MEMORY)
             correction.div_((self.mean_square + EPSILON).sqrt_())
-        self.params.sub_(grad, alpha=lr).sub_(correction, alpha=lr * self.compensation)
+        self.params.sub_(grad, alpha=lr).sub_(correction, alpha=lr * self.strength)
 
+    @override
     def state_dict(self) -> Mapping[str, Tensor | int | float]:
         """The running mean of the squared gradients ``MS``, if adaptive."""
         return {} if self.mean_square is None else {"mean_square": self.mean_square}

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ormo_rpc.algorithms.base import Algorithm, LocalWork, PullContext, PushContext
-from ormo_rpc.options import option
+from ormo_rpc.options import option, register
 
 
+@register("easgd")
+@dataclass(kw_only=True)
 class EASGD(Algorithm):
     """Elastic averaging SGD: each worker follows parameters of its own, tied to the centre by a spring.
 
@@ -27,52 +29,49 @@ class EASGD(Algorithm):
         taken after it; the paper takes that one before the exchange.
     """
 
-    NAME = "easgd"
+    local_steps: int = option(
+        4, "H, local steps for each ticket, each on a batch", valid=lambda v: v >= 1, expected="a whole number >= 1"
+    )
+    elasticity: float | None = option(
+        None,
+        "a, the part of the way to each other that centre and worker go; default 0.9 / K",
+        valid=lambda v: 0 < v <= 1,
+        expected="a number in (0, 1]",
+    )
 
-    @dataclass(frozen=True, kw_only=True)
-    class Options(Algorithm.Options):
-        """How far the workers go alone, and how strong the spring is."""
+    @property
+    @override
+    def steps(self) -> int:
+        return self.local_steps
 
-        name: str = option("easgd", "elastic averaging of workers that take local steps")
-        local_steps: int = option(
-            4, "H, local steps for each ticket, each on a batch", valid=lambda v: v >= 1, expected="a whole number >= 1"
-        )
-        elasticity: float | None = option(
-            None,
-            "a, the part of the way to each other that centre and worker go; default 0.9 / K",
-            valid=lambda v: 0 < v <= 1,
-            expected="a number in (0, 1]",
-        )
-
-        @property
-        def steps(self) -> int:
-            """H."""
-            return self.local_steps
-
-    def __init__(self, params: Tensor, *, momentum: float, options: Any) -> None:
-        super().__init__(params, momentum=momentum, options=options)
+    @override
+    def init(self, params: Tensor, momentum: float) -> None:
+        super().init(params, momentum)
         self.own: dict[int, Tensor] = {}
 
-    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:  # noqa: ARG002 - the push is in units of parameters
+    @override
+    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
         """The worker's own parameters go where it went; then they and the centre draw each other near."""
         own = self.own[context.worker].sub_(grad)
-        a = self.options.elasticity
+        a = self.elasticity
         delta = (own - self.params).mul_(0.9 / context.concurrency if a is None else a)
         self.params.add_(delta)
         own.sub_(delta)
 
+    @override
     def leave(self, worker: int) -> None:
         """Its own parameters are gone."""
         self.own.pop(worker, None)
 
+    @override
     def outgoing(self, context: PullContext) -> Tensor:
         """The worker's own parameters."""
         if context.worker not in self.own:
             self.own[context.worker] = self.params.clone()
         return self.own[context.worker]
 
-    @classmethod
-    def local(cls, work: LocalWork, push: Tensor) -> None:
+    @override
+    def local(self, work: LocalWork, push: Tensor) -> None:
         """H steps of SGD; ``push`` is their sum."""
         grad, here = torch.empty_like(push), work.sent.clone()
         push.zero_()
@@ -81,6 +80,7 @@ class EASGD(Algorithm):
             push.add_(grad, alpha=work.lr)
             here.sub_(grad, alpha=work.lr)
 
+    @override
     def state_dict(self) -> Mapping[str, Tensor | int | float]:
         """The workers' own parameters."""
         return self.by_worker("own", self.own)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ormo_rpc.algorithms.base import Algorithm, PushContext
-from ormo_rpc.options import option
+from ormo_rpc.options import option, register
 
 
+@register("fedbuff")
+@dataclass(kw_only=True)
 class FedBuff(Algorithm):
     """FedBuff: gradients are collected as they come, whatever their age, and every B of them make one step.
 
@@ -25,43 +27,40 @@ class FedBuff(Algorithm):
         is applied with the weight ``eta / B`` that each would have had.
     """
 
-    NAME = "fedbuff"
+    buffer: int = option(4, "B, gradients that make a step", valid=lambda v: v >= 1, expected="a whole number >= 1")
+    staleness_power: float = option(
+        0.0,
+        "a in the weight (1 + s)^-a of a gradient that missed s steps of the server; 0: all alike",
+        valid=lambda v: 0 <= v < float("inf"),
+        expected="a finite number >= 0",
+    )
 
-    @dataclass(frozen=True, kw_only=True)
-    class Options(Algorithm.Options):
-        """The size of the buffer and the weight of what is old."""
-
-        name: str = option("fedbuff", "every B gradients, of any age, are averaged to one step")
-        buffer: int = option(4, "B, gradients that make a step", valid=lambda v: v >= 1, expected="a whole number >= 1")
-        staleness_power: float = option(
-            0.0,
-            "a in the weight (1 + s)^-a of a gradient that missed s steps of the server; 0: all alike",
-            valid=lambda v: 0 <= v < float("inf"),
-            expected="a finite number >= 0",
-        )
-
-    def __init__(self, params: Tensor, *, momentum: float, options: Any) -> None:
-        super().__init__(params, momentum=momentum, options=options)
+    @override
+    def init(self, params: Tensor, momentum: float) -> None:
+        super().init(params, momentum)
         self.collected = torch.zeros_like(params)
         self.count = 0
         self.version = 0
 
+    @override
     def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
         """``G <- G + (1 + s)^-a g``, and with the B-th one ``w <- w - eta G / B``."""
         staleness = self.version - context.version
-        self.collected.add_(grad, alpha=(1 + staleness) ** -self.options.staleness_power)
+        self.collected.add_(grad, alpha=(1 + staleness) ** -self.staleness_power)
         self.count += 1
-        if self.count == self.options.buffer:
+        if self.count == self.buffer:
             self.flush(lr)
 
+    @override
     def flush(self, lr: float) -> None:
         """Apply what is collected."""
         if self.count:
-            self.params.sub_(self.collected, alpha=lr / self.options.buffer)
+            self.params.sub_(self.collected, alpha=lr / self.buffer)
             self.collected.zero_()
             self.count = 0
             self.version += 1
 
+    @override
     def state_dict(self) -> Mapping[str, Tensor | int | float]:
         """The sum ``G`` and the number of its gradients, and how many steps were made."""
         return {"collected": self.collected, "count": self.count, "version": self.version}

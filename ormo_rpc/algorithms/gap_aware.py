@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
+from typing_extensions import override
 
 from ormo_rpc.algorithms.base import Algorithm, PushContext
-from ormo_rpc.options import option
+from ormo_rpc.options import register
 
 MEMORY = 0.999
 """What the running mean of the squared momentum keeps of itself at each gradient (the authors' value)."""
@@ -17,6 +17,8 @@ EPSILON = 1e-8
 """Added to the usual step, in units of the parameters (the authors' value)."""
 
 
+@register("gap_aware")
+@dataclass(kw_only=True)
 class GapAware(Algorithm):
     """Gap-aware: each element of a gradient is divided by the number of usual steps that the parameters went meanwhile.
 
@@ -30,22 +32,17 @@ class GapAware(Algorithm):
         `naive`, which it equals where every gap is zero and the learning rate constant.
     """
 
-    NAME = "gap_aware"
     READS_SENT = True
 
-    @dataclass(frozen=True, kw_only=True)
-    class Options(Algorithm.Options):
-        """No options of its own."""
-
-        name: str = option("gap_aware", "heavy ball in order of context, gradients divided by the gap (Gap-Aware)")
-
-    def __init__(self, params: Tensor, *, momentum: float, options: Any) -> None:
-        super().__init__(params, momentum=momentum, options=options)
+    @override
+    def init(self, params: Tensor, momentum: float) -> None:
+        super().init(params, momentum)
         self.v = self.zeros()
         self.mean_square = self.zeros()
         self.count = 0
         self.max_lr = 0.0
 
+    @override
     def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
         """Divide the gradient by ``1 + gap / C``, then take a step of heavy ball."""
         assert context.sent is not None, "the server keeps what was sent where READS_SENT"
@@ -61,6 +58,7 @@ class GapAware(Algorithm):
         self.mean_square.mul_(MEMORY).addcmul_(self.v, self.v, value=1 - MEMORY)
         self.count += 1
 
+    @override
     def state_dict(self) -> Mapping[str, Tensor | int | float]:
         """The momentum ``v``, the running mean ``MS`` of its square, ``n``, and the largest learning rate."""
         return {"v": self.v, "mean_square": self.mean_square, "count": self.count, "max_lr": self.max_lr}

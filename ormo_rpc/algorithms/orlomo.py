@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ormo_rpc.algorithms.base import Algorithm, LocalWork, PullContext, PushContext
-from ormo_rpc.options import option
+from ormo_rpc.options import option, register
 
 
+@register("orlomo")
+@dataclass(kw_only=True)
 class OrLoMo(Algorithm):
     """OrLoMo: workers take H steps of momentum SGD; their local momenta enter the server's in the order of iterations.
 
@@ -34,29 +36,25 @@ class OrLoMo(Algorithm):
         derived from it and from `ormo`. A ticket of fewer than H batches counts as the last ones of its H steps.
     """
 
-    NAME = "orlomo"
     VECTORS_PUSHED = 2
 
-    @dataclass(frozen=True, kw_only=True)
-    class Options(Algorithm.Options):
-        """How far the workers go alone."""
+    local_steps: int = option(
+        4, "H, local steps for each ticket, each on a batch", valid=lambda v: v >= 1, expected="a whole number >= 1"
+    )
 
-        name: str = option("orlomo", "ordered local momentum: workers take local steps of momentum SGD")
-        local_steps: int = option(
-            4, "H, local steps for each ticket, each on a batch", valid=lambda v: v >= 1, expected="a whole number >= 1"
-        )
+    @property
+    @override
+    def steps(self) -> int:
+        return self.local_steps
 
-        @property
-        def steps(self) -> int:
-            """H."""
-            return self.local_steps
-
-    def __init__(self, params: Tensor, *, momentum: float, options: Any) -> None:
-        super().__init__(params, momentum=momentum, options=options)
+    @override
+    def init(self, params: Tensor, momentum: float) -> None:
+        super().init(params, momentum)
         self.u = torch.zeros_like(params)
         self.index = 0
 
-    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:  # noqa: ARG002 - the push is in units of parameters
+    @override
+    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
         """Shift the momentum to the newest bucket, then add the local momentum at its place."""
         local_momentum, moved = grad.split(self.params.numel())
         while self.index < context.newest_bucket:
@@ -67,13 +65,14 @@ class OrLoMo(Algorithm):
         self.u.add_(local_momentum, alpha=self._decay(rounds))
         self.params.sub_(moved).sub_(local_momentum, alpha=self._drift(rounds))
 
+    @override
     def outgoing(self, context: PullContext) -> Tensor:
         """``[w | u]``, with 0 for ``u`` where the round's drift is in ``w`` already."""
         pending = self.index < context.bucket
         return torch.cat([self.params, self.u if pending else torch.zeros_like(self.u)])
 
-    @classmethod
-    def local(cls, work: LocalWork, push: Tensor) -> None:
+    @override
+    def local(self, work: LocalWork, push: Tensor) -> None:
         """H steps of momentum SGD; ``push`` is ``[m | p]``."""
         here, momentum = work.sent.clone().split(work.dimension)
         grad = torch.empty_like(here)
@@ -87,12 +86,13 @@ class OrLoMo(Algorithm):
 
     def _decay(self, rounds: int) -> float:
         """``beta^(H rounds)``: what is left of a momentum after so many rounds."""
-        return self.momentum ** (self.options.local_steps * rounds)
+        return self.momentum ** (self.local_steps * rounds)
 
     def _drift(self, rounds: int) -> float:
         """``beta + ... + beta^(H rounds)``: how far a momentum has carried the parameters in so many rounds."""
         return self.momentum * (1 - self._decay(rounds)) / (1 - self.momentum)
 
+    @override
     def state_dict(self) -> Mapping[str, Tensor | int | float]:
         """The momentum ``u`` and its index ``I``."""
         return {"u": self.u, "index": self.index}

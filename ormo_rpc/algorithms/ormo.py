@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ormo_rpc.algorithms.base import Algorithm, PushContext
 from ormo_rpc.kernels.steps import OrMoStep
-from ormo_rpc.options import option
+from ormo_rpc.options import option, register
 
 
+@register("ormo")
+@dataclass(kw_only=True)
 class OrMo(Algorithm):
     """OrMo: every gradient enters the momentum with the weight of its place in the order of iterations.
 
@@ -36,24 +38,18 @@ class OrMo(Algorithm):
         and right where K changes too.
     """
 
-    NAME = "ormo"
     OUT_OF_PLACE = True
 
-    @dataclass(frozen=True, kw_only=True)
-    class Options(Algorithm.Options):
-        """Options of ordered momentum."""
+    momentum_correction: bool = option(False, "rescale the momentum when the learning rate changes, as torch.optim.SGD does")
 
-        name: str = option("ormo", "ordered momentum")
-        momentum_correction: bool = option(
-            False, "rescale the momentum when the learning rate changes, as torch.optim.SGD does"
-        )
-
-    def __init__(self, params: Tensor, *, momentum: float, options: Any) -> None:
-        super().__init__(params, momentum=momentum, options=options)
+    @override
+    def init(self, params: Tensor, momentum: float) -> None:
+        super().init(params, momentum)
         self.u = torch.zeros_like(params)
         self.index = 0
         self.scheduled_lr = 0.0
 
+    @override
     def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
         """Shift the momentum to the newest bucket, then add the gradient at its place."""
         shifts = max(0, context.newest_bucket - self.index)
@@ -71,7 +67,7 @@ class OrMo(Algorithm):
 
     def _correction(self, scheduled_lr: float) -> float:
         """What rescales the momentum to a new scheduled learning rate; one that a rate of 0 has emptied stays as it is."""
-        if self.options.momentum_correction and self.scheduled_lr not in (0.0, scheduled_lr):
+        if self.momentum_correction and self.scheduled_lr not in (0.0, scheduled_lr):
             return scheduled_lr / self.scheduled_lr
         return 1.0
 
@@ -79,6 +75,7 @@ class OrMo(Algorithm):
         """``1 + beta + ... + beta^exponent``: what the parameters owe a gradient that is so many buckets old."""
         return (1 - self.momentum ** (exponent + 1)) / (1 - self.momentum)
 
+    @override
     def state_dict(self) -> Mapping[str, Tensor | int | float]:
         """The momentum ``u``, its index ``I`` and the learning rate it was last scaled to."""
         return {"u": self.u, "index": self.index, "scheduled_lr": self.scheduled_lr}

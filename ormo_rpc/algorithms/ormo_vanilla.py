@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from typing_extensions import override
+
 from ormo_rpc.algorithms.ormo import OrMo
-from ormo_rpc.options import option
+from ormo_rpc.options import register
 
 
+@register("ormo_vanilla")
+@dataclass(kw_only=True)
 class OrMoVanilla(OrMo):
     """OrMo whose late gradients move the parameters as plain SGD would: the ablation of the paper.
 
@@ -17,13 +21,6 @@ class OrMoVanilla(OrMo):
     Source: arXiv 2407.19234, "OrMo (vanilla SGD step)". Reconstructed: the momentum ``u`` is taken to be as in OrMo.
     """
 
-    NAME = "ormo_vanilla"
-
-    @dataclass(frozen=True, kw_only=True)
-    class Options(OrMo.Options):
-        """Those of ordered momentum."""
-
-        name: str = option("ormo_vanilla", "ordered momentum with a vanilla SGD step (ablation)")
-
-    def _reach(self, exponent: int) -> float:  # noqa: ARG002 - however old, it is felt once
+    @override
+    def _reach(self, exponent: int) -> float:
         return 1.0

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ormo_rpc.algorithms.base import Algorithm, PushContext
-from ormo_rpc.options import option
+from ormo_rpc.options import option, register
 
 
+@register("pnm")
+@dataclass(kw_only=True)
 class PNM(Algorithm):
     """Positive-negative momentum: the difference of two momenta, of the even and of the odd gradients.
 
@@ -25,30 +27,26 @@ class PNM(Algorithm):
         of the two coefficients.
     """
 
-    NAME = "pnm"
+    beta2: float = option(
+        1.0, "weight of the negative momentum", valid=lambda v: 0 <= v < float("inf"), expected="a finite number >= 0"
+    )
 
-    @dataclass(frozen=True, kw_only=True)
-    class Options(Algorithm.Options):
-        """The weight of the negative momentum."""
-
-        name: str = option("pnm", "positive-negative momentum in order of context")
-        beta2: float = option(
-            1.0, "weight of the negative momentum", valid=lambda v: 0 <= v < float("inf"), expected="a finite number >= 0"
-        )
-
-    def __init__(self, params: Tensor, *, momentum: float, options: Any) -> None:
-        super().__init__(params, momentum=momentum, options=options)
+    @override
+    def init(self, params: Tensor, momentum: float) -> None:
+        super().init(params, momentum)
         self.even = torch.zeros_like(params)
         self.odd = torch.zeros_like(params)
 
+    @override
     def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
         """The momentum of the gradient's parity takes it; the parameters move by the difference of the two."""
         positive, negative = (self.odd, self.even) if context.iteration % 2 else (self.even, self.odd)
-        square, beta2 = self.momentum**2, self.options.beta2
+        square, beta2 = self.momentum**2, self.beta2
         positive.mul_(square).add_(grad, alpha=1 - square)
         scaled_lr = lr / math.hypot(1 + beta2, beta2)
         self.params.sub_(positive, alpha=scaled_lr * (1 + beta2)).add_(negative, alpha=scaled_lr * beta2)
 
+    @override
     def state_dict(self) -> Mapping[str, Tensor | int | float]:
         """The momenta of the even and of the odd iterations."""
         return {"even": self.even, "odd": self.odd}

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ormo_rpc.algorithms.base import Algorithm, PushContext
-from ormo_rpc.options import option
-
-_REASON = "it decides itself whose gradients make up a step, and a worker that is held back adds none to it; use async"
+from ormo_rpc.options import option, register
 
 
+@register("rennala")
+@dataclass(kw_only=True)
 class Rennala(Algorithm):
     """Rennala SGD: a step is the mean of B gradients that were all taken at the present parameters; others are discarded.
 
@@ -26,41 +26,42 @@ class Rennala(Algorithm):
         B gradients is applied with the weight ``eta / B`` that each would have had.
     """
 
-    NAME = "rennala"
-    REFUSES: ClassVar[Mapping[str, str]] = {"sync": _REASON, "partial": _REASON, "ssp": _REASON}
+    NEEDS_IMMEDIATE_REPLIES = (
+        "it decides itself whose gradients make up a step, and a worker that is held back adds none to it; use async"
+    )
 
-    @dataclass(frozen=True, kw_only=True)
-    class Options(Algorithm.Options):
-        """The size of a step."""
+    batch: int = option(4, "B, gradients that make a step", valid=lambda v: v >= 1, expected="a whole number >= 1")
 
-        name: str = option("rennala", "a step is the mean of B gradients of the present parameters, others are discarded")
-        batch: int = option(4, "B, gradients that make a step", valid=lambda v: v >= 1, expected="a whole number >= 1")
-
-    def __init__(self, params: Tensor, *, momentum: float, options: Any) -> None:
-        super().__init__(params, momentum=momentum, options=options)
+    @override
+    def init(self, params: Tensor, momentum: float) -> None:
+        super().init(params, momentum)
         self.collected = torch.zeros_like(params)
         self.count = 0
         self.version = 0
 
+    @override
     def accepts(self, context: PushContext) -> bool:
         """Whether it was taken at the parameters of the present."""
         return context.version == self.version
 
-    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:  # noqa: ARG002 - all that are accepted are alike
+    @override
+    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
         """``G <- G + g``, and with the B-th one ``w <- w - eta G / B``."""
         self.collected.add_(grad)
         self.count += 1
-        if self.count == self.options.batch:
+        if self.count == self.batch:
             self.flush(lr)
 
+    @override
     def flush(self, lr: float) -> None:
         """Apply what is collected."""
         if self.count:
-            self.params.sub_(self.collected, alpha=lr / self.options.batch)
+            self.params.sub_(self.collected, alpha=lr / self.batch)
             self.collected.zero_()
             self.count = 0
             self.version += 1
 
+    @override
     def state_dict(self) -> Mapping[str, Tensor | int | float]:
         """The sum ``G`` and the number of its gradients, and the version of the parameters."""
         return {"collected": self.collected, "count": self.count, "version": self.version}

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
+from typing_extensions import override
 
 from ormo_rpc.algorithms.base import Algorithm, PushContext
-from ormo_rpc.options import option
-
-_REASON = "it bounds the delays by what it discards, not by letting workers wait; use async"
+from ormo_rpc.options import option, register
 
 
+@register("ringmaster")
+@dataclass(kw_only=True)
 class Ringmaster(Algorithm):
     """Ringmaster ASGD: a gradient whose delay reaches R is discarded and its worker answered with fresh parameters.
 
@@ -24,26 +23,22 @@ class Ringmaster(Algorithm):
         it is not given; the paper's ``max(1, ceil(sigma^2 / epsilon))`` needs the noise of the gradients.
     """
 
-    NAME = "ringmaster"
-    REFUSES: ClassVar[Mapping[str, str]] = {"sync": _REASON, "partial": _REASON, "ssp": _REASON}
+    NEEDS_IMMEDIATE_REPLIES = "it bounds the delays by what it discards, not by letting workers wait; use async"
 
-    @dataclass(frozen=True, kw_only=True)
-    class Options(Algorithm.Options):
-        """The delay that is too long."""
+    delay_threshold: int | None = option(
+        None,
+        "R, the smallest delay that is discarded, in iterations; default 2 K",
+        valid=lambda v: isinstance(v, int) and v >= 1,
+        expected="a whole number >= 1",
+    )
 
-        name: str = option("ringmaster", "asynchronous SGD that discards gradients whose delay reaches R")
-        delay_threshold: int | None = option(
-            None,
-            "R, the smallest delay that is discarded, in iterations; default 2 K",
-            valid=lambda v: isinstance(v, int) and v >= 1,
-            expected="a whole number >= 1",
-        )
-
+    @override
     def accepts(self, context: PushContext) -> bool:
         """``tau < R``."""
-        threshold = self.options.delay_threshold
+        threshold = self.delay_threshold
         return context.delay < (2 * context.concurrency if threshold is None else threshold)
 
-    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:  # noqa: ARG002 - what is accepted counts in full
+    @override
+    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
         """``w <- w - eta g``."""
         self.params.sub_(grad, alpha=lr)

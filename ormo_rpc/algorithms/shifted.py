@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
+from typing_extensions import override
 
 from ormo_rpc.algorithms.base import Algorithm, PushContext
 from ormo_rpc.kernels.steps import HeavyBallStep
-from ormo_rpc.options import option
+from ormo_rpc.options import register
 
 
+@register("shifted")
+@dataclass(kw_only=True)
 class Shifted(Algorithm):
     """Shifted momentum: a gradient meets the momentum of the time at which it was taken, not that of its context.
 
@@ -26,29 +28,26 @@ class Shifted(Algorithm):
         barriers, under which the form with one buffer for each worker is kept, nor workers that come and go.
     """
 
-    NAME = "shifted"
     OUT_OF_PLACE = True
 
-    @dataclass(frozen=True, kw_only=True)
-    class Options(Algorithm.Options):
-        """No options of its own."""
-
-        name: str = option("shifted", "a momentum buffer for each worker (shifted momentum)")
-
-    def __init__(self, params: Tensor, *, momentum: float, options: Any) -> None:
-        super().__init__(params, momentum=momentum, options=options)
+    @override
+    def init(self, params: Tensor, momentum: float) -> None:
+        super().init(params, momentum)
         self.v: dict[int, Tensor] = {}
 
+    @override
     def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
         """``v_k <- beta v_k + eta g; w <- w - v_k``."""
         if context.worker not in self.v:
             self.v[context.worker] = self.zeros()
         self.params = self.kernel.step(HeavyBallStep(beta=self.momentum, u_scale=lr), grad, self.params, self.v[context.worker])
 
+    @override
     def leave(self, worker: int) -> None:
         """The worker's momentum is gone with it."""
         self.v.pop(worker, None)
 
+    @override
     def state_dict(self) -> Mapping[str, Tensor | int | float]:
         """The momentum ``v_k`` of each worker."""
         return self.by_worker("v", self.v)

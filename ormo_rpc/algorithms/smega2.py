@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
+from typing_extensions import override
 
 from ormo_rpc.algorithms.base import Algorithm, PullContext, PushContext
-from ormo_rpc.options import option
+from ormo_rpc.options import register
 
 
+@register("smega2")
+@dataclass(kw_only=True)
 class SMEGA2(Algorithm):
     """SMEGA2: one momentum of mean gradients for all workers, and each gradient is taken where ``w`` will be K steps on.
 
@@ -27,20 +29,14 @@ class SMEGA2(Algorithm):
     Source: Cohen, Hakimi, Schuster, ICPP 2022 (SMEGA2). Departure: K is constant in the paper, so its mean is ``G / K``.
     """
 
-    NAME = "smega2"
-
-    @dataclass(frozen=True, kw_only=True)
-    class Options(Algorithm.Options):
-        """No options of its own."""
-
-        name: str = option("smega2", "a single momentum buffer of mean gradients, and a look ahead of K steps (SMEGA2)")
-
-    def __init__(self, params: Tensor, *, momentum: float, options: Any) -> None:
-        super().__init__(params, momentum=momentum, options=options)
+    @override
+    def init(self, params: Tensor, momentum: float) -> None:
+        super().init(params, momentum)
         self.v = self.zeros()
         self.G = self.zeros()
         self.count = 0
 
+    @override
     def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
         """``w <- w - eta (g + beta v)``; the momentum follows at the end of a round."""
         self.params.sub_(grad, alpha=lr).sub_(self.v, alpha=lr * self.momentum)
@@ -49,11 +45,13 @@ class SMEGA2(Algorithm):
         if self.count >= context.concurrency:
             self._close()
 
-    def flush(self, lr: float) -> None:  # noqa: ARG002 - the parameters do not move
+    @override
+    def flush(self, lr: float) -> None:
         """Close the round, if anything is in it."""
         if self.count:
             self._close()
 
+    @override
     def outgoing(self, context: PullContext) -> Tensor:
         """The parameters after K more gradients of zero, the last ``late`` of them with the momentum of the next round."""
         late = min(self.count, context.concurrency - 1)
@@ -67,6 +65,7 @@ class SMEGA2(Algorithm):
         self.G.zero_()
         self.count = 0
 
+    @override
     def state_dict(self) -> Mapping[str, Tensor | int | float]:
         """The momentum ``v``, the sum ``G`` of the round's gradients and their number ``c``."""
         return {"v": self.v, "G": self.G, "count": self.count}

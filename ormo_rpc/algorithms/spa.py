@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
+from typing_extensions import override
 
 from ormo_rpc.algorithms.base import Algorithm, PushContext
-from ormo_rpc.options import option
+from ormo_rpc.options import option, register
 
 
+@register("spa")
+@dataclass(kw_only=True)
 class SPA(Algorithm):
     """Stochastic primal averaging: SGD with a large step on ``z``, and ``w`` its running average, where gradients are taken.
 
@@ -23,30 +25,26 @@ class SPA(Algorithm):
     Source: Defazio 2020, arXiv 2010.00406. Departure: ``eta`` and ``beta`` are given in place of ``gamma``.
     """
 
-    NAME = "spa"
+    averaging: float | None = option(
+        None,
+        "c, the weight of z in the average w; default 1 - momentum, which is heavy ball",
+        valid=lambda v: 0 < v <= 1,
+        expected="a number in (0, 1]",
+    )
 
-    @dataclass(frozen=True, kw_only=True)
-    class Options(Algorithm.Options):
-        """The weight of the newest point in the average."""
-
-        name: str = option("spa", "stochastic primal averaging in order of context")
-        averaging: float | None = option(
-            None,
-            "c, the weight of z in the average w; default 1 - momentum, which is heavy ball",
-            valid=lambda v: 0 < v <= 1,
-            expected="a number in (0, 1]",
-        )
-
-    def __init__(self, params: Tensor, *, momentum: float, options: Any) -> None:
-        super().__init__(params, momentum=momentum, options=options)
+    @override
+    def init(self, params: Tensor, momentum: float) -> None:
+        super().init(params, momentum)
         self.z = params.clone()
 
-    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:  # noqa: ARG002 - z asks for no order
+    @override
+    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
         """``z <- z - gamma g; w <- (1 - c) w + c z``."""
-        c = self.options.averaging
+        c = self.averaging
         self.z.sub_(grad, alpha=lr / (1 - self.momentum))
         self.params.lerp_(self.z, 1 - self.momentum if c is None else c)
 
+    @override
     def state_dict(self) -> Mapping[str, Tensor | int | float]:
         """The point ``z``."""
         return {"z": self.z}

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from typing_extensions import override
+
 from ormo_rpc.algorithms.asgd import ASGD
 from ormo_rpc.algorithms.base import PushContext
-from ormo_rpc.options import option
-
-ONE_AGE = "all gradients of a round were taken at the same parameters, so one age is right for all and the delay says nothing"
+from ormo_rpc.options import register
 
 
+@register("staleness_aware")
+@dataclass(kw_only=True)
 class StalenessAware(ASGD):
     """Staleness-aware ASGD: a gradient counts in inverse proportion to its delay.
 
@@ -21,15 +23,11 @@ class StalenessAware(ASGD):
         before each step; here c = 1, its softsync with as many groups as workers. Schedulers that answer in rounds are refused.
     """
 
-    NAME = "staleness_aware"
-    REFUSES = {"sync": ONE_AGE, "partial": ONE_AGE}  # noqa: RUF012 - declared as a ClassVar in the base
+    NEEDS_NO_BARRIER = (
+        "all gradients of a round were taken at the same parameters, so one age is right for all and the delay says nothing"
+    )
 
-    @dataclass(frozen=True, kw_only=True)
-    class Options(ASGD.Options):
-        """No options of its own."""
-
-        name: str = option("staleness_aware", "asynchronous SGD, learning rate divided by the delay")
-
+    @override
     def learning_rate(self, context: PushContext) -> float:
         """``eta / max(tau, 1)``."""
         return context.lr / max(context.delay, 1)

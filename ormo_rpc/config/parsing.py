@@ -10,16 +10,15 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ormo_rpc import algorithms
 from ormo_rpc.compression.wire_options import Transport
 from ormo_rpc.config.renamed import translate_renamed
 from ormo_rpc.config.saving import to_tree
-from ormo_rpc.config.schema import Config, choices
+from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.options import Part, Section
 from ormo_rpc.options.instantiate import part, path_of
 from ormo_rpc.options.values import build, refuse_key
-from ormo_rpc.schedulers.base import SCHEDULERS
+from ormo_rpc.schedulers import incompatibility
 
 
 def parse_config(values: DictConfig | Mapping[str, Any]) -> Config:
@@ -120,13 +119,6 @@ def _section(key: str, kind: Any, value: Any, default: Any) -> Any:
         return part(key, value, default)
     if isinstance(value, kind):
         return value
-    if key in ("algorithm", "scheduler"):
-        value = {"name": value} if isinstance(value, str) else value
-        value = {each: inner for each, inner in value.items() if (each, inner) != ("_target_", None)}
-        name = value.get("name", default().name)
-        if name not in choices(key):
-            raise ConfigError(f"{key}: got {name!r}, expected one of {', '.join(choices(key))}")
-        return build(choices(key)[name], value)
     if not isinstance(value, Mapping):
         raise ConfigError(f"{key}: got {value!r}, expected keys with their values")
     return build(kind, {str(each): inner for each, inner in value.items()})
@@ -138,13 +130,11 @@ def _refuse_together(config: Config) -> None:
     Raises:
         ConfigError: it does not.
     """
-    refused = algorithms.find(config.algorithm.name).REFUSES.get(config.scheduler.name)
+    refused = incompatibility(config.algorithm, config.scheduler)
     if refused is not None:
-        raise ConfigError(
-            f"scheduler: got {config.scheduler.name!r}, which {config.algorithm.name} does not run under: {refused}"
-        )
+        raise ConfigError(refused)
     prefetch = config.worker.prefetch
-    if prefetch and SCHEDULERS[config.scheduler.name].BARRIER:
+    if prefetch and config.scheduler.BARRIER:
         raise ConfigError(
             f"worker.prefetch: got {prefetch} with scheduler={config.scheduler.name}, whose barrier waits for all tickets, "
             f"those ahead as well; expected 0, or scheduler=async or ssp"

@@ -13,8 +13,8 @@ from enum import Enum
 
 import torch
 
-from ormo_rpc import algorithms
-from ormo_rpc.algorithms.base import Algorithm
+from ormo_rpc.algorithms import Algorithm
+from ormo_rpc.algorithms.ormo import OrMo
 from ormo_rpc.compression import Compression, NoCompression
 from ormo_rpc.compression.wire_options import ParamsDtype, Wire, WireDtype
 from ormo_rpc.config.runtimes import RpcRuntime, Runtime, SimRuntime
@@ -24,7 +24,8 @@ from ormo_rpc.loggers import Logger, WandbLogger
 from ormo_rpc.models import MLP, Model
 from ormo_rpc.options import Section, at_least_one, not_negative, option, parts, positive
 from ormo_rpc.options.part import PACKAGES
-from ormo_rpc.schedulers.base import SCHEDULERS, Scheduler
+from ormo_rpc.schedulers import Scheduler
+from ormo_rpc.schedulers.async_ import Async
 from ormo_rpc.server.lr_schedule import LearningRate, Shape
 from ormo_rpc.server.validation import NormLimit, NormPolicy
 from ormo_rpc.worker.heterogeneity import Heterogeneity, NoHeterogeneity
@@ -152,8 +153,8 @@ class Config(Section):
     )
     role: Role = option(Role.all, "all (server and workers), or worker: join the run at server.address and work for it")
     seed: int = option(0, "of everything random", valid=lambda v: v >= 0, expected="a whole number >= 0")
-    algorithm: Algorithm.Options = field(default_factory=lambda: algorithms.find("ormo").Options())
-    scheduler: Scheduler.Options = field(default_factory=SCHEDULERS["async"].Options)
+    algorithm: Algorithm = field(default_factory=OrMo)
+    scheduler: Scheduler = field(default_factory=Async)
     dataset: DataSource = field(default_factory=Digits)
     model: Model = field(default_factory=MLP)
     heterogeneity: Heterogeneity = field(default_factory=NoHeterogeneity)
@@ -235,8 +236,4 @@ GROUPS: tuple[str, ...] = tuple(field.name for field in fields(Config) if field.
 
 def choices(group: str) -> Mapping[str, type[Section]]:
     """The parts of a group by name."""
-    if group == "algorithm":
-        return {name: algorithms.find(name).Options for name in algorithms.NAMES}
-    if group == "scheduler":
-        return {name: scheduler.Options for name, scheduler in sorted(SCHEDULERS.items())}
     return parts(group)

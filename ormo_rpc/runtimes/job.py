@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ormo_rpc import algorithms
 from ormo_rpc.compression import Allocate, PushFormat, pushed_dtype
 from ormo_rpc.config.schema import Config
 from ormo_rpc.data import Epochs
@@ -114,7 +112,7 @@ class Job:
             model,
             self.data.train,
             self.epochs,
-            algorithms.find(self.config.algorithm.name),
+            self.config.algorithm,
             seed=self.config.seed,
             momentum=train.momentum,
             weight_decay=train.weight_decay,
@@ -163,7 +161,7 @@ def configured_format(config: Config, params: Layout, buffers: Layout, dtype: to
         params=params,
         buffers=buffers,
         dtype=dtype,
-        vectors=algorithms.find(config.algorithm.name).VECTORS_PUSHED,
+        vectors=config.algorithm.VECTORS_PUSHED,
         compression=config.compression,
         wire=config.wire.dtype,
         seed=config.seed,
@@ -179,17 +177,16 @@ def configured_server(
 ) -> ParameterServer:
     """The server that a job's configuration asks for."""
     config = job.config
-    options = {**asdict(config.algorithm), **asdict(config.scheduler)}
-    del options["name"]
     return build_server(
-        algorithm=config.algorithm.name,
-        scheduler=config.scheduler.name,
+        algorithm=config.algorithm,
+        scheduler=config.scheduler,
         params=params,
         num_workers=config.num_workers,
         lr=job.lr,
         momentum=config.train.momentum,
         total_tickets=job.total_tickets,
         min_workers=config.runtime.min_workers,
+        seed=config.seed,
         buffers=buffers,
         record=record,
         clock=clock,
@@ -199,5 +196,4 @@ def configured_server(
         sent_dtype=config.wire.params.rounded,
         pushed_dtype=pushed_dtype(config.compression, config.wire.dtype),
         process_of=config.process_of,
-        **options,
     )

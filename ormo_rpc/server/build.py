@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from enum import Enum
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ormo_rpc import algorithms
+from ormo_rpc.algorithms import Algorithm
 from ormo_rpc.kernels.kernel import Kernel
-from ormo_rpc.schedulers import base as schedulers
+from ormo_rpc.options import Part, find
+from ormo_rpc.options.values import build
+from ormo_rpc.schedulers import Scheduler, incompatibility
+from ormo_rpc.seeding import generator
 from ormo_rpc.server.buffers import RunningBuffers
 from ormo_rpc.server.events import Event
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.server.validation import NormLimit, all_finite
+
+P = TypeVar("P", bound=Part)
 
 
 def build_server(
     *,
     params: Tensor,
     num_workers: int,
-    algorithm: str = "ormo",
-    scheduler: str = "async",
+    algorithm: str | Algorithm = "ormo",
+    scheduler: str | Scheduler = "async",
     lr: float | Callable[[int], float] = 0.1,
     momentum: float = 0.9,
     total_tickets: int | None = None,
     min_workers: int = 1,
+    seed: int = 0,
     buffers: RunningBuffers | None = None,
     record: Callable[[Event], None] = lambda _: None,
     clock: Callable[[], float] = lambda: 0.0,
@@ -46,12 +51,13 @@ def build_server(
     Args:
         params: ``w_0``, shape (D,), float32 or float64; copied.
         num_workers: The number of workers, numbered from 0.
-        algorithm: The algorithm's name.
-        scheduler: The scheduler's name.
+        algorithm: The algorithm, or its name; an object is copied, not changed.
+        scheduler: The scheduler, or its name; likewise.
         lr: The learning rate ``eta``, or a function of the iteration ``t``.
         momentum: ``beta``, in [0, 1).
         total_tickets: T, how many gradients to apply; None for no end.
         min_workers: While fewer are members, no ticket is handed out.
+        seed: The seed of a scheduler that draws.
         buffers: The running average of buffers that come with the pushes; none by default.
         record: Called with every event, in order.
         clock: Seconds since the start, for the events.
@@ -61,23 +67,22 @@ def build_server(
         sent_dtype: What parameters are rounded to when they are handed out; as they are by default.
         pushed_dtype: What pushes are of, bfloat16 or float16; by default the dtype of ``params``.
         process_of: From a worker to its process; by default each is its own. See `ParameterServer`.
-        options: Options of the algorithm and of the scheduler.
+        options: Options of the algorithm and of the scheduler, where these are given by name.
 
     Raises:
         ValueError: something is unknown or out of range.
     """
-    algorithm_class, scheduler_class = algorithms.find(algorithm), schedulers.find(scheduler)
-    algorithm_options, rest = _take_options(algorithm_class.Options, options)
-    scheduler_options, rest = _take_options(scheduler_class.Options, rest)
-    if rest:
-        known = sorted({*_option_names(algorithm_class.Options), *_option_names(scheduler_class.Options)})
+    unknown = dict(options)
+    own_algorithm = _copy_or_build(Algorithm, algorithm, unknown)
+    own_scheduler = _copy_or_build(Scheduler, scheduler, unknown)
+    if unknown:
         raise ValueError(
-            f"build_server: got the unknown option {sorted(rest)[0]!r}, expected one of {known} for {algorithm}, {scheduler}"
+            f"build_server: got the unknown option {min(unknown)!r}, expected one of {_option_names(algorithm, scheduler)} "
+            f"for {own_algorithm.name}, {own_scheduler.name}"
         )
-    if scheduler in algorithm_class.REFUSES:
-        raise ValueError(
-            f"scheduler: got {scheduler!r}, which {algorithm} does not run under: {algorithm_class.REFUSES[scheduler]}"
-        )
+    refused = incompatibility(own_algorithm, own_scheduler)
+    if refused is not None:
+        raise ValueError(refused)
     if params.dim() != 1 or params.dtype not in (torch.float32, torch.float64) or params.numel() == 0:
         raise ValueError(
             f"params: got shape {tuple(params.shape)} of {params.dtype}, expected one dimension of float32 or float64"
@@ -98,12 +103,13 @@ def build_server(
         raise ValueError(f"pushed_dtype: got {pushed_dtype}, expected torch.bfloat16 or torch.float16, or None")
     if norm_limit is not None and not (math.isfinite(norm_limit.limit) and norm_limit.limit > 0):
         raise ValueError(f"norm_limit: got the limit {norm_limit.limit}, expected a finite number > 0")
-    instance = algorithm_class(params.detach().clone(), momentum=momentum, options=algorithm_options)
+    own_algorithm.init(params.detach().clone(), momentum)
     # One of its own, as it remembers the newest parameters.
-    instance.kernel = dataclasses.replace(kernel or Kernel(), rounds=sent_dtype is torch.bfloat16)
+    own_algorithm.kernel = dataclasses.replace(kernel or Kernel(), rounds=sent_dtype is torch.bfloat16)
+    own_scheduler.init(generator(seed, "scheduler", 0))
     return ParameterServer(
-        instance,
-        scheduler_class(scheduler_options),
+        own_algorithm,
+        own_scheduler,
         num_workers=num_workers,
         lr=lr if callable(lr) else lambda _: lr,
         total_tickets=total_tickets,
@@ -119,24 +125,17 @@ def build_server(
     )
 
 
-def _take_options(section: type[Any], options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Build a section from those options that are its own; return it and the rest."""
-    fields = {field.name: field for field in dataclasses.fields(section) if field.name != "name"}
-    own = {name: _as_choice(section, fields[name], value) for name, value in options.items() if name in fields}
-    return section(**own), {name: value for name, value in options.items() if name not in own}
+def _copy_or_build(base: type[P], given: str | P, options: dict[str, Any]) -> P:
+    """Copy a part, without its running state; or build it by its name, taking its options out of ``options``."""
+    if isinstance(given, base):
+        return build(type(given), {name: getattr(given, name) for name in given.declared()})
+    if not isinstance(given, str):
+        raise ValueError(f"{base.PATH}: got a {type(given).__name__}, expected a name or an object of a {base.__name__}")
+    cls: type[P] = find(base.PATH, given)
+    return build(cls, {name: options.pop(name) for name in cls.declared() if name in options})
 
 
-def _as_choice(section: type[Any], field: dataclasses.Field[Any], value: Any) -> Any:
-    """A member of an enum by its value, for an option that is one; any other option as it is."""
-    choices = type(field.default)
-    if not issubclass(choices, Enum) or isinstance(value, choices):
-        return value
-    try:
-        return choices(value)
-    except ValueError:
-        names = ", ".join(str(choice.value) for choice in choices)
-        raise ValueError(f"{section.key(field.name)}: got {value!r}, expected one of {names}") from None
-
-
-def _option_names(section: type[Any]) -> set[str]:
-    return {field.name for field in dataclasses.fields(section)} - {"name"}
+def _option_names(*given: str | Part) -> list[str]:
+    """Return the options of the parts that are given by name."""
+    named = [find(base.PATH, each) for base, each in zip((Algorithm, Scheduler), given, strict=True) if isinstance(each, str)]
+    return sorted(name for part in named for name in part.declared())

@@ -354,7 +354,7 @@ class ParameterServer(ServerState):
             stamp=self.iteration,
             params=self.sent_snapshot() if ticket is None else self._params_for(worker, lr),
             lr=lr,
-            steps=self.algorithm.options.steps,
+            steps=self.algorithm.steps,
             incarnation=self.incarnation,
         )
 

@@ -19,7 +19,7 @@ from ormo_rpc.server.buffers import RunningBuffers
 from ormo_rpc.server.events import Event
 from ormo_rpc.server.validation import NormLimit
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 """The format of `ServerState.state_dict`; another one is refused."""
 
 
@@ -165,8 +165,8 @@ class ServerState:
             "replies": [{field.name: getattr(reply, field.name) for field in fields(reply)} for reply in kept],
             "paused": self.paused,
             "version": STATE_VERSION,
-            "algorithm": self.algorithm.NAME,
-            "scheduler": self.scheduler.NAME,
+            "algorithm": self.algorithm.name,
+            "scheduler": self.scheduler.name,
             "params": self.snapshot(),
             "algorithm_state": {k: v.clone() if isinstance(v, Tensor) else v for k, v in self.algorithm.state_dict().items()},
             "buffers": self.buffers.state_dict(),
@@ -180,6 +180,7 @@ class ServerState:
             "blocked": list(self.blocked),
             "idle": list(self.idle),
             "scheduler_state": self.scheduler.state_dict(),
+            "scheduler_generator": self.scheduler.generator.get_state(),
         }
 
     @torch.no_grad()  # whoever made the state, later steps must not hang on its graph
@@ -192,8 +193,8 @@ class ServerState:
         """
         mine = {
             "version": STATE_VERSION,
-            "algorithm": self.algorithm.NAME,
-            "scheduler": self.scheduler.NAME,
+            "algorithm": self.algorithm.name,
+            "scheduler": self.scheduler.name,
             "params": _layout({"params": self.params}),
             "buffers": _layout(self.buffers.state_dict()),
             "algorithm_state": _layout(self.algorithm.state_dict()),
@@ -232,6 +233,7 @@ class ServerState:
             self.members[values["worker"]].reply = Reply(**values)
         self.paused = state["paused"]
         self.scheduler.load_state_dict(state["scheduler_state"])
+        self.scheduler.generator.set_state(state["scheduler_generator"])
         self.started = True
         self.forget_snapshots()
 

@@ -44,7 +44,7 @@ class Worker:
         model: FlatModel,
         data: Split,
         epochs: Epochs,
-        algorithm: type[Algorithm],
+        algorithm: Algorithm,
         *,
         seed: int,
         momentum: float = 0.0,

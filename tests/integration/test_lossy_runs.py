@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ormo_rpc import ConfigError, Push, algorithms, build_server, train
+from ormo_rpc import ConfigError, Push, build_server, train
 from ormo_rpc.algorithms.base import PushContext
 from ormo_rpc.algorithms.dc_asgd import DCASGD
 from ormo_rpc.config.parsing import parse_config
 from ormo_rpc.kernels.compiled import fastest_kernel
 from ormo_rpc.kernels.pool import WORTH_POOLING
+from ormo_rpc.options import parts
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.storage.checkpoint import complete
 from ormo_rpc.storage.run_directory import read_trace
@@ -59,7 +60,7 @@ def test_a_simulated_run_is_replayed_to_the_bit(name: str, tmp_path: Path) -> No
     assert (exact["wire"], recorded["wire"]) == ("exact", parse_config(config).wire_form)
 
 
-@pytest.mark.parametrize("algorithm", algorithms.NAMES)
+@pytest.mark.parametrize("algorithm", parts("algorithm"))
 def test_every_algorithm_runs_over_a_lossy_wire_both_ways(algorithm: str, tmp_path: Path) -> None:
     config = changed(
         BASE,

@@ -13,8 +13,8 @@ import ormo_rpc
 from ormo_rpc.cli import compose
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.messages import Push
+from ormo_rpc.options import parts
 from ormo_rpc.runtimes.job import Job
-from ormo_rpc.schedulers.base import SCHEDULERS
 from ormo_rpc.server.parameter_server import Status
 from tests.support.processes import QUIET, events, launch, replayed, summary
 
@@ -76,7 +76,7 @@ def replayed_sha(tmp_path: Path, *options: str) -> bool:
     return replayed(tmp_path / "run", tmp_path / "again") == first["final_params_sha256"]
 
 
-@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
+@pytest.mark.parametrize("scheduler", list(parts("scheduler")))
 def test_barriers_refuse_it(scheduler: str) -> None:
     overrides = [f"scheduler={scheduler}", "worker.prefetch=1"]
     if scheduler in ("sync", "partial"):

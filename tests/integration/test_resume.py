@@ -14,14 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from ormo_rpc import RunFailed, algorithms, train
+from ormo_rpc import RunFailed, train
 from ormo_rpc.config.parsing import parse_config, save_config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.messages import Reply
+from ormo_rpc.options import find, parts
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.runtimes.session import Session
 from ormo_rpc.runtimes.simulator import InlineExecutor
-from ormo_rpc.schedulers.base import SCHEDULERS
+from ormo_rpc.schedulers import incompatibility
 from ormo_rpc.server.events import Kind
 from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.checkpoint import complete
@@ -47,9 +48,9 @@ def changed(base: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 PAIRS = [
     (algorithm, scheduler)
-    for algorithm in algorithms.NAMES
-    for scheduler in SCHEDULERS
-    if scheduler not in algorithms.find(algorithm).REFUSES
+    for algorithm in parts("algorithm")
+    for scheduler in parts("scheduler")
+    if incompatibility(find("algorithm", algorithm), find("scheduler", scheduler)) is None
 ]
 EVERY = {"every": 7, "keep": 100}
 OF_THIS_MACHINE = {"wall_seconds", "step_seconds", "checkpoint", "updates_per_second"}

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ormo_rpc import ParameterServer, Push, PushRefused, algorithms, build_server
+from ormo_rpc import ParameterServer, Push, PushRefused, build_server
 from ormo_rpc.errors import GradientTooLarge, NonFiniteGradient
 from ormo_rpc.kernels.compiled import fastest_kernel
 from ormo_rpc.messages import Reply
+from ormo_rpc.options import find, parts
 from ormo_rpc.server.events import Event, Kind
 from ormo_rpc.server.validation import ROW, NormLimit, NormPolicy
 from ormo_rpc.storage.journal import FileJournal, recover
@@ -39,7 +40,7 @@ def server(
 
 
 def gradients(algorithm: str, length: int, dtype: torch.dtype) -> list[Tensor]:
-    size = length * algorithms.find(algorithm).VECTORS_PUSHED
+    size = length * find("algorithm", algorithm).VECTORS_PUSHED
     generator = torch.Generator().manual_seed(3)
     return [torch.randn(size, generator=generator).to(dtype) for _ in ORDER]
 
@@ -50,7 +51,7 @@ def pushed(reply: Reply, grad: Tensor) -> Push:
 
 
 @pytest.mark.parametrize("dtype", ROUNDED)
-@pytest.mark.parametrize("algorithm", algorithms.NAMES)
+@pytest.mark.parametrize("algorithm", parts("algorithm"))
 def test_a_rounded_push_is_the_same_numbers_to_every_algorithm(algorithm: str, dtype: torch.dtype) -> None:
     length = 70_001  # long enough for compiled steps, with a rest
     events: list[Event] = []

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from ormo_rpc import ConfigError, RunFailed, algorithms, train
+from ormo_rpc import ConfigError, RunFailed, train
 from ormo_rpc.kernels import compiled
 from ormo_rpc.kernels.compiled import compiled_steps
+from ormo_rpc.options import parts
 from ormo_rpc.storage.run_directory import read_trace
 
 QUADRATIC = ("runtime=sim", "logger=none", "runtime.gradient=quadratic", "runtime.dimension=20", "train.lr=0.001")
@@ -119,7 +120,7 @@ def test_two_runs_of_a_seed_are_identical_and_another_seed_differs(tmp_path: Pat
         assert one == two != other
 
 
-@pytest.mark.parametrize("algorithm", algorithms.NAMES)
+@pytest.mark.parametrize("algorithm", parts("algorithm"))
 def test_every_algorithm_is_simulated_and_replayed_to_the_bit(algorithm: str, tmp_path: Path) -> None:
     options = ("model.dropout=0.3", "heterogeneity=one_slow", "train.weight_decay=0.01", "train.lr=0.01")
     recorded = train([*DIGITS, f"algorithm={algorithm}", *options], run_dir=tmp_path / "run")

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from ormo_rpc import algorithms
 from ormo_rpc.compression.wire_options import Transport, WireDtype
+from ormo_rpc.options import parts
 from tests.support.processes import PATIENCE_SECONDS
 from tests.support.stream_peers import BOTH, FACTS, LARGE, SHARED, SMALL, TCP, WORKERS, attach, mapping
 
 
 @pytest.mark.parametrize("transport", BOTH)
-@pytest.mark.parametrize("algorithm", algorithms.NAMES)
+@pytest.mark.parametrize("algorithm", parts("algorithm"))
 def test_every_algorithm_says_by_a_stream_what_it_says_in_process(algorithm: str, transport: Transport) -> None:
     with attach(algorithm=algorithm) as house:
         house.enter(*[transport] * WORKERS)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ormo_rpc import algorithms
 from ormo_rpc.compression import PushFormat
 from ormo_rpc.config.runtimes import GradientKind
 from ormo_rpc.config.schema import Config
@@ -45,12 +44,11 @@ class SyntheticJob:
         """Computes the gradients."""
         sim = self.config.sim
         condition = sim.condition if sim.gradient is GradientKind.quadratic else None
-        algorithm = algorithms.find(self.config.algorithm.name)
         return Quadratic(
             sim.dimension,
             condition,
             sim.noise,
-            algorithm,
+            self.config.algorithm,
             momentum=self.config.train.momentum,
             seed=self.config.seed,
             wire_format=self.push_format(),

@@ -34,7 +34,7 @@ class Quadratic:
         dimension: int,
         condition: float | None,
         noise: float,
-        algorithm: type[Algorithm],
+        algorithm: Algorithm,
         *,
         momentum: float,
         seed: int,

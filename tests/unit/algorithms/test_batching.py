@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ormo_rpc import algorithms
 from ormo_rpc.config.schema import Config, Train
 from ormo_rpc.messages import Reply
 from ormo_rpc.models import MLP
+from ormo_rpc.options import find
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.server.build import build_server
 from ormo_rpc.server.events import Event, Kind
@@ -334,11 +334,10 @@ STEPS, BATCH = 4, 359
 
 
 def job(algorithm: str, **options: Any) -> Job:
-    section: Any = algorithms.find(algorithm).Options
     return Job(
         Config(
             workers=1,
-            algorithm=section(local_steps=STEPS, **options),
+            algorithm=find("algorithm", algorithm)(local_steps=STEPS, **options),
             model=MLP(hidden=8, depth=1, dropout=0.0),
             train=Train(epochs=2, batch_size=BATCH, lr=0.05, momentum=BETA, weight_decay=0.01),
         )

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ormo_rpc import algorithms
 from ormo_rpc.algorithms.base import PullContext, PushContext
 from ormo_rpc.errors import StaleSession
 from ormo_rpc.messages import Reply
+from ormo_rpc.options import find
 from ormo_rpc.server.build import build_server
 from ormo_rpc.server.parameter_server import ParameterServer
 from tests.support.reference import heavy_ball
@@ -241,18 +241,21 @@ def test_what_was_sent_is_asked_for_again_when_the_server_has_lost_it(algorithm:
 # ----------------------------------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize(
-    ("algorithm", "scheduler"), [(name, s) for name in algorithms.NAMES for s in algorithms.find(name).REFUSES]
-)
-def test_a_refused_scheduler_is_refused_with_the_reason(algorithm: str, scheduler: str) -> None:
-    reason = algorithms.find(algorithm).REFUSES[scheduler]
+@pytest.mark.parametrize("scheduler", ["sync", "partial", "ssp"])
+@pytest.mark.parametrize("algorithm", ["rennala", "ringmaster"])
+def test_an_algorithm_that_needs_immediate_replies_refuses_schedulers_that_hold_workers_back(
+    algorithm: str, scheduler: str
+) -> None:
+    reason = find("algorithm", algorithm).NEEDS_IMMEDIATE_REPLIES
     message = f"scheduler: got '{scheduler}', which {algorithm} does not run under: {reason}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         begin(algorithm, num_workers=2, scheduler=scheduler)
 
 
-def test_staleness_aware_refuses_rounds() -> None:
-    assert set(algorithms.find("staleness_aware").REFUSES) == {"sync", "partial"}
+@pytest.mark.parametrize("scheduler", ["sync", "partial"])
+def test_staleness_aware_refuses_barriers(scheduler: str) -> None:
+    with pytest.raises(ValueError, match=rf"^scheduler: got '{scheduler}', which staleness_aware .* the delay says nothing$"):
+        begin("staleness_aware", num_workers=2, scheduler=scheduler)
 
 
 def test_a_negative_compensation_is_refused() -> None:

@@ -7,7 +7,6 @@ from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 
 import pytest
-from omegaconf import OmegaConf
 
 from ormo_rpc.cli import compose
 from ormo_rpc.rendezvous.lease import Lease, connect
@@ -32,7 +31,7 @@ def served(*overrides: str) -> Generator[tuple[Service, WorkerProcess]]:
     job = Job(compose(["workers=1", "model.hidden=4", f"train.max_iterations={TICKETS}", *overrides]))
     service = Service(job.server(lambda _: None, lambda: 0.0), lambda _: None, push_format=job.push_format())
     streams = StreamServer(service, job.config.wire.transport, None)
-    text = OmegaConf.to_yaml(OmegaConf.structured(job.config))
+    text = job.config.yaml
     with ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         stack.callback(listener.shutdown, socket.SHUT_RDWR)  # wakes the thread that accepts

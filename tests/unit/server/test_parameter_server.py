@@ -689,7 +689,7 @@ def test_the_state_of_another_format_or_with_other_buffers_is_refused_whole() ->
     [
         ({"algorithm": "sgd"}, r"algorithm: got 'sgd', expected one of asgd, .*ormo.*"),
         ({"algorithm": "base"}, r"algorithm: got 'base', expected one of asgd, .*ormo.*"),
-        ({"scheduler": "random"}, r"scheduler: got 'random', expected one of async, sync.*"),
+        ({"scheduler": "random"}, r"scheduler: got 'random', expected one of async, partial, ssp, sync"),
         ({"lr": -0.1}, r"lr: got -0\.1, expected a finite number >= 0 or a function of the iteration"),
         ({"lr": math.nan}, r"lr: got nan, expected a finite number >= 0 or a function of the iteration"),
         ({"momentum": 1.0}, r"momentum: got 1\.0, expected a number in \[0, 1\)"),

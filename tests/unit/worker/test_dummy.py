@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import ormo_rpc
-from ormo_rpc import algorithms
 from ormo_rpc.cli import compose
 from ormo_rpc.compression import PushFormat
 from ormo_rpc.compression.wire_options import WireDtype
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.models.flat import FlatModel
+from ormo_rpc.options import find, parts
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.storage.run_directory import read_trace
@@ -84,7 +84,7 @@ def test_it_draws_again_where_the_payload_has_moved() -> None:
 def test_a_fault_spoils_one_push_and_no_later_one(kind: str, wire: str) -> None:
     flat = FlatModel(module(kind))
     form = PushFormat(params=flat.params, buffers=flat.buffers, dtype=flat.dtype, wire=WireDtype(wire))
-    worker = DummyWorker(flat, data(), EPOCHS, algorithms.find("ormo"), seed=0, wire_format=form)
+    worker = DummyWorker(flat, data(), EPOCHS, find("algorithm", "ormo")(), seed=0, wire_format=form)
     reply = Reply(worker=0, ticket=0, stamp=0, params=flat.flat_params(), lr=0.1, steps=1, incarnation=0)
     injector = FaultInjector(["corrupt@0:1"], 0, 0, lambda _: None)
     sent: list[Tensor] = []
@@ -96,7 +96,7 @@ def test_a_fault_spoils_one_push_and_no_later_one(kind: str, wire: str) -> None:
     assert torch.equal(sent[2], sent[0])
 
 
-@pytest.mark.parametrize("name", algorithms.NAMES)
+@pytest.mark.parametrize("name", parts("algorithm"))
 def test_every_algorithm_takes_what_it_pushes(name: str) -> None:
     some = job(f"algorithm={name}")
     worker, server = some.worker(), server_of(some)
@@ -122,7 +122,7 @@ def test_the_parameters_stay_finite_over_any_number_of_updates() -> None:
 
 
 def test_batch_statistics_go_with_it_and_are_finite() -> None:
-    worker = DummyWorker(FlatModel(module("norm")), data(), EPOCHS, algorithms.find("ormo"), seed=0)
+    worker = DummyWorker(FlatModel(module("norm")), data(), EPOCHS, find("algorithm", "ormo")(), seed=0)
     reply = Reply(worker=0, ticket=0, stamp=0, params=worker.model.flat_params(), lr=0.1, steps=1, incarnation=0)
     push: Push = worker.compute(reply)
     assert {name: value.shape for name, value in push.buffers.items()} == worker.model.buffers.shapes

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ormo_rpc import algorithms
 from ormo_rpc.data import ArraySplit, Epochs, MapSplit
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.models import CNN, MLP, ResNet20
 from ormo_rpc.models.flat import FlatModel, Layout, sha256
+from ormo_rpc.options import find
 from ormo_rpc.worker.worker import Worker
 
 SAMPLES, BATCH, SIDE = 21, 4, 8  # five batches of four and one of a single sample
@@ -55,7 +55,7 @@ def worker(name: str, *, seed: int = 0, weight_decay: float = 0.0, clip_norm: fl
         FlatModel(module(name)),
         data(),
         Epochs(SAMPLES, BATCH, seed),
-        algorithms.find("asgd"),
+        find("algorithm", "asgd")(),
         seed=seed,
         weight_decay=weight_decay,
         clip_norm=clip_norm,
@@ -332,7 +332,7 @@ def test_batches_that_are_loaded_ahead_are_those_that_would_be_made(name: str) -
         torch.nn.init.ones_(linear.weight)
         torch.nn.init.zeros_(linear.bias)
         module = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), linear)
-        return Worker(FlatModel(module), split, Epochs(20, 6, 1), algorithms.find(name), seed=1, momentum=0.9)
+        return Worker(FlatModel(module), split, Epochs(20, 6, 1), find("algorithm", name)(), seed=1, momentum=0.9)
 
     counted = Counted(data.images, data.labels, scale=80, mean=[0.5], std=[1], augment=True)
     plain, ahead = worker(data), worker(counted)
@@ -350,6 +350,6 @@ def test_batches_that_are_loaded_ahead_are_those_that_would_be_made(name: str) -
 
 def test_a_data_set_that_draws_from_torch_itself_is_not_loaded_ahead() -> None:
     split = MapSplit([(torch.zeros(4), 0)] * 20)
-    worker = Worker(FlatModel(nn.Linear(4, 3)), split, Epochs(20, 6, 1), algorithms.find("ormo"), seed=1)
+    worker = Worker(FlatModel(nn.Linear(4, 3)), split, Epochs(20, 6, 1), find("algorithm", "ormo")(), seed=1)
     split.batch = None  # pyright: ignore[reportAttributeAccessIssue] # whoever asks for a batch finds out
     worker.load(Reply(worker=0, ticket=0, stamp=0, params=worker.model.flat_params(), lr=0.1, steps=1, incarnation=0))
