@@ -1,4 +1,4 @@
-"""The page of guarantees names tests, and these exist."""
+"""The tests that docs/guarantees.md and SECURITY.md name exist."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).parents[1]
 PAGE = TESTS.parent / "docs" / "guarantees.md"
+SECURITY = TESTS.parent / "SECURITY.md"
 
 
 def named(text: str) -> set[str]:
@@ -22,8 +25,9 @@ def defined() -> set[str]:
     return {function.name for function in functions if function.name.startswith("test_")}
 
 
-def test_every_test_that_the_page_of_guarantees_names_exists() -> None:
-    text = PAGE.read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", [PAGE, SECURITY], ids=lambda page: page.name)
+def test_every_test_that_a_page_names_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
     assert named(text) - defined() == set()
     assert [file for file in re.findall(r"`(test_\w+\.py)`", text) if not list(TESTS.rglob(file))] == []
 

@@ -84,10 +84,10 @@ def _run_worker(arguments: argparse.Namespace, tell: Callable[[str], None]) -> N
     else:
         store = _store(arguments)
         address, secret_file = store.get("address").decode(), store.get("secret_file").decode() or None
-    door = parse_address(address)
+    server_address = parse_address(address)
     worker = WorkerProcess(
         WorkerArgs(
-            door=lambda: door,
+            door=lambda: server_address,
             secret=_secret(secret_file),
             wanted=arguments.preferred_worker,
             slot=arguments.slot_id,

@@ -1,4 +1,4 @@
-"""Bad input by the ten thousand: the core, the rendezvous and the unpickler refuse each with its one error, and nothing changes."""
+"""Bad input by the ten thousand: core, rendezvous and unpickler refuse each with its one error, and nothing changes."""
 
 from __future__ import annotations
 
