@@ -93,6 +93,8 @@ def convert(value: Any, kind: Any) -> Any:
         return {convert(key, inner[0]): convert(item, inner[1]) for key, item in value.items()}
     if isinstance(kind, type) and issubclass(kind, Enum):
         return value if isinstance(value, kind) else _member(kind, value)
+    if isinstance(kind, type) and issubclass(kind, PurePath):
+        return kind(value)
     if kind is bool:
         return (
             value if isinstance(value, bool) else _BOOLEANS[str(value).lower()] if str(value).lower() in _BOOLEANS else _fail()
