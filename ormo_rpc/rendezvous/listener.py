@@ -99,8 +99,9 @@ class Listener:
                 connection.shutdown(socket.SHUT_RDWR)
 
     def _accept(self) -> None:
-        while True:
-            self._unauthenticated.acquire()  # each is given back within the time-out of a handshake
+        while not self._closed.is_set():
+            if not self._unauthenticated.acquire(timeout=HANDSHAKE_TIMEOUT_SECONDS):
+                continue
             try:
                 connection, (host, port, *_) = self.sock.accept()
             except OSError as error:  # such as too many open files: the workers that have joined are served on
@@ -129,7 +130,7 @@ class Listener:
                 finally:
                     self._unauthenticated.release()
                 if membership is None:
-                    with contextlib.suppress(EOFError):  # which means nothing: a worker lives for as long as its lease
+                    with contextlib.suppress(EOFError):  # no reason to evict: the lease tells whether a worker lives
                         self.serve_stream(reader)
                 else:
                     self._hold_lease(connection, reader, membership)

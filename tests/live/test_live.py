@@ -259,7 +259,7 @@ def shared_memory_of(process: psutil.Process) -> list[str]:
     """The names of the memory that a process shares by our segments: its own, or another's."""
     try:
         maps = Path(f"/proc/{process.pid}/maps").read_text()
-    except OSError:  # it is gone, or somebody else's
+    except OSError:  # it has ended, or belongs to another user
         return []
     return sorted(set(re.findall(r"memfd:(ormo_rpc_\w+)", maps)))
 

@@ -17,7 +17,7 @@ import pytest
 from tests.support.processes import QUIET, descendants, events, gone, launch, launched, processes, replayed, summary, wait_until
 
 HAS_IPV6 = any(address.family == socket.AF_INET6 for address in psutil.net_if_addrs().get("lo", ()))
-"""Whether the loopback interface has an address of version 6."""
+"""True where the loopback interface has an IPv6 address."""
 pytestmark = [pytest.mark.live, pytest.mark.timeout(180)]
 
 
@@ -179,7 +179,7 @@ def test_a_server_that_dies_after_the_last_update_still_writes_the_results(tmp_p
 def test_an_elastic_worker_without_a_server_gives_up_with_one_message(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("0123456789abcdef" * 4)
     (tmp_path / "secret").chmod(0o600)
-    with socket.socket() as taken:  # bound and not listening: whoever calls is refused
+    with socket.socket() as taken:  # bound and not listening, so connections are refused
         taken.bind(("127.0.0.1", 0))
         where = (
             "role=worker",

@@ -1,4 +1,4 @@
-"""Helpers of tests that start real processes: launching, waiting with a time-out, and looking for what was left behind."""
+"""Helpers of tests that start real processes: launching, waiting with a time-out, reading what a run has written."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ ROOT = Path(__file__).parents[2]
 QUIET = ("logger=none",)
 """Without wandb, which takes seconds to start."""
 PATIENCE_SECONDS = 60.0
-"""How long anything may take on a busy machine."""
+"""The time-out of every wait, for a busy machine."""
 
 
 def wait_until(done: Callable[[], Any], what: str, every_seconds: float = 0.05) -> Any:
-    """The first true value of ``done()``, which is asked so often; fails the test when none comes in time."""
+    """Return the first true value of ``done()``, called at this interval; fail the test after the time-out."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
         value = done()
@@ -37,7 +37,7 @@ def wait_until(done: Callable[[], Any], what: str, every_seconds: float = 0.05) 
 
 @contextmanager
 def launched(*command: str) -> Generator[subprocess.Popen[str]]:
-    """A command of the checkout, started in a session of its own; whatever of it is left at the end is killed."""
+    """Start a command of the checkout in a session of its own; at the end kill what is left of its processes."""
     process = subprocess.Popen(
         [sys.executable, *command],
         cwd=ROOT,
@@ -63,14 +63,14 @@ def launched(*command: str) -> Generator[subprocess.Popen[str]]:
 
 
 def launch(run_dir: Path, *overrides: str) -> tuple[int, str, str]:
-    """Run ``launch.py`` to its end: exit status, standard output, standard error."""
+    """Run ``launch.py`` to its end; return its exit status, standard output and standard error."""
     with launched("launch.py", f"hydra.run.dir={run_dir}", *overrides) as process:
         out, err = process.communicate(timeout=2 * PATIENCE_SECONDS)
         return process.returncode, out, err
 
 
 def descendants(pid: int) -> list[psutil.Process]:
-    """All processes that a process has started, directly or not."""
+    """The processes that a process has started, directly or not."""
     try:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
@@ -78,13 +78,13 @@ def descendants(pid: int) -> list[psutil.Process]:
 
 
 def processes(run_dir: Path) -> dict[str, Any]:
-    """The content of ``processes.json``, once training has begun."""
+    """Wait until training has begun; return the content of ``processes.json``."""
     wait_until(lambda: len(events(run_dir, "apply")) > 20, "the first updates")
     return json.loads((run_dir / "processes.json").read_text())
 
 
 def events(run_dir: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The events of a run's trace, all or those of a kind; a line that is being written does not count."""
+    """The events of a run's trace, all or those of a kind, without a line that is still being written."""
     file = run_dir / "trace.jsonl"
     lines = file.read_text().split("\n")[:-1] if file.is_file() else []
     found = [json.loads(line) for line in lines]
@@ -97,12 +97,12 @@ def summary(run_dir: Path) -> dict[str, Any]:
 
 
 def gone(found: list[psutil.Process]) -> bool:
-    """Whether none of these processes runs any more."""
+    """Check that all of these processes have ended."""
     return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in found)
 
 
 def replayed(run_dir: Path, again: Path) -> str:
-    """The final parameters of a recorded run, computed again from its trace."""
+    """Replay a recorded run; return the hash of its final parameters."""
     summary = ormo_rpc.train(["runtime=replay", f"replay.run={run_dir}"], run_dir=again)
     assert summary["identical"] is True
     return summary["final_params_sha256"]

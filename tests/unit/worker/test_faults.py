@@ -1,4 +1,4 @@
-"""Faults happen where and as often as they are told to, and nowhere else."""
+"""Faults happen at the push or iteration that their word names, and as often as it says."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PUSHES = 12
 
 
 class Machine:
-    """Notes what would happen to the process."""
+    """In place of `os.kill` and `time`: notes the signals and sleeps."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.signals: list[int] = []
@@ -33,10 +33,10 @@ class Machine:
         self.slept.append(seconds)
 
 
-def worked(words: list[str], worker: int, life: int = 0) -> tuple[list[str], list[int], list[int]]:
-    """What a worker's faults told, which pushes were corrupt, and which replies were dropped, over some pushes."""
+def run_worker(words: list[str], worker: int, restart_count: int = 0) -> tuple[list[str], list[int], list[int]]:
+    """Let a worker push; return the messages of its faults, the corrupt pushes, and those whose reply was dropped."""
     told: list[str] = []
-    injector = FaultInjector(words, worker, life, told.append)
+    injector = FaultInjector(words, worker, restart_count, told.append)
     corrupt: list[int] = []
     dropped: list[int] = []
     for push in range(PUSHES):
@@ -49,10 +49,10 @@ def worked(words: list[str], worker: int, life: int = 0) -> tuple[list[str], lis
     return told, corrupt, dropped
 
 
-def test_each_fault_fires_once_at_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_fault_of_a_worker_fires_once_at_its_push(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch)
     words = ["kill@1:3", "stop@1:5", "delay@1:7:2.5", "drop_reply@1:8", "corrupt@1:9:2", "kill@0:1", "kill@server:2"]
-    told, corrupt, dropped = worked(words, 1)
+    told, corrupt, dropped = run_worker(words, 1)
     assert told == [
         *("fault kill@1:3", "fault stop@1:5", "fault delay@1:7:2.5", "fault drop_reply@1:8"),
         *("fault corrupt@1:9:2, push 9", "fault corrupt@1:9:2, push 10"),
@@ -62,13 +62,13 @@ def test_each_fault_fires_once_at_its_place(monkeypatch: pytest.MonkeyPatch) -> 
     assert (corrupt, dropped) == ([9, 10], [8])
 
 
-def test_a_second_life_has_no_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restarted_process_has_no_faults(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch)
-    assert worked(["kill@1:3", "corrupt@1:4", "drop_reply@1:5"], 1, life=1) == ([], [], [])
+    assert run_worker(["kill@1:3", "corrupt@1:4", "drop_reply@1:5"], 1, restart_count=1) == ([], [], [])
     assert machine.signals == []
 
 
-def test_the_server_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_faults_of_the_server_fire_at_their_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch)
     told: list[str] = []
     injector = FaultInjector(["kill@server:2", "kill@2:3", "stop@server:5"], None, 0, told.append)
@@ -79,19 +79,19 @@ def test_the_server_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("word", ["", "kill", "kill@1", "kill@:3", "kill@-1:3", "sneeze@1:3", "delay@server:3", "kill@1:3:x"])
-def test_a_word_that_means_no_fault_is_refused_before_anything_starts(word: str) -> None:
+def test_a_malformed_fault_is_refused_with_the_configuration(word: str) -> None:
     with pytest.raises(ValueError, match=rf"\Aruntime\.faults: got {re.escape(repr(word))}, expected KIND@WORKER:PUSH"):
         Fault.parse(word)
     with pytest.raises(ConfigError, match=r"\Aruntime\.faults: got .*, expected words KIND@WORKER:PUSH"):
         parse_config({"runtime": {"faults": [word]}})
 
 
-def test_a_fault_reads_back_as_it_was_written() -> None:
+def test_a_fault_prints_as_it_is_parsed() -> None:
     for word in ("kill@1:3", "delay@0:5:2.5", "stop@server:100", "corrupt@7:0:20"):
         assert str(Fault.parse(word)) == word
 
 
-def test_corruption_is_nothing_but_nan() -> None:
+def test_a_corrupt_payload_is_all_nan() -> None:
     payload: Any = torch.ones(4)
     FaultInjector(["corrupt@0:0"], 0, 0, lambda _: None).before_push(payload)
     assert all(math.isnan(value) for value in payload.tolist())

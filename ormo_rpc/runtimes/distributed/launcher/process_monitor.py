@@ -24,7 +24,7 @@ class ProcessSlot:
         worker: The worker number; None for the server and for an elastic worker.
         start: ``start(restart_count)`` starts the process that fills the slot.
         should_restart: Tells from how a process ended whether it is replaced.
-        essential: The run ends with it, so that giving it up is told by whoever ends the run, not by the monitor.
+        essential: The run ends with it, so the message that ends the run says why it was given up.
         child: The process that fills it; None between two of them.
         restart_count: Processes that have filled it before the present one.
         failures: Consecutive processes that did not run for `BACKOFF_RESET_SECONDS`.
