@@ -19,8 +19,8 @@ from ormo_rpc import build_server
 from ormo_rpc.messages import Reply
 from ormo_rpc.rendezvous.protocol import JoinRequest
 from ormo_rpc.runtimes.distributed.server_process.service import Service
-from ormo_rpc.storage.journal import FileJournal, NoJournal
 from ormo_rpc.storage.environment import environment
+from ormo_rpc.storage.journal import FileJournal, NoJournal
 
 SIZES = (7_000, 272_474, 2_000_000)
 """About the default MLP, ResNet-20, and ten times that."""

@@ -1,4 +1,4 @@
-"""Test accuracy of a run or checkpoint: ``python -m ormo_rpc.evaluate RUN_DIRECTORY``."""
+"""Evaluate a run or checkpoint on the test split: ``python -m ormo_rpc.evaluate RUN_DIRECTORY``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def evaluate_checkpoint(path: Path) -> tuple[Path, Evaluation]:
     """Evaluate a checkpoint, or the newest one of a run directory, on the test split.
 
     Returns:
-        The checkpoint, and its quality.
+        The checkpoint, and its loss and accuracy.
 
     Raises:
         ValueError: there is no checkpoint, it is damaged, or its data set is missing.
@@ -32,7 +32,7 @@ def evaluate_checkpoint(path: Path) -> tuple[Path, Evaluation]:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m ormo_rpc.evaluate", description="Print the test accuracy of a run or checkpoint."
     )

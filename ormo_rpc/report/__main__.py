@@ -11,15 +11,15 @@ import matplotlib
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.report import pictures
 from ormo_rpc.report.page import page
-from ormo_rpc.report.runs import Run, differing, find, group
+from ormo_rpc.report.runs import Run, differing_keys, group_by_setting, run_directories
 from ormo_rpc.report.table import as_text, rows
 
-MOST_SINGLE = 12
-"""How many single runs the page shows with their delays and timelines."""
+MAX_SINGLE_RUNS = 12
+"""Groups whose first run the page shows with delays and timeline."""
 
 
 def main() -> None:
-    """Print the table; write the pictures and the page."""
+    """Print the table, and write the page and a picture."""
     parser = argparse.ArgumentParser(
         prog="python -m ormo_rpc.report",
         description="Compare runs: a table with mean and spread over seeds, curves, delays and timelines.",
@@ -30,13 +30,15 @@ def main() -> None:
     out: Path = arguments.out or arguments.paths[0]
     matplotlib.use("agg")
     try:
-        groups = group(Run.load(path) for path in find(arguments.paths))
+        groups = group_by_setting(Run.load(path) for path in run_directories(arguments.paths))
     except ConfigError as error:
         print(f"report: {error}", file=sys.stderr)
         sys.exit(2)
-    table, keys = rows(groups), differing(groups)
+    table, keys = rows(groups), differing_keys(groups)
     figures = {"Loss and accuracy": pictures.comparison(groups)}
-    figures |= {f"{each.label(keys)}: delays and timeline": pictures.single(each.runs[0]) for each in groups[:MOST_SINGLE]}
+    figures |= {
+        f"{group.label(keys)}: delays and timeline": pictures.single(group.runs[0]) for group in groups[:MAX_SINGLE_RUNS]
+    }
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.html").write_text(page(table, figures), encoding="utf-8")
     if len(groups) == 1 and len(groups[0].runs) == 1:

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: the table and the pictures, without any other file."""
+"""A self-contained HTML page of table and pictures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ img { max-width: 100% } div { overflow-x: auto }"""
 
 
 def page(table: Sequence[Sequence[str]], figures: Mapping[str, Figure]) -> str:
-    """The page.
+    """Render the page.
 
     Args:
         table: Header and rows.

@@ -10,17 +10,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ormo_rpc.report.runs import Group, Run, differing
+from ormo_rpc.report.runs import Group, Run, differing_keys
 
 TIMELINE_TICKETS = 80
-"""How many updates the timeline reaches over."""
+"""Updates that the timeline covers."""
 
 
 def comparison(groups: Sequence[Group]) -> Figure:
-    """Loss and accuracy of each group against epochs and against seconds; a line per seed, a colour per group."""
+    """Plot loss and accuracy of each group over epochs and seconds, with a line per seed and a colour per group."""
     figure = Figure(figsize=(11, 8), layout="constrained")
     axes = figure.subplots(2, 2)
-    keys = differing(groups)
+    keys = differing_keys(groups)
     colours = matplotlib.colormaps["tab20"]
     for number, group in enumerate(groups):
         style = {"color": colours(number % 20), "linewidth": 1.0}
@@ -40,7 +40,7 @@ def comparison(groups: Sequence[Group]) -> Figure:
 
 
 def single(run: Run) -> Figure:
-    """Loss and accuracy against seconds, the delays of the gradients, and who computed what when."""
+    """Plot loss and accuracy over seconds, the histogram of delays, and the timeline of the workers."""
     figure = Figure(figsize=(10, 6), layout="constrained")
     loss_axes, accuracy_axes, delay_axes, timeline_axes = figure.subplots(2, 2).flat
     summary = run.summary
@@ -74,7 +74,7 @@ def _delays(axes: Axes, run: Run) -> None:
 
 
 def _timeline(axes: Axes, run: Run) -> None:
-    """A bar per ticket from issue to application, by worker, coloured by delay, until `TIMELINE_TICKETS` are applied."""
+    """Draw a bar per ticket from issue to application, coloured by delay, for the first `TIMELINE_TICKETS` updates."""
     applied = run.of_kind("apply")
     end = applied[:TIMELINE_TICKETS][-1]["seconds"] if applied else 1.0
     began: dict[tuple[int, int], float] = {}
@@ -91,4 +91,4 @@ def _timeline(axes: Axes, run: Run) -> None:
         axes.barh(worker, length, left=start, height=0.8, color=colours(delay / most), edgecolor="white", linewidth=0.5)
     axes.set(xlabel="seconds", ylabel="worker", xlim=(0, end))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title("the first gradients, from ticket to update; the brighter, the later", fontsize="small")
+    axes.set_title("the first gradients, from issue to update; brighter means a larger delay", fontsize="small")

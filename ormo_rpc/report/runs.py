@@ -1,4 +1,4 @@
-"""What runs left behind, read back and put into groups that differ in nothing but the seed."""
+"""Recorded runs, read back and grouped by everything but the seed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ormo_rpc.storage.run_directory import read_metrics, read_trace
 from ormo_rpc.storage.summary import read_summary
 
 SETTING = ("algorithm", "scheduler", "num_workers", "heterogeneity", "dataset", "model", "runtime", "wire", "lr")
-"""The entries of a summary that make up a setting."""
+"""The keys of a summary that make up a setting."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run.
+    """A recorded run.
 
     Attributes:
         path: Its directory.
@@ -37,7 +37,7 @@ class Run:
         """Read a run directory.
 
         Raises:
-            ConfigError: it is not that of a run that has ended.
+            ConfigError: it is not the directory of a run that has ended.
         """
         summary = read_summary(path)
         if summary is None or summary.get("iterations") is None:
@@ -50,11 +50,11 @@ class Run:
         return self.summary["iterations"] / self.summary["epochs"]
 
     def of_kind(self, *kinds: str) -> list[dict[str, Any]]:
-        """The events of some kinds, in order."""
+        """Return the events of some kinds, in order."""
         return [event for event in self.events if event["event"] in kinds]
 
     def losses(self) -> tuple[list[float], list[float], list[float]]:
-        """Epochs, seconds, and the batch losses averaged over about the last 20 gradients."""
+        """Return epochs, seconds, and batch losses averaged over about the last 20 gradients."""
         epochs: list[float] = []
         seconds: list[float] = []
         averages: list[float] = []
@@ -67,30 +67,30 @@ class Run:
         return epochs, seconds, averages
 
     def accuracies(self) -> tuple[list[float], list[float], list[float]]:
-        """Epochs, seconds and test accuracy of every evaluation."""
+        """Return epochs, seconds and test accuracy of every evaluation."""
         rows = [row for row in self.metrics if row.get("test_accuracy") is not None]
         return [row["epoch"] for row in rows], [row["seconds"] for row in rows], [row["test_accuracy"] for row in rows]
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one setting, which differ in nothing but the seed.
+    """Runs of one setting, which differ in the seed alone.
 
     Attributes:
-        setting: The entries of `SETTING` by name.
-        runs: The runs, by seed.
+        setting: The values of the keys `SETTING`.
+        runs: The runs, in the order of their seeds.
     """
 
     setting: dict[str, Any]
     runs: list[Run]
 
-    def label(self, differing: Sequence[str]) -> str:
-        """What sets it apart from other groups."""
-        return ", ".join(str(self.setting[key]) for key in differing) or str(self.setting["algorithm"])
+    def label(self, keys: Sequence[str]) -> str:
+        """Return the values of the keys in which groups differ."""
+        return ", ".join(str(self.setting[key]) for key in keys) or str(self.setting["algorithm"])
 
 
-def find(paths: Iterable[Path]) -> list[Path]:
-    """The run directories among these paths and below them.
+def run_directories(paths: Iterable[Path]) -> list[Path]:
+    """List the run directories among these paths and below them.
 
     Raises:
         ConfigError: there is none below one of them.
@@ -104,8 +104,8 @@ def find(paths: Iterable[Path]) -> list[Path]:
     return found
 
 
-def group(runs: Iterable[Run]) -> list[Group]:
-    """The runs by setting, in the order of their settings."""
+def group_by_setting(runs: Iterable[Run]) -> list[Group]:
+    """Group runs by setting, in the order of the settings."""
     groups: dict[str, Group] = {}
     for run in sorted(runs, key=lambda run: run.summary["seed"]):
         setting = {key: run.summary.get(key) for key in SETTING}
@@ -113,6 +113,6 @@ def group(runs: Iterable[Run]) -> list[Group]:
     return [groups[key] for key in sorted(groups)]
 
 
-def differing(groups: Sequence[Group]) -> list[str]:
-    """The entries of the setting in which groups differ."""
+def differing_keys(groups: Sequence[Group]) -> list[str]:
+    """List the keys of the setting in which groups differ."""
     return [key for key in SETTING if len({json.dumps(each.setting[key]) for each in groups}) > 1]

@@ -1,4 +1,4 @@
-"""A job: what a configuration means in data, model, server and worker. Every process and runtime builds its parts here."""
+"""A job: data, model, server and worker of a configuration. Every process and runtime builds them here."""
 
 from __future__ import annotations
 
@@ -25,13 +25,20 @@ from ormo_rpc.worker.evaluation import Evaluation, evaluate
 from ormo_rpc.worker.worker import Worker
 
 Evaluator = Callable[[Tensor, Mapping[str, Tensor]], Evaluation]
-"""From parameters, shape (D,), and batch-norm statistics by name to the quality of the model."""
+"""Evaluates parameters, shape (D,), and batch-norm statistics by name."""
 Exporter = Callable[[Mapping[str, Any]], dict[str, Tensor]]
-"""From a server's state to a ``state_dict`` in plain PyTorch."""
+"""Makes a ``state_dict`` of plain PyTorch from a server's state."""
 
 
 class JobLike(Protocol):
-    """What a session needs to know of a job."""
+    """A job as a session uses it: training on data, or a synthetic one.
+
+    Attributes:
+        config: The configuration, with the number of workers decided.
+        total_tickets: T, the number of gradients that the run applies.
+        batches_per_epoch: Tickets in an epoch.
+        lr: The learning rate at an iteration.
+    """
 
     config: Config
     total_tickets: int
@@ -39,37 +46,37 @@ class JobLike(Protocol):
     lr: Callable[[int], float]
 
     def server(self, record: Callable[[Event], None], clock: Callable[[], float]) -> ParameterServer:
-        """The parameter server at iteration 0."""
+        """Build the parameter server at iteration 0; it calls ``record`` with each event, timed by ``clock``."""
         ...
 
     def push_format(self) -> PushFormat:
-        """The wire form of its pushes."""
+        """Return the wire form of its pushes."""
         ...
 
     def epoch(self, iteration: int) -> float:
-        """How many epochs that many applied gradients are."""
+        """Return the number of epochs that this many applied gradients are."""
         ...
 
     def evaluator(self) -> Evaluator | None:
-        """How to evaluate parameters; None where there is no test set."""
+        """Return what evaluates parameters; None where there is no test set."""
         ...
 
     def exporter(self) -> Exporter:
-        """How to make a ``state_dict`` in plain PyTorch."""
+        """Return what makes a ``state_dict`` of plain PyTorch."""
         ...
 
 
 class Job:
-    """Training a model on data.
+    """A job that trains a model on data.
 
     Args:
         config: The configuration, with the number of workers decided.
 
     Attributes:
         data: Training and test split.
-        epochs: Which samples a ticket means.
+        epochs: The samples of each ticket.
         batches_per_epoch: Tickets in an epoch.
-        total_tickets: T, how many pushes the run applies.
+        total_tickets: T, the number of gradients that the run applies.
         lr: The scheduled learning rate.
 
     Raises:
@@ -86,25 +93,25 @@ class Job:
         self.lr: LearningRate = config.learning_rate(self.batches_per_epoch, self.total_tickets)
 
     def model(self) -> FlatModel:
-        """A model with the run's initial weights, the same in every process."""
+        """Build a model with the run's initial weights, which are the same in every process."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(self.config.seed, "initial weights", 0))
             module = self.config.model.build(self.data.input_shape, self.data.num_classes)
         return FlatModel(module)
 
     def push_format(self) -> PushFormat:
-        """The wire form of this job's pushes: the same on the server as on its workers."""
+        """Return the wire form of pushes, the same on the server as on its workers."""
         return self._push_format(self.model())
 
     def _push_format(self, model: FlatModel) -> PushFormat:
         return configured_format(self.config, model.params, model.buffers, model.dtype)
 
     def worker(self, allocate: Allocate | None = None) -> Worker:
-        """A worker with a model of its own, or one that stands in for it and computes nothing.
+        """Build a worker with a model of its own, or a `DummyWorker`.
 
         Args:
-            allocate: Makes the memory of what it sends, given its bytes: a uint8 tensor of zeros at a multiple of 64; torch's
-                own by default.
+            allocate: Allocates the memory of its pushes: given a number of bytes, a uint8 tensor of zeros, 64-byte aligned.
+                By default torch allocates it.
         """
         train, model = self.config.train, self.model()
         kind = DummyWorker if self.config.worker.dummy else Worker
@@ -122,24 +129,24 @@ class Job:
         )
 
     def server(self, record: Callable[[Event], None], clock: Callable[[], float]) -> ParameterServer:
-        """The parameter server at iteration 0."""
+        """Build the parameter server at iteration 0; it calls ``record`` with each event, timed by ``clock``."""
         model = self.model()
         buffers = RunningBuffers(model.statistics(), model.buffer_momentum())
         return configured_server(self, model.flat_params(), buffers, record, clock)
 
     def epoch(self, iteration: int) -> float:
-        """How many epochs that many applied gradients are."""
+        """Return the number of epochs that this many applied gradients are."""
         return iteration / self.batches_per_epoch
 
     def evaluator(self) -> Evaluator | None:
-        """Evaluates on the test split, with a model of its own; None where the workers compute nothing."""
+        """Return an evaluation on the test split, with a model of its own; None for dummy workers."""
         if self.config.worker.dummy:
             return None
         model = self.model()
         return lambda params, statistics: evaluate(model, params, statistics, self.data.test)
 
     def exporter(self) -> Exporter:
-        """Makes a ``state_dict``, with a model of its own."""
+        """Return what makes a ``state_dict``, with a model of its own."""
         model = self.model()
 
         def export(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -151,12 +158,12 @@ class Job:
 
 
 def time_generator(config: Config, worker: int) -> torch.Generator:
-    """The source of chance of one worker's speed, independent of how many others there are."""
+    """Return the random generator of one worker's speed, which does not depend on the number of workers."""
     return torch.Generator().manual_seed(seed_for(config.seed, "time", worker))
 
 
 def configured_format(config: Config, params: Layout, buffers: Layout, dtype: torch.dtype) -> PushFormat:
-    """The wire form of pushes that a configuration asks for."""
+    """Make the wire form of pushes of a configuration."""
     return PushFormat(
         params=params,
         buffers=buffers,
@@ -175,7 +182,7 @@ def configured_server(
     record: Callable[[Event], None],
     clock: Callable[[], float],
 ) -> ParameterServer:
-    """The server that a job's configuration asks for."""
+    """Build the server of a job's configuration."""
     config = job.config
     return build_server(
         algorithm=config.algorithm,

@@ -1,8 +1,8 @@
 """Exact replay: compute a recorded run, live or simulated, again from its trace and seeds, event by event.
 
-The trace has the order of the server's inputs; the inputs themselves are computed again, because every gradient is a function of
-the parameters in a reply and of (seed, ticket). The server's events must then be the recorded ones, each gradient's sum included,
-and the final parameters must have the recorded SHA-256.
+The trace has the order of the server's inputs; the inputs themselves are computed again, because every gradient is a function
+of the parameters in a reply and of (seed, ticket). The server's events must then be the recorded ones, each gradient's sum
+included, and the final parameters must have the recorded SHA-256.
 """
 
 from __future__ import annotations

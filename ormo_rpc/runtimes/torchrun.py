@@ -1,4 +1,4 @@
-"""What torchrun tells a process through its environment."""
+"""The environment variables that torchrun sets for its processes."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Torchrun:
-    """This process's place in a torchrun job.
+    """This process's rank in a torchrun job.
 
     Attributes:
-        rank: Of this process.
-        world_size: Of the job.
+        rank: The rank of this process.
+        world_size: The number of ranks.
         store: HOST:PORT of the store.
-        attempt: How often torchrun has restarted the ranks.
-        agent_store: Whether torchrun's agent keeps the store; otherwise rank 0 has to.
-        one_machine: Whether all ranks are on this machine.
+        attempt: The number of times that torchrun has restarted the ranks.
+        agent_store: Torchrun's agent hosts the store; otherwise rank 0 has to.
+        one_machine: All ranks are on this machine.
     """
 
     rank: int
@@ -28,7 +28,7 @@ class Torchrun:
 
     @classmethod
     def from_environment(cls) -> Torchrun | None:
-        """None where this process was not started by torchrun."""
+        """Read the environment; None where this process was not started by torchrun."""
         env = os.environ
         if "TORCHELASTIC_RUN_ID" not in env:
             return None

@@ -1,8 +1,8 @@
 """Checkpoints: folders that appear in one step, and that plain PyTorch can read.
 
 ``checkpoints/iteration_000001350/`` holds ``model.pt`` (the model's ``state_dict``: ``torch.load(..., weights_only=True)``),
-``server.pt`` (all that the run depends on), ``config.yaml``, and ``manifest.json`` with the SHA-256 of the others, so that a torn
-or damaged checkpoint is recognised before anything of it is used.
+``server.pt`` (all that the run depends on), ``config.yaml``, and ``manifest.json`` with the SHA-256 of the others, so that a
+torn or damaged checkpoint is recognised before anything of it is used.
 """
 
 from __future__ import annotations

@@ -1,33 +1,34 @@
-"""A worker that computes nothing, so that a run measures the server and the wire alone, on any cluster."""
+"""The dummy worker: it computes nothing, so that a run measures the server and the wire alone."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.seeding import generator
 from ormo_rpc.worker.worker import Worker
 
 SCALE = 1e-6
-"""The standard deviation of what is pushed: so small that the parameters stay finite over any number of updates."""
+"""Standard deviation of the pushed values, small enough that parameters stay finite over any number of updates."""
 
 
 class DummyWorker(Worker):
-    """Answers every ticket with the same vector, which is drawn once, in no time: no pass over it, no batch, no loss.
+    """A worker that answers every ticket with the same random vector, drawn once: no batch, no gradient, no loss.
 
-    The arguments are those of `Worker`; what concerns the gradient is not read. Whatever the algorithm expects, one vector or
-    several, a gradient or a difference of parameters, it gets small numbers, those of the seed and so those of every worker.
+    The arguments are those of `Worker`; those of the gradient are ignored. The vector is as long as the algorithm expects it and
+    depends on the seed alone, so all workers push the same one.
     """
 
     _drawn_into = 0
-    """Where the payload lay when it was drawn."""
+    """Address of the payload that the vector was drawn into."""
     _drawn: Tensor | None = None
-    """What was drawn, where the errors of the wire are added to the push itself."""
+    """Copy of the vector, where error feedback changes the push in place."""
 
+    @override
     def compute(self, reply: Reply) -> Push:
-        """The push that answers a reply; it has no loss, as nothing was looked at."""
-        assert reply.ticket is not None, "a reply without a ticket is the word to stop"
+        assert reply.ticket is not None, "a reply without a ticket ends the worker"
         self.warm_up()
         return Push(
             worker=reply.worker,
@@ -39,14 +40,13 @@ class DummyWorker(Worker):
             incarnation=reply.incarnation,
         )
 
+    @override
     def load(self, reply: Reply) -> None:
-        """There is nothing to load."""
+        pass
 
+    @override
     def warm_up(self) -> None:
-        """Draw what is pushed, unless it lies in the payload already, where a lossy wire does not change it.
-
-        A fault (``corrupt``) writes NaN over all of the payload, so that the last value tells of it.
-        """
+        # The vector is drawn again when the payload has moved, or when a fault (``corrupt``) has written NaN all over it.
         last = (self.statistics if self.statistics.numel() else self.push)[-1]
         if self._drawn_into == self.payload.data_ptr() and not last.isnan():
             if self._drawn is not None:

@@ -1,4 +1,4 @@
-"""Loss and accuracy on a data split, at given parameters."""
+"""Evaluation: loss and accuracy of given parameters on a data split."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ormo_rpc.data import Split
 from ormo_rpc.models.flat import FlatModel
 
 BATCH_SIZE = 500
-"""Samples at a time; the result does not depend on it."""
+"""Samples in a forward pass; the result does not depend on it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The quality of a model.
+    """The result of an evaluation.
 
     Attributes:
         loss: Mean cross-entropy over the samples.
-        accuracy: The part of the samples whose largest logit is that of the right class, in [0, 1].
+        accuracy: The fraction of the samples whose largest logit is that of the correct class, in [0, 1].
     """
 
     loss: float
@@ -34,11 +34,11 @@ def evaluate(model: FlatModel, params: Tensor, statistics: Mapping[str, Tensor],
     model.bind(params)
     model.load_statistics(statistics)
     model.module.eval()
-    loss, right = 0.0, 0
+    loss, correct = 0.0, 0
     with torch.inference_mode():
         for indices in torch.arange(len(data)).split(BATCH_SIZE):
             inputs, targets = data.batch(indices, None)
             logits = model.module(inputs)
             loss += functional.cross_entropy(logits, targets, reduction="sum").item()
-            right += int((logits.argmax(1) == targets).sum())
-    return Evaluation(loss / len(data), right / len(data))
+            correct += int((logits.argmax(1) == targets).sum())
+    return Evaluation(loss / len(data), correct / len(data))

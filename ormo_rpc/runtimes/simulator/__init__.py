@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from ormo_rpc.config.parsing import save_config
 from ormo_rpc.config.runtimes import GradientKind
@@ -28,10 +29,10 @@ EVENTS_PER_FLUSH = 32
 
 
 class InlineExecutor(Executor):
-    """Runs what is submitted at once, so that nothing depends on which thread is faster."""
+    """Calls submitted functions immediately, so that nothing depends on the speed of threads."""
 
+    @override
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Call, and return the result as a completed future."""
         future: Future[Any] = Future()
         future.set_result(fn(*args, **kwargs))
         return future
@@ -86,7 +87,7 @@ def run(config: Config, run_dir: Path) -> dict[str, Any]:
 
 
 def _schedule(config: Config, queue: EventQueue, cluster: Cluster) -> None:
-    """Put into the queue what happens at given times."""
+    """Schedule the configured joins, leaves and end, and start the cluster."""
     for worker, seconds in config.sim.joins.items():
         queue.at(seconds, "join", worker)
     for worker, seconds in config.sim.leaves.items():
@@ -97,25 +98,25 @@ def _schedule(config: Config, queue: EventQueue, cluster: Cluster) -> None:
 
 
 def _drive(cluster: Cluster, session: Session) -> str:
-    """Let one event happen after the other until the run has ended; return the signal that interrupted it, if one did."""
-    asked: list[int] = []
+    """Process events until the run has ended; return the name of a signal that interrupted it, else an empty string."""
+    received: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature of a signal handler
-        asked.append(number)
+        received.append(number)
 
     main = threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
     former = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         count = 0
-        while not session.server.ended and not asked and cluster.step():
+        while not session.server.ended and not received and cluster.step():
             count += 1
             if count % EVENTS_PER_FLUSH == 0:
                 session.flush()
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
-    return signal.Signals(asked[0]).name if asked else ""
+    return signal.Signals(received[0]).name if received else ""
 
 
 def _links(config: Config, session: Session, push_bytes: int) -> Links:
@@ -131,7 +132,7 @@ def _links(config: Config, session: Session, push_bytes: int) -> Links:
 
 
 def _compute_seconds(config: Config) -> Speeds:
-    """Draws how long a worker's next ticket takes."""
+    """Make the generator of compute times, as `heterogeneity` has them."""
 
     def seconds(worker: int, generator: torch.Generator) -> float:
         return config.sim.compute_seconds * config.slowdown(worker, generator)
@@ -140,7 +141,7 @@ def _compute_seconds(config: Config) -> Speeds:
 
 
 def _loads(cluster: Cluster, seconds: float) -> dict[str, Any]:
-    """Who was busy for which part of the time."""
+    """Return the summary's entries about the load of workers and server."""
     load = cluster.load
     busy = {str(w): load.computing.get(w, 0.0) / max(load.member[w], 1e-12) for w in sorted(load.member)}
     return {

@@ -1,8 +1,8 @@
-"""A virtual cluster: one real `ParameterServer`, one real gradient source, and workers that exist as events only.
+"""A virtual cluster: a real `ParameterServer`, a real gradient source, and workers that exist as events only.
 
-The journey of a ticket: the reply travels over the worker's link, the worker computes, the push travels back, waits in the
-server's queue, and is served; then the replies that are due leave. A gradient is computed when its push is served, at the
-snapshot that its reply carried, so a thousand workers need no memory but that of the snapshots that somebody still holds.
+The life cycle of a ticket: the reply crosses the worker's link, the worker computes, the push crosses the link back, waits in
+the server's queue, and is served; then the replies that are due are sent. A gradient is computed when its push is served, at
+the snapshot in its reply, so a thousand workers need no memory but that of the snapshots in flight.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from ormo_rpc.server.parameter_server import ParameterServer
 
 
 class GradientSource(Protocol):
-    """What answers replies; a `Worker`, or something cheaper."""
+    """Computes pushes: a `Worker`, or a cheaper synthetic source."""
 
     def compute(self, reply: Reply) -> Push:
-        """The push that answers a reply, as the server sees it; its tensors are used before the next call."""
+        """Compute the push for a reply, as the server receives it; the next call may overwrite its tensors."""
         ...
 
     def forget(self, worker: int | None = None) -> None:
-        """A worker (None: each of them) begins anew: what is kept of it is gone."""
+        """Reset the compression state of a worker, or of all workers."""
         ...
 
     def state_dict(self) -> dict[int, dict[str, Any]]:
-        """What is kept of each worker between its pushes."""
+        """Return the compression state of each worker."""
         ...
 
     def load_state_dict(self, state: Mapping[int, Mapping[str, Any]]) -> None:
-        """Take over what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         ...
 
 
@@ -58,11 +58,11 @@ class Links:
     service_seconds: float = 0.0
 
     def push_seconds(self, worker: int) -> float:
-        """How long a worker's push is on its way."""
+        """Return the transfer time of a worker's push."""
         return self._seconds(worker, self.push_bytes)
 
     def reply_seconds(self, worker: int) -> float:
-        """How long a reply to a worker is on its way."""
+        """Return the transfer time of a reply to a worker."""
         return self._seconds(worker, self.reply_bytes)
 
     def _seconds(self, worker: int, message_bytes: int) -> float:
@@ -71,7 +71,7 @@ class Links:
 
 
 class Speeds:
-    """Draws how long each worker's next ticket takes, from a source of chance of its own.
+    """Compute times of tickets, drawn from a random generator for each worker.
 
     Args:
         seconds: ``seconds(worker, generator)`` draws the next time.
@@ -84,17 +84,17 @@ class Speeds:
         self.generators: dict[int, torch.Generator] = {}
 
     def __call__(self, worker: int) -> float:
-        """How long a worker's next ticket takes."""
+        """Draw the compute time of a worker's next ticket."""
         if worker not in self.generators:
             self.generators[worker] = self._generator(worker)
         return self._seconds(worker, self.generators[worker])
 
     def state_dict(self) -> dict[int, torch.Tensor]:
-        """Where each source of chance is."""
+        """Return the state of each worker's random generator."""
         return {worker: generator.get_state() for worker, generator in self.generators.items()}
 
     def load_state_dict(self, state: dict[int, torch.Tensor]) -> None:
-        """Take over what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         for worker, where in state.items():
             self.generators[worker] = self._generator(worker)
             self.generators[worker].set_state(where)
@@ -102,12 +102,12 @@ class Speeds:
 
 @dataclass
 class Load:
-    """How busy everybody was, in virtual seconds.
+    """The load of workers and server, in virtual seconds.
 
     Attributes:
-        computing: By worker.
-        member: By worker, from joining to leaving or to the end.
-        serving: The server's time for pushes.
+        computing: Time computing, by worker.
+        member: Time from joining to leaving or to the end, by worker.
+        serving: Time that the server spent on pushes.
         queueing: Sum over the pushes of the time that they waited for the server.
     """
 
@@ -118,16 +118,16 @@ class Load:
 
 
 class Cluster:
-    """Runs a server and its virtual workers on an event queue.
+    """A server and its virtual workers on an event queue.
 
     Args:
-        server: The server; its clock should be that of the queue.
-        source: Computes all gradients.
+        server: The server, whose clock is that of the queue.
+        source: Computes the gradients of all workers.
         queue: Virtual time.
         links: Network and server speed.
-        compute_seconds: Draws how long a worker's next ticket takes.
-        observe: Called after every push that was served, when the replies that it made due are on their way.
-        processes: How many machines there are, if workers share them: worker k computes on machine k modulo that number, which
+        compute_seconds: Draws the compute time of a worker's next ticket.
+        observe: Called after every push, once its replies are scheduled.
+        processes: The number of machines, where workers share them: worker k computes on machine k modulo that number, which
             computes for one worker at a time.
     """
 
@@ -149,7 +149,7 @@ class Cluster:
         self.observe = observe
         self.processes = processes
         self._computing_until: dict[int, float] = {}
-        """When each machine is free, where several workers share it."""
+        """Time at which each machine is free, where workers share machines."""
         self.load = Load()
         self._since: dict[int, float] = {}
         self._free_at = 0.0
@@ -163,7 +163,7 @@ class Cluster:
         }
 
     def step(self) -> bool:
-        """Let the next event happen; False when there is none."""
+        """Process the next event; return False when there is none."""
         event = self.queue.pop()
         if event is None:
             return False
@@ -172,7 +172,7 @@ class Cluster:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is not the server's: time, what is under way, sources of chance, loads; `torch.load` reads it."""
+        """Return everything but the server's state, of types that `torch.load` reads: queue, generators, load."""
         queue = self.queue.state_dict()
         events = [(*when, _saved(argument)) for *when, argument in queue["events"]]
         return {
@@ -186,7 +186,7 @@ class Cluster:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned, with a server that has loaded its state of that moment."""
+        """Restore what `state_dict` returned; the server must have loaded its state of the same moment."""
         queue = state["queue"]
         events = [(*when, _restored(argument)) for *when, argument in queue["events"]]
         self.queue.load_state_dict({**queue, "events": events})
@@ -198,30 +198,30 @@ class Cluster:
         self.source.load_state_dict(state.get("source", {}))
 
     def start(self) -> None:
-        """Hand out the first tickets."""
+        """Start the server with all its workers."""
         self._since = dict.fromkeys(range(self.server.num_workers), 0.0)
         self._send(self.server.start())
 
     def join(self, worker: int) -> None:
-        """A worker comes; if one of its number was here before, what that one still had under way is lost at last."""
+        """Let a worker join; what an earlier worker of its number still had in flight is dropped."""
         self.queue.drop(lambda argument: isinstance(argument, Reply) and argument.worker == worker)
         self.source.forget(worker)
         self._since[worker] = self.queue.now
         self._send(self.server.join(worker))
 
     def leave(self, worker: int) -> None:
-        """A worker is gone, and whatever it was at is lost."""
+        """Let a worker leave; its work in flight is lost."""
         if worker in self._since:
             self._count_membership(worker)
             self.source.forget(worker)
             self._send(self.server.leave(worker))
 
     def finish(self, _: None = None) -> None:
-        """Hand out no further ticket."""
+        """Issue no further ticket."""
         self._send(self.server.finish())
 
     def close(self) -> None:
-        """Count the time of those who stayed to the end."""
+        """Count the time of the workers that stayed to the end."""
         for worker in list(self._since):
             self._count_membership(worker)
 
@@ -231,7 +231,7 @@ class Cluster:
                 self.queue.at(self.queue.now + self.links.reply_seconds(reply.worker), "begin", reply)
 
     def _begin(self, reply: Reply) -> None:
-        """The reply has reached its worker."""
+        """Begin to compute: the reply has reached its worker."""
         seconds = self.compute_seconds(reply.worker)
         begin = self.queue.now
         if self.processes is not None:
@@ -243,7 +243,7 @@ class Cluster:
         self.queue.at(begin + seconds + self.links.push_seconds(reply.worker), "arrive", reply)
 
     def _arrive(self, reply: Reply) -> None:
-        """The push has reached the server, and waits until those before it are served."""
+        """Queue the push that has reached the server behind those before it."""
         begin = max(self.queue.now, self._free_at)
         self._free_at = begin + self.links.service_seconds
         self.load.queueing += begin - self.queue.now
@@ -252,7 +252,7 @@ class Cluster:
 
     def _serve(self, reply: Reply) -> None:
         if self._since.get(reply.worker, float("inf")) > self.queue.now or reply.worker not in self.server.members:
-            return  # it left in the meantime, and its connection with it
+            return  # it has left since, and its connection with it
         push = self.source.compute(reply)
         try:
             replies = self.server.receive(push)
@@ -267,7 +267,7 @@ class Cluster:
 
 
 def _saved(argument: Any) -> Any:
-    """An event's argument in plain values and tensors."""
+    """Return an event's argument as plain values and tensors."""
     if not isinstance(argument, Reply):
         return argument
     return {field.name: getattr(argument, field.name) for field in fields(argument)}

@@ -19,17 +19,17 @@ from ormo_rpc.server.events import Event
 from ormo_rpc.server.parameter_server import ParameterServer
 
 BATCHES_PER_EPOCH = 1000
-"""What counts as an epoch, where there is no data."""
+"""Iterations that count as an epoch, since there is no data."""
 
 
 class SyntheticJob:
-    """As `Job`, without a model, data or evaluations: the training loss is the quadratic itself.
+    """A job without model, data and evaluations; the training loss is the quadratic itself.
 
     Args:
         config: The configuration, with the number of workers decided.
 
     Raises:
-        ConfigError: it does not say how many iterations to run.
+        ConfigError: ``train.max_iterations`` is not set.
     """
 
     def __init__(self, config: Config) -> None:
@@ -41,7 +41,7 @@ class SyntheticJob:
         self.lr: Callable[[int], float] = config.learning_rate(self.batches_per_epoch, self.total_tickets)
 
     def source(self) -> Quadratic:
-        """Computes the gradients."""
+        """Build the source of gradients."""
         sim = self.config.sim
         condition = sim.condition if sim.gradient is GradientKind.quadratic else None
         return Quadratic(
@@ -55,24 +55,24 @@ class SyntheticJob:
         )
 
     def push_format(self) -> PushFormat:
-        """The wire form of its pushes, which have no matrix: powersgd sends them as they are."""
+        """Return the wire form of pushes; they have no matrix, so powersgd sends them as they are."""
         params = Layout({"x": torch.empty(self.config.sim.dimension)})
         return configured_format(self.config, params, Layout({}), torch.float32)
 
     def server(self, record: Callable[[Event], None], clock: Callable[[], float]) -> ParameterServer:
-        """The parameter server at iteration 0."""
+        """Build the parameter server at iteration 0; it calls ``record`` with each event, timed by ``clock``."""
         return configured_server(self, self.source().start(), None, record, clock)
 
     def epoch(self, iteration: int) -> float:
-        """Iterations over what counts as an epoch."""
+        """Return the number of epochs, of `BATCHES_PER_EPOCH` iterations each."""
         return iteration / self.batches_per_epoch
 
     def evaluator(self) -> Evaluator | None:
-        """There is no test set."""
+        """Return None: there is no test set."""
         return None
 
     def exporter(self) -> Exporter:
-        """The parameters under one name."""
+        """Return what makes a ``state_dict`` of the parameters under one name."""
 
         def export(state: Mapping[str, Any]) -> dict[str, Tensor]:
             return {"x": state["params"].clone()}

@@ -1,4 +1,4 @@
-"""Gradients that cost next to nothing, to study schedules with very many workers: a noisy quadratic, or noise alone."""
+"""Synthetic gradients, cheap enough to study schedules of thousands of workers: a noisy quadratic, or noise alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Quadratic:
         algorithm: The server's algorithm.
         momentum: ``beta``, for algorithms with local steps.
         seed: The seed of the run.
-        wire_format: What becomes of a push on the wire.
+        wire_format: The wire form of pushes, whose errors they get.
     """
 
     def __init__(
@@ -48,15 +48,15 @@ class Quadratic:
         self._encoder = Encoder(wire_format)
 
     def start(self) -> Tensor:
-        """``x_0``, shape (D,)."""
+        """Return ``x_0``, shape (D,)."""
         return torch.ones_like(self.curvature)
 
     def loss(self, params: Tensor) -> float:
-        """``f(x)``, without noise."""
+        """Return ``f(x)``, without noise."""
         return 0.5 * (self.curvature * params * params).sum().item()
 
     def compute(self, reply: Reply) -> Push:
-        """The push that answers a reply, as the server sees it; its tensor is written over by the next call."""
+        """Compute the push for a reply, as the server receives it; the next call overwrites its tensor."""
         assert reply.ticket is not None
         sent = reply.params.to(self.curvature.dtype)
         dimension = self.curvature.numel()
@@ -87,13 +87,13 @@ class Quadratic:
         )
 
     def forget(self, worker: int | None = None) -> None:
-        """A worker (None: each of them) begins anew: what the wire had dropped of its pushes is gone."""
+        """Reset the compression state of a worker, or of all workers."""
         self._encoder.reset(worker)
 
     def state_dict(self) -> dict[int, dict[str, Any]]:
-        """What is kept of each worker, a private copy."""
+        """Return the compression state of each worker, copied."""
         return self._encoder.state_dict()
 
     def load_state_dict(self, state: Mapping[int, Mapping[str, Any]]) -> None:
-        """Take over what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self._encoder.load_state_dict(state)

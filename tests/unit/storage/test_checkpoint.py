@@ -18,8 +18,8 @@ from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.evaluate import evaluate_checkpoint
 from ormo_rpc.models.flat import FlatModel
-from ormo_rpc.runtimes import _check_resume as check_resume  # pyright: ignore[reportPrivateUsage] # nothing is started
 from ormo_rpc.runtimes.job import Job
+from ormo_rpc.runtimes.prepare import check_resume
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.storage import checkpoint
 from ormo_rpc.worker.evaluation import evaluate

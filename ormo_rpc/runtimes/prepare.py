@@ -1,0 +1,112 @@
+"""Decisions and checks before a run, in the launcher: a configuration that cannot be run is refused before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import torch
+
+from ormo_rpc.config.parsing import load_config
+from ormo_rpc.config.runtimes import GradientKind, RpcRuntime, SimRuntime
+from ormo_rpc.config.schema import Config
+from ormo_rpc.errors import ConfigError
+from ormo_rpc.models.flat import FlatModel
+from ormo_rpc.runtimes.torchrun import Torchrun
+from ormo_rpc.storage import checkpoint
+
+DEFAULT_WORKERS = 4
+"""Workers of a run on this machine where the configuration has no number."""
+RESUMED_KEYS = (
+    *("seed", "algorithm", "scheduler", "dataset.name", "model", "train.batch_size", "train.momentum"),
+    *("compression", "wire.dtype", "wire.params"),
+)
+"""Keys that a resumed run must have in common with the checkpoint's: they give its tickets and its state their meaning."""
+
+
+def decide_workers(config: Config, torchrun: Torchrun | None) -> Config:
+    """Fill in the number of workers: from the number of ranks under torchrun, else the configured one.
+
+    Raises:
+        ConfigError: the configuration and torchrun disagree.
+    """
+    if torchrun is None:
+        return dataclasses.replace(config, workers=config.workers or DEFAULT_WORKERS)
+    ranks = torchrun.world_size
+    if not isinstance(config.runtime, RpcRuntime):
+        raise ConfigError(f"runtime: got {config.runtime.name} under torchrun, expected rpc; start it with python launch.py")
+    if ranks < 2:
+        raise ConfigError(f"torchrun: got {ranks} process, expected at least 2; rank 0 serves and the others work")
+    if config.workers not in (None, ranks - 1):
+        raise ConfigError(
+            f"workers: got {config.workers}, expected {ranks - 1} under torchrun with {ranks} processes; leave it out"
+        )
+    return dataclasses.replace(config, workers=ranks - 1)
+
+
+def check_elastic_worker(config: Config, torchrun: Torchrun | None) -> None:
+    """Refuse ``role=worker`` where it cannot join a running server.
+
+    Raises:
+        ConfigError: it cannot; the message has the key to change.
+    """
+    if torchrun is not None:
+        raise ConfigError("role: got worker under torchrun, whose ranks already are workers; use python launch.py")
+    if not isinstance(config.runtime, RpcRuntime):
+        raise ConfigError(f"runtime: got {config.runtime.name} with role=worker, expected rpc")
+    if config.server.address is None:
+        raise ConfigError("server.address: got None with role=worker, expected HOST:PORT of the running server")
+
+
+def check(config: Config, *, resumes: bool) -> None:
+    """Refuse a configuration whose checkpoint, heterogeneity, data set or model cannot be used.
+
+    Args:
+        config: What is to be run.
+        resumes: Check the checkpoint that the run resumes from; only one process of a run reads it.
+
+    Raises:
+        ConfigError: it cannot be run; the message has the key to change.
+    """
+    if resumes and config.checkpoint.resume is not None:
+        check_resume(config, checkpoint.locate(Path(config.checkpoint.resume)))
+    try:
+        config.heterogeneity.prepare()
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    synthetic = isinstance(config.runtime, SimRuntime) and config.runtime.gradient is not GradientKind.real
+    if isinstance(config.runtime, (RpcRuntime, SimRuntime)) and not synthetic:
+        check_data_and_model(config)
+
+
+def check_resume(config: Config, path: Path) -> None:
+    """Refuse to resume from the checkpoint of a different run.
+
+    Raises:
+        ConfigError: a key of `RESUMED_KEYS` differs.
+    """
+    then = load_config(path / "config.yaml")
+    for key in RESUMED_KEYS:
+        expected, given = (functools.reduce(getattr, key.split("."), each) for each in (then, config))
+        if expected != given:
+            raise ConfigError(f"checkpoint.resume: {key}: got {given}, expected {expected}, as {path} has it")
+
+
+def check_data_and_model(config: Config) -> None:
+    """Load the data set and build the model once, to find what is wrong with them in one place instead of in every process.
+
+    Raises:
+        ConfigError: the data set is missing or damaged, or the model does not fit it.
+    """
+    try:
+        config.dataset.prepare()
+        data = config.dataset.load()
+        with torch.random.fork_rng(devices=[]):
+            FlatModel(config.model.build(data.input_shape, data.num_classes))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    except (Exception, SystemExit) as error:  # a user's own model or data set may raise anything
+        raise ConfigError(f"dataset or model: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+    if len(data.test) == 0:
+        raise ConfigError("dataset: got an empty test set, expected at least one sample")
