@@ -4,8 +4,8 @@ The parameter server is deterministic: its state is a function of the state at a
 holds these calls in order. A new *segment* begins with each copy of the state that is taken for a checkpoint, which keeps the
 segment's number; recovering from a checkpoint means making the calls of that segment and of all later ones again.
 
-A record is its length, its CRC-32, a line of JSON, and the bytes of the tensors. A record torn by a crash at the end of a segment
-was never acknowledged, and counts as not written.
+A record is its length, its CRC-32, a line of JSON, and the bytes of the tensors. A record torn by a crash at the end of a
+segment was never acknowledged, and counts as not written.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ SCALE = 1e-6
 class DummyWorker(Worker):
     """A worker that answers every ticket with the same random vector, drawn once: no batch, no gradient, no loss.
 
-    The arguments are those of `Worker`; those of the gradient are ignored. The vector is as long as the algorithm expects it and
-    depends on the seed alone, so all workers push the same one.
+    The arguments are those of `Worker`; those of the gradient are ignored. The vector is as long as the algorithm expects it
+    and depends on the seed alone, so all workers push the same one.
     """
 
     _drawn_into = 0
