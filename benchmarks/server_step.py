@@ -25,7 +25,7 @@ REPEATS = 20
 def server_step(algorithm: str, dimension: int) -> Callable[[], None]:
     """Make a server of 4 workers: a function that pushes one gradient and takes the reply, its snapshot included."""
     server = build_server(algorithm=algorithm, params=torch.zeros(dimension), num_workers=4, lr=1e-6)
-    grad = torch.randn(dimension)
+    grad = torch.randn(server.algorithm.VECTORS_PUSHED * dimension)
     replies = server.start()
 
     def step() -> None:

@@ -1,0 +1,22 @@
+"""Benchmarks of the server's step, at the smallest size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import memory_bandwidth, server_step
+from ormo_rpc.algorithms import NAMES
+
+
+def test_the_step_of_every_algorithm_is_measured() -> None:
+    rows = server_step.measure(10, 1, list(NAMES))
+    assert [row["algorithm"] for row in rows] == list(NAMES)
+    assert all(row["copies"] > 0 for row in rows)
+
+
+def test_the_fused_step_is_measured_beside_plain_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_bandwidth, "SECONDS", 1e-4)
+    rates = memory_bandwidth.measure(1000, 2, torch.get_num_threads())
+    assert {"copy", "axpy", "sum", "OrMo step, torch"} <= rates.keys()
+    assert all(len(each) == 2 and min(each) > 0 for each in rates.values())
