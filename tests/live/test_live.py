@@ -1,4 +1,4 @@
-"""Live runs: real processes on this machine, over each transport. Their budget is counted in tests/README.md."""
+"""Live runs: real processes on this machine, over each transport."""
 
 from __future__ import annotations
 

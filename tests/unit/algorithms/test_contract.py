@@ -163,6 +163,7 @@ def test_memory_is_the_stated_one_and_does_not_grow(row: Row, scheduler: str) ->
         assert len(others) <= workers + (not server.algorithm.OUT_OF_PLACE)
 
 
+@pytest.mark.slow
 @each_row
 def test_it_converges_on_a_quadratic(row: Row, scheduler: str) -> None:
     # Curvatures from 0.2 to 1, beta = 0.9. asgd, lr 0.1: a gradient shrinks the slowest direction by 0.1 * 0.2, so 1600 of them
