@@ -25,6 +25,7 @@ def measured(parameters: int, workers: int, rate: float, server: float, of_worke
     }
 
 
+@pytest.mark.slow  # draws with matplotlib
 def test_the_knee_is_the_smallest_good_k_and_the_report_names_the_bottleneck(tmp_path: Path) -> None:
     # The best rate is 1,000; K = 4 reaches 950 of it. There the server takes 0.95 cores and the workers 0.95: 1.9 of 2.
     rates = {1: 400.0, 2: 800.0, 4: 950.0, 8: 1000.0}
