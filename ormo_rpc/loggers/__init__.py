@@ -1,4 +1,4 @@
-"""Loggers: metrics of a run, and the places besides the run directory where they are shown while it goes on."""
+"""Loggers: metrics of a run, and the places besides the run directory where they are shown meanwhile."""
 
 from __future__ import annotations
 

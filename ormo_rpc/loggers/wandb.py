@@ -16,7 +16,7 @@ from ormo_rpc.options import option, register
 
 
 class WandbMode(Enum):
-    """Where Weights & Biases keeps the run."""
+    """The place where Weights & Biases keeps the run."""
 
     offline = "offline"
     """In the run directory; ``wandb sync`` uploads it."""

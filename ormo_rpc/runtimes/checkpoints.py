@@ -54,7 +54,7 @@ class CheckpointWriter:
 
     @property
     def busy(self) -> bool:
-        """Whether a checkpoint is under way."""
+        """True while a checkpoint is under way."""
         return self._pending or self._writing is not None
 
     def submit(self, state: Mapping[str, Any]) -> None:

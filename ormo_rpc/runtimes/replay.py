@@ -92,7 +92,7 @@ class Replay:
         """Events of the server that were not compared yet."""
         self.server = job.server(self.events.append, lambda: 0.0)
         self.started = bool(header["started"])
-        """Whether the run began with a start; a simulation that was resumed exactly did not."""
+        """True where the run began with a start, unlike a simulation that was resumed exactly."""
         self.newest_replies: dict[int, Reply] = {}
         if header.get("resumed"):
             state = checkpoint.read(checkpoint.locate(Path(header["resumed"])), "server.pt")

@@ -1,4 +1,4 @@
-"""The simulator against closed forms of its schedule, its determinism, and the exact replay of what it recorded."""
+"""The simulator against closed forms of its schedule, its determinism, and exact replays of its runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
 # -- the schedule ------------------------------------------------------------------------------------------------------
 
 
-def test_equal_workers_finish_in_their_share_of_the_time(tmp_path: Path) -> None:
+def test_k_equal_workers_take_a_kth_of_the_time(tmp_path: Path) -> None:
     summary = simulate(tmp_path, "workers=4", "train.max_iterations=40", "runtime.compute_seconds=0.5")
     # 40 tickets over 4 workers of 0.5 s a ticket: 10 * 0.5 s. All delays but the first ones are K - 1 = 3: (0+1+2+3*37)/40.
     assert summary["virtual_seconds"] == pytest.approx(5.0)
@@ -56,7 +56,7 @@ def test_a_synchronous_round_takes_as_long_as_its_slowest_worker(tmp_path: Path)
     assert going["pushes_per_worker"]["3"] <= 2
 
 
-def test_links_take_their_time(tmp_path: Path) -> None:
+def test_latency_and_bandwidth_add_to_the_time_of_a_ticket(tmp_path: Path) -> None:
     links = ("runtime.latency_seconds=[0.25]", "runtime.bandwidth=[160]", "runtime.compute_seconds=1.0")
     summary = simulate(tmp_path, "workers=1", "train.max_iterations=3", *links)
     # A message: 20 values of 4 bytes / 160 bytes a second + 0.25 s = 0.75 s. A ticket: there, 1 s, back: 2.5 s. Three of them.
@@ -64,7 +64,7 @@ def test_links_take_their_time(tmp_path: Path) -> None:
     assert summary["utilisation_per_worker"]["0"] == pytest.approx(3 / 7.5)
 
 
-def test_a_slow_server_is_a_queue(tmp_path: Path) -> None:
+def test_pushes_queue_at_a_slow_server(tmp_path: Path) -> None:
     summary = simulate(
         tmp_path, "workers=8", "train.max_iterations=80", "runtime.service_seconds=0.1", "runtime.compute_seconds=0.1"
     )
@@ -74,7 +74,7 @@ def test_a_slow_server_is_a_queue(tmp_path: Path) -> None:
     assert summary["server_queue_seconds"] > 0
 
 
-def test_workers_come_and_go_at_their_times(tmp_path: Path) -> None:
+def test_workers_join_and_leave_at_the_configured_times(tmp_path: Path) -> None:
     simulate(
         tmp_path,
         *("workers=2", "train.max_iterations=40", "runtime.compute_seconds=1.0"),
@@ -87,21 +87,21 @@ def test_workers_come_and_go_at_their_times(tmp_path: Path) -> None:
     assert {event["worker"] for event in applied if event["seconds"] > 5.5} == {1, 7}
 
 
-def test_max_seconds_are_virtual(tmp_path: Path) -> None:
+def test_max_seconds_limits_virtual_time(tmp_path: Path) -> None:
     limits = ("train.max_iterations=1000", "train.max_seconds=2.2")
     summary = simulate(tmp_path, "workers=2", *limits, "runtime.compute_seconds=0.5")
     # Tickets end at 0.5, 1.0, ...; those that are out at 2.2 s are finished, at 2.5 s: 5 for each of 2 workers.
     assert (summary["status"], summary["iterations"], summary["virtual_seconds"]) == ("completed", 10, 2.5)
 
 
-def test_noise_alone_moves_the_parameters_like_a_walk(tmp_path: Path) -> None:
+def test_noise_gradients_need_no_model_and_have_delays(tmp_path: Path) -> None:
     summary = simulate(tmp_path, "workers=2", "train.max_iterations=5", "runtime.gradient=noise", "runtime.noise=0")
     assert (summary["train_loss"], summary["model"], summary["delay_median"]) == (0.0, "noise", 1)
     # Delays 0, 1, 1, 1, 1: at least 99% are at most 1, and half of them too.
     assert summary["delay_99_percent"] == 1
 
 
-def test_a_thousand_workers_are_no_trouble(tmp_path: Path) -> None:
+def test_a_thousand_workers_are_simulated(tmp_path: Path) -> None:
     summary = simulate(tmp_path, "workers=1000", "train.max_iterations=3000", "heterogeneity=exponential")
     assert summary["status"] == "completed"
     # Conservation of delay: the mean is K - 1 but for the start and for what is still out at the end.
@@ -121,7 +121,7 @@ def test_two_runs_of_a_seed_are_identical_and_another_seed_differs(tmp_path: Pat
 
 
 @pytest.mark.parametrize("algorithm", parts("algorithm"))
-def test_every_algorithm_is_simulated_and_replayed_to_the_bit(algorithm: str, tmp_path: Path) -> None:
+def test_every_algorithm_is_replayed_bit_for_bit(algorithm: str, tmp_path: Path) -> None:
     options = ("model.dropout=0.3", "heterogeneity=one_slow", "train.weight_decay=0.01", "train.lr=0.01")
     recorded = train([*DIGITS, f"algorithm={algorithm}", *options], run_dir=tmp_path / "run")
     assert (recorded["status"], recorded["iterations"], recorded["algorithm"]) == ("completed", 60, algorithm)
@@ -131,9 +131,7 @@ def test_every_algorithm_is_simulated_and_replayed_to_the_bit(algorithm: str, tm
 
 
 @pytest.mark.parametrize("algorithm", ["ormo", "asgd", "naive", "shifted"])
-def test_compiled_steps_replay_what_torch_recorded_and_torch_what_they_did(
-    algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiled_and_torch_steps_replay_each_other(algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if compiled_steps() is None:
         pytest.skip("no C compiler, or not one whose bits are torch's")
     lengths = {"torch": sys.maxsize, "compiled": 0}
@@ -147,7 +145,7 @@ def test_compiled_steps_replay_what_torch_recorded_and_torch_what_they_did(
 
 
 @pytest.mark.parametrize("scheduler", ["sync", "partial", "ssp"])
-def test_every_scheduler_is_replayed_with_workers_that_come_and_go(scheduler: str, tmp_path: Path) -> None:
+def test_every_scheduler_is_replayed_with_joins_and_leaves(scheduler: str, tmp_path: Path) -> None:
     membership = ("runtime.joins={9: 0.35}", "runtime.leaves={1: 0.55}", "heterogeneity=exponential")
     train([*DIGITS, f"scheduler={scheduler}", *membership], run_dir=tmp_path / "run")
     assert {"join", "leave"} <= {event["event"] for event in read_trace(tmp_path / "run")[1]}
@@ -170,7 +168,7 @@ def test_a_resumed_run_is_replayed_from_its_checkpoint(tmp_path: Path) -> None:
     assert again["final_params_sha256"] == resumed["final_params_sha256"]
 
 
-def test_a_replay_that_differs_names_the_first_event(tmp_path: Path) -> None:
+def test_a_differing_replay_fails_with_the_first_differing_event(tmp_path: Path) -> None:
     train(DIGITS, run_dir=tmp_path / "run")
     trace = tmp_path / "run" / "trace.jsonl"
     lines = trace.read_text().splitlines()
@@ -187,7 +185,7 @@ def test_a_replay_that_differs_names_the_first_event(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "again" / "summary.json").read_text())["identical"] is False
 
 
-def test_a_replay_needs_a_run(tmp_path: Path) -> None:
+def test_a_replay_without_a_finished_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^replay\.run: got None, expected the run directory to compute again$"):
         train(["runtime=replay"], run_dir=tmp_path / "a")
     with pytest.raises(ConfigError, match=r"^replay\.run: got \S+, expected the directory of a run that has ended$"):
@@ -201,7 +199,7 @@ def test_a_replay_needs_a_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scheduler", ["sync", "partial", "ssp"])
-def test_what_makes_no_sense_is_refused_before_anything_starts(scheduler: str, tmp_path: Path) -> None:
+def test_an_algorithm_under_a_scheduler_that_it_refuses_starts_nothing(scheduler: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"^scheduler: got '{scheduler}', which rennala (refuses|does not run under): .+"):
         train([*DIGITS, "algorithm=rennala", f"scheduler={scheduler}"], run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()

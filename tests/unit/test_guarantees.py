@@ -14,12 +14,12 @@ SECURITY = TESTS.parent / "SECURITY.md"
 
 
 def named(text: str) -> set[str]:
-    """Every test that a text names."""
+    """Find the names of tests in a text."""
     return set(re.findall(r"`(test_\w+)`", text))
 
 
 def defined() -> set[str]:
-    """Every test there is, by its function."""
+    """Find the functions of all tests."""
     trees = [ast.parse(file.read_text(encoding="utf-8")) for file in TESTS.rglob("test_*.py")]
     functions = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     return {function.name for function in functions if function.name.startswith("test_")}
@@ -32,7 +32,7 @@ def test_every_test_that_a_page_names_exists(page: Path) -> None:
     assert [file for file in re.findall(r"`(test_\w+\.py)`", text) if not list(TESTS.rglob(file))] == []
 
 
-def test_every_promise_of_the_page_names_a_test() -> None:
+def test_every_guarantee_of_the_page_names_a_test() -> None:
     rows = re.findall(r"^\| (\d+) \|(.*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     assert [int(number) for number, _ in rows] == list(range(1, len(rows) + 1))
     assert rows

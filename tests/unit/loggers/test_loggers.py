@@ -1,4 +1,4 @@
-"""What loggers show of a run: the progress bar on a real terminal, and wandb by a stand-in for its module."""
+"""Loggers: the progress bar on a real terminal, and wandb by a stand-in for its module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, the newest few, plain PyTorch, and what is said of those that cannot be used."""
+"""Checkpoints: complete or absent, the newest few, plain PyTorch, and clear errors about those that cannot be used."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def weight(path: Path) -> float:
     return checkpoint.read(path, "model.pt")["weight"][0].item()
 
 
-# -- whole or not at all -----------------------------------------------------------------------------------------------
+# -- complete or absent -------------------------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_is_a_folder_of_four_files(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_a_checkpoint_is_a_folder_of_four_files(tmp_path: Path) -> None:
     assert torch.equal(read["params"], torch.arange(4.0))
 
 
-def test_the_next_write_clears_away_what_a_killed_one_has_left_and_loses_nothing(tmp_path: Path) -> None:
+def test_a_write_removes_leftovers_of_a_killed_one_and_restores_a_moved_checkpoint(tmp_path: Path) -> None:
     kept = write(tmp_path, 3, weight=1.0)
     folder = kept.parent
     (folder / ".iteration_000000009.4711").mkdir()
@@ -72,7 +72,7 @@ def test_the_next_write_clears_away_what_a_killed_one_has_left_and_loses_nothing
     assert weight(kept) == 1.0
 
 
-def test_a_damaged_newer_one_does_not_crowd_out_the_good(tmp_path: Path) -> None:
+def test_a_damaged_newer_checkpoint_does_not_count_among_those_kept(tmp_path: Path) -> None:
     torn = write(tmp_path, 30)
     (torn / "server.pt").write_bytes(b"")
     good = write(tmp_path, 25, keep=1)
@@ -80,7 +80,7 @@ def test_a_damaged_newer_one_does_not_crowd_out_the_good(tmp_path: Path) -> None
 
 
 class Fault:
-    """Fails the n-th call of a function with a full disk, having let the former ones through; counts all."""
+    """Fails the n-th call of a function with a full disk; calls the function otherwise, and counts the calls."""
 
     def __init__(self, function: Any, fails_at: int) -> None:
         self.function = function
@@ -88,7 +88,7 @@ class Fault:
         self.calls = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Fail, or do what the function does."""
+        """Fail, or call the function."""
         self.calls += 1
         if self.calls == self.fails_at:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -109,7 +109,7 @@ FAULTS: list[tuple[Any, str, int]] = [
     [*((*fault, same) for fault in FAULTS for same in (False, True)), (Path, "rename", 2, True)],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_a_failure_leaves_what_was_there_and_nothing_else(
+def test_a_failed_write_leaves_the_former_checkpoint_and_nothing_else(
     owner: Any, name: str, call: int, same: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     former = write(tmp_path, 3, weight=1.0)
@@ -132,7 +132,7 @@ def test_a_checkpoint_of_the_same_iteration_is_replaced(tmp_path: Path) -> None:
     assert weight(checkpoint.locate(tmp_path)) == 2.0
 
 
-def test_what_a_killed_process_has_left_is_no_checkpoint(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_no_checkpoints(tmp_path: Path) -> None:
     write(tmp_path, 3)
     (tmp_path / "checkpoints" / ".iteration_000000009.4711").mkdir()
     (tmp_path / "checkpoints" / "iteration_000000010").touch()  # not a folder
@@ -140,7 +140,7 @@ def test_what_a_killed_process_has_left_is_no_checkpoint(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("keep", [1, 2, 5])
-def test_the_newest_are_kept(keep: int, tmp_path: Path) -> None:
+def test_only_the_newest_checkpoints_are_kept(keep: int, tmp_path: Path) -> None:
     for iteration in (1, 2, 30, 400):
         write(tmp_path, iteration, keep=keep)
     assert names(tmp_path) == [f"iteration_{iteration:09d}" for iteration in (1, 2, 30, 400)[-keep:]]
@@ -149,13 +149,13 @@ def test_the_newest_are_kept(keep: int, tmp_path: Path) -> None:
 # -- finding and reading -----------------------------------------------------------------------------------------------
 
 
-def test_find_takes_a_run_or_a_checkpoint(tmp_path: Path) -> None:
+def test_locate_takes_a_run_directory_or_a_checkpoint(tmp_path: Path) -> None:
     older, newer = write(tmp_path, 9), write(tmp_path, 100)
     assert checkpoint.locate(tmp_path) == newer
     assert checkpoint.locate(older) == older
 
 
-def test_find_says_what_it_expects(tmp_path: Path) -> None:
+def test_locate_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         checkpoint.locate(tmp_path)
     assert str(caught.value) == (
@@ -174,7 +174,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", sorted(DAMAGES))
-def test_a_damaged_file_is_named(damage: str, tmp_path: Path) -> None:
+def test_reading_a_damaged_file_is_an_error_with_its_name(damage: str, tmp_path: Path) -> None:
     path = write(tmp_path, 3)
     DAMAGES[damage](path / "server.pt")
     with pytest.raises(ConfigError) as caught:
@@ -183,7 +183,7 @@ def test_a_damaged_file_is_named(damage: str, tmp_path: Path) -> None:
     assert re.fullmatch(pattern, str(caught.value)), str(caught.value)
 
 
-def test_the_reason_may_have_no_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_without_a_message_is_reported_by_its_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_arguments: Any, **_keywords: Any) -> None:
         raise EOFError
 
@@ -193,7 +193,7 @@ def test_the_reason_may_have_no_words(tmp_path: Path, monkeypatch: pytest.Monkey
     assert str(caught.value) == f"{tmp_path / 'server.pt'}: cannot be read: EOFError; take an older checkpoint"
 
 
-# -- plain PyTorch, and going on ---------------------------------------------------------------------------------------
+# -- plain PyTorch, and resuming ----------------------------------------------------------------------------------------
 
 
 def test_model_pt_is_a_state_dict_of_plain_pytorch_and_is_evaluated(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_model_pt_is_a_state_dict_of_plain_pytorch_and_is_evaluated(tmp_path: Pa
     assert evaluation.accuracy == pytest.approx(right)
 
 
-def test_a_run_goes_on_from_its_checkpoint_with_the_same_bits(tmp_path: Path) -> None:
+def test_a_server_resumes_from_its_checkpoint_with_the_same_bits(tmp_path: Path) -> None:
     job = Job(CONFIG)
     whole, first, second = (job.server(lambda _: None, lambda: 0.0) for _ in range(3))
     worker = job.worker()
@@ -277,7 +277,7 @@ def test_a_checkpoint_of_another_run_is_refused_unchanged(options: dict[str, Any
     ],
     ids=str,
 )
-def test_another_run_than_the_one_before_is_refused_with_the_key(
+def test_resuming_a_different_run_is_refused_with_the_key(
     key: str, changes: dict[str, Any], got: str, expected: str, tmp_path: Path
 ) -> None:
     path = write(tmp_path, 3)
@@ -290,18 +290,18 @@ def test_another_run_than_the_one_before_is_refused_with_the_key(
 @pytest.mark.parametrize(
     "changes", [{}, {"workers": 7}, {"train": {"lr": 0.5, "epochs": 90}}, {"dataset": {"root": "elsewhere"}}], ids=str
 )
-def test_a_run_goes_on_with_more_workers_at_another_rate_for_longer(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_resumes_with_other_workers_learning_rate_and_length(changes: dict[str, Any], tmp_path: Path) -> None:
     check_resume(changed(changes), write(tmp_path, 3))
 
 
 def changed(changes: dict[str, Any]) -> Config:
-    """The configuration of the checkpoints with some values changed."""
+    """Return the configuration of the checkpoints with some values changed."""
     model = {} if "name" in changes.get("model", {}) else {"hidden": 5}
     train = {"max_iterations": 9, **changes.get("train", {})}
     return parse_config({"workers": 2, **changes, "model": {**model, **changes.get("model", {})}, "train": train})
 
 
-def test_a_checkpoint_that_is_further_than_this_run_goes_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_beyond_the_end_of_the_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="state") as caught:
         server(total_tickets=2).load_state_dict(checkpoint.read(write(tmp_path, 3), "server.pt"))
     assert str(caught.value) == "state of a server: iteration: got 3, expected at most 2"

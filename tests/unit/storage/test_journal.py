@@ -1,4 +1,4 @@
-"""The journal: what was acknowledged is there after a crash, whole and in order, and what was torn is not."""
+"""The journal: acknowledged calls survive a crash, complete and in order; torn records do not count."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from ormo_rpc.storage.journal import FileJournal, recover
 from tests.support.examples import examples
 
 DIMENSION = 5
-RULES = ("asgd", "ormo", "shifted", "smega2", "dc_asgd", "gap_aware", "fedbuff", "easgd")
-"""Among them algorithms that read what was sent, that keep something for each worker, and that buffer."""
+ALGORITHMS = ("asgd", "ormo", "shifted", "smega2", "dc_asgd", "gap_aware", "fedbuff", "easgd")
+"""Among them algorithms that read the parameters they sent, that have a state for each worker, and that buffer."""
 
 
 def server(algorithm: str, events: list[Event] | None = None) -> ParameterServer:
@@ -41,7 +41,7 @@ def server(algorithm: str, events: list[Event] | None = None) -> ParameterServer
 
 
 def push(reply: Reply, length: int, *, finite: bool = True) -> Push:
-    """A push that answers a reply, with values of its own."""
+    """Make a push for a reply, with values of its own."""
     assert reply.ticket is not None
     generator = torch.Generator().manual_seed(reply.ticket)
     grad = torch.randn(length, generator=generator, dtype=torch.float64)
@@ -60,7 +60,7 @@ def push(reply: Reply, length: int, *, finite: bool = True) -> Push:
 
 
 class Machine:
-    """A server with its journal, as the RPC service drives them; keeps the state after each input."""
+    """A server with its journal, driven as by the service, and the state after each input."""
 
     def __init__(self, algorithm: str, run_dir: Path) -> None:
         self.events: list[Event] = []
@@ -72,19 +72,19 @@ class Machine:
         self.file = next(iter((run_dir / "journal").iterdir()))
 
     def did(self, replies: list[Reply]) -> None:
-        """Note what is held now, the state, and the journal's length."""
+        """Note the replies, the state, and the journal's length."""
         self.held |= {reply.worker: reply for reply in replies}
         self.states.append(self.server.state_dict(replies=True))
         self.sizes.append(self.file.stat().st_size)
 
     def start(self) -> None:
-        """Begin with all workers."""
+        """Start with all workers."""
         replies = self.server.start([0, 1, 2])
         self.journal.start([0, 1, 2], self.server.incarnation)
         self.did(replies)
 
     def push(self, worker: int, *, finite: bool) -> None:
-        """A worker delivers, if it holds a ticket."""
+        """Push for a worker, if it holds a ticket."""
         reply = self.held.get(worker)
         if reply is None or reply.ticket is None or worker not in self.server.members:
             return
@@ -97,8 +97,8 @@ class Machine:
         self.held.pop(worker)
         self.did(replies)
 
-    def come_or_go(self, worker: int) -> None:
-        """A member leaves (but not the last one), anybody else joins."""
+    def join_or_leave(self, worker: int) -> None:
+        """Let a member leave (but not the last one), or another worker join."""
         if worker in self.server.members:
             if len(self.server.members) == 1:
                 return
@@ -112,7 +112,7 @@ class Machine:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two states are equal to the bit."""
+    """Compare two states bit for bit."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
@@ -127,30 +127,30 @@ STEPS = st.lists(
         st.tuples(st.just("push"), st.integers(0, 3)),
         st.tuples(st.just("push"), st.integers(0, 3)),
         st.tuples(st.just("bad"), st.integers(0, 3)),
-        st.tuples(st.just("come or go"), st.integers(0, 3)),
+        st.tuples(st.just("join or leave"), st.integers(0, 3)),
     ),
     max_size=40,
 )
 
 
 @examples(6)
-@given(algorithm=st.sampled_from(RULES), steps=STEPS, cut=st.integers(0, 10**9), damage=st.booleans())
-def test_any_cut_of_the_journal_is_the_state_after_its_last_whole_record(
+@given(algorithm=st.sampled_from(ALGORITHMS), steps=STEPS, cut=st.integers(0, 10**9), damage=st.booleans())
+def test_a_journal_cut_anywhere_recovers_the_state_of_its_last_complete_record(
     tmp_path_factory: pytest.TempPathFactory, algorithm: str, steps: list[tuple[str, int]], cut: int, damage: bool
 ) -> None:
     run_dir = tmp_path_factory.mktemp("run")
     machine = Machine(algorithm, run_dir)
     machine.start()
     for what, worker in steps:
-        if what == "come or go":
-            machine.come_or_go(worker)
+        if what == "join or leave":
+            machine.join_or_leave(worker)
         else:
             machine.push(worker, finite=what == "push")
     machine.journal.close()
     content = machine.file.read_bytes()
     assert machine.sizes[-1] == len(content)
     at = cut % (len(content) + 1)
-    if damage and at < len(content):  # a byte that is wrong, and everything behind it still there
+    if damage and at < len(content):  # a wrong byte, with everything behind it intact
         machine.file.write_bytes(content[:at] + bytes([content[at] ^ 0x55]) + content[at + 1 :])
     else:
         machine.file.write_bytes(content[:at])
@@ -166,7 +166,7 @@ def test_any_cut_of_the_journal_is_the_state_after_its_last_whole_record(
 
 @pytest.mark.parametrize("algorithm", ["ormo", "dc_asgd"])
 @pytest.mark.parametrize("newest_is_good", [True, False])
-def test_segments_chain_from_any_checkpoint_on(algorithm: str, newest_is_good: bool, tmp_path: Path) -> None:
+def test_recovery_chains_segments_from_any_checkpoint(algorithm: str, newest_is_good: bool, tmp_path: Path) -> None:
     machine = Machine(algorithm, tmp_path)
     machine.start()
     checkpoints: list[tuple[int, dict[str, Any]]] = []
@@ -186,7 +186,7 @@ def test_segments_chain_from_any_checkpoint_on(algorithm: str, newest_is_good: b
     assert same(again.state_dict(replies=True), machine.server.state_dict(replies=True))
 
 
-def test_what_follows_a_gap_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_segments_after_a_missing_one_are_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     machine = Machine("asgd", tmp_path)
     machine.start()
     for worker in (0, 1, 2):
@@ -201,7 +201,7 @@ def test_what_follows_a_gap_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptu
     assert {file.name for file in (tmp_path / "journal").iterdir()} == {"000000.log", "000002.lost", "000003.lost"}
 
 
-def test_what_nobody_goes_on_from_is_removed(tmp_path: Path) -> None:
+def test_segments_that_no_checkpoint_needs_are_removed(tmp_path: Path) -> None:
     machine = Machine("asgd", tmp_path)
     machine.start()
     for _ in range(3):
@@ -209,10 +209,10 @@ def test_what_nobody_goes_on_from_is_removed(tmp_path: Path) -> None:
     machine.journal.forget(2)
     assert sorted(file.name for file in (tmp_path / "journal").iterdir()) == ["000002.log", "000003.log"]
     machine.journal.close()
-    assert FileJournal(tmp_path).segment == 4  # a new life never writes behind a torn record
+    assert FileJournal(tmp_path).segment == 4  # a new incarnation never appends to a file that may be torn
 
 
-def test_one_force_to_disk_serves_all_who_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_fsync_serves_all_waiting_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = FileJournal(tmp_path)
     force, waiting, go_on = os.fsync, threading.Event(), threading.Event()
     forces: list[int] = []
@@ -237,22 +237,20 @@ def test_one_force_to_disk_serves_all_who_wait(tmp_path: Path, monkeypatch: pyte
     for thread in (first, *others):
         thread.join(30)
         assert not thread.is_alive()
-    assert len(forces) == 2  # the first one's, and one for all who came while it went on
+    assert len(forces) == 2  # the first, and one for all that waited meanwhile
     journal.sync()
     assert len(forces) == 2
 
 
-def test_what_cannot_be_made_durable_is_an_error(tmp_path: Path) -> None:
+def test_a_push_that_cannot_be_made_durable_is_an_error(tmp_path: Path) -> None:
     journal = FileJournal(tmp_path)
     os.close(journal._file)  # pyright: ignore[reportPrivateUsage] # a disk that fails
     with pytest.raises(OSError, match="Bad file descriptor"):
         journal.join(0)
 
 
-def test_behind_a_call_that_could_not_be_written_nothing_is_acknowledged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A torn record hides all that follow it, so a disk that has room again must not make them look durable."""
+def test_after_a_failed_append_nothing_is_acknowledged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torn record hides all later ones, so they must not look durable on a disk that has room again."""
     journal = FileJournal(tmp_path)
     real = os.write
 

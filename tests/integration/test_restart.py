@@ -1,0 +1,261 @@
+"""A restarted server: it resumes from checkpoint and journal after a crash, and its lineage has every ticket once."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from concurrent.futures import Executor, Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ormo_rpc import train
+from ormo_rpc.config.parsing import parse_config, save_config
+from ormo_rpc.errors import ConfigError
+from ormo_rpc.messages import Reply
+from ormo_rpc.runtimes.job import Job
+from ormo_rpc.runtimes.session import Session
+from ormo_rpc.runtimes.simulator import InlineExecutor
+from ormo_rpc.server.events import Kind
+from ormo_rpc.storage import checkpoint
+from ormo_rpc.storage.checkpoint import complete
+from ormo_rpc.storage.run_directory import read_trace
+from ormo_rpc.storage.summary import Summary, write_summary
+
+
+class Incarnation:
+    """One incarnation of a server in a run directory, without processes: a session, and pushes to it."""
+
+    def __init__(
+        self, run_dir: Path, number: int, *, start: bool = True, writer: Executor | None = None, **options: Any
+    ) -> None:
+        run_dir.mkdir(exist_ok=True)
+        config = parse_config(
+            {
+                "workers": 2,
+                "model": {"hidden": 4},
+                "train": {"max_iterations": 60, "lr": 0.01},
+                "logger": {"name": "none"},
+                "checkpoint": {"every_seconds": 0, **options},
+            }
+        )
+        (run_dir / "trace.jsonl").touch()
+        job = Job(config)
+        self.worker = job.worker()
+        self.session = Session(job, run_dir, InlineExecutor(), writer or InlineExecutor(), lambda: 1.5)
+        self.session.open(incarnation=number)
+        self.server = self.session.server
+        self.replies: dict[int, Reply] = {}
+        if start:
+            self.replies = {reply.worker: reply for reply in self.server.start([0, 1])}
+            self.session.journal.start([0, 1], self.server.incarnation)
+
+    def push(self, count: int) -> None:
+        """Push this many gradients, the workers taking turns, and flush after each."""
+        for _ in range(count):
+            worker = self.server.iteration % 2
+            push = self.worker.compute(self.replies[worker])
+            replies: list[Reply] = self.server.receive(push)
+            self.session.journal.push(push, rejected=False)
+            self.session.observe(self.server)
+            self.session.journal.sync()
+            self.replies |= {reply.worker: reply for reply in replies}
+            self.session.flush()
+
+    def die(self) -> None:
+        """End as after a SIGKILL: nothing more is written."""
+        self.session.directory.close()
+        if self.session.job.config.checkpoint.journal:
+            os.close(self.session.journal._file)  # pyright: ignore[reportPrivateUsage,reportAttributeAccessIssue] # no sync
+
+    def sha(self) -> bytes:
+        """Return the bytes of the parameters."""
+        return self.server.params.numpy().tobytes()
+
+
+def lineage(run_dir: Path) -> list[int]:
+    """Return the tickets of the applied gradients, whose iterations are in order."""
+    applied = [event for event in read_trace(run_dir)[1] if event["event"] == "apply"]
+    assert [event["iteration"] for event in applied] == list(range(len(applied)))
+    return [event["ticket"] for event in applied]
+
+
+@pytest.mark.parametrize("journal", [False, True])
+@pytest.mark.parametrize("every", [0, 10])
+def test_after_a_crash_the_lineage_has_every_ticket_once(every: int, journal: bool, tmp_path: Path) -> None:
+    first = Incarnation(tmp_path, 0, every=every, journal=journal)
+    first.push(25)
+    kept = {25: first.sha()}
+    first.die()
+    # The memory of the process is lost: without the journal the newest checkpoint counts, or the beginning.
+    second = Incarnation(tmp_path, 1, every=every, journal=journal)
+    resumed_at = 25 if journal else 20 if every else 0
+    assert second.server.iteration == resumed_at
+    assert second.session.counters.rolled_back == 25 - resumed_at
+    assert second.session.counters.incarnations == 2
+    assert second.server.incarnation == 1
+    if journal:
+        assert second.sha() == kept[25]
+    second.push(8)
+    second.die()
+    third = Incarnation(tmp_path, 2, every=every, journal=journal)
+    resumed_again_at = resumed_at + 8 if journal else 20 if every else 0
+    assert third.server.iteration == resumed_again_at
+    assert third.session.counters.rolled_back == (25 - resumed_at) + (resumed_at + 8 - resumed_again_at)
+    assert third.server.incarnation == 2
+    third.push(60 - resumed_again_at)
+    assert third.server.ended
+    assert sorted(lineage(tmp_path)) == list(range(60))
+    resumes = [event for event in read_trace(tmp_path)[1] if event["event"] == "resume"]
+    assert [event["workers"] for event in resumes] == [[0, 1]] * (2 if journal else 1)
+    state = third.server.state_dict()
+    summary = third.session.close(state, wait=True)
+    assert (summary["rolled_back"], summary["incarnations"], summary["iterations"]) == (
+        third.session.counters.rolled_back,
+        3,
+        60,
+    )
+    assert sum(summary["pushes_per_worker"].values()) == summary["gradients_computed"] == 60  # of the lineage alone
+
+    save_config(third.session.job.config, tmp_path / "config.yaml")
+    write_summary(tmp_path, Summary.from_dict(summary))
+    again = train(["runtime=replay", f"replay.run={tmp_path}", "logger=none"], run_dir=tmp_path / "again")
+    assert again["identical"] is True
+
+
+def test_the_journal_recovers_across_an_incarnation_that_never_started(tmp_path: Path) -> None:
+    shas: list[bytes] = []
+    for number, start in enumerate((True, False, True)):
+        incarnation = Incarnation(tmp_path, number, start=start, journal=True)
+        if start:
+            incarnation.push(7)
+        shas.append(incarnation.sha())
+        incarnation.die()
+    last = Incarnation(tmp_path, 3, journal=True)
+    assert (last.server.iteration, last.session.counters.rolled_back, last.server.incarnation) == (14, 0, 3)
+    assert last.sha() == shas[-1]
+    last.die()
+
+
+def test_rolled_back_events_are_kept_in_a_file_of_their_own(tmp_path: Path) -> None:
+    incarnation = Incarnation(tmp_path, 0, every=10)
+    incarnation.push(17)
+    incarnation.die()
+    Incarnation(tmp_path, 1, every=10).die()
+    lines = [json.loads(line) for line in (tmp_path / "trace.rolled_back.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines if line["event"] == "apply"] == list(range(10, 17))
+
+
+def test_a_torn_newest_checkpoint_is_skipped_and_the_journal_continues_from_the_one_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = Incarnation(tmp_path, 0, every=10, journal=True)
+    first.push(25)
+    first.die()
+    newest = complete(tmp_path)[-1]
+    (newest / "server.pt").write_bytes(b"")
+    second = Incarnation(tmp_path, 1, every=10, journal=True)
+    assert (second.server.iteration, second.session.counters.rolled_back) == (25, 0)
+    assert second.sha() == first.sha()
+    second.die()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{newest / 'server.pt'}: is damaged: its SHA-256 is not the one in manifest.json; an older checkpoint is used instead"
+    ]
+
+
+def test_a_checkpoint_without_its_manifest_does_not_stop_the_next_one(tmp_path: Path) -> None:
+    incarnation = Incarnation(tmp_path, 0, every=10, journal=True)
+    incarnation.push(12)
+    (spoilt,) = complete(tmp_path)
+    (spoilt / "manifest.json").unlink()
+    incarnation.push(10)
+    incarnation.die()
+    assert checkpoint.locate(tmp_path).name == "iteration_000000020"
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    incarnation = Incarnation(tmp_path, 0, every=10)
+    incarnation.push(12)
+    (good,) = complete(tmp_path)
+
+    def full(*_arguments: Any, **_more: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        incarnation.push(10)
+    monkeypatch.undo()
+    incarnation.die()
+    assert checkpoint.locate(tmp_path) == good
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [good.name]
+
+
+def test_training_continues_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    slow: list[tuple[Any, tuple[Any, ...], Future[Any]]] = []
+
+    class Slow(InlineExecutor):
+        def submit(self, fn: Any, /, *args: Any, **_kwargs: Any) -> Future[Any]:
+            future: Future[Any] = Future()
+            slow.append((fn, args, future))
+            return future
+
+    incarnation = Incarnation(tmp_path, 0, writer=Slow(), every=5)
+    incarnation.push(23)  # four become due; those during the writing of the first are skipped
+    assert len(slow) == 1
+    assert lineage_written(tmp_path) == 23
+    fn, arguments, future = slow.pop()
+    future.set_result(fn(*arguments))
+    assert checkpoint.iteration_of(complete(tmp_path)[0]) == 5
+    incarnation.session.flush()
+    incarnation.push(3)
+    assert len(slow) == 1
+    incarnation.die()
+
+
+def lineage_written(run_dir: Path) -> int:
+    """Count the gradients in the trace."""
+    return len(lineage(run_dir))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("server.pt", lambda data: data[:-1], r"server\.pt: is damaged: its SHA-256 is not the one in manifest\.json"),
+        ("model.pt", lambda data: data[:50] + b"x" + data[51:], r"model\.pt: is damaged: its SHA-256 .*"),
+        ("config.yaml", lambda data: data + b"#", r"config\.yaml: is damaged: its SHA-256 .*"),
+        ("manifest.json", lambda _: b"{}", r"manifest\.json: is damaged: it is not a manifest of this format"),
+        ("manifest.json", lambda _: b"\xff", r"manifest\.json: is damaged: it is not a manifest of this format"),
+        ("manifest.json", lambda data: data.replace(b'"format": 2', b'"format": 1'), r".*: format: got 1, expected 2"),
+        ("server.pt", None, r".*: is incomplete: No such file or directory: server\.pt"),
+        ("manifest.json", None, r".*: is incomplete: No such file or directory: manifest\.json"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_with_the_damaged_file(file: str, change: Any, said: str, tmp_path: Path) -> None:
+    incarnation = Incarnation(tmp_path, 0, every=10)
+    incarnation.push(10)
+    incarnation.die()
+    (path,) = complete(tmp_path)
+    assert checkpoint.damage_of(path) is None
+    if change is None:
+        (path / file).unlink()
+    else:
+        (path / file).write_bytes(change((path / file).read_bytes()))
+    with pytest.raises(ConfigError, match=rf"\A.*{said}; take another checkpoint\Z"):
+        checkpoint.locate(path)
+    with pytest.raises(ConfigError, match=r"\A.*: got a path without an intact checkpoint, expected .*\Z"):
+        checkpoint.locate(tmp_path)
+
+
+def test_a_pause_is_one_event_and_ends_with_the_next_join() -> None:
+    config = parse_config({"workers": 3, "runtime": {"min_workers": 2}, "model": {"hidden": 4}})
+    events: list[Any] = []
+    server = Job(config).server(events.append, lambda: 0.0)
+    assert len(server.start()) == 3
+    assert server.leave(0) != [] or server.assignments.returned
+    server.leave(1)
+    assert server.join(5) != []
+    kinds = [event.kind for event in events if event.kind in (Kind.pause, Kind.proceed)]
+    assert kinds == [Kind.pause, Kind.proceed]
