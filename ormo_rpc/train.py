@@ -16,8 +16,9 @@ def train(config: Config | Mapping[str, Any] | Sequence[str] = (), *, run_dir: s
     """Run a configuration to its end and return its summary.
 
     Args:
-        config: A `Config`, nested plain values as in ``config.yaml``, or overrides as on the command line, such as
-            ``["algorithm=ormo_da", "workers=8"]``.
+        config: A `Config`; nested values as in ``config.yaml``, such as ``{"algorithm": OrMo(momentum_correction=True),
+            "model": "cnn", "train": {"lr": 0.05}}``, where a group is a part, a name, or keys with their values; or overrides
+            as on the command line, such as ``["algorithm=ormo_da", "workers=8"]``.
         run_dir: Where the outputs go; ``outputs/DATE/TIME`` by default.
 
     Returns:

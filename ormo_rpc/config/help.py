@@ -5,9 +5,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
-from ormo_rpc.config.schema import GROUPS, Config, choices
+from ormo_rpc.config.schema import GROUPS, Config
 from ormo_rpc.config.write_conf import conf_dir, options_of, sections, summary_of
-from ormo_rpc.options import Section
+from ormo_rpc.options import Section, parts
 
 WIDTH = 110
 
@@ -28,7 +28,7 @@ def list_of_keys() -> str:
 
 def _groups() -> Iterator[str]:
     yield "Groups, chosen as GROUP=NAME (your own class: GROUP._target_=my_module.MyClass):"
-    names = {group: ", ".join(choices(group)) for group in GROUPS}
+    names = {group: ", ".join(parts(group)) for group in GROUPS}
     extra = {path.name for path in conf_dir().iterdir() if path.is_dir()} - {*GROUPS, "hydra"}
     for group in sorted(extra):
         names[group] = ", ".join(sorted(path.stem for path in (conf_dir() / group).glob("*.yaml")))

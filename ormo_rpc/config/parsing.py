@@ -15,7 +15,7 @@ from ormo_rpc.config.renamed import translate_renamed
 from ormo_rpc.config.saving import to_tree
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
-from ormo_rpc.options import Part, Section
+from ormo_rpc.options import Part, Section, parts
 from ormo_rpc.options.instantiate import part, path_of
 from ormo_rpc.options.values import build, refuse_key
 from ormo_rpc.schedulers import incompatibility
@@ -137,10 +137,14 @@ def _refuse_together(config: Config) -> None:
     if prefetch and config.scheduler.BARRIER:
         raise ConfigError(
             f"worker.prefetch: got {prefetch} with scheduler={config.scheduler.name}, whose barrier waits for all tickets, "
-            f"those ahead as well; expected 0, or scheduler=async or ssp"
+            f"those ahead as well; expected 0, or a scheduler without a barrier: {', '.join(_without_barrier())}"
         )
     if prefetch and config.wire.transport is Transport.uv:
         raise ConfigError(
             f"worker.prefetch: got {prefetch} with wire.transport=uv, where a process has one agent, for one worker; "
             f"expected 0, or wire.transport=auto, shm or tcp"
         )
+
+
+def _without_barrier() -> list[str]:
+    return [name for name, scheduler in parts("scheduler").items() if not scheduler.BARRIER]

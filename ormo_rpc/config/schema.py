@@ -7,7 +7,6 @@ in ``conf/`` are written from both, see `write_conf`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
 
@@ -22,7 +21,7 @@ from ormo_rpc.config.saving import to_yaml
 from ormo_rpc.data import DataSource, Digits
 from ormo_rpc.loggers import Logger, WandbLogger
 from ormo_rpc.models import MLP, Model
-from ormo_rpc.options import Section, at_least_one, not_negative, option, parts, positive
+from ormo_rpc.options import Section, at_least_one, not_negative, option, positive
 from ormo_rpc.options.part import PACKAGES
 from ormo_rpc.schedulers import Scheduler
 from ormo_rpc.schedulers.async_ import Async
@@ -232,8 +231,3 @@ class Config(Section):
 
 GROUPS: tuple[str, ...] = tuple(field.name for field in fields(Config) if field.name in PACKAGES)
 """The sections that are parts: chosen by name or, from outside of the package, by ``_target_``."""
-
-
-def choices(group: str) -> Mapping[str, type[Section]]:
-    """The parts of a group by name."""
-    return parts(group)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import ormo_rpc
-from ormo_rpc.config.schema import GROUPS, Config, choices
-from ormo_rpc.options import CallsTarget, Part, Section
+from ormo_rpc.config.schema import GROUPS, Config
+from ormo_rpc.options import CallsTarget, Part, Section, parts
 from ormo_rpc.options.instantiate import base_of
 from ormo_rpc.options.values import plain
 
@@ -47,7 +47,7 @@ def sections() -> Iterator[tuple[str, str, type[Section]]]:
     yield "", "", Config
     for field in dataclasses.fields(Config):
         if field.name in GROUPS:
-            for name, part in choices(field.name).items():
+            for name, part in parts(field.name).items():
                 yield field.name, name, part
         elif not field.metadata:
             section: Any = field.default_factory
@@ -58,8 +58,8 @@ def rendered() -> Mapping[str, str]:
     """The text of each file by its path below ``conf/``."""
     files = {SETTINGS: "\n".join(_settings()) + "\n"}
     for group in GROUPS:
-        for name, section in choices(group).items():
-            files[f"{group}/{name}.yaml"] = "\n".join(_part(group, name, section)) + "\n"
+        for name, part in parts(group).items():
+            files[f"{group}/{name}.yaml"] = "\n".join(_part(part)) + "\n"
     return files
 
 
@@ -76,21 +76,19 @@ def write() -> list[str]:
     return [*changed, *(str(path.relative_to(folder)) for path in gone)]
 
 
-def _part(group: str, name: str, section: type[Section]) -> Iterator[str]:
-    yield f"# {summary_of(section)}."
-    yield f"name: {name}"
-    if group != "runtime":
-        yield _line("_target_", None, _outside(section))
-    for option, default, doc in options_of(section):
-        yield _line(option, default, doc)
+def _part(part: type[Part]) -> Iterator[str]:
+    yield f"# {summary_of(part)}."
+    yield f"name: {part.name}"
+    if part.PATH != "runtime":  # which is a module of this package, too
+        yield _line("_target_", None, _outside(part))
+    for option in options_of(part):
+        yield _line(*option)
 
 
-def _outside(section: type[Section]) -> str:
-    if not issubclass(section, Part):
-        return "your own instead: the dotted path of a class"
-    if any(issubclass(part, CallsTarget) for part in choices(section.PATH).values()):
+def _outside(part: type[Part]) -> str:
+    if any(issubclass(each, CallsTarget) for each in parts(part.PATH).values()):
         return "your own instead: the dotted path of a function or class, with its keywords beside it"
-    base = base_of(section)
+    base = base_of(part)
     package = base.__module__.rpartition(".")[0]
     module = package if getattr(sys.modules[package], base.__name__, None) is base else base.__module__
     return f"your own instead: the dotted path of a subclass of {module}.{base.__name__}"

@@ -15,22 +15,23 @@ from omegaconf import OmegaConf
 
 from ormo_rpc.cli import compose
 from ormo_rpc.config.parsing import load_config, parse_config, save_config
-from ormo_rpc.config.schema import GROUPS, Config, choices
+from ormo_rpc.config.schema import GROUPS, Config
 from ormo_rpc.config.write_conf import conf_dir
 from ormo_rpc.models import CustomModel
+from ormo_rpc.options import parts
 
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
 TARGET = "torch.nn.Linear"
 
 
-@pytest.mark.parametrize(("group", "name"), [(group, name) for group in GROUPS for name in choices(group)])
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group in GROUPS for name in parts(group)])
 def test_every_part_composes_and_comes_back_equal_from_its_file(group: str, name: str, tmp_path: Path) -> None:
     custom = name == "custom"
     config = compose([f"{group}={name}", *([f"{group}._target_={TARGET}"] if custom else [])])
     assert getattr(config, group).name == name
     # Nothing else differs from the defaults, and the options of a part are the defaults of its own class.
     options: dict[str, Any] = {"_target_": TARGET} if custom else {}
-    assert config == dataclasses.replace(Config(), **{group: choices(group)[name](**options)})
+    assert config == dataclasses.replace(Config(), **{group: parts(group)[name](**options)})
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
 

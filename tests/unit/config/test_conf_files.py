@@ -8,8 +8,9 @@ from enum import Enum
 from omegaconf import OmegaConf
 
 from ormo_rpc.config.help import help_text, list_of_keys
-from ormo_rpc.config.schema import GROUPS, choices
+from ormo_rpc.config.schema import GROUPS
 from ormo_rpc.config.write_conf import conf_dir, rendered
+from ormo_rpc.options import parts
 from tests.support.keys import KEYS, default_of
 
 NOT_WRITTEN = ("config.yaml", "experiment/")
@@ -37,7 +38,7 @@ def test_the_help_fits_on_a_screen_and_names_every_group_and_part() -> None:
     assert max(map(len, lines)) <= 110
     text = " ".join(help_text().split())
     for group in (*GROUPS, "experiment"):
-        names = choices(group) if group in GROUPS else sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+        names = parts(group) if group in GROUPS else sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
         assert re.search(rf" {group} {', '.join(names)} ", text), group
     assert "--help-all" in text
 

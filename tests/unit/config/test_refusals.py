@@ -14,10 +14,10 @@ from ormo_rpc import build_server
 from ormo_rpc.cli import compose
 from ormo_rpc.config.parsing import load_config, parse_config
 from ormo_rpc.config.renamed import RENAMED_KEYS, RENAMED_VALUES
-from ormo_rpc.config.schema import Config, choices
+from ormo_rpc.config.schema import Config
 from ormo_rpc.config.write_conf import sections
 from ormo_rpc.errors import ConfigError
-from ormo_rpc.options import CallsTarget, Section
+from ormo_rpc.options import CallsTarget, Section, parts
 from tests.support.keys import KEYS, Key, default_of, label, tree
 
 TEXTS = {"checkpoint.resume", "heterogeneity.run", "logger.group", "logger.run_name", "replay.run", "runtime.interface"} | {
@@ -104,11 +104,11 @@ def test_an_unknown_key_is_named_in_full_beside_those_that_there_are(path: str, 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"algorithm": {"name": "adam"}}, f"algorithm: got 'adam', expected one of {', '.join(choices('algorithm'))}"),
-        ({"algorithm": "adam"}, f"algorithm: got 'adam', expected one of {', '.join(choices('algorithm'))}"),
+        ({"algorithm": {"name": "adam"}}, f"algorithm: got 'adam', expected one of {', '.join(parts('algorithm'))}"),
+        ({"algorithm": "adam"}, f"algorithm: got 'adam', expected one of {', '.join(parts('algorithm'))}"),
         ({"runtime": {"name": "mpi"}}, "runtime: got 'mpi', expected one of replay, rpc, sim"),
-        ({"model": 3}, f"model: got 3, expected keys with their values, or one of {', '.join(choices('model'))}"),
-        ({"model": {"name": 3}}, f"model: got 3, expected one of {', '.join(choices('model'))}"),
+        ({"model": 3}, f"model: got 3, expected keys with their values, or one of {', '.join(parts('model'))}"),
+        ({"model": {"name": 3}}, f"model: got 3, expected one of {', '.join(parts('model'))}"),
         ({"train": 3}, "train: got 3, expected keys with their values"),
         ({"train": {"momentun": 0.5}}, "train.momentun: got an unknown key; did you mean train.momentum?"),
         ({"model": {"hiden": 5}}, "model.hiden: got an unknown key; did you mean model.hidden?"),
@@ -159,7 +159,7 @@ def test_an_option_that_the_delay_rule_would_not_use_is_refused(algorithm: str, 
         ),
         ("train.lr=much", "train.lr: got 'much', expected a finite number > 0"),
         ("train.lr=${nowhere}", "train.lr: Interpolation key 'nowhere' not found"),
-        ("algorithm=adam", f"algorithm: got 'adam', expected one of {', '.join(choices('algorithm'))}"),
+        ("algorithm=adam", f"algorithm: got 'adam', expected one of {', '.join(parts('algorithm'))}"),
         ("model=custom", "model._target_: got None with model=custom, expected a dotted path .*"),
         ("train.lr=[", "no viable alternative at input .*"),
         ("model.kwargs.width=3", r"model\.kwargs\.width: keywords stand beside _target_; use \+model\.width=3"),
