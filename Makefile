@@ -26,7 +26,7 @@ train: .venv/ready  ## Train the default job: OrMo, 4 workers, handwritten digit
 
 quick: .venv/ready  ## Format, lint and most unit tests, within a minute: before every commit
 	@$(BIN)/ruff format --check --quiet .
-	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff check --quiet --output-format concise .
 	@$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow and not live" --hypothesis-profile=quick tests/unit $(ARGS)
 
 test: .venv/ready  ## Run all tests, on all cores (one after another: ARGS="-n 0")
