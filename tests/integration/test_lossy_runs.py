@@ -21,7 +21,7 @@ from ormo_rpc.runtimes.job import Job
 from ormo_rpc.storage.checkpoint import complete
 from ormo_rpc.storage.run_directory import read_trace
 from ormo_rpc.worker.worker import Worker
-from tests.integration.test_resume import changed, check_going_on
+from tests.integration.test_resume import changed, check_resumed
 
 FORMATS: dict[str, dict[str, Any]] = {
     "bf16": {"wire": {"dtype": "bf16"}},
@@ -87,7 +87,7 @@ def test_an_interrupted_run_ends_as_if_nothing_had_been(name: str, tmp_path: Pat
     *sources, _ = complete(tmp_path / "whole")
     assert len(sources) >= 3
     for source in sources:
-        check_going_on(tmp_path / "whole", whole, config, source, tmp_path / source.name)
+        check_resumed(tmp_path / "whole", whole, config, source, tmp_path / source.name)
         assert replayed(tmp_path / f"{source.name} again", tmp_path / source.name)["identical"] is True
     another = {**config, "compression": {"name": "none"}, "checkpoint": {"resume": str(sources[0])}}
     with pytest.raises(
@@ -152,7 +152,7 @@ def test_the_quadratic_travels_over_the_same_wire(name: str, tmp_path: Path) -> 
     whole = train(config, run_dir=tmp_path / "whole")
     assert whole["final_params_sha256"] != train(base, run_dir=tmp_path / "exact")["final_params_sha256"]
     assert replayed(tmp_path / "again", tmp_path / "whole")["identical"] is True
-    check_going_on(tmp_path / "whole", whole, config, complete(tmp_path / "whole")[1], tmp_path / "resumed")
+    check_resumed(tmp_path / "whole", whole, config, complete(tmp_path / "whole")[1], tmp_path / "resumed")
 
 
 def test_a_smaller_push_takes_a_link_less_time(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A logger from outside of the package, chosen by ``logger._target_``, logs a whole simulated run."""
+"""The choice of a logger: one from outside of the package by ``logger._target_``, and the former ``logger.mode=disabled``."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from typing_extensions import override
 
 from ormo_rpc import train
+from ormo_rpc.config.renamed import refuse_renamed, translate_renamed
+from ormo_rpc.errors import ConfigError
 from ormo_rpc.loggers import Logger, RunInfo, RunLog
 from ormo_rpc.loggers.statistics import Statistics
 from ormo_rpc.options import option
@@ -56,3 +59,11 @@ def test_a_logger_of_ones_own_gets_the_run_its_rows_and_its_summary(tmp_path: Pa
     assert [row.split(",") for row in rows] == [[str(row["iteration"]), str(row["train_loss"])] for row in written]
     assert len(rows) >= 2
     assert rows[-1] == f"40,{summary['train_loss']}"
+
+
+def test_the_former_way_to_disable_wandb_is_refused_and_read_in_recorded_runs() -> None:
+    with pytest.raises(ConfigError, match=r"^logger\.mode: disabled was renamed; use logger=none$"):
+        refuse_renamed(["seed=1", "logger.mode=disabled"])
+    recorded = {"seed": 1, "logger": {"mode": "disabled", "project": "p", "progress": False, "log_seconds": 2.0}}
+    assert translate_renamed(recorded)["logger"] == {"name": "none", "progress": False, "log_seconds": 2.0}
+    assert translate_renamed({"logger": {"mode": "offline"}})["logger"] == {"mode": "offline"}
