@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ormo_rpc.config.parsing import load_config, save_config
 from ormo_rpc.config.runtimes import GradientKind, SimRuntime
 from ormo_rpc.config.schema import Config
-from ormo_rpc.errors import ConfigError, NonFiniteGradient, RunFailed
+from ormo_rpc.errors import ConfigError, RunFailed
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.models.flat import sha256
 from ormo_rpc.runtimes.job import Job
@@ -156,10 +156,7 @@ class Replay:
         """Push to the server; a push that was damaged on its way, as ours is not, is rejected as it was then."""
         if str(event.get("reason", "")).startswith("not finite"):
             return self.server.reject(push)
-        try:
-            return self.server.receive(push)
-        except NonFiniteGradient:
-            return self.server.reject(push)
+        return self.server.receive(push)
 
     def _restart(self, event: Mapping[str, Any]) -> None:
         """Start the server as at a ``resume`` event: of a later incarnation, or of the first one with few workers."""

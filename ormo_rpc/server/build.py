@@ -130,7 +130,9 @@ def _copy_or_build(base: type[P], given: str | P, options: dict[str, Any]) -> P:
     if isinstance(given, base):
         return build(type(given), {name: getattr(given, name) for name in given.declared()})
     if not isinstance(given, str):
-        raise ValueError(f"{base.PATH}: got a {type(given).__name__}, expected a name or an object of a {base.__name__}")
+        raise ValueError(
+            f"{base.PATH}: got a {type(given).__name__}, expected a name or an object of a subclass of {base.__name__}"
+        )
     cls: type[P] = find(base.PATH, given)
     return build(cls, {name: options.pop(name) for name in cls.declared() if name in options})
 

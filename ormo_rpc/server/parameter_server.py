@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ormo_rpc.algorithms.base import PullContext, PushContext
-from ormo_rpc.errors import PushRefused, StaleSession
+from ormo_rpc.errors import NonFiniteGradient, PushRefused, StaleSession
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.server.assignments import Assignment
 from ormo_rpc.server.events import Event, Kind
@@ -120,42 +120,53 @@ class ParameterServer(ServerState):
     # ----------------------------------------------------------------------------------------------------------- pushes
 
     def receive(self, push: Push) -> list[Reply]:
-        """Check a push, apply it, and return the replies that are due now: to its sender, to others, or to nobody.
+        """Settle a push, and return the replies that are due now: to its sender, to others, or to nobody.
 
-        A push that repeats its sender's newest one is not applied again and gets the identical reply, or none while the
+        A gradient that is finite is applied. One that is not is discarded: its ticket goes to another worker, its sender gets new
+        work. A push that repeats its sender's newest one is not settled again and gets the identical reply, or none while the
         scheduler still holds that reply back.
 
         Raises:
-            PushRefused: the push does not fit; nothing has changed. `NonFiniteGradient` and `StaleSession` are special cases.
+            PushRefused: the push does not fit; nothing has changed. `StaleSession` is a special case.
         """
         return self.commit(push, self.validate(push))
 
     def validate(self, push: Push) -> ValidatedPush:
-        """The part of `receive` that needs no lock: types, and the payload's shape, dtype, device, finiteness and norm.
+        """Check the payload: the part of `receive` that needs no lock.
 
         Returns:
-            What `commit` applies: of the parameters' dtype, unless the algorithm's step reads that of the wire.
+            What `commit` settles. Its gradient is of the parameters' dtype, unless the algorithm's step reads that of the wire.
 
         Raises:
-            PushRefused: the payload does not fit.
+            PushRefused: the payload has the wrong types, shape, dtype or device.
         """
         algorithm = self.algorithm
-        validated = validate_push(
-            push, self.params, self.buffers.average, algorithm.VECTORS_PUSHED, self.norm_limit, self.pushed_dtype
-        )
+        try:
+            validated = validate_push(
+                push, self.params, self.buffers.average, algorithm.VECTORS_PUSHED, self.norm_limit, self.pushed_dtype
+            )
+        except NonFiniteGradient as error:
+            return ValidatedPush(push.grad, math.nan, rejected=error)
         if algorithm.OUT_OF_PLACE or validated.grad.dtype == self.params.dtype:
             return validated
         return replace(validated, grad=validated.grad.to(self.params.dtype))
 
     def commit(self, push: Push, validated: ValidatedPush) -> list[Reply]:
-        """The part of `receive` that changes the server; ``validated`` is what `validate` returned.
+        """Settle a push: the part of `receive` that changes the server.
+
+        Args:
+            push: The push.
+            validated: What `validate` returned for it.
 
         Raises:
             PushRefused: the push does not fit the assignments; nothing has changed.
         """
-        member, assignment = self._claim(push)
+        member, assignment = self._match(push)
         if assignment is None:
             return self._again(push.worker)
+        if validated.rejected is not None:
+            self._reject(push, member, assignment)
+            return self._settled(push)
         sent = None if member.reply is None else member.reply.params
         if sent is None and self.algorithm.READS_SENT:
             raise StaleSession(
@@ -182,31 +193,15 @@ class ParameterServer(ServerState):
             self._discard(assignment, validated.grad_sum, reason="refused by the algorithm")
         else:
             self._apply(push, assignment, context, validated)
-        self.blocked.append(push.worker)
-        self.scheduler.settle(push.worker)
-        return self._answer()
+        return self._settled(push)
 
     def reject(self, push: Push) -> list[Reply]:
-        """Settle a push that `validate` found not finite or too large: its ticket goes to another worker, its sender has new work.
-
-        When the parameters are not finite either, or the gradient of one ticket is so from workers of two processes (or twice
-        from the only one), they are at fault, not the worker, and the run ends as `diverged`.
+        """Settle a push like one whose gradient is not finite, for a caller that knows so without the gradient.
 
         Raises:
             PushRefused: the push does not fit the assignments; nothing has changed.
         """
-        member, assignment = self._claim(push)
-        if assignment is None:
-            return self._again(push.worker)
-        member.answered, member.reply = (push.ticket, push.stamp), None
-        seen_before = push.ticket in self.assignments.refused_by
-        limited = self.norm_limit is not None and self.norm_limit.policy is NormPolicy.refuse
-        self._discard(assignment, math.nan, reason="not finite or too large" if limited else "not finite", refused=True)
-        if seen_before or not all_finite(self.params):
-            self._end(Status.diverged)
-        self.blocked.append(push.worker)
-        self.scheduler.settle(push.worker)
-        return self._answer()
+        return self.commit(push, ValidatedPush(push.grad, math.nan, rejected=NonFiniteGradient("rejected by the caller")))
 
     def finish(self) -> list[Reply]:
         """Assignment no further ticket; the run is completed once the outstanding ones are redeemed."""
@@ -222,7 +217,26 @@ class ParameterServer(ServerState):
 
     # ---------------------------------------------------------------------------------------------------------- inside
 
-    def _claim(self, push: Push) -> tuple[Member, Assignment | None]:
+    def _settled(self, push: Push) -> list[Reply]:
+        """Have the sender of a settled push wait for its next ticket, and return the replies that are due."""
+        self.blocked.append(push.worker)
+        self.scheduler.settle(push.worker)
+        return self._answer()
+
+    def _reject(self, push: Push, member: Member, assignment: Assignment) -> None:
+        """Requeue the ticket of a gradient that is not finite, for a worker of another process.
+
+        When the parameters are not finite either, or the gradient of one ticket is so from workers of two processes (or twice
+        from the only one), they are at fault, not the worker, and the run ends as `diverged`.
+        """
+        member.answered, member.reply = (push.ticket, push.stamp), None
+        seen_before = push.ticket in self.assignments.refused_by
+        limited = self.norm_limit is not None and self.norm_limit.policy is NormPolicy.refuse
+        self._discard(assignment, math.nan, reason="not finite or too large" if limited else "not finite", refused=True)
+        if seen_before or not all_finite(self.params):
+            self._end(Status.diverged)
+
+    def _match(self, push: Push) -> tuple[Member, Assignment | None]:
         """The sender and the assignment that its push answers; None for a push that is to be dropped: repeated or taken away."""
         sender = f"push of worker {push.worker} for ticket {push.ticket}"
         if push.incarnation != self.incarnation:

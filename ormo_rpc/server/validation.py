@@ -43,17 +43,20 @@ class NormLimit:
 
 @dataclass(frozen=True, slots=True)
 class ValidatedPush:
-    """What a check leaves for the step.
+    """The outcome of `ParameterServer.validate`, for `ParameterServer.commit`.
 
     Attributes:
-        grad: What is applied: what came, or that scaled down, on no graph.
-        grad_sum: The sum of what came, the evidence that the trace keeps.
-        clipped_norm: The norm of what came, where it was scaled down.
+        grad: The gradient to apply: the one that came, or that scaled down; detached.
+        grad_sum: The sum of the one that came, which the trace keeps as evidence.
+        clipped_norm: The norm of the one that came, where it was scaled down.
+        rejected: Why the gradient is not applied: it is not finite, or too large for a limit that refuses. The push is settled
+            all the same: its ticket goes to another worker and its sender gets new work.
     """
 
     grad: Tensor
     grad_sum: float
     clipped_norm: float | None = None
+    rejected: NonFiniteGradient | None = None
 
 
 def validate_push(

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ormo_rpc import ParameterServer, Push, PushRefused, build_server
-from ormo_rpc.errors import GradientTooLarge, NonFiniteGradient
 from ormo_rpc.kernels.compiled import fastest_kernel
 from ormo_rpc.messages import Reply
 from ormo_rpc.options import find, parts
@@ -108,8 +107,7 @@ def test_what_is_not_finite_is_found_wherever_it_is(length: int) -> None:
     for place in {0, length - 1, length // 2}:
         grad = torch.zeros(length, dtype=torch.bfloat16)
         grad[place] = math.inf
-        with pytest.raises(NonFiniteGradient, match=rf"got 1 of {length} values NaN or infinite"):
-            one.validate(pushed(reply, grad))
+        assert f"got 1 of {length} values NaN or infinite" in str(one.validate(pushed(reply, grad)).rejected)
     large = torch.full((length,), torch.finfo(torch.bfloat16).max, dtype=torch.bfloat16)
     assert one.validate(pushed(reply, large)).grad is not None  # their sum is beyond the range, they are not
 
@@ -123,8 +121,7 @@ def test_a_limit_to_the_norm_holds_for_rounded_pushes() -> None:
         )
         (reply,) = one.start()
         if policy is NormPolicy.refuse:
-            with pytest.raises(GradientTooLarge, match=r"got the norm 5"):
-                one.validate(pushed(reply, grad))
+            assert "got the norm 5" in str(one.validate(pushed(reply, grad)).rejected)
         else:
             one.receive(pushed(reply, grad))
             torch.testing.assert_close(one.params, torch.tensor([-0.6, -0.8]))

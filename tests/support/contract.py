@@ -18,8 +18,9 @@ from tests.support import reference, reference_batching, reference_peers
 from tests.support.schedule import Run, Schedule, noise, schedules
 
 SCHEDULERS = ("async", "sync", "partial", "ssp")
+"""Every registered scheduler; `test_every_algorithm_and_scheduler_has_its_row` compares."""
 SCHEDULER_OPTIONS: Mapping[str, Mapping[str, Any]] = {"partial": {"k": 2}, "ssp": {"s": 1}}
-"""Such that a barrier is felt with the few workers of these tests."""
+"""Options with which a scheduler holds workers back although these tests have few."""
 DIMENSION = 4
 LEARNING_RATES: Mapping[str, Callable[[int], float]] = {
     "constant": lambda _: 0.1,

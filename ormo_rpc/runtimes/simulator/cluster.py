@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import torch
 
-from ormo_rpc.errors import NonFiniteGradient
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.runtimes.simulator.clock import EventQueue
 from ormo_rpc.server.parameter_server import ParameterServer
@@ -254,11 +253,7 @@ class Cluster:
         if self._since.get(reply.worker, float("inf")) > self.queue.now or reply.worker not in self.server.members:
             return  # it has left since, and its connection with it
         push = self.source.compute(reply)
-        try:
-            replies = self.server.receive(push)
-        except NonFiniteGradient:
-            replies = self.server.reject(push)
-        self._send(replies)
+        self._send(self.server.receive(push))
         self.observe()
 
     def _count_membership(self, worker: int) -> None:

@@ -17,7 +17,7 @@ from ormo_rpc.schedulers import incompatibility
 from ormo_rpc.server.build import build_server
 from ormo_rpc.server.events import Event, Kind
 from ormo_rpc.server.parameter_server import Status
-from tests.support.contract import ROWS, SCHEDULER_OPTIONS, Case, Reduction, Row, cases, same, tensors, values
+from tests.support.contract import ROWS, SCHEDULER_OPTIONS, SCHEDULERS, Case, Reduction, Row, cases, same, tensors, values
 from tests.support.schedule import Quadratic, Run, Schedule, noise, normal, pushed, schedules
 
 ROUNDING = 1e-14
@@ -33,12 +33,13 @@ def random_schedule(length: int, seed: int = 0) -> Schedule:
     return [("push", int(pick)) for pick in picks]
 
 
-def test_the_table_has_every_algorithm() -> None:
+def test_every_algorithm_and_scheduler_has_its_row() -> None:
     assert sorted(row.name for row in ROWS) == list(parts("algorithm"))
+    assert sorted(SCHEDULERS) == list(parts("scheduler"))
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_a_algorithm_runs_under_every_scheduler_that_it_does_not_refuse(row: Row) -> None:
+def test_an_algorithm_runs_under_every_scheduler_that_it_does_not_refuse(row: Row) -> None:
     algorithm = find("algorithm", row.name)
     allowed = [name for name, scheduler in parts("scheduler").items() if incompatibility(algorithm, scheduler) is None]
     assert sorted(row.schedulers) == allowed

@@ -182,7 +182,15 @@ class Attack:
                 ],
             }[kind]
         )
-        return lambda: server.receive(replace(good, **changes)), error
+        return lambda: receive_or_raise(server, replace(good, **changes)), error
+
+
+def receive_or_raise(server: ParameterServer, push: Push) -> None:
+    """Raise why a push is rejected; settling it would change the server."""
+    rejected = server.validate(push).rejected
+    if rejected is not None:
+        raise rejected
+    server.receive(push)
 
 
 @pytest.mark.parametrize("algorithm", RULES)
@@ -245,7 +253,7 @@ def test_whatever_stands_in_a_field_is_taken_or_refused_as_documented(name: str,
         "grad": False,
     }[name]
     try:
-        server.receive(replace(push, **{name: value}))
+        receive_or_raise(server, replace(push, **{name: value}))
     except PushRefused:
         assert not right
         assert same(server.state_dict(), before)

@@ -166,6 +166,14 @@ BAD: dict[str, tuple[dict[str, Any], type[PushRefused], str]] = {
 }
 
 
+def receive_or_raise(server: ParameterServer, push: Push) -> None:
+    """Raise why a push is rejected, which `receive` would settle."""
+    rejected = server.validate(push).rejected
+    if rejected is not None:
+        raise rejected
+    server.receive(push)
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_push_is_refused_with_its_reason_and_changes_nothing(name: str) -> None:
     changes, error, text = BAD[name]
@@ -173,8 +181,9 @@ def test_a_bad_push_is_refused_with_its_reason_and_changes_nothing(name: str) ->
     trial.push(0, buffers=MEAN)
     trial.push(0, buffers=MEAN)
     before, events = trial.server.state_dict(), len(trial.events)
+    bad = replace(trial.work(1, buffers=MEAN), **changes)
     with pytest.raises(error, match=f"^push of worker {text}$") as caught:
-        trial.server.receive(replace(trial.work(1, buffers=MEAN), **changes))
+        receive_or_raise(trial.server, bad)
     assert type(caught.value) is error
     assert type(caught.value)(str(caught.value)).args == caught.value.args, "it cannot be built again from one string"
     assert same(trial.server.state_dict(), before)
@@ -421,9 +430,9 @@ def test_membership_that_makes_no_sense_is_refused() -> None:
 def test_a_ticket_with_a_bad_gradient_goes_to_another_worker() -> None:
     trial = begin()
     bad = trial.work(1, math.nan * ONE)
-    (reply,) = trial.note(trial.server.reject(bad))
+    (reply,) = trial.note(trial.server.receive(bad))
     assert brief([reply]) == [(1, 3, 0)], "the sender gets other work"
-    assert trial.server.reject(bad)[0] is reply, "a repeat of it settles nothing twice"
+    assert trial.server.receive(bad)[0] is reply, "a repeat of it settles nothing twice"
     assert brief(trial.push(0)) == [(0, 1, 1)], "the ticket goes to the next one that asks"
     assert (trial.server.status, trial.server.iteration) == (Status.running, 1)
     (discarded,) = [event.data for event in trial.events if event.kind is Kind.discard]
@@ -432,7 +441,7 @@ def test_a_ticket_with_a_bad_gradient_goes_to_another_worker() -> None:
 
 def test_the_sender_waits_rather_than_have_the_same_ticket_again() -> None:
     trial = begin(num_workers=2, tickets=2)
-    assert trial.server.reject(trial.work(0, math.nan * ONE)) == []
+    assert trial.server.receive(trial.work(0, math.nan * ONE)) == []
     assert brief(trial.push(1)) == [(1, 0, 1)]
     assert brief(trial.push(1)) == [(0, None, 2), (1, None, 2)]
     assert trial.server.status is Status.completed
@@ -440,18 +449,18 @@ def test_the_sender_waits_rather_than_have_the_same_ticket_again() -> None:
 
 def test_the_sender_has_it_again_when_all_others_are_gone() -> None:
     trial = begin(num_workers=2, tickets=2)
-    trial.server.reject(trial.work(0, math.nan * ONE))
+    trial.server.receive(trial.work(0, math.nan * ONE))
     assert brief(trial.note(trial.server.leave(1))) == [(0, 0, 0)]
 
 
 @pytest.mark.parametrize("scheduler", ["async", "sync"])
 def test_a_ticket_that_two_workers_find_bad_ends_the_run(scheduler: str) -> None:
     trial = begin(scheduler=scheduler)
-    trial.note(trial.server.reject(trial.work(0, math.nan * ONE)))
+    trial.note(trial.server.receive(trial.work(0, math.nan * ONE)))
     trial.push(1)
     trial.push(2)
     (second,) = [reply.worker for reply in trial.held.values() if reply.ticket == 0 and reply.worker != 0]
-    trial.note(trial.server.reject(trial.work(second, math.inf * ONE)))
+    trial.note(trial.server.receive(trial.work(second, math.inf * ONE)))
     assert trial.server.status is Status.diverged
     assert trial.held[second].ticket is None
     before = trial.server.params.clone()
@@ -465,9 +474,9 @@ def test_a_ticket_that_two_workers_find_bad_ends_the_run(scheduler: str) -> None
 
 def test_twice_from_the_only_worker_ends_the_run() -> None:
     trial = begin(num_workers=1)
-    assert brief(trial.note(trial.server.reject(trial.work(0, math.nan * ONE)))) == [(0, 0, 0)]
+    assert brief(trial.note(trial.server.receive(trial.work(0, math.nan * ONE)))) == [(0, 0, 0)]
     assert trial.server.status is Status.running
-    assert brief(trial.server.reject(trial.work(0, math.nan * ONE))) == [(0, None, 0)]
+    assert brief(trial.server.receive(trial.work(0, math.nan * ONE))) == [(0, None, 0)]
     assert trial.server.status is Status.diverged
 
 
@@ -475,15 +484,15 @@ def test_parameters_that_are_not_finite_are_at_fault_and_not_the_worker() -> Non
     trial = begin(num_workers=2, lr=10.0)
     trial.push(0, 1e308 * ONE)  # w = -inf, and nobody has looked yet
     assert trial.server.status is Status.running
-    assert brief(trial.server.reject(trial.work(0, math.nan * ONE))) == [(0, None, 1)]
+    assert brief(trial.server.receive(trial.work(0, math.nan * ONE))) == [(0, None, 1)]
     assert trial.server.status is Status.diverged
 
 
 def test_a_good_gradient_the_second_time_forgets_the_first() -> None:
     trial = begin(num_workers=1)
-    trial.note(trial.server.reject(trial.work(0, math.nan * ONE)))
+    trial.note(trial.server.receive(trial.work(0, math.nan * ONE)))
     assert brief(trial.push(0)) == [(0, 1, 1)]
-    trial.note(trial.server.reject(trial.work(0, math.nan * ONE)))
+    trial.note(trial.server.receive(trial.work(0, math.nan * ONE)))
     assert trial.server.status is Status.running
     assert trial.server.assignments.refused_by == {1: {0}}
 

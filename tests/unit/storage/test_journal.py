@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ormo_rpc import build_server
-from ormo_rpc.errors import NonFiniteGradient
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.server.buffers import RunningBuffers
 from ormo_rpc.server.events import Event, Kind
@@ -89,10 +88,7 @@ class Machine:
         if reply is None or reply.ticket is None or worker not in self.server.members:
             return
         made = push(reply, self.server.algorithm.VECTORS_PUSHED * DIMENSION, finite=finite)
-        try:
-            replies = self.server.commit(made, self.server.validate(made))
-        except NonFiniteGradient:
-            replies = self.server.reject(made)
+        replies = self.server.receive(made)
         self.journal.push(made, rejected=not finite)
         self.held.pop(worker)
         self.did(replies)

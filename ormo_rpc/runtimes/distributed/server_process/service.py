@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ormo_rpc.compression import PushFormat
-from ormo_rpc.errors import NonFiniteGradient, PushRefused, RunEnded, StaleSession, WorkerBanned
+from ormo_rpc.errors import PushRefused, RunEnded, StaleSession, WorkerBanned
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.models.flat import Layout
 from ormo_rpc.rendezvous.memberships import Membership, Memberships
@@ -233,16 +233,13 @@ class Service:
             buffers=buffers,
             incarnation=incarnation,
         )
-        try:
-            checked = self.server.validate(push)
-        except NonFiniteGradient:
-            checked = None
+        validated = self.server.validate(push)
         future = ReplyFuture()
         asked = time.perf_counter()
         with self.lock:
             taken = time.perf_counter()
             self._membership(session_id)  # it may have been evicted in the meantime
-            due = self._take(membership, push, checked, future)
+            due = self._take(membership, push, validated, future)
             self.lock_wait_seconds += taken - asked
             self.lock_held_seconds += time.perf_counter() - taken
         self._settle(due)
@@ -294,14 +291,14 @@ class Service:
             raise StaleSession("this worker's membership is taken away: it was evicted, or the server has restarted; rejoin")
         return membership
 
-    def _take(self, membership: Membership, push: Push, checked: ValidatedPush | None, future: ReplyFuture) -> list[Due]:
-        """Apply a push that was checked, or settle one that is not finite (``checked`` of None)."""
+    def _take(self, membership: Membership, push: Push, validated: ValidatedPush, future: ReplyFuture) -> list[Due]:
+        """Settle a validated push; return what is due."""
         if self.broken is not None:
             return []
         journal = NoJournal() if self.server.ended else self.journal  # which is closed soon after the end
         try:
-            replies = self.server.reject(push) if checked is None else self.server.commit(push, checked)
-            journal.push(push, rejected=checked is None)
+            replies = self.server.commit(push, validated)
+            journal.push(push, rejected=validated.rejected is not None)
             self.observe(self.server)
         except PushRefused:
             raise
@@ -309,7 +306,7 @@ class Service:
             self.broken = error
             return []
         due = self.pending.expect(membership.worker, future) + self.pending.due(replies)
-        membership.not_finite = membership.not_finite + 1 if checked is None else 0
+        membership.not_finite = membership.not_finite + 1 if validated.rejected is not None else 0
         if membership.not_finite >= self.max_not_finite and len(self.server.members) > 1:
             reason = f"{membership.not_finite} gradients in a row were not finite (runtime.max_not_finite)"
             self._record_eviction(membership, reason, [])
