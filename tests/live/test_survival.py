@@ -279,20 +279,22 @@ def test_torchrun_restarts_no_rank_when_server_and_worker_die(tmp_path: Path) ->
     command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", "launch.py", f"hydra.run.dir={tmp_path}")
     options = (f"train.max_iterations={total}", "checkpoint.every=100", "runtime.faults=[kill@1:30,kill@server:450]")
     with launched(*command, *QUIET, *options) as launcher:
-        family: set[int] = set()
+        ranks: set[int] = set()
 
         def ended() -> bool:
-            # Its own children only: what a rank starts looks like that rank for the moment between fork and exec.
+            # Between fork and exec a process has the command line of its parent, be it a rank or torchrun itself.
             with contextlib.suppress(psutil.NoSuchProcess):
-                children = psutil.Process(launcher.pid).children()
-                family.update(process.pid for process in children if "launch.py" in " ".join(cmdline(process)))
+                for process in psutil.Process(launcher.pid).children():
+                    words = cmdline(process)
+                    if "launch.py" in words and "torch.distributed.run" not in words:
+                        ranks.add(process.pid)
             return launcher.poll() is not None
 
         wait_until(ended, "the end of the run")
         _, err = launcher.communicate(timeout=60)
     assert launcher.returncode == 0, err
     assert sorted(fired(err)) == ["kill@1:30", "kill@server:450"]
-    assert len(family) == 4  # the ranks: none was started again
+    assert len(ranks) == 4  # none was started again
     check_lineage(tmp_path, total)
     assert len(events(tmp_path, "resume")) == 1
     assert summary(tmp_path)["incarnations"] == 2
