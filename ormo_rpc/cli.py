@@ -66,7 +66,8 @@ def main() -> None:
         print(list_of_keys())
         return
     if "--help" in arguments or "-h" in arguments:
-        print(help_text())
+        program = Path(sys.argv[0]).name
+        print(help_text(f"python {program}" if program.endswith(".py") else program))
         return
     wanted = REPORTS in os.environ
     began = False

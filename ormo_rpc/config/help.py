@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ormo_rpc.config.schema import GROUPS, Config
 from ormo_rpc.config.write_conf import conf_dir, options_of, sections, summary_of
@@ -12,9 +12,26 @@ from ormo_rpc.options import Section, parts
 WIDTH = 110
 
 
-def help_text() -> str:
-    """Explain the command on one screen: examples, the groups with their names, and the way to the rest."""
-    return "\n".join([_HEADER, *_groups(), "", *_keys(), "", _FOOTER])
+def help_text(command: str = "python launch.py") -> str:
+    """Explain the command on one screen: examples, the groups with their names, and the way to the rest.
+
+    Args:
+        command: What is typed to start it: ``python launch.py``, or the name of the console script.
+    """
+    lines = [
+        _HEADER,
+        "",
+        *_examples(_EXAMPLES, command),
+        "",
+        *_groups(),
+        "",
+        *_keys(),
+        "",
+        *_examples(_MORE, command),
+        "",
+        _FOOTER,
+    ]
+    return "\n".join(lines)
 
 
 def list_of_keys() -> str:
@@ -50,26 +67,35 @@ def _described(section: type[Section], name: str, default: object, doc: str) -> 
     return f"  {section.key(name):<32} {doc} [{'none' if default is None else default}]"
 
 
-_HEADER = """\
-Asynchronous data-parallel training with ordered momentum (OrMo): a parameter server and its workers.
+def _examples(examples: Sequence[tuple[str, str]], command: str) -> Iterator[str]:
+    script = command.removeprefix("python ")
+    for example, doc in examples:
+        line = "  " + example.format(command=command, script=script if script != command else f"--no-python {command}")
+        yield from [f"{line:<{COLUMN}}{doc}"] if len(line) < COLUMN or not doc else [line, " " * COLUMN + doc]
 
-  python launch.py                                   ormo, async, 4 workers, digits, on this machine
-  python launch.py algorithm=ormo_da workers=8 dataset=fashion_mnist model=cnn train.epochs=5 seed=1
-  python launch.py scheduler=sync                    synchronous SGD with momentum (SSGDm)
-  python launch.py runtime=sim workers=64            a virtual cluster in this process
-  python launch.py -m algorithm=asgd,naive seed=0,1  a sweep of four runs
-  torchrun --standalone --nproc-per-node=4 launch.py
-                                                     rank 0 serves, ranks 1 to 3 work
-  python launch.py role=worker server.address=HOST:PORT server.secret_file=RUN_DIRECTORY/secret
-                                                     one more worker for a run that is going on
-  python -m ormo_rpc.evaluate RUN_DIRECTORY          test accuracy of a run or checkpoint
-"""
 
+COLUMN = 53
+"""Of the meanings of the examples."""
+_HEADER = "Asynchronous data-parallel training with ordered momentum (OrMo): a parameter server and its workers."
+_EXAMPLES = [
+    ("{command}", "ormo, async, 4 workers, digits, on this machine"),
+    ("{command} algorithm=ormo_da workers=8 dataset=fashion_mnist model=cnn train.epochs=5 seed=1", ""),
+    ("{command} scheduler=sync", "synchronous SGD with momentum (SSGDm)"),
+    ("{command} runtime=sim workers=64", "a virtual cluster in this process"),
+    ("{command} -m algorithm=asgd,naive seed=0,1", "a sweep of four runs"),
+    ("torchrun --standalone --nproc-per-node=4 {script}", "rank 0 serves, ranks 1 to 3 work"),
+    (
+        "{command} role=worker server.address=HOST:PORT server.secret_file=RUN_DIRECTORY/secret",
+        "one more worker for a run that is going on",
+    ),
+    ("python -m ormo_rpc.evaluate RUN_DIRECTORY", "test accuracy of a run or checkpoint"),
+]
+_MORE = [
+    ("{command} --help-all", "every key with its meaning and default; also in conf/"),
+    ("{command} algorithm=dana --cfg job", "the configuration that would run"),
+    ("{command} --hydra-help", "options of hydra"),
+]
 _FOOTER = """\
-  python launch.py --help-all                        every key with its meaning and default; also in conf/
-  python launch.py algorithm=dana --cfg job          the configuration that would run
-  python launch.py --hydra-help                      options of hydra
-
 A run directory, outputs/DATE/TIME, has config.yaml, metrics.jsonl, trace.jsonl, summary.json, checkpoints/.
 Exit status: 0 the run met its end, 1 it could not, 2 wrong configuration, 3 diverged, 130 interrupted
-(a checkpoint is left; go on with checkpoint.resume=RUN_DIRECTORY)."""
+(a checkpoint is left; resume with checkpoint.resume=RUN_DIRECTORY)."""

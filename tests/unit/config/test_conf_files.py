@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from enum import Enum
 
+import pytest
 from omegaconf import OmegaConf
 
 from ormo_rpc.config.help import help_text, list_of_keys
@@ -32,8 +33,10 @@ def test_a_file_has_every_key_of_its_part_with_its_default() -> None:
         assert node == (default.value if isinstance(default, Enum) else default), section.key(field.name)
 
 
-def test_the_help_fits_on_a_screen_and_names_every_group_and_part() -> None:
-    lines = help_text().splitlines()
+@pytest.mark.parametrize("command", ["python launch.py", "ormo-rpc"])
+def test_the_help_fits_on_a_screen_and_names_every_group_and_part(command: str) -> None:
+    lines = help_text(command).splitlines()
+    assert lines[2].split()[: len(command.split())] == command.split()
     assert len(lines) <= 45
     assert max(map(len, lines)) <= 110
     text = " ".join(help_text().split())

@@ -10,9 +10,10 @@ from typing import Any
 import hydra.utils
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
+from ormo_rpc import Algorithm, PushContext, train
 from ormo_rpc.cli import compose
 from ormo_rpc.config.parsing import load_config, parse_config, parse_text, save_config
 from ormo_rpc.config.saving import to_tree
@@ -52,6 +53,17 @@ class Greedy(Sleepy):
     """A user's own law with an option that has no default."""
 
     needed: int
+
+
+@dataclass(kw_only=True)
+class Damped(Algorithm):
+    """A user's own algorithm, outside of the package."""
+
+    factor: float = option(0.5, "part of each gradient that counts")
+
+    @override
+    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
+        self.params.sub_(grad, alpha=self.factor * lr)
 
 
 def network(
@@ -118,6 +130,16 @@ def test_a_target_that_does_not_fit_is_refused_in_one_line(value: dict[str, Any]
     with pytest.raises(ConfigError) as caught:
         parse_config({"heterogeneity": value})
     assert str(caught.value) == message
+
+
+def test_an_algorithm_from_outside_trains(tmp_path: Path) -> None:
+    # Half of the gradient at twice the learning rate is plain asynchronous SGD.
+    run = {"workers": 2, "runtime": "sim", "logger": "none", "train": {"max_iterations": 20, "lr": 0.25}}
+    ours = train({**run, "algorithm": Damped(factor=0.5)}, run_dir=tmp_path / "ours")
+    theirs = train({**run, "algorithm": "asgd", "train": {"max_iterations": 20, "lr": 0.125}}, run_dir=tmp_path / "theirs")
+    assert ours["algorithm"] == "Damped"
+    assert ours["final_params_sha256"] == theirs["final_params_sha256"]
+    assert load_config(tmp_path / "ours" / "config.yaml").algorithm == Damped(factor=0.5)
 
 
 # -- objects ------------------------------------------------------------------------------------------------------------
