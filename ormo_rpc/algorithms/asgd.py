@@ -25,5 +25,4 @@ class ASGD(Algorithm):
 
     @override
     def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
-        """``w <- w - eta g``."""
         self.params = self.kernel.step(SGDStep(w_scale=lr), grad, self.params)

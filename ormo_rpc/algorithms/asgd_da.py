@@ -14,7 +14,7 @@ from ormo_rpc.options import register
 class ASGDDA(DelayAdaptive, ASGD):
     """ASGD-DA: asynchronous SGD whose learning rate falls for a gradient that comes very late.
 
-    Recursion: ``w <- w - eta(tau) g``, where ``eta(tau)`` is chosen by ``algorithm``, see `DelayRule`; the default is that of
+    Recursion: ``w <- w - eta(tau) g``, where ``eta(tau)`` is chosen by ``rule``, see `DelayRule`; the default is that of
     `ormo_da`, so that the two differ in momentum alone. Memory: ``w``, one vector of D. The momentum is not read. K is that of
     the moment when the gradient arrives, so it may change.
 

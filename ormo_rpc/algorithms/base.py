@@ -1,9 +1,9 @@
-"""The one contract that every server algorithm keeps: tensors in, tensors out; no lock, clock or network.
+"""The contract of server algorithms: tensors in, tensors out; no lock, clock or network.
 
-An algorithm is one file: a subclass of `Algorithm` with its options as the nested class ``Options``. It is found by the name of its
-file. On the server, for every push and in this order, `Algorithm.accepts`, `Algorithm.learning_rate` and `Algorithm.step` are
-called, then `Algorithm.outgoing` for everybody who is answered; between them nothing else touches the algorithm. On the worker
-`Algorithm.local` makes the push out of what was sent. An algorithm never asks which scheduler it runs under.
+An algorithm is one file: a registered dataclass that derives from `Algorithm`, with its options as fields. On the server, for
+every push and in this order, `Algorithm.accepts`, `Algorithm.learning_rate` and `Algorithm.step` are called, then
+`Algorithm.outgoing` for every worker that is answered; between them nothing else touches the algorithm. On the worker
+`Algorithm.local` makes the push from what was sent. An algorithm never asks which scheduler it runs under.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from ormo_rpc.options import Part
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PushContext:
-    """What the server knows of a gradient when it arrives.
+    """The place of a gradient in the run, at the moment when the server receives it.
 
     Attributes:
-        worker: Who computed it.
+        worker: The worker that computed it.
         ticket: The unit of work.
         iteration: ``t``, the number of gradients applied before it.
         stamp: ``i``, the index of the parameters at which it was taken.
         bucket: ``b(i)``, the bucket of that index.
         newest_bucket: The largest bucket handed out to anybody so far.
-        concurrency: ``K``, the number of gradients in the making at this moment.
+        concurrency: ``K``, the number of gradients in flight at this moment.
         lr: ``eta``, the scheduled learning rate of iteration ``t``.
         version: The algorithm's `Algorithm.version` when the ticket was handed out.
-        sent: What was sent with the ticket, never to be written to; None only in a server that was loaded and not started.
+        sent: The vectors sent with the ticket, read-only; None only in a server that was loaded and not started.
     """
 
     worker: int
@@ -56,10 +56,10 @@ class PushContext:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PullContext:
-    """What the server knows when it answers a worker.
+    """The place of a reply in the run, at the moment when the server makes it.
 
     Attributes:
-        worker: Who is answered.
+        worker: The worker that is answered.
         concurrency: ``K`` at this moment.
         lr: ``eta``, the scheduled learning rate of the next iteration.
         bucket: ``b``, the bucket of the index that goes with the parameters.
@@ -73,10 +73,10 @@ class PullContext:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LocalWork:
-    """What a worker has for a ticket.
+    """One ticket on its worker.
 
     Attributes:
-        sent: What `Algorithm.outgoing` returned, of any number of vectors of D; not to be written to.
+        sent: The result of `Algorithm.outgoing`, one or more vectors of D; read-only.
         dimension: D.
         lr: The learning rate when the ticket was handed out.
         momentum: ``beta``.
@@ -112,9 +112,9 @@ class Algorithm(Part, ABC):
     VECTORS_PUSHED: ClassVar[int] = 1
     """How many vectors of D a push has, contiguous; an algorithm without local steps reads the first one only."""
     READS_SENT: ClassVar[bool] = False
-    """Whether `step` needs `PushContext.sent`; the server then refuses a push whose reply it has lost, so that it is never None."""
+    """`step` reads `PushContext.sent`; the server then refuses a push whose reply it has lost, so that it is never None."""
     OUT_OF_PLACE: ClassVar[bool] = False
-    """Whether `step` replaces `params` by what `kernel` makes, and never writes to it: the server hands it out as it is and
+    """`step` replaces `params` by what `kernel` makes, and never writes to it: the server hands it out as it is and
     copies nothing, and the gradient comes in the dtype that it had on the wire, which the kernel reads too."""
     NEEDS_IMMEDIATE_REPLIES: ClassVar[str | None] = None
     """Why the algorithm runs only under a scheduler that is `Scheduler.IMMEDIATE`; None where it runs under any."""
@@ -139,11 +139,11 @@ class Algorithm(Part, ABC):
         return 1
 
     def accepts(self, context: PushContext) -> bool:  # noqa: ARG002 - the common answer needs no look at it
-        """Whether the gradient is applied at all; one that is not goes back into the queue as work to do again."""
+        """Decide if the gradient is applied; the ticket of one that is not goes back into the queue."""
         return True
 
     def learning_rate(self, context: PushContext) -> float:
-        """The learning rate of this gradient: the scheduled one, unless the algorithm adapts it to the delay."""
+        """Return the learning rate of this gradient: the scheduled one, unless the algorithm adapts it to the delay."""
         return context.lr
 
     @abstractmethod
@@ -151,24 +151,24 @@ class Algorithm(Part, ABC):
         """Apply one gradient, shape (D,), of the dtype of `params` (but see `OUT_OF_PLACE`), which is not modified."""
 
     def flush(self, lr: float) -> None:
-        """Apply what is still in a buffer; called once, when all gradients of the run are in."""
+        """Apply the rest of an unfinished round; called once, when all gradients of the run are in."""
 
     def leave(self, worker: int) -> None:
-        """A worker is gone; an algorithm that keeps something for each worker lets go of it."""
+        """Forget a worker that has left or was evicted, where the algorithm keeps something for each."""
 
     def outgoing(self, context: PullContext) -> Tensor:  # noqa: ARG002 - most algorithms send everybody the same
-        """What a worker is sent, ``w`` for most algorithms; the server copies it where it might change.
+        """Return the vectors to send to a worker, ``w`` for most algorithms; the server copies them where they might change.
 
         Where it is not `params` itself, its first D values are the parameters to work on, and more vectors of D may follow.
         """
         return self.params
 
     def local(self, work: LocalWork, push: Tensor) -> None:
-        """On the worker: write what the server is to get into ``push``, shape (VECTORS_PUSHED * D,), here the gradient."""
+        """On the worker: write the push into ``push``, shape (VECTORS_PUSHED * D,); by default the gradient."""
         work.gradient(work.sent, 0, push)
 
     def state_dict(self) -> Mapping[str, Tensor | int | float]:
-        """Everything but ``w`` that the recursion carries from one gradient to the next, live (not a copy).
+        """Return everything but ``w`` that the recursion carries from one gradient to the next, live (not a copy).
 
         Each name is an attribute. What is kept for each worker is in a dictionary attribute, under the names
         ``attribute/worker`` (see `by_worker`).
@@ -176,7 +176,7 @@ class Algorithm(Part, ABC):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned; what is kept for each worker is replaced."""
+        """Take over what `state_dict` returned; dictionaries by worker are replaced."""
         for name, value in self.state_dict().items():
             if "/" in name:
                 getattr(self, name.split("/")[0]).clear()
@@ -191,16 +191,16 @@ class Algorithm(Part, ABC):
 
     @staticmethod
     def by_worker(attribute: str, kept: Mapping[int, Tensor]) -> dict[str, Tensor]:
-        """The entries of `state_dict` for a dictionary attribute that holds a tensor for each worker.
+        """Return the entries of `state_dict` for a dictionary attribute that holds a tensor for each worker.
 
         They keep the attribute's order, on which the rounding of a sum over it depends.
         """
         return {f"{attribute}/{worker}": value for worker, value in kept.items()}
 
     def empty(self) -> Tensor:
-        """A vector of D for new parameters that nobody else sees; what is in it means nothing."""
+        """Return an uninitialised vector of D for new parameters, which nothing else shares."""
         return self.kernel.empty(self.params)
 
     def zeros(self) -> Tensor:
-        """A new vector of D zeros, of the parameters' dtype and device."""
+        """Return a new vector of D zeros, of the parameters' dtype and device."""
         return torch.zeros_like(self.params)

@@ -35,7 +35,6 @@ class DANA(Algorithm):
 
     @override
     def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
-        """``v_k <- beta v_k + g; w <- w - eta v_k``, and the sum follows."""
         if context.worker not in self.v:
             self.v[context.worker] = self.zeros()
         v = self.v[context.worker]
@@ -46,7 +45,7 @@ class DANA(Algorithm):
 
     @override
     def leave(self, worker: int) -> None:
-        """The worker's momentum leaves the sum, which is made anew and so loses the rounding that it had gathered."""
+        # The sum is made anew, and so loses the rounding that it had gathered.
         if self.v.pop(worker, None) is not None:
             self.total.zero_()
             for v in self.v.values():
@@ -54,10 +53,8 @@ class DANA(Algorithm):
 
     @override
     def outgoing(self, context: PullContext) -> Tensor:
-        """``w - eta beta total``."""
         return self.params.sub(self.total, alpha=context.lr * self.momentum)
 
     @override
     def state_dict(self) -> Mapping[str, Tensor | int | float]:
-        """The momentum ``v_k`` of each worker and their sum ``total``."""
         return {"total": self.total, **self.by_worker("v", self.v)}

@@ -50,7 +50,6 @@ class DCASGD(Algorithm):
 
     @override
     def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
-        """``w <- w - eta (g + lambda_t g*g*(w - w_bak))``."""
         assert context.sent is not None, "the server keeps what was sent where READS_SENT"
         correction = self.params - context.sent
         correction.mul_(grad).mul_(grad)
@@ -61,5 +60,4 @@ class DCASGD(Algorithm):
 
     @override
     def state_dict(self) -> Mapping[str, Tensor | int | float]:
-        """The running mean of the squared gradients ``MS``, if adaptive."""
         return {} if self.mean_square is None else {"mean_square": self.mean_square}

@@ -20,7 +20,7 @@ class DelayedNesterov(Algorithm):
 
     Recursion: ``D <- D + g``; with every N-th gradient ``m <- beta m + D / N; w <- w - eta ((1 - c N + c) beta m + g / N);
     D <- 0``, with every other one ``w <- w - eta (c beta m + g / N)``. So ``beta m`` acts once in N gradients, in parts if
-    ``c > 0``. With N = 1 and ``c = 0`` it is ``torch.optim.SGD(nesterov=True)`` in order of context. Memory: ``w, m, D``,
+    ``c > 0``. With N = 1 and ``c = 0`` it is ``torch.optim.SGD(nesterov=True)`` in order of arrival. Memory: ``w, m, D``,
     three vectors of D.
 
     Source: Liu et al. 2024, arXiv 2401.09135. Departures: one gradient instead of a worker's local steps, and when
@@ -49,7 +49,6 @@ class DelayedNesterov(Algorithm):
 
     @override
     def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
-        """The gradient at once; with the N-th one the momentum moves, otherwise its part c acts."""
         self.collected.add_(grad)
         self.count += 1
         if self.count == self.period:
@@ -60,7 +59,6 @@ class DelayedNesterov(Algorithm):
 
     @override
     def flush(self, lr: float) -> None:
-        """Close the round: the momentum takes what is collected, and what is left of its effect follows."""
         if self.count:
             acted = min(self.count, self.period - 1)  # the N-th gradient brings no part of its own
             self.m.mul_(self.momentum).add_(self.collected, alpha=1 / self.period)
@@ -74,5 +72,4 @@ class DelayedNesterov(Algorithm):
 
     @override
     def state_dict(self) -> Mapping[str, Tensor | int | float]:
-        """The momentum ``m``, the sum ``D`` and the number of its gradients."""
         return {"m": self.m, "collected": self.collected, "count": self.count}

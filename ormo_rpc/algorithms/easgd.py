@@ -51,7 +51,6 @@ class EASGD(Algorithm):
 
     @override
     def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
-        """The worker's own parameters go where it went; then they and the centre draw each other near."""
         own = self.own[context.worker].sub_(grad)
         a = self.elasticity
         delta = (own - self.params).mul_(0.9 / context.concurrency if a is None else a)
@@ -60,19 +59,16 @@ class EASGD(Algorithm):
 
     @override
     def leave(self, worker: int) -> None:
-        """Its own parameters are gone."""
         self.own.pop(worker, None)
 
     @override
     def outgoing(self, context: PullContext) -> Tensor:
-        """The worker's own parameters."""
         if context.worker not in self.own:
             self.own[context.worker] = self.params.clone()
         return self.own[context.worker]
 
     @override
     def local(self, work: LocalWork, push: Tensor) -> None:
-        """H steps of SGD; ``push`` is their sum."""
         grad, here = torch.empty_like(push), work.sent.clone()
         push.zero_()
         for step in range(work.steps):
@@ -82,5 +78,4 @@ class EASGD(Algorithm):
 
     @override
     def state_dict(self) -> Mapping[str, Tensor | int | float]:
-        """The workers' own parameters."""
         return self.by_worker("own", self.own)

@@ -40,11 +40,9 @@ class FedBuff(Algorithm):
         super().init(params, momentum)
         self.collected = torch.zeros_like(params)
         self.count = 0
-        self.version = 0
 
     @override
     def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
-        """``G <- G + (1 + s)^-a g``, and with the B-th one ``w <- w - eta G / B``."""
         staleness = self.version - context.version
         self.collected.add_(grad, alpha=(1 + staleness) ** -self.staleness_power)
         self.count += 1
@@ -53,7 +51,6 @@ class FedBuff(Algorithm):
 
     @override
     def flush(self, lr: float) -> None:
-        """Apply what is collected."""
         if self.count:
             self.params.sub_(self.collected, alpha=lr / self.buffer)
             self.collected.zero_()
@@ -62,5 +59,4 @@ class FedBuff(Algorithm):
 
     @override
     def state_dict(self) -> Mapping[str, Tensor | int | float]:
-        """The sum ``G`` and the number of its gradients, and how many steps were made."""
         return {"collected": self.collected, "count": self.count, "version": self.version}

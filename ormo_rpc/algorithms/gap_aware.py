@@ -28,7 +28,7 @@ class GapAware(Algorithm):
     the largest learning rate so far. The first gradient has no gap (``n = 0``). Memory: ``w, v, MS``, three vectors of D; the
     copies that were sent are kept by the server for every algorithm. K is not used, so it may change.
 
-    Source: Barkai, Hakimi, Schuster, ICLR 2020, arXiv 1909.10802. Departure: one momentum for all in order of context, as in
+    Source: Barkai, Hakimi, Schuster, ICLR 2020, arXiv 1909.10802. Departure: one momentum for all in order of arrival, as in
         `naive`, which it equals where every gap is zero and the learning rate constant.
     """
 
@@ -44,7 +44,6 @@ class GapAware(Algorithm):
 
     @override
     def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
-        """Divide the gradient by ``1 + gap / C``, then take a step of heavy ball."""
         assert context.sent is not None, "the server keeps what was sent where READS_SENT"
         self.max_lr = max(self.max_lr, lr)
         self.v.mul_(self.momentum)
@@ -60,5 +59,4 @@ class GapAware(Algorithm):
 
     @override
     def state_dict(self) -> Mapping[str, Tensor | int | float]:
-        """The momentum ``v``, the running mean ``MS`` of its square, ``n``, and the largest learning rate."""
         return {"v": self.v, "mean_square": self.mean_square, "count": self.count, "max_lr": self.max_lr}

@@ -1,4 +1,4 @@
-"""Asynchronous SGD with momentum in the order of context."""
+"""Asynchronous SGD with momentum in the order of arrival."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ormo_rpc.options import register
 class Naive(Algorithm):
     """Naive ASGDm: heavy ball that takes a late gradient for a fresh one. It can diverge where the delays are long.
 
-    Recursion: ``u <- beta u + eta g; w <- w - u``, in order of context. Memory: ``w, u``, two vectors of D.
+    Recursion: ``u <- beta u + eta g; w <- w - u``, in order of arrival. Memory: ``w, u``, two vectors of D.
     Source: the baseline "naive ASGDm" of arXiv 2407.19234.
     """
 
@@ -32,10 +32,8 @@ class Naive(Algorithm):
 
     @override
     def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
-        """``u <- beta u + eta g; w <- w - u``."""
         self.params = self.kernel.step(HeavyBallStep(beta=self.momentum, u_scale=lr), grad, self.params, self.u)
 
     @override
     def state_dict(self) -> Mapping[str, Tensor | int | float]:
-        """The momentum ``u``."""
         return {"u": self.u}

@@ -32,7 +32,7 @@ class OrLoMo(Algorithm):
     H = 1 and constant ``eta`` it is `ormo`. The server does not apply ``eta``, which is that of the ticket's issue, again.
     Memory: ``w, u``, two vectors of D, and two more for the worker; messages carry two both ways.
 
-    Source: Shi, Wang, Li, AAAI 2026, arXiv 2601.12322. Reconstructed: only the abstract could be read here; the algorithms above are
+    Source: Shi, Wang, Li, AAAI 2026, arXiv 2601.12322. Reconstructed: only the abstract could be read here; the steps above are
         derived from it and from `ormo`. A ticket of fewer than H batches counts as the last ones of its H steps.
     """
 
@@ -55,7 +55,6 @@ class OrLoMo(Algorithm):
 
     @override
     def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
-        """Shift the momentum to the newest bucket, then add the local momentum at its place."""
         local_momentum, moved = grad.split(self.params.numel())
         while self.index < context.newest_bucket:
             self.params.sub_(self.u, alpha=self._drift(1))
@@ -67,13 +66,11 @@ class OrLoMo(Algorithm):
 
     @override
     def outgoing(self, context: PullContext) -> Tensor:
-        """``[w | u]``, with 0 for ``u`` where the round's drift is in ``w`` already."""
         pending = self.index < context.bucket
         return torch.cat([self.params, self.u if pending else torch.zeros_like(self.u)])
 
     @override
     def local(self, work: LocalWork, push: Tensor) -> None:
-        """H steps of momentum SGD; ``push`` is ``[m | p]``."""
         here, momentum = work.sent.clone().split(work.dimension)
         grad = torch.empty_like(here)
         local_momentum, moved = push.zero_().split(work.dimension)
@@ -94,5 +91,4 @@ class OrLoMo(Algorithm):
 
     @override
     def state_dict(self) -> Mapping[str, Tensor | int | float]:
-        """The momentum ``u`` and its index ``I``."""
         return {"u": self.u, "index": self.index}

@@ -51,7 +51,6 @@ class OrMo(Algorithm):
 
     @override
     def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
-        """Shift the momentum to the newest bucket, then add the gradient at its place."""
         shifts = max(0, context.newest_bucket - self.index)
         self.index += shifts
         exponent = self.index - context.bucket
@@ -77,5 +76,4 @@ class OrMo(Algorithm):
 
     @override
     def state_dict(self) -> Mapping[str, Tensor | int | float]:
-        """The momentum ``u``, its index ``I`` and the learning rate it was last scaled to."""
         return {"u": self.u, "index": self.index, "scheduled_lr": self.scheduled_lr}

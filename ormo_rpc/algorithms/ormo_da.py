@@ -18,6 +18,5 @@ class OrMoDA(DelayAdaptive, OrMo):
     smoothness L is given, else ``eta 2 K / tau``, which is continuous at the threshold. Memory: ``w, u``, two vectors of D.
 
     Source: arXiv 2407.19234, Algorithm 3 (OrMo-DA); the form with L is that of the theorem. Reconstructed: the form without
-        L, as the algorithm of the paper's experiments is not known. Further published algorithms are chosen by ``algorithm``, see
-        `DelayRule`.
+        L, as the rule of the paper's experiments is not known. Further published rules are chosen by ``rule``, see `DelayRule`.
     """

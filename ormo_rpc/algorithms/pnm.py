@@ -19,7 +19,7 @@ from ormo_rpc.options import option, register
 class PNM(Algorithm):
     """Positive-negative momentum: the difference of two momenta, of the even and of the odd gradients.
 
-    Recursion, in order of context: ``m_t <- beta^2 m_{t-2} + (1 - beta^2) g;
+    Recursion, in order of arrival: ``m_t <- beta^2 m_{t-2} + (1 - beta^2) g;
     w <- w - eta ((1 + beta2) m_t - beta2 m_{t-1}) / sqrt((1 + beta2)^2 + beta2^2)``, with ``beta`` the momentum (beta1 in the
     paper). With ``beta = beta2 = 0`` it is `asgd`. Memory: ``w, m_t, m_{t-1}``, three vectors of D.
 
@@ -39,7 +39,6 @@ class PNM(Algorithm):
 
     @override
     def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
-        """The momentum of the gradient's parity takes it; the parameters move by the difference of the two."""
         positive, negative = (self.odd, self.even) if context.iteration % 2 else (self.even, self.odd)
         square, beta2 = self.momentum**2, self.beta2
         positive.mul_(square).add_(grad, alpha=1 - square)
@@ -48,5 +47,4 @@ class PNM(Algorithm):
 
     @override
     def state_dict(self) -> Mapping[str, Tensor | int | float]:
-        """The momenta of the even and of the odd iterations."""
         return {"even": self.even, "odd": self.odd}

@@ -37,16 +37,13 @@ class Rennala(Algorithm):
         super().init(params, momentum)
         self.collected = torch.zeros_like(params)
         self.count = 0
-        self.version = 0
 
     @override
     def accepts(self, context: PushContext) -> bool:
-        """Whether it was taken at the parameters of the present."""
         return context.version == self.version
 
     @override
     def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
-        """``G <- G + g``, and with the B-th one ``w <- w - eta G / B``."""
         self.collected.add_(grad)
         self.count += 1
         if self.count == self.batch:
@@ -54,7 +51,6 @@ class Rennala(Algorithm):
 
     @override
     def flush(self, lr: float) -> None:
-        """Apply what is collected."""
         if self.count:
             self.params.sub_(self.collected, alpha=lr / self.batch)
             self.collected.zero_()
@@ -63,5 +59,4 @@ class Rennala(Algorithm):
 
     @override
     def state_dict(self) -> Mapping[str, Tensor | int | float]:
-        """The sum ``G`` and the number of its gradients, and the version of the parameters."""
         return {"collected": self.collected, "count": self.count, "version": self.version}

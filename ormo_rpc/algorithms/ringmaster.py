@@ -34,11 +34,9 @@ class Ringmaster(Algorithm):
 
     @override
     def accepts(self, context: PushContext) -> bool:
-        """``tau < R``."""
         threshold = self.delay_threshold
         return context.delay < (2 * context.concurrency if threshold is None else threshold)
 
     @override
     def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
-        """``w <- w - eta g``."""
         self.params.sub_(grad, alpha=lr)

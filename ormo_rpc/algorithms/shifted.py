@@ -16,7 +16,7 @@ from ormo_rpc.options import register
 @register("shifted")
 @dataclass(kw_only=True)
 class Shifted(Algorithm):
-    """Shifted momentum: a gradient meets the momentum of the time at which it was taken, not that of its context.
+    """Shifted momentum: a gradient meets the momentum of the time at which it was taken, not that of its arrival.
 
     Recursion, for a gradient ``g`` of worker ``k``: ``v_k <- beta v_k + eta g; w <- w - v_k``, ``v_k`` in units of the
     parameters. Under the asynchronous scheduler a worker's last gradient was applied just before its stamp, so this is
@@ -37,17 +37,14 @@ class Shifted(Algorithm):
 
     @override
     def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
-        """``v_k <- beta v_k + eta g; w <- w - v_k``."""
         if context.worker not in self.v:
             self.v[context.worker] = self.zeros()
         self.params = self.kernel.step(HeavyBallStep(beta=self.momentum, u_scale=lr), grad, self.params, self.v[context.worker])
 
     @override
     def leave(self, worker: int) -> None:
-        """The worker's momentum is gone with it."""
         self.v.pop(worker, None)
 
     @override
     def state_dict(self) -> Mapping[str, Tensor | int | float]:
-        """The momentum ``v_k`` of each worker."""
         return self.by_worker("v", self.v)

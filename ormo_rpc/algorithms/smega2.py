@@ -38,7 +38,6 @@ class SMEGA2(Algorithm):
 
     @override
     def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
-        """``w <- w - eta (g + beta v)``; the momentum follows at the end of a round."""
         self.params.sub_(grad, alpha=lr).sub_(self.v, alpha=lr * self.momentum)
         self.G.add_(grad)
         self.count += 1
@@ -47,13 +46,11 @@ class SMEGA2(Algorithm):
 
     @override
     def flush(self, lr: float) -> None:
-        """Close the round, if anything is in it."""
         if self.count:
             self._close()
 
     @override
     def outgoing(self, context: PullContext) -> Tensor:
-        """The parameters after K more gradients of zero, the last ``late`` of them with the momentum of the next round."""
         late = min(self.count, context.concurrency - 1)
         size = max(self.count + 1, context.concurrency)
         ahead = self.v * (context.concurrency + late * (self.momentum - 1))
@@ -67,5 +64,4 @@ class SMEGA2(Algorithm):
 
     @override
     def state_dict(self) -> Mapping[str, Tensor | int | float]:
-        """The momentum ``v``, the sum ``G`` of the round's gradients and their number ``c``."""
         return {"v": self.v, "G": self.G, "count": self.count}

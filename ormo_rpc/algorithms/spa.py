@@ -17,7 +17,7 @@ from ormo_rpc.options import option, register
 class SPA(Algorithm):
     """Stochastic primal averaging: SGD with a large step on ``z``, and ``w`` its running average, where gradients are taken.
 
-    Recursion, in order of context: ``z <- z - gamma g; w <- (1 - c) w + c z`` with ``gamma = eta / (1 - beta)``. With
+    Recursion, in order of arrival: ``z <- z - gamma g; w <- (1 - c) w + c z`` with ``gamma = eta / (1 - beta)``. With
     ``c = 1 - beta``, the default, this is heavy ball (`naive`) for every schedule of ``eta``, and ``z`` is the
     ``y = w - beta / (1 - beta) u`` of `ormo`; with ``beta = 0`` it is `asgd` bit for bit. A late gradient moves ``z`` as it
     would have moved it in time. Memory: ``w, z``, two vectors of D.
@@ -39,12 +39,10 @@ class SPA(Algorithm):
 
     @override
     def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
-        """``z <- z - gamma g; w <- (1 - c) w + c z``."""
         c = self.averaging
         self.z.sub_(grad, alpha=lr / (1 - self.momentum))
         self.params.lerp_(self.z, 1 - self.momentum if c is None else c)
 
     @override
     def state_dict(self) -> Mapping[str, Tensor | int | float]:
-        """The point ``z``."""
         return {"z": self.z}

@@ -29,5 +29,4 @@ class StalenessAware(ASGD):
 
     @override
     def learning_rate(self, context: PushContext) -> float:
-        """``eta / max(tau, 1)``."""
         return context.lr / max(context.delay, 1)
