@@ -27,3 +27,10 @@ def test_a_server_and_two_workers_in_one_process_reach_the_target(tmp_path: Path
     assert distances[-1] < 0.001
     # 60 gradients; worker 0 makes three in the time in which worker 1 makes one.
     assert last == "completed: worker 0 computed 45 gradients, worker 1 15"
+
+
+def test_an_algorithm_of_ones_own_trains_beside_ormo(tmp_path: Path) -> None:
+    rows = [row.partition(": test accuracy ") for row in output_of("own_algorithm.py", tmp_path).splitlines()]
+    assert [name for name, _, _ in rows] == ["DampedMomentum", "ormo"]
+    # Ten epochs of digits in the simulator, the same everywhere but for rounding; chance is 10%.
+    assert all(float(rest.partition("%")[0]) > 90 for _, _, rest in rows)
