@@ -13,6 +13,13 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from ormo_rpc.options.section import Section
 
 S = TypeVar("S", bound=Section)
+_ACCEPTED: Mapping[type, tuple[type, ...]] = {
+    bool: (),
+    int: (int, str),
+    float: (int, float, str),
+    str: (str, int, float, PurePath),
+}
+"""The types that are converted to a type; to a boolean only the words below are."""
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
@@ -91,21 +98,7 @@ def convert(value: Any, kind: Any) -> Any:
         if not isinstance(value, Mapping):
             raise TypeError
         return {convert(key, inner[0]): convert(item, inner[1]) for key, item in value.items()}
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return value if isinstance(value, kind) else _member(kind, value)
-    if isinstance(kind, type) and issubclass(kind, PurePath):
-        return kind(value)
-    if kind is bool:
-        return (
-            value if isinstance(value, bool) else _BOOLEANS[str(value).lower()] if str(value).lower() in _BOOLEANS else _fail()
-        )
-    if kind in (int, float):
-        if isinstance(value, bool) or not isinstance(value, (int, str) if kind is int else (int, float, str)):
-            raise TypeError
-        return kind(value)
-    if kind is str:
-        return str(value) if isinstance(value, (str, int, float, PurePath)) else _fail()
-    return value
+    return _scalar(value, kind) if isinstance(kind, type) else value
 
 
 def in_words(kind: Any) -> str:
@@ -161,14 +154,29 @@ def refuse_key(path: str, name: str, known: Iterable[str], owner: str = "") -> s
     return f"{prefix}{name}: got an unknown key, expected one of {', '.join(names)}{f' (of {owner})' if owner else ''}"
 
 
+def _scalar(value: Any, kind: type) -> Any:
+    if issubclass(kind, Enum):
+        return _member(kind, value)
+    if issubclass(kind, PurePath):
+        return kind(value)
+    if kind is bool and str(value).lower() in _BOOLEANS:
+        return _BOOLEANS[str(value).lower()]
+    if kind not in _ACCEPTED:
+        return value
+    if not isinstance(value, _ACCEPTED[kind]) or (isinstance(value, bool) and kind is not str):
+        raise TypeError
+    return kind(value)
+
+
 def _first_that_fits(value: Any, kinds: Sequence[Any]) -> Any:
     if value is None and type(None) in kinds:
         return None
     for kind in kinds:
-        try:
-            return convert(value, kind) if kind is not type(None) else _fail()
-        except (TypeError, ValueError):
-            pass
+        if kind is not type(None):
+            try:
+                return convert(value, kind)
+            except (TypeError, ValueError):
+                pass
     raise TypeError
 
 
@@ -178,16 +186,11 @@ def _without_none(kind: Any) -> Any:
 
 
 def _member(kind: type[Enum], value: Any) -> Enum:
-    return next(member for member in kind if value in (member.value, member.name)) if _known(kind, value) else _fail()
-
-
-def _known(kind: type[Enum], value: Any) -> bool:
-    return any(value in (member.value, member.name) for member in kind)
+    for member in kind:
+        if value is member or value in (member.value, member.name):
+            return member
+    raise ValueError
 
 
 def _written(member: Enum) -> str:
     return member.value if isinstance(member.value, str) else member.name
-
-
-def _fail() -> Any:
-    raise TypeError
