@@ -1,26 +1,26 @@
-"""The programs in ``examples/`` run as their pages say, from a shell."""
+"""The programs in ``examples/`` run, and print what they are meant to show."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def output_of(example: str, folder: Path) -> str:
-    """What a program prints; it must end well."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, str(ROOT / "examples" / example)]
-    done = subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True, timeout=50)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def output_of(example: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The lines that a program prints, which is run as from a shell but in this process."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))  # as python itself does for the program that it is given
+    runpy.run_path(str(EXAMPLES / example), run_name="__main__")
+    return [line for line in capsys.readouterr().out.splitlines() if line]
 
 
-def test_a_server_and_two_workers_in_one_process_reach_the_target(tmp_path: Path) -> None:
-    *rows, last = output_of("in_process.py", tmp_path).splitlines()
+def test_a_server_and_two_workers_in_one_process_reach_the_target(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    *rows, last = output_of("in_process.py", monkeypatch, capsys)
     distances = [float(row.rpartition(" ")[2]) for row in rows]
     assert len(distances) == 6
     assert distances[0] > 0.1
@@ -29,8 +29,11 @@ def test_a_server_and_two_workers_in_one_process_reach_the_target(tmp_path: Path
     assert last == "completed: worker 0 computed 45 gradients, worker 1 15"
 
 
-def test_an_algorithm_of_ones_own_trains_beside_ormo(tmp_path: Path) -> None:
-    rows = [row.partition(": test accuracy ") for row in output_of("own_algorithm.py", tmp_path).splitlines()]
+@pytest.mark.slow
+def test_an_algorithm_from_outside_trains_beside_ormo(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [line.partition(": test accuracy ") for line in output_of("own_algorithm.py", monkeypatch, capsys)]
     assert [name for name, _, _ in rows] == ["DampedMomentum", "ormo"]
     # Ten epochs of digits in the simulator, the same everywhere but for rounding; chance is 10%.
     assert all(float(rest.partition("%")[0]) > 90 for _, _, rest in rows)
