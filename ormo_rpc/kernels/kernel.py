@@ -1,4 +1,4 @@
-"""How a server makes new parameters, a step into a vector of their own, and copies of its vectors."""
+"""The server's kernel: steps that write new parameters into a fresh vector, and copies of vectors."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ormo_rpc.kernels.steps import Step, Steps, TorchSteps
 
 @dataclass(kw_only=True, slots=True)
 class Kernel:
-    """What a server goes over its vectors with; whichever it is, the bits are the same.
+    """Implementation of the server's passes over its vectors; every one gives the same bits.
 
     Attributes:
         name: For the header of the trace.
         steps: The steps of algorithms that work out of place.
-        empty: Makes a vector like another one, which nobody else sees and in which nothing is meant.
+        empty: Makes an uninitialised vector like another one, shared with nothing.
         rounds: Whether a step writes the new parameters rounded to bfloat16 as well, for `copy`; a pass over memory less
             where those are what workers are sent.
     """
@@ -28,13 +28,13 @@ class Kernel:
     empty: Callable[[Tensor], Tensor] = torch.empty_like
     rounds: bool = False
     _newest: tuple[Tensor, Tensor] | None = field(default=None, init=False)
-    """The parameters that the newest step has made, and the same rounded."""
+    """The parameters made by the newest step, and the same rounded."""
 
     def step(self, step: Step, grad: Tensor, w: Tensor, u: Tensor | None = None) -> Tensor:
         """Take a step from ``w``, which stays as it is; ``u`` is updated in place. See `Steps`.
 
         Args:
-            step: Which one.
+            step: The recursion and its numbers.
             grad: The gradient, shape (D,), of the dtype of ``w``, bfloat16 or float16.
             w: The parameters, shape (D,), float32 or float64.
             u: The momentum, shape (D,), of the dtype of ``w``; none for a step without.
@@ -49,11 +49,11 @@ class Kernel:
         return out
 
     def reserve(self, w: Tensor, snapshots: int) -> None:
-        """Make memory for vectors like ``w`` now, so that no step has to.
+        """Allocate memory for vectors like ``w`` now, so that no step has to.
 
         Args:
             w: The parameters.
-            snapshots: How many of them are handed out at a time, at most.
+            snapshots: The largest number of them in use at a time.
         """
         likes = [(w, 2 if self.rounds else snapshots + 1)]  # one more, to write into
         if self.rounds:
@@ -62,7 +62,7 @@ class Kernel:
         del made  # so that they can be lent
 
     def copy(self, vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """A copy that never changes, of that dtype; that of the newest parameters exists already where steps round.
+        """Return a copy that never changes; a rounded one of the newest parameters exists already where steps round.
 
         Args:
             vectors: One or more vectors of D.

@@ -1,4 +1,4 @@
-"""What a step of the server is: one pass that reads a gradient and the state, and writes the state and new parameters."""
+"""Steps of the server: one pass that reads a gradient and the state, and writes the state and the new parameters."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class OrMoStep(NamedTuple):
 
 
 Step = SGDStep | HeavyBallStep | OrMoStep
-"""Which recursion, and its numbers."""
+"""A recursion with its numbers."""
 
 
 class Steps(Protocol):
-    """Takes steps. Every implementation gives the same bits, however the vectors are divided."""
+    """An implementation of steps. All give the same bits, however the vectors are divided."""
 
     def __call__(
         self, step: Step, grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor, out_16bit: Tensor | None = None
@@ -51,7 +51,7 @@ class Steps(Protocol):
         """Take a step.
 
         Args:
-            step: Which one.
+            step: The recursion and its numbers.
             grad: ``g``, shape (D,), of the dtype of ``w``, or bfloat16 or float16, which are widened first.
             u: The momentum, shape (D,), of the dtype of ``w``, updated in place; None for `SGDStep`.
             w: The parameters, shape (D,), float32 or float64. They are only read, so that they may go on being the snapshot

@@ -1,4 +1,4 @@
-"""The assignments of tickets: who holds which unit of work, what is done, and what has to be done again."""
+"""The assignments of tickets: which worker holds which, which are committed, and which are to be done again."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ormo_rpc.messages import Push
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """One handing out of a ticket.
+    """A ticket in the hands of a worker.
 
     Attributes:
         ticket: The unit of work.
-        worker: Who holds it.
-        stamp: The index of the parameters that went with it.
-        bucket: The bucket which that index had been given.
-        version: The algorithm's version of the parameters then.
+        worker: The worker that holds it.
+        stamp: The index of the parameters that were sent with it.
+        bucket: The bucket of that index.
+        version: `Algorithm.version` at that moment.
     """
 
     ticket: int
@@ -37,8 +37,8 @@ class Assignments:
     discarded or refused) and is handed out again before any new one.
 
     Args:
-        total: How many tickets there are; None means that they never end.
-        process_of: From a worker to what it shares its faults with: workers of one process compute the same nonsense.
+        total: The number of tickets; None for no end.
+        process_of: From a worker to its process: workers of one process share its faults.
     """
 
     def __init__(self, total: int | None, process_of: Callable[[int], int] = lambda worker: worker) -> None:
@@ -53,11 +53,11 @@ class Assignments:
         self.returned: deque[int] = deque()
         """Tickets to be done again, oldest first."""
         self.deferred: list[int] = []
-        """Tickets that had come back when the assignments was closed: not handed out in this life."""
+        """Tickets that had come back when `close` was called: not handed out in this incarnation."""
         self.revoked: set[tuple[int, int, int]] = set()
-        """(ticket, worker, stamp) taken away from a worker that may still push: one entry per loss, for ever."""
+        """(ticket, worker, stamp) taken away from a worker that may still push: one entry per loss, never removed."""
         self.refused_by: dict[int, set[int]] = {}
-        """Workers whose gradient for a ticket was not finite, while that ticket is not committed."""
+        """By ticket, until it is committed: the workers whose gradient for it was not finite."""
 
     @property
     def done(self) -> bool:
@@ -66,7 +66,7 @@ class Assignments:
 
     @property
     def exhausted(self) -> bool:
-        """There is no ticket to hand out at this moment."""
+        """No ticket can be handed out at this moment."""
         return not self.returned and self.total is not None and self.issued >= self.total
 
     def assign(self, worker: int, stamp: int, bucket: int, version: int, members: Collection[int]) -> Assignment | None:
@@ -88,7 +88,7 @@ class Assignments:
         return assignment
 
     def match(self, push: Push, iteration: int) -> Assignment | None:
-        """The assignment that a push answers; None when it was taken away from its sender, whose push is then dropped.
+        """Return the assignment that a push answers; None when it was revoked, and the push is to be dropped.
 
         Raises:
             PushRefused: the push was never asked for.
@@ -117,20 +117,20 @@ class Assignments:
         raise PushRefused(f"{sender} for ticket {ticket}: stamp: got {stamp}, expected {assignment.stamp}, that of the reply")
 
     def commit(self, assignment: Assignment) -> None:
-        """The ticket's gradient is applied."""
+        """Note that the gradient of a ticket is applied."""
         self._remove(assignment)
         self.committed += 1
         self.refused_by.pop(assignment.ticket, None)
 
     def requeue(self, assignment: Assignment, *, refused: bool = False) -> None:
-        """The ticket is to be done again; ``refused`` if because its gradient was not finite."""
+        """Queue a ticket to be done again; ``refused`` where its gradient was not finite."""
         self._remove(assignment)
         self.returned.append(assignment.ticket)
         if refused:
             self.refused_by.setdefault(assignment.ticket, set()).add(assignment.worker)
 
     def revoke(self, worker: int) -> list[Assignment]:
-        """Take away all tickets of a worker that is gone; a push for one of them will be dropped."""
+        """Requeue all tickets of a worker that has left; a late push for one of them will be dropped."""
         issues = [self.outstanding[ticket] for ticket in sorted(self.holding.get(worker, ()))]
         for assignment in issues:
             self.requeue(assignment)
@@ -138,13 +138,13 @@ class Assignments:
         return issues
 
     def close(self) -> None:
-        """Hand out nothing but what is outstanding now, should that come back; one made from this one's state does the rest."""
+        """Hand out no ticket but an outstanding one that comes back; a server resumed from this state does the rest."""
         self.deferred.extend(self.returned)
         self.returned.clear()
         self.total = self.committed + len(self.outstanding)
 
     def state_dict(self) -> dict[str, Any]:
-        """A private copy, of plain values only."""
+        """Return a private copy, of plain values only."""
         return {
             "total": self.total,
             "issued": self.issued,
@@ -157,7 +157,7 @@ class Assignments:
 
     @classmethod
     def from_state(cls, state: dict[str, Any], process_of: Callable[[int], int] = lambda worker: worker) -> Assignments:
-        """The assignments that `state_dict` described."""
+        """Make the assignments that `state_dict` described."""
         assignments = cls(state["total"], process_of)
         assignments.issued, assignments.committed = state["issued"], state["committed"]
         assignments.returned.extend(state["returned"])

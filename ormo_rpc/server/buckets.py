@@ -1,18 +1,18 @@
-"""The order of iterations: which bucket each index of the parameters belongs to."""
+"""The paper's order of iterations: the bucket of each index of the parameters (no relation to DDP's buckets)."""
 
 from __future__ import annotations
 
 
 class Buckets:
-    """Deals the indices of the parameters out to buckets of K.
+    """Assigns the indices of the parameters to buckets of K.
 
     Index 0 is bucket 0 alone. Index ``t + 1`` goes into the present bucket, or opens the next one when that is full; a bucket
-    takes as many indices as K says *at the moment when it is attach*, so a worker that joins or leaves changes only buckets
-    to come. For a constant K the bucket of index ``i`` is ``ceil(i / K)``.
+    takes K indices, with K *at the moment when it is opened*, so a worker that joins or leaves changes only later buckets.
+    For a constant K the bucket of index ``i`` is ``ceil(i / K)``.
 
     Attributes:
         current: The bucket of the newest index.
-        room: How many further indices it takes.
+        room: The number of further indices that it takes.
     """
 
     def __init__(self, current: int = 0, room: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""Batch-norm statistics on the server: the running average, in order of application, of what each batch had."""
+"""Batch-norm statistics on the server: their running average over the batches, in the order in which pushes are applied."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class RunningBuffers:
-    """The running average of the buffers that come with the pushes.
+    """The running average of the buffers in the pushes.
 
     Recursion, for each buffer: ``average <- (1 - m) average + m batch`` with the layer's own ``momentum`` m, or
     ``m = 1 / n`` for its n-th batch where that momentum is None (torch's cumulative average).
@@ -25,7 +25,7 @@ class RunningBuffers:
         self.updates = 0
 
     def update(self, batch: Mapping[str, Tensor]) -> None:
-        """Take in the statistics of one batch, which has the same names and shapes."""
+        """Average in the statistics of one batch, of the same names and shapes."""
         self.updates += 1
         for name, average in self.average.items():
             momentum = self.momentum[name]
@@ -33,11 +33,11 @@ class RunningBuffers:
             average.mul_(1 - weight).add_(batch[name].detach(), alpha=weight)
 
     def copy(self) -> dict[str, Tensor]:
-        """The averages by name, as a private copy."""
+        """Return a private copy of the averages by name."""
         return {name: value.clone() for name, value in self.average.items()}
 
     def state_dict(self) -> dict[str, Tensor | int]:
-        """A private copy."""
+        """Return a private copy."""
         return {"updates": self.updates, **{f"average.{name}": value.clone() for name, value in self.average.items()}}
 
     def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:

@@ -1,4 +1,4 @@
-"""Building a parameter server from names and numbers, with every argument checked."""
+"""`build_server`: a parameter server with every argument checked."""
 
 from __future__ import annotations
 
@@ -52,25 +52,25 @@ def build_server(
         params: ``w_0``, shape (D,), float32 or float64; copied.
         num_workers: The number of workers, numbered from 0.
         algorithm: The algorithm, or its name; an object is copied, not changed.
-        scheduler: The scheduler, or its name; likewise.
+        scheduler: The scheduler, or its name; copied as well.
         lr: The learning rate ``eta``, or a function of the iteration ``t``.
         momentum: ``beta``, in [0, 1).
         total_tickets: T, how many gradients to apply; None for no end.
         min_workers: While fewer are members, no ticket is handed out.
         seed: The seed of a scheduler that draws.
-        buffers: The running average of buffers that come with the pushes; none by default.
+        buffers: The running average of the buffers in the pushes; none by default.
         record: Called with every event, in order.
         clock: Seconds since the start, for the events.
-        timer: Seconds of the processor's clock, to tell how long the steps take; by default nobody is told.
-        norm_limit: The limit to the norm of what is pushed; none by default.
-        kernel: What the server goes over its vectors with; plain torch by default, `fastest_kernel` finds a better one.
-        sent_dtype: What parameters are rounded to when they are handed out; as they are by default.
-        pushed_dtype: What pushes are of, bfloat16 or float16; by default the dtype of ``params``.
+        timer: Monotonic seconds, to measure the steps; by default they are not measured.
+        norm_limit: The limit to the norm of a push; none by default.
+        kernel: Implementation of the steps and copies; plain torch by default, `fastest_kernel` finds a faster one.
+        sent_dtype: The dtype that parameters are rounded to when they are sent; by default they are not.
+        pushed_dtype: The dtype of pushes, bfloat16 or float16; by default that of ``params``.
         process_of: From a worker to its process; by default each is its own. See `ParameterServer`.
         options: Options of the algorithm and of the scheduler, where these are given by name.
 
     Raises:
-        ValueError: something is unknown or out of range.
+        ValueError: a name or option is unknown or out of range, or the algorithm does not run under the scheduler.
     """
     unknown = dict(options)
     own_algorithm = _copy_or_build(Algorithm, algorithm, unknown)

@@ -1,4 +1,4 @@
-"""Records: what the server tells about itself, one event at a time. They are never part of the update path."""
+"""Events of the server, as the trace records them, and statistics over them; no part of the update path."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Kind(Enum):
-    """What an event tells."""
+    """The kind of an event."""
 
     issue = "issue"
     reissue = "reissue"
@@ -31,9 +31,9 @@ class Event:
     """One line of the trace.
 
     Attributes:
-        kind: What happened.
-        seconds: When, since the server's clock began.
-        data: The particulars, of plain JSON types.
+        kind: Its kind.
+        seconds: Its time on the server's clock, which begins at 0.
+        data: Its further fields, of plain JSON types.
     """
 
     kind: Kind
@@ -41,5 +41,5 @@ class Event:
     data: Mapping[str, Any]
 
     def line(self) -> dict[str, Any]:
-        """The event as one JSON object of ``trace.jsonl``."""
+        """Return the event as one JSON object of ``trace.jsonl``."""
         return {"event": self.kind.value, "seconds": round(self.seconds, 6), **self.data}

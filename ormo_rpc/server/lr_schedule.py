@@ -8,7 +8,7 @@ from enum import Enum
 
 
 class Shape(Enum):
-    """How the learning rate falls in the course of a run."""
+    """The shape of a learning-rate schedule."""
 
     constant = "constant"
     step = "step"
@@ -23,7 +23,7 @@ class LearningRate:
 
     Attributes:
         base: The learning rate at its highest.
-        shape: How it falls.
+        shape: The shape of its decay.
         milestones: Iterations at which it is multiplied by gamma, for ``step``.
         gamma: That factor.
         warmup: Iterations over which it rises linearly from ``base / warmup``.

@@ -18,45 +18,48 @@ from ormo_rpc.server.state import Member, ServerState, Status
 from ormo_rpc.server.validation import NormPolicy, ValidatedPush, all_finite, check_whole, validate_push
 
 FINITE_CHECK_INTERVAL = 64
-"""Updates from one look at whether the parameters are finite to the next."""
+"""Check the parameters for NaN and infinity every this many updates."""
 
 __all__ = ["ParameterServer", "Status"]
 
 
 class ParameterServer(ServerState):
-    """Hands out tickets, applies each gradient once, and answers whom the scheduler says.
+    """Hands out tickets, applies each gradient once, and replies to the workers that the scheduler releases.
+
+    A push takes this way: `receive` = `validate` (no lock needed) and `commit`, which matches it to its assignment, applies or
+    discards its gradient, and replies to all released workers (`_match`, `_apply` or `_discard`, `_answer`).
 
     Made by `build_server`. Every public method runs to its end before the next one is called; a runtime with threads holds one
     lock around them. `validate` alone may run beside anything.
 
     Args:
         algorithm: The algorithm; it owns the parameters.
-        scheduler: Who is answered when.
+        scheduler: Decides when a worker gets its next ticket.
         num_workers: Workers 0 to num_workers - 1 are members from the start.
         lr: The scheduled learning rate, a pure function of the iteration.
         total_tickets: T, the number of gradients to apply; None means no end.
         min_workers: While fewer are members, no ticket is handed out; what is outstanding is applied.
-        norm_limit: The limit to the norm of what is pushed.
-        buffers: The running average of the buffers that come with the pushes.
+        norm_limit: The limit to the norm of a push.
+        buffers: The running average of the buffers in the pushes.
         record: Called with each event, in order.
         clock: Seconds since the start of the run.
         timer: Seconds, real ones, for `step_seconds`.
-        sent_dtype: What parameters are rounded to when they are handed out; None for as they are. Algorithms see, as what was sent,
+        sent_dtype: The dtype that parameters are rounded to when they are sent; None for no rounding. `PushContext.sent` has
             the rounded values in the dtype of the parameters.
-        pushed_dtype: What pushes are of, bfloat16 or float16; None for the dtype of the parameters.
+        pushed_dtype: The dtype of pushes, bfloat16 or float16; None for that of the parameters.
         process_of: From a worker to its process, where one has several; see `Assignments`.
     """
 
     # ------------------------------------------------------------------------------------------------------- membership
 
     def start(self, workers: Collection[int] | None = None) -> list[Reply]:
-        """Begin a life of the server: every worker is handed a ticket at the present parameters.
+        """Begin an incarnation of the server: every worker is handed a ticket at the present parameters.
 
         Tickets go to the workers in the order of their numbers. After `load_state_dict` this is a new incarnation: tickets that
         were outstanding are issued again, and a push of an older incarnation is answered "rejoin".
 
         Args:
-            workers: Who is there; others may `join` later. By default, workers 0 to num_workers - 1.
+            workers: The members at the start; others may `join` later. By default, workers 0 to num_workers - 1.
         """
         present = sorted(range(self.num_workers) if workers is None else workers)
         if not self.started and present != list(range(self.num_workers)):
@@ -77,15 +80,15 @@ class ParameterServer(ServerState):
         return self._answer()
 
     def resume_as(self, life: int) -> None:
-        """Be the life of that number (from 0) of a server that has died: `start` begins an incarnation that none before had."""
+        """Continue as the life of that number (from 0) of a server that died: `start` begins an incarnation that none had before."""
         self.incarnation = max(self.incarnation, life - 1)
         self.started = True
 
     def join(self, worker: int) -> list[Reply]:
-        """A worker comes; K counts it from now on, so buckets attach from now on are larger.
+        """Take in a worker; K counts it from now on, so buckets opened from now on are larger.
 
         Raises:
-            ValueError: it is a member already, or its number is negative or none.
+            ValueError: it is a member already, or its number is negative or no whole number.
         """
         check_whole(worker, "join: worker", ValueError)
         if worker in self.members:
@@ -99,7 +102,7 @@ class ParameterServer(ServerState):
         return self._answer()
 
     def leave(self, worker: int) -> list[Reply]:
-        """A worker is gone: its tickets are issued again to others, and no barrier waits for it any more.
+        """Remove a worker: its tickets are issued again to others, and no barrier waits for it any more.
 
         Raises:
             ValueError: it is not a member.
@@ -122,9 +125,9 @@ class ParameterServer(ServerState):
     def receive(self, push: Push) -> list[Reply]:
         """Settle a push, and return the replies that are due now: to its sender, to others, or to nobody.
 
-        A gradient that is finite is applied. One that is not is discarded: its ticket goes to another worker, its sender gets new
-        work. A push that repeats its sender's newest one is not settled again and gets the identical reply, or none while the
-        scheduler still holds that reply back.
+        A gradient that is finite is applied. One that is not is discarded: its ticket goes to another worker, its sender gets
+        new work. A push that repeats its sender's newest one is not settled again and gets the identical reply, or none while
+        the scheduler holds that reply back.
 
         Raises:
             PushRefused: the push does not fit; nothing has changed. `StaleSession` is a special case.
@@ -204,14 +207,14 @@ class ParameterServer(ServerState):
         return self.commit(push, ValidatedPush(push.grad, math.nan, rejected=NonFiniteGradient("rejected by the caller")))
 
     def finish(self) -> list[Reply]:
-        """Assignment no further ticket; the run is completed once the outstanding ones are redeemed."""
+        """Hand out no further ticket; the run is completed once the outstanding ones are committed."""
         self.assignments.close()
         self._record(Kind.finish, iteration=self.iteration)
         self._end_if_done()
         return self._answer()
 
     def stop(self) -> list[Reply]:
-        """End now: everybody who waits is told to stop, everybody else with its next push, which is not applied."""
+        """End now: waiting workers are told to stop, the others with their next push, which is not applied."""
         self._end(Status.stopped)
         return self._answer()
 
@@ -237,7 +240,7 @@ class ParameterServer(ServerState):
             self._end(Status.diverged)
 
     def _match(self, push: Push) -> tuple[Member, Assignment | None]:
-        """The sender and the assignment that its push answers; None for a push that is to be dropped: repeated or taken away."""
+        """Return the sender and the assignment that its push answers; None where it is to be dropped: repeated or revoked."""
         sender = f"push of worker {push.worker} for ticket {push.ticket}"
         if push.incarnation != self.incarnation:
             raise StaleSession(
@@ -259,7 +262,7 @@ class ParameterServer(ServerState):
         return member, assignment
 
     def _again(self, worker: int) -> list[Reply]:
-        """The newest reply once more; nothing while it is still to come."""
+        """Return the newest reply once more; nothing while it is pending."""
         reply = self.members[worker].reply
         if reply is not None:
             return [reply]
@@ -321,7 +324,7 @@ class ParameterServer(ServerState):
             self._record(Kind.end, iteration=self.iteration, status=status.value)
 
     def _answer(self) -> list[Reply]:
-        """Reply to all whom the scheduler lets go and for whom there is a ticket, or the word to stop."""
+        """Reply to all released workers, with a ticket while there is one, or with the word to stop at the end."""
         enough = self._enough()
         released = self.blocked if self.ended else self.scheduler.due(self.blocked, self.assignments.holding)
         if released:
@@ -340,7 +343,7 @@ class ParameterServer(ServerState):
         return replies
 
     def _enough(self) -> bool:
-        """Whether there are ``min_workers``; says so when that changes."""
+        """Tell if there are ``min_workers``, and record when that changes."""
         enough = len(self.members) >= self.min_workers
         if enough == self.paused and not self.ended:
             self.paused = not enough
@@ -373,7 +376,7 @@ class ParameterServer(ServerState):
         )
 
     def _params_for(self, worker: int, lr: float) -> Tensor:
-        """What the algorithm sends this worker: the snapshot that all replies of one stamp share, unless each gets its own."""
+        """Return what the algorithm sends this worker: the snapshot that replies of one stamp share, or its own vectors."""
         context = PullContext(worker=worker, concurrency=self.concurrency, lr=lr, bucket=self.buckets.current)
         began = self.timer()
         outgoing = self.algorithm.outgoing(context)

@@ -1,4 +1,4 @@
-"""What a parameter server is: everything that the future of a run depends on, to be saved and to be gone on with."""
+"""The state of a parameter server: everything that the future of a run depends on, saved and loaded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STATE_VERSION = 4
 
 
 class Status(Enum):
-    """Where a run stands."""
+    """The status of a run."""
 
     running = "running"
     completed = "completed"
@@ -37,7 +37,7 @@ class Status(Enum):
 
 @dataclass(slots=True)
 class Member:
-    """What the server remembers of one worker: its newest push, and its newest reply unless one is due."""
+    """The newest settled push of a worker, as (ticket, stamp), and its newest reply unless one is pending."""
 
     answered: tuple[int, int] | None = None
     reply: Reply | None = None
@@ -75,7 +75,7 @@ class ServerState:
         self.clock = clock
         self.timer = timer
         self.step_seconds = 0.0
-        """How long the algorithm's steps and the vectors for the replies took, by the timer; no part of the state."""
+        """Time in the algorithm's steps and in making vectors for replies, by the timer; no part of the state."""
         self.sent_dtype = sent_dtype
         self.pushed_dtype = pushed_dtype
 
@@ -87,16 +87,16 @@ class ServerState:
         self.assignments = Assignments(total_tickets, process_of)
         self.members: dict[int, Member] = {}
         self.blocked: list[int] = []
-        """Workers whose answer the scheduler holds back, in the order of asking."""
+        """Workers that the scheduler holds back, in the order of asking."""
         self.idle: list[int] = []
         """Workers to be answered as soon as there is a ticket for them, or the run ends."""
         self.paused = False
-        """There are fewer than ``min_workers``, and were enough before."""
+        """There are fewer than ``min_workers`` members, and there were enough before."""
         self.started = False
         self.newest_snapshot: Tensor | None = None
         """Of the present iteration, if somebody has asked for it."""
         self.newest_rounded: Tensor | None = None
-        """Likewise, rounded to ``sent_dtype``."""
+        """The same, rounded to ``sent_dtype``."""
 
     # ------------------------------------------------------------------------------------------------------------ state
 
@@ -107,7 +107,7 @@ class ServerState:
 
     @property
     def concurrency(self) -> int:
-        """K, the number of gradients in the making."""
+        """K, the number of gradients in flight."""
         return max(1, len(self.members))
 
     @property
@@ -137,7 +137,7 @@ class ServerState:
         return self.algorithm.kernel.copy(vectors, self.sent_dtype)
 
     def reserve(self, snapshots: int) -> None:
-        """Before the start: make memory for so many snapshots at a time, the first one among them.
+        """Allocate, before the start, memory for this many snapshots at a time, the first one among them.
 
         A large vector takes tens of milliseconds to make, for which a step would hold the lock.
         """
@@ -147,14 +147,14 @@ class ServerState:
             algorithm.params = algorithm.empty().copy_(algorithm.params)
 
     def forget_snapshots(self) -> None:
-        """The parameters have changed."""
+        """Drop the snapshots of the former parameters."""
         self.newest_snapshot = self.newest_rounded = None
 
     def state_dict(self, *, replies: bool = False) -> dict[str, Any]:
         """Everything that the future of the run depends on, as a private copy that `torch.load` reads with weights_only.
 
-        Without the replies, call `ParameterServer.start` after `load_state_dict` to assignment outstanding tickets anew, or go on
-        with pushes for them, which an algorithm that reads what was sent (`Algorithm.READS_SENT`) refuses.
+        Without the replies, call `ParameterServer.start` after `load_state_dict` to assign outstanding tickets anew, or resume
+        with pushes for them, which an algorithm with `Algorithm.READS_SENT` refuses.
 
         Args:
             replies: Whether the newest reply of each worker is in it, with its parameters; one that is loaded with them goes on
@@ -188,8 +188,8 @@ class ServerState:
         """Take over what `state_dict` returned; the number of tickets stays the one that this server was built with.
 
         Raises:
-            ValueError: it has more applied gradients than this server is to apply, or is of another format, algorithm, scheduler,
-                dtype, shape or set of buffers; nothing is changed then.
+            ValueError: it has more applied gradients than this server is to apply, or is of another format, algorithm,
+                scheduler, dtype, shape or set of buffers; nothing is changed then.
         """
         mine = {
             "version": STATE_VERSION,

@@ -20,7 +20,7 @@ ROW = 4096
 
 
 class NormPolicy(Enum):
-    """What becomes of a push whose norm is above the limit."""
+    """Treatment of a push whose norm is above the limit."""
 
     clip = "clip"
     """It is scaled down to the limit."""
@@ -30,11 +30,11 @@ class NormPolicy(Enum):
 
 @dataclass(frozen=True, slots=True)
 class NormLimit:
-    """A limit to the global norm of what is pushed, for most algorithms a gradient with its weight decay.
+    """A limit to the global norm of a push, for most algorithms a gradient with its weight decay.
 
     Attributes:
         limit: The largest norm that is applied as it comes.
-        policy: What becomes of a larger one.
+        policy: Treatment of a larger one.
     """
 
     limit: float
@@ -70,12 +70,12 @@ def validate_push(
     """Refuse a push that cannot be applied, whoever holds its ticket.
 
     Args:
-        push: What came.
+        push: The push.
         params: The server's parameters, shape (D,); only shape, dtype and device are looked at.
-        buffers: The server's buffers by name, likewise.
-        vectors: How many vectors of D the algorithm takes in a push.
+        buffers: The server's buffers by name, looked at in the same way.
+        vectors: The number of vectors of D in a push of this algorithm.
         guard: The limit to its norm.
-        dtype: That of the gradient on the wire; by default the parameters'.
+        dtype: The dtype of the gradient on the wire; by default the parameters'.
 
     Raises:
         PushRefused: a field of another type, a tensor of another shape, dtype or device, or a buffer missing or unknown.
@@ -101,7 +101,7 @@ def validate_push(
 
 
 def check_whole(value: object, what: str, error: type[ValueError] = PushRefused) -> None:
-    """Refuse what is no whole number of up to 53 bits; a bool is none.
+    """Refuse anything but a whole number of up to 53 bits; a bool is none.
 
     Raises:
         ValueError: of the class ``error``.
@@ -113,7 +113,7 @@ def check_whole(value: object, what: str, error: type[ValueError] = PushRefused)
 
 
 def check_plain(value: object, what: str) -> None:
-    """Refuse what is no ordinary dense tensor that lies wholly within its memory, which a forged message need not do.
+    """Refuse anything but an ordinary dense tensor wholly within its storage, which one in a forged message may exceed.
 
     Raises:
         PushRefused: it is something else.
@@ -135,12 +135,12 @@ def check_plain(value: object, what: str) -> None:
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite: one sum, and a closer look only where that sum is not finite."""
+    """Tell if no value is NaN or infinite: one sum, and a pass over the elements only where that sum is not finite."""
     return math.isfinite(values.sum().item()) or bool(torch.isfinite(values).all())
 
 
 def _check_fields(push: Push) -> None:
-    """Every field has its type, so that what follows can neither fail otherwise nor take True for 1."""
+    """Check the type of every field, so that later checks can neither fail otherwise nor take True for 1."""
     if type(push) is not Push:
         raise PushRefused(f"push: got a {type(push).__name__}, expected a Push")
     for name in ("worker", "ticket", "stamp", "incarnation", "samples"):
