@@ -36,7 +36,7 @@ def ormo_step(steps: Steps, dimension: int) -> Callable[[], None]:
     params = [torch.zeros(dimension)]
 
     def step() -> None:
-        params[0] = kernel.step(STEP, grad, params[0], u)
+        params[0] = kernel.apply(STEP, grad, params[0], u)
 
     return step
 

@@ -25,4 +25,4 @@ class ASGD(Algorithm):
 
     @override
     def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
-        self.params = self.kernel.step(SGDStep(w_scale=lr), grad, self.params)
+        self.params = self.kernel.apply(SGDStep(w_scale=lr), grad, self.params)

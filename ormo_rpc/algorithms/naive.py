@@ -32,7 +32,7 @@ class Naive(Algorithm):
 
     @override
     def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
-        self.params = self.kernel.step(HeavyBallStep(beta=self.momentum, u_scale=lr), grad, self.params, self.u)
+        self.params = self.kernel.apply(HeavyBallStep(beta=self.momentum, u_scale=lr), grad, self.params, self.u)
 
     @override
     def state_dict(self) -> Mapping[str, Tensor | int | float]:

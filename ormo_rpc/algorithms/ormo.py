@@ -61,7 +61,7 @@ class OrMo(Algorithm):
             u_scale=self.momentum**exponent * lr,
             w_scale=self._reach(exponent) * lr,
         )
-        self.params = self.kernel.step(step, grad, self.params, self.u)
+        self.params = self.kernel.apply(step, grad, self.params, self.u)
         self.scheduled_lr = context.lr
 
     def _correction(self, scheduled_lr: float) -> float:

@@ -39,7 +39,9 @@ class Shifted(Algorithm):
     def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
         if context.worker not in self.v:
             self.v[context.worker] = self.zeros()
-        self.params = self.kernel.step(HeavyBallStep(beta=self.momentum, u_scale=lr), grad, self.params, self.v[context.worker])
+        self.params = self.kernel.apply(
+            HeavyBallStep(beta=self.momentum, u_scale=lr), grad, self.params, self.v[context.worker]
+        )
 
     @override
     def leave(self, worker: int) -> None:

@@ -30,7 +30,7 @@ class Kernel:
     _newest: tuple[Tensor, Tensor] | None = field(default=None, init=False)
     """The parameters made by the newest step, and the same rounded."""
 
-    def step(self, step: Step, grad: Tensor, w: Tensor, u: Tensor | None = None) -> Tensor:
+    def apply(self, step: Step, grad: Tensor, w: Tensor, u: Tensor | None = None) -> Tensor:
         """Take a step from ``w``, which stays as it is; ``u`` is updated in place. See `Steps`.
 
         Args:

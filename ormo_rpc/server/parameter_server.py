@@ -79,9 +79,9 @@ class ParameterServer(ServerState):
         self.blocked, self.idle, self.paused = list(self.members), [], False
         return self._answer()
 
-    def resume_as(self, life: int) -> None:
-        """Continue as the life of that number (from 0) of a server that died: `start` begins an incarnation that none had before."""
-        self.incarnation = max(self.incarnation, life - 1)
+    def resume_as(self, incarnation: int) -> None:
+        """Take the place of a server process that died: `start` begins this incarnation, or a later one that is new."""
+        self.incarnation = max(self.incarnation, incarnation - 1)
         self.started = True
 
     def join(self, worker: int) -> list[Reply]:
