@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.measuring import RESULTS, spread
 from ormo_rpc import build_server
-from ormo_rpc.messages import Reply
+from ormo_rpc.messages import Push, Reply
 from ormo_rpc.rendezvous.protocol import JoinRequest
 from ormo_rpc.runtimes.distributed.server_process.service import Service
 from ormo_rpc.storage.environment import environment
@@ -48,9 +48,15 @@ class Pusher:
         for _ in range(pushes):
             assert isinstance(self.reply, Reply)
             assert self.reply.ticket is not None
-            place = (self.reply.ticket, self.reply.stamp, self.reply.incarnation)
+            push = Push(
+                worker=self.membership.worker,
+                ticket=self.reply.ticket,
+                stamp=self.reply.stamp,
+                grad=self.grad,
+                incarnation=self.reply.incarnation,
+            )
             began = time.perf_counter()
-            self.reply = self.service.receive(self.membership.session_id, *place, None, 1, self.grad).value()
+            self.reply = self.service.push(self.membership.session_id, push).value()
             times.append(time.perf_counter() - began)
         return statistics.median(times)
 

@@ -67,9 +67,9 @@ SYSTEMS = {
     for c in (
         _ours("ormo_rpc"),
         _ours("ormo_rpc_tcp", "--transport", "tcp"),
-        _ours("ormo_rpc_uv", "--transport", "uv"),
+        _ours("ormo_rpc_uv", "--transport", "torch_rpc"),
         _ours("ormo_rpc_tcp_bf16", "--transport", "tcp", "--wire", "bf16"),
-        _ours("ormo_rpc_uv_bf16", "--transport", "uv", "--wire", "bf16"),
+        _ours("ormo_rpc_uv_bf16", "--transport", "torch_rpc", "--wire", "bf16"),
         _peer(RAW_SOCKETS),
         _peer(RPC_TENSORS),
         _peer("rpc_flat"),

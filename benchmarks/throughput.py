@@ -27,7 +27,7 @@ from benchmarks.peers.measurement import Job, cpu_seconds, measurement, peak_byt
 from ormo_rpc import train
 from ormo_rpc.storage.run_directory import read_trace
 
-TRANSPORTS, WIRES = ("auto", "shm", "tcp", "uv"), ("float32", "bf16", "fp16")
+TRANSPORTS, WIRES = ("auto", "shm", "tcp", "torch_rpc"), ("float32", "bf16", "fp16")
 WARM_UP_SECONDS = 1.0
 SAMPLE_SECONDS = 0.1
 
@@ -39,7 +39,7 @@ def overrides(job: Job, transport: str = "auto", wire: str = "float32") -> list[
         *("model._target_=benchmarks.dummy_model.DummyModel", f"+model.parameters={job.parameters}"),
         *("dataset._target_=benchmarks.dummy_model.data", "worker.dummy=true"),
         *("train.batch_size=1", "train.epochs=1000000", f"train.max_seconds={WARM_UP_SECONDS + job.seconds}"),
-        *([] if transport == "auto" else [f"wire.transport={transport}"]),
+        *([] if transport == "auto" else [f"transport={transport}"]),
         *([] if wire == "float32" else [f"wire.dtype={wire}"]),
         *([] if wire != "bf16" else ["wire.params=bf16"]),  # the only dtype that parameters can be rounded to
     ]

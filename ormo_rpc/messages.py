@@ -1,9 +1,14 @@
-"""What crosses between server and worker: `Reply` (work handed out), `Push` (work done) and `ErrorReply`."""
+"""Messages between server and worker: `Reply` (work handed out), `Push` (work done) and `ErrorReply`.
+
+A number that is added to a message crosses every transport, and is kept in the journal, without a change elsewhere.
+"""
 
 from __future__ import annotations
 
+import types
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple, get_args, get_type_hints
 
 from torch import Tensor
 
@@ -16,10 +21,10 @@ class Reply:
         worker: The worker that it is for.
         ticket: The unit of work, a counter from 0; None means that there is no more work.
         stamp: The index of the parameters: how many gradients had been applied to them.
-        params: What the algorithm sends (`Algorithm.outgoing`), for most algorithms the parameters to work on, shape (D,), of the
-            server's dtype or of the one that it rounds them to. It may be the server's own memory, and replies of one stamp may
-            share it, so nobody may write to it. On the server it never changes after the reply is issued; in a worker's process
-            it holds until the next push.
+        params: What the algorithm sends (`Algorithm.outgoing`), for most algorithms the parameters to work on, shape (D,), of
+            the server's dtype or of the one that it rounds them to. It may be the server's own memory, and replies of one stamp
+            may share it, so nobody may write to it. On the server it never changes after the reply is issued; in a worker's
+            process it holds until the next push.
         lr: The learning rate at the moment of issue, for algorithms that take local steps.
         steps: The number of local steps that the worker takes for this ticket.
         incarnation: Which life of the server issued it; goes back with the push.
@@ -39,7 +44,7 @@ class Push:
     """What a worker has computed for one ticket.
 
     Attributes:
-        worker: Who computed it.
+        worker: The worker that computed it.
         ticket: The ticket of the reply that it answers.
         stamp: The stamp of that reply.
         grad: What the algorithm expects (`Algorithm.local`), for most algorithms the gradient at that reply's parameters, shape
@@ -62,7 +67,7 @@ class Push:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ErrorReply:
-    """The server's no, as a value: frames hold no exceptions, and those that cross torch.distributed.rpc lose their type.
+    """The server's refusal as a value, since exceptions do not cross a transport.
 
     Attributes:
         error: The name of the exception's class.
@@ -71,3 +76,28 @@ class ErrorReply:
 
     error: str
     text: str
+
+
+class NumberField(NamedTuple):
+    """A field of a message that is a number.
+
+    Attributes:
+        name: Its name.
+        type: int or float.
+        optional: Whether it may be None.
+    """
+
+    name: str
+    type: type[int] | type[float]
+    optional: bool
+
+
+def number_fields(message: type[Push] | type[Reply]) -> tuple[NumberField, ...]:
+    """The numbers of a class of messages, in the order of its fields; the other fields are tensors."""
+    hints = get_type_hints(message)
+    found: list[NumberField] = []
+    for each in fields(message):
+        hint = hints[each.name]
+        options = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        found += [NumberField(each.name, kind, type(None) in options) for kind in (int, float) if kind in options]
+    return tuple(found)

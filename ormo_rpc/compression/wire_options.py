@@ -10,24 +10,6 @@ import torch
 from ormo_rpc.options import Section, option
 
 
-class Transport(Enum):
-    """The way that bytes travel."""
-
-    auto = "auto"
-    """Each worker by itself: `shm` where it and the server can share memory, else `tcp`."""
-    shm = "shm"
-    """Memory that worker and server share, on one machine; a worker that cannot is not let in."""
-    tcp = "tcp"
-    """Frames on a TCP connection, from and into buffers that are made once."""
-    uv = "uv"
-    """torch.distributed.rpc over TCP, with an RRef to the server."""
-
-    @property
-    def may_share(self) -> bool:
-        """True where worker and server share memory if they can."""
-        return self in (Transport.auto, Transport.shm)
-
-
 class WireDtype(Enum):
     """The dtype that the values of a push are rounded to."""
 
@@ -63,9 +45,5 @@ class Wire(Section):
     """The dtypes of gradients and parameters between a worker and the server."""
 
     PATH = "wire"
-    transport: Transport = option(
-        Transport.auto,
-        "auto (shm where a worker can, else tcp), shm (shared memory), tcp, or uv (torch.distributed.rpc)",
-    )
     dtype: WireDtype = option(WireDtype.float32, "what a push is rounded to: float32 (exact, as it is), bf16 or fp16")
     params: ParamsDtype = option(ParamsDtype.float32, "what parameters are handed out as: float32 (exact, as they are) or bf16")

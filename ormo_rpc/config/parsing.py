@@ -10,7 +10,6 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ormo_rpc.compression.wire_options import Transport
 from ormo_rpc.config.renamed import translate_renamed
 from ormo_rpc.config.saving import to_tree
 from ormo_rpc.config.schema import Config
@@ -139,11 +138,14 @@ def _refuse_together(config: Config) -> None:
             f"worker.prefetch: got {prefetch} with scheduler={config.scheduler.name}, whose barrier waits for all tickets, "
             f"those ahead as well; expected 0, or a scheduler without a barrier: {', '.join(_without_barrier())}"
         )
-    if prefetch and config.wire.transport is Transport.uv:
+    if prefetch and not config.transport.SUPPORTS_PREFETCH:
+        able = ", ".join(name for name, transport in parts("transport").items() if transport.SUPPORTS_PREFETCH)
         raise ConfigError(
-            f"worker.prefetch: got {prefetch} with wire.transport=uv, where a process has one agent, for one worker; "
-            f"expected 0, or wire.transport=auto, shm or tcp"
+            f"worker.prefetch: got {prefetch} with transport={config.transport.name}, which connects one worker for each "
+            f"process; expected 0, or transport={able}"
         )
+    if config.transport.UNAVAILABLE:
+        raise ConfigError(f"transport: got {config.transport.name}, which this machine has not: {config.transport.UNAVAILABLE}")
 
 
 def _without_barrier() -> list[str]:

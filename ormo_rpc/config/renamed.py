@@ -7,9 +7,9 @@ from typing import Any
 
 from ormo_rpc.errors import ConfigError
 
-RENAMED_KEYS: Mapping[str, str] = {"worker.stand_in": "worker.dummy"}
+RENAMED_KEYS: Mapping[str, str] = {"worker.stand_in": "worker.dummy", "wire.transport": "transport"}
 """From the former full key to the present one."""
-RENAMED_VALUES: Mapping[tuple[str, str], str] = {}
+RENAMED_VALUES: Mapping[tuple[str, str], str] = {("transport", "uv"): "torch_rpc"}
 """From (key, former value) to the present value; the key is the present one."""
 _NO_WANDB = ("logger.mode", "disabled")
 """The key and value that meant what ``logger=none`` means now."""
@@ -32,7 +32,8 @@ def refuse_renamed(overrides: Sequence[str]) -> None:
             wanted = f"+{group}{keyword}={value}" if keyword else f"+{group}.KEY=VALUE for each keyword"
             raise ConfigError(f"{key}: keywords stand beside _target_; use {wanted}")
         if key in RENAMED_KEYS:
-            raise ConfigError(f"{key}: was renamed; use {RENAMED_KEYS[key]}={value}")
+            present = RENAMED_KEYS[key]
+            raise ConfigError(f"{key}: was renamed; use {present}={RENAMED_VALUES.get((present, value), value)}")
         if (key, value) == _NO_WANDB:
             raise ConfigError(f"{key}: {value} was renamed; use logger=none")
         if (key, value) in RENAMED_VALUES:

@@ -42,14 +42,14 @@ class Runtime(Part):
 @register("rpc")
 @dataclass(frozen=True, kw_only=True)
 class RpcRuntime(Runtime):
-    """Processes on this machine, or under torchrun on many, connected as ``wire.transport`` says."""
+    """Processes on this machine, or under torchrun on many, connected as ``transport`` says."""
 
     start_timeout_seconds: float = option(
         180.0, "time for all processes to start and find one another", valid=positive, expected="a finite number > 0"
     )
     rpc_timeout_seconds: float = option(
         30.0,
-        "time for accepting a connection; with wire.transport=uv, until an unanswered push is repeated",
+        "time for accepting a connection; with transport=torch_rpc, until an unanswered push is repeated",
         valid=positive,
         expected="a finite number > 0",
     )

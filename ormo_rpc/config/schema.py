@@ -27,6 +27,8 @@ from ormo_rpc.schedulers import Scheduler
 from ormo_rpc.schedulers.async_ import Async
 from ormo_rpc.server.lr_schedule import LearningRate, Shape
 from ormo_rpc.server.validation import NormLimit, NormPolicy
+from ormo_rpc.transports.auto import Auto
+from ormo_rpc.transports.base import Transport
 from ormo_rpc.worker.heterogeneity import Heterogeneity, NoHeterogeneity
 from ormo_rpc.worker.options import WorkerOptions
 
@@ -163,6 +165,7 @@ class Config(Section):
     wire: Wire = field(default_factory=Wire)
     worker: WorkerOptions = field(default_factory=WorkerOptions)
     compression: Compression = field(default_factory=NoCompression)
+    transport: Transport = field(default_factory=Auto)
     replay: Replay = field(default_factory=Replay)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     logger: Logger = field(default_factory=WandbLogger)

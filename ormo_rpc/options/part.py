@@ -94,5 +94,5 @@ def find(group: str, name: str) -> type[Any]:
 
 @functools.cache
 def _import_all(package: str) -> None:
-    for module in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."):
         importlib.import_module(module.name)

@@ -73,7 +73,7 @@ class JoinResponse:
         worker: Its worker number.
         session_id: Authenticates its later calls.
         config: The configuration of the run, as YAML.
-        agent: The address of the server's agent of torch.distributed.rpc, where it has one.
+        transport: What the transport offers to workers (`ServerSide.start`).
         heartbeat_seconds: The interval of its heartbeats.
         timeout_seconds: After this much silence each side takes the other one for dead.
     """
@@ -81,7 +81,7 @@ class JoinResponse:
     worker: int
     session_id: str
     config: str
-    agent: str | None
+    transport: Mapping[str, Any]
     heartbeat_seconds: float
     timeout_seconds: float
 

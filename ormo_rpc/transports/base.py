@@ -1,35 +1,224 @@
-"""What a worker says to the server, and hears from it: the contract of `stream_calls` and `rpc_calls`."""
+"""The contract of a transport: how pushes and replies cross between a worker's process and the server's.
+
+A transport is a `Part` with two halves, made from the same options in both processes::
+
+    server's process                                      worker's process
+    side = transport.server_side(...)                     side = transport.worker_side()
+    offer = side.start(service)       -- join response -> side.connect(Endpoint(offer=offer, ...), payload)
+    side.accept(reader)               <-- a connection -- endpoint.open_connection(), where the transport wants one
+    service.push(session_id, push)    <--- push --------- client.push(push)
+    ReplyFuture                       ---- reply -------> Reply
+
+Membership (joining, heartbeats, eviction) is the business of `rendezvous`, the same for every transport.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+import socket
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
+from ormo_rpc.compression.format import PushFormat
+from ormo_rpc.kernels.pool import Memory
 from ormo_rpc.messages import Push, Reply
+from ormo_rpc.options.part import Part
+from ormo_rpc.rendezvous.lease import Lease
+from ormo_rpc.rendezvous.protocol import LineReader, authenticate_server
+from ormo_rpc.rendezvous.secret import Secret
+from ormo_rpc.transports.pending_replies import ReplyFuture
 
 
-class ServerClient(Protocol):
-    """Everything that a worker asks for."""
+class Transport(Part, ABC):
+    """A way for pushes and replies, with its options as fields; the same object configures both halves.
 
-    def register(self) -> Reply:
-        """Be a member, and wait for the first reply.
+    Attributes:
+        SUPPORTS_PREFETCH: Several clients can be connected in one process, as ``worker.prefetch`` needs it.
+        UNAVAILABLE: Why this machine cannot use it, such as a missing build of torch; empty where it can.
+    """
+
+    PATH = "transport"
+    SUPPORTS_PREFETCH: ClassVar[bool] = True
+    UNAVAILABLE: ClassVar[str] = ""
+
+    @abstractmethod
+    def server_side(self, *, num_workers: int, timeout_seconds: float) -> ServerSide:
+        """Make the server's half.
+
+        Args:
+            num_workers: How many workers the run starts with; others may join.
+            timeout_seconds: For one exchange of messages, ``runtime.rpc_timeout_seconds``.
+        """
+
+    @abstractmethod
+    def worker_side(self) -> WorkerSide:
+        """Make the half of one worker, which lives as long as the worker, across incarnations of the server."""
+
+
+class Service(Protocol):
+    """The server as a transport sees it; every method may be called from any thread.
+
+    Attributes:
+        push_format: The wire form of pushes.
+        rereads_pushes: Whether a push is read again after it was validated. Its memory must then be out of the worker's reach.
+    """
+
+    push_format: PushFormat
+    rereads_pushes: bool
+
+    def is_member(self, session_id: str) -> bool:
+        """Tell whether a session is valid; it stays so until the worker leaves or is evicted."""
+        ...
+
+    def register(self, session_id: str) -> ReplyFuture:
+        """Make a worker that has joined available for work; the future is its first reply.
 
         Raises:
-            ServerLost: the server is gone.
-            PushRefused: it refuses us.
+            PushRefused: the session is not valid.
         """
         ...
 
-    def push(self, push: Push, payload: Tensor) -> Reply:
-        """Deliver a push and wait for the reply, whose parameters may be written over by the next call.
+    def push(self, session_id: str, push: Push) -> ReplyFuture:
+        """Apply a push; the future is the sender's next reply. It stays open where the server itself fails.
+
+        The tensors of the push must not change before the call returns.
+
+        Raises:
+            PushRefused: the push is refused, and nothing has changed.
+        """
+        ...
+
+    def leave(self, session_id: str) -> None:
+        """End a membership at the worker's wish."""
+        ...
+
+
+class ServerSide(ABC):
+    """The server's half of a transport."""
+
+    memory: Callable[[int], Memory] | None = None
+    """Makes the memory of the parameters that are sent, given its bytes; None for the kernel's own."""
+
+    @abstractmethod
+    def start(self, service: Service) -> Mapping[str, Any]:
+        """Serve from now on, and return what workers are to know (`Endpoint.offer`), of JSON's types."""
+
+    def accept(self, reader: LineReader) -> None:  # noqa: ARG002 - for those that take connections
+        """Serve a connection that a worker opened by `Endpoint.open_connection`, in the calling thread, until it ends.
+
+        Raises:
+            ValueError: the worker's request is wrong; it is sent the message.
+            OSError, EOFError, WireError: the worker is gone, or violates the protocol.
+        """
+        raise ValueError("transport: this run's transport takes no connections of its own")
+
+    def close(self) -> None:
+        """Serve no longer."""
+
+
+class WorkerSide(ABC):
+    """A worker's half of a transport."""
+
+    def allocate(self, size: int) -> Tensor:
+        """Make the memory of the worker's pushes: ``size`` zero bytes (uint8), at an address that is a multiple of 64."""
+        return torch.zeros(size, dtype=torch.uint8)
+
+    @abstractmethod
+    def connect(self, endpoint: Endpoint, payload: Tensor) -> AbstractContextManager[ServerClient]:
+        """Connect to one incarnation of the server, until the context ends.
+
+        Args:
+            endpoint: Where the server is, and as whom to come.
+            payload: The wire form of every push, bytes of shape (`PushFormat.size`,), in memory that `allocate` made.
+
+        Raises:
+            ServerLost: the server cannot be reached.
+            WireError: server and worker cannot use this transport between them.
+        """
+
+
+class ServerClient(Protocol):
+    """The server as a worker sees it."""
+
+    def register(self) -> Reply:
+        """Become available for work, and wait for the first reply.
 
         Raises:
             ServerLost: the server is gone.
-            PushRefused: the server refused it.
+            PushRefused: it refuses this worker.
+        """
+        ...
+
+    def push(self, push: Push) -> Reply:
+        """Deliver a push, whose tensors lie in the payload, and wait for the reply; the next call may overwrite its parameters.
+
+        Raises:
+            ServerLost: the server is gone.
+            PushRefused: it refuses the push.
         """
         ...
 
     def leave(self) -> None:
-        """Leave. A server that has gone already needs no goodbye."""
+        """Leave; a server that is gone is no error."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """What a worker that has joined knows of the server.
+
+    Attributes:
+        lease: The membership.
+        secret: Of the run.
+        timeout_seconds: For one exchange of messages, ``runtime.rpc_timeout_seconds``.
+    """
+
+    lease: Lease
+    secret: Secret
+    timeout_seconds: float
+
+    @property
+    def worker(self) -> int:
+        """This worker's number."""
+        return self.lease.join_response.worker
+
+    @property
+    def session_id(self) -> str:
+        """Goes with every call, and identifies the membership."""
+        return self.lease.join_response.session_id
+
+    @property
+    def offer(self) -> Mapping[str, Any]:
+        """What `ServerSide.start` returned."""
+        return self.lease.join_response.transport
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of the server's listener."""
+        host, port = self.lease.connection.getpeername()[:2]
+        return host, port
+
+    def alive(self) -> bool:
+        """Tell whether the lease holds; waiting for a server makes no sense after it."""
+        return not self.lease.lost.is_set()
+
+    def open_connection(self) -> LineReader:
+        """Open an authenticated connection, which `ServerSide.accept` serves; to be closed by the caller.
+
+        Raises:
+            OSError, EOFError: the server is gone.
+            WireError: it does not know the secret.
+        """
+        connection = socket.create_connection(self.address, self.timeout_seconds)
+        try:
+            reader = LineReader(connection)
+            authenticate_server(reader, self.secret, {"stream": True}, self.timeout_seconds)
+        except BaseException:
+            connection.close()
+            raise
+        return reader

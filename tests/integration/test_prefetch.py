@@ -87,8 +87,10 @@ def test_barriers_refuse_it(scheduler: str) -> None:
 
 
 def test_an_rpc_agent_refuses_it() -> None:
-    with pytest.raises(ConfigError, match=r"^worker.prefetch: got 1 with wire.transport=uv, where a process has one agent"):
-        compose(["wire.transport=uv", "worker.prefetch=1"])
+    with pytest.raises(
+        ConfigError, match=r"^worker.prefetch: got 1 with transport=torch_rpc, which connects one worker for each"
+    ):
+        compose(["transport=torch_rpc", "worker.prefetch=1"])
 
 
 @pytest.mark.parametrize("value", [-1, 101, 40_000])

@@ -13,21 +13,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from ormo_rpc.compression.wire_options import Transport
 from ormo_rpc.errors import Refused
 from ormo_rpc.kernels import pool
-from ormo_rpc.transports.stream import client as stream_calls
-from ormo_rpc.transports.stream import server as streams
-from ormo_rpc.transports.stream.shared_memory import AVAILABLE, SegmentHandle
-from tests.support.stream_peers import SHARED, SMALL, TCP, WORKERS, Client, attach, mapping
+from ormo_rpc.transports.base import Transport
+from ormo_rpc.transports.stream import client, server
+from ormo_rpc.transports.stream.shared_memory import AVAILABLE, SegmentHandle, SharedMemoryPool
+from tests.support.stream_peers import REQUIRED, SHARED, SMALL, TCP, WORKERS, StreamWorker, cluster, mapping
 
 
-def segments_of(origin: SegmentHandle) -> int:
-    """How many segments of an origin this process has; a mapping of Python's has a descriptor of its own."""
+def segments_of(pool: SharedMemoryPool) -> int:
+    """Count the segments of a pool that this process has; a mapping of Python's has a descriptor of its own."""
     files: set[int] = set()
     for each in Path("/proc/self/fd").iterdir():
         try:
-            if origin.name in str(each.readlink()):
+            if pool.name in str(each.readlink()):
                 files.add(each.stat().st_ino)
         except OSError:  # closed meanwhile, such as that of this very listing
             continue
@@ -36,51 +35,51 @@ def segments_of(origin: SegmentHandle) -> int:
 
 @pytest.mark.parametrize("algorithm", ["ormo", "dc_asgd", "dana"])
 def test_memory_is_used_again_and_never_under_a_reader(algorithm: str) -> None:
-    """K replies are out, w is the next one or one more, and one is written; each algorithm that sends more has as much for that.
+    """K replies are out, w is the next one or one more, and one is written; an algorithm that sends more has as much for it.
 
-    In `House.step` all replies that are out are compared with the twin's after every push.
+    In `Cluster.step` all replies that are out are compared with those of the reference after every push.
     """
-    with attach(algorithm=algorithm) as house:
-        house.enter(*[SHARED] * WORKERS)
-        house.go_on(240, random.Random(algorithm))
-        assert house.pushed == 240
-        assert house.segments is not None
+    with cluster(algorithm=algorithm) as run:
+        run.start(*[SHARED] * WORKERS)
+        run.run(240, random.Random(algorithm))
+        assert run.pushed == 240
+        assert run.pool is not None
         probe = 1
-        assert WORKERS < segments_of(house.segments.origin) - probe <= WORKERS + 2
-        for client in house.clients:
-            assert client.segments is not None
-            assert segments_of(client.segments.origin) == 1
+        assert WORKERS < segments_of(run.pool) - probe <= WORKERS + 2
+        for worker in run.workers:
+            assert worker.pool is not None
+            assert segments_of(worker.pool) == 1
 
 
 def test_who_is_slow_keeps_its_parameters_while_the_others_go_round(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "WORTH_POOLING", 0)  # small vectors, too, lie in shared memory
-    with attach(dimension=SMALL) as house:
-        house.enter(*[SHARED] * WORKERS)
-        came, _ = house.held[0]
+    with cluster(dimension=SMALL) as run:
+        run.start(*[SHARED] * WORKERS)
+        came, _ = run.held[0]
         bits = came.params.clone()
         for _ in range(5):
-            house.go_on(20, random.Random(9), among=(1, 2))
+            run.run(20, random.Random(9), among=(1, 2))
             assert torch.equal(came.params, bits)
-        house.step(0)
-        assert not torch.equal(house.held[0][0].params, bits)
-        house.check_same_state()
+        run.step(0)
+        assert not torch.equal(run.held[0][0].params, bits)
+        run.check_same_state()
 
 
 def test_memory_is_shared_where_it_must_be() -> None:
-    with attach(Transport.shm) as house:
-        house.enter(*[Transport.shm] * WORKERS)
-        house.go_on(6, random.Random(1))
-        house.check_same_state()
+    with cluster(REQUIRED) as run:
+        run.start(*[REQUIRED] * WORKERS)
+        run.run(6, random.Random(1))
+        run.check_same_state()
 
 
-def cannot(origin: SegmentHandle, descriptor: int, _size: int) -> Tensor:
-    raise FileNotFoundError(f"[Errno 2] No such file or directory: '/proc/{origin.process}/fd/{descriptor}'")
+def cannot(handle: SegmentHandle, _size: int) -> Tensor:
+    raise FileNotFoundError(f"[Errno 2] No such file or directory: '/proc/{handle.pid}/fd/{handle.descriptor}'")
 
 
 @pytest.mark.skipif(not AVAILABLE, reason="this system has no memfd_create")
 @pytest.mark.parametrize(
     ("module", "reason"),
-    [(streams, "server and worker share no memory"), (stream_calls, "worker and server share no memory")],
+    [(server, "server and worker share no memory"), (client, "worker and server share no memory")],
     ids=["the server cannot", "the worker cannot"],
 )
 def test_where_no_memory_can_be_shared_auto_says_so_and_goes_on_and_shm_gives_up(
@@ -88,25 +87,25 @@ def test_where_no_memory_can_be_shared_auto_says_so_and_goes_on_and_shm_gives_up
 ) -> None:
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(module, "attach", cannot)
-    with attach(Transport.auto) as house:
-        house.enter(*[SHARED] * WORKERS)
-        house.go_on(6, random.Random(1))
-        house.check_same_state()
-        assert "memfd" not in mapping(next(iter(house.held.values()))[0].params)
-    told = [record for record in caplog.records if "go by TCP" in record.getMessage()]
+    with cluster(SHARED) as run:
+        run.start(*[SHARED] * WORKERS)
+        run.run(6, random.Random(1))
+        run.check_same_state()
+        assert "memfd" not in mapping(next(iter(run.held.values()))[0].params)
+    told = [record for record in caplog.records if "cross by TCP" in record.getMessage()]
     assert [record.levelno for record in told] == [logging.INFO] * WORKERS
-    said = rf"\Agradients and parameters go by TCP: {reason}: \[Errno 2\] No such file or directory: '/proc/\d+/fd/\d+'\Z"
+    said = rf"\Agradients and parameters cross by TCP: {reason}: \[Errno 2\] No such file or directory: '/proc/\d+/fd/\d+'\Z"
     assert all(re.match(said, record.getMessage()) for record in told)
-    with attach(Transport.shm) as house:
-        said = rf"\Awire\.transport=shm: {reason}: .*; expected a worker on the server's machine, or auto or tcp\Z"
+    with cluster(REQUIRED) as run:
+        said = rf"\Atransport=shm: {reason}: .*; expected a worker on the server's machine, or auto or tcp\Z"
         with pytest.raises(Refused, match=said) as caught:
-            Client(house, 0, Transport.shm)
+            StreamWorker(run, 0, REQUIRED)
         assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("transport", "reason"),
-    [(TCP, "wire.transport=tcp"), (Transport.auto, "the server's system has no memory that could be shared")],
+    [(TCP, "transport=tcp"), (SHARED, "the server's system has no memory that could be shared")],
     ids=["tcp", "no memfd"],
 )
 def test_a_server_that_does_not_share_says_why(
@@ -114,13 +113,13 @@ def test_a_server_that_does_not_share_says_why(
 ) -> None:
     caplog.set_level(logging.INFO)
     if transport is not TCP:
-        monkeypatch.setattr(streams, "AVAILABLE", False)
-    with attach(transport, dimension=SMALL) as house:
-        house.enter(*[SHARED] * WORKERS)
-        house.go_on(6, random.Random(1))
-        house.check_same_state()
+        monkeypatch.setattr(server, "AVAILABLE", False)
+    with cluster(transport, dimension=SMALL) as run:
+        run.start(*[SHARED] * WORKERS)
+        run.run(6, random.Random(1))
+        run.check_same_state()
     told = {record.getMessage() for record in caplog.records if record.levelno == logging.INFO}
-    assert f"gradients and parameters go by TCP: {reason}" in told
+    assert f"gradients and parameters cross by TCP: {reason}" in told
 
 
 @pytest.mark.parametrize("when", ["from the start", "in the midst"])
@@ -128,19 +127,17 @@ def test_where_descriptors_are_scarce_the_run_goes_on(
     when: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    with attach(SHARED) as house:
+    with cluster(SHARED) as run:
         hoard: list[Tensor] = []
         if when == "in the midst":
-            house.enter(*[SHARED] * WORKERS)
-            hoard += [
-                house.service.server.algorithm.empty() for _ in range(WORKERS + 1)
-            ]  # all that is left of what was reserved
+            run.start(*[SHARED] * WORKERS)
+            hoard += [run.service.server.algorithm.empty() for _ in range(WORKERS + 1)]  # all that is left of what was reserved
         monkeypatch.setattr("resource.getrlimit", lambda _: (2, 2))
         if when == "from the start":
-            house.enter(*[SHARED] * WORKERS)
-        house.go_on(12, random.Random(1))
-        house.check_same_state()
-        places = [mapping(came.params) for came, _ in house.held.values()]
+            run.start(*[SHARED] * WORKERS)
+        run.run(12, random.Random(1))
+        run.check_same_state()
+        places = [mapping(came.params) for came, _ in run.held.values()]
         assert not all("memfd" in place for place in places)
         del hoard
     assert sum("memory is not shared from now on" in record.getMessage() for record in caplog.records) >= 1
@@ -148,18 +145,18 @@ def test_where_descriptors_are_scarce_the_run_goes_on(
 
 def test_a_worker_that_has_too_many_segments_open_lets_them_go(monkeypatch: pytest.MonkeyPatch) -> None:
     refused: list[int] = []
-    really = stream_calls.attach
-    with attach(SHARED) as house:
-        house.enter(*[SHARED] * WORKERS)
-        (first, *_) = house.clients
+    really = client.attach
+    with cluster(SHARED) as run:
+        run.start(*[SHARED] * WORKERS)
+        (first, *_) = run.workers
 
-        def scarce(origin: SegmentHandle, descriptor: int, size: int) -> Tensor:
-            if len(first.calls._slots) >= 2:  # pyright: ignore[reportPrivateUsage] # which of them fill the table
-                refused.append(descriptor)
+        def scarce(handle: SegmentHandle, size: int) -> Tensor:
+            if len(first.client._attached) >= 2:  # pyright: ignore[reportPrivateUsage] # which of them fill the table
+                refused.append(handle.descriptor)
                 raise OSError(errno.EMFILE, "Too many open files")
-            return really(origin, descriptor, size)
+            return really(handle, size)
 
-        monkeypatch.setattr(stream_calls, "attach", scarce)
-        house.go_on(20, random.Random(1), among=(0,))
-        house.check_same_state()
+        monkeypatch.setattr(client, "attach", scarce)
+        run.run(20, random.Random(1), among=(0,))
+        run.check_same_state()
     assert refused

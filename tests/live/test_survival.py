@@ -42,7 +42,7 @@ def first(found: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
 def test_a_killed_worker_is_replaced_and_a_run_with_too_few_workers_pauses(transport: str, tmp_path: Path) -> None:
     run_dir, total = tmp_path / "run", 600
     faults = "runtime.faults=[kill@1:5,drop_reply@0:7,corrupt@0:9:2]"
-    options = ("workers=2", "runtime.min_workers=2", f"train.max_iterations={total}", f"wire.transport={transport}")
+    options = ("workers=2", "runtime.min_workers=2", f"train.max_iterations={total}", f"transport={transport}")
     status, out, err = launch(run_dir, *QUIET, *options, faults)
     assert status == 0, err
     assert out.startswith("completed: ")
@@ -102,7 +102,7 @@ def test_a_killed_server_resumes_from_its_checkpoint_and_counts_the_updates_roll
     run_dir, total = tmp_path / "run", 500
     # The workers stop at iteration 200 until a checkpoint is on the disk, however slow that is.
     faults = ["stop@0:100", "stop@1:100", "kill@server:250"]
-    options = ("workers=2", f"train.max_iterations={total}", "checkpoint.every=100", "wire.transport=tcp")
+    options = ("workers=2", f"train.max_iterations={total}", "checkpoint.every=100", "transport=tcp")
     with launched(
         "launch.py", f"hydra.run.dir={run_dir}", *QUIET, *options, f"runtime.faults=[{','.join(faults)}]"
     ) as launcher:

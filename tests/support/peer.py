@@ -1,6 +1,6 @@
-"""A server with a tiny service over RPC, and a peer that attacks it: ``python -m tests.support.peer open|guarded|calls|operators ...``.
+"""A server over RPC, and a peer that attacks it: ``python -m tests.support.peer open|guarded|calls|operators ...``.
 
-Each process keeps a store of its own, in which the peer writes the server's address; nobody lets it in.
+Each process keeps a store of its own, in which the peer writes the server's address; it never joins.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def attack(kind: str, address: str, folder: Path) -> None:
         try:
             outcome = str(attempt())
         except Exception as error:
-            outcome = f"{type(error).__name__}: {str(error).splitlines()[0].split(' is not on the list')[0]}"
+            outcome = f"{type(error).__name__}: {str(error).splitlines()[0].split(' is not on the allow-list')[0]}"
         print(name, outcome, sep="\t", flush=True)
     rpc.shutdown(graceful=False)
 

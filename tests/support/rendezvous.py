@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from ormo_rpc.rendezvous.memberships import Membership
 from ormo_rpc.rendezvous.protocol import JoinResponse
@@ -14,7 +15,7 @@ from tests.support.processes import PATIENCE_SECONDS
 def join_response(
     config: str = "",
     *,
-    agent: str | None = None,
+    transport: Mapping[str, Any] | None = None,
     heartbeat_seconds: float = 1.0,
     timeout_seconds: float = PATIENCE_SECONDS,
 ) -> Callable[[Membership], JoinResponse]:
@@ -23,7 +24,7 @@ def join_response(
         worker=membership.worker,
         session_id=membership.session_id,
         config=config,
-        agent=agent,
+        transport=transport or {},
         heartbeat_seconds=heartbeat_seconds,
         timeout_seconds=timeout_seconds,
     )

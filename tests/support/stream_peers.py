@@ -1,4 +1,4 @@
-"""A service behind a door, and workers with streams to it, beside a twin of the server in process."""
+"""A service behind a listener, and workers that are connected by streams, beside a reference server in process."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import socket
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ormo_rpc import build_server
 from ormo_rpc.compression import PushFormat
-from ormo_rpc.compression.wire_options import Transport, WireDtype
+from ormo_rpc.compression.wire_options import WireDtype
 from ormo_rpc.kernels import pool
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.models.flat import Layout
@@ -27,9 +28,13 @@ from ormo_rpc.runtimes.distributed.server_process.service import Service
 from ormo_rpc.server.buffers import RunningBuffers
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.storage.journal import Journal
-from ormo_rpc.transports.stream.client import StreamClient
-from ormo_rpc.transports.stream.server import StreamServer, shared_snapshots
+from ormo_rpc.transports.auto import Auto
+from ormo_rpc.transports.base import Endpoint, Transport
+from ormo_rpc.transports.shm import SharedMemory
+from ormo_rpc.transports.stream.client import StreamClient, StreamWorkerSide
+from ormo_rpc.transports.stream.server import StreamServerSide
 from ormo_rpc.transports.stream.shared_memory import AVAILABLE, SharedMemoryPool
+from ormo_rpc.transports.tcp import Tcp
 from tests.support.contract import same
 from tests.support.processes import PATIENCE_SECONDS, wait_until
 from tests.support.rendezvous import join_response
@@ -40,48 +45,46 @@ LARGE = pool.WORTH_POOLING // 4 + 1
 """Elements of float32 from which snapshots lie in pools, and so in shared memory; odd."""
 SMALL = 5
 WORKERS = 3
-SHARED, TCP = Transport.auto, Transport.tcp
-BOTH = [pytest.param(SHARED, id="shared", marks=pytest.mark.skipif(not AVAILABLE, reason="no memfd_create")), TCP]
+SHARED, REQUIRED, TCP = Auto(), SharedMemory(), Tcp()
+BOTH = [
+    pytest.param(SHARED, id="shared", marks=pytest.mark.skipif(not AVAILABLE, reason="no memfd_create")),
+    pytest.param(TCP, id="tcp"),
+]
 
 
-def plain_bytes(size: int) -> Tensor:
-    """Memory that is not shared."""
-    return torch.zeros(size, dtype=torch.uint8)
+class StreamWorker:
+    """A worker: its lease, its connection, and a thread that waits for its replies."""
 
-
-class Client:
-    """A worker: its lease, its stream, and a thread that waits for its answers."""
-
-    def __init__(self, house: House, number: int, transport: Transport) -> None:
+    def __init__(self, cluster: Cluster, number: int, transport: Transport) -> None:
         self.number = number
         self.elsewhere = ThreadPoolExecutor(1)
         self.lease: Lease = connect(
-            house.address, SECRET, preferred_worker=number, slot_id="", timeout_seconds=PATIENCE_SECONDS
+            cluster.address, SECRET, preferred_worker=number, slot_id="", timeout_seconds=PATIENCE_SECONDS
         )
-        self.segments = None if transport is TCP else SharedMemoryPool()
-        allocate = plain_bytes if self.segments is None else self.segments.vector
-        self.payload = allocate(house.service.format.size).view(house.service.format.pushed_dtype)
+        side = transport.worker_side()
+        assert isinstance(side, StreamWorkerSide)
+        self.pool = side.pool
+        form = cluster.service.push_format
+        self.payload = side.allocate(form.size).view(form.pushed_dtype)
+        self.endpoint = Endpoint(lease=self.lease, secret=SECRET, timeout_seconds=PATIENCE_SECONDS)
+        self._connection = ExitStack()
         try:
-            self.calls = StreamClient(
-                self.lease,
-                SECRET,
-                self.payload,
-                self.segments,
-                must_share=transport is Transport.shm,
-                timeout_seconds=PATIENCE_SECONDS,
-            )
+            client = self._connection.enter_context(side.connect(self.endpoint, self.payload))
         except BaseException:
             self.lease.__exit__()
             raise
+        assert isinstance(client, StreamClient)
+        self.client = client
 
     def register(self) -> Future[Reply]:
-        """Be ready; the answer comes when all are."""
-        return self.elsewhere.submit(self.calls.register)
+        """Register; the reply comes when all have."""
+        return self.elsewhere.submit(self.client.register)
 
     def push(self, reply: Reply, payload: Tensor, **other: Any) -> Future[Reply]:
-        """ServerResponse a reply."""
+        """Push what answers a reply."""
         assert reply.ticket is not None
-        place: dict[str, Any] = {
+        numbers: dict[str, Any] = {
+            "worker": self.number,
             "ticket": reply.ticket,
             "stamp": reply.stamp,
             "incarnation": reply.incarnation,
@@ -89,56 +92,56 @@ class Client:
             "samples": 8,
         }
         self.payload.copy_(payload)
-        push = Push(worker=self.number, grad=self.payload, **{**place, **other})
-        return self.elsewhere.submit(self.calls.push, push, self.payload)
+        push = Push(grad=self.payload, **{**numbers, **other})
+        return self.elsewhere.submit(self.client.push, push)
 
     def close(self) -> None:
-        """Be gone."""
+        """Close lease and connection, as the end of a process does."""
         self.lease.__exit__()
-        self.calls.__exit__()
+        self._connection.close()
         self.elsewhere.shutdown()
 
 
 FACTS = ("worker", "ticket", "stamp", "lr", "steps", "incarnation")
 
 
-class House:
-    """A service behind a door, and a twin of its server, in process, that gets the same pushes (rounded ones widened)."""
+class Cluster:
+    """A service behind a listener, and a reference server, in process, that gets the same pushes (rounded ones widened)."""
 
-    def __init__(self, door: Listener, service: Service, twin: ParameterServer, segments: SharedMemoryPool | None) -> None:
-        self.door = door
-        self.address: tuple[str, int] = door.sock.getsockname()[:2]
+    def __init__(self, listener: Listener, service: Service, reference: ParameterServer, pool: SharedMemoryPool | None) -> None:
+        self.listener = listener
+        self.address: tuple[str, int] = listener.sock.getsockname()[:2]
         self.service = service
         self.server = service.server
-        self.twin = twin
-        self.segments = segments
-        self.clients: list[Client] = []
+        self.reference = reference
+        self.pool = pool
+        self.workers: list[StreamWorker] = []
         self.held: dict[int, tuple[Reply, Reply]] = {}
-        """The reply that each worker has: what came by the stream, and what the twin says."""
+        """The reply that each worker has: the one that crossed, and the reference's."""
         self.waiting: dict[int, Future[Reply]] = {}
         self.pushed = 0
 
-    def enter(self, *transports: Transport) -> House:
-        """Let workers in, start, and take the first replies."""
+    def start(self, *transports: Transport) -> Cluster:
+        """Connect workers, and take the first replies."""
         for number, transport in enumerate(transports):
-            self.clients.append(Client(self, number, transport))
-        self.waiting = {client.number: client.register() for client in self.clients}
-        self.take(self.twin.start())
+            self.workers.append(StreamWorker(self, number, transport))
+        self.waiting = {worker.number: worker.register() for worker in self.workers}
+        self.take(self.reference.start())
         return self
 
     def step(self, worker: int) -> None:
-        """A worker pushes what it holds; whoever the twin answers is answered, with the same bits, and nobody else."""
+        """Let a worker push; those that the reference replies to get a reply, with the same bits, and no others."""
         came, expected = self.held.pop(worker)
         assert came.ticket is not None
         payload = self.gradient(came.ticket)
-        self.waiting[worker] = self.clients[worker].push(came, payload)
+        self.waiting[worker] = self.workers[worker].push(came, payload)
         statistics = payload[payload.numel() - 2 :] if self.server.buffers.average else payload[:0]
-        replies = self.twin.receive(
+        replies = self.reference.receive(
             Push(
                 worker=worker,
                 ticket=came.ticket,
                 stamp=came.stamp,
-                grad=payload[: payload.numel() - statistics.numel()].to(self.twin.params.dtype),
+                grad=payload[: payload.numel() - statistics.numel()].to(self.reference.params.dtype),
                 buffers={"mean": statistics} if statistics.numel() else {},
                 loss=0.5,
                 samples=8,
@@ -146,15 +149,15 @@ class House:
             )
         )
         self.pushed += 1
-        applied: int = self.twin.iteration
+        applied: int = self.reference.iteration
         wait_until(lambda: applied <= self.server.iteration, "the update", every_seconds=0.001)
         self.take(replies)
-        for mine, twins in self.held.values():
-            assert torch.equal(mine.params, twins.params), "a reply has changed after it was issued"
+        for mine, reference in self.held.values():
+            assert torch.equal(mine.params, reference.params), "a reply has changed after it was issued"
         assert expected.stamp == came.stamp
 
     def take(self, replies: list[Reply]) -> None:
-        """Take the answers that are due."""
+        """Take the replies that are due."""
         for expected in replies:
             came = self.waiting.pop(expected.worker).result(PATIENCE_SECONDS)
             assert [getattr(came, name) for name in FACTS] == [getattr(expected, name) for name in FACTS]
@@ -165,26 +168,26 @@ class House:
         assert not [worker for worker, future in self.waiting.items() if future.done()]
 
     def gradient(self, ticket: int) -> Tensor:
-        """What is pushed for a ticket."""
-        dtype = self.service.format.pushed_dtype
-        return 0.1 * normal(self.service.format.size // dtype.itemsize, 3, ticket).to(dtype)
+        """The push for a ticket."""
+        dtype = self.service.push_format.pushed_dtype
+        return 0.1 * normal(self.service.push_format.size // dtype.itemsize, 3, ticket).to(dtype)
 
-    def go_on(self, steps: int, chance: random.Random, among: tuple[int, ...] = tuple(range(WORKERS))) -> None:
-        """That many pushes of workers that have work, in any order."""
+    def run(self, steps: int, rng: random.Random, among: tuple[int, ...] = tuple(range(WORKERS))) -> None:
+        """Let workers that have work push, in any order."""
         for _ in range(steps):
             able = sorted(worker for worker in self.held if worker in among)
             if not able:
                 return
-            self.step(chance.choice(able))
+            self.step(rng.choice(able))
 
     def check_same_state(self) -> None:
-        """The server and its twin are one as the other."""
+        """Assert that server and reference have the same state."""
         with self.service.lock:
-            assert same(self.server.state_dict(replies=True), self.twin.state_dict(replies=True))
+            assert same(self.server.state_dict(replies=True), self.reference.state_dict(replies=True))
 
 
 @contextmanager
-def attach(
+def cluster(
     transport: Transport = SHARED,
     *,
     dimension: int = LARGE,
@@ -195,8 +198,8 @@ def attach(
     max_not_finite: int = 10,
     journal: Journal | None = None,
     **options: Any,
-) -> Generator[House]:
-    """A house; with a ``wire`` that rounds, what is handed out is rounded to bfloat16, and there are no ``buffers``."""
+) -> Generator[Cluster]:
+    """Serve; with a ``wire`` that rounds, what is handed out is rounded to bfloat16, and there are no ``buffers``."""
     given: dict[str, Any] = {
         "algorithm": "ormo",
         "lr": lambda t: 0.01 / (1 + t),
@@ -210,7 +213,7 @@ def attach(
         average = RunningBuffers({"mean": torch.zeros(2, dtype=dtype)}, {"mean": 0.25}) if buffers else None
         return build_server(num_workers=workers, buffers=average, pushed_dtype=pushed, **given)
 
-    twin, ours = server(), server(wire.rounded)
+    reference, ours = server(), server(wire.rounded)
     form = PushFormat(
         params=Layout({"params": ours.params}),
         buffers=Layout(ours.buffers.average),
@@ -218,24 +221,27 @@ def attach(
         vectors=ours.algorithm.VECTORS_PUSHED,
         wire=wire,
     )
-    segments = shared_snapshots(ours.algorithm, transport)
+    side = transport.server_side(num_workers=workers, timeout_seconds=PATIENCE_SECONDS)
+    assert isinstance(side, StreamServerSide)
+    if side.memory is not None:
+        ours.algorithm.kernel = replace(ours.algorithm.kernel, empty=pool.pooled(side.memory))
     ours.reserve(ours.num_workers)
     service = Service(ours, lambda _: None, max_not_finite=max_not_finite, journal=journal, push_format=form)
-    serving = StreamServer(service, transport, segments)
+    response = join_response(transport=side.start(service))
     with ExitStack() as stack:
-        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        stack.callback(listener.shutdown, socket.SHUT_RDWR)  # wakes the thread that accepts
-        door = stack.enter_context(Listener(listener, SECRET, service, join_response(), PATIENCE_SECONDS, serving.serve))
-        house = House(door, service, twin, segments)
+        sock = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        stack.callback(sock.shutdown, socket.SHUT_RDWR)  # wakes the thread that accepts
+        listener = stack.enter_context(Listener(sock, SECRET, service, response, PATIENCE_SECONDS, side.accept))
+        cluster = Cluster(listener, service, reference, side.pool)
         try:
-            yield house
+            yield cluster
         finally:
-            for client in house.clients:
-                client.close()
+            for worker in cluster.workers:
+                worker.close()
 
 
 def mapping(vector: Tensor) -> str:
-    """The line of the system's map of our memory in which a vector lies."""
+    """The line of the system's map of this process's memory in which a vector lies."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         begin, end = (int(each, 16) for each in line.split()[0].split("-"))
         if begin <= vector.data_ptr() < end:

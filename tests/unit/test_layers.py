@@ -34,7 +34,7 @@ ONLY_IN = {
     "torch.distributed": ("transports.torch_rpc", "runtimes.distributed.entry_point"),
     "torch.distributed.rpc": ("transports.torch_rpc",),
     "torch.futures": ("transports.torch_rpc",),
-    "socket": ("rendezvous", "transports.stream", "runtimes.distributed"),
+    "socket": ("rendezvous", "transports.base", "transports.stream", "runtimes.distributed"),
     "subprocess": ("kernels.compiled", "storage.environment", "runtimes.distributed.launcher"),
     "hydra": ("cli",),
     "omegaconf": ("cli", "config", "runtimes.distributed.worker_process"),

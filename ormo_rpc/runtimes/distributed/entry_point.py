@@ -25,8 +25,7 @@ from ormo_rpc.rendezvous.addresses import parse_address
 from ormo_rpc.rendezvous.secret import Secret, read_secret
 from ormo_rpc.runtimes.distributed.launcher.child import EXIT_DONE, EXIT_NO_RESTART, Reporter, obey_supervisor
 from ormo_rpc.runtimes.distributed.server_process import server_process
-from ormo_rpc.runtimes.distributed.worker_process.loop import WorkerArgs
-from ormo_rpc.runtimes.distributed.worker_process.worker_process import WorkerProcess
+from ormo_rpc.runtimes.distributed.worker_process.worker_process import WorkerArgs, WorkerProcess
 
 EXPECTED_ERRORS = (WorkerBanned, ServerLost, WireError, ConfigError, OSError)
 """Their messages suffice: no traceback is shown for them."""
@@ -61,10 +60,10 @@ def _run_server(arguments: argparse.Namespace, tell: Callable[[str], None]) -> N
     obey_supervisor(arguments.control_fd, control.handle)
     args = server_process.ServerArgs(
         run_dir=arguments.run_dir,
-        listener=socket.socket(fileno=arguments.listener_fd),
+        listening_socket=socket.socket(fileno=arguments.listener_fd),
         secret=_secret(arguments.secret_file),
-        life=arguments.incarnation,
-        terminal=arguments.terminal_fd,
+        incarnation=arguments.incarnation,
+        terminal_fd=arguments.terminal_fd,
         tell=tell,
     )
 
@@ -84,14 +83,13 @@ def _run_worker(arguments: argparse.Namespace, tell: Callable[[str], None]) -> N
     else:
         store = _store(arguments)
         address, secret_file = store.get("address").decode(), store.get("secret_file").decode() or None
-    server_address = parse_address(address)
     worker = WorkerProcess(
         WorkerArgs(
-            door=lambda: server_address,
+            address=parse_address(address),
             secret=_secret(secret_file),
-            wanted=arguments.preferred_worker,
-            slot=arguments.slot_id,
-            life=arguments.restart_count,
+            preferred_worker=arguments.preferred_worker,
+            slot_id=arguments.slot_id,
+            restart_count=arguments.restart_count,
             data_root=arguments.data_root,
             timeout_seconds=arguments.start_timeout_seconds,
             tell=tell,
@@ -117,7 +115,7 @@ class _ServerControl:
         """Handle a message, or keep it until there is a server; one to stop ends a server that is not ready."""
         with self._lock:
             if self._server is not None:
-                self._server.hear(message)
+                self._server.handle(message)
             elif "stop" in message:
                 os._exit(1)  # nothing has begun that could be kept
             else:
@@ -128,7 +126,7 @@ class _ServerControl:
         with self._lock:
             self._server = server
             for message in self._early:
-                server.hear(message)
+                server.handle(message)
 
 
 def _on_sigterm(leave: Callable[[], None]) -> None:

@@ -1,1 +1,1 @@
-"""Fixed-size frames on a TCP connection, with payloads behind them or in shared memory."""
+"""Fixed-size frames on an authenticated TCP connection, with the vectors behind them or in shared memory."""

@@ -1,7 +1,7 @@
-"""What crosses a stream: frames of fixed size, some with a vector's bytes behind them. Nothing in them is unpickled.
+"""The frames of a stream: fixed-size headers, some with the bytes of a vector behind them. Nothing in them is unpickled.
 
-A worker sends `REQUEST` frames and the server answers each with one `RESPONSE`. A vector comes as its bytes, in the machine's order,
-or lies in memory that both sides share; see `segments`.
+A worker sends requests and the server answers each with one response. A vector comes as its bytes, in the machine's order, or
+lies in memory that both sides share (`shared_memory`); a response then has the descriptor of its segment.
 """
 
 from __future__ import annotations
@@ -14,23 +14,25 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-REQUEST = struct.Struct("<qqqqqqd")
-"""A word, ticket, stamp, incarnation, samples, whether there is a loss, the loss."""
-RESPONSE = struct.Struct("<qqqqqdqqq")
-"""A word, ticket, stamp, incarnation, steps, lr; of the vector: dtype, elements, the descriptor of its segment or `INLINE`.
+from ormo_rpc.messages import Push, Reply
+from ormo_rpc.transports.codec import PUSH, REPLY
 
-With a refusal, the number of elements is that of the bytes of JSON that follow.
-"""
+_KIND = struct.Struct("<q")
+"""Of a request: its kind, then the numbers of a push."""
+_VECTOR = struct.Struct("<qqqq")
+"""Of a response: its kind, the vector's dtype, elements and descriptor, then the numbers of a reply."""
+REQUEST_BYTES = _KIND.size + PUSH.size
+RESPONSE_BYTES = _VECTOR.size + REPLY.size
 INLINE = -1
-"""Instead of a descriptor: the bytes follow."""
+"""In the place of a descriptor: the bytes follow the frame."""
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-"""A dtype is its place in here."""
-LOOK_SECONDS = 1
-"""How often somebody who waits looks whether the other side is still there."""
+"""A dtype crosses as its index."""
+LIVENESS_SECONDS = 1
+"""How often a waiting side checks that the other one is alive."""
 
 
 class Request(IntEnum):
-    """What a worker says."""
+    """The kinds of requests."""
 
     register = 1
     push = 2
@@ -38,19 +40,54 @@ class Request(IntEnum):
 
 
 class Response(IntEnum):
-    """What the server says."""
+    """The kinds of responses; the bytes behind an error are JSON."""
 
-    work = 1
-    stop = 2
-    refusal = 3
+    reply = 1
+    error = 2
 
 
-class Stream:
-    """A connection with frames on it.
+def request(kind: Request, push: Push | None = None) -> bytes:
+    """A request's frame."""
+    return _KIND.pack(kind) + (bytes(PUSH.size) if push is None else PUSH.pack(push))
+
+
+def read_kind(frame: bytearray) -> int:
+    """The kind of the request in a frame, which may be none."""
+    return _KIND.unpack_from(frame)[0]
+
+
+def reply_frame(reply: Reply, descriptor: int) -> bytes:
+    """The frame of a reply whose parameters lie in a segment, or follow (`INLINE`); work for no ticket has none."""
+    dtype, elements = (0, 0) if reply.ticket is None else (DTYPES.index(reply.params.dtype), reply.params.numel())
+    return _VECTOR.pack(Response.reply, dtype, elements, descriptor) + REPLY.pack(reply)
+
+
+def error_frame(size: int) -> bytes:
+    """The frame of an error reply of that many bytes, which follow."""
+    return _VECTOR.pack(Response.error, 0, size, INLINE) + bytes(REPLY.size)
+
+
+def read_response(frame: bytearray) -> tuple[int, int, int, int]:
+    """Kind, dtype, elements and descriptor of a response."""
+    return _VECTOR.unpack_from(frame)
+
+
+def push_numbers(frame: bytearray) -> dict[str, int]:
+    """The numbers of the push in a request's frame."""
+    return PUSH.unpack(frame, _KIND.size)
+
+
+def reply_numbers(frame: bytearray) -> dict[str, int]:
+    """The numbers of the reply in a response's frame."""
+    return REPLY.unpack(frame, _VECTOR.size)
+
+
+class FrameSocket:
+    """A connection that carries frames.
 
     Args:
-        connection: Its time-outs are ours from now on.
-        alive: Asked every second of waiting: whether it still makes sense.
+        connection: The connection, whose time-outs are set here.
+        alive: Asked once a second while waiting; where it is false, waiting ends.
     """
 
     def __init__(self, connection: socket.socket, alive: Callable[[], bool]) -> None:
@@ -60,15 +97,15 @@ class Stream:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # The system's own time-outs cost no call for each wait, unlike those of the socket object.
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            connection.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", LOOK_SECONDS, 0))
+            connection.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", LIVENESS_SECONDS, 0))
 
-    def send(self, frame: bytes, behind: memoryview | None = None) -> None:
-        """Send a frame and what is behind it.
+    def send(self, frame: bytes, body: memoryview | None = None) -> None:
+        """Send a frame and the bytes behind it.
 
         Raises:
-            EOFError: the connection has ended, or it makes no sense any more.
+            EOFError: the connection has ended, or the other side is not alive.
         """
-        parts = [memoryview(frame)] if behind is None else [memoryview(frame), behind]
+        parts = [memoryview(frame)] if body is None else [memoryview(frame), body]
         while parts:
             try:
                 sent = self.connection.sendmsg(parts)
@@ -79,7 +116,7 @@ class Stream:
                 raise EOFError(f"the connection has ended: {error}") from None
             while parts and sent >= len(parts[0]):
                 sent -= len(parts.pop(0))
-            if parts:  # the time is over, too: whoever takes a byte a second is no better than one who takes none
+            if parts:  # the time-out has passed: a peer that takes one byte a second is no better than one that takes none
                 parts[0] = parts[0][sent:]
                 self._check_alive()
 
@@ -87,7 +124,7 @@ class Stream:
         """Fill a buffer.
 
         Raises:
-            EOFError: the connection has ended, or it makes no sense any more.
+            EOFError: the connection has ended, or the other side is not alive.
         """
         while into:
             try:
@@ -100,7 +137,7 @@ class Stream:
             if count == 0:
                 raise EOFError("the connection has ended")
             into = into[count:]
-            if into:  # as above
+            if into:  # the time-out has passed, as above
                 self._check_alive()
 
     def _check_alive(self) -> None:

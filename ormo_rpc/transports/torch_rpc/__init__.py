@@ -1,1 +1,36 @@
-"""Pushes as calls of torch.distributed.rpc, by an RRef to the server's service."""
+"""Messages of torch.distributed.rpc over TCP, through an RRef to the server's service.
+
+The modules of this package that need torch's RPC are imported with the first half that is made, since not every build has it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.distributed as dist
+from typing_extensions import override
+
+from ormo_rpc.options.part import register
+from ormo_rpc.transports.base import ServerSide, Transport, WorkerSide
+
+
+@register("torch_rpc")
+@dataclass(frozen=True, kw_only=True)
+class TorchRpc(Transport):
+    """torch.distributed.rpc over TCP, with an RRef to the server's service."""
+
+    SUPPORTS_PREFETCH: ClassVar[bool] = False  # a process has one agent, for one worker
+    UNAVAILABLE: ClassVar[str] = "" if dist.is_available() else "torch was built without torch.distributed"
+
+    @override
+    def server_side(self, *, num_workers: int, timeout_seconds: float) -> ServerSide:
+        from ormo_rpc.transports.torch_rpc.server import TorchRpcServerSide
+
+        return TorchRpcServerSide(num_workers=num_workers, timeout_seconds=timeout_seconds)
+
+    @override
+    def worker_side(self) -> WorkerSide:
+        from ormo_rpc.transports.torch_rpc.client import TorchRpcWorkerSide
+
+        return TorchRpcWorkerSide()

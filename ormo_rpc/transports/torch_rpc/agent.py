@@ -1,12 +1,12 @@
-"""This process's agent of torch.distributed.rpc, as hub or spoke (``wire.transport=uv``).
+"""This process's agent of torch.distributed.rpc, as hub or spoke (``transport=torch_rpc``).
 
-torch's own groups do not outlive a death: in a static group the dead never come back, and in a dynamic one every member has to
-tell every other one, through a store that a death leaves locked. Here there is no group. Workers call the server and nobody
-else, so a worker's agent is told one name and one address, that of the server, in a store within its own process; the server's
-agent is told of nobody, because an answer goes back through the connection that the call came by. So anybody may come, go or be
-killed at any time, and nobody else's agent notices.
+torch's own groups do not survive the death of a process: in a static group a dead process is never replaced, and in a dynamic
+one every process has to inform every other one, through a store that a death leaves locked. Here there is no group. Workers
+call the server only, so a worker's agent is given one name and one address, the server's, in a store within its own process;
+the server's agent is given none, because a response goes back through the connection that the call came by. So any process may
+start, end or be killed at any time, and no other agent notices.
 
-It is registered as a backend of its own, by the function that torch has for that purpose; what it builds is torch's agent.
+It is registered as a backend of its own, by the function that torch has for that purpose; the agent that it builds is torch's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SERVER = "server"
 """The server's name for the agents of its workers."""
 SCHEME = "ormo"
 _ADDRESSES, _NAMES = "addrs", "names/_ALL_WORKER_INFOS"
-"""Where torch's agent looks for addresses, and for the list of those that are there before it."""
+"""The keys under which torch's agent looks for addresses, and for the list of agents that were there before it."""
 _book: list[Store] = []
 """The store of the agent that is about to start."""
 
@@ -41,15 +41,15 @@ def rpc_agent(
     threads: int = 16,
     functions: Iterable[Callable[..., Any]] = (),
 ) -> Generator[str]:
-    """Have an agent, whose address is the value of the context.
+    """Run an agent, whose address is the value of the context.
 
     Args:
         name: Of this process; `SERVER` for the server's.
         number: Of this process: 0 for the server's, larger for a worker's.
         server: The address of the server's agent; None in the server.
-        timeout_seconds: For calls that do not say otherwise.
+        timeout_seconds: For calls without a time-out of their own.
         threads: How many run handlers.
-        functions: What others may call in this process.
+        functions: What other processes may call in this one.
     """
     _register()
     unpickling.install(functions, references=server is not None)
@@ -64,7 +64,7 @@ def rpc_agent(
         init_method=f"{SCHEME}://",
         rpc_timeout=timeout_seconds,
         num_worker_threads=threads,
-        _transports=["uv"],  # TCP; torch's own shared memory copies each message twice
+        _transports=["uv"],  # TensorPipe's TCP; its shared memory is slower, and polls in idle processes
         _channels=["basic"],
     )
     backend = backend_registry.BackendType["ORMO_RPC"]
@@ -72,18 +72,18 @@ def rpc_agent(
     try:
         yield view.get(f"{_ADDRESSES}/{name}").decode()
     finally:
-        rpc.shutdown(graceful=False)  # a graceful one would ask everybody, and wait for the dead
+        rpc.shutdown(graceful=False)  # a graceful one would ask every process, and wait for dead ones
 
 
 def _register() -> None:
-    """Make torch know our backend, and where its store comes from; once in a process."""
+    """Register our backend with torch, and the source of its store; once in a process."""
     if backend_registry.backend_registered("ORMO_RPC"):
         return
 
     def rendezvous(url: str, *args: Any, **kwargs: Any) -> Generator[tuple[Store, int, int]]:  # noqa: ARG001 - torch's signature
         yield _book[0], 0, 1
 
-    def start(store: Store, name: str, rank: int, world_size: int, rpc_backend_options: Any) -> Any:  # noqa: ARG001 - likewise
+    def start(store: Store, name: str, rank: int, world_size: int, rpc_backend_options: Any) -> Any:  # noqa: ARG001 - torch's signature
         # Without a size the agent takes its peers from the store as it is, and waits for nobody.
         agent = TensorPipeAgent(store, name, rank, None, rpc_backend_options, {}, [])
         api._init_rpc_states(agent)  # pyright: ignore[reportPrivateUsage] # as each of torch's own backends does

@@ -1,80 +1,100 @@
-"""A worker's calls to the server by torch.distributed.rpc (``wire.transport=uv``); see `handlers` for the other end."""
+"""The worker's half of ``transport=torch_rpc``."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Generator
+from typing import Any
+
 import torch.distributed.rpc as rpc
 from torch import Tensor
+from typing_extensions import override
 
-from ormo_rpc.errors import BY_NAME, ServerLost
-from ormo_rpc.messages import ErrorReply, Push, Reply
-from ormo_rpc.runtimes.distributed.server_process.service import Service
-from ormo_rpc.transports.torch_rpc import handlers
-from ormo_rpc.transports.torch_rpc.agent import SERVER
+from ormo_rpc.errors import ServerLost
+from ormo_rpc.messages import Push, Reply
+from ormo_rpc.transports.base import Endpoint, ServerClient, Service, WorkerSide
+from ormo_rpc.transports.codec import PUSH, REPLY, unpack_error
+from ormo_rpc.transports.torch_rpc import server
+from ormo_rpc.transports.torch_rpc.agent import SERVER, rpc_agent
 
 
-class TorchRpcClient:
-    """`ServerClient` through the RRef that the server hands out.
+class TorchRpcWorkerSide(WorkerSide):
+    """Starts an agent for as long as the worker is connected."""
+
+    @override
+    @contextlib.contextmanager
+    def connect(self, endpoint: Endpoint, payload: Tensor) -> Generator[ServerClient]:
+        with rpc_agent(
+            f"worker{endpoint.worker}",
+            endpoint.worker + 1,
+            server=endpoint.offer["agent"],
+            timeout_seconds=endpoint.timeout_seconds,
+        ):
+            yield TorchRpcClient(endpoint.session_id, payload, endpoint.timeout_seconds)
+
+
+class TorchRpcClient(ServerClient):
+    """Calls the server through the RRef that it hands out.
+
+    After a time-out a call is repeated, which never applies a push twice, as long as the server answers at all: the reply may
+    be held back for longer, at a barrier or at the end of the run, by the slowest worker. A server that does not answer a
+    question within the time-out is lost.
 
     Args:
         session_id: Of this worker's membership.
-        timeout_seconds: After how long a call that is not answered is taken for lost.
+        payload: The wire form of every push.
+        timeout_seconds: When a call that is not answered is repeated.
 
     Raises:
         ServerLost: the server does not answer.
     """
 
-    def __init__(self, session_id: str, timeout_seconds: float) -> None:
+    def __init__(self, session_id: str, payload: Tensor, timeout_seconds: float) -> None:
         self.session_id = session_id
+        self.payload = payload
         self.timeout_seconds = timeout_seconds
         self.service = self._probe()
 
+    @override
     def register(self) -> Reply:
-        """See `ServerClient.register`."""
-        return self._insist(handlers.register, self.session_id)
+        return self._insist(server.register, self.session_id)
 
-    def push(self, push: Push, payload: Tensor) -> Reply:
-        """See `ServerClient.push`.
+    @override
+    def push(self, push: Push) -> Reply:
+        return self._insist(server.push, self.session_id, PUSH.pack(push), self.payload)
 
-        After a time-out the push is repeated, which never applies it twice, as long as the server answers at all: the reply
-        may be held back for longer, at a barrier or at the end of the run, by the slowest worker. A server that has not
-        answered a question for as long as the time-out is lost.
-        """
-        place = (push.ticket, push.stamp, push.incarnation, push.loss, push.samples)
-        return self._insist(handlers.push, self.session_id, *place, payload)
-
+    @override
     def leave(self) -> None:
-        """See `ServerClient.leave`."""
-        try:
-            self._call(handlers.leave, (self.session_id,))
-        except (ServerLost, TimeoutError):
-            return
+        with contextlib.suppress(ServerLost, TimeoutError):
+            self._call(server.leave, (self.session_id,))
 
     def _probe(self) -> rpc.RRef[Service]:
-        """Request for the RRef, which a server that lives answers at once."""
+        """Ask for the RRef, which a living server returns at once."""
         try:
-            return rpc.rpc_sync(SERVER, handlers.published, timeout=self.timeout_seconds)
+            return rpc.rpc_sync(SERVER, server.published, timeout=self.timeout_seconds)
         except RuntimeError as error:
             raise ServerLost(_first_line(error)) from None
 
-    def _insist(self, function: object, *arguments: object) -> Reply:
-        """Call again and again, until it is answered."""
+    def _insist(self, function: Callable[..., Any], *arguments: object) -> Reply:
+        """Call again and again, until there is a response."""
         while True:
             try:
-                return self._call(function, arguments)
+                header, params = self._call(function, arguments)
             except TimeoutError:
                 self.service = self._probe()
+                continue
+            if params is None:
+                raise unpack_error(header)
+            return Reply(**REPLY.unpack(header), params=params)
 
-    def _call(self, function: object, arguments: tuple[object, ...]) -> Reply:
-        """Call; a server that is gone is told apart from one that is slow, and from one that refuses."""
+    def _call(self, function: Callable[..., Any], arguments: tuple[object, ...]) -> Any:
+        """Make one call; a time-out is told apart from a server that is gone."""
         try:
-            answer = rpc.rpc_sync(self.service.owner(), function, args=arguments, timeout=self.timeout_seconds)
+            return rpc.rpc_sync(self.service.owner(), function, args=arguments, timeout=self.timeout_seconds)
         except RuntimeError as error:
             if str(error).startswith("RPCErr:1"):  # how torch marks a time-out
                 raise TimeoutError(_first_line(error)) from None
             raise ServerLost(_first_line(error)) from None
-        if isinstance(answer, ErrorReply):
-            raise BY_NAME[answer.error](answer.text)
-        return answer
 
 
 def _first_line(error: Exception) -> str:

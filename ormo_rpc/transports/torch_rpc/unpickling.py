@@ -1,21 +1,21 @@
-"""What of a peer's message is unpickled: an allow-list of names and opcodes; torch's own unpickler runs anything.
+"""Unpickle a peer's messages by an allow-list of names and opcodes; torch's own unpickler runs anything.
 
 torch pickles the function and the arguments of a call, and its result; tensors travel beside. A pickle is a program: it may
-import any name, call it, and set attributes of what it got. A list of names alone is therefore not enough. torch's own pickles
+import any name, call it, and set attributes of the result. A list of names alone is therefore not enough. torch's own pickles
 of tensors ask for ``builtins.getattr``, which leads from any name to any other; a dotted name does so as well; and the opcode
 BUILD writes into classes and functions. Hence this unpickler in Python (a call without its tensors has some 200 bytes), which
-knows only the opcodes that our messages are made of and gives the three that do something a narrow meaning:
+knows only the opcodes that our messages are made of and gives the two that do something a narrow meaning:
 
 * REDUCE only fetches a tensor of the message or, in a worker, the reference to the server's service (RRef);
-* NEWOBJ only makes a `PythonUDF`, a `RemoteException` or one of `MESSAGES`;
-* BUILD only fills one of `MESSAGES`.
+* NEWOBJ only makes a `PythonUDF` or a `RemoteException`.
 
-A class of exceptions is a value that may cross, not something that a pickle may call.
+Messages of ours cross as bytes (`codec`) and tensors. A class of exceptions is a value that may cross, not something that a
+pickle may call.
 
-What a refusal does, as tried: nothing of the call has run; this process logs it (torch adds the traceback, on standard error)
+Effects of a refusal, as tried: nothing of the call has run; this process logs it (torch adds the traceback, on standard error)
 and goes on serving; the caller of ``rpc_sync`` or ``rpc_async`` gets a RuntimeError whose text begins with "Error on Node 0:
-UnpicklingError: refused: posix.system". A refused ``rpc.remote`` is only heard of when its caller's time-out ends. Operators of
-torch that are called by name never pass here (see SECURITY.md).
+UnpicklingError: refused: posix.system". The caller of a refused ``rpc.remote`` learns of it when its time-out ends. Operators
+of torch that are called by name never pass here (see SECURITY.md).
 """
 
 from __future__ import annotations
@@ -30,12 +30,9 @@ from typing import Any, ClassVar, NoReturn, cast
 from torch.distributed.rpc import internal
 
 from ormo_rpc import errors
-from ormo_rpc.messages import ErrorReply, Reply
 
 _log = logging.getLogger(__name__)
 
-MESSAGES: tuple[type, ...] = (Reply, ErrorReply)
-"""Our own classes that cross, frozen dataclasses with slots."""
 EXCEPTIONS: tuple[type[BaseException], ...] = (
     *(errors.PushRefused, errors.NonFiniteGradient, errors.GradientTooLarge, errors.StaleSession, errors.WorkerBanned),
     *(ArithmeticError, AssertionError, AttributeError, EOFError, Exception, IndexError, KeyError, LookupError, MemoryError),
@@ -43,9 +40,9 @@ EXCEPTIONS: tuple[type[BaseException], ...] = (
     *(BrokenPipeError, ConnectionError, ConnectionResetError, FileNotFoundError, PermissionError, RecursionError),
     pickle.UnpicklingError,
 )
-"""Whose names may cross, as what a call has raised."""
+"""Classes whose names may cross, as the error of a call."""
 NAMES_LOGGED = 20
-"""How many different refusals are written to the log; who sends more is not to fill the disk."""
+"""How many different refusals are logged, so that a peer cannot fill the disk."""
 
 # The names are torch's own, private but pickled into each of its messages, so they do not change without notice.
 _RECEIVER = internal._InternalRPCPickler  # pyright: ignore[reportPrivateUsage] # see above
@@ -73,16 +70,16 @@ class AllowListUnpickler(_Unpickler):
     """
 
     functions: ClassVar[Mapping[tuple[str, str], Callable[..., Any]]] = {}
-    """What a peer may call in this process, by module and qualified name; set by `install`."""
+    """The functions that a peer may call in this process, by module and qualified name; set by `install`."""
     references: ClassVar[bool] = False
     """Whether a reference to a remote object may come; set by `install`."""
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {opcode[0]: _Unpickler.dispatch[opcode[0]] for opcode in _OPCODES}
 
     def load(self) -> Any:
-        """The message.
+        """Read the message.
 
         Raises:
-            pickle.UnpicklingError: it is damaged, or asks for what is not on the list; nothing of it has run.
+            pickle.UnpicklingError: it is damaged, or asks for something that is not on the list; nothing of it has run.
         """
         try:
             message = super().load()
@@ -90,16 +87,16 @@ class AllowListUnpickler(_Unpickler):
             _tables.recv_tables = []  # torch would keep the tensors of a message that it could not read
             if isinstance(error, pickle.UnpicklingError):
                 raise
-            # Whatever a damaged message makes of a machine with a stack.
+            # A damaged message can cause any error in a machine with a stack.
             raise pickle.UnpicklingError(f"a message that is no pickle of ours: {type(error).__name__}") from None
         if isinstance(message, internal.PythonUDF) and not any(
             message.func is function for function in self.functions.values()
         ):
-            _refuse("a call of what is not a function of the service")
+            _refuse("a call of something that is not a function of the service")
         return message
 
     def find_class(self, module: str, name: str) -> Any:
-        """What a name stands for, looked up as it is: nothing is imported, and no dot leads from one thing to another."""
+        """Look a name up as it is: nothing is imported, and no dot leads from one object to another."""
         found = self.functions.get((module, name), _NAMES.get((module, name)))
         if found is None:
             _refuse(f"{module}.{name}")
@@ -125,17 +122,11 @@ class AllowListUnpickler(_Unpickler):
 
     def _newobj(self) -> None:
         arguments, cls = self.stack.pop(), self.stack.pop()
-        if type(arguments) is not tuple or not any(cls is known for known in (*_CALLS, *MESSAGES)):
+        if type(arguments) is not tuple or not any(cls is known for known in _CALLS):
             _refuse(f"the opcode NEWOBJ on {_described(cls)}")
         self.append(cls.__new__(cls, *arguments))
 
-    def _build(self) -> None:
-        state, instance = self.stack.pop(), self.stack[-1]
-        if type(state) is not list or type(instance) not in MESSAGES or len(state) != len(type(instance).__slots__):
-            _refuse(f"the opcode BUILD on {_described(instance)}")
-        instance.__setstate__(state)
-
-    dispatch |= {pickle.REDUCE[0]: _reduce, pickle.NEWOBJ[0]: _newobj, pickle.BUILD[0]: _build}
+    dispatch |= {pickle.REDUCE[0]: _reduce, pickle.NEWOBJ[0]: _newobj}
 
 
 class _TensorReceiver:
@@ -147,10 +138,10 @@ class _ReferenceReceiver:
 
 
 def install(functions: Iterable[Callable[..., Any]] = (), *, references: bool = False) -> None:
-    """From now on, what reaches this process over torch.distributed.rpc is unpickled through the list.
+    """Unpickle all messages of torch.distributed.rpc to this process by the allow-list from now on.
 
     To be called before the agent is started: in the server with the functions that workers call, in a worker without any, but
-    with the reference to the server's service that it asks for.
+    with the reference to the server's service.
 
     Args:
         functions: Functions or static functions of a module, found by peers under their qualified names.
@@ -160,19 +151,19 @@ def install(functions: Iterable[Callable[..., Any]] = (), *, references: bool = 
 
 
 def loads(message: bytes, functions: Iterable[Callable[..., Any]] = ()) -> Any:
-    """Unpickle one message without tensors, as `install` would have it done."""
+    """Unpickle one message without tensors, as after `install`."""
     return _for(functions)(io.BytesIO(message)).load()
 
 
 def _for(functions: Iterable[Callable[..., Any]], references: bool = False) -> type[AllowListUnpickler]:
-    """The unpickler of a process whose peers may call these functions."""
+    """The unpickler class of a process whose peers may call these functions."""
     named = {(function.__module__, function.__qualname__): function for function in functions}
     return type("Unpickler", (AllowListUnpickler,), {"functions": named, "references": references})
 
 
 _NAMES: Mapping[tuple[str, str], Any] = {
     ("builtins", "getattr"): getattr,  # only for REDUCE above
-    **{(thing.__module__, thing.__qualname__): thing for thing in (_RECEIVER, *_CALLS, *MESSAGES, *EXCEPTIONS)},
+    **{(thing.__module__, thing.__qualname__): thing for thing in (_RECEIVER, *_CALLS, *EXCEPTIONS)},
 }
 _logged: set[str] = set()
 _logging = threading.Lock()
@@ -185,12 +176,10 @@ def _refuse(what: str) -> NoReturn:
         if new:
             _logged.add(shown)
             last = len(_logged) == NAMES_LOGGED
-            _log.warning("refused from a peer: %s%s", shown, "; further names are refused without a word" if last else "")
-    raise pickle.UnpicklingError(
-        f"refused: {shown} is not on the list of what may cross (ormo_rpc.transports.torch_rpc.unpickling)"
-    )
+            _log.warning("refused from a peer: %s%s", shown, "; further names are refused without a line" if last else "")
+    raise pickle.UnpicklingError(f"refused: {shown} is not on the allow-list (ormo_rpc.transports.torch_rpc.unpickling)")
 
 
 def _described(thing: object) -> str:
-    """A thing of a message in words, without asking it anything."""
+    """An object of a message in words, without calling anything of it."""
     return str(thing.__qualname__) if isinstance(thing, type) else f"a {type(thing).__name__}"

@@ -526,7 +526,7 @@ def test_a_run_says_what_is_lost_on_its_wire() -> None:
     def said(**values: Any) -> str:
         return parse_config(values).wire_form
 
-    assert said() == said(wire={"transport": "uv"}) == "exact"
+    assert said() == said(transport="torch_rpc") == "exact"
     assert said(wire={"dtype": "bf16", "params": "bf16"}) == "bf16 params=bf16"
     assert said(compression={"name": "topk", "ratio": 0.1, "error_feedback": False}) == "topk error_feedback=False ratio=0.1"
     assert said(compression={"name": "powersgd"}, wire={"dtype": "fp16"}) == "powersgd fp16"

@@ -50,7 +50,9 @@ class Handler:
 @contextmanager
 def listening(handler: Handler, timeout_seconds: float = 1.0) -> Generator[tuple[str, int]]:
     """A listener with this handler; the value is its address."""
-    response = join_response("seed: 3\n", agent="uv://127.0.0.1:9", heartbeat_seconds=0.05, timeout_seconds=timeout_seconds)
+    response = join_response(
+        "seed: 3\n", transport={"agent": "uv://127.0.0.1:9"}, heartbeat_seconds=0.05, timeout_seconds=timeout_seconds
+    )
     with socket.create_server(("127.0.0.1", 0)) as sock:
         with Listener(sock, SECRET, handler, response, timeout_seconds):
             yield sock.getsockname()[:2]
@@ -65,7 +67,7 @@ def test_a_worker_that_knows_the_secret_joins_and_gets_the_join_response() -> No
     handler = Handler()
     with listening(handler) as address, join(address) as lease:
         response = lease.join_response
-        assert (response.worker, response.config, response.agent) == (0, "seed: 3\n", "uv://127.0.0.1:9")
+        assert (response.worker, response.config, response.transport) == (0, "seed: 3\n", {"agent": "uv://127.0.0.1:9"})
         assert len(response.session_id) == 32
         assert (handler.requests[0].preferred_worker, handler.requests[0].slot_id) == (5, "slot")
         lease.leave()

@@ -27,7 +27,7 @@ class Server:
     def __init__(self) -> None:
         self.messages: list[dict[str, Any]] = []
 
-    def hear(self, message: dict[str, Any]) -> None:
+    def handle(self, message: dict[str, Any]) -> None:
         """Note it."""
         self.messages.append(message)
 
@@ -53,7 +53,7 @@ def test_a_server_handles_the_messages_that_came_before_it_was_ready(monkeypatch
         handlers.append(on_message)
 
     def serve(args: server_process.ServerArgs, on_ready: Callable[[Server], None]) -> None:
-        args.listener.close()
+        args.listening_socket.close()
         handlers[0]({"all_workers_ended": "all have left"})
         assert server.messages == []
         on_ready(server)

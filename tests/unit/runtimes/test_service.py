@@ -86,15 +86,19 @@ class Owner:
     def push(self, reply: Reply, payload: Tensor | None = None, *, session_id: str | None = None) -> ServerResponse:
         """Call the handler of a push that answers a reply."""
         assert reply.ticket is not None
-        answer = self.service.receive(
-            session_id or self.memberships[reply.worker].session_id,
-            reply.ticket,
-            reply.stamp,
-            reply.incarnation,
-            0.5,
-            8,
-            gradient(reply.ticket) if payload is None else payload,
+        form = self.service.push_format
+        grad, buffers = form.unpack(form.bytes_of(gradient(reply.ticket) if payload is None else payload))
+        push = Push(
+            worker=reply.worker,
+            ticket=reply.ticket,
+            stamp=reply.stamp,
+            grad=grad,
+            loss=0.5,
+            samples=8,
+            buffers=buffers,
+            incarnation=reply.incarnation,
         )
+        answer = self.service.push(session_id or self.memberships[reply.worker].session_id, push)
         return ServerResponse(answer)
 
 
@@ -128,10 +132,10 @@ def test_the_first_replies_come_when_all_have_said_hello() -> None:
     there = owner(MANY)
     answers = [there.register(worker) for worker in range(MANY - 1)]
     assert not any(answer.done() for answer in answers)
-    assert not there.service.started.is_set()
+    assert not there.service.barrier.passed.is_set()
     answers.append(there.register(MANY - 1))
     assert [(answer.value().worker, answer.value().ticket) for answer in answers] == [(w, w) for w in range(MANY)]
-    assert there.service.started.is_set()
+    assert there.service.barrier.passed.is_set()
     present = there.service.memberships.by_worker
     assert {worker: membership.pid for worker, membership in present.items()} == {
         worker: 1000 + worker for worker in range(MANY)
@@ -192,7 +196,7 @@ def test_a_replacement_takes_the_number_of_the_process_that_it_replaces() -> Non
     ]
     answer = there.register_session(replacement.session_id).value()
     assert (answer.worker, answer.ticket) == (1, 1)  # the ticket that was lost
-    with pytest.raises(StaleSession, match=r"\Athis worker's membership is taken away: .*; rejoin\Z"):
+    with pytest.raises(StaleSession, match=r"\Athis session is not valid: .*; rejoin\Z"):
         there.push(answer, session_id=second.session_id)  # what the former process still sends
 
 
@@ -499,7 +503,7 @@ def test_a_change_from_outside_sends_the_replies_that_it_makes_due(change: Calla
     there = owner(2, scheduler="sync")
     first, second = begun(there)
     held = there.push(first)
-    there.service.call(change)
+    there.service.change(change)
     if change is ParameterServer.stop:
         assert held.value().ticket is None
         assert there.push(second).value().ticket is None
@@ -525,8 +529,8 @@ def test_the_word_to_stop_is_held_back_until_all_is_kept() -> None:
 def test_the_start_waits_for_nobody_who_will_not_come() -> None:
     there = owner(3)
     answers = [there.register(0), there.register(2)]
-    assert not there.service.started.is_set()
-    there.service.stop_waiting_for(1)
+    assert not there.service.barrier.passed.is_set()
+    there.service.stop_expecting(1)
     assert [answer.value().ticket for answer in answers] == [0, 1]
 
 
@@ -566,16 +570,16 @@ def test_a_failure_while_a_push_is_applied_is_kept_and_nobody_is_answered(where:
     service = there.service
     first, second, third = begun(there)
     held = there.push(first)
-    assert service.broken is None
+    assert service.failure is None
     monkeypatch.setattr(*((service.server, "commit") if where == "server" else (service, "observe")), fail)
     failed_push = there.push(second)
-    assert service.broken is failure
+    assert service.failure is failure
     monkeypatch.undo()
     iteration = service.server.iteration
     answers = [held, failed_push, there.push(third), there.push(second)]
     assert not any(answer.done() for answer in answers)
     assert service.server.iteration == iteration  # a state that is not to be trusted is not changed any more
-    assert service.broken is failure
+    assert service.failure is failure
 
 
 def test_a_refused_push_breaks_nothing() -> None:
@@ -585,7 +589,7 @@ def test_a_refused_push_breaks_nothing() -> None:
         there.push(first, torch.zeros(DIMENSION + 1, dtype=torch.float64))
     with pytest.raises(PushRefused):
         there.push(Reply(worker=0, ticket=1, stamp=0, params=first.params, lr=0.0, steps=1, incarnation=0))
-    assert there.service.broken is None
+    assert there.service.failure is None
     assert there.push(first).value().ticket == 2
 
 
@@ -610,7 +614,7 @@ def test_who_holds_a_ticket_past_the_patience_is_evicted(monkeypatch: pytest.Mon
 def test_who_said_goodbye_at_the_end_is_gone_and_not_lost() -> None:
     there = owner(2)
     begun(there)
-    there.service.call(ParameterServer.stop)
+    there.service.change(ParameterServer.stop)
     there.service.leave(there.memberships[1].session_id)
     there.service.evict(there.memberships[1], "its connection was closed")
     assert sorted(there.service.memberships.by_worker) == [0]
@@ -684,12 +688,12 @@ def test_the_payload_is_checked_before_the_lock_is_taken_and_sent_after_it_is_re
         return check(push)
 
     monkeypatch.setattr(service.server, "validate", look)
-    settle = service._settle  # pyright: ignore[reportPrivateUsage] # there is no other place to look from
+    settle = service._complete  # pyright: ignore[reportPrivateUsage] # there is no other place to look from
 
     def send(due: Any) -> None:
         locked.append(("send", service.lock.locked()))
         settle(due)
 
-    monkeypatch.setattr(service, "_settle", send)
+    monkeypatch.setattr(service, "_complete", send)
     there.push(reply)
     assert locked == [("validate", False), ("send", False)]

@@ -13,11 +13,9 @@ from ormo_rpc.rendezvous.lease import Lease, connect
 from ormo_rpc.rendezvous.listener import Listener
 from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.runtimes.distributed.server_process.service import Service
-from ormo_rpc.runtimes.distributed.worker_process import loop
-from ormo_rpc.runtimes.distributed.worker_process.loop import WorkerArgs
-from ormo_rpc.runtimes.distributed.worker_process.worker_process import WorkerProcess
+from ormo_rpc.runtimes.distributed.worker_process import worker_process
+from ormo_rpc.runtimes.distributed.worker_process.worker_process import WorkerArgs, WorkerProcess
 from ormo_rpc.runtimes.job import Job
-from ormo_rpc.transports.stream.server import StreamServer
 from tests.support.processes import PATIENCE_SECONDS
 from tests.support.rendezvous import join_response
 
@@ -30,23 +28,23 @@ def served(*overrides: str) -> Generator[tuple[Service, WorkerProcess]]:
     """The service of a short run, and a worker's process, in this one, that has not begun."""
     job = Job(compose(["workers=1", "model.hidden=4", f"train.max_iterations={TICKETS}", *overrides]))
     service = Service(job.server(lambda _: None, lambda: 0.0), lambda _: None, push_format=job.push_format())
-    streams = StreamServer(service, job.config.wire.transport, None)
-    text = job.config.yaml
+    side = job.config.transport.server_side(num_workers=1, timeout_seconds=PATIENCE_SECONDS)
+    response_to = join_response(job.config.yaml, transport=side.start(service))
     with ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         stack.callback(listener.shutdown, socket.SHUT_RDWR)  # wakes the thread that accepts
-        stack.enter_context(Listener(listener, SECRET, service, join_response(text), PATIENCE_SECONDS, streams.serve))
-        place = WorkerArgs(
-            door=lambda: listener.getsockname()[:2],
+        stack.enter_context(Listener(listener, SECRET, service, response_to, PATIENCE_SECONDS, side.accept))
+        args = WorkerArgs(
+            address=listener.getsockname()[:2],
             secret=SECRET,
-            wanted=0,
-            slot="here",
-            life=0,
+            preferred_worker=0,
+            slot_id="here",
+            restart_count=0,
             data_root=None,
             timeout_seconds=PATIENCE_SECONDS,
             tell=lambda _: None,
         )
-        yield service, WorkerProcess(place)
+        yield service, WorkerProcess(args)
 
 
 @pytest.mark.timeout(60)
@@ -66,6 +64,6 @@ def test_a_worker_that_is_asked_to_leave_while_it_joins_leaves(monkeypatch: pyte
             work.leave()  # before anybody knows of the lease
             return lease
 
-        monkeypatch.setattr(loop, "connect", join_and_be_asked_to_leave)
+        monkeypatch.setattr(worker_process, "connect", join_and_be_asked_to_leave)
         work.run()
         assert (service.server.iteration, len(service.memberships)) == (0, 0)

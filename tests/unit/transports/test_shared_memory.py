@@ -29,7 +29,7 @@ READS = """
 import sys
 from ormo_rpc.transports.stream.shared_memory import SegmentHandle, attach
 process, name, descriptor, size = sys.argv[1:]
-seen = attach(SegmentHandle(process=int(process), name=name), int(descriptor), int(size))
+seen = attach(SegmentHandle(pid=int(process), name=name, descriptor=int(descriptor)), int(size))
 print(bytes(seen[:4].tolist()).hex(), seen.sum().item(), flush=True)
 for line in sys.stdin:  # again, whenever asked
     if line == "write\\n":
@@ -42,7 +42,7 @@ from ormo_rpc.transports.stream.shared_memory import SharedMemoryPool
 segments = SharedMemoryPool()
 made = segments.vector(int(sys.argv[1]))
 made.fill_(7)
-print(segments.origin.process, segments.origin.name, segments.find(made), flush=True)
+print(segments.pid, segments.name, segments.descriptor(made), flush=True)
 time.sleep(600)
 """
 
@@ -95,9 +95,13 @@ def users(name: str) -> list[int]:
 
 def descriptor_of(segments: SharedMemoryPool, size: int = SIZE) -> tuple[torch.Tensor, int]:
     made = segments.vector(size)
-    descriptor = segments.find(made)
+    descriptor = segments.descriptor(made)
     assert descriptor is not None
     return made, descriptor
+
+
+def handle_of(segments: SharedMemoryPool, descriptor: int) -> SegmentHandle:
+    return SegmentHandle(pid=segments.pid, name=segments.name, descriptor=descriptor)
 
 
 def test_another_process_reads_what_is_written_and_dies_of_writing() -> None:
@@ -106,7 +110,7 @@ def test_another_process_reads_what_is_written_and_dies_of_writing() -> None:
     assert made.numel() == SIZE
     assert not made.any()
     made[:4] = torch.tensor([1, 2, 3, 250], dtype=torch.uint8)
-    with python(READS, segments.origin.process, segments.origin.name, descriptor, SIZE) as reader:
+    with python(READS, segments.pid, segments.name, descriptor, SIZE) as reader:
         assert said(reader) == ["010203fa", "256"]
         made[0] = 17
         assert asked(reader, "read") == "110203fa"  # the same memory, not a copy
@@ -128,7 +132,7 @@ def test_the_memory_is_gone_with_the_last_process_however_that_ends() -> None:
             assert asked(reader, "read") == "07070707"  # it has it still
             assert users(name) == [reader.pid]
             with pytest.raises(OSError, match=r"No such file or directory"):
-                attach(SegmentHandle(process=int(process), name=name), int(descriptor), SIZE)
+                attach(SegmentHandle(pid=int(process), name=name, descriptor=int(descriptor)), SIZE)
             reader.kill()
             reader.wait(PATIENCE_SECONDS)
     wait_until(lambda: not users(name), "the end of the memory")
@@ -184,7 +188,7 @@ def test_what_is_not_the_segment_that_was_meant_is_refused(what: str, tmp_path: 
     before = len(list(Path("/proc/self/fd").iterdir()))
     try:
         with pytest.raises(OSError, match=rf"\A/proc/{os.getpid()}/fd/{descriptor} {reason}\Z"):
-            attach(SegmentHandle(process=os.getpid(), name=NAME), descriptor, SIZE)
+            attach(SegmentHandle(pid=os.getpid(), name=NAME, descriptor=descriptor), SIZE)
         assert len(list(Path("/proc/self/fd").iterdir())) == before  # nothing of it stays open
     finally:
         os.close(descriptor)
@@ -194,7 +198,7 @@ def test_what_such_a_segment_would_be_is_taken(tmp_path: Path) -> None:  # noqa:
     """So that the refusals above are for what each of them says."""
     descriptor = memfd(size=SIZE, seals=fcntl.F_SEAL_SHRINK, name=NAME)
     try:
-        assert attach(SegmentHandle(process=os.getpid(), name=NAME), descriptor, SIZE).numel() == SIZE
+        assert attach(SegmentHandle(pid=os.getpid(), name=NAME, descriptor=descriptor), SIZE).numel() == SIZE
     finally:
         os.close(descriptor)
 
@@ -202,14 +206,14 @@ def test_what_such_a_segment_would_be_is_taken(tmp_path: Path) -> None:  # noqa:
 def test_another_process_number_and_another_descriptor_are_errors() -> None:
     segments = SharedMemoryPool()
     made, descriptor = descriptor_of(segments)
-    assert attach(segments.origin, descriptor, SIZE).numel() == SIZE
+    assert attach(handle_of(segments, descriptor), SIZE).numel() == SIZE
     with pytest.raises(OSError, match=r"No such file|Permission denied|not the segment that was meant"):
-        attach(SegmentHandle(process=os.getppid(), name=segments.origin.name), descriptor, SIZE)
+        attach(SegmentHandle(pid=os.getppid(), name=segments.name, descriptor=descriptor), SIZE)
     for wrong in (-1, 2**31, 10**30, descriptor + 1000):
         with pytest.raises(OSError, match=r"No such file"):
-            attach(segments.origin, wrong, SIZE)
+            attach(handle_of(segments, wrong), SIZE)
     with pytest.raises(OSError, match=r"is too small, or its size can change\Z"):
-        attach(segments.origin, descriptor, 2 * SIZE)
+        attach(handle_of(segments, descriptor), 2 * SIZE)
     assert not made.any()
 
 
@@ -238,23 +242,24 @@ def test_an_older_system_that_cannot_seal_the_content_still_shares(monkeypatch: 
     segments = SharedMemoryPool()
     made, descriptor = descriptor_of(segments)
     made.fill_(3)
-    assert attach(segments.origin, descriptor, SIZE).sum().item() == 3 * SIZE
+    assert attach(handle_of(segments, descriptor), SIZE).sum().item() == 3 * SIZE
     with pytest.raises(PermissionError):
         os.ftruncate(descriptor, 0)
 
 
 def test_descriptors_go_with_the_object_and_the_memory_with_its_tensors() -> None:
     segments = SharedMemoryPool()
-    origin, name = segments.origin, segments.origin.name
+    name = segments.name
     made, descriptor = descriptor_of(segments)
-    seen = attach(segments.origin, descriptor, SIZE)
+    handle = handle_of(segments, descriptor)
+    seen = attach(handle, SIZE)
     second, _ = descriptor_of(segments, 0)
     assert second.numel() == 1  # a mapping has a byte at least
-    assert segments.find(torch.zeros(3)) is None
+    assert segments.descriptor(torch.zeros(3)) is None
     del segments, second
     gc.collect()
     with pytest.raises(OSError, match=r"No such file|not the segment that was meant"):
-        attach(origin, descriptor, SIZE)
+        attach(handle, SIZE)
     made.fill_(5)
     assert seen.sum().item() == 5 * SIZE
     assert Path("/proc/self/maps").read_text().count(name) == 2
@@ -272,7 +277,7 @@ def test_where_descriptors_are_scarce_memory_is_not_shared_and_good_as_ever(
     before = sum(1 for _ in Path("/proc/self/fd").iterdir())
     for size in (SIZE, 1):
         made = segments.vector(size)
-        assert (made.shape, made.sum().item(), segments.find(made)) == ((size,), 0, None)
+        assert (made.shape, made.sum().item(), segments.descriptor(made)) == ((size,), 0, None)
         made.fill_(3)
     assert sum(1 for _ in Path("/proc/self/fd").iterdir()) == before
     (said,) = [record.getMessage() for record in caplog.records]
@@ -284,4 +289,4 @@ def test_to_open_is_no_occasion_for_warnings() -> None:
     _, descriptor = descriptor_of(segments)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        attach(segments.origin, descriptor, SIZE)
+        attach(handle_of(segments, descriptor), SIZE)

@@ -10,8 +10,11 @@ import torch
 import torch.distributed.rpc as rpc
 
 from ormo_rpc.errors import ServerLost
-from ormo_rpc.messages import Push
+from ormo_rpc.messages import Push, Reply
+from ormo_rpc.transports.codec import PUSH, REPLY
 from ormo_rpc.transports.torch_rpc.client import TorchRpcClient
+
+REPLIED = Reply(worker=3, ticket=None, stamp=6, params=torch.ones(2), lr=0.5, steps=1, incarnation=2)
 
 
 class Wire:
@@ -29,7 +32,7 @@ class Wire:
         failure = self.failures.pop(0) if self.failures else None
         if failure is not None:
             raise RuntimeError(failure)
-        return Remote() if function.__name__ == "published" else "reply"
+        return Remote() if function.__name__ == "published" else (REPLY.pack(REPLIED), REPLIED.params)
 
 
 class Remote:
@@ -48,16 +51,18 @@ def delivered(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(rpc, "rpc_sync", wire)
     payload = torch.arange(4.0)
     push = Push(worker=3, ticket=7, stamp=5, grad=payload, loss=0.5, samples=8, incarnation=2)
-    return TorchRpcClient("session_id", 9.0).push(push, payload)
+    return TorchRpcClient("session_id", payload, 9.0).push(push)
 
 
 def test_a_push_that_timed_out_is_repeated_unchanged_while_the_server_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     wire = Wire(None, TIMEOUT, None, TIMEOUT, None)
-    assert delivered(wire, monkeypatch) == "reply"
+    reply = delivered(wire, monkeypatch)
+    assert (reply.worker, reply.ticket, reply.stamp, reply.lr, reply.params) == (3, None, 6, 0.5, REPLIED.params)
     assert wire.called == ["published", "push", "published", "push", "published", "push"]
     pushes = wire.arguments[1::2]
-    assert all(push[:6] == ("session_id", 7, 5, 2, 0.5, 8) and push[7] == 9.0 for push in pushes)
-    assert all(torch.equal(push[6], torch.arange(4.0)) for push in pushes)
+    numbers = {"worker": 3, "ticket": 7, "stamp": 5, "loss": 0.5, "samples": 8, "incarnation": 2}
+    assert all((push[0], PUSH.unpack(push[1]), push[3]) == ("session_id", numbers, 9.0) for push in pushes)
+    assert all(torch.equal(push[2], torch.arange(4.0)) for push in pushes)
 
 
 @pytest.mark.parametrize(
@@ -79,8 +84,8 @@ def test_a_push_is_given_up_when_the_server_is_gone(
     assert wire.called == called
 
 
-def test_a_server_that_has_gone_needs_no_goodbye(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_has_gone_is_left_without_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     wire = Wire(None, EOF)
     monkeypatch.setattr(rpc, "rpc_sync", wire)
-    TorchRpcClient("session_id", 1.0).leave()
+    TorchRpcClient("session_id", torch.empty(0), 1.0).leave()
     assert (wire.called, wire.arguments[1:]) == (["published", "leave"], [("session_id", 1.0)])

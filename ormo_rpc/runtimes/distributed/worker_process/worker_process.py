@@ -1,42 +1,212 @@
-"""A worker's process: one loop from reply to push, or several where it works ahead."""
+"""A worker's process: from reply to push, one ticket at a time, until told to stop, across incarnations of the server.
+
+A process has one loop, or with ``worker.prefetch`` several, each with a membership of its own: while one waits for its reply,
+another one computes. To the server and to every algorithm they are workers like any others, so K counts each of them.
+"""
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from ormo_rpc.runtimes.distributed.worker_process.loop import WorkerArgs, WorkerContext, WorkerLoop
-from ormo_rpc.runtimes.job import Job
+import torch
+
+from ormo_rpc.config.parsing import parse_text
+from ormo_rpc.config.schema import Config
+from ormo_rpc.errors import RunEnded, ServerLost, StaleSession
+from ormo_rpc.rendezvous.lease import Lease, connect
+from ormo_rpc.rendezvous.secret import Secret
+from ormo_rpc.runtimes.job import Job, time_generator
+from ormo_rpc.transports.base import Endpoint, ServerClient, WorkerSide
+from ormo_rpc.worker.faults import FaultInjector
+from ormo_rpc.worker.worker import Worker
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerArgs:
+    """What a worker's process is given when it is started.
+
+    Attributes:
+        address: Host and port of the server's listener.
+        secret: Of the run.
+        preferred_worker: The worker number to have, if it is free.
+        slot_id: The launcher's process slot; a replacement comes from the same one.
+        restart_count: How often this process was started before.
+        data_root: Where the data set lies on this machine, if not where the run's configuration says.
+        timeout_seconds: How long to try to reach the server.
+        tell: Called with lines for people.
+    """
+
+    address: tuple[str, int]
+    secret: Secret
+    preferred_worker: int | None
+    slot_id: str
+    restart_count: int
+    data_root: str | None
+    timeout_seconds: float
+    tell: Callable[[str], None]
+
+
+class WorkerContext:
+    """What the loops of one process share.
+
+    `compute_lock` guards the processor and all that belongs to the process: the job, torch's random state, autograd. A loop
+    holds it while it computes, and never while it waits for the network.
+
+    Args:
+        args: Where and as whom to work.
+
+    Attributes:
+        leaving: Set once this process has been asked to leave; read without a lock.
+    """
+
+    def __init__(self, args: WorkerArgs) -> None:
+        self.args = args
+        self.compute_lock = threading.Lock()
+        self.leaving = False
+        self._config_text = ""
+        self._job: Job | None = None
+
+    def job(self, config_text: str) -> Job:
+        """The job of a configuration, with its data loaded, which is done once; to be called with the lock."""
+        if self._job is None or config_text != self._config_text:
+            self._job = Job(parse_text(config_text, data_root=self.args.data_root))
+            self._config_text = config_text
+        return self._job
+
+
+class WorkerLoop:
+    """One membership, and its worker.
+
+    Args:
+        context: Shared with the other loops of this process.
+        preferred_worker: The worker number to have, if it is free.
+    """
+
+    def __init__(self, context: WorkerContext, preferred_worker: int | None) -> None:
+        self.context = context
+        self.lease: Lease | None = None
+        self._preferred_worker = preferred_worker
+        self._job: Job | None = None
+        self._worker: Worker | None = None
+        self._transport: WorkerSide | None = None
+        self._injector: FaultInjector | None = None
+
+    def run(self, on_job: Callable[[Job], None] = lambda _: None) -> None:
+        """Work until told to stop; join again where the server is lost, and may come back, or has evicted this worker.
+
+        Args:
+            on_job: Called with the job whenever this worker has joined.
+
+        Raises:
+            ServerLost: it did not come back in time.
+            WorkerBanned: this worker is not wanted any more.
+        """
+        args, context = self.context.args, self.context
+        while not context.leaving:
+            try:
+                lease = connect(
+                    args.address,
+                    args.secret,
+                    preferred_worker=self._preferred_worker,
+                    slot_id=args.slot_id,
+                    timeout_seconds=args.timeout_seconds,
+                    stopping=lambda: context.leaving,
+                )
+            except RunEnded as end:
+                _log.info("%s", end)
+                return
+            except ServerLost:
+                if context.leaving:
+                    return
+                raise
+            with lease:
+                self.lease = lease
+                self._preferred_worker = lease.join_response.worker
+                if context.leaving:  # `leave` was called while this worker joined, and did not know of this lease
+                    lease.leave()
+                job, worker, transport = self._prepare(lease.join_response.config)
+                on_job(job)
+                endpoint = Endpoint(lease=lease, secret=args.secret, timeout_seconds=job.config.rpc.rpc_timeout_seconds)
+                try:
+                    with transport.connect(endpoint, worker.wire) as server:
+                        self._until_stopped(job.config, worker, server, endpoint.worker)
+                        server.leave()
+                    return
+                except (ServerLost, StaleSession) as error:
+                    _log.info("joining again: %s", error)
+
+    def leave(self) -> None:
+        """Ask to leave; called from another thread."""
+        if self.lease is not None:
+            self.lease.leave()
+
+    def _prepare(self, config_text: str) -> tuple[Job, Worker, WorkerSide]:
+        """Make the worker, unless there is one from an earlier incarnation of the server."""
+        with self.context.compute_lock:
+            job = self.context.job(config_text)
+            if self._worker is None or self._transport is None or job is not self._job:
+                self._transport = job.config.transport.worker_side()
+                self._worker = job.worker(self._transport.allocate)
+                self._worker.warm_up()
+                self._job = job
+            self._worker.forget()  # to the server, a worker that joins again is a new one
+            return job, self._worker, self._transport
+
+    def _until_stopped(self, config: Config, worker: Worker, server: ServerClient, number: int) -> None:
+        args, compute_lock = self.context.args, self.context.compute_lock
+        if self._injector is None:
+            self._injector = FaultInjector(config.rpc.faults, number, args.restart_count, args.tell)
+        speed: torch.Generator = time_generator(config, number)
+        reply = server.register()
+        while reply.ticket is not None:
+            began = time.monotonic()
+            worker.load(reply)
+            waited = time.monotonic()
+            with compute_lock:
+                began += time.monotonic() - waited
+                push = worker.compute(reply)
+                slowdown = config.slowdown(number, speed)
+                time.sleep((slowdown - 1) * (time.monotonic() - began))
+                self._injector.before_push(worker.payload)
+            reply = server.push(push)
+            if self._injector.drops_reply():
+                reply = server.push(push)
 
 
 class WorkerProcess:
-    """Everything in a worker's process.
+    """The loops of a worker's process; the first one has the main thread.
 
     Args:
-        place: Where and as whom to work.
+        args: Where and as whom to work.
     """
 
-    def __init__(self, place: WorkerArgs) -> None:
-        self.place = place
-        self.context = WorkerContext(place)
-        self.loops = [WorkerLoop(self.context, place.wanted)]
+    def __init__(self, args: WorkerArgs) -> None:
+        self.args = args
+        self.context = WorkerContext(args)
+        self.loops = [WorkerLoop(self.context, args.preferred_worker)]
         self._threads: list[threading.Thread] = []
-        """Of all loops but the first, which has the main thread."""
-        self._patience_seconds = 0.0
-        """How long a ticket may take, as the configuration says."""
+        """Of the further loops."""
+        self._ticket_timeout_seconds = 0.0
         self._failures: list[Exception] = []
-        """Why those have ended, where it was not that their work was done."""
+        """Errors that ended further loops."""
 
     def run(self) -> None:
-        """WorkerProcess until told to stop.
+        """Work until told to stop.
 
         Raises:
             ServerLost: the server did not come back in time.
             WorkerBanned: this worker is not wanted any more.
         """
-        self.loops[0].run(on_job=self._work_ahead)
+        self.loops[0].run(on_job=self._start_prefetching)
         for thread in self._threads:
-            # Told to stop as we were; one that computes for longer is late for the server, too.
-            thread.join(self._patience_seconds)
+            # Told to stop as the first one was; one that computes for longer is late for the server, too.
+            thread.join(self._ticket_timeout_seconds)
         if self._failures:
             raise self._failures[0]
 
@@ -46,14 +216,14 @@ class WorkerProcess:
         for loop in self.loops:
             loop.leave()
 
-    def _work_ahead(self, job: Job) -> None:
-        """Start further loops, once, as soon as we know how many."""
-        config = job.config
-        self._patience_seconds = config.rpc.ticket_timeout_seconds
+    def _start_prefetching(self, job: Job) -> None:
+        """Start further loops, once, as soon as their number is known."""
+        config, preferred = job.config, self.args.preferred_worker
+        self._ticket_timeout_seconds = config.rpc.ticket_timeout_seconds
         for ahead in range(len(self.loops), 1 + config.worker.prefetch):
-            wanted = None if self.place.wanted is None else self.place.wanted + ahead * config.num_processes
-            self.loops.append(WorkerLoop(self.context, wanted))
-            self._threads.append(threading.Thread(target=self._run, args=(self.loops[-1],), name=f"ahead {ahead}", daemon=True))
+            loop = WorkerLoop(self.context, None if preferred is None else preferred + ahead * config.num_processes)
+            self.loops.append(loop)
+            self._threads.append(threading.Thread(target=self._run, args=(loop,), name=f"prefetch {ahead}", daemon=True))
             self._threads[-1].start()
 
     def _run(self, loop: WorkerLoop) -> None:

@@ -1,0 +1,62 @@
+"""The end of a run: stop the server, write its last state, let the workers leave, write the summary."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ormo_rpc.messages import Reply
+from ormo_rpc.runtimes.distributed.server_process.service import Service
+from ormo_rpc.runtimes.distributed.server_process.watchdog import Watchdog
+from ormo_rpc.runtimes.session import Session
+from ormo_rpc.server.parameter_server import ParameterServer
+
+POLL_SECONDS = 0.01
+"""How often the last workers are looked for."""
+
+
+def shut_down(
+    session: Session, service: Service, watchdog: Watchdog, *, status: dict[str, str], timeout_seconds: float
+) -> dict[str, Any]:
+    """End the run, and return the summary.
+
+    Args:
+        session: The session of the run.
+        service: The service.
+        watchdog: Over the workers.
+        status: Of a run that is ended from outside, status and reason; empty for one that has ended by itself. Its workers are
+            not waited for.
+        timeout_seconds: When workers that have not left are left to their launcher.
+
+    Raises:
+        RuntimeError: the state is not whole, so it is not kept.
+    """
+    seconds, state = session.clock(), dict[str, Any]()
+
+    def stop(server: ParameterServer) -> list[Reply]:
+        state.update(server.state_dict())  # in one step with the stop: every applied push is in the checkpoint
+        return server.stop()
+
+    service.change(stop)
+    check_state(service)
+    watchdog.write_processes()  # a short run may be over before the watchdog has looked
+    watchdog.write_evictions()
+    session.write_checkpoint(state)
+    service.release_shutdown()  # not before: should this process die while it writes, the workers are needed again
+    if not status:
+        deadline = time.monotonic() + timeout_seconds
+        while service.memberships and time.monotonic() < deadline:
+            session.flush()
+            time.sleep(POLL_SECONDS)
+    return session.close(state, wait=not status, wall_seconds=seconds, evictions=service.evictions, **status)
+
+
+def check_state(service: Service) -> None:
+    """Refuse to go on with, or to keep, a state to which a push may have been applied half-way.
+
+    Raises:
+        RuntimeError: it may.
+    """
+    cause = service.failure
+    if cause is not None:
+        raise RuntimeError(f"a push could not be applied: {type(cause).__name__}: {cause}") from cause

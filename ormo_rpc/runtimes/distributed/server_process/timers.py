@@ -1,0 +1,45 @@
+"""The clocks of the server's process."""
+
+from __future__ import annotations
+
+import time
+
+
+class Stopwatch:
+    """Seconds since `start`, 0 before.
+
+    Attributes:
+        before: Seconds of earlier incarnations, which count.
+    """
+
+    def __init__(self) -> None:
+        self.before = 0.0
+        self._since: float | None = None
+
+    def start(self) -> None:
+        """Begin to count."""
+        self._since = time.monotonic()
+
+    def __call__(self) -> float:
+        """The seconds."""
+        return self.before + (0.0 if self._since is None else time.monotonic() - self._since)
+
+
+class Interval:
+    """Becomes due again and again.
+
+    Args:
+        seconds: The time between two; 0 for never.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._last = time.monotonic()
+
+    def due(self) -> bool:
+        """True once in each interval."""
+        now = time.monotonic()
+        if not self.seconds or now - self._last < self.seconds:
+            return False
+        self._last = now
+        return True

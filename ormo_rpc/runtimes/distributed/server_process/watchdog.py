@@ -1,0 +1,83 @@
+"""The watchdog over the workers: it evicts those that are too late, and writes down who works and who was evicted."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+
+from ormo_rpc.config.runtimes import RpcRuntime
+from ormo_rpc.runtimes.distributed.server_process.service import Service
+from ormo_rpc.storage.run_directory import RunDirectory
+
+_log = logging.getLogger(__name__)
+
+
+class Watchdog:
+    """Looks after the workers; belongs to the main thread, but for `remember_processes`.
+
+    The service's lock guards `_processes` while it is written.
+
+    Args:
+        service: The service.
+        directory: Where ``processes.json`` and ``evictions.jsonl`` are written.
+        options: The time-outs.
+        address: HOST:PORT of the listener.
+    """
+
+    def __init__(self, service: Service, directory: RunDirectory, options: RpcRuntime, address: str) -> None:
+        self.service = service
+        self.directory = directory
+        self.options = options
+        self.address = address
+        service.evictions = directory.read_evictions()  # by earlier incarnations
+        self._evictions_written = len(service.evictions)
+        self._processes: dict[int, int] = {}
+        """Process ids by worker number, at the last change before the end."""
+        self._paused = False
+        self._alone_since = time.monotonic()
+
+    def check(self) -> None:
+        """Evict late workers, and write down what has changed since the last call."""
+        service = self.service
+        if service.changed.is_set():
+            service.changed.clear()
+            with service.lock:
+                if service.server.ended:
+                    return  # all are leaving; those that worked are of more interest
+                self.remember_processes()
+            self.write_processes()
+        self.write_evictions()
+        service.evict_late(self.options.ticket_timeout_seconds)
+        members, least = len(service.server.members), self.options.min_workers
+        if service.barrier.passed.is_set() and self._paused != (members < least):
+            self._paused = members < least
+            if self._paused:
+                _log.warning("paused: %d workers, and runtime.min_workers=%d; waiting for more", members, least)
+            else:
+                _log.warning("resumed: %d workers", members)
+
+    def remember_processes(self) -> None:
+        """Take note of the workers that are there; called under the service's lock."""
+        self._processes = {membership.worker: membership.pid for membership in self.service.memberships.by_worker.values()}
+
+    def write_processes(self) -> None:
+        """Write down the processes of the server and of the workers."""
+        self.directory.write_processes(os.getpid(), self._processes, self.address)
+
+    def write_evictions(self) -> None:
+        """Write down the evictions since the last call, also for later incarnations."""
+        new = self.service.evictions[self._evictions_written :]
+        if new:
+            self._evictions_written += len(new)
+            self.directory.write_evictions(new)
+
+    def nobody_left(self) -> str:
+        """The reason why there is no worker, and none has come for too long; empty otherwise."""
+        if self.service.memberships:
+            self._alone_since = time.monotonic()
+            return ""
+        timeout_seconds = self.options.start_timeout_seconds
+        if time.monotonic() - self._alone_since <= timeout_seconds:
+            return ""
+        return f"no worker for runtime.start_timeout_seconds={timeout_seconds:g}"

@@ -1,0 +1,26 @@
+"""Frames on a TCP connection, from and into buffers that are made once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from typing_extensions import override
+
+from ormo_rpc.options.part import register
+from ormo_rpc.transports.base import ServerSide, Transport, WorkerSide
+from ormo_rpc.transports.stream.client import StreamWorkerSide
+from ormo_rpc.transports.stream.server import StreamServerSide
+
+
+@register("tcp")
+@dataclass(frozen=True, kw_only=True)
+class Tcp(Transport):
+    """Frames on a TCP connection, authenticated and not encrypted."""
+
+    @override
+    def server_side(self, *, num_workers: int, timeout_seconds: float) -> ServerSide:
+        return StreamServerSide(share=False)
+
+    @override
+    def worker_side(self) -> WorkerSide:
+        return StreamWorkerSide(share=False)

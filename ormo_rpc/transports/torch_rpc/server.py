@@ -1,0 +1,117 @@
+"""The server's half of ``transport=torch_rpc``: functions that workers call by name; each finds the service by an RRef.
+
+Each returns at once, with a Future where the reply is still to come.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed.rpc as rpc
+from torch import Tensor
+from torch.futures import Future
+from typing_extensions import override
+
+from ormo_rpc.errors import PushRefused
+from ormo_rpc.messages import ErrorReply, Push
+from ormo_rpc.transports.base import ServerSide, Service
+from ormo_rpc.transports.codec import PUSH, REPLY, pack_error
+from ormo_rpc.transports.pending_replies import ReplyFuture, ServerResponse, refusals_as_replies
+from ormo_rpc.transports.torch_rpc.agent import SERVER, rpc_agent
+
+Response = tuple[bytes, Tensor | None]
+"""The header and the parameters of a reply, or JSON and None for an error."""
+DEFAULT_THREADS = 16
+"""How many threads of an agent run handlers, unless there are more workers."""
+
+
+@rpc.functions.async_execution
+def register(session_id: str) -> Future[Response]:
+    """Make a worker available for work."""
+    return _future(refusals_as_replies(lambda: published().local_value().register(session_id)))
+
+
+@rpc.functions.async_execution
+def push(session_id: str, header: bytes, payload: Tensor) -> Future[Response]:
+    """Deliver a push: its numbers, and its wire form as a tensor."""
+    service = published().local_value()
+    return _future(refusals_as_replies(lambda: service.push(session_id, _unpacked(service, header, payload))))
+
+
+def leave(session_id: str) -> None:
+    """End a membership."""
+    published().local_value().leave(session_id)
+
+
+def _unpacked(service: Service, header: bytes, payload: Tensor) -> Push:
+    if type(header) is not bytes or len(header) != PUSH.size:
+        raise PushRefused(f"push: header: expected {PUSH.size} bytes; worker and server must have the same version")
+    grad, buffers = service.push_format.unpack(payload)
+    return Push(**PUSH.unpack(header), grad=grad, buffers=buffers)
+
+
+def _future(pending: ReplyFuture) -> Future[Response]:
+    """The same future as torch's RPC wants it."""
+    future = Future[Response]()
+    pending.add_done_callback(lambda done: future.set_result(_packed(done.value())))
+    return future
+
+
+def _packed(response: ServerResponse) -> Response:
+    if isinstance(response, ErrorReply):
+        return pack_error(response), None
+    return REPLY.pack(response), torch.empty(0) if response.ticket is None else response.params
+
+
+_service: rpc.RRef[Service] | None = None
+
+
+def publish(service: Service) -> None:
+    """Make the service known to workers that ask this process for it."""
+    global _service  # a function that is called by name from another process has no other way to find it
+    _service = rpc.RRef(service)
+
+
+def published() -> rpc.RRef[Service]:
+    """The RRef of this process's service; called by workers."""
+    assert _service is not None, "the service is published before a worker is told where it is"
+    return _service
+
+
+CALLED_BY_WORKERS = (register, push, leave, published)
+"""All that a peer may call in the server's process."""
+
+
+class TorchRpcServerSide(ServerSide):
+    """Starts the server's agent, and publishes the service.
+
+    Args:
+        num_workers: How many workers to have threads for. A handler waits for the service's lock only, never for another one.
+        timeout_seconds: For the agent's own calls.
+    """
+
+    def __init__(self, *, num_workers: int, timeout_seconds: float) -> None:
+        self.threads = max(DEFAULT_THREADS, num_workers + 4)
+        self.timeout_seconds = timeout_seconds
+        self._agent = contextlib.ExitStack()
+
+    @override
+    def start(self, service: Service) -> Mapping[str, Any]:
+        agent = rpc_agent(
+            SERVER,
+            0,
+            server=None,
+            timeout_seconds=self.timeout_seconds,
+            threads=self.threads,
+            functions=CALLED_BY_WORKERS,
+        )
+        address = self._agent.enter_context(agent)
+        publish(service)
+        return {"agent": address}
+
+    @override
+    def close(self) -> None:
+        self._agent.close()

@@ -1,0 +1,219 @@
+"""A server in this process and workers in processes of their own, connected by any transport."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ormo_rpc.compression import PushFormat
+from ormo_rpc.errors import BY_NAME, ServerLost
+from ormo_rpc.messages import Push, Reply
+from ormo_rpc.models.flat import Layout
+from ormo_rpc.rendezvous.lease import connect
+from ormo_rpc.rendezvous.listener import Listener
+from ormo_rpc.rendezvous.memberships import Membership, Memberships
+from ormo_rpc.rendezvous.protocol import JoinRequest
+from ormo_rpc.rendezvous.secret import Secret
+from ormo_rpc.transports.base import Endpoint, ServerSide, Transport
+from ormo_rpc.transports.pending_replies import ReplyFuture
+from tests.support.processes import PATIENCE_SECONDS
+from tests.support.rendezvous import join_response
+
+SECRET_TEXT = "a secret that only we two know"  # noqa: S105 - of these tests
+STATISTICS = 2
+"""Batch-norm statistics behind each push."""
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["ormo_rpc.transports.stream.client", "ormo_rpc.transports.torch_rpc.client"])
+
+
+class RecordingService:
+    """Takes note of what a transport calls, and replies what it is told; also the handler of its memberships.
+
+    Args:
+        dimension: D of the pushes, of float32.
+    """
+
+    def __init__(self, dimension: int) -> None:
+        self.push_format = PushFormat(
+            params=Layout({"params": torch.empty(dimension)}),
+            buffers=Layout({"mean": torch.empty(STATISTICS)}),
+            dtype=torch.float32,
+        )
+        self.rereads_pushes = False
+        self.memberships = Memberships(8)
+        self.registered: list[str] = []
+        self.left: list[str] = []
+        self.pushes: list[Push] = []
+        self.replies: list[Reply] = []
+        """What the next calls are answered with, in their order; where there is none, the future stays open."""
+        self.open: list[ReplyFuture] = []
+
+    def join(self, request: JoinRequest) -> Membership:
+        """Let every process join."""
+        return self.memberships.add(request.preferred_worker, request.pid, request.host, request.slot_id)
+
+    def evict(self, membership: Membership, reason: str) -> None:
+        """End a membership."""
+        if membership.session_id in self.memberships.by_session:
+            self.memberships.remove(membership)
+
+    def request_leave(self, membership: Membership) -> None:
+        """Nobody asks for it."""
+
+    def is_member(self, session_id: str) -> bool:
+        """Tell whether a session is valid."""
+        return session_id in self.memberships.by_session
+
+    def register(self, session_id: str) -> ReplyFuture:
+        """Take note of it."""
+        self.registered.append(session_id)
+        return self._reply()
+
+    def push(self, session_id: str, push: Push) -> ReplyFuture:
+        """Take note of a copy."""
+        buffers = {name: each.clone() for name, each in push.buffers.items()}
+        numbers = {name: getattr(push, name) for name in push.__slots__ if name not in ("grad", "buffers")}
+        self.pushes.append(Push(**numbers, grad=push.grad.clone(), buffers=buffers))
+        return self._reply()
+
+    def leave(self, session_id: str) -> None:
+        """End a membership."""
+        self.left.append(session_id)
+        self.memberships.remove(self.memberships.by_session[session_id])
+
+    def _reply(self) -> ReplyFuture:
+        future = ReplyFuture()
+        if self.replies:
+            future.set_result(self.replies.pop(0))
+        else:
+            self.open.append(future)
+        return future
+
+
+class Worker:
+    """A worker in a process of its own, which makes one call at a time.
+
+    Args:
+        transport: How it is connected.
+        address: Of the server.
+        worker: Its number.
+        size: Bytes of its pushes.
+    """
+
+    def __init__(self, transport: Transport, address: tuple[str, int], worker: int, size: int) -> None:
+        self.worker = worker
+        self._pipe, theirs = _context.Pipe()
+        self.process = _context.Process(target=_work, args=(theirs, transport, address, worker, size), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.session_id: str = self.result()
+
+    def register(self) -> None:
+        """Begin to register; `result` is the reply."""
+        self._pipe.send(("register", {}, b""))
+
+    def push(self, numbers: Mapping[str, Any], payload: Tensor) -> None:
+        """Begin to push; `result` is the reply."""
+        self._pipe.send(("push", dict(numbers), bytes(payload.view(torch.uint8).tolist())))
+
+    def leave(self) -> None:
+        """Begin to leave; `result` is None."""
+        self._pipe.send(("leave", {}, b""))
+
+    def connect_again(self) -> None:
+        """Begin to give up membership and connection, and to join anew; `result` is the session."""
+        self._pipe.send(("connect", {}, b""))
+
+    def done(self, timeout_seconds: float = 0.0) -> bool:
+        """Tell whether there is a result."""
+        return self._pipe.poll(timeout_seconds)
+
+    def result(self) -> Any:
+        """Wait for the result of the call.
+
+        Raises:
+            PushRefused, ServerLost, TimeoutError: as the call did.
+        """
+        assert self._pipe.poll(PATIENCE_SECONDS), f"worker {self.worker} does not answer"
+        kind, value, params = self._pipe.recv()
+        if kind == "error":
+            raise {**BY_NAME, "ServerLost": ServerLost}[value](params)
+        if kind == "reply":
+            dtype, data = params
+            tensor = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+            return Reply(**value, params=tensor)
+        return value
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.join()
+        self._pipe.close()
+
+
+def _work(pipe: Connection, transport: Transport, address: tuple[str, int], worker: int, size: int) -> None:
+    """Do what is asked through a pipe, to its end."""
+    torch.set_num_threads(1)
+    side = transport.worker_side()
+    payload = side.allocate(size)
+    secret = Secret(SECRET_TEXT)
+    while True:
+        options: dict[str, Any] = {"preferred_worker": worker, "slot_id": "", "timeout_seconds": PATIENCE_SECONDS}
+        with connect(address, secret, **options) as lease:
+            endpoint = Endpoint(lease=lease, secret=secret, timeout_seconds=PATIENCE_SECONDS)
+            with side.connect(endpoint, payload) as client:
+                pipe.send(("value", endpoint.session_id, None))
+                while (call := pipe.recv())[0] != "connect":
+                    pipe.send(_called(client, payload, *call))
+
+
+def _called(client: Any, payload: Tensor, kind: str, numbers: dict[str, Any], data: bytes) -> tuple[str, Any, Any]:
+    try:
+        if kind == "push":
+            payload.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        reply = client.push(Push(**numbers, grad=payload)) if kind == "push" else getattr(client, kind)()
+    except (*BY_NAME.values(), ServerLost) as error:
+        return "error", type(error).__name__, str(error)
+    if reply is None:
+        return "value", None, None
+    fields = {name: getattr(reply, name) for name in reply.__slots__ if name != "params"}
+    return "reply", fields, (reply.params.dtype, bytes(reply.params.view(torch.uint8).tolist()))
+
+
+@contextmanager
+def connected(
+    transport: Transport, make_service: Callable[[ServerSide], Any], workers: int = 1
+) -> Generator[tuple[Any, list[Worker], Callable[[], None]]]:
+    """Serve, and connect workers.
+
+    Args:
+        transport: How they are connected.
+        make_service: Makes the service, which also handles memberships; given the server's half, whose memory it may use.
+        workers: Their number.
+
+    Yields:
+        The service, the workers, and a function that ends the server.
+    """
+    side = transport.server_side(num_workers=workers, timeout_seconds=2.0)
+    service = make_service(side)
+    response = join_response(transport=side.start(service))
+    with ExitStack() as stack, ExitStack() as ending:
+        sock = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        ending.callback(side.close)
+        ending.callback(sock.shutdown, socket.SHUT_RDWR)  # wakes the thread that accepts
+        ending.enter_context(Listener(sock, Secret(SECRET_TEXT), service, response, PATIENCE_SECONDS, side.accept))
+        made: list[Worker] = []
+        try:
+            for number in range(workers):
+                made.append(Worker(transport, sock.getsockname()[:2], number, service.push_format.size))  # noqa: PERF401 - to be closed
+            yield service, made, ending.close
+        finally:
+            for worker in made:
+                worker.close()

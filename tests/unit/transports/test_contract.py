@@ -1,0 +1,194 @@
+"""The contract of transports, for each that is registered: a new one is tested by being registered."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+from multiprocessing import forkserver
+from typing import Any
+
+import pytest
+import torch
+
+from ormo_rpc import build_server
+from ormo_rpc.errors import PushRefused, ServerLost, StaleSession
+from ormo_rpc.kernels.pool import WORTH_POOLING, pooled
+from ormo_rpc.messages import Push, Reply, number_fields
+from ormo_rpc.options import parts
+from ormo_rpc.runtimes.distributed.server_process.service import Service
+from ormo_rpc.server.parameter_server import ParameterServer
+from ormo_rpc.transports.base import ServerSide, Transport
+from tests.support.contract import same
+from tests.support.processes import wait_until
+from tests.support.schedule import normal
+from tests.support.transport_peers import STATISTICS, RecordingService, connected
+
+pytestmark = pytest.mark.timeout(120)
+SMALL, LARGE = 5, WORTH_POOLING // 4 + 1
+"""Parameters that come behind a message everywhere, and that lie in shared memory where there is any."""
+WORKERS = 2
+STOP = Reply(worker=0, ticket=None, stamp=9, params=torch.empty(0), lr=0.0, steps=1, incarnation=0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forkserver() -> None:  # pyright: ignore[reportUnusedFunction] # a fixture
+    """Start the process that workers are forked from, which outlives each test."""
+    forkserver.ensure_running()
+
+
+@pytest.fixture(params=sorted(parts("transport")))
+def transport(request: pytest.FixtureRequest) -> Transport:
+    """Each transport that is registered."""
+    cls: type[Transport] = parts("transport")[request.param]
+    if cls.UNAVAILABLE:
+        pytest.skip(cls.UNAVAILABLE)
+    return cls()
+
+
+def numbers_of(message: type[Push] | type[Reply], rng: random.Random) -> dict[str, Any]:
+    """Any number for each field."""
+    return {
+        field.name: rng.uniform(-1e300, 1e300) if field.type is float else rng.randrange(-(2**62), 2**62)
+        for field in number_fields(message)
+    }
+
+
+@pytest.mark.parametrize("dimension", [SMALL, LARGE], ids=["small", "large"])
+def test_all_of_a_push_and_of_its_reply_crosses(transport: Transport, dimension: int) -> None:
+    rng = random.Random(3)
+    with connected(transport, lambda _: RecordingService(dimension)) as (service, (worker,), _):
+        form = service.push_format
+        for ticket in range(4):
+            payload = normal(form.size // 4, 5, ticket).float()
+            numbers = numbers_of(Push, rng) | ({"loss": None} if ticket == 1 else {})
+            reply = Reply(
+                **numbers_of(Reply, rng), params=normal(dimension, 6, ticket).to((torch.float32, torch.bfloat16)[ticket % 2])
+            )
+            service.replies = [reply if ticket < 3 else STOP]
+            worker.push(numbers, payload)
+            came = worker.result()
+            expected = reply if ticket < 3 else STOP
+            assert {field.name: getattr(came, field.name) for field in number_fields(Reply)} == {
+                field.name: getattr(expected, field.name) for field in number_fields(Reply)
+            }
+            assert torch.equal(came.params.float(), expected.params.float())
+            assert came.params.dtype == (expected.params.dtype if ticket < 3 else came.params.dtype)
+            pushed = service.pushes[-1]
+            assert {name: getattr(pushed, name) for name in numbers} == numbers
+            assert torch.equal(pushed.grad, payload[:dimension])
+            assert torch.equal(pushed.buffers["mean"], payload[-STATISTICS:])
+
+
+def test_a_reply_that_is_held_back_crosses_when_it_is_due(transport: Transport) -> None:
+    with connected(transport, lambda _: RecordingService(SMALL)) as (service, (worker,), _):
+        worker.register()
+        wait_until(lambda: service.registered == [worker.session_id], "the call")
+        assert not worker.done(2.5)  # longer than the time-out of one exchange, after which a call may be repeated
+        for future in service.open:
+            future.set_result(STOP)
+        assert worker.result().stamp == STOP.stamp
+
+
+def test_a_worker_leaves_and_connects_again(transport: Transport) -> None:
+    with connected(transport, lambda _: RecordingService(SMALL)) as (service, (worker,), _):
+        first = worker.session_id
+        worker.leave()
+        assert worker.result() is None
+        wait_until(lambda: service.left == [first], "the call")
+        worker.connect_again()
+        second = worker.result()
+        assert second != first
+        service.replies = [STOP]
+        worker.register()
+        assert worker.result().ticket is None
+        assert service.registered == [second]
+
+
+def test_a_server_that_is_gone_is_lost(transport: Transport) -> None:
+    with connected(transport, lambda _: RecordingService(SMALL)) as (_service, (worker,), end_server):
+        end_server()
+        worker.register()
+        with pytest.raises(ServerLost):
+            worker.result()
+        worker.leave()
+        assert worker.result() is None  # which is no error
+
+
+def server(**options: Any) -> ParameterServer:
+    return build_server(algorithm="ormo", params=normal(LARGE, 7, 0).float(), num_workers=WORKERS, lr=0.1, **options)
+
+
+def real_service(side: ServerSide, **options: Any) -> Service:
+    made = server(**options)
+    if side.memory is not None:
+        made.algorithm.kernel = replace(made.algorithm.kernel, empty=pooled(side.memory))
+    return Service(made, lambda _: None, max_not_finite=2)
+
+
+def answering(reply: Reply, **other: Any) -> dict[str, Any]:
+    """The numbers of the push that answers a reply."""
+    numbers = {"worker": reply.worker, "ticket": reply.ticket, "stamp": reply.stamp, "incarnation": reply.incarnation}
+    return {**numbers, "loss": 0.5, "samples": 8, **other}
+
+
+@pytest.mark.parametrize("scheduler", ["async", "sync"])
+def test_replies_and_state_are_those_in_process(transport: Transport, scheduler: str) -> None:
+    reference, rng = server(scheduler=scheduler), random.Random(4)
+    with connected(transport, lambda side: real_service(side, scheduler=scheduler), WORKERS) as (service, workers, _):
+        for worker in workers:
+            worker.register()
+        due, held = reference.start(), dict[int, Reply]()
+        for _ in range(12):
+            for reply in due:
+                came = workers[reply.worker].result()
+                assert answering(came) == answering(reply)
+                assert torch.equal(came.params, reply.params)
+                held[reply.worker] = came
+            came = held.pop(rng.choice(sorted(held)))
+            assert came.ticket is not None
+            grad = 0.1 * normal(LARGE, 3, came.ticket).float()
+            workers[came.worker].push(answering(came), grad)
+            due = reference.receive(Push(**answering(came), grad=grad))
+            iteration = reference.iteration
+            wait_until(lambda: service.server.iteration == iteration, "the update", every_seconds=0.001)  # noqa: B023 - at once
+        with service.lock:
+            assert same(service.server.state_dict(replies=True), reference.state_dict(replies=True))
+
+
+def test_a_refused_push_changes_nothing_and_raises_its_error_at_the_worker(transport: Transport) -> None:
+    with connected(transport, real_service, WORKERS) as (service, workers, _):
+        for worker in workers:
+            worker.register()
+        reply, _other = [worker.result() for worker in workers]
+        before, grad = service.server.state_dict(replies=True), normal(LARGE, 3, 0).float()
+        for other, error, text in (
+            ({"worker": 1}, PushRefused, "worker: got 1, expected 0, the session's"),
+            ({"ticket": 77}, PushRefused, "ticket: got 77"),
+            ({"ticket": -(2**63)}, PushRefused, "ticket: got a number of 64 bits"),
+            ({"stamp": 10**6}, PushRefused, "stamp"),
+            ({"samples": 0}, PushRefused, "samples: got 0, expected at least 1"),
+            ({"incarnation": 8}, StaleSession, "incarnation: got 8, expected 0"),
+        ):
+            workers[0].push(answering(reply, **other), grad)
+            with pytest.raises(error, match=text) as caught:
+                workers[0].result()
+            assert caught.type is error
+            assert same(service.server.state_dict(replies=True), before)
+        workers[0].push(answering(reply, loss=math.nan), grad)
+        assert workers[0].result().ticket == 2  # it is settled: its ticket goes to another worker
+        workers[0].push(answering(reply), grad)
+        assert workers[0].result().ticket == 2  # the first word about a ticket counts
+
+
+def test_a_worker_that_is_evicted_while_it_waits_gets_the_reason(transport: Transport) -> None:
+    with connected(transport, lambda side: real_service(side, scheduler="sync"), WORKERS) as (service, workers, _):
+        workers[0].register()
+        wait_until(lambda: len(service.barrier.registered) == 1, "the call")
+        service.evict(service.memberships.by_worker[0], "of this test")
+        with pytest.raises(StaleSession, match=r"\Aworker 0 was evicted: of this test; rejoin\Z"):
+            workers[0].result()
+
+
+def test_transports_say_what_they_cannot_do() -> None:
+    assert {name for name, cls in parts("transport").items() if not cls.SUPPORTS_PREFETCH} == {"torch_rpc"}
