@@ -36,11 +36,11 @@ class WireError(Exception):
 
 
 class Refused(WireError):
-    """The peer has given its reason for not going on; another attempt is of no use."""
+    """The peer has given its reason for refusing; another attempt is of no use."""
 
 
 class PushRefused(ValueError):
-    """The push does not fit the server's assignments or its parameters; the message says what came, from whom, and what to do."""
+    """The push does not fit the server's assignments or parameters; the message says what came, from whom, what to do."""
 
 
 class NonFiniteGradient(PushRefused):
@@ -48,19 +48,19 @@ class NonFiniteGradient(PushRefused):
 
 
 class GradientTooLarge(NonFiniteGradient):
-    """The gradient is finite, but its norm is above a limit that refuses: it is settled as one that is not finite."""
+    """The gradient is finite, but its norm exceeds the limit; it is treated like one that is not finite."""
 
 
 class StaleSession(PushRefused):
-    """The sender is not, or no longer, a worker of this life of the server: it has to join again to get new work."""
+    """The sender is not a member of this incarnation of the server; it must join again to get new work."""
 
 
 class WorkerBanned(PushRefused):
-    """The sender's gradients are worthless, again and again; it is a member no longer, and need not come back."""
+    """Raised after `max_not_finite` consecutive non-finite gradients of a worker; the worker must not rejoin."""
 
 
 BY_NAME: dict[str, type[Exception]] = {
     error.__name__: error
     for error in (PushRefused, NonFiniteGradient, GradientTooLarge, StaleSession, WorkerBanned, TimeoutError)
 }
-"""What may be raised again on the other side of the wire."""
+"""The exceptions that cross to a worker, by name."""

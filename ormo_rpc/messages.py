@@ -15,19 +15,19 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Reply:
-    """One unit of work, or the word to stop.
+    """One unit of work, or the end of the run.
 
     Attributes:
-        worker: The worker that it is for.
+        worker: The recipient.
         ticket: The unit of work, a counter from 0; None means that there is no more work.
         stamp: The index of the parameters: how many gradients had been applied to them.
         params: What the algorithm sends (`Algorithm.outgoing`), for most algorithms the parameters to work on, shape (D,), of
             the server's dtype or of the one that it rounds them to. It may be the server's own memory, and replies of one stamp
-            may share it, so nobody may write to it. On the server it never changes after the reply is issued; in a worker's
+            may share it: never write to it. On the server it never changes after the reply is issued; in a worker's
             process it holds until the next push.
         lr: The learning rate at the moment of issue, for algorithms that take local steps.
         steps: The number of local steps that the worker takes for this ticket.
-        incarnation: Which life of the server issued it; goes back with the push.
+        incarnation: The incarnation of the server that issued it; goes back with the push.
     """
 
     worker: int

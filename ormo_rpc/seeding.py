@@ -17,7 +17,7 @@ def seed_for(seed: int, purpose: str, number: int) -> int:
     Args:
         seed: The seed of the run; 0 is a seed like any other.
         purpose: What is drawn, such as ``"order"`` or ``"augment"``.
-        number: Which one of that purpose: a ticket, an epoch or a worker.
+        number: The number within the purpose: a ticket, an epoch or a worker.
     """
     # The purpose comes last: it may hold the separator, the two integers cannot.
     name = f"{seed}/{number}/{purpose}".encode()
