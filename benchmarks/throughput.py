@@ -25,9 +25,10 @@ import psutil
 
 from benchmarks.peers.measurement import Job, cpu_seconds, measurement, peak_bytes
 from ormo_rpc import train
+from ormo_rpc.options import parts
 from ormo_rpc.storage.run_directory import read_trace
 
-TRANSPORTS, WIRES = ("auto", "shm", "tcp", "torch_rpc"), ("float32", "bf16", "fp16")
+TRANSPORTS, WIRES = parts("transport"), ("float32", "bf16", "fp16")
 WARM_UP_SECONDS = 1.0
 SAMPLE_SECONDS = 0.1
 
