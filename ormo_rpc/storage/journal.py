@@ -24,11 +24,14 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ormo_rpc.messages import Push
+from ormo_rpc.messages import Push, number_fields
 from ormo_rpc.server.parameter_server import ParameterServer
 
 FOLDER = "journal"
 _log = logging.getLogger(__name__)
+_PUSH_NUMBERS = tuple(field.name for field in number_fields(Push))
+_REJECTED = ("worker", "ticket", "stamp", "incarnation")
+"""The numbers of a push that is rejected which are kept."""
 _HEADER = struct.Struct("<QI")
 """Length of the rest of a record, and its CRC-32."""
 
@@ -160,14 +163,13 @@ class FileJournal(Journal):
 
     @override
     def push(self, push: Push, *, rejected: bool) -> None:
-        context = {"worker": push.worker, "ticket": push.ticket, "stamp": push.stamp, "incarnation": push.incarnation}
+        numbers = {name: getattr(push, name) for name in _PUSH_NUMBERS}
         if rejected:  # the gradient is not kept, since none of it has entered the state
-            self._append({"do": "reject", **context})
+            self._append({"do": "reject", **{name: numbers[name] for name in _REJECTED}})
             return
         tensors = [push.grad, *push.buffers.values()]
         layout = [(str(tensor.dtype).removeprefix("torch."), list(tensor.shape)) for tensor in tensors]
-        facts = {"loss": push.loss, "samples": push.samples, "buffers": list(push.buffers), "layout": layout}
-        self._append({"do": "push", **context, **facts}, tensors)
+        self._append({"do": "push", **numbers, "buffers": list(push.buffers), "layout": layout}, tensors)
 
     @override
     def sync(self) -> None:
@@ -253,13 +255,13 @@ def _apply(server: ParameterServer, call: Mapping[str, Any], payload: memoryview
     elif kind == "finish":
         server.finish()
     else:
-        context = {name: call[name] for name in ("worker", "ticket", "stamp", "incarnation")}
+        numbers = {name: call[name] for name in _PUSH_NUMBERS if name in call}
         if kind == "reject":
-            server.reject(Push(**context, grad=torch.empty(0)))
+            server.reject(Push(**numbers, grad=torch.empty(0)))
         else:
             grad, *buffers = _tensors(call["layout"], payload)
             named = dict(zip(call["buffers"], buffers, strict=True))
-            server.receive(Push(**context, grad=grad, loss=call["loss"], samples=call["samples"], buffers=named))
+            server.receive(Push(**numbers, grad=grad, buffers=named))
 
 
 def _records(file: Path) -> Generator[tuple[dict[str, Any], memoryview]]:
