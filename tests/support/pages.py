@@ -83,6 +83,18 @@ def unknown_names(text: str) -> set[str]:
     return {piece for piece in pieces if re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", piece) and not _known(piece)}
 
 
+def wrong_steps(text: str) -> set[str]:
+    """Lines ``file.py Class.method`` of a text's blocks for which the package has no such file with such a class."""
+    steps = [line.split()[:2] for line in code(text)[0] if re.match(r"\s*\w+\.py [A-Z]\w*\.\w+", line)]
+    return {f"{file} {name}" for file, name in steps if not _stands_in(file, *name.split(".")[:2])}
+
+
+def _stands_in(file: str, class_name: str, member: str) -> bool:
+    trees = [ast.parse(path.read_text("utf-8")) for path in (ROOT / "ormo_rpc").rglob(file)]
+    there = any(isinstance(node, ast.ClassDef) and node.name == class_name for tree in trees for node in ast.walk(tree))
+    return there and member in _classes()[class_name]
+
+
 def _known(name: str) -> bool:
     owner, _, rest = name.partition(".")
     if name.rpartition(".")[2] in FILE_ENDINGS and name in {*RUN_FILES, *_file_names()}:

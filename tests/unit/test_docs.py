@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import recipes
-from tests.support.pages import ROOT, broken_links, commands, missing_paths, refusal, unknown_names
+from tests.support.pages import ROOT, broken_links, commands, missing_paths, refusal, unknown_names, wrong_steps
 from tests.unit.test_layers import LAYERS
 
 PAGES = [
@@ -29,6 +29,11 @@ def test_paths_in_a_page_exist(page: Path) -> None:
 @every_page
 def test_dotted_names_in_a_page_exist(page: Path) -> None:
     assert unknown_names(page.read_text("utf-8")) == set()
+
+
+@every_page
+def test_steps_through_the_files_are_those_of_the_code(page: Path) -> None:
+    assert wrong_steps(page.read_text("utf-8")) == set()
 
 
 @every_page
@@ -61,7 +66,9 @@ def test_faults_planted_in_a_page_are_found() -> None:
         "[a](nowhere.md), [b](guarantees.md#no-such-heading), [c](guarantees.md#times), [d](https://example.org/nowhere).\n"
         "```\npython launch.py algorithm=no_such\npython launch.py -m workers=2,3 seed=0  # fine\nmake nothing\nmake test\n"
         "python -m experiments.no_such\npython examples/no_such.py\n```\n"
+        "```\nworker.py Worker.compute   the gradient\n  worker.py Worker.no_such\n  worker.py Service.push\n```\n"
     )
+    assert wrong_steps(text) == {"worker.py Worker.no_such", "worker.py Service.push"}
     assert missing_paths(text) == {"ormo_rpc/nowhere.py", "examples/no_such.py"}
     assert unknown_names(text) == {"ParameterServer.no_such", "train.no_such", "torch.no_such", "no_such_file.md"}
     assert broken_links(ROOT / "docs" / "planted.md", text) == {"nowhere.md", "guarantees.md#no-such-heading"}
