@@ -13,34 +13,13 @@ from tests.support.pages import ROOT, commands
 PAGE = ROOT / "docs" / "extending.md"
 MODULE = "my_module"
 """The page's name for the reader's own module."""
-IMPORTS = """
-from __future__ import annotations
-
-import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-from torch.utils.data import TensorDataset
-from typing_extensions import override
-
-from ormo_rpc import Algorithm, PushContext, Scheduler, option
-from ormo_rpc.loggers import Logger, RunInfo, RunLog
-from ormo_rpc.loggers.statistics import Statistics
-from ormo_rpc.options import not_negative
-from ormo_rpc.transports.base import ServerSide, Transport, WorkerSide
-from ormo_rpc.transports.stream.client import StreamWorkerSide
-from ormo_rpc.transports.stream.server import StreamServerSide
-from ormo_rpc.worker.heterogeneity import Heterogeneity
-"""
 
 
 def code() -> str:
-    """The classes and functions of the page; none of them is registered, as that would last for the process."""
-    blocks = re.findall(r"^```python\n((?:@|class |def ).*?)^```", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
-    return IMPORTS + "\n\n".join(re.sub(r"^@register\(.*\)\n", "", block, flags=re.MULTILINE) for block in blocks)
+    """The imports, classes and functions of the page; no class is registered, as that would last for the process."""
+    starts = r"(?:import |@|class |def )"
+    blocks = re.findall(rf"^```python\n({starts}.*?)^```", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    return "from __future__ import annotations\n\n" + re.sub(r"^@register\(.*\)\n", "", "\n\n".join(blocks), flags=re.MULTILINE)
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
