@@ -58,7 +58,7 @@ def bottleneck(measurement: Mapping[str, Any], cores: int) -> str:
     figures = (
         f"lock held {used['lock']:.0%} of the time, server {used['server']:.2f} and all {used['all']:.2f} of {cores} cores"
     )
-    return f"{name} ({figures})" if part >= KNEE else f"no resource in full use, so by waiting for one another ({figures})"
+    return f"{name} ({figures})" if part >= KNEE else f"waiting for one another, as no resource is in full use ({figures})"
 
 
 def groups(content: Mapping[str, Any]) -> dict[int, list[Mapping[str, Any]]]:

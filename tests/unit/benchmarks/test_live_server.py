@@ -41,7 +41,9 @@ def test_the_knee_is_the_smallest_good_k_and_the_report_names_the_bottleneck(tmp
     )
     assert live_scale.bottleneck(at, 8).startswith("the server's one interpreter")
     assert live_scale.bottleneck(measured(50, 1, 100.0, 1e-3, 0.0, 9.9e-3), 2).startswith("the server's lock (lock held 99%")
-    assert live_scale.bottleneck(measured(50, 1, 100.0, 1e-3, 0.0, 1e-3), 2).startswith("no resource in full use")
+    assert live_scale.bottleneck(measured(50, 1, 100.0, 1e-3, 0.0, 1e-3), 2).startswith(
+        "waiting for one another, as no resource"
+    )
     live_scale.write(made, tmp_path)
     assert (
         "* D = 1,000: the knee is at K = 4 with 950 updates/s, bound by the cores" in (tmp_path / "live_scale.md").read_text()
