@@ -99,16 +99,15 @@ def main() -> None:
         f"momentum 0.9, {len(a.seeds)} seeds at each learning rate: mean and standard deviation. torch {here['torch']}, "
         f"{here['cpu']}, 1 thread."
     )
-    table = as_markdown(cells(rows))
+    table = as_markdown(cells(rows, sizes(shared)[0]))
     a.into.mkdir(exist_ok=True)
     (a.into / "compression.json").write_text(json.dumps({"environment": here, **setting, "rows": short}, indent=1) + "\n")
     (a.into / "compression.md").write_text(f"{conditions}\n\n{table}\n")
     print(table)
 
 
-def cells(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """A header, and a row for each format: accuracies of the runs that completed, bytes as a part of the first row's."""
-    exact = rows[0]["push_bytes"]
+def cells(rows: Sequence[dict[str, Any]], exact: int) -> list[tuple[str, ...]]:
+    """A header, and a row for each format: accuracies of the runs that completed, bytes as a part of ``exact``."""
     accuracies = (f"test accuracy, lr {lr:g}" for lr in RATES)
     losses = (f"training loss, lr {lr:g}" for lr in RATES)
     found: list[tuple[str, ...]] = [("wire", "bytes a push", "of float32", "bytes a reply", *accuracies, *losses, "diverged")]
