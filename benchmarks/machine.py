@@ -50,7 +50,7 @@ def load() -> list[float]:
 
 
 def caches(folder: Path = CACHES) -> dict[str, str]:
-    """Sizes of the data caches of a core by level; empty if the system does not tell."""
+    """Sizes of the data caches of a core by level; empty if the system does not report them."""
     found: dict[str, str] = {}
     for index in sorted(folder.glob("index*")):
         kind, level, size = ((index / name).read_text().strip() for name in ("type", "level", "size"))

@@ -25,7 +25,7 @@ from ormo_rpc.config.write_conf import conf_dir
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.runtimes.torchrun import Torchrun
 
-REPORTS = "HYDRA_FULL_ERROR"
+FULL_ERROR = "HYDRA_FULL_ERROR"
 """Environment variable at which hydra raises its errors instead of printing them over several lines."""
 
 
@@ -56,7 +56,7 @@ def prepared(overrides: Sequence[str]) -> list[str]:
 
 def main() -> None:
     """Run ``launch.py`` with this process's arguments."""
-    for number in range(3):  # a closed standard stream would lend its number to the next file that is opened
+    for number in range(3):  # a closed standard stream would give its number to the next file that is opened
         try:
             os.fstat(number)
         except OSError:
@@ -69,7 +69,7 @@ def main() -> None:
         program = Path(sys.argv[0]).name
         print(help_text(f"python {program}" if program.endswith(".py") else program))
         return
-    wanted = REPORTS in os.environ
+    full_error = FULL_ERROR in os.environ
     began = False
 
     @functools.wraps(_job)
@@ -80,14 +80,14 @@ def main() -> None:
 
     try:
         sys.argv[1:] = [*prepared(arguments), *_without_directory(arguments)]
-        os.environ[REPORTS] = "1"
+        os.environ[FULL_ERROR] = "1"
         with contextlib.suppress(KeyboardInterrupt):
             _hydra_main(job)
             return
         _say("interrupted before anything was started")
         sys.exit(130)
     except (HydraException, OmegaConfBaseException) as error:
-        if wanted or began:
+        if full_error or began:
             raise
         _say(str(_refused(error)))
         sys.exit(2)
@@ -105,7 +105,7 @@ def _hydra_main(job: Callable[[DictConfig], None]) -> None:
 
 
 def _without_directory(arguments: Sequence[str]) -> list[str]:
-    """Further arguments for a process that has no run directory, as the one that starts the server makes it and its logs."""
+    """Return further arguments of hydra for a process without a run directory; the one that starts the server makes it."""
     torchrun = Torchrun.from_environment()
     if (torchrun is None or torchrun.rank == 0) and "role=worker" not in arguments:
         return []
@@ -113,7 +113,7 @@ def _without_directory(arguments: Sequence[str]) -> list[str]:
 
 
 def _refused(error: Exception) -> ConfigError:
-    """One line of what hydra has to say over several."""
+    """Turn an error of hydra, whose message has several lines, into one line."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return ConfigError(f"{group}: got {name!r}, expected one of {', '.join(error.options)}")
@@ -124,7 +124,7 @@ def _refused(error: Exception) -> ConfigError:
 
 
 def _job(values: DictConfig) -> None:
-    """One job of hydra: a single run, or one of a sweep."""
+    """Run one job of hydra: a single run, or one of a sweep."""
     from ormo_rpc.runtimes import RunFailed, run  # hydra answers --cfg without loading the runtimes
 
     mode = HydraConfig.get()
@@ -140,7 +140,7 @@ def _job(values: DictConfig) -> None:
         _say(str(error))
         sys.exit(error.exit_status if isinstance(error, RunFailed) else 2)
     if summary:
-        with contextlib.suppress(BrokenPipeError):  # the reader of our output is gone
+        with contextlib.suppress(BrokenPipeError):  # the reader of standard output has closed it
             print(_result(summary, run_dir), flush=True)
     if summary.get("status") == "diverged" and not sweep:
         _say("the parameters diverged; lower train.lr or train.momentum, or set train.clip_norm")

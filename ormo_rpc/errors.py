@@ -7,7 +7,7 @@ from __future__ import annotations
 
 
 class ConfigError(ValueError):
-    """The configuration is wrong; the message has the full key, what came, and what was expected."""
+    """The configuration is wrong; the message has the full key, the given value, and the expected one."""
 
 
 class RunFailed(RuntimeError):
@@ -24,7 +24,7 @@ class RunFailed(RuntimeError):
 
 
 class ServerLost(RuntimeError):
-    """The server, or the connection to it, is gone; it may come back."""
+    """The server, or the connection to it, was lost; it may come back."""
 
 
 class RunEnded(ValueError):
@@ -32,15 +32,15 @@ class RunEnded(ValueError):
 
 
 class WireError(Exception):
-    """The peer violates the protocol; the connection is of no more use."""
+    """The peer violates the protocol; the connection must be closed."""
 
 
 class Refused(WireError):
-    """The peer has given its reason for refusing; another attempt is of no use."""
+    """The peer has refused and given its reason; do not try again."""
 
 
 class PushRefused(ValueError):
-    """The push does not fit the server's assignments or parameters; the message says what came, from whom, what to do."""
+    """The push does not fit the server's assignments or parameters; the message has its sender, the value, and what to do."""
 
 
 class NonFiniteGradient(PushRefused):

@@ -21,10 +21,10 @@ class Reply:
         worker: The recipient.
         ticket: The unit of work, a counter from 0; None means that there is no more work.
         stamp: The index of the parameters: how many gradients had been applied to them.
-        params: What the algorithm sends (`Algorithm.outgoing`), for most algorithms the parameters to work on, shape (D,), of
-            the server's dtype or of the one that it rounds them to. It may be the server's own memory, and replies of one stamp
-            may share it: never write to it. On the server it never changes after the reply is issued; in a worker's
-            process it holds until the next push.
+        params: The vector that the algorithm sends (`Algorithm.outgoing`), for most algorithms the parameters to work
+            on, shape (D,), of the server's dtype or of the one that it rounds them to. It may be the server's own memory, and
+            replies of one stamp may share it: never write to it. On the server it never changes after the reply is issued; in
+            a worker's process it holds until the next push.
         lr: The learning rate at the moment of issue, for algorithms that take local steps.
         steps: The number of local steps that the worker takes for this ticket.
         incarnation: The incarnation of the server that issued it; goes back with the push.
@@ -41,14 +41,15 @@ class Reply:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Push:
-    """What a worker has computed for one ticket.
+    """The result of a worker's computation for one ticket.
 
     Attributes:
         worker: The worker that computed it.
         ticket: The ticket of the reply that it answers.
         stamp: The stamp of that reply.
-        grad: What the algorithm expects (`Algorithm.local`), for most algorithms the gradient at that reply's parameters, shape
-            (VECTORS_PUSHED * D,), on the server's device, of its dtype or of the one that the wire rounds pushes to.
+        grad: The vector that the algorithm expects (`Algorithm.local`), for most algorithms the gradient at that reply's
+            parameters, shape (VECTORS_PUSHED * D,), on the server's device, of its dtype or of the one that the wire rounds
+            pushes to.
         loss: The mean loss of the batch, where it is known.
         samples: The number of samples in the batch.
         buffers: The batch's own statistics by name (batch norm), for the running average that the server keeps.

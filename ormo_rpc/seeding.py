@@ -1,7 +1,7 @@
 """Every random draw belongs to a named stream: (seed of the run, purpose, number).
 
-What a ticket or an epoch draws is then a function of the run's seed and of its own number alone: whoever computes it, whenever
-and however often, draws the same, and one more worker or one more purpose changes nobody else's numbers.
+The draws of a ticket or an epoch are then a function of the run's seed and of its own number alone: they are the same in every
+process and however often they are made, and one more worker or one more purpose changes no other stream.
 """
 
 from __future__ import annotations

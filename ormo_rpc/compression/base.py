@@ -51,35 +51,35 @@ class Compressor(ABC):
 
     @abstractmethod
     def decompress(self, values: Tensor, indices: Tensor, into: Tensor) -> None:
-        """Write the vector into ``into``, shape (D,), whatever the values and indices are.
+        """Write the vector into ``into``, shape (D,); values and indices may be forged.
 
         The bits depend on the arguments alone, not on threads or on what was called before.
 
         Args:
             values: Shape (num_values,), as they have travelled, of the wire's dtype. Where one is not finite, ``into`` is not.
             indices: Shape (num_indices,), int32.
-            into: Of the model's dtype; what is in it means nothing.
+            into: Of the model's dtype; its content is overwritten.
 
         Raises:
-            PushRefused: the indices mean nothing; the message says what they are and should be.
+            PushRefused: the indices are invalid; the message has them and the expected ones.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compression(Part, ABC):
-    """The choice of what stands for a push on the wire, and its options.
+    """The form of a push on the wire, and its options.
 
     With error feedback a worker adds what the wire has dropped so far to its next push ``g``, here with ``C`` for compression
     and rounding together: ``p = g + e``, push ``C(p)``, ``e <- p - C(p)``. So nothing is lost, only late: the sum of all that
-    was pushed and of the last ``e`` is the sum of all gradients. (With a push that the server discards goes what it carried of
-    ``e``.) That costs a vector of D for each vector in a push on every worker; a simulation holds those of all its workers.
+    was pushed and of the last ``e`` is the sum of all gradients. (Only the part of ``e`` in a discarded push is lost.)
+    That costs a vector of D for each vector in a push on every worker; a simulation holds those of all its workers.
 
     It can serve rounding alone as well: nearly nothing is dropped at a time then, but what is too small for the dtype is
     dropped every time, and what is too large for fp16 is cut. With ``wire.dtype=float32`` and ``none`` nothing is fed back.
 
     Source: Stich, Cordonnier, Jaggi, NeurIPS 2018, arXiv 1809.07599, Algorithm 1. Departures: there ``e`` holds steps, with the
         learning rate in them; here gradients (or whatever the algorithm pushes), since the server applies the learning rate.
-        ``e`` is forgotten when its worker joins anew.
+        ``e`` is reset when its worker joins again.
     """
 
     PATH = "compression"
@@ -90,5 +90,5 @@ class Compression(Part, ABC):
         """Make the compressor for vectors of that layout.
 
         Raises:
-            ValueError: it is not for vectors of that length.
+            ValueError: it does not support vectors of that length.
         """

@@ -46,7 +46,7 @@ class Encoder:
         statistics: Buffer for the batch-norm statistics, flat; always the same memory.
     """
 
-    def __init__(self, format: PushFormat, allocate: Allocate | None = None) -> None:  # noqa: A002 - what it is
+    def __init__(self, format: PushFormat, allocate: Allocate | None = None) -> None:  # noqa: A002 - the word for it
         self.format = format
         self.wire = torch.zeros(format.size, dtype=torch.uint8) if allocate is None else allocate(format.size)
         assert self.wire.dtype == torch.uint8, "the memory of a wire form is bytes"
@@ -54,13 +54,13 @@ class Encoder:
         self.statistics = format.statistics.of(self.wire)
         self.push = format.whole(self.wire) if format.exact else torch.zeros(format.length, dtype=format.dtype)
         self.payload = self.wire.view(format.dtype) if format.exact else self.wire
-        # What the server will see of a push is decoded here too where it is compressed, or where errors are fed back.
+        # A push is decoded here as on the server where it is compressed, or where errors are fed back.
         decodes = not format.plain or (format.compression.error_feedback and not format.exact)
         self._decoded = torch.zeros_like(self.push) if decodes else None
         self._states: dict[int, EncoderState] = {}
 
     def encode(self, worker: int) -> Tensor:
-        """Make the wire form of what lies in `push` and `statistics`; return what the server will see of the push.
+        """Make the wire form of the content of `push` and `statistics`; return the push as the server will decode it.
 
         `push` is written to. The result, shape (length,), holds until the next call; see `PushFormat.unpack` for its dtype.
         """
@@ -114,7 +114,7 @@ class Encoder:
         }
 
     def load_state_dict(self, state: Mapping[int, Mapping[str, Any]]) -> None:
-        """Take over what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self._states = {
             worker: EncoderState([_copy(each) for each in saved["compressor"]], _copy(saved["residual"]))
             for worker, saved in state.items()

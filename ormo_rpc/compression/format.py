@@ -32,7 +32,7 @@ class Region:
 
     @property
     def end(self) -> int:
-        """The byte behind them."""
+        """The offset of the byte after the last one."""
         return self.start + self.count * self.dtype.itemsize
 
     def of(self, wire: Tensor) -> Tensor:
@@ -58,17 +58,17 @@ class PushFormat:
         vectors: The number of vectors of D in a push (`Algorithm.VECTORS_PUSHED`); each is compressed for itself.
         compression: The choice of values that travel; all by default.
         wire: What they are rounded to.
-        seed: The seed of the run, for what a compressor draws.
+        seed: The seed of the run, for the random draws of a compressor.
 
     Attributes:
         size: Bytes of the wire form.
         length: Values of a push once it is unpacked: ``vectors * D``.
         plain: Whether the values of the push are on the wire one by one, rounded or not, so that there is nothing to decode.
-        exact: Whether they are there as they are, too, so that the wire form is the push itself.
+        exact: Whether they are not rounded either, so that the wire form is the push itself.
         pushed_dtype: Of the push once it is unpacked; see the function of that name.
 
     Raises:
-        ValueError: the compression is not for so many parameters.
+        ValueError: the compression does not support this number of parameters.
     """
 
     def __init__(
@@ -133,21 +133,21 @@ class PushFormat:
         self.compressor.decompress(values.of(wire), indices.of(wire), into)
 
     def unpack(self, payload: Tensor, into: Tensor | None = None, sender: str = "push") -> tuple[Tensor, dict[str, Tensor]]:
-        """Decode a push, whatever the bytes are: total, and nothing outside of them and of ``into`` is touched.
+        """Decode a push; forged bytes are safe, since nothing outside of them and of ``into`` is touched.
 
-        What is not finite comes out as it is (or as NaN), and `ParameterServer.check` refuses it as `NonFiniteGradient`.
+        Values that are not finite are decoded as they are (or as NaN), and the server refuses the push (`NonFiniteGradient`).
 
         Args:
             payload: The bytes, uint8, shape (size,), on the CPU; they may be forged.
-            into: Where the push goes, shape (length,), contiguous and of the model's dtype; by default new memory. It is not
-                used where the format is plain.
-            sender: Who sent it, for the error.
+            into: Receives the push, shape (length,), contiguous and of the model's dtype; by default new memory. Not used where
+                the format is plain.
+            sender: The sender, for the error message.
 
         Returns:
             The push, shape (length,), and the statistics by name. Statistics, and a plain push, are views of ``payload``.
 
         Raises:
-            PushRefused: it is no such tensor, or the bytes have no meaning; what is in ``into`` then means nothing.
+            PushRefused: it is no such tensor, or the bytes are no valid push; the content of ``into`` is undefined then.
         """
         wire = self._checked(payload, f"{sender}: payload")
         buffers = self.buffers.views(self.statistics.of(wire))
@@ -160,18 +160,6 @@ class PushFormat:
             except PushRefused as error:
                 raise PushRefused(f"{sender}: payload: {error}") from None
         return into, buffers
-
-    def bytes_of(self, payload: Tensor) -> Tensor:
-        """The bytes of what `Encoder.payload` was at the sender; it may be forged, so its memory is looked at first.
-
-        Raises:
-            PushRefused: it is no plain tensor, or of another dtype.
-        """
-        check_plain(payload, "push: payload")
-        dtype = self.dtype if self.exact else torch.uint8
-        if payload.dtype != dtype:
-            raise PushRefused(f"push: payload: got the dtype {payload.dtype}, expected {dtype}")
-        return payload.detach().reshape(-1).view(torch.uint8)
 
     def _checked(self, payload: Tensor, what: str) -> Tensor:
         """The bytes in one piece, at an address where values can be read from."""

@@ -25,11 +25,11 @@ class NoCompression(Compression):
 
     @override
     def build(self, params: Layout) -> Compressor:
-        return Every(params.size)
+        return IdentityCompressor(params.size)
 
 
-class Every(Compressor):
-    """Every value stands for itself.
+class IdentityCompressor(Compressor):
+    """Keep all values as they are.
 
     Args:
         dimension: D.

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from ormo_rpc.compression.base import Compressed, Compression, Compressor
 from ormo_rpc.models.flat import Layout
-from ormo_rpc.options import option, positive, register
+from ormo_rpc.options import at_least_one, option, positive, register
 
 DEPENDENT = 100
 """In units of the dtype's epsilon: a column of which less is left beside the columns before it is a combination of them."""
@@ -35,7 +35,7 @@ class PowerSGD(Compression):
         ``Q`` for the next push, where torch divides by (nearly) 0; so a gradient of 0 does no harm.
     """
 
-    rank: int = option(2, "r, columns of each factor", valid=lambda v: v >= 1, expected="a whole number >= 1")
+    rank: int = option(2, "r, columns of each factor", valid=at_least_one, expected="a whole number >= 1")
     min_compression_rate: float = option(
         2.0,
         "tensors that would not become smaller by more than this factor travel as they are",
@@ -45,7 +45,7 @@ class PowerSGD(Compression):
 
     @override
     def build(self, params: Layout) -> Compressor:
-        return Factors(params, self.rank, self.min_compression_rate)
+        return PowerSGDCompressor(params, self.rank, self.min_compression_rate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class FactoredTensor:
         return state[self.state : self.state + self.columns * self.rank].view(self.columns, self.rank)
 
 
-class Factors(Compressor):
+class PowerSGDCompressor(Compressor):
     """Compress each tensor that becomes small enough to two factors.
 
     Args:

@@ -28,22 +28,25 @@ class TopK(Compression):
     """
 
     ratio: float = option(
-        0.01, "which part of the values travels, at least one", valid=lambda v: 0 < v <= 1, expected="a number in (0, 1]"
+        0.01,
+        "fraction of the values that travel, at least one of them",
+        valid=lambda v: 0 < v <= 1,
+        expected="a number in (0, 1]",
     )
 
     @override
     def build(self, params: Layout) -> Compressor:
         if params.size > torch.iinfo(torch.int32).max:
             raise ValueError(f"compression: got topk for {params.size} parameters, expected at most 2,147,483,647; use another")
-        return Largest(params.size, max(1, round(self.ratio * params.size)))
+        return TopKCompressor(params.size, max(1, round(self.ratio * params.size)))
 
 
-class Largest(Compressor):
-    """The k largest values, in the order of their places.
+class TopKCompressor(Compressor):
+    """Keep the k largest values, in the order of their places.
 
     Args:
         dimension: D.
-        k: How many.
+        k: The number of values that are kept.
     """
 
     def __init__(self, dimension: int, k: int) -> None:

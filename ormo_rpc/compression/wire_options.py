@@ -14,7 +14,7 @@ class WireDtype(Enum):
     """The dtype that the values of a push are rounded to."""
 
     float32 = "float32"
-    """Nothing: they travel as the model has them."""
+    """No rounding: they travel in the model's dtype."""
     bf16 = "bf16"
     """8 bits of precision, the range of float32."""
     fp16 = "fp16"
@@ -22,7 +22,7 @@ class WireDtype(Enum):
 
     @property
     def rounded(self) -> torch.dtype | None:
-        """The dtype to round to; None for as they are."""
+        """The dtype to round to; None for no rounding."""
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.value)
 
 
@@ -30,13 +30,13 @@ class ParamsDtype(Enum):
     """The dtype that parameters are rounded to when they are sent."""
 
     float32 = "float32"
-    """Nothing: they travel as the server has them."""
+    """No rounding: they travel in the server's dtype."""
     bf16 = "bf16"
     """8 bits of precision: a gradient is then taken at rounded parameters; the server's own stay exact."""
 
     @property
     def rounded(self) -> torch.dtype | None:
-        """The dtype to round to; None for as they are."""
+        """The dtype to round to; None for no rounding."""
         return {"bf16": torch.bfloat16}.get(self.value)
 
 
@@ -45,5 +45,5 @@ class Wire(Section):
     """The dtypes of gradients and parameters between a worker and the server."""
 
     PATH = "wire"
-    dtype: WireDtype = option(WireDtype.float32, "what a push is rounded to: float32 (exact, as it is), bf16 or fp16")
-    params: ParamsDtype = option(ParamsDtype.float32, "what parameters are handed out as: float32 (exact, as they are) or bf16")
+    dtype: WireDtype = option(WireDtype.float32, "dtype that a push is rounded to: float32 (exact, not rounded), bf16 or fp16")
+    params: ParamsDtype = option(ParamsDtype.float32, "dtype that parameters are sent in: float32 (exact, not rounded) or bf16")

@@ -16,7 +16,7 @@ def help_text(command: str = "python launch.py") -> str:
     """Explain the command on one screen: examples, the groups with their names, and the way to the rest.
 
     Args:
-        command: What is typed to start it: ``python launch.py``, or the name of the console script.
+        command: The command as it is typed: ``python launch.py``, or the name of the console script.
     """
     lines = [
         _HEADER,
@@ -86,7 +86,7 @@ _EXAMPLES = [
     ("torchrun --standalone --nproc-per-node=4 {script}", "rank 0 serves, ranks 1 to 3 work"),
     (
         "{command} role=worker server.address=HOST:PORT server.secret_file=RUN_DIRECTORY/secret",
-        "one more worker for a run that is going on",
+        "one more worker for a run in progress",
     ),
     ("python -m ormo_rpc.evaluate RUN_DIRECTORY", "test accuracy of a run or checkpoint"),
 ]
@@ -97,5 +97,5 @@ _MORE = [
 ]
 _FOOTER = """\
 A run directory, outputs/DATE/TIME, has config.yaml, metrics.jsonl, trace.jsonl, summary.json, checkpoints/.
-Exit status: 0 the run met its end, 1 it could not, 2 wrong configuration, 3 diverged, 130 interrupted
+Exit status: 0 completed, 1 failed, 2 wrong configuration, 3 diverged, 130 interrupted
 (a checkpoint is left; resume with checkpoint.resume=RUN_DIRECTORY)."""

@@ -32,7 +32,7 @@ def parse_config(values: DictConfig | Mapping[str, Any]) -> Config:
     """
     try:
         config = build(Config, _resolved(values), _section)
-        to_tree(config)  # what cannot be saved is refused before anything starts
+        to_tree(config)  # a configuration that cannot be saved is refused before anything starts
     except OmegaConfBaseException as error:
         raise ConfigError(one_line(error)) from None
     except ConfigError:
@@ -64,7 +64,7 @@ def parse_text(text: str, *, data_root: str | None = None) -> Config:
 
     Args:
         text: YAML.
-        data_root: Where the files of the data set lie on this machine, if not where the text says.
+        data_root: The folder of the data set on this machine; by default the one in the text.
 
     Raises:
         ConfigError: the text does not fit the schema.
@@ -124,10 +124,10 @@ def _section(key: str, kind: Any, value: Any, default: Any) -> Any:
 
 
 def _refuse_together(config: Config) -> None:
-    """Refuse what does not go together.
+    """Refuse options that cannot be combined.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: there are some; the message has the key to change.
     """
     refused = incompatibility(config.algorithm, config.scheduler)
     if refused is not None:
@@ -145,7 +145,9 @@ def _refuse_together(config: Config) -> None:
             f"process; expected 0, or transport={able}"
         )
     if config.transport.UNAVAILABLE:
-        raise ConfigError(f"transport: got {config.transport.name}, which this machine has not: {config.transport.UNAVAILABLE}")
+        raise ConfigError(
+            f"transport: got {config.transport.name}, which this machine does not support: {config.transport.UNAVAILABLE}"
+        )
 
 
 def _without_barrier() -> list[str]:

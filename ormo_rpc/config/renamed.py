@@ -22,15 +22,15 @@ def refuse_renamed(overrides: Sequence[str]) -> None:
     """Refuse command-line overrides under a former name.
 
     Raises:
-        ConfigError: one is; the message has the new name.
+        ConfigError: there is one; the message has the new name.
     """
     for override in overrides:
         key, _, value = override.partition("=")
         key = key.lstrip("+~")
         group, _, keyword = key.partition(".kwargs")
         if group in CALLABLE and keyword[:1] in ("", ".") and key != group:
-            wanted = f"+{group}{keyword}={value}" if keyword else f"+{group}.KEY=VALUE for each keyword"
-            raise ConfigError(f"{key}: keywords stand beside _target_; use {wanted}")
+            replacement = f"+{group}{keyword}={value}" if keyword else f"+{group}.KEY=VALUE for each keyword"
+            raise ConfigError(f"{key}: keywords stand beside _target_; use {replacement}")
         if key in RENAMED_KEYS:
             present = RENAMED_KEYS[key]
             raise ConfigError(f"{key}: was renamed; use {present}={RENAMED_VALUES.get((present, value), value)}")

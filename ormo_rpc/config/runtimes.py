@@ -31,11 +31,10 @@ class Runtime(Part):
 
     PATH = "runtime"
     threads: int = option(
-        1, "threads of each process for tensor operations", valid=lambda v: v >= 1, expected="a whole number >= 1"
+        1, "threads of each process for tensor operations", valid=at_least_one, expected="a whole number >= 1"
     )
-
     min_workers: int = option(
-        1, "while fewer workers are there, no work is handed out", valid=lambda v: v >= 1, expected="a whole number >= 1"
+        1, "while fewer workers have joined, no ticket is issued", valid=at_least_one, expected="a whole number >= 1"
     )
 
 
@@ -55,12 +54,12 @@ class RpcRuntime(Runtime):
     )
     ticket_timeout_seconds: float = option(
         900.0,
-        "time after which a worker that does not come back with its ticket is evicted",
+        "time after which a worker that has not pushed for its ticket is evicted",
         valid=positive,
         expected="a finite number > 0",
     )
     stop_timeout_seconds: float = option(
-        10.0, "time for a run to wind up when it is interrupted", valid=positive, expected="a finite number > 0"
+        10.0, "time for a run to shut down when it is interrupted", valid=positive, expected="a finite number > 0"
     )
     worker_timeout_seconds: float = option(
         15.0,
@@ -70,13 +69,11 @@ class RpcRuntime(Runtime):
     )
     regroup_seconds: float = option(
         10.0,
-        "time that a restarted server waits for all workers before it continues with those that are back",
+        "time that a restarted server waits for all workers before it continues with those that have joined again",
         valid=not_negative,
         expected="a finite number >= 0",
     )
-    max_restarts: int = option(
-        5, "how often each process that dies is started again", valid=lambda v: v >= 0, expected="a whole number >= 0"
-    )
+    max_restarts: int = option(5, "restarts of each process that dies", valid=not_negative, expected="a whole number >= 0")
     restart_backoff_seconds: float = option(
         0.5,
         "pause before the first restart of a process; it doubles each time, up to 30",
@@ -85,8 +82,8 @@ class RpcRuntime(Runtime):
     )
     max_not_finite: int = option(
         10,
-        "gradients in a row that are not finite after which a worker is evicted",
-        valid=lambda v: v >= 1,
+        "consecutive gradients that are not finite after which a worker is banned",
+        valid=at_least_one,
         expected="a whole number >= 1",
     )
     interface: str | None = option(
@@ -144,7 +141,7 @@ class SimRuntime(Runtime):
         expected="whole numbers >= 0 with finite times >= 0",
     )
     gradient: GradientKind = option(GradientKind.real, "real; for very many workers: quadratic (synthetic), or noise alone")
-    dimension: int = option(1000, "parameters of the quadratic", valid=lambda v: v >= 1, expected="a whole number >= 1")
+    dimension: int = option(1000, "parameters of the quadratic", valid=at_least_one, expected="a whole number >= 1")
     condition: float = option(100.0, "condition number of the quadratic", valid=at_least_one, expected="a finite number >= 1")
     noise: float = option(
         0.1, "standard deviation of its gradient's noise, per coordinate", valid=not_negative, expected="a finite number >= 0"

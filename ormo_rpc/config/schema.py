@@ -106,7 +106,7 @@ class Checkpoint(Section):
 
     PATH = "checkpoint"
     every: int = option(
-        0, "iterations between checkpoints; 0: by time alone", valid=lambda v: v >= 0, expected="a whole number >= 0"
+        0, "iterations between checkpoints; 0: by time alone", valid=not_negative, expected="a whole number >= 0"
     )
     every_seconds: float = option(
         30.0,
@@ -143,7 +143,7 @@ class Replay(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Section):
-    """Everything that a run is made of.
+    """The complete configuration of a run.
 
     Raises:
         ValueError: a value is out of range; the message has the full key.
@@ -153,7 +153,7 @@ class Config(Section):
         None, "number of workers; default 4, under torchrun WORLD_SIZE - 1", valid=at_least_one, expected="a whole number >= 1"
     )
     role: Role = option(Role.all, "all (server and workers), or worker: join the run at server.address and work for it")
-    seed: int = option(0, "of everything random", valid=lambda v: v >= 0, expected="a whole number >= 0")
+    seed: int = option(0, "seed of all random draws", valid=not_negative, expected="a whole number >= 0")
     algorithm: Algorithm = field(default_factory=OrMo)
     scheduler: Scheduler = field(default_factory=Async)
     dataset: DataSource = field(default_factory=Digits)
@@ -190,7 +190,7 @@ class Config(Section):
         return self.num_processes * (1 + self.worker.prefetch)
 
     def process_of(self, worker: int) -> int:
-        """The process of a worker; an elastic one, whose number is none of the first K, has one of its own."""
+        """The process of a worker; an elastic one, whose number is K or more, has one of its own."""
         return worker % self.num_processes if worker < self.num_workers else worker
 
     def slowdown(self, worker: int, generator: torch.Generator) -> float:
@@ -199,7 +199,7 @@ class Config(Section):
 
     @property
     def wire_form(self) -> str:
-        """The form of pushes and parameters on the wire in a few words: what differs from exact."""
+        """The form of pushes and parameters on the wire in a few words; ``exact`` where nothing is changed."""
         options = [(field.name, field.default, getattr(self.compression, field.name)) for field in fields(self.compression)]
         words = [self.compression.name] * (self.compression.name != "none")
         words += [f"{name}={value}" for name, default, value in options if value != default]
@@ -209,13 +209,13 @@ class Config(Section):
 
     @property
     def rpc(self) -> RpcRuntime:
-        """The options of the RPC runtime, where it is the one."""
+        """The options of the RPC runtime; only with ``runtime=rpc``."""
         assert isinstance(self.runtime, RpcRuntime)
         return self.runtime
 
     @property
     def sim(self) -> SimRuntime:
-        """The options of the simulator, where it is the one."""
+        """The options of the simulator; only with ``runtime=sim``."""
         assert isinstance(self.runtime, SimRuntime)
         return self.runtime
 

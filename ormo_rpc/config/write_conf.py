@@ -64,16 +64,16 @@ def rendered() -> Mapping[str, str]:
 
 
 def write() -> list[str]:
-    """Write the files that differ, remove those of parts that are gone, and return their paths below ``conf/``."""
+    """Write the files that differ, remove those of parts that no longer exist, and return their paths below ``conf/``."""
     folder, files = conf_dir(), rendered()
-    gone = [path for group in GROUPS for path in (folder / group).glob("*.yaml") if f"{group}/{path.name}" not in files]
+    stale = [path for group in GROUPS for path in (folder / group).glob("*.yaml") if f"{group}/{path.name}" not in files]
     changed = [name for name, text in files.items() if not (folder / name).is_file() or (folder / name).read_text() != text]
-    for path in gone:
+    for path in stale:
         path.unlink()
     for name in changed:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(files[name])
-    return [*changed, *(str(path.relative_to(folder)) for path in gone)]
+    return [*changed, *(str(path.relative_to(folder)) for path in stale)]
 
 
 def _part(part: type[Part]) -> Iterator[str]:

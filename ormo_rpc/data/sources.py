@@ -151,7 +151,7 @@ class TorchvisionImages(DataSource):
 
 @contextmanager
 def _locked(folder: Path) -> Generator[None]:
-    """Hold the folder's lock, which ends with the process at the latest; waits for whoever else holds it."""
+    """Hold the folder's lock, which ends with the process at the latest; wait while another process holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".download.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -49,8 +49,8 @@ class DataSet:
     """A problem of classification.
 
     Attributes:
-        train: What gradients are computed on.
-        test: What the accuracy is measured on.
+        train: The samples that gradients are computed on.
+        test: The samples that the accuracy is measured on.
         input_shape: The shape of one sample, without the batch.
         num_classes: Labels are 0 to ``num_classes - 1``.
     """
@@ -106,8 +106,8 @@ class ArraySplit:
 class MapSplit:
     """Any map-style dataset; its items are put together by torch's ``default_collate``.
 
-    Whether it augments is its own affair. Its randomness must come from torch's global generator, which the worker seeds for
-    every ticket: what it draws elsewhere (``random``, numpy) is not repeatable.
+    Augmentation is left to the dataset. Its randomness must come from torch's global generator, which the worker seeds for
+    every ticket: draws from elsewhere (``random``, numpy) are not repeatable.
     """
 
     PURE: ClassVar[bool] = False

@@ -14,7 +14,7 @@ class Epochs:
     """The sequence of batches that tickets 0, 1, 2, ... stand for: epoch after epoch, each in an order of its own.
 
     Every epoch covers every sample exactly once; its last batch is smaller where the batch size does not divide. The batch of a
-    ticket is a function of ``(seed, ticket)``: it depends neither on who asks nor on what was asked before.
+    ticket is a function of ``(seed, ticket)``: it depends neither on the worker nor on earlier tickets.
 
     Args:
         num_samples: N, the size of the training set.
@@ -30,7 +30,7 @@ class Epochs:
             raise ValueError("dataset: the training set is empty, expected at least one sample")
         self.batch_size = batch_size
         self.batches_per_epoch = -(-num_samples // batch_size)
-        # Around the turn of an epoch tickets of both sides are in flight, hence two permutations.
+        # At the boundary of two epochs tickets of both are in flight, hence two permutations.
         self._order = functools.lru_cache(maxsize=2)(functools.partial(_permutation, num_samples, seed))
 
     def total_tickets(self, epochs: int) -> int:

@@ -11,7 +11,7 @@ __all__ = ["Logger", "NoLogger", "RunInfo", "RunLog", "WandbLogger", "start_logs
 
 
 def start_logs(logger: Logger, run: RunInfo, terminal: int | None) -> list[RunLog]:
-    """Start the logger and, where it is wanted and there is a terminal, the progress bar.
+    """Start the logger and, where ``logger.progress`` is set and there is a terminal, the progress bar.
 
     Args:
         logger: The logger.

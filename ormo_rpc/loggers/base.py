@@ -37,7 +37,7 @@ class RunLog:
 
         Args:
             row: ``iteration``, ``epoch``, ``seconds``, and metrics by name: those of an interval or of an evaluation.
-            statistics: Of all events so far; not to be kept, since they go on counting.
+            statistics: Of all events so far; do not keep the object, which is updated in place.
         """
 
     def finish(self, summary: Mapping[str, Any]) -> None:

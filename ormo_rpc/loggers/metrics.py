@@ -71,6 +71,10 @@ class Metric:
     column: str
     form: str
 
+    def measure(self, name: str, at: Measurements) -> Any:
+        """Compute the value, or take the runtime's; None where it was not measured."""
+        return at.extra.get(name) if self.value is None else self.value(at)
+
     def shown(self, value: Any) -> str:
         """Format a value for the progress bar or the table."""
         return format(value, self.form)
@@ -93,7 +97,7 @@ def metric(
 
 @dataclass(kw_only=True)
 class Metrics:
-    """All metrics of a run; each stands in its summary, and None where it was not measured."""
+    """All metrics of a run, each a key of its summary; None where it was not measured."""
 
     iterations: int | None = metric("gradients applied", column="iterations", form=".0f")
     gradients_computed: int | None = metric("gradients applied or discarded", lambda at: at.statistics.gradients_computed)
@@ -163,7 +167,7 @@ METRICS: Mapping[str, Metric] = {field.name: field.metadata["metric"] for field 
 
 def measure(at: Measurements) -> dict[str, Any]:
     """Compute all metrics; the summary has them as they are."""
-    return {name: at.extra.get(name) if declared.value is None else declared.value(at) for name, declared in METRICS.items()}
+    return {name: declared.measure(name, at) for name, declared in METRICS.items()}
 
 
 def row_of(at: Measurements, rows: Rows) -> dict[str, Any]:
@@ -171,7 +175,7 @@ def row_of(at: Measurements, rows: Rows) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for name, declared in METRICS.items():
         if declared.in_rows is rows:
-            value = at.extra.get(name) if declared.value is None else declared.value(at)
+            value = declared.measure(name, at)
             if value is not None:
                 row[name] = value if declared.digits is None else round(value, declared.digits)
     return row

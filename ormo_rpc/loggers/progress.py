@@ -37,11 +37,11 @@ class ProgressBar(RunLog):
         }
         self._bar.set_postfix(self._fields, refresh=False)
         self._bar.update(max(0, row["iteration"] - self._bar.n))
-        with contextlib.suppress(OSError):  # the terminal may be gone
+        with contextlib.suppress(OSError):  # the terminal may be closed
             self._bar.refresh()
 
     @override
     def finish(self, summary: Mapping[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # the terminal may be gone
+        with contextlib.suppress(OSError):  # the terminal may be closed
             self._bar.close()  # leaves the last state on the terminal
             self._file.close()

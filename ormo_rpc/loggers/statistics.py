@@ -84,9 +84,9 @@ class Statistics:
 
     def delay_quantile(self, fraction: float) -> int:
         """Return the smallest delay that at least this fraction of the applied gradients does not exceed."""
-        wanted, seen = fraction * self.applied, 0
+        target, seen = fraction * self.applied, 0
         for delay, count in sorted(self.delays.items()):
             seen += count
-            if seen >= wanted:
+            if seen >= target:
                 return delay
         return 0

@@ -29,7 +29,7 @@ class Layout:
 
 
 class FlatModel:
-    """A module whose parameters, gradients and batch-norm statistics are views of whatever vectors it is shown.
+    """A module whose parameters, gradients and batch-norm statistics are views of the flat vectors that it is bound to.
 
     Args:
         module: The model; it belongs to this object from now on.
@@ -79,7 +79,7 @@ class FlatModel:
     def bind_batch_statistics(self, flat: Tensor) -> dict[str, Tensor]:
         """Let each forward pass write its batch's own statistics into ``flat``, shape (B,); return them by name.
 
-        With ``momentum = 1`` a batch norm forgets what was there before: ``0 * old + 1 * batch``. Zero ``flat`` before
+        With ``momentum = 1`` a batch norm overwrites its former statistics: ``0 * old + 1 * batch``. Zero ``flat`` before
         each pass, since 0 times NaN is NaN.
         """
         views = self.buffers.views(flat)

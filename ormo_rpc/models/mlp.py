@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ormo_rpc.models.base import Model, is_probability
-from ormo_rpc.options import option, register
+from ormo_rpc.options import at_least_one, not_negative, option, register
 
 
 class MLPNetwork(nn.Module):
@@ -38,9 +38,9 @@ class MLPNetwork(nn.Module):
 class MLP(Model):
     """A multilayer perceptron; inputs of any shape are flattened."""
 
-    hidden: int = option(128, "features of a hidden layer", valid=lambda n: n >= 1, expected="a whole number >= 1")
+    hidden: int = option(128, "features of a hidden layer", valid=at_least_one, expected="a whole number >= 1")
     depth: int = option(
-        1, "number of hidden layers; 0 is logistic regression", valid=lambda n: n >= 0, expected="a whole number >= 0"
+        1, "number of hidden layers; 0 is logistic regression", valid=not_negative, expected="a whole number >= 0"
     )
     dropout: float = option(
         0.0, "probability of dropping a hidden feature", valid=is_probability, expected="a number in [0, 1)"

@@ -95,8 +95,8 @@ def connect(
         secret: Of the run.
         preferred_worker: The worker number to have, if it is free.
         slot_id: See `JoinRequest.slot_id`.
-        timeout_seconds: When to give up.
-        stopping: True once this worker has been asked to leave, and so gives up.
+        timeout_seconds: Give up after this time.
+        stopping: Returns True once this worker has been asked to leave; then it gives up.
 
     Raises:
         ServerLost: no server was reached in time, or the worker is stopping.

@@ -44,7 +44,7 @@ class MembershipHandler(Protocol):
         ...
 
     def evict(self, membership: Membership, reason: str) -> None:
-        """Take a membership away, since its process is gone or does not answer."""
+        """End the membership of a process that has died or does not answer."""
         ...
 
     def request_leave(self, membership: Membership) -> None:
@@ -62,7 +62,7 @@ class Listener:
         secret: Of the run.
         handler: Decides about memberships.
         response: The answer to a worker that has joined.
-        timeout_seconds: A worker that is silent for so long is evicted.
+        timeout_seconds: A worker that is silent for longer is evicted.
         serve_stream: Serves, to its end, the authenticated connection on which a worker that has joined pushes.
     """
 
@@ -104,7 +104,7 @@ class Listener:
                 continue
             try:
                 connection, (host, port, *_) = self.sock.accept()
-            except OSError as error:  # such as too many open files: the workers that have joined are served on
+            except OSError as error:  # such as too many open files: workers that have joined are not affected
                 self._unauthenticated.release()
                 if self._closed.is_set():
                     return
@@ -130,13 +130,13 @@ class Listener:
                 finally:
                     self._unauthenticated.release()
                 if membership is None:
-                    with contextlib.suppress(EOFError):  # no reason to evict: the lease tells whether a worker lives
+                    with contextlib.suppress(EOFError):  # no reason to evict: the lease decides whether a worker is alive
                         self.serve_stream(reader)
                 else:
                     self._hold_lease(connection, reader, membership)
             except (WireError, ValueError, OSError, EOFError) as error:
                 _log.warning("refused a connection from %s: %s", peer, error)
-                if isinstance(error, ValueError):  # ours; the peer knows of the others
+                if isinstance(error, ValueError):  # a refusal of ours; the peer knows of the others
                     with contextlib.suppress(OSError, EOFError):
                         send(connection, {"error": str(error), "run_ended": isinstance(error, RunEnded)})
             finally:

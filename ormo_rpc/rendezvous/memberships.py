@@ -1,4 +1,4 @@
-"""Memberships: which process holds which worker number, from joining until it leaves or is evicted.
+"""Memberships: the worker number of each process, from joining until it leaves or is evicted.
 
 A worker number belongs to one process at a time. The *session id* of a membership authenticates every later call and is void
 with the membership, so calls of an evicted process, or of one that joined an earlier incarnation of the server, are recognised.
@@ -22,7 +22,7 @@ class Membership:
         session_id: Authenticates its calls.
         joined: True once it may hold a ticket.
         leaving: True once it has asked to leave after the ticket that it holds.
-        not_finite: Consecutive gradients of its that were not finite.
+        not_finite: Its consecutive gradients that were not finite.
     """
 
     worker: int

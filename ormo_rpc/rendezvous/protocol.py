@@ -73,7 +73,7 @@ class JoinResponse:
         worker: Its worker number.
         session_id: Authenticates its later calls.
         config: The configuration of the run, as YAML.
-        transport: What the transport offers to workers (`ServerSide.start`).
+        transport: The values that workers need to connect (`ServerSide.start`).
         heartbeat_seconds: The interval of its heartbeats.
         timeout_seconds: After this much silence each side takes the other one for dead.
     """
@@ -163,7 +163,7 @@ class LineReader:
 
 
 def authenticate_worker(reader: LineReader, secret: Secret, timeout_seconds: float) -> dict[str, Any]:
-    """In the server: check that the other side knows the secret, prove it in turn, and return the worker's request.
+    """Check, in the server, that the other side knows the secret; prove it in turn, and return the worker's request.
 
     Afterwards the server sends its own messages with `send(reader.sock, ...)`.
 
@@ -173,34 +173,34 @@ def authenticate_worker(reader: LineReader, secret: Secret, timeout_seconds: flo
         timeout_seconds: For the whole handshake.
 
     Raises:
-        WireError: another version or secret, or a malformed answer; the other side has been told.
+        WireError: another version or secret, or a malformed answer; the other side has been sent the reason.
         EOFError: the connection ended.
         TimeoutError: the handshake took too long.
         OSError: the connection failed while sending.
     """
     deadline = time.monotonic() + timeout_seconds
-    mine = nonce()
-    send(reader.sock, {"ormo_rpc": PROTOCOL_VERSION, "nonce": mine}, timeout_seconds)
+    server_nonce = nonce()
+    send(reader.sock, {"ormo_rpc": PROTOCOL_VERSION, "nonce": server_nonce}, timeout_seconds)
     answer = reader.receive(_left(deadline), MAX_HANDSHAKE_BYTES)
     if "error" in answer:
         raise Refused(_printable(answer["error"]))
     if answer.get("ormo_rpc") != PROTOCOL_VERSION:
         _refuse(reader.sock, _other_version(answer.get("ormo_rpc"), "worker", "server"), deadline)
-    theirs, request = answer.get("nonce"), answer.get("request")
-    if not _is_nonce(theirs) or not isinstance(request, dict):
+    worker_nonce, request = answer.get("nonce"), answer.get("request")
+    if not _is_nonce(worker_nonce) or not isinstance(request, dict):
         _refuse(reader.sock, "the answer to the server's nonce has no nonce or no request", deadline)
     try:
-        known = verify(answer.get("proof"), secret, "worker", mine, theirs, request)
+        known = verify(answer.get("proof"), secret, "worker", server_nonce, worker_nonce, request)
     except RecursionError:  # a request that is nested as deep as a parser takes it
         known = False
     if not known:
         _refuse(reader.sock, _WRONG_SECRET, deadline)
-    send(reader.sock, {"proof": proof(secret, "server", mine, theirs, request)}, _left(deadline))
+    send(reader.sock, {"proof": proof(secret, "server", server_nonce, worker_nonce, request)}, _left(deadline))
     return request
 
 
 def authenticate_server(reader: LineReader, secret: Secret, request: Mapping[str, Any], timeout_seconds: float) -> None:
-    """In a worker: prove that it knows the secret, and check that the server does.
+    """Prove, in a worker, that it knows the secret, and check that the server does.
 
     Afterwards the worker reads the server's messages with the same reader.
 
@@ -223,15 +223,15 @@ def authenticate_server(reader: LineReader, secret: Secret, request: Mapping[str
         raise Refused(_printable(challenge["error"]))
     if challenge.get("ormo_rpc") != PROTOCOL_VERSION:
         _refuse(reader.sock, _other_version(challenge.get("ormo_rpc"), "server", "worker"), deadline)
-    theirs, mine = challenge.get("nonce"), nonce()
-    if not _is_nonce(theirs):
+    server_nonce, worker_nonce = challenge.get("nonce"), nonce()
+    if not _is_nonce(server_nonce):
         _refuse(reader.sock, "the server's first message has no nonce", deadline)
-    proved = {"proof": proof(secret, "worker", theirs, mine, request), "request": dict(request)}
-    send(reader.sock, {"ormo_rpc": PROTOCOL_VERSION, "nonce": mine, **proved}, _left(deadline))
+    proved = {"proof": proof(secret, "worker", server_nonce, worker_nonce, request), "request": dict(request)}
+    send(reader.sock, {"ormo_rpc": PROTOCOL_VERSION, "nonce": worker_nonce, **proved}, _left(deadline))
     answer = reader.receive(_left(deadline), MAX_HANDSHAKE_BYTES)
     if "error" in answer:
         raise Refused(_printable(answer["error"]))
-    if not verify(answer.get("proof"), secret, "server", theirs, mine, request):
+    if not verify(answer.get("proof"), secret, "server", server_nonce, worker_nonce, request):
         _refuse(reader.sock, "the server does not know the secret", deadline)
 
 
@@ -255,7 +255,7 @@ def _wait(sock: socket.socket, event: int, deadline: float, what: str) -> None:
     poll = select.poll()
     try:
         poll.register(sock, event)
-    except ValueError:  # closed on our side
+    except ValueError:  # this side has closed it
         raise EOFError("the connection is closed") from None
     remaining = deadline - time.monotonic()
     if remaining <= 0 or not poll.poll(remaining * 1000):
@@ -267,7 +267,7 @@ def _left(deadline: float) -> float:
 
 
 def _refuse(sock: socket.socket, reason: str, deadline: float) -> NoReturn:
-    """Tell the other side, where it still listens, and give up."""
+    """Send the reason to the other side, if it still reads, and raise it."""
     with contextlib.suppress(OSError, EOFError):
         send(sock, {"error": reason}, min(1.0, _left(deadline)))
     raise WireError(reason)
@@ -277,12 +277,12 @@ def _is_nonce(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and len(value) == NONCE_CHARACTERS and value.isascii()
 
 
-def _other_version(theirs: object, other: str, here: str) -> str:
-    got = str(theirs) if type(theirs) is int and abs(theirs) < 10**9 else "none"
-    return f"protocol: the {other} has version {got}, the {here} version {PROTOCOL_VERSION}; install the same ormo_rpc on both"
+def _other_version(version: object, peer: str, side: str) -> str:
+    got = str(version) if type(version) is int and abs(version) < 10**9 else "none"
+    return f"protocol: the {peer} has version {got}, the {side} version {PROTOCOL_VERSION}; install the same ormo_rpc on both"
 
 
 def _printable(text: object, limit: int = 500) -> str:
-    """The other side's words on one line, without anything that a terminal would act on."""
+    """Text of the other side on one line, without control characters."""
     shown = text[:limit] if isinstance(text, str) else "no reason given"
     return "".join(character if character.isprintable() else "?" for character in shown)

@@ -82,7 +82,7 @@ def write_secret(path: Path, secret: Secret) -> None:
         ConfigError: the path is a symbolic link, or its directory cannot be written to.
     """
     if path.is_symlink():
-        raise ConfigError(f"{path}: it is a symbolic link, expected a file of our own; remove it or name another one")
+        raise ConfigError(f"{path}: it is a symbolic link, expected a regular file; remove it or name another one")
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
@@ -127,12 +127,12 @@ def proof(secret: Secret, role: Role, server_nonce: str, worker_nonce: str, requ
         worker_nonce: The worker's nonce.
         request: The worker's request, of JSON's types.
     """
-    said = json.dumps(["ormo_rpc rendezvous", PROTOCOL_VERSION, role, server_nonce, worker_nonce, request], sort_keys=True)
-    return hmac.new(secret.reveal().encode(), said.encode(), hashlib.sha256).hexdigest()
+    content = json.dumps(["ormo_rpc rendezvous", PROTOCOL_VERSION, role, server_nonce, worker_nonce, request], sort_keys=True)
+    return hmac.new(secret.reveal().encode(), content.encode(), hashlib.sha256).hexdigest()
 
 
 def verify(given: object, secret: Secret, role: Role, server_nonce: str, worker_nonce: str, request: Mapping[str, Any]) -> bool:
-    """Check ``given``, of any type, against the `proof`, in a time that does not tell where they differ."""
+    """Check ``given``, of any type, against the `proof`, in constant time."""
     expected = proof(secret, role, server_nonce, worker_nonce, request)
     return isinstance(given, str) and given.isascii() and hmac.compare_digest(given, expected)
 

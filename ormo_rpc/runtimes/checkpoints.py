@@ -23,7 +23,7 @@ class CheckpointWriter:
         config: The configuration of the run.
         exporter: Makes the content of ``model.pt``.
         executor: Writes to disk.
-        recorder: Tells when the events that led to a state are written.
+        recorder: Calls back when the events that led to a state are written.
         clock: The run's seconds.
 
     Attributes:
@@ -76,7 +76,7 @@ class CheckpointWriter:
         self._recorder.call_when_written(start)
 
     def flush(self) -> None:
-        """Note a checkpoint that is complete.
+        """Take note of a checkpoint that is complete.
 
         Raises:
             OSError: it could not be written.

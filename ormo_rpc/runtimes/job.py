@@ -58,11 +58,11 @@ class JobLike(Protocol):
         ...
 
     def evaluator(self) -> Evaluator | None:
-        """Return what evaluates parameters; None where there is no test set."""
+        """Return a function that evaluates parameters; None where there is no test set."""
         ...
 
     def exporter(self) -> Exporter:
-        """Return what makes a ``state_dict`` of plain PyTorch."""
+        """Return a function that makes a ``state_dict`` of plain PyTorch."""
         ...
 
 
@@ -146,7 +146,7 @@ class Job:
         return lambda params, statistics: evaluate(model, params, statistics, self.data.test)
 
     def exporter(self) -> Exporter:
-        """Return what makes a ``state_dict``, with a model of its own."""
+        """Return a function that makes a ``state_dict``, with a model of its own."""
         model = self.model()
 
         def export(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -158,7 +158,7 @@ class Job:
 
 
 def time_generator(config: Config, worker: int) -> torch.Generator:
-    """Return the random generator of one worker's speed, which does not depend on the number of workers."""
+    """Return the random generator of one worker's compute times, the same for any number of workers."""
     return torch.Generator().manual_seed(seed_for(config.seed, "time", worker))
 
 

@@ -94,7 +94,7 @@ def check_resume(config: Config, path: Path) -> None:
 
 
 def check_data_and_model(config: Config) -> None:
-    """Load the data set and build the model once, to find what is wrong with them in one place instead of in every process.
+    """Load the data set and build the model once, to find errors in one place instead of in every process.
 
     Raises:
         ConfigError: the data set is missing or damaged, or the model does not fit it.

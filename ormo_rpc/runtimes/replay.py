@@ -55,8 +55,8 @@ def run(config: Config, run_dir: Path) -> dict[str, Any]:
     run_dir.mkdir(parents=True, exist_ok=True)
     save_config(config, run_dir / "config.yaml")
     torch.set_num_threads(header["threads"])
-    here = environment()
-    differences = {key: [header[key], here[key]] for key in BITS_DEPEND_ON if header[key] != here[key]}
+    present = environment()
+    differences = {key: [header[key], present[key]] for key in BITS_DEPEND_ON if header[key] != present[key]}
     replay = Replay(original, header)
     failure = replay.compare_events(events) or replay.compare_end(recorded)
     summary = dataclasses.replace(
@@ -70,14 +70,14 @@ def run(config: Config, run_dir: Path) -> dict[str, Any]:
     )
     content = write_summary(run_dir, summary)
     if failure is not None:
-        elsewhere = "".join(f"; {key} was {then!r}, here it is {now!r}" for key, (then, now) in differences.items())
-        excuse = f". Equal bits are not guaranteed in this environment{elsewhere}" if differences else ""
-        raise RunFailed(f"replay of {source} differs: {failure}{excuse}")
+        changes = "".join(f"; {key} was {then!r}, here it is {now!r}" for key, (then, now) in differences.items())
+        hint = f". Equal bits are not guaranteed in this environment{changes}" if differences else ""
+        raise RunFailed(f"replay of {source} differs: {failure}{hint}")
     return content
 
 
 class Replay:
-    """A server that is given the inputs of a recorded one again.
+    """A server that receives the inputs of a recorded one again.
 
     Args:
         config: The configuration of the recorded run.
@@ -153,7 +153,7 @@ class Replay:
             self._deliver(self.server.stop())
 
     def _push(self, push: Push, event: Mapping[str, Any]) -> list[Reply]:
-        """Push to the server; a push that was damaged on its way, as ours is not, is rejected as it was then."""
+        """Push to the server; one that was damaged on its way, as this one is not, is rejected as it was then."""
         if str(event.get("reason", "")).startswith("not finite"):
             return self.server.reject(push)
         return self.server.receive(push)
@@ -171,9 +171,9 @@ class Replay:
 
     def _repeat_push(self, event: Mapping[str, Any]) -> None:
         """Repeat a push; it is not applied, so its gradient does not matter."""
-        context = {name: event[name] for name in ("worker", "ticket", "stamp")}
+        numbers = {name: event[name] for name in ("worker", "ticket", "stamp")}
         nothing = torch.zeros(0)
-        push = Push(**context, grad=nothing, incarnation=self.server.incarnation)
+        push = Push(**numbers, grad=nothing, incarnation=self.server.incarnation)
         self._deliver(self.server.commit(push, ValidatedPush(nothing, 0.0)))
 
     def _deliver(self, replies: list[Reply]) -> None:

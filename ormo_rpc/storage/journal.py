@@ -173,11 +173,11 @@ class FileJournal(Journal):
 
     @override
     def sync(self) -> None:
-        wanted = self._appended
+        target = self._appended
         with self._syncing:
             if self._failure is not None:
                 raise OSError(self._failure.errno, self._failure.strerror) from self._failure
-            if self._synced >= wanted:
+            if self._synced >= target:
                 return
             reached, unsynced, self._unsynced_files = self._appended, self._unsynced_files, []
             for descriptor in unsynced:

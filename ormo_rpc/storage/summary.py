@@ -26,7 +26,7 @@ def entry(doc: str) -> Any:
 
 @dataclass(kw_only=True)
 class Summary(Metrics):
-    """Everything that ``summary.json`` says; None where it is not known, or means nothing in this kind of run."""
+    """The content of ``summary.json``; None where a value is unknown, or does not apply to this kind of run."""
 
     status: str | None = entry("completed, diverged, interrupted, failed; of a replay also differs")
     reason: str | None = entry("why it was interrupted, failed or differs")
@@ -37,7 +37,7 @@ class Summary(Metrics):
     dataset: str | None = entry("name of the data set; - for synthetic gradients")
     model: str | None = entry("name of the model, or the kind of synthetic gradients")
     heterogeneity: str | None = entry("name of the heterogeneity")
-    wire: str | None = entry("how pushes and parameters are changed on the wire; exact if not at all")
+    wire: str | None = entry("changes to pushes and parameters on the wire; exact where there are none")
     lr: float | None = entry("configured learning rate train.lr")
     seed: int | None = entry("seed of the run")
     num_workers: int | None = entry("K, workers at the start")
@@ -64,12 +64,12 @@ class Summary(Metrics):
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Summary:
-        """Take over the entries of a summary that was read; keys of other versions are dropped."""
+        """Make a summary of the entries that were read; keys of other versions are dropped."""
         names = {field.name for field in dataclasses.fields(cls)}
         return cls(**{key: value for key, value in content.items() if key in names})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content of ``summary.json``: kind and end of the run first, metrics behind."""
+        """Return the content of ``summary.json``: kind and end of the run first, metrics last."""
         metrics = {field.name for field in dataclasses.fields(Metrics)}
         names = [field.name for field in dataclasses.fields(self)]
         return {name: getattr(self, name) for name in sorted(names, key=metrics.__contains__)}

@@ -39,7 +39,7 @@ class Transport(Part, ABC):
 
     Attributes:
         SUPPORTS_PREFETCH: Several clients can be connected in one process, as ``worker.prefetch`` needs it.
-        UNAVAILABLE: Why this machine cannot use it, such as a missing build of torch; empty where it can.
+        UNAVAILABLE: The reason why this machine cannot use it, such as a missing build of torch; empty where it can.
     """
 
     PATH = "transport"
@@ -51,13 +51,13 @@ class Transport(Part, ABC):
         """Make the server's half.
 
         Args:
-            num_workers: How many workers the run starts with; others may join.
+            num_workers: Workers at the start of the run; others may join.
             timeout_seconds: For one exchange of messages, ``runtime.rpc_timeout_seconds``.
         """
 
     @abstractmethod
     def worker_side(self) -> WorkerSide:
-        """Make the half of one worker, which lives as long as the worker, across incarnations of the server."""
+        """Make the half of one worker, which is kept as long as the worker, across incarnations of the server."""
 
 
 class Service(Protocol):
@@ -94,7 +94,7 @@ class Service(Protocol):
         ...
 
     def leave(self, session_id: str) -> None:
-        """End a membership at the worker's wish."""
+        """End a membership, as its worker asks."""
         ...
 
 
@@ -106,14 +106,14 @@ class ServerSide(ABC):
 
     @abstractmethod
     def start(self, service: Service) -> Mapping[str, Any]:
-        """Serve from now on, and return what workers are to know (`Endpoint.offer`), of JSON's types."""
+        """Serve from now on; return the values that workers need to connect (`Endpoint.offer`), of JSON's types."""
 
     def accept(self, reader: LineReader) -> None:  # noqa: ARG002 - for those that take connections
         """Serve a connection that a worker opened by `Endpoint.open_connection`, in the calling thread, until it ends.
 
         Raises:
             ValueError: the worker's request is wrong; it is sent the message.
-            OSError, EOFError, WireError: the worker is gone, or violates the protocol.
+            OSError, EOFError, WireError: the connection has ended, or the worker violates the protocol.
         """
         raise ValueError("transport: this run's transport takes no connections of its own")
 
@@ -133,7 +133,7 @@ class WorkerSide(ABC):
         """Connect to one incarnation of the server, until the context ends.
 
         Args:
-            endpoint: Where the server is, and as whom to come.
+            endpoint: The server, and this worker's membership.
             payload: The wire form of every push, bytes of shape (`PushFormat.size`,), in memory that `allocate` made.
 
         Raises:
@@ -149,7 +149,7 @@ class ServerClient(Protocol):
         """Become available for work, and wait for the first reply.
 
         Raises:
-            ServerLost: the server is gone.
+            ServerLost: the connection is lost, or the server has ended.
             PushRefused: it refuses this worker.
         """
         ...
@@ -158,19 +158,19 @@ class ServerClient(Protocol):
         """Deliver a push, whose tensors lie in the payload, and wait for the reply; the next call may overwrite its parameters.
 
         Raises:
-            ServerLost: the server is gone.
+            ServerLost: the connection is lost, or the server has ended.
             PushRefused: it refuses the push.
         """
         ...
 
     def leave(self) -> None:
-        """Leave; a server that is gone is no error."""
+        """Leave; a lost server is no error."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """What a worker that has joined knows of the server.
+    """The server as known to a worker that has joined.
 
     Attributes:
         lease: The membership.
@@ -189,12 +189,12 @@ class Endpoint:
 
     @property
     def session_id(self) -> str:
-        """Goes with every call, and identifies the membership."""
+        """Identifies the membership in every call."""
         return self.lease.join_response.session_id
 
     @property
     def offer(self) -> Mapping[str, Any]:
-        """What `ServerSide.start` returned."""
+        """The value that `ServerSide.start` returned."""
         return self.lease.join_response.transport
 
     @property
@@ -204,14 +204,14 @@ class Endpoint:
         return host, port
 
     def alive(self) -> bool:
-        """Tell whether the lease holds; waiting for a server makes no sense after it."""
+        """Tell whether the lease holds; without it there is no server to wait for."""
         return not self.lease.lost.is_set()
 
     def open_connection(self) -> LineReader:
         """Open an authenticated connection, which `ServerSide.accept` serves; to be closed by the caller.
 
         Raises:
-            OSError, EOFError: the server is gone.
+            OSError, EOFError: the server cannot be reached.
             WireError: it does not know the secret.
         """
         connection = socket.create_connection(self.address, self.timeout_seconds)

@@ -17,7 +17,7 @@ from ormo_rpc.messages import ErrorReply, Push, Reply, number_fields
 
 M = TypeVar("M", Push, Reply)
 _ABSENT = "absent"
-"""The first slot: a bit for each number that is None."""
+"""The name of the first word, which has a bit for each number that is None."""
 
 
 class Codec(Generic[M]):
@@ -52,7 +52,7 @@ class Codec(Generic[M]):
         return self._layout.pack(absent, *values)
 
     def unpack(self, header: bytes | bytearray | memoryview, offset: int = 0) -> dict[str, Any]:
-        """The numbers by name, whatever the bytes are.
+        """The numbers by name; any bytes are valid.
 
         Raises:
             struct.error: there are too few of them.

@@ -1,7 +1,7 @@
 """Futures of replies that are not due yet: one for each worker that waits, open until its reply is due.
 
-Nobody waits under the server's lock for another worker: a reply that is not due leaves its future open, and whatever makes it
-due completes it.
+No thread waits under the server's lock for another worker: a reply that is not due leaves its future open, and the call that
+makes it due completes it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ormo_rpc.errors import PushRefused
 from ormo_rpc.messages import ErrorReply, Reply
 
 ServerResponse = Reply | ErrorReply
-"""What completes a call."""
+"""The outcome of a call."""
 
 
 class ReplyFuture:
@@ -32,12 +32,12 @@ class ReplyFuture:
         self._callbacks: list[Callable[[ReplyFuture], None]] = []
 
     def done(self) -> bool:
-        """Tell whether the response is here."""
+        """Tell whether the response has arrived."""
         return self._response is not None
 
     def value(self) -> ServerResponse:
-        """The response, which is here."""
-        assert self._response is not None, "asked for a response that is still to come"
+        """The response of a completed future."""
+        assert self._response is not None, "the future is not completed"
         return self._response
 
     def wait(self, timeout_seconds: float | None = None) -> ServerResponse:
@@ -46,9 +46,9 @@ class ReplyFuture:
         Raises:
             TimeoutError: it has not come in time.
         """
-        here = threading.Event()
-        self.add_done_callback(lambda _: here.set())
-        if not here.wait(timeout_seconds):
+        completed = threading.Event()
+        self.add_done_callback(lambda _: completed.set())
+        if not completed.wait(timeout_seconds):
             raise TimeoutError("the response has not come in time")
         return self.value()
 
@@ -70,7 +70,7 @@ class ReplyFuture:
 
 
 Due = tuple[ReplyFuture, Reply | Exception]
-"""A future and what completes it."""
+"""A future and its outcome."""
 
 
 class PendingReplies:
@@ -83,7 +83,7 @@ class PendingReplies:
     def __init__(self, *, defer_shutdown: bool) -> None:
         self.defer_shutdown = defer_shutdown
         self._replied_at: dict[int, float] = {}
-        """When each worker was given its newest reply."""
+        """The time of each worker's newest reply."""
         self._open: dict[int, ReplyFuture] = {}
 
     def expect(self, worker: int, future: ReplyFuture) -> list[Due]:
@@ -106,13 +106,13 @@ class PendingReplies:
         return [(self._open.pop(reply.worker), reply) for reply in replies if reply.worker in self._open]
 
     def late(self, workers: Iterable[int], timeout_seconds: float) -> list[int]:
-        """Those of some workers, all of which have had a reply, whose newest one was given longer ago than that."""
+        """Select the workers whose newest reply is older than that; each of them has had one."""
         now = time.monotonic()
         return [worker for worker in workers if now - self._replied_at[worker] > timeout_seconds]
 
 
 def without(due: Iterable[Due], future: ReplyFuture) -> list[Due]:
-    """All but what completes this future, which gets another response."""
+    """All but the pair of this future, which gets another outcome."""
     return [each for each in due if each[0] is not future]
 
 

@@ -54,7 +54,7 @@ class DummyWorker(Worker):
             return
         torch.randn(self.push.shape, generator=generator(self.seed, "stand in", 0), out=self.push)
         self.push.mul_(SCALE)
-        self.statistics.fill_(1.0)  # a mean and a variance that an evaluation could live with
+        self.statistics.fill_(1.0)  # a mean and a variance that an evaluation can use
         self._drawn_into = self.payload.data_ptr()
         form = self._encoder.format
         self._drawn = self.push.clone() if form.compression.error_feedback and not form.exact else None

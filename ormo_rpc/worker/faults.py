@@ -9,7 +9,7 @@ counted from 0, and ``KIND@server:ITERATION`` in the server:
 * ``drop_reply``: discard the reply, as if it had been lost, and push again;
 * ``corrupt``: push NaN in place of the gradient, in AMOUNT consecutive pushes (1 by default).
 
-Only the first process of the server or of a worker has faults; a restarted one has none. Each fault is told when it fires.
+Only the first process of the server or of a worker has faults; a restarted one has none. Each fault is reported when it fires.
 """
 
 from __future__ import annotations
@@ -84,13 +84,13 @@ class FaultInjector:
         words: All faults of the run.
         worker: The worker number of this process; None for the server.
         restart_count: Earlier processes of this server or worker; only the first one has faults.
-        tell: Called right before a fault happens.
+        report: Called right before a fault happens.
     """
 
-    def __init__(self, words: Sequence[str], worker: int | None, restart_count: int, tell: Callable[[str], None]) -> None:
+    def __init__(self, words: Sequence[str], worker: int | None, restart_count: int, report: Callable[[str], None]) -> None:
         faults = [Fault.parse(word) for word in words] if restart_count == 0 else []
         self.faults = [fault for fault in faults if fault.worker == worker]
-        self.tell = tell
+        self.report = report
         self.pushes = 0
         """Pushes that a worker has begun."""
 
@@ -101,7 +101,7 @@ class FaultInjector:
             time.sleep(fault.amount)
         for fault in self.faults:
             if fault.kind == "corrupt" and 0 <= self.pushes - fault.place < fault.amount:
-                self.tell(f"fault {fault}, push {self.pushes}")
+                self.report(f"fault {fault}, push {self.pushes}")
                 payload.view(torch.uint8).fill_(0xFF)  # NaN in every floating point type
         self.pushes += 1
 
@@ -119,9 +119,9 @@ class FaultInjector:
                 os.kill(os.getpid(), number)
 
     def _take(self, kind: str, place: int) -> list[Fault]:
-        """Remove the faults of a kind that happen here, since each happens once, and tell them."""
+        """Remove the faults of a kind that happen here, since each happens once, and report them."""
         found = [fault for fault in self.faults if fault.kind == kind and fault.place == place]
         for fault in found:
             self.faults.remove(fault)
-            self.tell(f"fault {fault}")
+            self.report(f"fault {fault}")
         return found

@@ -1,4 +1,4 @@
-"""Machines that differ in speed: the factor by which a worker takes longer than its own computation.
+"""Machines that differ in speed: the factor by which a worker takes longer than its computation alone.
 
 A live worker sleeps for the difference; a simulated one adds it to its virtual time. A factor is never below 1, because a live
 worker cannot be made faster than it is.
@@ -21,15 +21,15 @@ from ormo_rpc.options import Part, at_least_one, option, positive, register
 
 @dataclass(frozen=True, kw_only=True)
 class Heterogeneity(Part, ABC):
-    """A law of how much longer a worker takes for a ticket, and its options."""
+    """The distribution of a worker's slowdown for a ticket, and its options."""
 
     PATH = "heterogeneity"
 
     def prepare(self) -> None:
-        """Make sure that `slowdown` works, before anything starts.
+        """Check that `slowdown` can work, before anything starts.
 
         Raises:
-            ValueError: it cannot.
+            ValueError: it cannot; the message has the key to change.
         """
 
     @abstractmethod
@@ -52,7 +52,7 @@ class NoHeterogeneity(Heterogeneity):
 class OneSlow(Heterogeneity):
     """The last worker is slower than the others, ten times by default."""
 
-    factor: float = option(10.0, "how many times slower", valid=at_least_one, expected="a finite number >= 1")
+    factor: float = option(10.0, "slowdown, 1 for none", valid=at_least_one, expected="a finite number >= 1")
 
     @override
     def slowdown(self, worker: int, num_workers: int, generator: torch.Generator) -> float:
@@ -67,9 +67,12 @@ class SlowTail(Heterogeneity):
     1/16 of them as in the experiments of arXiv 2407.19234.
     """
 
-    factor: float = option(10.0, "how many times slower", valid=at_least_one, expected="a finite number >= 1")
+    factor: float = option(10.0, "slowdown, 1 for none", valid=at_least_one, expected="a finite number >= 1")
     fraction: float = option(
-        1 / 16, "which part of the workers, at least one of them", valid=lambda v: 0 < v <= 1, expected="a number in (0, 1]"
+        1 / 16,
+        "fraction of the workers that are slower, at least one of them",
+        valid=lambda v: 0 < v <= 1,
+        expected="a number in (0, 1]",
     )
 
     @override
@@ -148,13 +151,13 @@ class RecordedDelays(Heterogeneity):
     def slowdown(self, worker: int, num_workers: int, generator: torch.Generator) -> float:
         assert self.run is not None, "prepare has been called"
         recorded = _recorded_slowdowns(self.run)
-        mine = recorded[worker % len(recorded)]
-        return mine[int(torch.randint(len(mine), (), generator=generator))]
+        slowdowns = recorded[worker % len(recorded)]
+        return slowdowns[int(torch.randint(len(slowdowns), (), generator=generator))]
 
 
 @functools.lru_cache(maxsize=1)
 def _recorded_slowdowns(run: str) -> list[list[float]]:
-    """For each worker of a run that redeemed any ticket, the time of each, in units of the shortest time of all."""
+    """The times of each worker's applied tickets, in units of the shortest time in the run."""
     began: dict[tuple[int, int], float] = {}
     seconds: dict[int, list[float]] = {}
     with (Path(run) / "trace.jsonl").open(encoding="utf-8") as trace:

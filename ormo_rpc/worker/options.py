@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from ormo_rpc.options import Section, option
 
 MOST_AHEAD = 100
-"""Each ticket ahead has a model, a thread and two connections, and no network is so slow that more of them were of use."""
+"""Each ticket ahead costs a model, a thread and two connections, and no network is slow enough for more to be of use."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerOptions(Section):
-    """The work of a worker on its tickets."""
+    """Options of each worker."""
 
     PATH = "worker"
     dummy: bool = option(

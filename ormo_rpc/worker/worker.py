@@ -1,6 +1,6 @@
 """The worker: from a `Reply` to a `Push`, the same object in every runtime.
 
-It keeps nothing between tickets, but for what a lossy wire format has dropped so far (see `Encoder`).
+It keeps no state between tickets, but for the compression state of a lossy wire format (see `Encoder`).
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class Worker:
     Args:
         model: The model, for this worker alone.
         data: The training split.
-        epochs: Which samples make up which ticket.
-        algorithm: The server's algorithm, which says what becomes of the gradients before they are pushed.
+        epochs: The samples of each ticket.
+        algorithm: The server's algorithm, which makes the push of the gradients (`Algorithm.local`).
         seed: The seed of the run.
         momentum: ``beta``, for algorithms with local steps.
         weight_decay: ``lambda``; a gradient gets ``+ lambda w`` at the parameters where it is taken, after clipping.
         clip_norm: The global norm to which the gradient of the loss is clipped first; None for no clipping.
-        wire_format: What becomes of the push on the wire; exact by default.
-        allocate: Makes the memory of `payload`, given its bytes.
+        wire_format: The wire form of pushes; exact by default.
+        allocate: Allocates the memory of `payload`, given its number of bytes.
     """
 
     def __init__(
@@ -69,20 +69,20 @@ class Worker:
         self.buffers = model.bind_batch_statistics(self.statistics)
         self._grad_bound = 0
         self._loaded: dict[int, tuple[Tensor, Tensor]] = {}
-        """Batches that are made already, by their numbers in the run."""
+        """Batches made ahead by `load`, by their numbers in the run."""
         self._sent = torch.empty(0, dtype=model.dtype)
-        """What was sent, where it had to be cast to the model's dtype."""
+        """The sent parameters, where they had to be cast to the model's dtype."""
 
     def compute(self, reply: Reply) -> Push:
-        """The push that answers a reply, as the server will see it, while `payload` is what goes over the wire.
+        """Compute the push for a reply, as the server will decode it; `payload` is its wire form.
 
-        Both are written over by the next call. A lossy format makes each call count: what this push drops is added to the
-        next one of the same worker.
+        Both are overwritten by the next call. With a lossy format call it once for each ticket, since the part that this push
+        drops is added to the next one of the same worker.
 
         Args:
-            reply: Work, that is, a ticket that is not None.
+            reply: A reply with a ticket.
         """
-        assert reply.ticket is not None, "a reply without a ticket is the word to stop"
+        assert reply.ticket is not None, "a reply without a ticket ends the worker"
         batches, losses = self._batches(reply.ticket, reply.steps), list[float]()
 
         def gradient(params: Tensor, step: int, into: Tensor) -> None:
@@ -119,19 +119,19 @@ class Worker:
             self._loaded = {number: self.data.batch(indices, self._augmentation(number)) for number, indices in batches}
 
     def forget(self, worker: int | None = None) -> None:
-        """A worker (None: whichever this is) joins anew: what the wire had dropped of its pushes is gone."""
+        """Reset the compression state of a worker, or of all workers, as when it joins again."""
         self._encoder.reset(worker)
 
     def state_dict(self) -> dict[int, dict[str, Any]]:
-        """What is kept of each worker, a private copy; empty where nothing is compressed or fed back."""
+        """Return the compression state of each worker, copied; empty where nothing is compressed or fed back."""
         return self._encoder.state_dict()
 
     def load_state_dict(self, state: Mapping[int, Mapping[str, Any]]) -> None:
-        """Take over what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self._encoder.load_state_dict(state)
 
     def _cast(self, sent: Tensor) -> Tensor:
-        """What was sent, in the model's dtype."""
+        """Cast the sent parameters to the model's dtype."""
         if sent.dtype == self.model.dtype:
             return sent
         if self._sent.shape != sent.shape:
@@ -139,14 +139,14 @@ class Worker:
         return self._sent.copy_(sent)
 
     def warm_up(self) -> None:
-        """Compute a gradient and forget it: a first pass is many times slower, a delay that means nothing."""
+        """Compute a gradient and drop it, since a first pass is many times slower and would be measured as a delay."""
         scratch = torch.zeros(self.model.params.size, dtype=self.model.dtype)
         self._gradient(self.model.flat_params(), self.epochs.indices(0), 0, scratch)
 
     def _gradient(self, params: Tensor, indices: Tensor, number: int, into: Tensor) -> float:
         """Write the gradient of the samples' mean loss at ``params`` into ``into``; return that loss.
 
-        ``number`` is that of the batch in the run, the seed of all that is random in it.
+        ``number`` is that of the batch in the run, and seeds its random draws.
         """
         self.model.bind(params)
         if into.data_ptr() != self._grad_bound:
@@ -163,7 +163,7 @@ class Worker:
         return loss.item()
 
     def _batches(self, ticket: int, steps: int) -> list[tuple[int, Tensor]]:
-        """The batches of a ticket: their numbers in the run, and which samples they are of."""
+        """The batches of a ticket: the number of each in the run, and the numbers of its samples."""
         indices = self.epochs.indices(ticket)
         parts = indices.tensor_split(min(steps, len(indices)))  # the last ticket of an epoch may be a small one
         return [(ticket * steps + step, part) for step, part in enumerate(parts)]

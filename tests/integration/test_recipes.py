@@ -1,4 +1,4 @@
-"""What the page on extending shows is trained, as it stands there."""
+"""The examples of the page on extending are trained as they stand there."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from ormo_rpc.storage.journal import FileJournal, recover
 
 ROUNDED = [torch.bfloat16, torch.float16]
 ORDER = [0, 1, 1, 2, 0, 1, 1, 2, 0, 2]
-"""Who pushes."""
+"""The workers in the order of their pushes."""
 
 
 def server(

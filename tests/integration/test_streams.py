@@ -62,7 +62,7 @@ def test_a_barrier_holds_answers_back_and_gives_them_all_at_once(
 def test_other_sizes_and_dtypes_and_batch_norm(
     dimension: int, dtype: torch.dtype, algorithm: str, transport: Transport
 ) -> None:
-    """What is small comes with the frame, although its gradients are shared; statistics come behind the gradient."""
+    """Small parameters come with the frame, although gradients are shared; statistics come behind the gradient."""
     with cluster(dimension=dimension, dtype=dtype, algorithm=algorithm, buffers=True) as run:
         run.start(*[transport] * WORKERS)
         run.run(40, random.Random(5))

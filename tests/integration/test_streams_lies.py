@@ -250,7 +250,7 @@ def test_with_a_journal_nobody_changes_a_gradient_that_was_checked(tmp_path: Pat
 
 
 def wrong_segments() -> dict[str, object]:
-    """What is no description of a segment, or one of another."""
+    """Values that are no handle of a segment, and handles of other segments."""
     own = os.getpid()
     return {
         "a list": [own, "x", 3],

@@ -1,4 +1,4 @@
-"""StreamServer that refuse, and streams that end: each worker is told why, and the others go on."""
+"""Streams that are refused or end: each worker gets the reason, and the others continue."""
 
 from __future__ import annotations
 

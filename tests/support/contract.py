@@ -52,11 +52,11 @@ class Reduction:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What the tests need to know of an algorithm.
+    """Facts about an algorithm that the tests need.
 
     Attributes:
         name: The algorithm's name.
-        reference: Its slow twin.
+        reference: Its reference implementation.
         vectors: How many vectors of D elements the algorithm holds, the parameters among them, for ``num_workers`` workers.
         more_vectors: And how many more with these options.
         lr: A learning rate at which it converges on the quadratic of the convergence test, whose largest curvature is 1.
@@ -287,7 +287,7 @@ class Case:
         return torch.randn(DIMENSION, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
 
     def reference(self, row: Row) -> reference.Reference:
-        """The slow twin."""
+        """The reference implementation."""
         return row.reference(
             self.start(),
             num_workers=self.num_workers,
@@ -342,7 +342,7 @@ def values(server: ParameterServer) -> dict[str, Tensor | int | float]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two nested values are identical, tensors to the bit."""
+    """Tell whether two nested values are identical, tensors to the bit."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return type(a) is type(b) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, Mapping):

@@ -1,4 +1,4 @@
-"""How many examples a test needs, in proportion to what the profile of hypothesis has."""
+"""The number of examples of a test, in proportion to that of the hypothesis profile."""
 
 from __future__ import annotations
 

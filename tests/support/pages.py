@@ -1,4 +1,4 @@
-"""What a page says in code, and what of it is not there: files, names, keys, links, commands."""
+"""The code in a page, and the parts of it that do not exist: files, names, keys, links, commands."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RUN_FILES = (
 """Files that a run writes."""
 FILE_ENDINGS = "py md json jsonl yaml toml pt png c gz cff".split()
 STANDINS = {"RUN_DIRECTORY": "runs/one", "DIRECTORY": "data", "HOST:PORT": "127.0.0.1:29400", "DATE/TIME": "a/b"}
-"""What stands for a value of the reader's, and one such value."""
+"""From each placeholder for a value of the reader's to one such value."""
 _CAPITALS = re.compile(r"\b[A-Z][A-Z_]*\b")
 _COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:python|torchrun|make|ormo-rpc) ")
 

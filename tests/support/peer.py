@@ -28,7 +28,7 @@ from ormo_rpc.transports.torch_rpc import unpickling
 
 SERVER = "server"
 SYSTEM = vars(os)["system"]
-"""What an attacker would call; its own name is softly deprecated."""
+"""A function that an attacker would call; its own name is softly deprecated."""
 
 
 class Api:
@@ -119,7 +119,7 @@ class Forger(cast("Any", pickle)._Pickler):
 
 
 def attempts(kind: str, folder: Path) -> dict[str, Callable[[], Any]]:
-    """What the peer tries, by name."""
+    """The attempts of the peer, by name."""
     ones = torch.ones(2)
 
     def ask(function: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Slow twins of the algorithms: the whole state from the list of all gradients, by the sums of the specification, no running buffer.
+"""Reference implementations: the whole state from the list of all gradients, by the sums of the specification.
 
 Nothing here is shared with the package: buckets, delays, concurrency and learning rates are worked out again from the history
 of calls. Legend: ``D`` parameters, ``w`` parameters, ``u`` momentum, ``t`` iteration, ``i`` stamp, ``b`` bucket, ``I`` momentum
@@ -98,7 +98,7 @@ class Reference(ABC):
         """The state after these calls."""
 
     def accepts(self, tau: int, K: int) -> bool:
-        """Whether a gradient is applied at all."""
+        """Tell whether a gradient is applied."""
         return True
 
     def accepts_at(self, t: int, i: int, K: int) -> bool:
@@ -198,7 +198,7 @@ class OrMo(Reference):
         return self.geometric(gradient.I - gradient.b + 1)
 
     def shifted(self, gradient: Gradient, gradients: Sequence[Gradient]) -> float:
-        """What the shifts since then added to that weight, each with the learning rate that ruled when it was made."""
+        """The weight that later shifts have added, each with the learning rate of its iteration."""
         weight = 0.0
         for before, after in zip(gradients[gradient.t :], gradients[gradient.t + 1 :], strict=False):
             for index in range(before.I + 1, after.I + 1):

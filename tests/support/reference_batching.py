@@ -1,4 +1,4 @@
-"""Slow twins of the algorithms that discard, collect, average or take local steps; see `tests.support.reference` for the legend.
+"""References of the algorithms that discard, collect, average or take local steps; legend in `tests.support.reference`.
 
 A gradient's *round* is ``t // B``: with what is discarded left out, every B-th gradient ends one. Closed forms
 where there are any.
@@ -17,12 +17,12 @@ from tests.support.schedule import Step
 
 
 def ended(history: Sequence[Step]) -> bool:
-    """Whether somebody was told to stop: then nothing is in a buffer any more."""
+    """Tell whether the run has ended: then nothing is in a buffer any more."""
     return any(reply.ticket is None for step in history for reply in step.replies)
 
 
 class Collecting(Reference):
-    """Every B gradients ``w <- w - eta sum / B`` at the last one's ``eta``; at the end the rest likewise."""
+    """Every B gradients ``w <- w - eta sum / B`` at the last one's ``eta``; at the end so the rest."""
 
     NAME: str
     """The option that is B."""

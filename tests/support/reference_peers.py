@@ -1,4 +1,4 @@
-"""Slow twins of the peers of ordered momentum; see ``reference.py`` for the legend and for what a twin may not share."""
+"""Reference implementations of the peers of ordered momentum; legend and rules in ``reference.py``."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class DCASGD(Reference):
 
     @property
     def adaptive(self) -> bool:
-        """Whether lambda follows the size of the gradients."""
+        """True where lambda follows the size of the gradients."""
         return self.options.get("adaptive", True)
 
     def mean_square(self, gradients: Sequence[Gradient]) -> Tensor:
@@ -139,7 +139,7 @@ class DCASGD(Reference):
         return (0.04 if chosen is None else chosen) * g.value_D**2
 
     def scale(self, history: Sequence[Step]) -> float:
-        """What rounding works on: a step multiplies an error by at most ``1 + 2 eta lambda_t g^2``, all steps by the product.
+        """The growth of a rounding error: a step multiplies it by at most ``1 + 2 eta lambda_t g^2``, all steps by the product.
 
         The parameters themselves are within the same factor of those without compensation.
         """

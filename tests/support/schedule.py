@@ -15,7 +15,7 @@ from ormo_rpc.messages import Push, Reply
 
 
 class Server(Protocol):
-    """What a schedule drives: `ormo_rpc.ParameterServer`, or anything that stands for it."""
+    """The interface that a schedule drives: `ormo_rpc.ParameterServer`, or a substitute."""
 
     def start(self) -> list[Reply]: ...
     def receive(self, push: Push) -> list[Reply]: ...
@@ -27,7 +27,7 @@ S = TypeVar("S", bound=Server)
 
 Action = Literal["push", "join", "leave"]
 Schedule = list[tuple[Action, int]]
-"""What happens, and a number that picks the one it happens to, modulo how many there are."""
+"""Each action, and a number that selects its worker, modulo the number of candidates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Run(Generic[S]):
         num_workers: How many workers there are at the start.
         history: Every call so far.
         outstanding: The replies that wait for their push by worker and ticket, oldest first.
-        members: Who takes part; `gone`: who left, first leaver first; `stopped`: who was told to stop.
+        members: The present workers; `gone`: those that left, in order; `stopped`: those whose last reply has come.
         issued: The parameters of every reply, and what they were when it was issued.
     """
 
@@ -164,7 +164,7 @@ class Run(Generic[S]):
 
 def answer(reply: Reply, grad: Tensor) -> Push:
     """The push that a worker sends for a reply."""
-    assert reply.ticket is not None, "told to stop"
+    assert reply.ticket is not None, "the worker has stopped"
     return Push(worker=reply.worker, ticket=reply.ticket, stamp=reply.stamp, grad=grad, incarnation=reply.incarnation)
 
 
@@ -184,14 +184,14 @@ def noise(dimension: int, seed: int = 0) -> Callable[[Reply], Tensor]:
     """Gradients that depend on the ticket alone, normally distributed."""
 
     def gradient(reply: Reply) -> Tensor:
-        assert reply.ticket is not None, "told to stop"
+        assert reply.ticket is not None, "the worker has stopped"
         return normal(dimension, seed, reply.ticket)
 
     return gradient
 
 
 def pushed(algorithm: Algorithm, gradient_at: Callable[[Tensor], Tensor]) -> Callable[[Reply], Tensor]:
-    """What a worker of that algorithm pushes for a reply, when every batch has the gradient ``gradient_at(params)``."""
+    """The push of a worker of that algorithm for a reply, if every batch has the gradient ``gradient_at(params)``."""
 
     def gradient(params: Tensor, step: int, into: Tensor) -> None:  # noqa: ARG001 - all batches are the same
         into.copy_(gradient_at(params))

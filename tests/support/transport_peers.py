@@ -34,7 +34,7 @@ _context.set_forkserver_preload(["ormo_rpc.transports.stream.client", "ormo_rpc.
 
 
 class RecordingService:
-    """Takes note of what a transport calls, and replies what it is told; also the handler of its memberships.
+    """Records the calls of a transport, and gives the replies that a test has set; also the handler of its memberships.
 
     Args:
         dimension: D of the pushes, of float32.
@@ -52,7 +52,7 @@ class RecordingService:
         self.left: list[str] = []
         self.pushes: list[Push] = []
         self.replies: list[Reply] = []
-        """What the next calls are answered with, in their order; where there is none, the future stays open."""
+        """The replies to the next calls, in order; without one, the future stays open."""
         self.open: list[ReplyFuture] = []
 
     def join(self, request: JoinRequest) -> Membership:

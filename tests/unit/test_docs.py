@@ -1,4 +1,4 @@
-"""What the pages say in code is there: files, names, keys, links, commands; and the README stays short."""
+"""The code in the pages exists: files, names, keys, links, commands; and the README stays short."""
 
 from __future__ import annotations
 

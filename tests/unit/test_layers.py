@@ -68,7 +68,7 @@ def imports(source: str, module: str) -> frozenset[str]:
 
 
 def within(module: str, packages: Iterable[str]) -> bool:
-    """Whether a module is one of the packages, or inside one."""
+    """Tell whether a module is one of the packages, or inside one."""
     return any(module == package or module.startswith(f"{package}.") for package in packages)
 
 

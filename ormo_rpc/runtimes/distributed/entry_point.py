@@ -32,7 +32,7 @@ EXPECTED_ERRORS = (WorkerBanned, ServerLost, WireError, ConfigError, OSError)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Be the server or a worker, as the command line says; tell the supervisor the reason of a failure."""
+    """Run the server or a worker, as the command line says; report the reason of a failure to the supervisor."""
     arguments = _parse(argv)
     os.set_inheritable(arguments.report_fd, False)
     os.set_inheritable(arguments.control_fd, False)
@@ -40,11 +40,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     _log_to(reporter, stderr=arguments.log)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
-        arguments.run(arguments, reporter.tell)
+        arguments.run(arguments, reporter.report)
     except BaseException as error:
         reporter.exit_reason(f"{type(error).__name__}: {' '.join(str(error).split())}")
         if arguments.log or not isinstance(error, EXPECTED_ERRORS):
-            with contextlib.suppress(OSError):  # the log may be on the full disk that this is about
+            with contextlib.suppress(OSError):  # the log may be on the full disk that is the reason
                 traceback.print_exc()
         # Threads of torch's RPC agent may hold up an ordinary exit.
         os._exit(EXIT_NO_RESTART if isinstance(error, (WorkerBanned, Refused)) else 1)
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     os._exit(EXIT_DONE)
 
 
-def _run_server(arguments: argparse.Namespace, tell: Callable[[str], None]) -> None:
+def _run_server(arguments: argparse.Namespace, report: Callable[[str], None]) -> None:
     control = _ServerControl()
     obey_supervisor(arguments.control_fd, control.handle)
     args = server_process.ServerArgs(
@@ -64,7 +64,7 @@ def _run_server(arguments: argparse.Namespace, tell: Callable[[str], None]) -> N
         secret=_secret(arguments.secret_file),
         incarnation=arguments.incarnation,
         terminal_fd=arguments.terminal_fd,
-        tell=tell,
+        report=report,
     )
 
     def on_ready(server: server_process.ServerProcess) -> None:
@@ -77,7 +77,7 @@ def _run_server(arguments: argparse.Namespace, tell: Callable[[str], None]) -> N
     server_process.serve(args, on_ready)
 
 
-def _run_worker(arguments: argparse.Namespace, tell: Callable[[str], None]) -> None:
+def _run_worker(arguments: argparse.Namespace, report: Callable[[str], None]) -> None:
     if arguments.store is None:
         address, secret_file = arguments.address, arguments.secret_file
     else:
@@ -92,7 +92,7 @@ def _run_worker(arguments: argparse.Namespace, tell: Callable[[str], None]) -> N
             restart_count=arguments.restart_count,
             data_root=arguments.data_root,
             timeout_seconds=arguments.start_timeout_seconds,
-            tell=tell,
+            report=report,
         )
     )
     obey_supervisor(arguments.control_fd, lambda _: worker.leave())
@@ -101,7 +101,7 @@ def _run_worker(arguments: argparse.Namespace, tell: Callable[[str], None]) -> N
 
 
 class _ServerControl:
-    """Hands the supervisor's messages to the server, those that come before it is ready included.
+    """Hands the supervisor's messages to the server, also those that come before it is ready.
 
     `_lock` guards the server and the early messages, so that each message is handled once and in order.
     """
@@ -112,17 +112,17 @@ class _ServerControl:
         self._early: list[dict[str, Any]] = []
 
     def handle(self, message: dict[str, Any]) -> None:
-        """Handle a message, or keep it until there is a server; one to stop ends a server that is not ready."""
+        """Handle a message, or keep it until there is a server; ``stop`` ends a process whose server is not ready."""
         with self._lock:
             if self._server is not None:
                 self._server.handle(message)
             elif "stop" in message:
-                os._exit(1)  # nothing has begun that could be kept
+                os._exit(1)  # nothing has begun, so there is nothing to save
             else:
                 self._early.append(message)
 
     def connect(self, server: server_process.ServerProcess) -> None:
-        """Hand the server what has come, and what comes from now on."""
+        """Hand the early messages to the server, and all later ones."""
         with self._lock:
             self._server = server
             for message in self._early:
@@ -148,7 +148,7 @@ def _on_sigterm(leave: Callable[[], None]) -> None:
 
 def _secret(file: str | None) -> Secret:
     secret = read_secret(file)
-    assert secret is not None, "the launcher has made sure that there is one"
+    assert secret is not None, "the launcher has checked that there is one"
     return secret
 
 
@@ -169,7 +169,7 @@ class _ReportHandler(logging.Handler):
 
     @override
     def emit(self, record: logging.LogRecord) -> None:
-        self.reporter.tell(record.getMessage())
+        self.reporter.report(record.getMessage())
 
 
 def _log_to(reporter: Reporter, *, stderr: bool) -> None:

@@ -47,7 +47,7 @@ class Links:
         bandwidth: In bytes per second, per worker; empty for no limit.
         push_bytes: The size of a push.
         reply_bytes: The size of a reply.
-        service_seconds: How long the server takes for a push.
+        service_seconds: The time that the server takes for a push.
     """
 
     latency_seconds: Sequence[float] = (0.0,)
@@ -74,7 +74,7 @@ class Speeds:
 
     Args:
         seconds: ``seconds(worker, generator)`` draws the next time.
-        generator: ``generator(worker)`` is a worker's source of chance at its start.
+        generator: ``generator(worker)`` makes the random generator of a worker, in its first state.
     """
 
     def __init__(self, seconds: Callable[[int, torch.Generator], float], generator: Callable[[int], torch.Generator]) -> None:
@@ -94,9 +94,9 @@ class Speeds:
 
     def load_state_dict(self, state: dict[int, torch.Tensor]) -> None:
         """Restore what `state_dict` returned."""
-        for worker, where in state.items():
+        for worker, generator_state in state.items():
             self.generators[worker] = self._generator(worker)
-            self.generators[worker].set_state(where)
+            self.generators[worker].set_state(generator_state)
 
 
 @dataclass

@@ -72,7 +72,7 @@ class SyntheticJob:
         return None
 
     def exporter(self) -> Exporter:
-        """Return what makes a ``state_dict`` of the parameters under one name."""
+        """Return a function that makes a ``state_dict`` of the parameters under one name."""
 
         def export(state: Mapping[str, Any]) -> dict[str, Tensor]:
             return {"x": state["params"].clone()}

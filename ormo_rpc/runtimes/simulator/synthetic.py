@@ -26,7 +26,7 @@ class Quadratic:
         algorithm: The server's algorithm.
         momentum: ``beta``, for algorithms with local steps.
         seed: The seed of the run.
-        wire_format: The wire form of pushes, whose errors they get.
+        wire_format: The wire form of pushes, whose rounding they get.
     """
 
     def __init__(

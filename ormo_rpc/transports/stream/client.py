@@ -44,14 +44,14 @@ class StreamWorkerSide(WorkerSide):
     @override
     @contextlib.contextmanager
     def connect(self, endpoint: Endpoint, payload: Tensor) -> Generator[ServerClient]:
-        mine = None if self.pool is None else self.pool.handle(payload)
+        own_segment = None if self.pool is None else self.pool.handle(payload)
         try:
             reader = endpoint.open_connection()
         except (OSError, EOFError) as error:
             raise ServerLost(f"no connection to the server: {error or type(error).__name__}") from None
         with reader.sock:
             try:
-                server_segment, reason = _negotiate(reader, endpoint, mine)
+                server_segment, reason = _negotiate(reader, endpoint, own_segment)
             except (OSError, EOFError) as error:
                 raise ServerLost(f"no connection to the server: {error or type(error).__name__}") from None
             if server_segment is None:
@@ -61,23 +61,23 @@ class StreamWorkerSide(WorkerSide):
             yield StreamClient(FrameSocket(reader.sock, endpoint.alive), payload, server_segment)
 
 
-def _negotiate(reader: LineReader, endpoint: Endpoint, mine: SegmentHandle | None) -> tuple[SegmentHandle | None, str]:
-    """Present the session, and find out whether memory can be shared: a segment of the server's, or None and the reason."""
+def _negotiate(reader: LineReader, endpoint: Endpoint, own_segment: SegmentHandle | None) -> tuple[SegmentHandle | None, str]:
+    """Present the session, and negotiate shared memory; return a segment of the server's, or None and the reason."""
     timeout_seconds = endpoint.timeout_seconds
-    send(reader.sock, {"session_id": endpoint.session_id, "segment": None if mine is None else asdict(mine)})
+    send(reader.sock, {"session_id": endpoint.session_id, "segment": None if own_segment is None else asdict(own_segment)})
     answer = reader.receive(timeout_seconds, MAX_LINE_BYTES)
     if "error" in answer:
         raise EOFError(answer["error"])
-    reason, theirs = str(answer["reason"]), None
+    reason, server_segment = str(answer["reason"]), None
     if answer["segment"] is not None:
-        theirs = SegmentHandle(**answer["segment"])
+        server_segment = SegmentHandle(**answer["segment"])
         try:
-            attach(theirs, 1)
+            attach(server_segment, 1)
         except OSError as error:
-            theirs, reason = None, f"worker and server share no memory: {error}"
-    send(reader.sock, {"shared": theirs is not None})
+            server_segment, reason = None, f"worker and server share no memory: {error}"
+    send(reader.sock, {"shared": server_segment is not None})
     reader.receive(timeout_seconds, MAX_LINE_BYTES)  # the frames begin behind it
-    return theirs, reason
+    return server_segment, reason
 
 
 class StreamClient(ServerClient):
@@ -113,7 +113,7 @@ class StreamClient(ServerClient):
     def leave(self) -> None:
         with contextlib.suppress(EOFError):
             self._stream.send(frames.request(Request.leave))
-            self._stream.receive(memoryview(bytearray(1)))  # the server has heard it when it closes the connection
+            self._stream.receive(memoryview(bytearray(1)))  # the server closes the connection once it has received the request
 
     def _call(self, request: bytes, body: memoryview | None) -> Reply:
         try:
@@ -126,7 +126,7 @@ class StreamClient(ServerClient):
                 raise unpack_error(error)
             params = self._vector(dtype, elements, descriptor)
         except (EOFError, OSError) as error:
-            raise ServerLost(f"the server is gone: {error}") from None
+            raise ServerLost(f"the connection to the server is lost: {error}") from None
         return Reply(**frames.reply_numbers(self._frame), params=params)
 
     def _vector(self, dtype: int, elements: int, descriptor: int) -> Tensor:

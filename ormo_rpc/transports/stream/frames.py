@@ -28,7 +28,7 @@ INLINE = -1
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """A dtype crosses as its index."""
 LIVENESS_SECONDS = 1
-"""How often a waiting side checks that the other one is alive."""
+"""The interval at which a waiting side checks that the other one is alive."""
 
 
 class Request(IntEnum):
@@ -52,12 +52,12 @@ def request(kind: Request, push: Push | None = None) -> bytes:
 
 
 def read_kind(frame: bytearray) -> int:
-    """The kind of the request in a frame, which may be none."""
+    """The kind of the request in a frame, which may be an unknown one."""
     return _KIND.unpack_from(frame)[0]
 
 
 def reply_frame(reply: Reply, descriptor: int) -> bytes:
-    """The frame of a reply whose parameters lie in a segment, or follow (`INLINE`); work for no ticket has none."""
+    """The frame of a reply whose parameters lie in a segment, or follow (`INLINE`); a reply without a ticket has none."""
     dtype, elements = (0, 0) if reply.ticket is None else (DTYPES.index(reply.params.dtype), reply.params.numel())
     return _VECTOR.pack(Response.reply, dtype, elements, descriptor) + REPLY.pack(reply)
 

@@ -27,9 +27,9 @@ from ormo_rpc.transports.stream.frames import INLINE, LIVENESS_SECONDS, REQUEST_
 from ormo_rpc.transports.stream.shared_memory import AVAILABLE, SegmentHandle, SharedMemoryPool, attach
 
 NEGOTIATION_SECONDS = 10.0
-"""How long a worker may take for each line before the frames begin."""
+"""The time that a worker has for each line before the frames begin."""
 MAX_LINE_BYTES = 4096
-"""The longest line of a worker, with its session and where its payload lies."""
+"""The longest line of a worker, with its session and the handle of its payload."""
 
 
 class StreamServerSide(ServerSide):
@@ -99,8 +99,8 @@ class StreamServerSide(ServerSide):
             shared: Its payload, where that lies in shared memory; parameters do so too, then.
 
         Raises:
-            EOFError: the worker is gone, or was evicted.
-            WireError: it sent something else than a request.
+            EOFError: the connection has ended, or the worker was evicted.
+            WireError: it sent anything but a request.
         """
         form = service.push_format
         # A hostile worker can change shared memory after it was validated. That spoils its own gradient, which it may do
@@ -152,10 +152,10 @@ class StreamServerSide(ServerSide):
 
 
 def _wait(future: ReplyFuture, stream: FrameSocket) -> ServerResponse:
-    """The response, for as long as somebody waits for it.
+    """Wait for the response, as long as the worker is a member.
 
     Raises:
-        EOFError: nobody does any more.
+        EOFError: it was evicted.
     """
     if not future.done():
         done = queue.SimpleQueue[object]()

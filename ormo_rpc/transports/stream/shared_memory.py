@@ -1,11 +1,10 @@
 """Memory that processes of one machine share: files in memory, which have no name in any directory.
 
 A *segment* is made by ``memfd_create`` and identified by its process and its descriptor there; another process of the same user
-opens it as ``/proc/PID/fd/DESCRIPTOR``. It is gone with the last process that has it, however that ends, so nothing can be
-left in ``/dev/shm``. On another machine or in another container, the same process number is another process; that a
-descriptor is the segment that was meant is therefore checked by its name, which the kernel tells and which has 128 random bits.
-Its size is sealed, since a reader of a file that shrinks dies; and so is its content, for all but its maker, who has mapped it
-before.
+opens it as ``/proc/PID/fd/DESCRIPTOR``. It is freed with the last process that has it, however that ends, so nothing can be
+left in ``/dev/shm``. On another machine or in another container, the same process number is another process; the segment is
+therefore checked by its name, which the kernel reports and which has 128 random bits. Its size is sealed, since a reader of a
+file that shrinks dies; and so is its content, for all but its maker, who has mapped it before.
 
 Every segment costs two descriptors here (Python keeps one with a mapping), and one in each process that attaches it. So no more
 are made once the table of open files is half full: connections and files need the rest, and what lies in other memory goes by
@@ -33,7 +32,7 @@ from torch import Tensor
 from ormo_rpc.kernels.pool import anonymous
 
 AVAILABLE = sys.platform == "linux"
-"""Whether this system has files in memory."""
+"""True on systems with files in memory (memfd_create)."""
 
 _SEAL_FUTURE_WRITE = 0x0010
 """From Linux 5.1 on, and in Python's own list from 3.13 on."""
@@ -56,7 +55,7 @@ class SegmentHandle:
 
 
 class SharedMemoryPool:
-    """Makes segments, which live as long as this object; each vector in them is found again by its address."""
+    """Makes segments, which exist as long as this object; each vector in them is found by its address."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
@@ -70,7 +69,7 @@ class SharedMemoryPool:
             return self._shared(size)
         except OSError as error:
             if not self._warned:
-                _log.warning("memory is not shared from now on, so what lies in it goes by TCP: %s", error)
+                _log.warning("memory is not shared from now on; its vectors go by TCP: %s", error)
             self._warned = True
             return anonymous(size)
 

@@ -48,8 +48,8 @@ def rpc_agent(
         number: Of this process: 0 for the server's, larger for a worker's.
         server: The address of the server's agent; None in the server.
         timeout_seconds: For calls without a time-out of their own.
-        threads: How many run handlers.
-        functions: What other processes may call in this one.
+        threads: The number of threads that run handlers.
+        functions: Those that other processes may call in this one.
     """
     _register()
     unpickling.install(functions, references=server is not None)

@@ -38,12 +38,12 @@ class TorchRpcClient(ServerClient):
 
     After a time-out a call is repeated, which never applies a push twice, as long as the server answers at all: the reply may
     be held back for longer, at a barrier or at the end of the run, by the slowest worker. A server that does not answer a
-    question within the time-out is lost.
+    probe within the time-out is lost.
 
     Args:
         session_id: Of this worker's membership.
         payload: The wire form of every push.
-        timeout_seconds: When a call that is not answered is repeated.
+        timeout_seconds: A call is repeated after this time without an answer.
 
     Raises:
         ServerLost: the server does not answer.
@@ -69,14 +69,14 @@ class TorchRpcClient(ServerClient):
             self._call(server.leave, (self.session_id,))
 
     def _probe(self) -> rpc.RRef[Service]:
-        """Ask for the RRef, which a living server returns at once."""
+        """Ask for the RRef, which a server that is alive returns at once."""
         try:
             return rpc.rpc_sync(SERVER, server.published, timeout=self.timeout_seconds)
         except RuntimeError as error:
             raise ServerLost(_first_line(error)) from None
 
     def _insist(self, function: Callable[..., Any], *arguments: object) -> Reply:
-        """Call again and again, until there is a response."""
+        """Repeat a call until there is a response."""
         while True:
             try:
                 header, params = self._call(function, arguments)
@@ -88,7 +88,7 @@ class TorchRpcClient(ServerClient):
             return Reply(**REPLY.unpack(header), params=params)
 
     def _call(self, function: Callable[..., Any], arguments: tuple[object, ...]) -> Any:
-        """Make one call; a time-out is told apart from a server that is gone."""
+        """Make one call; a time-out and a lost server raise different errors."""
         try:
             return rpc.rpc_sync(self.service.owner(), function, args=arguments, timeout=self.timeout_seconds)
         except RuntimeError as error:

@@ -25,7 +25,7 @@ from ormo_rpc.transports.torch_rpc.agent import SERVER, rpc_agent
 Response = tuple[bytes, Tensor | None]
 """The header and the parameters of a reply, or JSON and None for an error."""
 DEFAULT_THREADS = 16
-"""How many threads of an agent run handlers, unless there are more workers."""
+"""The number of threads of an agent that run handlers, unless there are more workers."""
 
 
 @rpc.functions.async_execution
@@ -54,7 +54,7 @@ def _unpacked(service: Service, header: bytes, payload: Tensor) -> Push:
 
 
 def _future(pending: ReplyFuture) -> Future[Response]:
-    """The same future as torch's RPC wants it."""
+    """Convert to a future of torch's RPC."""
     future = Future[Response]()
     pending.add_done_callback(lambda done: future.set_result(_packed(done.value())))
     return future
@@ -77,19 +77,19 @@ def publish(service: Service) -> None:
 
 def published() -> rpc.RRef[Service]:
     """The RRef of this process's service; called by workers."""
-    assert _service is not None, "the service is published before a worker is told where it is"
+    assert _service is not None, "the service is published before a worker gets its address"
     return _service
 
 
 CALLED_BY_WORKERS = (register, push, leave, published)
-"""All that a peer may call in the server's process."""
+"""The functions that a peer may call in the server's process."""
 
 
 class TorchRpcServerSide(ServerSide):
     """Starts the server's agent, and publishes the service.
 
     Args:
-        num_workers: How many workers to have threads for. A handler waits for the service's lock only, never for another one.
+        num_workers: Workers to have threads for. A handler waits for the service's lock only, never for another one.
         timeout_seconds: For the agent's own calls.
     """
 

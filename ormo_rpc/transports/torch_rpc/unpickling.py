@@ -13,8 +13,8 @@ Messages of ours cross as bytes (`codec`) and tensors. A class of exceptions is 
 pickle may call.
 
 Effects of a refusal, as tried: nothing of the call has run; this process logs it (torch adds the traceback, on standard error)
-and goes on serving; the caller of ``rpc_sync`` or ``rpc_async`` gets a RuntimeError whose text begins with "Error on Node 0:
-UnpicklingError: refused: posix.system". The caller of a refused ``rpc.remote`` learns of it when its time-out ends. Operators
+and continues to serve; the caller of ``rpc_sync`` or ``rpc_async`` gets a RuntimeError whose text begins with "Error on Node 0:
+UnpicklingError: refused: posix.system". The caller of a refused ``rpc.remote`` gets an error when its time-out ends. Operators
 of torch that are called by name never pass here (see SECURITY.md).
 """
 
@@ -42,7 +42,7 @@ EXCEPTIONS: tuple[type[BaseException], ...] = (
 )
 """Classes whose names may cross, as the error of a call."""
 NAMES_LOGGED = 20
-"""How many different refusals are logged, so that a peer cannot fill the disk."""
+"""The number of different refusals that are logged, so that a peer cannot fill the disk."""
 
 # The names are torch's own, private but pickled into each of its messages, so they do not change without notice.
 _RECEIVER = internal._InternalRPCPickler  # pyright: ignore[reportPrivateUsage] # see above
@@ -72,7 +72,7 @@ class AllowListUnpickler(_Unpickler):
     functions: ClassVar[Mapping[tuple[str, str], Callable[..., Any]]] = {}
     """The functions that a peer may call in this process, by module and qualified name; set by `install`."""
     references: ClassVar[bool] = False
-    """Whether a reference to a remote object may come; set by `install`."""
+    """True where a reference to a remote object is allowed; set by `install`."""
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {opcode[0]: _Unpickler.dispatch[opcode[0]] for opcode in _OPCODES}
 
     def load(self) -> Any:
@@ -130,11 +130,11 @@ class AllowListUnpickler(_Unpickler):
 
 
 class _TensorReceiver:
-    """Stands, while a message is read, for torch's function that fetches a tensor of the message."""
+    """A placeholder, while a message is read, for torch's function that fetches a tensor of the message."""
 
 
 class _ReferenceReceiver:
-    """Stands, while a message is read, for torch's function that makes a reference to a remote object."""
+    """A placeholder, while a message is read, for torch's function that makes a reference to a remote object."""
 
 
 def install(functions: Iterable[Callable[..., Any]] = (), *, references: bool = False) -> None:
@@ -145,7 +145,7 @@ def install(functions: Iterable[Callable[..., Any]] = (), *, references: bool = 
 
     Args:
         functions: Functions or static functions of a module, found by peers under their qualified names.
-        references: Whether a reference to a remote object may come.
+        references: Allow references to remote objects.
     """
     internal._unpickler = _for(functions, references)  # pyright: ignore[reportPrivateUsage] # torch has no public place for it
 

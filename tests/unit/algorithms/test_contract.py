@@ -1,4 +1,4 @@
-"""What every algorithm keeps under each of its schedulers. A new algorithm needs a row in ``contract.py`` and nothing here."""
+"""The contract of every algorithm under each of its schedulers; a new algorithm needs a row in ``contract.py`` alone."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def test_an_algorithm_runs_under_every_scheduler_that_it_does_not_refuse(row: Ro
 @each_row
 @given(case=cases())
 def test_state_is_that_of_the_slow_reference_after_every_push(row: Row, scheduler: str, case: Case) -> None:
-    twin = case.reference(row)
+    reference = case.reference(row)
     run = case.run(row.name, scheduler, case.options(row))
     for step in run.steps(case.schedule):
         if step.kind != "push":
             continue
-        got, expected = values(run.server), twin.state(run.history)
+        got, expected = values(run.server), reference.state(run.history)
         assert expected.keys() >= {name for name, value in got.items() if isinstance(value, Tensor)}
-        tolerance = ROUNDING * twin.scale(run.history)
+        tolerance = ROUNDING * reference.scale(run.history)
         for name, value in expected.items():
             difference = (torch.as_tensor(got[name]) - torch.as_tensor(value)).abs().max().item()
             assert difference <= tolerance, f"{name} after push {len(run.pushes)}"
@@ -113,7 +113,7 @@ def test_a_saved_state_goes_on_identically_in_a_fresh_server(row: Row, scheduler
         [describe(step.replies) for step in copied.history[done:]], [describe(s.replies) for s in original.history[done:]]
     )
     assert same(fresh.state_dict(), server.state_dict())
-    assert same(saved, loaded), "going on has changed the saved state"
+    assert same(saved, loaded), "continuing has changed the saved state"
 
 
 @each_row

@@ -34,7 +34,7 @@ class Trial:
     events: list[Event] = field(default_factory=list[Event])
 
     def of(self, kind: Kind) -> list[Any]:
-        """What the events of a kind tell."""
+        """The data of the events of a kind."""
         return [event.data for event in self.events if event.kind is kind]
 
 

@@ -1,4 +1,4 @@
-"""The wire form of pushes: compressors and rounding against slow or published twins, sizes, error feedback, forged bytes."""
+"""The wire form of pushes: compressors and rounding against references, sizes, error feedback, forged bytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as published
 
 from ormo_rpc.compression import Compression, Encoder, NoCompression, PushFormat
-from ormo_rpc.compression.powersgd import Factors, PowerSGD, orthogonalise
+from ormo_rpc.compression.powersgd import PowerSGD, PowerSGDCompressor, orthogonalise
 from ormo_rpc.compression.rounding import round_into
 from ormo_rpc.compression.topk import TopK
 from ormo_rpc.compression.wire_options import WireDtype
@@ -188,7 +188,7 @@ def test_powersgd_is_torchs_hook_of_one_process(rank: int, feedback: bool) -> No
     compression = PowerSGD(rank=rank, error_feedback=feedback)
     format_ = PushFormat(params=layout(MATRICES), buffers=layout({}), dtype=torch.float64, compression=compression)
     factors = format_.compressor
-    assert isinstance(factors, Factors)
+    assert isinstance(factors, PowerSGDCompressor)
     worth = [part for part in factors.parts if part.rank]
     # (n + m) rank 2 < n m: 35 * 2 rank < 216 up to rank 3; 50 * 2 rank < 600 up to rank 5; 7 * 2 rank < 12 never.
     assert [(part.rows, part.columns, part.rank) for part in worth] == [
@@ -539,7 +539,7 @@ def test_more_parameters_than_an_index_can_name_are_refused() -> None:
 
 
 def test_the_places_of_the_parts_are_those_of_the_tensors() -> None:
-    factors = Factors(layout(SHAPES), 2, 2.0)
+    factors = PowerSGDCompressor(layout(SHAPES), 2, 2.0)
     ends = list(accumulate(math.prod(shape) for shape in SHAPES.values()))
     assert [part.place.stop for part in factors.parts] == ends
     assert [part.place.start for part in factors.parts] == [0, *ends[:-1]]

@@ -78,7 +78,7 @@ DTYPES = [
 ]
 """Of the parameters, and of the gradient."""
 SHIFTS = [(1.0, 0), (1.0, 1), (0.3, 0), (0.3, 4)]
-"""How an ordered step scales its momentum, and how often it shifts it."""
+"""The factor of the momentum in an ordered step, and its number of shifts."""
 CASES = [
     (length, DTYPES[j], (i + j) % 5 % 2, SHIFTS[(i + 3 * j) % 5 % 4])
     for i, length in enumerate(LENGTHS)
@@ -234,7 +234,6 @@ class Wrong(TorchSteps):
     def __call__(
         self, step: Step, grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor, out_16bit: Tensor | None = None
     ) -> None:
-        """See `Steps`."""
         super().__call__(step, grad, u, w, out, out_16bit)
         if self.fault == "twice" and isinstance(step, SGDStep):
             torch.sub(w, grad * step.w_scale, out=out)

@@ -97,7 +97,7 @@ def test_a_secret_is_not_written_through_a_symbolic_link(tmp_path: Path) -> None
     target.write_text("mine")
     (tmp_path / "secret").symlink_to(target)
     with pytest.raises(
-        ConfigError, match=r"secret: it is a symbolic link, expected a file of our own; remove it or name another one$"
+        ConfigError, match=r"secret: it is a symbolic link, expected a regular file; remove it or name another one$"
     ):
         write_secret(tmp_path / "secret", SECRET)
     assert target.read_text() == "mine"

@@ -38,7 +38,7 @@ class Reporter:
     def __init__(self) -> None:
         self.reasons: list[str] = []
 
-    def tell(self, text: str) -> None:
+    def report(self, text: str) -> None:
         """Do nothing."""
 
     def exit_reason(self, text: str) -> None:

@@ -39,7 +39,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def monitor(clock: Clock) -> Generator[ProcessMonitor]:  # noqa: ARG001 - to be set up first
     told: list[str] = []
     with Supervisor(told.append) as supervisor:
-        yield ProcessMonitor(supervisor, max_restarts=2, backoff_seconds=4.0, tell=told.append)
+        yield ProcessMonitor(supervisor, max_restarts=2, backoff_seconds=4.0, report=told.append)
 
 
 class Start:

@@ -39,11 +39,11 @@ class ServerResponse:
         self.future = future
 
     def done(self) -> bool:
-        """Whether it is completed."""
+        """Tell whether it is completed."""
         return self.future.done()
 
     def value(self) -> Reply:
-        """What it is completed with; an error where it is not."""
+        """The reply that it is completed with; an error where it is not completed."""
         return self._received(self.future.value())
 
     def wait(self) -> Reply:
@@ -76,18 +76,19 @@ class Owner:
         return membership
 
     def register(self, worker: int) -> ServerResponse:
-        """Let a worker join, and call the handler of its first word."""
+        """Let a worker join, and register it."""
         return self.register_session(self.join(worker).session_id)
 
     def register_session(self, session_id: str) -> ServerResponse:
-        """Call the handler of a worker's first word."""
+        """Register the worker of a session."""
         return ServerResponse(self.service.register(session_id))
 
     def push(self, reply: Reply, payload: Tensor | None = None, *, session_id: str | None = None) -> ServerResponse:
-        """Call the handler of a push that answers a reply."""
+        """Push for a reply."""
         assert reply.ticket is not None
         form = self.service.push_format
-        grad, buffers = form.unpack(form.bytes_of(gradient(reply.ticket) if payload is None else payload))
+        payload = gradient(reply.ticket) if payload is None else payload
+        grad, buffers = form.unpack(payload.view(torch.uint8))
         push = Push(
             worker=reply.worker,
             ticket=reply.ticket,
@@ -103,7 +104,7 @@ class Owner:
 
 
 def gradient(ticket: int) -> Tensor:
-    """Whole numbers, so that float64 adds them exactly and in any order."""
+    """A gradient of integers, so that float64 adds them exactly and in any order."""
     return torch.tensor([1.0, ticket, -ticket, ticket % 7], dtype=torch.float64)
 
 
@@ -342,7 +343,7 @@ class Client(threading.Thread):
             self.failure = error
 
     def work(self, reply: Reply) -> None:
-        """From reply to push until told to stop."""
+        """From reply to push, to the end of the run."""
         while reply.ticket is not None:
             assert reply.worker == self.number
             before = reply.params.clone()

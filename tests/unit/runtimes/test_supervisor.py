@@ -17,7 +17,6 @@ import pytest
 
 from ormo_rpc.runtimes.distributed.launcher import child as child_module
 from ormo_rpc.runtimes.distributed.launcher import supervisor as supervisor_module
-from ormo_rpc.runtimes.distributed.launcher.child import EXIT_DONE
 from ormo_rpc.runtimes.distributed.launcher.supervisor import ChildProcess, Supervisor
 from tests.support.processes import PATIENCE_SECONDS, gone, wait_until
 
@@ -212,16 +211,6 @@ def test_a_second_signal_ends_the_wait_for_the_children_to_stop(number: signal.S
         assert supervisor.wait(Signal(number).never, 10 * PATIENCE_SECONDS, signals=1) is False
         assert supervisor.signals == [signal.SIGINT, number]
         assert supervisor.wait(lambda: True, signals=1) is True  # what is done is done
-
-
-@pytest.mark.parametrize(("code", "failed"), [(EXIT_DONE, False), (0, True), (1, True)])
-def test_every_exit_status_but_done_is_a_failure(code: int, failed: bool) -> None:
-    with Supervisor() as supervisor:
-        waiting = start(supervisor, STUBBORN, None)
-        child = start(supervisor, f"import sys; sys.exit({code})", None)
-        assert not waiting.failed  # it runs
-        assert ended(supervisor, child) == code
-        assert child.failed is failed
 
 
 class Signal:

@@ -1,4 +1,4 @@
-"""What torchrun tells a process, and what cannot run under it."""
+"""The environment that torchrun gives a process, and the configurations that cannot run under it."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def served(*overrides: str) -> Generator[tuple[Service, WorkerProcess]]:
             restart_count=0,
             data_root=None,
             timeout_seconds=PATIENCE_SECONDS,
-            tell=lambda _: None,
+            report=lambda _: None,
         )
         yield service, WorkerProcess(args)
 

@@ -1,4 +1,4 @@
-"""A scheduler from outside of the package: it may draw and remember what it likes, and capabilities decide what it runs with."""
+"""A scheduler from outside of the package: it may draw and keep state, and its capabilities decide what it runs with."""
 
 from __future__ import annotations
 

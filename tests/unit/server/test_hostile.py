@@ -279,7 +279,7 @@ def test_whoever_joins_or_leaves_is_a_number_that_may(joins: bool, value: Any) -
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is dense, of float64, and in memory."""
+    """Tell whether a tensor is dense, of float64, and in memory."""
     return tensor.layout is torch.strided and tensor.dtype is torch.float64 and tensor.device.type == "cpu"
 
 

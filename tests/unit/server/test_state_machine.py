@@ -1,4 +1,4 @@
-"""Every call of the server in any order that hypothesis thinks of, beside a model of who holds what."""
+"""Every call of the server in any order that hypothesis draws, beside a model of the assignments."""
 
 from __future__ import annotations
 
@@ -238,7 +238,7 @@ class ServerMachine(RuleBasedStateMachine):
             assert not [worker for worker, reply in self.newest.items() if reply.ticket is None]
 
     def teardown(self) -> None:
-        """Whatever happened, the run can be brought to its end."""
+        """Check that the run can be brought to its end after any calls."""
         if not hasattr(self, "server"):
             return
         if not self.members:

@@ -54,7 +54,7 @@ def receiving(stream: FrameSocket) -> Callable[[], None]:
 
 
 def gone_after(looks: int) -> Callable[[], bool]:
-    """Whether somebody is alive who is found so that many times."""
+    """Make an ``alive`` that is true that many times."""
     asked = iter(range(1_000_000))
     return lambda: next(asked) < looks
 

@@ -65,7 +65,7 @@ def python(code: str, *arguments: object) -> Generator[subprocess.Popen[str]]:
 
 
 def asked(process: subprocess.Popen[str], word: str) -> str:
-    """What the process says to a word; nothing where it dies of it."""
+    """The answer of the process to a word; empty where it dies of it."""
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(word + "\n")

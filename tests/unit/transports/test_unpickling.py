@@ -33,7 +33,7 @@ def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def crossed(message: Any) -> Any:
-    """What arrives of a message, through torch's own two functions."""
+    """The message as it arrives, through torch's own two functions."""
     return internal.deserialize(*internal.serialize(message))
 
 
@@ -99,7 +99,7 @@ def test_a_worker_answers_no_calls_at_all() -> None:
 
 
 class Evil:
-    """Pickles as whatever it is told to."""
+    """Pickles as the given value."""
 
     def __init__(self, *reduced: Any) -> None:
         self.reduced = reduced
@@ -294,7 +294,7 @@ def test_what_the_list_does_not_hold_back_is_what_the_page_on_security_says(tmp_
 @pytest.mark.live
 @pytest.mark.timeout(120)
 def test_a_stranger_ends_an_agent_with_one_line() -> None:
-    """As the test before: if it fails, SECURITY.md has good news to tell."""
+    """As the test before: if it fails, SECURITY.md can be shortened."""
     with launched("-m", "tests.support.peer", "guarded") as serving:
         assert serving.stdout is not None
         host, _, port = serving.stdout.readline().strip().removeprefix("uv://").rpartition(":")

@@ -310,7 +310,7 @@ def test_the_global_generator_is_left_alone() -> None:
 
 
 def test_a_reply_without_a_ticket_is_no_work() -> None:
-    with pytest.raises(AssertionError, match=r"\Aa reply without a ticket is the word to stop"):
+    with pytest.raises(AssertionError, match=r"\Aa reply without a ticket ends the worker"):
         worker("mlp").compute(reply(None, weights("mlp")))
 
 

@@ -1,7 +1,7 @@
 """The child's side of its two pipes: the control pipe, which it obeys, and the report pipe, which carries its heartbeats.
 
 `supervisor` is the other side. Each message is one line of JSON. On the report pipe an empty line is a heartbeat, a string is a
-message for people, and ``{"exit_reason": ...}`` says why the process is about to end.
+message for people, and ``{"exit_reason": ...}`` the reason why the process is about to end.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ class Reporter:
         self._heartbeat_seconds = heartbeat_seconds
         threading.Thread(target=self._send_heartbeats, name="heartbeat", daemon=True).start()
 
-    def tell(self, text: str) -> None:
+    def report(self, text: str) -> None:
         """Send a message for people. It is in the pipe when this returns, so a SIGKILL right after it loses nothing."""
         self._write(json.dumps(text[:MAX_MESSAGE_CHARACTERS]).encode() + b"\n")
 
     def exit_reason(self, text: str) -> None:
-        """Say why this process is about to end."""
+        """Report the reason why this process is about to end."""
         self._write(json.dumps({"exit_reason": text[:MAX_EXIT_REASON_CHARACTERS]}).encode() + b"\n")
 
     def _send_heartbeats(self) -> None:
@@ -74,5 +74,5 @@ class Reporter:
             time.sleep(self._heartbeat_seconds)
 
     def _write(self, line: bytes) -> None:
-        with contextlib.suppress(BlockingIOError, BrokenPipeError):  # the supervisor does not read at present, or is gone
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):  # the supervisor does not read at present, or has ended
             os.write(self._report_fd, line)

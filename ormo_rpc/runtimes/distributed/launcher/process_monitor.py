@@ -12,7 +12,7 @@ from ormo_rpc.runtimes.distributed.launcher.supervisor import ChildProcess, Supe
 MAX_BACKOFF_SECONDS = 30.0
 """The pause before a restart doubles each time, up to this."""
 BACKOFF_RESET_SECONDS = 300.0
-"""After a process has run for so long, the pause is the first one again."""
+"""After a process has run for this time, the pause is the first one again."""
 
 
 @dataclass
@@ -23,8 +23,8 @@ class ProcessSlot:
         name: For messages.
         worker: The worker number; None for the server and for an elastic worker.
         start: ``start(restart_count)`` starts the process that fills the slot.
-        should_restart: Tells from how a process ended whether it is replaced.
-        essential: The run ends with it, so the message that ends the run says why it was given up.
+        should_restart: Decides from the exit status of a process whether it is replaced.
+        essential: The run ends with it, and the run's last message has the reason.
         child: The process that fills it; None between two of them.
         restart_count: Processes that have filled it before the present one.
         failures: Consecutive processes that did not run for `BACKOFF_RESET_SECONDS`.
@@ -71,17 +71,17 @@ class ProcessMonitor:
     Args:
         supervisor: Starts and watches the processes.
         max_restarts: Restarts of each slot.
-        backoff_seconds: The pause before the first restart of a slot; it doubles until a process runs for long.
-        tell: Called with messages for people.
+        backoff_seconds: The pause before the first restart of a slot; it doubles with each restart.
+        report: Called with messages for people.
     """
 
     def __init__(
-        self, supervisor: Supervisor, *, max_restarts: int, backoff_seconds: float, tell: Callable[[str], None]
+        self, supervisor: Supervisor, *, max_restarts: int, backoff_seconds: float, report: Callable[[str], None]
     ) -> None:
         self.supervisor = supervisor
         self.max_restarts = max_restarts
         self.backoff_seconds = backoff_seconds
-        self.tell = tell
+        self.report = report
         self.slots: list[ProcessSlot] = []
 
     def add(
@@ -125,9 +125,9 @@ class ProcessMonitor:
             slot.given_up = True
             slot.exit_reason += f"; restarted {restarts} times (runtime.max_restarts)" if exhausted and restarts else ""
             if not slot.essential:
-                self.tell(f"{slot.exit_reason}; the run continues without it")
+                self.report(f"{slot.exit_reason}; the run continues without it")
         else:
             slot.failures = 0 if time.monotonic() - slot.started_at >= BACKOFF_RESET_SECONDS else slot.failures + 1
             pause = min(MAX_BACKOFF_SECONDS, self.backoff_seconds * 2 ** max(0, slot.failures - 1))
             slot.restart_at = time.monotonic() + pause
-            self.tell(f"{slot.exit_reason}; restarting it in {pause:g} s (restart {restarts + 1} of {self.max_restarts})")
+            self.report(f"{slot.exit_reason}; restarting it in {pause:g} s (restart {restarts + 1} of {self.max_restarts})")

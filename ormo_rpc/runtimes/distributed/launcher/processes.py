@@ -20,13 +20,13 @@ from ormo_rpc.runtimes.distributed.launcher.supervisor import ChildProcess, Supe
 from ormo_rpc.runtimes.torchrun import Torchrun
 
 FIRST_HEARTBEAT_SECONDS = 120.0
-"""A child that is silent for so long after its start is taken for hung; on a busy machine the import of torch takes a while."""
+"""A child without a heartbeat by then counts as hung; on a busy machine the import of torch takes a while."""
 SECRET_FILE = "secret"  # noqa: S105 - the name of a file
 """The file in the run directory, for workers of this machine that join later."""
 
 
 class Launcher:
-    """Starts the entry point with what each role needs.
+    """Starts the entry point with the arguments of each role.
 
     Args:
         supervisor: Starts and watches the processes.
@@ -44,7 +44,7 @@ class Launcher:
     def server(
         self, run_dir: Path, listener: socket.socket, secret_file: Path | None, *more: str
     ) -> Callable[[int], ChildProcess]:
-        """Return what starts the server: see `ProcessSlot.start`.
+        """Return the function that starts the server (`ProcessSlot.start`).
 
         Args:
             run_dir: The run directory, with its ``config.yaml``.
@@ -70,7 +70,7 @@ class Launcher:
         return start
 
     def worker(self, preferred_worker: int | None, *more: str) -> Callable[[int], ChildProcess]:
-        """Return what starts a worker: see `ProcessSlot.start`.
+        """Return the function that starts a worker (`ProcessSlot.start`).
 
         Args:
             preferred_worker: The worker number to have, if it is free; None for an elastic worker.
@@ -115,9 +115,9 @@ def local_processes(monitor: ProcessMonitor, config: Config, run_dir: Path) -> G
         launcher = Launcher(monitor.supervisor, config, loopback=_is_loopback(listener), logs=logs)
         start_server = launcher.server(run_dir, listener, secret_file)
         server = monitor.add("server", start_server, should_restart=if_killed, essential=True)
-        where = ("--address", address_of(listener), *_option("--secret-file", secret_file))
+        server_args = ("--address", address_of(listener), *_option("--secret-file", secret_file))
         for worker in range(config.num_processes):
-            monitor.add(f"worker {worker}", launcher.worker(worker, *where), worker=worker)
+            monitor.add(f"worker {worker}", launcher.worker(worker, *server_args), worker=worker)
         yield server
 
 
@@ -131,8 +131,8 @@ def rank_process(monitor: ProcessMonitor, config: Config, run_dir: Path, torchru
     store = ("--store", torchrun.store, "--store-prefix", f"ormo_rpc/{torchrun.attempt}") if torchrun.agent_store else ()
     launcher = Launcher(monitor.supervisor, config, loopback=torchrun.one_machine, logs=None)
     if torchrun.rank > 0:
-        where = store or ("--address", torchrun.store, *_option("--secret-file", config.server.secret_file))
-        yield monitor.add(f"worker {torchrun.rank - 1}", launcher.worker(torchrun.rank - 1, *where))
+        server_args = store or ("--address", torchrun.store, *_option("--secret-file", config.server.secret_file))
+        yield monitor.add(f"worker {torchrun.rank - 1}", launcher.worker(torchrun.rank - 1, *server_args))
         return
     secret_file = _run_secret(config, run_dir) if torchrun.one_machine else _shared_secret(config)
     host = "127.0.0.1" if torchrun.one_machine else interface_address(config.rpc.interface)
@@ -151,8 +151,8 @@ def elastic_worker_process(monitor: ProcessMonitor, config: Config) -> Generator
     loopback = host in ("localhost", "::1") or host.startswith("127.")
     launcher = Launcher(monitor.supervisor, config, loopback=loopback, logs=None)
     root = None if config.dataset.root == DataSource.root else config.dataset.root
-    where = ("--address", config.server.address, *_option("--secret-file", secret_file), *_option("--data-root", root))
-    yield monitor.add("worker", launcher.worker(None, *where), should_restart=if_killed, essential=True)
+    server_args = ("--address", config.server.address, *_option("--secret-file", secret_file), *_option("--data-root", root))
+    yield monitor.add("worker", launcher.worker(None, *server_args), should_restart=if_killed, essential=True)
 
 
 def _run_secret(config: Config, run_dir: Path) -> Path | None:
@@ -184,7 +184,7 @@ def _is_loopback(listener: socket.socket) -> bool:
 
 @contextlib.contextmanager
 def _terminal() -> Generator[int | None]:
-    """Another descriptor of our terminal, since the child's standard error is its log; None where we have no terminal."""
+    """A descriptor of the terminal for the child, whose standard error is its log; None where there is no terminal."""
     if sys.stderr is None or not sys.stderr.isatty():  # pyright: ignore[reportUnnecessaryComparison] # None where it was closed
         yield None
         return
@@ -196,7 +196,7 @@ def _terminal() -> Generator[int | None]:
 
 
 def _environment(config: Config, *, loopback: bool) -> dict[str, str]:
-    """The children's environment: our modules, the number of threads, and the network interface of torch's agents."""
+    """The children's environment: the module path, the number of threads, and the network interface of torch's agents."""
     env = {
         **os.environ,
         "OMP_NUM_THREADS": str(config.runtime.threads),

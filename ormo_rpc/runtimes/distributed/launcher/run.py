@@ -1,9 +1,9 @@
-"""The live runtime: a server process and worker processes, on one machine or many; workers call the server and nobody else.
+"""The live runtime: a server process and worker processes, on one machine or many; workers call the server only.
 
 `run` and `join` run in the launcher, which starts all processes of this machine (``python launch.py``), the one of its rank
 (``torchrun``), or an elastic worker of a run elsewhere (``role=worker``), and restarts those that die::
 
-    launcher           processes.py: what each role is started with; process_monitor.py: restarts; supervisor.py: the parent's
+    launcher           processes.py: the command line of each role; process_monitor.py: restarts; supervisor.py: the parent's
                        side of the children's pipes, child.py: theirs; entry_point.py: the children's main
     rendezvous         listener.py: the server's side; lease.py: a worker's; protocol.py: the handshake
     server_process     service.py: the lock around the parameter server, and memberships
@@ -29,24 +29,24 @@ from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.summary import read_summary, unfinished_summary, write_summary
 
 TERMINAL_STATUSES = ("completed", "diverged")
-"""The statuses of a run that has met its end; a signal that comes later changes nothing."""
+"""The statuses of a run that has ended by itself; a signal that comes later changes nothing."""
 
 
 def run(config: Config, run_dir: Path) -> dict[str, Any]:
     """Start the processes of this launcher, keep them running to the end of the run, and return the summary.
 
     Raises:
-        RunFailed: the run did not meet its end.
+        RunFailed: the run was interrupted, or failed.
     """
     torchrun = Torchrun.from_environment()
     if torchrun is not None and torchrun.rank > 0:
-        with Supervisor(_tell) as supervisor:
+        with Supervisor(_report) as supervisor:
             monitor = _monitor(supervisor, config)
             _supervise_worker(monitor, rank_process(monitor, config, run_dir, torchrun), config)
         return {}
     run_dir.mkdir(parents=True, exist_ok=True)
     save_config(config, run_dir / "config.yaml")
-    with Supervisor(_tell) as supervisor:
+    with Supervisor(_report) as supervisor:
         monitor = _monitor(supervisor, config)
         if torchrun is None:
             processes = local_processes(monitor, config, run_dir)
@@ -61,8 +61,8 @@ def run(config: Config, run_dir: Path) -> dict[str, Any]:
     if summary is None:
         try:
             write_summary(run_dir, unfinished_summary(config, "interrupted" if interrupted else "failed", str(failure)))
-        except OSError as error:  # such as a full disk, which may be what the failure is about
-            _tell(f"summary.json cannot be written: {error}")
+        except OSError as error:  # such as a full disk, which may be the cause of the failure
+            _report(f"summary.json cannot be written: {error}")
     raise RunFailed(f"{failure}; {_how_to_resume(run_dir)}", failure.exit_status)
 
 
@@ -72,7 +72,7 @@ def join(config: Config) -> None:
     Raises:
         RunFailed: the worker failed, or was refused or banned.
     """
-    with Supervisor(_tell) as supervisor:
+    with Supervisor(_report) as supervisor:
         monitor = _monitor(supervisor, config)
         slot = _supervise_worker(monitor, elastic_worker_process(monitor, config), config)
     if slot.given_up:
@@ -82,12 +82,12 @@ def join(config: Config) -> None:
 def _monitor(supervisor: Supervisor, config: Config) -> ProcessMonitor:
     options = config.rpc
     return ProcessMonitor(
-        supervisor, max_restarts=options.max_restarts, backoff_seconds=options.restart_backoff_seconds, tell=_tell
+        supervisor, max_restarts=options.max_restarts, backoff_seconds=options.restart_backoff_seconds, report=_report
     )
 
 
 def _supervise_server(monitor: ProcessMonitor, server: ProcessSlot, config: Config) -> RunFailed | None:
-    """Keep the server and this launcher's workers running to the end of the run; return what went wrong, if anything."""
+    """Keep the server and this launcher's workers running to the end of the run; return the failure, if there is one."""
     supervisor, timeout = monitor.supervisor, config.rpc.stop_timeout_seconds
     workers = [slot for slot in monitor.slots if slot is not server]
     sent: set[tuple[int, str]] = set()
@@ -109,7 +109,7 @@ def _supervise_server(monitor: ProcessMonitor, server: ProcessSlot, config: Conf
 
     supervisor.wait(finished)
     if server.done:
-        # The run is over; a worker that still computes what nobody needs any more is killed.
+        # The run is over; a worker that still computes a ticket that is not needed any more is killed.
         supervisor.wait(lambda: all(slot.child is None or not slot.child.running for slot in workers), timeout)
         return None
     if server.given_up:
@@ -142,7 +142,7 @@ def _supervise_worker(monitor: ProcessMonitor, process: AbstractContextManager[P
                 monitor.poll()
             if not slot.done:
                 raise RunFailed(f"interrupted by {name}", exit_status=130)
-            _tell(f"the worker left the run on {name}")
+            _report(f"the worker left the run on {name}")
     return slot
 
 
@@ -152,7 +152,7 @@ def _wait_for_exit(supervisor: Supervisor, slot: ProcessSlot, timeout_seconds: f
     supervisor.wait(lambda: child is None or not child.running, timeout_seconds, signals=len(supervisor.signals))
 
 
-def _tell(text: str) -> None:
+def _report(text: str) -> None:
     print(f"launch.py: {text}", file=sys.stderr, flush=True)
 
 

@@ -1,7 +1,7 @@
-"""The supervisor: starts child processes, watches them, and leaves none of them behind, however it ends.
+"""The supervisor: starts child processes, watches them, and ends all of them, however it ends itself.
 
 Each child has two pipes (`child` is its side of them). A line on its *control pipe* is a message to it; the end of that pipe
-means that the supervisor is gone (also by SIGKILL), whereupon the child exits. On its *report pipe* it sends heartbeats and
+means that the supervisor has ended (also by SIGKILL), whereupon the child exits. On its *report pipe* it sends heartbeats and
 messages for people; a child that is silent for too long (stopped, or hung) is killed. Children have sessions of their own, so
 Ctrl-C reaches the supervisor alone.
 """
@@ -23,12 +23,12 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from ormo_rpc.runtimes.distributed.launcher.child import EXIT_DONE, MAX_EXIT_REASON_CHARACTERS
+from ormo_rpc.runtimes.distributed.launcher.child import MAX_EXIT_REASON_CHARACTERS
 
 POLL_SECONDS = 0.02
 """The interval at which the supervisor looks at its children."""
 KILL_TIMEOUT_SECONDS = 5.0
-"""A child that was killed is gone by then."""
+"""A child that was killed has ended by then."""
 _PR_SET_PDEATHSIG = 1
 """Linux: prctl(2) asks for a signal at the death of the parent."""
 _prctl: Callable[..., int] | None = ctypes.CDLL(None).prctl if sys.platform.startswith("linux") else None
@@ -50,7 +50,7 @@ class ChildProcess:
         control_fd: The writing end of its control pipe.
         report_fd: The reading end of its report pipe.
         log: The file with its output; None where it writes to the supervisor's.
-        timeout_seconds: It is killed when silent for longer, once it has been heard; None for never.
+        timeout_seconds: It is killed when silent for longer, once its first heartbeat has come; None for never.
         start_timeout_seconds: It is killed when its first heartbeat takes longer; None for never.
     """
 
@@ -78,11 +78,6 @@ class ChildProcess:
     def running(self) -> bool:
         """True until it has ended."""
         return self.exit_code is None
-
-    @property
-    def failed(self) -> bool:
-        """True once it has ended in any way but `EXIT_DONE`."""
-        return self.exit_code not in (None, EXIT_DONE)
 
     def send(self, **message: Any) -> None:
         """Send it a message; nothing happens where it has ended."""
@@ -116,14 +111,14 @@ class ChildProcess:
             self.process.kill()
 
     def exit_reason(self) -> str:
-        """Say on one line how it ended."""
+        """Describe in one line how it ended."""
         code = self.process.returncode
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+        outcome = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
         if self._silent_seconds:
-            how = f"was killed after {self._silent_seconds:g} s without a heartbeat (stopped, or hung)"
-        why = self._reported_reason()
-        where = f" (see {self.log})" if self.log else ""
-        return f"{self.name} (pid {self.process.pid}) {how}{f': {why}' if why else ''}{where}"
+            outcome = f"was killed after {self._silent_seconds:g} s without a heartbeat (stopped, or hung)"
+        reason = self._reported_reason()
+        log = f" (see {self.log})" if self.log else ""
+        return f"{self.name} (pid {self.process.pid}) {outcome}{f': {reason}' if reason else ''}{log}"
 
     def _reported_reason(self) -> str:
         """The exit reason that it has sent; without one, the last line of its log if it ended by an error of its own."""
@@ -137,18 +132,18 @@ class Supervisor:
     """Starts children and ends them; use it as a context, whose end leaves no child alive.
 
     Args:
-        tell: Called with the messages of children for people.
+        report: Called with the messages of children for people.
     """
 
-    def __init__(self, tell: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(self, report: Callable[[str], None] = lambda _: None) -> None:
         self.children: list[ChildProcess] = []
-        self.tell = tell
+        self.report = report
         self.signals: list[signal.Signals] = []
         """The SIGINT and SIGTERM received so far; the first asks for an orderly end, a second one ends the wait for it."""
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        # Python handles signals in the main thread only; elsewhere they are left to the program around us.
+        # Python handles signals in the main thread only; elsewhere they are left to the calling program.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._note_signal)
@@ -241,7 +236,7 @@ class Supervisor:
 
     def _receive_from(self, child: ChildProcess) -> None:
         for text in child.receive():
-            self.tell(f"{child.name}: {text}")
+            self.report(f"{child.name}: {text}")
 
     def _note_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signature of a signal handler
         self.signals.append(signal.Signals(number))

@@ -30,15 +30,15 @@ from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.worker.faults import FaultInjector
 
 FLUSH_SECONDS = 0.1
-"""How often events are written."""
+"""The interval at which events are written."""
 SWITCH_SECONDS = 0.001
-"""How long the thread that writes the trace may hold up one that has a push to apply."""
+"""The longest time that the thread that writes the trace holds the interpreter's lock before one with a push gets it."""
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerArgs:
-    """What a server's process is given when it is started.
+    """The arguments of a server's process.
 
     Attributes:
         run_dir: The run directory, with ``config.yaml``.
@@ -46,7 +46,7 @@ class ServerArgs:
         secret: Of the run.
         incarnation: The number of earlier server processes of this run directory.
         terminal_fd: A file descriptor for the progress bar, where there is a terminal.
-        tell: Called with lines for people.
+        report: Called with messages for people.
     """
 
     run_dir: Path
@@ -54,7 +54,7 @@ class ServerArgs:
     secret: Secret
     incarnation: int
     terminal_fd: int | None
-    tell: Callable[[str], None]
+    report: Callable[[str], None]
 
 
 class ServerProcess:
@@ -66,7 +66,7 @@ class ServerProcess:
 
     Args:
         job: The run.
-        args: Where to serve.
+        args: The arguments of the process.
     """
 
     def __init__(self, job: Job, args: ServerArgs) -> None:
@@ -76,9 +76,9 @@ class ServerProcess:
         self.clock = Stopwatch()
         self.stop_asked = threading.Event()
         self.stop_status: dict[str, str] = {}
-        """Status and reason, as the supervisor has them."""
+        """Status and reason, as the supervisor has sent them."""
         self.all_workers_ended = ""
-        """The supervisor's reason for which there is no worker any more; empty while there is one."""
+        """The reason, from the supervisor, why no worker is left; empty while there is one."""
         self._executors = [ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("evaluation", "checkpoint")]
         evaluation, checkpoint = self._executors
         self.session = Session(
@@ -101,7 +101,7 @@ class ServerProcess:
         self.session.open(incarnation=args.incarnation)
         self._rolled_back = self.session.counters.rolled_back - rolled_back
         self.clock.before = self.session.seconds_before
-        self._injector = FaultInjector(self.options.faults, None, args.incarnation, args.tell)
+        self._injector = FaultInjector(self.options.faults, None, args.incarnation, args.report)
         self.service = Service(
             server,
             self._observe,
@@ -117,14 +117,14 @@ class ServerProcess:
         """Record until the run is over and the workers have left; return the summary.
 
         Raises:
-            RuntimeError: it cannot go on.
+            RuntimeError: the run cannot continue.
         """
         server, checkpoint = self.session.server, Interval(self.config.checkpoint.every_seconds)
         if self.args.incarnation > 0:
             _log.warning(
                 "the server resumes from iteration %d; %d later updates are rolled back", server.iteration, self._rolled_back
             )
-        # An earlier incarnation may have applied the last gradient and died before it could say so.
+        # An earlier incarnation may have applied the last gradient, and died before its last replies were sent.
         if server.ended or not self._wait_for_start():
             return self._shut_down()
         limit = self.config.train.max_seconds
@@ -138,10 +138,10 @@ class ServerProcess:
                 limit = None
                 self.service.finish()
             self.session.flush()
-            nobody = self.all_workers_ended if not self.service.memberships else ""
-            nobody = nobody or self.watchdog.nobody_left()
-            if nobody:
-                reason = f"no worker is left: {nobody}"
+            cause = self.all_workers_ended if not self.service.memberships else ""
+            cause = cause or self.watchdog.no_workers_reason()
+            if cause:
+                reason = f"no worker is left: {cause}"
                 self.stop_status = {"status": "failed", "reason": reason}
                 self._shut_down()
                 raise RuntimeError(reason)
@@ -161,7 +161,7 @@ class ServerProcess:
     def _wait_for_start(self) -> bool:
         """Wait until the workers have registered; return False where the run is stopped before.
 
-        A later incarnation of the server starts with those that are back in time, since others may never come back.
+        A later incarnation of the server starts with those that have joined in time, since others may never do.
 
         Raises:
             TimeoutError: they have not.
@@ -178,12 +178,12 @@ class ServerProcess:
                 self.service.start()
             if waited > options.start_timeout_seconds or (self.all_workers_ended and not self.service.memberships):
                 registered = {membership.worker for membership in barrier.registered}
-                wanted = self.session.server.num_workers
-                missing = min(set(range(wanted)) - registered, default=0)
+                expected = self.session.server.num_workers
+                missing = min(set(range(expected)) - registered, default=0)
                 raise TimeoutError(
                     self.all_workers_ended
                     or f"worker {missing} was not ready within runtime.start_timeout_seconds="
-                    f"{options.start_timeout_seconds:g} ({len(registered)} of {wanted} were); see its log"
+                    f"{options.start_timeout_seconds:g} ({len(registered)} of {expected} were); see its log"
                 )
         return True
 
@@ -210,10 +210,10 @@ class ServerProcess:
 
 
 def serve(args: ServerArgs, on_ready: Callable[[ServerProcess], None]) -> None:
-    """Be the server of a run from start to end.
+    """Run the server of a run from start to end.
 
     Args:
-        args: Where to serve.
+        args: The arguments of the process.
         on_ready: Called with the process as soon as it can be asked to stop.
     """
     text = (args.run_dir / "config.yaml").read_text()

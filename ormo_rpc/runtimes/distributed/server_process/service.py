@@ -39,10 +39,10 @@ class Service:
         server: The parameter server.
         observe: Called under the lock after every change; it must be quick.
         on_start: Called under the lock right before the first ticket is handed out.
-        journal: Told, under the lock, of everything that changes the server.
+        journal: Records, under the lock, every call that changes the server.
         push_format: The wire form of pushes; exact by default.
-        max_not_finite: After this many consecutive gradients that are not finite a worker is banned.
-        defer_shutdown: Hold the replies that end workers back until `release_shutdown`, so that no worker is gone before the
+        max_not_finite: A worker is banned after this many consecutive gradients that are not finite.
+        defer_shutdown: Hold the replies that end workers back until `release_shutdown`, so that no worker ends before the
             last checkpoint is written.
 
     Attributes:
@@ -102,7 +102,7 @@ class Service:
             return self.memberships.add(request.preferred_worker, request.pid, request.host, request.slot_id)
 
     def evict(self, membership: Membership, reason: str) -> None:
-        """End a membership: its tickets are issued again to other workers, and nobody waits for it any more."""
+        """End a membership: its tickets are issued again to other workers, which no longer wait for it."""
         due: list[Due] = []
         with self.lock:
             if membership.session_id not in self.memberships.by_session:
@@ -167,7 +167,7 @@ class Service:
 
         Raises:
             StaleSession: the session is not valid.
-            WorkerBanned: this worker's gradients are not finite, again and again.
+            WorkerBanned: this is the last of ``max_not_finite`` consecutive gradients of the worker that are not finite.
             PushRefused: as `ParameterServer.receive`.
         """
         membership = self._membership(session_id)  # checked again under the lock
@@ -186,7 +186,7 @@ class Service:
         return future
 
     def leave(self, session_id: str) -> None:
-        """End the membership of a worker that was told to stop; one that was not is evicted."""
+        """End a membership at the end of the run; before it, the worker is evicted."""
         with self.lock:
             membership = self.memberships.by_session.get(session_id)
             if membership is not None and self.server.ended:
@@ -194,7 +194,7 @@ class Service:
                 self.changed.set()
                 return
         if membership is not None:
-            self.evict(membership, "it left before the end without being told to")
+            self.evict(membership, "it left before the end without being asked to")
 
     # ------------------------------------------------------------------------------------- called by the server's process
 
@@ -262,7 +262,7 @@ class Service:
         """Settle a validated push."""
         if self.failure is not None:
             return []
-        journal = NoJournal() if self.server.ended else self.journal  # which is closed soon after the end
+        journal = NoJournal() if self.server.ended else self.journal  # closed soon after the end
         try:
             replies = self.server.commit(push, validated)
             journal.push(push, rejected=validated.rejected is not None)
@@ -311,7 +311,7 @@ class Service:
         return self.pending.due(replies)
 
     def _leave(self, membership: Membership, future: ReplyFuture | None = None) -> list[Due]:
-        """Let a worker leave that has asked for it: its reply is the one that ends it."""
+        """Let a worker leave that has asked to: its reply has no ticket."""
         stop = Reply(
             worker=membership.worker,
             ticket=None,

@@ -12,7 +12,7 @@ from ormo_rpc.runtimes.session import Session
 from ormo_rpc.server.parameter_server import ParameterServer
 
 POLL_SECONDS = 0.01
-"""How often the last workers are looked for."""
+"""The interval at which the remaining workers are counted."""
 
 
 def shut_down(
@@ -24,12 +24,12 @@ def shut_down(
         session: The session of the run.
         service: The service.
         watchdog: Over the workers.
-        status: Of a run that is ended from outside, status and reason; empty for one that has ended by itself. Its workers are
-            not waited for.
-        timeout_seconds: When workers that have not left are left to their launcher.
+        status: Status and reason of a run that is ended from outside, whose workers are not waited for; empty for a run that
+            has ended by itself.
+        timeout_seconds: Time to wait for workers to leave; then they are left to their launcher.
 
     Raises:
-        RuntimeError: the state is not whole, so it is not kept.
+        RuntimeError: a push was applied half-way, so the state is not written.
     """
     seconds, state = session.clock(), dict[str, Any]()
 
@@ -39,7 +39,7 @@ def shut_down(
 
     service.change(stop)
     check_state(service)
-    watchdog.write_processes()  # a short run may be over before the watchdog has looked
+    watchdog.write_processes()  # a short run may be over before the first check of the watchdog
     watchdog.write_evictions()
     session.write_checkpoint(state)
     service.release_shutdown()  # not before: should this process die while it writes, the workers are needed again
@@ -52,10 +52,10 @@ def shut_down(
 
 
 def check_state(service: Service) -> None:
-    """Refuse to go on with, or to keep, a state to which a push may have been applied half-way.
+    """Refuse to continue with, or to write, a state to which a push was applied half-way.
 
     Raises:
-        RuntimeError: it may.
+        RuntimeError: there is such a push.
     """
     cause = service.failure
     if cause is not None:

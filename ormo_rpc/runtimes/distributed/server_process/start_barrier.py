@@ -25,16 +25,16 @@ class StartBarrier:
 
     @property
     def complete(self) -> bool:
-        """True when somebody has registered and nobody who is expected is missing."""
+        """True when at least one worker has registered, and all expected ones have."""
         return bool(self.registered) and {membership.worker for membership in self.registered} >= self._expected
 
     def add(self, membership: Membership) -> None:
-        """Register a worker; once more means nothing."""
+        """Register a worker; a repetition has no effect."""
         if membership not in self.registered:
             self.registered.append(membership)
 
     def remove(self, membership: Membership) -> None:
-        """Forget a worker that is gone; it stays expected."""
+        """Remove a worker whose membership has ended; it is still expected."""
         if membership in self.registered:
             self.registered.remove(membership)
 

@@ -21,15 +21,15 @@ class Stopwatch:
         self._since = time.monotonic()
 
     def __call__(self) -> float:
-        """The seconds."""
+        """Return the seconds."""
         return self.before + (0.0 if self._since is None else time.monotonic() - self._since)
 
 
 class Interval:
-    """Becomes due again and again.
+    """A periodic timer.
 
     Args:
-        seconds: The time between two; 0 for never.
+        seconds: The period; 0 for never due.
     """
 
     def __init__(self, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""The watchdog over the workers: it evicts those that are too late, and writes down who works and who was evicted."""
+"""The watchdog: evicts workers that are too late, and records processes and evictions in the run directory."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _log = logging.getLogger(__name__)
 
 
 class Watchdog:
-    """Looks after the workers; belongs to the main thread, but for `remember_processes`.
+    """Evicts late workers, and records processes and evictions; used by the main thread, but for `remember_processes`.
 
     The service's lock guards `_processes` while it is written.
 
     Args:
         service: The service.
-        directory: Where ``processes.json`` and ``evictions.jsonl`` are written.
+        directory: Receives ``processes.json`` and ``evictions.jsonl``.
         options: The time-outs.
         address: HOST:PORT of the listener.
     """
@@ -35,16 +35,16 @@ class Watchdog:
         self._processes: dict[int, int] = {}
         """Process ids by worker number, at the last change before the end."""
         self._paused = False
-        self._alone_since = time.monotonic()
+        self._no_workers_since = time.monotonic()
 
     def check(self) -> None:
-        """Evict late workers, and write down what has changed since the last call."""
+        """Evict late workers, and write the changes since the last call."""
         service = self.service
         if service.changed.is_set():
             service.changed.clear()
             with service.lock:
                 if service.server.ended:
-                    return  # all are leaving; those that worked are of more interest
+                    return  # all are leaving; the workers before that are of more interest
                 self.remember_processes()
             self.write_processes()
         self.write_evictions()
@@ -58,26 +58,26 @@ class Watchdog:
                 _log.warning("resumed: %d workers", members)
 
     def remember_processes(self) -> None:
-        """Take note of the workers that are there; called under the service's lock."""
+        """Remember the process ids of the current members; called under the service's lock."""
         self._processes = {membership.worker: membership.pid for membership in self.service.memberships.by_worker.values()}
 
     def write_processes(self) -> None:
-        """Write down the processes of the server and of the workers."""
+        """Write the process ids of the server and of the workers."""
         self.directory.write_processes(os.getpid(), self._processes, self.address)
 
     def write_evictions(self) -> None:
-        """Write down the evictions since the last call, also for later incarnations."""
+        """Write the evictions since the last call; later incarnations read them."""
         new = self.service.evictions[self._evictions_written :]
         if new:
             self._evictions_written += len(new)
             self.directory.write_evictions(new)
 
-    def nobody_left(self) -> str:
-        """The reason why there is no worker, and none has come for too long; empty otherwise."""
+    def no_workers_reason(self) -> str:
+        """The reason to give up, if there has been no worker for too long; empty otherwise."""
         if self.service.memberships:
-            self._alone_since = time.monotonic()
+            self._no_workers_since = time.monotonic()
             return ""
         timeout_seconds = self.options.start_timeout_seconds
-        if time.monotonic() - self._alone_since <= timeout_seconds:
+        if time.monotonic() - self._no_workers_since <= timeout_seconds:
             return ""
         return f"no worker for runtime.start_timeout_seconds={timeout_seconds:g}"

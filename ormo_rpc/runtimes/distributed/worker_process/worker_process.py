@@ -1,7 +1,7 @@
-"""A worker's process: from reply to push, one ticket at a time, until told to stop, across incarnations of the server.
+"""A worker's process: from reply to push, one ticket at a time, to the end of the run, across incarnations of the server.
 
 A process has one loop, or with ``worker.prefetch`` several, each with a membership of its own: while one waits for its reply,
-another one computes. To the server and to every algorithm they are workers like any others, so K counts each of them.
+another one computes. To the server and the algorithm each is a worker, so K counts all of them.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerArgs:
-    """What a worker's process is given when it is started.
+    """The arguments of a worker's process.
 
     Attributes:
         address: Host and port of the server's listener.
         secret: Of the run.
         preferred_worker: The worker number to have, if it is free.
         slot_id: The launcher's process slot; a replacement comes from the same one.
-        restart_count: How often this process was started before.
-        data_root: Where the data set lies on this machine, if not where the run's configuration says.
-        timeout_seconds: How long to try to reach the server.
-        tell: Called with lines for people.
+        restart_count: Earlier processes in this slot.
+        data_root: The folder of the data set on this machine; by default the configured one.
+        timeout_seconds: Time for reaching the server.
+        report: Called with messages for people.
     """
 
     address: tuple[str, int]
@@ -49,17 +49,17 @@ class WorkerArgs:
     restart_count: int
     data_root: str | None
     timeout_seconds: float
-    tell: Callable[[str], None]
+    report: Callable[[str], None]
 
 
 class WorkerContext:
-    """What the loops of one process share.
+    """State that the loops of one process share.
 
     `compute_lock` guards the processor and all that belongs to the process: the job, torch's random state, autograd. A loop
     holds it while it computes, and never while it waits for the network.
 
     Args:
-        args: Where and as whom to work.
+        args: The arguments of the process.
 
     Attributes:
         leaving: Set once this process has been asked to leave; read without a lock.
@@ -98,14 +98,14 @@ class WorkerLoop:
         self._injector: FaultInjector | None = None
 
     def run(self, on_job: Callable[[Job], None] = lambda _: None) -> None:
-        """Work until told to stop; join again where the server is lost, and may come back, or has evicted this worker.
+        """Work to the end of the run; join again where the server was lost or has evicted this worker.
 
         Args:
             on_job: Called with the job whenever this worker has joined.
 
         Raises:
-            ServerLost: it did not come back in time.
-            WorkerBanned: this worker is not wanted any more.
+            ServerLost: the server did not come back in time.
+            WorkerBanned: the server has banned this worker.
         """
         args, context = self.context.args, self.context
         while not context.leaving:
@@ -128,14 +128,14 @@ class WorkerLoop:
             with lease:
                 self.lease = lease
                 self._preferred_worker = lease.join_response.worker
-                if context.leaving:  # `leave` was called while this worker joined, and did not know of this lease
+                if context.leaving:  # `leave` was called before this lease existed
                     lease.leave()
                 job, worker, transport = self._prepare(lease.join_response.config)
                 on_job(job)
                 endpoint = Endpoint(lease=lease, secret=args.secret, timeout_seconds=job.config.rpc.rpc_timeout_seconds)
                 try:
                     with transport.connect(endpoint, worker.wire) as server:
-                        self._until_stopped(job.config, worker, server, endpoint.worker)
+                        self._work(job.config, worker, server, endpoint.worker)
                         server.leave()
                     return
                 except (ServerLost, StaleSession) as error:
@@ -158,10 +158,10 @@ class WorkerLoop:
             self._worker.forget()  # to the server, a worker that joins again is a new one
             return job, self._worker, self._transport
 
-    def _until_stopped(self, config: Config, worker: Worker, server: ServerClient, number: int) -> None:
+    def _work(self, config: Config, worker: Worker, server: ServerClient, number: int) -> None:
         args, compute_lock = self.context.args, self.context.compute_lock
         if self._injector is None:
-            self._injector = FaultInjector(config.rpc.faults, number, args.restart_count, args.tell)
+            self._injector = FaultInjector(config.rpc.faults, number, args.restart_count, args.report)
         speed: torch.Generator = time_generator(config, number)
         reply = server.register()
         while reply.ticket is not None:
@@ -183,7 +183,7 @@ class WorkerProcess:
     """The loops of a worker's process; the first one has the main thread.
 
     Args:
-        args: Where and as whom to work.
+        args: The arguments of the process.
     """
 
     def __init__(self, args: WorkerArgs) -> None:
@@ -197,15 +197,15 @@ class WorkerProcess:
         """Errors that ended further loops."""
 
     def run(self) -> None:
-        """Work until told to stop.
+        """Work to the end of the run.
 
         Raises:
             ServerLost: the server did not come back in time.
-            WorkerBanned: this worker is not wanted any more.
+            WorkerBanned: the server has banned this worker.
         """
         self.loops[0].run(on_job=self._start_prefetching)
         for thread in self._threads:
-            # Told to stop as the first one was; one that computes for longer is late for the server, too.
+            # The run has ended for it too; one that computes for longer than that is late for the server as well.
             thread.join(self._ticket_timeout_seconds)
         if self._failures:
             raise self._failures[0]
