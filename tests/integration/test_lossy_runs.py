@@ -76,7 +76,7 @@ def test_every_algorithm_runs_over_a_lossy_wire_both_ways(algorithm: str, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["topk", "powersgd bf16", "both ways"])
-def test_an_interrupted_run_ends_as_if_nothing_had_been(name: str, tmp_path: Path) -> None:
+def test_an_interrupted_and_resumed_run_over_a_lossy_wire_ends_with_the_same_bits(name: str, tmp_path: Path) -> None:
     config = changed(
         BASE,
         runtime={"name": "sim", "joins": {7: 0.9, 1: 1.2}, "leaves": {1: 0.7}},
@@ -96,7 +96,7 @@ def test_an_interrupted_run_ends_as_if_nothing_had_been(name: str, tmp_path: Pat
         train(another, run_dir=tmp_path / "another")
 
 
-def test_a_worker_that_joins_anew_begins_with_nothing_left_over(tmp_path: Path) -> None:
+def test_a_worker_that_joins_again_begins_with_an_empty_compression_state(tmp_path: Path) -> None:
     # A ticket takes 0.12 s with both ways: the push of the third one would arrive at 0.36 s, when its sender is another one.
     config = changed(
         BASE,
@@ -138,7 +138,7 @@ def test_pushes_that_the_algorithm_discards_are_encoded_all_the_same(tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["fp16", "topk", "powersgd bf16", "both ways"])
-def test_a_run_that_diverges_is_seen_to_and_replayed(name: str, tmp_path: Path) -> None:
+def test_a_diverging_run_over_a_lossy_wire_is_replayed(name: str, tmp_path: Path) -> None:
     config = changed(BASE, train={"max_iterations": 60, "lr": 1e30}, **FORMATS[name])
     recorded = train(config, run_dir=tmp_path / "run")
     assert recorded["status"] == "diverged"
@@ -211,7 +211,7 @@ def start(dimension: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @pytest.mark.parametrize("algorithm", ["ormo", "pnm"])  # one that replaces its parameters, and one that writes to them
-def test_what_is_handed_out_is_rounded_and_what_is_kept_is_not(algorithm: str) -> None:
+def test_sent_parameters_are_rounded_and_those_of_the_server_are_not(algorithm: str) -> None:
     dimension = WORTH_POOLING // 2 + 3  # long enough for a pool of bf16
     blanks: list[int] = []
     kernel = fastest_kernel(dimension)
@@ -261,7 +261,7 @@ def test_further_vectors_are_rounded_too() -> None:
     assert reply.params[7:].any()
 
 
-def test_a_algorithm_sees_what_its_worker_saw(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_algorithm_gets_the_rounded_parameters_that_its_worker_got(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
     step: Callable[..., None] = DCASGD.step
 

@@ -42,7 +42,7 @@ def test_the_network_is_hidden_as_far_as_the_processor_allows(prefetch: int, lat
     assert result["num_workers"] == 1 + prefetch
 
 
-def test_machines_are_slow_with_all_their_tickets(tmp_path: Path) -> None:
+def test_a_slow_process_is_slow_for_each_of_its_workers(tmp_path: Path) -> None:
     options = ("workers=2", "worker.prefetch=1", "heterogeneity=one_slow", "heterogeneity.factor=4", "train.max_iterations=500")
     pushes = simulated(tmp_path, *options)["pushes_per_worker"]
     assert isinstance(pushes, dict)
@@ -50,7 +50,7 @@ def test_machines_are_slow_with_all_their_tickets(tmp_path: Path) -> None:
     assert fast / slow == pytest.approx(4, rel=0.1)
 
 
-def test_a_simulation_that_is_interrupted_goes_on_to_the_bit(tmp_path: Path) -> None:
+def test_an_interrupted_simulation_with_prefetch_resumes_bit_for_bit(tmp_path: Path) -> None:
     options = (
         "workers=2",
         "worker.prefetch=1",
@@ -77,7 +77,7 @@ def replayed_sha(tmp_path: Path, *options: str) -> bool:
 
 
 @pytest.mark.parametrize("scheduler", list(parts("scheduler")))
-def test_barriers_refuse_it(scheduler: str) -> None:
+def test_prefetch_is_refused_with_a_barrier(scheduler: str) -> None:
     overrides = [f"scheduler={scheduler}", "worker.prefetch=1"]
     if scheduler in ("sync", "partial"):
         with pytest.raises(ConfigError, match=rf"^worker.prefetch: got 1 with scheduler={scheduler}, whose barrier "):
@@ -86,7 +86,7 @@ def test_barriers_refuse_it(scheduler: str) -> None:
         assert compose([*overrides, "workers=3"]).num_workers == 6
 
 
-def test_an_rpc_agent_refuses_it() -> None:
+def test_prefetch_is_refused_with_torch_rpc() -> None:
     with pytest.raises(
         ConfigError, match=r"^worker.prefetch: got 1 with transport=torch_rpc, which connects one worker for each"
     ):
@@ -94,14 +94,14 @@ def test_an_rpc_agent_refuses_it() -> None:
 
 
 @pytest.mark.parametrize("value", [-1, 101, 40_000])
-def test_a_number_that_no_machine_could_bear_is_refused(value: int) -> None:
+def test_too_large_a_prefetch_is_refused(value: int) -> None:
     with pytest.raises(ConfigError, match=rf"^worker.prefetch: got {value}, expected a whole number from 0 to 100"):
         compose([f"worker.prefetch={value}"])
     assert compose(["worker.prefetch=100", "workers=4"]).num_workers == 404
 
 
 @pytest.mark.parametrize("loaded", [False, True])
-def test_a_process_that_computes_nonsense_ends_no_run_by_its_second_worker(loaded: bool) -> None:
+def test_non_finite_gradients_of_two_workers_of_one_process_do_not_end_the_run(loaded: bool) -> None:
     some = Job(compose(["workers=2", "worker.prefetch=1", "model.hidden=4", "train.max_iterations=6"]))
     server = some.server(lambda _: None, lambda: 0.0)
     held = {reply.worker: reply for reply in server.start()}
@@ -129,7 +129,7 @@ def test_a_process_that_computes_nonsense_ends_no_run_by_its_second_worker(loade
 
 @pytest.mark.live
 @pytest.mark.timeout(180)
-def test_a_live_process_has_two_tickets_and_loses_both_when_it_is_killed(tmp_path: Path) -> None:
+def test_both_tickets_of_a_killed_process_with_prefetch_are_reissued(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     status, _, err = launch(
         run_dir, *QUIET, "workers=2", "worker.prefetch=1", "train.max_iterations=400", "runtime.faults=[kill@1:40]"

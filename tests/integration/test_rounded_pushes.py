@@ -73,7 +73,7 @@ def test_a_rounded_push_is_the_same_numbers_to_every_algorithm(algorithm: str, d
         assert float.fromhex(event.data["grad_sum"]) == pytest.approx(exactly, abs=2**-8 * size / math.sqrt(ROW))
 
 
-def test_the_sum_of_a_rounded_push_tells_one_changed_value() -> None:
+def test_the_sum_of_a_rounded_push_changes_with_one_value() -> None:
     events: list[Event] = []
     told: set[str] = set()
     generator = torch.Generator().manual_seed(3)
@@ -101,7 +101,7 @@ def test_the_sum_in_the_trace_is_a_number_where_that_of_a_row_is_beyond_float16(
 
 
 @pytest.mark.parametrize("length", [1, 3, ROW, ROW + 1])
-def test_what_is_not_finite_is_found_wherever_it_is(length: int) -> None:
+def test_a_value_that_is_not_finite_is_found_at_any_place_of_a_rounded_push(length: int) -> None:
     one = server("ormo", torch.bfloat16, length=length)
     reply = one.start()[0]
     for place in {0, length - 1, length // 2}:
@@ -136,13 +136,13 @@ def test_a_push_of_another_dtype_than_that_of_the_wire_is_refused(dtype: torch.d
     assert (one.iteration, one.params.tolist()) == (0, [1.0] * 3)
 
 
-def test_only_16_bits_are_known() -> None:
+def test_a_pushed_dtype_of_other_than_16_bits_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^pushed_dtype: got torch.int8, expected torch.bfloat16 or torch.float16, or None$"):
         server("ormo", torch.int8)
 
 
 @pytest.mark.parametrize("dtype", ROUNDED)
-def test_the_journal_keeps_them_as_they_came(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_the_journal_keeps_rounded_pushes_in_16_bits(dtype: torch.dtype, tmp_path: Path) -> None:
     grads = gradients("ormo", 1001, dtype)
     first, again = (server("ormo", dtype, length=1001) for _ in range(2))
     journal = FileJournal(tmp_path)

@@ -18,7 +18,7 @@ from tests.support.stream_peers import BOTH, FACTS, LARGE, SHARED, SMALL, TCP, W
 
 @pytest.mark.parametrize("transport", BOTH)
 @pytest.mark.parametrize("algorithm", parts("algorithm"))
-def test_every_algorithm_says_by_a_stream_what_it_says_in_process(algorithm: str, transport: Transport) -> None:
+def test_every_algorithm_gets_the_same_pushes_and_replies_by_stream_as_in_process(algorithm: str, transport: Transport) -> None:
     with cluster(algorithm=algorithm) as run:
         run.start(*[transport] * WORKERS)
         run.run(24, random.Random(algorithm))
@@ -37,7 +37,7 @@ def test_every_algorithm_says_by_a_stream_what_it_says_in_process(algorithm: str
 @pytest.mark.parametrize(
     ("scheduler", "options"), [("sync", {}), ("partial", {"k": 2}), ("ssp", {"s": 1})], ids=["sync", "partial", "ssp"]
 )
-def test_a_barrier_holds_answers_back_and_gives_them_all_at_once(
+def test_replies_held_back_by_a_barrier_arrive_together(
     scheduler: str, options: dict[str, Any], transports: tuple[Transport, ...]
 ) -> None:
     with cluster(scheduler=scheduler, **options) as run:
@@ -59,7 +59,7 @@ def test_a_barrier_holds_answers_back_and_gives_them_all_at_once(
     ],
     ids=str,
 )
-def test_other_sizes_and_dtypes_and_batch_norm(
+def test_other_sizes_dtypes_and_batch_norm_statistics_cross_by_stream(
     dimension: int, dtype: torch.dtype, algorithm: str, transport: Transport
 ) -> None:
     """Small parameters come with the frame, although gradients are shared; statistics come behind the gradient."""
@@ -75,7 +75,9 @@ def test_other_sizes_and_dtypes_and_batch_norm(
 @pytest.mark.parametrize("transport", BOTH)
 @pytest.mark.parametrize("wire", [WireDtype.bf16, WireDtype.fp16])
 @pytest.mark.parametrize("algorithm", ["ormo", "pnm"])  # one whose step reads 16 bits, and one that gets them widened
-def test_what_is_rounded_both_ways_is_the_same_numbers(algorithm: str, wire: WireDtype, transport: Transport) -> None:
+def test_pushes_and_parameters_rounded_to_16_bits_cross_unchanged(
+    algorithm: str, wire: WireDtype, transport: Transport
+) -> None:
     with cluster(dimension=2 * LARGE, algorithm=algorithm, wire=wire) as run:
         run.start(*[transport] * WORKERS)
         run.run(24, random.Random(algorithm))
@@ -88,7 +90,7 @@ def test_what_is_rounded_both_ways_is_the_same_numbers(algorithm: str, wire: Wir
 
 
 @pytest.mark.parametrize("transport", BOTH)
-def test_a_run_ends_for_all_and_goodbye_is_heard(transport: Transport) -> None:
+def test_at_the_end_every_worker_is_stopped_and_leaves(transport: Transport) -> None:
     with cluster(total_tickets=9, dimension=SMALL) as run:
         run.start(*[transport] * WORKERS)
         run.run(9, random.Random(1))

@@ -181,7 +181,7 @@ def shared_though_nothing_was_offered(run: Cluster) -> Liar:
 
 
 @pytest.mark.parametrize("what", LIES)
-def test_who_lies_harms_nobody(what: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_worker_that_violates_the_stream_protocol_harms_no_other(what: str, caplog: pytest.LogCaptureFixture) -> None:
     with cluster() as run:
         run.start(SHARED, TCP, TCP)
         run.run(6, random.Random(1))
@@ -198,7 +198,7 @@ def test_who_lies_harms_nobody(what: str, caplog: pytest.LogCaptureFixture) -> N
     assert "Traceback" not in caplog.text
 
 
-def test_pushes_that_are_forged_get_their_refusal_each_and_the_stream_goes_on() -> None:
+def test_each_forged_push_is_refused_and_the_stream_continues() -> None:
     with cluster(dimension=SMALL) as run:
         run.start(SHARED, TCP, TCP)
         run.run(6, random.Random(1))
@@ -223,7 +223,7 @@ def test_pushes_that_are_forged_get_their_refusal_each_and_the_stream_goes_on() 
 
 
 @pytest.mark.skipif(not AVAILABLE, reason="this system has no memfd_create")
-def test_with_a_journal_nobody_changes_a_gradient_that_was_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_a_journal_a_worker_cannot_change_a_validated_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the record of a worker that lies is torn, and all that others were acknowledged behind it is lost."""
     journal = FileJournal(tmp_path)
     with cluster(dimension=SMALL, journal=journal) as run:
@@ -270,7 +270,7 @@ def wrong_segments() -> dict[str, object]:
 
 
 @pytest.mark.parametrize("what", wrong_segments())
-def test_a_segment_that_is_none_is_not_shared(what: str) -> None:
+def test_a_false_handle_of_a_segment_is_not_attached(what: str) -> None:
     with cluster(dimension=SMALL) as run:
         run.start(SHARED, TCP, TCP)
         liar = Liar(run, segment=wrong_segments()[what])
@@ -281,7 +281,7 @@ def test_a_segment_that_is_none_is_not_shared(what: str) -> None:
 
 
 @pytest.mark.skipif(not AVAILABLE, reason="this system has no memfd_create")
-def test_segments_of_another_size() -> None:
+def test_a_segment_that_is_too_small_is_not_attached_and_a_larger_one_is() -> None:
     """One that is too small is not shared; of one that is larger the first bytes count."""
     with cluster(dimension=SMALL) as run:
         run.start(SHARED, TCP, TCP)

@@ -34,7 +34,7 @@ def segments_of(pool: SharedMemoryPool) -> int:
 
 
 @pytest.mark.parametrize("algorithm", ["ormo", "dc_asgd", "dana"])
-def test_memory_is_used_again_and_never_under_a_reader(algorithm: str) -> None:
+def test_memory_of_parameters_is_reused_but_not_while_a_worker_reads_it(algorithm: str) -> None:
     """K replies are out, w is the next one or one more, and one is written; an algorithm that sends more has as much for it.
 
     In `Cluster.step` all replies that are out are compared with those of the reference after every push.
@@ -51,7 +51,7 @@ def test_memory_is_used_again_and_never_under_a_reader(algorithm: str) -> None:
             assert segments_of(worker.pool) == 1
 
 
-def test_who_is_slow_keeps_its_parameters_while_the_others_go_round(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_worker_keeps_its_parameters_while_the_others_push(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "WORTH_POOLING", 0)  # small vectors, too, lie in shared memory
     with cluster(dimension=SMALL) as run:
         run.start(*[SHARED] * WORKERS)
@@ -65,7 +65,7 @@ def test_who_is_slow_keeps_its_parameters_while_the_others_go_round(monkeypatch:
         run.check_same_state()
 
 
-def test_memory_is_shared_where_it_must_be() -> None:
+def test_transport_shm_shares_memory_with_every_worker() -> None:
     with cluster(REQUIRED) as run:
         run.start(*[REQUIRED] * WORKERS)
         run.run(6, random.Random(1))
@@ -82,7 +82,7 @@ def cannot(handle: SegmentHandle, _size: int) -> Tensor:
     [(server, "server and worker share no memory"), (client, "worker and server share no memory")],
     ids=["the server cannot", "the worker cannot"],
 )
-def test_where_no_memory_can_be_shared_auto_says_so_and_goes_on_and_shm_gives_up(
+def test_without_shared_memory_auto_logs_it_and_uses_tcp_and_shm_is_refused(
     module: Any, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -108,7 +108,7 @@ def test_where_no_memory_can_be_shared_auto_says_so_and_goes_on_and_shm_gives_up
     [(TCP, "transport=tcp"), (SHARED, "the server's system has no memory that could be shared")],
     ids=["tcp", "no memfd"],
 )
-def test_a_server_that_does_not_share_says_why(
+def test_a_server_without_shared_memory_gives_the_reason(
     transport: Transport, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -123,7 +123,7 @@ def test_a_server_that_does_not_share_says_why(
 
 
 @pytest.mark.parametrize("when", ["from the start", "in the midst"])
-def test_where_descriptors_are_scarce_the_run_goes_on(
+def test_a_run_continues_over_tcp_when_descriptors_are_scarce(
     when: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -143,7 +143,7 @@ def test_where_descriptors_are_scarce_the_run_goes_on(
     assert sum("memory is not shared from now on" in record.getMessage() for record in caplog.records) >= 1
 
 
-def test_a_worker_that_has_too_many_segments_open_lets_them_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_with_too_many_open_segments_closes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     refused: list[int] = []
     really = client.attach
     with cluster(SHARED) as run:

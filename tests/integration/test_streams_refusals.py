@@ -56,7 +56,7 @@ def test_refusals_are_what_they_are_in_process_and_change_nothing(
         assert run.workers[2].push(run.held[2][0], good).result(PATIENCE_SECONDS).ticket is not None
 
 
-def test_who_waits_at_a_barrier_is_told_that_it_was_evicted() -> None:
+def test_a_worker_evicted_at_a_barrier_gets_the_reason() -> None:
     with cluster(scheduler="sync", dimension=SMALL) as run:
         run.start(SHARED, TCP, TCP)
         run.step(0)
@@ -67,7 +67,7 @@ def test_who_waits_at_a_barrier_is_told_that_it_was_evicted() -> None:
                 run.waiting.pop(worker).result(PATIENCE_SECONDS)
 
 
-def test_the_stream_of_who_was_evicted_ends_by_itself() -> None:
+def test_the_stream_of_an_evicted_worker_ends() -> None:
     with cluster(dimension=SMALL) as run:
         run.start(*[TCP] * WORKERS)
         run.service.evict(run.service.memberships.by_worker[0], "of this test")
@@ -87,7 +87,7 @@ def test_a_worker_that_waits_notices_that_its_lease_is_lost(transport: Transport
             run.waiting.pop(0).result(10)  # long before the patience of a lease is over
 
 
-def test_a_door_that_closes_ends_all_streams() -> None:
+def test_a_listener_that_closes_ends_all_streams() -> None:
     with cluster(scheduler="sync", dimension=SMALL) as run:
         run.start(SHARED, TCP, TCP)
         run.step(0)
@@ -96,7 +96,7 @@ def test_a_door_that_closes_ends_all_streams() -> None:
             run.waiting.pop(0).result(PATIENCE_SECONDS)
 
 
-def test_without_a_seat_there_is_no_stream(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stream_without_a_valid_session_is_refused(caplog: pytest.LogCaptureFixture) -> None:
     with cluster(dimension=SMALL) as run:
         run.start(*[TCP] * WORKERS)
         endpoint = run.workers[0].endpoint

@@ -177,7 +177,7 @@ def test_the_number_of_applied_gradients_is_read_as_it_was_written(tmp_path: Pat
     assert applied_gradients(tmp_path) == 1234567
 
 
-def test_sockets_that_listen_are_told_from_others() -> None:
+def test_listening_sockets_are_distinguished_from_others() -> None:
     table = """  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
    0: 0100007F:9A3B 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 2001 1 0000 100 0 0 10 0
    1: 0100007F:9A3B 0100007F:8D22 01 00000000:00000000 00:00000000 00000000     0        0 2002 1 0000 20 4 30 10 -1

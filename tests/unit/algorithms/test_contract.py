@@ -89,7 +89,7 @@ def test_replies_share_memory_with_their_own_stamp_only(row: Row, scheduler: str
 
 @each_row
 @given(case=cases(), rest=schedules(changes=True))
-def test_a_saved_state_goes_on_identically_in_a_fresh_server(row: Row, scheduler: str, case: Case, rest: Schedule) -> None:
+def test_a_saved_state_continues_identically_in_a_fresh_server(row: Row, scheduler: str, case: Case, rest: Schedule) -> None:
     original = case.run(row.name, scheduler, case.options(row)).follow(case.schedule)
     server = original.server
     saved = server.state_dict()
@@ -127,7 +127,7 @@ def test_two_identical_runs_are_identical_to_the_bit(row: Row, scheduler: str, c
 
 @each_row
 @given(case=cases())
-def test_each_ticket_is_redeemed_once_and_all_are_told_to_stop(row: Row, scheduler: str, case: Case) -> None:
+def test_each_ticket_is_committed_once_and_every_worker_is_stopped(row: Row, scheduler: str, case: Case) -> None:
     events: list[Event] = []
     run = case.run(row.name, scheduler, case.options(row), record=events).finish(case.schedule)
     server = run.server

@@ -92,7 +92,7 @@ def test_dana_is_its_form_with_the_momentum_on_the_workers(workers: int, schedul
 
 
 @pytest.mark.parametrize(("name", "expected"), [("dana", 0.9 * 0.1 * 2), ("shifted", 0.0)])
-def test_a_leavers_momentum_is_gone(name: str, expected: float) -> None:
+def test_the_momentum_of_a_worker_that_left_is_dropped(name: str, expected: float) -> None:
     # Both workers push a gradient of 2 from w = 0, eta = 0.1: w = -0.4; v_0 = v_1 = 2 (dana). Without worker 1, dana sends
     # w - eta beta v_0 = -0.4 - 0.1 * 0.9 * 2, and shifted w. Worker 1 comes back, and its gradient of 0 finds no momentum.
     server = build_server(
@@ -223,7 +223,7 @@ def test_gap_aware_without_gaps_is_naive() -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["dc_asgd", "gap_aware"])
-def test_what_was_sent_is_asked_for_again_when_the_server_has_lost_it(algorithm: str) -> None:
+def test_a_worker_whose_sent_parameters_the_server_has_lost_must_rejoin(algorithm: str) -> None:
     run = begin(algorithm, num_workers=2)
     fresh = begin(algorithm, num_workers=2).server
     fresh.load_state_dict(run.server.state_dict())

@@ -51,7 +51,7 @@ def test_the_knee_is_the_smallest_good_k_and_the_report_names_the_bottleneck(tmp
     assert (tmp_path / "live_scale.png").stat().st_size > 1000
 
 
-def test_growth_is_told_apart_from_going_up_and_down() -> None:
+def test_growth_of_memory_is_distinguished_from_fluctuation() -> None:
     # A start that fills caches, then 7 bytes per update, and 50 bytes more at every other sample.
     samples = [sample(n, server_bytes_now=1000 + min(n, 50) * 10 + 7 * n + 50 * (n // 10 % 2)) for n in range(0, 1001, 10)]
     assert server_memory.growth(samples) == pytest.approx(7, rel=0.02)

@@ -217,7 +217,7 @@ def test_orthogonalised_columns_are_orthonormal_or_nothing() -> None:
 
 
 @pytest.mark.parametrize("rank_of_gradient", [0, 1])
-def test_powersgd_outlives_gradients_of_less_than_its_rank(rank_of_gradient: int) -> None:
+def test_powersgd_stays_finite_for_gradients_of_lower_rank(rank_of_gradient: int) -> None:
     encoder, first = Encoder(made("powersgd", WireDtype.float32)), torch.zeros(DIMENSION)
     generator = torch.Generator().manual_seed(1)
     if rank_of_gradient:
@@ -269,7 +269,7 @@ def test_a_gradient_that_is_not_finite_is_seen_and_leaves_no_trace(name: str, wi
     assert torch.equal(encoded(encoder, second), encoded(twin, second))
 
 
-def test_each_worker_has_its_own_memory_and_loses_it_when_it_joins_anew() -> None:
+def test_each_worker_has_its_own_compression_state_which_is_reset_when_it_joins_again() -> None:
     for name in ("none", "topk", "powersgd"):
         encoder = Encoder(made(name, WireDtype.bf16))
         alone = {worker: Encoder(made(name, WireDtype.bf16)) for worker in (0, 7)}
@@ -285,7 +285,7 @@ def test_each_worker_has_its_own_memory_and_loses_it_when_it_joins_anew() -> Non
         assert encoder.state_dict() == {}
 
 
-def test_without_feedback_nothing_is_remembered_but_factors() -> None:
+def test_without_error_feedback_only_factors_are_kept() -> None:
     encoder = Encoder(made("topk without feedback", WireDtype.bf16))
     gradient = gradients(1)[0]
     assert torch.equal(encoded(encoder, gradient), encoded(encoder, gradient))
@@ -293,7 +293,7 @@ def test_without_feedback_nothing_is_remembered_but_factors() -> None:
 
 
 @pytest.mark.parametrize("name", ["topk", "powersgd"])
-def test_what_is_kept_and_loaded_goes_on_to_the_bit(name: str) -> None:
+def test_a_saved_encoder_state_continues_bit_for_bit(name: str) -> None:
     one, other = Encoder(made(name, WireDtype.fp16)), Encoder(made(name, WireDtype.fp16))
     *before, after = gradients(4)
     for gradient in before:
@@ -355,7 +355,9 @@ def test_an_exact_form_is_the_vector_itself_on_both_sides() -> None:
 @pytest.mark.parametrize(("name", "wire"), CASES)
 @pytest.mark.parametrize("vectors", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_server_sees_what_the_worker_says_it_does(name: str, wire: WireDtype, vectors: int, dtype: torch.dtype) -> None:
+def test_the_server_decodes_the_push_that_the_worker_returned(
+    name: str, wire: WireDtype, vectors: int, dtype: torch.dtype
+) -> None:
     format_ = made(name, wire, vectors=vectors, dtype=dtype)
     encoder = Encoder(format_, lambda size: torch.zeros(size, dtype=torch.uint8))
     into = torch.full((format_.length,), math.nan, dtype=dtype)
@@ -375,7 +377,7 @@ def test_the_server_sees_what_the_worker_says_it_does(name: str, wire: WireDtype
 
 
 @pytest.mark.parametrize("rank", [1, 3])
-def test_factors_mean_the_same_bits_to_any_number_of_threads(rank: int) -> None:
+def test_factors_are_decoded_to_the_same_bits_by_any_number_of_threads(rank: int) -> None:
     params = layout({"a": (301, 1_003), "b": (67, 4_001)})
     factors = PowerSGD(rank=rank).build(params)
     values = torch.randn(factors.num_values, generator=torch.Generator().manual_seed(0))
@@ -419,7 +421,7 @@ def unpacked(format_: PushFormat, payload: Tensor) -> str:
 
 @pytest.mark.parametrize(("name", "wire"), CASES)
 @given(data=st.data())
-def test_any_bytes_are_taken_or_refused(name: str, wire: WireDtype, data: st.DataObject) -> None:
+def test_any_bytes_are_decoded_or_refused(name: str, wire: WireDtype, data: st.DataObject) -> None:
     format_ = made(name, wire)
     if data.draw(st.booleans()):
         payload = torch.tensor(list(data.draw(st.binary(min_size=format_.size, max_size=format_.size))), dtype=torch.uint8)
@@ -443,7 +445,7 @@ def test_any_bytes_are_taken_or_refused(name: str, wire: WireDtype, data: st.Dat
         (lambda good: good.index_fill(0, torch.tensor([5]), 2**31 - 1), r"got indices .* that do not rise, expected .*"),
     ],
 )
-def test_indices_that_mean_nothing_are_refused(indices: Callable[[Tensor], Tensor], said: str) -> None:
+def test_invalid_indices_are_refused(indices: Callable[[Tensor], Tensor], said: str) -> None:
     format_ = made("topk", WireDtype.float32)
     encoder = Encoder(format_)
     encoded(encoder, gradients(1)[0])
@@ -475,7 +477,7 @@ def test_other_tensors_than_the_bytes_are_refused(name: str, wire: WireDtype) ->
 
 
 @pytest.mark.parametrize(("name", "wire"), CASES)
-def test_bytes_that_lie_oddly_are_read_all_the_same(name: str, wire: WireDtype) -> None:
+def test_bytes_at_unaligned_addresses_are_decoded(name: str, wire: WireDtype) -> None:
     format_ = made(name, wire)
     encoder = Encoder(format_)
     encoder.statistics.copy_(torch.arange(10.0))
@@ -517,12 +519,12 @@ def test_a_payload_that_a_fault_corrupts_is_found_not_finite(name: str, wire: Wi
         ({"wire": {"params": "fp16"}}, r"wire\.params: got 'fp16', expected one of float32, bf16"),
     ],
 )
-def test_what_makes_no_sense_is_refused(values: dict[str, Any], said: str) -> None:
+def test_options_of_compression_out_of_range_are_refused(values: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=rf"\A{said}\Z"):
         parse_config(values)
 
 
-def test_a_run_says_what_is_lost_on_its_wire() -> None:
+def test_the_summary_of_a_run_names_its_wire_form() -> None:
     def said(**values: Any) -> str:
         return parse_config(values).wire_form
 

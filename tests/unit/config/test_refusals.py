@@ -140,7 +140,9 @@ def test_other_wrong_trees(values: dict[str, Any], message: str) -> None:
     ],
     ids=str,
 )
-def test_an_option_that_the_delay_rule_would_not_use_is_refused(algorithm: str, options: dict[str, Any], refused: str) -> None:
+def test_an_option_that_the_delay_adaptive_rule_does_not_use_is_refused(
+    algorithm: str, options: dict[str, Any], refused: str
+) -> None:
     expected = f"algorithm.{refused}, expected none, as algorithm.rule={options['rule']} does not use it"
     assert refusal({"algorithm": {"name": algorithm, **options}}) == expected
     with pytest.raises(ValueError, match=re.escape(expected)):

@@ -159,7 +159,7 @@ def test_every_epoch_covers_every_sample_once(num_samples: int, batch_size: int,
 
 
 @given(st.lists(st.integers(0, 40), max_size=30))
-def test_a_ticket_means_the_same_samples_whatever_was_asked_before(asked: list[int]) -> None:
+def test_the_samples_of_a_ticket_do_not_depend_on_earlier_tickets(asked: list[int]) -> None:
     used = Epochs(23, 5, seed=3)  # 5 tickets per epoch: the 41 tickets span 9 epochs
     for ticket in asked:
         assert torch.equal(used.indices(ticket), Epochs(23, 5, seed=3).indices(ticket))
@@ -276,7 +276,7 @@ def test_idx_files_are_read_row_by_row(tmp_path: Path) -> None:
     assert labels.tolist() == [0, 1, 2]
 
 
-def test_a_file_that_ends_too_early_is_told_before_the_run(tmp_path: Path) -> None:
+def test_a_truncated_data_file_is_refused_before_the_run(tmp_path: Path) -> None:
     damaged = write_mnist(tmp_path) / "t10k-images-idx3-ubyte"
     damaged.write_bytes(damaged.read_bytes()[:-100])
     message = rf"^dataset\.root: {re.escape(str(damaged.parent))} cannot be read as MNIST: RuntimeError: .*2252.*$"
@@ -451,7 +451,9 @@ def test_missing_files_are_fetched_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(section.load().train) == 20
 
 
-def test_who_waited_for_the_lock_does_not_fetch_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_waited_for_the_download_lock_does_not_fetch_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     web = Web(monkeypatch)
 
     def flock(_file: Any, _operation: int) -> None:
@@ -462,7 +464,7 @@ def test_who_waited_for_the_lock_does_not_fetch_again(tmp_path: Path, monkeypatc
     assert web.visits == 0
 
 
-def test_nothing_is_fetched_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_fetched_without_the_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     web = Web(monkeypatch)
     with pytest.raises(ValueError, match=r"^dataset\.root: CIFAR10 is not in .*$"):
         CIFAR10(root=str(tmp_path)).prepare()
@@ -563,7 +565,7 @@ def test_a_custom_function_that_does_not_work_is_one_clear_error(function: str, 
 
 
 @pytest.mark.parametrize("path", ["", "function", "my module.f", "module."])
-def test_what_is_no_dotted_path_is_refused_before_anything_is_imported(path: str) -> None:
+def test_a_target_that_is_no_dotted_path_is_refused_before_any_import(path: str) -> None:
     with pytest.raises(ValueError, match=rf"^dataset\._target_: got '{path}', expected a dotted path such as .*$"):
         CustomData(_target_=path)
 

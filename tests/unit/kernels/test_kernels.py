@@ -244,7 +244,7 @@ class Wrong(TorchSteps):
 
 
 @pytest.mark.parametrize("fault", ["twice", "widened", "rounded"])
-def test_other_bits_are_noticed(fault: str) -> None:
+def test_a_compiled_kernel_with_other_bits_is_rejected(fault: str) -> None:
     assert agrees(TorchSteps(), TorchSteps())
     assert not agrees(Wrong(fault), TorchSteps())
 
@@ -367,7 +367,7 @@ def test_with_memory_reserved_no_step_has_to_make_any(sent_dtype: torch.dtype | 
 
 
 @pytest.mark.parametrize("dimension", [3, 1_000_000])
-def test_memory_is_lent_again_when_nobody_sees_it_and_not_before(dimension: int) -> None:
+def test_pooled_memory_is_reused_only_after_its_last_reference(dimension: int) -> None:
     pool = Pool(dimension, torch.float32)
     first = pool.take()
     address = first.data_ptr()
@@ -388,7 +388,7 @@ def test_memory_is_lent_again_when_nobody_sees_it_and_not_before(dimension: int)
     assert pool.lent == 2
 
 
-def test_memory_comes_back_from_other_threads_and_none_is_lent_twice() -> None:
+def test_pooled_memory_freed_in_other_threads_is_reused_once() -> None:
     pool = Pool(64, torch.float64)
     torn: list[str] = []
 

@@ -180,19 +180,19 @@ def test_options_out_of_range_are_refused(kind: type[Model], options: dict[str, 
         kind(**options)
 
 
-def test_a_custom_model_is_told_the_problem_if_it_asks_and_given_the_users_keywords() -> None:
+def test_a_custom_model_gets_input_shape_and_classes_if_it_takes_them_and_the_users_keywords() -> None:
     model = CustomModel(_target_=f"{__name__}.linear", kwargs={"scale": 3.0}).build((5,), 2)
     assert isinstance(model, nn.Linear)
     assert model.weight.tolist() == [[3.0] * 5] * 2
 
 
-def test_the_users_keywords_win_over_the_problem() -> None:
+def test_the_users_keywords_override_input_shape_and_classes() -> None:
     model = CustomModel(_target_=f"{__name__}.linear", kwargs={"num_classes": 9}).build((5,), 2)
     assert isinstance(model, nn.Linear)
     assert model.out_features == 9
 
 
-def test_a_custom_class_that_does_not_ask_is_not_told() -> None:
+def test_a_custom_model_without_these_parameters_does_not_get_them() -> None:
     model = CustomModel(_target_="torch.nn.Linear", kwargs={"in_features": 5, "out_features": 2}).build((5,), 2)
     assert isinstance(model, nn.Linear)
 

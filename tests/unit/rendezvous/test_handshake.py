@@ -61,7 +61,7 @@ def test_both_sides_authenticate_and_then_exchange_messages() -> None:
     assert worked.result() == {"join_response": 17}
 
 
-def test_a_worker_with_a_wrong_secret_is_told_nothing_else() -> None:
+def test_a_worker_with_a_wrong_secret_learns_only_that_it_is_wrong() -> None:
     seen: list[bytes] = []
 
     def worker(reader: LineReader) -> None:

@@ -87,7 +87,7 @@ def test_a_refused_worker_and_the_log_get_the_reason(caplog: pytest.LogCaptureFi
     assert "somebody else" not in caplog.text
 
 
-def test_a_worker_that_joins_after_the_end_is_told_that_the_run_is_over() -> None:
+def test_a_worker_that_joins_after_the_end_gets_run_ended() -> None:
     handler = Handler(RunEnded("the run has ended"))
     with listening(handler) as address, pytest.raises(RunEnded, match=r"\Athe run has ended\Z"):
         join(address)

@@ -129,7 +129,7 @@ def begun(there: Owner) -> list[Reply]:
 # -- who is answered when ----------------------------------------------------------------------------------------------
 
 
-def test_the_first_replies_come_when_all_have_said_hello() -> None:
+def test_the_first_replies_come_when_all_workers_have_registered() -> None:
     there = owner(MANY)
     answers = [there.register(worker) for worker in range(MANY - 1)]
     assert not any(answer.done() for answer in answers)
@@ -150,7 +150,7 @@ def test_the_order_of_arrival_decides_nothing() -> None:
     assert [(answer.value().worker, answer.value().ticket) for answer in answers] == [(2, 2), (0, 0), (1, 1)]
 
 
-def test_a_repeated_hello_takes_the_place_of_the_former_and_gets_the_same_reply() -> None:
+def test_a_repeated_register_replaces_the_former_and_gets_the_same_reply() -> None:
     there = owner(2)
     former = there.register(0)
     session_id = there.memberships[0].session_id
@@ -167,7 +167,7 @@ def test_a_repeated_hello_takes_the_place_of_the_former_and_gets_the_same_reply(
 # -- coming and going --------------------------------------------------------------------------------------------------
 
 
-def test_a_guest_joins_a_run_and_gets_work_at_once() -> None:
+def test_an_elastic_worker_joins_a_run_and_gets_a_ticket_at_once() -> None:
     there = owner(2)
     begun(there)
     membership = there.join(None)
@@ -177,7 +177,7 @@ def test_a_guest_joins_a_run_and_gets_work_at_once() -> None:
     assert there.service.server.concurrency == 3
 
 
-def test_a_number_that_is_taken_goes_to_nobody_else() -> None:
+def test_a_worker_number_in_use_is_not_given_twice() -> None:
     there = owner(2)
     begun(there)
     assert there.join(1, slot="another").worker == 2
@@ -202,9 +202,7 @@ def test_a_replacement_takes_the_number_of_the_process_that_it_replaces() -> Non
 
 
 @pytest.mark.parametrize("scheduler", ["async", "sync"])
-def test_a_lost_worker_is_named_its_ticket_issued_again_and_nobody_waits_for_it(
-    scheduler: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_evicted_worker_is_recorded_and_its_ticket_reissued(scheduler: str, caplog: pytest.LogCaptureFixture) -> None:
     there = owner(3, scheduler=scheduler, total_tickets=6)
     first, second, third = begun(there)
     held = [there.push(first), there.push(second)]
@@ -262,7 +260,7 @@ def test_the_start_need_not_wait_for_all() -> None:
     assert there.service.server.concurrency == 2
 
 
-def test_a_worker_whose_gradients_are_never_finite_is_dismissed_by_name(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_worker_whose_gradients_are_never_finite_is_banned(caplog: pytest.LogCaptureFixture) -> None:
     there = owner(2, total_tickets=9)
     there.service.max_not_finite = 3
     bad, good = begun(there)
@@ -280,7 +278,7 @@ def test_a_worker_whose_gradients_are_never_finite_is_dismissed_by_name(caplog: 
     assert torch.equal(there.service.server.params, -total(9))  # its tickets were done by the other one
 
 
-def test_a_finite_gradient_is_forgiveness() -> None:
+def test_a_finite_gradient_resets_the_count_of_non_finite_ones() -> None:
     there = owner(2)
     there.service.max_not_finite = 2
     reply, _ = begun(there)
@@ -290,7 +288,7 @@ def test_a_finite_gradient_is_forgiveness() -> None:
     assert sorted(there.service.server.members) == [0, 1]
 
 
-def test_nobody_is_let_in_after_the_end() -> None:
+def test_a_process_that_joins_after_the_end_is_refused() -> None:
     there = owner(1, total_tickets=1)
     (reply,) = begun(there)
     there.push(reply)
@@ -301,7 +299,7 @@ def test_nobody_is_let_in_after_the_end() -> None:
 # -- barriers ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_barrier_of_many_workers_blocks_nobody() -> None:
+def test_a_barrier_of_many_workers_blocks_no_thread() -> None:
     """One thread calls all handlers: were one of them to wait, this would stand still. The result is SSGDm's."""
     rounds, beta = 6, 0.5
     there = owner(MANY, algorithm="ormo", scheduler="sync", momentum=beta, total_tickets=rounds * MANY)
@@ -479,7 +477,7 @@ def test_a_payload_of_wrong_length_is_refused_and_nothing_changes(buffers: int, 
     assert [value.tolist() for value in there.service.server.buffers.average.values()] == ([[0, 1, 2]] if buffers else [])
 
 
-def test_a_refused_push_leaves_the_open_answer_alone() -> None:
+def test_a_refused_push_does_not_complete_the_open_future() -> None:
     seen: list[int] = []
     there = owner(2, scheduler="sync", observe=lambda server: seen.append(server.iteration))
     first, second = begun(there)
@@ -515,7 +513,7 @@ def test_a_change_from_outside_sends_the_replies_that_it_makes_due(change: Calla
     assert there.service.server.iteration == (1 if change is ParameterServer.stop else 2)
 
 
-def test_the_word_to_stop_is_held_back_until_all_is_kept() -> None:
+def test_replies_that_end_workers_are_held_back_until_the_last_checkpoint() -> None:
     there = owner(2, total_tickets=2)
     there.service.pending.defer_shutdown = True
     first, second = begun(there)
@@ -527,7 +525,7 @@ def test_the_word_to_stop_is_held_back_until_all_is_kept() -> None:
     assert [answer.value().ticket for answer in (answers[0], again)] == [None, None]
 
 
-def test_the_start_waits_for_nobody_who_will_not_come() -> None:
+def test_the_start_does_not_wait_for_a_worker_that_has_ended() -> None:
     there = owner(3)
     answers = [there.register(0), there.register(2)]
     assert not there.service.barrier.passed.is_set()
@@ -535,7 +533,7 @@ def test_the_start_waits_for_nobody_who_will_not_come() -> None:
     assert [answer.value().ticket for answer in answers] == [0, 1]
 
 
-def test_a_guest_that_is_early_joins_when_the_run_begins() -> None:
+def test_an_elastic_worker_that_registers_early_joins_at_the_start() -> None:
     events: list[Event] = []
     there = owner(2, record=events.append)
     guest = there.register_session(there.join(None).session_id)
@@ -548,7 +546,7 @@ def test_a_guest_that_is_early_joins_when_the_run_begins() -> None:
     assert [event.kind for event in events] == [Kind.issue, Kind.issue, Kind.join, Kind.issue]  # which a replay does again
 
 
-def test_the_start_is_told_before_the_first_ticket_is_handed_out() -> None:
+def test_on_start_is_called_before_the_first_ticket_is_issued() -> None:
     there = owner(2)
     service = there.service
     told: list[tuple[bool, int]] = []
@@ -561,7 +559,7 @@ def test_the_start_is_told_before_the_first_ticket_is_handed_out() -> None:
 
 
 @pytest.mark.parametrize("where", ["server", "observer"])
-def test_a_failure_while_a_push_is_applied_is_kept_and_nobody_is_answered(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_while_a_push_is_applied_is_kept_and_no_reply_is_sent(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     failure = OSError("the disk is full")
 
     def fail(*_arguments: Any) -> list[Reply]:
@@ -583,7 +581,7 @@ def test_a_failure_while_a_push_is_applied_is_kept_and_nobody_is_answered(where:
     assert service.failure is failure
 
 
-def test_a_refused_push_breaks_nothing() -> None:
+def test_a_refused_push_is_no_failure_of_the_service() -> None:
     there = owner(2)
     first, _ = begun(there)
     with pytest.raises(PushRefused):
@@ -594,7 +592,7 @@ def test_a_refused_push_breaks_nothing() -> None:
     assert there.push(first).value().ticket == 2
 
 
-def test_who_holds_a_ticket_past_the_patience_is_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_holds_a_ticket_beyond_the_time_out_is_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(answers_module, "time", clock)
     there = owner(3, scheduler="partial", k=2)
@@ -612,7 +610,7 @@ def test_who_holds_a_ticket_past_the_patience_is_evicted(monkeypatch: pytest.Mon
     assert sorted(service.server.members) == [0, 1]
 
 
-def test_who_said_goodbye_at_the_end_is_gone_and_not_lost() -> None:
+def test_a_worker_that_leaves_at_the_end_is_not_an_eviction() -> None:
     there = owner(2)
     begun(there)
     there.service.change(ParameterServer.stop)
@@ -622,7 +620,7 @@ def test_who_said_goodbye_at_the_end_is_gone_and_not_lost() -> None:
     assert there.service.evictions == []
 
 
-def test_who_says_goodbye_before_the_end_is_lost_and_its_ticket_is_not() -> None:
+def test_a_worker_that_leaves_before_the_end_is_evicted_and_its_ticket_reissued() -> None:
     there = owner(2)
     begun(there)
     there.service.leave(there.memberships[1].session_id)
@@ -658,7 +656,7 @@ class SlowLock:
         self.held = False
 
 
-def test_lock_times_are_told_apart_and_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_times_are_measured_separately_and_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     lock = SlowLock(clock)
     held: list[bool] = []

@@ -39,7 +39,7 @@ PLACE = Torchrun(rank=1, world_size=3, store="host:29400", attempt=2, agent_stor
     ],
     ids=str,
 )
-def test_torchrun_tells_a_process_its_place(
+def test_the_rank_of_a_process_is_read_from_torchruns_environment(
     changes: dict[str, str | None], expected: Torchrun | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     under_torchrun(monkeypatch, **changes)
@@ -63,7 +63,7 @@ def under_torchrun(monkeypatch: pytest.MonkeyPatch, **changes: str | None) -> No
     ],
     ids=str,
 )
-def test_what_torchrun_cannot_run_is_refused(
+def test_configurations_that_torchrun_cannot_run_are_refused(
     values: dict[str, Any], ranks: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     under_torchrun(monkeypatch, RANK="0", WORLD_SIZE=str(ranks))

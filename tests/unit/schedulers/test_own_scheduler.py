@@ -151,7 +151,7 @@ def test_options_beside_an_object_are_refused() -> None:
         build_server(algorithm=SSP(), params=torch.ones(2), num_workers=2)  # pyright: ignore[reportArgumentType]
 
 
-def test_a_part_that_a_test_registers_is_gone_afterwards() -> None:
+def test_a_part_that_a_test_registers_is_removed_afterwards() -> None:
     with temporary_parts("scheduler"):
 
         @register("pairs")

@@ -54,7 +54,7 @@ def test_each_buffer_has_its_own_momentum() -> None:
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_a_state_goes_on_where_it_was_taken(momentum: float | None) -> None:
+def test_saved_buffers_continue_where_they_were_saved(momentum: float | None) -> None:
     whole, first = (RunningBuffers({"mean": torch.zeros(3)}, {"mean": momentum}) for _ in range(2))
     values = [{"mean": statistics(batch)["mean"]} for batch in batches()]
     for value in values:

@@ -233,7 +233,7 @@ ANYTHING = st.recursive(
 
 @examples(60)
 @given(st.sampled_from([field.name for field in fields(Push)]), ANYTHING)
-def test_whatever_stands_in_a_field_is_taken_or_refused_as_documented(name: str, value: Any) -> None:
+def test_any_value_in_a_field_is_accepted_or_refused_as_documented(name: str, value: Any) -> None:
     events: list[Event] = []
     server = build_server(params=torch.zeros(DIMENSION, dtype=torch.float64), num_workers=2, record=events.append)
     push = answer(server.start()[0], torch.ones(DIMENSION, dtype=torch.float64))
@@ -264,7 +264,7 @@ def test_whatever_stands_in_a_field_is_taken_or_refused_as_documented(name: str,
 
 @examples(30)
 @given(st.booleans(), ANYTHING)
-def test_whoever_joins_or_leaves_is_a_number_that_may(joins: bool, value: Any) -> None:
+def test_only_valid_worker_numbers_join_or_leave(joins: bool, value: Any) -> None:
     server = build_server(params=torch.zeros(DIMENSION, dtype=torch.float64), num_workers=2)
     server.start()
     before = server.state_dict()

@@ -52,7 +52,7 @@ def test_a_larger_gradient_is_scaled_to_the_limit_and_the_event_says_so() -> Non
 
 
 @pytest.mark.parametrize("guard", [CLIP, REFUSE, NormLimit(5.0000001), None])
-def test_a_gradient_within_the_limit_is_applied_as_it_comes(guard: NormLimit | None) -> None:
+def test_a_gradient_within_the_limit_is_applied_unchanged(guard: NormLimit | None) -> None:
     applied, event = pushed(guard, torch.tensor([3.0, -4.0], dtype=torch.float64))
     assert applied == [3.0, -4.0]
     assert "clipped_norm" not in event.data

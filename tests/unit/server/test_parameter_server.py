@@ -233,7 +233,7 @@ def test_a_state_and_buffers_that_hang_on_a_graph_leave_the_server_free_of_it() 
 # -------------------------------------------------------------------------------------------------------------------- replies
 
 
-def test_a_reply_says_what_its_stamp_was_worth() -> None:
+def test_the_parameters_of_a_reply_are_those_of_its_stamp() -> None:
     # lr(t) = t + 1. Ticket 3 is issued at iteration 1; the parameters are 0 - 1 * 1 = -1.
     trial = begin(algorithm="asgd", lr=lambda t: t + 1.0)
     assert [(r.lr, r.steps, r.incarnation) for r in trial.held.values()] == [(1.0, 1, 0)] * 3
@@ -258,7 +258,7 @@ def test_the_start_is_copied() -> None:
 
 
 @pytest.mark.parametrize("scheduler", ["async", "sync"])
-def test_a_run_without_end_goes_on(scheduler: str) -> None:
+def test_a_run_without_total_tickets_continues(scheduler: str) -> None:
     trial = begin(tickets=None, scheduler=scheduler)
     for _ in range(20):
         for worker in range(3):
@@ -284,7 +284,7 @@ def test_a_repeated_push_is_applied_once_and_gets_the_identical_reply() -> None:
     assert trial.kinds[-1] == "repeat"
 
 
-def test_a_push_repeated_while_its_answer_is_held_at_the_barrier_gets_nothing_yet() -> None:
+def test_a_push_repeated_while_its_reply_is_held_at_the_barrier_gets_no_reply_yet() -> None:
     trial = begin(scheduler="sync")
     push = trial.work(1)
     assert trial.server.receive(push) == []
@@ -298,7 +298,7 @@ def test_a_push_repeated_while_its_answer_is_held_at_the_barrier_gets_nothing_ye
     assert trial.server.receive(push)[0] is replies[0]
 
 
-def test_a_push_repeated_after_the_end_is_told_to_stop_again() -> None:
+def test_a_push_repeated_after_the_end_gets_the_last_reply_again() -> None:
     trial = begin(num_workers=2, tickets=2)
     early, last = trial.work(0), trial.work(1)
     assert trial.server.receive(early) == [], "no ticket is left, but one may come back"
@@ -321,7 +321,7 @@ def test_the_same_push_repeated_by_another_worker_is_refused() -> None:
 # ------------------------------------------------------------------------------------------------------------------ membership
 
 
-def test_a_leavers_ticket_goes_to_another_with_the_parameters_of_that_moment() -> None:
+def test_the_ticket_of_a_worker_that_left_is_reissued_with_the_present_parameters() -> None:
     trial = begin()
     trial.push(0)
     assert trial.note(trial.server.leave(1)) == [], "the others are at work"
@@ -334,13 +334,13 @@ def test_a_leavers_ticket_goes_to_another_with_the_parameters_of_that_moment() -
     ]
 
 
-def test_a_parked_worker_takes_over_at_once() -> None:
+def test_an_idle_worker_gets_the_ticket_of_one_that_left_at_once() -> None:
     trial = begin(num_workers=2, tickets=2)
     assert trial.push(0) == []
     assert brief(trial.note(trial.server.leave(1))) == [(0, 1, 1)]
 
 
-def test_the_late_push_of_a_leaver_is_refused_and_after_its_return_answered_with_its_new_work() -> None:
+def test_a_late_push_of_a_worker_that_left_is_refused_and_after_its_return_gets_its_new_ticket() -> None:
     trial = begin()
     late = trial.work(1, 100 * ONE)
     trial.push(0)
@@ -359,7 +359,7 @@ def test_the_late_push_of_a_leaver_is_refused_and_after_its_return_answered_with
     assert brief(trial.push(1)) == [(1, 4, 2)]
 
 
-def test_the_late_push_of_one_that_came_back_counts_if_its_work_is_the_same() -> None:
+def test_a_late_push_of_a_worker_that_rejoined_counts_for_the_same_ticket_and_stamp() -> None:
     # Nobody pushed in between: same ticket, same parameters, so the same gradient; the first to come is taken, the other not.
     trial = begin()
     late = trial.work(1)
@@ -371,14 +371,14 @@ def test_the_late_push_of_one_that_came_back_counts_if_its_work_is_the_same() ->
     assert trial.server.iteration == 1
 
 
-def test_a_barrier_does_not_wait_for_one_that_left() -> None:
+def test_a_barrier_does_not_wait_for_a_worker_that_left() -> None:
     trial = begin(scheduler="sync")
     assert (trial.push(0), trial.push(2)) == ([], [])
     # Its ticket 1 goes to the first in the queue, the others get new ones.
     assert brief(trial.note(trial.server.leave(1))) == [(0, 1, 2), (2, 3, 2)]
 
 
-def test_one_that_leaves_while_it_waits_is_not_answered_and_its_gradient_stays() -> None:
+def test_a_worker_that_leaves_while_blocked_gets_no_reply_and_its_gradient_stays() -> None:
     trial = begin(scheduler="sync")
     trial.push(1)
     assert trial.server.leave(1) == []
@@ -386,7 +386,7 @@ def test_one_that_leaves_while_it_waits_is_not_answered_and_its_gradient_stays()
     assert brief(trial.push(2)) == [(0, 3, 3), (2, 4, 3)]
 
 
-def test_a_joiner_waits_for_the_next_round_and_counts_from_then_on() -> None:
+def test_a_worker_that_joins_waits_for_the_next_round_and_counts_from_then_on() -> None:
     trial = begin(scheduler="sync", num_workers=2)
     trial.push(0)
     assert trial.server.join(7) == []
@@ -405,13 +405,13 @@ def test_all_leave_and_the_next_one_to_join_finishes_the_run() -> None:
     assert trial.server.status is Status.completed
 
 
-def test_one_that_joins_after_the_end_is_told_to_stop() -> None:
+def test_a_worker_that_joins_after_the_end_is_stopped() -> None:
     trial = begin(num_workers=1, tickets=1)
     trial.push(0)
     assert brief(trial.server.join(3)) == [(3, None, 1)]
 
 
-def test_membership_that_makes_no_sense_is_refused() -> None:
+def test_invalid_joins_and_leaves_are_refused() -> None:
     server = begin().server
     before = server.state_dict()
     text = r"^join of worker 1: it is a member already; let it leave first, or use another number$"
@@ -447,14 +447,14 @@ def test_the_sender_waits_rather_than_have_the_same_ticket_again() -> None:
     assert trial.server.status is Status.completed
 
 
-def test_the_sender_has_it_again_when_all_others_are_gone() -> None:
+def test_the_sender_gets_its_ticket_again_when_all_others_have_left() -> None:
     trial = begin(num_workers=2, tickets=2)
     trial.server.receive(trial.work(0, math.nan * ONE))
     assert brief(trial.note(trial.server.leave(1))) == [(0, 0, 0)]
 
 
 @pytest.mark.parametrize("scheduler", ["async", "sync"])
-def test_a_ticket_that_two_workers_find_bad_ends_the_run(scheduler: str) -> None:
+def test_a_ticket_with_non_finite_gradients_of_two_workers_ends_the_run(scheduler: str) -> None:
     trial = begin(scheduler=scheduler)
     trial.note(trial.server.receive(trial.work(0, math.nan * ONE)))
     trial.push(1)
@@ -472,7 +472,7 @@ def test_a_ticket_that_two_workers_find_bad_ends_the_run(scheduler: str) -> None
     assert not trial.server.assignments.outstanding
 
 
-def test_twice_from_the_only_worker_ends_the_run() -> None:
+def test_two_non_finite_gradients_of_the_only_worker_end_the_run() -> None:
     trial = begin(num_workers=1)
     assert brief(trial.note(trial.server.receive(trial.work(0, math.nan * ONE)))) == [(0, 0, 0)]
     assert trial.server.status is Status.running
@@ -488,7 +488,7 @@ def test_parameters_that_are_not_finite_are_at_fault_and_not_the_worker() -> Non
     assert trial.server.status is Status.diverged
 
 
-def test_a_good_gradient_the_second_time_forgets_the_first() -> None:
+def test_a_finite_gradient_for_a_reissued_ticket_clears_the_refusal() -> None:
     trial = begin(num_workers=1)
     trial.note(trial.server.receive(trial.work(0, math.nan * ONE)))
     assert brief(trial.push(0)) == [(0, 1, 1)]
@@ -580,7 +580,7 @@ def test_stop_ends_at_once_and_what_comes_later_is_not_applied() -> None:
 
 @pytest.mark.parametrize("end", ["finish", "stop", "complete"])
 @pytest.mark.parametrize("more", [0, 4])
-def test_a_run_that_was_ended_early_does_the_rest_when_it_is_loaded(end: str, more: int) -> None:
+def test_a_run_that_was_ended_early_completes_when_its_state_is_loaded(end: str, more: int) -> None:
     # Ticket 1 has come back when the end is asked for: it must not be forgotten.
     trial = begin(num_workers=3, tickets=6)
     trial.server.leave(1)
@@ -604,7 +604,7 @@ def work(trial: Trial) -> None:
             trial.push(worker)
 
 
-def test_a_run_with_more_gradients_than_this_one_shall_have_is_refused() -> None:
+def test_a_state_with_more_gradients_than_total_tickets_is_refused() -> None:
     trial = begin(tickets=10)
     for _ in range(3):
         trial.push(0)
@@ -615,7 +615,7 @@ def test_a_run_with_more_gradients_than_this_one_shall_have_is_refused() -> None
     assert same(fresh.server.state_dict(), before)
 
 
-def test_divergence_is_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_diverged_run_stays_diverged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "FINITE_CHECK_INTERVAL", 1)
     trial = begin(num_workers=1, lr=10.0)
     trial.push(0, 1e308 * ONE)
@@ -626,7 +626,7 @@ def test_divergence_is_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("scheduler", ["async", "sync"])
-def test_a_restarted_server_issues_anew_what_was_outstanding(scheduler: str) -> None:
+def test_a_restarted_server_reissues_outstanding_tickets(scheduler: str) -> None:
     trial = begin(scheduler=scheduler)
     trial.push(1)
     stale = trial.work(2)
@@ -818,7 +818,7 @@ def test_the_events_of_a_short_run() -> None:
     assert [event.seconds for event in trial.events] == list(range(len(expected)))
 
 
-def test_records_have_no_part_in_the_update() -> None:
+def test_recording_events_does_not_change_the_update() -> None:
     with_records, without = begin(), build_server(params=torch.zeros(3).double(), num_workers=3, lr=0.5, total_tickets=10)
     silent = Trial(without)
     silent.note(without.start())

@@ -105,7 +105,7 @@ def test_a_worker_leaves_and_connects_again(transport: Transport) -> None:
         assert service.registered == [second]
 
 
-def test_a_server_that_is_gone_is_lost(transport: Transport) -> None:
+def test_a_server_that_has_ended_raises_server_lost(transport: Transport) -> None:
     with connected(transport, lambda _: RecordingService(SMALL)) as (_service, (worker,), end_server):
         end_server()
         worker.register()
@@ -190,5 +190,5 @@ def test_a_worker_that_is_evicted_while_it_waits_gets_the_reason(transport: Tran
             workers[0].result()
 
 
-def test_transports_say_what_they_cannot_do() -> None:
+def test_transports_declare_what_they_do_not_support() -> None:
     assert {name for name, cls in parts("transport").items() if not cls.SUPPORTS_PREFETCH} == {"torch_rpc"}

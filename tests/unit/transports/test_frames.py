@@ -59,7 +59,7 @@ def gone_after(looks: int) -> Callable[[], bool]:
     return lambda: next(asked) < looks
 
 
-def test_what_is_sent_in_many_parts_arrives_whole() -> None:
+def test_a_vector_sent_in_many_parts_arrives_whole() -> None:
     vector = chance(LARGE)
     frame = bytes(range(72))
     with connected(buffers=4096) as (here, there), ThreadPoolExecutor(1) as elsewhere:
@@ -121,7 +121,7 @@ def test_frames_that_arrive_byte_by_byte_are_whole_and_end_where_they_end() -> N
 
 
 @pytest.mark.parametrize("sent", [0, 1, 55])
-def test_an_end_in_the_middle_is_an_end(sent: int) -> None:
+def test_a_connection_that_ends_in_the_middle_of_a_frame_is_an_end(sent: int) -> None:
     with connected() as (here, there):
         here.sendall(bytes(sent))
         here.shutdown(socket.SHUT_WR)
@@ -141,7 +141,7 @@ def test_a_connection_that_is_reset_is_an_end_for_both_directions() -> None:
 
 
 @pytest.mark.parametrize("what", ["says nothing", "stops in the middle", "does not read"])
-def test_who_stalls_is_given_up_as_soon_as_it_is_known_to_be_gone(what: str) -> None:
+def test_a_stalled_peer_is_given_up_as_soon_as_it_is_not_alive(what: str) -> None:
     with connected(buffers=4096) as (here, there):
         stream = FrameSocket(there, gone_after(1))
         began = time.monotonic()
@@ -155,7 +155,7 @@ def test_who_stalls_is_given_up_as_soon_as_it_is_known_to_be_gone(what: str) -> 
 
 
 @pytest.mark.parametrize("direction", ["gives", "takes"])
-def test_who_trickles_is_given_up_as_well(direction: str) -> None:
+def test_a_peer_that_sends_byte_by_byte_is_given_up_as_well(direction: str) -> None:
     """A byte now and then is not a sign of life: else a worker that was evicted keeps its stream for ever."""
     with connected(buffers=4096) as (here, there):
         ended = threading.Event()
@@ -182,7 +182,7 @@ def test_who_trickles_is_given_up_as_well(direction: str) -> None:
             trickling.join(PATIENCE_SECONDS)
 
 
-def test_who_is_alive_is_waited_for() -> None:
+def test_a_peer_that_is_alive_is_waited_for() -> None:
     with connected(buffers=4096) as (here, there), ThreadPoolExecutor(1) as elsewhere:
         looks: list[float] = []
 

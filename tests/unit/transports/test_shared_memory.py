@@ -120,7 +120,7 @@ def test_another_process_reads_what_is_written_and_dies_of_writing() -> None:
     assert made.sum().item() == 272
 
 
-def test_the_memory_is_gone_with_the_last_process_however_that_ends() -> None:
+def test_the_memory_is_freed_with_the_last_process_however_that_ends() -> None:
     before = sorted(path.name for path in Path("/dev/shm").iterdir())  # noqa: S108 - looked at, not written to
     with python(MAKES, SIZE) as maker:
         process, name, descriptor = said(maker)
@@ -182,7 +182,7 @@ OTHERS: dict[str, tuple[Callable[[Path], int], str]] = {
 
 
 @pytest.mark.parametrize("what", OTHERS)
-def test_what_is_not_the_segment_that_was_meant_is_refused(what: str, tmp_path: Path) -> None:
+def test_a_descriptor_of_anything_but_the_segment_is_refused(what: str, tmp_path: Path) -> None:
     make, reason = OTHERS[what]
     descriptor = make(tmp_path)
     before = len(list(Path("/proc/self/fd").iterdir()))
@@ -194,7 +194,7 @@ def test_what_is_not_the_segment_that_was_meant_is_refused(what: str, tmp_path: 
         os.close(descriptor)
 
 
-def test_what_such_a_segment_would_be_is_taken(tmp_path: Path) -> None:  # noqa: ARG001 - as for the others
+def test_a_segment_with_the_right_name_and_seals_is_attached(tmp_path: Path) -> None:  # noqa: ARG001 - as for the others
     """So that the refusals above are for what each of them says."""
     descriptor = memfd(size=SIZE, seals=fcntl.F_SEAL_SHRINK, name=NAME)
     try:
@@ -217,7 +217,7 @@ def test_another_process_number_and_another_descriptor_are_errors() -> None:
     assert not made.any()
 
 
-def test_nobody_can_shrink_or_write_a_segment_through_its_descriptor() -> None:
+def test_a_segment_cannot_be_shrunk_or_written_through_its_descriptor() -> None:
     segments = SharedMemoryPool()
     made, descriptor = descriptor_of(segments)
     made.fill_(3)
@@ -268,7 +268,7 @@ def test_descriptors_go_with_the_object_and_the_memory_with_its_tensors() -> Non
     assert os.getpid() not in users(name)  # nor the duplicates of descriptors that Python keeps with a mapping
 
 
-def test_where_descriptors_are_scarce_memory_is_not_shared_and_good_as_ever(
+def test_memory_is_not_shared_when_descriptors_are_scarce(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     segments = SharedMemoryPool()
@@ -284,7 +284,7 @@ def test_where_descriptors_are_scarce_memory_is_not_shared_and_good_as_ever(
     assert said.endswith(f"half of the {2 * last} open files that a process may have (ulimit -n) are open")
 
 
-def test_to_open_is_no_occasion_for_warnings() -> None:
+def test_attaching_a_segment_emits_no_warning() -> None:
     segments = SharedMemoryPool()
     _, descriptor = descriptor_of(segments)
     with warnings.catch_warnings():

@@ -74,7 +74,7 @@ def test_a_push_that_timed_out_is_repeated_unchanged_while_the_server_lives(monk
         ((EOF,), ["published"]),
     ],
 )
-def test_a_push_is_given_up_when_the_server_is_gone(
+def test_a_push_is_given_up_when_the_server_has_ended(
     failures: tuple[str | None, ...], called: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wire = Wire(*failures)
@@ -84,7 +84,7 @@ def test_a_push_is_given_up_when_the_server_is_gone(
     assert wire.called == called
 
 
-def test_a_server_that_has_gone_is_left_without_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leaving_a_lost_server_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     wire = Wire(None, EOF)
     monkeypatch.setattr(rpc, "rpc_sync", wire)
     TorchRpcClient("session_id", torch.empty(0), 1.0).leave()

@@ -227,7 +227,7 @@ def test_a_name_that_may_cross_is_not_thereby_a_function_to_call(function: Any) 
         crossed(call(function, "x"))
 
 
-def test_a_message_without_the_tensor_that_it_speaks_of_is_refused_and_nothing_is_kept() -> None:
+def test_a_message_without_its_tensor_is_refused_and_nothing_is_kept() -> None:
     data, _ = internal.serialize(call(Api.push, torch.ones(1)))
     with pytest.raises(pickle.UnpicklingError, match=r"^a message that is no pickle of ours: IndexError$"):
         internal.deserialize(data, [])
@@ -253,7 +253,7 @@ def test_the_log_does_not_grow_with_what_a_peer_sends(caplog: pytest.LogCaptureF
 
 @pytest.mark.live
 @pytest.mark.timeout(120)
-def test_a_peer_that_asks_a_server_for_other_functions_is_refused_and_the_server_serves_on(tmp_path: Path) -> None:
+def test_a_call_of_other_functions_is_refused_and_the_server_continues_to_serve(tmp_path: Path) -> None:
     """Over real RPC, the peer with torch's own unpickler; see ``tests/peer.py``."""
     attempts = talk("guarded", tmp_path)
     assert attempts.pop("permitted before") == attempts.pop("permitted after") == "[2.0, 2.0]"
@@ -274,7 +274,7 @@ def test_a_peer_that_asks_a_server_for_other_functions_is_refused_and_the_server
 
 @pytest.mark.live
 @pytest.mark.timeout(120)
-def test_without_the_list_the_same_peer_runs_what_it_likes(tmp_path: Path) -> None:
+def test_without_the_allow_list_the_same_peer_runs_any_code(tmp_path: Path) -> None:
     attempts = talk("open", tmp_path)
     assert attempts["os.system"] == "0"
     assert attempts["eval"] == "2"
@@ -283,7 +283,7 @@ def test_without_the_list_the_same_peer_runs_what_it_likes(tmp_path: Path) -> No
 
 @pytest.mark.live
 @pytest.mark.timeout(120)
-def test_what_the_list_does_not_hold_back_is_what_the_page_on_security_says(tmp_path: Path) -> None:
+def test_the_limits_of_the_allow_list_are_those_in_security_md(tmp_path: Path) -> None:
     """If this fails, torch has closed a hole, and SECURITY.md has to say so."""
     (tmp_path / "private").write_text("private")
     attempts = talk("guarded", tmp_path, "operators")

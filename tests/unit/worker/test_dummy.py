@@ -34,7 +34,7 @@ def server_of(some: Job) -> ParameterServer:
     return some.server(lambda _: None, lambda: 0.0)
 
 
-def test_the_option_chooses_it_and_leaves_evaluations_out() -> None:
+def test_the_option_selects_the_dummy_worker_and_disables_evaluations() -> None:
     assert type(job().worker()) is DummyWorker
     assert type(job("worker.dummy=false").worker()) is Worker
     assert job().evaluator() is None
@@ -54,7 +54,7 @@ def test_every_ticket_of_every_worker_gets_the_same_small_numbers() -> None:
     assert not torch.equal(pushes[0].grad, job("seed=5").worker().compute(server_of(some).start()[0]).grad)
 
 
-def test_nothing_is_gone_over_for_a_ticket(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dummy_worker_computes_nothing_for_a_ticket(monkeypatch: pytest.MonkeyPatch) -> None:
     some = job()
     worker, reply = some.worker(), server_of(some).start()[0]
     worker.warm_up()
@@ -97,7 +97,7 @@ def test_a_fault_spoils_one_push_and_no_later_one(kind: str, wire: str) -> None:
 
 
 @pytest.mark.parametrize("name", parts("algorithm"))
-def test_every_algorithm_takes_what_it_pushes(name: str) -> None:
+def test_every_algorithm_accepts_the_pushes_of_a_dummy_worker(name: str) -> None:
     some = job(f"algorithm={name}")
     worker, server = some.worker(), server_of(some)
     pending = server.start()
@@ -129,7 +129,7 @@ def test_batch_statistics_go_with_it_and_are_finite() -> None:
     assert all(bool((value == 1).all()) for value in push.buffers.values())
 
 
-def test_a_run_with_it_is_recorded_and_replayed_like_any_other(tmp_path: Path) -> None:
+def test_a_run_with_dummy_workers_is_recorded_and_replayed(tmp_path: Path) -> None:
     summary = ormo_rpc.train((*SETTING, "runtime=sim", "train.max_iterations=60"), run_dir=tmp_path / "run")
     assert (summary["status"], summary["iterations"], summary["train_loss"], summary["test_accuracy"]) == (
         *("completed", 60),

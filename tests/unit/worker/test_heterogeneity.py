@@ -34,7 +34,7 @@ def slow(law: Heterogeneity, num_workers: int) -> list[float]:
     return [law.slowdown(worker, num_workers, torch.Generator()) for worker in range(num_workers)]
 
 
-def test_nobody_is_slowed_by_default() -> None:
+def test_no_worker_is_slowed_by_default() -> None:
     assert slow(NoHeterogeneity(), 5) == [1.0] * 5
 
 
@@ -51,7 +51,7 @@ def test_the_slow_tail_is_one_in_sixteen_rounded_up(num_workers: int, number: in
     assert slow(SlowTail(), num_workers) == [1.0] * (num_workers - number) + [10.0] * number
 
 
-def test_the_slow_tail_may_be_everybody() -> None:
+def test_the_slow_tail_may_be_all_workers() -> None:
     assert slow(SlowTail(fraction=1.0, factor=2.0), 3) == [2.0] * 3
     assert slow(SlowTail(fraction=0.5), 5) == [1.0, 1.0, 10.0, 10.0, 10.0]  # 2.5 rounded up
 
@@ -86,7 +86,7 @@ def test_gamma_of_variation_one_is_exponential() -> None:
 
 
 @pytest.mark.parametrize("law", [GammaDelays(), ExponentialDelays()])
-def test_chance_is_the_given_generator(law: Heterogeneity) -> None:
+def test_slowdowns_are_drawn_from_the_given_generator_alone(law: Heterogeneity) -> None:
     torch.manual_seed(5)
     undisturbed = torch.rand(3)
     torch.manual_seed(5)
@@ -109,12 +109,12 @@ LAWS: list[Heterogeneity] = [
 ]
 
 
-def test_every_registered_law_is_tested_here() -> None:
+def test_every_registered_heterogeneity_is_tested_here() -> None:
     assert {type(law) for law in LAWS} | {RecordedDelays} == set(parts("heterogeneity").values())
 
 
 @pytest.mark.parametrize("law", LAWS, ids=repr)
-def test_no_law_makes_a_worker_faster_than_it_is(law: Heterogeneity) -> None:
+def test_no_heterogeneity_makes_a_worker_faster_than_it_is(law: Heterogeneity) -> None:
     factors = draws(law, 2000)
     assert factors.min().item() >= 1
     assert torch.isfinite(factors).all()

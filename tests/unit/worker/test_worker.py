@@ -267,7 +267,7 @@ def test_momentum_and_statistics_are_those_of_the_layers() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
-def test_a_ticket_has_the_same_bits_whatever_came_before(name: str) -> None:
+def test_the_push_of_a_ticket_does_not_depend_on_earlier_tickets(name: str) -> None:
     params = weights(name)
     made = worker(name, weight_decay=0.1, clip_norm=0.5)
     first = copied(made.compute(reply(3, params)))
@@ -309,7 +309,7 @@ def test_the_global_generator_is_left_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_reply_without_a_ticket_is_no_work() -> None:
+def test_a_reply_without_a_ticket_is_refused() -> None:
     with pytest.raises(AssertionError, match=r"\Aa reply without a ticket ends the worker"):
         worker("mlp").compute(reply(None, weights("mlp")))
 
