@@ -12,7 +12,7 @@ from ormo_rpc.options import option
 
 
 class DelayRule(Enum):
-    """How the learning rate follows the delay ``tau``; ``R`` is the threshold, by default ``2 K``."""
+    """The learning rate as a function of the delay ``tau``; ``R`` is the threshold, by default ``2 K``."""
 
     ormo = "ormo"
     """``eta`` up to R, then ``eta R / tau``, or ``min(eta, 1 / (4 L tau))`` where L is given (arXiv 2407.19234)."""

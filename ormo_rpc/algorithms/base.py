@@ -110,16 +110,16 @@ class Algorithm(Part, ABC):
     PATH = "algorithm"
 
     VECTORS_PUSHED: ClassVar[int] = 1
-    """How many vectors of D a push has, contiguous; an algorithm without local steps reads the first one only."""
+    """The number of vectors of D in a push, contiguous; an algorithm without local steps reads the first one only."""
     READS_SENT: ClassVar[bool] = False
     """`step` reads `PushContext.sent`; the server then refuses a push whose reply it has lost, so that it is never None."""
     OUT_OF_PLACE: ClassVar[bool] = False
     """`step` replaces `params` by what `kernel` makes, and never writes to it: the server hands it out as it is and
     copies nothing, and the gradient comes in the dtype that it had on the wire, which the kernel reads too."""
     NEEDS_IMMEDIATE_REPLIES: ClassVar[str | None] = None
-    """Why the algorithm runs only under a scheduler that is `Scheduler.IMMEDIATE`; None where it runs under any."""
+    """The reason why only a scheduler that is `Scheduler.IMMEDIATE` will do; None where any will."""
     NEEDS_NO_BARRIER: ClassVar[str | None] = None
-    """Why the algorithm does not run under a scheduler that is a `Scheduler.BARRIER`; None where it does."""
+    """The reason why a scheduler that is a `Scheduler.BARRIER` will not do; None where it will."""
 
     def init(self, params: Tensor, momentum: float) -> None:
         """Set the state at iteration 0.

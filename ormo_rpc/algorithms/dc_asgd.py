@@ -12,7 +12,7 @@ from ormo_rpc.algorithms.base import Algorithm, PushContext
 from ormo_rpc.options import option, register
 
 MEMORY = 0.95
-"""What the running mean of the squared gradients keeps of itself at each gradient (the authors' value)."""
+"""Decay of the running mean of the squared gradients (the authors' value)."""
 EPSILON = 1e-7
 """Added to that mean, in units of the squared gradient (the authors' value)."""
 

@@ -12,7 +12,7 @@ from ormo_rpc.algorithms.base import Algorithm, PushContext
 from ormo_rpc.options import register
 
 MEMORY = 0.999
-"""What the running mean of the squared momentum keeps of itself at each gradient (the authors' value)."""
+"""Decay of the running mean of the squared momentum (the authors' value)."""
 EPSILON = 1e-8
 """Added to the usual step, in units of the parameters (the authors' value)."""
 

@@ -82,11 +82,11 @@ class OrLoMo(Algorithm):
             moved.add_(local_momentum)  # p sums m over the steps: 1 + beta + ... + beta^(H-h) for the gradient of step h
 
     def _decay(self, rounds: int) -> float:
-        """``beta^(H rounds)``: what is left of a momentum after so many rounds."""
+        """Return ``beta^(H rounds)``: the share of a momentum that is left after so many rounds."""
         return self.momentum ** (self.local_steps * rounds)
 
     def _drift(self, rounds: int) -> float:
-        """``beta + ... + beta^(H rounds)``: how far a momentum has carried the parameters in so many rounds."""
+        """Return ``beta + ... + beta^(H rounds)``: how far a momentum carries the parameters in so many rounds."""
         return self.momentum * (1 - self._decay(rounds)) / (1 - self.momentum)
 
     @override

@@ -65,13 +65,13 @@ class OrMo(Algorithm):
         self.scheduled_lr = context.lr
 
     def _correction(self, scheduled_lr: float) -> float:
-        """What rescales the momentum to a new scheduled learning rate; one that a rate of 0 has emptied stays as it is."""
+        """Return the factor that rescales the momentum to a new scheduled rate; after a rate of 0 it is 0 and stays so."""
         if self.momentum_correction and self.scheduled_lr not in (0.0, scheduled_lr):
             return scheduled_lr / self.scheduled_lr
         return 1.0
 
     def _reach(self, exponent: int) -> float:
-        """``1 + beta + ... + beta^exponent``: what the parameters owe a gradient that is so many buckets old."""
+        """Return ``1 + beta + ... + beta^exponent``: the weight in the parameters of a gradient that is so many buckets old."""
         return (1 - self.momentum ** (exponent + 1)) / (1 - self.momentum)
 
     @override

@@ -1,4 +1,4 @@
-"""The steps in C, compiled with the system's compiler when they are first asked for; None where that does not work."""
+"""Steps in C, compiled on first use with the system's compiler; without one the steps run in torch."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ormo_rpc.kernels.kernel import Kernel
 from ormo_rpc.kernels.pool import pooled
@@ -23,11 +24,11 @@ from ormo_rpc.kernels.threads import LEAST, Threaded
 
 SOURCE = Path(__file__).with_name("steps.c")
 FLAGS = ("-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-std=c11")
-"""Without contraction, so that every rounding is the one that is written down."""
+"""Without contraction: a fused multiply-add would round once where torch rounds twice."""
 COMPILE_TIMEOUT_SECONDS = 30.0
 
 WORTH_COMPILING = CHUNK
-"""Elements below which the compiler takes longer than a run gains, as the calls cost more than the passes over memory."""
+"""Number of elements below which compiling does not pay: there the calls cost more than the passes over memory."""
 
 _log = logging.getLogger(__name__)
 _NAMES: dict[torch.dtype, tuple[str, Any]] = {
@@ -36,23 +37,23 @@ _NAMES: dict[torch.dtype, tuple[str, Any]] = {
     torch.bfloat16: ("bf16", None),
     torch.float16: ("fp16", None),
 }
-"""What a dtype is called in C, and the type of a step's numbers there, which are of the parameters' dtype."""
+"""Suffix of each dtype in the names of ``steps.c``, and the C type of scalars where it is the parameters' dtype."""
 _PAIRS = (
     (torch.float32, torch.float32),
     (torch.float32, torch.bfloat16),
     (torch.float32, torch.float16),
     (torch.float64, torch.float64),
 )
-"""Dtypes of parameters and of gradients that there are steps for."""
+"""(Dtype of the parameters, dtype of the gradient) of the compiled functions."""
 
 
-class CompiledSteps:
+class CompiledSteps(Steps):
     """`Steps` in C: each element is read and written once.
 
-    What C cannot read is torch's work: strided or elsewhere, or with a gradient of another dtype than there are functions for.
+    Falls back to `TorchSteps` for vectors that are strided or not on the CPU, and for pairs of dtypes without a function.
 
     Args:
-        library: ``steps.c``, compiled.
+        library: The compiled ``steps.c``.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -67,10 +68,10 @@ class CompiledSteps:
                 function.argtypes, function.restype = [size, *addresses, *types], None
                 self._functions[kind, dtype, grad_dtype] = function
 
+    @override
     def __call__(
         self, step: Step, grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor, out_16bit: Tensor | None = None
     ) -> None:
-        """See `Steps`."""
         function = self._functions.get((type(step), w.dtype, grad.dtype))
         vectors = (grad, u, w, out, out_16bit)
         present = [vector for vector in vectors if vector is not None]
@@ -92,15 +93,15 @@ class CompiledSteps:
 
 
 def _readable(vector: Tensor) -> bool:
-    """Whether its values lie in this machine's memory one behind the other, as they are."""
+    """Tell if C can read a vector by its address: on the CPU, contiguous and not lazily negated."""
     return vector.device.type == "cpu" and vector.is_contiguous() and not vector.is_neg()
 
 
 def fastest_kernel(dimension: int) -> Kernel:
-    """Pools of vectors, and compiled steps where the vectors are long enough for that and there is a compiler, else torch's.
+    """Choose the kernel for vectors of D: pooled memory, and compiled steps where they pay and there is a compiler.
 
-    Compiled steps over very long vectors are divided among as many threads as torch may have now (``runtime.threads``); its own
-    operations it divides by itself.
+    Compiled steps over very long vectors run on as many threads as torch has at this moment (``runtime.threads``); operations
+    of torch are divided by torch itself.
     """
     steps = compiled_steps() if dimension >= WORTH_COMPILING else None
     if steps is None:
@@ -112,11 +113,10 @@ def fastest_kernel(dimension: int) -> Kernel:
 
 @functools.cache
 def compiled_steps() -> CompiledSteps | None:
-    """The steps in C; None, with a warning in the log, where there is no compiler or its bits are not those of torch.
+    """Compile and load the steps; None, with a line in the log, where there is no compiler or its bits differ from torch's.
 
-    It is compiled once in a process, in a third of a second, into a directory that is removed as soon as the library is
-    loaded: nothing is left that could be stale, made for another processor, or changed by somebody else. ``CC`` names the
-    compiler.
+    They are compiled once in each process, in a third of a second, into a directory that is removed as soon as the library is
+    loaded: no file remains that could be stale, made for another processor, or tampered with. ``CC`` names the compiler.
     """
     compiler = (
         shlex.split(os.environ.get("CC", "")) or [found for found in map(shutil.which, ("cc", "gcc", "clang")) if found][:1]
@@ -142,7 +142,7 @@ def compiled_steps() -> CompiledSteps | None:
 
 
 def agrees(some: Steps, others: Steps, length: int = 1_037) -> bool:
-    """Whether two implementations give the same bits on vectors with an odd rest, aligned and not, of all dtypes."""
+    """Tell if two implementations give the same bits: vectors of all dtypes and of an odd length, aligned and not."""
     return all(
         torch.equal(mine, theirs)
         for dtypes in _PAIRS
@@ -154,7 +154,7 @@ def agrees(some: Steps, others: Steps, length: int = 1_037) -> bool:
 
 
 def _all_steps(steps: Steps, length: int, offset: int, dtype: torch.dtype, grad_dtype: torch.dtype) -> list[Tensor]:
-    """What each step makes of a gradient, a momentum and parameters that begin ``offset`` behind an aligned address."""
+    """Take every kind of step on random vectors that begin ``offset`` elements after an aligned address; return the results."""
     results: list[Tensor] = []
     for step in (
         SGDStep(0.037),

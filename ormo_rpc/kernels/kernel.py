@@ -16,11 +16,11 @@ class Kernel:
     """Implementation of the server's passes over its vectors; every one gives the same bits.
 
     Attributes:
-        name: For the header of the trace.
+        name: Its name in the header of the trace.
         steps: The steps of algorithms that work out of place.
-        empty: Makes an uninitialised vector like another one, shared with nothing.
-        rounds: Whether a step writes the new parameters rounded to bfloat16 as well, for `copy`; a pass over memory less
-            where those are what workers are sent.
+        empty: Returns an uninitialised vector like another one, which nothing else shares.
+        rounds: Each step also writes the new parameters rounded to bfloat16, for `copy`: one pass over memory less where
+            workers are sent those.
     """
 
     name: str = "torch"
@@ -28,7 +28,7 @@ class Kernel:
     empty: Callable[[Tensor], Tensor] = torch.empty_like
     rounds: bool = False
     _newest: tuple[Tensor, Tensor] | None = field(default=None, init=False)
-    """The parameters made by the newest step, and the same rounded."""
+    """The parameters made by the newest step, and their rounded copy."""
 
     def apply(self, step: Step, grad: Tensor, w: Tensor, u: Tensor | None = None) -> Tensor:
         """Take a step from ``w``, which stays as it is; ``u`` is updated in place. See `Steps`.
@@ -66,7 +66,7 @@ class Kernel:
 
         Args:
             vectors: One or more vectors of D.
-            dtype: That of the copy; by default it is of theirs.
+            dtype: The dtype of the copy; by default that of ``vectors``.
         """
         if dtype is None or dtype == vectors.dtype:
             return self.empty(vectors).copy_(vectors)
@@ -76,5 +76,5 @@ class Kernel:
 
 
 def _like(vectors: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor of that dtype, and as long, without memory for its values: to say what is wanted."""
+    """Return a stand-in of another dtype and the same length, without memory for its values, to pass to `Kernel.empty`."""
     return torch.empty(1, dtype=dtype, device=vectors.device).expand(vectors.numel())

@@ -1,4 +1,4 @@
-"""Buffers for new parameters, used again when nobody can see the old ones any more."""
+"""Memory for new parameters, reused when no tensor refers to the old ones any more."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from torch import Tensor
 
 HUGE_PAGE = 2 << 20
 WORTH_POOLING = 256 << 10
-"""Bytes below which fresh memory is as good, since `malloc` has it at hand."""
+"""Number of bytes below which fresh memory is as fast, since `malloc` has it at hand."""
 
 Memory = Any
-"""Anything with the buffer protocol, writable: a ``mmap``, a ``bytearray``."""
+"""Any writable object with the buffer protocol: a ``mmap``, a ``bytearray``."""
 
 _NUMPY: dict[torch.dtype, Any] = {torch.float32: numpy.float32, torch.float64: numpy.float64, torch.bfloat16: numpy.int16}
-"""A numpy type of that size; numpy has no bfloat16."""
+"""A numpy type of the same size for each dtype; numpy has no bfloat16."""
 
 
 class Pool:
     """Lends vectors of D; a vector's memory comes back when the last tensor that shares it is gone.
 
-    Nobody has to give anything back, so nobody can do so too early: each loan is a new array over the same memory; torch holds
-    the array for as long as any tensor, view or message on its way shares it, and the array's end returns the memory.
+    There is no call to return a vector, so none can come too early. Each loan is a new array over the same memory; torch holds
+    the array for as long as any tensor, view or message in flight shares it, and a weak reference notices its end.
 
     Args:
         dimension: D.
         dtype: float32, float64 or bfloat16.
-        memory: Makes memory for that many bytes, aligned to 64.
+        memory: Allocates a number of bytes, aligned to 64; by default `anonymous`.
     """
 
     def __init__(self, dimension: int, dtype: torch.dtype, memory: Callable[[int], Memory] | None = None) -> None:
         self.dimension = dimension
         self.dtype = dtype
         self.made: list[Memory] = []
-        """All memories, in the order in which they were made."""
+        """All memory, in the order of allocation."""
         self._memory = memory or anonymous
-        self._free: deque[int] = deque()  # appended to by the end of an array, in whatever thread that is: no lock is needed
+        self._free: deque[int] = deque()  # an array may end in any thread; append and pop need no lock
         self._lent: dict[int, weakref.ref[Any]] = {}
 
     def take(self) -> Tensor:
-        """A vector, shape (D,), that nobody else sees; what is in it means nothing."""
+        """Lend an uninitialised vector, shape (D,), that nothing else shares."""
         try:
-            number = self._free.pop()  # the last one that came back, which the caches may still have
+            number = self._free.pop()  # the one returned last, which may still be in the caches
         except IndexError:
             number = len(self.made)
             self.made.append(self._memory(self.dimension * self.dtype.itemsize))
@@ -58,14 +58,15 @@ class Pool:
 
     @property
     def lent(self) -> int:
-        """How many vectors somebody still sees."""
+        """The number of vectors that are lent at the moment."""
         return len(self.made) - len(self._free)
 
 
 def pooled(memory: Callable[[int], Memory] | None = None) -> Callable[[Tensor], Tensor]:
-    """Makes vectors from pools, one pool for each D and dtype; what is small or not on the CPU is fresh memory.
+    """Return a replacement of `torch.empty_like` that takes its vectors from pools, one for each D and dtype.
 
-    The pools hold as many vectors as were ever seen at once, and free none of them.
+    Small vectors, and those not on the CPU, are fresh memory. A pool grows to the largest number of vectors lent at once and is
+    freed with the returned function.
 
     Args:
         memory: See `Pool`.
@@ -84,9 +85,9 @@ def pooled(memory: Callable[[int], Memory] | None = None) -> Callable[[Tensor], 
 
 
 def anonymous(size: int) -> Memory:
-    """Memory of this process alone, on huge pages where it is large and the system lets us.
+    """Map private memory, on huge pages where it is large and the system allows them.
 
-    The pages are there when this returns, so the first one to write pays no faults; a fresh 100 MB costs three times its copy.
+    All pages are touched here, so that no step pays for page faults: a fresh 100 MB costs three times its copy.
     """
     memory = mmap.mmap(-1, max(size, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if size >= HUGE_PAGE:

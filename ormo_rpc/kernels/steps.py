@@ -8,11 +8,12 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 CHUNK = 65_536
-"""Elements worked on at a time: the operands of a step, 5 x 256 KiB, stay in the second-level cache between its operations."""
+"""Elements of a chunk: the operands of a step, 5 x 256 KiB, stay in the second-level cache between its operations."""
 WORTH_CUTTING = 16 * CHUNK
-"""Elements below which the cutting costs more than the cache saves."""
+"""Number of elements below which chunks cost more than the cache saves."""
 
 
 class SGDStep(NamedTuple):
@@ -54,21 +55,21 @@ class Steps(Protocol):
             step: The recursion and its numbers.
             grad: ``g``, shape (D,), of the dtype of ``w``, or bfloat16 or float16, which are widened first.
             u: The momentum, shape (D,), of the dtype of ``w``, updated in place; None for `SGDStep`.
-            w: The parameters, shape (D,), float32 or float64. They are only read, so that they may go on being the snapshot
-                that others read, and no copy of them is ever made.
-            out: Where the new parameters are written, shape (D,), of the dtype of ``w``.
-            out_16bit: Where they are written once more, shape (D,), rounded to bfloat16; None for nowhere.
+            w: The parameters, shape (D,), float32 or float64. They are only read, and so serve others as a snapshot without
+                a copy.
+            out: Receives the new parameters, shape (D,), of the dtype of ``w``.
+            out_16bit: Receives them rounded to bfloat16, shape (D,), if given.
         """
         ...
 
 
-class TorchSteps:
-    """`Steps` in torch operations, chunk by chunk."""
+class TorchSteps(Steps):
+    """Steps in torch operations, chunk by chunk."""
 
+    @override
     def __call__(
         self, step: Step, grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor, out_16bit: Tensor | None = None
     ) -> None:
-        """See `Steps`."""
         for grad_c, u_c, w_c, out_c, out_16bit_c in _chunks(grad, u, w, out, out_16bit):
             _take(step, grad_c.to(w.dtype), u_c, w_c, out_c)
             if out_16bit_c is not None:
@@ -96,11 +97,11 @@ def _take(step: Step, grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor) ->
 
 
 Operands = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]
-"""Of a step: ``grad, u, w, out, out_16bit``."""
+"""The vectors of a step: ``grad, u, w, out, out_16bit``."""
 
 
 def _chunks(grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor, out_16bit: Tensor | None) -> Iterable[Operands]:
-    """The operands piece by piece, as one piece where they are short."""
+    """Divide the operands into chunks; short ones are a single chunk."""
     if w.numel() < WORTH_CUTTING:
         return [(grad, u, w, out, out_16bit)]
     absent = itertools.repeat(None)

@@ -1,4 +1,4 @@
-"""A step by several threads, each for a part of the vectors: compiled steps where ``runtime.threads`` is above 1."""
+"""Steps divided among threads: for compiled steps where ``runtime.threads`` is above 1."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 from torch import Tensor
+from typing_extensions import override
 
 from ormo_rpc.kernels.steps import CHUNK, Step, Steps
 
 LEAST = 16 * CHUNK
-"""Elements for each thread below which handing a part over costs more than it saves."""
+"""Smallest part worth a thread, in elements."""
 
 
-class Threaded:
-    """`Steps` by several threads; the bits are those of one.
+class Threaded(Steps):
+    """Divides each step among threads, in parts that begin at a multiple of the chunk; the bits are those of one thread.
 
     Args:
-        steps: What each thread does; it must let go of the interpreter's lock meanwhile, as C and torch operations do.
-        threads: How many, the caller's among them.
+        steps: Takes the step on each part, and releases the interpreter's lock meanwhile, as C and torch operations do.
+        threads: Number of threads, the caller's among them.
     """
 
     def __init__(self, steps: Steps, threads: int) -> None:
@@ -26,10 +27,10 @@ class Threaded:
         self.threads = threads
         self._pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="step") if threads > 1 else None
 
+    @override
     def __call__(
         self, step: Step, grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor, out_16bit: Tensor | None = None
     ) -> None:
-        """See `Steps`: parts that begin at a multiple of the chunk; returns when all are done."""
         length = w.numel()
         parts = min(self.threads, length // LEAST)
         if self._pool is None or parts < 2:

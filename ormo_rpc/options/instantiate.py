@@ -1,7 +1,6 @@
-"""Parts from what a user names: a registered name, or the ``_target_`` of a class or callable of the user's own.
+"""Parts by what a user names: a registered name, or the ``_target_`` of a class or callable of their own.
 
-``_target_`` means what it means to ``hydra.utils.instantiate``: the dotted path of what is called, the keys beside it are its
-keywords.
+``_target_`` has the meaning it has for ``hydra.utils.instantiate``: a dotted path to call, with the sibling keys as keywords.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def is_dotted_path(target: object) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class CallsTarget(Part):
-    """A part whose work is done by any callable of the user's, for groups where that is allowed."""
+    """A part that calls any function or class of the user's, for groups that allow it."""
 
     _target_: str = option("", "dotted path of what is called", valid=is_dotted_path, expected=DOTTED_PATH)
     kwargs: dict[str, Any] = option({}, "its keywords")
@@ -95,7 +94,7 @@ def locate(path: str, target: str) -> Callable[..., Any]:
 
 
 def part(group: str, value: Any, default: type[Part]) -> Part:
-    """The part of a group that a value stands for.
+    """Return the part of a group that a value stands for.
 
     Args:
         group: Such as ``algorithm``.
@@ -148,15 +147,15 @@ def is_registered(cls: type[Part]) -> bool:
 
 
 def base_of(cls: type[Part]) -> type[Part]:
-    """The base class of a group, of which `cls` is a subclass."""
+    """Return the base class of the group that `cls` belongs to."""
     return next(each for each in cls.__mro__ if Part in each.__bases__ and each is not CallsTarget)
 
 
 def path_of(group: str, thing: Any) -> str:
-    """The dotted path of a class or function, for other processes to import it by.
+    """Return the dotted path by which other processes can import a class or function.
 
     Raises:
-        ValueError: they could not.
+        ValueError: there is none.
     """
     module, name = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
     if module is None or name is None or "<" in name:
@@ -185,7 +184,7 @@ def _part_of_target(base: type[Part], target: Any, options: dict[str, Any]) -> P
 
 
 def _without_defaults(group: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options beside a ``_target_``, without those that a file of the group has put there."""
+    """Drop the options beside a ``_target_`` that a file of the group has put there."""
     named = parts(group).get(str(options.get("name")))
     if named is None:
         return options
@@ -216,7 +215,7 @@ def _nested(path: str, value: Any) -> Any:
 
 
 def _import(target: str) -> Any:
-    """The object of a dotted path: the longest prefix that is a module, and attributes from there on."""
+    """Import the object of a dotted path: the longest prefix that is a module, and attributes from there on."""
     head, *rest = target.split(".")
     found: Any = importlib.import_module(head)
     for position, name in enumerate(rest):

@@ -1,4 +1,4 @@
-"""Parts: what a run is put together of, each chosen by its name or, from outside of the package, by a ``_target_``.
+"""Parts: the exchangeable pieces of a run, each chosen by name or, from outside of the package, by a ``_target_``.
 
 A part is a dataclass of `option` fields with a subclass of `Part` as its base, registered under its name::
 
@@ -31,7 +31,7 @@ PACKAGES: Mapping[str, str] = {
     "logger": "ormo_rpc.loggers",
     "runtime": "ormo_rpc.config",
 }
-"""The package whose modules hold the parts of a group."""
+"""The package that holds the parts of each group."""
 
 
 class Part(Section):
@@ -75,13 +75,13 @@ def register(name: str) -> Callable[[type[P]], type[P]]:
 
 
 def parts(group: str) -> Mapping[str, type[Any]]:
-    """All parts of a group by name, in the order of their names."""
+    """Return all parts of a group by name, sorted."""
     _import_all(PACKAGES[group])
     return dict(sorted(_registered.get(group, {}).items()))
 
 
 def find(group: str, name: str) -> type[Any]:
-    """The part of a group that has a name.
+    """Return the part of a group with this name.
 
     Raises:
         ValueError: there is none; the message lists the names that there are.

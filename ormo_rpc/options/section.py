@@ -66,10 +66,10 @@ class Section:
 
     @classmethod
     def declared(cls) -> dict[str, dataclasses.Field[Any]]:
-        """The options by name."""
+        """Return the options by name."""
         return {field.name: field for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType] # every subclass is a dataclass
 
     @classmethod
     def key(cls, name: str) -> str:
-        """The full key of a field, as it is typed on the command line."""
+        """Return the full key of a field, as it is typed on the command line."""
         return f"{cls.PATH}.{name}" if cls.PATH else name

@@ -1,4 +1,4 @@
-"""Values from outside, such as YAML or a command line, converted to what the annotations of options say."""
+"""Conversion of outside values, from YAML or a command line, to the types that options are annotated with."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _ACCEPTED: Mapping[type, tuple[type, ...]] = {
     float: (int, float, str),
     str: (str, int, float, PurePath),
 }
-"""The types that are converted to a type; to a boolean only the words below are."""
+"""The types that are converted to each type; a boolean is made of the words below only."""
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
 def build(section: type[S], values: Mapping[str, Any], convert_section: Callable[[str, Any, Any, Any], Any] | None = None) -> S:
-    """Make a section of values by name.
+    """Make a section of values given by name.
 
     Args:
         section: The class.
-        values: What differs from the defaults.
+        values: The values that differ from the defaults.
         convert_section: From (key, annotation, value, default) to the value of a field that is a section itself.
 
     Raises:
@@ -57,7 +57,7 @@ def is_section(kind: Any) -> bool:
 
 
 def annotations_of(section: type[Section]) -> dict[str, Any]:
-    """The annotation of each option.
+    """Return the annotation of each option.
 
     Raises:
         ValueError: one cannot be evaluated, which can happen to a class from outside of the package.
@@ -117,7 +117,7 @@ def in_words(kind: Any) -> str:
 
 
 def plain(key: str, value: Any) -> Any:
-    """The plain value (null, truth, number, text, list, keys with values) that `convert` reads back as this one.
+    """Return the plain value (null, truth, number, text, list, keys with values) that `convert` reads back as this one.
 
     Raises:
         ValueError: there is none.

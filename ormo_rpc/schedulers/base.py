@@ -26,9 +26,9 @@ class Scheduler(Part, ABC):
     PATH = "scheduler"
 
     BARRIER: ClassVar[bool] = False
-    """Whether workers are released in rounds: one that has pushed waits for others to push as well."""
+    """Workers are released in rounds: one that has pushed waits for others to push as well."""
     IMMEDIATE: ClassVar[bool] = False
-    """Whether `due` releases every worker at once, whatever happens."""
+    """`due` always releases every blocked worker at once."""
 
     def init(self, generator: torch.Generator) -> None:
         """Set the state before any worker is known."""
@@ -48,13 +48,13 @@ class Scheduler(Part, ABC):
         """Begin an incarnation of the server with these workers."""
 
     def join(self, worker: int) -> None:
-        """Take in a new worker."""
+        """Add a worker."""
 
     def leave(self, worker: int) -> None:
         """Forget a worker that has left or was evicted."""
 
     def settle(self, worker: int) -> None:
-        """Take note that a push of this worker was applied or discarded."""
+        """Note that a push of this worker was applied or discarded."""
 
     def state_dict(self) -> Any:
         """Return what `due` depends on besides the options and the generator, as a private copy of plain values and tensors."""

@@ -1,4 +1,4 @@
-"""Which algorithm runs under which scheduler: their capabilities decide, never their names."""
+"""Compatibility of algorithm and scheduler: their capabilities decide, never their names."""
 
 from __future__ import annotations
 

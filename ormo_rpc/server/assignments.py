@@ -1,4 +1,4 @@
-"""The assignments of tickets: which worker holds which, which are committed, and which are to be done again."""
+"""Assignments of tickets to workers: new, outstanding, committed, or to be done again."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Assignments:
 
     Args:
         total: The number of tickets; None for no end.
-        process_of: From a worker to its process: workers of one process share its faults.
+        process_of: Maps a worker to its process: a fault of one worker is expected of all workers of its process.
     """
 
     def __init__(self, total: int | None, process_of: Callable[[int], int] = lambda worker: worker) -> None:
@@ -53,7 +53,7 @@ class Assignments:
         self.returned: deque[int] = deque()
         """Tickets to be done again, oldest first."""
         self.deferred: list[int] = []
-        """Tickets that had come back when `close` was called: not handed out in this incarnation."""
+        """Tickets to be done again when `close` was called: not handed out in this incarnation."""
         self.revoked: set[tuple[int, int, int]] = set()
         """(ticket, worker, stamp) taken away from a worker that may still push: one entry per loss, never removed."""
         self.refused_by: dict[int, set[int]] = {}
@@ -61,18 +61,18 @@ class Assignments:
 
     @property
     def done(self) -> bool:
-        """Every ticket is committed."""
+        """True once every ticket is committed."""
         return self.committed == self.total
 
     @property
     def exhausted(self) -> bool:
-        """No ticket can be handed out at this moment."""
+        """True while no ticket can be handed out."""
         return not self.returned and self.total is not None and self.issued >= self.total
 
     def assign(self, worker: int, stamp: int, bucket: int, version: int, members: Collection[int]) -> Assignment | None:
-        """Hand out the next ticket; None where there is none for this worker now.
+        """Hand out the next ticket; None if there is none for this worker now.
 
-        A ticket whose gradient was not finite goes to a worker of another process than before, as long as there is one.
+        A ticket whose gradient was not finite goes to a worker of another process, as long as there is one.
         """
         ticket = next((t for t in self.returned if self._may_have(worker, t, members)), None)
         if ticket is not None:
@@ -91,7 +91,7 @@ class Assignments:
         """Return the assignment that a push answers; None when it was revoked, and the push is to be dropped.
 
         Raises:
-            PushRefused: the push was never asked for.
+            PushRefused: the push answers no assignment.
         """
         ticket, worker, stamp = push.ticket, push.worker, push.stamp
         assignment = self.outstanding.get(ticket)
@@ -123,7 +123,7 @@ class Assignments:
         self.refused_by.pop(assignment.ticket, None)
 
     def requeue(self, assignment: Assignment, *, refused: bool = False) -> None:
-        """Queue a ticket to be done again; ``refused`` where its gradient was not finite."""
+        """Queue a ticket to be done again; ``refused`` if its gradient was not finite."""
         self._remove(assignment)
         self.returned.append(assignment.ticket)
         if refused:
@@ -138,7 +138,7 @@ class Assignments:
         return issues
 
     def close(self) -> None:
-        """Hand out no ticket but an outstanding one that comes back; a server resumed from this state does the rest."""
+        """Hand out no ticket except outstanding ones that come back; a server resumed from this state does the rest."""
         self.deferred.extend(self.returned)
         self.returned.clear()
         self.total = self.committed + len(self.outstanding)
@@ -157,7 +157,7 @@ class Assignments:
 
     @classmethod
     def from_state(cls, state: dict[str, Any], process_of: Callable[[int], int] = lambda worker: worker) -> Assignments:
-        """Make the assignments that `state_dict` described."""
+        """Restore the assignments that `state_dict` returned."""
         assignments = cls(state["total"], process_of)
         assignments.issued, assignments.committed = state["issued"], state["committed"]
         assignments.returned.extend(state["returned"])

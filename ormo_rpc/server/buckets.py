@@ -1,4 +1,4 @@
-"""The paper's order of iterations: the bucket of each index of the parameters (no relation to DDP's buckets)."""
+"""Buckets, the paper's groups of K consecutive indices of the parameters (no relation to DDP's buckets)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Buckets:
         self.room = room
 
     def advance(self, concurrency: int) -> None:
-        """Give the next index its bucket; ``concurrency`` is K at this moment."""
+        """Put the next index into its bucket; ``concurrency`` is K at this moment."""
         if self.room == 0:
             self.current += 1
             self.room = concurrency

@@ -1,4 +1,4 @@
-"""Batch-norm statistics on the server: their running average over the batches, in the order in which pushes are applied."""
+"""Running averages of batch-norm statistics, over the batches in the order in which their pushes are applied."""
 
 from __future__ import annotations
 

@@ -16,9 +16,12 @@ from ormo_rpc.options import Part, find
 from ormo_rpc.options.values import build
 from ormo_rpc.schedulers import Scheduler, incompatibility
 from ormo_rpc.seeding import generator
+from ormo_rpc.server.assignments import Assignments
 from ormo_rpc.server.buffers import RunningBuffers
-from ormo_rpc.server.events import Event
+from ormo_rpc.server.events import Event, EventLog
+from ormo_rpc.server.members import Members
 from ormo_rpc.server.parameter_server import ParameterServer
+from ormo_rpc.server.snapshots import Snapshots
 from ormo_rpc.server.validation import NormLimit, all_finite
 
 P = TypeVar("P", bound=Part)
@@ -108,20 +111,19 @@ def build_server(
     own_algorithm.kernel = dataclasses.replace(kernel or Kernel(), rounds=sent_dtype is torch.bfloat16)
     own_scheduler.init(generator(seed, "scheduler", 0))
     return ParameterServer(
-        own_algorithm,
-        own_scheduler,
+        algorithm=own_algorithm,
+        scheduler=own_scheduler,
         num_workers=num_workers,
         lr=lr if callable(lr) else lambda _: lr,
-        total_tickets=total_tickets,
+        members=Members(own_scheduler),
+        assignments=Assignments(total_tickets, process_of),
+        snapshots=Snapshots(own_algorithm, sent_dtype),
+        buffers=buffers or RunningBuffers({}, {}),
+        events=EventLog(record, clock),
         min_workers=min_workers,
         norm_limit=norm_limit,
-        buffers=buffers,
-        record=record,
-        clock=clock,
-        timer=timer,
-        sent_dtype=sent_dtype,
         pushed_dtype=pushed_dtype,
-        process_of=process_of,
+        timer=timer,
     )
 
 

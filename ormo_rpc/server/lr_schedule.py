@@ -1,4 +1,4 @@
-"""The scheduled learning rate: a pure function of the iteration, so that a resumed or replayed run finds it again."""
+"""The scheduled learning rate: a pure function of the iteration, so that a resumed or replayed run gets the same."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class LearningRate:
     total: int = 0
 
     def __call__(self, iteration: int) -> float:
-        """``eta`` at an iteration ``t``."""
+        """Return ``eta`` at an iteration ``t``."""
         lr = self.base
         if self.shape is Shape.step:
             lr *= self.gamma ** sum(iteration >= milestone for milestone in self.milestones)

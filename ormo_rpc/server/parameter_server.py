@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ormo_rpc.algorithms.base import PullContext, PushContext
+from ormo_rpc.algorithms.base import Algorithm, PullContext, PushContext
 from ormo_rpc.errors import NonFiniteGradient, PushRefused, StaleSession
 from ormo_rpc.messages import Push, Reply
-from ormo_rpc.server.assignments import Assignment
-from ormo_rpc.server.events import Event, Kind
-from ormo_rpc.server.state import Member, ServerState, Status
-from ormo_rpc.server.validation import NormPolicy, ValidatedPush, all_finite, check_whole, validate_push
+from ormo_rpc.schedulers.base import Scheduler
+from ormo_rpc.server.assignments import Assignment, Assignments
+from ormo_rpc.server.buckets import Buckets
+from ormo_rpc.server.buffers import RunningBuffers
+from ormo_rpc.server.events import EventLog, Kind
+from ormo_rpc.server.members import Member, Members
+from ormo_rpc.server.snapshots import Snapshots
+from ormo_rpc.server.state import Status, load, save
+from ormo_rpc.server.validation import NormLimit, NormPolicy, ValidatedPush, all_finite, validate_push
 
 FINITE_CHECK_INTERVAL = 64
 """Check the parameters for NaN and infinity every this many updates."""
@@ -23,37 +29,98 @@ FINITE_CHECK_INTERVAL = 64
 __all__ = ["ParameterServer", "Status"]
 
 
-class ParameterServer(ServerState):
-    """Hands out tickets, applies each gradient once, and replies to the workers that the scheduler releases.
+@dataclass(kw_only=True, eq=False, repr=False)
+class ParameterServer:
+    """The server core: hands out tickets, applies each gradient once, and replies to the workers that the scheduler releases.
 
     A push takes this way: `receive` = `validate` (no lock needed) and `commit`, which matches it to its assignment, applies or
     discards its gradient, and replies to all released workers (`_match`, `_apply` or `_discard`, `_answer`).
 
     Made by `build_server`. Every public method runs to its end before the next one is called; a runtime with threads holds one
     lock around them. `validate` alone may run beside anything.
-
-    Args:
-        algorithm: The algorithm; it owns the parameters.
-        scheduler: Decides when a worker gets its next ticket.
-        num_workers: Workers 0 to num_workers - 1 are members from the start.
-        lr: The scheduled learning rate, a pure function of the iteration.
-        total_tickets: T, the number of gradients to apply; None means no end.
-        min_workers: While fewer are members, no ticket is handed out; what is outstanding is applied.
-        norm_limit: The limit to the norm of a push.
-        buffers: The running average of the buffers in the pushes.
-        record: Called with each event, in order.
-        clock: Seconds since the start of the run.
-        timer: Seconds, real ones, for `step_seconds`.
-        sent_dtype: The dtype that parameters are rounded to when they are sent; None for no rounding. `PushContext.sent` has
-            the rounded values in the dtype of the parameters.
-        pushed_dtype: The dtype of pushes, bfloat16 or float16; None for that of the parameters.
-        process_of: From a worker to its process, where one has several; see `Assignments`.
     """
+
+    algorithm: Algorithm
+    """The algorithm; it owns the parameters."""
+    scheduler: Scheduler
+    """Decides when a worker gets its next ticket."""
+    num_workers: int
+    """Workers 0 to num_workers - 1 are members from the start."""
+    lr: Callable[[int], float]
+    """The scheduled learning rate, a pure function of the iteration."""
+    members: Members
+    """The workers, and the queues in which the scheduler holds them."""
+    assignments: Assignments
+    """The tickets: new, outstanding, committed."""
+    snapshots: Snapshots
+    """The parameters as they are sent and saved."""
+    buffers: RunningBuffers
+    """The running average of the buffers in the pushes."""
+    events: EventLog
+    """The recorder of events."""
+    min_workers: int = 1
+    """While fewer are members, no ticket is handed out; what is outstanding is applied."""
+    norm_limit: NormLimit | None = None
+    """The limit to the norm of a push."""
+    pushed_dtype: torch.dtype | None = None
+    """The dtype of pushes, bfloat16 or float16; None for that of the parameters."""
+    timer: Callable[[], float] = lambda: 0.0
+    """Real seconds, for `step_seconds`."""
+
+    status: Status = field(default=Status.running, init=False)
+    iteration: int = field(default=0, init=False)
+    """The number of gradients applied: the index of the present parameters."""
+    incarnation: int = field(default=0, init=False)
+    """The number of servers before this one in the same run; pushes of another incarnation are refused."""
+    paused: bool = field(default=False, init=False)
+    """There are fewer than ``min_workers`` members, and there were enough before."""
+    buckets: Buckets = field(default_factory=Buckets, init=False)
+    newest_bucket: int = field(default=0, init=False)
+    """The largest bucket of an assignment."""
+    started: bool = field(default=False, init=False)
+    step_seconds: float = field(default=0.0, init=False)
+    """Time in the algorithm's steps and in making vectors for replies, by the timer; not saved."""
+
+    @property
+    def params(self) -> Tensor:
+        """``w``, shape (D,), as it stands: to be read only, and at once, as the next gradient may change or replace it."""
+        return self.algorithm.params
+
+    @property
+    def concurrency(self) -> int:
+        """K, the number of gradients in flight."""
+        return max(1, len(self.members))
+
+    @property
+    def ended(self) -> bool:
+        """True once no more gradient will be applied."""
+        return self.status is not Status.running
+
+    def state_dict(self, *, replies: bool = False) -> dict[str, Any]:
+        """Return everything that the future of the run depends on, as a private copy of tensors and plain values.
+
+        Without the replies, call `start` after `load_state_dict` to assign outstanding tickets anew, or resume with pushes for
+        them, which an algorithm with `Algorithm.READS_SENT` refuses.
+
+        Args:
+            replies: Include the newest reply of each worker, with its parameters; a server that loads them goes on exactly as
+                this one would.
+        """
+        return save(self, replies)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned; the number of tickets stays the one that this server was built with.
+
+        Raises:
+            ValueError: it has more applied gradients than this server is to apply, or is of another format, algorithm,
+                scheduler, dtype, shape or set of buffers; nothing is changed then.
+        """
+        load(self, state)
 
     # ------------------------------------------------------------------------------------------------------- membership
 
     def start(self, workers: Collection[int] | None = None) -> list[Reply]:
-        """Begin an incarnation of the server: every worker is handed a ticket at the present parameters.
+        """Begin an incarnation of the server: every worker gets a ticket at the present parameters.
 
         Tickets go to the workers in the order of their numbers. After `load_state_dict` this is a new incarnation: tickets that
         were outstanding are issued again, and a push of an older incarnation is answered "rejoin".
@@ -63,20 +130,19 @@ class ParameterServer(ServerState):
         """
         present = sorted(range(self.num_workers) if workers is None else workers)
         if not self.started and present != list(range(self.num_workers)):
-            self._record(Kind.resume, iteration=self.iteration, incarnation=self.incarnation, workers=present)
+            self.events.add(Kind.resume, iteration=self.iteration, incarnation=self.incarnation, workers=present)
         if self.started:
             self.incarnation += 1
             for worker in list(self.members):
                 self.assignments.revoke(worker)
-            self._record(Kind.resume, iteration=self.iteration, incarnation=self.incarnation, workers=present)
+            self.events.add(Kind.resume, iteration=self.iteration, incarnation=self.incarnation, workers=present)
             if self.status is Status.diverged and all_finite(self.params) and not self.assignments.done:
                 self.status = Status.running  # gradients had gone astray, not the parameters: a lower rate may save them
         self.started = True
         for worker in set(self.members) - set(present):
             self.algorithm.leave(worker)
-        self.members = {worker: Member() for worker in present}
-        self.scheduler.start(self.members)
-        self.blocked, self.idle, self.paused = list(self.members), [], False
+        self.members.start(present)
+        self.paused = False
         return self._answer()
 
     def resume_as(self, incarnation: int) -> None:
@@ -85,20 +151,13 @@ class ParameterServer(ServerState):
         self.started = True
 
     def join(self, worker: int) -> list[Reply]:
-        """Take in a worker; K counts it from now on, so buckets opened from now on are larger.
+        """Add a worker; K counts it from now on, so buckets opened from now on are larger.
 
         Raises:
             ValueError: it is a member already, or its number is negative or no whole number.
         """
-        check_whole(worker, "join: worker", ValueError)
-        if worker in self.members:
-            raise ValueError(f"join of worker {worker}: it is a member already; let it leave first, or use another number")
-        if worker < 0:
-            raise ValueError(f"join: got worker {worker}, expected a number >= 0")
-        self.members[worker] = Member()
-        self.blocked.append(worker)
-        self.scheduler.join(worker)
-        self._record(Kind.join, worker=worker, concurrency=self.concurrency)
+        self.members.join(worker)
+        self.events.add(Kind.join, worker=worker, concurrency=self.concurrency)
         return self._answer()
 
     def leave(self, worker: int) -> list[Reply]:
@@ -107,17 +166,10 @@ class ParameterServer(ServerState):
         Raises:
             ValueError: it is not a member.
         """
-        check_whole(worker, "leave: worker", ValueError)
-        if worker not in self.members:
-            raise ValueError(f"leave of worker {worker}: it is not a member; members are {sorted(self.members)}")
-        lost = [assignment.ticket for assignment in self.assignments.revoke(worker)]
-        del self.members[worker]
+        self.members.leave(worker)
         self.algorithm.leave(worker)
-        self.scheduler.leave(worker)
-        for queue in (self.blocked, self.idle):
-            if worker in queue:
-                queue.remove(worker)
-        self._record(Kind.leave, worker=worker, concurrency=self.concurrency, tickets=lost)
+        lost = [assignment.ticket for assignment in self.assignments.revoke(worker)]
+        self.events.add(Kind.leave, worker=worker, concurrency=self.concurrency, tickets=lost)
         return self._answer()
 
     # ----------------------------------------------------------------------------------------------------------- pushes
@@ -166,7 +218,7 @@ class ParameterServer(ServerState):
         """
         member, assignment = self._match(push)
         if assignment is None:
-            return self._again(push.worker)
+            return self.members.newest_reply(push.worker)
         if validated.rejected is not None:
             self._reject(push, member, assignment)
             return self._settled(push)
@@ -209,7 +261,7 @@ class ParameterServer(ServerState):
     def finish(self) -> list[Reply]:
         """Hand out no further ticket; the run is completed once the outstanding ones are committed."""
         self.assignments.close()
-        self._record(Kind.finish, iteration=self.iteration)
+        self.events.add(Kind.finish, iteration=self.iteration)
         self._end_if_done()
         return self._answer()
 
@@ -220,27 +272,8 @@ class ParameterServer(ServerState):
 
     # ---------------------------------------------------------------------------------------------------------- inside
 
-    def _settled(self, push: Push) -> list[Reply]:
-        """Have the sender of a settled push wait for its next ticket, and return the replies that are due."""
-        self.blocked.append(push.worker)
-        self.scheduler.settle(push.worker)
-        return self._answer()
-
-    def _reject(self, push: Push, member: Member, assignment: Assignment) -> None:
-        """Requeue the ticket of a gradient that is not finite, for a worker of another process.
-
-        When the parameters are not finite either, or the gradient of one ticket is so from workers of two processes (or twice
-        from the only one), they are at fault, not the worker, and the run ends as `diverged`.
-        """
-        member.answered, member.reply = (push.ticket, push.stamp), None
-        seen_before = push.ticket in self.assignments.refused_by
-        limited = self.norm_limit is not None and self.norm_limit.policy is NormPolicy.refuse
-        self._discard(assignment, math.nan, reason="not finite or too large" if limited else "not finite", refused=True)
-        if seen_before or not all_finite(self.params):
-            self._end(Status.diverged)
-
     def _match(self, push: Push) -> tuple[Member, Assignment | None]:
-        """Return the sender and the assignment that its push answers; None where it is to be dropped: repeated or revoked."""
+        """Return the sender and the assignment that its push answers; None for a push that is repeated or was revoked."""
         sender = f"push of worker {push.worker} for ticket {push.ticket}"
         if push.incarnation != self.incarnation:
             raise StaleSession(
@@ -256,19 +289,10 @@ class ParameterServer(ServerState):
                 raise
             assignment = None
         if assignment is None and member.answered == (push.ticket, push.stamp):
-            self._record(Kind.repeat, worker=push.worker, ticket=push.ticket, stamp=push.stamp)
+            self.events.add(Kind.repeat, worker=push.worker, ticket=push.ticket, stamp=push.stamp)
         elif assignment is None:
-            self._record(Kind.discard, worker=push.worker, ticket=push.ticket, stamp=push.stamp, reason="taken away")
+            self.events.add(Kind.discard, worker=push.worker, ticket=push.ticket, stamp=push.stamp, reason="taken away")
         return member, assignment
-
-    def _again(self, worker: int) -> list[Reply]:
-        """Return the newest reply once more; nothing while it is pending."""
-        reply = self.members[worker].reply
-        if reply is not None:
-            return [reply]
-        if worker not in self.blocked and worker not in self.idle:
-            raise StaleSession(f"push of worker {worker}: its newest reply was lost when the server's state was loaded; rejoin")
-        return []
 
     def _apply(self, push: Push, assignment: Assignment, context: PushContext, validated: ValidatedPush) -> None:
         lr = self.algorithm.learning_rate(context)
@@ -279,77 +303,47 @@ class ParameterServer(ServerState):
         self.assignments.commit(assignment)
         self.iteration += 1
         self.buckets.advance(self.concurrency)
-        self.forget_snapshots()
-        self._record(
-            Kind.apply,
-            iteration=context.iteration,
-            worker=push.worker,
-            ticket=push.ticket,
-            stamp=assignment.stamp,
-            bucket=assignment.bucket,
-            delay=context.delay,
-            eta=lr,
-            loss=push.loss,
-            samples=push.samples,
-            grad_sum=validated.grad_sum.hex(),
-            **({} if validated.clipped_norm is None else {"clipped_norm": validated.clipped_norm.hex()}),
-        )
-        # Now and then, as it costs a pass over memory, and NaN neither goes away by itself nor hides: gradients show it, too.
+        self.snapshots.invalidate()
+        self.events.applied(push, context, validated, lr)
+        # Not each time, as it costs a pass over memory; NaN in the parameters stays, and shows in the next gradients too.
         if self.iteration % FINITE_CHECK_INTERVAL == 0 and not all_finite(self.params):
             self._end(Status.diverged)
         self._end_if_done()
 
     def _discard(self, assignment: Assignment, grad_sum: float, *, reason: str, refused: bool = False) -> None:
         self.assignments.requeue(assignment, refused=refused)
-        self._record(
-            Kind.discard,
-            worker=assignment.worker,
-            ticket=assignment.ticket,
-            stamp=assignment.stamp,
-            bucket=assignment.bucket,
-            delay=self.iteration - assignment.stamp,
-            reason=reason,
-            grad_sum=grad_sum.hex(),
-        )
+        self.events.discarded(assignment, self.iteration, grad_sum, reason)
 
-    def _end_if_done(self) -> None:
-        if self.assignments.done and not self.ended:
-            self.algorithm.flush(self.lr(self.iteration - 1))
-            self.forget_snapshots()
-            self._end(Status.completed if all_finite(self.params) else Status.diverged)
+    def _reject(self, push: Push, member: Member, assignment: Assignment) -> None:
+        """Requeue the ticket of a gradient that is not finite, for a worker of another process.
 
-    def _end(self, status: Status) -> None:
-        if not self.ended:
-            self.status = status
-            self._record(Kind.end, iteration=self.iteration, status=status.value)
+        The run ends as `diverged` if the parameters are not finite either, or if this is the second such gradient for the
+        ticket: it comes from another process, where there is one, so the worker is not to blame.
+        """
+        member.answered, member.reply = (push.ticket, push.stamp), None
+        seen_before = push.ticket in self.assignments.refused_by
+        limited = self.norm_limit is not None and self.norm_limit.policy is NormPolicy.refuse
+        self._discard(assignment, math.nan, reason="not finite or too large" if limited else "not finite", refused=True)
+        if seen_before or not all_finite(self.params):
+            self._end(Status.diverged)
+
+    def _settled(self, push: Push) -> list[Reply]:
+        """Queue the sender of a settled push for its next ticket, and return the replies that are due."""
+        self.members.settle(push.worker)
+        return self._answer()
 
     def _answer(self) -> list[Reply]:
-        """Reply to all released workers, with a ticket while there is one, or with the word to stop at the end."""
+        """Reply to all released workers, with a ticket while there is one, or to stop at the end."""
         enough = self._enough()
-        released = self.blocked if self.ended else self.scheduler.due(self.blocked, self.assignments.holding)
-        if released:
-            self.idle.extend(released)
-            gone = set(released)
-            self.blocked = [worker for worker in self.blocked if worker not in gone]
         replies: list[Reply] = []
-        for worker in list(self.idle):
+        for worker in self.members.release(self.assignments.holding, everyone=self.ended):
             if not self.ended and (self.assignments.exhausted or not enough):
                 break
             reply = self._reply(worker)
             if reply is not None:
-                self.idle.remove(worker)
-                self.members[worker].reply = reply
+                self.members.answer(reply)
                 replies.append(reply)
         return replies
-
-    def _enough(self) -> bool:
-        """Tell if there are ``min_workers``, and record when that changes."""
-        enough = len(self.members) >= self.min_workers
-        if enough == self.paused and not self.ended:
-            self.paused = not enough
-            kind = Kind.proceed if enough else Kind.pause
-            self._record(kind, concurrency=len(self.members), minimum=self.min_workers)
-        return enough
 
     def _reply(self, worker: int) -> Reply | None:
         ticket = None
@@ -363,13 +357,13 @@ class ParameterServer(ServerState):
             ticket = assignment.ticket
             self.newest_bucket = max(self.newest_bucket, assignment.bucket)
             kind = Kind.issue if ticket >= fresh else Kind.reissue
-            self._record(kind, worker=worker, ticket=ticket, stamp=assignment.stamp, bucket=assignment.bucket)
+            self.events.add(kind, worker=worker, ticket=ticket, stamp=assignment.stamp, bucket=assignment.bucket)
         lr = 0.0 if ticket is None else self.lr(self.iteration)  # a schedule need not know the iteration T
         return Reply(
             worker=worker,
             ticket=ticket,
             stamp=self.iteration,
-            params=self.sent_snapshot() if ticket is None else self._params_for(worker, lr),
+            params=self.snapshots.sent() if ticket is None else self._params_for(worker, lr),
             lr=lr,
             steps=self.algorithm.steps,
             incarnation=self.incarnation,
@@ -380,9 +374,26 @@ class ParameterServer(ServerState):
         context = PullContext(worker=worker, concurrency=self.concurrency, lr=lr, bucket=self.buckets.current)
         began = self.timer()
         outgoing = self.algorithm.outgoing(context)
-        params = self.sent_snapshot() if outgoing is self.params else self.handed_out(outgoing)
+        params = self.snapshots.sent() if outgoing is self.params else self.snapshots.copy(outgoing)
         self.step_seconds += self.timer() - began
         return params
 
-    def _record(self, kind: Kind, **data: Any) -> None:
-        self.record(Event(kind, self.clock(), data))
+    def _enough(self) -> bool:
+        """Tell if there are ``min_workers``, and record when that changes."""
+        enough = len(self.members) >= self.min_workers
+        if enough == self.paused and not self.ended:
+            self.paused = not enough
+            kind = Kind.proceed if enough else Kind.pause
+            self.events.add(kind, concurrency=len(self.members), minimum=self.min_workers)
+        return enough
+
+    def _end_if_done(self) -> None:
+        if self.assignments.done and not self.ended:
+            self.algorithm.flush(self.lr(self.iteration - 1))
+            self.snapshots.invalidate()
+            self._end(Status.completed if all_finite(self.params) else Status.diverged)
+
+    def _end(self, status: Status) -> None:
+        if not self.ended:
+            self.status = status
+            self.events.add(Kind.end, iteration=self.iteration, status=status.value)

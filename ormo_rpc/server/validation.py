@@ -1,4 +1,4 @@
-"""Checks of a push: pure, so that they run before the lock is taken. Nothing of it is trusted, its types included."""
+"""Checks of a push: pure functions, so that they run before the lock is taken. Nothing in a push is trusted, not even types."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from ormo_rpc.errors import GradientTooLarge, NonFiniteGradient, PushRefused
 from ormo_rpc.messages import Push
 
 LARGEST = 2**53
-"""Up to here a whole number is the same in JSON, in a float and in every counter of ours."""
+"""The largest whole number that JSON, a float64 and the counters of the server all hold exactly."""
 ROW = 4096
-"""How many 16-bit values are summed to a sum that is rounded to 16 bits itself."""
+"""The number of 16-bit values in a partial sum, which is rounded to 16 bits itself."""
 
 
 class NormPolicy(Enum):
     """Treatment of a push whose norm is above the limit."""
 
     clip = "clip"
-    """It is scaled down to the limit."""
+    """The push is scaled down to the limit."""
     refuse = "refuse"
-    """It is settled like one that is not finite: its ticket goes to another worker."""
+    """The push is settled like one that is not finite: its ticket goes to another worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +46,11 @@ class ValidatedPush:
     """The outcome of `ParameterServer.validate`, for `ParameterServer.commit`.
 
     Attributes:
-        grad: The gradient to apply: the one that came, or that scaled down; detached.
-        grad_sum: The sum of the one that came, which the trace keeps as evidence.
-        clipped_norm: The norm of the one that came, where it was scaled down.
-        rejected: Why the gradient is not applied: it is not finite, or too large for a limit that refuses. The push is settled
-            all the same: its ticket goes to another worker and its sender gets new work.
+        grad: The gradient to apply, detached: as pushed, or scaled down.
+        grad_sum: The sum of the gradient as pushed, which the trace keeps as evidence.
+        clipped_norm: The norm of the gradient as pushed, where it was scaled down.
+        rejected: The reason not to apply the gradient: it is not finite, or too large for a limit that refuses. The push is
+            settled all the same: its ticket goes to another worker and its sender gets new work.
     """
 
     grad: Tensor
@@ -64,17 +64,17 @@ def validate_push(
     params: Tensor,
     buffers: Mapping[str, Tensor],
     vectors: int = 1,
-    guard: NormLimit | None = None,
+    norm_limit: NormLimit | None = None,
     dtype: torch.dtype | None = None,
 ) -> ValidatedPush:
-    """Refuse a push that cannot be applied, whoever holds its ticket.
+    """Check everything about a push that does not depend on the assignments.
 
     Args:
         push: The push.
-        params: The server's parameters, shape (D,); only shape, dtype and device are looked at.
-        buffers: The server's buffers by name, looked at in the same way.
+        params: The server's parameters, shape (D,); only shape, dtype and device are read.
+        buffers: The server's buffers by name, read in the same way.
         vectors: The number of vectors of D in a push of this algorithm.
-        guard: The limit to its norm.
+        norm_limit: The limit to its norm.
         dtype: The dtype of the gradient on the wire; by default the parameters'.
 
     Raises:
@@ -96,12 +96,12 @@ def validate_push(
         raise NonFiniteGradient(f"{sender}: loss: got {push.loss}, expected a finite number; the learning rate may be too high")
     if push.samples < 1:
         raise PushRefused(f"{sender}: samples: got {push.samples}, expected at least 1")
-    checked = ValidatedPush(push.grad.detach(), grad_sum)
-    return checked if guard is None else _guarded(checked, guard, params.dtype, f"{sender}: gradient")
+    validated = ValidatedPush(push.grad.detach(), grad_sum)
+    return validated if norm_limit is None else _limited(validated, norm_limit, params.dtype, f"{sender}: gradient")
 
 
 def check_whole(value: object, what: str, error: type[ValueError] = PushRefused) -> None:
-    """Refuse anything but a whole number of up to 53 bits; a bool is none.
+    """Refuse anything but a whole number of up to 53 bits; a bool is not one.
 
     Raises:
         ValueError: of the class ``error``.
@@ -113,7 +113,7 @@ def check_whole(value: object, what: str, error: type[ValueError] = PushRefused)
 
 
 def check_plain(value: object, what: str) -> None:
-    """Refuse anything but an ordinary dense tensor wholly within its storage, which one in a forged message may exceed.
+    """Refuse anything but an ordinary dense tensor within its storage; one from a forged message may reach beyond it.
 
     Raises:
         PushRefused: it is something else.
@@ -126,7 +126,7 @@ def check_plain(value: object, what: str) -> None:
         kind = "nested" if value.is_nested else "named" if named else str(value.layout)
         raise PushRefused(f"{what}: got a {kind} tensor, expected a plain dense one")
     if value.device.type == "meta" or value.is_quantized or value.numel() == 0:
-        return  # without memory of its own, or of a dtype that is refused
+        return  # it has no memory of its own, or a dtype that is refused later
     places = list(zip(value.shape, value.stride(), strict=True))
     last = value.storage_offset() + sum((size - 1) * step for size, step in places)
     inside = value.storage_offset() >= 0 and all(step >= 0 for _, step in places)
@@ -167,9 +167,10 @@ def _check_like(got: Tensor, expected: Tensor, what: str, vectors: int = 1, othe
 
 
 def _total(values: Tensor) -> float:
-    """The sum of all values. That of 16-bit ones is put together of the sums of rows, as torch rounds a sum to their bits.
+    """Sum all values; 16-bit ones in rows first, whose sums are added in 32 bits.
 
-    In 16 bits a change of one value of a long vector could be lost; to sum in 32, torch widens the whole vector first.
+    torch rounds a sum to the dtype of the values: in 16 bits a change of one value in a long vector could be lost, and summing
+    in 32 bits would widen the whole vector first.
     """
     if values.element_size() > 2:
         return float(values.sum().item())
@@ -186,27 +187,28 @@ def _check_finite(values: Tensor, what: str) -> float:
         raise NonFiniteGradient(
             f"{what}: got {bad} of {values.numel()} values NaN or infinite, expected finite numbers; lower the learning rate"
         )
-    # A row of float16 values of 16 and more may have a sum beyond their range, and two such rows NaN, which tells nothing.
+    # Finite float16 values can overflow in the sum of a row, and two such rows (inf - inf) give NaN.
     return total if values.element_size() > 2 else float(values.double().sum().item())
 
 
-def _guarded(checked: ValidatedPush, guard: NormLimit, dtype: torch.dtype, what: str) -> ValidatedPush:
-    """Look at the norm, to which there is a limit; one that overflows is found through the vector over its largest value.
+def _limited(validated: ValidatedPush, norm_limit: NormLimit, dtype: torch.dtype, what: str) -> ValidatedPush:
+    """Apply the limit to the norm. A norm above it is measured after division by the largest value, so that it cannot overflow.
 
-    What is scaled down is of the parameters' ``dtype``, so that it is not rounded once more.
+    A gradient that is scaled down gets the parameters' ``dtype``, so that it is not rounded once more.
     """
-    grad = checked.grad
-    if torch.linalg.vector_norm(grad, dtype=torch.float64).item() <= guard.limit:
-        return checked
+    grad = validated.grad
+    if torch.linalg.vector_norm(grad, dtype=torch.float64).item() <= norm_limit.limit:
+        return validated
     largest = grad.abs().max().item()
     unit = grad.to(dtype) / largest
     unit_norm = torch.linalg.vector_norm(unit, dtype=torch.float64).item()
     norm = largest * unit_norm
-    if guard.policy is NormPolicy.refuse:
+    if norm_limit.policy is NormPolicy.refuse:
         raise GradientTooLarge(
-            f"{what}: got the norm {norm:g}, expected at most train.grad_norm_limit={guard.limit:g}; lower the learning rate"
+            f"{what}: got the norm {norm:g}, expected at most train.grad_norm_limit={norm_limit.limit:g}; "
+            "lower the learning rate"
         )
-    return ValidatedPush(unit.mul_(guard.limit / unit_norm), checked.grad_sum, norm)
+    return ValidatedPush(unit.mul_(norm_limit.limit / unit_norm), validated.grad_sum, norm)
 
 
 def _plain(value: object) -> str:

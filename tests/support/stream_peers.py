@@ -225,7 +225,7 @@ def cluster(
     assert isinstance(side, StreamServerSide)
     if side.memory is not None:
         ours.algorithm.kernel = replace(ours.algorithm.kernel, empty=pool.pooled(side.memory))
-    ours.reserve(ours.num_workers)
+    ours.snapshots.reserve(ours.num_workers)
     service = Service(ours, lambda _: None, max_not_finite=max_not_finite, journal=journal, push_format=form)
     response = join_response(transport=side.start(service))
     with ExitStack() as stack:

@@ -259,5 +259,5 @@ def test_staleness_aware_refuses_barriers(scheduler: str) -> None:
 
 
 def test_a_negative_compensation_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^algorithm\.compensation: got -1, expected a finite number >= 0$"):
+    with pytest.raises(ValueError, match=r"^algorithm\.compensation: got -1\.0, expected a finite number >= 0$"):
         begin("dc_asgd", num_workers=2, compensation=-1)

@@ -350,7 +350,7 @@ def test_with_memory_reserved_no_step_has_to_make_any(sent_dtype: torch.dtype | 
     server = build_server(
         params=torch.ones(dimension), num_workers=num_workers, kernel=Kernel(empty=empty), sent_dtype=sent_dtype
     )
-    server.reserve(num_workers)
+    server.snapshots.reserve(num_workers)
     made = {dtype: len(pool.made) for dtype, pool in pools.items()}
     assert sum(made.values()) == num_workers + (1 if sent_dtype is None else 3)
     held = {reply.worker: reply for reply in server.start()}

@@ -223,7 +223,7 @@ class ServerMachine(RuleBasedStateMachine):
         stopped = {worker for worker, reply in self.newest.items() if reply.ticket is None}
         waiting = {worker for worker in self.members if worker not in self.working and worker not in stopped}
         assert set(server.members) == self.members
-        assert sorted([*server.blocked, *server.idle]) == sorted(waiting)
+        assert sorted([*server.members.blocked, *server.members.idle]) == sorted(waiting)
         if server.ended:
             assert not waiting
         elif self.members and not self.working:

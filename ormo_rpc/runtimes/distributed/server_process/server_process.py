@@ -96,7 +96,7 @@ class ServerProcess:
         )
         if self.transport.memory is not None:
             server.algorithm.kernel = replace(server.algorithm.kernel, empty=pooled(self.transport.memory))
-        server.reserve(1 if server.scheduler.BARRIER else server.num_workers)
+        server.snapshots.reserve(1 if server.scheduler.BARRIER else server.num_workers)
         rolled_back = self.session.counters.rolled_back
         self.session.open(incarnation=args.incarnation)
         self._rolled_back = self.session.counters.rolled_back - rolled_back
