@@ -31,14 +31,14 @@ LEARNING_RATES: Mapping[str, Callable[[int], float]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Reduction:
-    """With these settings an algorithm is another algorithm.
+    """Settings with which an algorithm equals another one.
 
     Attributes:
         to: The other algorithm's name.
         options: The options of this algorithm.
         momentum: beta for both; None for any.
         num_workers: K; None for any, and then workers come and go too.
-        schedulers: Under which it holds.
+        schedulers: The schedulers under which this holds.
         exact: To the bit; otherwise to rounding.
     """
 
@@ -52,17 +52,17 @@ class Reduction:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Facts about an algorithm that the tests need.
+    """The properties of an algorithm that the tests need.
 
     Attributes:
         name: The algorithm's name.
         reference: Its reference implementation.
-        vectors: How many vectors of D elements the algorithm holds, the parameters among them, for ``num_workers`` workers.
-        more_vectors: And how many more with these options.
+        vectors: The number of vectors of D elements that it holds for ``num_workers`` workers, the parameters among them.
+        more_vectors: The number of further vectors with given options.
         lr: A learning rate at which it converges on the quadratic of the convergence test, whose largest curvature is 1.
         variants: Its options; every test draws one.
-        schedulers: Those that it runs under.
-        reductions: Settings under which it is another algorithm.
+        schedulers: The schedulers that it runs under.
+        reductions: Settings with which it equals another algorithm.
     """
 
     name: str
@@ -258,7 +258,7 @@ ROWS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A run of whatever algorithm: the same for all rows.
+    """A run of any algorithm, the same for all rows.
 
     Attributes:
         variant: Picks one of the row's variants.
@@ -267,7 +267,7 @@ class Case:
         momentum: beta.
         lr: The name of a schedule of learning rates.
         seed: Of the start and the gradients.
-        schedule: Who pushes, comes and goes.
+        schedule: The pushes, joins and leaves.
     """
 
     variant: int
@@ -279,15 +279,15 @@ class Case:
     schedule: Schedule
 
     def options(self, row: Row) -> Mapping[str, Any]:
-        """The variant of that algorithm that is meant."""
+        """Return the options of the variant."""
         return row.variants[self.variant % len(row.variants)]
 
     def start(self) -> Tensor:
-        """``w_0``, shape (D,)."""
+        """Return ``w_0``, shape (D,)."""
         return torch.randn(DIMENSION, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
 
     def reference(self, row: Row) -> reference.Reference:
-        """The reference implementation."""
+        """Build the reference implementation."""
         return row.reference(
             self.start(),
             num_workers=self.num_workers,
@@ -299,7 +299,7 @@ class Case:
     def server(
         self, name: str, scheduler: str, options: Mapping[str, Any], record: list[Event] | None = None
     ) -> ParameterServer:
-        """A server with that algorithm; its events go to ``record``."""
+        """Build a server with an algorithm; its events go to ``record``."""
         return build_server(
             algorithm=name,
             scheduler=scheduler,
@@ -316,7 +316,7 @@ class Case:
     def run(
         self, name: str, scheduler: str, options: Mapping[str, Any], record: list[Event] | None = None
     ) -> Run[ParameterServer]:
-        """A run of such a server, started."""
+        """Start a run of such a server."""
         server = self.server(name, scheduler, options, record)
         gradient = noise(DIMENSION * server.algorithm.VECTORS_PUSHED, self.seed)
         return Run(server=server, gradient=gradient, num_workers=self.num_workers).start()
@@ -324,7 +324,7 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn, *, changes: bool = True, momentum: float | None = None, num_workers: int | None = None) -> Case:
-    """Runs of every kind: T < K and T no multiple of K among them; with ``changes`` workers join and leave."""
+    """Draw runs of every kind, also with T < K and T no multiple of K; with ``changes`` workers join and leave."""
     return Case(
         variant=draw(st.integers(0, 99)),
         num_workers=draw(st.integers(1, 5)) if num_workers is None else num_workers,
@@ -337,12 +337,12 @@ def cases(draw: st.DrawFn, *, changes: bool = True, momentum: float | None = Non
 
 
 def values(server: ParameterServer) -> dict[str, Tensor | int | float]:
-    """``w`` and the state of the algorithm."""
+    """Return ``w`` and the state of the algorithm."""
     return {"w": server.params, **server.algorithm.state_dict()}
 
 
 def same(a: Any, b: Any) -> bool:
-    """Tell whether two nested values are identical, tensors to the bit."""
+    """Tell if two nested values are identical, tensors to the bit."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return type(a) is type(b) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, Mapping):
@@ -353,7 +353,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def tensors(value: Any, seen: set[int] | None = None) -> list[Tensor]:
-    """Every tensor that an object holds, however deep, each once."""
+    """Return every tensor that an object holds at any depth, each once."""
     seen = set() if seen is None else seen
     if id(value) in seen:
         return []

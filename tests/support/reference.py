@@ -1,7 +1,7 @@
-"""Reference implementations: the whole state from the list of all gradients, by the sums of the specification.
+"""Reference implementations: the state of an algorithm as sums over the list of all gradients, without a running buffer.
 
-Nothing here is shared with the package: buckets, delays, concurrency and learning rates are worked out again from the history
-of calls. Legend: ``D`` parameters, ``w`` parameters, ``u`` momentum, ``t`` iteration, ``i`` stamp, ``b`` bucket, ``I`` momentum
+Nothing here is shared with the package: buckets, delays, concurrency and learning rates are derived from the history of calls.
+ Legend: ``D`` parameters, ``w`` parameters, ``u`` momentum, ``t`` iteration, ``i`` stamp, ``b`` bucket, ``I`` momentum
 index, ``K`` concurrency, ``eta`` learning rate, ``beta`` momentum coefficient, ``tau = t - i`` delay.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from tests.support.schedule import Step
 
 Values = dict[str, Tensor | int | float]
-"""``w`` and whatever else the algorithm carries, by the name that the specification gives it."""
+"""``w`` and the rest of the state, by the names of the specification."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +27,11 @@ class Gradient:
 
     Attributes:
         value_D: The gradient.
-        worker: Who sent it.
-        t: How many gradients were applied before it.
+        worker: Its sender.
+        t: The number of gradients applied before it.
         i: Its stamp.
         b: The bucket of its stamp.
-        handed: The largest stamp that anybody held or had held when it arrived; `I` is its bucket.
+        handed: The largest stamp that was handed out before it arrived; `I` is its bucket.
         I: The largest bucket that had been handed out when it arrived: the momentum index after it.
         K: The number of workers when it arrived.
         eta: The learning rate of the schedule.
@@ -49,16 +49,16 @@ class Gradient:
 
     @property
     def tau(self) -> int:
-        """The delay."""
+        """Return the delay."""
         return self.t - self.i
 
 
 def buckets(sizes: Sequence[int]) -> list[int]:
-    """The bucket of each of the indices 0 to n.
+    """Return the bucket of each of the indices 0 to n.
 
     Args:
-        sizes: K at the moment when each of the indices 1 to n came to be: a bucket that is attach by index i takes
-            ``sizes[i - 1]`` indices.
+        sizes: K at the moment when each of the indices 1 to n came to be: a bucket that index i opens takes ``sizes[i - 1]``
+            indices.
     """
     found = [0]
     while len(found) <= len(sizes):
@@ -76,7 +76,7 @@ def heavy_ball(start: Tensor, sums: Sequence[Tensor], beta: float) -> tuple[Tens
 
 
 class Reference(ABC):
-    """An algorithm, as the specification has it.
+    """An algorithm as the specification defines it.
 
     Args:
         start: ``w_0``, shape (D,).
@@ -95,22 +95,22 @@ class Reference(ABC):
 
     @abstractmethod
     def state(self, history: Sequence[Step]) -> Values:
-        """The state after these calls."""
+        """Return the state after these calls."""
 
     def accepts(self, tau: int, K: int) -> bool:
-        """Tell whether a gradient is applied."""
+        """Tell if a gradient is applied."""
         return True
 
     def accepts_at(self, t: int, i: int, K: int) -> bool:
-        """The same for an algorithm that asks for more than the difference of iteration and stamp."""
+        """Tell if a gradient is applied, for an algorithm that reads more than the delay."""
         return self.accepts(t - i, K)
 
     def rate(self, gradient: Gradient) -> float:
-        """The learning rate of a gradient."""
+        """Return the learning rate of a gradient."""
         return gradient.eta
 
     def gradients(self, history: Sequence[Step]) -> list[Gradient]:
-        """The gradients that were applied, with their place in the order of iterations."""
+        """Return the gradients that were applied, with their place in the order of iterations."""
         found: list[Gradient] = []
         handed, workers = 0, self.num_workers
         for step in history:
@@ -126,7 +126,7 @@ class Reference(ABC):
         return [replace(gradient, b=bucket[gradient.i], I=bucket[gradient.handed]) for gradient in found]
 
     def total(self, gradients: Sequence[Gradient], weights: Sequence[float]) -> Tensor:
-        """The weighted sum of gradients, shape (D,)."""
+        """Return the weighted sum of gradients, shape (D,)."""
         result = torch.zeros_like(self.start)
         for gradient, weight in zip(gradients, weights, strict=True):
             result = result + weight * gradient.value_D
@@ -137,7 +137,7 @@ class Reference(ABC):
         return (1 - self.beta**terms) / (1 - self.beta)
 
     def scale(self, history: Sequence[Step]) -> float:
-        """The size of the numbers that rounding works on: the largest start, and all of ``eta g / (1 - beta)`` without sign."""
+        """Bound the numbers that are rounded: the largest start, and the sum of all ``eta |g| / (1 - beta)``."""
         largest = sum(self.lr(t) * float(push.grad.abs().max()) for t, push in enumerate(_pushes(history)))
         return 1 + float(self.start.abs().max()) + largest / (1 - self.beta)
 
@@ -183,22 +183,22 @@ class OrMo(Reference):
         last = gradients[-1]
         if self.options.get("momentum_correction"):
             in_u = [self.beta ** (last.I - g.b) * self.rate(g) * last.eta / g.eta for g in gradients]
-            in_w = [self.rate(g) * (self.at_context(g) + self.shifted(g, gradients)) for g in gradients]
+            in_w = [self.rate(g) * (self.on_arrival(g) + self.shifted(g, gradients)) for g in gradients]
         else:
             in_u = [self.beta ** (last.I - g.b) * self.rate(g) for g in gradients]
             in_w = [self.rate(g) * self.in_params(g, last.I) for g in gradients]
         return {"w": self.start - self.total(gradients, in_w), "u": self.total(gradients, in_u), "index": last.I}
 
     def in_params(self, gradient: Gradient, index: int) -> float:
-        """The weight of ``eta g`` in ``w_0 - w`` when the momentum index is ``index``."""
+        """Return the weight of ``eta g`` in ``w_0 - w`` when the momentum index is ``index``."""
         return self.geometric(index - gradient.b + 1)
 
-    def at_context(self, gradient: Gradient) -> float:
-        """The weight with which ``eta g`` enters the parameters."""
+    def on_arrival(self, gradient: Gradient) -> float:
+        """Return the weight with which ``eta g`` enters the parameters."""
         return self.geometric(gradient.I - gradient.b + 1)
 
     def shifted(self, gradient: Gradient, gradients: Sequence[Gradient]) -> float:
-        """The weight that later shifts have added, each with the learning rate of its iteration."""
+        """Return what later shifts add to that weight, each with the learning rate of its own iteration."""
         weight = 0.0
         for before, after in zip(gradients[gradient.t :], gradients[gradient.t + 1 :], strict=False):
             for index in range(before.I + 1, after.I + 1):
@@ -216,7 +216,7 @@ class OrMoVanilla(OrMo):
         e = gradient.I - gradient.b
         return 1 + (self.beta ** (e + 1) - self.beta ** (index - gradient.b + 1)) / (1 - self.beta)
 
-    def at_context(self, gradient: Gradient) -> float:
+    def on_arrival(self, gradient: Gradient) -> float:
         return 1.0
 
 
@@ -240,10 +240,10 @@ class OrMoDA(OrMo):
 
     @property
     def rule(self) -> str:
-        """The name of the delay's algorithm."""
+        """Return the name of the delay rule."""
         return getattr(self.options.get("rule"), "value", "ormo")
 
     def limit(self, K: int) -> int:
-        """The delay up to which nothing changes."""
+        """Return the delay up to which the learning rate stays."""
         chosen = self.options.get("threshold")
         return 2 * K if chosen is None else chosen

@@ -1,7 +1,6 @@
-"""References of the algorithms that discard, collect, average or take local steps; legend in `tests.support.reference`.
+"""Reference implementations of algorithms that discard, collect, average or take local steps.
 
-A gradient's *round* is ``t // B``: with what is discarded left out, every B-th gradient ends one. Closed forms
-where there are any.
+The legend is that of `tests.support.reference`. A gradient's *round* is ``t // B``: every B-th applied gradient ends one.
 """
 
 from __future__ import annotations
@@ -17,23 +16,23 @@ from tests.support.schedule import Step
 
 
 def ended(history: Sequence[Step]) -> bool:
-    """Tell whether the run has ended: then nothing is in a buffer any more."""
+    """Tell if a worker was told to stop: the buffers are empty then."""
     return any(reply.ticket is None for step in history for reply in step.replies)
 
 
 class Collecting(Reference):
-    """Every B gradients ``w <- w - eta sum / B`` at the last one's ``eta``; at the end so the rest."""
+    """Every B gradients ``w <- w - eta sum / B`` at the last one's ``eta``; at the end the rest too."""
 
     NAME: str
-    """The option that is B."""
+    """The name of the option for B."""
 
     @property
     def size(self) -> int:
-        """B."""
+        """Return B."""
         return self.options.get(self.NAME, 4)
 
     def weight(self, gradient: Gradient) -> float:
-        """The weight of a gradient in the sum."""
+        """Return the weight of a gradient in the sum."""
         return 1.0
 
     def state(self, history: Sequence[Step]) -> Values:
@@ -102,7 +101,7 @@ class DelayedNesterov(Reference):
         return {"w": w, "m": self.momentum_after(gradients, rounds, N), "collected": collected, "count": rest}
 
     def momentum_after(self, gradients: Sequence[Gradient], rounds: int, N: int) -> Tensor:
-        """The momentum after so many rounds, a rest counting as one."""
+        """Return the momentum after a number of rounds; an unfinished one counts."""
         taken = gradients[: rounds * N]
         return self.total(taken, [self.beta ** (rounds - 1 - g.t // N) / N for g in taken])
 
@@ -140,7 +139,7 @@ class SPA(Reference):
 
 
 class EASGD(Reference):
-    """The plain loop: the centre and those who hold or held a ticket, each exchange a convex combination of the two."""
+    """The plain loop: the centre and the workers that hold or held a ticket; an exchange is a convex combination of the two."""
 
     def state(self, history: Sequence[Step]) -> Values:
         w, own = self.start.clone(), dict[int, Tensor]()
@@ -179,6 +178,6 @@ class OrLoMo(Reference):
 
 
 def _scale_of_moves(start: Tensor, history: Sequence[Step]) -> float:
-    """As `Reference.scale` for pushes that are in units of the parameters."""
+    """Return `Reference.scale` for pushes that are in units of the parameters."""
     pushes: list[Any] = [step.push for step in history if step.push is not None]
     return 1 + float(start.abs().max()) + sum(float(push.grad.abs().max()) for push in pushes)

@@ -1,4 +1,4 @@
-"""Reference implementations of the peers of ordered momentum; legend and rules in ``reference.py``."""
+"""Reference implementations of the peers of ordered momentum; the legend is that of `tests.support.reference`."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class InUnitsOfTheGradient(Reference):
 
 
 class PerWorker(InUnitsOfTheGradient):
-    """Algorithms with a buffer for each worker: a *life* of a worker ends when it leaves, and its buffer with it."""
+    """Algorithms with a buffer for each worker: a *stay* of a worker ends when it leaves, and its buffer with it."""
 
-    def lives(self, history: Sequence[Step]) -> dict[tuple[int, int], list[Gradient]]:
-        """The gradients of each life, by worker and the number of times that it had left before."""
+    def stays(self, history: Sequence[Step]) -> dict[tuple[int, int], list[Gradient]]:
+        """Return the gradients of each stay, by worker and the number of times that it had left before."""
         found: dict[tuple[int, int], list[Gradient]] = {}
         left = Counter[int]()
         gradients = iter(self.gradients(history))
@@ -47,12 +47,12 @@ class PerWorker(InUnitsOfTheGradient):
         return found
 
     def present(self, history: Sequence[Step]) -> Mapping[int, list[Gradient]]:
-        """The gradients of the lives that have not ended, by worker."""
+        """Return the gradients of the stays that have not ended, by worker."""
         left = Counter(step.worker for step in history if step.kind == "leave")
-        return {worker: life for (worker, number), life in self.lives(history).items() if number == left[worker]}
+        return {worker: stay for (worker, number), stay in self.stays(history).items() if number == left[worker]}
 
     def powers(self, count: int) -> list[float]:
-        """``beta^(count-1), ..., beta, 1``: the weights of a life's gradients in its buffer."""
+        """``beta^(count-1), ..., beta, 1``: the weights of the gradients of a stay in its buffer."""
         return [self.beta ** (count - 1 - n) for n in range(count)]
 
 
@@ -61,25 +61,25 @@ class Shifted(PerWorker):
 
     def state(self, history: Sequence[Step]) -> Values:
         w = self.start
-        for life in self.lives(history).values():
-            w = w - self.total(life, [self.geometric(len(life) - n) * g.eta for n, g in enumerate(life)])
+        for stay in self.stays(history).values():
+            w = w - self.total(stay, [self.geometric(len(stay) - n) * g.eta for n, g in enumerate(stay)])
         buffers = {
-            f"v/{worker}": self.total(life, [p * g.eta for p, g in zip(self.powers(len(life)), life, strict=True)])
-            for worker, life in self.present(history).items()
+            f"v/{worker}": self.total(stay, [p * g.eta for p, g in zip(self.powers(len(stay)), stay, strict=True)])
+            for worker, stay in self.present(history).items()
         }
         return {"w": w, **buffers}
 
 
 class DANA(PerWorker):
-    """As `Shifted` in units of g, so that a gradient enters w with ``sum of beta^j eta`` over the rates of its worker since."""
+    """`Shifted` in units of g: a gradient enters w with ``sum of beta^j eta`` over the rates of its worker since."""
 
     def state(self, history: Sequence[Step]) -> Values:
         w = self.start
-        for life in self.lives(history).values():
+        for stay in self.stays(history).values():
             w = w - self.total(
-                life, [sum(self.beta**j * later.eta for j, later in enumerate(life[n:])) for n in range(len(life))]
+                stay, [sum(self.beta**j * later.eta for j, later in enumerate(stay[n:])) for n in range(len(stay))]
             )
-        buffers = {f"v/{worker}": self.total(life, self.powers(len(life))) for worker, life in self.present(history).items()}
+        buffers = {f"v/{worker}": self.total(stay, self.powers(len(stay))) for worker, stay in self.present(history).items()}
         return {"w": w, "total": sum(buffers.values(), torch.zeros_like(self.start)), **buffers}
 
 
@@ -122,7 +122,7 @@ class DCASGD(Reference):
 
     @property
     def adaptive(self) -> bool:
-        """True where lambda follows the size of the gradients."""
+        """Tell if lambda follows the size of the gradients."""
         return self.options.get("adaptive", True)
 
     def mean_square(self, gradients: Sequence[Gradient]) -> Tensor:
@@ -139,7 +139,7 @@ class DCASGD(Reference):
         return (0.04 if chosen is None else chosen) * g.value_D**2
 
     def scale(self, history: Sequence[Step]) -> float:
-        """The growth of a rounding error: a step multiplies it by at most ``1 + 2 eta lambda_t g^2``, all steps by the product.
+        """Bound the numbers that are rounded: a step multiplies an error by at most ``1 + 2 eta lambda_t g^2``.
 
         The parameters themselves are within the same factor of those without compensation.
         """

@@ -1,4 +1,4 @@
-"""A driver for any server: a schedule says which of the outstanding replies is answered next, and who comes and goes."""
+"""Schedules: sequences of pushes, joins and leaves, and a driver that takes a server through one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ormo_rpc.messages import Push, Reply
 
 
 class Server(Protocol):
-    """The interface that a schedule drives: `ormo_rpc.ParameterServer`, or a substitute."""
+    """The methods that a schedule calls: `ormo_rpc.ParameterServer`, or a substitute."""
 
     def start(self) -> list[Reply]: ...
     def receive(self, push: Push) -> list[Reply]: ...
@@ -27,7 +27,7 @@ S = TypeVar("S", bound=Server)
 
 Action = Literal["push", "join", "leave"]
 Schedule = list[tuple[Action, int]]
-"""Each action, and a number that selects its worker, modulo the number of candidates."""
+"""Actions, each with a number that picks the reply or worker, modulo how many there are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +46,12 @@ class Run(Generic[S]):
 
     Attributes:
         server: The server.
-        gradient: The gradient that a worker finds for a reply, shape (D,): the same one whenever it is asked.
-        num_workers: How many workers there are at the start.
+        gradient: The gradient of a reply, shape (D,): a pure function.
+        num_workers: The number of workers at the start.
         history: Every call so far.
         outstanding: The replies that wait for their push by worker and ticket, oldest first.
-        members: The present workers; `gone`: those that left, in order; `stopped`: those whose last reply has come.
-        issued: The parameters of every reply, and what they were when it was issued.
+        members: The present workers; `gone`: those that left, in order; `stopped`: those that were told to stop.
+        issued: The parameters of every reply, and a copy made when it was issued.
     """
 
     server: S
@@ -65,7 +65,7 @@ class Run(Generic[S]):
     issued: list[tuple[Tensor, Tensor]] = field(default_factory=list[tuple[Tensor, Tensor]])
 
     def start(self) -> Run[S]:
-        """Begin."""
+        """Start the server."""
         self.members = set(range(self.num_workers))
         self._note("start", -1, None, self.server.start())
         return self
@@ -78,14 +78,14 @@ class Run(Generic[S]):
         return self._note("push", reply.worker, push, replies)
 
     def join(self, worker: int) -> Step:
-        """A worker comes."""
+        """Let a worker join."""
         replies = self.server.join(worker)
         self.members.add(worker)
         self.gone = [other for other in self.gone if other != worker]
         return self._note("join", worker, None, replies)
 
     def leave(self, worker: int) -> Step:
-        """A worker is gone, and its outstanding replies with it."""
+        """Let a worker leave, and drop its outstanding replies."""
         replies = self.server.leave(worker)
         self.members.remove(worker)
         self.gone.append(worker)
@@ -95,7 +95,7 @@ class Run(Generic[S]):
         return self._note("leave", worker, None, replies)
 
     def restart(self) -> Step:
-        """The server begins a new life with the workers of the start, and all outstanding replies are void."""
+        """Start a new incarnation with the workers of the start; all outstanding replies are void."""
         self.members, self.gone = set(range(self.num_workers)), []
         self.stopped.clear()
         self.outstanding.clear()
@@ -104,7 +104,7 @@ class Run(Generic[S]):
     def steps(self, schedule: Schedule) -> Iterable[Step]:
         """Follow a schedule, then answer the oldest reply first, until none is outstanding.
 
-        The last worker never leaves. A number in "join" brings a leaver back or a worker that never was there.
+        The last worker never leaves. The number of a "join" picks a worker that left or a new one.
         """
         for action, number in schedule:
             if action == "push" and self.outstanding:
@@ -130,7 +130,7 @@ class Run(Generic[S]):
         return self
 
     def fork(self, server: S) -> Run[S]:
-        """The same run from here on with another server, which must be in the same state."""
+        """Copy this run for another server, which must be in the same state."""
         return Run(
             server=server,
             gradient=self.gradient,
@@ -144,7 +144,7 @@ class Run(Generic[S]):
 
     @property
     def pushes(self) -> list[Push]:
-        """All pushes so far."""
+        """Return all pushes so far."""
         return [step.push for step in self.history if step.push is not None]
 
     def _note(
@@ -163,25 +163,25 @@ class Run(Generic[S]):
 
 
 def answer(reply: Reply, grad: Tensor) -> Push:
-    """The push that a worker sends for a reply."""
+    """Return the push that a worker sends for a reply."""
     assert reply.ticket is not None, "the worker has stopped"
     return Push(worker=reply.worker, ticket=reply.ticket, stamp=reply.stamp, grad=grad, incarnation=reply.incarnation)
 
 
 def schedules(*, changes: bool = False, max_size: int = 30) -> st.SearchStrategy[Schedule]:
-    """Schedules for hypothesis; with ``changes``, workers join and leave too."""
+    """Draw schedules; with ``changes``, workers join and leave too."""
     actions: list[Action] = ["push", "push", "push", "push", "join", "leave"] if changes else ["push"]
     return st.lists(st.tuples(st.sampled_from(actions), st.integers(0, 99)), max_size=max_size)
 
 
 def normal(dimension: int, seed: int, ticket: int) -> Tensor:
-    """The gradient of a ticket in `noise`, shape (D,), float64."""
+    """Return the gradient of a ticket in `noise`, shape (D,), float64."""
     generator = torch.Generator().manual_seed(100_000 * seed + ticket)
     return torch.randn(dimension, generator=generator, dtype=torch.float64)
 
 
 def noise(dimension: int, seed: int = 0) -> Callable[[Reply], Tensor]:
-    """Gradients that depend on the ticket alone, normally distributed."""
+    """Return normally distributed gradients that depend on the ticket alone."""
 
     def gradient(reply: Reply) -> Tensor:
         assert reply.ticket is not None, "the worker has stopped"
@@ -191,7 +191,7 @@ def noise(dimension: int, seed: int = 0) -> Callable[[Reply], Tensor]:
 
 
 def pushed(algorithm: Algorithm, gradient_at: Callable[[Tensor], Tensor]) -> Callable[[Reply], Tensor]:
-    """The push of a worker of that algorithm for a reply, if every batch has the gradient ``gradient_at(params)``."""
+    """Return the pushes of an algorithm's workers where every batch has the gradient ``gradient_at(params)``."""
 
     def gradient(params: Tensor, step: int, into: Tensor) -> None:  # noqa: ARG001 - all batches are the same
         into.copy_(gradient_at(params))
@@ -230,13 +230,13 @@ class Quadratic:
         self.target = torch.randn(dimension, generator=generator, dtype=torch.float64)
 
     def gradient(self, reply: Reply) -> Tensor:
-        """The exact gradient at the parameters of a reply."""
+        """Return the exact gradient at the parameters of a reply."""
         return self.gradient_at(reply.params)
 
     def gradient_at(self, params: Tensor) -> Tensor:
-        """The exact gradient at any parameters."""
+        """Return the exact gradient at any parameters."""
         return self.matrix @ (params - self.target)
 
     def distance(self, params: Tensor) -> float:
-        """The Euclidean distance to the minimum."""
+        """Return the Euclidean distance to the minimum."""
         return float((params - self.target).norm())

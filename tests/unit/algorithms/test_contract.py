@@ -1,4 +1,4 @@
-"""The contract of every algorithm under each of its schedulers; a new algorithm needs a row in ``contract.py`` alone."""
+"""Properties of every algorithm under each of its schedulers; a new algorithm adds a row to ``contract.py``, nothing here."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_an_algorithm_runs_under_every_scheduler_that_it_does_not_refuse(row: Ro
 
 @each_row
 @given(case=cases())
-def test_state_is_that_of_the_slow_reference_after_every_push(row: Row, scheduler: str, case: Case) -> None:
+def test_the_state_equals_the_slow_reference_after_every_push(row: Row, scheduler: str, case: Case) -> None:
     reference = case.reference(row)
     run = case.run(row.name, scheduler, case.options(row))
     for step in run.steps(case.schedule):
@@ -139,7 +139,7 @@ def test_each_ticket_is_committed_once_and_every_worker_is_stopped(row: Row, sch
 
 
 @each_row
-def test_memory_is_the_stated_one_and_does_not_grow(row: Row, scheduler: str) -> None:
+def test_memory_is_as_stated_and_does_not_grow(row: Row, scheduler: str) -> None:
     dimension, workers = 1000, 3
     for options in row.variants:
         server = build_server(

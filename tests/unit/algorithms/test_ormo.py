@@ -1,10 +1,9 @@
-"""The identities of ordered momentum: against torch.optim, heavy ball over rounds or buckets, and numbers made by hand."""
+"""Identities of ordered momentum: torch.optim, heavy ball over rounds or buckets, and numbers worked out by hand."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -13,77 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ormo_rpc.algorithms._delay_adaptive import DelayRule
-from ormo_rpc.algorithms.base import PushContext
 from ormo_rpc.messages import Reply
-from ormo_rpc.server.build import build_server
-from ormo_rpc.server.events import Event, Kind
+from ormo_rpc.server.events import Kind
 from ormo_rpc.server.parameter_server import ParameterServer
+from tests.support.ormo import BETA, D, begin, close, u_of
 from tests.support.reference import heavy_ball
-from tests.support.schedule import Quadratic, Run, Schedule, Step, answer, noise, schedules
-
-D = 5
-BETA = 0.9
-
-
-@dataclass
-class Trial:
-    """A run and its events."""
-
-    run: Run[ParameterServer]
-    events: list[Event] = field(default_factory=list[Event])
-
-    def of(self, kind: Kind) -> list[Any]:
-        """The data of the events of a kind."""
-        return [event.data for event in self.events if event.kind is kind]
-
-
-def begin(
-    *,
-    num_workers: int,
-    tickets: int | None,
-    algorithm: str = "ormo",
-    scheduler: str = "async",
-    momentum: float = BETA,
-    lr: float | Callable[[int], float] = 0.1,
-    gradient: Callable[[Reply], Tensor] | None = None,
-    start: Tensor | None = None,
-    **options: Any,
-) -> Trial:
-    events: list[Event] = []
-    server = build_server(
-        algorithm=algorithm,
-        scheduler=scheduler,
-        params=torch.linspace(-1, 1, D, dtype=torch.float64) if start is None else start,
-        num_workers=num_workers,
-        lr=lr,
-        momentum=momentum,
-        total_tickets=tickets,
-        record=events.append,
-        **options,
-    )
-    run = Run(server=server, gradient=gradient or noise(D), num_workers=num_workers).start()
-    return Trial(run, events)
-
-
-def close(got: Tensor, expected: Tensor) -> None:
-    """Equal to rounding: values are of the size of 10, a run has up to a hundred steps: 1e-12 is some hundred roundings."""
-    torch.testing.assert_close(got, expected, rtol=0.0, atol=1e-12)
-
-
-def u_of(server: ParameterServer) -> Tensor:
-    u = server.algorithm.state_dict()["u"]
-    assert isinstance(u, Tensor)
-    return u
+from tests.support.schedule import Quadratic, Run, Schedule, Step, schedules
 
 
 def closes_round(step: Step) -> bool:
-    """Under sync a round ends with the call that lets the others go."""
+    """Tell if a step ends a round: under sync, one with replies."""
     return step.kind in ("push", "leave") and len(step.replies) > 0
 
 
 def check_rounds(run: Run[ParameterServer], schedule: Schedule, lr: Callable[[int], float]) -> int:
-    """Compare w and u with heavy ball on the sums of the rounds, at each round's end; return how many rounds there were."""
+    """Compare w and u with heavy ball on the sums of the rounds, at each round's end; return the number of rounds."""
     start = run.server.params.clone()
     sums, total, t = list[Tensor](), torch.zeros(D, dtype=torch.float64), 0
     for step in run.steps(schedule):
@@ -114,16 +57,16 @@ def test_under_sync_it_is_heavy_ball_at_each_rounds_end(workers: int, tickets: i
 
 
 @pytest.mark.parametrize("change", ["leave", "join"])
-@given(before=st.integers(0, 12), who=st.integers(0, 3), schedule=schedules(max_size=12))
-def test_under_sync_it_stays_heavy_ball_when_one_of_four_is_lost_or_one_joins(
-    change: str, before: int, who: int, schedule: Schedule
+@given(before=st.integers(0, 12), leaver=st.integers(0, 3), schedule=schedules(max_size=12))
+def test_under_sync_it_stays_heavy_ball_when_a_worker_leaves_or_joins(
+    change: str, before: int, leaver: int, schedule: Schedule
 ) -> None:
     # 0 to 12 pushes before it: at the very start, in the middle of a round, between rounds.
     problem = Quadratic(D, smallest=0.1)
     trial = begin(num_workers=4, tickets=33, scheduler="sync", gradient=problem.gradient)
     oldest: Schedule = [("push", 0)] * 12
     pushes = [*schedule, *oldest][:before]
-    now: Schedule = [("leave", who)] if change == "leave" else [("join", 0)]
+    now: Schedule = [("leave", leaver)] if change == "leave" else [("join", 0)]
     assert check_rounds(trial.run, [*pushes, *now, *schedule], lambda _: 0.1) >= 33 // 5
     assert len(trial.run.server.members) == (3 if change == "leave" else 5)
 
@@ -142,7 +85,7 @@ def test_under_sync_it_stays_heavy_ball_when_one_of_four_is_lost_or_one_joins(
     ids=["constant", "constant-corrected", "decay-corrected", "up-and-down-corrected"],
 )
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9])
-def test_one_worker_is_torch_sgd(schedule: Callable[[int], float], options: dict[str, Any], beta: float) -> None:
+def test_with_one_worker_it_is_torch_sgd(schedule: Callable[[int], float], options: dict[str, Any], beta: float) -> None:
     problem = Quadratic(D, smallest=0.05)
     trial = begin(num_workers=1, tickets=40, momentum=beta, lr=schedule, gradient=problem.gradient, **options)
     p = trial.run.server.params.clone()
@@ -178,7 +121,7 @@ def test_without_the_correction_u_keeps_the_old_learning_rate() -> None:
 
 @pytest.mark.parametrize("scheduler", ["async", "sync"])
 @given(workers=st.integers(1, 5), schedule=schedules(changes=True))
-def test_every_gradient_moves_y_by_the_same_whatever_its_delay(scheduler: str, workers: int, schedule: Schedule) -> None:
+def test_every_gradient_moves_y_alike_for_any_delay(scheduler: str, workers: int, schedule: Schedule) -> None:
     trial = begin(num_workers=workers, tickets=25, scheduler=scheduler)
     server = trial.run.server
 
@@ -229,29 +172,29 @@ def test_the_order_matters_to_naive_momentum() -> None:
 
 
 @given(workers=st.integers(1, 5), schedule=schedules(changes=True))
-def test_it_is_heavy_ball_over_the_buckets_that_grow_and_shrink(workers: int, schedule: Schedule) -> None:
+def test_it_is_heavy_ball_over_buckets_of_changing_size(workers: int, schedule: Schedule) -> None:
     trial = begin(num_workers=workers, tickets=30)
     server, start = trial.run.server, trial.run.server.params.clone()
-    attach = {0: 0}  # the bucket of each index, dealt out here with K as it is when one opens
+    bucket_of = {0: 0}  # the bucket of each index, dealt out here with K as it is when one opens
     room = bucket = handed = 0
     received: defaultdict[int, Tensor] = defaultdict(lambda: torch.zeros(D, dtype=torch.float64))
     newest_before_push = 0
     for step in trial.run.steps(schedule):
         if step.push is not None:
-            received[attach[step.push.stamp]] += 0.1 * step.push.grad
+            received[bucket_of[step.push.stamp]] += 0.1 * step.push.grad
             newest_before_push = handed
             if room == 0:
                 bucket, room = bucket + 1, len(trial.run.members)
             room -= 1
-            attach[len(attach)] = bucket
+            bucket_of[len(bucket_of)] = bucket
             # A gradient that is missing counts as zero; buckets up to the newest that was handed out before the push.
             x, v = heavy_ball(start, [received[b] for b in range(newest_before_push + 1)], BETA)
             close(server.params, x)
             close(u_of(server), v)
-            exponent = int(server.algorithm.state_dict()["index"]) - attach[step.push.stamp]  # e = I - b
+            exponent = int(server.algorithm.state_dict()["index"]) - bucket_of[step.push.stamp]  # e = I - b
             assert exponent >= 0
-        handed = max([handed, *(attach[reply.stamp] for reply in step.replies if reply.ticket is not None)])
-    assert {data["stamp"]: data["bucket"] for data in trial.of(Kind.apply)}.items() <= attach.items()
+        handed = max([handed, *(bucket_of[reply.stamp] for reply in step.replies if reply.ticket is not None)])
+    assert {data["stamp"]: data["bucket"] for data in trial.of(Kind.apply)}.items() <= bucket_of.items()
 
 
 def test_a_bucket_keeps_the_size_that_it_was_opened_with() -> None:
@@ -290,7 +233,7 @@ def test_the_delay_is_conserved(workers: int, tickets: int, schedule: Schedule) 
 # ----------------------------------------------------------------------------------------------------- 7: figure 1 of the paper
 
 
-def test_figure_1() -> None:
+def test_figure_1_of_the_paper() -> None:
     # Synchronous, K = 4, ten gradients; g_t is the t-th unit vector and eta = 1, so coordinate t is the weight of g_t.
     # beta = 1/2: bucket 0 is g_0 to g_3, bucket 1 g_4 to g_7, bucket 2 g_8 and g_9, and I = 2. u_10 weighs them beta^2 = 1/4,
     # beta = 1/2, 1; w - w_0 = -(1 + beta + beta^2) = -7/4, -(1 + beta) = -3/2, -1. All are exact in binary.
@@ -338,86 +281,3 @@ def test_naive_momentum_diverges_where_ordered_momentum_converges() -> None:
     assert with_one_slow_worker("naive", problem) > 1e20
     assert with_one_slow_worker("ormo", problem) < 1e-8
     assert with_one_slow_worker("asgd", problem) > 0.01
-
-
-# ------------------------------------------------------------------------------------------------ delay-adaptive learning rates
-
-
-def context(delay: int, *, concurrency: int = 3, lr: float = 0.5) -> PushContext:
-    return PushContext(
-        worker=0,
-        ticket=0,
-        iteration=100,
-        stamp=100 - delay,
-        bucket=0,
-        newest_bucket=0,
-        concurrency=concurrency,
-        lr=lr,
-    )
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        # K = 3, so R = 2K = 6; eta = 0.5. At 12: 0.5 * 6 / 12 = 0.25, at 24: 0.125.
-        ({}, {0: 0.5, 5: 0.5, 6: 0.5, 7: 0.5 * 6 / 7, 12: 0.25, 24: 0.125}),
-        # R = 4: at 5: 0.5 * 4 / 5 = 0.4; at 8: 0.25.
-        ({"threshold": 4}, {3: 0.5, 4: 0.5, 5: 0.4, 8: 0.25}),
-        # L = 1/32: 1 / (4 L tau) = 8 / tau; at 7: 8/7 > 0.5, so 0.5; at 16: 0.5, at 32: 0.25.
-        ({"smoothness": 1 / 32}, {6: 0.5, 7: 0.5, 16: 0.5, 32: 0.25}),
-        # L = 1/4: 1 / tau, already smaller than 0.5 past the threshold: at 8: 0.125.
-        ({"smoothness": 0.25}, {5: 0.5, 6: 0.5, 8: 0.125}),
-        # eta K / max(K, tau), so its threshold is K = 3: at 4: 0.5 * 3 / 4 = 0.375; at 6: 0.25.
-        ({"rule": DelayRule.mishchenko}, {2: 0.5, 3: 0.5, 4: 0.375, 6: 0.25}),
-        # eta / tau past R = 6, a jump: at 8: 0.0625.
-        ({"rule": DelayRule.koloskova}, {5: 0.5, 6: 0.5, 8: 0.0625, 10: 0.05}),
-        ({"rule": DelayRule.koloskova, "threshold": 1}, {1: 0.5, 2: 0.25}),
-        ({"rule": DelayRule.drop}, {5: 0.5, 6: 0.5}),
-    ],
-    ids=str,
-)
-def test_the_learning_rate_follows_the_delay(options: dict[str, Any], expected: dict[int, float]) -> None:
-    algorithm = begin(num_workers=3, tickets=None, algorithm="ormo_da", **options).run.server.algorithm
-    got = {delay: algorithm.learning_rate(context(delay)) for delay in expected}
-    assert got == pytest.approx(expected, rel=1e-15, abs=0)
-    assert all(algorithm.accepts(context(delay)) for delay in expected)
-
-
-def test_drop_takes_nothing_past_the_threshold() -> None:
-    algorithm = begin(num_workers=3, tickets=None, algorithm="ormo_da", rule=DelayRule.drop).run.server.algorithm
-    assert [algorithm.accepts(context(delay)) for delay in (5, 6, 7, 50)] == [True, True, False, False]
-
-
-def test_a_dropped_gradients_ticket_comes_back_with_fresh_parameters() -> None:
-    # K = 2, threshold 1. Worker 0 pushes twice: t = 2. Worker 1's gradient of stamp 0 then has the delay 2 > 1.
-    trial = begin(num_workers=2, tickets=6, algorithm="ormo_da", rule=DelayRule.drop, threshold=1)
-    run = trial.run
-    late = run.outstanding[1, 1]
-    run.follow([("push", 0)])
-    run.push(run.outstanding[0, 2])
-    before = {"params": run.server.params.clone(), "u": u_of(run.server).clone()}
-    (reply,) = run.server.receive(answer(late, torch.ones(D, dtype=torch.float64)))
-    assert (reply.worker, reply.ticket, reply.stamp) == (1, 1, 2)
-    assert torch.equal(run.server.params, before["params"])
-    assert torch.equal(u_of(run.server), before["u"])
-    assert torch.equal(reply.params, before["params"])
-    assert run.server.iteration == 2
-    (discarded,) = trial.of(Kind.discard)
-    assert (discarded["ticket"], discarded["delay"], discarded["reason"]) == (1, 2, "refused by the algorithm")
-
-
-@given(workers=st.integers(2, 5), schedule=schedules())
-def test_a_late_gradient_moves_ormo_da_by_its_reduced_rate(workers: int, schedule: Schedule) -> None:
-    # y = w - beta / (1 - beta) u moves by eta(tau) / (1 - beta) g, with R = 1: eta(tau) = 0.1 min(1, 1 / tau).
-    trial = begin(num_workers=workers, tickets=25, algorithm="ormo_da", threshold=1)
-    server = trial.run.server
-
-    def y() -> Tensor:
-        return server.params - BETA / (1 - BETA) * u_of(server)
-
-    before = y()
-    for t, step in enumerate(trial.run.steps(schedule)):
-        assert step.push is not None
-        rate = 0.1 * min(1.0, 1 / max(1, t - step.push.stamp))
-        close(y(), before - rate / (1 - BETA) * step.push.grad)
-        before = y()

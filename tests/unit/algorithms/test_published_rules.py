@@ -60,7 +60,7 @@ def decay(t: int) -> float:
 
 
 @given(workers=st.integers(1, 5), schedule=schedules())
-def test_shifted_momentum_is_that_of_the_time_when_the_gradient_was_taken(workers: int, schedule: Schedule) -> None:
+def test_shifted_momentum_is_that_of_the_stamp(workers: int, schedule: Schedule) -> None:
     run = begin("shifted", num_workers=workers, gradient=Quadratic(D, smallest=0.1).gradient, lr=decay)
     w = run.server.params.clone()
     v = [torch.zeros_like(w)]  # v[i] is that of index i: before iteration i
@@ -76,7 +76,7 @@ def test_shifted_momentum_is_that_of_the_time_when_the_gradient_was_taken(worker
 
 
 @given(workers=st.integers(1, 5), schedule=schedules())
-def test_dana_is_its_form_with_the_momentum_on_the_workers(workers: int, schedule: Schedule) -> None:
+def test_dana_equals_its_form_with_momentum_on_the_workers(workers: int, schedule: Schedule) -> None:
     # DANA-Slim: worker k does v_k <- beta v_k + g and sends beta v_k + g; the server does theta <- theta - eta (what was sent).
     run = begin("dana", num_workers=workers, gradient=Quadratic(D, smallest=0.1).gradient)
     theta = run.server.params.clone()
@@ -86,7 +86,7 @@ def test_dana_is_its_form_with_the_momentum_on_the_workers(workers: int, schedul
         v[step.worker] = BETA * v[step.worker] + step.push.grad
         theta = theta - LR * (BETA * v[step.worker] + step.push.grad)
         for reply in step.replies:
-            if reply.ticket is not None:  # who is told to stop gets w itself
+            if reply.ticket is not None:  # a worker that is told to stop gets w itself
                 close(reply.params, theta)
     close(run.server.params, theta + LR * BETA * sum(v, torch.zeros_like(theta)))
 
@@ -154,7 +154,7 @@ def test_smega2_sends_the_parameters_after_k_more_gradients_of_zero(workers: int
 
 
 @given(workers=st.integers(2, 5), schedule=schedules())
-def test_smega2_closes_its_last_round_once_and_leaves_the_parameters(workers: int, schedule: Schedule) -> None:
+def test_smega2_flush_closes_the_last_round_once_and_keeps_the_parameters(workers: int, schedule: Schedule) -> None:
     server = begin("smega2", num_workers=workers).finish(schedule).server
     params, state = server.params.clone(), copy.deepcopy(server.algorithm.state_dict())
     assert state["count"] == 0
@@ -183,7 +183,7 @@ def test_staleness_aware_divides_by_the_delay() -> None:
         close(server.params, torch.tensor([-walked], dtype=torch.float64))
 
 
-def test_dc_asgd_by_hand() -> None:
+def test_dc_asgd_gives_numbers_worked_out_by_hand() -> None:
     # eta = 0.1, gradients 3. Worker 0: w = -0.3. Worker 1 was sent 0: g = 3 + lambda * 9 * (-0.3 - 0).
     # Constant, lambda = 0.04: 3 - 0.108 = 2.892, w = -0.3 - 0.2892. Adaptive, lambda = 2: MS = 0.45, then
     # 0.4275 + 0.45 = 0.8775, g = 3 - 5.4 / sqrt(0.8775 + 1e-7).
@@ -202,7 +202,7 @@ def test_dc_asgd_by_hand() -> None:
         close(server.params, torch.tensor([expected], dtype=torch.float64))
 
 
-def test_gap_aware_by_hand() -> None:
+def test_gap_aware_gives_numbers_worked_out_by_hand() -> None:
     # eta = 0.1, beta = 0.9, gradients 1. Worker 0: v = 1, w = -0.1, MS / bias = 1, so a usual step C = 0.1. Worker 1 was sent
     # 0, a gap of 0.1: penalty 1 + 0.1 / (0.1 + 1e-8), v = 0.9 + 1 / penalty, w = -0.1 - 0.1 v.
     server = build_server(

@@ -1,23 +1,19 @@
-"""The steps in one pass: the bits of the plain torch operations, in C and in chunks, by one thread and by several; the pool."""
+"""Steps in one pass have the bits of plain torch operations: in C and in chunks, by one thread and by several."""
 
 from __future__ import annotations
 
 import functools
-import gc
 import platform
-import threading
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from ormo_rpc import Push, build_server
 from ormo_rpc.kernels import compiled, threads
 from ormo_rpc.kernels import steps as torch_steps
 from ormo_rpc.kernels.compiled import agrees, compiled_steps, fastest_kernel
-from ormo_rpc.kernels.kernel import Kernel
-from ormo_rpc.kernels.pool import WORTH_POOLING, Pool
 from ormo_rpc.kernels.steps import CHUNK, HeavyBallStep, OrMoStep, SGDStep, Step, Steps, TorchSteps
 from ormo_rpc.kernels.threads import Threaded
 
@@ -26,7 +22,7 @@ LENGTHS = [1, 17, 1_000, 3 * CHUNK + 5, 13 * CHUNK + 5]  # the last one is so lo
 
 @pytest.fixture(params=["torch", "C", "torch, 3 threads", "C, 3 threads"])
 def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Steps:
-    """Every implementation; vectors are cut into chunks, and handed to three threads, at lengths that a test can afford."""
+    """Return every implementation, with chunks and parts small enough for short vectors to be divided."""
     monkeypatch.setattr(threads, "LEAST", CHUNK)
     monkeypatch.setattr(torch_steps, "WORTH_CUTTING", CHUNK)
     found: Steps | None = compiled_steps() if request.param.startswith("C") else TorchSteps()
@@ -76,9 +72,9 @@ DTYPES = [
     (torch.float64, torch.float64),
     (torch.float64, torch.bfloat16),
 ]
-"""Of the parameters, and of the gradient."""
+"""(Dtype of the parameters, dtype of the gradient)."""
 SHIFTS = [(1.0, 0), (1.0, 1), (0.3, 0), (0.3, 4)]
-"""The factor of the momentum in an ordered step, and its number of shifts."""
+"""(Scale of the momentum, number of shifts) of an ordered step."""
 CASES = [
     (length, DTYPES[j], (i + j) % 5 % 2, SHIFTS[(i + 3 * j) % 5 % 4])
     for i, length in enumerate(LENGTHS)
@@ -97,7 +93,7 @@ def test_an_ordered_step_is_that_of_the_algorithm_to_the_bit(
     scale, shifts = shifted
 
     def plain(grad: Tensor, u: Tensor, w: Tensor) -> None:
-        """As `ormo_rpc.algorithms.ormo` has it."""
+        """Take the step of `ormo_rpc.algorithms.ormo`."""
         u.mul_(scale)
         for _ in range(shifts):
             w.sub_(u, alpha=0.9)
@@ -114,7 +110,7 @@ def test_a_heavy_ball_step_is_that_of_the_algorithm_to_the_bit(
     steps: Steps, length: int, dtypes: tuple[torch.dtype, torch.dtype], offset: int
 ) -> None:
     def plain(grad: Tensor, u: Tensor, w: Tensor) -> None:
-        """As `ormo_rpc.algorithms.naive` has it."""
+        """Take the step of `ormo_rpc.algorithms.naive`."""
         u.mul_(0.9).add_(grad, alpha=0.07)
         w.sub_(u)
 
@@ -126,10 +122,10 @@ def test_a_plain_step_is_that_of_the_algorithm_and_of_an_ordered_one_without_mom
     steps: Steps, length: int, dtypes: tuple[torch.dtype, torch.dtype], offset: int
 ) -> None:
     def plain(grad: Tensor, u: Tensor, w: Tensor) -> None:  # noqa: ARG001 - there is no momentum
-        """As `ormo_rpc.algorithms.asgd` has it."""
+        """Take the step of `ormo_rpc.algorithms.asgd`."""
         w.sub_(grad, alpha=0.07)
 
-    def run(grad: Tensor, u: Tensor, w: Tensor, out: Tensor, out_16bit: Tensor | None) -> None:  # noqa: ARG001 - likewise
+    def run(grad: Tensor, u: Tensor, w: Tensor, out: Tensor, out_16bit: Tensor | None) -> None:  # noqa: ARG001 - it has no momentum
         steps(SGDStep(w_scale=0.07), grad, None, w, out, out_16bit)
 
     check(run, plain, dtypes, length=length, offset=offset)
@@ -143,7 +139,7 @@ def test_a_plain_step_is_that_of_the_algorithm_and_of_an_ordered_one_without_mom
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_number_of_16_bits_is_widened_exactly(steps: Steps, dtype: torch.dtype) -> None:
+def test_every_16_bit_value_is_widened_exactly(steps: Steps, dtype: torch.dtype) -> None:
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     for grad in (every, every[1:]):  # in whole vectors, and with a rest
         out = torch.empty(grad.numel())
@@ -167,7 +163,7 @@ def test_numbers_are_rounded_to_the_nearest_with_ties_to_even(steps: Steps) -> N
     assert torch.equal(out_16bit[finite], numbers[finite].to(torch.bfloat16))
 
 
-def test_a_compiler_that_is_missing_or_fails_is_done_without(
+def test_steps_run_in_torch_without_a_working_compiler(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for compiler in ("/no/such/compiler", "false"):
@@ -178,9 +174,7 @@ def test_a_compiler_that_is_missing_or_fails_is_done_without(
     assert caplog.text.count("could not be compiled") == 2
 
 
-def test_a_compiler_whose_bits_are_others_is_done_without(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_compiled_steps_with_other_bits_are_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     if compiled_steps() is None:
         pytest.skip("no C compiler, or not one whose bits are torch's")
     compiled_steps.cache_clear()
@@ -201,15 +195,15 @@ def test_the_bits_are_the_same_on_other_processors(without: str, monkeypatch: py
     steps = compiled_steps()
     compiled_steps.cache_clear()
     assert steps is not None
-    test_every_number_of_16_bits_is_widened_exactly(steps, torch.bfloat16)
-    test_every_number_of_16_bits_is_widened_exactly(steps, torch.float16)
+    test_every_16_bit_value_is_widened_exactly(steps, torch.bfloat16)
+    test_every_16_bit_value_is_widened_exactly(steps, torch.float16)
     test_numbers_are_rounded_to_the_nearest_with_ties_to_even(steps)
 
 
 @pytest.mark.parametrize(
     ("torch_threads", "dimension", "divided"), [(1, 2 * CHUNK, 0), (3, 2 * CHUNK, 3), (3, 2 * CHUNK - 1, 0)]
 )
-def test_very_long_vectors_are_divided_among_as_many_threads_as_torch_may_have(
+def test_long_vectors_are_divided_among_as_many_threads_as_torch_has(
     torch_threads: int, dimension: int, divided: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if compiled_steps() is None:
@@ -231,6 +225,7 @@ class Wrong(TorchSteps):
     def __init__(self, fault: str) -> None:
         self.fault = fault
 
+    @override
     def __call__(
         self, step: Step, grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor, out_16bit: Tensor | None = None
     ) -> None:
@@ -286,126 +281,3 @@ def test_vectors_that_c_cannot_read_are_left_to_torch() -> None:
         steps(OrMoStep(scale=1.0, shifts=1, beta=0.5, u_scale=1.0, w_scale=1.0), grad, u.zero_(), w, out)
         assert out.tolist() == expected
         assert u.tolist() == grad.tolist()
-
-
-# ------------------------------------------------------------------------------------------------------------------ the server
-
-
-@pytest.mark.parametrize("algorithm", ["ormo", "ormo_da", "asgd", "naive", "shifted", "fedbuff"])
-def test_a_server_has_the_bits_of_torch_and_few_vectors_with_any_kernel(algorithm: str) -> None:
-    dimension = WORTH_POOLING // 4 + 3  # long enough for a pool; float32
-    pools: list[Pool] = []
-
-    def empty(like: Tensor) -> Tensor:
-        if not pools:
-            pools.append(Pool(like.numel(), like.dtype))
-        return pools[0].take()
-
-    steps = compiled_steps() or TorchSteps()
-    kernels = [Kernel(), fastest_kernel(dimension), Kernel(name="mine", steps=steps, empty=empty)]
-    servers = [
-        build_server(
-            algorithm=algorithm, params=torch.ones(dimension), num_workers=3, lr=lambda t: 0.1 / (t + 1), kernel=kernel
-        )
-        for kernel in kernels
-    ]
-    generator, order = torch.Generator().manual_seed(0), [0, 1, 1, 2, 0, 1, 1, 1, 1, 0, 2]
-    held = [{reply.worker: reply for reply in server.start()} for server in servers]
-    before: list[tuple[Tensor, Tensor]] = []
-    for number, worker in enumerate(order):
-        if number == 6:  # a loaded state goes on alike, and what was handed out before stays
-            before = [(reply.params, reply.params.clone()) for replies in held for reply in replies.values()]
-            for server, replies in zip(servers, held, strict=True):
-                server.load_state_dict(server.state_dict(replies=True))
-                assert server.params.data_ptr() not in [reply.params.data_ptr() for reply in replies.values()]
-        grad = torch.randn(dimension, generator=generator)
-        for server, replies in zip(servers, held, strict=True):
-            reply = replies.pop(worker)
-            assert reply.ticket is not None
-            push = Push(worker=worker, ticket=reply.ticket, stamp=reply.stamp, grad=grad)
-            del reply
-            replies |= {reply.worker: reply for reply in server.receive(push)}
-        for server, replies in zip(servers, held, strict=True):
-            assert torch.equal(server.params, servers[0].params)
-            assert torch.equal(replies[worker].params, server.params)
-            if server.algorithm.OUT_OF_PLACE:
-                assert replies[worker].params.data_ptr() == server.params.data_ptr(), "the parameters are the snapshot"
-        if number == 6:
-            assert all(torch.equal(params, copy) for params, copy in before)
-            before.clear()
-    gc.collect()
-    # The replies of 3 workers, the step's own new vector, and two more while a state is loaded and held by this test.
-    assert len(pools[0].made) <= 6
-    assert pools[0].lent <= 4
-
-
-@pytest.mark.parametrize("sent_dtype", [None, torch.bfloat16])
-def test_with_memory_reserved_no_step_has_to_make_any(sent_dtype: torch.dtype | None) -> None:
-    dimension, num_workers = WORTH_POOLING, 4
-    pools: dict[torch.dtype, Pool] = {}
-
-    def empty(like: Tensor) -> Tensor:
-        return pools.setdefault(like.dtype, Pool(like.numel(), like.dtype)).take()
-
-    server = build_server(
-        params=torch.ones(dimension), num_workers=num_workers, kernel=Kernel(empty=empty), sent_dtype=sent_dtype
-    )
-    server.snapshots.reserve(num_workers)
-    made = {dtype: len(pool.made) for dtype, pool in pools.items()}
-    assert sum(made.values()) == num_workers + (1 if sent_dtype is None else 3)
-    held = {reply.worker: reply for reply in server.start()}
-    for worker in (0, 1, 2, 3, 3, 2, 1, 0, 1, 1):
-        reply = held.pop(worker)
-        assert reply.ticket is not None
-        push = Push(worker=worker, ticket=reply.ticket, stamp=reply.stamp, grad=torch.ones(dimension))
-        del reply
-        held |= {reply.worker: reply for reply in server.receive(push)}
-    assert {dtype: len(pool.made) for dtype, pool in pools.items()} == made
-
-
-# ------------------------------------------------------------------------------------------------------------------- the pool
-
-
-@pytest.mark.parametrize("dimension", [3, 1_000_000])
-def test_pooled_memory_is_reused_only_after_its_last_reference(dimension: int) -> None:
-    pool = Pool(dimension, torch.float32)
-    first = pool.take()
-    address = first.data_ptr()
-    assert address % 64 == 0
-    view = first.detach()[1:]  # shares the memory, and knows nothing of the tensor that it was made from
-    array = first.numpy()
-    del first
-    gc.collect()
-    assert pool.take().data_ptr() != address
-    del view
-    gc.collect()
-    assert pool.take().data_ptr() != address
-    del array
-    gc.collect()
-    held = [pool.take() for _ in range(2)]
-    assert address in [vector.data_ptr() for vector in held]
-    assert len(pool.made) == 2
-    assert pool.lent == 2
-
-
-def test_pooled_memory_freed_in_other_threads_is_reused_once() -> None:
-    pool = Pool(64, torch.float64)
-    torn: list[str] = []
-
-    def use(number: int) -> None:
-        for turn in range(300):
-            vector = pool.take()
-            vector.fill_(number + turn / 1000)
-            if not bool((vector == number + turn / 1000).all()):
-                torn.append(f"{number}: {turn}")
-
-    workers = [threading.Thread(target=use, args=(number,)) for number in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(timeout=30)
-        assert not worker.is_alive()
-    gc.collect()
-    assert torn == []
-    assert pool.lent == 0
-    assert len(pool.made) <= 8, "two for each thread, at most: the one that it fills and the one that it lets go"

@@ -37,7 +37,7 @@ class RandomRelease(Scheduler):
     @override
     def due(self, blocked: Collection[int], holding: Collection[int]) -> list[int]:
         draws = torch.rand(len(blocked), generator=self.generator).tolist()
-        # What it remembers matters too: every third release in a row is refused.
+        # Its state matters too: every third release in a row is refused.
         due = [worker for worker, draw in zip(blocked, draws, strict=True) if draw < self.p and len(self.released) % 3 < 2]
         self.released += due or [-1]
         return due if holding else list(blocked)
@@ -128,7 +128,7 @@ def test_a_scheduler_that_claims_nothing_holds_workers_back_but_is_no_barrier() 
     assert refused == ["rennala", "ringmaster"]
 
 
-def test_objects_stand_for_names_and_their_options_and_are_not_changed() -> None:
+def test_build_server_takes_objects_and_does_not_change_them() -> None:
     algorithm, scheduler = OrMo(momentum_correction=True), SSP(s=2)
     server = build_server(algorithm=algorithm, scheduler=scheduler, params=torch.ones(2), num_workers=2)
     assert (server.algorithm, server.scheduler) == (algorithm, scheduler)

@@ -17,7 +17,7 @@ def batches() -> list[torch.Tensor]:
 
 
 def statistics(batch: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The batch statistics of a batch norm: the mean and the unbiased variance, here by their sums."""
+    """Return the batch statistics of a batch norm: the mean and the unbiased variance, here by their sums."""
     mean = batch.sum(0) / len(batch)
     return {"mean": mean, "var": ((batch - mean) ** 2).sum(0) / (len(batch) - 1)}
 

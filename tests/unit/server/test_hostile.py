@@ -279,7 +279,7 @@ def test_only_valid_worker_numbers_join_or_leave(joins: bool, value: Any) -> Non
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Tell whether a tensor is dense, of float64, and in memory."""
+    """Tell if a tensor is dense, of float64, and in memory."""
     return tensor.layout is torch.strided and tensor.dtype is torch.float64 and tensor.device.type == "cpu"
 
 
@@ -457,7 +457,7 @@ def test_ten_thousand_mutated_messages_run_nothing(monkeypatch: pytest.MonkeyPat
     finally:
         _watched = None
     assert len(messages) == outcomes.total() == MESSAGES
-    assert ran == set(), "something was imported, attach, compiled or run"
+    assert ran == set(), "something was imported, opened, compiled or run"
     assert Api.calls == []
     assert [dict(vars(thing)) for thing in (Api, StaleSession, *functions, internal.PythonUDF)] == before
     assert outcomes["refused"] > 1000

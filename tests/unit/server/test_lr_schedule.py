@@ -62,7 +62,7 @@ def test_warm_up_is_torchs() -> None:
 
 
 @pytest.mark.parametrize("shape", [Shape.step, Shape.cosine])
-def test_warm_up_multiplies_whatever_falls_meanwhile(shape: Shape) -> None:
+def test_warm_up_multiplies_the_decayed_rate(shape: Shape) -> None:
     both = LearningRate(base=BASE, shape=shape, milestones=(3, 20), gamma=0.5, warmup=10, total=TOTAL)
     falling = LearningRate(base=BASE, shape=shape, milestones=(3, 20), gamma=0.5, total=TOTAL)
     rising = of_torch(lambda optimizer: LinearLR(optimizer, start_factor=1 / 10, total_iters=9))

@@ -1,4 +1,4 @@
-"""Every call of the server in any order that hypothesis draws, beside a model of the assignments."""
+"""Calls of the server in random order, compared with a model of the assignments."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ PICK = st.integers(0, 99)
 
 
 class ServerMachine(RuleBasedStateMachine):
-    """The model: the reply that each worker works on, its newest push with what that was answered, and the tickets redeemed.
+    """The model: the reply that each worker works on, its newest push with what that was answered, and the tickets committed.
 
     Attributes:
         working: The reply that each worker has not answered yet.
         answered: The newest push of each member since it joined, and the reply to it, or None while it waits.
-        late: Pushes that will never be accepted: of workers that left, of an older life of the server.
-        redeemed: The tickets whose gradients were applied, in order.
+        late: Pushes that will never be accepted: of workers that left, of an older incarnation of the server.
+        committed: The tickets whose gradients were applied, in order.
         given_up: Tickets that `finish` put aside.
-        total: How many gradients will be applied, by `finish` fewer than ``tickets``.
+        total: The number of gradients to apply; after `finish` fewer than ``tickets``.
     """
 
     server: ParameterServer
@@ -201,24 +201,24 @@ class ServerMachine(RuleBasedStateMachine):
     @invariant()
     def every_ticket_is_in_one_place(self) -> None:
         assignments = self.server.assignments
-        redeemed = [event.data["ticket"] for event in self.events if event.kind is Kind.apply]
-        places = [*assignments.outstanding, *assignments.returned, *redeemed, *self.given_up]
+        committed = [event.data["ticket"] for event in self.events if event.kind is Kind.apply]
+        places = [*assignments.outstanding, *assignments.returned, *committed, *self.given_up]
         assert sorted(places) == list(range(assignments.issued))
-        assert assignments.committed == self.server.iteration == len(redeemed)
+        assert assignments.committed == self.server.iteration == len(committed)
         assert self.server.iteration <= self.total
 
     @invariant()
-    def the_ledger_knows_who_works_on_what(self) -> None:
+    def assignments_agree_with_the_model(self) -> None:
         assignments = self.server.assignments
-        held = {(issue.ticket, issue.worker, issue.stamp) for issue in assignments.outstanding.values()}
+        held = {(each.ticket, each.worker, each.stamp) for each in assignments.outstanding.values()}
         assert held == {(reply.ticket, reply.worker, reply.stamp) for reply in self.working.values()}
         assert {(ticket, worker) for worker, tickets in assignments.holding.items() for ticket in tickets} == {
             (ticket, worker) for ticket, worker, _ in held
         }
-        assert all(ticket == issue.ticket for ticket, issue in assignments.outstanding.items())
+        assert all(ticket == each.ticket for ticket, each in assignments.outstanding.items())
 
     @invariant()
-    def every_member_works_or_waits_or_was_told_to_stop(self) -> None:
+    def every_member_works_waits_or_was_told_to_stop(self) -> None:
         server = self.server
         stopped = {worker for worker, reply in self.newest.items() if reply.ticket is None}
         waiting = {worker for worker in self.members if worker not in self.working and worker not in stopped}
@@ -230,7 +230,7 @@ class ServerMachine(RuleBasedStateMachine):
             raise AssertionError("nobody works, everybody waits, and the run has not ended")
 
     @invariant()
-    def the_end_is_the_end(self) -> None:
+    def an_ended_run_stays_ended(self) -> None:
         if self.server.status is Status.completed:
             assert self.server.iteration == self.total
             assert not self.working
@@ -238,7 +238,7 @@ class ServerMachine(RuleBasedStateMachine):
             assert not [worker for worker, reply in self.newest.items() if reply.ticket is None]
 
     def teardown(self) -> None:
-        """Check that the run can be brought to its end after any calls."""
+        """Bring the run to its end, which must be possible from any state."""
         if not hasattr(self, "server"):
             return
         if not self.members:
