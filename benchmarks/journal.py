@@ -87,12 +87,12 @@ def main() -> None:
             )
             print(rows[-1], flush=True)
             durable.journal.close()
-    here = environment()
+    machine = environment()
     (arguments.into / "journal.md").write_text(
         "# Cost of the journal\n\n"
         f"`make journal`: a push of D float32 values to the service, without a transport, {arguments.rounds} rounds of "
-        f"{arguments.pushes} pushes taking turns; medians, with the lowest and the highest ratio of a round. {here['cpu']}, "
-        f"one thread, torch {here['torch']}, commit {here['commit']}.\n\n"
+        f"{arguments.pushes} pushes taking turns; medians, with the lowest and the highest ratio of a round. {machine['cpu']}, "
+        f"one thread, torch {machine['torch']}, commit {machine['commit']}.\n\n"
         "| D | without | with | ratio | to disk |\n|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
     )
 

@@ -36,8 +36,8 @@ def versions(packages: Mapping[str, Path]) -> dict[str, Any]:
     Args:
         packages: The folder of the environment by the package's name; one that does not exist is left out.
     """
-    ours = environment()
-    found = {key: ours[key] for key in ("commit", "python", "torch", "capability")}
+    own = environment()
+    found = {key: own[key] for key in ("commit", "python", "torch", "capability")}
     for name, folder in packages.items():
         for path in folder.glob(f"lib/python*/site-packages/{name}-*.dist-info"):
             found[name] = path.name.removeprefix(f"{name}-").removesuffix(".dist-info")

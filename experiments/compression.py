@@ -91,17 +91,17 @@ def main() -> None:
                 runs.append(run((*shared, *more), lr, seed))
                 bar.update()
             rows.append({"form": name, "overrides": more, "push_bytes": push_bytes, "reply_bytes": reply_bytes, "runs": runs})
-    here = environment()
+    machine = environment()
     setting = {"model": a.model, "epochs": a.epochs, "rates": RATES, "workers": 8, "seeds": a.seeds}
     short = [{**row, "runs": [common.select(summary, KEYS) for summary in row["runs"]]} for row in rows]
     conditions = (
         f"OrMo, async, K = 8 equal workers, {a.model} on Fashion-MNIST, {a.epochs} epochs, batch 64, "
-        f"momentum 0.9, {len(a.seeds)} seeds at each learning rate: mean and standard deviation. torch {here['torch']}, "
-        f"{here['cpu']}, 1 thread."
+        f"momentum 0.9, {len(a.seeds)} seeds at each learning rate: mean and standard deviation. torch {machine['torch']}, "
+        f"{machine['cpu']}, 1 thread."
     )
     table = as_markdown(cells(rows, sizes(shared)[0]))
     a.into.mkdir(exist_ok=True)
-    (a.into / "compression.json").write_text(json.dumps({"environment": here, **setting, "rows": short}, indent=1) + "\n")
+    (a.into / "compression.json").write_text(json.dumps({"environment": machine, **setting, "rows": short}, indent=1) + "\n")
     (a.into / "compression.md").write_text(f"{conditions}\n\n{table}\n")
     print(table)
 

@@ -28,7 +28,7 @@ RESNET = ("dataset=cifar10", "dataset.verify=false", "model=resnet20", "train.ma
 
 
 def replayed(overrides: tuple[str, ...]) -> tuple[str, ...]:
-    """Run live and replay: events, discards, largest delay, the verdict, and the hash of the parameters."""
+    """Run live and replay; return events, discards, largest delay, the verdict, and the hash of the parameters."""
     with tempfile.TemporaryDirectory(prefix="replays_") as folder:
         live = Path(folder) / "live"
         summary = train(["logger=none", *overrides], run_dir=live)
@@ -58,9 +58,9 @@ def main() -> None:
     for name, overrides in cases.items():
         table.append((name, *replayed(overrides)))
         print("  ".join(table[-1]), flush=True)
-    here = environment()
+    versions = environment()
     left_out = "" if a.cifar else "\n\nLeft out: ResNet-20 on CIFAR-10, for want of the data."
-    machine = f"torch {here['torch']}, {here['cpu']}, {os.cpu_count()} cores, 1 thread per process"
+    machine = f"torch {versions['torch']}, {versions['cpu']}, {os.cpu_count()} cores, 1 thread per process"
     a.into.mkdir(exist_ok=True)
     (a.into / "replays.md").write_text(f"{as_markdown(table)}{left_out}\n\n{machine}, 1 run per case.\n")
 

@@ -46,7 +46,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 def run(setting: str, scheduler: str, lr: float, seed: int) -> dict[str, Any]:
-    """Simulate one run; return when it reached the target (None: it did not), and with what it ended."""
+    """Simulate one run; return the time at which it reached the target (None: never), and its final accuracy."""
     overrides = (
         *(*common.SIMULATED, f"workers={WORKERS}", "checkpoint.every_seconds=0"),
         *("algorithm=ormo", *SCHEDULERS[scheduler], f"heterogeneity={setting}"),
@@ -104,10 +104,12 @@ def picture(rows: Sequence[Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(7.5, 3.2), layout="constrained")
     axes = figure.subplots()
     for number, (scheduler, colour) in enumerate(zip(SCHEDULERS, ("#999999", "#6fa8dc", "#1f4e79"), strict=True)):
-        mine = [next(row for row in rows if (row["setting"], row["scheduler"]) == (setting, scheduler)) for setting in SETTINGS]
-        places = [place + 0.27 * (number - 1) for place in range(len(mine))]
-        axes.bar(places, [mean_time(row["runs"]) for row in mine], width=0.25, color=colour, label=LABELS[scheduler])
-        for place, row in zip(places, mine, strict=True):
+        selected = [
+            next(row for row in rows if (row["setting"], row["scheduler"]) == (setting, scheduler)) for setting in SETTINGS
+        ]
+        places = [place + 0.27 * (number - 1) for place in range(len(selected))]
+        axes.bar(places, [mean_time(row["runs"]) for row in selected], width=0.25, color=colour, label=LABELS[scheduler])
+        for place, row in zip(places, selected, strict=True):
             seeds = [each["seconds_to_target"] for each in row["runs"]]
             axes.plot([place] * len(seeds), seeds, "k.", markersize=2.5)
             axes.annotate(f"{mean_time(row['runs']):.1f}", (place, max(seeds)), (0, 4), textcoords="offset points", ha="center")
@@ -125,8 +127,8 @@ def main() -> None:
     cases = [(setting, scheduler) for setting in SETTINGS for scheduler in SCHEDULERS]
     with tqdm(total=len(cases) * (len(RATES) * len(TUNING_SEEDS) + len(SEEDS)), unit=" runs") as bar:
         rows = [case(setting, scheduler, bar) for setting, scheduler in cases]
-    here = environment()
-    header = {"environment": here, "target": TARGET, "epochs": EPOCHS, "workers": WORKERS, "rates": RATES}
+    machine = environment()
+    header = {"environment": machine, "target": TARGET, "epochs": EPOCHS, "workers": WORKERS, "rates": RATES}
     synchronous = {row["setting"]: row for row in rows if row["scheduler"] == "sync"}
     table = [
         (
@@ -139,7 +141,7 @@ def main() -> None:
         f"`python -m experiments.when_it_pays`: OrMo, K = {WORKERS}, digits, MLP, batch 32, momentum 0.9, {EPOCHS} epochs, "
         "simulated; virtual seconds, a gradient takes 0.1 where nothing slows it down. "
         f"Learning rates from {', '.join(map(str, RATES))}, tuned with {len(TUNING_SEEDS)} other seeds; "
-        f"{len(SEEDS)} seeds, mean and standard deviation. torch {here['torch']}, {here['cpu']}, 1 thread."
+        f"{len(SEEDS)} seeds, mean and standard deviation. torch {machine['torch']}, {machine['cpu']}, 1 thread."
     )
     (into / "when_it_pays.json").write_text(json.dumps({**header, "rows": rows}, indent=1) + "\n")
     (into / "when_it_pays.md").write_text(f"# When asynchrony pays\n\n{stated}\n\n{as_markdown(table)}\n")

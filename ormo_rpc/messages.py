@@ -1,4 +1,4 @@
-"""Messages between server and worker: `Reply` (work handed out), `Push` (work done) and `ErrorReply`.
+"""Messages between server and worker: `Reply` (a ticket with parameters), `Push` (its gradient) and `ErrorReply`.
 
 A number that is added to a message crosses every transport, and is kept in the journal, without a change elsewhere.
 """

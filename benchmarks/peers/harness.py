@@ -81,17 +81,17 @@ def measure(name: str, job: Job, server: Server, worker: Worker) -> dict[str, An
     context = multiprocessing.get_context("spawn")
     processes: list[Any] = []
     try:
-        mine, theirs = context.Pipe()
-        processes.append(context.Process(target=_serve, args=(server, job, theirs), daemon=True))
+        parent_end, child_end = context.Pipe()
+        processes.append(context.Process(target=_serve, args=(server, job, child_end), daemon=True))
         processes[0].start()
-        address = _receive(mine, START_TIMEOUT_SECONDS, "the server's address")
+        address = _receive(parent_end, START_TIMEOUT_SECONDS, "the server's address")
         pipes: list[Connection] = []
         for number in range(job.workers):
-            mine, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(worker, job, number, address, theirs), daemon=True)
+            parent_end, child_end = context.Pipe()
+            process = context.Process(target=_work, args=(worker, job, number, address, child_end), daemon=True)
             process.start()
             processes.append(process)
-            pipes.append(mine)
+            pipes.append(parent_end)
         for number, pipe in enumerate(pipes):
             _receive(pipe, START_TIMEOUT_SECONDS, f"worker {number}")
         serving = psutil.Process(processes[0].pid)

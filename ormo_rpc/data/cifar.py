@@ -68,7 +68,7 @@ class CIFAR100(CIFAR10):
 
 
 def read_arrays(path: Path) -> dict[str, Any]:
-    """Unpickle a dictionary of plain values and numpy arrays, whoever wrote it.
+    """Unpickle a dictionary of plain values and numpy arrays safely, also from an untrusted file.
 
     Raises:
         pickle.UnpicklingError: when the file asks for anything but an array.

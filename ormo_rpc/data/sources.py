@@ -130,7 +130,7 @@ class TorchvisionImages(DataSource):
             if self.verify and md5 is not None and not check_integrity(self.folder / name, md5):
                 raise ValueError(
                     f"dataset.root: {self.folder / name} is not the original file: its md5 sum is not {md5}; "
-                    "delete it and fetch it anew, or set dataset.verify=false if it is a repackaged copy that you trust"
+                    "delete it and fetch it again, or set dataset.verify=false if it is a repackaged copy that you trust"
                 )
 
     def _split(self, *, train: bool, augment: bool) -> ArraySplit:

@@ -242,7 +242,7 @@ def recover(run_dir: Path, first: int, server: ParameterServer) -> int:
 
 
 def _apply(server: ParameterServer, call: Mapping[str, Any], payload: memoryview) -> None:
-    """Make one call; its replies are dropped, since their workers are gone or will be issued their tickets again."""
+    """Make one call; its replies are dropped, since their workers have ended or will be issued their tickets again."""
     kind = call["do"]
     if kind == "start":
         if call["incarnation"] > 0:  # incarnations that ended before they started have no record, but count

@@ -40,7 +40,7 @@ class Heterogeneity(Part, ABC):
 @register("none")
 @dataclass(frozen=True, kw_only=True)
 class NoHeterogeneity(Heterogeneity):
-    """Workers are as fast as they are."""
+    """No slowdown: each worker is as fast as its machine."""
 
     @override
     def slowdown(self, worker: int, num_workers: int, generator: torch.Generator) -> float:

@@ -104,16 +104,16 @@ def evictions_reported(
         summary: Of the run.
         last_incarnation: Those of ``expected`` evicted by the last incarnation of the server.
     """
-    wanted, found = Counter(expected), Counter(warned)
+    expected_counts, found = Counter(expected), Counter(warned)
     listed = Counter(eviction["process"] for eviction in summary.get("evictions") or [])
     problems = {
-        "without a warning": list((wanted - found).elements()),
+        "without a warning": list((expected_counts - found).elements()),
         "not in the summary": list((Counter(last_incarnation) - listed).elements()),
-        "evicted though no fault hit it": list((found - wanted).elements()),
+        "evicted though no fault hit it": list((found - expected_counts).elements()),
     }
     figure = "; ".join(
         [
-            f"{found.total()} warnings for {wanted.total()} evictions",
+            f"{found.total()} warnings for {expected_counts.total()} evictions",
             *(f"{_named(pids)} {problem}" for problem, pids in problems.items() if pids),
         ]
     )

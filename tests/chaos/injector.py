@@ -176,8 +176,8 @@ class FaultInjector:
 
     def expect_eviction(self, worker: int, pid: int) -> None:
         """Wait until the server reports the eviction."""
-        wanted = sum(eviction.pid == pid for eviction in self.evictions)
-        self.run.wait(lambda: self.was_evicted(pid) >= wanted, f"the eviction of worker {worker} (pid {pid})")
+        count = sum(eviction.pid == pid for eviction in self.evictions)
+        self.run.wait(lambda: self.was_evicted(pid) >= count, f"the eviction of worker {worker} (pid {pid})")
 
     def expect_exit(self, name: str, pid: int, reason: str) -> None:
         """Wait until the launcher reports the exit of a process, with that reason."""

@@ -53,7 +53,7 @@ class Network:
 
     @staticmethod
     def why_not() -> str | None:
-        """The reason why no namespace can be made here; None if nothing speaks against it before it is tried."""
+        """The reason why no namespace can be made on this machine; None if there is none before it is tried."""
         if os.geteuid() != 0:
             return "network namespaces need root"
         return None if shutil.which("ip") else "there is no ip command"

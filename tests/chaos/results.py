@@ -20,10 +20,10 @@ def write(result: Result, options: Options, folder: Path) -> None:
     """Write ``chaos.json`` and ``chaos.md``, or ``chaos_journal.*``."""
     name = "chaos_journal" if options.journal else "chaos"
     folder.mkdir(exist_ok=True)
-    here = environment()
+    machine = environment()
     content = {
         "options": asdict(options),
-        "environment": {**here, "cores": os.cpu_count()},
+        "environment": {**machine, "cores": os.cpu_count()},
         "network": result.network,
         "seconds": round(result.seconds, 1),
         "checks": [asdict(check) for check in result.checks],
@@ -42,8 +42,8 @@ def write(result: Result, options: Options, folder: Path) -> None:
         f"`python -m tests.chaos --seed {options.seed} --faults {options.faults}"
         f"{' --journal' if options.journal else ''}`: "
         f"digits, MLP, OrMo, 3 workers, {result.summary.get('iterations')} iterations in {result.seconds:.0f} s, time-out "
-        f"{TIMEOUT_SECONDS:g} s, a checkpoint every 2 s. Commit {here['commit']}, torch {here['torch']}, Python "
-        f"{here['python']}, {here['cpu']}, {os.cpu_count()} cores. Network: {result.network}. 1 run.\n"
+        f"{TIMEOUT_SECONDS:g} s, a checkpoint every 2 s. Commit {machine['commit']}, torch {machine['torch']}, Python "
+        f"{machine['python']}, {machine['cpu']}, {os.cpu_count()} cores. Network: {result.network}. 1 run.\n"
     )
     times = as_markdown(recovery_times.as_rows(result.times))
     parts = [head, as_markdown(checks), times, as_markdown(faults), as_markdown(order)]

@@ -33,7 +33,7 @@ PATIENCE_SECONDS = 180.0
 
 
 class ChaosError(RuntimeError):
-    """Something that had to happen did not; the text says what, and what was seen instead."""
+    """An expected effect did not happen; the message has it, and what was seen instead."""
 
 
 @dataclass

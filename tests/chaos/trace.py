@@ -65,7 +65,7 @@ class TraceFollower:
             self._add(json.loads(line), now)
 
     def happened_at(self, event: TraceEvent) -> float:
-        """When an event happened, on our monotonic clock.
+        """The time of an event on the monotonic clock.
 
         The server's seconds come from the same clock of the machine, with another origin in each incarnation; the smallest
         delay with which its events were read is next to nothing, so it gives that origin.
@@ -73,7 +73,7 @@ class TraceFollower:
         return event.data["seconds"] + self._clock_offsets[event.incarnation]
 
     def applied_after(self, moment: float) -> list[TraceEvent]:
-        """The gradients applied after that moment of our monotonic clock, newest first."""
+        """The gradients applied after a time of the monotonic clock, newest first."""
         found: list[TraceEvent] = []
         for event in reversed(self.events):
             if event.read_at < moment:

@@ -1,4 +1,4 @@
-"""Runs over a lossy wire: simulated, replayed, interrupted and joined anew to the bit; parameters handed out rounded."""
+"""Runs over a lossy wire: simulated, replayed, interrupted and joined again to the bit; parameters sent rounded."""
 
 from __future__ import annotations
 
@@ -245,10 +245,10 @@ def test_sent_parameters_are_rounded_and_those_of_the_server_are_not(algorithm: 
         assert not torch.equal(replies[worker].params.float(), server.params)
         assert torch.equal(server.state_dict()["params"], server.params)
     assert len(set(blanks)) < len(blanks)  # memory that is used again
-    last = server.stop()
-    assert last == []
-    (told,) = server.receive(Push(worker=0, ticket=replies[0].ticket or 0, stamp=replies[0].stamp, grad=start(dimension)))
-    assert (told.ticket, told.params.dtype) == (None, torch.bfloat16)
+    final = server.stop()
+    assert final == []
+    (final,) = server.receive(Push(worker=0, ticket=replies[0].ticket or 0, stamp=replies[0].stamp, grad=start(dimension)))
+    assert (final.ticket, final.params.dtype) == (None, torch.bfloat16)
 
 
 def test_further_vectors_are_rounded_too() -> None:

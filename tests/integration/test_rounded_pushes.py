@@ -75,7 +75,7 @@ def test_a_rounded_push_is_the_same_numbers_to_every_algorithm(algorithm: str, d
 
 def test_the_sum_of_a_rounded_push_changes_with_one_value() -> None:
     events: list[Event] = []
-    told: set[str] = set()
+    sums: set[str] = set()
     generator = torch.Generator().manual_seed(3)
     grad = torch.randn(70_001, generator=generator).bfloat16()
     for place, change in ((0, 0), (0, 4), (ROW, 8), (70_000, 16)):
@@ -83,8 +83,8 @@ def test_the_sum_of_a_rounded_push_changes_with_one_value() -> None:
         changed = grad.clone()
         changed[place] += change
         one.receive(pushed(one.start()[0], changed))
-        told.add(next(event for event in reversed(events) if event.kind is Kind.apply).data["grad_sum"])
-    assert len(told) == 4
+        sums.add(next(event for event in reversed(events) if event.kind is Kind.apply).data["grad_sum"])
+    assert len(sums) == 4
 
 
 @pytest.mark.parametrize("value", [20.0, torch.finfo(torch.float16).max])

@@ -1,4 +1,4 @@
-"""StreamServer over loopback, by shared memory and by TCP: what the service says in process, to the bit."""
+"""Streams over loopback, by shared memory and by TCP: the replies of a service in process, to the bit."""
 
 from __future__ import annotations
 

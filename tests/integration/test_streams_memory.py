@@ -1,4 +1,4 @@
-"""The memory that server and worker share: used again, never under a reader, and done without where it cannot be shared."""
+"""The memory that server and worker share: reused, never while it is read, and replaced by TCP where it cannot be shared."""
 
 from __future__ import annotations
 
@@ -92,10 +92,10 @@ def test_without_shared_memory_auto_logs_it_and_uses_tcp_and_shm_is_refused(
         run.run(6, random.Random(1))
         run.check_same_state()
         assert "memfd" not in mapping(next(iter(run.held.values()))[0].params)
-    told = [record for record in caplog.records if "cross by TCP" in record.getMessage()]
-    assert [record.levelno for record in told] == [logging.INFO] * WORKERS
+    logged = [record for record in caplog.records if "cross by TCP" in record.getMessage()]
+    assert [record.levelno for record in logged] == [logging.INFO] * WORKERS
     said = rf"\Agradients and parameters cross by TCP: {reason}: \[Errno 2\] No such file or directory: '/proc/\d+/fd/\d+'\Z"
-    assert all(re.match(said, record.getMessage()) for record in told)
+    assert all(re.match(said, record.getMessage()) for record in logged)
     with cluster(REQUIRED) as run:
         said = rf"\Atransport=shm: {reason}: .*; expected a worker on the server's machine, or auto or tcp\Z"
         with pytest.raises(Refused, match=said) as caught:
@@ -118,8 +118,8 @@ def test_a_server_without_shared_memory_gives_the_reason(
         run.start(*[SHARED] * WORKERS)
         run.run(6, random.Random(1))
         run.check_same_state()
-    told = {record.getMessage() for record in caplog.records if record.levelno == logging.INFO}
-    assert f"gradients and parameters cross by TCP: {reason}" in told
+    logged = {record.getMessage() for record in caplog.records if record.levelno == logging.INFO}
+    assert f"gradients and parameters cross by TCP: {reason}" in logged
 
 
 @pytest.mark.parametrize("when", ["from the start", "in the midst"])

@@ -73,7 +73,7 @@ def test_the_stream_of_an_evicted_worker_ends() -> None:
         run.service.evict(run.service.memberships.by_worker[0], "of this test")
         with pytest.raises(EOFError):
             run.workers[0].client._stream.receive(memoryview(bytearray(1)))  # pyright: ignore[reportPrivateUsage] # what is below
-        with pytest.raises(ServerLost, match=r"\Athe server is gone: the connection has ended.*\Z"):
+        with pytest.raises(ServerLost, match=r"\Athe connection to the server is lost: the connection has ended.*\Z"):
             run.workers[0].client.register()
 
 
@@ -83,7 +83,7 @@ def test_a_worker_that_waits_notices_that_its_lease_is_lost(transport: Transport
         run.start(*[transport] * WORKERS)
         run.step(0)
         run.workers[0].lease.lost.set()
-        with pytest.raises(ServerLost, match=r"\Athe server is gone: the other side is gone\Z"):
+        with pytest.raises(ServerLost, match=r"\Athe connection to the server is lost: the other side is not alive\Z"):
             run.waiting.pop(0).result(10)  # long before the patience of a lease is over
 
 
@@ -92,7 +92,7 @@ def test_a_listener_that_closes_ends_all_streams() -> None:
         run.start(SHARED, TCP, TCP)
         run.step(0)
         run.listener.__exit__()
-        with pytest.raises(ServerLost, match=r"\Athe server is gone: .*\Z"):
+        with pytest.raises(ServerLost, match=r"\Athe connection to the server is lost: .*\Z"):
             run.waiting.pop(0).result(PATIENCE_SECONDS)
 
 

@@ -1,4 +1,4 @@
-"""The processes of benchmarks: none is left, and a live server keeps nothing of a push."""
+"""The processes of benchmarks: none is left, and a live server releases the memory of a push."""
 
 from __future__ import annotations
 

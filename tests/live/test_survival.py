@@ -29,7 +29,7 @@ def check_lineage(run_dir: Path, total: int) -> None:
 
 
 def fired(err: str) -> list[str]:
-    """The words of the faults that were told."""
+    """The faults that were reported."""
     return re.findall(r"^launch\.py: (?:worker \d+|server): fault (\S+)", err, re.MULTILINE)
 
 
@@ -84,8 +84,8 @@ def test_a_stopped_worker_is_evicted_and_the_barrier_shrinks(tmp_path: Path) -> 
         r"^launch\.py: server: worker 1 .* was evicted: (it was silent for 3 s|its connection was closed); ", err, re.MULTILINE
     )
     # Its supervisor kills it after the same silence, unless the others have ended the run by then.
-    told = re.findall(r"^launch\.py: worker 1 \(pid \d+\) (.*)$", err, re.MULTILINE)
-    assert all(each.startswith("was killed after 3 s without a heartbeat (stopped, or hung)") for each in told), err
+    reports = re.findall(r"^launch\.py: worker 1 \(pid \d+\) (.*)$", err, re.MULTILINE)
+    assert all(each.startswith("was killed after 3 s without a heartbeat (stopped, or hung)") for each in reports), err
     check_lineage(tmp_path, total)
     found = events(tmp_path)
     left = first(found, event="leave")
@@ -270,7 +270,7 @@ def test_a_too_slow_worker_joins_again_and_one_with_non_finite_gradients_is_bann
 
 
 def worker_pids(run_dir: Path) -> set[int]:
-    """The workers that are there now."""
+    """The process ids of the present workers."""
     return set(processes(run_dir)["workers"].values())
 
 

@@ -6,5 +6,5 @@ from hypothesis import settings
 
 
 def examples(times: int) -> settings:
-    """Settings with so many times the examples of the profile: 10 in ``make test``, 4 in ``make quick``, 400 in a search."""
+    """Settings with this multiple of the profile's examples: 10 in ``make test``, 4 in ``make quick``, 400 in a search."""
     return settings(max_examples=times * settings().max_examples)

@@ -54,7 +54,7 @@ class Api:
 
 
 def start(name: str, rank: int, server: str | None = None) -> Store:
-    """Start the agent of this process, which knows itself and, where its address is given, the server."""
+    """Start the agent of this process, which has its own address and, where it is given, the server's."""
     store = HashStore()
 
     def rendezvous(url: str, *args: Any, **kwargs: Any) -> Generator[tuple[Store, int, int]]:  # noqa: ARG001 - torch's signature

@@ -1,4 +1,4 @@
-"""Parts that a test registers are gone at its end, so that no other test sees them."""
+"""Parts that a test registers are removed at its end, so that no other test sees them."""
 
 from __future__ import annotations
 

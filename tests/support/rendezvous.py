@@ -19,7 +19,7 @@ def join_response(
     heartbeat_seconds: float = 1.0,
     timeout_seconds: float = PATIENCE_SECONDS,
 ) -> Callable[[Membership], JoinResponse]:
-    """Return what answers a worker that has joined, as `Listener` takes it."""
+    """Return a function that makes the response to a worker that has joined, for `Listener`."""
     return lambda membership: JoinResponse(
         worker=membership.worker,
         session_id=membership.session_id,
@@ -33,6 +33,6 @@ def join_response(
 @contextmanager
 def connected_sockets() -> Generator[tuple[socket.socket, socket.socket]]:
     """Both ends of a connection."""
-    here, there = socket.socketpair()
-    with here, there:
-        yield here, there
+    near, far = socket.socketpair()
+    with near, far:
+        yield near, far

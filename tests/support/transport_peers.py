@@ -65,7 +65,7 @@ class RecordingService:
             self.memberships.remove(membership)
 
     def request_leave(self, membership: Membership) -> None:
-        """Nobody asks for it."""
+        """No worker of these tests asks for it."""
 
     def is_member(self, session_id: str) -> bool:
         """Tell whether a session is valid."""
@@ -109,10 +109,10 @@ class Worker:
 
     def __init__(self, transport: Transport, address: tuple[str, int], worker: int, size: int) -> None:
         self.worker = worker
-        self._pipe, theirs = _context.Pipe()
-        self.process = _context.Process(target=_work, args=(theirs, transport, address, worker, size), daemon=True)
+        self._pipe, child_end = _context.Pipe()
+        self.process = _context.Process(target=_work, args=(child_end, transport, address, worker, size), daemon=True)
         self.process.start()
-        theirs.close()
+        child_end.close()
         self.session_id: str = self.result()
 
     def register(self) -> None:
@@ -128,7 +128,7 @@ class Worker:
         self._pipe.send(("leave", {}, b""))
 
     def connect_again(self) -> None:
-        """Begin to give up membership and connection, and to join anew; `result` is the session."""
+        """Begin to close membership and connection, and to join again; `result` is the session."""
         self._pipe.send(("connect", {}, b""))
 
     def done(self, timeout_seconds: float = 0.0) -> bool:
@@ -159,7 +159,7 @@ class Worker:
 
 
 def _work(pipe: Connection, transport: Transport, address: tuple[str, int], worker: int, size: int) -> None:
-    """Do what is asked through a pipe, to its end."""
+    """Make the calls that come through a pipe, to its end."""
     torch.set_num_threads(1)
     side = transport.worker_side()
     payload = side.allocate(size)

@@ -76,18 +76,18 @@ def faults(sources: dict[str, str]) -> list[str]:
     """Every forbidden arrow, as a line ``from -> to``."""
     found: list[str] = []
     for module, source in sources.items():
-        here = module.removeprefix("ormo_rpc").removeprefix(".")
-        layer = here.split(".")[0]
+        own_name = module.removeprefix("ormo_rpc").removeprefix(".")
+        layer = own_name.split(".")[0]
         for name in imports(source, module):
             inside = name.removeprefix("ormo_rpc.")
             if name.startswith("ormo_rpc.") and layer and LAYERS.index(inside.split(".")[0]) > LAYERS.index(layer):
                 found.append(f"{module} -> {name}")
-            if layer in MATHEMATICS and within(name, IMPURE) and not within(name, KERNELS_MAY.get(here, ())):
+            if layer in MATHEMATICS and within(name, IMPURE) and not within(name, KERNELS_MAY.get(own_name, ())):
                 found.append(f"{module} -> {name}")
             found += [
                 f"{module} -> {name}"
                 for library, places in ONLY_IN.items()
-                if within(name, (library,)) and not within(here, places)
+                if within(name, (library,)) and not within(own_name, places)
             ]
     return sorted(set(found))
 

@@ -22,9 +22,9 @@ def test_the_seed_is_this_number_on_every_machine_and_in_every_process() -> None
 
 @given(NUMBERS, st.text(max_size=8), NUMBERS)
 def test_seeds_fit_into_63_bits_and_depend_on_each_of_the_three(seed: int, purpose: str, number: int) -> None:
-    here = seed_for(seed, purpose, number)
-    assert 0 <= here < 2**63
-    assert here not in {
+    derived = seed_for(seed, purpose, number)
+    assert 0 <= derived < 2**63
+    assert derived not in {
         seed_for(seed + 1, purpose, number),
         seed_for(seed, purpose + "x", number),
         seed_for(seed, purpose, number + 1),

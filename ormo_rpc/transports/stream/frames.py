@@ -142,7 +142,7 @@ class FrameSocket:
 
     def _check_alive(self) -> None:
         if not self.alive():
-            raise EOFError("the other side is gone")
+            raise EOFError("the other side is not alive")
 
 
 def bytes_of(vector: Tensor) -> memoryview:

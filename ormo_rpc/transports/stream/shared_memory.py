@@ -105,7 +105,7 @@ class SharedMemoryPool:
 
     def __del__(self) -> None:
         for descriptor in self._descriptors.values():
-            os.close(descriptor)  # the memory itself lives as long as a tensor that shares it
+            os.close(descriptor)  # the memory itself exists as long as a tensor that shares it
 
 
 def attach(handle: SegmentHandle, size: int) -> Tensor:

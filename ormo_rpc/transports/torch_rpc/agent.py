@@ -84,7 +84,7 @@ def _register() -> None:
         yield _book[0], 0, 1
 
     def start(store: Store, name: str, rank: int, world_size: int, rpc_backend_options: Any) -> Any:  # noqa: ARG001 - torch's signature
-        # Without a size the agent takes its peers from the store as it is, and waits for nobody.
+        # Without a size the agent takes its peers from the store as it is, and does not wait.
         agent = TensorPipeAgent(store, name, rank, None, rpc_backend_options, {}, [])
         api._init_rpc_states(agent)  # pyright: ignore[reportPrivateUsage] # as each of torch's own backends does
         return agent

@@ -213,5 +213,5 @@ def test_it_reduces_to_another_algorithm(row: Row, reduction: Reduction, schedul
 
 
 def describe(replies: tuple[Reply, ...]) -> list[dict[str, Any]]:
-    """Everything that replies say."""
+    """The content of replies."""
     return [{name: getattr(reply, name) for name in Reply.__dataclass_fields__} for reply in replies]

@@ -72,10 +72,10 @@ def test_the_estimate_counts_what_is_installed(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.slow  # draws with matplotlib
 def test_ratios_are_taken_within_a_round_and_files_are_written(tmp_path: Path) -> None:
     # The machine was twice as slow in the second round: 2 and 1 of raw sockets' 1, not 20 and 5 of their median 7.5.
-    ours = {"step_part_of_lock": 0.9, "lock_held_seconds_per_update": 1e-4, "delay_mean": 1.0}
+    lock_times = {"step_part_of_lock": 0.9, "lock_held_seconds_per_update": 1e-4, "delay_mean": 1.0}
     measurements = [
-        *(measured("raw_sockets", 0, 10), measured("ormo_rpc", 0, 20, **ours), measured("rpc_tensors", 0, 4)),
-        *(measured("raw_sockets", 1, 5), measured("ormo_rpc", 1, 5, **ours)),
+        *(measured("raw_sockets", 0, 10), measured("ormo_rpc", 0, 20, **lock_times), measured("rpc_tensors", 0, 4)),
+        *(measured("raw_sockets", 1, 5), measured("ormo_rpc", 1, 5, **lock_times)),
     ]
     made = content(measurements, {"ray, D = 1,000": "not installed: make bench-ray"})
     header, best, sockets, tensors = side_by_side_report.rows(made)

@@ -1,4 +1,4 @@
-"""What the experiment on asynchrony says of its runs, with times that are made up."""
+"""The results of the experiment on asynchrony, from times that are made up."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def gradients(count: int, dtype: torch.dtype = torch.float32, length: int = DIME
 
 
 def encoded(encoder: Encoder, gradient: Tensor, worker: int = 0) -> Tensor:
-    """A copy of what the server will see of a gradient."""
+    """A copy of a gradient as the server will decode it."""
     encoder.push.copy_(gradient)
     return encoder.encode(worker).clone()
 
@@ -260,13 +260,13 @@ def test_nothing_is_lost_only_late(name: str, wire: WireDtype) -> None:
 @pytest.mark.parametrize(("name", "wire"), CASES)
 def test_a_gradient_that_is_not_finite_is_seen_and_leaves_no_trace(name: str, wire: WireDtype) -> None:
     first, second = gradients(2)
-    encoder, twin = Encoder(made(name, wire)), Encoder(made(name, wire))
+    encoder, same = Encoder(made(name, wire)), Encoder(made(name, wire))
     for place, bad in ((0, math.nan), (DIMENSION - 1, math.inf), (300, -math.inf)):
-        assert torch.equal(encoded(encoder, first), encoded(twin, first))
+        assert torch.equal(encoded(encoder, first), encoded(same, first))
         spoilt = second.clone()
         spoilt[place] = bad
         assert not torch.isfinite(encoded(encoder, spoilt)).all()
-    assert torch.equal(encoded(encoder, second), encoded(twin, second))
+    assert torch.equal(encoded(encoder, second), encoded(same, second))
 
 
 def test_each_worker_has_its_own_compression_state_which_is_reset_when_it_joins_again() -> None:
@@ -493,12 +493,12 @@ def test_bytes_at_unaligned_addresses_are_decoded(name: str, wire: WireDtype) ->
 
 @pytest.mark.parametrize(("name", "wire"), CASES)
 def test_a_payload_that_a_fault_corrupts_is_found_not_finite(name: str, wire: WireDtype) -> None:
-    format_, told = made(name, wire), list[str]()
+    format_, reported = made(name, wire), list[str]()
     encoder = Encoder(format_)
     encoded(encoder, gradients(1)[0])
     assert unpacked(format_, encoder.wire) == "taken"
-    FaultInjector(["corrupt@3:0"], 3, 0, told.append).before_push(encoder.payload)
-    assert told == ["fault corrupt@3:0, push 0"]
+    FaultInjector(["corrupt@3:0"], 3, 0, reported.append).before_push(encoder.payload)
+    assert reported == ["fault corrupt@3:0, push 0"]
     assert unpacked(format_, encoder.wire) == "NonFiniteGradient"
 
 

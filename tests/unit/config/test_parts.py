@@ -1,4 +1,4 @@
-"""Parts of a user's own, by ``_target_``, and parts as objects: what they become, how they are saved, what is refused."""
+"""Parts of a user's own, by ``_target_``, and parts as objects: the resulting configuration, its saved form, and refusals."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Mood(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Sleepy(Heterogeneity):
-    """A user's own law, outside of the package."""
+    """A user's own heterogeneity, outside of the package."""
 
     naps: float = option(2.0, "how long", valid=positive, expected="a finite number > 0")
     mood: Mood = Mood.good
@@ -50,7 +50,7 @@ class Sleepy(Heterogeneity):
 
 @dataclass(frozen=True, kw_only=True)
 class Greedy(Sleepy):
-    """A user's own law with an option that has no default."""
+    """A user's own heterogeneity with an option that has no default."""
 
     needed: int
 
@@ -135,10 +135,10 @@ def test_a_target_that_does_not_fit_is_refused_in_one_line(value: dict[str, Any]
 def test_an_algorithm_from_outside_trains(tmp_path: Path) -> None:
     # Half of the gradient at twice the learning rate is plain asynchronous SGD.
     run = {"workers": 2, "runtime": "sim", "logger": "none", "train": {"max_iterations": 20, "lr": 0.25}}
-    ours = train({**run, "algorithm": Damped(factor=0.5)}, run_dir=tmp_path / "ours")
-    theirs = train({**run, "algorithm": "asgd", "train": {"max_iterations": 20, "lr": 0.125}}, run_dir=tmp_path / "theirs")
-    assert ours["algorithm"] == "Damped"
-    assert ours["final_params_sha256"] == theirs["final_params_sha256"]
+    custom = train({**run, "algorithm": Damped(factor=0.5)}, run_dir=tmp_path / "ours")
+    builtin = train({**run, "algorithm": "asgd", "train": {"max_iterations": 20, "lr": 0.125}}, run_dir=tmp_path / "theirs")
+    assert custom["algorithm"] == "Damped"
+    assert custom["final_params_sha256"] == builtin["final_params_sha256"]
     assert load_config(tmp_path / "ours" / "config.yaml").algorithm == Damped(factor=0.5)
 
 
@@ -177,8 +177,8 @@ def test_a_registered_class_is_saved_by_its_name() -> None:
     ],
 )
 def test_a_class_that_other_processes_cannot_import_is_refused(module: str, name: str, reason: str) -> None:
-    mine = type("Mine", (Sleepy,), {"__module__": module, "__qualname__": name})
-    for value in (mine(), mine):
+    unimportable = type("Mine", (Sleepy,), {"__module__": module, "__qualname__": name})
+    for value in (unimportable(), unimportable):
         with pytest.raises(ConfigError) as caught:
             parse_config({"heterogeneity": value})
         assert str(caught.value) == f"heterogeneity: {reason}"

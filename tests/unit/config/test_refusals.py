@@ -1,4 +1,4 @@
-"""Refused configurations: one line with the full key, what came, and what was expected."""
+"""Refused configurations: one line with the full key, the given value, and the expected one."""
 
 from __future__ import annotations
 

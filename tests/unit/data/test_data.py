@@ -1,4 +1,4 @@
-"""Data sets: what a batch is, which samples a ticket means, and what is said when files are missing, damaged or hostile."""
+"""Data sets: batches, the samples of a ticket, and errors about files that are missing, damaged or hostile."""
 
 from __future__ import annotations
 
@@ -246,10 +246,10 @@ def real_sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_fashion_mnist_is_what_torchvision_reads_and_has_these_moments(real_sets: Path) -> None:
     data = FashionMNIST(root=str(real_sets)).load()
     assert (len(data.train), len(data.test), data.input_shape, data.num_classes) == (60_000, 10_000, (1, 28, 28), 10)
-    theirs = torchvision.datasets.FashionMNIST(real_sets, train=False)
+    reference = torchvision.datasets.FashionMNIST(real_sets, train=False)
     inputs, labels = data.test.batch(torch.arange(10_000), None)
-    assert torch.equal((inputs * 0.3530 + 0.2860).mul(255).round().squeeze(1), theirs.data.float())
-    assert torch.equal(labels, theirs.targets)
+    assert torch.equal((inputs * 0.3530 + 0.2860).mul(255).round().squeeze(1), reference.data.float())
+    assert torch.equal(labels, reference.targets)
     inputs, _ = data.train.batch(torch.arange(60_000), None)
     assert inputs.mean().item() == pytest.approx(0, abs=1e-3)
     assert inputs.std().item() == pytest.approx(1, abs=1e-3)
@@ -425,7 +425,7 @@ def test_files_with_another_md5_sum_are_refused_unless_verification_is_off(tmp_p
 
 
 class Web:
-    """Stands in for the web: writes the files and counts how often."""
+    """A substitute for the web: writes the files and counts how often."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fault: Exception | None = None) -> None:
         self.visits = 0

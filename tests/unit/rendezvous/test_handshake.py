@@ -82,9 +82,9 @@ def fake_server(answer: Callable[[dict[str, Any], str], dict[str, Any]], challen
     """A server that does not know the secret; ``answer`` gets the worker's answer and the server's nonce."""
 
     def server(reader: LineReader) -> dict[str, Any]:
-        mine = nonce()
-        send(reader.sock, {"ormo_rpc": PROTOCOL_VERSION, "nonce": mine} if challenge is None else challenge)
-        send(reader.sock, answer(reader.receive(PATIENCE, 10_000), mine))
+        own_nonce = nonce()
+        send(reader.sock, {"ormo_rpc": PROTOCOL_VERSION, "nonce": own_nonce} if challenge is None else challenge)
+        send(reader.sock, answer(reader.receive(PATIENCE, 10_000), own_nonce))
         return reader.receive(PATIENCE, 10_000)
 
     return server
@@ -94,9 +94,9 @@ def fake_server(answer: Callable[[dict[str, Any], str], dict[str, Any]], challen
     "answer",
     [
         lambda said, _: {"proof": said["proof"]},  # the worker's own, reflected
-        lambda said, mine: {"proof": proof(new_secret(), "server", mine, said["nonce"], said["request"])},
-        lambda said, mine: {"proof": proof(SECRET, "server", mine, said["nonce"], {"pid": 18})},
-        lambda said, mine: {"proof": proof(SECRET, "server", said["nonce"], mine, said["request"])},
+        lambda said, own_nonce: {"proof": proof(new_secret(), "server", own_nonce, said["nonce"], said["request"])},
+        lambda said, own_nonce: {"proof": proof(SECRET, "server", own_nonce, said["nonce"], {"pid": 18})},
+        lambda said, own_nonce: {"proof": proof(SECRET, "server", said["nonce"], own_nonce, said["request"])},
         lambda _, __: {"proof": None},
         lambda _, __: {},
     ],
@@ -112,12 +112,12 @@ def fake_worker(**changes: Any) -> Side:
     """A worker that changes its answer after it was proved."""
 
     def worker(reader: LineReader) -> dict[str, Any]:
-        theirs = reader.receive(PATIENCE, 10_000)["nonce"]
-        mine = nonce()
+        peer_nonce = reader.receive(PATIENCE, 10_000)["nonce"]
+        own_nonce = nonce()
         answer = {
             "ormo_rpc": PROTOCOL_VERSION,
-            "nonce": mine,
-            "proof": proof(SECRET, "worker", theirs, mine, REQUEST),
+            "nonce": own_nonce,
+            "proof": proof(SECRET, "worker", peer_nonce, own_nonce, REQUEST),
             "request": REQUEST,
         }
         send(reader.sock, {**answer, **changes})

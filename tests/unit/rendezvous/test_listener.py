@@ -1,4 +1,4 @@
-"""Listener and lease over real sockets: joining, being refused, and how each side notices that the other one is gone."""
+"""Listener and lease over real sockets: joining, refusals, and the detection of a lost peer on each side."""
 
 from __future__ import annotations
 

@@ -62,9 +62,9 @@ def test_a_server_handles_the_messages_that_came_before_it_was_ready(monkeypatch
     monkeypatch.setattr(entry_point, "obey_supervisor", obey_supervisor)
     monkeypatch.setattr(server_process, "serve", serve)
     monkeypatch.setenv("ORMO_RPC_SECRET", "0123456789abcdef" * 4)
-    ours, theirs = socket.socketpair()
-    with ours:
-        command = ["server", "--run-dir", str(tmp_path), "--listener-fd", str(theirs.detach())]
+    supervisor_end, child_end = socket.socketpair()
+    with supervisor_end:
+        command = ["server", "--run-dir", str(tmp_path), "--listener-fd", str(child_end.detach())]
         arguments = parse([*command, "--control-fd", "0", "--report-fd", "1"])
         arguments.run(arguments, lambda _: None)
     assert server.messages == [{"all_workers_ended": "all have left"}, {"stop": {"status": "interrupted"}}]

@@ -37,9 +37,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture
 def monitor(clock: Clock) -> Generator[ProcessMonitor]:  # noqa: ARG001 - to be set up first
-    told: list[str] = []
-    with Supervisor(told.append) as supervisor:
-        yield ProcessMonitor(supervisor, max_restarts=2, backoff_seconds=4.0, report=told.append)
+    reported: list[str] = []
+    with Supervisor(reported.append) as supervisor:
+        yield ProcessMonitor(supervisor, max_restarts=2, backoff_seconds=4.0, report=reported.append)
 
 
 class Start:

@@ -1,4 +1,4 @@
-"""The service without a network: handlers called directly and from many threads, at more workers than an agent has threads."""
+"""The service without a network: called directly and from many threads, with more workers than an agent has threads."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MANY = 24  # an RPC agent has 16 threads by default
 
 
 class ServerResponse:
-    """A Future as the caller at the other end of the wire sees it: an exception that was sent is raised there."""
+    """A future as the worker sees it: an error reply is raised."""
 
     def __init__(self, future: Any) -> None:
         self.future = future
@@ -62,7 +62,7 @@ class ServerResponse:
 
 
 class Owner:
-    """The process that owns the service, as the listener and the handlers of the agent see it."""
+    """The service, as the listener and the transports call it."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -144,7 +144,7 @@ def test_the_first_replies_come_when_all_workers_have_registered() -> None:
 
 
 def test_the_order_of_arrival_decides_nothing() -> None:
-    """The trace does not say who arrived first, and a replay has to hand out the same tickets."""
+    """The trace does not have the order of arrival, and a replay has to issue the same tickets."""
     there = owner(3)
     answers = [there.register(worker) for worker in (2, 0, 1)]
     assert [(answer.value().worker, answer.value().ticket) for answer in answers] == [(2, 2), (0, 0), (1, 1)]
@@ -334,7 +334,7 @@ class Client(threading.Thread):
         self.failure: BaseException | None = None
 
     def run(self) -> None:
-        """WorkerProcess to the end, and keep what goes wrong for the test to see."""
+        """Work to the end, and keep an error for the test."""
         try:
             self.work(self.there.register(self.number).wait())
         except BaseException as error:
@@ -536,9 +536,9 @@ def test_the_start_does_not_wait_for_a_worker_that_has_ended() -> None:
 def test_an_elastic_worker_that_registers_early_joins_at_the_start() -> None:
     events: list[Event] = []
     there = owner(2, record=events.append)
-    guest = there.register_session(there.join(None).session_id)
+    elastic = there.register_session(there.join(None).session_id)
     answers = [there.register(1), there.register(0)]
-    assert [(answer.value().worker, answer.value().ticket) for answer in (answers[1], answers[0], guest)] == [
+    assert [(answer.value().worker, answer.value().ticket) for answer in (answers[1], answers[0], elastic)] == [
         (0, 0),
         (1, 1),
         (2, 2),
@@ -549,12 +549,12 @@ def test_an_elastic_worker_that_registers_early_joins_at_the_start() -> None:
 def test_on_start_is_called_before_the_first_ticket_is_issued() -> None:
     there = owner(2)
     service = there.service
-    told: list[tuple[bool, int]] = []
-    service.on_start = lambda: told.append((service.lock.locked(), len(service.server.assignments.holding)))
+    calls: list[tuple[bool, int]] = []
+    service.on_start = lambda: calls.append((service.lock.locked(), len(service.server.assignments.holding)))
     there.register(1)
-    assert told == []
+    assert calls == []
     there.register(0)
-    assert told == [(True, 0)]
+    assert calls == [(True, 0)]
     assert len(service.server.assignments.holding) == 2
 
 
@@ -629,7 +629,7 @@ def test_a_worker_that_leaves_before_the_end_is_evicted_and_its_ticket_reissued(
 
 
 class Clock:
-    """Stands in for the module `time`."""
+    """A substitute for the module `time`."""
 
     def __init__(self) -> None:
         self.now = 0.0

@@ -262,8 +262,8 @@ def run_in_thread(function: Callable[[], None]) -> None:
 
 def test_a_silent_child_is_killed_after_its_time_out(tmp_path: Path) -> None:
     script = "import os, signal, sys; os.write(int(sys.argv[sys.argv.index('--report-fd') + 1]), b'\"hi\"\\n\\n'); "
-    told: list[str] = []
-    with Supervisor(told.append) as supervisor:
+    reported: list[str] = []
+    with Supervisor(reported.append) as supervisor:
         child = supervisor.start(
             "it",
             [sys.executable, "-c", script + "os.kill(os.getpid(), signal.SIGSTOP)"],
@@ -272,7 +272,7 @@ def test_a_silent_child_is_killed_after_its_time_out(tmp_path: Path) -> None:
             timeout_seconds=0.3,
         )
         assert supervisor.wait(lambda: not child.running, PATIENCE_SECONDS)
-        assert told == ["it: hi"]
+        assert reported == ["it: hi"]
         assert re.fullmatch(
             r"it \(pid \d+\) was killed after 0\.3 s without a heartbeat \(stopped, or hung\) \(see .*\)", child.exit_reason()
         )

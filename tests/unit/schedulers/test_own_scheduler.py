@@ -137,9 +137,9 @@ def test_build_server_takes_objects_and_does_not_change_them() -> None:
     server.start()
     assert vars(algorithm) == {"momentum_correction": True}
     assert vars(scheduler) == {"s": 2}
-    twin = build_server(scheduler="ssp", momentum_correction=True, s=2, params=torch.ones(2), num_workers=2)
-    twin.start()
-    assert same(twin.state_dict(), server.state_dict())
+    by_name = build_server(scheduler="ssp", momentum_correction=True, s=2, params=torch.ones(2), num_workers=2)
+    by_name.start()
+    assert same(by_name.state_dict(), server.state_dict())
 
 
 def test_options_beside_an_object_are_refused() -> None:

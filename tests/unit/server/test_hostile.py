@@ -98,7 +98,7 @@ NO_LOSSES: list[Bad] = [
 
 
 class Attack:
-    """A server in the middle of a run, and everything that is wrong for it at this moment.
+    """A server in the middle of a run, and the calls that it has to refuse at this moment.
 
     Args:
         algorithm: Its algorithm.
@@ -312,7 +312,7 @@ def mutated(data: bytes, chance: random.Random, pieces: list[bytes]) -> bytes:
 
 @contextmanager
 def said(data: bytes) -> Generator[LineReader]:
-    """A connection whose other side has said that and ended, so that nobody ever waits."""
+    """A connection whose other side has sent that and ended, so that no read waits."""
     here, there = socket.socketpair()
     with here, there:
         there.sendall(data)

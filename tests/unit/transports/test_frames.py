@@ -1,4 +1,4 @@
-"""Frames over real connections: cut anywhere, slow, broken off in the middle, or to somebody who is gone."""
+"""Frames over real connections: cut anywhere, slow, broken off in the middle, or to a peer that has ended."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_a_stalled_peer_is_given_up_as_soon_as_it_is_not_alive(what: str) -> Non
         if what == "stops in the middle":
             here.sendall(b"x" * 30)
         call = sending(stream) if what == "does not read" else receiving(stream)
-        with pytest.raises(EOFError, match=r"\Athe other side is gone\Z"):
+        with pytest.raises(EOFError, match=r"\Athe other side is not alive\Z"):
             call()
         # Two looks, a second each, where the first one found it alive.
         assert 1.5 * frames.LIVENESS_SECONDS < time.monotonic() - began < SOON_SECONDS
@@ -175,7 +175,7 @@ def test_a_peer_that_sends_byte_by_byte_is_given_up_as_well(direction: str) -> N
         stream = FrameSocket(there, gone_after(0))
         call = receiving(stream) if direction == "gives" else sending(stream)
         try:
-            with pytest.raises(EOFError, match=r"\Athe other side is gone\Z"):
+            with pytest.raises(EOFError, match=r"\Athe other side is not alive\Z"):
                 call()
         finally:
             ended.set()

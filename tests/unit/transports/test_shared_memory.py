@@ -1,4 +1,4 @@
-"""Shared memory between real processes: read by the other one, never written, known for certain, gone with its users."""
+"""Shared memory between real processes: read by the other one, never written, identified reliably, freed with its users."""
 
 from __future__ import annotations
 

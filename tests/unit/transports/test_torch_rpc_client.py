@@ -1,4 +1,4 @@
-"""A worker's calls without a network: what is repeated, what is given up, and when the server is known to be gone."""
+"""A worker's calls without a network: repeated ones, those that are given up, and the detection of a lost server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REPLIED = Reply(worker=3, ticket=None, stamp=6, params=torch.ones(2), lr=0.5, st
 
 
 class Wire:
-    """Stands in for `rpc.rpc_sync`: each call fails with the next of the texts, or is answered where that is None."""
+    """A substitute for `rpc.rpc_sync`: each call fails with the next of the texts, or is answered where that is None."""
 
     def __init__(self, *failures: str | None) -> None:
         self.failures = list(failures)

@@ -254,7 +254,7 @@ def test_the_log_does_not_grow_with_what_a_peer_sends(caplog: pytest.LogCaptureF
 @pytest.mark.live
 @pytest.mark.timeout(120)
 def test_a_call_of_other_functions_is_refused_and_the_server_continues_to_serve(tmp_path: Path) -> None:
-    """Over real RPC, the peer with torch's own unpickler; see ``tests/peer.py``."""
+    """Over real RPC, the peer with torch's own unpickler; see ``tests/support/peer.py``."""
     attempts = talk("guarded", tmp_path)
     assert attempts.pop("permitted before") == attempts.pop("permitted after") == "[2.0, 2.0]"
     assert attempts.pop("permitted, raises") == "ValueError: PushRefused: On WorkerInfo(id=0, name=server):"  # torch's way
@@ -304,7 +304,7 @@ def test_a_stranger_ends_an_agent_with_one_line() -> None:
 
 
 def talk(server: str, folder: Path, peer: str = "calls") -> dict[str, str]:
-    """Start a server and a peer that knows nothing but its address; what the peer was answered, attempt by attempt."""
+    """Start a server and a peer that has its address only; return the answers to the peer, attempt by attempt."""
     with launched("-m", "tests.support.peer", server) as serving:
         assert serving.stdout is not None
         address = serving.stdout.readline().strip()

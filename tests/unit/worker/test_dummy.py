@@ -1,4 +1,4 @@
-"""The worker that computes nothing: what it pushes, that it goes over nothing for a ticket, and that a run with it replays."""
+"""The dummy worker: its pushes, that it computes nothing for a ticket, and the replay of a run with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults happen at the push or iteration that their word names, and as often as it says."""
+"""Faults happen at the push or iteration that they name, and as often as they say."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Machine:
 
 def run_worker(words: list[str], worker: int, restart_count: int = 0) -> tuple[list[str], list[int], list[int]]:
     """Let a worker push; return the messages of its faults, the corrupt pushes, and those whose reply was dropped."""
-    told: list[str] = []
-    injector = FaultInjector(words, worker, restart_count, told.append)
+    reported: list[str] = []
+    injector = FaultInjector(words, worker, restart_count, reported.append)
     corrupt: list[int] = []
     dropped: list[int] = []
     for push in range(PUSHES):
@@ -46,14 +46,14 @@ def run_worker(words: list[str], worker: int, restart_count: int = 0) -> tuple[l
             corrupt.append(push)
         if injector.drops_reply():
             dropped.append(push)
-    return told, corrupt, dropped
+    return reported, corrupt, dropped
 
 
 def test_each_fault_of_a_worker_fires_once_at_its_push(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch)
     words = ["kill@1:3", "stop@1:5", "delay@1:7:2.5", "drop_reply@1:8", "corrupt@1:9:2", "kill@0:1", "kill@server:2"]
-    told, corrupt, dropped = run_worker(words, 1)
-    assert told == [
+    reported, corrupt, dropped = run_worker(words, 1)
+    assert reported == [
         *("fault kill@1:3", "fault stop@1:5", "fault delay@1:7:2.5", "fault drop_reply@1:8"),
         *("fault corrupt@1:9:2, push 9", "fault corrupt@1:9:2, push 10"),
     ]
@@ -70,12 +70,12 @@ def test_a_restarted_process_has_no_faults(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_faults_of_the_server_fire_at_their_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch)
-    told: list[str] = []
-    injector = FaultInjector(["kill@server:2", "kill@2:3", "stop@server:5"], None, 0, told.append)
+    reported: list[str] = []
+    injector = FaultInjector(["kill@server:2", "kill@2:3", "stop@server:5"], None, 0, reported.append)
     for iteration in (1, 2, 2, 3, 5):
         injector.applied(iteration)
     assert machine.signals == [signal.SIGKILL, signal.SIGSTOP]
-    assert told == ["fault kill@server:2", "fault stop@server:5"]
+    assert reported == ["fault kill@server:2", "fault stop@server:5"]
 
 
 @pytest.mark.parametrize("word", ["", "kill", "kill@1", "kill@:3", "kill@-1:3", "sneeze@1:3", "delay@server:3", "kill@1:3:x"])

@@ -1,4 +1,4 @@
-"""Laws of slowness: the workers that are slow, their mean and spread, and that all draws come from the given generator."""
+"""Heterogeneity: the workers that are slow, their mean and spread, and that all draws come from the given generator."""
 
 from __future__ import annotations
 

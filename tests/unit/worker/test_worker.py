@@ -316,7 +316,7 @@ def test_a_reply_without_a_ticket_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["ormo", "easgd"])
 def test_batches_that_are_loaded_ahead_are_those_that_would_be_made(name: str) -> None:
-    """In another thread, while torch's own source of chance goes on; one that is not asked for is not kept."""
+    """In another thread, while torch's global generator is in use; a batch that is not used is not kept."""
     data = ArraySplit(
         torch.arange(80, dtype=torch.uint8).view(20, 1, 2, 2), torch.arange(20) % 3, scale=80, mean=[0.5], std=[1], augment=True
     )

@@ -41,7 +41,7 @@ def obey_supervisor(control_fd: int, on_message: Callable[[dict[str, Any]], None
             with os.fdopen(control_fd) as pipe:
                 for line in pipe:
                     on_message(json.loads(line))
-        finally:  # whatever has failed: a process that cannot be stopped must not run
+        finally:  # after any failure: a process that cannot be stopped must not run
             os._exit(1)
 
     threading.Thread(target=listen, name="control", daemon=True).start()

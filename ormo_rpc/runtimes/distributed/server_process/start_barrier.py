@@ -1,4 +1,4 @@
-"""The start of a run: no ticket is handed out before the expected workers have registered."""
+"""The start of a run: no ticket is issued before the expected workers have registered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workers that lie to a stream: random bytes, half frames, forged pushes, false descriptions of memory; nobody is harmed."""
+"""Workers that violate the stream protocol: random bytes, half frames, forged pushes, false handles; no other one is harmed."""
 
 from __future__ import annotations
 
@@ -29,53 +29,53 @@ from tests.support.schedule import normal
 from tests.support.stream_peers import SECRET, SHARED, SMALL, TCP, WORKERS, Cluster, cluster
 
 
-class Liar:
-    """Somebody who was let in, and says what it likes.
+class HostileWorker:
+    """A worker that has joined, and sends arbitrary bytes.
 
     Args:
-        run: Whom it is in.
-        segment: What it says of its memory.
-        greeting: In place of the line with its session_id.
+        run: The cluster that it has joined.
+        segment: The handle that it claims.
+        first_line: Sent in place of the line with its session id.
     """
 
-    def __init__(self, run: Cluster, *, segment: object = None, greeting: bytes | None = None) -> None:
+    def __init__(self, run: Cluster, *, segment: object = None, first_line: bytes | None = None) -> None:
         session_id = run.workers[2].lease.join_response.session_id
         self.sock = socket.create_connection(run.address, PATIENCE_SECONDS)
         self.reader = wire.LineReader(self.sock)
         wire.authenticate_server(self.reader, SECRET, {"stream": True}, PATIENCE_SECONDS)
-        if greeting is not None:
+        if first_line is not None:
             self.offer = {}
-            self.say(greeting)
+            self.send(first_line)
             return
         wire.send(self.sock, {"session_id": session_id, "segment": segment})
         self.offer = self.reader.receive(PATIENCE_SECONDS, 1 << 16)
 
-    def begin(self, shared: object = False) -> Liar:
-        """Agree on it, so that frames begin."""
+    def begin(self, shared: object = False) -> HostileWorker:
+        """Finish the negotiation, so that frames begin."""
         wire.send(self.sock, {"shared": shared})
         assert self.reader.receive(PATIENCE_SECONDS, 1 << 16) == {"frames": True}
         return self
 
-    def say(self, data: bytes) -> None:
-        """Send it, as far as it is taken."""
+    def send(self, data: bytes) -> None:
+        """Send bytes, as far as the server takes them."""
         try:
             self.sock.sendall(data)
         except OSError:
             return
 
-    def heard(self) -> bytes:
-        """All that is said, up to the end of the connection."""
+    def read_to_end(self) -> bytes:
+        """Return all bytes that come, to the end of the connection."""
         parts: list[bytes] = []
         try:
             while part := self.sock.recv(1 << 16):
                 parts.append(part)
-        except ConnectionError:  # it is closed while something of ours is unread
+        except ConnectionError:  # closed with unread bytes of this side
             pass
         return b"".join(parts)
 
 
 def memory(size: int) -> tuple[SharedMemoryPool, dict[str, Any]]:
-    """A segment and how it is described."""
+    """A segment and its handle."""
     segments = SharedMemoryPool()
     vector = segments.vector(size)
     segments.kept = vector  # pyright: ignore[reportAttributeAccessIssue] # with them, so that it lives as long
@@ -90,106 +90,106 @@ def push_frame(ticket: int = 0, stamp: int = 0, samples: int = 1, loss: float = 
 
 
 def request(kind: int) -> bytes:
-    """A frame of a kind that is none."""
+    """A frame of an unknown kind."""
     return struct.pack("<q", kind) + random.Random(kind).randbytes(frames.REQUEST_BYTES - 8)
 
 
-LIES: dict[str, Callable[[Cluster], Liar]] = {}
+VIOLATIONS: dict[str, Callable[[Cluster], HostileWorker]] = {}
 
 
-def lie(make: Callable[[Cluster], Liar]) -> Callable[[Cluster], Liar]:
-    """Count it among the lies."""
-    LIES[make.__name__] = make
+def violation(make: Callable[[Cluster], HostileWorker]) -> Callable[[Cluster], HostileWorker]:
+    """Register a violation under its name."""
+    VIOLATIONS[make.__name__] = make
     return make
 
 
-@lie
-def random_bytes(run: Cluster) -> Liar:
-    liar = Liar(run).begin()
-    liar.say(random.Random(6).randbytes(50_000))
-    return liar
+@violation
+def random_bytes(run: Cluster) -> HostileWorker:
+    hostile = HostileWorker(run).begin()
+    hostile.send(random.Random(6).randbytes(50_000))
+    return hostile
 
 
-@lie
-def unknown_word(run: Cluster) -> Liar:
-    liar = Liar(run).begin()
-    liar.say(request(99))
-    return liar
+@violation
+def unknown_request(run: Cluster) -> HostileWorker:
+    hostile = HostileWorker(run).begin()
+    hostile.send(request(99))
+    return hostile
 
 
-@lie
-def word_of_64_bits(run: Cluster) -> Liar:
-    liar = Liar(run).begin()
-    liar.say(request(-(2**63)))
-    return liar
+@violation
+def request_of_64_bits(run: Cluster) -> HostileWorker:
+    hostile = HostileWorker(run).begin()
+    hostile.send(request(-(2**63)))
+    return hostile
 
 
-@lie
-def giant_greeting(run: Cluster) -> Liar:
-    return Liar(run, greeting=b'{"session_id": "' + b"x" * (8 << 20) + b'"}\n')
+@violation
+def giant_first_line(run: Cluster) -> HostileWorker:
+    return HostileWorker(run, first_line=b'{"session_id": "' + b"x" * (8 << 20) + b'"}\n')
 
 
-@lie
-def deep_greeting(run: Cluster) -> Liar:
-    return Liar(run, greeting=b'{"session_id": ' + b"[" * 3000 + b"\n")
+@violation
+def deep_first_line(run: Cluster) -> HostileWorker:
+    return HostileWorker(run, first_line=b'{"session_id": ' + b"[" * 3000 + b"\n")
 
 
-@lie
-def greeting_of_another_kind(run: Cluster) -> Liar:
-    return Liar(run, greeting=b'["session_id"]\n')
+@violation
+def first_line_of_another_type(run: Cluster) -> HostileWorker:
+    return HostileWorker(run, first_line=b'["session_id"]\n')
 
 
-@lie
-def token_of_another_kind(run: Cluster) -> Liar:
-    return Liar(run, greeting=b'{"session_id": {"a": 1}, "segment": null}\n')
+@violation
+def session_id_of_another_type(run: Cluster) -> HostileWorker:
+    return HostileWorker(run, first_line=b'{"session_id": {"a": 1}, "segment": null}\n')
 
 
-@lie
-def http(run: Cluster) -> Liar:
-    return Liar(run, greeting=b"GET / HTTP/1.0\r\n\r\n")
+@violation
+def http(run: Cluster) -> HostileWorker:
+    return HostileWorker(run, first_line=b"GET / HTTP/1.0\r\n\r\n")
 
 
-@lie
-def no_answer_to_the_offer(run: Cluster) -> Liar:
-    liar = Liar(run)
-    liar.say(b"\xff\xfe\n")
-    return liar
+@violation
+def malformed_answer_to_the_offer(run: Cluster) -> HostileWorker:
+    hostile = HostileWorker(run)
+    hostile.send(b"\xff\xfe\n")
+    return hostile
 
 
-@lie
-def half_a_frame(run: Cluster) -> Liar:
-    liar = Liar(run).begin()
-    liar.say(push_frame()[:30])
-    liar.sock.shutdown(socket.SHUT_WR)
-    return liar
+@violation
+def half_a_frame(run: Cluster) -> HostileWorker:
+    hostile = HostileWorker(run).begin()
+    hostile.send(push_frame()[:30])
+    hostile.sock.shutdown(socket.SHUT_WR)
+    return hostile
 
 
-@lie
-def half_a_payload(run: Cluster) -> Liar:
-    liar = Liar(run).begin()
-    liar.say(push_frame() + bytes(1000))
-    liar.sock.shutdown(socket.SHUT_WR)
-    return liar
+@violation
+def half_a_payload(run: Cluster) -> HostileWorker:
+    hostile = HostileWorker(run).begin()
+    hostile.send(push_frame() + bytes(1000))
+    hostile.sock.shutdown(socket.SHUT_WR)
+    return hostile
 
 
-@lie
-def shared_though_nothing_was_offered(run: Cluster) -> Liar:
-    liar = Liar(run).begin(shared=True)
-    liar.say(push_frame())  # without the bytes, which are still waited for
-    liar.sock.shutdown(socket.SHUT_WR)
-    return liar
+@violation
+def shared_though_nothing_was_offered(run: Cluster) -> HostileWorker:
+    hostile = HostileWorker(run).begin(shared=True)
+    hostile.send(push_frame())  # without the bytes, which are still waited for
+    hostile.sock.shutdown(socket.SHUT_WR)
+    return hostile
 
 
-@pytest.mark.parametrize("what", LIES)
+@pytest.mark.parametrize("what", VIOLATIONS)
 def test_a_worker_that_violates_the_stream_protocol_harms_no_other(what: str, caplog: pytest.LogCaptureFixture) -> None:
     with cluster() as run:
         run.start(SHARED, TCP, TCP)
         run.run(6, random.Random(1))
         with run.service.lock:
             before = run.server.state_dict(replies=True)
-        liar = LIES[what](run)
-        with liar.sock:
-            liar.heard()  # to its end: the stream is closed by the server
+        hostile = VIOLATIONS[what](run)
+        with hostile.sock:
+            hostile.read_to_end()  # to its end: the stream is closed by the server
         with run.service.lock:
             assert same(run.server.state_dict(replies=True), before)
         run.run(20, random.Random(2), among=(0, 1))
@@ -202,10 +202,10 @@ def test_each_forged_push_is_refused_and_the_stream_continues() -> None:
     with cluster(dimension=SMALL) as run:
         run.start(SHARED, TCP, TCP)
         run.run(6, random.Random(1))
-        liar = Liar(run).begin()
+        hostile = HostileWorker(run).begin()
         frame = bytearray(frames.RESPONSE_BYTES)
-        with liar.sock:
-            stream = frames.FrameSocket(liar.sock, lambda: True)
+        with hostile.sock:
+            stream = frames.FrameSocket(hostile.sock, lambda: True)
             for forged in (
                 *(push_frame(ticket=number) for number in (-1, 10**6, 2**53, 2**63 - 1, -(2**63))),
                 *(push_frame(stamp=number) for number in (-1, 2**63 - 1)),
@@ -224,7 +224,7 @@ def test_each_forged_push_is_refused_and_the_stream_continues() -> None:
 
 @pytest.mark.skipif(not AVAILABLE, reason="this system has no memfd_create")
 def test_with_a_journal_a_worker_cannot_change_a_validated_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the record of a worker that lies is torn, and all that others were acknowledged behind it is lost."""
+    """Otherwise the record is torn, and all acknowledged pushes behind it are lost."""
     journal = FileJournal(tmp_path)
     with cluster(dimension=SMALL, journal=journal) as run:
         run.start(*[SHARED] * WORKERS)
@@ -273,32 +273,32 @@ def wrong_segments() -> dict[str, object]:
 def test_a_false_handle_of_a_segment_is_not_attached(what: str) -> None:
     with cluster(dimension=SMALL) as run:
         run.start(SHARED, TCP, TCP)
-        liar = Liar(run, segment=wrong_segments()[what])
-        with liar.sock:
-            assert liar.offer["segment"] is None
-            assert re.match(r"\A(the worker has no segment|server and worker share no memory: .*)\Z", liar.offer["reason"])
+        hostile = HostileWorker(run, segment=wrong_segments()[what])
+        with hostile.sock:
+            assert hostile.offer["segment"] is None
+            assert re.match(r"\A(the worker has no segment|server and worker share no memory: .*)\Z", hostile.offer["reason"])
         run.run(10, random.Random(2))
 
 
 @pytest.mark.skipif(not AVAILABLE, reason="this system has no memfd_create")
 def test_a_segment_that_is_too_small_is_not_attached_and_a_larger_one_is() -> None:
-    """One that is too small is not shared; of one that is larger the first bytes count."""
+    """One that is too small is not attached; of a larger one the first bytes count."""
     with cluster(dimension=SMALL) as run:
         run.start(SHARED, TCP, TCP)
-        segments, described = memory(4 * SMALL - 1)
-        liar = Liar(run, segment=described)
-        assert liar.offer["segment"] is None
-        assert str(liar.offer["reason"]).endswith("is too small, or its size can change")
-        liar.sock.close()
-        larger, described = memory(1 << 20)
-        liar = Liar(run, segment=described)
-        assert liar.offer["segment"] is not None
-        liar.begin(shared=True)
-        liar.say(push_frame(ticket=12345))
+        segments, handle = memory(4 * SMALL - 1)
+        hostile = HostileWorker(run, segment=handle)
+        assert hostile.offer["segment"] is None
+        assert str(hostile.offer["reason"]).endswith("is too small, or its size can change")
+        hostile.sock.close()
+        larger, handle = memory(1 << 20)
+        hostile = HostileWorker(run, segment=handle)
+        assert hostile.offer["segment"] is not None
+        hostile.begin(shared=True)
+        hostile.send(push_frame(ticket=12345))
         frame = bytearray(frames.RESPONSE_BYTES)
-        frames.FrameSocket(liar.sock, lambda: True).receive(memoryview(frame))
+        frames.FrameSocket(hostile.sock, lambda: True).receive(memoryview(frame))
         assert frames.read_response(frame)[0] == frames.Response.error
-        liar.sock.close()
+        hostile.sock.close()
         run.check_same_state()
         run.run(10, random.Random(2))
         del segments, larger
