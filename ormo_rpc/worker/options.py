@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ormo_rpc.options import Section, option
 
-MOST_AHEAD = 100
+MAX_PREFETCH = 100
 """Each ticket ahead costs a model, a thread and two connections, and no network is slow enough for more to be of use."""
 
 
@@ -21,6 +21,6 @@ class WorkerOptions(Section):
     prefetch: int = option(
         0,
         "tickets that a worker has ahead, to compute on while a push is on its way; K: workers x (1 + this)",
-        valid=lambda v: 0 <= v <= MOST_AHEAD,
-        expected=f"a whole number from 0 to {MOST_AHEAD}",
+        valid=lambda v: 0 <= v <= MAX_PREFETCH,
+        expected=f"a whole number from 0 to {MAX_PREFETCH}",
     )
