@@ -81,7 +81,7 @@ class StreamWorker:
         return self.elsewhere.submit(self.client.register)
 
     def push(self, reply: Reply, payload: Tensor, **other: Any) -> Future[Reply]:
-        """Push what answers a reply."""
+        """Push for a reply."""
         assert reply.ticket is not None
         numbers: dict[str, Any] = {
             "worker": self.number,
@@ -199,7 +199,7 @@ def cluster(
     journal: Journal | None = None,
     **options: Any,
 ) -> Generator[Cluster]:
-    """Serve; with a ``wire`` that rounds, what is handed out is rounded to bfloat16, and there are no ``buffers``."""
+    """Serve; with a ``wire`` that rounds, parameters are sent in bfloat16, and there are no ``buffers``."""
     given: dict[str, Any] = {
         "algorithm": "ormo",
         "lr": lambda t: 0.01 / (1 + t),
@@ -246,4 +246,4 @@ def mapping(vector: Tensor) -> str:
         begin, end = (int(each, 16) for each in line.split()[0].split("-"))
         if begin <= vector.data_ptr() < end:
             return line
-    raise AssertionError("it lies nowhere")
+    raise AssertionError("the vector is in no mapping")
