@@ -176,7 +176,7 @@ class Algorithm(Part, ABC):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned; dictionaries by worker are replaced."""
+        """Restore what `state_dict` returned; dictionaries by worker are replaced."""
         for name, value in self.state_dict().items():
             if "/" in name:
                 getattr(self, name.split("/")[0]).clear()

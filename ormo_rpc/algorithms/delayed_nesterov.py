@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ormo_rpc.algorithms.base import Algorithm, PushContext
-from ormo_rpc.options import option, register
+from ormo_rpc.options import at_least_one, option, register
 
 
 @register("delayed_nesterov")
@@ -30,7 +30,7 @@ class DelayedNesterov(Algorithm):
     period: int = option(
         4,
         "N, gradients for each change of the momentum",
-        valid=lambda v: v >= 1,
+        valid=at_least_one,
         expected="a whole number >= 1",
     )
     activation: float = option(

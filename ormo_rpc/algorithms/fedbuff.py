@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ormo_rpc.algorithms.base import Algorithm, PushContext
-from ormo_rpc.options import option, register
+from ormo_rpc.options import at_least_one, option, register
 
 
 @register("fedbuff")
@@ -27,7 +27,7 @@ class FedBuff(Algorithm):
         is applied with the weight ``eta / B`` that each would have had.
     """
 
-    buffer: int = option(4, "B, gradients that make a step", valid=lambda v: v >= 1, expected="a whole number >= 1")
+    buffer: int = option(4, "B, gradients that make a step", valid=at_least_one, expected="a whole number >= 1")
     staleness_power: float = option(
         0.0,
         "a in the weight (1 + s)^-a of a gradient that missed s steps of the server; 0: all alike",

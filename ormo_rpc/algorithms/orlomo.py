@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ormo_rpc.algorithms.base import Algorithm, LocalWork, PullContext, PushContext
-from ormo_rpc.options import option, register
+from ormo_rpc.options import at_least_one, option, register
 
 
 @register("orlomo")
@@ -39,7 +39,7 @@ class OrLoMo(Algorithm):
     VECTORS_PUSHED = 2
 
     local_steps: int = option(
-        4, "H, local steps for each ticket, each on a batch", valid=lambda v: v >= 1, expected="a whole number >= 1"
+        4, "H, local steps for each ticket, each on a batch", valid=at_least_one, expected="a whole number >= 1"
     )
 
     @property

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ormo_rpc.algorithms.base import Algorithm, PushContext
-from ormo_rpc.options import option, register
+from ormo_rpc.options import at_least_one, option, register
 
 
 @register("rennala")
@@ -30,7 +30,7 @@ class Rennala(Algorithm):
         "it decides itself whose gradients make up a step, and a worker that is held back adds none to it; use async"
     )
 
-    batch: int = option(4, "B, gradients that make a step", valid=lambda v: v >= 1, expected="a whole number >= 1")
+    batch: int = option(4, "B, gradients that make a step", valid=at_least_one, expected="a whole number >= 1")
 
     @override
     def init(self, params: Tensor, momentum: float) -> None:

@@ -61,4 +61,4 @@ class Scheduler(Part, ABC):
         return {}
 
     def load_state_dict(self, state: Any) -> None:
-        """Take over what `state_dict` returned."""
+        """Restore what `state_dict` returned."""

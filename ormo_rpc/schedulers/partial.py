@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from ormo_rpc.options import option, register
+from ormo_rpc.options import at_least_one, option, register
 from ormo_rpc.schedulers.base import Scheduler
 
 
@@ -18,7 +18,7 @@ class Partial(Scheduler):
 
     BARRIER = True
 
-    k: int = option(2, "how many workers are answered together", valid=lambda v: v >= 1, expected="a whole number >= 1")
+    k: int = option(2, "how many workers are answered together", valid=at_least_one, expected="a whole number >= 1")
 
     @override
     def due(self, blocked: Collection[int], holding: Collection[int]) -> list[int]:

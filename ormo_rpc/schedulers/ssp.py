@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from typing_extensions import override
 
-from ormo_rpc.options import option, register
+from ormo_rpc.options import not_negative, option, register
 from ormo_rpc.schedulers.base import Scheduler
 
 
@@ -23,7 +23,7 @@ class SSP(Scheduler):
     Source: Ho et al. 2013 (NIPS 26).
     """
 
-    s: int = option(3, "tickets that a worker may be ahead", valid=lambda v: v >= 0, expected="a whole number >= 0")
+    s: int = option(3, "tickets that a worker may be ahead", valid=not_negative, expected="a whole number >= 0")
 
     @override
     def init(self, generator: torch.Generator) -> None:

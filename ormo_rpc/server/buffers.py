@@ -41,7 +41,7 @@ class RunningBuffers:
         return {"updates": self.updates, **{f"average.{name}": value.clone() for name, value in self.average.items()}}
 
     def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:
-        """Take over what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self.updates = int(state["updates"])
         for name, average in self.average.items():
             average.copy_(torch.as_tensor(state[f"average.{name}"]))

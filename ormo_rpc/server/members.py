@@ -105,8 +105,8 @@ class Members(Mapping[int, Member]):
         released = self.blocked if everyone else self.scheduler.due(self.blocked, holding)
         if released:
             self.idle.extend(released)
-            gone = set(released)
-            self.blocked = [worker for worker in self.blocked if worker not in gone]
+            answered = set(released)
+            self.blocked = [worker for worker in self.blocked if worker not in answered]
         return list(self.idle)
 
     def answer(self, reply: Reply) -> None:
@@ -138,7 +138,7 @@ class Members(Mapping[int, Member]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self._members = {worker: Member(answered) for worker, answered in state["members"].items()}
         self.blocked = list(state["blocked"])
         self.idle = list(state["idle"])
