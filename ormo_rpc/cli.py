@@ -12,6 +12,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -27,6 +28,8 @@ from ormo_rpc.runtimes.torchrun import Torchrun
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 """Environment variable at which hydra raises its errors instead of printing them over several lines."""
+_NO_NAMES = ("", "null", "true", "false")
+"""Values that hydra does not take for the name of a file of a group."""
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
@@ -37,7 +40,8 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     """
     try:
         with hydra.initialize_config_dir(str(conf_dir().absolute()), version_base="1.3"):
-            return parse_config(hydra.compose("config", prepared(overrides)))
+            values = hydra.compose("config", prepared(overrides))
+            return parse_config(values, keys_of(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise _refused(error) from None
 
@@ -48,10 +52,29 @@ def prepared(overrides: Sequence[str]) -> list[str]:
     A dictionary in the place of another one (``runtime.joins={4: 1.5}``) would be refused for its new keys; ``++`` allows them.
 
     Raises:
-        ConfigError: one uses a former name.
+        ConfigError: one uses a former name, or chooses none of a group.
     """
     refuse_renamed(overrides)
+    for word in overrides:
+        key, _, value = word.lstrip("+").partition("=")
+        if value in _NO_NAMES and key.isidentifier() and (conf_dir() / key).is_dir():
+            names = sorted(file.stem for file in (conf_dir() / key).glob("*.yaml"))
+            raise ConfigError(f"{key}: got {value or 'nothing'}, expected one of {', '.join(names)}")
     return [f"++{word}" if word[:1].isalpha() and word.partition("=")[2].startswith("{") else word for word in overrides]
+
+
+def keys_of(overrides: Sequence[str]) -> set[str]:
+    """The full keys to which overrides give values; those in a dictionary count for themselves.
+
+    Raises:
+        HydraException: an override cannot be parsed.
+    """
+    keys: set[str] = set()
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        value = override.value()
+        inner = value if isinstance(value, dict) else ()
+        keys |= {override.key_or_group, *(f"{override.key_or_group}.{name}" for name in inner)}
+    return keys
 
 
 def main() -> None:
@@ -86,13 +109,13 @@ def main() -> None:
             return
         _say("interrupted before anything was started")
         sys.exit(130)
-    except (HydraException, OmegaConfBaseException) as error:
+    except ConfigError as error:
+        _say(str(error))
+        sys.exit(2)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # hydra lets some plain ones of its own through
         if full_error or began:
             raise
         _say(str(_refused(error)))
-        sys.exit(2)
-    except ConfigError as error:
-        _say(str(error))
         sys.exit(2)
     except SystemExit as end:
         # Hydra refuses wrong arguments with status 1, which is ours for a run that failed.
@@ -132,7 +155,7 @@ def _job(values: DictConfig) -> None:
     try:
         if sweep and Torchrun.from_environment() is not None:
             raise ConfigError("-m: got a sweep under torchrun, expected a single run; start sweeps with python launch.py -m")
-        config, run_dir = parse_config(values), Path(mode.runtime.output_dir)
+        config, run_dir = parse_config(values, keys_of(mode.overrides.task)), Path(mode.runtime.output_dir)
         if _on_terminal():
             _say(f"starting the processes of {run_dir}")
         summary = run(config, run_dir)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,20 @@ from ormo_rpc.options.values import build, refuse_key
 from ormo_rpc.schedulers import incompatibility
 
 
-def parse_config(values: DictConfig | Mapping[str, Any]) -> Config:
+def parse_config(values: DictConfig | Mapping[str, Any], given: Collection[str] = ()) -> Config:
     """Check a tree of values against the schema.
 
     Args:
         values: Nested plain values, such as a composed hydra configuration or a loaded ``config.yaml``. What is missing takes
             its default. A group is a name, keys with their values (``name`` or ``_target_``, and options), or a part.
+        given: Full keys that a user has typed. Beside a ``_target_`` they are its options even where their values are those
+            that the group's file has put there.
 
     Raises:
         ConfigError: a key is unknown, or a value has the wrong type or is out of range; one line with the full key.
     """
     try:
-        config = build(Config, _resolved(values), _section)
+        config = build(Config, _resolved(values), functools.partial(_section, given))
         to_tree(config)  # a configuration that cannot be saved is refused before anything starts
     except OmegaConfBaseException as error:
         raise ConfigError(one_line(error)) from None
@@ -45,7 +48,7 @@ def parse_config(values: DictConfig | Mapping[str, Any]) -> Config:
 
 def save_config(config: Config, path: Path) -> None:
     """Write a configuration as resolved YAML, which `load_config` reads."""
-    path.write_text(config.yaml)
+    path.write_text(config.yaml, encoding="utf-8")
 
 
 def load_config(path: Path) -> Config:
@@ -56,7 +59,10 @@ def load_config(path: Path) -> Config:
     """
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such file, expected the config.yaml of a run")
-    return parse_text(path.read_text())
+    try:
+        return parse_text(path.read_text(encoding="utf-8"))
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def parse_text(text: str, *, data_root: str | None = None) -> Config:
@@ -69,8 +75,12 @@ def parse_text(text: str, *, data_root: str | None = None) -> Config:
     Raises:
         ConfigError: the text does not fit the schema.
     """
-    values = OmegaConf.to_container(OmegaConf.create(text))
-    assert isinstance(values, dict)
+    try:
+        values = OmegaConf.to_container(OmegaConf.create(text))
+    except Exception as error:  # of omegaconf or of its parser of YAML
+        raise ConfigError(f"cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict) or not values:
+        raise ConfigError(f"got {values!r}, expected keys with their values")
     config = parse_config(translate_renamed({str(key): value for key, value in values.items()}))
     if data_root is None:
         return config
@@ -112,10 +122,10 @@ def _with_paths(key: str, value: Any) -> Any:
     return path_of(key, value) if callable(value) else value
 
 
-def _section(key: str, kind: Any, value: Any, default: Any) -> Any:
+def _section(given: Collection[str], key: str, kind: Any, value: Any, default: Any) -> Any:
     """Make the section or part that a value stands for."""
     if issubclass(kind, Part):
-        return part(key, value, default)
+        return part(key, value, default, given)
     if isinstance(value, kind):
         return value
     if not isinstance(value, Mapping):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -93,7 +93,7 @@ def locate(path: str, target: str) -> Callable[..., Any]:
     return found
 
 
-def part(group: str, value: Any, default: type[Part]) -> Part:
+def part(group: str, value: Any, default: type[Part], given: Collection[str] = ()) -> Part:
     """Return the part of a group that a value stands for.
 
     Args:
@@ -101,6 +101,7 @@ def part(group: str, value: Any, default: type[Part]) -> Part:
         value: A part, a class of parts, a name, or keys with their values: ``name`` or ``_target_``, and options. Beside a
             ``_target_`` the options of ``name`` count only where they are not its defaults, so that hydra may compose them.
         default: The class where no name is given.
+        given: Full keys that count beside a ``_target_`` whatever their values, since a user has typed them.
 
     Raises:
         ValueError: it stands for none.
@@ -108,6 +109,7 @@ def part(group: str, value: Any, default: type[Part]) -> Part:
     base = base_of(default)
     if isinstance(value, Part) and isinstance(value, base):
         path_of(group, type(value))
+        _refuse_undecorated(type(value))
         return value
     if isinstance(value, type) and issubclass(value, base):
         value = {"_target_": path_of(group, value)}
@@ -118,7 +120,7 @@ def part(group: str, value: Any, default: type[Part]) -> Part:
     options = {str(key): each for key, each in value.items()}
     target = options.pop("_target_", None)
     if target is not None:
-        return _part_of_target(base, target, options)
+        return _part_of_target(base, target, options, given)
     name = options.pop("name", default.name)
     if not isinstance(name, str):
         raise ValueError(f"{group}: got {name!r}, expected one of {', '.join(parts(group))}")
@@ -165,15 +167,21 @@ def path_of(group: str, thing: Any) -> str:
     return f"{module}.{name}"
 
 
-def _part_of_target(base: type[Part], target: Any, options: dict[str, Any]) -> Part:
+def _part_of_target(base: type[Part], target: Any, options: dict[str, Any], given: Collection[str]) -> Part:
     group = base.PATH
     found = locate(group, target)
-    options = _without_defaults(group, options)
+    options = _without_defaults(group, options, given)
     if isinstance(found, type) and issubclass(found, base):
         if inspect.isabstract(found):
             missing = ", ".join(sorted(found.__abstractmethods__))  # pyright: ignore[reportAttributeAccessIssue] # of ABCMeta
             raise ValueError(f"{group}._target_: {target!r} is abstract, expected a class that has {missing}")
-        return build(found, options)
+        _refuse_undecorated(found)
+        try:
+            return build(found, options)
+        except ValueError:
+            raise
+        except Exception as error:  # a class of the user's own may have an __init__ that raises anything
+            raise ValueError(f"{group}._target_: {target!r} cannot be made: {' '.join(str(error).split())}") from error
     caller = next((each for each in parts(group).values() if issubclass(each, CallsTarget)), None)
     if caller is None:
         raise ValueError(f"{group}._target_: {target!r} is {found!r}, expected a subclass of {base.__module__}.{base.__name__}")
@@ -183,8 +191,26 @@ def _part_of_target(base: type[Part], target: Any, options: dict[str, Any]) -> P
     return caller(_target_=target, kwargs=options)
 
 
-def _without_defaults(group: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Drop the options beside a ``_target_`` that a file of the group has put there."""
+def _refuse_undecorated(cls: type[Part]) -> None:
+    """Refuse a class whose options would be ignored, since the decorator is missing.
+
+    Raises:
+        ValueError: it is such a class.
+    """
+    for each in cls.__mro__:
+        own = vars(each)
+        if "__dataclass_fields__" in own:
+            continue
+        for name, value in own.items():
+            if isinstance(value, dataclasses.Field) or (name in cls.declared() and name in own.get("__annotations__", {})):
+                raise ValueError(
+                    f"{cls.key(name)}: {each.__module__}.{each.__qualname__} declares it but is no dataclass; "
+                    f"write @dataclass(kw_only=True) above the class"
+                )
+
+
+def _without_defaults(group: str, options: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """Drop the options beside a ``_target_`` that a file of the group has put there, and that nobody has typed."""
     named = parts(group).get(str(options.get("name")))
     if named is None:
         return options
@@ -193,7 +219,8 @@ def _without_defaults(group: str, options: dict[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in options.items()
-        if key != "name" and not (key in defaults and _is_default(defaults[key], kinds[key], value))
+        if key != "name"
+        and (f"{group}.{key}" in given or key not in defaults or not _is_default(defaults[key], kinds[key], value))
     }
 
 

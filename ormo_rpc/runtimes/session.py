@@ -10,6 +10,7 @@ from typing import Any
 
 from ormo_rpc.config.saving import to_tree
 from ormo_rpc.config.schema import Config
+from ormo_rpc.errors import ConfigError
 from ormo_rpc.loggers import RunInfo, start_logs
 from ormo_rpc.loggers.metrics import measure
 from ormo_rpc.models.flat import sha256
@@ -123,7 +124,10 @@ class Session:
     def _load(self, source: Path, *, in_place: bool) -> None:
         """Load a checkpoint's state, and its records where they are continued, ``in_place`` in this run directory."""
         state = checkpoint.read(source, "server.pt")
-        self.server.load_state_dict(state)
+        try:
+            self.server.load_state_dict(state)
+        except ValueError as error:
+            raise ConfigError(f"checkpoint.resume: {source}: {error}") from None
         records = state["session"]
         if self.job.config.runtime.name == "sim" and state["status"] == Status.running.value:
             self.resumed_state = state.get("cluster")

@@ -8,7 +8,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from ormo_rpc.errors import StaleSession
+from ormo_rpc.errors import RunFailed, StaleSession
 from ormo_rpc.messages import Reply
 from ormo_rpc.schedulers.base import Scheduler
 from ormo_rpc.server.validation import check_whole
@@ -101,12 +101,25 @@ class Members(Mapping[int, Member]):
         Args:
             holding: Workers that hold a ticket.
             everyone: The run has ended, and the scheduler is not asked.
+
+        Raises:
+            RunFailed: the scheduler releases others than those that are blocked, or nobody although nobody computes.
         """
         released = self.blocked if everyone else self.scheduler.due(self.blocked, holding)
         if released:
-            self.idle.extend(released)
             answered = set(released)
-            self.blocked = [worker for worker in self.blocked if worker not in answered]
+            rest = [worker for worker in self.blocked if worker not in answered]
+            if len(rest) + len(released) != len(self.blocked):
+                raise RunFailed(
+                    f"scheduler {self.scheduler.name}: due returned {released}, expected workers of {self.blocked}, each once"
+                )
+            self.idle.extend(released)
+            self.blocked = rest
+        elif self.blocked and not self.idle and not holding:
+            raise RunFailed(
+                f"scheduler {self.scheduler.name}: due returned nobody although no worker computes, expected at least one of "
+                f"{self.blocked}"
+            )
         return list(self.idle)
 
     def answer(self, reply: Reply) -> None:

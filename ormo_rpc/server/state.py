@@ -72,9 +72,8 @@ def load(server: ParameterServer, state: Mapping[str, Any]) -> None:
     }
     for key, expected in mine.items():
         if theirs[key] != expected:
-            raise ValueError(
-                f"state of a server: {key}: got {theirs[key]}, expected {expected}; build this server as that one was"
-            )
+            remedy = "build this server as that one was" if key != "version" else "load it with the ormo_rpc that saved it"
+            raise ValueError(f"state of a server: {key}: got {theirs[key]}, expected {expected}; {remedy}")
     if server.assignments.total is not None and state["iteration"] > server.assignments.total:
         raise ValueError(f"state of a server: iteration: got {state['iteration']}, expected at most {server.assignments.total}")
     server.algorithm.params = server.algorithm.empty().copy_(state["params"])  # others may still read the former ones

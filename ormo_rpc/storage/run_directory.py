@@ -132,14 +132,31 @@ class RunDirectory:
 
 
 def read_trace(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Read the header and the events of a run directory's trace."""
-    header, *events = [json.loads(line) for line in (path / _TRACE).read_text(encoding="utf-8").splitlines()]
-    return header, events
+    """Read the header and the events of a run directory's trace.
+
+    Raises:
+        ConfigError: it is missing or damaged.
+    """
+    lines = _read_lines(path / _TRACE)
+    if not lines:
+        raise ConfigError(f"{path / _TRACE}: got an empty file, expected the trace of a run")
+    return lines[0], lines[1:]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a run directory's metrics."""
-    return [json.loads(line) for line in (path / _METRICS).read_text(encoding="utf-8").splitlines()]
+    """Read the rows of a run directory's metrics.
+
+    Raises:
+        ConfigError: they are missing or damaged.
+    """
+    return _read_lines(path / _METRICS)
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from None
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

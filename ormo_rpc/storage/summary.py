@@ -11,6 +11,7 @@ from typing import Any
 
 from ormo_rpc.config.runtimes import GradientKind, SimRuntime
 from ormo_rpc.config.schema import Config
+from ormo_rpc.errors import ConfigError
 from ormo_rpc.loggers.metrics import Metrics
 from ormo_rpc.storage.run_directory import write_json
 
@@ -100,11 +101,18 @@ def write_summary(run_dir: Path, summary: Summary) -> dict[str, Any]:
 
 
 def read_summary(run_dir: Path) -> dict[str, Any] | None:
-    """Read ``summary.json``, also one with keys of earlier versions; None where there is none yet."""
+    """Read ``summary.json``, also one with keys of earlier versions; None where there is none yet.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
     file = run_dir / FILE
     if not file.is_file():
         return None
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from None
     return {RENAMED_KEYS.get(key, key): value for key, value in content.items()}
 
 

@@ -55,6 +55,35 @@ class Greedy(Sleepy):
     needed: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Factored(Heterogeneity):
+    """A user's own law with an option of a part of the package, with another default."""
+
+    factor: float = option(2.0, "how many times slower")
+
+    @override
+    def slowdown(self, worker: int, num_workers: int, generator: torch.Generator) -> float:
+        return self.factor
+
+
+class Undecorated(Sleepy):
+    """A user's own law that has forgotten the decorator."""
+
+    slumber: float = option(2.0, "how long")
+
+
+class Redeclared(Sleepy):
+    """A user's own law whose other default does not count, without the decorator."""
+
+    naps: float = 5.0
+
+
+class Positional(Sleepy):
+    """A user's own law that cannot be made of its options."""
+
+    def __init__(self, naps: int) -> None: ...
+
+
 @dataclass(kw_only=True)
 class Damped(Algorithm):
     """A user's own algorithm, outside of the package."""
@@ -96,9 +125,38 @@ def test_beside_a_target_the_options_of_the_named_part_count_only_where_they_wer
     assert str(caught.value) == "heterogeneity.factor: got an unknown key, expected one of naps, mood, folder (of Sleepy)"
 
 
+@pytest.mark.parametrize("override", ["heterogeneity.factor=10", "++heterogeneity.factor=1e1", "heterogeneity={factor: 10}"])
+def test_beside_a_target_a_typed_option_counts_although_the_named_part_has_that_default(override: str) -> None:
+    chosen = ["heterogeneity=one_slow", f"heterogeneity._target_={HERE}.Factored"]
+    assert OneSlow().factor == 10
+    assert compose([*chosen, override]).heterogeneity == Factored(factor=10.0)
+    assert compose(chosen).heterogeneity == Factored(factor=2.0)
+
+
+def test_beside_a_callable_a_typed_keyword_counts_although_the_named_part_has_that_default() -> None:
+    assert compose([f"model._target_={HERE}.network", "model.hidden=128"]).model == CustomModel(
+        _target_=f"{HERE}.network", kwargs={"hidden": 128}
+    )
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
+        (
+            {"_target_": f"{HERE}.Undecorated"},
+            f"heterogeneity.slumber: {HERE}.Undecorated declares it but is no dataclass; write @dataclass(kw_only=True) above "
+            "the class",
+        ),
+        (
+            {"_target_": f"{HERE}.Redeclared", "naps": 3},
+            f"heterogeneity.naps: {HERE}.Redeclared declares it but is no dataclass; write @dataclass(kw_only=True) above the "
+            "class",
+        ),
+        (
+            {"_target_": f"{HERE}.Positional"},
+            f"heterogeneity._target_: '{HERE}.Positional' cannot be made: Positional.__init__() missing 1 required positional "
+            "argument: 'naps'",
+        ),
         ({"_target_": SLEEPY, "nap": 1}, "heterogeneity.nap: got an unknown key; did you mean heterogeneity.naps?"),
         ({"_target_": SLEEPY, "naps": 0}, "heterogeneity.naps: got 0.0, expected a finite number > 0"),
         ({"_target_": SLEEPY, "mood": "grim"}, "heterogeneity.mood: got 'grim', expected one of good, bad"),

@@ -161,6 +161,8 @@ def test_an_option_that_the_delay_adaptive_rule_does_not_use_is_refused(
         ),
         ("train.lr=much", "train.lr: got 'much', expected a finite number > 0"),
         ("train.lr=${nowhere}", "train.lr: Interpolation key 'nowhere' not found"),
+        ("algorithm=null", f"algorithm: got null, expected one of {', '.join(parts('algorithm'))}"),
+        ("experiment=", "experiment: got nothing, expected one of .*"),
         ("algorithm=adam", f"algorithm: got 'adam', expected one of {', '.join(parts('algorithm'))}"),
         ("model=custom", "model._target_: got None with model=custom, expected a dotted path .*"),
         ("train.lr=[", "no viable alternative at input .*"),
@@ -187,6 +189,26 @@ def test_a_missing_file_is_a_wrong_configuration(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(tmp_path / "none.yaml")
     assert str(caught.value) == f"{tmp_path / 'none.yaml'}: there is no such file, expected the config.yaml of a run"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"train:\n  : [", "cannot be read as YAML: .*"),
+        (b"\0" * 9, "cannot be read as YAML: .*"),
+        (b"seed: \xff", ".*can't decode byte 0xff.*"),
+        (b"", r"got \{\}, expected keys with their values"),
+        (b"- a", r"got \['a'\], expected keys with their values"),
+        (b"sed: 3", r"sed: got an unknown key; did you mean seed\?"),
+    ],
+    ids=["syntax", "zeros", "encoding", "empty", "list", "key"],
+)
+def test_a_damaged_configuration_is_one_line_with_its_file(content: bytes, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    assert re.fullmatch(f"{file}: {message}", str(caught.value)), str(caught.value)
 
 
 def test_every_default_is_in_its_own_range() -> None:

@@ -14,7 +14,7 @@ from typing_extensions import override
 from ormo_rpc import build_server, train
 from ormo_rpc.algorithms.ormo import OrMo
 from ormo_rpc.config.parsing import parse_config
-from ormo_rpc.errors import ConfigError
+from ormo_rpc.errors import ConfigError, RunFailed
 from ormo_rpc.messages import Push
 from ormo_rpc.options import option, parts, register
 from ormo_rpc.schedulers import Scheduler, incompatibility
@@ -149,6 +149,33 @@ def test_options_beside_an_object_are_refused() -> None:
         build_server(scheduler=SSP(), s=2, params=torch.ones(2), num_workers=2)
     with pytest.raises(ValueError, match=r"^algorithm: got a SSP, expected a name or an object of a subclass of Algorithm$"):
         build_server(algorithm=SSP(), params=torch.ones(2), num_workers=2)  # pyright: ignore[reportArgumentType]
+
+
+@dataclass(kw_only=True)
+class Fixed(Scheduler):
+    """The same answer always."""
+
+    answer: list[int] = option([], "the workers")
+
+    @override
+    def due(self, blocked: Collection[int], holding: Collection[int]) -> list[int]:
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ([], r"due returned nobody although no worker computes, expected at least one of \[0, 1\]"),
+        ([7], r"due returned \[7\], expected workers of \[0, 1\], each once"),
+        ([0, 0], r"due returned \[0, 0\], expected workers of \[0, 1\], each once"),
+    ],
+)
+def test_a_scheduler_that_breaks_its_contract_ends_the_run_with_the_reason(answer: list[int], message: str) -> None:
+    server = build_server(
+        algorithm="asgd", scheduler=Fixed(answer=answer), params=torch.zeros(1), num_workers=2, lr=0.1, momentum=0.9
+    )
+    with pytest.raises(RunFailed, match=f"^scheduler Fixed: {message}$"):
+        server.start()
 
 
 def test_a_part_that_a_test_registers_is_removed_afterwards() -> None:

@@ -16,7 +16,7 @@ from ormo_rpc.config.parsing import parse_config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.server.events import Event, Kind
 from ormo_rpc.storage.counters import RunCounters
-from ormo_rpc.storage.run_directory import RunDirectory
+from ormo_rpc.storage.run_directory import RunDirectory, read_trace
 from ormo_rpc.storage.summary import Summary, identity, read_summary, unfinished_summary, write_summary
 from tests.support.processes import PATIENCE_SECONDS
 
@@ -139,3 +139,18 @@ def test_a_summary_of_an_earlier_version_is_read_under_the_present_keys(tmp_path
     content = read_summary(tmp_path) or {}
     assert content == {"status": "completed", "incarnations": 2, "evictions": [{"worker": 1}], "of_long_ago": 3}
     assert Summary.from_dict(content).incarnations == 2
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"event": "header"}\n{"event": "sta', b"\xff", b"\0" * 9])
+def test_a_damaged_trace_is_refused_with_its_name(content: bytes | None, tmp_path: Path) -> None:
+    file = tmp_path / "trace.jsonl"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"^{file}: "):
+        read_trace(tmp_path)
+
+
+def test_a_damaged_summary_is_refused_with_its_name(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text("{")
+    with pytest.raises(ConfigError, match=f"^{tmp_path / 'summary.json'}: cannot be read: "):
+        read_summary(tmp_path)
