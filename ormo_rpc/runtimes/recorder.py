@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -15,6 +16,8 @@ from ormo_rpc.server.events import Event
 from ormo_rpc.storage.run_directory import RunDirectory
 from ormo_rpc.storage.summary import Summary, write_summary
 from ormo_rpc.worker.evaluation import Evaluation
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,10 @@ class Recorder:
         content = write_summary(self.directory.path, summary)  # first: a logger may take its time over the network
         self.directory.close()
         for log in self.logs:
-            log.finish(content)
+            try:
+                log.finish(content)
+            except Exception as error:  # a logger of the user's own may raise anything, and the run is complete
+                _log.warning("%s cannot be finished: %s: %s", type(log).__name__, type(error).__name__, error)
         return content
 
     def _write_row(self, seconds: float) -> None:

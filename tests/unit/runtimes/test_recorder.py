@@ -189,3 +189,14 @@ def test_the_summary_is_written_before_a_log_is_finished(run: Run, tmp_path: Pat
     assert found == [(content, content, 1)]
     assert len([line for line in run.lines("trace.jsonl") if line["event"] == "apply"]) == 3
     assert {path.name for path in tmp_path.iterdir()} == {"trace.jsonl", "metrics.jsonl", "summary.json"}
+
+
+def test_a_log_that_cannot_be_finished_is_a_warning(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(RunLog):
+        @override
+        def finish(self, summary: Mapping[str, Any]) -> None:
+            raise RuntimeError("no network")
+
+    run.recorder.logs = [Broken(), run.shown]
+    assert run.recorder.close(Summary(status="completed"))["status"] == "completed"
+    assert [record.getMessage() for record in caplog.records] == ["Broken cannot be finished: RuntimeError: no network"]

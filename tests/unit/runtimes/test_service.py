@@ -581,6 +581,20 @@ def test_a_failure_while_a_push_is_applied_is_kept_and_no_reply_is_sent(where: s
     assert service.failure is failure
 
 
+def test_a_failure_of_the_first_replies_is_kept_and_ends_the_wait_for_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    failure = RuntimeError("the scheduler releases nobody")
+
+    def fail(*_arguments: Any) -> list[Reply]:
+        raise failure
+
+    there = owner(2)
+    monkeypatch.setattr(there.service.server, "start", fail)
+    answers = [there.register(worker) for worker in range(2)]
+    assert there.service.failure is failure
+    assert there.service.barrier.passed.is_set()
+    assert not any(answer.done() for answer in answers)
+
+
 def test_a_refused_push_is_no_failure_of_the_service() -> None:
     there = owner(2)
     first, _ = begun(there)

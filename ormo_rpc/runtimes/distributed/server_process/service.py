@@ -292,7 +292,12 @@ class Service:
         for membership in initial:
             membership.joined = True
         workers = sorted(membership.worker for membership in initial)
-        replies = self.server.start(workers)
+        try:
+            replies = self.server.start(workers)
+        except Exception as error:  # of the algorithm or scheduler
+            self.failure = error
+            self.barrier.passed.set()
+            return []
         self.journal.start(workers, self.server.incarnation)
         self.barrier.passed.set()
         self.changed.set()
