@@ -13,17 +13,19 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+import ormo_rpc
 from ormo_rpc.config.help import help_text, list_of_keys
 from ormo_rpc.config.parsing import one_line, parse_config, unknown_key
 from ormo_rpc.config.renamed import refuse_renamed
-from ormo_rpc.config.schema import Config
+from ormo_rpc.config.schema import GROUPS, Config
 from ormo_rpc.config.write_conf import conf_dir
 from ormo_rpc.errors import ConfigError
+from ormo_rpc.options import parts
 from ormo_rpc.runtimes.torchrun import Torchrun
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -52,14 +54,18 @@ def prepared(overrides: Sequence[str]) -> list[str]:
     A dictionary in the place of another one (``runtime.joins={4: 1.5}``) would be refused for its new keys; ``++`` allows them.
 
     Raises:
-        ConfigError: one uses a former name, or chooses none of a group.
+        ConfigError: one uses a former name, chooses none of a group, or has a plus before a group.
     """
     refuse_renamed(overrides)
     for word in overrides:
         key, _, value = word.lstrip("+").partition("=")
-        if value in _NO_NAMES and key.isidentifier() and (conf_dir() / key).is_dir():
+        if not key.isidentifier() or not (conf_dir() / key).is_dir():
+            continue
+        if value in _NO_NAMES:
             names = sorted(file.stem for file in (conf_dir() / key).glob("*.yaml"))
             raise ConfigError(f"{key}: got {value or 'nothing'}, expected one of {', '.join(names)}")
+        if word.startswith("+") and not value.startswith("{"):
+            raise ConfigError(f"{word}: got a plus before a group; write {key}={value}")
     return [f"++{word}" if word[:1].isalpha() and word.partition("=")[2].startswith("{") else word for word in overrides]
 
 
@@ -91,6 +97,9 @@ def main() -> None:
     if "--help" in arguments or "-h" in arguments:
         program = Path(sys.argv[0]).name
         print(help_text(f"python {program}" if program.endswith(".py") else program))
+        return
+    if "--version" in arguments:
+        print(f"ormo_rpc {ormo_rpc.__version__}, hydra {hydra.__version__}")
         return
     full_error = FULL_ERROR in os.environ
     began = False
@@ -139,7 +148,11 @@ def _refused(error: Exception) -> ConfigError:
     """Turn an error of hydra, whose message has several lines, into one line."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
+        if group in GROUPS and name in parts(group):
+            return ConfigError(f"{group}: {name!r} is registered, but conf/ has no file of it: run make conf")
         return ConfigError(f"{group}: got {name!r}, expected one of {', '.join(error.options)}")
+    if isinstance(error, OverrideParseException) and "=" not in error.override:
+        return ConfigError(f"{error.override}: expected KEY=VALUE")
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(cause, OmegaConfBaseException):
         return ConfigError(unknown_key(cause) or one_line(cause))
@@ -181,9 +194,11 @@ def _on_terminal() -> bool:
 
 def _result(summary: dict[str, Any], run_dir: Path) -> str:
     accuracy, loss = summary["test_accuracy"], summary["train_loss"]
+    identical = f"identical to {summary['replayed']}: every event, and each bit of the final parameters\n"
     return (
         f"{summary['status']}: {summary['algorithm']} ({summary['scheduler']}), {summary['num_workers']} workers, "
         f"{summary['dataset']}, {summary['model']}: {summary['iterations']} iterations in {summary['wall_seconds']:.1f} s, "
         f"mean delay {summary['delay_mean']:.1f}, training loss {'-' if loss is None else f'{loss:.4f}'}, "
-        f"test accuracy {'-' if accuracy is None else f'{accuracy:.2%}'}\nrun directory: {run_dir}"
+        f"test accuracy {'-' if accuracy is None else f'{accuracy:.2%}'}\n"
+        f"{identical if summary.get('identical') else ''}run directory: {run_dir}"
     )

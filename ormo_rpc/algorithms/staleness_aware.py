@@ -24,7 +24,8 @@ class StalenessAware(ASGD):
     """
 
     NEEDS_NO_BARRIER = (
-        "all gradients of a round were taken at the same parameters, so one age is right for all and the delay says nothing"
+        "all gradients of a round were taken at the same parameters, so one age is right for all and the delay says nothing; "
+        "use async or ssp"
     )
 
     @override

@@ -99,18 +99,30 @@ def unknown_key(error: OmegaConfBaseException) -> str | None:
         return None
     path, _, name = str(error.full_key).rpartition(".")
     refusal = refuse_key(path, name, [str(key) for key in error.parent_node])
-    return f"{refusal}; an option of your own class: +{error.full_key}=VALUE" if "_target_" in error.parent_node else refusal
+    if "_target_" not in error.parent_node:
+        return refusal
+    return f"{refusal}{' An' if refusal.endswith('?') else '; an'} option of your own class: +{error.full_key}=VALUE"
 
 
 def _resolved(values: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """Resolve every interpolation; parts and their classes stay as they are."""
     objects: dict[str, Any] = {}
     if not isinstance(values, DictConfig):
+        _refuse_dotted(values)
         objects = {key: value for key, value in values.items() if isinstance(value, (Section, type))}
         values = OmegaConf.create({key: _with_paths(key, value) for key, value in values.items() if key not in objects})
     resolved = OmegaConf.to_container(values, resolve=True)
     assert isinstance(resolved, dict)
     return {**{str(key): value for key, value in resolved.items()}, **objects}
+
+
+def _refuse_dotted(values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(key, str) and "." in key:
+            nested = repr(value)
+            for name in reversed(key.split(".")):
+                nested = f"{{{name!r}: {nested}}}"
+            raise ConfigError(f"{key}: got a key with a dot; nest it, {nested}, or pass a list of overrides, ['{key}={value}']")
 
 
 def _with_paths(key: str, value: Any) -> Any:

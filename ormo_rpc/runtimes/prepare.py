@@ -6,13 +6,11 @@ import dataclasses
 import functools
 from pathlib import Path
 
-import torch
-
 from ormo_rpc.config.parsing import load_config
 from ormo_rpc.config.runtimes import GradientKind, RpcRuntime, SimRuntime
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
-from ormo_rpc.models.flat import FlatModel
+from ormo_rpc.runtimes.job import Job
 from ormo_rpc.runtimes.torchrun import Torchrun
 from ormo_rpc.storage import checkpoint
 
@@ -60,7 +58,7 @@ def check_elastic_worker(config: Config, torchrun: Torchrun | None) -> None:
 
 
 def check(config: Config, *, resumes: bool) -> None:
-    """Refuse a configuration whose checkpoint, heterogeneity, data set or model cannot be used.
+    """Refuse a configuration whose checkpoint, heterogeneity, data set or model cannot be used, or that has nothing to do.
 
     Args:
         config: What is to be run.
@@ -69,15 +67,20 @@ def check(config: Config, *, resumes: bool) -> None:
     Raises:
         ConfigError: it cannot be run; the message has the key to change.
     """
+    resumed = None
     if resumes and config.checkpoint.resume is not None:
-        check_resume(config, checkpoint.locate(Path(config.checkpoint.resume)))
+        resumed = checkpoint.locate(Path(config.checkpoint.resume))
+        check_resume(config, resumed)
     try:
         config.heterogeneity.prepare()
     except ValueError as error:
         raise ConfigError(str(error)) from None
     synthetic = isinstance(config.runtime, SimRuntime) and config.runtime.gradient is not GradientKind.real
+    total = config.train.max_iterations if synthetic else None
     if isinstance(config.runtime, (RpcRuntime, SimRuntime)) and not synthetic:
-        check_data_and_model(config)
+        total = check_data_and_model(config).total_tickets
+    if resumed is not None and total is not None:
+        check_something_is_left(resumed, total)
 
 
 def check_resume(config: Config, path: Path) -> None:
@@ -93,7 +96,20 @@ def check_resume(config: Config, path: Path) -> None:
             raise ConfigError(f"checkpoint.resume: {key}: got {given}, expected {expected}, as {path} has it")
 
 
-def check_data_and_model(config: Config) -> None:
+def check_something_is_left(path: Path, total: int) -> None:
+    """Refuse to resume a run that is done.
+
+    Raises:
+        ConfigError: the checkpoint has all gradients of the configured run already.
+    """
+    done = checkpoint.gradients_in(path)
+    if done >= total:
+        raise ConfigError(
+            f"checkpoint.resume: iteration {done} of {total} is done; raise train.epochs (or train.max_iterations)"
+        )
+
+
+def check_data_and_model(config: Config) -> Job:
     """Load the data set and build the model once, to find errors in one place instead of in every process.
 
     Raises:
@@ -101,12 +117,12 @@ def check_data_and_model(config: Config) -> None:
     """
     try:
         config.dataset.prepare()
-        data = config.dataset.load()
-        with torch.random.fork_rng(devices=[]):
-            FlatModel(config.model.build(data.input_shape, data.num_classes))
+        job = Job(config)
+        job.model()
     except ValueError as error:
         raise ConfigError(str(error)) from None
     except (Exception, SystemExit) as error:  # a user's own model or data set may raise anything
         raise ConfigError(f"dataset or model: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
-    if len(data.test) == 0:
+    if len(job.data.test) == 0:
         raise ConfigError("dataset: got an empty test set, expected at least one sample")
+    return job

@@ -44,7 +44,7 @@ def run(config: Config, run_dir: Path) -> dict[str, Any]:
         RunFailed: an event or the final state differs; the message names the first event that does.
     """
     if config.replay.run is None:
-        raise ConfigError("replay.run: got None, expected the run directory to compute again")
+        raise ConfigError("replay.run: got None, expected the run to compute again: replay.run=RUN_DIRECTORY")
     source = Path(config.replay.run)
     recorded = read_summary(source)
     if recorded is None or recorded.get("final_params_sha256") is None:  # None where it ended before it began

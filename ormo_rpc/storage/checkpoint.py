@@ -125,6 +125,11 @@ def segment_of(checkpoint: Path) -> int:
     return json.loads((checkpoint / _MANIFEST).read_bytes())["segment"]
 
 
+def gradients_in(checkpoint: Path) -> int:
+    """Return the number of gradients that an intact checkpoint's state has, whatever its folder is called."""
+    return json.loads((checkpoint / _MANIFEST).read_bytes())["iteration"]
+
+
 def first_segment(run_dir: Path) -> int:
     """Return the first segment of the journal that any checkpoint needs; one without a readable manifest needs none."""
     found: list[int] = []

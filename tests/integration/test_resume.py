@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ormo_rpc import RunFailed, train
+from ormo_rpc import ConfigError, RunFailed, train
 from ormo_rpc.options import find, parts
 from ormo_rpc.runtimes.session import Session
 from ormo_rpc.schedulers import incompatibility
@@ -110,6 +110,26 @@ def test_resuming_twice_ends_with_the_same_bits(tmp_path: Path) -> None:
     first = complete(tmp_path / "whole")[0]
     train(changed(config, checkpoint={"resume": str(first)}), run_dir=tmp_path / "second")
     check_resumed(tmp_path / "whole", whole, config, complete(tmp_path / "second")[0], tmp_path / "third")
+
+
+REAL: dict[str, Any] = {
+    "runtime": {"name": "sim"},
+    "logger": QUADRATIC["logger"],
+    "model": {"hidden": 4},
+    "train": {"epochs": 1, "batch_size": 400},
+    "workers": 2,
+}
+"""Four gradients on the handwritten digits."""
+
+
+@pytest.mark.parametrize(("config", "done"), [(QUADRATIC, 70), (REAL, 4)], ids=["iterations", "epochs"])
+def test_a_run_without_anything_left_to_do_is_not_resumed(config: dict[str, Any], done: int, tmp_path: Path) -> None:
+    whole = train(config, run_dir=tmp_path / "whole")
+    assert whole["iterations"] == done
+    more = rf"iteration {done} of {done} is done; raise train\.epochs \(or train\.max_iterations\)"
+    with pytest.raises(ConfigError, match=rf"^checkpoint\.resume: {more}$"):
+        train(changed(config, checkpoint={"resume": str(tmp_path / "whole")}), run_dir=tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 def test_a_checkpoint_without_the_keys_of_prefetch_and_compression_is_resumed_from(

@@ -15,6 +15,7 @@ from ormo_rpc.kernels import compiled
 from ormo_rpc.kernels.compiled import compiled_steps
 from ormo_rpc.options import parts
 from ormo_rpc.storage.run_directory import read_trace
+from tests.support.processes import launch
 
 QUADRATIC = ("runtime=sim", "logger=none", "runtime.gradient=quadratic", "runtime.dimension=20", "train.lr=0.001")
 DIGITS = ("runtime=sim", "logger=none", "model.hidden=8", "train.max_iterations=60", "workers=5")
@@ -185,8 +186,18 @@ def test_a_differing_replay_fails_with_the_first_differing_event(tmp_path: Path)
     assert json.loads((tmp_path / "again" / "summary.json").read_text())["identical"] is False
 
 
+@pytest.mark.slow
+def test_the_command_says_that_a_replay_is_identical_to_its_source(tmp_path: Path) -> None:
+    simulate(tmp_path / "run", "workers=2", "train.max_iterations=5")
+    status, out, _ = launch(tmp_path / "again", "runtime=replay", f"replay.run={tmp_path / 'run'}")
+    assert status == 0
+    same = f"identical to {tmp_path / 'run'}: every event, and each bit of the final parameters"
+    assert out.splitlines()[1:] == [same, f"run directory: {tmp_path / 'again'}"]
+
+
 def test_a_replay_without_a_finished_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^replay\.run: got None, expected the run directory to compute again$"):
+    nothing = r"^replay\.run: got None, expected the run to compute again: replay\.run=RUN_DIRECTORY$"
+    with pytest.raises(ConfigError, match=nothing):
         train(["runtime=replay"], run_dir=tmp_path / "a")
     with pytest.raises(ConfigError, match=r"^replay\.run: got \S+, expected the directory of a run that has ended$"):
         replay(tmp_path / "b", tmp_path)

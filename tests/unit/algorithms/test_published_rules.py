@@ -254,7 +254,8 @@ def test_an_algorithm_that_needs_immediate_replies_refuses_schedulers_that_hold_
 
 @pytest.mark.parametrize("scheduler", ["sync", "partial"])
 def test_staleness_aware_refuses_barriers(scheduler: str) -> None:
-    with pytest.raises(ValueError, match=rf"^scheduler: got '{scheduler}', which staleness_aware .* the delay says nothing$"):
+    message = rf"^scheduler: got '{scheduler}', which staleness_aware .* the delay says nothing; use async or ssp$"
+    with pytest.raises(ValueError, match=message):
         begin("staleness_aware", num_workers=2, scheduler=scheduler)
 
 

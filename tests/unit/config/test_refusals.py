@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,16 @@ import pytest
 import torch
 
 from ormo_rpc import build_server
+from ormo_rpc.algorithms.asgd import ASGD
 from ormo_rpc.cli import compose
 from ormo_rpc.config.parsing import load_config, parse_config
 from ormo_rpc.config.renamed import RENAMED_KEYS, RENAMED_VALUES
 from ormo_rpc.config.schema import Config
 from ormo_rpc.config.write_conf import sections
 from ormo_rpc.errors import ConfigError
-from ormo_rpc.options import CallsTarget, Section, parts
+from ormo_rpc.options import CallsTarget, Section, parts, register
 from tests.support.keys import KEYS, Key, default_of, label, tree
+from tests.support.registry import temporary_parts
 
 TEXTS = {"checkpoint.resume", "heterogeneity.run", "logger.group", "logger.run_name", "replay.run", "runtime.interface"} | {
     *("server.address", "server.secret_file")
@@ -106,9 +109,14 @@ def test_an_unknown_key_is_named_in_full_beside_those_that_there_are(path: str, 
     [
         ({"algorithm": {"name": "adam"}}, f"algorithm: got 'adam', expected one of {', '.join(parts('algorithm'))}"),
         ({"algorithm": "adam"}, f"algorithm: got 'adam', expected one of {', '.join(parts('algorithm'))}"),
-        ({"runtime": {"name": "mpi"}}, "runtime: got 'mpi', expected one of replay, rpc, sim"),
+        ({"runtime": {"name": "mpi"}}, "runtime: got 'mpi', expected one of " + ", ".join(parts("runtime"))),
         ({"model": 3}, f"model: got 3, expected keys with their values, or one of {', '.join(parts('model'))}"),
         ({"model": {"name": 3}}, f"model: got 3, expected one of {', '.join(parts('model'))}"),
+        (
+            {"train.epochs": 1},
+            "train.epochs: got a key with a dot; nest it, {'train': {'epochs': 1}}, or pass a list of overrides, "
+            "['train.epochs=1']",
+        ),
         ({"train": 3}, "train: got 3, expected keys with their values"),
         ({"train": {"momentun": 0.5}}, "train.momentun: got an unknown key; did you mean train.momentum?"),
         ({"model": {"hiden": 5}}, "model.hiden: got an unknown key; did you mean model.hidden?"),
@@ -165,6 +173,10 @@ def test_an_option_that_the_delay_adaptive_rule_does_not_use_is_refused(
         ("experiment=", "experiment: got nothing, expected one of .*"),
         ("algorithm=adam", f"algorithm: got 'adam', expected one of {', '.join(parts('algorithm'))}"),
         ("model=custom", "model._target_: got None with model=custom, expected a dotted path .*"),
+        ("model.hiden=1", r"model\.hiden: .* did you mean model\.hidden\? An option of your own class: \+model\.hiden=VALUE"),
+        ("bogus", "bogus: expected KEY=VALUE"),
+        ("++experiment=fashion_cnn", r"\+\+experiment=fashion_cnn: got a plus before a group; write experiment=fashion_cnn"),
+        ("+algorithm=asgd", r"\+algorithm=asgd: got a plus before a group; write algorithm=asgd"),
         ("train.lr=[", "no viable alternative at input .*"),
         ("model.kwargs.width=3", r"model\.kwargs\.width: keywords stand beside _target_; use \+model\.width=3"),
         ("model.kwargs={a: 3}", r"model\.kwargs: keywords stand beside _target_; use \+model\.KEY=VALUE for each keyword"),
@@ -174,6 +186,19 @@ def test_a_wrong_override_is_one_line_with_its_full_key(override: str, message: 
     with pytest.raises(ConfigError) as caught:
         compose([override])
     assert re.fullmatch(message, str(caught.value)), str(caught.value)
+
+
+def test_a_registered_part_without_its_file_in_conf_is_told_how_to_get_it() -> None:
+    with temporary_parts("algorithm"):
+
+        @register("brand_new")
+        @dataclass(kw_only=True)
+        class BrandNew(ASGD):
+            """An algorithm whose file in conf/ was not written yet."""
+
+        with pytest.raises(ConfigError) as caught:
+            compose([f"algorithm={BrandNew.name}"])
+    assert str(caught.value) == "algorithm: 'brand_new' is registered, but conf/ has no file of it: run make conf"
 
 
 def test_a_former_key_is_refused_with_the_present_one() -> None:
