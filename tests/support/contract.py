@@ -60,6 +60,8 @@ class Row:
         vectors: The number of vectors of D elements that it holds for ``num_workers`` workers, the parameters among them.
         more_vectors: The number of further vectors with given options.
         lr: A learning rate at which it converges on the quadratic of the convergence test, whose largest curvature is 1.
+        remaining: The share of the distance to the minimum that may be left after that test: more for an algorithm that stays
+            at a distance from it at a constant learning rate, such as one that steps by the sign of the gradient.
         variants: Its options; every test draws one.
         schedulers: The schedulers that it runs under.
         reductions: Settings with which it equals another algorithm.
@@ -69,6 +71,7 @@ class Row:
     reference: type[reference.Reference]
     vectors: Callable[[int], int]
     lr: float
+    remaining: float = 1e-7
     variants: tuple[Mapping[str, Any], ...] = ({},)
     schedulers: tuple[str, ...] = SCHEDULERS
     reductions: tuple[Reduction, ...] = ()

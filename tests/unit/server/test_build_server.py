@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from ormo_rpc.options import parts
 from tests.support.trial import begin, tensor
 
 
@@ -16,7 +17,7 @@ from tests.support.trial import begin, tensor
     [
         ({"algorithm": "sgd"}, r"algorithm: got 'sgd', expected one of asgd, .*ormo.*"),
         ({"algorithm": "base"}, r"algorithm: got 'base', expected one of asgd, .*ormo.*"),
-        ({"scheduler": "random"}, r"scheduler: got 'random', expected one of async, partial, ssp, sync"),
+        ({"scheduler": "random"}, f"scheduler: got 'random', expected one of {', '.join(parts('scheduler'))}"),
         ({"lr": -0.1}, r"lr: got -0\.1, expected a finite number >= 0 or a function of the iteration"),
         ({"lr": math.nan}, r"lr: got nan, expected a finite number >= 0 or a function of the iteration"),
         ({"momentum": 1.0}, r"momentum: got 1\.0, expected a number in \[0, 1\)"),
