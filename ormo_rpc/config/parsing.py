@@ -118,7 +118,7 @@ def _resolved(values: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
 
 def _refuse_dotted(values: Mapping[str, Any]) -> None:
     for key, value in values.items():
-        if isinstance(key, str) and "." in key:
+        if "." in str(key):
             nested = repr(value)
             for name in reversed(key.split(".")):
                 nested = f"{{{name!r}: {nested}}}"
