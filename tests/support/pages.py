@@ -85,7 +85,7 @@ def unknown_names(text: str) -> set[str]:
 
 def wrong_steps(text: str) -> set[str]:
     """Lines ``file.py Class.method`` of a text's blocks for which the package has no such file with such a class."""
-    steps = [line.split()[:2] for line in code(text)[0] if re.match(r"\s*\w+\.py [A-Z]\w*\.\w+", line)]
+    steps = [line.split()[:2] for line in code(text)[0] if re.match(r"\s*[\w/]+\.py [A-Z]\w*\.\w+", line)]
     return {f"{file} {name}" for file, name in steps if not _stands_in(file, *name.split(".")[:2])}
 
 
