@@ -66,7 +66,8 @@ def test_faults_planted_in_a_page_are_found() -> None:
         "[a](nowhere.md), [b](guarantees.md#no-such-heading), [c](guarantees.md#times), [d](https://example.org/nowhere).\n"
         "```\npython launch.py algorithm=no_such\npython launch.py -m workers=2,3 seed=0  # fine\nmake nothing\nmake test\n"
         "python -m experiments.no_such\npython examples/no_such.py\n```\n"
-        "```\nworker.py Worker.compute   the gradient\n  worker.py Worker.no_such\n  worker.py Service.push\n  server/worker.py Worker.compute\n```\n"
+        "```\nworker.py Worker.compute   the gradient\n  worker.py Worker.no_such\n  worker.py Service.push\n"
+        "  server/worker.py Worker.compute\n```\n"
     )
     assert wrong_steps(text) == {"worker.py Worker.no_such", "worker.py Service.push", "server/worker.py Worker.compute"}
     assert missing_paths(text) == {"ormo_rpc/nowhere.py", "examples/no_such.py"}
