@@ -415,7 +415,7 @@ def test_files_with_another_md5_sum_are_refused_unless_verification_is_off(tmp_p
     assert hashlib.md5(changed.read_bytes(), usedforsecurity=False).hexdigest() != original
     message = (
         rf"^dataset\.root: {re.escape(str(changed))} is not the original file: its md5 sum is not {original}; "
-        r"delete it and fetch it anew, or set dataset\.verify=false if it is a repackaged copy that you trust$"
+        r"delete it and fetch it again, or set dataset\.verify=false if it is a repackaged copy that you trust$"
     )
     with pytest.raises(ValueError, match=message):
         CIFAR10(root=str(tmp_path)).load()
