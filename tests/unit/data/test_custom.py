@@ -1,0 +1,104 @@
+"""A user's own data set by a dotted path: its shape, its classes, and one clear error for each that does not work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from ormo_rpc.data import CustomData, DataSet, MapSplit
+from tests.support.datasets import Noisy
+
+
+class Labelled(TensorDataset):
+    """A user's dataset that names its classes."""
+
+    classes = ("cat", "dog", "bird", "fish", "bee", "ant", "owl")
+
+
+def make_data_set() -> DataSet:
+    half = MapSplit(Noisy())
+    return DataSet(half, half, (2, 3), 4)
+
+
+def make_pair(count: int = 6, num_classes: int = 0) -> tuple[Noisy, Noisy]:
+    del num_classes  # is there to be found among the keywords
+    return Noisy(count), Noisy(2)
+
+
+def make_labelled_pair() -> list[Labelled]:
+    return [Labelled(torch.zeros(3, 5), torch.tensor([0, 1, 2], dtype=torch.int32)) for _ in range(2)]
+
+
+def make_items(*items: Any) -> Callable[[], tuple[Sequence[Any], Sequence[Any]]]:
+    return lambda: (items, items)
+
+
+SHARED = Path(__file__)  # neither a function nor a class
+
+make_nonsense = dict
+make_nothing = make_items()
+make_bare_tensors = make_items(torch.zeros(3))
+make_fractions = make_items((torch.zeros(3), 0.5))
+
+
+def custom(function: str, **kwargs: Any) -> CustomData:
+    return CustomData(_target_=f"{__name__}.{function}", kwargs=kwargs)
+
+
+def test_a_custom_function_may_return_a_whole_data_set() -> None:
+    data = custom("make_data_set").load()
+    assert (len(data.train), data.input_shape, data.num_classes) == (6, (2, 3), 4)
+
+
+@pytest.mark.parametrize(
+    ("function", "kwargs", "shape", "num_classes", "origin"),
+    [
+        ("make_pair", {"count": 6}, (2, 3), 4, "its largest label"),
+        ("make_pair", {"count": 3}, (2, 3), 3, "its largest label"),
+        ("make_pair", {"num_classes": 9}, (2, 3), 9, "dataset.num_classes"),
+        ("make_labelled_pair", {}, (5,), 7, "its attribute classes"),
+    ],
+)
+def test_of_a_pair_of_datasets_shape_and_classes_are_found_and_logged(
+    function: str,
+    kwargs: dict[str, Any],
+    shape: tuple[int, ...],
+    num_classes: int,
+    origin: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    data = custom(function, **kwargs).load()
+    assert (data.input_shape, data.num_classes) == (shape, num_classes)
+    assert caplog.messages == [f"{__name__}.{function}: {num_classes} classes, from {origin}"]
+    inputs, labels = data.train.batch(torch.tensor([2, 1]), None)
+    assert inputs.shape == (2, *shape)
+    assert (labels.dtype, labels.tolist()) == (torch.int64, [2, 1])
+
+
+@pytest.mark.parametrize(
+    ("function", "kwargs", "message"),
+    [
+        ("make_nonsense", {}, r".*\.make_nonsense returned dict, expected a DataSet or a pair .*"),
+        ("make_nothing", {}, r".*\.make_nothing returned an empty training set"),
+        ("make_bare_tensors", {}, r"the items of .*\.make_bare_tensors must be pairs \(input tensor, class number\).*"),
+        ("make_fractions", {}, r"the items of .* must be pairs .*; the first has the label tensor\(\[0\.5.*"),
+        ("make_pair", {"size": 6}, r"'.*\.make_pair' takes \(.*\).*, not dataset\.size=6: .* argument 'size'"),
+        ("no_such", {}, r"'.*\.no_such' cannot be imported: .* has no attribute 'no_such'; is its folder on PYTHONPATH\?"),
+        ("SHARED", {}, r"'.*\.SHARED' is .*, expected a function or class"),
+    ],
+)
+def test_a_custom_function_that_does_not_work_is_one_clear_error(function: str, kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^dataset\._target_: {message}$"):
+        custom(function, **kwargs).prepare()
+
+
+@pytest.mark.parametrize("path", ["", "function", "my module.f", "module."])
+def test_a_target_that_is_no_dotted_path_is_refused_before_any_import(path: str) -> None:
+    with pytest.raises(ValueError, match=rf"^dataset\._target_: got '{path}', expected a dotted path such as .*$"):
+        CustomData(_target_=path)
