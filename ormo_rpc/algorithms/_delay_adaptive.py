@@ -31,7 +31,7 @@ class DelayAdaptive(Algorithm):
     rule: DelayRule = option(DelayRule.ormo, "how the learning rate follows the delay: ormo, mishchenko, koloskova or drop")
     threshold: int | None = option(
         None,
-        "delay up to which nothing is changed, in iterations; default 2 K",
+        "delay up to which nothing is changed, in iterations; default 2 K, K being the gradients in flight",
         valid=lambda v: isinstance(v, int) and v >= 0,
         expected="a whole number >= 0",
     )

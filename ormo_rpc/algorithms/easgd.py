@@ -34,7 +34,7 @@ class EASGD(Algorithm):
     )
     elasticity: float | None = option(
         None,
-        "a, the part of the way to each other that centre and worker go; default 0.9 / K",
+        "a, the part of the way to each other that centre and worker go; default 0.9 / K, K being the gradients in flight",
         valid=lambda v: 0 < v <= 1,
         expected="a number in (0, 1]",
     )

@@ -27,7 +27,7 @@ class Ringmaster(Algorithm):
 
     delay_threshold: int | None = option(
         None,
-        "R, the smallest delay that is discarded, in iterations; default 2 K",
+        "R, the smallest delay that is discarded, in iterations; default 2 K, K being the gradients in flight",
         valid=lambda v: isinstance(v, int) and v >= 1,
         expected="a whole number >= 1",
     )

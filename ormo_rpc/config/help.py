@@ -36,7 +36,10 @@ def help_text(command: str = "python launch.py") -> str:
 
 def list_of_keys() -> str:
     """List every key with its meaning and default."""
-    lines = ["Keys, set as KEY=VALUE; the default is in brackets. Those of a group belong to the part named above them."]
+    lines = [
+        "Keys, set as KEY=VALUE; the default is in brackets. Those of a group belong to the part named above them.",
+        "K is the number of gradients in flight: workers x (1 + worker.prefetch).",
+    ]
     for path, choice, section in sections():
         lines += ["", f"{path}={choice}: {summary_of(section)}" if choice else f"{path or 'top level'}: {summary_of(section)}"]
         lines += [_described(section, *option) for option in options_of(section)]
@@ -88,6 +91,8 @@ _EXAMPLES = [
         "{command} role=worker server.address=HOST:PORT server.secret_file=RUN_DIRECTORY/secret",
         "one more worker for a run in progress",
     ),
+    ("{command} runtime=replay replay.run=RUN_DIRECTORY", "a recorded run again, compared bit for bit"),
+    ("python -m ormo_rpc.report RUN_DIRECTORY", "picture of a run; of several: table, curves, page"),
     ("python -m ormo_rpc.evaluate RUN_DIRECTORY", "test accuracy of a run or checkpoint"),
 ]
 _MORE = [
@@ -98,4 +103,5 @@ _MORE = [
 _FOOTER = """\
 A run directory, outputs/DATE/TIME, has config.yaml, metrics.jsonl, trace.jsonl, summary.json, checkpoints/.
 Exit status: 0 completed, 1 failed, 2 wrong configuration, 3 diverged, 130 interrupted
-(a checkpoint is left; resume with checkpoint.resume=RUN_DIRECTORY)."""
+(a checkpoint is left; resume with checkpoint.resume=RUN_DIRECTORY).
+More in README.md and docs/: algorithms.md, extending.md (your own parts), guarantees.md, glossary.md (words)."""

@@ -20,7 +20,8 @@ class WorkerOptions(Section):
     )
     prefetch: int = option(
         0,
-        "tickets that a worker has ahead, to compute on while a push is on its way; K: workers x (1 + this)",
+        "tickets that a worker has ahead, to compute on while a push is on its way; K, the number of gradients in flight, is "
+        "workers x (1 + this)",
         valid=lambda v: 0 <= v <= MAX_PREFETCH,
         expected=f"a whole number from 0 to {MAX_PREFETCH}",
     )
