@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
+import ormo_rpc
+from ormo_rpc.cli import main
 from ormo_rpc.config.help import help_text
 from tests.support.processes import launch
 
@@ -40,3 +43,9 @@ def test_the_command_prints_the_help(tmp_path: Path) -> None:
     assert (status, err) == (0, "")
     assert out == help_text() + "\n"
     assert not run_dir.exists()
+
+
+def test_the_command_prints_its_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["launch.py", "--version"])
+    main()
+    assert capsys.readouterr().out.startswith(f"ormo_rpc {ormo_rpc.__version__}, hydra ")
