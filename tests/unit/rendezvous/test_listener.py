@@ -126,6 +126,7 @@ def test_a_silent_side_is_noticed_by_the_other_one(silent: str, monkeypatch: pyt
             wait_until(lambda: handler.calls == [("evict", 0, "it was silent for 0.3 s")], "the eviction")
 
 
+@pytest.mark.slow
 def test_heartbeats_keep_a_lease_for_longer_than_the_time_out() -> None:
     handler = Handler()
     with listening(handler, timeout_seconds=0.5) as address, join(address) as lease:

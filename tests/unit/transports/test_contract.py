@@ -54,6 +54,7 @@ def numbers_of(message: type[Push] | type[Reply], rng: random.Random) -> dict[st
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dimension", [SMALL, LARGE], ids=["small", "large"])
 def test_all_of_a_push_and_of_its_reply_crosses(transport: Transport, dimension: int) -> None:
     rng = random.Random(3)
@@ -80,6 +81,7 @@ def test_all_of_a_push_and_of_its_reply_crosses(transport: Transport, dimension:
             assert torch.equal(pushed.buffers["mean"], payload[-STATISTICS:])
 
 
+@pytest.mark.slow
 def test_a_reply_that_is_held_back_crosses_when_it_is_due(transport: Transport) -> None:
     with connected(transport, lambda _: RecordingService(SMALL)) as (service, (worker,), _):
         worker.register()

@@ -140,6 +140,7 @@ def test_a_connection_that_is_reset_is_an_end_for_both_directions() -> None:
             stream.send(b"x")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["says nothing", "stops in the middle", "does not read"])
 def test_a_stalled_peer_is_given_up_as_soon_as_it_is_not_alive(what: str) -> None:
     with connected(buffers=4096) as (here, there):
@@ -154,6 +155,7 @@ def test_a_stalled_peer_is_given_up_as_soon_as_it_is_not_alive(what: str) -> Non
         assert 1.5 * frames.LIVENESS_SECONDS < time.monotonic() - began < SOON_SECONDS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["gives", "takes"])
 def test_a_peer_that_sends_byte_by_byte_is_given_up_as_well(direction: str) -> None:
     """A byte now and then is not a sign of life: else a worker that was evicted keeps its stream for ever."""
@@ -182,6 +184,7 @@ def test_a_peer_that_sends_byte_by_byte_is_given_up_as_well(direction: str) -> N
             trickling.join(PATIENCE_SECONDS)
 
 
+@pytest.mark.slow
 def test_a_peer_that_is_alive_is_waited_for() -> None:
     with connected(buffers=4096) as (here, there), ThreadPoolExecutor(1) as elsewhere:
         looks: list[float] = []

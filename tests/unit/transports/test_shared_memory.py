@@ -104,6 +104,7 @@ def handle_of(segments: SharedMemoryPool, descriptor: int) -> SegmentHandle:
     return SegmentHandle(pid=segments.pid, name=segments.name, descriptor=descriptor)
 
 
+@pytest.mark.slow
 def test_another_process_reads_what_is_written_and_dies_of_writing() -> None:
     segments = SharedMemoryPool()
     made, descriptor = descriptor_of(segments)
@@ -120,6 +121,7 @@ def test_another_process_reads_what_is_written_and_dies_of_writing() -> None:
     assert made.sum().item() == 272
 
 
+@pytest.mark.slow
 def test_the_memory_is_freed_with_the_last_process_however_that_ends() -> None:
     before = sorted(path.name for path in Path("/dev/shm").iterdir())  # noqa: S108 - looked at, not written to
     with python(MAKES, SIZE) as maker:
