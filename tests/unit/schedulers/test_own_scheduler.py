@@ -148,7 +148,7 @@ def test_options_beside_an_object_are_refused() -> None:
     ):
         build_server(scheduler=SSP(), s=2, params=torch.ones(2), num_workers=2)
     with pytest.raises(ValueError, match=r"^algorithm: got a SSP, expected a name or an object of a subclass of Algorithm$"):
-        build_server(algorithm=SSP(), params=torch.ones(2), num_workers=2)  # pyright: ignore[reportArgumentType]
+        build_server(algorithm=SSP(), params=torch.ones(2), num_workers=2)  # pyright: ignore[reportArgumentType] # the wrong kind
 
 
 @dataclass(kw_only=True)
