@@ -10,7 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple, get_args, get_type_hints
 
+import torch
 from torch import Tensor
+
+NO_BUFFERS = torch.empty(0, dtype=torch.uint8)
+"""The buffers of a model without any, and of a reply without a ticket."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -28,6 +32,8 @@ class Reply:
         lr: The learning rate at the moment of issue, for algorithms that take local steps.
         steps: The number of local steps that the worker takes for this ticket.
         incarnation: The incarnation of the server that issued it; goes back with the push.
+        buffers: The server's buffers at that stamp as bytes (uint8), shape (B,), such as batch-norm statistics. Replies between
+            two changes share them, and they never change.
     """
 
     worker: int
@@ -37,6 +43,7 @@ class Reply:
     lr: float
     steps: int
     incarnation: int
+    buffers: Tensor = NO_BUFFERS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

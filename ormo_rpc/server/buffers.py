@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ormo_rpc.messages import NO_BUFFERS
+
 
 class RunningBuffers:
     """The running average of the buffers in the pushes.
@@ -23,14 +25,24 @@ class RunningBuffers:
         self.average = {name: value.detach().clone() for name, value in initial.items()}
         self.momentum = dict(momentum)
         self.updates = 0
+        self._snapshot: Tensor | None = None
 
     def update(self, batch: Mapping[str, Tensor]) -> None:
         """Average in the statistics of one batch, of the same names and shapes."""
         self.updates += 1
+        self._snapshot = None
         for name, average in self.average.items():
             momentum = self.momentum[name]
             weight = 1 / self.updates if momentum is None else momentum
             average.mul_(1 - weight).add_(batch[name].detach(), alpha=weight)
+
+    def snapshot(self) -> Tensor:
+        """Return the averages as bytes (uint8), shape (B,), which never change: replies share them until the next update."""
+        if not self.average:
+            return NO_BUFFERS
+        if self._snapshot is None:
+            self._snapshot = torch.cat([value.reshape(-1).view(torch.uint8) for value in self.average.values()])
+        return self._snapshot
 
     def copy(self) -> dict[str, Tensor]:
         """Return a private copy of the averages by name."""
@@ -42,6 +54,7 @@ class RunningBuffers:
 
     def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:
         """Restore what `state_dict` returned."""
+        self._snapshot = None
         self.updates = int(state["updates"])
         for name, average in self.average.items():
             average.copy_(torch.as_tensor(state[f"average.{name}"]))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ormo_rpc.algorithms.base import Algorithm, PullContext, PushContext
 from ormo_rpc.errors import NonFiniteGradient, PushRefused, StaleSession
-from ormo_rpc.messages import Push, Reply
+from ormo_rpc.messages import NO_BUFFERS, Push, Reply
 from ormo_rpc.schedulers.base import Scheduler
 from ormo_rpc.server.assignments import Assignment, Assignments
 from ormo_rpc.server.buckets import Buckets
@@ -367,6 +367,7 @@ class ParameterServer:
             lr=lr,
             steps=self.algorithm.steps,
             incarnation=self.incarnation,
+            buffers=NO_BUFFERS if ticket is None else self.buffers.snapshot(),
         )
 
     def _params_for(self, worker: int, lr: float) -> Tensor:

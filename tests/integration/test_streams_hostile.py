@@ -213,7 +213,7 @@ def test_each_forged_push_is_refused_and_the_stream_continues() -> None:
             ):
                 stream.send(forged, bytes_of(torch.ones(SMALL)))
                 stream.receive(memoryview(frame))
-                kind, _, elements, descriptor = frames.read_response(frame)
+                kind, _, elements, descriptor, _ = frames.read_response(frame)
                 assert (kind, descriptor) == (frames.Response.error, frames.INLINE)
                 text = bytearray(elements)
                 stream.receive(memoryview(text))

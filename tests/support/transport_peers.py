@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ormo_rpc.compression import PushFormat
 from ormo_rpc.errors import BY_NAME, ServerLost
-from ormo_rpc.messages import Push, Reply
+from ormo_rpc.messages import Push, Reply, number_fields
 from ormo_rpc.models.flat import Layout
 from ormo_rpc.rendezvous.lease import connect
 from ormo_rpc.rendezvous.listener import Listener
@@ -142,13 +142,11 @@ class Worker:
             PushRefused, ServerLost, TimeoutError: as the call did.
         """
         assert self._pipe.poll(PATIENCE_SECONDS), f"worker {self.worker} does not answer"
-        kind, value, params = self._pipe.recv()
+        kind, value, rest = self._pipe.recv()
         if kind == "error":
-            raise {**BY_NAME, "ServerLost": ServerLost}[value](params)
+            raise {**BY_NAME, "ServerLost": ServerLost}[value](rest)
         if kind == "reply":
-            dtype, data = params
-            tensor = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
-            return Reply(**value, params=tensor)
+            return Reply(**value, params=_tensor(*rest["params"]), buffers=_tensor(*rest["buffers"]))
         return value
 
     def close(self) -> None:
@@ -183,8 +181,13 @@ def _called(client: Any, payload: Tensor, kind: str, numbers: dict[str, Any], da
         return "error", type(error).__name__, str(error)
     if reply is None:
         return "value", None, None
-    fields = {name: getattr(reply, name) for name in reply.__slots__ if name != "params"}
-    return "reply", fields, (reply.params.dtype, bytes(reply.params.view(torch.uint8).tolist()))
+    numbers = {field.name: getattr(reply, field.name) for field in number_fields(Reply)}
+    tensors = {"params": reply.params, "buffers": reply.buffers}
+    return "reply", numbers, {name: (each.dtype, each.view(torch.uint8).numpy().tobytes()) for name, each in tensors.items()}
+
+
+def _tensor(dtype: torch.dtype, data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 
 @contextmanager

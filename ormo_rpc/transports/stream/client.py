@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ormo_rpc.errors import Refused, ServerLost
-from ormo_rpc.messages import Push, Reply
+from ormo_rpc.messages import NO_BUFFERS, Push, Reply
 from ormo_rpc.rendezvous.protocol import LineReader, send
 from ormo_rpc.transports.base import Endpoint, ServerClient, WorkerSide
 from ormo_rpc.transports.codec import unpack_error
@@ -84,7 +84,7 @@ class StreamClient(ServerClient):
     """Calls the server by frames.
 
     Shared parameters are the server's own memory, mapped for reading, which it leaves alone until the next push; those that
-    come behind a frame lie in a buffer that the next ones are written into.
+    come behind a frame lie in memory that the next ones are written into.
 
     Args:
         stream: The connection.
@@ -95,7 +95,7 @@ class StreamClient(ServerClient):
     def __init__(self, stream: FrameSocket, payload: Tensor, server_segment: SegmentHandle | None) -> None:
         self._stream = stream
         self._server_segment = server_segment
-        self._inline_payload = bytes_of(payload) if server_segment is None else None
+        self._inline_payload = (bytes_of(payload),) if server_segment is None else ()
         self._attached: dict[int, Tensor] = {}
         """Segments of the server's by their descriptors, as bytes."""
         self._buffer = torch.empty(0, dtype=torch.uint8)
@@ -103,11 +103,11 @@ class StreamClient(ServerClient):
 
     @override
     def register(self) -> Reply:
-        return self._call(frames.request(Request.register), None)
+        return self._call(frames.request(Request.register))
 
     @override
     def push(self, push: Push) -> Reply:
-        return self._call(frames.request(Request.push, push), self._inline_payload)
+        return self._call(frames.request(Request.push, push), *self._inline_payload)
 
     @override
     def leave(self) -> None:
@@ -115,19 +115,28 @@ class StreamClient(ServerClient):
             self._stream.send(frames.request(Request.leave))
             self._stream.receive(memoryview(bytearray(1)))  # the server closes the connection once it has received the request
 
-    def _call(self, request: bytes, body: memoryview | None) -> Reply:
+    def _call(self, request: bytes, *bodies: memoryview) -> Reply:
         try:
-            self._stream.send(request, body)
+            self._stream.send(request, *bodies)
             self._stream.receive(memoryview(self._frame))
-            kind, dtype, elements, descriptor = frames.read_response(self._frame)
+            kind, dtype, elements, descriptor, buffer_bytes = frames.read_response(self._frame)
             if kind == Response.error:
                 error = bytearray(elements)
                 self._stream.receive(memoryview(error))
                 raise unpack_error(error)
             params = self._vector(dtype, elements, descriptor)
+            buffers = self._buffers(buffer_bytes)
         except (EOFError, OSError) as error:
             raise ServerLost(f"the connection to the server is lost: {error}") from None
-        return Reply(**frames.reply_numbers(self._frame), params=params)
+        return Reply(**frames.reply_numbers(self._frame), params=params, buffers=buffers)
+
+    def _buffers(self, size: int) -> Tensor:
+        """The buffers of a response, in memory of their own, as they are few."""
+        if size == 0:
+            return NO_BUFFERS
+        buffers = torch.empty(size, dtype=torch.uint8)
+        self._stream.receive(bytes_of(buffers))
+        return buffers
 
     def _vector(self, dtype: int, elements: int, descriptor: int) -> Tensor:
         """The parameters of a response, shape (elements,)."""

@@ -1,7 +1,8 @@
 """The frames of a stream: fixed-size headers, some with the bytes of a vector behind them. Nothing in them is unpickled.
 
 A worker sends requests and the server answers each with one response. A vector comes as its bytes, in the machine's order, or
-lies in memory that both sides share (`shared_memory`); a response then has the descriptor of its segment.
+lies in memory that both sides share (`shared_memory`); a response then has the descriptor of its segment. The buffers of a
+reply, which are few, always come as bytes, behind everything else.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from ormo_rpc.transports.codec import PUSH, REPLY
 
 _KIND = struct.Struct("<q")
 """Of a request: its kind, then the numbers of a push."""
-_VECTOR = struct.Struct("<qqqq")
-"""Of a response: its kind, the vector's dtype, elements and descriptor, then the numbers of a reply."""
+_VECTOR = struct.Struct("<qqqqq")
+"""Of a response: its kind, the vector's dtype, elements and descriptor, bytes of buffers; then the numbers of a reply."""
 REQUEST_BYTES = _KIND.size + PUSH.size
 RESPONSE_BYTES = _VECTOR.size + REPLY.size
 INLINE = -1
@@ -57,18 +58,19 @@ def read_kind(frame: bytearray) -> int:
 
 
 def reply_frame(reply: Reply, descriptor: int) -> bytes:
-    """The frame of a reply whose parameters lie in a segment, or follow (`INLINE`); a reply without a ticket has none."""
+    """The frame of a reply whose parameters lie in a segment, or follow (`INLINE`); without a ticket nothing follows."""
     dtype, elements = (0, 0) if reply.ticket is None else (DTYPES.index(reply.params.dtype), reply.params.numel())
-    return _VECTOR.pack(Response.reply, dtype, elements, descriptor) + REPLY.pack(reply)
+    buffer_bytes = 0 if reply.ticket is None else reply.buffers.numel()
+    return _VECTOR.pack(Response.reply, dtype, elements, descriptor, buffer_bytes) + REPLY.pack(reply)
 
 
 def error_frame(size: int) -> bytes:
     """The frame of an error reply of that many bytes, which follow."""
-    return _VECTOR.pack(Response.error, 0, size, INLINE) + bytes(REPLY.size)
+    return _VECTOR.pack(Response.error, 0, size, INLINE, 0) + bytes(REPLY.size)
 
 
-def read_response(frame: bytearray) -> tuple[int, int, int, int]:
-    """Kind, dtype, elements and descriptor of a response."""
+def read_response(frame: bytearray) -> tuple[int, int, int, int, int]:
+    """Kind, dtype, elements and descriptor of a response, and the bytes of its buffers."""
     return _VECTOR.unpack_from(frame)
 
 
@@ -99,13 +101,13 @@ class FrameSocket:
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             connection.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", LIVENESS_SECONDS, 0))
 
-    def send(self, frame: bytes, body: memoryview | None = None) -> None:
+    def send(self, frame: bytes, *bodies: memoryview) -> None:
         """Send a frame and the bytes behind it.
 
         Raises:
             EOFError: the connection has ended, or the other side is not alive.
         """
-        parts = [memoryview(frame)] if body is None else [memoryview(frame), body]
+        parts = [memoryview(frame), *bodies]
         while parts:
             try:
                 sent = self.connection.sendmsg(parts)

@@ -1,8 +1,8 @@
 """The server's half of the stream transports: a connection for each worker, with a thread for each.
 
 A worker that has joined opens a connection and presents its session. Where each side can attach the other one's memory,
-gradients and parameters lie there, and frames of some 90 bytes are all that crosses; else the bytes follow the frames, from and
-into buffers that are made once.
+gradients and parameters lie there, and frames of some 100 bytes, with the model's buffers behind them, are all that crosses;
+else the bytes follow the frames, from and into memory that is made once.
 """
 
 from __future__ import annotations
@@ -145,10 +145,13 @@ class StreamServerSide(ServerSide):
             data = pack_error(response)
             stream.send(frames.error_frame(len(data)), memoryview(data))
             return
-        params = None if response.ticket is None else response.params
-        descriptor = self.pool.descriptor(params) if shared and self.pool is not None and params is not None else None
-        inline = None if params is None or descriptor is not None else bytes_of(params)
-        stream.send(frames.reply_frame(response, INLINE if descriptor is None else descriptor), inline)
+        if response.ticket is None:
+            stream.send(frames.reply_frame(response, INLINE))
+            return
+        descriptor = self.pool.descriptor(response.params) if shared and self.pool is not None else None
+        tensors = (response.buffers,) if descriptor is not None else (response.params, response.buffers)
+        inline = [bytes_of(tensor) for tensor in tensors if tensor.numel()]
+        stream.send(frames.reply_frame(response, INLINE if descriptor is None else descriptor), *inline)
 
 
 def _wait(future: ReplyFuture, stream: FrameSocket) -> ServerResponse:

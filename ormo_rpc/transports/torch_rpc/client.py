@@ -6,12 +6,13 @@ import contextlib
 from collections.abc import Callable, Generator
 from typing import Any
 
+import torch
 import torch.distributed.rpc as rpc
 from torch import Tensor
 from typing_extensions import override
 
 from ormo_rpc.errors import ServerLost
-from ormo_rpc.messages import Push, Reply
+from ormo_rpc.messages import NO_BUFFERS, Push, Reply
 from ormo_rpc.transports.base import Endpoint, ServerClient, Service, WorkerSide
 from ormo_rpc.transports.codec import PUSH, REPLY, unpack_error
 from ormo_rpc.transports.torch_rpc import server
@@ -85,7 +86,7 @@ class TorchRpcClient(ServerClient):
                 continue
             if params is None:
                 raise unpack_error(header)
-            return Reply(**REPLY.unpack(header), params=params)
+            return Reply(**REPLY.unpack(header), params=params, buffers=_buffers(header))
 
     def _call(self, function: Callable[..., Any], arguments: tuple[object, ...]) -> Any:
         """Make one call; a time-out and a lost server raise different errors."""
@@ -95,6 +96,13 @@ class TorchRpcClient(ServerClient):
             if str(error).startswith("RPCErr:1"):  # how torch marks a time-out
                 raise TimeoutError(_first_line(error)) from None
             raise ServerLost(_first_line(error)) from None
+
+
+def _buffers(header: bytes) -> Tensor:
+    """The buffers behind a header."""
+    if len(header) == REPLY.size:
+        return NO_BUFFERS
+    return torch.frombuffer(bytearray(header), dtype=torch.uint8, offset=REPLY.size).clone()
 
 
 def _first_line(error: Exception) -> str:

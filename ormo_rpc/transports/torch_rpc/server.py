@@ -23,7 +23,7 @@ from ormo_rpc.transports.pending_replies import ReplyFuture, ServerResponse, ref
 from ormo_rpc.transports.torch_rpc.agent import SERVER, rpc_agent
 
 Response = tuple[bytes, Tensor | None]
-"""The header and the parameters of a reply, or JSON and None for an error."""
+"""The header of a reply, with the buffers behind it, and the parameters; or JSON and None for an error."""
 DEFAULT_THREADS = 16
 """The number of threads of an agent that run handlers, unless there are more workers."""
 
@@ -63,7 +63,9 @@ def _future(pending: ReplyFuture) -> Future[Response]:
 def _packed(response: ServerResponse) -> Response:
     if isinstance(response, ErrorReply):
         return pack_error(response), None
-    return REPLY.pack(response), torch.empty(0) if response.ticket is None else response.params
+    if response.ticket is None:
+        return REPLY.pack(response), torch.empty(0)
+    return REPLY.pack(response) + response.buffers.numpy().tobytes(), response.params
 
 
 _service: rpc.RRef[Service] | None = None

@@ -48,7 +48,7 @@ def test_the_numbers_of_a_reply_cross(numbers: dict[str, Any]) -> None:
     check(REPLY, Reply(**numbers, params=torch.empty(0)), numbers)
 
 
-@pytest.mark.parametrize(("message", "tensors"), [(Push, {"grad", "buffers"}), (Reply, {"params"})])
+@pytest.mark.parametrize(("message", "tensors"), [(Push, {"grad", "buffers"}), (Reply, {"params", "buffers"})])
 def test_every_field_is_a_number_or_a_tensor(message: Any, tensors: set[str]) -> None:
     assert {field.name for field in fields(message)} == {field.name for field in number_fields(message)} | tensors
 

@@ -28,6 +28,8 @@ pytestmark = pytest.mark.timeout(120)
 SMALL, LARGE = 5, WORTH_POOLING // 4 + 1
 """Parameters that come behind a message everywhere, and that lie in shared memory where there is any."""
 WORKERS = 2
+BUFFER_BYTES = (3, 70_001, 1, 8)
+"""Of each reply in turn; an odd number is no multiple of anything."""
 STOP = Reply(worker=0, ticket=None, stamp=9, params=torch.empty(0), lr=0.0, steps=1, incarnation=0)
 
 
@@ -64,7 +66,9 @@ def test_all_of_a_push_and_of_its_reply_crosses(transport: Transport, dimension:
             payload = normal(form.size // 4, 5, ticket).float()
             numbers = numbers_of(Push, rng) | ({"loss": None} if ticket == 1 else {})
             reply = Reply(
-                **numbers_of(Reply, rng), params=normal(dimension, 6, ticket).to((torch.float32, torch.bfloat16)[ticket % 2])
+                **numbers_of(Reply, rng),
+                params=normal(dimension, 6, ticket).to((torch.float32, torch.bfloat16)[ticket % 2]),
+                buffers=torch.frombuffer(bytearray(rng.randbytes(BUFFER_BYTES[ticket])), dtype=torch.uint8),
             )
             service.replies = [reply if ticket < 3 else STOP]
             worker.push(numbers, payload)
@@ -74,6 +78,7 @@ def test_all_of_a_push_and_of_its_reply_crosses(transport: Transport, dimension:
                 field.name: getattr(expected, field.name) for field in number_fields(Reply)
             }
             assert torch.equal(came.params.float(), expected.params.float())
+            assert torch.equal(came.buffers, expected.buffers)
             assert came.params.dtype == (expected.params.dtype if ticket < 3 else came.params.dtype)
             pushed = service.pushes[-1]
             assert {name: getattr(pushed, name) for name in numbers} == numbers

@@ -12,9 +12,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from ormo_rpc.messages import Reply
 from ormo_rpc.transports.stream import frames
-from ormo_rpc.transports.stream.frames import DTYPES, REQUEST_BYTES, FrameSocket, bytes_of
+from ormo_rpc.transports.stream.client import StreamClient
+from ormo_rpc.transports.stream.frames import DTYPES, INLINE, REQUEST_BYTES, FrameSocket, bytes_of
+from ormo_rpc.transports.stream.server import StreamServerSide
 from tests.support.processes import PATIENCE_SECONDS
 
 LARGE = 5 << 20
@@ -199,3 +204,31 @@ def test_a_peer_that_is_alive_is_waited_for() -> None:
         elsewhere.submit(FrameSocket(there, alive).receive, memoryview(got)).result(PATIENCE_SECONDS)
         assert got == b"here"
         assert len(looks) == 2
+
+
+def reply(ticket: int | None, params: torch.Tensor, buffers: bytes) -> Reply:
+    values = torch.frombuffer(bytearray(buffers), dtype=torch.uint8) if buffers else torch.empty(0, dtype=torch.uint8)
+    return Reply(worker=1, ticket=ticket, stamp=3, params=params, lr=0.5, steps=1, incarnation=0, buffers=values)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 3), st.binary(max_size=300)), min_size=1, max_size=5))
+def test_every_reply_of_a_stream_has_buffers_of_its_own(sent: list[tuple[bool, int, bytes]]) -> None:
+    with connected() as (here, there):
+        server, side = FrameSocket(here, always), StreamServerSide(share=False)
+        client = StreamClient(FrameSocket(there, always), torch.zeros(0, dtype=torch.uint8), None)
+        came: list[tuple[Reply, bytes]] = []
+        for number, (ends, dimension, data) in enumerate(sent):
+            params = torch.arange(float(dimension)) + number
+            side._send(server, reply(None if ends else number, params, data), shared=False)  # pyright: ignore[reportPrivateUsage] # all that a connection's thread does with a reply
+            got = client.register()
+            assert torch.equal(got.params, torch.empty(0) if ends else params)
+            came.append((got, b"" if ends else data))
+        # Those of earlier replies are still what they were: nothing is written into the same memory.
+        assert [each.buffers.numpy().tobytes() for each, _ in came] == [data for _, data in came]
+
+
+@given(st.binary(max_size=64), st.booleans())
+def test_a_frame_says_how_many_bytes_of_buffers_follow(data: bytes, ends: bool) -> None:
+    frame = frames.reply_frame(reply(None if ends else 0, torch.ones(2), data), INLINE)
+    assert frames.read_response(bytearray(frame))[-1] == (0 if ends else len(data))
