@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ormo_rpc.loggers.statistics import Statistics
-from ormo_rpc.options import Part, option, positive
+from ormo_rpc.options import Part, at_least_one, option, positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,16 @@ class Logger(Part, ABC):
     PATH = "logger"
     progress: bool = option(True, "progress bar, when standard error is a terminal")
     log_seconds: float = option(0.5, "seconds between rows of metrics.jsonl", valid=positive, expected="a finite number > 0")
+    log_iterations: int | None = option(
+        None,
+        "iterations between such rows, whichever comes first; a hundredth of the run by default",
+        valid=at_least_one,
+        expected="a whole number >= 1",
+    )
+
+    def iterations_between_rows(self, total_iterations: int) -> int:
+        """The number of iterations after which a row is due; so few by default that the shortest run has a curve."""
+        return self.log_iterations or max(1, total_iterations // 100)
 
     @abstractmethod
     def start(self, run: RunInfo) -> RunLog:

@@ -64,6 +64,7 @@ class Recorder:
         self._queue: SimpleQueue[Event | Callable[[Offsets], None]] = SimpleQueue()
         self._last_row = (0.0, 0)
         """Seconds at the last row of an interval, and the gradients that this run itself had applied by then."""
+        self._iterations_between_rows = job.config.logger.iterations_between_rows(job.total_tickets)
 
     def record(self, event: Event) -> None:
         """Put an event into the queue; called on the update path."""
@@ -79,7 +80,7 @@ class Recorder:
         self._log({**self._coordinates(iteration, seconds), **row_of(self.measurements(0.0, 0), Rows.evaluation)})
 
     def flush(self, *, row: bool = False) -> None:
-        """Write the events in the queue, and a row of metrics where ``logger.log_seconds`` have passed or ``row`` is set."""
+        """Write the events in the queue, and the rows of metrics that are due, or one more if ``row`` is set."""
         while True:
             try:
                 item = self._queue.get_nowait()
@@ -88,6 +89,7 @@ class Recorder:
             if isinstance(item, Event):
                 self.statistics.observe(item)
                 self.directory.write_event(item)
+                self._write_row_by_iterations(item.seconds)
             else:
                 item(Offsets(*self.directory.sync(), self.statistics.state_dict()))
         seconds, (last_seconds, last_applied) = self.clock(), self._last_row
@@ -117,6 +119,12 @@ class Recorder:
             except Exception as error:  # a logger of the user's own may raise anything, and the run is complete
                 _log.warning("%s cannot be finished: %s: %s", type(log).__name__, type(error).__name__, error)
         return content
+
+    def _write_row_by_iterations(self, seconds: float) -> None:
+        """Write a row at the time of an event where ``logger.log_iterations`` have passed; those of one moment share it."""
+        last_seconds, last_applied = self._last_row
+        if self.statistics.applied - last_applied >= self._iterations_between_rows and seconds > last_seconds:
+            self._write_row(seconds)
 
     def _write_row(self, seconds: float) -> None:
         last_seconds, last_applied = self._last_row

@@ -13,8 +13,9 @@ import pytest
 import torch
 from typing_extensions import override
 
-from ormo_rpc import build_server
+from ormo_rpc import build_server, train
 from ormo_rpc.config.parsing import parse_config
+from ormo_rpc.config.schema import Config
 from ormo_rpc.loggers import RunLog
 from ormo_rpc.loggers.statistics import Statistics
 from ormo_rpc.messages import Push
@@ -26,7 +27,7 @@ from ormo_rpc.worker.evaluation import Evaluation
 from tests.support.events import apply_event
 
 TOTAL = 30
-CONFIG = parse_config({"workers": 3, "logger": {"name": "none", "log_seconds": 2.0}})
+CONFIG = parse_config({"workers": 3, "logger": {"name": "none", "log_seconds": 2.0, "log_iterations": 1000}})
 
 
 class ListLog(RunLog):
@@ -43,9 +44,11 @@ class ListLog(RunLog):
 class TenIterationsAnEpoch:
     """The part of a job that a recorder reads."""
 
-    config = CONFIG
     total_tickets = TOTAL
     batches_per_epoch = 10
+
+    def __init__(self, config: Config = CONFIG) -> None:
+        self.config = config
 
     def lr(self, _iteration: int) -> float:
         """Return a constant."""
@@ -59,10 +62,10 @@ class TenIterationsAnEpoch:
 class Run:
     """A recorder with a clock that is set by hand, and a server whose events it records."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, config: Config = CONFIG) -> None:
         self.now = 0.0
         self.held = 0.0
-        self.job = cast("JobLike", TenIterationsAnEpoch())
+        self.job = cast("JobLike", TenIterationsAnEpoch(config))
         self.shown = ListLog()
         self.folder = folder
         self.directory = RunDirectory(folder)
@@ -158,6 +161,34 @@ def test_a_row_of_metrics_is_written_every_log_seconds(run: Run) -> None:
     # Three workers in turn: delays 0, 1, 2, 2, 2.
     assert (rows[0]["delay_mean"], rows[0]["delay_max"]) == (1.4, 2)
     assert [{key: row[key] for key in row if key != "seen"} for row in run.shown.rows] == rows
+
+
+def test_a_row_is_written_every_log_iterations_at_the_time_of_their_last_event(tmp_path: Path) -> None:
+    run = Run(tmp_path, parse_config({"workers": 3, "logger": {"name": "none", "log_seconds": 2.0, "log_iterations": 4}}))
+    for seconds in (0.25, 0.5, 0.75):  # five gradients at each of these moments, and one flush for all of them
+        run.now = seconds
+        run.push(5)
+    run.now = 1.0
+    run.recorder.flush()
+    rows = run.lines("metrics.jsonl")
+    assert [(row["iteration"], row["seconds"], row["updates_per_second"]) for row in rows] == [
+        (4, 0.25, 16.0),
+        (8, 0.5, 16.0),
+        (12, 0.75, 16.0),
+    ]
+    run.now = 3.0
+    run.push(1)
+    run.recorder.flush()  # log_seconds counts as well
+    assert [row["iteration"] for row in run.lines("metrics.jsonl")] == [4, 8, 12, 16]
+    run.directory.close()
+
+
+def test_the_shortest_run_has_a_curve(tmp_path: Path) -> None:
+    options = ["runtime=sim", "logger=none", "train.max_iterations=60", "runtime.compute_seconds=0.01", "model.hidden=8"]
+    summary = train([*options, "workers=2"], run_dir=tmp_path)
+    assert summary["virtual_seconds"] < 1
+    losses = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len([row for row in losses if "train_loss" in row]) >= 20
 
 
 def test_the_rate_of_a_resumed_run_counts_its_own_updates(run: Run) -> None:
