@@ -14,7 +14,7 @@ from ormo_rpc.options import register
 MEMORY = 0.999
 """Decay of the running mean of the squared momentum (the authors' value)."""
 EPSILON = 1e-8
-"""Added to the usual step, in units of the parameters (the authors' value)."""
+"""Added to the root mean square of the momentum, in units of the gradient (the authors' value)."""
 
 
 @register("gap_aware")
@@ -23,13 +23,16 @@ class GapAware(Algorithm):
     """Gap-aware: each element of a gradient is divided by the number of usual steps that the parameters went meanwhile.
 
     Recursion, elementwise, with ``w_bak`` the copy of the parameters that was sent with the ticket and ``n`` the gradients so
-    far: ``C = max_lr sqrt(MS / (1 - 0.999^n))``, ``g <- g / (1 + |w - w_bak| / (C + 1e-8))``, then
+    far: ``C = max_lr (sqrt(MS / (1 - 0.999^n)) + 1e-8)``, ``g <- g / (1 + |w - w_bak| / C)``, then
     ``v <- beta v + g; w <- w - eta v``, then ``MS <- 0.999 MS + 0.001 v*v``. ``v`` is in units of the gradient; ``max_lr`` is
-    the largest learning rate so far. The first gradient has no gap (``n = 0``). Memory: ``w, v, MS``, three vectors of D; the
-    copies that were sent are kept by the server for every algorithm. K is not used, so it may change.
+    the largest learning rate so far. There is no gap before the first gradient (``n = 0``) nor while ``max_lr`` is 0. Memory:
+    ``w, v, MS``, three vectors of D; the copies that were sent are kept by the server for every algorithm. K is not used, so it
+    may change.
 
-    Source: Barkai, Hakimi, Schuster, ICLR 2020, arXiv 1909.10802. Departure: one momentum for all in order of arrival, as in
-        `naive`, which it equals where every gap is zero and the learning rate constant.
+    Source: Barkai, Hakimi, Schuster, ICLR 2020, arXiv 1909.10802, with the constants of the public code. Departures: one
+        momentum for all in order of arrival, as in `naive`, which it equals where every gap is zero and the learning rate
+        constant; ``MS`` averages ``v_1, ..., v_n``, where the public code counts ``v_0 = 0`` too; with ``beta = 0`` it averages
+        the divided gradients before the present one, where the public code averages undivided ones with the present one.
     """
 
     READS_SENT = True
@@ -47,8 +50,8 @@ class GapAware(Algorithm):
         assert context.sent is not None, "the server keeps what was sent where READS_SENT"
         self.max_lr = max(self.max_lr, lr)
         self.v.mul_(self.momentum)
-        if self.count:
-            usual = (self.mean_square / (1 - MEMORY**self.count)).sqrt_().mul_(self.max_lr).add_(EPSILON)
+        if self.count and self.max_lr > 0:
+            usual = (self.mean_square / (1 - MEMORY**self.count)).sqrt_().add_(EPSILON).mul_(self.max_lr)
             gap = (self.params - context.sent).abs_()
             self.v.addcdiv_(grad, gap.div_(usual).add_(1))
         else:

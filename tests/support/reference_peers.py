@@ -156,11 +156,11 @@ class GapAware(InUnitsOfTheGradient):
         w, v, divided = [self.start], list[Tensor](), list[Tensor]()
         for g in self.gradients(history):
             penalty = torch.ones_like(self.start)
-            if v:
-                largest = max(self.lr(t) for t in range(g.t + 1))
+            largest = max(self.lr(t) for t in range(g.t + 1))
+            if v and largest > 0:
                 bias = sum(0.001 * 0.999**n for n in range(len(v)))
-                usual = largest * (decayed(0.999, [0.001 * one**2 for one in v]) / bias) ** 0.5
-                penalty = 1 + (w[g.t] - w[g.i]).abs() / (usual + 1e-8)
+                usual = (decayed(0.999, [0.001 * one**2 for one in v]) / bias) ** 0.5
+                penalty = 1 + (w[g.t] - w[g.i]).abs() / (largest * (usual + 1e-8))
             divided.append(g.value_D / penalty)
             v.append(decayed(self.beta, divided))
             w.append(w[-1] - g.eta * v[-1])

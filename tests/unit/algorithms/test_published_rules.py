@@ -202,16 +202,37 @@ def test_dc_asgd_gives_numbers_worked_out_by_hand() -> None:
         close(server.params, torch.tensor([expected], dtype=torch.float64))
 
 
-def test_gap_aware_gives_numbers_worked_out_by_hand() -> None:
-    # eta = 0.1, beta = 0.9, gradients 1. Worker 0: v = 1, w = -0.1, MS / bias = 1, so a usual step C = 0.1. Worker 1 was sent
-    # 0, a gap of 0.1: penalty 1 + 0.1 / (0.1 + 1e-8), v = 0.9 + 1 / penalty, w = -0.1 - 0.1 v.
+@pytest.mark.parametrize(
+    ("lr", "grad", "penalty"),
+    [
+        (0.1, 1.0, 2.0),
+        (1e-3, 1e-5, 1.999),  # 1 + 1 / (1 + 1e-8 / 1e-5)
+        (1e-2, 1e-8, 1.5),  # the gradient is as small as the 1e-8 that is added to it
+        (1e3, 1e-12, 1.0001),  # far smaller, whatever the learning rate
+    ],
+)
+def test_gap_aware_gives_numbers_worked_out_by_hand(lr: float, grad: float, penalty: float) -> None:
+    # beta = 0.9, gradients g. Worker 0: v = g, w = -eta g, sqrt(MS / bias) = g, so a usual step is C = eta (g + 1e-8). Worker 1
+    # was sent 0, a gap of eta g: penalty 1 + g / (g + 1e-8) at any eta, v = 0.9 g + g / penalty, w = -eta g - eta v.
     server = build_server(
-        algorithm="gap_aware", params=torch.zeros(1, dtype=torch.float64), num_workers=2, lr=0.1, momentum=BETA, total_tickets=9
+        algorithm="gap_aware", params=torch.zeros(1, dtype=torch.float64), num_workers=2, lr=lr, momentum=BETA, total_tickets=9
     )
-    run = Run(server=server, gradient=lambda _: torch.ones(1, dtype=torch.float64), num_workers=2).start()
+    run = Run(server=server, gradient=lambda _: torch.full((1,), grad, dtype=torch.float64), num_workers=2).start()
     for reply in list(run.outstanding.values()):
         run.push(reply)
-    close(server.params, torch.tensor([-0.1 - 0.1 * (0.9 + 1 / (1 + 0.1 / (0.1 + 1e-8)))], dtype=torch.float64))
+    exact = 1 + grad / (grad + 1e-8)
+    assert exact == pytest.approx(penalty, abs=1e-5)
+    expected = torch.tensor([-lr * grad * (1 + 0.9 + 1 / exact)], dtype=torch.float64)
+    torch.testing.assert_close(server.params, expected, rtol=1e-14, atol=0)
+
+
+def test_gap_aware_stays_finite_while_the_learning_rate_is_zero() -> None:
+    # eta = 0, 0, 0.1, 0.1 (a warm-up from 0), beta = 0.9, gradients 1, one worker: no gap, v = 1, 1.9, 2.71, 3.439.
+    run = begin("gap_aware", num_workers=1, gradient=lambda _: torch.ones(D, dtype=torch.float64), lr=lambda t: 0.1 * (t > 1))
+    start = run.server.params.clone()
+    for moved in (0.0, 0.0, 0.271, 0.6149):
+        run.push(next(iter(run.outstanding.values())))
+        close(run.server.params, start - moved)
 
 
 def test_gap_aware_without_gaps_is_naive() -> None:
