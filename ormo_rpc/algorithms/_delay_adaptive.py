@@ -12,16 +12,16 @@ from ormo_rpc.options import option
 
 
 class DelayRule(Enum):
-    """The learning rate as a function of the delay ``tau``; ``R`` is the threshold, by default ``2 K``."""
+    """The learning rate as a function of the delay ``tau``; ``R`` is the threshold."""
 
     ormo = "ormo"
-    """``eta`` up to R, then ``eta R / tau``, or ``min(eta, 1 / (4 L tau))`` where L is given (arXiv 2407.19234)."""
+    """``eta`` up to R, by default 2 K, then ``eta R / tau``, or ``min(eta, 1 / (4 L tau))`` where L is given (arXiv 2407.19234)."""
     mishchenko = "mishchenko"
     """``eta K / max(K, tau)`` (Mishchenko et al. 2022, arXiv 2206.07638)."""
     koloskova = "koloskova"
-    """``eta`` up to R, then ``eta / tau`` (Koloskova et al. 2022, arXiv 2206.08307)."""
+    """``eta`` up to R, by default K, then ``eta / tau`` (Koloskova et al. 2022, arXiv 2206.08307, whose R is the concurrency)."""
     drop = "drop"
-    """``eta`` up to R; a gradient that is older is discarded and its ticket done again."""
+    """``eta`` up to R, by default K; an older gradient is discarded and its ticket done again (the other choice there)."""
 
 
 @dataclass(kw_only=True)
@@ -31,7 +31,7 @@ class DelayAdaptive(Algorithm):
     rule: DelayRule = option(DelayRule.ormo, "how the learning rate follows the delay: ormo, mishchenko, koloskova or drop")
     threshold: int | None = option(
         None,
-        "delay up to which nothing is changed, in iterations; default 2 K, K being the gradients in flight",
+        "delay up to which nothing is changed, in iterations; default 2 K (rule=ormo) or K (koloskova, drop), K being the gradients in flight",
         valid=lambda v: isinstance(v, int) and v >= 0,
         expected="a whole number >= 0",
     )
@@ -62,7 +62,9 @@ class DelayAdaptive(Algorithm):
 
     def _largest_delay(self, context: PushContext) -> int:
         """Return the delay up to which a gradient keeps the scheduled learning rate."""
-        return 2 * context.concurrency if self.threshold is None else self.threshold
+        if self.threshold is not None:
+            return self.threshold
+        return 2 * context.concurrency if self.rule is DelayRule.ormo else context.concurrency
 
     def __post_init__(self) -> None:
         super().__post_init__()

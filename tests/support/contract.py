@@ -84,6 +84,7 @@ DELAY_ADAPTIVE: tuple[Mapping[str, Any], ...] = (
     {"threshold": 1},
     {"threshold": 2, "smoothness": 2.0},
     {"rule": DelayRule.mishchenko},
+    {"rule": DelayRule.koloskova},
     {"rule": DelayRule.koloskova, "threshold": 2},
     {"rule": DelayRule.drop},
     {"rule": DelayRule.drop, "threshold": 1},

@@ -246,4 +246,6 @@ class OrMoDA(OrMo):
     def limit(self, K: int) -> int:
         """Return the delay up to which the learning rate stays."""
         chosen = self.options.get("threshold")
-        return 2 * K if chosen is None else chosen
+        if chosen is not None:
+            return chosen
+        return {"ormo": 2 * K, "koloskova": K, "drop": K}[self.rule]

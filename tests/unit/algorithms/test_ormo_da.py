@@ -43,10 +43,10 @@ def context(delay: int, *, concurrency: int = 3, lr: float = 0.5) -> PushContext
         ({"smoothness": 0.25}, {5: 0.5, 6: 0.5, 8: 0.125}),
         # eta K / max(K, tau), so its threshold is K = 3: at 4: 0.5 * 3 / 4 = 0.375; at 6: 0.25.
         ({"rule": DelayRule.mishchenko}, {2: 0.5, 3: 0.5, 4: 0.375, 6: 0.25}),
-        # eta / tau past R = 6, a jump: at 8: 0.0625.
-        ({"rule": DelayRule.koloskova}, {5: 0.5, 6: 0.5, 8: 0.0625, 10: 0.05}),
+        # eta / tau past R = K = 3, a jump: at 4: 0.125; at 8: 0.0625.
+        ({"rule": DelayRule.koloskova}, {2: 0.5, 3: 0.5, 4: 0.125, 8: 0.0625, 10: 0.05}),
         ({"rule": DelayRule.koloskova, "threshold": 1}, {1: 0.5, 2: 0.25}),
-        ({"rule": DelayRule.drop}, {5: 0.5, 6: 0.5}),
+        ({"rule": DelayRule.drop}, {2: 0.5, 3: 0.5}),
     ],
     ids=str,
 )
@@ -57,9 +57,21 @@ def test_the_learning_rate_follows_the_delay(options: dict[str, Any], expected: 
     assert all(algorithm.accepts(context(delay)) for delay in expected)
 
 
-def test_drop_discards_gradients_past_the_threshold() -> None:
-    algorithm = begin(num_workers=3, tickets=None, algorithm="ormo_da", rule=DelayRule.drop).run.server.algorithm
-    assert [algorithm.accepts(context(delay)) for delay in (5, 6, 7, 50)] == [True, True, False, False]
+@pytest.mark.parametrize("algorithm", ["ormo_da", "asgd_da"])
+@pytest.mark.parametrize(("options", "limit"), [({}, 3), ({"threshold": 6}, 6), ({"threshold": 0}, 0)], ids=str)
+def test_drop_discards_gradients_past_the_concurrency_or_the_given_threshold(
+    algorithm: str, options: dict[str, Any], limit: int
+) -> None:
+    server = begin(num_workers=3, tickets=None, algorithm=algorithm, rule=DelayRule.drop, **options).run.server
+    accepted = [server.algorithm.accepts(context(delay)) for delay in (limit, limit + 1, 50)]
+    assert accepted == [True, False, False]
+
+
+def test_the_threshold_of_koloskova_follows_the_concurrency() -> None:
+    # K = 8: up to a delay of 8 eta = 0.5; then 0.5 / 9.
+    algorithm = begin(num_workers=3, tickets=None, algorithm="asgd_da", rule=DelayRule.koloskova).run.server.algorithm
+    rates = [algorithm.learning_rate(context(delay, concurrency=8)) for delay in (7, 8, 9)]
+    assert rates == pytest.approx([0.5, 0.5, 0.5 / 9], rel=1e-15, abs=0)
 
 
 def test_the_ticket_of_a_dropped_gradient_is_reissued_with_fresh_parameters() -> None:
