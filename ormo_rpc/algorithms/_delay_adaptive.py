@@ -15,13 +15,13 @@ class DelayRule(Enum):
     """The learning rate as a function of the delay ``tau``; ``R`` is the threshold."""
 
     ormo = "ormo"
-    """``eta`` up to R, by default 2 K, then ``eta R / tau``, or ``min(eta, 1 / (4 L tau))`` where L is given (arXiv 2407.19234)."""
+    """``eta`` up to R (2 K by default), then ``eta R / tau``, or ``min(eta, 1 / (4 L tau))`` given L (arXiv 2407.19234)."""
     mishchenko = "mishchenko"
     """``eta K / max(K, tau)`` (Mishchenko et al. 2022, arXiv 2206.07638)."""
     koloskova = "koloskova"
-    """``eta`` up to R, by default K, then ``eta / tau`` (Koloskova et al. 2022, arXiv 2206.08307, whose R is the concurrency)."""
+    """``eta`` up to R (K by default, as published), then ``eta / tau`` (Koloskova et al. 2022, arXiv 2206.08307)."""
     drop = "drop"
-    """``eta`` up to R, by default K; an older gradient is discarded and its ticket done again (the other choice there)."""
+    """``eta`` up to R (K by default); a gradient that is older is discarded and its ticket done again."""
 
 
 @dataclass(kw_only=True)
@@ -31,7 +31,7 @@ class DelayAdaptive(Algorithm):
     rule: DelayRule = option(DelayRule.ormo, "how the learning rate follows the delay: ormo, mishchenko, koloskova or drop")
     threshold: int | None = option(
         None,
-        "delay up to which nothing is changed, in iterations; default 2 K (rule=ormo) or K (koloskova, drop), K being the gradients in flight",
+        "R, delay up to which nothing is changed, in iterations; default 2 K for ormo, K (gradients in flight) for others",
         valid=lambda v: isinstance(v, int) and v >= 0,
         expected="a whole number >= 0",
     )
