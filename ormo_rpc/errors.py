@@ -59,6 +59,11 @@ class WorkerBanned(PushRefused):
     """Raised after `max_not_finite` consecutive non-finite gradients of a worker; the worker must not rejoin."""
 
 
+def one_line(error: BaseException) -> str:
+    """Type and message of an error, such as a user's own code may raise, on one line of at most about 300 characters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 BY_NAME: dict[str, type[Exception]] = {
     error.__name__: error
     for error in (PushRefused, NonFiniteGradient, GradientTooLarge, StaleSession, WorkerBanned, TimeoutError)

@@ -1,4 +1,4 @@
-"""Evaluate a run or checkpoint on the test split: ``python -m ormo_rpc.evaluate RUN_DIRECTORY``."""
+"""Evaluate a run or checkpoint on the test and validation splits: ``python -m ormo_rpc.evaluate RUN_DIRECTORY``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ormo_rpc.config.parsing import load_config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.storage import checkpoint
-from ormo_rpc.worker.evaluation import Evaluation, evaluate
+from ormo_rpc.worker.evaluation import Evaluation, Evaluator
 
 
 def evaluate_checkpoint(path: Path) -> tuple[Path, Evaluation]:
-    """Evaluate a checkpoint, or the newest one of a run directory, on the test split.
+    """Evaluate a checkpoint, or the newest one of a run directory, on the splits that it was not trained on.
 
     Returns:
         The checkpoint, and its loss and accuracy.
@@ -24,17 +24,17 @@ def evaluate_checkpoint(path: Path) -> tuple[Path, Evaluation]:
     """
     found = checkpoint.locate(path)
     config = load_config(found / "config.yaml")
-    data = config.dataset.load()
+    data = config.dataset.load_splits(config.seed)
     module = config.model.build(data.input_shape, data.num_classes)
     module.load_state_dict(checkpoint.read(found, "model.pt"))
     model = FlatModel(module)
-    return found, evaluate(model, model.flat_params(), model.copy_statistics(), data.test)
+    return found, Evaluator(model, data)(model.flat_params(), model.copy_statistics())
 
 
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m ormo_rpc.evaluate", description="Print the test accuracy of a run or checkpoint."
+        prog="python -m ormo_rpc.evaluate", description="Print the test (and validation) accuracy of a run or checkpoint."
     )
     parser.add_argument("path", type=Path, help="a run directory (its newest checkpoint is taken) or a checkpoint")
     try:
@@ -44,6 +44,8 @@ def main() -> None:
         print(f"evaluate: {kind}{error}", file=sys.stderr)
         sys.exit(2)
     print(f"{found}\ntest accuracy {result.accuracy:.2%}, test loss {result.loss:.4f}")
+    if result.val_accuracy is not None:
+        print(f"validation accuracy {result.val_accuracy:.2%}, validation loss {result.val_loss:.4f}")
 
 
 if __name__ == "__main__":

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sized
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 from typing_extensions import override
 
 from ormo_rpc.data.sources import DataSource
 from ormo_rpc.data.splits import DataSet, MapSplit, MapStyle
-from ormo_rpc.options import CallsTarget, register
+from ormo_rpc.options import CallsTarget, at_least_one, option, register
 
 _log = logging.getLogger(__name__)
 
@@ -23,10 +25,23 @@ _log = logging.getLogger(__name__)
 class CustomData(DataSource, CallsTarget):
     """A data set of your own: the function that ``dataset._target_`` names, the keys beside it are its keywords.
 
-    It returns a `DataSet`, or a pair (train, test) of map-style datasets of torch. Of a pair the input shape is that of the
-    first training item. The number of classes is the keyword ``num_classes`` if given, else the length of the training set's
-    attribute ``classes``, else the largest training label plus one, for which the whole set is read once; the log says which.
+    It returns a `DataSet`, or a pair (train, test) of map-style datasets of torch, whose targets are class numbers: one for
+    each item, or an integer tensor of them. Of a pair the input shape is that of the first training item. The number of
+    classes is the keyword ``num_classes`` if given, else the length of the training set's attribute ``classes``, else the
+    largest training target plus one, for which the launcher reads the whole set once; the log says which.
+
+    ``dataset.validation`` holds out training samples, unless the function takes that keyword itself; a `DataSet` may have a
+    validation split of its own instead. What a map-style dataset does to its items at random it does to those held out as well.
     """
+
+    OWN: ClassVar[tuple[str, ...]] = ("validation", "counted_classes")
+
+    counted_classes: int | None = option(
+        None,
+        "number of classes, where the launcher has counted them for the other processes",
+        valid=at_least_one,
+        expected="a whole number >= 1",
+    )
 
     @override
     def load(self) -> DataSet:
@@ -41,25 +56,33 @@ class CustomData(DataSource, CallsTarget):
             case _:
                 raise self._wrong(cast("object", made))
 
+    @override
+    def with_findings(self, data: DataSet) -> DataSource:
+        return dataclasses.replace(self, counted_classes=data.num_classes)
+
     def _from_pair(self, train: MapStyle, test: MapStyle) -> DataSet:
         if not len(train):
             raise ValueError(f"dataset._target_: {self._target_} returned an empty training set")
         try:
-            inputs, labels = default_collate([train[0]])
+            inputs, targets = default_collate([train[0]])
         except (TypeError, ValueError) as error:
             raise ValueError(f"{self._item_fault()}: {error}") from error
-        if not _are_labels(labels):
-            raise ValueError(f"{self._item_fault()}; the first has the label {labels!r}")
+        if not isinstance(inputs, Tensor):
+            raise ValueError(f"{self._item_fault()}; the first has an input of type {type(inputs).__name__}")
+        if not _are_class_numbers(targets):
+            raise ValueError(f"{self._item_fault()}; the first has the target {targets!r}")
         return DataSet(MapSplit(train), MapSplit(test), tuple(inputs.shape[1:]), self._num_classes(train))
 
     def _num_classes(self, train: MapStyle) -> int:
         classes = getattr(train, "classes", None)
+        if self.counted_classes is not None:
+            return self.counted_classes
         if "num_classes" in self.kwargs:
             number, origin = int(self.kwargs["num_classes"]), "dataset.num_classes"
         elif isinstance(classes, Sized):
             number, origin = len(classes), "its attribute classes"
         else:
-            number, origin = 1 + max(int(train[index][1]) for index in range(len(train))), "its largest label"
+            number, origin = 1 + max(_largest(train[index][1]) for index in range(len(train))), "its largest target"
         _log.info("%s: %d classes, from %s", self._target_, number, origin)
         return number
 
@@ -70,9 +93,16 @@ class CustomData(DataSource, CallsTarget):
         )
 
     def _item_fault(self) -> str:
-        return f"dataset._target_: the items of {self._target_} must be pairs (input tensor, class number)"
+        expected = "pairs (input tensor, class number or integer tensor of them)"
+        return f"dataset._target_: the items of {self._target_} must be {expected}"
 
 
-def _are_labels(labels: Any) -> bool:
-    """Tell whether the collated labels of one item are class numbers: an integer tensor, shape (1,)."""
-    return isinstance(labels, Tensor) and labels.shape == (1,) and not (labels.is_floating_point() or labels.is_complex())
+def _are_class_numbers(targets: Any) -> bool:
+    """Tell whether the collated targets of one item are class numbers: integers of any shape."""
+    return isinstance(targets, Tensor) and not (targets.is_floating_point() or targets.is_complex())
+
+
+def _largest(target: Any) -> int:
+    """The largest class number in the target of one item; 0 at least, which also stands for targets that do not count."""
+    numbers = torch.as_tensor(target)
+    return max(0, int(numbers.max())) if numbers.numel() else 0

@@ -52,10 +52,6 @@ class Digits(DataSource):
         )
         return DataSet(train, test, (1, 8, 8), 10)
 
-    @override
-    def prepare(self) -> None:
-        pass  # the scans are part of the scikit-learn package
-
 
 def _table() -> Tensor:
     """One row a scan: its pixels, and what it shows."""

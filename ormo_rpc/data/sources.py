@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ormo_rpc.data.splits import ArraySplit, DataSet
+from ormo_rpc.data.splits import ArraySplit, DataSet, hold_out
 from ormo_rpc.options import Part, option
+from ormo_rpc.seeding import generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,12 @@ class DataSource(Part, ABC):
     root: str = option("data", "folder that holds the files, one subfolder per data set")
     download: bool = option(False, "fetch missing files from the web, once per machine")
     verify: bool = option(True, "check md5 sums (CIFAR); off for a repackaged copy that you trust")
+    validation: float = option(
+        0.0,
+        "training samples that are held out for val_loss and val_accuracy: a fraction in (0, 1), or their number",
+        valid=lambda v: 0 <= v < 1 or (v >= 1 and float(v).is_integer()),
+        expected="a fraction in [0, 1) or a whole number of samples",
+    )
 
     @abstractmethod
     def load(self) -> DataSet:
@@ -36,12 +43,23 @@ class DataSource(Part, ABC):
         """
 
     def prepare(self) -> None:
-        """Make sure that `load` succeeds; called once per machine, before any worker starts.
+        """Do what is done once per machine before any process loads the data set, such as a download.
 
         Raises:
-            ValueError: as `load` does.
+            ValueError: it cannot be done; the message says what to do.
         """
-        self.load()
+
+    def load_splits(self, seed: int) -> DataSet:
+        """Load the data set, and hold out its validation split, which depends on the run's seed alone.
+
+        Raises:
+            ValueError: as `load` does, or the validation split would leave no training sample.
+        """
+        return hold_out(self.load(), self.validation, generator(seed, "validation", 0))
+
+    def with_findings(self, data: DataSet) -> DataSource:  # noqa: ARG002 - there is nothing to find out by default
+        """Return this part with what reading the whole data set has found out, which other processes need not do again."""
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +109,6 @@ class TorchvisionImages(DataSource):
     def prepare(self) -> None:
         if self.download:
             self._fetch()
-        self.load()
 
     @override
     def load(self) -> DataSet:

@@ -1,7 +1,8 @@
-"""Training and test samples: a `Split` turns sample numbers into a batch and keeps nothing between two batches."""
+"""Training, validation and test samples: a `Split` turns sample numbers into a batch and keeps nothing between two batches."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -28,7 +29,10 @@ class Split(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, indices: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Inputs, shape (B, ...), and labels, int64 of shape (B,), of the samples numbered ``indices``, shape (B,).
+        """Inputs, shape (B, ...), and targets of the samples numbered ``indices``, shape (B,).
+
+        Targets are class numbers, integers of shape (B, ...), of which -100 does not count; or class probabilities, floating
+        point of the shape of the logits (B, C, ...).
 
         Training passes the generator of the augmentation; with None the samples come as they are, for evaluation.
         """
@@ -37,7 +41,7 @@ class Split(Protocol):
 
 @runtime_checkable
 class MapStyle(Protocol):
-    """A map-style dataset of torch: any object with a length and items ``(input, label)``."""
+    """A map-style dataset of torch: any object with a length and items ``(input, target)``."""
 
     def __len__(self) -> int: ...
 
@@ -51,14 +55,16 @@ class DataSet:
     Attributes:
         train: The samples that gradients are computed on.
         test: The samples that the accuracy is measured on.
+        validation: The samples for choices between runs, such as of a learning rate; None where there are none.
         input_shape: The shape of one sample, without the batch.
-        num_classes: Labels are 0 to ``num_classes - 1``.
+        num_classes: Targets are 0 to ``num_classes - 1``.
     """
 
     train: Split
     test: Split
     input_shape: tuple[int, ...]
     num_classes: int
+    validation: Split | None = None
 
 
 class ArraySplit:
@@ -120,8 +126,64 @@ class MapSplit:
 
     def batch(self, indices: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:  # noqa: ARG002 - see above
         """The items of these numbers, collated."""
-        inputs, labels = default_collate([self.dataset[index] for index in indices.tolist()])
-        return inputs, labels.long()  # cross entropy takes no other integers
+        inputs, targets = default_collate([self.dataset[index] for index in indices.tolist()])
+        return inputs, targets
+
+
+class PartSplit:
+    """Some of the samples of a split.
+
+    Args:
+        split: The split.
+        indices: Their numbers there, int64, shape (N,).
+        augment: Hand the generator of the augmentation on; otherwise the samples come as they are.
+    """
+
+    PURE: ClassVar[bool] = False
+
+    def __init__(self, split: Split, indices: Tensor, *, augment: bool) -> None:
+        self.split = split
+        self.indices = indices
+        self.augment = augment
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def batch(self, indices: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """The batch of the split itself."""
+        return self.split.batch(self.indices[indices], generator if self.augment else None)
+
+
+class PurePartSplit(PartSplit):
+    """Some of the samples of a split whose batches depend on their arguments alone."""
+
+    PURE: ClassVar[bool] = True
+
+
+def hold_out(data: DataSet, amount: float, generator: torch.Generator) -> DataSet:
+    """Move randomly drawn training samples to a validation split.
+
+    Args:
+        data: The data set.
+        amount: A fraction in (0, 1) of the training samples, or their number; 0 for none.
+        generator: The only randomness.
+
+    Raises:
+        ValueError: there is a validation split already, or no training sample would be left.
+    """
+    if not amount:
+        return data
+    if data.validation is not None:
+        raise ValueError(f"dataset.validation: got {amount:g}, expected 0: the data set has a validation split of its own")
+    total = len(data.train)
+    size = max(1, round(amount * total)) if amount < 1 else int(amount)
+    if size >= total:
+        raise ValueError(f"dataset.validation: got {amount:g}, expected less than the {total} training samples")
+    order = torch.randperm(total, generator=generator)
+    held_out, rest = (part.sort().values for part in order.split([size, total - size]))
+    kind = PurePartSplit if data.train.PURE else PartSplit
+    train, validation = kind(data.train, rest, augment=True), kind(data.train, held_out, augment=False)
+    return dataclasses.replace(data, train=train, validation=validation)
 
 
 def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -112,7 +112,7 @@ class Metrics:
         form=".4f",
     )
     test_loss: float | None = metric(
-        "mean loss on the test split",
+        "mean loss on the test split, over the targets that count",
         lambda at: None if at.evaluation is None else at.evaluation.loss,
         in_rows=Rows.evaluation,
     )
@@ -122,6 +122,19 @@ class Metrics:
         in_rows=Rows.evaluation,
         bar="accuracy",
         column="test accuracy",
+        form=".2%",
+    )
+    val_loss: float | None = metric(
+        "mean loss on the validation split, over the targets that count",
+        lambda at: None if at.evaluation is None else at.evaluation.val_loss,
+        in_rows=Rows.evaluation,
+    )
+    val_accuracy: float | None = metric(
+        "accuracy on the validation split, in [0, 1]",
+        lambda at: None if at.evaluation is None else at.evaluation.val_accuracy,
+        in_rows=Rows.evaluation,
+        bar="val accuracy",
+        column="val accuracy",
         form=".2%",
     )
     updates_per_second: float | None = metric(

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 from ormo_rpc.options.part import Part, find, parts
 from ormo_rpc.options.section import option
@@ -32,6 +32,8 @@ class CallsTarget(Part):
 
     _target_: str = option("", "dotted path of what is called", valid=is_dotted_path, expected=DOTTED_PATH)
     kwargs: dict[str, Any] = option({}, "its keywords")
+    OWN: ClassVar[tuple[str, ...]] = ()
+    """Options that are this part's own, and no keywords, unless the target's signature names them."""
 
     @property
     def target(self) -> str:
@@ -138,7 +140,8 @@ def values_of(made: Part) -> dict[str, Any]:
     """
     cls = type(made)
     if isinstance(made, CallsTarget):
-        return {"_target_": made.target, **{key: plain(made.key(key), each) for key, each in made.kwargs.items()}}
+        own = {name: getattr(made, name) for name in made.OWN if getattr(made, name) != cls.declared()[name].default}
+        return {"_target_": made.target, **{key: plain(made.key(key), each) for key, each in (own | made.kwargs).items()}}
     options = {name: plain(made.key(name), getattr(made, name)) for name in cls.declared()}
     return {"name": cls.name, **options} if is_registered(cls) else {"_target_": path_of(cls.PATH, cls), **options}
 
@@ -188,7 +191,16 @@ def _part_of_target(base: type[Part], target: Any, options: dict[str, Any], give
     if isinstance(options.get("kwargs"), Mapping):
         keys = " ".join(f"+{group}.{key}={each}" for key, each in options["kwargs"].items())
         raise ValueError(f"{group}.kwargs: keywords stand beside _target_; use {keys or f'+{group}.KEY=VALUE'}")
-    return caller(_target_=target, kwargs=options)
+    own = {key: options.pop(key) for key in caller.OWN if key in options and key not in _parameters(found)}
+    return build(caller, {"_target_": target, "kwargs": options, **own})
+
+
+def _parameters(function: Callable[..., Any]) -> Collection[str]:
+    """The names of a signature; none for a built-in type without one."""
+    try:
+        return inspect.signature(function).parameters
+    except ValueError:
+        return ()
 
 
 def _refuse_undecorated(cls: type[Part]) -> None:

@@ -8,7 +8,8 @@ from queue import Empty, SimpleQueue
 
 from torch import Tensor
 
-from ormo_rpc.runtimes.job import Evaluator
+from ormo_rpc.errors import one_line
+from ormo_rpc.runtimes.job import Evaluate
 from ormo_rpc.runtimes.recorder import Recorder
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.worker.evaluation import Evaluation
@@ -23,14 +24,27 @@ class Evaluations:
         evaluator: Evaluates parameters; None where there is no test set, and nothing is evaluated.
         executor: Runs it.
         recorder: Receives the results.
+
+    Attributes:
+        failed: Evaluations that failed; training does not depend on them.
     """
 
-    def __init__(self, evaluator: Evaluator | None, executor: Executor, recorder: Recorder) -> None:
+    def __init__(self, evaluator: Evaluate | None, executor: Executor, recorder: Recorder) -> None:
         self._evaluator = evaluator
         self._executor = executor
         self._recorder = recorder
         self._copies: SimpleQueue[tuple[int, float, Tensor, dict[str, Tensor]]] = SimpleQueue()
         self._running: list[tuple[int, float, Future[Evaluation]]] = []
+        self.failed = 0
+        self._cause = ""
+        """Type and message of the newest failure."""
+
+    @property
+    def failure(self) -> str | None:
+        """The reason why there is no result, where every evaluation so far has failed."""
+        if not self.failed or self._recorder.evaluation is not None:
+            return None
+        return f"every evaluation failed ({self.failed}), the last with {self._cause}"
 
     def request(self, server: ParameterServer, seconds: float) -> None:
         """Have the present parameters evaluated; called under the server's lock."""
@@ -58,5 +72,8 @@ class Evaluations:
         failure = future.exception()
         if failure is None:
             self._recorder.record_evaluation(iteration, seconds, future.result())
-        else:  # training does not depend on it
-            _log.error("evaluation at iteration %d failed", iteration, exc_info=failure)
+        else:
+            self.failed += 1
+            self._cause = one_line(failure)
+            _log.error("evaluation at iteration %d failed: %s", iteration, self._cause)
+            _log.info("its traceback", exc_info=failure)

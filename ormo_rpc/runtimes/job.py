@@ -21,10 +21,10 @@ from ormo_rpc.server.events import Event
 from ormo_rpc.server.lr_schedule import LearningRate
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.worker.dummy import DummyWorker
-from ormo_rpc.worker.evaluation import Evaluation, evaluate
+from ormo_rpc.worker.evaluation import Evaluation, Evaluator
 from ormo_rpc.worker.worker import Worker
 
-Evaluator = Callable[[Tensor, Mapping[str, Tensor]], Evaluation]
+Evaluate = Callable[[Tensor, Mapping[str, Tensor]], Evaluation]
 """Evaluates parameters, shape (D,), and batch-norm statistics by name."""
 Exporter = Callable[[Mapping[str, Any]], dict[str, Tensor]]
 """Makes a ``state_dict`` of plain PyTorch from a server's state."""
@@ -57,7 +57,7 @@ class JobLike(Protocol):
         """Return the number of epochs that this many applied gradients are."""
         ...
 
-    def evaluator(self) -> Evaluator | None:
+    def evaluator(self) -> Evaluate | None:
         """Return a function that evaluates parameters; None where there is no test set."""
         ...
 
@@ -85,7 +85,7 @@ class Job:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.data = config.dataset.load()
+        self.data = config.dataset.load_splits(config.seed)
         self.epochs = Epochs(len(self.data.train), config.train.batch_size * config.algorithm.steps, config.seed)
         self.batches_per_epoch = self.epochs.batches_per_epoch
         total = self.epochs.total_tickets(config.train.epochs)
@@ -139,11 +139,8 @@ class Job:
         return iteration / self.batches_per_epoch
 
     def evaluator(self) -> Evaluator | None:
-        """Return an evaluation on the test split, with a model of its own; None for dummy workers."""
-        if self.config.worker.dummy:
-            return None
-        model = self.model()
-        return lambda params, statistics: evaluate(model, params, statistics, self.data.test)
+        """Return an evaluation on the splits that are not trained on, with a model of its own; None for dummy workers."""
+        return None if self.config.worker.dummy else Evaluator(self.model(), self.data)
 
     def exporter(self) -> Exporter:
         """Return a function that makes a ``state_dict``, with a model of its own."""

@@ -17,7 +17,7 @@ from ormo_rpc.storage import checkpoint
 DEFAULT_WORKERS = 4
 """Workers of a run on this machine where the configuration has no number."""
 RESUMED_KEYS = (
-    *("seed", "algorithm", "scheduler", "dataset.name", "model", "train.batch_size", "train.momentum"),
+    *("seed", "algorithm", "scheduler", "dataset.name", "dataset.validation", "model", "train.batch_size", "train.momentum"),
     *("compression", "wire.dtype", "wire.params"),
 )
 """Keys that a resumed run must have in common with the checkpoint's: they give its tickets and its state their meaning."""

@@ -194,6 +194,8 @@ class Session:
             **measure(self.recorder.measurements(self.clock(), self.recorder.statistics.applied)),
             **identity(self.job.config),
             "status": state["status"],
+            "reason": self.evaluations.failure,
+            "failed_evaluations": self.evaluations.failed,
             "parameters": state["params"].numel(),
             "iterations": state["iteration"],
             "epochs": self.job.epoch(state["iteration"]),

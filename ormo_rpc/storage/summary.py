@@ -30,7 +30,7 @@ class Summary(Metrics):
     """The content of ``summary.json``; None where a value is unknown, or does not apply to this kind of run."""
 
     status: str | None = entry("completed, diverged, interrupted, failed; of a replay also differs")
-    reason: str | None = entry("why it was interrupted, failed or differs")
+    reason: str | None = entry("why it was interrupted, failed or differs, or has no evaluation")
 
     algorithm: str | None = entry("name of the algorithm")
     scheduler: str | None = entry("name of the scheduler")
@@ -49,6 +49,7 @@ class Summary(Metrics):
     virtual_seconds: float | None = entry("simulated seconds that the run took")
     rolled_back: int | None = entry("updates undone because a server process died")
     incarnations: int | None = entry("server processes that the run had")
+    failed_evaluations: int | None = entry("evaluations that failed, see the server's log")
     evictions: list[dict[str, Any]] | None = entry("evicted workers: worker, process, host, reason, and the tickets they held")
 
     final_params_sha256: str | None = entry("SHA-256 of the final parameters")

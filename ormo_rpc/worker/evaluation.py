@@ -1,44 +1,103 @@
-"""Evaluation: loss and accuracy of given parameters on a data split."""
+"""Evaluation: loss and accuracy of given parameters on the splits that nothing is trained on."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from ormo_rpc.data import Split
+from ormo_rpc.data import DataSet, Split
 from ormo_rpc.models.flat import FlatModel
+from ormo_rpc.worker.objective import Tally, tally
 
 BATCH_SIZE = 500
 """Samples in a forward pass; the result does not depend on it."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The result of an evaluation.
+    """The result of an evaluation: means over the targets that count.
 
     Attributes:
-        loss: Mean cross-entropy over the samples.
-        accuracy: The fraction of the samples whose largest logit is that of the correct class, in [0, 1].
+        loss: Cross entropy on the test split.
+        accuracy: The fraction of the test split's targets whose largest logit is that of the correct class, in [0, 1].
+        val_loss: The loss on the validation split; None where there is none.
+        val_accuracy: The accuracy on the validation split; None where there is none.
     """
 
     loss: float
     accuracy: float
+    val_loss: float | None = None
+    val_accuracy: float | None = None
 
 
-def evaluate(model: FlatModel, params: Tensor, statistics: Mapping[str, Tensor], data: Split) -> Evaluation:
-    """Evaluate at the parameters, shape (D,), and the batch-norm statistics by name; neither is modified."""
-    model.bind(params)
-    model.load_statistics(statistics)
-    model.module.eval()
-    loss, correct = 0.0, 0
-    with torch.inference_mode():
+class Evaluator:
+    """Evaluates parameters, with a model of its own.
+
+    The forward passes record no gradients, unless the model needs them: one that calls ``torch.autograd`` itself fails without.
+    That is decided once, at the first batch.
+
+    Args:
+        model: The model; it belongs to this object from now on.
+        data: The data set.
+    """
+
+    def __init__(self, model: FlatModel, data: DataSet) -> None:
+        self.model = model
+        self.data = data
+        self._with_gradients: bool | None = None
+        """Whether forward passes record gradients; None until the first one."""
+
+    def __call__(self, params: Tensor, statistics: Mapping[str, Tensor]) -> Evaluation:
+        """Evaluate at the parameters, shape (D,), and the batch-norm statistics by name; neither is modified.
+
+        Raises:
+            ValueError: the model does not fit the data, or no target of a split counts.
+        """
+        loss, accuracy = self._means("test", self.data.test, params, statistics)
+        if self.data.validation is None:
+            return Evaluation(loss, accuracy)
+        return Evaluation(loss, accuracy, *self._means("validation", self.data.validation, params, statistics))
+
+    def tally(self, inputs: Tensor, targets: Tensor, params: Tensor, statistics: Mapping[str, Tensor]) -> Tally:
+        """Sum up the losses of one batch at these parameters."""
+        self._load(params, statistics)
+        return self._tally(inputs, targets, params, statistics)
+
+    def _means(self, name: str, data: Split, params: Tensor, statistics: Mapping[str, Tensor]) -> tuple[float, float]:
+        self._load(params, statistics)
+        total = Tally()
         for indices in torch.arange(len(data)).split(BATCH_SIZE):
-            inputs, targets = data.batch(indices, None)
-            logits = model.module(inputs)
-            loss += functional.cross_entropy(logits, targets, reduction="sum").item()
-            correct += int((logits.argmax(1) == targets).sum())
-    return Evaluation(loss / len(data), correct / len(data))
+            total += self._tally(*data.batch(indices, None), params, statistics)
+        if not total.counted:
+            raise ValueError(f"dataset: no target of the {name} split counts")
+        return total.loss / total.counted, total.correct / total.counted
+
+    def _load(self, params: Tensor, statistics: Mapping[str, Tensor]) -> None:
+        self.model.bind(params)
+        self.model.load_statistics(statistics)
+        self.model.module.eval()
+
+    def _tally(self, inputs: Tensor, targets: Tensor, params: Tensor, statistics: Mapping[str, Tensor]) -> Tally:
+        if self._with_gradients is not None:
+            return self._forward(inputs, targets, gradients=self._with_gradients)
+        try:
+            result = self._forward(inputs, targets, gradients=False)
+        except RuntimeError as error:
+            self._load(params, statistics)  # the pass that failed may have changed a buffer
+            result = self._forward(inputs, targets, gradients=True)
+            _log.info("evaluations record gradients, since the model fails without: %s", error)
+            self._with_gradients = True
+        else:
+            self._with_gradients = False
+        return result
+
+    def _forward(self, inputs: Tensor, targets: Tensor, *, gradients: bool) -> Tally:
+        with torch.set_grad_enabled(gradients):
+            output = self.model.module(inputs)
+        with torch.no_grad():
+            return tally(output, targets)

@@ -5,12 +5,12 @@ It keeps no state between tickets, but for the compression state of a lossy wire
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ormo_rpc.algorithms.base import Algorithm, LocalWork
 from ormo_rpc.compression import Allocate, Encoder, PushFormat
@@ -18,6 +18,7 @@ from ormo_rpc.data import Epochs, Split
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.seeding import generator, seed_for
+from ormo_rpc.worker.objective import count, mean_loss
 
 
 class Worker:
@@ -87,7 +88,9 @@ class Worker:
 
         def gradient(params: Tensor, step: int, into: Tensor) -> None:
             number, indices = batches[step]
-            losses.append(self._gradient(params, indices, number, into))
+            loss = self._gradient(params, indices, number, into)
+            if loss is not None:
+                losses.append(loss)
 
         work = LocalWork(
             sent=self._cast(reply.params),
@@ -103,7 +106,7 @@ class Worker:
             ticket=reply.ticket,
             stamp=reply.stamp,
             grad=self._encoder.encode(reply.worker),
-            loss=sum(losses) / len(losses),
+            loss=sum(losses) / len(losses) if losses else None,
             samples=sum(len(indices) for _, indices in batches),
             buffers=self.buffers,
             incarnation=reply.incarnation,
@@ -143,8 +146,8 @@ class Worker:
         scratch = torch.zeros(self.model.params.size, dtype=self.model.dtype)
         self._gradient(self.model.flat_params(), self.epochs.indices(0), 0, scratch)
 
-    def _gradient(self, params: Tensor, indices: Tensor, number: int, into: Tensor) -> float:
-        """Write the gradient of the samples' mean loss at ``params`` into ``into``; return that loss.
+    def _gradient(self, params: Tensor, indices: Tensor, number: int, into: Tensor) -> float | None:
+        """Write the gradient of the targets' mean loss at ``params`` into ``into``; return that loss, None where none counts.
 
         ``number`` is that of the batch in the run, and seeds its random draws.
         """
@@ -157,10 +160,11 @@ class Worker:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_for(self.seed, "forward", number))
             inputs, targets = self._loaded.pop(number, None) or self.data.batch(indices, self._augmentation(number))
-            loss = functional.cross_entropy(self.model.module(inputs), targets)
+            loss = mean_loss(self.model.module(inputs), targets)
             loss.backward()
         self._regularise(into, params)
-        return loss.item()
+        value = loss.item()
+        return None if math.isnan(value) and count(targets) == 0 else value
 
     def _batches(self, ticket: int, steps: int) -> list[tuple[int, Tensor]]:
         """The batches of a ticket: the number of each in the run, and the numbers of its samples."""

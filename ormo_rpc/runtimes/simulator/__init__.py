@@ -34,7 +34,10 @@ class InlineExecutor(Executor):
     @override
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
-        future.set_result(fn(*args, **kwargs))
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:  # raised again where the result is asked for
+            future.set_exception(error)
         return future
 
 

@@ -13,7 +13,7 @@ from ormo_rpc.config.runtimes import GradientKind
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.models.flat import Layout
-from ormo_rpc.runtimes.job import Evaluator, Exporter, configured_format, configured_server
+from ormo_rpc.runtimes.job import Evaluate, Exporter, configured_format, configured_server
 from ormo_rpc.runtimes.simulator.synthetic import Quadratic
 from ormo_rpc.server.events import Event
 from ormo_rpc.server.parameter_server import ParameterServer
@@ -67,7 +67,7 @@ class SyntheticJob:
         """Return the number of epochs, of `BATCHES_PER_EPOCH` iterations each."""
         return iteration / self.batches_per_epoch
 
-    def evaluator(self) -> Evaluator | None:
+    def evaluator(self) -> Evaluate | None:
         """Return None: there is no test set."""
         return None
 

@@ -42,6 +42,10 @@ IN_RANGE: dict[str, tuple[list[Any], list[Any]]] = {
     "a finite number >= 0": ([0.0, 1e9], [-1e-300, math.inf, math.nan]),
     "a finite number >= 1": ([1.0, 1e9], [0.999, -1.0, math.inf, math.nan]),
     "a number in [0, 1)": ([0.0, 0.999], [-1e-300, 1.0, math.nan]),
+    "a fraction in [0, 1) or a whole number of samples": (
+        [0.0, 1e-300, 0.999, 1.0, 360],
+        [-1e-300, -1.0, 1.5, math.inf, math.nan],
+    ),
     "a number in (0, 1]": ([1e-300, 1.0], [0.0, 1.001, math.nan]),
     "finite numbers > 0": ([[], [1e-300], [1e9, 1.0]], [[0.0], [1.0, -1.0], [math.inf], [1.0, math.nan]]),
     "at least one finite number >= 0": ([[0.0], [1e9, 0.0]], [[], [-1e-300], [0.0, math.inf], [0.0, math.nan]]),

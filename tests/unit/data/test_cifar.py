@@ -91,7 +91,7 @@ def test_a_pickle_that_wants_to_run_a_command_is_refused_and_nothing_runs(tmp_pa
         r"UnpicklingError: posix\.system is no part of an array: refused$"
     )
     with pytest.raises(ValueError, match=message):
-        CIFAR10(root=str(tmp_path), verify=False).prepare()
+        CIFAR10(root=str(tmp_path), verify=False).load()
     assert not trace.exists()
     pickle.loads(hostile.read_bytes())  # noqa: S301 - the trap is a real one
     assert trace.exists()

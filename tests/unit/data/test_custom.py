@@ -43,6 +43,7 @@ SHARED = Path(__file__)  # neither a function nor a class
 make_nonsense = dict
 make_nothing = make_items()
 make_bare_tensors = make_items(torch.zeros(3))
+make_named_inputs = make_items(({"pixels": torch.zeros(3)}, 1))
 make_fractions = make_items((torch.zeros(3), 0.5))
 
 
@@ -58,8 +59,8 @@ def test_a_custom_function_may_return_a_whole_data_set() -> None:
 @pytest.mark.parametrize(
     ("function", "kwargs", "shape", "num_classes", "origin"),
     [
-        ("make_pair", {"count": 6}, (2, 3), 4, "its largest label"),
-        ("make_pair", {"count": 3}, (2, 3), 3, "its largest label"),
+        ("make_pair", {"count": 6}, (2, 3), 4, "its largest target"),
+        ("make_pair", {"count": 3}, (2, 3), 3, "its largest target"),
         ("make_pair", {"num_classes": 9}, (2, 3), 9, "dataset.num_classes"),
         ("make_labelled_pair", {}, (5,), 7, "its attribute classes"),
     ],
@@ -78,7 +79,33 @@ def test_of_a_pair_of_datasets_shape_and_classes_are_found_and_logged(
     assert caplog.messages == [f"{__name__}.{function}: {num_classes} classes, from {origin}"]
     inputs, labels = data.train.batch(torch.tensor([2, 1]), None)
     assert inputs.shape == (2, *shape)
-    assert (labels.dtype, labels.tolist()) == (torch.int64, [2, 1])
+    assert labels.tolist() == [2, 1]
+
+
+def make_masks() -> tuple[TensorDataset, TensorDataset]:
+    masks = torch.randint(-1, 5, (4, 8, 8), generator=torch.Generator().manual_seed(0))
+    masks[masks == -1] = -100
+    half = TensorDataset(torch.zeros(4, 1, 8, 8), masks)
+    return half, half
+
+
+def make_texts() -> tuple[list[Any], list[Any]]:
+    items = [
+        (torch.tensor([1, 2, 3]), torch.tensor([2, 3, 9], dtype=torch.int32)),
+        (torch.tensor([4, 5, 6]), torch.tensor([5, 6, 7])),
+    ]
+    return items, items
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "targets", "num_classes"), [("make_masks", (1, 8, 8), (8, 8), 5), ("make_texts", (3,), (3,), 10)]
+)
+def test_the_targets_of_an_item_may_be_a_tensor_of_class_numbers(
+    function: str, shape: tuple[int, ...], targets: tuple[int, ...], num_classes: int
+) -> None:
+    data = custom(function).load()
+    assert (data.input_shape, data.num_classes) == (shape, num_classes)
+    assert data.test.batch(torch.arange(2), None)[1].shape == (2, *targets)
 
 
 @pytest.mark.parametrize(
@@ -86,8 +113,9 @@ def test_of_a_pair_of_datasets_shape_and_classes_are_found_and_logged(
     [
         ("make_nonsense", {}, r".*\.make_nonsense returned dict, expected a DataSet or a pair .*"),
         ("make_nothing", {}, r".*\.make_nothing returned an empty training set"),
-        ("make_bare_tensors", {}, r"the items of .*\.make_bare_tensors must be pairs \(input tensor, class number\).*"),
-        ("make_fractions", {}, r"the items of .* must be pairs .*; the first has the label tensor\(\[0\.5.*"),
+        ("make_bare_tensors", {}, r"the items of .*\.make_bare_tensors must be pairs \(input tensor, class number or .*\).*"),
+        ("make_fractions", {}, r"the items of .* must be pairs .*; the first has the target tensor\(\[0\.5.*"),
+        ("make_named_inputs", {}, r"the items of .* must be pairs .*; the first has an input of type dict"),
         ("make_pair", {"size": 6}, r"'.*\.make_pair' takes \(.*\).*, not dataset\.size=6: .* argument 'size'"),
         ("no_such", {}, r"'.*\.no_such' cannot be imported: .* has no attribute 'no_such'; is its folder on PYTHONPATH\?"),
         ("SHARED", {}, r"'.*\.SHARED' is .*, expected a function or class"),
@@ -95,7 +123,7 @@ def test_of_a_pair_of_datasets_shape_and_classes_are_found_and_logged(
 )
 def test_a_custom_function_that_does_not_work_is_one_clear_error(function: str, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=rf"^dataset\._target_: {message}$"):
-        custom(function, **kwargs).prepare()
+        custom(function, **kwargs).load()
 
 
 @pytest.mark.parametrize("path", ["", "function", "my module.f", "module."])

@@ -55,8 +55,9 @@ def test_a_process_that_waited_for_the_download_lock_does_not_fetch_again(
 
 def test_nothing_is_fetched_without_the_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     web = Web(monkeypatch)
+    CIFAR10(root=str(tmp_path)).prepare()
     with pytest.raises(ValueError, match=r"^dataset\.root: CIFAR10 is not in .*$"):
-        CIFAR10(root=str(tmp_path)).prepare()
+        CIFAR10(root=str(tmp_path)).load()
     assert web.visits == 0
 
 

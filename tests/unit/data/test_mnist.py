@@ -64,7 +64,7 @@ def test_a_truncated_data_file_is_refused_before_the_run(tmp_path: Path) -> None
     damaged.write_bytes(damaged.read_bytes()[:-100])
     message = rf"^dataset\.root: {re.escape(str(damaged.parent))} cannot be read as MNIST: RuntimeError: .*2252.*$"
     with pytest.raises(ValueError, match=message):
-        MNIST(root=str(tmp_path)).prepare()
+        MNIST(root=str(tmp_path)).load()
 
 
 def test_missing_files_say_where_they_were_looked_for_and_what_to_do(tmp_path: Path) -> None:
@@ -74,6 +74,5 @@ def test_missing_files_say_where_they_were_looked_for_and_what_to_do(tmp_path: P
         rf"^dataset\.root: MNIST is not in {folder}: t10k-labels-idx1-ubyte is missing; set dataset\.root=\.\.\. to the folder "
         r"that has MNIST/raw in it, or dataset\.download=true to fetch it$"
     )
-    for act in (MNIST(root=str(tmp_path)).prepare, MNIST(root=str(tmp_path)).load):
-        with pytest.raises(ValueError, match=message):
-            act()
+    with pytest.raises(ValueError, match=message):
+        MNIST(root=str(tmp_path)).load()

@@ -22,7 +22,7 @@ from ormo_rpc.runtimes.job import Job
 from ormo_rpc.runtimes.prepare import check_resume
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.storage import checkpoint
-from ormo_rpc.worker.evaluation import evaluate
+from ormo_rpc.worker.evaluation import Evaluator
 
 CONFIG = parse_config({"workers": 2, "model": {"hidden": 5}, "train": {"max_iterations": 9}})
 
@@ -211,7 +211,7 @@ def test_model_pt_is_a_state_dict_of_plain_pytorch_and_is_evaluated(tmp_path: Pa
 
     found, evaluation = evaluate_checkpoint(tmp_path)
     assert found == path
-    assert evaluation == evaluate(FlatModel(net), running.params, {}, job.data.test)
+    assert evaluation == Evaluator(FlatModel(net), job.data)(running.params, {})
     inputs, labels = job.data.test.batch(torch.arange(len(job.data.test)), None)
     with torch.no_grad():
         right = (net(inputs).argmax(1) == labels).float().mean().item()

@@ -1,0 +1,103 @@
+"""The objective: cross entropy and accuracy, means over the targets that count.
+
+Logits have the shape (N, C, ...). Targets are class numbers of the shape (N, ...), or class probabilities of the logits' shape.
+A class number of `IGNORED` does not count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+IGNORED = -100
+"""The class number of a target that does not count, as in ``torch.nn.functional.cross_entropy``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """Sums over a batch, which are added up to the means of a whole split.
+
+    Attributes:
+        loss: The sum of the cross entropies.
+        correct: Targets whose largest logit is that of the correct class.
+        counted: Targets that count.
+    """
+
+    loss: float = 0.0
+    correct: int = 0
+    counted: int = 0
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(self.loss + other.loss, self.correct + other.correct, self.counted + other.counted)
+
+
+def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """The mean cross entropy of the targets that count, as torch computes it: NaN where none does."""
+    return functional.cross_entropy(logits, _as_targets(targets))
+
+
+def tally(logits: Tensor, targets: Tensor) -> Tally:
+    """Sum up the losses and correct predictions of a batch, in at least single precision.
+
+    Raises:
+        ValueError: the logits do not fit the targets.
+    """
+    check_fit(logits, targets)
+    targets = _as_targets(targets)
+    if logits.dtype.itemsize < torch.float32.itemsize:
+        logits = logits.double()
+    probabilities = targets.is_floating_point()
+    loss = functional.cross_entropy(logits, targets.to(logits.dtype) if probabilities else targets, reduction="sum")
+    classes = targets.argmax(1) if probabilities else targets
+    return Tally(loss.item(), int((logits.argmax(1) == classes).sum()), count(targets))
+
+
+def count(targets: Tensor) -> int:
+    """The number of targets that count."""
+    if targets.is_floating_point():
+        return targets.numel() // targets.shape[1]
+    return int((targets != IGNORED).sum())
+
+
+def check_fit(output: object, targets: object) -> None:
+    """Refuse what a model returned where it cannot be logits of these targets.
+
+    Raises:
+        ValueError: the message says what came and what was expected.
+    """
+    if not isinstance(targets, Tensor) or targets.is_complex():
+        kind = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
+        raise ValueError(f"the targets are of type {kind}, expected a tensor of class numbers or probabilities")
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        kind = output.dtype if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"the output is of type {kind}, expected a tensor of logits")
+    one_per_target = (*output.shape[:1], *output.shape[2:])
+    if output.dim() < 2 or targets.shape != (output.shape if targets.is_floating_point() else one_per_target):
+        other = " (or probabilities in the output's shape)" if targets.is_floating_point() else ""
+        raise ValueError(
+            f"the output {tuple(output.shape)} does not fit targets {tuple(targets.shape)}: "
+            f"expected (N, C, ...) and class numbers (N, ...){other}"
+        )
+
+
+def check_classes(logits: Tensor, targets: Tensor) -> None:
+    """Refuse class numbers that no logit belongs to.
+
+    Raises:
+        ValueError: the message has the first of them.
+    """
+    if targets.is_floating_point():
+        return
+    wrong = targets[(targets != IGNORED) & ((targets < 0) | (targets >= logits.shape[1]))]
+    if wrong.numel():
+        raise ValueError(
+            f"a target is {int(wrong[0])}, expected 0 to {logits.shape[1] - 1} (the output has {logits.shape[1]} classes) "
+            f"or {IGNORED} for one that does not count"
+        )
+
+
+def _as_targets(targets: Tensor) -> Tensor:
+    return targets if targets.is_floating_point() else targets.long()  # cross entropy takes no other integers
