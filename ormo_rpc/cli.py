@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -27,6 +28,7 @@ from ormo_rpc.config.write_conf import conf_dir
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.options import parts
 from ormo_rpc.runtimes.torchrun import Torchrun
+from ormo_rpc.storage.launch import Launch
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 """Environment variable at which hydra raises its errors instead of printing them over several lines."""
@@ -171,7 +173,7 @@ def _job(values: DictConfig) -> None:
         config, run_dir = parse_config(values, keys_of(mode.overrides.task)), Path(mode.runtime.output_dir)
         if _on_terminal():
             _say(f"starting the processes of {run_dir}")
-        summary = run(config, run_dir)
+        summary = run(config, run_dir, _launch(mode))
     except (ConfigError, RunFailed) as error:
         _say(str(error))
         sys.exit(error.exit_status if isinstance(error, RunFailed) else 2)
@@ -181,6 +183,12 @@ def _job(values: DictConfig) -> None:
     if summary.get("status") == "diverged" and not sweep:
         _say("the parameters diverged; lower train.lr or train.momentum, or set train.clip_norm")
         sys.exit(3)
+
+
+def _launch(mode: HydraConf) -> Launch:
+    """What was typed, and the sweep's name: the end of its folder, which hydra names by date and time."""
+    sweep = "_".join(Path(mode.sweep.dir).parts[-2:]) if mode.mode is RunMode.MULTIRUN else None
+    return Launch(overrides=tuple(mode.overrides.task), sweep=sweep)
 
 
 def _say(message: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from ormo_rpc.config.parsing import parse_config
 from ormo_rpc.config.schema import Config
 from ormo_rpc.runtimes import run
+from ormo_rpc.storage.launch import Launch
 
 
 def train(config: Config | Mapping[str, Any] | Sequence[str] = (), *, run_dir: str | Path | None = None) -> dict[str, Any]:
@@ -28,12 +29,13 @@ def train(config: Config | Mapping[str, Any] | Sequence[str] = (), *, run_dir: s
         ConfigError: the configuration is wrong; nothing was started.
         RunFailed: a process died, or the run was interrupted.
     """
+    launch = Launch()
     if isinstance(config, Mapping):
         config = parse_config(config)
     elif not isinstance(config, Config):
         from ormo_rpc.cli import compose  # hydra is needed for overrides alone
 
-        config = compose(config)
+        launch, config = Launch(overrides=tuple(config)), compose(config)
     if run_dir is None:
         run_dir = Path("outputs") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S-%f")
-    return run(config, Path(run_dir).absolute())
+    return run(config, Path(run_dir).absolute(), launch)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ormo_rpc.loggers.statistics import Statistics
 from ormo_rpc.options import Part, at_least_one, option, positive
+
+_SAID_BY_NAME = ("algorithm", "scheduler", "workers", "seed")
+_NO_SETTING = ("logger", "checkpoint", "server", "hydra")
+"""Sections that say how and where a run is made, and not which one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,12 +25,25 @@ class RunInfo:
         config: The whole configuration, nested, of plain values.
         directory: The run directory; a logger may write into it.
         total_iterations: T, the iterations of the run.
+        overrides: What was typed to start the run, such as ``train.lr=0.1``.
+        sweep: The name of the sweep that the run belongs to.
+        continues: The run directory that ``checkpoint.resume`` names.
     """
 
     name: str
     config: Mapping[str, Any]
     directory: Path
     total_iterations: int
+    overrides: Sequence[str] = ()
+    sweep: str | None = None
+    continues: Path | None = None
+
+    @property
+    def title(self) -> str:
+        """The name, and the overrides that it does not say already: what the runs of a sweep differ in."""
+        keys = [override.lstrip("+~").partition("=")[0] for override in self.overrides]
+        said = [key in _SAID_BY_NAME or key.partition(".")[0] in _NO_SETTING for key in keys]
+        return " ".join([self.name, *(override for override, out in zip(self.overrides, said, strict=True) if not out)])
 
 
 class RunLog:
@@ -61,6 +78,13 @@ class Logger(Part, ABC):
     def iterations_between_rows(self, total_iterations: int) -> int:
         """The number of iterations after which a row is due; so few by default that the shortest run has a curve."""
         return self.log_iterations or max(1, total_iterations // 100)
+
+    def prepare(self) -> None:
+        """Check, in the launcher and before anything starts, that a run can be logged.
+
+        Raises:
+            ValueError: it cannot; the message has the key to change.
+        """
 
     @abstractmethod
     def start(self, run: RunInfo) -> RunLog:

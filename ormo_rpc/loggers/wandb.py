@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,28 @@ from typing_extensions import override
 
 from ormo_rpc.loggers.base import Logger, RunInfo, RunLog
 from ormo_rpc.loggers.statistics import Statistics
-from ormo_rpc.options import option, register
+from ormo_rpc.options import option, positive, register
+
+ENVIRONMENT: Mapping[str, str] = {
+    "mode": "WANDB_MODE",
+    "project": "WANDB_PROJECT",
+    "entity": "WANDB_ENTITY",
+    "run_name": "WANDB_NAME",
+    "group": "WANDB_RUN_GROUP",
+    "job_type": "WANDB_JOB_TYPE",
+    "tags": "WANDB_TAGS",
+    "notes": "WANDB_NOTES",
+    "run_id": "WANDB_RUN_ID",
+    "directory": "WANDB_DIR",
+}
+"""The variable that counts where an option says nothing."""
+MODES = ("offline", "dryrun", "disabled", "online", "run", "shared")
+"""The values of ``WANDB_MODE``; those from ``online`` on need a key."""
+TIMEOUT_SECONDS = 60.0
+ID_FILE = "wandb_id"
+"""The file of the run directory with the id of the run, which is continued under it."""
+MAX_NAME_CHARACTERS = 128
+_log = logging.getLogger(__name__)
 
 
 class WandbMode(Enum):
@@ -26,37 +50,119 @@ class WandbMode(Enum):
 @register("wandb")
 @dataclass(frozen=True, kw_only=True)
 class WandbLogger(Logger):
-    """Log to Weights & Biases, offline by default."""
+    """Log to Weights & Biases, offline by default; where an option says nothing, wandb's variable counts."""
 
-    mode: WandbMode = option(WandbMode.offline, "offline (kept in the run directory) or online")
-    project: str = option("ormo_rpc", "wandb project")
-    run_name: str | None = option(None, "wandb run name; by default algorithm, scheduler, workers and seed")
-    group: str | None = option(None, "wandb group")
+    mode: WandbMode | None = option(None, "offline (kept in the run directory) or online; else WANDB_MODE, else offline")
+    project: str | None = option(None, "wandb project; else WANDB_PROJECT, else ormo_rpc")
+    entity: str | None = option(None, "wandb entity (user or team); else WANDB_ENTITY")
+    run_name: str | None = option(
+        None, "wandb run name; else WANDB_NAME, else algorithm, scheduler, workers, seed and what the command line sets"
+    )
+    group: str | None = option(None, "wandb group; else WANDB_RUN_GROUP, else the sweep that the run belongs to")
+    job_type: str | None = option(None, "wandb job type; else WANDB_JOB_TYPE, else the runtime, rpc or sim")
+    tags: list[str] = option([], "wandb tags; else WANDB_TAGS, else algorithm, scheduler, data set and model")
+    notes: str | None = option(None, "wandb notes; else WANDB_NOTES")
+    run_id: str | None = option(
+        None, "id of the wandb run; else WANDB_RUN_ID, else that of the run that checkpoint.resume continues, or a new one"
+    )
+    directory: str | None = option(None, "folder of wandb's own files; else WANDB_DIR, else the run directory")
+    timeout_seconds: float | None = option(
+        None,
+        f"seconds to wait for wandb's server, at the start and at the end; else WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT, "
+        f"else {TIMEOUT_SECONDS:g}",
+        valid=positive,
+        expected="a finite number > 0",
+    )
+
+    @override
+    def prepare(self) -> None:
+        mode = os.environ.get("WANDB_MODE", "") if self.mode is None else self.mode.value
+        if mode and mode not in MODES:
+            raise ValueError(f"WANDB_MODE: got {mode!r}, expected one of {', '.join(MODES)}; or set logger.mode")
+        if mode not in MODES[MODES.index("online") :]:
+            return
+        import wandb  # takes half a second to load, so only where it is used
+        from wandb.sdk.lib import wbauth  # what wandb.login(prompt=False) asks, without its messages and without saving
+
+        try:
+            found = wbauth.authenticate_session(
+                host=wandb.setup().settings.base_url, source="ormo_rpc", prompt=False, update_session=False
+            )
+            fault = "no key was found"
+        except wandb.Error as error:
+            found, fault = None, " ".join(str(error).split())
+        if found is None:
+            raise ValueError(
+                f"logger.mode: got {mode}, but {fault}; log in with `wandb login`, or set WANDB_API_KEY, or use "
+                f"logger.mode=offline or logger=none"
+            )
 
     @override
     def start(self, run: RunInfo) -> RunLog:
-        import wandb  # takes a second to load, so only where it is used
+        import wandb  # takes half a second to load, so only where it is used
+        from wandb import errors
 
+        own, continued = _read_id(run.directory), None if run.continues is None else _read_id(run.continues)
+        arguments = self._arguments(run, own or continued)
+        # A run of the calling program's own stays as it is: it is not wandb's current run that is taken, but a new one.
+        settings = wandb.Settings(console="off", silent=True, reinit="create_new", **self._timeouts())
+        arguments |= {"config": dict(run.config), "settings": settings}
         try:
-            started = wandb.init(
-                project=self.project,
-                name=self.run_name or run.name,
-                group=self.group,
-                mode=self.mode.value,
-                dir=run.directory,
-                config=dict(run.config),
-                settings=wandb.Settings(console="off", silent=True),
-            )
+            started = wandb.init(**arguments)
         except wandb.Error as error:
-            raise ValueError(
-                f"logger.mode: wandb cannot start {self.mode.value}: {error}; use logger.mode=offline or logger=none"
-            ) from None
+            reason = " ".join(str(error).split())
+            unreachable = isinstance(error, errors.CommError) and not isinstance(error, errors.AuthenticationError)
+            if not (unreachable or own):
+                mode = arguments["mode"] or os.environ["WANDB_MODE"]
+                raise ValueError(
+                    f"logger.mode: wandb cannot start {mode}: {reason}; use logger.mode=offline or logger=none"
+                ) from None
+            _log.warning("wandb cannot be reached, so the run is logged offline, for `wandb sync`: %s", reason)
+            arguments["mode"] = "offline"
+            started = wandb.init(**arguments)
+        if not started.disabled:
+            (run.directory / ID_FILE).write_text(started.id)
         started.define_metric("*", step_metric="iteration")
         return WandbRunLog(started, wandb.Histogram)
 
+    def _arguments(self, run: RunInfo, run_id: str | None) -> dict[str, Any]:
+        """The arguments of ``wandb.init``; None where the environment says it, or wandb's own default counts."""
+        names = (run.config.get(group, {}).get("name") for group in ("algorithm", "scheduler", "dataset", "model"))
+        sweep = os.environ.get("WANDB_SWEEP_ID") or None
+        defaults: Mapping[str, Any] = {
+            "mode": "offline",
+            "project": None if sweep else "ormo_rpc",  # the project of a sweep is that of its runs
+            "run_name": run.title[:MAX_NAME_CHARACTERS],
+            "group": run.sweep or sweep,
+            "job_type": run.config.get("runtime", {}).get("name"),
+            "tags": [name for name in names if name],
+            "run_id": run_id,
+            "directory": str(run.directory),
+        }
+        chosen = {name: self._chosen(name, defaults.get(name)) for name in ENVIRONMENT}
+        chosen["mode"] = chosen["mode"].value if isinstance(chosen["mode"], WandbMode) else chosen["mode"]
+        resume = None if os.environ.get("WANDB_RESUME") else "allow"
+        renamed = {"run_name": "name", "run_id": "id", "directory": "dir"}
+        return {"resume": resume, **{renamed.get(name, name): value for name, value in chosen.items()}}
+
+    def _chosen(self, name: str, default: Any) -> Any:
+        """The option, or None where the environment has it, or the default where neither has."""
+        value = getattr(self, name)
+        if value:
+            return value
+        return None if os.environ.get(ENVIRONMENT[name]) else default
+
+    def _timeouts(self) -> dict[str, Any]:
+        seconds = self.timeout_seconds
+        return {
+            name: seconds or TIMEOUT_SECONDS
+            for name in ("init_timeout", "finish_timeout")
+            if seconds is not None or not os.environ.get(f"WANDB_{name.upper()}")
+        }
+
 
 class WandbRunLog(RunLog):
-    """A run of Weights & Biases.
+    """A run of Weights & Biases; what it cannot take is a warning, once, and training goes on.
 
     Args:
         run: As ``wandb.init`` returns it.
@@ -66,14 +172,21 @@ class WandbRunLog(RunLog):
     def __init__(self, run: Any, histogram: Any) -> None:
         self.run = run
         self.histogram = histogram
+        self._broken = False
 
     @override
     def log(self, row: Mapping[str, Any], statistics: Statistics) -> None:
+        if self._broken:
+            return
         pushes = statistics.pushes_per_worker
         per_worker = {f"delay/worker_{w}": statistics.delay_sum_per_worker[w] / n for w, n in sorted(pushes.items())}
         with_histogram = "test_accuracy" in row and statistics.applied > 0  # large, so with evaluations only
         delays = {"delay/histogram": self._histogram(statistics.delay_counts())} if with_histogram else {}
-        self.run.log({**row, **per_worker, **delays})
+        try:
+            self.run.log({**row, **per_worker, **delays})
+        except Exception as error:  # its process may be gone, which it tells by errors of many kinds
+            self._broken = True
+            _log.warning("wandb takes no more rows, metrics.jsonl does: %s: %s", type(error).__name__, error)
 
     @override
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -85,3 +198,8 @@ class WandbRunLog(RunLog):
         width = -(-len(counts) // self.histogram.MAX_LENGTH)
         padded = np.pad(counts, (0, -len(counts) % width)).reshape(-1, width).sum(1)
         return self.histogram(np_histogram=(padded, np.arange(len(padded) + 1) * width))
+
+
+def _read_id(directory: Path) -> str | None:
+    file = directory / ID_FILE
+    return (file.read_text().strip() or None) if file.is_file() else None

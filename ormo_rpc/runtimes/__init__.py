@@ -10,6 +10,7 @@ from ormo_rpc.config.schema import Config, Role
 from ormo_rpc.errors import RunFailed
 from ormo_rpc.runtimes import prepare
 from ormo_rpc.runtimes.torchrun import Torchrun
+from ormo_rpc.storage.launch import Launch
 from ormo_rpc.storage.run_directory import RunDirectory
 
 __all__ = ["RunFailed", "run"]
@@ -22,12 +23,13 @@ MODULES = {
 """The module of each runtime, imported when it is chosen."""
 
 
-def run(config: Config, run_dir: Path) -> dict[str, Any]:
+def run(config: Config, run_dir: Path, launch: Launch | None = None) -> dict[str, Any]:
     """Run a configuration to its end.
 
     Args:
         config: The configuration; ``workers`` may still be None.
         run_dir: The directory for the outputs, which must not hold a run yet.
+        launch: How it was started.
 
     Returns:
         The summary; empty on ranks other than 0 under torchrun, and for ``role=worker``.
@@ -47,4 +49,5 @@ def run(config: Config, run_dir: Path) -> dict[str, Any]:
     prepare.check(config, resumes=has_run_directory)
     if has_run_directory:
         RunDirectory.claim(run_dir)
+        (launch or Launch()).write(run_dir)
     return runtime.run(config, run_dir)

@@ -62,7 +62,7 @@ def check(config: Config, *, resumes: bool) -> None:
 
     Args:
         config: What is to be run.
-        resumes: Check the checkpoint that the run resumes from; only one process of a run reads it.
+        resumes: Check the checkpoint that the run resumes from, and the logger; only one process of a run has them.
 
     Raises:
         ConfigError: it cannot be run; the message has the key to change.
@@ -73,6 +73,8 @@ def check(config: Config, *, resumes: bool) -> None:
         check_resume(config, resumed)
     try:
         config.heterogeneity.prepare()
+        if resumes:
+            config.logger.prepare()
     except ValueError as error:
         raise ConfigError(str(error)) from None
     synthetic = isinstance(config.runtime, SimRuntime) and config.runtime.gradient is not GradientKind.real

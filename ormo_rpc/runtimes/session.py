@@ -22,6 +22,7 @@ from ormo_rpc.server.parameter_server import ParameterServer, Status
 from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.counters import RunCounters
 from ormo_rpc.storage.journal import FileJournal, Journal, recover
+from ormo_rpc.storage.launch import Launch
 from ormo_rpc.storage.run_directory import RunDirectory
 from ormo_rpc.storage.summary import Summary, identity
 
@@ -210,9 +211,13 @@ class Session:
 
 
 def _run_info(config: Config, run_dir: Path, total_iterations: int) -> RunInfo:
+    launch, resume = Launch.read(run_dir), config.checkpoint.resume
     return RunInfo(
         name=f"{config.algorithm.name}-{config.scheduler.name}-{config.num_workers}w-seed{config.seed}",
         config=to_tree(config),
         directory=run_dir,
         total_iterations=total_iterations,
+        overrides=launch.overrides,
+        sweep=launch.sweep,
+        continues=None if resume is None else checkpoint.run_directory_of(Path(resume)),
     )

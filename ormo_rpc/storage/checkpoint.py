@@ -100,6 +100,11 @@ def locate(path: Path) -> Path:
     )
 
 
+def run_directory_of(path: Path) -> Path:
+    """Return the run directory of a path that `locate` takes."""
+    return path.parent.parent if path.parent.name == FOLDER else path
+
+
 def newest(run_dir: Path) -> Path | None:
     """Return the newest intact checkpoint of a run directory, or None; damaged ones are skipped with a warning."""
     for candidate in reversed(complete(run_dir)):

@@ -19,13 +19,19 @@ from ormo_rpc.config.renamed import RENAMED_KEYS, RENAMED_VALUES
 from ormo_rpc.config.schema import Config
 from ormo_rpc.config.write_conf import sections
 from ormo_rpc.errors import ConfigError
+from ormo_rpc.loggers.wandb import ENVIRONMENT
 from ormo_rpc.options import CallsTarget, Section, parts, register
 from tests.support.keys import KEYS, Key, default_of, label, tree
 from tests.support.registry import temporary_parts
 
-TEXTS = {"checkpoint.resume", "heterogeneity.run", "logger.group", "logger.run_name", "replay.run", "runtime.interface"} | {
-    *("server.address", "server.secret_file")
-}
+TEXTS = {
+    "checkpoint.resume",
+    "heterogeneity.run",
+    "replay.run",
+    "runtime.interface",
+    "server.address",
+    "server.secret_file",
+} | {f"logger.{name}" for name in ENVIRONMENT if name != "tags"}
 """Keys of a text or none."""
 
 IN_RANGE: dict[str, tuple[list[Any], list[Any]]] = {

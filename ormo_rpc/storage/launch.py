@@ -1,0 +1,36 @@
+"""How a run was started, in ``launch.json`` of its run directory: what was typed, and the sweep that it belongs to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+_FILE = "launch.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How a run was started.
+
+    Attributes:
+        overrides: What was typed, such as ``train.lr=0.1``.
+        sweep: The name of the sweep that the run belongs to.
+    """
+
+    overrides: Sequence[str] = ()
+    sweep: str | None = None
+
+    def write(self, run_dir: Path) -> None:
+        """Write it into the run directory, where there is something to say."""
+        if self.overrides or self.sweep is not None:
+            (run_dir / _FILE).write_text(json.dumps(dataclasses.asdict(self)) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, run_dir: Path) -> Self:
+        """Read it from a run directory; empty where nothing was written."""
+        file = run_dir / _FILE
+        return cls(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else cls()
