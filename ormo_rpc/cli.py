@@ -164,6 +164,7 @@ def _refused(error: Exception) -> ConfigError:
 def _job(values: DictConfig) -> None:
     """Run one job of hydra: a single run, or one of a sweep."""
     from ormo_rpc.runtimes import RunFailed, run  # hydra answers --cfg without loading the runtimes
+    from ormo_rpc.runtimes.process_start import process_began
 
     mode = HydraConfig.get()
     sweep = mode.mode is RunMode.MULTIRUN
@@ -173,7 +174,7 @@ def _job(values: DictConfig) -> None:
         config, run_dir = parse_config(values, keys_of(mode.overrides.task)), Path(mode.runtime.output_dir)
         if _on_terminal():
             _say(f"starting the processes of {run_dir}")
-        summary = run(config, run_dir, _launch(mode))
+        summary = run(config, run_dir, _launch(mode), began=None if sweep else process_began())
     except (ConfigError, RunFailed) as error:
         _say(str(error))
         sys.exit(error.exit_status if isinstance(error, RunFailed) else 2)
@@ -181,7 +182,7 @@ def _job(values: DictConfig) -> None:
         with contextlib.suppress(BrokenPipeError):  # the reader of standard output has closed it
             print(_result(summary, run_dir), flush=True)
     if summary.get("status") == "diverged" and not sweep:
-        _say("the parameters diverged; lower train.lr or train.momentum, or set train.clip_norm")
+        _say(f"{summary['reason'] or 'the run diverged'}; lower train.lr or train.momentum, or set train.clip_norm")
         sys.exit(3)
 
 
@@ -202,11 +203,22 @@ def _on_terminal() -> bool:
 
 def _result(summary: dict[str, Any], run_dir: Path) -> str:
     accuracy, loss = summary["test_accuracy"], summary["train_loss"]
+    early = f"{summary['reason']}\n" if summary["status"] == "completed" and summary["reason"] else ""
     identical = f"identical to {summary['replayed']}: every event, and each bit of the final parameters\n"
     return (
         f"{summary['status']}: {summary['algorithm']} ({summary['scheduler']}), {summary['num_workers']} workers, "
-        f"{summary['dataset']}, {summary['model']}: {summary['iterations']} iterations in {summary['wall_seconds']:.1f} s, "
+        f"{summary['dataset']}, {summary['model']}: {summary['iterations']} iterations in {_duration(summary)}, "
         f"mean delay {summary['delay_mean']:.1f}, training loss {'-' if loss is None else f'{loss:.4f}'}, "
         f"test accuracy {'-' if accuracy is None else f'{accuracy:.2%}'}\n"
-        f"{identical if summary.get('identical') else ''}run directory: {run_dir}"
+        f"{early}{identical if summary.get('identical') else ''}run directory: {run_dir}"
     )
+
+
+def _duration(summary: dict[str, Any]) -> str:
+    """Seconds of the run's clock, and the real ones of all processes with start and end."""
+    virtual, training, wall = summary["virtual_seconds"], summary["training_seconds"], f"{summary['wall_seconds']:.1f} s"
+    if virtual is not None:
+        return f"{virtual:.1f} virtual seconds ({wall} of real time)"
+    if summary["runtime"] == "replay":
+        return f"{'-' if training is None else f'{training:.1f}'} s (replayed in {wall})"
+    return f"{training:.1f} s ({wall} with start and end)"

@@ -7,6 +7,7 @@ in ``conf/`` are written from both, see `write_conf`.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, field, fields
 from enum import Enum
 
@@ -63,6 +64,12 @@ class Train(Section):
         None, "end after this many applied gradients", valid=at_least_one, expected="a whole number >= 1"
     )
     max_seconds: float | None = option(None, "end after this many seconds", valid=positive, expected="a finite number > 0")
+    divergence_factor: float | None = option(
+        3.0,
+        "diverged: the last training loss is above this many times the first one, and that of guessing; null: never",
+        valid=lambda v: v is None or 1 < v < math.inf,
+        expected="a finite number > 1, or null",
+    )
     batch_size: int = option(32, "samples per gradient", valid=at_least_one, expected="a whole number >= 1")
     lr: float = option(0.02, "learning rate eta, to be tuned per algorithm", valid=positive, expected="a finite number > 0")
     lr_schedule: Shape = option(Shape.constant, "constant, step (times lr_gamma at each of lr_milestones) or cosine")

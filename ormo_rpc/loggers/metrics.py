@@ -37,7 +37,8 @@ class Measurements:
     Attributes:
         statistics: Of the events so far.
         evaluation: The newest one.
-        seconds: The length of the time that rates are over: since the last row, or of the whole run.
+        seconds: The length of the time that rates are over, up to the last applied gradient: since the last row, or since
+            the first ticket.
         applied: Gradients applied in that time.
         extra: Metrics by name that the runtime measures itself.
     """
@@ -138,8 +139,8 @@ class Metrics:
         form=".2%",
     )
     updates_per_second: float | None = metric(
-        "gradients applied per second",
-        lambda at: at.applied / at.seconds if at.seconds else 0.0,
+        "gradients applied per second, from the first ticket to the last applied gradient",
+        lambda at: at.applied / at.seconds if at.seconds else None,
         in_rows=Rows.interval,
         digits=2,
     )

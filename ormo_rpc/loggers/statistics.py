@@ -25,7 +25,13 @@ class Statistics:
         pushes_per_worker: Gradients applied or discarded, by worker.
         delays: Applied gradients, by delay.
         delay_sum_per_worker: Sum of the delays of the applied gradients, by worker.
-        loss: Mean batch loss, averaged exponentially over about the last `LOSS_WINDOW` gradients.
+        loss: Mean batch loss over about the last `LOSS_WINDOW` gradients: over all of them until there are so many, then an
+            exponential average.
+        losses: Applied gradients that had a loss.
+        start_loss: Mean batch loss of the applied gradients with the smallest stamp, those at the initial parameters.
+        start_losses: The number of these gradients.
+        start_stamp: Their stamp.
+        seconds: Time of the last applied gradient, on the run's clock.
     """
 
     iterations: int = 0
@@ -36,15 +42,27 @@ class Statistics:
     delays: Counter[int] = field(default_factory=Counter[int])
     delay_sum_per_worker: Counter[int] = field(default_factory=Counter[int])
     loss: float | None = None
+    losses: int = 0
+    start_loss: float | None = None
+    start_losses: int = 0
+    start_stamp: int | None = None
+    seconds: float = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Return the statistics as plain values, copied."""
         return {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore what `state_dict` returned, now or in an earlier version."""
         for name, value in state.items():
             setattr(self, name, Counter(value) if isinstance(value, dict) else value)
+        if self.loss is not None and "losses" not in state:
+            self.losses = self.applied
+
+    def begin_as(self, state: Mapping[str, Any]) -> None:
+        """Take over the loss at the start from the state of the run that this one continues; count anew."""
+        for name in ("start_loss", "start_losses", "start_stamp"):
+            setattr(self, name, state.get(name, getattr(self, name)))
 
     def observe(self, event: Event) -> None:
         """Update the statistics by one event."""
@@ -53,8 +71,9 @@ class Statistics:
             self.iterations = data["iteration"] + 1
             self.delays[data["delay"]] += 1
             self.delay_sum_per_worker[data["worker"]] += data["delay"]
+            self.seconds = max(self.seconds, event.seconds)
             if data["loss"] is not None:
-                self.loss = data["loss"] if self.loss is None else self.loss + (data["loss"] - self.loss) / LOSS_WINDOW
+                self._observe_loss(data["loss"], data["stamp"])
         if event.kind is Kind.discard:
             self.discarded += 1
         if event.kind in (Kind.apply, Kind.discard):
@@ -62,6 +81,15 @@ class Statistics:
             self.pushes_per_worker[data["worker"]] += 1
         if event.kind is Kind.repeat:
             self.repeated += 1
+
+    def _observe_loss(self, loss: float, stamp: int) -> None:
+        self.losses += 1
+        self.loss = _moved(self.loss, loss, min(self.losses, LOSS_WINDOW))
+        if self.start_stamp is None or stamp < self.start_stamp:
+            self.start_loss, self.start_losses, self.start_stamp = None, 0, stamp
+        if stamp == self.start_stamp:
+            self.start_losses += 1
+            self.start_loss = _moved(self.start_loss, loss, self.start_losses)
 
     @property
     def applied(self) -> int:
@@ -90,3 +118,8 @@ class Statistics:
             if seen >= target:
                 return delay
         return 0
+
+
+def _moved(mean: float | None, value: float, count: int) -> float:
+    """Move a mean by a new value, which is one of ``count``."""
+    return value if mean is None else mean + (value - mean) / count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ MODULES = {
 """The module of each runtime, imported when it is chosen."""
 
 
-def run(config: Config, run_dir: Path, launch: Launch | None = None) -> dict[str, Any]:
+def run(config: Config, run_dir: Path, launch: Launch | None = None, *, began: float | None = None) -> dict[str, Any]:
     """Run a configuration to its end.
 
     Args:
         config: The configuration; ``workers`` may still be None.
         run_dir: The directory for the outputs, which must not hold a run yet.
         launch: How it was started.
+        began: Time on the monotonic clock from which the summary's ``wall_seconds`` count; by default now.
 
     Returns:
         The summary; empty on ranks other than 0 under torchrun, and for ``role=worker``.
@@ -38,6 +40,7 @@ def run(config: Config, run_dir: Path, launch: Launch | None = None) -> dict[str
         ConfigError: the configuration cannot be run here; nothing was started.
         RunFailed: the run did not complete.
     """
+    began = time.monotonic() if began is None else began
     torchrun = Torchrun.from_environment()
     if config.role is Role.worker:
         prepare.check_elastic_worker(config, torchrun)
@@ -50,4 +53,4 @@ def run(config: Config, run_dir: Path, launch: Launch | None = None) -> dict[str
     if has_run_directory:
         RunDirectory.claim(run_dir)
         (launch or Launch()).write(run_dir)
-    return runtime.run(config, run_dir)
+    return runtime.run(config, run_dir, began)

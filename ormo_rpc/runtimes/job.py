@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -38,12 +39,14 @@ class JobLike(Protocol):
         total_tickets: T, the number of gradients that the run applies.
         batches_per_epoch: Tickets in an epoch.
         lr: The learning rate at an iteration.
+        guessing_loss: The mean loss of giving all classes the same probability; 0 where there are no classes.
     """
 
     config: Config
     total_tickets: int
     batches_per_epoch: int
     lr: Callable[[int], float]
+    guessing_loss: float
 
     def server(self, record: Callable[[Event], None], clock: Callable[[], float]) -> ParameterServer:
         """Build the parameter server at iteration 0; it calls ``record`` with each event, timed by ``clock``."""
@@ -78,6 +81,7 @@ class Job:
         batches_per_epoch: Tickets in an epoch.
         total_tickets: T, the number of gradients that the run applies.
         lr: The scheduled learning rate.
+        guessing_loss: The mean loss of giving all classes the same probability.
 
     Raises:
         ValueError: the data set is missing or damaged.
@@ -91,6 +95,7 @@ class Job:
         total = self.epochs.total_tickets(config.train.epochs)
         self.total_tickets = min(total, config.train.max_iterations or total)
         self.lr: LearningRate = config.learning_rate(self.batches_per_epoch, self.total_tickets)
+        self.guessing_loss = math.log(self.data.num_classes)
 
     def model(self) -> FlatModel:
         """Build a model with the run's initial weights, which are the same in every process."""

@@ -63,8 +63,16 @@ class Recorder:
         self.evaluation: Evaluation | None = None
         self._queue: SimpleQueue[Event | Callable[[Offsets], None]] = SimpleQueue()
         self._last_row = (0.0, 0)
-        """Seconds at the last row of an interval, and the gradients that this run itself had applied by then."""
+        """Time of the last gradient in the last row of an interval, and the gradients that this run had applied by then."""
+        self._row_written = 0.0
+        """Time at which that row was written."""
         self._iterations_between_rows = job.config.logger.iterations_between_rows(job.total_tickets)
+
+    def continue_from(self, statistics: Mapping[str, Any]) -> None:
+        """Count on from the statistics in a checkpoint."""
+        self.statistics.load_state_dict(statistics)
+        self._last_row = (self.statistics.seconds, self.statistics.applied)
+        self._row_written = self.statistics.seconds
 
     def record(self, event: Event) -> None:
         """Put an event into the queue; called on the update path."""
@@ -89,13 +97,13 @@ class Recorder:
             if isinstance(item, Event):
                 self.statistics.observe(item)
                 self.directory.write_event(item)
-                self._write_row_by_iterations(item.seconds)
+                self._write_row_by_iterations()
             else:
                 item(Offsets(*self.directory.sync(), self.statistics.state_dict()))
-        seconds, (last_seconds, last_applied) = self.clock(), self._last_row
-        due = row or seconds - last_seconds >= self.job.config.logger.log_seconds
-        if due and self.statistics.applied > last_applied:
-            self._write_row(seconds)
+        now = self.clock()
+        due = row or now - self._row_written >= self.job.config.logger.log_seconds
+        if due and self.statistics.applied > self._last_row[1]:
+            self._write_row(now)
         self.directory.flush()
 
     def measurements(self, seconds: float, applied: int) -> Measurements:
@@ -120,17 +128,19 @@ class Recorder:
                 _log.warning("%s cannot be finished: %s: %s", type(log).__name__, type(error).__name__, error)
         return content
 
-    def _write_row_by_iterations(self, seconds: float) -> None:
-        """Write a row at the time of an event where ``logger.log_iterations`` have passed; those of one moment share it."""
-        last_seconds, last_applied = self._last_row
+    def _write_row_by_iterations(self) -> None:
+        """Write a row where ``logger.log_iterations`` have passed; those of one moment share it."""
+        seconds, (last_seconds, last_applied) = self.statistics.seconds, self._last_row
         if self.statistics.applied - last_applied >= self._iterations_between_rows and seconds > last_seconds:
             self._write_row(seconds)
 
-    def _write_row(self, seconds: float) -> None:
+    def _write_row(self, now: float) -> None:
+        """Write a row at the time of its last gradient: the end of a run, with its evaluation, is no time of training."""
+        self._row_written = now
         last_seconds, last_applied = self._last_row
-        iteration, applied = self.statistics.iterations, self.statistics.applied
+        iteration, applied, seconds = self.statistics.iterations, self.statistics.applied, self.statistics.seconds
         self._last_row = (seconds, applied)
-        at = self.measurements(max(seconds - last_seconds, 1e-9), applied - last_applied)
+        at = self.measurements(seconds - last_seconds, applied - last_applied)
         self._log({**self._coordinates(iteration, seconds), "lr": self.job.lr(iteration), **row_of(at, Rows.interval)})
 
     def _coordinates(self, iteration: int, seconds: float) -> dict[str, Any]:

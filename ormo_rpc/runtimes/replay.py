@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,8 @@ BITS_DEPEND_ON = ("torch", "cpu", "capability", "threads")
 """Entries of the trace's header that decide about the bits of a gradient."""
 
 
-def run(config: Config, run_dir: Path) -> dict[str, Any]:
-    """Compute ``replay.run`` again; the summary says whether it is identical.
+def run(config: Config, run_dir: Path, began: float) -> dict[str, Any]:
+    """Compute ``replay.run`` again; the summary says whether it is identical, and what `recorded` has but for ``wall_seconds``.
 
     Raises:
         ConfigError: ``replay.run`` is not the directory of a run that has ended.
@@ -63,7 +64,8 @@ def run(config: Config, run_dir: Path) -> dict[str, Any]:
         Summary.from_dict(recorded),
         runtime="replay",
         status="differs" if failure else recorded["status"],
-        reason=failure,
+        reason=failure or recorded.get("reason"),
+        wall_seconds=time.monotonic() - began,
         replayed=str(source.absolute()),
         identical=failure is None,
         environment_differences=differences,

@@ -15,6 +15,7 @@ from ormo_rpc.loggers import RunInfo, start_logs
 from ormo_rpc.loggers.metrics import measure
 from ormo_rpc.models.flat import sha256
 from ormo_rpc.runtimes.checkpoints import CheckpointWriter
+from ormo_rpc.runtimes.ending import ending
 from ormo_rpc.runtimes.evaluations import Evaluations
 from ormo_rpc.runtimes.job import JobLike
 from ormo_rpc.runtimes.recorder import Recorder
@@ -39,6 +40,7 @@ class Session:
         evaluation_executor: Runs evaluations.
         checkpoint_executor: Writes checkpoints.
         clock: The run's seconds, real or virtual.
+        began: Time on the monotonic clock at which the run began, before this process did where there is a launcher.
         extra_metrics: Returns metrics by name that the runtime measures itself.
         state: Copies the state for a checkpoint, where it is more than that of the server.
         terminal: A file descriptor for the progress bar, where there is a terminal.
@@ -57,6 +59,7 @@ class Session:
         checkpoint_executor: Executor,
         clock: Callable[[], float],
         *,
+        began: float,
         extra_metrics: Callable[[], Mapping[str, float]] = dict,
         state: Callable[[], dict[str, Any]] | None = None,
         terminal: int | None = None,
@@ -74,7 +77,7 @@ class Session:
         self.seconds_before = 0.0
         self.resumed_state: dict[str, Any] | None = None
         self._copy_state = state or (lambda: self.server.state_dict(replies=config.checkpoint.journal))
-        self._began = time.monotonic()
+        self._began = began
         self._seen = 0
         """The server's iteration at the last `observe`."""
 
@@ -133,8 +136,11 @@ class Session:
         if self.job.config.runtime.name == "sim" and state["status"] == Status.running.value:
             self.resumed_state = state.get("cluster")
         if in_place or self.resumed_state is not None:
-            self.recorder.statistics.load_state_dict(records["statistics"])
+            # Statistics of an earlier version have no time of their own.
+            self.recorder.continue_from({"seconds": records["seconds"], **records["statistics"]})
             self.seconds_before = records["seconds"]
+        else:
+            self.recorder.statistics.begin_as(records["statistics"])
         if in_place:
             self.checkpoints.newest = source
             self.directory.truncate(records["trace_bytes"], records["metrics_bytes"])
@@ -191,11 +197,13 @@ class Session:
 
     def _summary_entries(self, state: Mapping[str, Any]) -> dict[str, Any]:
         buffers = (state["buffers"][f"average.{name}"] for name in self.server.buffers.average)
+        statistics = self.recorder.statistics
+        ended = ending(self.job, statistics, state["status"], state["iteration"])
         return {
-            **measure(self.recorder.measurements(self.clock(), self.recorder.statistics.applied)),
+            **measure(self.recorder.measurements(statistics.seconds, statistics.applied)),
             **identity(self.job.config),
-            "status": state["status"],
-            "reason": self.evaluations.failure,
+            **ended,
+            "reason": "; ".join(filter(None, (ended["reason"], self.evaluations.failure))) or None,
             "failed_evaluations": self.evaluations.failed,
             "parameters": state["params"].numel(),
             "iterations": state["iteration"],
@@ -203,6 +211,7 @@ class Session:
             "rolled_back": self.counters.rolled_back,
             "incarnations": self.counters.incarnations,
             "wall_seconds": time.monotonic() - self._began,
+            "training_seconds": statistics.seconds,
             "step_seconds": self.server.step_seconds,
             "final_params_sha256": sha256(state["params"]),
             "final_buffers_sha256": sha256(*buffers),

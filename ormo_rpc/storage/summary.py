@@ -30,7 +30,9 @@ class Summary(Metrics):
     """The content of ``summary.json``; None where a value is unknown, or does not apply to this kind of run."""
 
     status: str | None = entry("completed, diverged, interrupted, failed; of a replay also differs")
-    reason: str | None = entry("why it was interrupted, failed or differs, or has no evaluation")
+    reason: str | None = entry(
+        "why it diverged, was interrupted, failed or differs, ended before its last epoch, or has no evaluation"
+    )
 
     algorithm: str | None = entry("name of the algorithm")
     scheduler: str | None = entry("name of the scheduler")
@@ -45,7 +47,13 @@ class Summary(Metrics):
     parameters: int | None = entry("D, parameters of the model")
 
     epochs: float | None = entry("passes over the training data")
-    wall_seconds: float | None = entry("seconds that the run took")
+    wall_seconds: float | None = entry(
+        "real seconds from the start of the launcher's process (its imports included; in a sweep or from Python: of the call) "
+        "to the writing of the summary"
+    )
+    training_seconds: float | None = entry(
+        "seconds of the run's clock, virtual ones of a simulation, from the first ticket to the last applied gradient"
+    )
     virtual_seconds: float | None = entry("simulated seconds that the run took")
     rolled_back: int | None = entry("updates undone because a server process died")
     incarnations: int | None = entry("server processes that the run had")

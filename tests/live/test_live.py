@@ -7,6 +7,8 @@ import math
 import re
 import signal
 import socket
+import statistics
+import time
 from pathlib import Path
 
 import psutil
@@ -177,8 +179,31 @@ def test_a_diverged_run_exits_with_status_3_and_the_reason(tmp_path: Path) -> No
     status, out, err = launch(tmp_path, *QUIET, "algorithm=naive", "train.lr=1e30", "workers=2")
     assert status == 3
     assert out.startswith("diverged: naive (async)")
-    assert re.fullmatch(r"launch\.py: the parameters diverged; lower train\.lr .*\n", err)
+    assert re.fullmatch(r"launch\.py: the parameters, or .* are not finite or too large; lower train\.lr .*\n", err)
     assert summary(tmp_path)["status"] == "diverged"
+
+
+def test_a_run_whose_loss_explodes_exits_with_status_3_and_its_replay_too(tmp_path: Path) -> None:
+    """All stays finite; the summary and its replay say that the loss ended far above where it began."""
+    options = ("logger=none", "algorithm=naive", "train.lr=2", "train.max_iterations=100", "workers=2")
+    began = time.monotonic()
+    status, out, err = launch(tmp_path / "run", *options)
+    seconds = time.monotonic() - began
+    result = summary(tmp_path / "run")
+    assert (status, result["status"]) == (3, "diverged"), err
+    assert err == f"launch.py: {result['reason']}; lower train.lr or train.momentum, or set train.clip_norm\n"
+    losses = [event["loss"] for event in events(tmp_path / "run", "apply")]
+    assert statistics.fmean(losses[-20:]) > 3 * statistics.fmean(losses[:2])
+    # The process's seconds but for its last ones; the clock of the run has those of the training alone.
+    assert seconds - 3 < result["wall_seconds"] < seconds
+    applied = events(tmp_path / "run", "apply")
+    assert result["training_seconds"] == pytest.approx(applied[-1]["seconds"], abs=1e-5)
+    assert result["updates_per_second"] == pytest.approx(100 / applied[-1]["seconds"], rel=1e-3)
+    assert f"100 iterations in {result['training_seconds']:.1f} s ({result['wall_seconds']:.1f} s with start and end)" in out
+    status, out, again = launch(tmp_path / "again", "runtime=replay", f"replay.run={tmp_path / 'run'}", "logger=none")
+    assert (status, again) == (3, err)
+    assert out.startswith("diverged: naive (async)")
+    assert "identical to" in out
 
 
 def test_a_push_that_fails_half_way_ends_the_run_without_a_checkpoint(tmp_path: Path) -> None:

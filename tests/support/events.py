@@ -10,5 +10,13 @@ def apply_event(iteration: int, worker: int, delay: int, loss: float | None = No
     return Event(
         Kind.apply,
         0.0,
-        {"iteration": iteration, "worker": worker, "delay": delay, "samples": 8, "loss": loss, "ticket": iteration},
+        {
+            "iteration": iteration,
+            "worker": worker,
+            "delay": delay,
+            "stamp": iteration - delay,
+            "samples": 8,
+            "loss": loss,
+            "ticket": iteration,
+        },
     )

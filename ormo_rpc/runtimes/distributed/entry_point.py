@@ -60,6 +60,7 @@ def _run_server(arguments: argparse.Namespace, report: Callable[[str], None]) ->
     obey_supervisor(arguments.control_fd, control.handle)
     args = server_process.ServerArgs(
         run_dir=arguments.run_dir,
+        began=arguments.began,
         listening_socket=socket.socket(fileno=arguments.listener_fd),
         secret=_secret(arguments.secret_file),
         incarnation=arguments.incarnation,
@@ -201,6 +202,7 @@ def _parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     server.set_defaults(run=_run_server)
     server.add_argument("--incarnation", type=int, default=0, help="earlier processes of this server")
     server.add_argument("--run-dir", type=Path, required=True, help="with the run's config.yaml")
+    server.add_argument("--began", type=float, required=True, help="start of the run on the monotonic clock")
     server.add_argument("--listener-fd", type=int, required=True, help="listening socket")
     server.add_argument("--terminal-fd", type=int, help="terminal for the progress bar, where there is one")
 

@@ -41,8 +41,8 @@ class InlineExecutor(Executor):
         return future
 
 
-def run(config: Config, run_dir: Path) -> dict[str, Any]:
-    """Simulate a run to its end and return its summary.
+def run(config: Config, run_dir: Path, began: float) -> dict[str, Any]:
+    """Simulate a run, which began at a time on the monotonic clock, to its end, and return its summary.
 
     Raises:
         RunFailed: it was interrupted; a checkpoint is left.
@@ -60,7 +60,7 @@ def run(config: Config, run_dir: Path) -> dict[str, Any]:
     def state() -> dict[str, Any]:
         return {**session.server.state_dict(replies=True), "cluster": cluster.state_dict()}
 
-    session = Session(job, run_dir, inline, inline, lambda: queue.now, state=state, terminal=terminal)
+    session = Session(job, run_dir, inline, inline, lambda: queue.now, began=began, state=state, terminal=terminal)
     cluster = Cluster(
         session.server,
         source,

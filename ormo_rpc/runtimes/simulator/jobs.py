@@ -39,6 +39,7 @@ class SyntheticJob:
         self.total_tickets = config.train.max_iterations
         self.batches_per_epoch = BATCHES_PER_EPOCH
         self.lr: Callable[[int], float] = config.learning_rate(self.batches_per_epoch, self.total_tickets)
+        self.guessing_loss = 0.0
 
     def source(self) -> Quadratic:
         """Build the source of gradients."""

@@ -38,13 +38,54 @@ def test_statistics_of_a_resumed_run_by_hand() -> None:
     assert statistics.delay_max == 5
     assert statistics.delay_counts() == [1, 0, 1, 0, 0, 1]
     assert [statistics.delay_quantile(fraction) for fraction in (0.3, 0.5, 0.99)] == [0, 2, 5]
-    assert statistics.loss == pytest.approx(4.0)  # 3 + (53 - 3) / 50
+    assert statistics.loss == pytest.approx(28.0)  # (3 + 53) / 2: all, as there are fewer than 50
 
 
 def test_statistics_before_the_first_event() -> None:
     statistics = Statistics()
     assert (statistics.delay_mean, statistics.delay_max, statistics.delay_quantile(0.5)) == (0.0, 0, 0)
     assert (statistics.loss, statistics.delay_counts()) == (None, [0])
+
+
+def test_the_loss_is_a_mean_over_all_gradients_until_there_are_fifty() -> None:
+    losses = [float(number) for number in range(60)]
+    statistics = Statistics()
+    for number, loss in enumerate(losses):
+        statistics.observe(apply_event(number, 0, 0, loss=loss))
+        if number == 49:
+            assert statistics.loss == pytest.approx(24.5)  # (0 + 49) / 2
+    expected = 24.5
+    for loss in losses[50:]:
+        expected += (loss - expected) / 50
+    assert statistics.loss == pytest.approx(expected)
+
+
+def test_the_loss_at_the_start_is_that_of_the_smallest_stamp() -> None:
+    statistics = observed(
+        apply_event(7, 0, 2, loss=9.0),  # stamp 5
+        apply_event(8, 1, 5, loss=1.0),  # stamp 3: the parameters were older
+        apply_event(9, 0, 2, loss=9.0),
+        apply_event(10, 2, 7, loss=2.0),  # stamp 3
+        apply_event(11, 2, 8),  # stamp 3, without a loss
+    )
+    assert (statistics.start_stamp, statistics.start_loss, statistics.start_losses) == (3, 1.5, 2)
+    resumed = Statistics()
+    resumed.begin_as(statistics.state_dict())
+    resumed.observe(apply_event(12, 0, 0, loss=70.0))
+    assert (resumed.start_loss, resumed.loss, resumed.applied) == (1.5, 70.0, 1)
+
+
+def test_statistics_of_an_earlier_version_go_on() -> None:
+    """A checkpoint without the number of losses, and without the loss at the start."""
+    new = ("losses", "start_loss", "start_losses", "start_stamp", "seconds")
+    state = observed(*(apply_event(number, 0, 0, loss=4.0) for number in range(9))).state_dict()
+    former = {key: value for key, value in state.items() if key not in new}
+    for load in (Statistics.load_state_dict, Statistics.begin_as):
+        statistics = Statistics()
+        load(statistics, former)
+        statistics.observe(apply_event(9, 0, 0, loss=14.0))
+        assert (statistics.start_loss, statistics.start_stamp) == (14.0, 9)
+        assert statistics.loss == pytest.approx(5.0 if statistics.applied == 10 else 14.0)  # 4 + (14 - 4) / 10
 
 
 def test_statistics_continue_from_their_state() -> None:
@@ -63,6 +104,11 @@ AT = Measurements(
     applied=3,
     extra={"lock_held_seconds": 0.12345678},
 )
+
+
+def test_there_is_no_rate_over_no_time() -> None:
+    assert "updates_per_second" not in row_of(dataclasses.replace(AT, seconds=0.0), Rows.interval)
+    assert measure(dataclasses.replace(AT, seconds=0.0))["updates_per_second"] is None
 
 
 def test_rows_have_the_metrics_that_are_declared_for_them_and_were_measured() -> None:

@@ -64,7 +64,7 @@ def test_a_server_handles_the_messages_that_came_before_it_was_ready(monkeypatch
     monkeypatch.setenv("ORMO_RPC_SECRET", "0123456789abcdef" * 4)
     supervisor_end, child_end = socket.socketpair()
     with supervisor_end:
-        command = ["server", "--run-dir", str(tmp_path), "--listener-fd", str(child_end.detach())]
+        command = ["server", "--run-dir", str(tmp_path), "--began", "0", "--listener-fd", str(child_end.detach())]
         arguments = parse([*command, "--control-fd", "0", "--report-fd", "1"])
         arguments.run(arguments, lambda _: None)
     assert server.messages == [{"all_workers_ended": "all have left"}, {"stop": {"status": "interrupted"}}]
@@ -116,7 +116,7 @@ def test_a_full_disk_does_not_hide_the_exit_reason(tmp_path: Path) -> None:
         env = {**os.environ, "ORMO_RPC_SECRET": "0123456789abcdef" * 4, "PYTHONPATH": os.pathsep.join(sys.path)}
         server = supervisor.start(
             "server",
-            [*command, "--listener-fd", str(listener.fileno())],
+            [*command, "--began", "0", "--listener-fd", str(listener.fileno())],
             env=env,
             log=Path("/dev/full"),
             pass_fds=[listener.fileno()],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -149,15 +150,12 @@ def test_a_row_of_metrics_is_written_every_log_seconds(run: Run) -> None:
     run.recorder.flush()
     run.recorder.flush(row=True)
     rows = run.lines("metrics.jsonl")
-    assert [(row["iteration"], row["epoch"], row["seconds"]) for row in rows] == [(5, 0.5, 2.0), (15, 1.5, 5.0), (16, 1.6, 5.0)]
-    # 5 updates in 2 s; 10 in 3 s; the third row follows at once, so its rate means nothing.
-    assert [row["updates_per_second"] for row in rows[:2]] == [2.5, 3.33]
+    # At the time of their last gradient.
+    assert [(row["iteration"], row["epoch"], row["seconds"]) for row in rows] == [(5, 0.5, 1.9), (15, 1.5, 4.5), (16, 1.6, 5.0)]
+    # 5 updates in 1.9 s, 10 in the next 2.6 s, 1 in 0.5 s.
+    assert [row["updates_per_second"] for row in rows] == [2.63, 3.85, 2.0]
     assert (rows[0]["lr"], rows[0]["lock_held_seconds"]) == (0.5, 0.25)
-    # Losses 0, 1, 2, 3, 4: each new one moves the average by a fiftieth of its distance.
-    loss = 0.0
-    for ticket in range(1, 5):
-        loss += (ticket - loss) / 50
-    assert rows[0]["train_loss"] == pytest.approx(loss)
+    assert rows[0]["train_loss"] == pytest.approx(2.0)  # of the losses 0, 1, 2, 3, 4
     # Three workers in turn: delays 0, 1, 2, 2, 2.
     assert (rows[0]["delay_mean"], rows[0]["delay_max"]) == (1.4, 2)
     assert [{key: row[key] for key in row if key != "seen"} for row in run.shown.rows] == rows
@@ -191,13 +189,36 @@ def test_the_shortest_run_has_a_curve(tmp_path: Path) -> None:
     assert len([row for row in losses if "train_loss" in row]) >= 20
 
 
+def test_the_rate_of_the_last_row_ends_with_the_last_gradient(run: Run) -> None:
+    run.now = 2.0
+    run.push(16)
+    run.now = 100.0  # a long evaluation
+    run.recorder.flush(row=True)
+    (row,) = run.lines("metrics.jsonl")
+    assert (row["iteration"], row["seconds"], row["updates_per_second"]) == (16, 2.0, 8.0)
+
+
 def test_the_rate_of_a_resumed_run_counts_its_own_updates(run: Run) -> None:
     for iteration in range(1000, 1006):
-        run.recorder.record(apply_event(iteration, 0, 0))
+        run.recorder.record(dataclasses.replace(apply_event(iteration, 0, 0), seconds=1.5))
     run.now = 3.0
     run.recorder.flush()
     (row,) = run.lines("metrics.jsonl")
-    assert (row["iteration"], row["updates_per_second"]) == (1006, 2.0)  # 6 updates in 3 s
+    assert (row["iteration"], row["updates_per_second"]) == (1006, 4.0)  # 6 updates in 1.5 s
+
+
+def test_the_first_rate_of_a_restarted_server_is_over_the_time_since_its_checkpoint(run: Run) -> None:
+    run.now = 8.0
+    run.push(20)
+    run.recorder.flush()
+    again = Run(run.folder / "again")
+    again.recorder.continue_from(run.recorder.statistics.state_dict())
+    again.now = 10.0
+    again.push(4)
+    again.recorder.flush(row=True)
+    (row,) = again.lines("metrics.jsonl")
+    assert (row["seconds"], row["updates_per_second"]) == (10.0, 2.0)  # 4 in 2 s, not 24 in 10 s
+    again.directory.close()
 
 
 def test_an_evaluation_is_a_row_of_the_iteration_whose_parameters_it_is_of(run: Run) -> None:

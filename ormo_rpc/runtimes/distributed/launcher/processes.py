@@ -42,12 +42,13 @@ class Launcher:
         self.environment = _environment(config, loopback=loopback)
 
     def server(
-        self, run_dir: Path, listener: socket.socket, secret_file: Path | None, *more: str
+        self, run_dir: Path, began: float, listener: socket.socket, secret_file: Path | None, *more: str
     ) -> Callable[[int], ChildProcess]:
         """Return the function that starts the server (`ProcessSlot.start`).
 
         Args:
             run_dir: The run directory, with its ``config.yaml``.
+            began: Time at which the run began, on the monotonic clock, which all processes of a machine share.
             listener: The listening socket, which outlives each incarnation of the server.
             secret_file: The file with the secret; None where the environment has it.
             more: Further arguments of its command line.
@@ -59,7 +60,7 @@ class Launcher:
                     "server",
                     [
                         *("server", "--incarnation", str(restart_count), "--run-dir", str(run_dir)),
-                        *("--listener-fd", str(listener.fileno())),
+                        *("--began", repr(began), "--listener-fd", str(listener.fileno())),
                         *_option("--secret-file", secret_file),
                         *_option("--terminal-fd", terminal),
                         *more,
@@ -106,14 +107,14 @@ class Launcher:
 
 
 @contextlib.contextmanager
-def local_processes(monitor: ProcessMonitor, config: Config, run_dir: Path) -> Generator[ProcessSlot]:
+def local_processes(monitor: ProcessMonitor, config: Config, run_dir: Path, began: float) -> Generator[ProcessSlot]:
     """Start server and workers on this machine; the value is the server's slot."""
     logs = run_dir / "logs"
     logs.mkdir(exist_ok=True)
     secret_file = _run_secret(config, run_dir)
     with listen_at(config.server.address or "127.0.0.1:0", public=config.server.public) as listener:
         launcher = Launcher(monitor.supervisor, config, loopback=_is_loopback(listener), logs=logs)
-        start_server = launcher.server(run_dir, listener, secret_file)
+        start_server = launcher.server(run_dir, began, listener, secret_file)
         server = monitor.add("server", start_server, should_restart=if_killed, essential=True)
         server_args = ("--address", address_of(listener), *_option("--secret-file", secret_file))
         for worker in range(config.num_processes):
@@ -122,7 +123,9 @@ def local_processes(monitor: ProcessMonitor, config: Config, run_dir: Path) -> G
 
 
 @contextlib.contextmanager
-def rank_process(monitor: ProcessMonitor, config: Config, run_dir: Path, torchrun: Torchrun) -> Generator[ProcessSlot]:
+def rank_process(
+    monitor: ProcessMonitor, config: Config, run_dir: Path, torchrun: Torchrun, began: float
+) -> Generator[ProcessSlot]:
     """Start the one process of this rank under torchrun; the value is its slot.
 
     The server leaves its address in the store of torchrun's agent. Without such a store the port that torchrun has chosen for
@@ -138,7 +141,7 @@ def rank_process(monitor: ProcessMonitor, config: Config, run_dir: Path, torchru
     host = "127.0.0.1" if torchrun.one_machine else interface_address(config.rpc.interface)
     port = 0 if torchrun.agent_store else int(torchrun.store.rpartition(":")[2])
     with listen_at(f"{host}:{port}", public=config.server.public) as listener:
-        start_server = launcher.server(run_dir, listener, secret_file, "--address", address_of(listener), *store)
+        start_server = launcher.server(run_dir, began, listener, secret_file, "--address", address_of(listener), *store)
         yield monitor.add("server", start_server, should_restart=if_killed, essential=True)
 
 

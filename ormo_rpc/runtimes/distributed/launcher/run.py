@@ -32,8 +32,13 @@ TERMINAL_STATUSES = ("completed", "diverged")
 """The statuses of a run that has ended by itself; a signal that comes later changes nothing."""
 
 
-def run(config: Config, run_dir: Path) -> dict[str, Any]:
+def run(config: Config, run_dir: Path, began: float) -> dict[str, Any]:
     """Start the processes of this launcher, keep them running to the end of the run, and return the summary.
+
+    Args:
+        config: The configuration.
+        run_dir: The run directory.
+        began: Time on the monotonic clock at which the run began.
 
     Raises:
         RunFailed: the run was interrupted, or failed.
@@ -42,16 +47,16 @@ def run(config: Config, run_dir: Path) -> dict[str, Any]:
     if torchrun is not None and torchrun.rank > 0:
         with Supervisor(_report) as supervisor:
             monitor = _monitor(supervisor, config)
-            _supervise_worker(monitor, rank_process(monitor, config, run_dir, torchrun), config)
+            _supervise_worker(monitor, rank_process(monitor, config, run_dir, torchrun, began), config)
         return {}
     run_dir.mkdir(parents=True, exist_ok=True)
     save_config(config, run_dir / "config.yaml")
     with Supervisor(_report) as supervisor:
         monitor = _monitor(supervisor, config)
         if torchrun is None:
-            processes = local_processes(monitor, config, run_dir)
+            processes = local_processes(monitor, config, run_dir, began)
         else:
-            processes = rank_process(monitor, config, run_dir, torchrun)
+            processes = rank_process(monitor, config, run_dir, torchrun, began)
         with processes as server:
             failure = _supervise_server(monitor, server, config)
         interrupted = bool(supervisor.signals)

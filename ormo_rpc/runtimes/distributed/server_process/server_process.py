@@ -42,6 +42,7 @@ class ServerArgs:
 
     Attributes:
         run_dir: The run directory, with ``config.yaml``.
+        began: Time on the monotonic clock at which the run began, in the launcher.
         listening_socket: Of the rendezvous; it outlives this process.
         secret: Of the run.
         incarnation: The number of earlier server processes of this run directory.
@@ -50,6 +51,7 @@ class ServerArgs:
     """
 
     run_dir: Path
+    began: float
     listening_socket: socket.socket
     secret: Secret
     incarnation: int
@@ -87,6 +89,7 @@ class ServerProcess:
             evaluation,
             checkpoint,
             self.clock,
+            began=args.began,
             extra_metrics=self._lock_times,
             terminal=args.terminal_fd,
         )

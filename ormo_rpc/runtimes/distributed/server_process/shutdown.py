@@ -31,7 +31,7 @@ def shut_down(
     Raises:
         RuntimeError: a push was applied half-way, so the state is not written.
     """
-    seconds, state = session.clock(), dict[str, Any]()
+    state = dict[str, Any]()
 
     def stop(server: ParameterServer) -> list[Reply]:
         state.update(server.state_dict())  # in one step with the stop: every applied push is in the checkpoint
@@ -48,7 +48,7 @@ def shut_down(
         while service.memberships and time.monotonic() < deadline:
             session.flush()
             time.sleep(POLL_SECONDS)
-    return session.close(state, wait=not status, wall_seconds=seconds, evictions=service.evictions, **status)
+    return session.close(state, wait=not status, evictions=service.evictions, **status)
 
 
 def check_state(service: Service) -> None:

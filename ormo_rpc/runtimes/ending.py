@@ -1,0 +1,62 @@
+"""Status and reason of a run that has ended by itself, as its summary has them."""
+
+from __future__ import annotations
+
+import math
+
+from ormo_rpc.loggers.statistics import Statistics
+from ormo_rpc.runtimes.job import JobLike
+from ormo_rpc.server.parameter_server import Status
+
+NOT_FINITE = "the parameters, or the gradients of two workers for one ticket, are not finite or too large"
+"""The reason where the server itself says that the run diverged."""
+
+
+def ending(job: JobLike, statistics: Statistics, status: str, iteration: int) -> dict[str, str | None]:
+    """Return the entries ``status`` and ``reason`` of a summary.
+
+    Args:
+        job: The run.
+        statistics: Of all its events.
+        status: The server's status.
+        iteration: Gradients applied.
+    """
+    if status == Status.diverged.value:
+        return {"status": status, "reason": NOT_FINITE}
+    if status != Status.completed.value:
+        return {"status": status, "reason": None}
+    diverged, early = _divergence(job, statistics), _early(job, iteration)
+    return {
+        "status": status if diverged is None else Status.diverged.value,
+        "reason": "; ".join(filter(None, (diverged, early))) or None,
+    }
+
+
+def _divergence(job: JobLike, statistics: Statistics) -> str | None:
+    """Say why a run counts as diverged though its parameters are finite; None where it does not.
+
+    Its mean loss over the last gradients is above ``train.divergence_factor`` times the larger of two losses: of the gradients
+    at the initial parameters, and of guessing. The second one keeps a fine-tuning that starts at a tiny loss from being called
+    diverged for its noise.
+    """
+    factor, start, last = job.config.train.divergence_factor, statistics.start_loss, statistics.loss
+    if factor is None or start is None or last is None:
+        return None
+    if not math.isfinite(last):
+        return f"the training loss is not finite in the end; at the start it was {start:.4g}"
+    if last <= factor * max(start, job.guessing_loss):
+        return None
+    guessing = f" (and of the {job.guessing_loss:.4g} of guessing)" if job.guessing_loss else ""
+    return (
+        f"the training loss ended at {last:.4g}, above train.divergence_factor={factor:g} times the {start:.4g} at the start"
+        f"{guessing}"
+    )
+
+
+def _early(job: JobLike, iteration: int) -> str | None:
+    """Say that a run was finished before all its gradients were applied."""
+    if iteration >= job.total_tickets:
+        return None
+    limit, epochs, total = job.config.train.max_seconds, job.epoch(iteration), job.epoch(job.total_tickets)
+    cause = "finished early" if limit is None else f"train.max_seconds={limit:g}"
+    return f"{cause}: ended after {epochs:.2f} of {total:g} epochs, {iteration} of {job.total_tickets} iterations"
