@@ -11,13 +11,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from ormo_rpc.kernels.kernel import Kernel
 from ormo_rpc.options import Part
+
+V = TypeVar("V", Tensor, int, float)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +35,7 @@ class PushContext:
         newest_bucket: The largest bucket handed out to anybody so far.
         concurrency: ``K``, the number of gradients in flight at this moment.
         lr: ``eta``, the scheduled learning rate of iteration ``t``.
+        sent_lr: The scheduled learning rate that was sent with the ticket, that of iteration ``i``.
         version: The algorithm's `Algorithm.version` when the ticket was handed out.
         sent: The vectors sent with the ticket, read-only; None only in a server that was loaded and not started.
     """
@@ -45,6 +48,7 @@ class PushContext:
     newest_bucket: int
     concurrency: int
     lr: float
+    sent_lr: float = 0.0
     version: int = 0
     sent: Tensor | None = None
 
@@ -190,8 +194,8 @@ class Algorithm(Part, ABC):
                 getattr(self, attribute)[int(worker)] = value.clone() if isinstance(value, Tensor) else value
 
     @staticmethod
-    def by_worker(attribute: str, kept: Mapping[int, Tensor]) -> dict[str, Tensor]:
-        """Return the entries of `state_dict` for a dictionary attribute that holds a tensor for each worker.
+    def by_worker(attribute: str, kept: Mapping[int, V]) -> dict[str, V]:
+        """Return the entries of `state_dict` for a dictionary attribute that holds a tensor or number for each worker.
 
         They keep the attribute's order, on which the rounding of a sum over it depends.
         """

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from torch import Tensor
 from typing_extensions import override
 
-from ormo_rpc.algorithms.base import Algorithm, PullContext, PushContext
+from ormo_rpc.algorithms._momentum import GradientMomentum
+from ormo_rpc.algorithms.base import PullContext, PushContext
 from ormo_rpc.options import register
 
 
 @register("dana")
 @dataclass(kw_only=True)
-class DANA(Algorithm):
+class DANA(GradientMomentum):
     """DANA-Zero: one momentum buffer for each worker, and each gradient is taken where the momenta of all will lead.
 
     Recursion, for a gradient ``g`` of worker ``k``: ``v_k <- beta v_k + g; w <- w - eta v_k``, ``v_k`` in units of the

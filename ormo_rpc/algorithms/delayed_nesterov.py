@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ormo_rpc.algorithms.base import Algorithm, PushContext
+from ormo_rpc.algorithms._momentum import GradientMomentum
+from ormo_rpc.algorithms.base import PushContext
 from ormo_rpc.options import at_least_one, option, register
 
 
 @register("delayed_nesterov")
 @dataclass(kw_only=True)
-class DelayedNesterov(Algorithm):
+class DelayedNesterov(GradientMomentum):
     """Delayed Nesterov (DN): gradients act at once, the momentum only with every N-th, on the mean of those N.
 
     Recursion: ``D <- D + g``; with every N-th gradient ``m <- beta m + D / N; w <- w - eta ((1 - c N + c) beta m + g / N);

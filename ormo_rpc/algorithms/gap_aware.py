@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from typing_extensions import override
 
-from ormo_rpc.algorithms.base import Algorithm, PushContext
+from ormo_rpc.algorithms._momentum import GradientMomentum
+from ormo_rpc.algorithms.base import PushContext
 from ormo_rpc.options import register
 
 MEMORY = 0.999
@@ -19,7 +20,7 @@ EPSILON = 1e-8
 
 @register("gap_aware")
 @dataclass(kw_only=True)
-class GapAware(Algorithm):
+class GapAware(GradientMomentum):
     """Gap-aware: each element of a gradient is divided by the number of usual steps that the parameters went meanwhile.
 
     Recursion, elementwise, with ``w_bak`` the copy of the parameters that was sent with the ticket and ``n`` the gradients so

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ormo_rpc.algorithms.base import Algorithm, LocalWork, PullContext, PushContext
+from ormo_rpc.algorithms._momentum import StepMomentum
+from ormo_rpc.algorithms.base import LocalWork, PullContext, PushContext
 from ormo_rpc.options import at_least_one, option, register
 
 
 @register("orlomo")
 @dataclass(kw_only=True)
-class OrLoMo(Algorithm):
+class OrLoMo(StepMomentum):
     """OrLoMo: workers take H steps of momentum SGD; their local momenta enter the server's in the order of iterations.
 
     A ticket is H steps ``v <- beta v + eta g; x <- x - v`` from ``x = w``, ``v = u``. They are linear in ``u`` and the worker's
@@ -54,31 +55,36 @@ class OrLoMo(Algorithm):
         self.index = 0
 
     @override
-    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
+    def advance(self, grad: Tensor, lr: float, scale: float, context: PushContext) -> None:
         local_momentum, moved = grad.split(self.params.numel())
+        weight = lr / (context.sent_lr or 1.0) if self.momentum_correction else 1.0
+        if scale != 1.0:
+            self.u.mul_(scale)
         while self.index < context.newest_bucket:
             self.params.sub_(self.u, alpha=self._drift(1))
             self.u.mul_(self._decay(1))
             self.index += 1
         rounds = self.index - context.bucket
-        self.u.add_(local_momentum, alpha=self._decay(rounds))
-        self.params.sub_(moved).sub_(local_momentum, alpha=self._drift(rounds))
+        self.u.add_(local_momentum, alpha=self._decay(rounds) * weight)
+        self.params.sub_(moved, alpha=weight).sub_(local_momentum, alpha=self._drift(rounds) * weight)
 
     @override
     def outgoing(self, context: PullContext) -> Tensor:
-        pending = self.index < context.bucket
-        return torch.cat([self.params, self.u if pending else torch.zeros_like(self.u)])
+        if self.index >= context.bucket:
+            return torch.cat([self.params, torch.zeros_like(self.u)])
+        return torch.cat([self.params, self.u * (context.lr / self.momentum_lr) if self.momentum_correction else self.u])
 
     @override
     def local(self, work: LocalWork, push: Tensor) -> None:
         here, momentum = work.sent.clone().split(work.dimension)
         grad = torch.empty_like(here)
         local_momentum, moved = push.zero_().split(work.dimension)
+        rate = work.lr or 1.0 if self.momentum_correction else work.lr
         for step in range(work.steps):
             work.gradient(here, step, grad)
             momentum.mul_(work.momentum).add_(grad, alpha=work.lr)
             here.sub_(momentum)
-            local_momentum.mul_(work.momentum).add_(grad, alpha=work.lr)
+            local_momentum.mul_(work.momentum).add_(grad, alpha=rate)
             moved.add_(local_momentum)  # p sums m over the steps: 1 + beta + ... + beta^(H-h) for the gradient of step h
 
     def _decay(self, rounds: int) -> float:
@@ -91,4 +97,4 @@ class OrLoMo(Algorithm):
 
     @override
     def state_dict(self) -> Mapping[str, Tensor | int | float]:
-        return {"u": self.u, "index": self.index}
+        return {"u": self.u, "index": self.index, **super().state_dict()}

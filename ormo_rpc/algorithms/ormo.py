@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ormo_rpc.algorithms.base import Algorithm, PushContext
+from ormo_rpc.algorithms._momentum import StepMomentum
+from ormo_rpc.algorithms.base import PushContext
 from ormo_rpc.kernels.steps import OrMoStep
-from ormo_rpc.options import option, register
+from ormo_rpc.options import register
 
 
 @register("ormo")
 @dataclass(kw_only=True)
-class OrMo(Algorithm):
+class OrMo(StepMomentum):
     """OrMo: every gradient enters the momentum with the weight of its place in the order of iterations.
 
     State ``w``, momentum ``u`` (in units of the parameters: it sums ``eta g``), momentum index ``I``. For a gradient ``g``
@@ -30,8 +31,8 @@ class OrMo(Algorithm):
     parameters get at once the geometric sum that they missed. Under the synchronous scheduler this is heavy ball on the sum of
     the K gradients (SSGDm); with ``beta = 0`` it is `asgd` bit for bit. Memory: ``w, u``, two vectors of D.
 
-    With ``momentum_correction`` a change of the scheduled learning rate rescales the momentum, ``u <- u eta_new / eta_old``,
-    before step 1, so that K = 1 equals ``torch.optim.SGD`` for any schedule above 0; the paper's ``u`` keeps the old rate.
+    ``eta`` is inside of the momentum. Where it is corrected (see `StepMomentum`), ``u <- u eta_new / eta_old`` comes before
+    step 1, so that K = 1 equals ``torch.optim.SGD`` for any schedule; the paper's ``u`` keeps the old rates.
 
     Source: Shi, Yang, Li, NeurIPS 2024, arXiv 2407.19234, Algorithm 2. Departure: the paper shifts when the waiting set is
         empty and ``ceil(t/K) > I`` (reconstructed); "largest bucket handed out" is equal to that under `async` and `sync`,
@@ -40,35 +41,25 @@ class OrMo(Algorithm):
 
     OUT_OF_PLACE = True
 
-    momentum_correction: bool = option(False, "rescale the momentum when the learning rate changes, as torch.optim.SGD does")
-
     @override
     def init(self, params: Tensor, momentum: float) -> None:
         super().init(params, momentum)
         self.u = torch.zeros_like(params)
         self.index = 0
-        self.scheduled_lr = 0.0
 
     @override
-    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
+    def advance(self, grad: Tensor, lr: float, scale: float, context: PushContext) -> None:
         shifts = max(0, context.newest_bucket - self.index)
         self.index += shifts
         exponent = self.index - context.bucket
         step = OrMoStep(
-            scale=self._correction(context.lr),
+            scale=scale,
             shifts=shifts,
             beta=self.momentum,
             u_scale=self.momentum**exponent * lr,
             w_scale=self._reach(exponent) * lr,
         )
         self.params = self.kernel.apply(step, grad, self.params, self.u)
-        self.scheduled_lr = context.lr
-
-    def _correction(self, scheduled_lr: float) -> float:
-        """Return the factor that rescales the momentum to a new scheduled rate; after a rate of 0 it is 0 and stays so."""
-        if self.momentum_correction and self.scheduled_lr not in (0.0, scheduled_lr):
-            return scheduled_lr / self.scheduled_lr
-        return 1.0
 
     def _reach(self, exponent: int) -> float:
         """Return ``1 + beta + ... + beta^exponent``: the weight in the parameters of a gradient that is so many buckets old."""
@@ -76,4 +67,4 @@ class OrMo(Algorithm):
 
     @override
     def state_dict(self) -> Mapping[str, Tensor | int | float]:
-        return {"u": self.u, "index": self.index, "scheduled_lr": self.scheduled_lr}
+        return {"u": self.u, "index": self.index, **super().state_dict()}

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ormo_rpc.algorithms.base import Algorithm, PushContext
+from ormo_rpc.algorithms._momentum import GradientMomentum
+from ormo_rpc.algorithms.base import PushContext
 from ormo_rpc.options import option, register
 
 
 @register("pnm")
 @dataclass(kw_only=True)
-class PNM(Algorithm):
+class PNM(GradientMomentum):
     """Positive-negative momentum: the difference of two momenta, of the even and of the odd gradients.
 
     Recursion, in order of arrival: ``m_t <- beta^2 m_{t-2} + (1 - beta^2) g;

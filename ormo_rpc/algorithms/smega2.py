@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from torch import Tensor
 from typing_extensions import override
 
-from ormo_rpc.algorithms.base import Algorithm, PullContext, PushContext
+from ormo_rpc.algorithms._momentum import GradientMomentum
+from ormo_rpc.algorithms.base import PullContext, PushContext
 from ormo_rpc.options import register
 
 
 @register("smega2")
 @dataclass(kw_only=True)
-class SMEGA2(Algorithm):
+class SMEGA2(GradientMomentum):
     """SMEGA2: one momentum of mean gradients for all workers, and each gradient is taken where ``w`` will be K steps on.
 
     State ``w``, momentum ``v`` and sum of the round's gradients ``G`` (both in units of the gradient), ``c`` gradients in the

@@ -239,6 +239,7 @@ class ParameterServer:
             newest_bucket=self.newest_bucket,
             concurrency=self.concurrency,
             lr=self.lr(self.iteration),
+            sent_lr=self.lr(assignment.stamp),
             version=assignment.version,
             sent=sent,
         )

@@ -26,6 +26,7 @@ LEARNING_RATES: Mapping[str, Callable[[int], float]] = {
     "constant": lambda _: 0.1,
     "decay": lambda t: 0.1 / (1 + t),
     "step": lambda t: 0.1 if t % 4 < 2 else 0.03,
+    "erratic": lambda t: (0.0, 0.1, 0.02, 0.05)[(t * t % 11 + t) % 4],
 }
 
 
@@ -65,6 +66,9 @@ class Row:
         variants: Its options; every test draws one.
         schedulers: The schedulers that it runs under.
         reductions: Settings with which it equals another algorithm.
+        torch_sgd: The options with which its ``w`` is that of ``torch.optim.SGD`` on the same gradients, with one worker and
+            under any schedule of learning rates; None where no options do that.
+        nesterov: That of this optimizer.
     """
 
     name: str
@@ -76,6 +80,8 @@ class Row:
     schedulers: tuple[str, ...] = SCHEDULERS
     reductions: tuple[Reduction, ...] = ()
     more_vectors: Callable[[Mapping[str, Any]], int] = lambda _: 0
+    torch_sgd: Mapping[str, Any] | None = None
+    nesterov: bool = False
 
 
 CORRECTED = {"momentum_correction": True}
@@ -96,7 +102,9 @@ ROWS = (
         reference=reference.Naive,
         vectors=lambda _: 2,
         lr=0.01,
+        variants=({}, CORRECTED),
         reductions=(Reduction(to="asgd", momentum=0.0, exact=False), Reduction(to="ormo", num_workers=1, exact=False)),
+        torch_sgd=CORRECTED,
     ),
     Row(
         name="ormo",
@@ -105,6 +113,7 @@ ROWS = (
         lr=0.01,
         variants=({}, CORRECTED),
         reductions=(Reduction(to="asgd", momentum=0.0), Reduction(to="asgd", momentum=0.0, options=CORRECTED)),
+        torch_sgd=CORRECTED,
     ),
     Row(
         name="ormo_da",
@@ -119,6 +128,7 @@ ROWS = (
             # Under sync the oldest gradient of a round of K has the delay K - 1, which no algorithm takes for late.
             Reduction(to="ormo", options={"rule": DelayRule.mishchenko}, num_workers=3, schedulers=("sync",)),
         ),
+        torch_sgd=CORRECTED,
     ),
     Row(
         name="ormo_vanilla",
@@ -131,6 +141,7 @@ ROWS = (
             # Under sync every gradient is of the newest bucket, e = 0.
             Reduction(to="ormo", num_workers=3, schedulers=("sync",)),
         ),
+        torch_sgd=CORRECTED,
     ),
     Row(
         name="rennala",
@@ -165,6 +176,8 @@ ROWS = (
         lr=0.04,
         variants=({}, {"period": 1}, {"period": 3, "activation": 0.2}, {"period": 1, "activation": 0.5}),
         reductions=(Reduction(to="asgd", options={"period": 1}, momentum=0.0),),
+        torch_sgd={"period": 1},
+        nesterov=True,
     ),
     Row(
         name="easgd",
@@ -173,7 +186,14 @@ ROWS = (
         lr=0.1,
         variants=({}, {"elasticity": 0.3}, {"elasticity": 1.0}),
     ),
-    Row(name="orlomo", reference=reference_batching.OrLoMo, vectors=lambda _: 2, lr=0.01, variants=({}, {"local_steps": 1})),
+    Row(
+        name="orlomo",
+        reference=reference_batching.OrLoMo,
+        vectors=lambda _: 2,
+        lr=0.01,
+        variants=({}, {"local_steps": 1}, CORRECTED, {"local_steps": 1, **CORRECTED}),
+        torch_sgd=CORRECTED,
+    ),
     Row(
         name="pnm",
         reference=reference_batching.PNM,
@@ -187,15 +207,18 @@ ROWS = (
         reference=reference_batching.SPA,
         vectors=lambda _: 2,
         lr=0.01,
-        variants=({}, {"averaging": 0.5}, {"averaging": 1.0}),
+        variants=({}, {"averaging": 0.5}, {"averaging": 1.0}, CORRECTED, {"averaging": 0.5, **CORRECTED}),
         reductions=(Reduction(to="asgd", momentum=0.0), Reduction(to="naive", exact=False)),
+        torch_sgd=CORRECTED,
     ),
     Row(
         name="shifted",
         reference=reference_peers.Shifted,
         vectors=lambda num_workers: 1 + num_workers,
         lr=0.01,
+        variants=({}, CORRECTED),
         reductions=(Reduction(to="asgd", momentum=0.0, exact=False), Reduction(to="naive", num_workers=1)),
+        torch_sgd=CORRECTED,
     ),
     Row(
         name="dana",
@@ -203,6 +226,7 @@ ROWS = (
         vectors=lambda num_workers: 2 + num_workers,
         lr=0.01,
         reductions=(Reduction(to="asgd", momentum=0.0),),
+        torch_sgd={},
     ),
     Row(
         name="smega2",
@@ -214,6 +238,7 @@ ROWS = (
             # Both are Nesterov momentum with one worker, which never leaves.
             Reduction(to="dana", num_workers=1, exact=False),
         ),
+        torch_sgd={},
     ),
     Row(
         name="asgd_da",
@@ -256,6 +281,7 @@ ROWS = (
         vectors=lambda _: 3,
         lr=0.01,
         reductions=(Reduction(to="asgd", momentum=0.0, num_workers=1),),
+        torch_sgd={},
     ),
 )
 

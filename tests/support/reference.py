@@ -109,6 +109,15 @@ class Reference(ABC):
         """Return the learning rate of a gradient."""
         return gradient.eta
 
+    @property
+    def corrected(self) -> bool:
+        """Tell if the momentum follows the learning rate: with ``momentum_correction`` it is a sum of ``g``, times a rate."""
+        return bool(self.options.get("momentum_correction"))
+
+    def weight_at_rate_1(self, gradient: Gradient) -> float:
+        """Return the weight of a gradient in that sum: what it would have at a scheduled rate of 1."""
+        return self.rate(replace(gradient, eta=1.0))
+
     def gradients(self, history: Sequence[Step]) -> list[Gradient]:
         """Return the gradients that were applied, with their place in the order of iterations."""
         found: list[Gradient] = []
@@ -137,13 +146,21 @@ class Reference(ABC):
         return (1 - self.beta**terms) / (1 - self.beta)
 
     def scale(self, history: Sequence[Step]) -> float:
-        """Bound the numbers that are rounded: the largest start, and the sum of all ``eta |g| / (1 - beta)``."""
-        largest = sum(self.lr(t) * float(push.grad.abs().max()) for t, push in enumerate(_pushes(history)))
+        """Bound the numbers that are rounded: the largest start, and the sum of all ``eta |g| / (1 - beta)``.
+
+        The momentum of a corrected algorithm is at the rate 1 where the schedule begins with 0.
+        """
+        largest = sum(max(self.lr(t), self.corrected) * float(p.grad.abs().max()) for t, p in enumerate(_pushes(history)))
         return 1 + float(self.start.abs().max()) + largest / (1 - self.beta)
 
 
 def _pushes(history: Sequence[Step]) -> list[Any]:
     return [step.push for step in history if step.push is not None]
+
+
+def kept_at(gradients: Sequence[Gradient]) -> float:
+    """Return the rate that multiplies a corrected momentum in the state: the newest one above 0, and 1 where there is none."""
+    return next((g.eta for g in reversed(gradients) if g.eta > 0), 1.0)
 
 
 class ASGD(Reference):
@@ -155,11 +172,18 @@ class ASGD(Reference):
 
 
 class Naive(Reference):
-    """After n gradients: ``u = sum of beta^(n-1-t) eta g``, ``w = w_0 - sum of (1 - beta^(n-t)) / (1 - beta) eta g``."""
+    """After n gradients: ``u = sum of beta^(n-1-t) eta g``, ``w = w_0 - sum of (1 - beta^(n-t)) / (1 - beta) eta g``.
+
+    Corrected: ``u = eta_n sum of beta^(n-1-t) g``, ``w = w_0 - sum of (sum over s >= t of beta^(s-t) eta_s) g``.
+    """
 
     def state(self, history: Sequence[Step]) -> Values:
         gradients = self.gradients(history)
         n = len(gradients)
+        if self.corrected:
+            u = self.total(gradients, [self.beta ** (n - 1 - g.t) for g in gradients])
+            in_w = [sum(self.beta ** (s.t - g.t) * s.eta for s in gradients[g.t :]) for g in gradients]
+            return {"w": self.start - self.total(gradients, in_w), "u": kept_at(gradients) * u}
         return {
             "w": self.start - self.total(gradients, [self.geometric(n - g.t) * self.rate(g) for g in gradients]),
             "u": self.total(gradients, [self.beta ** (n - 1 - g.t) * self.rate(g) for g in gradients]),
@@ -170,10 +194,10 @@ class OrMo(Reference):
     """``u = sum of beta^(I-b) eta g``, ``w = w_0 - sum of (1 - beta^(I-b+1)) / (1 - beta) eta g``.
 
     With ``momentum_correction`` a gradient that was applied at ``t`` has the learning rate of the present in ``u`` and that of
-    each shift in what the shift took from ``w``. With ``eta_n`` the schedule's rate at iteration n, ``r`` the gradient's own,
-    and shift j made at ``n(j)``:
-    ``u = sum of beta^(I-b) r eta_last / eta_t g`` and
-    ``w = w_0 - sum of r ((1 - beta^(I_t-b+1)) / (1 - beta) + sum over j in (I_t, I] of beta^(j-b) eta_n(j) / eta_t) g``.
+    each shift in what the shift took from ``w``. With ``eta_n`` the schedule's rate at iteration n, ``r eta_t`` the gradient's
+    own, and shift j made at ``n(j)``:
+    ``u = eta_last sum of beta^(I-b) r g`` and
+    ``w = w_0 - sum of r (eta_t (1 - beta^(I_t-b+1)) / (1 - beta) + sum over j in (I_t, I] of beta^(j-b) eta_n(j)) g``.
     """
 
     def state(self, history: Sequence[Step]) -> Values:
@@ -181,9 +205,11 @@ class OrMo(Reference):
         if not gradients:
             return {"w": self.start, "u": torch.zeros_like(self.start), "index": 0}
         last = gradients[-1]
-        if self.options.get("momentum_correction"):
-            in_u = [self.beta ** (last.I - g.b) * self.rate(g) * last.eta / g.eta for g in gradients]
-            in_w = [self.rate(g) * (self.on_arrival(g) + self.shifted(g, gradients)) for g in gradients]
+        if self.corrected:
+            rates = [self.weight_at_rate_1(g) for g in gradients]
+            in_u = [self.beta ** (last.I - g.b) * r * kept_at(gradients) for g, r in zip(gradients, rates, strict=True)]
+            arrived = [g.eta * self.on_arrival(g) + self.shifted(g, gradients) for g in gradients]
+            in_w = [r * weight for r, weight in zip(rates, arrived, strict=True)]
         else:
             in_u = [self.beta ** (last.I - g.b) * self.rate(g) for g in gradients]
             in_w = [self.rate(g) * self.in_params(g, last.I) for g in gradients]
@@ -198,11 +224,11 @@ class OrMo(Reference):
         return self.geometric(gradient.I - gradient.b + 1)
 
     def shifted(self, gradient: Gradient, gradients: Sequence[Gradient]) -> float:
-        """Return what later shifts add to that weight, each with the learning rate of its own iteration."""
+        """Return the weight in the parameters from later shifts, each with the learning rate of its own iteration."""
         weight = 0.0
         for before, after in zip(gradients[gradient.t :], gradients[gradient.t + 1 :], strict=False):
             for index in range(before.I + 1, after.I + 1):
-                weight += self.beta ** (index - gradient.b) * after.eta / gradient.eta
+                weight += self.beta ** (index - gradient.b) * after.eta
         return weight
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.support.reference import Gradient, Reference, Values
+from tests.support.reference import Gradient, Reference, Values, kept_at
 from tests.support.schedule import Step
 
 
@@ -125,11 +125,19 @@ class PNM(Reference):
 
 
 class SPA(Reference):
-    """``z = w_0 - sum of gamma g``; ``w`` is the average of all ``z_t`` with weights ``c (1 - c)^(n-t)``, ``w_0`` the rest."""
+    """``z = w_0 - sum of gamma g``; ``w`` is the average of all ``z_t`` with weights ``c (1 - c)^(n-t)``, ``w_0`` the rest.
+
+    So step s moves w by ``c (1 - c)^(s-t) gamma g`` for each gradient. Corrected, ``gamma`` is that of step s.
+    """
 
     def state(self, history: Sequence[Step]) -> Values:
         gradients = self.gradients(history)
         n, c = len(gradients), self.options.get("averaging") or 1 - self.beta
+        if self.corrected:
+            moved = [sum(c * (1 - c) ** (s.t - g.t) * s.eta for s in gradients[g.t :]) for g in gradients]
+            w = self.start - self.total(gradients, moved) / (1 - self.beta)
+            ahead = self.total(gradients, [(1 - c) ** (n - g.t) for g in gradients]) / (1 - self.beta)
+            return {"w": w, "z": w - kept_at(gradients) * ahead}
         # A gradient of iteration t is in z_(t+1) to z_n: sum of c (1 - c)^(n-s) over s = t+1..n.
         in_w = [g.eta / (1 - self.beta) * (1 - (1 - c) ** (n - g.t)) for g in gradients]
         return {
@@ -160,9 +168,15 @@ class EASGD(Reference):
 
 
 class OrLoMo(Reference):
-    """``u = sum of beta^(H(I-b)) m``, ``w = w_0 - sum of (p + (beta + ... + beta^(H(I-b))) m)``."""
+    """``u = sum of beta^(H(I-b)) m``, ``w = w_0 - sum of (p + (beta + ... + beta^(H(I-b))) m)``.
+
+    Corrected, a push is brought from the rate of its stamp to that of its arrival, and each later round of ``m`` to the rate of
+    the iteration in which it was made up for.
+    """
 
     def state(self, history: Sequence[Step]) -> Values:
+        if self.corrected:
+            return self.corrected_state(self.gradients(history))
         gradients = self.gradients(history)
         u, w, steps = torch.zeros_like(self.start), self.start.clone(), self.options.get("local_steps", 4)
         index = gradients[-1].I if gradients else 0
@@ -173,8 +187,26 @@ class OrLoMo(Reference):
             w = w - p - sum(self.beta**j for j in range(1, passed + 1)) * m
         return {"w": w, "u": u, "index": index}
 
+    def corrected_state(self, gradients: Sequence[Gradient]) -> Values:
+        """Return the state with ``momentum_correction``."""
+        u, w, steps = torch.zeros_like(self.start), self.start.clone(), self.options.get("local_steps", 4)
+        index = gradients[-1].I if gradients else 0
+        for g in gradients:
+            m, p = (part / (self.lr(g.i) or 1.0) for part in g.value_D.chunk(2))
+            u = u + self.beta ** (steps * (index - g.b)) * m
+            drifted = 0  # steps of the rounds since, that w has made with m so far
+            for at in gradients[g.t :]:
+                now = steps * (at.I - g.b)
+                w = w - at.eta * sum(self.beta**j for j in range(drifted + 1, now + 1)) * m
+                drifted = now
+            w = w - g.eta * p
+        return {"w": w, "u": kept_at(gradients) * u, "index": index}
+
     def scale(self, history: Sequence[Step]) -> float:
-        return _scale_of_moves(self.start, history) / (1 - self.beta)
+        rates = [self.lr(t) or 1.0 for t, step in enumerate(history) if step.push is not None]
+        # A corrected push is multiplied by the ratio of two rates.
+        ratio = max(rates, default=1.0) / min(rates, default=1.0) if self.corrected else 1.0
+        return _scale_of_moves(self.start, history) * ratio / (1 - self.beta)
 
 
 def _scale_of_moves(start: Tensor, history: Sequence[Step]) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tests.support.reference import ASGD, Gradient, OrMoDA, Reference, Values
+from tests.support.reference import ASGD, Gradient, OrMoDA, Reference, Values, kept_at
 from tests.support.schedule import Step
 
 
@@ -51,15 +51,33 @@ class PerWorker(InUnitsOfTheGradient):
         left = Counter(step.worker for step in history if step.kind == "leave")
         return {worker: stay for (worker, number), stay in self.stays(history).items() if number == left[worker]}
 
+    def at_present_rates(self, history: Sequence[Step]) -> Tensor:
+        """``w``, to which each step brings the whole buffer of its worker times the learning rate of the step."""
+        w = self.start
+        for stay in self.stays(history).values():
+            w = w - self.total(
+                stay, [sum(self.beta**j * later.eta for j, later in enumerate(stay[n:])) for n in range(len(stay))]
+            )
+        return w
+
     def powers(self, count: int) -> list[float]:
         """``beta^(count-1), ..., beta, 1``: the weights of the gradients of a stay in its buffer."""
         return [self.beta ** (count - 1 - n) for n in range(count)]
 
 
 class Shifted(PerWorker):
-    """``v_k = sum of beta^m eta g``, m the later ones of k; in w a gradient weighs ``(1 - beta^(m+1)) / (1 - beta)``."""
+    """``v_k = sum of beta^m eta g``, m the later ones of k; in w a gradient weighs ``(1 - beta^(m+1)) / (1 - beta)``.
+
+    Corrected, it is `DANA` with ``v_k`` multiplied by the newest learning rate of worker k.
+    """
 
     def state(self, history: Sequence[Step]) -> Values:
+        if self.corrected:
+            buffers = {
+                f"v/{worker}": kept_at(stay) * self.total(stay, self.powers(len(stay)))
+                for worker, stay in self.present(history).items()
+            }
+            return {"w": self.at_present_rates(history), **buffers}
         w = self.start
         for stay in self.stays(history).values():
             w = w - self.total(stay, [self.geometric(len(stay) - n) * g.eta for n, g in enumerate(stay)])
@@ -74,13 +92,8 @@ class DANA(PerWorker):
     """`Shifted` in units of g: a gradient enters w with ``sum of beta^j eta`` over the rates of its worker since."""
 
     def state(self, history: Sequence[Step]) -> Values:
-        w = self.start
-        for stay in self.stays(history).values():
-            w = w - self.total(
-                stay, [sum(self.beta**j * later.eta for j, later in enumerate(stay[n:])) for n in range(len(stay))]
-            )
         buffers = {f"v/{worker}": self.total(stay, self.powers(len(stay))) for worker, stay in self.present(history).items()}
-        return {"w": w, "total": sum(buffers.values(), torch.zeros_like(self.start)), **buffers}
+        return {"w": self.at_present_rates(history), "total": sum(buffers.values(), torch.zeros_like(self.start)), **buffers}
 
 
 class SMEGA2(InUnitsOfTheGradient):
