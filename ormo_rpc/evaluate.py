@@ -6,8 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from torch import nn
+
 from ormo_rpc.config.parsing import load_config
 from ormo_rpc.errors import ConfigError
+from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.storage import checkpoint
 from ormo_rpc.worker.evaluation import Evaluation, Evaluator
@@ -20,15 +23,31 @@ def evaluate_checkpoint(path: Path) -> tuple[Path, Evaluation]:
         The checkpoint, and its loss and accuracy.
 
     Raises:
-        ValueError: there is no checkpoint, it is damaged, or its data set is missing.
+        ValueError: there is no checkpoint, it is damaged or of another model, or its data set is missing.
     """
     found = checkpoint.locate(path)
     config = load_config(found / "config.yaml")
     data = config.dataset.load_splits(config.seed)
     module = config.model.build(data.input_shape, data.num_classes)
-    module.load_state_dict(checkpoint.read(found, "model.pt"))
+    _load(module, found)
     model = FlatModel(module)
     return found, Evaluator(model, data)(model.flat_params(), model.copy_statistics())
+
+
+def _load(module: nn.Module, source: Path) -> None:
+    """Load a checkpoint's ``model.pt``, by name.
+
+    Raises:
+        ConfigError: names or shapes differ.
+    """
+    state = checkpoint.read(source, "model.pt")
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        now = Fingerprint.of(module, {})
+        difference = checkpoint.fingerprint_of(source).layout_difference(now, "the checkpoint", "now")
+        reason = difference or f"model: {' '.join(str(error).split())}"
+        raise ConfigError(f"{source}: {reason}; evaluate it with the model that was trained") from None
 
 
 def main() -> None:

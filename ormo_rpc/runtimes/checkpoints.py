@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ormo_rpc.config.schema import Config
+from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.runtimes.job import Exporter
 from ormo_rpc.runtimes.recorder import Offsets, Recorder
 from ormo_rpc.server.events import Event, Kind
@@ -21,6 +22,7 @@ class CheckpointWriter:
     Args:
         run_dir: The run directory.
         config: The configuration of the run.
+        fingerprint: Of the run.
         exporter: Makes the content of ``model.pt``.
         executor: Writes to disk.
         recorder: Calls back when the events that led to a state are written.
@@ -35,6 +37,7 @@ class CheckpointWriter:
         self,
         run_dir: Path,
         config: Config,
+        fingerprint: Fingerprint,
         exporter: Exporter,
         executor: Executor,
         recorder: Recorder,
@@ -44,6 +47,7 @@ class CheckpointWriter:
         self.newest: Path | None = None
         self._run_dir = run_dir
         self._config = config
+        self._fingerprint = fingerprint
         self._export = exporter
         self._executor = executor
         self._recorder = recorder
@@ -105,7 +109,9 @@ class CheckpointWriter:
     def _write(self, state: Mapping[str, Any], segment: int) -> Path:
         """Write a checkpoint, and remove what only older ones needed; called in the executor."""
         keep, model = self._config.checkpoint.keep, self._export(state)
-        written = checkpoint.write(self._run_dir, state, model, self._config, keep=keep, segment=segment)
+        written = checkpoint.write(
+            self._run_dir, state, model, self._config, keep=keep, segment=segment, fingerprint=self._fingerprint
+        )
         self.journal.forget(checkpoint.first_segment(self._run_dir))
         self._recorder.record(Event(Kind.checkpoint, self._clock(), {"iteration": state["iteration"]}))
         return written

@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ormo_rpc.compression import Allocate, PushFormat, pushed_dtype
 from ormo_rpc.config.schema import Config
 from ormo_rpc.data import Epochs
 from ormo_rpc.kernels.compiled import fastest_kernel
+from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.models.flat import FlatModel, Layout
 from ormo_rpc.seeding import seed_for
 from ormo_rpc.server.buffers import RunningBuffers
@@ -56,6 +57,10 @@ class JobLike(Protocol):
         """Return the wire form of its pushes."""
         ...
 
+    def fingerprint(self) -> Fingerprint:
+        """Return what other processes, checkpoints and a replay must have in common with it."""
+        ...
+
     def epoch(self, iteration: int) -> float:
         """Return the number of epochs that this many applied gradients are."""
         ...
@@ -96,13 +101,39 @@ class Job:
         self.total_tickets = min(total, config.train.max_iterations or total)
         self.lr: LearningRate = config.learning_rate(self.batches_per_epoch, self.total_tickets)
         self.guessing_loss = math.log(self.data.num_classes)
+        self._fingerprint: Fingerprint | None = None
+        """Of the first model that was built."""
 
     def model(self) -> FlatModel:
-        """Build a model with the run's initial weights, which are the same in every process."""
+        """Build a model with the run's initial weights, which are the same in every process.
+
+        Raises:
+            ValueError: it cannot be trained, or it is not the one that was built before.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(self.config.seed, "initial weights", 0))
             module = self.config.model.build(self.data.input_shape, self.data.num_classes)
+        self._check_same(module)
         return FlatModel(module)
+
+    def fingerprint(self) -> Fingerprint:
+        """Return what other processes, checkpoints and a replay must have in common with this job."""
+        if self._fingerprint is None:
+            self.model()
+        assert self._fingerprint is not None, "a model was built"
+        return self._fingerprint
+
+    def _check_same(self, module: nn.Module) -> None:
+        """Refuse a model whose frozen parameters or buffers differ from one construction to the next."""
+        sizes = {"training samples": len(self.data.train), "batches per epoch": self.batches_per_epoch}
+        fingerprint = Fingerprint.of(module, sizes)
+        self._fingerprint = self._fingerprint or fingerprint
+        difference = self._fingerprint.difference(fingerprint, "the first model", "the second", buffer_values=True)
+        if difference is not None:
+            raise ValueError(
+                f"{difference}, although both were built with the same seed; "
+                "draw from torch, random or numpy.random, which are seeded, or load them from a file"
+            )
 
     def push_format(self) -> PushFormat:
         """Return the wire form of pushes, the same on the server as on its workers."""

@@ -7,10 +7,11 @@ import functools
 from pathlib import Path
 
 from ormo_rpc.config.parsing import load_config
-from ormo_rpc.config.runtimes import GradientKind, RpcRuntime, SimRuntime
+from ormo_rpc.config.runtimes import GradientKind, ReplayRuntime, RpcRuntime, SimRuntime
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.runtimes.job import Job
+from ormo_rpc.runtimes.simulator.jobs import SyntheticJob
 from ormo_rpc.runtimes.torchrun import Torchrun
 from ormo_rpc.storage import checkpoint
 
@@ -68,6 +69,9 @@ def check(config: Config, *, resumes: bool) -> None:
         ConfigError: it cannot be run; the message has the key to change.
     """
     resumed = None
+    if config.checkpoint.resume is not None and isinstance(config.runtime, ReplayRuntime):
+        given = config.checkpoint.resume
+        raise ConfigError(f"checkpoint.resume: got {given} with runtime=replay, expected None: a replay begins as its run did")
     if resumes and config.checkpoint.resume is not None:
         resumed = checkpoint.locate(Path(config.checkpoint.resume))
         check_resume(config, resumed)
@@ -77,12 +81,13 @@ def check(config: Config, *, resumes: bool) -> None:
             config.logger.prepare()
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if not isinstance(config.runtime, (RpcRuntime, SimRuntime)):
+        return
     synthetic = isinstance(config.runtime, SimRuntime) and config.runtime.gradient is not GradientKind.real
-    total = config.train.max_iterations if synthetic else None
-    if isinstance(config.runtime, (RpcRuntime, SimRuntime)) and not synthetic:
-        total = check_data_and_model(config).total_tickets
-    if resumed is not None and total is not None:
-        check_something_is_left(resumed, total)
+    job = SyntheticJob(config) if synthetic else check_data_and_model(config)
+    if resumed is not None:
+        check_something_is_left(resumed, job.total_tickets)
+        checkpoint.check_fingerprint(resumed, job.fingerprint())
 
 
 def check_resume(config: Config, path: Path) -> None:
@@ -106,21 +111,21 @@ def check_something_is_left(path: Path, total: int) -> None:
     """
     done = checkpoint.gradients_in(path)
     if done >= total:
-        raise ConfigError(
-            f"checkpoint.resume: iteration {done} of {total} is done; raise train.epochs (or train.max_iterations)"
-        )
+        what = f"iteration {done} of {total} is done" if done == total else f"got iteration {done}, and the run ends at {total}"
+        raise ConfigError(f"checkpoint.resume: {what}; raise train.epochs (or train.max_iterations)")
 
 
 def check_data_and_model(config: Config) -> Job:
-    """Load the data set and build the model once, to find errors in one place instead of in every process.
+    """Load the data set and build the model twice, to find errors in one place instead of in every process.
 
     Raises:
-        ConfigError: the data set is missing or damaged, or the model does not fit it.
+        ConfigError: the data set is missing or damaged, or the model does not fit it or differs the second time.
     """
     try:
         config.dataset.prepare()
         job = Job(config)
-        job.model()
+        for _ in range(2):
+            job.model()
     except ValueError as error:
         raise ConfigError(str(error)) from None
     except (Exception, SystemExit) as error:  # a user's own model or data set may raise anything

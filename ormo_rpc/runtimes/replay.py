@@ -23,6 +23,7 @@ from ormo_rpc.config.runtimes import GradientKind, SimRuntime
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError, RunFailed
 from ormo_rpc.messages import Push, Reply
+from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.models.flat import sha256
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.runtimes.simulator.jobs import SyntheticJob
@@ -30,7 +31,7 @@ from ormo_rpc.server.events import Event
 from ormo_rpc.server.validation import ValidatedPush
 from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.environment import environment
-from ormo_rpc.storage.run_directory import read_trace
+from ormo_rpc.storage.run_directory import read_fingerprint, read_trace
 from ormo_rpc.storage.summary import Summary, read_summary, write_summary
 
 BITS_DEPEND_ON = ("torch", "cpu", "capability", "threads")
@@ -58,7 +59,7 @@ def run(config: Config, run_dir: Path, began: float) -> dict[str, Any]:
     torch.set_num_threads(header["threads"])
     present = environment()
     differences = {key: [header[key], present[key]] for key in BITS_DEPEND_ON if header[key] != present[key]}
-    replay = Replay(original, header)
+    replay = Replay(source, original, header)
     failure = replay.compare_events(events) or replay.compare_end(recorded)
     summary = dataclasses.replace(
         Summary.from_dict(recorded),
@@ -78,17 +79,34 @@ def run(config: Config, run_dir: Path, began: float) -> dict[str, Any]:
     return content
 
 
+def _check_fingerprint(source: Path, fingerprint: Fingerprint) -> None:
+    """Refuse a replay with another model or data set than the recorded run had.
+
+    Raises:
+        ConfigError: names, shapes, frozen values, initial buffers or the size of the data set differ.
+    """
+    recorded = read_fingerprint(source)
+    difference = recorded and recorded.difference(fingerprint, "the recorded run", "this replay", buffer_values=True)
+    if difference:
+        raise ConfigError(f"replay.run: {difference}; replay with model and data as they were in {source}")
+
+
 class Replay:
     """A server that receives the inputs of a recorded one again.
 
     Args:
-        config: The configuration of the recorded run.
+        source: The directory of the recorded run.
+        config: Its configuration.
         header: The first line of its trace.
+
+    Raises:
+        ConfigError: it was of another model or data set.
     """
 
-    def __init__(self, config: Config, header: Mapping[str, Any]) -> None:
+    def __init__(self, source: Path, config: Config, header: Mapping[str, Any]) -> None:
         synthetic = isinstance(config.runtime, SimRuntime) and config.runtime.gradient is not GradientKind.real
         job = SyntheticJob(config) if synthetic else Job(config)
+        _check_fingerprint(source, job.fingerprint())
         self.worker = job.source() if isinstance(job, SyntheticJob) else job.worker()
         self.events: list[Event] = []
         """Events of the server that were not compared yet."""

@@ -24,7 +24,7 @@ from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.counters import RunCounters
 from ormo_rpc.storage.journal import FileJournal, Journal, recover
 from ormo_rpc.storage.launch import Launch
-from ormo_rpc.storage.run_directory import RunDirectory
+from ormo_rpc.storage.run_directory import RunDirectory, read_fingerprint
 from ormo_rpc.storage.summary import Summary, identity
 
 
@@ -72,7 +72,9 @@ class Session:
         self.recorder = Recorder(job, self.directory, logs, clock, extra_metrics)
         self.server = job.server(self.recorder.record, clock)
         self.evaluations = Evaluations(job.evaluator(), evaluation_executor, self.recorder)
-        self.checkpoints = CheckpointWriter(run_dir, config, job.exporter(), checkpoint_executor, self.recorder, clock)
+        self.checkpoints = CheckpointWriter(
+            run_dir, config, job.fingerprint(), job.exporter(), checkpoint_executor, self.recorder, clock
+        )
         self.counters = RunCounters(run_dir)
         self.seconds_before = 0.0
         self.resumed_state: dict[str, Any] | None = None
@@ -94,7 +96,7 @@ class Session:
                 directory's newest intact checkpoint and the journal, and truncates the trace to them.
 
         Raises:
-            ConfigError: the checkpoint is of another run, or damaged.
+            ConfigError: the checkpoint is of another run, or damaged; or model or data changed since this run began.
         """
         config, path = self.job.config, self.directory.path
         source = None if config.checkpoint.resume is None else checkpoint.locate(Path(config.checkpoint.resume))
@@ -104,11 +106,13 @@ class Session:
         elif source is not None:
             self._load(source, in_place=False)
         if incarnation > 0:
+            self._check_fingerprint(buffer_values=own is None)
             if own is None:
                 self.directory.truncate(self.directory.header_bytes(), 0)
             recover(path, 0 if own is None else checkpoint.segment_of(own), self.server)
             self.server.resume_as(incarnation)
         if self.directory.header_bytes() == 0:
+            self.directory.write_fingerprint(self.job.fingerprint())
             self.directory.write_header(
                 algorithm=config.algorithm.name,
                 scheduler=config.scheduler.name,
@@ -127,6 +131,7 @@ class Session:
 
     def _load(self, source: Path, *, in_place: bool) -> None:
         """Load a checkpoint's state, and its records where they are continued, ``in_place`` in this run directory."""
+        checkpoint.check_fingerprint(source, self.job.fingerprint())
         state = checkpoint.read(source, "server.pt")
         try:
             self.server.load_state_dict(state)
@@ -144,6 +149,18 @@ class Session:
         if in_place:
             self.checkpoints.newest = source
             self.directory.truncate(records["trace_bytes"], records["metrics_bytes"])
+
+    def _check_fingerprint(self, *, buffer_values: bool) -> None:
+        """Refuse to continue this run with another model or data set: the journal's pushes would mean something else.
+
+        Raises:
+            ConfigError: they have changed since it began.
+        """
+        began = read_fingerprint(self.directory.path)
+        now = self.job.fingerprint()
+        difference = began and began.difference(now, "the run as it began", "the restarted server", buffer_values=buffer_values)
+        if difference:
+            raise ConfigError(f"{self.directory.path}: {difference}; do not change model and data while a run lasts")
 
     def observe(self, server: ParameterServer) -> None:
         """Copy what an evaluation or a checkpoint needs, at the end of an epoch or when one is due."""

@@ -15,7 +15,7 @@ from ormo_rpc.server.buckets import Buckets
 if TYPE_CHECKING:
     from ormo_rpc.server.parameter_server import ParameterServer
 
-STATE_VERSION = 4
+STATE_VERSION = 5
 """The format of `ParameterServer.state_dict`; another one is refused."""
 
 

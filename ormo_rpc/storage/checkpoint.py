@@ -2,7 +2,8 @@
 
 ``checkpoints/iteration_000001350/`` holds ``model.pt`` (the model's ``state_dict``: ``torch.load(..., weights_only=True)``),
 ``server.pt`` (all that the run depends on), ``config.yaml``, and ``manifest.json`` with the SHA-256 of the others, so that a
-torn or damaged checkpoint is recognised before anything of it is used.
+torn or damaged checkpoint is recognised before anything of it is used, and with the fingerprint of model and data, so that
+nothing is loaded into another model.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from torch import Tensor
 from ormo_rpc.config.parsing import save_config
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
+from ormo_rpc.models.fingerprint import Fingerprint
 
 FOLDER = "checkpoints"
-FORMAT = 2
+FORMAT = 3
 """The format of the folder, in its manifest; another one is refused."""
 _MANIFEST = "manifest.json"
 _PREFIX = "iteration_"
@@ -33,7 +35,14 @@ _log = logging.getLogger(__name__)
 
 
 def write(
-    run_dir: Path, server: Mapping[str, Any], model: Mapping[str, Tensor], config: Config, *, keep: int, segment: int = 0
+    run_dir: Path,
+    server: Mapping[str, Any],
+    model: Mapping[str, Tensor],
+    config: Config,
+    *,
+    keep: int,
+    segment: int = 0,
+    fingerprint: Fingerprint | None = None,
 ) -> Path:
     """Write a checkpoint of a run, then remove all but the newest ``keep``; return its folder.
 
@@ -46,6 +55,7 @@ def write(
         config: The run's configuration.
         keep: The number of checkpoints to keep.
         segment: The journal's segment that begins with this state.
+        fingerprint: Of the run; an empty one by default.
 
     Raises:
         OSError: the disk is full or read-only; earlier checkpoints are untouched.
@@ -63,7 +73,7 @@ def write(
                 file.flush()
                 os.fsync(file.fileno())
         save_config(config, temporary / "config.yaml")
-        _write_manifest(temporary, server["iteration"], segment)
+        _write_manifest(temporary, server["iteration"], segment, fingerprint or Fingerprint())
         if target.exists():  # a checkpoint of the same iteration: removed only once the new one is in its place
             target.rename(former)
         temporary.rename(target)
@@ -95,8 +105,9 @@ def locate(path: Path) -> Path:
     found = newest(path)
     if found is not None:
         return found
+    reason = "".join(f"; {damage_of(candidate)}" for candidate in complete(path)[-1:])
     raise ConfigError(
-        f"{path}: got a path without an intact checkpoint, expected a run directory or one of its {FOLDER}/{_PREFIX}*"
+        f"{path}: got a path without an intact checkpoint, expected a run directory or one of its {FOLDER}/{_PREFIX}*{reason}"
     )
 
 
@@ -135,6 +146,23 @@ def gradients_in(checkpoint: Path) -> int:
     return json.loads((checkpoint / _MANIFEST).read_bytes())["iteration"]
 
 
+def fingerprint_of(checkpoint: Path) -> Fingerprint:
+    """Return the fingerprint of the run that wrote an intact checkpoint."""
+    return Fingerprint.from_dict(json.loads((checkpoint / _MANIFEST).read_bytes())["fingerprint"])
+
+
+def check_fingerprint(checkpoint: Path, fingerprint: Fingerprint) -> None:
+    """Refuse to load an intact checkpoint into another model, or for another data set.
+
+    Raises:
+        ConfigError: names, shapes, frozen values or the size of the data set differ from the checkpoint's.
+    """
+    then = fingerprint_of(checkpoint)
+    difference = then.difference(fingerprint, "the checkpoint", "this run", buffer_values=False)
+    if difference is not None:
+        raise ConfigError(f"checkpoint.resume: {difference}; resume with model and data as they were in {checkpoint}")
+
+
 def first_segment(run_dir: Path) -> int:
     """Return the first segment of the journal that any checkpoint needs; one without a readable manifest needs none."""
     found: list[int] = []
@@ -149,7 +177,7 @@ def damage_of(checkpoint: Path) -> str | None:
     try:
         manifest = json.loads((checkpoint / _MANIFEST).read_bytes())
         if manifest["format"] != FORMAT:
-            return f"{checkpoint}: format: got {manifest['format']}, expected {FORMAT}"
+            return f"{checkpoint}: format: got {manifest['format']}, expected {FORMAT}; another version of ormo_rpc wrote it"
         for name, expected in manifest["sha256"].items():
             if _sha256(checkpoint / name) != expected:
                 return f"{checkpoint / name}: is damaged: its SHA-256 is not the one in {_MANIFEST}"
@@ -183,11 +211,12 @@ def _remove_leftovers(folder: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _write_manifest(folder: Path, iteration: int, segment: int) -> None:
+def _write_manifest(folder: Path, iteration: int, segment: int, fingerprint: Fingerprint) -> None:
     content = {
         "format": FORMAT,
         "iteration": iteration,
         "segment": segment,
+        "fingerprint": fingerprint.to_dict(),
         "sha256": {name: _sha256(folder / name) for name in ("server.pt", "model.pt", "config.yaml")},
     }
     with (folder / _MANIFEST).open("w", encoding="utf-8") as file:

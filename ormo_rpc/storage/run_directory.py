@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ormo_rpc.errors import ConfigError
+from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.server.events import Event
 from ormo_rpc.storage.environment import environment
 
@@ -19,6 +20,7 @@ TRACE_VERSION = 1
 _TRACE = "trace.jsonl"
 _METRICS = "metrics.jsonl"
 _EVICTIONS = "evictions.jsonl"
+_FINGERPRINT = "fingerprint.json"
 _FORMER_EVICTIONS = "losses.jsonl"
 """The name of ``evictions.jsonl`` in run directories of earlier versions."""
 _JSON = json.JSONEncoder(allow_nan=False, check_circular=False)  # json.dumps would make one for every line
@@ -56,6 +58,10 @@ class RunDirectory:
     def write_header(self, **more: Any) -> None:
         """Write the first line of the trace: its version, and the environment that the bits of the run depend on."""
         self._write(self._trace, {"event": "header", "version": TRACE_VERSION, **environment(), **more})
+
+    def write_fingerprint(self, fingerprint: Fingerprint) -> None:
+        """Write ``fingerprint.json``: names, shapes and hashes of the model, and the size of the data set."""
+        write_json(self.path / _FINGERPRINT, fingerprint.to_dict())
 
     def write_event(self, event: Event) -> None:
         """Append a line to ``trace.jsonl``."""
@@ -141,6 +147,19 @@ def read_trace(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     if not lines:
         raise ConfigError(f"{path / _TRACE}: got an empty file, expected the trace of a run")
     return lines[0], lines[1:]
+
+
+def read_fingerprint(path: Path) -> Fingerprint | None:
+    """Read a run directory's fingerprint; None where an earlier version has made the directory.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    file = path / _FINGERPRINT
+    try:
+        return Fingerprint.from_dict(json.loads(file.read_bytes())) if file.is_file() else None
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

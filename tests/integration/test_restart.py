@@ -45,7 +45,7 @@ class Incarnation:
         (run_dir / "trace.jsonl").touch()
         job = Job(config)
         self.worker = job.worker()
-        self.session = Session(job, run_dir, InlineExecutor(), writer or InlineExecutor(), lambda: 1.5)
+        self.session = Session(job, run_dir, InlineExecutor(), writer or InlineExecutor(), lambda: 1.5, began=0.0)
         self.session.open(incarnation=number)
         self.server = self.session.server
         self.replies: dict[int, Reply] = {}
@@ -228,7 +228,7 @@ def lineage_written(run_dir: Path) -> int:
         ("config.yaml", lambda data: data + b"#", r"config\.yaml: is damaged: its SHA-256 .*"),
         ("manifest.json", lambda _: b"{}", r"manifest\.json: is damaged: it is not a manifest of this format"),
         ("manifest.json", lambda _: b"\xff", r"manifest\.json: is damaged: it is not a manifest of this format"),
-        ("manifest.json", lambda data: data.replace(b'"format": 2', b'"format": 1'), r".*: format: got 1, expected 2"),
+        ("manifest.json", lambda data: data.replace(b'"format": 3', b'"format": 1'), r".*: format: got 1, expected 3; .*"),
         ("server.pt", None, r".*: is incomplete: No such file or directory: server\.pt"),
         ("manifest.json", None, r".*: is incomplete: No such file or directory: manifest\.json"),
     ],

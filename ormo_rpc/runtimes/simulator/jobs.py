@@ -12,6 +12,7 @@ from ormo_rpc.compression import PushFormat
 from ormo_rpc.config.runtimes import GradientKind
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
+from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.models.flat import Layout
 from ormo_rpc.runtimes.job import Evaluate, Exporter, configured_format, configured_server
 from ormo_rpc.runtimes.simulator.synthetic import Quadratic
@@ -59,6 +60,10 @@ class SyntheticJob:
         """Return the wire form of pushes; they have no matrix, so powersgd sends them as they are."""
         params = Layout({"x": torch.empty(self.config.sim.dimension)})
         return configured_format(self.config, params, Layout({}), torch.float32)
+
+    def fingerprint(self) -> Fingerprint:
+        """Return the fingerprint of a model that has the quadratic's vector as its only parameter."""
+        return Fingerprint(parameters={"x": f"float32 ({self.config.sim.dimension},)"})
 
     def server(self, record: Callable[[Event], None], clock: Callable[[], float]) -> ParameterServer:
         """Build the parameter server at iteration 0; it calls ``record`` with each event, timed by ``clock``."""
