@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from ormo_rpc import ConfigError, RunFailed, train
+from ormo_rpc.algorithms._momentum import StepMomentum
 from ormo_rpc.options import find, parts
 from ormo_rpc.runtimes.session import Session
 from ormo_rpc.schedulers import incompatibility
@@ -76,6 +77,20 @@ def test_an_interrupted_and_resumed_simulation_ends_with_the_same_bits(algorithm
     assert len(sources) >= 2
     for number, source in enumerate((sources[0], sources[-1])):
         check_resumed(tmp_path / "whole", whole, config, source, tmp_path / str(number))
+
+
+@pytest.mark.parametrize("algorithm", [name for name, part in parts("algorithm").items() if issubclass(part, StepMomentum)])
+def test_a_corrected_momentum_is_resumed_and_replayed_in_the_midst_of_a_schedule(algorithm: str, tmp_path: Path) -> None:
+    corrected = {"name": algorithm, "momentum_correction": True}
+    train_options = {"lr_schedule": "cosine", "warmup_epochs": 0.1}
+    config = changed(QUADRATIC, algorithm=corrected, train=train_options, checkpoint=EVERY)
+    whole = train(config, run_dir=tmp_path / "whole")
+    source = complete(tmp_path / "whole")[3]
+    check_resumed(tmp_path / "whole", whole, config, source, tmp_path / "again")
+    again = train(["runtime=replay", f"replay.run={tmp_path / 'again'}", "logger=none"], run_dir=tmp_path / "replayed")
+    assert (again["identical"], again["final_params_sha256"]) == (True, whole["final_params_sha256"])
+    other = train({**config, "algorithm": {"name": algorithm}}, run_dir=tmp_path / "other")
+    assert other["final_params_sha256"] != whole["final_params_sha256"]
 
 
 def test_joins_leaves_links_and_real_gradients_resume_exactly(tmp_path: Path) -> None:
