@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -12,6 +13,15 @@ from typing_extensions import override
 from ormo_rpc.algorithms._momentum import StepMomentum
 from ormo_rpc.algorithms.base import LocalWork, PullContext, PushContext
 from ormo_rpc.options import at_least_one, option, register
+
+
+class Combine(Enum):
+    """The weight of what each worker brings."""
+
+    sum = "sum"
+    """1, as in `ormo`: a round moves the parameters by the sum over its K workers."""
+    mean = "mean"
+    """1 / K: a round moves the parameters by the mean."""
 
 
 @register("orlomo")
@@ -28,10 +38,16 @@ class OrLoMo(StepMomentum):
        ``w <- w - (beta + ... + beta^H) u; u <- beta^H u; I <- I + 1``;
     2. with ``e = I - b >= 0``: ``u <- u + beta^(H e) m; w <- w - p - beta (1 - beta^(H e)) / (1 - beta) m``.
 
-    Where ``I = b`` already, ``w`` has drifted for this round, and the worker is sent 0 for ``u``: unless another push comes in
-    between, the server's ``w`` is then where the worker ended. With one worker this is momentum SGD, its steps on end; with
-    H = 1 and constant ``eta`` it is `ormo`. The server does not apply ``eta``, which is that of the ticket's issue, again.
-    Memory: ``w, u``, two vectors of D, and two more for the worker; messages carry two both ways.
+    With ``combine=mean`` ``m`` and ``p`` are divided by K, the gradients in flight when its ticket was handed out: a worker
+    that joins or leaves changes the tickets handed out from then on, and what a lost one would have brought counts as zero.
+    Under the synchronous scheduler this is PRSGDm: K workers take H steps from the same parameters and momentum, then both are
+    averaged. With ``sum``, the default, H = 1 and constant ``eta`` it is `ormo`.
+
+    Where ``I = b`` already, ``w`` has drifted for this round, and the worker is sent 0 for ``u``: with ``sum``, unless another
+    push comes in between, the server's ``w`` is then where the worker ended. With one worker this is momentum SGD, its steps
+    on end. ``eta`` is inside of the momentum; it is that of the ticket's issue, and the server does not apply it again.
+    Where the momentum is corrected (see `StepMomentum`), ``m`` and ``p`` are brought from that rate to the present one. Memory:
+    ``w, u``, two vectors of D, and two more for the worker; messages carry two both ways.
 
     Source: Shi, Wang, Li, AAAI 2026, arXiv 2601.12322. Reconstructed: only the abstract could be read here; the steps above are
         derived from it and from `ormo`. A ticket of fewer than H batches counts as the last ones of its H steps.
@@ -42,6 +58,7 @@ class OrLoMo(StepMomentum):
     local_steps: int = option(
         4, "H, local steps for each ticket, each on a batch", valid=at_least_one, expected="a whole number >= 1"
     )
+    combine: Combine = option(Combine.sum, "what the workers of a round bring: sum, or mean (as in PRSGDm)")
 
     @property
     @override
@@ -53,11 +70,15 @@ class OrLoMo(StepMomentum):
         super().init(params, momentum)
         self.u = torch.zeros_like(params)
         self.index = 0
+        self.sharers: dict[int, int] = {}
+        """K when a worker's ticket was handed out, if they are averaged."""
 
     @override
     def advance(self, grad: Tensor, lr: float, scale: float, context: PushContext) -> None:
         local_momentum, moved = grad.split(self.params.numel())
         weight = lr / (context.sent_lr or 1.0) if self.momentum_correction else 1.0
+        if self.combine is Combine.mean:
+            weight /= self.sharers[context.worker]
         if scale != 1.0:
             self.u.mul_(scale)
         while self.index < context.newest_bucket:
@@ -69,7 +90,13 @@ class OrLoMo(StepMomentum):
         self.params.sub_(moved, alpha=weight).sub_(local_momentum, alpha=self._drift(rounds) * weight)
 
     @override
+    def leave(self, worker: int) -> None:
+        self.sharers.pop(worker, None)
+
+    @override
     def outgoing(self, context: PullContext) -> Tensor:
+        if self.combine is Combine.mean:
+            self.sharers[context.worker] = context.concurrency
         if self.index >= context.bucket:
             return torch.cat([self.params, torch.zeros_like(self.u)])
         return torch.cat([self.params, self.u * (context.lr / self.momentum_lr) if self.momentum_correction else self.u])
@@ -97,4 +124,4 @@ class OrLoMo(StepMomentum):
 
     @override
     def state_dict(self) -> Mapping[str, Tensor | int | float]:
-        return {"u": self.u, "index": self.index, **super().state_dict()}
+        return {"u": self.u, "index": self.index, **self.by_worker("sharers", self.sharers), **super().state_dict()}

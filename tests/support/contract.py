@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ormo_rpc.algorithms._delay_adaptive import DelayRule
+from ormo_rpc.algorithms.orlomo import Combine
 from ormo_rpc.server.build import build_server
 from ormo_rpc.server.events import Event
 from ormo_rpc.server.parameter_server import ParameterServer
@@ -191,7 +192,13 @@ ROWS = (
         reference=reference_batching.OrLoMo,
         vectors=lambda _: 2,
         lr=0.01,
-        variants=({}, {"local_steps": 1}, CORRECTED, {"local_steps": 1, **CORRECTED}),
+        variants=(
+            {},
+            {"local_steps": 1, **CORRECTED},
+            CORRECTED,
+            {"combine": Combine.mean},
+            {"combine": Combine.mean, **CORRECTED},
+        ),
         torch_sgd=CORRECTED,
     ),
     Row(

@@ -34,6 +34,7 @@ class Gradient:
         handed: The largest stamp that was handed out before it arrived; `I` is its bucket.
         I: The largest bucket that had been handed out when it arrived: the momentum index after it.
         K: The number of workers when it arrived.
+        sharers: That when its ticket was handed out.
         eta: The learning rate of the schedule.
     """
 
@@ -45,6 +46,7 @@ class Gradient:
     handed: int
     I: int = -1  # noqa: E741 - the paper's name
     K: int
+    sharers: int
     eta: float
 
     @property
@@ -121,15 +123,25 @@ class Reference(ABC):
     def gradients(self, history: Sequence[Step]) -> list[Gradient]:
         """Return the gradients that were applied, with their place in the order of iterations."""
         found: list[Gradient] = []
-        handed, workers = 0, self.num_workers
+        handed, workers, sharers = 0, self.num_workers, dict[int, int]()
         for step in history:
             workers += {"join": 1, "leave": -1}.get(step.kind, 0)
             push = step.push
             if push is not None and self.accepts_at(len(found), push.stamp, workers):
                 t = len(found)
                 found.append(
-                    Gradient(value_D=push.grad, worker=push.worker, t=t, i=push.stamp, handed=handed, K=workers, eta=self.lr(t))
+                    Gradient(
+                        value_D=push.grad,
+                        worker=push.worker,
+                        t=t,
+                        i=push.stamp,
+                        handed=handed,
+                        K=workers,
+                        sharers=sharers[push.worker],
+                        eta=self.lr(t),
+                    )
                 )
+            sharers |= dict.fromkeys((reply.worker for reply in step.replies), workers)
             handed = max([handed, *(reply.stamp for reply in step.replies if reply.ticket is not None)])
         bucket = buckets([gradient.K for gradient in found])
         return [replace(gradient, b=bucket[gradient.i], I=bucket[gradient.handed]) for gradient in found]

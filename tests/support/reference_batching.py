@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ormo_rpc.algorithms.orlomo import Combine
 from tests.support.reference import Gradient, Reference, Values, kept_at
 from tests.support.schedule import Step
 
@@ -181,18 +182,22 @@ class OrLoMo(Reference):
         u, w, steps = torch.zeros_like(self.start), self.start.clone(), self.options.get("local_steps", 4)
         index = gradients[-1].I if gradients else 0
         for g in gradients:
-            m, p = g.value_D.chunk(2)
+            m, p = (part * self.share(g) for part in g.value_D.chunk(2))
             passed = steps * (index - g.b)
             u = u + self.beta**passed * m
             w = w - p - sum(self.beta**j for j in range(1, passed + 1)) * m
         return {"w": w, "u": u, "index": index}
+
+    def share(self, gradient: Gradient) -> float:
+        """Return the weight of a push."""
+        return 1 / gradient.sharers if self.options.get("combine") is Combine.mean else 1.0
 
     def corrected_state(self, gradients: Sequence[Gradient]) -> Values:
         """Return the state with ``momentum_correction``."""
         u, w, steps = torch.zeros_like(self.start), self.start.clone(), self.options.get("local_steps", 4)
         index = gradients[-1].I if gradients else 0
         for g in gradients:
-            m, p = (part / (self.lr(g.i) or 1.0) for part in g.value_D.chunk(2))
+            m, p = (part * self.share(g) / (self.lr(g.i) or 1.0) for part in g.value_D.chunk(2))
             u = u + self.beta ** (steps * (index - g.b)) * m
             drifted = 0  # steps of the rounds since, that w has made with m so far
             for at in gradients[g.t :]:

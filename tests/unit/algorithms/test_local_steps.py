@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,13 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ormo_rpc.config.schema import Config, Train
+from ormo_rpc.messages import Reply
 from ormo_rpc.models import MLP
 from ormo_rpc.options import find
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.server.events import Event, Kind
+from ormo_rpc.server.parameter_server import ParameterServer
 from tests.support.quadratic import BETA, PROBLEM, D, begin, close, torch_sgd
 from tests.support.reference import heavy_ball
-from tests.support.schedule import Schedule, noise, schedules
+from tests.support.schedule import Schedule, noise, pushed, schedules
 
 
 @given(schedule=schedules(), scheduler=st.sampled_from(["async", "sync"]))
@@ -91,6 +95,124 @@ def test_synchronous_orlomo_is_heavy_ball_over_the_sums_of_local_parts() -> None
         w, u = heavy_ball(start, sums, BETA)
         close(run.server.params, w)
         close(torch.as_tensor(run.server.algorithm.state_dict()["u"]), u)
+
+
+def own_problems(count: int) -> list[tuple[Tensor, Tensor]]:
+    """Return the matrix and the vector of a linear gradient ``A x - b`` for each worker."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            PROBLEM.matrix + 0.1 * torch.randn(D, D, generator=generator, dtype=torch.float64),
+            torch.randn(D, generator=generator, dtype=torch.float64),
+        )
+        for _ in range(count)
+    ]
+
+
+def prsgdm(x: Tensor, m: Tensor, problems: list[tuple[Tensor, Tensor]], steps: int, lr: float) -> tuple[Tensor, Tensor]:
+    """Take a round of PRSGDm: each worker steps from the same ``x`` and ``m``, then both are averaged."""
+    ends = list[tuple[Tensor, Tensor]]()
+    for matrix, vector in problems:
+        x_k, m_k = x, m
+        for _ in range(steps):
+            m_k = BETA * m_k + lr * (matrix @ x_k - vector)
+            x_k = x_k - m_k
+        ends.append((x_k, m_k))
+    return torch.stack([x for x, _ in ends]).mean(0), torch.stack([m for _, m in ends]).mean(0)
+
+
+@pytest.mark.parametrize("schedule", [[], [("push", n) for n in (2, 1, 0, 1, 1, 2)]], ids=["in order", "out of order"])
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+@pytest.mark.parametrize(("K", "H"), [(3, 4), (1, 3), (5, 1)])
+def test_synchronous_orlomo_that_averages_is_prsgdm(K: int, H: int, decay: float, schedule: Schedule) -> None:
+    problems, rounds = own_problems(K), 8
+
+    def lr(t: int) -> float:
+        return 0.05 / (1 + decay * t)
+
+    run = begin(
+        "orlomo",
+        num_workers=K,
+        tickets=K * rounds,
+        scheduler="sync",
+        local_steps=H,
+        lr=lr,
+        combine="mean",
+        gradient=lambda reply: of_worker(run.server, problems)(reply),
+    )
+    x, m = run.server.params.clone(), torch.zeros(D, dtype=torch.float64)
+    for number, _ in enumerate(run.steps(schedule), start=1):
+        if number % K == 0:
+            x, m = prsgdm(x, m, problems, H, lr(number - K))  # the rate when the round's tickets were handed out
+            close(run.server.params, x, atol=1e-12)
+            close(torch.as_tensor(run.server.algorithm.state_dict()["u"]), m, atol=1e-12)
+
+
+def of_worker(server: ParameterServer, problems: list[tuple[Tensor, Tensor]]) -> Callable[[Reply], Tensor]:
+    """Return the pushes of workers that have a problem each."""
+
+    def push(reply: Reply) -> Tensor:
+        matrix, vector = problems[reply.worker]
+        return pushed(server.algorithm, lambda x: matrix @ x - vector)(reply)
+
+    return push
+
+
+@pytest.mark.parametrize("before", [0, 1, 2, 3])
+def test_rounds_after_a_worker_has_left_or_joined_are_prsgdm_of_those_who_are_there(before: int) -> None:
+    problems, H = own_problems(5), 3
+    run = begin(
+        "orlomo",
+        num_workers=4,
+        tickets=60,
+        scheduler="sync",
+        local_steps=H,
+        lr=0.05,
+        combine="mean",
+        gradient=lambda reply: of_worker(run.server, problems)(reply),
+    )
+    run.follow([("push", 0)] * (4 + before))
+    for change, present in (("leave", [0, 1, 2]), ("join", [0, 1, 2, 3])):
+        run.leave(3) if change == "leave" else run.join(3)
+        state = None
+        for step in run.steps([("push", 0)] * 30):
+            if len(step.replies) < len(present):
+                continue
+            # A round begins: everybody was answered at once, and no push of the former round is out.
+            w, u = run.server.params.clone(), torch.as_tensor(run.server.algorithm.state_dict()["u"]).clone()
+            if state is not None:
+                x, m = prsgdm(*state, [problems[worker] for worker in present], H, 0.05)
+                close(w, x, atol=1e-12)
+                close(u, m, atol=1e-12)
+                break
+            state = w, u
+        assert state is not None
+
+
+def test_a_push_of_orlomo_counts_by_the_workers_when_its_ticket_was_handed_out() -> None:
+    # beta = 0 and H = 1: w <- w - 0.1 / K g, all gradients 1. In the steps below K is 4, then 3 for tickets handed out without
+    # worker 3, then 4 again.
+    run = begin(
+        "orlomo",
+        num_workers=4,
+        tickets=30,
+        momentum=0.0,
+        local_steps=1,
+        combine="mean",
+        gradient=lambda _: 0.1 * torch.ones(2 * D, dtype=torch.float64),
+    )
+
+    def moved(worker: int) -> float:
+        before = run.server.params.clone()
+        run.push(next(reply for reply in run.outstanding.values() if reply.worker == worker))
+        return float((before - run.server.params)[0])
+
+    weights = [moved(0)]
+    run.leave(3)
+    weights += [moved(1), moved(1), moved(2)]
+    run.join(3)
+    weights += [moved(3), moved(1), moved(1)]
+    assert weights == pytest.approx([0.1 / K for K in (4, 4, 3, 4, 4, 3, 4)], rel=1e-12)
 
 
 @given(schedule=schedules(), num_workers=st.integers(1, 5))
