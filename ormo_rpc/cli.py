@@ -6,12 +6,14 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.conf import HydraConf
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -32,6 +34,7 @@ from ormo_rpc.storage.launch import Launch
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 """Environment variable at which hydra raises its errors instead of printing them over several lines."""
+_composing = threading.Lock()
 _NO_NAMES = ("", "null", "true", "false")
 """Values that hydra does not take for the name of a file of a group."""
 
@@ -43,11 +46,23 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         ConfigError: an override is wrong.
     """
     try:
-        with hydra.initialize_config_dir(str(conf_dir().absolute()), version_base="1.3"):
+        with _hydra_of_our_own(), hydra.initialize_config_dir(str(conf_dir().absolute()), version_base="1.3"):
             values = hydra.compose("config", prepared(overrides))
-            return parse_config(values, keys_of(overrides))
+        return parse_config(values, keys_of(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise _refused(error) from None
+
+
+@contextlib.contextmanager
+def _hydra_of_our_own() -> Generator[None]:
+    """Put hydra's one state in this process aside: the caller may be an application of hydra, or another thread."""
+    with _composing:
+        callers = GlobalHydra.instance().hydra
+        GlobalHydra.instance().clear()
+        try:
+            yield
+        finally:
+            GlobalHydra.instance().hydra = callers
 
 
 def prepared(overrides: Sequence[str]) -> list[str]:

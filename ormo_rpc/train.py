@@ -9,6 +9,7 @@ from typing import Any
 
 from ormo_rpc.config.parsing import parse_config
 from ormo_rpc.config.schema import Config
+from ormo_rpc.options.imports import refuse_while_importing
 from ormo_rpc.runtimes import run
 from ormo_rpc.storage.launch import Launch
 
@@ -29,6 +30,7 @@ def train(config: Config | Mapping[str, Any] | Sequence[str] = (), *, run_dir: s
         ConfigError: the configuration is wrong; nothing was started.
         RunFailed: a process died, or the run was interrupted.
     """
+    refuse_while_importing()
     launch = Launch()
     if isinstance(config, Mapping):
         config = parse_config(config)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Collection, Mapping
-from pathlib import Path
+from enum import Enum
+from pathlib import Path, PurePath
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -13,12 +14,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ormo_rpc.config.renamed import translate_renamed
 from ormo_rpc.config.saving import to_tree
-from ormo_rpc.config.schema import Config
+from ormo_rpc.config.schema import GROUPS, Config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.options import Part, Section, parts
-from ormo_rpc.options.instantiate import part, path_of
+from ormo_rpc.options.imports import path_of
+from ormo_rpc.options.instantiate import part
 from ormo_rpc.options.values import build, refuse_key
 from ormo_rpc.schedulers import incompatibility
+
+_PLAIN = (type(None), bool, int, float, str, bytes, PurePath, Enum)
+"""Types of values that need no dotted path."""
 
 
 def parse_config(values: DictConfig | Mapping[str, Any], given: Collection[str] = ()) -> Config:
@@ -105,11 +110,11 @@ def unknown_key(error: OmegaConfBaseException) -> str | None:
 
 
 def _resolved(values: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """Resolve every interpolation; parts and their classes stay as they are."""
+    """Resolve every interpolation; parts, classes and functions stay as they are."""
     objects: dict[str, Any] = {}
     if not isinstance(values, DictConfig):
         _refuse_dotted(values)
-        objects = {key: value for key, value in values.items() if isinstance(value, (Section, type))}
+        objects = {key: value for key, value in values.items() if isinstance(value, Section) or callable(value)}
         values = OmegaConf.create({key: _with_paths(key, value) for key, value in values.items() if key not in objects})
     resolved = OmegaConf.to_container(values, resolve=True)
     assert isinstance(resolved, dict)
@@ -126,12 +131,12 @@ def _refuse_dotted(values: Mapping[str, Any]) -> None:
 
 
 def _with_paths(key: str, value: Any) -> Any:
-    """Replace each callable by its dotted path."""
+    """Replace each class and function by its dotted path."""
     if isinstance(value, Mapping):
         return {each: _with_paths(key, inner) for each, inner in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [_with_paths(key, inner) for inner in value]
-    return path_of(key, value) if callable(value) else value
+    return path_of(key, value) if callable(value) or (key in GROUPS and not isinstance(value, _PLAIN)) else value
 
 
 def _section(given: Collection[str], key: str, kind: Any, value: Any, default: Any) -> Any:

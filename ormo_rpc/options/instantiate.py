@@ -6,24 +6,15 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, ClassVar
 
+from ormo_rpc.options.imports import DOTTED_PATH, is_dotted_path, locate, path_of
 from ormo_rpc.options.part import Part, find, parts
 from ormo_rpc.options.section import option
 from ormo_rpc.options.values import annotations_of, build, convert, plain
-
-DOTTED_PATH = "a dotted path such as my_package.my_module.my_function"
-"""The form of a ``_target_``, in words."""
-
-
-def is_dotted_path(target: object) -> bool:
-    """Tell whether a value is a text of the form ``module.name``."""
-    return isinstance(target, str) and "." in target and all(part.isidentifier() for part in target.split("."))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,31 +67,12 @@ def instantiate(path: str, target: str, keywords: Mapping[str, Any], offered: Ma
     return function(**given)
 
 
-def locate(path: str, target: str) -> Callable[..., Any]:
-    """Import the function or class of a dotted path.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if not is_dotted_path(target):
-        raise ValueError(f"{path}._target_: got {target!r}, expected {DOTTED_PATH}")
-    try:
-        found = _import(target)
-    except Exception as error:  # the user's module may raise anything while it is imported
-        raise ValueError(
-            f"{path}._target_: {target!r} cannot be imported: {' '.join(str(error).split())}; is its folder on PYTHONPATH?"
-        ) from error
-    if not callable(found):
-        raise ValueError(f"{path}._target_: {target!r} is {found!r}, expected a function or class")
-    return found
-
-
 def part(group: str, value: Any, default: type[Part], given: Collection[str] = ()) -> Part:
     """Return the part of a group that a value stands for.
 
     Args:
         group: Such as ``algorithm``.
-        value: A part, a class of parts, a name, or keys with their values: ``name`` or ``_target_``, and options. Beside a
+        value: A part, a class or function, a name, or keys with their values: ``name`` or ``_target_``, and options. Beside a
             ``_target_`` the options of ``name`` count only where they are not its defaults, so that hydra may compose them.
         default: The class where no name is given.
         given: Full keys that count beside a ``_target_`` whatever their values, since a user has typed them.
@@ -113,7 +85,7 @@ def part(group: str, value: Any, default: type[Part], given: Collection[str] = (
         path_of(group, type(value))
         _refuse_undecorated(type(value))
         return value
-    if isinstance(value, type) and issubclass(value, base):
+    if callable(value):
         value = {"_target_": path_of(group, value)}
     if isinstance(value, str):
         value = {"name": value}
@@ -154,20 +126,6 @@ def is_registered(cls: type[Part]) -> bool:
 def base_of(cls: type[Part]) -> type[Part]:
     """Return the base class of the group that `cls` belongs to."""
     return next(each for each in cls.__mro__ if Part in each.__bases__ and each is not CallsTarget)
-
-
-def path_of(group: str, thing: Any) -> str:
-    """Return the dotted path by which other processes can import a class or function.
-
-    Raises:
-        ValueError: there is none.
-    """
-    module, name = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
-    if module is None or name is None or "<" in name:
-        raise ValueError(f"{group}: {name or thing!r} cannot be imported by other processes; define it at the top of a module")
-    if module in ("__main__", "__mp_main__"):
-        raise ValueError(f"{group}: {name} is defined in __main__, where other processes cannot import it; move it to a module")
-    return f"{module}.{name}"
 
 
 def _part_of_target(base: type[Part], target: Any, options: dict[str, Any], given: Collection[str]) -> Part:
@@ -251,19 +209,3 @@ def _nested(path: str, value: Any) -> Any:
         target = inner.pop("_target_", None)
         return value if target is None else instantiate(path, target, inner)
     return [_nested(path, each) for each in value] if isinstance(value, list) else value
-
-
-def _import(target: str) -> Any:
-    """Import the object of a dotted path: the longest prefix that is a module, and attributes from there on."""
-    head, *rest = target.split(".")
-    found: Any = importlib.import_module(head)
-    for position, name in enumerate(rest):
-        if not hasattr(found, name) and isinstance(found, ModuleType):
-            module = ".".join((head, *rest[: position + 1]))
-            try:
-                importlib.import_module(module)
-            except ModuleNotFoundError as error:
-                if error.name != module:
-                    raise
-        found = getattr(found, name)
-    return found

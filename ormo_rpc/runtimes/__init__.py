@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import threading
 import time
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ormo_rpc.config.schema import Config, Role
 from ormo_rpc.errors import RunFailed
+from ormo_rpc.options.imports import refuse_while_importing
 from ormo_rpc.runtimes import prepare
 from ormo_rpc.runtimes.torchrun import Torchrun
 from ormo_rpc.storage.launch import Launch
@@ -22,6 +28,11 @@ MODULES = {
     "replay": "ormo_rpc.runtimes.replay",
 }
 """The module of each runtime, imported when it is chosen."""
+
+IN_THIS_PROCESS = ("sim", "replay")
+"""Those that compute in the calling process."""
+_draws = threading.RLock()
+"""Held while models are built and trained here: they draw from torch's global generator, which threads would share."""
 
 
 def run(config: Config, run_dir: Path, launch: Launch | None = None, *, began: float | None = None) -> dict[str, Any]:
@@ -40,6 +51,7 @@ def run(config: Config, run_dir: Path, launch: Launch | None = None, *, began: f
         ConfigError: the configuration cannot be run here; nothing was started.
         RunFailed: the run did not complete.
     """
+    refuse_while_importing()
     began = time.monotonic() if began is None else began
     torchrun = Torchrun.from_environment()
     if config.role is Role.worker:
@@ -49,8 +61,21 @@ def run(config: Config, run_dir: Path, launch: Launch | None = None, *, began: f
     config = prepare.decide_workers(config, torchrun)
     runtime = importlib.import_module(MODULES[config.runtime.name])
     has_run_directory = torchrun is None or torchrun.rank == 0
-    prepare.check(config, resumes=has_run_directory)
+    with _draws:
+        prepare.check(config, resumes=has_run_directory)
     if has_run_directory:
         RunDirectory.claim(run_dir)
         (launch or Launch()).write(run_dir)
-    return runtime.run(config, run_dir, began)
+    with _in_this_process() if config.runtime.name in IN_THIS_PROCESS else contextlib.nullcontext():
+        return runtime.run(config, run_dir, began)
+
+
+@contextlib.contextmanager
+def _in_this_process() -> Generator[None]:
+    """Compute alone among the threads of this process, and give the calling program its number of torch's threads back."""
+    with _draws:
+        threads = torch.get_num_threads()
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)

@@ -93,7 +93,8 @@ class Launcher:
         return self.supervisor.start(
             name,
             [
-                *(sys.executable, "-m", "ormo_rpc.runtimes.distributed.entry_point", *command),
+                # -P: the working directory, which may hold anything, is on the module path only where it is on ours.
+                *(sys.executable, "-P", "-m", "ormo_rpc.runtimes.distributed.entry_point", *command),
                 *("--start-timeout-seconds", str(options.start_timeout_seconds)),
                 *("--heartbeat-seconds", str(options.heartbeat_seconds)),
                 *([] if log is None else ["--log"]),
@@ -203,7 +204,7 @@ def _environment(config: Config, *, loopback: bool) -> dict[str, str]:
     env = {
         **os.environ,
         "OMP_NUM_THREADS": str(config.runtime.threads),
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path) or os.environ.get("PYTHONPATH", ""),
+        "PYTHONPATH": os.pathsep.join(str(Path(path).absolute()) for path in sys.path),
         "PYTHONUNBUFFERED": "1",
         # Large new tensors on huge pages take a fraction of the time; torch.distributed.rpc receives each message into one.
         "THP_MEM_ALLOC_ENABLE": os.environ.get("THP_MEM_ALLOC_ENABLE", "1"),

@@ -1,0 +1,125 @@
+"""Dotted paths: a class or function of the user's, as every process of a run imports it by its name."""
+
+from __future__ import annotations
+
+import importlib
+import sysconfig
+import traceback
+from collections.abc import Callable
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any
+
+from ormo_rpc.errors import ConfigError, one_line
+
+DOTTED_PATH = "a dotted path such as my_package.my_module.my_function"
+"""The form of a ``_target_``, in words."""
+_SCRIPT = ("__main__", "__mp_main__")
+"""The names of the module that Python was started with; in another process they are another module."""
+_MACHINERY = (__file__, importlib.__file__, "<frozen ")
+_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+"""How the names of files begin that are hardly the user's own."""
+
+
+_importing = ContextVar("importing", default="")
+"""What this thread imports at present, such as ``model._target_='my_module.Net'``; empty for nothing."""
+
+
+def refuse_while_importing() -> None:
+    """Refuse to start a run while a module of the user's is imported, since each of its processes would start one as well.
+
+    Raises:
+        ConfigError: a module is being imported.
+    """
+    if _importing.get():
+        raise ConfigError(
+            f"train() is called while its module is imported for {_importing.get()}, as every process of a run does; put the "
+            f"call under if __name__ == '__main__':"
+        )
+
+
+def is_dotted_path(target: object) -> bool:
+    """Tell whether a value is a text of the form ``module.name``."""
+    return isinstance(target, str) and "." in target and all(part.isidentifier() for part in target.split("."))
+
+
+def locate(path: str, target: str) -> Callable[..., Any]:
+    """Import the function or class of a dotted path.
+
+    Raises:
+        ValueError: there is none, or other processes would not find it.
+    """
+    if not is_dotted_path(target):
+        raise ValueError(f"{path}._target_: got {target!r}, expected {DOTTED_PATH}")
+    if target.split(".")[0] in _SCRIPT:
+        raise ValueError(f"{path}._target_: {_refused_script(target)}")
+    token = _importing.set(f"{path}._target_={target!r}")
+    try:
+        found = _import(target)
+    except ConfigError as error:
+        raise ConfigError(str(error)) from None
+    except (Exception, SystemExit) as error:  # the user's module may raise anything while it is imported
+        raise ValueError(f"{path}._target_: {target!r} cannot be imported: {_fault(error)}") from error
+    finally:
+        _importing.reset(token)
+    if not callable(found):
+        raise ValueError(f"{path}._target_: {target!r} is {found!r}, expected a function or class")
+    return found
+
+
+def path_of(group: str, thing: Any) -> str:
+    """Return the dotted path by which other processes can import a class or function.
+
+    Raises:
+        ValueError: there is none.
+    """
+    module, name = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
+    if module is None or name is None:
+        raise ValueError(
+            f"{group}: got an object of {type(thing).__qualname__}, expected plain values, or the class or function that makes "
+            f"it, by its name: {{'_target_': 'my_module.my_function'}}"
+        )
+    if "<" in name:
+        raise ValueError(f"{group}: {name!r} cannot be imported by other processes; define it at the top of a module")
+    if module in _SCRIPT:
+        raise ValueError(f"{group}: {_refused_script(name)}")
+    path = f"{module}.{name}"
+    try:
+        found = _import(path)
+    except Exception:  # a module may do anything to the names of what is in it
+        found = None
+    if found is not thing and found != thing:
+        raise ValueError(f"{group}: other processes do not find the given {name} as {path}; define it at the top of a module")
+    return path
+
+
+def _refused_script(name: str) -> str:
+    return f"{name} is defined in __main__, where other processes cannot import it; move it to a module"
+
+
+def _fault(error: BaseException) -> str:
+    """Type and message of what an import raised, with the line of the user's code that it comes from, if there is one."""
+    if isinstance(error, SyntaxError) and error.filename is not None:
+        return f"{error.filename}:{error.lineno}: {type(error).__name__}: {error.msg}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_MACHINERY)]
+    own = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)]
+    if frames:
+        at = (own or frames)[-1]
+        return f"{at.filename}:{at.lineno}: {one_line(error)}"
+    return f"{' '.join(str(error).split())}; is its folder on PYTHONPATH?"
+
+
+def _import(target: str) -> Any:
+    """Import the object of a dotted path: the longest prefix that is a module, and attributes from there on."""
+    head, *rest = target.split(".")
+    found: Any = importlib.import_module(head)
+    for position, name in enumerate(rest):
+        if not hasattr(found, name) and isinstance(found, ModuleType):
+            module = ".".join((head, *rest[: position + 1]))
+            try:
+                importlib.import_module(module)
+            except ModuleNotFoundError as error:
+                if error.name != module:
+                    raise
+        found = getattr(found, name)
+    return found
