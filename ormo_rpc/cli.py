@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
@@ -22,19 +23,29 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 import ormo_rpc
+from ormo_rpc import sweeps
 from ormo_rpc.config.help import help_text, list_of_keys
 from ormo_rpc.config.parsing import one_line, parse_config, unknown_key
+from ormo_rpc.config.paths import expanded
 from ormo_rpc.config.renamed import refuse_renamed
 from ormo_rpc.config.schema import GROUPS, Config
 from ormo_rpc.config.write_conf import conf_dir
-from ormo_rpc.errors import ConfigError
+from ormo_rpc.errors import ConfigError, RunFailed
 from ormo_rpc.options import parts
 from ormo_rpc.runtimes.torchrun import Torchrun
 from ormo_rpc.storage.launch import Launch
+from ormo_rpc.storage.sweep_directory import SweepDirectory
+from ormo_rpc.sweeps import JobFailed, SweepStart
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 """Environment variable at which hydra raises its errors instead of printing them over several lines."""
 _composing = threading.Lock()
+EXTRA = "pip install 'ormo-rpc[sweeps]'"
+"""Installs hydra's plugins for sweeps."""
+_PLUGINS = {"hydra/sweeper": ("optuna",), "hydra/launcher": ("joblib", "submitit_local", "submitit_slurm")}
+"""What they add to hydra's groups."""
+_HYDRA_PATHS = ("hydra.run.dir", "hydra.sweep.dir")
+_SWEEP = ("-m", "--multirun")
 _NO_NAMES = ("", "null", "true", "false")
 """Values that hydra does not take for the name of a file of a group."""
 
@@ -47,8 +58,9 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     """
     try:
         with _hydra_of_our_own(), hydra.initialize_config_dir(str(conf_dir().absolute()), version_base="1.3"):
-            values = hydra.compose("config", prepared(overrides))
-        return parse_config(values, keys_of(overrides))
+            words = prepared(overrides)
+            values = hydra.compose("config", words)
+        return parse_config(values, keys_of(words))
     except (HydraException, OmegaConfBaseException) as error:
         raise _refused(error) from None
 
@@ -83,7 +95,36 @@ def prepared(overrides: Sequence[str]) -> list[str]:
             raise ConfigError(f"{key}: got {value or 'nothing'}, expected one of {', '.join(names)}")
         if word.startswith("+") and not value.startswith("{"):
             raise ConfigError(f"{word}: got a plus before a group; write {key}={value}")
-    return [f"++{word}" if word[:1].isalpha() and word.partition("=")[2].startswith("{") else word for word in overrides]
+    words = [_readable(word) for word in overrides]
+    return [f"++{word}" if word[:1].isalpha() and word.partition("=")[2].startswith("{") else word for word in words]
+
+
+def _readable(word: str) -> str:
+    """Quote a value that hydra's grammar would refuse, such as a path with an equals sign, a tilde or an umlaut.
+
+    Of values with commas between them, which a sweep may have, each is quoted for itself.
+    """
+    key, _, value = word.partition("=")
+    if key in _HYDRA_PATHS:
+        value = expanded(key, value)
+    if not value or value[0] in "'\"[{" or "${" in value or re.fullmatch(r"\w+\(.*\)", value) or _is_read(f"{key}={value}"):
+        return f"{key}={value}" if value else word
+    values = [value] if "(" in value else value.split(",")
+    quoted = f"{key}={','.join(each if _is_read(f'{key}={each}') else _quoted(each) for each in values)}"
+    return quoted if _is_read(quoted) else word
+
+
+def _quoted(value: str) -> str:
+    text = value.replace("'", "\\'")
+    return f"'{text}\\'" if text.endswith("\\") else f"'{text}'"
+
+
+def _is_read(word: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException:
+        return False
+    return True
 
 
 def keys_of(overrides: Sequence[str]) -> set[str]:
@@ -107,7 +148,7 @@ def main() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    arguments = sys.argv[1:]
+    arguments = sorted(sys.argv[1:], key=lambda word: word not in _SWEEP)  # hydra takes the overrides in one piece alone
     if "--help-all" in arguments:
         print(list_of_keys())
         return
@@ -122,33 +163,70 @@ def main() -> None:
     began = False
 
     @functools.wraps(_job)
-    def job(values: DictConfig) -> None:
+    def job(values: DictConfig) -> float | None:
         nonlocal began
         began = True
-        _job(values)
+        return _job(values)
 
+    ended: BaseException | None = None
+    SweepStart.directory = None
     try:
         sys.argv[1:] = [*prepared(arguments), *_without_directory(arguments)]
         os.environ[FULL_ERROR] = "1"
-        with contextlib.suppress(KeyboardInterrupt):
-            _hydra_main(job)
-            return
+        _hydra_main(job)
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        ended = error
+    sweep = SweepStart.directory
+    if sweep is not None and sweep.records():
+        status = _end_sweep(sweep, ended, full_error)
+    else:
+        status = 0 if ended is None else _end(ended, began, full_error)
+    if status != 0:
+        sys.exit(status)
+
+
+def _end(ended: BaseException, began: bool, full_error: bool) -> int:
+    """Say how a single run ended, unless that was said; return the exit status.
+
+    Raises:
+        BaseException: it is a fault of this program.
+    """
+    if isinstance(ended, KeyboardInterrupt):
         _say("interrupted before anything was started")
-        sys.exit(130)
-    except ConfigError as error:
-        _say(str(error))
-        sys.exit(2)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:  # hydra lets some plain ones of its own through
-        if full_error or began:
-            raise
-        _say(str(_refused(error)))
-        sys.exit(2)
-    except SystemExit as end:
+        return 130
+    if isinstance(ended, SystemExit):
+        if isinstance(ended.code, str):
+            _say(ended.code)
+            return 2
         # Hydra refuses wrong arguments with status 1, which is ours for a run that failed.
-        sys.exit(2 if end.code == 1 and not began else end.code)
+        return 2 if ended.code == 1 and not began else ended.code or 0
+    if isinstance(ended, ConfigError):
+        _say(str(ended))
+        return 2
+    if full_error or began or not isinstance(ended, (HydraException, OmegaConfBaseException, ValueError, OSError)):
+        raise ended
+    if isinstance(ended, OSError) and not isinstance(ended, HydraException):
+        _say(f"the run directory cannot be made: {ended.strerror}: {ended.filename}")
+    else:  # hydra lets some plain ones of its own through
+        _say(str(_refused(ended)))
+    return 2
 
 
-def _hydra_main(job: Callable[[DictConfig], None]) -> None:
+def _end_sweep(sweep: SweepDirectory, ended: BaseException | None, full_error: bool) -> int:
+    """Say how a sweep ended, of which at least one job has begun; return the exit status."""
+    if isinstance(ended, Exception) and not isinstance(ended, JobFailed):
+        _say(f"the sweep ended early: {type(ended).__name__}: {' '.join(str(ended).split())[:300]}")
+    elif isinstance(ended, KeyboardInterrupt):
+        _say("the sweep was interrupted")
+    fine = sweeps.end(sweep, _say)
+    if full_error and isinstance(ended, Exception):
+        raise ended
+    if isinstance(ended, KeyboardInterrupt):
+        return sweeps.INTERRUPTED
+    return 0 if fine and ended is None else 1
+
+
+def _hydra_main(job: Callable[[DictConfig], float | None]) -> None:
     """Let hydra compose the configuration from our arguments, and call the job."""
     hydra.main(version_base="1.3", config_path=str(conf_dir().absolute()), config_name="config")(job)()
 
@@ -163,11 +241,14 @@ def _without_directory(arguments: Sequence[str]) -> list[str]:
 
 def _refused(error: Exception) -> ConfigError:
     """Turn an error of hydra, whose message has several lines, into one line."""
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None and error.options:
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
+        if name in _PLUGINS.get(group, ()):
+            return ConfigError(f"{group}={name}: needs a plugin of hydra that is not installed; {EXTRA}")
         if group in GROUPS and name in parts(group):
             return ConfigError(f"{group}: {name!r} is registered, but conf/ has no file of it: run make conf")
-        return ConfigError(f"{group}: got {name!r}, expected one of {', '.join(error.options)}")
+        if error.options:
+            return ConfigError(f"{group}: got {name!r}, expected one of {', '.join(error.options)}")
     if isinstance(error, OverrideParseException) and "=" not in error.override:
         return ConfigError(f"{error.override}: expected KEY=VALUE")
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
@@ -176,29 +257,42 @@ def _refused(error: Exception) -> ConfigError:
     return ConfigError(" ".join(f"{error}: {error.__cause__ or ''}".split()).removesuffix(":"))
 
 
-def _job(values: DictConfig) -> None:
-    """Run one job of hydra: a single run, or one of a sweep."""
-    from ormo_rpc.runtimes import RunFailed, run  # hydra answers --cfg without loading the runtimes
-    from ormo_rpc.runtimes.process_start import process_began
-
+def _job(values: DictConfig) -> float | None:
+    """Run one job of hydra: a single run, or one of a sweep, which returns its optimised metric."""
     mode = HydraConfig.get()
-    sweep = mode.mode is RunMode.MULTIRUN
+    if mode.mode is RunMode.MULTIRUN and Torchrun.from_environment() is None:
+        return sweeps.run_job(mode, lambda: _run(values, mode), _say)
     try:
-        if sweep and Torchrun.from_environment() is not None:
+        if mode.mode is RunMode.MULTIRUN:
             raise ConfigError("-m: got a sweep under torchrun, expected a single run; start sweeps with python launch.py -m")
-        config, run_dir = parse_config(values, keys_of(mode.overrides.task)), Path(mode.runtime.output_dir)
-        if _on_terminal():
-            _say(f"starting the processes of {run_dir}")
-        summary = run(config, run_dir, _launch(mode), began=None if sweep else process_began())
+        _, summary = _run(values, mode)
     except (ConfigError, RunFailed) as error:
         _say(str(error))
         sys.exit(error.exit_status if isinstance(error, RunFailed) else 2)
+    if summary.get("status") == "diverged":
+        _say(f"{summary['reason'] or 'the run diverged'}; lower train.lr or train.momentum, or set train.clip_norm")
+        sys.exit(3)
+    return None
+
+
+def _run(values: DictConfig, mode: HydraConf) -> tuple[Config, dict[str, Any]]:
+    """Run a configuration and print the result.
+
+    Raises:
+        ConfigError, RunFailed: as `run` does.
+    """
+    from ormo_rpc.runtimes import run  # hydra answers --cfg without loading the runtimes
+    from ormo_rpc.runtimes.process_start import process_began
+
+    config, run_dir = parse_config(values, keys_of(mode.overrides.task)), Path(mode.runtime.output_dir)
+    if _on_terminal():
+        _say(f"starting the processes of {run_dir}")
+    began = None if mode.mode is RunMode.MULTIRUN else process_began()
+    summary = run(config, run_dir, _launch(mode), start=Path(mode.runtime.cwd), began=began)
     if summary:
         with contextlib.suppress(BrokenPipeError):  # the reader of standard output has closed it
             print(_result(summary, run_dir), flush=True)
-    if summary.get("status") == "diverged" and not sweep:
-        _say(f"{summary['reason'] or 'the run diverged'}; lower train.lr or train.momentum, or set train.clip_norm")
-        sys.exit(3)
+    return config, summary
 
 
 def _launch(mode: HydraConf) -> Launch:

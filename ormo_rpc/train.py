@@ -40,4 +40,4 @@ def train(config: Config | Mapping[str, Any] | Sequence[str] = (), *, run_dir: s
         launch, config = Launch(overrides=tuple(config)), compose(config)
     if run_dir is None:
         run_dir = Path("outputs") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S-%f")
-    return run(config, Path(run_dir).absolute(), launch)
+    return run(config, Path(run_dir).expanduser().absolute(), launch)

@@ -123,7 +123,7 @@ class Checkpoint(Section):
     )
     journal: bool = option(False, "make each gradient durable before it is acknowledged: a crash then rolls nothing back")
     keep: int = option(3, "checkpoints that are kept", valid=at_least_one, expected="a whole number >= 1")
-    resume: str | None = option(None, "a checkpoint or run directory to resume from")
+    resume: str | None = option(None, "a checkpoint or run directory to resume from", path=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,7 @@ class Server(Section):
         None, "HOST:PORT where the server listens (by default on loopback) or, with role=worker, where to join"
     )
     secret_file: str | None = option(
-        None, "file with the secret of the run; else ORMO_RPC_SECRET counts, else one is made for the run"
+        None, "file with the secret of the run; else ORMO_RPC_SECRET counts, else one is made for the run", path=True
     )
     public: bool = option(False, "allow server.address to be reachable from outside of a private network; see SECURITY.md")
 
@@ -145,7 +145,7 @@ class Replay(Section):
     """The run to compute again."""
 
     PATH = "replay"
-    run: str | None = option(None, "the run directory to compute again, for runtime=replay")
+    run: str | None = option(None, "the run directory to compute again, for runtime=replay", path=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +161,9 @@ class Config(Section):
     )
     role: Role = option(Role.all, "all (server and workers), or worker: join the run at server.address and work for it")
     seed: int = option(0, "seed of all random draws", valid=not_negative, expected="a whole number >= 0")
+    optimized_metric: str | None = option(
+        None, "entry of summary.json that a sweep searches by (docs/sweeps.md); test_loss by default"
+    )
     algorithm: Algorithm = field(default_factory=OrMo)
     scheduler: Scheduler = field(default_factory=Async)
     dataset: DataSource = field(default_factory=Digits)
@@ -181,6 +184,11 @@ class Config(Section):
     def yaml(self) -> str:
         """Resolved YAML, which `load_config` reads; kept, because every checkpoint writes it."""
         return to_yaml(self)
+
+    @property
+    def objective(self) -> str:
+        """The entry of the summary that a sweep searches by."""
+        return self.optimized_metric or "test_loss"
 
     @property
     def num_processes(self) -> int:

@@ -24,7 +24,7 @@ class DataSource(Part, ABC):
     """A data set and its options."""
 
     PATH = "dataset"
-    root: str = option("data", "folder that holds the files, one subfolder per data set")
+    root: str = option("data", "folder that holds the files, one subfolder per data set", path=True)
     download: bool = option(False, "fetch missing files from the web, once per machine")
     verify: bool = option(True, "check md5 sums (CIFAR); off for a repackaged copy that you trust")
     validation: float = option(

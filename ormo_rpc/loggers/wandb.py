@@ -65,7 +65,7 @@ class WandbLogger(Logger):
     run_id: str | None = option(
         None, "id of the wandb run; else WANDB_RUN_ID, else that of the run that checkpoint.resume continues, or a new one"
     )
-    directory: str | None = option(None, "folder of wandb's own files; else WANDB_DIR, else the run directory")
+    directory: str | None = option(None, "folder of wandb's own files; else WANDB_DIR, else the run directory", path=True)
     timeout_seconds: float | None = option(
         None,
         f"seconds to wait for wandb's server, at the start and at the end; else WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT, "

@@ -30,7 +30,7 @@ def at_least_one(value: float) -> bool:
     return 1 <= value < math.inf
 
 
-def option(default: T, doc: str, *, valid: Callable[[Any], bool] | None = None, expected: str = "") -> T:
+def option(default: T, doc: str, *, valid: Callable[[Any], bool] | None = None, expected: str = "", path: bool = False) -> T:
     """Declare one field of a `Section`.
 
     Args:
@@ -38,8 +38,9 @@ def option(default: T, doc: str, *, valid: Callable[[Any], bool] | None = None, 
         doc: One line for ``--help``, with the unit where there is one.
         valid: Tells whether a value is in range; a value of None passes where None is the default.
         expected: The range in words, for the error message; required beside `valid`.
+        path: The value is the path of a file or folder: relative to where the command was started, ``~`` is the home directory.
     """
-    metadata = {"doc": doc, "valid": valid, "expected": expected}
+    metadata = {"doc": doc, "valid": valid, "expected": expected, "path": path}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

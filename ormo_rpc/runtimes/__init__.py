@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ormo_rpc.config.paths import located
 from ormo_rpc.config.schema import Config, Role
 from ormo_rpc.errors import RunFailed
 from ormo_rpc.options.imports import refuse_while_importing
@@ -35,13 +36,21 @@ _draws = threading.RLock()
 """Held while models are built and trained here: they draw from torch's global generator, which threads would share."""
 
 
-def run(config: Config, run_dir: Path, launch: Launch | None = None, *, began: float | None = None) -> dict[str, Any]:
+def run(
+    config: Config,
+    run_dir: Path,
+    launch: Launch | None = None,
+    *,
+    start: Path | None = None,
+    began: float | None = None,
+) -> dict[str, Any]:
     """Run a configuration to its end.
 
     Args:
         config: The configuration; ``workers`` may still be None.
         run_dir: The directory for the outputs, which must not hold a run yet.
         launch: How it was started.
+        start: Where relative paths begin: the directory where the command was started; by default this process's.
         began: Time on the monotonic clock from which the summary's ``wall_seconds`` count; by default now.
 
     Returns:
@@ -53,6 +62,7 @@ def run(config: Config, run_dir: Path, launch: Launch | None = None, *, began: f
     """
     refuse_while_importing()
     began = time.monotonic() if began is None else began
+    config = located(config, start or Path.cwd())
     torchrun = Torchrun.from_environment()
     if config.role is Role.worker:
         prepare.check_elastic_worker(config, torchrun)

@@ -14,6 +14,7 @@ from ormo_rpc.runtimes.job import Job
 from ormo_rpc.runtimes.simulator.jobs import SyntheticJob
 from ormo_rpc.runtimes.torchrun import Torchrun
 from ormo_rpc.storage import checkpoint
+from ormo_rpc.storage.summary import refuse_metric
 
 DEFAULT_WORKERS = 4
 """Workers of a run on this machine where the configuration has no number."""
@@ -68,6 +69,7 @@ def check(config: Config, *, resumes: bool) -> None:
     Raises:
         ConfigError: it cannot be run; the message has the key to change.
     """
+    refuse_metric(config.optimized_metric)
     resumed = None
     if config.checkpoint.resume is not None and isinstance(config.runtime, ReplayRuntime):
         given = config.checkpoint.resume

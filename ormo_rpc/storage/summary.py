@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from ormo_rpc.config.runtimes import GradientKind, SimRuntime
 from ormo_rpc.config.schema import Config
@@ -100,6 +100,17 @@ def identity(config: Config) -> dict[str, Any]:
         "seed": config.seed,
         "num_workers": config.num_workers,
     }
+
+
+def refuse_metric(name: str | None) -> None:
+    """Refuse a value of ``optimized_metric`` that no summary has as a number.
+
+    Raises:
+        ConfigError: it is such a one.
+    """
+    numbers = [key for key, kind in get_type_hints(Summary).items() if set(get_args(kind)) & {int, float}]
+    if name is not None and name not in numbers:
+        raise ConfigError(f"optimized_metric: got {name!r}, expected one of {', '.join(sorted(numbers))}")
 
 
 def write_summary(run_dir: Path, summary: Summary) -> dict[str, Any]:

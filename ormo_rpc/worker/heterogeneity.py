@@ -138,7 +138,7 @@ class RecordedDelays(Heterogeneity):
     worker k modulo the number of recorded ones, with replacement.
     """
 
-    run: str | None = option(None, "the run directory of the recorded run")
+    run: str | None = option(None, "the run directory of the recorded run", path=True)
 
     @override
     def prepare(self) -> None:

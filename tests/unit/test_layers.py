@@ -19,7 +19,7 @@ SOURCES = {
 
 LAYERS: Sequence[str] = (
     "errors messages seeding options kernels algorithms schedulers server data models compression worker rendezvous transports "
-    "loggers config storage report runtimes cli train evaluate"
+    "loggers config storage report runtimes sweeps cli train evaluate"
 ).split()
 """Each imports from itself and from those before it."""
 
@@ -36,8 +36,8 @@ ONLY_IN = {
     "torch.futures": ("transports.torch_rpc",),
     "socket": ("rendezvous", "transports.base", "transports.stream", "runtimes.distributed"),
     "subprocess": ("kernels.compiled", "storage.environment", "runtimes.distributed.launcher"),
-    "hydra": ("cli",),
-    "omegaconf": ("cli", "config", "runtimes.distributed.worker_process"),
+    "hydra": ("sweeps", "cli"),
+    "omegaconf": ("sweeps", "cli", "config", "runtimes.distributed.worker_process"),
     "wandb": ("loggers",),
     "tqdm": ("loggers", "runtimes.replay"),
     "matplotlib": ("report",),

@@ -14,7 +14,7 @@ from ormo_rpc.config.write_conf import conf_dir, rendered
 from ormo_rpc.options import parts
 from tests.support.keys import KEYS, default_of
 
-NOT_WRITTEN = ("config.yaml", "experiment/")
+NOT_WRITTEN = ("config.yaml", "experiment/", "hparams_search/", "hydra/")
 
 
 def test_the_files_are_those_that_the_schema_writes() -> None:

@@ -27,6 +27,7 @@ from tests.support.registry import temporary_parts
 TEXTS = {
     "checkpoint.resume",
     "heterogeneity.run",
+    "optimized_metric",
     "replay.run",
     "runtime.interface",
     "server.address",

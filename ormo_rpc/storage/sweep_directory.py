@@ -1,0 +1,83 @@
+"""What became of each job of a sweep: one file for each, since jobs may run in other processes or on other machines."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ormo_rpc.storage.run_directory import write_json
+
+_FOLDER = ".jobs"
+_PLAN = "plan.json"
+RUNNING, FAILED = "running", "failed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobRecord:
+    """What became of a job.
+
+    Attributes:
+        number: Of the job, from 0.
+        settings: What is particular to it, as on the command line.
+        directory: Its run directory.
+        status: That of its summary; ``running`` until its end, ``failed`` also where it was refused.
+        reason: Why it failed.
+    """
+
+    number: int
+    settings: str
+    directory: str
+    status: str = RUNNING
+    reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The jobs that a sweep is going to have.
+
+    Attributes:
+        jobs: Their number; None where it is not known before.
+        keys: The keys in which they differ.
+    """
+
+    jobs: int | None = None
+    keys: Sequence[str] = ()
+
+
+class SweepDirectory:
+    """The records in the directory of a sweep.
+
+    Args:
+        path: The directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._folder = path / _FOLDER
+
+    def begin(self, plan: Plan) -> None:
+        """Write the plan, and forget an earlier sweep of the same directory."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(parents=True)
+        write_json(self._folder / _PLAN, dataclasses.asdict(plan))
+
+    def plan(self) -> Plan:
+        """Read the plan."""
+        file = self._folder / _PLAN
+        return Plan(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else Plan()
+
+    def write(self, record: JobRecord) -> None:
+        """Replace a job's record."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_json(self._folder / f"{record.number}.json", dataclasses.asdict(record))
+
+    def records(self) -> list[JobRecord]:
+        """Read the records of all jobs that have begun, in their order."""
+        files = (file for file in self._folder.glob("*.json") if file.stem.isdigit())
+        contents: list[dict[str, Any]] = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        return sorted((JobRecord(**content) for content in contents), key=lambda record: record.number)

@@ -1,0 +1,202 @@
+"""Sweeps of hydra: a bad job does not end the others, each job returns its optimised metric, and the end says what failed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import shlex
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hydra.conf import HydraConf
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, ListConfig
+from typing_extensions import override
+
+from ormo_rpc.config.schema import Config
+from ormo_rpc.errors import ConfigError, RunFailed
+from ormo_rpc.storage.summary import refuse_metric
+from ormo_rpc.storage.sweep_directory import FAILED, RUNNING, JobRecord, Plan, SweepDirectory
+
+INTERRUPTED = 130
+"""Exit status of a run that a signal has ended."""
+Run = Callable[[], tuple[Config, dict[str, Any]]]
+"""Runs a job; its configuration and its summary."""
+
+
+class JobFailed(RuntimeError):
+    """Raised to a sweeper that searches: it counts the trial as failed and goes on."""
+
+
+class SweepStart(Callback):
+    """Hydra calls this in the process that was started, before the first job.
+
+    Attributes:
+        directory: That of the sweep of this process, if it is one; of the class, since hydra makes the instance.
+    """
+
+    directory: SweepDirectory | None = None
+
+    @override
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        try:
+            _refuse_direction(config)
+        except ConfigError as error:
+            sys.exit(str(error))  # hydra only warns of an exception
+        directory = SweepDirectory(_sweep_dir(config.hydra).absolute())
+        try:
+            directory.begin(_plan(config.hydra))
+        except OSError as error:
+            sys.exit(f"hydra.sweep.dir: {directory.path} cannot be made: {error.strerror}")
+        SweepStart.directory = directory
+
+
+def run_job(hydra: HydraConf, run: Run, say: Callable[[str], None]) -> float | None:
+    """Run one job of a sweep, and write down what became of it.
+
+    Args:
+        hydra: Hydra's settings of the job.
+        run: Runs it.
+        say: Prints a line on standard error.
+
+    Returns:
+        The optimised metric: the worst value there is where the run diverged, None where the job failed or has no such value.
+
+    Raises:
+        JobFailed: instead of None, to any sweeper but hydra's own, which ends with the first exception.
+        KeyboardInterrupt: a signal ended the run.
+    """
+    directory = SweepDirectory(_sweep_dir(hydra))
+    plan, number = directory.plan(), int(hydra.job.num)
+    record = JobRecord(number=number, settings=_settings(hydra, plan), directory=str(hydra.runtime.output_dir))
+    with contextlib.suppress(BrokenPipeError):  # the reader of standard output has closed it
+        print(f"{_name(record, plan)}: {record.settings}", flush=True)
+    directory.write(record)
+    searches = not str(hydra.sweeper._target_).endswith(".BasicSweeper")
+    value, status, reason = None, FAILED, None
+    try:
+        config, summary = run()
+        status = str(summary.get("status"))
+        value = _value(config, summary, hydra)
+        if value is None and searches:
+            status, reason = FAILED, f"optimized_metric: the run has no {config.objective}"
+    except RunFailed as error:
+        if error.exit_status == INTERRUPTED:
+            directory.write(dataclasses.replace(record, status="interrupted"))
+            raise KeyboardInterrupt from None
+        reason = str(error)
+    except ConfigError as error:
+        reason = str(error)
+    except (Exception, SystemExit) as error:  # a user's own code may raise anything
+        traceback.print_exc()
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    directory.write(dataclasses.replace(record, status=status, reason=reason))
+    if reason is not None:
+        say(f"{_name(record, plan)} failed: {reason}")
+        if searches:
+            raise JobFailed(reason)
+    return value
+
+
+def end(directory: SweepDirectory, say: Callable[[str], None]) -> bool:
+    """Say how the jobs of a sweep ended; True where none failed.
+
+    Args:
+        directory: That of the sweep.
+        say: Prints a line on standard error.
+    """
+    plan, records = directory.plan(), directory.records()
+    counted = {status: sum(record.status == status for record in records) for status in {each.status for each in records}}
+    failed = [record for record in records if record.status in (FAILED, RUNNING)]
+    others = [f"{count} {status}" for status, count in sorted(counted.items()) if status not in (FAILED, RUNNING)]
+    missing = (plan.jobs or 0) - len(records)
+    others += [f"{missing} not started"] * (missing > 0)
+    total = max(plan.jobs or 0, len(records))
+    said = f"{len(failed)} of {total} jobs failed" if failed else f"{total} jobs"
+    say(", ".join([said, *others]))
+    for record in failed:
+        say(f"{_name(record, plan)} ({record.settings}): {record.reason or 'ended without a word'}; {record.directory}")
+    with contextlib.suppress(BrokenPipeError):
+        print(f"sweep directory: {directory.path}", flush=True)
+        if len(failed) < len(records):
+            print(f"compare its runs: python -m ormo_rpc.report {shlex.quote(str(directory.path))}", flush=True)
+    return not failed
+
+
+def _sweep_dir(hydra: HydraConf) -> Path:
+    """The directory of the sweep, which a job may have left (``hydra.job.chdir``)."""
+    return Path(str(hydra.runtime.cwd), str(hydra.sweep.dir))
+
+
+def _name(record: JobRecord, plan: Plan) -> str:
+    return f"job {record.number + 1}" + ("" if plan.jobs is None else f" of {plan.jobs}")
+
+
+def _settings(hydra: HydraConf, plan: Plan) -> str:
+    words = [str(word) for word in hydra.overrides.task]
+    own = [word for word in words if word.partition("=")[0].lstrip("+") in plan.keys]
+    return " ".join(own or words) or "no overrides"
+
+
+def _plan(hydra: HydraConf) -> Plan:
+    """Count the jobs of hydra's own sweeper, and take the number of trials of one that searches."""
+    params: DictConfig | None = hydra.sweeper.get("params")
+    words = [f"{key}={value}" for key, value in (params or {}).items()] + list(hydra.overrides.task)
+    swept: dict[str, int | None] = {}
+    for each in OverridesParser.create().parse_overrides(words):
+        swept[str(each.key_or_group)] = _choices(each)
+    keys = [key for key, count in swept.items() if count != 1]
+    if "n_trials" in hydra.sweeper:
+        return Plan(jobs=None if "GridSampler" in str(hydra.sweeper.sampler) else int(hydra.sweeper.n_trials), keys=keys)
+    counts = [count for count in swept.values() if count is not None]
+    return Plan(jobs=math.prod(counts) if len(counts) == len(swept) else None, keys=keys)
+
+
+def _choices(word: Override) -> int | None:
+    """The number of values that an override stands for; None where there is no telling."""
+    if not word.is_sweep_override():
+        return 1
+    try:
+        return sum(1 for _ in word.sweep_string_iterator()) if word.is_discrete_sweep() else None
+    except HydraException:  # glob(*), whose names hydra looks up
+        return None
+
+
+def _value(config: Config, summary: dict[str, Any], hydra: HydraConf) -> float | None:
+    if summary.get("status") == "diverged":
+        return -math.inf if _maximizes(hydra.sweeper) else math.inf
+    value = summary.get(config.objective)
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def _maximizes(sweeper: Any) -> bool:
+    direction = sweeper.get("direction")
+    return getattr(direction, "name", direction) == "maximize"
+
+
+def _refuse_direction(config: DictConfig) -> None:
+    """Refuse an unknown metric, and a direction that would look for the worst value.
+
+    Raises:
+        ConfigError: it is such a one.
+    """
+    name = config.get("optimized_metric")
+    refuse_metric(name)
+    sweeper = config.hydra.sweeper
+    if "direction" not in sweeper:
+        return
+    if isinstance(sweeper.direction, ListConfig):
+        raise ConfigError(f"hydra.sweeper.direction: got {sweeper.direction}, expected minimize or maximize, for one metric")
+    for ending, maximizes in (("_loss", False), ("_accuracy", True)):
+        if str(name or "test_loss").endswith(ending) and _maximizes(sweeper) != maximizes:
+            given, expected = ("minimize", "maximize") if maximizes else ("maximize", "minimize")
+            raise ConfigError(
+                f"hydra.sweeper.direction: got {given}, expected {expected} with optimized_metric={name or 'null (a loss)'}"
+            )

@@ -1,0 +1,229 @@
+"""Sweeps in this process: a bad job does not end the others, the end names it, and a search gets its metric."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+from torch import nn
+
+from ormo_rpc import cli, runtimes
+from ormo_rpc.cli import compose, main
+from ormo_rpc.config.schema import Config
+from ormo_rpc.errors import ConfigError, RunFailed
+
+SHORT = ("runtime=sim", "logger=none", "workers=2", "train.epochs=1", "checkpoint.every_seconds=0")
+SILENT = ("hydra/hydra_logging=none", "hydra/job_logging=none")
+
+pytestmark = pytest.mark.slow  # hydra takes most of a second for each sweep
+
+Launch = Callable[..., int]
+
+
+def linear(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """A model."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), num_classes))
+
+
+def ends_the_process() -> nn.Module:
+    """No model, and no exception that can be expected."""
+    sys.exit(7)
+
+
+@pytest.fixture
+def launch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launch:
+    """Run ``launch.py`` with these arguments in this process; the exit status."""
+
+    def launch(*arguments: str) -> int:
+        monkeypatch.setenv(cli.FULL_ERROR, "")  # so that its absence is restored
+        monkeypatch.delenv(cli.FULL_ERROR)
+        monkeypatch.setattr(sys, "argv", ["launch.py", f"hydra.sweep.dir={tmp_path / 'sweep'}", *SILENT, *arguments])
+        try:
+            main()
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    return launch
+
+
+def statuses(sweep: Path) -> dict[str, str]:
+    """The status of each run by the name of its folder."""
+    return {file.parent.name: json.loads(file.read_text())["status"] for file in sorted(sweep.glob("*/summary.json"))}
+
+
+@pytest.mark.parametrize(
+    ("swept", "bad", "reason"),
+    [
+        (["algorithm=asgd,rennala,ormo", "scheduler=sync"], "algorithm=rennala", "scheduler: got 'sync', which rennala "),
+        (["train.lr=0.01,-1,0.02"], "train.lr=-1", "train.lr: got -1.0, expected a finite number > 0"),
+        (
+            [f"model._target_={__name__}.linear,{__name__}.ends_the_process,{__name__}.linear"],
+            f"model._target_={__name__}.ends_the_process",
+            "dataset or model: SystemExit: 7",
+        ),
+    ],
+    ids=["rennala under sync", "learning rate", "model"],
+)
+def test_a_bad_job_does_not_end_the_others(
+    swept: list[str], bad: str, reason: str, launch: Launch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch("-m", *SHORT, *swept) == 1
+    assert statuses(tmp_path / "sweep") == {"0": "completed", "2": "completed"}
+    out, err = capsys.readouterr()
+    first, total, named = err.splitlines()
+    assert first.startswith(f"launch.py: job 2 of 3 failed: {reason}")
+    assert total == "launch.py: 1 of 3 jobs failed, 2 completed"
+    assert named.startswith(f"launch.py: job 2 of 3 ({bad}): {reason}")
+    assert named.endswith(f"; {tmp_path / 'sweep' / '1'}")
+    assert [line for line in out.splitlines() if line.startswith("job ")][1] == f"job 2 of 3: {bad}"
+    assert out.splitlines()[-1] == f"compare its runs: python -m ormo_rpc.report {tmp_path / 'sweep'}"
+
+
+def test_two_jobs_of_one_directory(launch: Launch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch("-m", *SHORT, "hydra.sweep.subdir=same", "seed=0,1") == 1
+    assert statuses(tmp_path / "sweep") == {"same": "completed"}
+    assert "job 2 of 2 (seed=1): " + str(tmp_path / "sweep" / "same") in capsys.readouterr().err
+
+
+def test_a_diverged_job_is_a_result(launch: Launch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch("-m", *SHORT, "train.lr=0.01,1e30") == 0
+    assert statuses(tmp_path / "sweep") == {"0": "completed", "1": "diverged"}
+    assert capsys.readouterr().err == "launch.py: 2 jobs, 1 completed, 1 diverged\n"
+
+
+def test_a_run_that_fails_and_an_error_of_the_program_are_told(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(config: Config, *_: Any, **__: Any) -> dict[str, Any]:
+        if config.seed == 0:
+            raise RunFailed("server: killed by SIGKILL")
+        raise ZeroDivisionError("a fault")
+
+    monkeypatch.setattr(runtimes, "run", run)
+    assert launch("-m", *SHORT, "seed=0,1") == 1
+    err = capsys.readouterr().err
+    assert "launch.py: 2 of 2 jobs failed\n" in err
+    assert "job 1 of 2 (seed=0): server: killed by SIGKILL; " in err
+    assert "job 2 of 2 (seed=1): ZeroDivisionError: a fault; " in err
+
+
+def test_an_interruption_ends_a_sweep(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seeds: list[int] = []
+
+    def run(config: Config, *_: Any, **__: Any) -> dict[str, Any]:
+        seeds.append(config.seed)
+        raise RunFailed("interrupted by SIGINT", exit_status=130)
+
+    monkeypatch.setattr(runtimes, "run", run)
+    assert launch("-m", *SHORT, "seed=0,1,2") == 130
+    assert seeds == [0]
+    assert capsys.readouterr().err.splitlines() == [
+        "launch.py: the sweep was interrupted",
+        "launch.py: 3 jobs, 1 interrupted, 2 not started",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["algorithm=asgd,asgdd"], "algorithm: got 'asgdd', expected one of asgd, "),
+        (["seed=0,1", "train.lerning=3"], "train.lerning: got an unknown key"),
+        (["seed=0,1", "optimized_metric=loss"], "optimized_metric: got 'loss', expected one of delay_99_percent, "),
+        (["seed=0,1", "hydra.sweep.dir=/dev/null/sweep"], "hydra.sweep.dir: /dev/null/sweep cannot be made: Not a directory"),
+    ],
+    ids=["name", "key", "metric", "directory"],
+)
+def test_a_sweep_is_refused_before_anything_starts(
+    arguments: list[str], message: str, launch: Launch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch("-m", *SHORT, *arguments) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(f"launch.py: {message}"), err
+    assert err.count("\n") == 1
+    assert out == ""
+    assert statuses(tmp_path / "sweep") == {}
+
+
+def test_a_metric_is_refused_in_a_single_run_too(tmp_path: Path) -> None:
+    config = compose([*SHORT, "optimized_metric=loss"])
+    with pytest.raises(ConfigError, match=r"^optimized_metric: got 'loss', expected one of .*, test_loss, .*"):
+        runtimes.run(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "group", "name"),
+    [
+        ("hparams_search=digits_optuna", "hydra/sweeper", "optuna"),
+        ("hydra/launcher=parallel", "hydra/launcher", "joblib"),
+        ("hydra/launcher=slurm", "hydra/launcher", "submitit_slurm"),
+    ],
+)
+def test_a_missing_plugin_is_named_with_the_way_to_install_it(
+    override: str, group: str, name: str, launch: Launch, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compose()  # which registers the plugins that are installed
+    entries = ConfigStore.instance().repo["hydra"][group.partition("/")[2]]
+    monkeypatch.delitem(entries, f"{name}.yaml", raising=False)
+    assert launch("-m", *SHORT, override, "train.lr=0.1") == 2
+    message = f"{group}={name}: needs a plugin of hydra that is not installed; pip install 'ormo-rpc[sweeps]'"
+    assert capsys.readouterr().err == f"launch.py: {message}\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------- optuna
+
+warns = pytest.mark.filterwarnings("ignore")  # optuna and sqlalchemy, of themselves
+
+
+@warns
+def test_optuna_searches_by_the_loss_and_survives_bad_trials(
+    launch: Launch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="hydra-optuna-sweeper is not installed")
+    # One rate is refused, so that its trials fail; one diverges, which is the worst value there is.
+    search = ("hparams_search=digits_optuna", *SHORT, "train.lr=-1,1e30,0.001,0.02", "hydra.sweeper.n_trials=8")
+    assert launch(*search) == 1
+    summaries = [json.loads(file.read_text()) for file in tmp_path.glob("sweep/*/summary.json")]
+    assert {each["status"] for each in summaries} == {"completed", "diverged"}
+    assert len(summaries) < 8
+    best = min((each for each in summaries if each["status"] == "completed"), key=lambda each: each["test_loss"])
+    found: Any = OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml")
+    assert (found.best_params["train.lr"], found.best_value) == (best["lr"], best["test_loss"])
+    assert f"launch.py: {8 - len(summaries)} of 8 jobs failed, " in capsys.readouterr().err
+
+
+@warns
+def test_optuna_maximizes_an_accuracy_and_a_diverged_run_is_the_worst(launch: Launch, tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="hydra-optuna-sweeper is not installed")
+    search = ("hparams_search=digits_optuna", *SHORT, "train.lr=0.001,1e30", "optimized_metric=test_accuracy")
+    assert launch(*search, "hydra.sweeper.n_trials=6", "hydra.sweeper.direction=maximize") == 0
+    assert set(statuses(tmp_path / "sweep").values()) == {"completed", "diverged"}
+    found: Any = OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml")
+    assert found.best_params["train.lr"] == 0.001
+
+
+@warns
+@pytest.mark.parametrize(
+    ("metric", "direction", "message"),
+    [
+        ("test_accuracy", "minimize", "got minimize, expected maximize with optimized_metric=test_accuracy"),
+        ("null", "maximize", "got maximize, expected minimize with optimized_metric=null (a loss)"),
+        ("null", "[minimize,maximize]", "got ['minimize', 'maximize'], expected minimize or maximize, for one metric"),
+    ],
+)
+def test_a_search_for_the_worst_value_is_refused(
+    metric: str, direction: str, message: str, launch: Launch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="hydra-optuna-sweeper is not installed")
+    search = ("hparams_search=digits_optuna", *SHORT, f"optimized_metric={metric}", f"hydra.sweeper.direction={direction}")
+    assert launch(*search) == 2
+    assert capsys.readouterr().err == f"launch.py: hydra.sweeper.direction: {message}\n"
