@@ -20,12 +20,15 @@ class DANA(GradientMomentum):
 
     Recursion, for a gradient ``g`` of worker ``k``: ``v_k <- beta v_k + g; w <- w - eta v_k``, ``v_k`` in units of the
     gradient. A worker is sent ``w - eta beta total`` with ``total = sum of all v_j``, the parameters after one more step of
-    everybody with a gradient of zero. With K = 1 this is Nesterov momentum. Memory: ``w, total`` and one ``v_k`` for each
+    everybody with a gradient of zero, at the learning rate of that step. ``eta`` is outside of the momentum, see
+    `GradientMomentum`. With K = 1 this is Nesterov momentum. Memory: ``w, total`` and one ``v_k`` for each
     worker, 2 + K vectors of D. ``v_k`` comes to be, as zero, with the first gradient of a worker and leaves the sum when the
     worker does; K itself is not used, so it may change.
 
     Source: Hakimi, Barkai, Gabel, Schuster 2019, arXiv 1907.11612, DANA-Zero. With a constant learning rate it equals the
-        paper's DANA-Slim, whose momentum lives on the workers. Departure: the paper has no workers that come and go.
+        paper's DANA-Slim, whose momentum lives on the workers. Departures: the look-ahead is at the rate ``eta`` of iteration
+        ``t + 1``, the next step's, where the authors take that of ``t``, which differs where the rate changes; and the paper
+        has no workers that come and go.
     """
 
     @override

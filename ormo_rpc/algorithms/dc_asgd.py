@@ -29,6 +29,7 @@ class DCASGD(Algorithm):
     copies that were sent, for every algorithm. The momentum is not read. K is not used, so it may change.
 
     Source: Zheng et al., ICML 2017, arXiv 1609.08326, Algorithm 2; lambda = 2 (adaptive) and 0.04 as in its experiments.
+        Departure: there is one ``MS`` for all gradients in order of arrival, where the authors keep one for each worker.
     """
 
     READS_SENT = True

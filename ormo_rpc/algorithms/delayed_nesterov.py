@@ -21,8 +21,9 @@ class DelayedNesterov(GradientMomentum):
 
     Recursion: ``D <- D + g``; with every N-th gradient ``m <- beta m + D / N; w <- w - eta ((1 - c N + c) beta m + g / N);
     D <- 0``, with every other one ``w <- w - eta (c beta m + g / N)``. So ``beta m`` acts once in N gradients, in parts if
-    ``c > 0``. With N = 1 and ``c = 0`` it is ``torch.optim.SGD(nesterov=True)`` in order of arrival. Memory: ``w, m, D``,
-    three vectors of D.
+    ``c > 0``. A gradient counts 1 / N, so N of them move ``w`` as their mean would. ``eta`` is outside of the momentum, see
+    `GradientMomentum`. With N = 1 and ``c = 0`` it is ``torch.optim.SGD(nesterov=True)`` in order of arrival. Memory:
+    ``w, m, D``, three vectors of D.
 
     Source: Liu et al. 2024, arXiv 2401.09135. Departures: one gradient instead of a worker's local steps, and when
         the run ends after n < N gradients of a round, ``m <- beta m + D / N; w <- w - eta (1 - c n) beta m`` closes that round.

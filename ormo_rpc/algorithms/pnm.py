@@ -22,7 +22,9 @@ class PNM(GradientMomentum):
 
     Recursion, in order of arrival: ``m_t <- beta^2 m_{t-2} + (1 - beta^2) g;
     w <- w - eta ((1 + beta2) m_t - beta2 m_{t-1}) / sqrt((1 + beta2)^2 + beta2^2)``, with ``beta`` the momentum (beta1 in the
-    paper). With ``beta = beta2 = 0`` it is `asgd`. Memory: ``w, m_t, m_{t-1}``, three vectors of D.
+    paper). A momentum is a mean of gradients, so the step does not grow with ``beta`` as that of heavy ball does. ``eta`` is
+    outside of the momentum, see `GradientMomentum`. With ``beta = beta2 = 0`` it is `asgd`. Memory: ``w, m_t, m_{t-1}``, three
+    vectors of D.
 
     Source: Xie, Yuan, Zhu, Sugiyama, ICML 2021, arXiv 2103.17182, in the form of the authors' code, which divides by the norm
         of the two coefficients.

@@ -21,13 +21,16 @@ class SMEGA2(GradientMomentum):
     State ``w``, momentum ``v`` and sum of the round's gradients ``G`` (both in units of the gradient), ``c`` gradients in the
     round. For a gradient ``g``: ``c <- c + 1; G <- G + g; w <- w - eta (g + beta v)``; then, where ``c >= K``, a new round:
     ``v <- beta v + G / c; G <- 0; c <- 0``. A worker is sent ``w - eta beta ((K + c (beta - 1)) v + (c / K) G)``, the
-    parameters after K more gradients of zero. With K = 1 this is Nesterov momentum. Memory: ``w, v, G``, three vectors of D.
+    parameters after K more gradients of zero at the learning rate of the next step. ``eta`` is outside of the momentum, see
+    `GradientMomentum`. With K = 1 this is Nesterov momentum. Memory: ``w, v, G``, three vectors of D.
 
     K may change: a round takes K gradients, K as it is when they come, and ``G / c`` is always their mean. Where K fell to
     ``c`` or less, the next gradient ends the round, and the estimate is that of K gradients of zero again. At the end of a run
     the round is closed with what it has, which changes ``v`` alone: ``w`` has had its gradients already.
 
-    Source: Cohen, Hakimi, Schuster, ICPP 2022 (SMEGA2). Departure: K is constant in the paper, so its mean is ``G / K``.
+    Source: Cohen, Hakimi, Schuster, ICPP 2022 (SMEGA2). Departures: the look-ahead is at the rate ``eta`` of iteration
+        ``t + 1``, the next step's, where the authors take that of ``t``, which differs where the rate changes; and K is
+        constant in the paper, so its mean is ``G / K``.
     """
 
     @override
