@@ -80,16 +80,25 @@ def parse_text(text: str, *, data_root: str | None = None) -> Config:
     Raises:
         ConfigError: the text does not fit the schema.
     """
+    config = parse_config(read_values(text))
+    if data_root is None:
+        return config
+    return dataclasses.replace(config, dataset=dataclasses.replace(config.dataset, root=data_root))
+
+
+def read_values(text: str) -> dict[str, Any]:
+    """Read the text that `save_config` wrote, now or in an earlier version, as nested plain values under the present names.
+
+    Raises:
+        ConfigError: it is no YAML, or has no keys.
+    """
     try:
         values = OmegaConf.to_container(OmegaConf.create(text))
     except Exception as error:  # of omegaconf or of its parser of YAML
         raise ConfigError(f"cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict) or not values:
         raise ConfigError(f"got {values!r}, expected keys with their values")
-    config = parse_config(translate_renamed({str(key): value for key, value in values.items()}))
-    if data_root is None:
-        return config
-    return dataclasses.replace(config, dataset=dataclasses.replace(config.dataset, root=data_root))
+    return translate_renamed({str(key): value for key, value in values.items()})
 
 
 def one_line(error: OmegaConfBaseException) -> str:

@@ -11,8 +11,8 @@ import matplotlib
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.report import pictures
 from ormo_rpc.report.page import page
-from ormo_rpc.report.runs import Run, differing_keys, group_by_setting, run_directories
-from ormo_rpc.report.table import as_text, rows
+from ormo_rpc.report.runs import differing_keys, group_by_setting, load_runs
+from ormo_rpc.report.table import as_text, in_common, notes, rows
 
 MAX_SINGLE_RUNS = 12
 """Groups whose first run the page shows with delays and timeline."""
@@ -30,22 +30,24 @@ def main() -> None:
     out: Path = arguments.out or arguments.paths[0]
     matplotlib.use("agg")
     try:
-        groups = group_by_setting(Run.load(path) for path in run_directories(arguments.paths))
+        runs, left_out = load_runs(arguments.paths)
     except ConfigError as error:
         print(f"report: {error}", file=sys.stderr)
         sys.exit(2)
+    groups = group_by_setting(runs)
     table, keys = rows(groups), differing_keys(groups)
+    above, below = in_common(groups), [*notes(groups), *left_out]
     figures = {"Loss and accuracy": pictures.comparison(groups)}
     figures |= {
         f"{group.label(keys)}: delays and timeline": pictures.single(group.runs[0]) for group in groups[:MAX_SINGLE_RUNS]
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / "report.html").write_text(page(table, figures), encoding="utf-8")
+    (out / "report.html").write_text(page(table, figures, above, below), encoding="utf-8")
     if len(groups) == 1 and len(groups[0].runs) == 1:
         pictures.single(groups[0].runs[0]).savefig(out / "report.png", dpi=100)
     else:
         pictures.comparison(groups).savefig(out / "report.png", dpi=100)
-    print(as_text(table))
+    print("\n".join(filter(None, (above, as_text(table), *below))))
     print(f"{out / 'report.html'}\n{out / 'report.png'}")
 
 

@@ -14,12 +14,14 @@ td, th { border-bottom: 1px solid #ccc; padding: .3em .7em; text-align: left; wh
 img { max-width: 100% } div { overflow-x: auto }"""
 
 
-def page(table: Sequence[Sequence[str]], figures: Mapping[str, Figure]) -> str:
+def page(table: Sequence[Sequence[str]], figures: Mapping[str, Figure], above: str = "", below: Sequence[str] = ()) -> str:
     """Render the page.
 
     Args:
         table: Header and rows.
         figures: Pictures by their titles.
+        above: What all runs have in common.
+        below: Notes to the table.
     """
     header, *body = [
         "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
@@ -32,9 +34,13 @@ def page(table: Sequence[Sequence[str]], figures: Mapping[str, Figure]) -> str:
     return (
         "<!doctype html>\n<html lang='en'>\n<meta charset='utf-8'>\n<title>Comparison of runs</title>\n"
         f"<style>{_STYLE}</style>\n<h1>Comparison of runs</h1>\n"
-        "<p>Mean ± standard deviation over the seeds that did not diverge.</p>\n"
-        f"<div><table>\n{header}\n{''.join(body)}\n</table></div>\n{pictures}\n</html>\n"
+        f"{_paragraph(above)}<p>Mean ± standard deviation over the seeds that completed.</p>\n"
+        f"<div><table>\n{header}\n{''.join(body)}\n</table></div>\n{''.join(map(_paragraph, below))}{pictures}\n</html>\n"
     )
+
+
+def _paragraph(text: str) -> str:
+    return f"<p>{html.escape(text)}</p>\n" if text else ""
 
 
 def _png(figure: Figure) -> str:

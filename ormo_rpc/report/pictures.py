@@ -62,7 +62,7 @@ def single(run: Run) -> Figure:
 
 
 def _seconds(groups: Sequence[Group]) -> str:
-    runtimes = {group.setting["runtime"] for group in groups}
+    runtimes = {group.setting.get("runtime") for group in groups}
     return "virtual seconds" if runtimes == {"sim"} else "seconds"
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ormo_rpc.config.schema import GROUPS
 from ormo_rpc.errors import ConfigError
+from ormo_rpc.report.settings import MISSING, differing, read_setting, shown
 from ormo_rpc.storage.run_directory import read_metrics, read_trace
 from ormo_rpc.storage.summary import read_summary
-
-SETTING = ("algorithm", "scheduler", "num_workers", "heterogeneity", "dataset", "model", "runtime", "wire", "lr")
-"""The keys of a summary that make up a setting."""
 
 
 @dataclass(frozen=True)
@@ -25,24 +24,40 @@ class Run:
         summary: The content of ``summary.json``.
         metrics: The rows of ``metrics.jsonl``.
         events: The events of ``trace.jsonl``, without the header.
+        setting: Its configuration by full key, but for the seed and what cannot change a result.
+        seed: Its seed.
+        environment: The header of its trace: versions and machine.
     """
 
     path: Path
     summary: dict[str, Any]
     metrics: list[dict[str, Any]]
     events: list[dict[str, Any]]
+    setting: dict[str, Any]
+    seed: int
+    environment: dict[str, Any]
 
     @classmethod
     def load(cls, path: Path) -> Run:
         """Read a run directory.
 
         Raises:
-            ConfigError: it is not the directory of a run that has ended.
+            ConfigError: it is not the directory of a run that has ended, or that of a replay, or has no ``config.yaml``.
         """
         summary = read_summary(path)
         if summary is None or summary.get("iterations") is None:
-            raise ConfigError(f"{path}: got a folder without the summary of a run, expected a run directory or a sweep of some")
-        return cls(path, summary, read_metrics(path), read_trace(path)[1])
+            status = "" if summary is None or summary.get("status") is None else f" ({summary['status']}: {summary['reason']})"
+            raise ConfigError(f"{path}: got a folder without the summary of a run that began{status}")
+        if summary.get("replayed") is not None:
+            raise ConfigError(f"{path}: got a replay, which is no run of its own, of {summary['replayed']}")
+        header, events = read_trace(path)
+        setting, seed = read_setting(path, header.get("resumed"))
+        return cls(path, summary, read_metrics(path), events, setting, seed, header)
+
+    @property
+    def completed(self) -> bool:
+        """Tell whether its figures count: it neither diverged nor was cut off."""
+        return self.summary["status"] == "completed"
 
     @property
     def batches_per_epoch(self) -> float:
@@ -66,53 +81,102 @@ class Run:
                 seconds.append(event["seconds"])
         return epochs, seconds, averages
 
-    def accuracies(self) -> tuple[list[float], list[float], list[float]]:
-        """Return epochs, seconds and test accuracy of every evaluation."""
-        rows = [row for row in self.metrics if row.get("test_accuracy") is not None]
-        return [row["epoch"] for row in rows], [row["seconds"] for row in rows], [row["test_accuracy"] for row in rows]
+    def accuracies(self, split: str = "test") -> tuple[list[float], list[float], list[float]]:
+        """Return epochs, seconds and accuracy on a split, ``test`` or ``val``, of every evaluation."""
+        name = f"{split}_accuracy"
+        rows = [row for row in self.metrics if row.get(name) is not None]
+        return [row["epoch"] for row in rows], [row["seconds"] for row in rows], [row[name] for row in rows]
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one setting, which differ in the seed alone.
+    """Runs of one setting, each of another seed.
 
     Attributes:
-        setting: The values of the keys `SETTING`.
+        setting: Values by full key.
         runs: The runs, in the order of their seeds.
+        repeated: Further runs of seeds that are in ``runs`` already; they count nowhere.
     """
 
     setting: dict[str, Any]
-    runs: list[Run]
+    runs: list[Run] = field(default_factory=list[Run])
+    repeated: list[Run] = field(default_factory=list[Run])
 
     def label(self, keys: Sequence[str]) -> str:
-        """Return the values of the keys in which groups differ."""
-        return ", ".join(str(self.setting[key]) for key in keys) or str(self.setting["algorithm"])
+        """Return the values of the keys in which groups differ; that of an option has its name before it."""
+        words = [
+            shown(self.setting[key]) if key in GROUPS else f"{key.rpartition('.')[2]} {shown(self.setting[key])}"
+            for key in keys
+            if key in self.setting
+        ]
+        return ", ".join(words) or shown(self.setting["algorithm"])
+
+    def cell(self, key: str) -> str:
+        """Return the value of a key for a table."""
+        return shown(self.setting[key]) if key in self.setting else MISSING
 
 
 def run_directories(paths: Iterable[Path]) -> list[Path]:
-    """List the run directories among these paths and below them.
+    """List the run directories among these paths and below them, each once.
 
     Raises:
         ConfigError: there is none below one of them.
     """
-    found: list[Path] = []
+    found: dict[Path, Path] = {}
     for path in paths:
         below = sorted(file.parent for file in path.rglob("summary.json"))
         if not below:
             raise ConfigError(f"{path}: got a folder without any summary.json, expected a run directory or a sweep of some")
-        found += below
-    return found
+        for each in below:
+            found.setdefault(each.resolve(), each)
+    return list(found.values())
+
+
+def load_runs(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
+    """Load the runs among these paths and below them, and say why others cannot be compared.
+
+    Raises:
+        ConfigError: there is none that can be.
+    """
+    runs: list[Run] = []
+    refused: list[str] = []
+    for path in run_directories(paths):
+        try:
+            runs.append(Run.load(path))
+        except ConfigError as error:
+            refused.append(str(error))
+    if not runs:
+        raise ConfigError("; ".join(refused))
+    return runs, [f"Left out: {reason}" for reason in refused]
 
 
 def group_by_setting(runs: Iterable[Run]) -> list[Group]:
-    """Group runs by setting, in the order of the settings."""
+    """Group runs by setting, in the order of the values of the keys in which settings differ.
+
+    Of runs with the same setting and seed the first one that completed counts, else the first one.
+    """
     groups: dict[str, Group] = {}
-    for run in sorted(runs, key=lambda run: run.summary["seed"]):
-        setting = {key: run.summary.get(key) for key in SETTING}
-        groups.setdefault(json.dumps(setting), Group(setting, [])).runs.append(run)
-    return [groups[key] for key in sorted(groups)]
+    for run in sorted(runs, key=lambda run: (run.seed, not run.completed)):
+        group = groups.setdefault(_identity(run.setting), Group(run.setting))
+        known = group.runs and group.runs[-1].seed == run.seed
+        (group.repeated if known else group.runs).append(run)
+    keys = differing_keys(list(groups.values()))
+    return sorted(groups.values(), key=lambda group: [_rank(group.setting.get(key)) for key in keys])
 
 
 def differing_keys(groups: Sequence[Group]) -> list[str]:
-    """List the keys of the setting in which groups differ."""
-    return [key for key in SETTING if len({json.dumps(each.setting[key]) for each in groups}) > 1]
+    """List the keys of the setting in which groups differ, the algorithm first."""
+    return differing([group.setting for group in groups])
+
+
+def _identity(setting: Mapping[str, Any]) -> str:
+    """Write a setting so that two are equal where their texts are; 1.0 is 1."""
+    whole = {key: int(value) if isinstance(value, float) and value.is_integer() else value for key, value in setting.items()}
+    return json.dumps(whole, sort_keys=True, default=str)
+
+
+def _rank(value: Any) -> tuple[int, float, str]:
+    """Sort numbers by size, before texts."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return 0, value, ""
+    return 1, 0.0, "" if value is None else str(value)

@@ -1,35 +1,81 @@
-"""The table of a comparison: one row per setting, with mean and spread over its seeds."""
+"""The table of a comparison: one row per setting, with mean and spread over its seeds, and what is to be said around it."""
 
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ormo_rpc.loggers.metrics import METRICS
-from ormo_rpc.report.runs import SETTING, Group
+from ormo_rpc.report.runs import Group, Run, differing_keys
+from ormo_rpc.report.settings import MISSING, shared, shown
 
 COLUMNS = {name: metric for name, metric in METRICS.items() if metric.column}
 """The metrics that have a column."""
-HEADER = (*SETTING, "seeds", *(metric.column for metric in COLUMNS.values()), "seconds", "diverged")
+ENVIRONMENT = ("commit", "torch", "cpu", "capability")
+"""Entries of a trace's header in which runs of one comparison should agree."""
 
 
 def rows(groups: Sequence[Group]) -> list[tuple[str, ...]]:
-    """Return the header and a row for each group: mean and standard deviation over the runs that did not diverge."""
-    found: list[tuple[str, ...]] = [HEADER]
+    """Return the header and a row for each group: mean and standard deviation over the runs that completed.
+
+    A column that no run has a value for is left out.
+    """
+    keys = differing_keys(groups)
+    seconds = ("virtual seconds", "seconds")
+    header = (*keys, "seeds", *(metric.column for metric in COLUMNS.values()), *seconds, "diverged")
+    body = [(*(group.cell(key) for key in keys), *_figures(group)) for group in groups]
+    kept = [n for n, column in enumerate(zip(*body, strict=True)) if set(column) != {MISSING}]
+    return [tuple(row[n] for n in kept) for row in (header, *body)]
+
+
+def in_common(groups: Sequence[Group]) -> str:
+    """Say in one line what all runs agree in."""
+    words = ", ".join(f"{key} {shown(value)}" for key, value in shared([group.setting for group in groups]).items())
+    return f"All runs: {words}" if words else ""
+
+
+def notes(groups: Sequence[Group]) -> list[str]:
+    """Say what the table does not: seeds that occur twice, runs that do not count or ended early, different environments."""
+    keys, said = differing_keys(groups), list[str]()
     for group in groups:
-        finished = [run.summary for run in group.runs if run.summary["status"] != "diverged"]
-        seconds = "virtual_seconds" if group.setting["runtime"] == "sim" else "wall_seconds"
-        found.append(
-            (
-                *(str(group.setting[key]) for key in SETTING),
-                str(len(group.runs)),
-                *(spread(_values(finished, name), metric.form) for name, metric in COLUMNS.items()),
-                spread(_values(finished, seconds), ".1f"),
-                f"{len(group.runs) - len(finished)} of {len(group.runs)}",
+        for repeated in group.repeated:
+            counted = next(run for run in group.runs if run.seed == repeated.seed)
+            said.append(
+                f"{group.label(keys)}: seed {repeated.seed} occurs twice: {counted.path} counts, {repeated.path} does not"
             )
-        )
-    return found
+        for run in group.runs:
+            if run.summary["status"] not in ("completed", "diverged"):
+                said.append(f"{run.path}: {run.summary['status']} ({run.summary.get('reason')}), not in the means")
+        early = [run for run in group.runs if run.completed and run.summary.get("reason")]
+        if early:
+            of = f"{len(early)} of {len(group.runs)} runs" if len(group.runs) > 1 else str(early[0].path)
+            said.append(f"{group.label(keys)}: {of}: {early[0].summary['reason']}")
+    runs = [run for group in groups for run in group.runs]
+    return said + [note for entry in ENVIRONMENT if (note := _different(entry, runs))]
+
+
+def _different(entry: str, runs: Sequence[Run]) -> str:
+    counts = Counter(str(run.environment.get(entry)) for run in runs)
+    values = ", ".join(f"{value} ({count} of {len(runs)} runs)" for value, count in counts.most_common())
+    return f"Runs of different {entry}: {values}" if len(counts) > 1 else ""
+
+
+def _figures(group: Group) -> tuple[str, ...]:
+    """The cells of a group behind its setting."""
+    completed = [run.summary for run in group.runs if run.completed]
+    diverged = sum(run.summary["status"] == "diverged" for run in group.runs)
+    simulated = group.setting.get("runtime") == "sim"
+    # Earlier versions measured the time of training as wall_seconds.
+    real = [{"seconds": each.get("training_seconds") or each.get("wall_seconds")} for each in completed if not simulated]
+    return (
+        str(len(group.runs)),
+        *(spread(_values(completed, name), metric.form) for name, metric in COLUMNS.items()),
+        spread(_values(completed, "virtual_seconds"), ".1f"),
+        spread(_values(real, "seconds"), ".1f"),
+        f"{diverged} of {len(group.runs)}",
+    )
 
 
 def _values(summaries: Sequence[Mapping[str, Any]], name: str) -> list[float]:
@@ -39,7 +85,7 @@ def _values(summaries: Sequence[Mapping[str, Any]], name: str) -> list[float]:
 def spread(values: Sequence[float], form: str) -> str:
     """Format mean and sample standard deviation; the value alone where there is only one, or all are equal."""
     if not values:
-        return "-"
+        return MISSING
     mean = format(statistics.fmean(values), form)
     if len(values) == 1 or min(values) == max(values):
         return mean

@@ -12,7 +12,7 @@ from ormo_rpc import train
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.loggers.metrics import METRICS
 from ormo_rpc.report import __main__ as command
-from ormo_rpc.report.runs import SETTING, Run, differing_keys, group_by_setting, run_directories
+from ormo_rpc.report.runs import Run, differing_keys, group_by_setting, run_directories
 from ormo_rpc.report.table import as_markdown, as_text, rows, spread
 
 OPTIONS = ("runtime=sim", "runtime.gradient=quadratic", "runtime.dimension=4", "train.max_iterations=20", "logger=none")
@@ -42,14 +42,15 @@ def test_runs_are_grouped_by_everything_but_the_seed(sweep: Path) -> None:
 def test_the_table_has_the_columns_that_metrics_declare(sweep: Path) -> None:
     groups = group_by_setting(Run.load(path) for path in run_directories([sweep]))
     header, *body = rows(groups)
-    declared = [metric.column for metric in METRICS.values() if metric.column]
-    assert list(header) == [*SETTING, "seeds", *declared, "seconds", "diverged"]
+    without = ("test accuracy", "val accuracy")  # a quadratic has none: a column without any value is left out
+    declared = [metric.column for metric in METRICS.values() if metric.column and metric.column not in without]
+    assert list(header) == ["algorithm", "seeds", *declared, "virtual seconds", "diverged"]
     losses = [run.summary["train_loss"] for run in groups[1].runs]
     row = dict(zip(header, body[1], strict=True))
     assert row["train loss"] == f"{statistics.fmean(losses):.4f} ± {statistics.stdev(losses):.4f}"
-    assert (row["iterations"], row["test accuracy"], row["diverged"]) == ("20", "-", "0 of 2")
+    assert (row["iterations"], row["seeds"], row["diverged"]) == ("20", "2", "0 of 2")
     # 20 tickets of 0.1 virtual seconds over two workers.
-    assert row["seconds"] == "1.0"
+    assert row["virtual seconds"] == "1.0"
 
 
 def test_mean_and_spread_are_formatted_by_hand() -> None:
@@ -68,9 +69,15 @@ def test_the_command_prints_the_table_and_writes_one_page(
     monkeypatch.setattr(sys, "argv", ["report", str(sweep), "--out", str(tmp_path)])
     command.main()
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].split()[:2] == ["algorithm", "scheduler"]
+    assert printed[0] == (
+        "All runs: workers 2, scheduler async, model quadratic, heterogeneity none, train.max_iterations 20, "
+        "train.batch_size 32, train.lr 0.01, runtime sim, runtime.gradient quadratic, runtime.dimension 4"
+    )
+    assert printed[1].split()[:2] == ["algorithm", "seeds"]
+    assert [line.split()[0] for line in printed[2:4]] == ["asgd", "ormo"]
     assert printed[-2:] == [str(tmp_path / "report.html"), str(tmp_path / "report.png")]
     page = (tmp_path / "report.html").read_text()
+    assert f"<p>{printed[0]}</p>" in page
     assert page.count("src='data:image/png;base64,") == 3  # the comparison, and a run of each group
     assert (tmp_path / "report.png").stat().st_size > 0
 

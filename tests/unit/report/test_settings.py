@@ -1,0 +1,315 @@
+"""Which runs are seeds of one setting: the whole configuration decides, but for what cannot change a result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ormo_rpc import ConfigError, train
+from ormo_rpc.config.flat import defaults_of, flat, read_flat
+from ormo_rpc.config.parsing import parse_config, save_config
+from ormo_rpc.config.saving import to_tree
+from ormo_rpc.config.schema import GROUPS, Config
+from ormo_rpc.report.runs import Group, Run, differing_keys, group_by_setting, load_runs, run_directories
+from ormo_rpc.report.settings import WITHOUT_EFFECT, shared
+from ormo_rpc.report.table import in_common, notes, rows
+from ormo_rpc.storage import checkpoint
+from ormo_rpc.storage.summary import Summary, identity, unfinished_summary, write_summary
+
+QUADRATIC = ("runtime=sim", "runtime.gradient=quadratic", "runtime.dimension=4", "logger=none", "workers=2", "train.lr=0.01")
+
+
+def record(folder: Path, values: dict[str, Any] | None = None, seed: int = 0, **more: Any) -> Path:
+    """Write the directory of a short run: configuration, summary, and one gradient in its trace."""
+    folder.mkdir(parents=True)
+    config = parse_config({"workers": 4, **(values or {}), "seed": seed})
+    save_config(config, folder / "config.yaml")
+    header = {"event": "header", "version": 1, "commit": "c0ffee", "torch": "2", "cpu": "one", **more.pop("header", {})}
+    event = {"event": "apply", "seconds": 0.5, "loss": 1.0, "iteration": 0, "worker": 0, "ticket": 0, "stamp": 0, "delay": 0}
+    (folder / "trace.jsonl").write_text(f"{json.dumps(header)}\n{json.dumps(event)}\n")
+    (folder / "metrics.jsonl").write_text("")
+    figures = {"status": "completed", "iterations": 1, "epochs": 0.5, "test_accuracy": 0.5, "training_seconds": 1.0}
+    write_summary(folder, Summary.from_dict({**identity(config), **figures, **more}))
+    return folder
+
+
+def grouped(*folders: Path) -> list[Group]:
+    return group_by_setting(Run.load(folder) for folder in folders)
+
+
+def cells(groups: list[Group]) -> list[dict[str, str]]:
+    header, *body = rows(groups)
+    return [dict(zip(header, row, strict=True)) for row in body]
+
+
+def test_a_sweep_over_momentum_and_batch_size_has_four_settings(tmp_path: Path) -> None:
+    """The one of the issue: it was one row of four seeds."""
+    groups = grouped(
+        *(
+            record(tmp_path / f"{momentum} {size}", {"train": {"momentum": momentum, "batch_size": size}})
+            for momentum in (0.5, 0.9)
+            for size in (16, 32)
+        )
+    )
+    assert differing_keys(groups) == ["train.batch_size", "train.momentum"]
+    assert [(row["train.batch_size"], row["train.momentum"], row["seeds"]) for row in cells(groups)] == [
+        ("16", "0.5", "1"),
+        ("16", "0.9", "1"),
+        ("32", "0.5", "1"),
+        ("32", "0.9", "1"),
+    ]
+    assert groups[0].label(differing_keys(groups)) == "batch_size 16, momentum 0.5"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "keys"),
+    [
+        ({"train": {"weight_decay": 0.0}}, {"train": {"weight_decay": 1e-4}}, ["train.weight_decay"]),
+        ({"train": {"clip_norm": 1.0}}, {}, ["train.clip_norm"]),
+        ({"model": {"hidden": 8}}, {"model": {"hidden": 16}}, ["model.hidden"]),
+        ({"algorithm": {"momentum_correction": True}}, {}, ["algorithm.momentum_correction"]),
+        (
+            {"heterogeneity": {"name": "one_slow", "factor": 2}},
+            {"heterogeneity": {"name": "one_slow", "factor": 10}},
+            ["heterogeneity.factor"],
+        ),
+        ({"scheduler": {"name": "ssp", "s": 1}}, {"scheduler": {"name": "ssp", "s": 3}}, ["scheduler.s"]),
+        ({"compression": {"name": "topk", "ratio": 0.1}}, {"compression": "topk"}, ["compression.ratio"]),
+        ({"dataset": {"validation": 0.1}}, {}, ["dataset.validation"]),
+        ({"worker": {"prefetch": 1}}, {}, ["worker.prefetch"]),
+        ({"checkpoint": {"journal": True}}, {}, ["checkpoint.journal"]),
+        ({"workers": 2}, {"workers": 8}, ["workers"]),
+        (
+            {"model": {"_target_": "collections.OrderedDict", "inner": {"_target_": "a.block", "width": 2}}},
+            {"model": {"_target_": "collections.OrderedDict", "inner": {"_target_": "a.block", "width": 4}}},
+            ["model.inner.width"],
+        ),
+        (
+            {"dataset": {"_target_": "collections.Counter", "root": "one"}},
+            {"dataset": {"_target_": "collections.Counter", "root": "two"}},
+            ["dataset.root"],
+        ),
+        ({"model": {"_target_": "collections.OrderedDict"}}, {"model": {"_target_": "collections.Counter"}}, ["model"]),
+        ({"runtime": {"name": "sim", "joins": {4: 1.5}}}, {"runtime": "sim"}, ["runtime.joins"]),
+    ],
+)
+def test_an_option_that_differs_makes_another_setting(
+    one: dict[str, Any], other: dict[str, Any], keys: list[str], tmp_path: Path
+) -> None:
+    groups = grouped(record(tmp_path / "one", one), record(tmp_path / "other", other))
+    assert differing_keys(groups) == keys
+    assert [len(group.runs) for group in groups] == [1, 1]
+    assert len({row[keys[0]] for row in cells(groups)}) == 2
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"dataset": {"root": "elsewhere", "download": True}},
+        {"server": {"address": "127.0.0.1:9999", "secret_file": "secret"}},
+        {"logger": {"name": "none", "log_seconds": 9.0, "progress": False}},
+        {"checkpoint": {"keep": 9}},
+        {"train": {"lr": 2e-2}},  # the default
+    ],
+)
+def test_what_cannot_change_a_result_makes_none(values: dict[str, Any], tmp_path: Path) -> None:
+    (group,) = grouped(record(tmp_path / "one"), record(tmp_path / "other", values, seed=1))
+    assert [run.seed for run in group.runs] == [0, 1]
+    assert notes([group]) == []
+
+
+def test_every_key_that_does_not_count_exists_and_has_its_reason() -> None:
+    known = {key for group in GROUPS for key in (group, *flat(to_tree(Config())))} | {"optimized_metric"}
+    assert set(WITHOUT_EFFECT) <= known
+    assert all(WITHOUT_EFFECT.values())
+
+
+def test_the_part_says_what_its_default_options_would_repeat(tmp_path: Path) -> None:
+    """`ormo` has an option that `asgd` does not: a column only where it is not its default."""
+    plain = grouped(record(tmp_path / "1", {"algorithm": "asgd"}), record(tmp_path / "2", {"algorithm": "ormo"}))
+    assert differing_keys(plain) == ["algorithm"]
+    corrected = record(tmp_path / "3", {"algorithm": {"name": "ormo", "momentum_correction": True}})
+    two = grouped(tmp_path / "1", corrected)
+    assert differing_keys(two) == ["algorithm", "algorithm.momentum_correction"]
+    assert [(row["algorithm"], row["algorithm.momentum_correction"]) for row in cells(two)] == [("asgd", "-"), ("ormo", "true")]
+    assert two[1].label(differing_keys(two)) == "ormo, momentum_correction true"
+    mixed = grouped(record(tmp_path / "4", {"runtime": "sim", "train": {"lr": 0.1}}), tmp_path / "1", tmp_path / "2")
+    assert differing_keys(mixed) == ["algorithm", "train.lr", "runtime"]
+
+
+def test_columns_come_in_the_order_of_the_schema_and_rows_in_that_of_their_values(tmp_path: Path) -> None:
+    values = [(0.1, 8, "ormo"), (0.02, 16, "asgd"), (1e-5, 16, "ormo"), (0.1, 8, "asgd")]
+    groups = grouped(
+        *(
+            record(tmp_path / str(n), {"train": {"lr": lr}, "workers": workers, "algorithm": name})
+            for n, (lr, workers, name) in enumerate(values)
+        )
+    )
+    assert rows(groups)[0][:3] == ("algorithm", "workers", "train.lr")
+    assert [row[:3] for row in rows(groups)[1:]] == [
+        ("asgd", "8", "0.1"),
+        ("asgd", "16", "0.02"),
+        ("ormo", "8", "0.1"),
+        ("ormo", "16", "1e-05"),
+    ]
+
+
+def test_what_agrees_is_said_once(tmp_path: Path) -> None:
+    groups = grouped(
+        *(record(tmp_path / str(lr), {"train": {"lr": lr, "momentum": 0.5}, "workers": 3}, seed=4) for lr in (0.1, 0.2))
+    )
+    assert in_common(groups) == (
+        "All runs: algorithm ormo, workers 3, scheduler async, dataset digits, model mlp, heterogeneity none, "
+        "train.batch_size 32, train.momentum 0.5, runtime rpc"
+    )
+    assert "train.momentum" not in rows(groups)[0]
+    assert shared([groups[0].setting])["train.lr"] == 0.1
+
+
+def test_a_seed_that_occurs_twice_is_said_and_counts_once(tmp_path: Path) -> None:
+    folders = [
+        record(tmp_path / "a", seed=7, test_accuracy=0.1, status="interrupted", reason="SIGINT"),
+        record(tmp_path / "b", seed=7, test_accuracy=0.2),
+        record(tmp_path / "c", seed=7, test_accuracy=0.9),
+        record(tmp_path / "d", seed=8, test_accuracy=0.4),
+    ]
+    (group,) = grouped(*folders)
+    assert ([run.path for run in group.runs], len(group.repeated)) == ([folders[1], folders[3]], 2)
+    (row,) = cells([group])
+    assert (row["seeds"], row["test accuracy"]) == ("2", "30.00% ± 14.14%")  # of 20% and 40%
+    assert notes([group]) == [
+        f"ormo: seed 7 occurs twice: {folders[1]} counts, {folders[2]} does not",
+        f"ormo: seed 7 occurs twice: {folders[1]} counts, {folders[0]} does not",
+    ]
+
+
+def test_a_directory_given_twice_is_one_run(tmp_path: Path) -> None:
+    folder = record(tmp_path / "sweep" / "0")
+    assert run_directories([tmp_path / "sweep", folder, tmp_path / "sweep" / ".." / "sweep"]) == [folder]
+
+
+def test_runs_that_did_not_complete_are_not_in_the_means(tmp_path: Path) -> None:
+    cut = record(tmp_path / "2", seed=2, test_accuracy=0.3, status="interrupted", reason="SIGINT")
+    (group,) = grouped(
+        record(tmp_path / "0", seed=0, test_accuracy=0.8),
+        record(tmp_path / "1", seed=1, test_accuracy=0.1, status="diverged"),
+        cut,
+    )
+    (row,) = cells([group])
+    assert (row["seeds"], row["test accuracy"], row["diverged"]) == ("3", "80.00%", "1 of 3")
+    assert notes([group]) == [f"{cut}: interrupted (SIGINT), not in the means"]
+
+
+def test_runs_that_ended_early_or_elsewhere_are_said(tmp_path: Path) -> None:
+    limit = {"train": {"max_seconds": 2.0}}
+    (group,) = grouped(
+        record(tmp_path / "0", limit, reason="train.max_seconds=2: ended after 0.17 of 30 epochs"),
+        record(tmp_path / "1", limit, seed=1, header={"commit": "beef"}),
+        record(tmp_path / "2", limit, seed=2),
+    )
+    assert notes([group]) == [
+        "ormo: 1 of 3 runs: train.max_seconds=2: ended after 0.17 of 30 epochs",
+        "Runs of different commit: c0ffee (2 of 3 runs), beef (1 of 3 runs)",
+    ]
+
+
+def test_a_run_of_an_earlier_version_is_read_under_the_present_keys(tmp_path: Path) -> None:
+    new = record(tmp_path / "new", {"worker": {"dummy": True}, "transport": "torch_rpc"})
+    old = record(tmp_path / "old", seed=1)
+    text = (new / "config.yaml").read_text()
+    former = text.replace("dummy:", "stand_in:").replace("seed: 0", "seed: 1").replace("name: torch_rpc", "name: torch_rpc")
+    (old / "config.yaml").write_text(former)
+    (group,) = grouped(new, old)
+    assert [run.seed for run in group.runs] == [0, 1]
+    # One that does not have a key yet is told apart, as nobody knows that its value would be the default.
+    (old / "config.yaml").write_text(
+        "".join(line for line in former.splitlines(keepends=True) if "divergence_factor" not in line)
+    )
+    two = grouped(new, old)
+    assert differing_keys(two) == ["train.divergence_factor"]
+    assert [row["train.divergence_factor"] for row in cells(two)] == ["3", "-"]
+
+
+def test_what_is_no_run_that_can_be_compared_is_left_out_with_its_reason(tmp_path: Path) -> None:
+    good = record(tmp_path / "0")
+    bare = record(tmp_path / "1")
+    (bare / "config.yaml").unlink()
+    (tmp_path / "2").mkdir()
+    write_summary(tmp_path / "2", unfinished_summary(parse_config({"workers": 2}), "failed", "no port is free"))
+    replay = record(tmp_path / "3", replayed=str(good))
+    runs, left_out = load_runs([tmp_path])
+    assert [run.path for run in runs] == [good]
+    assert left_out == [
+        f"Left out: {bare / 'config.yaml'}: [Errno 2] No such file or directory: '{bare / 'config.yaml'}'",
+        f"Left out: {tmp_path / '2'}: got a folder without the summary of a run that began (failed: no port is free)",
+        f"Left out: {replay}: got a replay, which is no run of its own, of {good}",
+    ]
+    with pytest.raises(
+        ConfigError, match=r"2: got a folder without the summary of a run that began \(failed: no port is free\)$"
+    ):
+        load_runs([tmp_path / "2"])
+
+
+def test_a_synthetic_run_has_neither_data_nor_model(tmp_path: Path) -> None:
+    synthetic = {"runtime": {"name": "sim", "gradient": "quadratic"}}
+    (group,) = grouped(
+        record(tmp_path / "0", {**synthetic, "model": "cnn"}), record(tmp_path / "1", {**synthetic, "dataset": "mnist"}, seed=1)
+    )
+    assert "model quadratic" in in_common([group])
+    assert "dataset" not in in_common([group])
+    both = grouped(tmp_path / "0", record(tmp_path / "2", {"runtime": "sim", "model": "cnn"}))
+    assert differing_keys(both)[:2] == ["dataset", "model"]
+    assert [(row["dataset"], row["model"]) for row in cells(both)] == [("-", "quadratic"), ("digits", "cnn")]
+
+
+@pytest.mark.slow
+def test_resumed_runs_are_another_setting_by_the_iteration_and_the_configuration_of_their_checkpoint(tmp_path: Path) -> None:
+    def run(name: str, options: Iterable[str]) -> Path:
+        train([*QUADRATIC, *options], run_dir=tmp_path / name)
+        return tmp_path / name
+
+    def first(folder: Path) -> Path:
+        return checkpoint.complete(folder)[0]
+
+    half = ("train.max_iterations=40", "checkpoint.every=10", "checkpoint.keep=9")
+    whole = [run(f"whole{seed}", [*half, f"seed={seed}"]) for seed in (0, 1)]
+    other = run("other", [*half, "train.lr=0.02"])
+    own = [run(f"own{seed}", [*half, f"seed={seed}", f"checkpoint.resume={first(whole[seed])}"]) for seed in (0, 1)]
+    later = run("later", [*half, f"checkpoint.resume={checkpoint.complete(whole[0])[1]}"])
+    foreign = run("foreign", [*half, f"checkpoint.resume={first(other)}"])
+    groups = grouped(*whole, *own, later, foreign)
+    assert differing_keys(groups) == ["checkpoint.resume"]
+    assert {row["checkpoint.resume"]: row["seeds"] for row in cells(groups)} == {
+        "null": "2",
+        "iteration 10": "2",
+        "iteration 20": "1",
+        "iteration 10 of train.lr=0.02": "1",
+    }
+    first(other).rename(tmp_path / "moved")
+    (again,) = grouped(foreign)
+    assert again.setting["checkpoint.resume"] == str(first(tmp_path / "other").with_name("iteration_000000010"))
+
+
+def test_a_configuration_is_read_flat_without_its_classes(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(
+        "workers: 2\nalgorithm:\n  _target_: gone.Rule\n  name: mine\n  rates: {fast: 0.5, slow: {}}\nruntime:\n  name: sim\n"
+        "  joins: {4: 1.5}\n"
+    )
+    assert read_flat(tmp_path / "config.yaml") == {
+        "workers": 2,
+        "algorithm": "gone.Rule",
+        "algorithm.name": "mine",
+        "algorithm.rates.fast": 0.5,
+        "algorithm.rates.slow": {},
+        "runtime": "sim",
+        "runtime.joins": {4: 1.5},
+    }
+
+
+def test_the_defaults_of_a_configuration_are_itself_where_nothing_was_set() -> None:
+    options = flat(to_tree(Config()))
+    assert defaults_of(options) == options
