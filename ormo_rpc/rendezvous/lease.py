@@ -16,8 +16,8 @@ from ormo_rpc.errors import Refused, RunEnded, ServerLost, WireError
 from ormo_rpc.rendezvous.protocol import JoinRequest, JoinResponse, LineReader, authenticate_server, send
 from ormo_rpc.rendezvous.secret import Secret
 
-MAX_RESPONSE_BYTES = 1 << 20
-"""The longest line of an authenticated server."""
+MAX_RESPONSE_BYTES = 1 << 25
+"""The longest line of an authenticated server; the fingerprint of a layer has some 100 bytes."""
 RETRY_SECONDS = 0.2
 """The pause between two attempts to connect."""
 WARN_AFTER_SECONDS = 5.0

@@ -74,6 +74,7 @@ class JoinResponse:
         session_id: Authenticates its later calls.
         config: The configuration of the run, as YAML.
         transport: The values that workers need to connect (`ServerSide.start`).
+        fingerprint: Of the server's model and data set (`Fingerprint.to_dict`); a worker whose own differs gives up.
         heartbeat_seconds: The interval of its heartbeats.
         timeout_seconds: After this much silence each side takes the other one for dead.
     """
@@ -82,6 +83,7 @@ class JoinResponse:
     session_id: str
     config: str
     transport: Mapping[str, Any]
+    fingerprint: Mapping[str, Any]
     heartbeat_seconds: float
     timeout_seconds: float
 

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.support import changing
 from tests.support.processes import QUIET, descendants, events, gone, launch, launched, processes, replayed, summary, wait_until
 
 HAS_IPV6 = any(address.family == socket.AF_INET6 for address in psutil.net_if_addrs().get("lo", ()))
@@ -228,6 +229,22 @@ def test_an_elastic_worker_joins_works_and_leaves_on_sigterm(tmp_path: Path) -> 
         _, err = host.communicate(timeout=60)
         assert host.returncode == 130
     assert summary(tmp_path)["evictions"] == []
+
+
+def test_workers_whose_frozen_weights_are_not_the_servers_end_the_run_with_their_name(tmp_path: Path) -> None:
+    """They are drawn from the process number, so that the launcher's two models agree."""
+    run_dir = tmp_path / "run"
+    model = (f"model._target_={changing.HERE}.by_process", f"dataset._target_={changing.HERE}.data")
+    status, _, err = launch(run_dir, *QUIET, *model, "workers=2", "train.batch_size=8")
+    assert status == 1, err
+    said = r"Refused: model: backbone\.weight: the values of the server and of this worker differ; every process must .*"
+    for worker in range(2):
+        line = rf"^launch\.py: worker {worker} \(pid \d+\) exited with status 65: {said}; the run continues without it$"
+        assert len(re.findall(line, err, re.MULTILINE)) == 1, err
+    reason = rf"^launch\.py: server \(pid \d+\) exited with status 1: TimeoutError: worker \d .*{said}; the run has ended; "
+    assert re.search(reason, err, re.MULTILINE), err
+    assert "restarting" not in err
+    assert summary(run_dir)["status"] == "failed"
 
 
 def test_a_run_without_workers_ends_with_the_reason(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ def join_response(
     config: str = "",
     *,
     transport: Mapping[str, Any] | None = None,
+    fingerprint: Mapping[str, Any] | None = None,
     heartbeat_seconds: float = 1.0,
     timeout_seconds: float = PATIENCE_SECONDS,
 ) -> Callable[[Membership], JoinResponse]:
@@ -25,6 +26,7 @@ def join_response(
         session_id=membership.session_id,
         config=config,
         transport=transport or {},
+        fingerprint=fingerprint or {},
         heartbeat_seconds=heartbeat_seconds,
         timeout_seconds=timeout_seconds,
     )

@@ -166,5 +166,7 @@ def test_names_in_a_join_request_are_cut_and_printable() -> None:
 
 
 def test_a_join_response_names_its_missing_fields() -> None:
-    with pytest.raises(WireError, match=r"\Ajoin response: got no transport, heartbeat_seconds, timeout_seconds\Z"):
+    with pytest.raises(
+        WireError, match=r"\Ajoin response: got no transport, fingerprint, heartbeat_seconds, timeout_seconds\Z"
+    ):
         JoinResponse.parse({"worker": 1, "session_id": "s", "config": ""})

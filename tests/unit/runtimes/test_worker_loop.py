@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import pytest
 
 from ormo_rpc.cli import compose
+from ormo_rpc.errors import Refused
+from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.rendezvous.lease import Lease, connect
 from ormo_rpc.rendezvous.listener import Listener
 from ormo_rpc.rendezvous.secret import Secret
@@ -16,20 +19,25 @@ from ormo_rpc.runtimes.distributed.server_process.service import Service
 from ormo_rpc.runtimes.distributed.worker_process import worker_process
 from ormo_rpc.runtimes.distributed.worker_process.worker_process import WorkerArgs, WorkerProcess
 from ormo_rpc.runtimes.job import Job
-from tests.support.processes import PATIENCE_SECONDS
+from tests.support import changing
+from tests.support.processes import PATIENCE_SECONDS, wait_until
 from tests.support.rendezvous import join_response
 
 SECRET = Secret("a secret that only we two know")
 TICKETS = 6
+MODEL = ("model.hidden=4",)
 
 
 @contextmanager
-def served(*overrides: str) -> Generator[tuple[Service, WorkerProcess]]:
+def served(
+    *overrides: str, model: Sequence[str] = MODEL, server_fingerprint: Fingerprint | None = None
+) -> Generator[tuple[Service, WorkerProcess]]:
     """The service of a short run, and a worker's process, in this one, that has not begun."""
-    job = Job(compose(["workers=1", "model.hidden=4", f"train.max_iterations={TICKETS}", *overrides]))
+    job = Job(compose(["workers=1", *model, f"train.max_iterations={TICKETS}", *overrides]))
     service = Service(job.server(lambda _: None, lambda: 0.0), lambda _: None, push_format=job.push_format())
     side = job.config.transport.server_side(num_workers=1, timeout_seconds=PATIENCE_SECONDS)
-    response_to = join_response(job.config.yaml, transport=side.start(service))
+    fingerprint = (server_fingerprint or job.fingerprint()).to_dict()
+    response_to = join_response(job.config.yaml, transport=side.start(service), fingerprint=fingerprint)
     with ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         stack.callback(listener.shutdown, socket.SHUT_RDWR)  # wakes the thread that accepts
@@ -67,3 +75,43 @@ def test_a_worker_that_is_asked_to_leave_while_it_joins_leaves(monkeypatch: pyte
         monkeypatch.setattr(worker_process, "connect", join_and_be_asked_to_leave)
         work.run()
         assert (service.server.iteration, len(service.memberships)) == (0, 0)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("prefetch", [0, 1])
+@pytest.mark.parametrize("what", ["frozen", "order", "samples"])
+def test_a_worker_whose_model_or_data_set_is_not_the_servers_gives_up(what: str, prefetch: int) -> None:
+    own = Job(compose(["workers=1", "model.hidden=4"])).fingerprint()
+    name = next(iter(own.parameters))
+    others = {
+        "frozen": (
+            replace(own, frozen={"x": "float32 (1,)"}, sha256={"x": "0"}),
+            "model: frozen parameters: the server: x float32",
+        ),
+        "order": (
+            replace(own, parameters=dict(reversed(list(own.parameters.items())))),
+            f"model: parameters: .*this worker: {name} ",
+        ),
+        "samples": (
+            replace(own, data={"training samples": 5}),
+            "dataset: training samples: the server: 5; this worker: 1437; ",
+        ),
+    }
+    server, said = others[what]
+    with served(f"worker.prefetch={prefetch}", server_fingerprint=server) as (service, work):
+        with pytest.raises(Refused, match=rf"\A{said}"):
+            work.run()
+        wait_until(lambda: len(service.memberships) == 0, "its leaving")
+        assert (service.server.started, service.evictions) == (False, [])
+
+
+@pytest.mark.timeout(60)
+def test_buffers_that_differ_at_the_start_are_no_reason_to_give_up() -> None:
+    """A reply has those of the server."""
+    model = (f"model._target_={changing.HERE}.net", f"dataset._target_={changing.HERE}.data")
+    own = Job(compose(["workers=1", *model])).fingerprint()
+    assert own.buffers
+    server = replace(own, sha256={**own.sha256, **dict.fromkeys(own.buffers, "another")})
+    with served(model=model, server_fingerprint=server) as (service, work):
+        work.run()
+        assert service.server.iteration == TICKETS

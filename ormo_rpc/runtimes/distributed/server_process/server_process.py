@@ -224,6 +224,7 @@ def serve(args: ServerArgs, on_ready: Callable[[ServerProcess], None]) -> None:
     process = ServerProcess(Job(config), args)
     sys.setswitchinterval(SWITCH_SECONDS)
     offer = process.transport.start(process.service)
+    fingerprint = process.session.job.fingerprint().to_dict()
 
     def response(membership: Membership) -> JoinResponse:
         return JoinResponse(
@@ -231,6 +232,7 @@ def serve(args: ServerArgs, on_ready: Callable[[ServerProcess], None]) -> None:
             session_id=membership.session_id,
             config=text,
             transport=dict(offer),
+            fingerprint=fingerprint,
             heartbeat_seconds=config.rpc.heartbeat_seconds,
             timeout_seconds=config.rpc.worker_timeout_seconds,
         )

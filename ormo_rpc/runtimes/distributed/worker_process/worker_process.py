@@ -16,7 +16,8 @@ import torch
 
 from ormo_rpc.config.parsing import parse_text
 from ormo_rpc.config.schema import Config
-from ormo_rpc.errors import RunEnded, ServerLost, StaleSession
+from ormo_rpc.errors import Refused, RunEnded, ServerLost, StaleSession
+from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.rendezvous.lease import Lease, connect
 from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.runtimes.job import Job, time_generator
@@ -130,7 +131,7 @@ class WorkerLoop:
                 self._preferred_worker = lease.join_response.worker
                 if context.leaving:  # `leave` was called before this lease existed
                     lease.leave()
-                job, worker, transport = self._prepare(lease.join_response.config)
+                job, worker, transport = self._prepare(lease)
                 on_job(job)
                 endpoint = Endpoint(lease=lease, secret=args.secret, timeout_seconds=job.config.rpc.rpc_timeout_seconds)
                 try:
@@ -146,17 +147,24 @@ class WorkerLoop:
         if self.lease is not None:
             self.lease.leave()
 
-    def _prepare(self, config_text: str) -> tuple[Job, Worker, WorkerSide]:
-        """Make the worker, unless there is one from an earlier incarnation of the server."""
+    def _prepare(self, lease: Lease) -> tuple[Job, Worker, WorkerSide]:
+        """Make the worker, unless there is one from an earlier incarnation of the server.
+
+        Raises:
+            Refused: its model or data set is not the server's.
+        """
         with self.context.compute_lock:
-            job = self.context.job(config_text)
-            if self._worker is None or self._transport is None or job is not self._job:
-                self._transport = job.config.transport.worker_side()
-                self._worker = job.worker(self._transport.allocate)
-                self._worker.warm_up()
-                self._job = job
-            self._worker.forget()  # to the server, a worker that joins again is a new one
-            return job, self._worker, self._transport
+            job = self.context.job(lease.join_response.config)
+            worker, transport = self._worker, self._transport
+            if worker is None or transport is None or job is not self._job:
+                transport = job.config.transport.worker_side()
+                worker = job.worker(transport.allocate)
+            _check_fingerprint(lease, job)  # again where the server is another process by now
+            if worker is not self._worker:
+                worker.warm_up()
+                self._worker, self._transport, self._job = worker, transport, job
+            worker.forget()  # to the server, a worker that joins again is a new one
+            return job, worker, transport
 
     def _work(self, config: Config, worker: Worker, server: ServerClient, number: int) -> None:
         args, compute_lock = self.context.args, self.context.compute_lock
@@ -177,6 +185,23 @@ class WorkerLoop:
             reply = server.push(push)
             if self._injector.drops_reply():
                 reply = server.push(push)
+
+
+def _check_fingerprint(lease: Lease, job: Job) -> None:
+    """Leave where this process has built another model, or loaded another data set, than the server's process has.
+
+    The initial values of buffers need not agree, since every reply has the server's.
+
+    Raises:
+        Refused: names, shapes, frozen values or the number of samples differ.
+    """
+    server = Fingerprint.from_dict(lease.join_response.fingerprint)
+    difference = server.difference(job.fingerprint(), "the server", "this worker", buffer_values=False)
+    if difference is not None:
+        lease.leave()
+        raise Refused(
+            f"{difference}; every process must make the same: draw from torch, random or numpy.random, which are seeded"
+        )
 
 
 class WorkerProcess:
