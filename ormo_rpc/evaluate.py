@@ -31,7 +31,7 @@ def evaluate_checkpoint(path: Path) -> tuple[Path, Evaluation]:
     module = config.model.build(data.input_shape, data.num_classes)
     _load(module, found)
     model = FlatModel(module)
-    return found, Evaluator(model, data)(model.flat_params(), model.copy_statistics())
+    return found, Evaluator(model, data)(model.flat_params(), model.buffers.copy())
 
 
 def _load(module: nn.Module, source: Path) -> None:

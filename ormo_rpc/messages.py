@@ -59,7 +59,8 @@ class Push:
             pushes to.
         loss: The mean loss of the batch, where it is known.
         samples: The number of samples in the batch.
-        buffers: The batch's own statistics by name (batch norm), for the running average that the server keeps.
+        buffers: What its passes have to report of the model's buffers by name (`Rule`); those that they left as they were are
+            not in it.
         incarnation: That of the reply.
     """
 

@@ -6,8 +6,12 @@ process and however often they are made, and one more worker or one more purpose
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import random
+from collections.abc import Generator
 
+import numpy as np
 import torch
 
 
@@ -31,3 +35,22 @@ def generator(seed: int, purpose: str, number: int) -> torch.Generator:
     100,000 tickets), which for an augmentation or a permutation is as harmless as drawing the same twice by chance.
     """
     return torch.Generator().manual_seed(seed_for(seed, purpose, number))
+
+
+@contextlib.contextmanager
+def seeded(seed: int, purpose: str, number: int) -> Generator[None]:
+    """Set the global generators of torch (CPU), numpy and Python to the start of one stream, and restore them afterwards.
+
+    It is for code of others, such as a user's model, which may draw from any of them.
+    """
+    start = seed_for(seed, purpose, number)
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(start)
+            random.seed(start)
+            np.random.seed(start % 2**32)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

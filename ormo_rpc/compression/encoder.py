@@ -43,7 +43,7 @@ class Encoder:
         wire: The bytes, shape (size,), which each call of `encode` writes over.
         payload: The same, as it is sent: values of the model's dtype where the format is exact, else bytes.
         push: Buffer for the push to encode, shape (length,); the same memory where the format is exact.
-        statistics: Buffer for the batch-norm statistics, flat; always the same memory.
+        buffers: The buffers of the model among the bytes, which the next push writes over as well.
     """
 
     def __init__(self, format: PushFormat, allocate: Allocate | None = None) -> None:  # noqa: A002 - the word for it
@@ -51,7 +51,7 @@ class Encoder:
         self.wire = torch.zeros(format.size, dtype=torch.uint8) if allocate is None else allocate(format.size)
         assert self.wire.dtype == torch.uint8, "the memory of a wire form is bytes"
         assert self.wire.shape == (format.size,), "as many as were asked for"
-        self.statistics = format.statistics.of(self.wire)
+        self.buffers = format.wire_buffers(self.wire)
         self.push = format.whole(self.wire) if format.exact else torch.zeros(format.length, dtype=format.dtype)
         self.payload = self.wire.view(format.dtype) if format.exact else self.wire
         # A push is decoded here as on the server where it is compressed, or where errors are fed back.
@@ -60,7 +60,7 @@ class Encoder:
         self._states: dict[int, EncoderState] = {}
 
     def encode(self, worker: int) -> Tensor:
-        """Make the wire form of the content of `push` and `statistics`; return the push as the server will decode it.
+        """Make the wire form of the content of `push`; return the push as the server will decode it.
 
         `push` is written to. The result, shape (length,), holds until the next call; see `PushFormat.unpack` for its dtype.
         """

@@ -10,9 +10,11 @@ from torch import Tensor
 from ormo_rpc.compression.base import Compressed, Compression, Compressor
 from ormo_rpc.compression.none import NoCompression
 from ormo_rpc.compression.rounding import round_into
+from ormo_rpc.compression.wire_buffers import WireBuffers
 from ormo_rpc.compression.wire_options import WireDtype
 from ormo_rpc.errors import PushRefused
 from ormo_rpc.models.flat import Layout
+from ormo_rpc.server.buffer_layout import ALIGNMENT, BufferLayout
 from ormo_rpc.server.validation import check_plain
 
 
@@ -46,14 +48,14 @@ def pushed_dtype(compression: Compression, wire: WireDtype) -> torch.dtype | Non
 
 
 class PushFormat:
-    """The wire form of a push: for each vector the values that stand for it and their indices, then the batch-norm statistics.
+    """The wire form of a push: for each vector the values that stand for it and their indices, then buffers (`WireBuffers`).
 
     Every part begins at a multiple of its values' size, little-endian as the machines are, and the whole has always the same
     number of bytes. Both sides build it of the same configuration and model. It has no state and may be used by any thread.
 
     Args:
         params: Names and shapes of the parameters.
-        buffers: Those of the batch-norm statistics, which travel as they are.
+        buffers: The places of the model's buffers, which travel as they are.
         dtype: The model's.
         vectors: The number of vectors of D in a push (`Algorithm.VECTORS_PUSHED`); each is compressed for itself.
         compression: The choice of values that travel; all by default.
@@ -75,7 +77,7 @@ class PushFormat:
         self,
         *,
         params: Layout,
-        buffers: Layout,
+        buffers: BufferLayout,
         dtype: torch.dtype,
         vectors: int = 1,
         compression: Compression | None = None,
@@ -99,14 +101,15 @@ class PushFormat:
             (self._region(self.compressor.num_values, value_dtype), self._region(self.compressor.num_indices, torch.int32))
             for _ in range(vectors)
         ]
-        self.statistics = self._region(buffers.size, dtype)
+        self._buffers = self._region(WireBuffers.size(buffers), torch.uint8, ALIGNMENT)
         self.size = self._end
 
-    def _region(self, count: int, dtype: torch.dtype) -> Region:
+    def _region(self, count: int, dtype: torch.dtype, alignment: int | None = None) -> Region:
         """Place the next region; an empty one is at the beginning, where every dtype may be."""
         if not count:
             return Region(0, 0, dtype)
-        region = Region(-(-self._end // dtype.itemsize) * dtype.itemsize, count, dtype)
+        unit = alignment or dtype.itemsize
+        region = Region(-(-self._end // unit) * unit, count, dtype)
         self._end = region.end
         return region
 
@@ -115,6 +118,10 @@ class PushFormat:
         assert self.plain, "what is compressed is not there value by value"
         first, last = self.regions[0][0], self.regions[-1][0]
         return wire[first.start : last.end].view(first.dtype)
+
+    def wire_buffers(self, wire: Tensor) -> WireBuffers:
+        """The buffers among the bytes of a push."""
+        return WireBuffers(self.buffers, self._buffers.of(wire))
 
     def write(self, number: int, compressed: Compressed, wire: Tensor) -> None:
         """Put what stands for vector ``number`` at its place among the bytes."""
@@ -144,13 +151,13 @@ class PushFormat:
             sender: The sender, for the error message.
 
         Returns:
-            The push, shape (length,), and the statistics by name. Statistics, and a plain push, are views of ``payload``.
+            The push, shape (length,), and the reported buffers by name. They, and a plain push, are views of ``payload``.
 
         Raises:
             PushRefused: it is no such tensor, or the bytes are no valid push; the content of ``into`` is undefined then.
         """
         wire = self._checked(payload, f"{sender}: payload")
-        buffers = self.buffers.views(self.statistics.of(wire))
+        buffers = self.wire_buffers(wire).read()
         if self.plain:
             return self.whole(wire), buffers
         into = torch.empty(self.length, dtype=self.dtype) if into is None else into
@@ -169,5 +176,5 @@ class PushFormat:
                 f"{what}: got {tuple(payload.shape)} of {payload.dtype} on {payload.device.type}, expected {self.size} bytes "
                 f"(torch.uint8) on cpu; worker and server must have the same model and wire format"
             )
-        aligned = payload.is_contiguous() and payload.storage_offset() % 8 == 0 and payload.data_ptr() % 8 == 0
-        return payload if aligned else payload.clone(memory_format=torch.contiguous_format)
+        placed = payload.storage_offset() % ALIGNMENT == 0 and payload.data_ptr() % ALIGNMENT == 0
+        return payload if placed and payload.is_contiguous() else payload.clone(memory_format=torch.contiguous_format)

@@ -1,14 +1,16 @@
-"""A model as one flat vector: parameters and gradients are views of it, batch-norm statistics are read beside it."""
+"""A model as one flat vector: parameters and gradients are views of it; buffers are beside it."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage] # the base class of all batch norms
+from torch.nn.parameter import is_lazy
+
+from ormo_rpc.models.buffers import ModelBuffers
+from ormo_rpc.server.buffer_layout import as_bytes
 
 
 class Layout:
@@ -29,38 +31,36 @@ class Layout:
 
 
 class FlatModel:
-    """A module whose parameters, gradients and batch-norm statistics are views of the flat vectors that it is bound to.
+    """A module whose trainable parameters and gradients are views of the flat vectors that it is bound to.
 
     Args:
         module: The model; it belongs to this object from now on.
 
+    Attributes:
+        trainable: The parameters that are trained, by name.
+        frozen: The others.
+        params: Names and shapes of the trainable ones.
+        buffers: The buffers.
+
     Raises:
-        ValueError: it has no trainable parameter, or they are not all of one dtype.
+        ValueError: it has no trainable parameter, they are not all of one dtype, or a tensor has no shape yet (lazy layers).
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        for name, parameter in module.named_parameters():
+            if is_lazy(parameter):
+                raise ValueError(
+                    f"model: {name}: got a parameter without a shape, expected all from the start; use no lazy layers"
+                )
         self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
         dtypes = sorted({p.dtype for p in self.trainable.values()}, key=str)
         if len(dtypes) != 1:
             raise ValueError(f"model: got trainable parameters of the dtypes {dtypes}, expected exactly one dtype")
         self.dtype = dtypes[0]
         self.params = Layout(self.trainable)
-        self._norms = {f"{name}.": child for name, child in module.named_modules() if _has_statistics(child)}
-        self.buffers = Layout(self.statistics())
-
-    def statistics(self) -> dict[str, Tensor]:
-        """The running means and variances of all batch norms by name, as they are now (live)."""
-        return {
-            prefix + name: tensor
-            for prefix, norm in self._norms.items()
-            for name, tensor in norm.named_buffers()
-            if tensor.is_floating_point()
-        }
-
-    def buffer_momentum(self) -> dict[str, float | None]:
-        """The ``momentum`` of the batch norm that each statistic belongs to."""
-        return {name: self._norms[_prefix(name)].momentum for name in self.buffers.shapes}
+        self.buffers = ModelBuffers(module)
 
     def flat_params(self) -> Tensor:
         """A copy of the present parameters, shape (D,)."""
@@ -76,56 +76,37 @@ class FlatModel:
         for parameter, view in zip(self.trainable.values(), self.params.views(grad).values(), strict=True):
             parameter.grad = view
 
-    def bind_batch_statistics(self, flat: Tensor) -> dict[str, Tensor]:
-        """Let each forward pass write its batch's own statistics into ``flat``, shape (B,); return them by name.
-
-        With ``momentum = 1`` a batch norm overwrites its former statistics: ``0 * old + 1 * batch``. Zero ``flat`` before
-        each pass, since 0 times NaN is NaN.
-        """
-        views = self.buffers.views(flat)
-        for name, view in views.items():
-            # .data, because views of one tensor share one version counter, by which autograd would see each write as a fault.
-            setattr(self._norms[_prefix(name)], name.removeprefix(_prefix(name)), view.data)
-        for norm in self._norms.values():
-            norm.momentum = 1.0
-        return views
-
-    def copy_statistics(self) -> dict[str, Tensor]:
-        """The running means and variances by name, as a private copy."""
-        return {name: tensor.clone() for name, tensor in self.statistics().items()}
-
-    def load_statistics(self, average: Mapping[str, Tensor]) -> None:
-        """Take over running statistics by name, for evaluation or export."""
-        for name, tensor in self.statistics().items():
-            tensor.copy_(average[name])
-
-    def state_dict(self, params: Tensor, average: Mapping[str, Tensor], updates: int) -> dict[str, Tensor]:
+    def state_dict(self, params: Tensor, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The module's ``state_dict`` in plain PyTorch, as a private copy.
 
         Args:
             params: The parameters, shape (D,).
-            average: The running statistics by name.
-            updates: The number of batches that they are the average of.
+            buffers: The buffers by name.
         """
         self.bind(params)
-        self.load_statistics(average)
-        for norm in self._norms.values():
-            if norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.fill_(updates)
+        self.buffers.load(buffers)
         return {name: tensor.detach().clone() for name, tensor in self.module.state_dict().items()}
 
+    def fingerprint(self) -> dict[str, str]:
+        """The SHA-256 of each frozen parameter and each initial buffer by name: what processes must have in common.
 
-def _has_statistics(module: nn.Module) -> TypeGuard[_BatchNorm]:
-    return isinstance(module, _BatchNorm) and module.track_running_stats
+        Trainable parameters are left out, as the server hands them out.
+        """
+        initial = self.buffers.layout.views(self.buffers.initial)
+        return {name: sha256(*_parts(tensor)) for name, tensor in {**self.frozen, **initial, **self.buffers.constants}.items()}
 
 
-def _prefix(name: str) -> str:
-    return name[: name.rindex(".") + 1]
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Dense tensors that tell a constant buffer from another one."""
+    if tensor.layout is torch.sparse_coo:
+        entries = tensor.coalesce()
+        return entries.indices(), entries.values()
+    return (tensor.int_repr() if tensor.is_quantized else tensor.to_dense(),)
 
 
 def sha256(*tensors: Tensor) -> str:
     """The SHA-256 of the tensors' bytes, concatenated, in hexadecimal."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(as_bytes(tensor).numpy().tobytes())
     return digest.hexdigest()

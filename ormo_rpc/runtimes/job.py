@@ -16,7 +16,8 @@ from ormo_rpc.data import Epochs
 from ormo_rpc.kernels.compiled import fastest_kernel
 from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.models.flat import FlatModel, Layout
-from ormo_rpc.seeding import seed_for
+from ormo_rpc.seeding import seed_for, seeded
+from ormo_rpc.server.buffer_layout import BufferLayout
 from ormo_rpc.server.buffers import RunningBuffers
 from ormo_rpc.server.build import build_server
 from ormo_rpc.server.events import Event
@@ -27,7 +28,7 @@ from ormo_rpc.worker.evaluation import Evaluation, Evaluator
 from ormo_rpc.worker.worker import Worker
 
 Evaluate = Callable[[Tensor, Mapping[str, Tensor]], Evaluation]
-"""Evaluates parameters, shape (D,), and batch-norm statistics by name."""
+"""Evaluates parameters, shape (D,), and buffers by name."""
 Exporter = Callable[[Mapping[str, Any]], dict[str, Tensor]]
 """Makes a ``state_dict`` of plain PyTorch from a server's state."""
 
@@ -110,8 +111,7 @@ class Job:
         Raises:
             ValueError: it cannot be trained, or it is not the one that was built before.
         """
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_for(self.config.seed, "initial weights", 0))
+        with seeded(self.config.seed, "initial weights", 0):
             module = self.config.model.build(self.data.input_shape, self.data.num_classes)
         self._check_same(module)
         return FlatModel(module)
@@ -140,7 +140,7 @@ class Job:
         return self._push_format(self.model())
 
     def _push_format(self, model: FlatModel) -> PushFormat:
-        return configured_format(self.config, model.params, model.buffers, model.dtype)
+        return configured_format(self.config, model.params, model.buffers.layout, model.dtype)
 
     def worker(self, allocate: Allocate | None = None) -> Worker:
         """Build a worker with a model of its own, or a `DummyWorker`.
@@ -167,7 +167,7 @@ class Job:
     def server(self, record: Callable[[Event], None], clock: Callable[[], float]) -> ParameterServer:
         """Build the parameter server at iteration 0; it calls ``record`` with each event, timed by ``clock``."""
         model = self.model()
-        buffers = RunningBuffers(model.statistics(), model.buffer_momentum())
+        buffers = RunningBuffers(model.buffers.tensors, model.buffers.rules)
         return configured_server(self, model.flat_params(), buffers, record, clock)
 
     def epoch(self, iteration: int) -> float:
@@ -183,9 +183,7 @@ class Job:
         model = self.model()
 
         def export(state: Mapping[str, Any]) -> dict[str, Tensor]:
-            buffers = state["buffers"]
-            average = {name: buffers[f"average.{name}"] for name in model.buffers.shapes}
-            return model.state_dict(state["params"], average, buffers["updates"])
+            return model.state_dict(state["params"], state["buffers"])
 
         return export
 
@@ -195,7 +193,7 @@ def time_generator(config: Config, worker: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed_for(config.seed, "time", worker))
 
 
-def configured_format(config: Config, params: Layout, buffers: Layout, dtype: torch.dtype) -> PushFormat:
+def configured_format(config: Config, params: Layout, buffers: BufferLayout, dtype: torch.dtype) -> PushFormat:
     """Make the wire form of pushes of a configuration."""
     return PushFormat(
         params=params,

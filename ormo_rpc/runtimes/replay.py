@@ -142,7 +142,7 @@ class Replay:
         """Compare the final state with the recorded summary; return the difference, None where there is none."""
         for name, value in (
             ("final_params_sha256", sha256(self.server.params)),
-            ("final_buffers_sha256", sha256(*self.server.buffers.average.values())),
+            ("final_buffers_sha256", sha256(*self.server.buffers.current.values())),
         ):
             if recorded[name] != value:
                 return f"{name}: was {recorded[name]}, now it is {value}"

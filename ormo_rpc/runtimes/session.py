@@ -213,7 +213,6 @@ class Session:
         return self.recorder.close(Summary(**{**self._summary_entries(state), **entries}))
 
     def _summary_entries(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        buffers = (state["buffers"][f"average.{name}"] for name in self.server.buffers.average)
         statistics = self.recorder.statistics
         ended = ending(self.job, statistics, state["status"], state["iteration"])
         return {
@@ -231,7 +230,7 @@ class Session:
             "training_seconds": statistics.seconds,
             "step_seconds": self.server.step_seconds,
             "final_params_sha256": sha256(state["params"]),
-            "final_buffers_sha256": sha256(*buffers),
+            "final_buffers_sha256": sha256(*state["buffers"].values()),
             "checkpoint": None if self.checkpoints.newest is None else str(self.checkpoints.newest),
         }
 

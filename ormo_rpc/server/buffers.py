@@ -1,60 +1,121 @@
-"""Running averages of batch-norm statistics, over the batches in the order in which their pushes are applied."""
+"""The buffers of the model on the server, and how what pushes report of them enters, in the order of their application."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
 
-import torch
 from torch import Tensor
 
 from ormo_rpc.messages import NO_BUFFERS
+from ormo_rpc.server.buffer_layout import BufferLayout
+
+
+class Kind(Enum):
+    """How what a push reports of a buffer enters the server's."""
+
+    average = "average"
+    """Running statistics of a batch norm: averaged with the statistics of its calls."""
+    count = "count"
+    """The number of calls of a batch norm: those of the push are added."""
+    newest = "newest"
+    """Anything else that a forward pass may write: the newest push's value replaces it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """The rule of one buffer.
+
+    A push reports for an average the mean ``B`` of the statistics of the norm's n calls for its ticket, weighted as the norm
+    weights them, and the server does what the norm would have done: ``r <- (1 - W) r + W B`` with ``W = 1 - (1 - m)^n``, or
+    ``W = n / (N + n)`` where the norm averages over all of its N + n calls.
+
+    Attributes:
+        kind: How it is changed.
+        momentum: m of an average; None for the mean of all calls.
+        count: The name of the buffer that counts the calls of an average; without one, every push is one call.
+        variance: It is a variance, so never negative.
+    """
+
+    kind: Kind = Kind.newest
+    momentum: float | None = None
+    count: str | None = None
+    variance: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind is Kind.average and self.momentum is None and self.count is None:
+            raise ValueError("buffers: got an average without momentum and count, expected one of them")
+
+    def weight(self, calls: int, before: int = 0) -> float:
+        """The weight W of these calls of an average, after so many."""
+        if self.momentum is None:
+            return calls / (before + calls) if calls else 0.0
+        return self.momentum if calls == 1 else 1 - (1 - self.momentum) ** calls
+
+
+NEWEST = Rule()
 
 
 class RunningBuffers:
-    """The running average of the buffers in the pushes.
-
-    Recursion, for each buffer: ``average <- (1 - m) average + m batch`` with the layer's own ``momentum`` m, or
-    ``m = 1 / n`` for its n-th batch where that momentum is None (torch's cumulative average).
+    """The present buffers, as training has left them.
 
     Args:
         initial: The buffers at the start by name; copied.
-        momentum: m by name.
+        rules: The rule of each; the newest value counts for those that have none here.
+
+    Attributes:
+        current: The buffers by name: to be read only, and at once, as the next push may change them.
+        layout: Their places among the bytes of a snapshot.
     """
 
-    def __init__(self, initial: Mapping[str, Tensor], momentum: Mapping[str, float | None]) -> None:
-        self.average = {name: value.detach().clone() for name, value in initial.items()}
-        self.momentum = dict(momentum)
-        self.updates = 0
+    def __init__(self, initial: Mapping[str, Tensor], rules: Mapping[str, Rule] | None = None) -> None:
+        self.layout = BufferLayout(initial)
+        self.rules: dict[str, Rule] = {name: (rules or {}).get(name, NEWEST) for name in initial}
+        self._bytes = self.layout.pack(initial)
+        self.current = self.layout.views(self._bytes)
         self._snapshot: Tensor | None = None
 
-    def update(self, batch: Mapping[str, Tensor]) -> None:
-        """Average in the statistics of one batch, of the same names and shapes."""
-        self.updates += 1
+    def update(self, reported: Mapping[str, Tensor]) -> None:
+        """Take over what one push reports: buffers by name, of the dtypes and shapes of the current ones."""
+        if not reported:
+            return
         self._snapshot = None
-        for name, average in self.average.items():
-            momentum = self.momentum[name]
-            weight = 1 / self.updates if momentum is None else momentum
-            average.mul_(1 - weight).add_(batch[name].detach(), alpha=weight)
+        for name, value in reported.items():
+            rule, mine = self.rules[name], self.current[name]
+            if rule.kind is Kind.newest:
+                mine.copy_(value.detach())
+            elif rule.kind is Kind.average:
+                weight = self._weight(rule, reported)
+                mine.mul_(1 - weight).add_(value.detach(), alpha=weight)
+        for name, value in reported.items():  # afterwards, as cumulative averages need the calls before
+            if self.rules[name].kind is Kind.count:
+                self.current[name].add_(value.detach())
+
+    def _weight(self, rule: Rule, reported: Mapping[str, Tensor]) -> float:
+        if rule.count is None:
+            return rule.weight(1)
+        calls = int(reported[rule.count]) if rule.count in reported else 1
+        return rule.weight(calls, int(self.current[rule.count]) if rule.momentum is None else 0)
 
     def snapshot(self) -> Tensor:
-        """Return the averages as bytes (uint8), shape (B,), which never change: replies share them until the next update."""
-        if not self.average:
+        """Return the buffers as bytes (uint8), which never change: they are shared until the next push that changes one."""
+        if not self.current:
             return NO_BUFFERS
         if self._snapshot is None:
-            self._snapshot = torch.cat([value.reshape(-1).view(torch.uint8) for value in self.average.values()])
+            self._snapshot = self._bytes.clone()
         return self._snapshot
 
     def copy(self) -> dict[str, Tensor]:
-        """Return a private copy of the averages by name."""
-        return {name: value.clone() for name, value in self.average.items()}
+        """Return the buffers by name, as they will stay: to be read only."""
+        return self.layout.views(self.snapshot())
 
-    def state_dict(self) -> dict[str, Tensor | int]:
-        """Return a private copy."""
-        return {"updates": self.updates, **{f"average.{name}": value.clone() for name, value in self.average.items()}}
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return a private copy by name."""
+        return self.layout.views(self._bytes.clone())
 
-    def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` returned."""
         self._snapshot = None
-        self.updates = int(state["updates"])
-        for name, average in self.average.items():
-            average.copy_(torch.as_tensor(state[f"average.{name}"]))
+        for name, mine in self.current.items():
+            mine.copy_(state[name])

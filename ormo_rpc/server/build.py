@@ -61,7 +61,7 @@ def build_server(
         total_tickets: T, how many gradients to apply; None for no end.
         min_workers: While fewer are members, no ticket is handed out.
         seed: The seed of a scheduler that draws.
-        buffers: The running average of the buffers in the pushes; none by default.
+        buffers: The buffers of the model; none by default.
         record: Called with every event, in order.
         clock: Seconds since the start, for the events.
         timer: Monotonic seconds, to measure the steps; by default they are not measured.
@@ -118,7 +118,7 @@ def build_server(
         members=Members(own_scheduler),
         assignments=Assignments(total_tickets, process_of),
         snapshots=Snapshots(own_algorithm, sent_dtype),
-        buffers=buffers or RunningBuffers({}, {}),
+        buffers=buffers or RunningBuffers({}),
         events=EventLog(record, clock),
         min_workers=min_workers,
         norm_limit=norm_limit,

@@ -55,7 +55,7 @@ class ParameterServer:
     snapshots: Snapshots
     """The parameters as they are sent and saved."""
     buffers: RunningBuffers
-    """The running average of the buffers in the pushes."""
+    """The buffers of the model."""
     events: EventLog
     """The recorder of events."""
     min_workers: int = 1
@@ -198,7 +198,7 @@ class ParameterServer:
         algorithm = self.algorithm
         try:
             validated = validate_push(
-                push, self.params, self.buffers.average, algorithm.VECTORS_PUSHED, self.norm_limit, self.pushed_dtype
+                push, self.params, self.buffers, algorithm.VECTORS_PUSHED, self.norm_limit, self.pushed_dtype
             )
         except NonFiniteGradient as error:
             return ValidatedPush(push.grad, math.nan, rejected=error)

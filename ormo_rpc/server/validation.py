@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from ormo_rpc.errors import GradientTooLarge, NonFiniteGradient, PushRefused
 from ormo_rpc.messages import Push
+from ormo_rpc.server.buffers import Kind, Rule, RunningBuffers
 
 LARGEST = 2**53
 """The largest whole number that JSON, a float64 and the counters of the server all hold exactly."""
+MOST_CALLS = 2**31 - 1
+"""The largest number of calls of a norm in a push, so that no sum of them overflows."""
 ROW = 4096
 """The number of 16-bit values in a partial sum, which is rounded to 16 bits itself."""
 
@@ -62,7 +65,7 @@ class ValidatedPush:
 def validate_push(
     push: Push,
     params: Tensor,
-    buffers: Mapping[str, Tensor],
+    buffers: RunningBuffers,
     vectors: int = 1,
     norm_limit: NormLimit | None = None,
     dtype: torch.dtype | None = None,
@@ -72,26 +75,28 @@ def validate_push(
     Args:
         push: The push.
         params: The server's parameters, shape (D,); only shape, dtype and device are read.
-        buffers: The server's buffers by name, read in the same way.
+        buffers: The server's buffers, read in the same way.
         vectors: The number of vectors of D in a push of this algorithm.
         norm_limit: The limit to its norm.
         dtype: The dtype of the gradient on the wire; by default the parameters'.
 
     Raises:
-        PushRefused: a field of another type, a tensor of another shape, dtype or device, or a buffer missing or unknown.
-        NonFiniteGradient: NaN or infinity in the gradient, a buffer or the loss.
+        PushRefused: a field of another type, a tensor of another shape, dtype or device, or a buffer that cannot be.
+        NonFiniteGradient: NaN or infinity in the gradient, in statistics of a batch norm or the loss.
         GradientTooLarge: the norm is above a limit that refuses.
     """
     _check_fields(push)
     sender = f"push of worker {push.worker} for ticket {push.ticket}"
     _check_like(push.grad, params, f"{sender}: gradient", vectors, dtype)
-    if push.buffers.keys() != buffers.keys():
-        got, expected = sorted(push.buffers), sorted(buffers)
-        raise PushRefused(f"{sender}: got the buffers {got}, expected {expected}; server and worker must build the same model")
+    if not push.buffers.keys() <= buffers.current.keys():
+        got, expected = sorted(push.buffers), sorted(buffers.current)
+        raise PushRefused(
+            f"{sender}: got the buffers {got}, expected of {expected}; server and worker must build the same model"
+        )
     grad_sum = _check_finite(push.grad, f"{sender}: gradient")
     for name, value in push.buffers.items():
-        _check_like(value, buffers[name], f"{sender}: buffer {name!r}")
-        _check_finite(value, f"{sender}: buffer {name!r}")
+        _check_like(value, buffers.current[name], f"{sender}: buffer {name!r}")
+        _check_possible(value, buffers.rules[name], f"{sender}: buffer {name!r}")
     if push.loss is not None and not math.isfinite(push.loss):
         raise NonFiniteGradient(f"{sender}: loss: got {push.loss}, expected a finite number; the learning rate may be too high")
     if push.samples < 1:
@@ -164,6 +169,16 @@ def _check_like(got: Tensor, expected: Tensor, what: str, vectors: int = 1, othe
         if came != wanted:
             source = "the wire has" if attribute == "dtype" and other_dtype else "the server's parameters have"
             raise PushRefused(f"{what}: got {attribute} {_plain(came)}, expected {_plain(wanted)}, as {source} it")
+
+
+def _check_possible(value: Tensor, rule: Rule, what: str) -> None:
+    """Check what is to be averaged or added; other buffers may have any value."""
+    if rule.kind is Kind.average:
+        _check_finite(value, what)
+        if rule.variance and bool((value < 0).any()):
+            raise PushRefused(f"{what}: got a negative variance, expected numbers >= 0")
+    elif rule.kind is Kind.count and not 0 <= int(value.min()) <= int(value.max()) <= MOST_CALLS:
+        raise PushRefused(f"{what}: got {value.tolist()} calls, expected a number from 0 to {MOST_CALLS}")
 
 
 def _total(values: Tensor) -> float:

@@ -61,7 +61,7 @@ class Summary(Metrics):
     evictions: list[dict[str, Any]] | None = entry("evicted workers: worker, process, host, reason, and the tickets they held")
 
     final_params_sha256: str | None = entry("SHA-256 of the final parameters")
-    final_buffers_sha256: str | None = entry("SHA-256 of the final batch-norm statistics")
+    final_buffers_sha256: str | None = entry("SHA-256 of the model's final buffers, such as batch-norm statistics")
     checkpoint: str | None = entry("the last checkpoint written")
 
     utilisation_per_worker: dict[str, float] | None = entry("simulation: fraction of its time that each worker computed")

@@ -36,7 +36,7 @@ class DummyWorker(Worker):
             stamp=reply.stamp,
             grad=self._encoder.encode(reply.worker),
             samples=self.epochs.batch_size,
-            buffers=self.buffers,
+            buffers=self._encoder.buffers.write({}),  # a fault may have written over it
             incarnation=reply.incarnation,
         )
 
@@ -47,14 +47,12 @@ class DummyWorker(Worker):
     @override
     def warm_up(self) -> None:
         # The vector is drawn again when the payload has moved, or when a fault (``corrupt``) has written NaN all over it.
-        last = (self.statistics if self.statistics.numel() else self.push)[-1]
-        if self._drawn_into == self.payload.data_ptr() and not last.isnan():
+        if self._drawn_into == self.payload.data_ptr() and not self.push[-1].isnan():
             if self._drawn is not None:
                 self.push.copy_(self._drawn)
             return
         torch.randn(self.push.shape, generator=generator(self.seed, "stand in", 0), out=self.push)
         self.push.mul_(SCALE)
-        self.statistics.fill_(1.0)  # a mean and a variance that an evaluation can use
         self._drawn_into = self.payload.data_ptr()
         form = self._encoder.format
         self._drawn = self.push.clone() if form.compression.error_feedback and not form.exact else None

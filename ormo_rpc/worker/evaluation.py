@@ -52,43 +52,43 @@ class Evaluator:
         self._with_gradients: bool | None = None
         """Whether forward passes record gradients; None until the first one."""
 
-    def __call__(self, params: Tensor, statistics: Mapping[str, Tensor]) -> Evaluation:
-        """Evaluate at the parameters, shape (D,), and the batch-norm statistics by name; neither is modified.
+    def __call__(self, params: Tensor, buffers: Mapping[str, Tensor]) -> Evaluation:
+        """Evaluate at the parameters, shape (D,), and the buffers by name; neither is modified.
 
         Raises:
             ValueError: the model does not fit the data, or no target of a split counts.
         """
-        loss, accuracy = self._means("test", self.data.test, params, statistics)
+        loss, accuracy = self._means("test", self.data.test, params, buffers)
         if self.data.validation is None:
             return Evaluation(loss, accuracy)
-        return Evaluation(loss, accuracy, *self._means("validation", self.data.validation, params, statistics))
+        return Evaluation(loss, accuracy, *self._means("validation", self.data.validation, params, buffers))
 
-    def tally(self, inputs: Tensor, targets: Tensor, params: Tensor, statistics: Mapping[str, Tensor]) -> Tally:
+    def tally(self, inputs: Tensor, targets: Tensor, params: Tensor, buffers: Mapping[str, Tensor]) -> Tally:
         """Sum up the losses of one batch at these parameters."""
-        self._load(params, statistics)
-        return self._tally(inputs, targets, params, statistics)
+        self._load(params, buffers)
+        return self._tally(inputs, targets, params, buffers)
 
-    def _means(self, name: str, data: Split, params: Tensor, statistics: Mapping[str, Tensor]) -> tuple[float, float]:
-        self._load(params, statistics)
+    def _means(self, name: str, data: Split, params: Tensor, buffers: Mapping[str, Tensor]) -> tuple[float, float]:
+        self._load(params, buffers)
         total = Tally()
         for indices in torch.arange(len(data)).split(BATCH_SIZE):
-            total += self._tally(*data.batch(indices, None), params, statistics)
+            total += self._tally(*data.batch(indices, None), params, buffers)
         if not total.counted:
             raise ValueError(f"dataset: no target of the {name} split counts")
         return total.loss / total.counted, total.correct / total.counted
 
-    def _load(self, params: Tensor, statistics: Mapping[str, Tensor]) -> None:
+    def _load(self, params: Tensor, buffers: Mapping[str, Tensor]) -> None:
         self.model.bind(params)
-        self.model.load_statistics(statistics)
+        self.model.buffers.load(buffers)
         self.model.module.eval()
 
-    def _tally(self, inputs: Tensor, targets: Tensor, params: Tensor, statistics: Mapping[str, Tensor]) -> Tally:
+    def _tally(self, inputs: Tensor, targets: Tensor, params: Tensor, buffers: Mapping[str, Tensor]) -> Tally:
         if self._with_gradients is not None:
             return self._forward(inputs, targets, gradients=self._with_gradients)
         try:
             result = self._forward(inputs, targets, gradients=False)
         except RuntimeError as error:
-            self._load(params, statistics)  # the pass that failed may have changed a buffer
+            self._load(params, buffers)  # the pass that failed may have changed a buffer
             result = self._forward(inputs, targets, gradients=True)
             _log.info("evaluations record gradients, since the model fails without: %s", error)
             self._with_gradients = True

@@ -15,17 +15,19 @@ from torch import Tensor
 from ormo_rpc.algorithms.base import Algorithm, LocalWork
 from ormo_rpc.compression import Allocate, Encoder, PushFormat
 from ormo_rpc.data import Epochs, Split
-from ormo_rpc.messages import Push, Reply
+from ormo_rpc.messages import NO_BUFFERS, Push, Reply
 from ormo_rpc.models.flat import FlatModel
-from ormo_rpc.seeding import generator, seed_for
+from ormo_rpc.models.passes import Passes
+from ormo_rpc.seeding import generator, seeded
 from ormo_rpc.worker.objective import count, mean_loss
 
 
 class Worker:
     """Computes the push of a ticket; batches, augmentation and dropout are functions of (seed, ticket) alone.
 
-    The push and, behind it, the batch-norm statistics lie in one flat tensor, `payload`, which the next call writes over: of
-    the model's dtype where the wire format is exact, else the bytes of the wire form. `wire` is the same memory as bytes.
+    The push and, behind it, the buffers that its passes have changed lie in one flat tensor, `payload`, which the next call
+    writes over: of the model's dtype where the wire format is exact, else the bytes of the wire form. `wire` is the same memory
+    as bytes.
 
     Args:
         model: The model, for this worker alone.
@@ -62,12 +64,13 @@ class Worker:
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.clip_norm = clip_norm
-        model.module.train()
-        exact = PushFormat(params=model.params, buffers=model.buffers, dtype=model.dtype, vectors=algorithm.VECTORS_PUSHED)
+        exact = PushFormat(
+            params=model.params, buffers=model.buffers.layout, dtype=model.dtype, vectors=algorithm.VECTORS_PUSHED
+        )
         self._encoder = Encoder(wire_format or exact, allocate)
         self.wire, self.payload = self._encoder.wire, self._encoder.payload
-        self.push, self.statistics = self._encoder.push, self._encoder.statistics
-        self.buffers = model.bind_batch_statistics(self.statistics)
+        self.push = self._encoder.push
+        self._passes = Passes(model)
         self._grad_bound = 0
         self._loaded: dict[int, tuple[Tensor, Tensor]] = {}
         """Batches made ahead by `load`, by their numbers in the run."""
@@ -85,6 +88,7 @@ class Worker:
         """
         assert reply.ticket is not None, "a reply without a ticket ends the worker"
         batches, losses = self._batches(reply.ticket, reply.steps), list[float]()
+        self._begin(reply.buffers)
 
         def gradient(params: Tensor, step: int, into: Tensor) -> None:
             number, indices = batches[step]
@@ -108,7 +112,7 @@ class Worker:
             grad=self._encoder.encode(reply.worker),
             loss=sum(losses) / len(losses) if losses else None,
             samples=sum(len(indices) for _, indices in batches),
-            buffers=self.buffers,
+            buffers=self._encoder.buffers.write(self._passes.collect()),
             incarnation=reply.incarnation,
         )
 
@@ -143,6 +147,7 @@ class Worker:
 
     def warm_up(self) -> None:
         """Compute a gradient and drop it, since a first pass is many times slower and would be measured as a delay."""
+        self._begin(NO_BUFFERS)
         scratch = torch.zeros(self.model.params.size, dtype=self.model.dtype)
         self._gradient(self.model.flat_params(), self.epochs.indices(0), 0, scratch)
 
@@ -156,15 +161,20 @@ class Worker:
             self.model.bind_grad(into)
             self._grad_bound = into.data_ptr()
         into.zero_()
-        self.statistics.zero_()
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed_for(self.seed, "forward", number))
+        self._passes.begin_pass()
+        with seeded(self.seed, "forward", number):
             inputs, targets = self._loaded.pop(number, None) or self.data.batch(indices, self._augmentation(number))
             loss = mean_loss(self.model.module(inputs), targets)
             loss.backward()
+        self._passes.end_pass()
         self._regularise(into, params)
         value = loss.item()
         return None if math.isnan(value) and count(targets) == 0 else value
+
+    def _begin(self, handed: Tensor) -> None:
+        """Put the model into training mode, with the buffers of a reply: nothing is kept of earlier tickets."""
+        self.model.module.train()
+        self._passes.begin(handed)
 
     def _batches(self, ticket: int, steps: int) -> list[tuple[int, Tensor]]:
         """The batches of a ticket: the number of each in the run, and the numbers of its samples."""

@@ -67,7 +67,7 @@ def test_other_sizes_dtypes_and_batch_norm_statistics_cross_by_stream(
         run.start(*[transport] * WORKERS)
         run.run(40, random.Random(5))
         run.check_same_state()
-        assert run.server.buffers.updates == 40
+        assert run.server.buffers.current["mean"].any()
         shared = "memfd" in mapping(next(iter(run.held.values()))[0].params)
         assert shared == (transport is SHARED and dimension == LARGE)
 

@@ -172,7 +172,7 @@ def test_batch_norm_statistics_are_averaged_under_the_synchronous_scheduler(tmp_
             replies |= {reply.worker: reply for reply in server.receive(push) if reply.ticket is not None}
         state = torch.load(checkpoint.locate(run_dir) / "model.pt", weights_only=True)
         torch.testing.assert_close(state["2.running_mean"], means)
-        assert sha256(*server.buffers.average.values()) == result["final_buffers_sha256"]
+        assert sha256(*server.buffers.current.values()) == result["final_buffers_sha256"]
         assert replayed(run_dir, tmp_path / "again") == result["final_params_sha256"]
 
 

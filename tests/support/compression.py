@@ -10,6 +10,7 @@ from ormo_rpc.compression.powersgd import PowerSGD
 from ormo_rpc.compression.topk import TopK
 from ormo_rpc.compression.wire_options import WireDtype
 from ormo_rpc.models.flat import Layout
+from ormo_rpc.server.buffer_layout import BufferLayout
 
 SHAPES = {"conv": (8, 3, 3, 3), "conv_bias": (8,), "linear": (20, 30), "scale": (), "small": (3, 4)}
 DIMENSION = 8 * 27 + 8 + 600 + 1 + 12
@@ -27,10 +28,14 @@ def layout(shapes: dict[str, tuple[int, ...]]) -> Layout:
     return Layout({name: torch.empty(shape) for name, shape in shapes.items()})
 
 
+def buffer_layout(shapes: dict[str, tuple[int, ...]]) -> BufferLayout:
+    return BufferLayout({name: torch.empty(shape) for name, shape in shapes.items()})
+
+
 def made(name: str, wire: WireDtype, *, dtype: torch.dtype = torch.float32, vectors: int = 1) -> PushFormat:
     return PushFormat(
         params=layout(SHAPES),
-        buffers=layout(STATISTICS),
+        buffers=buffer_layout(STATISTICS),
         dtype=dtype,
         vectors=vectors,
         compression=COMPRESSIONS[name],

@@ -14,8 +14,8 @@ from ormo_rpc.messages import ErrorReply, Push, Reply
 from ormo_rpc.rendezvous.memberships import Membership
 from ormo_rpc.rendezvous.protocol import JoinRequest
 from ormo_rpc.runtimes.distributed.server_process.service import Service
-from ormo_rpc.server.buffers import RunningBuffers
 from ormo_rpc.server.parameter_server import ParameterServer
+from tests.support.buffers import averages
 
 DIMENSION = 4
 MANY = 24  # an RPC agent has 16 threads by default
@@ -106,7 +106,7 @@ def owner(
 ) -> Owner:
     given: dict[str, Any] = {"algorithm": "asgd", "lr": 1.0, "params": torch.zeros(DIMENSION, dtype=torch.float64), **options}
     if buffers:
-        given["buffers"] = RunningBuffers({"mean": torch.zeros(buffers, dtype=torch.float64)}, {"mean": 1.0})
+        given["buffers"] = averages({"mean": torch.zeros(buffers, dtype=torch.float64)}, {"mean": 1.0})
     return Owner(Service(build_server(num_workers=num_workers, **given), observe))
 
 

@@ -25,7 +25,6 @@ from ormo_rpc.rendezvous.lease import Lease, connect
 from ormo_rpc.rendezvous.listener import Listener
 from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.runtimes.distributed.server_process.service import Service
-from ormo_rpc.server.buffers import RunningBuffers
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.storage.journal import Journal
 from ormo_rpc.transports.auto import Auto
@@ -35,6 +34,7 @@ from ormo_rpc.transports.stream.client import StreamClient, StreamWorkerSide
 from ormo_rpc.transports.stream.server import StreamServerSide
 from ormo_rpc.transports.stream.shared_memory import AVAILABLE, SharedMemoryPool
 from ormo_rpc.transports.tcp import Tcp
+from tests.support.buffers import averages
 from tests.support.contract import same
 from tests.support.processes import PATIENCE_SECONDS, wait_until
 from tests.support.rendezvous import join_response
@@ -135,14 +135,14 @@ class Cluster:
         assert came.ticket is not None
         payload = self.gradient(came.ticket)
         self.waiting[worker] = self.workers[worker].push(came, payload)
-        statistics = payload[payload.numel() - 2 :] if self.server.buffers.average else payload[:0]
+        grad, buffers = self.service.push_format.unpack(payload.view(torch.uint8))
         replies = self.reference.receive(
             Push(
                 worker=worker,
                 ticket=came.ticket,
                 stamp=came.stamp,
-                grad=payload[: payload.numel() - statistics.numel()].to(self.reference.params.dtype),
-                buffers={"mean": statistics} if statistics.numel() else {},
+                grad=grad.to(self.reference.params.dtype),
+                buffers=buffers,
                 loss=0.5,
                 samples=8,
                 incarnation=came.incarnation,
@@ -210,13 +210,13 @@ def cluster(
     }
 
     def server(pushed: torch.dtype | None = None) -> ParameterServer:
-        average = RunningBuffers({"mean": torch.zeros(2, dtype=dtype)}, {"mean": 0.25}) if buffers else None
+        average = averages({"mean": torch.zeros(2, dtype=dtype)}, {"mean": 0.25}) if buffers else None
         return build_server(num_workers=workers, buffers=average, pushed_dtype=pushed, **given)
 
     reference, ours = server(), server(wire.rounded)
     form = PushFormat(
         params=Layout({"params": ours.params}),
-        buffers=Layout(ours.buffers.average),
+        buffers=ours.buffers.layout,
         dtype=dtype,
         vectors=ours.algorithm.VECTORS_PUSHED,
         wire=wire,

@@ -21,6 +21,7 @@ from ormo_rpc.rendezvous.listener import Listener
 from ormo_rpc.rendezvous.memberships import Membership, Memberships
 from ormo_rpc.rendezvous.protocol import JoinRequest
 from ormo_rpc.rendezvous.secret import Secret
+from ormo_rpc.server.buffer_layout import BufferLayout
 from ormo_rpc.transports.base import Endpoint, ServerSide, Transport
 from ormo_rpc.transports.pending_replies import ReplyFuture
 from tests.support.processes import PATIENCE_SECONDS
@@ -43,7 +44,7 @@ class RecordingService:
     def __init__(self, dimension: int) -> None:
         self.push_format = PushFormat(
             params=Layout({"params": torch.empty(dimension)}),
-            buffers=Layout({"mean": torch.empty(STATISTICS)}),
+            buffers=BufferLayout({"mean": torch.empty(STATISTICS)}),
             dtype=torch.float32,
         )
         self.rereads_pushes = False

@@ -16,6 +16,7 @@ from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.models.flat import Layout
 from ormo_rpc.runtimes.job import Evaluate, Exporter, configured_format, configured_server
 from ormo_rpc.runtimes.simulator.synthetic import Quadratic
+from ormo_rpc.server.buffer_layout import BufferLayout
 from ormo_rpc.server.events import Event
 from ormo_rpc.server.parameter_server import ParameterServer
 
@@ -59,7 +60,7 @@ class SyntheticJob:
     def push_format(self) -> PushFormat:
         """Return the wire form of pushes; they have no matrix, so powersgd sends them as they are."""
         params = Layout({"x": torch.empty(self.config.sim.dimension)})
-        return configured_format(self.config, params, Layout({}), torch.float32)
+        return configured_format(self.config, params, BufferLayout({}), torch.float32)
 
     def fingerprint(self) -> Fingerprint:
         """Return the fingerprint of a model that has the quadratic's vector as its only parameter."""

@@ -110,12 +110,12 @@ class StreamServerSide(ServerSide):
         payload = torch.empty(form.size, dtype=torch.uint8) if shared is None or copies else shared
         inline = bytes_of(payload) if shared is None else None
         decoded = None if form.plain else torch.empty(form.length, dtype=form.dtype)
-        views = form.unpack(payload) if form.plain else None
+        views = (form.whole(payload), form.wire_buffers(payload)) if form.plain else None  # made once
         frame = bytearray(REQUEST_BYTES)
         whole = memoryview(frame)
 
         def push() -> ReplyFuture:
-            grad, buffers = views or form.unpack(payload, decoded)
+            grad, buffers = form.unpack(payload, decoded) if views is None else (views[0], views[1].read())
             return service.push(session_id, Push(**frames.push_numbers(frame), grad=grad, buffers=buffers))
 
         def register() -> ReplyFuture:

@@ -16,6 +16,7 @@ from ormo_rpc.errors import PushRefused
 from ormo_rpc.messages import Push
 from ormo_rpc.server.validation import validate_push
 from ormo_rpc.worker.faults import FaultInjector
+from tests.support.buffers import averages
 from tests.support.compression import CASES, DIMENSION, STATISTICS, encoded, gradients, made
 
 SENTINEL = 12345.0
@@ -26,10 +27,10 @@ def unpacked(format_: PushFormat, payload: Tensor) -> str:
     room = torch.full((format_.length + 32,), SENTINEL)
     outcome, said = "taken", "push of worker 3"
     try:
-        grad, buffers = format_.unpack(payload, room[16:-16], "push of worker 3")
-        push = Push(worker=3, ticket=0, stamp=0, grad=grad, buffers=buffers)
-        statistics = {name: torch.empty(shape) for name, shape in STATISTICS.items()}
-        validate_push(push, torch.empty(DIMENSION), statistics, dtype=format_.pushed_dtype)
+        grad, reported = format_.unpack(payload, room[16:-16], "push of worker 3")
+        push = Push(worker=3, ticket=0, stamp=0, grad=grad, buffers=reported)
+        buffers = averages({name: torch.zeros(shape) for name, shape in STATISTICS.items()}, {"mean": 0.5, "var": 0.5})
+        validate_push(push, torch.empty(DIMENSION), buffers, dtype=format_.pushed_dtype)
         assert torch.isfinite(grad).all()
     except PushRefused as error:
         outcome, said = type(error).__name__, str(error)

@@ -17,7 +17,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as publish
 from ormo_rpc.compression import Encoder, PushFormat
 from ormo_rpc.compression.powersgd import PowerSGD, PowerSGDCompressor, orthogonalise
 from ormo_rpc.compression.wire_options import WireDtype
-from tests.support.compression import DIMENSION, SHAPES, encoded, gradients, layout, made
+from tests.support.compression import DIMENSION, SHAPES, buffer_layout, encoded, gradients, layout, made
 
 
 class Bucket:
@@ -66,7 +66,7 @@ def test_powersgd_is_torchs_hook_of_one_process(rank: int, feedback: bool) -> No
     )
     state.iter = 2  # from its first step on
     compression = PowerSGD(rank=rank, error_feedback=feedback)
-    format_ = PushFormat(params=layout(MATRICES), buffers=layout({}), dtype=torch.float64, compression=compression)
+    format_ = PushFormat(params=layout(MATRICES), buffers=buffer_layout({}), dtype=torch.float64, compression=compression)
     factors = format_.compressor
     assert isinstance(factors, PowerSGDCompressor)
     worth = [part for part in factors.parts if part.rank]

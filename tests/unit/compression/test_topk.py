@@ -14,7 +14,7 @@ from ormo_rpc.compression.topk import TopK
 from ormo_rpc.compression.wire_options import WireDtype
 from ormo_rpc.errors import PushRefused
 from ormo_rpc.models.flat import Layout
-from tests.support.compression import DIMENSION, SHAPES, encoded, gradients, layout, made
+from tests.support.compression import DIMENSION, SHAPES, buffer_layout, encoded, gradients, layout, made
 
 
 @pytest.mark.parametrize("feedback", [True, False])
@@ -22,7 +22,9 @@ from tests.support.compression import DIMENSION, SHAPES, encoded, gradients, lay
 def test_topk_is_a_plain_loop(feedback: bool, wire: WireDtype) -> None:
     ratio, k = 0.05, 42  # of 837 values: 41.85
     compression = TopK(ratio=ratio, error_feedback=feedback)
-    format_ = PushFormat(params=layout(SHAPES), buffers=layout({}), dtype=torch.float32, compression=compression, wire=wire)
+    format_ = PushFormat(
+        params=layout(SHAPES), buffers=buffer_layout({}), dtype=torch.float32, compression=compression, wire=wire
+    )
     encoder = Encoder(format_)
     error = [np.float32(0)] * DIMENSION
     for gradient in gradients(6):
@@ -62,4 +64,4 @@ def test_invalid_indices_are_refused(indices: Callable[[Tensor], Tensor], said: 
 def test_more_parameters_than_an_index_can_name_are_refused() -> None:
     huge = Layout({"a": torch.empty(1).expand(2**31)})
     with pytest.raises(ValueError, match=r"\Acompression: got topk for 2147483648 parameters, expected at most 2,147,483,647"):
-        PushFormat(params=huge, buffers=layout({}), dtype=torch.float32, compression=TopK())
+        PushFormat(params=huge, buffers=buffer_layout({}), dtype=torch.float32, compression=TopK())

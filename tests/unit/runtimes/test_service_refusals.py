@@ -10,6 +10,7 @@ import torch
 
 from ormo_rpc.errors import PushRefused, StaleSession, WorkerBanned
 from ormo_rpc.messages import Reply
+from tests.support.buffers import wire
 from tests.support.service import DIMENSION, begun, gradient, owner, total
 
 
@@ -60,15 +61,16 @@ def test_a_finite_gradient_resets_the_count_of_non_finite_ones() -> None:
 def test_a_payload_of_wrong_length_is_refused_and_nothing_changes(buffers: int, difference: int) -> None:
     there = owner(2, buffers=buffers)
     reply, _ = begun(there)
-    length = max(0, DIMENSION + buffers + difference)
+    size = 8 * DIMENSION + (16 + 32 if buffers else 0)  # a mark, and three numbers of 8 bytes, each at a multiple of 16
+    length = max(0, size + 8 * difference)
     with pytest.raises(PushRefused) as caught:
-        there.push(reply, torch.zeros(length, dtype=torch.float64))
-    expected = rf"push: payload: got \({8 * length},\) of torch.uint8 on cpu, expected {8 * (DIMENSION + buffers)} bytes .*"
+        there.push(reply, torch.zeros(length, dtype=torch.uint8))
+    expected = rf"push: payload: got \({length},\) of torch.uint8 on cpu, expected {size} bytes .*"
     assert re.fullmatch(expected, str(caught.value))
     assert there.service.server.iteration == 0
-    statistics = torch.arange(float(buffers), dtype=torch.float64)
-    assert there.push(reply, torch.cat([gradient(0), statistics])).value().ticket == 2
-    assert [value.tolist() for value in there.service.server.buffers.average.values()] == ([[0, 1, 2]] if buffers else [])
+    statistics = {"mean": torch.arange(3.0, dtype=torch.float64)} if buffers else {}
+    assert there.push(reply, wire(there.service.push_format, gradient(0), statistics)).value().ticket == 2
+    assert [value.tolist() for value in there.service.server.buffers.current.values()] == ([[0, 1, 2]] if buffers else [])
 
 
 def test_a_refused_push_does_not_complete_the_open_future() -> None:

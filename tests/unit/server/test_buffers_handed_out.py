@@ -10,15 +10,15 @@ from torch import Tensor
 
 from ormo_rpc import build_server
 from ormo_rpc.messages import Push, Reply
-from ormo_rpc.server.buffers import RunningBuffers
 from ormo_rpc.server.parameter_server import ParameterServer
+from tests.support.buffers import averages
 from tests.support.contract import same
 
 WORKERS = 3
 
 
 def server(**options: Any) -> ParameterServer:
-    buffers = RunningBuffers({"mean": torch.tensor([1.0, 2.0]), "var": torch.tensor([4.0])}, {"mean": 0.5, "var": 0.5})
+    buffers = averages({"mean": torch.tensor([1.0, 2.0]), "var": torch.tensor([4.0])}, {"mean": 0.5, "var": 0.5})
     return build_server(
         algorithm="asgd", params=torch.zeros(4), num_workers=WORKERS, lr=0.1, buffers=buffers, total_tickets=6, **options
     )
@@ -39,7 +39,8 @@ def answer(reply: Reply, mean: float) -> Push:
 
 
 def values(reply: Reply) -> list[float]:
-    return reply.buffers.view(torch.float32).tolist()
+    """Of the two buffers, which lie at multiples of 16 bytes."""
+    return [*reply.buffers[:8].view(torch.float32).tolist(), *reply.buffers[16:20].view(torch.float32).tolist()]
 
 
 def test_a_reply_carries_the_buffers_of_its_stamp() -> None:

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from ormo_rpc.errors import GradientTooLarge, NonFiniteGradient, PushRefused, StaleSession
 from ormo_rpc.messages import Push, Reply
-from ormo_rpc.server.buffers import RunningBuffers
 from ormo_rpc.server.build import build_server
 from ormo_rpc.server.events import Event
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.server.validation import NormLimit, NormPolicy
+from tests.support.buffers import averages
 from tests.support.contract import same
 from tests.support.examples import examples
 from tests.support.schedule import answer, normal
@@ -66,7 +66,7 @@ def no_gradients(size: int) -> list[Bad]:
 
 
 NO_BUFFERS: list[Bad] = [
-    *(({"buffers": buffers}, PushRefused) for buffers in (None, 1, "mean", [], (), [("mean", 1)], {}, {1: torch.ones(2)})),
+    *(({"buffers": buffers}, PushRefused) for buffers in (None, 1, "mean", [], (), [("mean", 1)], {1: torch.ones(2)})),
     *(
         ({"buffers": {"mean": value}}, PushRefused)
         for value in (None, 1.0, "x", [1.0, 2.0], torch.ones(2), torch.ones(3).double())
@@ -110,7 +110,7 @@ class Attack:
             params=torch.zeros(DIMENSION, dtype=torch.float64),
             num_workers=4,
             lr=0.01,
-            buffers=RunningBuffers({"mean": torch.zeros(2, dtype=torch.float64)}, {"mean": 0.25}),
+            buffers=averages({"mean": torch.zeros(2, dtype=torch.float64)}, {"mean": 0.25}),
             record=events.append,
             norm_limit=NormLimit(1e6, NormPolicy.refuse),
         )

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ormo_rpc.errors import NonFiniteGradient, PushRefused, StaleSession
 from ormo_rpc.messages import Push, Reply
-from ormo_rpc.server.buffers import RunningBuffers
 from ormo_rpc.server.parameter_server import ParameterServer
+from tests.support.buffers import averages
 from tests.support.contract import same
 from tests.support.trial import ONE, begin, brief, tensor
 
@@ -54,11 +54,10 @@ BAD: dict[str, tuple[dict[str, Any], type[PushRefused], str]] = {
         NonFiniteGradient,
         "1 for ticket 1: loss: got inf, expected a finite number; the learning rate may be too high",
     ),
-    "no buffer": ({"buffers": {}}, PushRefused, rf"1 for ticket 1: got the buffers \[\], expected \['mean'\]; {MODEL}"),
     "unknown buffer": (
         {"buffers": {**MEAN, "var": tensor(1)}},
         PushRefused,
-        rf"1 for ticket 1: got the buffers \['mean', 'var'\], expected \['mean'\]; {MODEL}",
+        rf"1 for ticket 1: got the buffers \['mean', 'var'\], expected of \['mean'\]; {MODEL}",
     ),
     "shape of a buffer": (
         {"buffers": {"mean": tensor(1)}},
@@ -122,7 +121,7 @@ def receive_or_raise(server: ParameterServer, push: Push) -> None:
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_push_is_refused_with_its_reason_and_changes_nothing(name: str) -> None:
     changes, error, text = BAD[name]
-    trial = begin(buffers=RunningBuffers({"mean": torch.zeros(2, dtype=torch.float64)}, {"mean": 0.25}))
+    trial = begin(buffers=averages({"mean": torch.zeros(2, dtype=torch.float64)}, {"mean": 0.25}))
     trial.push(0, buffers=MEAN)
     trial.push(0, buffers=MEAN)
     before, events = trial.server.state_dict(), len(trial.events)
@@ -145,18 +144,18 @@ def test_a_finite_gradient_whose_sum_overflows_is_applied() -> None:
 
 
 def test_a_gradient_with_an_autograd_graph_is_detached() -> None:
-    trial = begin(buffers=RunningBuffers({"mean": torch.zeros(2, dtype=torch.float64)}, {"mean": 0.25}))
+    trial = begin(buffers=averages({"mean": torch.zeros(2, dtype=torch.float64)}, {"mean": 0.25}))
     grad, mean = ONE.clone().requires_grad_(), MEAN["mean"].clone().requires_grad_()
     trial.push(0, grad * 2, buffers={"mean": mean * 2})
-    held = [trial.server.params, *trial.server.algorithm.state_dict().values(), *trial.server.buffers.average.values()]
+    held = [trial.server.params, *trial.server.algorithm.state_dict().values(), *trial.server.buffers.current.values()]
     assert not any(value.requires_grad for value in held if isinstance(value, Tensor))
     assert trial.server.params.tolist() == [-1, -1, -1]  # 0 - 0.5 * 2
-    assert trial.server.buffers.average["mean"].tolist() == [0.5, 1.0]  # 0.75 * 0 + 0.25 * 2 * (1, 2)
+    assert trial.server.buffers.current["mean"].tolist() == [0.5, 1.0]  # 0.75 * 0 + 0.25 * 2 * (1, 2)
 
 
 def test_a_loaded_state_with_an_autograd_graph_is_detached() -> None:
     start = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    trial = begin(buffers=RunningBuffers({"mean": start}, {"mean": 0.25}))
+    trial = begin(buffers=averages({"mean": start}, {"mean": 0.25}))
     plain = trial.server.state_dict(replies=True)
     graph = {
         **plain,
@@ -169,7 +168,7 @@ def test_a_loaded_state_with_an_autograd_graph_is_detached() -> None:
     for state in (plain, graph):
         trial.server.load_state_dict(state)
         trial.push(0, buffers=MEAN)
-        held = [trial.server.params, *trial.server.algorithm.state_dict().values(), *trial.server.buffers.average.values()]
+        held = [trial.server.params, *trial.server.algorithm.state_dict().values(), *trial.server.buffers.current.values()]
         assert not any(value.requires_grad for value in held if isinstance(value, Tensor))
         assert trial.server.params.tolist() == [-0.5, -0.5, -0.5]  # 0 - 0.5 * 1
         trial.held[0] = next(Reply(**each) for each in plain["replies"] if each["worker"] == 0)

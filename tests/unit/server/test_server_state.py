@@ -9,9 +9,9 @@ import torch
 
 from ormo_rpc.errors import StaleSession
 from ormo_rpc.server import parameter_server as server_module
-from ormo_rpc.server.buffers import RunningBuffers
 from ormo_rpc.server.events import Kind
 from ormo_rpc.server.parameter_server import Status
+from tests.support.buffers import averages
 from tests.support.contract import same
 from tests.support.trial import ONE, Trial, begin, brief, tensor
 
@@ -101,7 +101,7 @@ def test_each_restart_increments_the_incarnation() -> None:
         ({"scheduler": "sync"}, r"scheduler: got sync, expected async"),
         ({"params": torch.zeros(3)}, r".*got .*torch\.float32.*, expected .*torch\.float64.*"),
         ({"params": tensor(0, 0)}, r".*got .*\(2,\).*, expected .*\(3,\).*"),
-        ({"buffers": RunningBuffers({"mean": ONE}, {"mean": 0.1})}, r"buffers: got .*average\.mean.*, expected .*"),
+        ({"buffers": averages({"mean": ONE}, {"mean": 0.1})}, r"buffers: got .*mean.*, expected .*"),
     ],
 )
 def test_the_state_of_another_kind_of_server_is_refused(other: dict[str, Any], text: str) -> None:
@@ -114,11 +114,11 @@ def test_the_state_of_another_kind_of_server_is_refused(other: dict[str, Any], t
 
 
 def test_a_state_of_another_format_or_with_other_buffers_changes_nothing() -> None:
-    trial = begin(buffers=RunningBuffers({"mean": torch.zeros(2)}, {"mean": 0.1}))
+    trial = begin(buffers=averages({"mean": torch.zeros(2)}, {"mean": 0.1}))
     before = trial.server.state_dict()
     trial.push(0, buffers={"mean": torch.ones(2)})
     other = trial.server.state_dict()
-    other["buffers"]["average.mean"] = torch.ones(5)
+    other["buffers"]["mean"] = torch.ones(5)
     now = trial.server.state_dict()
     version = "version: got .*, expected .*; load it with the ormo_rpc that saved it"
     buffers = "buffers: got .*; build this server as that one was"

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from ormo_rpc import build_server
 from ormo_rpc.messages import Push, Reply
-from ormo_rpc.server.buffers import RunningBuffers
 from ormo_rpc.server.events import Event, Kind
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.storage.journal import FileJournal, recover
+from tests.support.buffers import averages
 from tests.support.examples import examples
 
 DIMENSION = 5
@@ -34,7 +34,7 @@ def server(algorithm: str, events: list[Event] | None = None) -> ParameterServer
         lr=0.1,
         momentum=0.5,
         total_tickets=60,
-        buffers=RunningBuffers({"mean": torch.zeros(2, dtype=torch.float64)}, {"mean": 0.25}),
+        buffers=averages({"mean": torch.zeros(2, dtype=torch.float64)}, {"mean": 0.25}),
         record=(lambda _: None) if events is None else events.append,
     )
 

@@ -22,7 +22,7 @@ from ormo_rpc.transports.base import ServerSide, Transport
 from tests.support.contract import same
 from tests.support.processes import wait_until
 from tests.support.schedule import normal
-from tests.support.transport_peers import STATISTICS, RecordingService, connected
+from tests.support.transport_peers import RecordingService, connected
 
 pytestmark = pytest.mark.timeout(120)
 SMALL, LARGE = 5, WORTH_POOLING // 4 + 1
@@ -83,7 +83,9 @@ def test_all_of_a_push_and_of_its_reply_crosses(transport: Transport, dimension:
             pushed = service.pushes[-1]
             assert {name: getattr(pushed, name) for name in numbers} == numbers
             assert torch.equal(pushed.grad, payload[:dimension])
-            assert torch.equal(pushed.buffers["mean"], payload[-STATISTICS:])
+            reported = form.unpack(payload.view(torch.uint8))[1]
+            assert pushed.buffers.keys() == reported.keys()
+            assert all(torch.equal(value, reported[name]) for name, value in pushed.buffers.items())
 
 
 @pytest.mark.slow

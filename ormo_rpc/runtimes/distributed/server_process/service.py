@@ -79,7 +79,7 @@ class Service:
         self.pending = PendingReplies(defer_shutdown=defer_shutdown)
         self.push_format = push_format or PushFormat(
             params=Layout({"params": server.params}),
-            buffers=Layout(server.buffers.average),
+            buffers=server.buffers.layout,
             dtype=server.params.dtype,
             vectors=server.algorithm.VECTORS_PUSHED,
         )

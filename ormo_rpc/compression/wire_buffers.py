@@ -1,0 +1,47 @@
+"""The buffers of a model among the bytes of a push."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ormo_rpc.server.buffer_layout import BufferLayout, aligned, as_bytes
+
+
+class WireBuffers:
+    """Buffers among the bytes of a push: for each of them a byte that is not 0 where it is reported, then the values of all.
+
+    Args:
+        layout: The places of the values.
+        region: The bytes, uint8, shape (`size`,), at an aligned address.
+    """
+
+    def __init__(self, layout: BufferLayout, region: Tensor) -> None:
+        self._marks = region[: len(layout.shapes)]
+        values = region[aligned(len(layout.shapes)) :]
+        self._bytes = layout.bytes_of(values)
+        self._views = layout.views(values)
+
+    @staticmethod
+    def size(layout: BufferLayout) -> int:
+        """The number of bytes."""
+        return aligned(len(layout.shapes)) + layout.size
+
+    def write(self, reported: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Put buffers of the layout's dtypes and shapes at their places, and return them as `read` does."""
+        self._marks.zero_()
+        for number, (name, place) in enumerate(self._bytes.items()):
+            if name in reported:
+                place.copy_(as_bytes(reported[name]))
+                self._marks[number] = 1
+        return self.read()
+
+    def read(self) -> dict[str, Tensor]:
+        """The reported buffers by name, as views of the bytes; bools as copies, as forged ones may be neither 0 nor 1."""
+        found: dict[str, Tensor] = {}
+        for (name, view), mark in zip(self._views.items(), self._marks.tolist(), strict=True):
+            if mark:
+                found[name] = view.view(torch.uint8) != 0 if view.dtype is torch.bool else view
+        return found

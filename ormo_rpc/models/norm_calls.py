@@ -1,0 +1,139 @@
+"""The calls of a batch norm: the statistics of each one's batch, and their mean over the calls for a ticket."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage] # the base class of all batch norms
+
+from ormo_rpc.models.buffers import buffers_of
+from ormo_rpc.server.buffer_layout import same_bytes
+
+
+class NormCalls:
+    """The calls of one batch norm for a ticket, each with the statistics of its batch.
+
+    During a call that trains, the norm has zeros as running statistics and the momentum 1, so that the call leaves the
+    statistics of its batch there. Then its own ones come back, and are advanced as torch would have done.
+
+    Args:
+        prefix: The norm's name, with a dot at the end.
+        norm: The norm; it gets hooks.
+
+    Attributes:
+        batches: Mean and variance of each call, in order.
+    """
+
+    def __init__(self, prefix: str, norm: _BatchNorm) -> None:
+        self.prefix = prefix
+        self.norm = norm
+        self.momentum = norm.momentum
+        self.batches: list[tuple[Tensor, Tensor]] = []
+        self._own: tuple[Tensor, Tensor] | None = None
+        self._expected: tuple[Tensor, Tensor, int]
+
+        # A copy of the norm has these hooks too, and is none of ours.
+        def before(called: nn.Module, _: object) -> None:
+            if called is norm:
+                self._before()
+
+        def after(called: nn.Module, _: object, output: object) -> None:
+            if called is norm:
+                self._after(failed=output is None)
+
+        norm.register_forward_pre_hook(before)
+        norm.register_forward_hook(after, prepend=True, always_call=True)  # so that hooks of the user's see its own statistics
+
+    def begin(self) -> None:
+        """Forget all calls, since the norm's buffers were loaded."""
+        mean, variance, count = self._statistics()
+        assert mean is not None, "it has statistics"
+        assert variance is not None, "of both kinds"
+        assert count is not None, "and a counter"
+        self.batches = []
+        self._expected = mean.clone(), variance.clone(), int(count)
+
+    def report(self) -> dict[str, Tensor]:
+        """Return the number of calls and the mean of their statistics by name; nothing where there was no call.
+
+        Raises:
+            ValueError: the statistics were changed otherwise.
+        """
+        self._check()
+        count = len(self.batches)
+        if count == 0:
+            return {}
+        assert self.norm.num_batches_tracked is not None, "it was there a moment ago"
+        reported = {f"{self.prefix}num_batches_tracked": torch.full_like(self.norm.num_batches_tracked, count)}
+        if self.momentum != 0:  # no call counts
+            means, variances = zip(*self.batches, strict=True)
+            reported[f"{self.prefix}running_mean"] = self._mean(means)
+            reported[f"{self.prefix}running_var"] = self._mean(variances)
+        return reported
+
+    def _mean(self, values: tuple[Tensor, ...]) -> Tensor:
+        """The mean, in which a call weighs what it has in the norm's own average after the last one."""
+        if len(values) == 1:
+            return values[0]
+        stay = 1.0 if self.momentum is None else 1.0 - self.momentum
+        weights = [stay**age for age in reversed(range(len(values)))]
+        total = sum(weights)
+        return torch.stack([value * (weight / total) for value, weight in zip(values, weights, strict=True)]).sum(0)
+
+    def _before(self) -> None:
+        norm = self.norm
+        if not (norm.training and norm.track_running_stats):
+            return
+        if norm.momentum != self.momentum:
+            raise ValueError(
+                f"model: {self.prefix}momentum: got {norm.momentum} in a forward pass, expected {self.momentum}, as at "
+                "construction; the server averages with that one, so leave it as it is"
+            )
+        mean, variance, _ = self._statistics()
+        if mean is None or variance is None:
+            raise ValueError(self._refusal())
+        self._own = mean, variance
+        self._put(torch.zeros_like(mean), torch.zeros_like(variance))
+        norm.momentum = 1.0
+
+    def _after(self, *, failed: bool) -> None:
+        norm, own = self.norm, self._own
+        if own is None:
+            return
+        mean, variance, count = self._statistics()
+        assert mean is not None, "it was put there"
+        assert variance is not None, "as this one"
+        self._put(*own)
+        norm.momentum = self.momentum
+        self._own = None
+        if failed and not (mean.any() or variance.any()):
+            return  # it did not get that far, unlike one that checkpointing has stopped once it had run
+        self.batches.append((mean, variance))
+        weight = 1 / int(count) if self.momentum is None and count is not None else self.momentum
+        assert weight is not None, "a norm that is averaged counts its calls"
+        self._expected = (*self._expected[:2], self._expected[2] + 1)
+        for average in (own, self._expected[:2]):
+            for running, batch in zip(average, (mean, variance), strict=True):
+                running.data.mul_(1 - weight).add_(batch, alpha=weight)
+
+    def _statistics(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        held = buffers_of(self.norm)
+        return held.get("running_mean"), held.get("running_var"), held.get("num_batches_tracked")
+
+    def _put(self, mean: Tensor, variance: Tensor) -> None:
+        held = buffers_of(self.norm)
+        held["running_mean"], held["running_var"] = mean, variance
+
+    def _check(self) -> None:
+        mean, variance, count = self._statistics()
+        if mean is None or variance is None or count is None:
+            raise ValueError(self._refusal())
+        same = same_bytes(mean, self._expected[0]) and same_bytes(variance, self._expected[1])
+        if int(count) != self._expected[2] or not same:
+            raise ValueError(self._refusal())
+
+    def _refusal(self) -> str:
+        return (
+            f"model: {self.prefix.rstrip('.') or 'the batch norm'}: its statistics were changed outside of its calls, expected "
+            "that only calls of the module do so; call the module itself, neither its forward nor functional.batch_norm"
+        )

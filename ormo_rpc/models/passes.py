@@ -1,0 +1,157 @@
+"""What passes change in a module beside the gradients: its buffers, which are collected; anything else is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ormo_rpc.models.buffers import buffers_of
+from ormo_rpc.models.flat import FlatModel
+from ormo_rpc.models.norm_calls import NormCalls
+from ormo_rpc.server.buffer_layout import as_bytes
+
+_REGISTER = "register buffers with their final shapes, or keep them as plain attributes where they are mere caches"
+_FROZEN = "register it as a buffer, which a pass may change"
+_DENSE = "a pass may change buffers that are dense"
+_TRAINABLE = "training alone changes it, so write to a copy"
+
+
+@dataclass(slots=True)
+class Guarded:
+    """A tensor that no pass may change.
+
+    Attributes:
+        name: Its name, from the root.
+        owner: The dictionary of a module that holds it.
+        key: Its name there.
+        tensor: The tensor.
+        trained: Whether it has gradients.
+        remedy: What to do instead.
+        version: Its version at the beginning of the pass.
+    """
+
+    name: str
+    owner: Mapping[str, Tensor | None]
+    key: str
+    tensor: Tensor
+    trained: bool
+    remedy: str
+    version: int = 0
+
+    @property
+    def changed(self) -> bool:
+        """Whether it was written to or replaced since, or is now trained where it was not."""
+        same = self.key in self.owner and self.owner[self.key] is self.tensor and self.tensor.requires_grad == self.trained
+        return not same or self.tensor._version != self.version
+
+
+class Passes:
+    """Watches the passes of a module, ticket by ticket.
+
+    Args:
+        model: The model, for these passes alone.
+    """
+
+    def __init__(self, model: FlatModel) -> None:
+        self.model = model
+        self._norms = [NormCalls(prefix, norm) for prefix, norm in model.buffers.norms.items()]
+        averaged = {f"{norm.prefix}{key}" for norm in self._norms for key in buffers_of(norm.norm)}
+        self._others = [place for place in model.buffers.places if place.name not in averaged]
+        first = {id(place.tensor): place for place in reversed(model.buffers.places) if place.tensor is not None}
+        self._further_names = [
+            (place, first[id(place.tensor)])
+            for place in self._others
+            if place.tensor is not None and first[id(place.tensor)] is not place
+        ]
+        self._keys = [
+            (path, buffers_of(module), set(buffers_of(module).keys())) for path, module in model.module.named_modules()
+        ]
+        self._guarded = _guarded(model)
+        self._before: dict[str, Tensor] = {}
+
+    def begin(self, handed: Tensor) -> None:
+        """Load the buffers that a reply hands out, as bytes, or the initial ones where it has none.
+
+        Raises:
+            ValueError: they are not those of this model.
+        """
+        buffers = self.model.buffers
+        if handed.numel() not in (0, buffers.layout.size):
+            raise ValueError(
+                f"model: got {handed.numel()} bytes of buffers from the server, expected {buffers.layout.size}; "
+                "server and worker must build the same model"
+            )
+        handed = handed if handed.numel() else buffers.initial
+        buffers.load(buffers.layout.views(handed))
+        self._before = buffers.layout.bytes_of(handed)
+        for norm in self._norms:
+            norm.begin()
+
+    def begin_pass(self) -> None:
+        """Take note of what a pass must not change."""
+        for each in self._guarded:
+            each.version = each.tensor._version
+
+    def end_pass(self) -> None:
+        """Check that it has not.
+
+        Raises:
+            ValueError: it has; the message has the name and what to do.
+        """
+        for each in self._guarded:
+            if each.changed:
+                raise ValueError(f"model: {each.name}: got another value from a forward pass, expected none; {each.remedy}")
+
+    def collect(self) -> dict[str, Tensor]:
+        """Return by name what the passes since `begin` have to report of the buffers; those that are as before are left out.
+
+        Raises:
+            ValueError: a buffer came, went, or has another shape or dtype, or the statistics of a norm were written to.
+        """
+        for name, buffers, keys in self._keys:
+            if set(buffers.keys()) != keys:
+                got, expected = sorted(buffers), sorted(keys)
+                raise ValueError(
+                    f"model: {name or 'buffers'}: got {got} after a forward pass, expected {expected}; {_REGISTER}"
+                )
+        reported: dict[str, Tensor] = {}
+        for norm in self._norms:
+            reported |= norm.report()
+        for place in self._others:
+            now = place.now
+            if _described(now) != _described(place.tensor):
+                raise ValueError(
+                    f"model: {place.name}: got {_described(now)} after a forward pass, expected {_described(place.tensor)}, "
+                    f"as at construction; {_REGISTER}"
+                )
+            if now is not None and place.name in self._before and not torch.equal(as_bytes(now), self._before[place.name]):
+                reported[place.name] = now.detach()
+        for place, first in self._further_names:
+            if place.now is not first.now:
+                raise ValueError(
+                    f"model: {place.name}: got a tensor of its own, expected that of {first.name}, as at construction"
+                )
+        return reported
+
+
+def _guarded(model: FlatModel) -> list[Guarded]:
+    """Everything but the buffers that are state."""
+    found: list[Guarded] = []
+    for path, module in model.module.named_modules():
+        prefix = f"{path}." if path else ""
+        parameters: Mapping[str, Tensor | None] = module._parameters  # pyright: ignore[reportPrivateUsage] # to see a replaced one
+        for key, tensor in parameters.items():
+            if tensor is not None:
+                remedy = _TRAINABLE if tensor.requires_grad else _FROZEN
+                found.append(Guarded(prefix + key, parameters, key, tensor, tensor.requires_grad, remedy))
+        for key, tensor in buffers_of(module).items():
+            if tensor is not None and prefix + key in model.buffers.constants:
+                found.append(Guarded(prefix + key, buffers_of(module), key, tensor, tensor.requires_grad, _DENSE))
+    return found
+
+
+def _described(tensor: Tensor | None) -> str:
+    return "no buffer" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"

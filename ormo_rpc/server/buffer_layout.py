@@ -1,0 +1,66 @@
+"""Tensors of any dtypes as one vector of bytes: how the buffers of a model are handed out and pushed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 16
+"""The address of each tensor is a multiple of it, in bytes: no dtype is larger."""
+
+
+def aligned(size: int) -> int:
+    """The next multiple of `ALIGNMENT`."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a dense tensor, uint8, flat: a view of it where its values lie in order, else a copy."""
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+
+
+def same_bytes(one: Tensor, other: Tensor) -> bool:
+    """Tell if two tensors have equal bits, shapes and dtypes; NaN equals NaN."""
+    return (one.shape, one.dtype) == (other.shape, other.dtype) and torch.equal(as_bytes(one), as_bytes(other))
+
+
+class BufferLayout:
+    """Names, shapes and dtypes of tensors that lie in one vector of bytes, each at an aligned place.
+
+    Args:
+        tensors: The tensors by name, in their order.
+
+    Attributes:
+        shapes: Of each tensor.
+        dtypes: Of each tensor.
+        size: Bytes of the vector, a multiple of `ALIGNMENT`.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+        self._spans: dict[str, tuple[int, int]] = {}
+        self.size = 0
+        for name, tensor in tensors.items():
+            length = tensor.numel() * tensor.dtype.itemsize
+            self._spans[name] = (self.size, self.size + length)
+            self.size += aligned(length)
+
+    def bytes_of(self, flat: Tensor) -> dict[str, Tensor]:
+        """The bytes of each tensor by name, as views of ``flat``, uint8, shape (size,)."""
+        return {name: flat[start:end] for name, (start, end) in self._spans.items()}
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """The tensors by name, as views of ``flat``, uint8, shape (size,); of a copy where its address is not aligned."""
+        if flat.storage_offset() % ALIGNMENT or flat.data_ptr() % ALIGNMENT:
+            flat = flat.clone()
+        return {name: part.view(self.dtypes[name]).view(self.shapes[name]) for name, part in self.bytes_of(flat).items()}
+
+    def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return a copy of tensors of these names, shapes and dtypes, as bytes; zeros between them."""
+        flat = torch.zeros(self.size, dtype=torch.uint8)
+        for name, part in self.bytes_of(flat).items():
+            part.copy_(as_bytes(tensors[name]))
+        return flat
