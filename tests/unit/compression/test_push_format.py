@@ -20,7 +20,7 @@ def statistics(values: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("name", "wire", "size"),
     [
-        # 837 values of 4 bytes, then at a multiple of 16 two marks (16 bytes) and two buffers of 5 values (2 * 32): 3,348 -> 3,360.
+        # 837 values of 4 bytes, 3,348 -> 3,360 (16 divides it); then two marks (16 bytes) and two buffers of 5 values (2 * 32)
         ("none", WireDtype.float32, 3360 + 80),
         ("none", WireDtype.bf16, 1680 + 80),  # 837 * 2 = 1,674
         ("topk", WireDtype.float32, 336 + 80),  # 42 * (4 + 4)

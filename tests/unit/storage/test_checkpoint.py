@@ -202,7 +202,7 @@ def test_model_pt_is_a_state_dict_of_plain_pytorch_and_is_evaluated(tmp_path: Pa
     for due in running.start():
         running.receive(job.worker().compute(due))
     model = job.model()
-    path = checkpoint.write(tmp_path, running.state_dict(), model.state_dict(running.params, {}, 0), CONFIG, keep=1)
+    path = checkpoint.write(tmp_path, running.state_dict(), model.state_dict(running.params, {}), CONFIG, keep=1)
 
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.ReLU(), nn.Linear(5, 10))  # written by hand
     saved = torch.load(path / "model.pt", weights_only=True)

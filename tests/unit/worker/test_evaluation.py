@@ -105,7 +105,7 @@ def data_set(test: Split, validation: Split | None = None) -> DataSet:
 
 
 def evaluated(model: FlatModel, data: DataSet) -> Evaluation:
-    return Evaluator(model, data)(model.flat_params(), model.copy_statistics())
+    return Evaluator(model, data)(model.flat_params(), model.buffers.copy())
 
 
 def plain(module: nn.Module, data: Tensors) -> tuple[float, float]:
@@ -212,7 +212,7 @@ def test_an_evaluation_changes_neither_parameters_nor_buffers_nor_the_mode_of_an
     model, training = FlatModel(Counting()), FlatModel(Counting())
     data = PROBLEMS["classes"][1]
     training.module.train()
-    params, statistics = training.flat_params(), training.copy_statistics()
+    params, statistics = training.flat_params(), training.buffers.copy()
     before = params.clone(), {name: value.clone() for name, value in statistics.items()}
     evaluator = Evaluator(model, data_set(data, data))
     assert evaluator(params, statistics) == evaluator(params, statistics)
