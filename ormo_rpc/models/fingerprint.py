@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ormo_rpc.models.flat import sha256
 
 SHOWN = 6
 """The number of entries of a list that a message has."""
@@ -90,8 +91,15 @@ def _form(tensor: Tensor) -> str:
 
 
 def _sha256(tensor: Tensor) -> str:
-    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(memoryview(values.numpy())).hexdigest()[:16]  # pyright: ignore[reportArgumentType] # an array is a buffer
+    return sha256(*_parts(tensor))[:16]
+
+
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Dense tensors that tell a tensor from others of its form."""
+    if tensor.layout is torch.sparse_coo:
+        entries = tensor.coalesce()
+        return entries.indices(), entries.values()
+    return (tensor.int_repr() if tensor.is_quantized else tensor.to_dense(),)
 
 
 def _entries(forms: Mapping[str, str]) -> list[str]:

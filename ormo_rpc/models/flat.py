@@ -38,7 +38,6 @@ class FlatModel:
 
     Attributes:
         trainable: The parameters that are trained, by name.
-        frozen: The others.
         params: Names and shapes of the trainable ones.
         buffers: The buffers.
 
@@ -54,7 +53,6 @@ class FlatModel:
                     f"model: {name}: got a parameter without a shape, expected all from the start; use no lazy layers"
                 )
         self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
         dtypes = sorted({p.dtype for p in self.trainable.values()}, key=str)
         if len(dtypes) != 1:
             raise ValueError(f"model: got trainable parameters of the dtypes {dtypes}, expected exactly one dtype")
@@ -86,22 +84,6 @@ class FlatModel:
         self.bind(params)
         self.buffers.load(buffers)
         return {name: tensor.detach().clone() for name, tensor in self.module.state_dict().items()}
-
-    def fingerprint(self) -> dict[str, str]:
-        """The SHA-256 of each frozen parameter and each initial buffer by name: what processes must have in common.
-
-        Trainable parameters are left out, as the server hands them out.
-        """
-        initial = self.buffers.layout.views(self.buffers.initial)
-        return {name: sha256(*_parts(tensor)) for name, tensor in {**self.frozen, **initial, **self.buffers.constants}.items()}
-
-
-def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Dense tensors that tell a constant buffer from another one."""
-    if tensor.layout is torch.sparse_coo:
-        entries = tensor.coalesce()
-        return entries.indices(), entries.values()
-    return (tensor.int_repr() if tensor.is_quantized else tensor.to_dense(),)
 
 
 def sha256(*tensors: Tensor) -> str:

@@ -113,8 +113,9 @@ class Job:
         """
         with seeded(self.config.seed, "initial weights", 0):
             module = self.config.model.build(self.data.input_shape, self.data.num_classes)
+        model = FlatModel(module)
         self._check_same(module)
-        return FlatModel(module)
+        return model
 
     def fingerprint(self) -> Fingerprint:
         """Return what other processes, checkpoints and a replay must have in common with this job."""
