@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ormo_rpc.models.buffers import buffers_of
 from ormo_rpc.models.flat import FlatModel
@@ -14,9 +14,6 @@ from ormo_rpc.models.norm_calls import NormCalls
 from ormo_rpc.server.buffer_layout import as_bytes
 
 _REGISTER = "register buffers with their final shapes, or keep them as plain attributes where they are mere caches"
-_FROZEN = "register it as a buffer, which a pass may change"
-_DENSE = "a pass may change buffers that are dense"
-_TRAINABLE = "training alone changes it, so write to a copy"
 
 
 @dataclass(slots=True)
@@ -29,7 +26,6 @@ class Guarded:
         key: Its name there.
         tensor: The tensor.
         trained: Whether it has gradients.
-        remedy: What to do instead.
         version: Its version at the beginning of the pass.
     """
 
@@ -38,7 +34,6 @@ class Guarded:
     key: str
     tensor: Tensor
     trained: bool
-    remedy: str
     version: int = 0
 
     @property
@@ -103,7 +98,7 @@ class Passes:
         """
         for each in self._guarded:
             if each.changed:
-                raise ValueError(f"model: {each.name}: got another value from a forward pass, expected none; {each.remedy}")
+                raise changed(each.name, each.tensor, each.trained)
 
     def collect(self) -> dict[str, Tensor]:
         """Return by name what the passes since `begin` have to report of the buffers; those that are as before are left out.
@@ -137,6 +132,23 @@ class Passes:
         return reported
 
 
+def changed(name: str, tensor: Tensor, trained: bool) -> ValueError:
+    """The refusal of a pass that has changed a parameter, or a buffer that is no state."""
+    if tensor.requires_grad != trained:
+        got, expected = (str(each).lower() for each in (tensor.requires_grad, trained))
+        return ValueError(
+            f"model: {name}: got requires_grad={got} after a forward pass, expected {expected}, as at construction; "
+            "what is trained is decided there"
+        )
+    if not isinstance(tensor, nn.Parameter):
+        remedy = "a pass may change buffers that are dense"
+    elif trained:
+        remedy = "training alone changes it, so let the pass write to a copy (nn.Embedding: no max_norm)"
+    else:
+        remedy = "register it as a buffer, which a pass may change"
+    return ValueError(f"model: {name}: got another value from a forward pass, expected the one before; {remedy}")
+
+
 def _guarded(model: FlatModel) -> list[Guarded]:
     """Everything but the buffers that are state."""
     found: list[Guarded] = []
@@ -145,11 +157,10 @@ def _guarded(model: FlatModel) -> list[Guarded]:
         parameters: Mapping[str, Tensor | None] = module._parameters  # pyright: ignore[reportPrivateUsage] # to see a replaced one
         for key, tensor in parameters.items():
             if tensor is not None:
-                remedy = _TRAINABLE if tensor.requires_grad else _FROZEN
-                found.append(Guarded(prefix + key, parameters, key, tensor, tensor.requires_grad, remedy))
+                found.append(Guarded(prefix + key, parameters, key, tensor, tensor.requires_grad))
         for key, tensor in buffers_of(module).items():
             if tensor is not None and prefix + key in model.buffers.constants:
-                found.append(Guarded(prefix + key, buffers_of(module), key, tensor, tensor.requires_grad, _DENSE))
+                found.append(Guarded(prefix + key, buffers_of(module), key, tensor, tensor.requires_grad))
     return found
 
 

@@ -1,0 +1,81 @@
+"""The checks of a trial pass, which are too slow for every pass: what it changes behind the back of torch's counters."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ormo_rpc.models.flat import sha256
+from ormo_rpc.models.passes import changed
+
+_log = logging.getLogger(__name__)
+_TORCHS_OWN = frozenset(vars(nn.Module()))
+_UNKNOWN = object()
+"""Anything that two passes may set to different objects of equal meaning."""
+
+
+def check_passes(module: nn.Module, compute: Callable[[], None]) -> None:
+    """Compute two equal passes, refuse what they must not change, and warn of attributes that the second changes as well.
+
+    One that only the first changes is a cache, and one with a graph is a result.
+
+    Args:
+        module: The model, at parameters that ``compute`` does not replace by others.
+        compute: Computes a pass, with the same batch and random draws each time.
+
+    Raises:
+        ValueError: a parameter came, went or has another value.
+    """
+    parameters = dict(module.named_parameters())
+    before = {name: sha256(parameter) for name, parameter in parameters.items()}
+    compute()
+    after = dict(module.named_parameters())
+    if any(after.get(name) is not parameter for name, parameter in parameters.items()) or len(after) != len(parameters):
+        came, went = sorted(after.keys() - before.keys()), sorted(before.keys() - after.keys())
+        raise ValueError(
+            f"model: parameters: a forward pass added {came} and removed {went}, expected those of construction; "
+            "make all of them there"
+        )
+    for name, parameter in parameters.items():
+        if sha256(parameter) != before[name]:
+            raise changed(name, parameter, parameter.requires_grad)
+    attributes = _attributes(module)
+    compute()
+    for name, value in _attributes(module).items():
+        former = attributes.get(name, _UNKNOWN)
+        if value is not _UNKNOWN and former is not _UNKNOWN and value != former:
+            _log.warning(
+                "model: %s: each forward pass changes this attribute, of which each process has its own: it is neither shared, "
+                "saved nor replayed; where it matters, register it as a buffer",
+                name,
+            )
+
+
+def _attributes(module: nn.Module) -> dict[str, object]:
+    """The values of plain attributes by ``Class.attribute``, with the module's name where it is not the root."""
+    found: dict[str, object] = {}
+    for path, owner in module.named_modules():
+        for key, value in vars(owner).items():
+            if key not in _TORCHS_OWN:
+                found[f"{type(owner).__name__}.{key}{f' (in {path})' if path else ''}"] = _value(value)
+    return found
+
+
+def _value(value: Any) -> object:
+    """Something equal for equal values: of numbers, text, arrays, tensors without a graph, and collections of them."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return (type(value), value if value == value else "nan")
+    if isinstance(value, Tensor):
+        dense = value.layout is torch.strided and not value.is_nested and not value.is_quantized
+        plain = dense and value.grad_fn is None and not isinstance(value, nn.Parameter)
+        return (value.dtype, tuple(value.shape), sha256(value)) if plain else _UNKNOWN
+    if isinstance(value, (np.ndarray, np.generic)):
+        return (str(value.dtype), value.shape, value.tobytes())
+    if isinstance(value, Mapping):
+        return tuple((str(key), _value(each)) for key, each in value.items())
+    return tuple(map(_value, value)) if isinstance(value, (list, tuple)) else _UNKNOWN
