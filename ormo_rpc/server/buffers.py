@@ -111,8 +111,8 @@ class RunningBuffers:
         return self.layout.views(self.snapshot())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return a private copy by name."""
-        return self.layout.views(self._bytes.clone())
+        """Return a private copy by name; each has memory of its own, as `torch.save` wants for different dtypes."""
+        return {name: tensor.clone() for name, tensor in self.current.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` returned."""
