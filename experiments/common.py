@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+import sys
 import tempfile
 from argparse import ArgumentParser
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,6 +38,14 @@ def last_loss(applied: Sequence[Mapping[str, Any]]) -> float | None:
     """The mean loss of the last tenth of the gradients; None for a run without any."""
     losses = [event["loss"] for event in applied]
     return statistics.fmean(losses[-max(1, len(losses) // 10) :]) if losses else None
+
+
+def best(scores: Mapping[float, float | None]) -> float:
+    """The learning rate with the lowest score; None and infinity are out, and nothing is chosen where all are."""
+    counted = {lr: score for lr, score in scores.items() if score is not None and math.isfinite(score)}
+    if not counted:
+        sys.exit(f"no learning rate of {', '.join(map(str, scores))} can be chosen: no run of any of them counts")
+    return min(counted, key=counted.__getitem__)
 
 
 def not_completed(summaries: Sequence[Mapping[str, Any]]) -> str:

@@ -56,7 +56,7 @@ def main() -> None:
                 tried = run(method, setting, lr, TUNING_SEED, a.root, a.epochs)
                 tuning[lr] = tried["last_loss"] if tried["status"] == "completed" else None
                 bar.update()
-            best = min((lr for lr, loss in tuning.items() if loss is not None), key=lambda lr: tuning[lr] or 0.0)
+            best = common.best(tuning)
             summaries: list[dict[str, Any]] = []
             for seed in a.seeds:
                 summaries.append(run(method, setting, best, seed, a.root, a.epochs))
