@@ -17,7 +17,7 @@ from ormo_rpc.rendezvous.protocol import LineReader, send
 from ormo_rpc.transports.base import Endpoint, ServerClient, WorkerSide
 from ormo_rpc.transports.codec import unpack_error
 from ormo_rpc.transports.stream import frames
-from ormo_rpc.transports.stream.frames import DTYPES, INLINE, RESPONSE_BYTES, FrameSocket, Request, Response, bytes_of
+from ormo_rpc.transports.stream.frames import DTYPES, INLINE, RESPONSE_BYTES, SAME, FrameSocket, Request, Response, bytes_of
 from ormo_rpc.transports.stream.shared_memory import AVAILABLE, SegmentHandle, SharedMemoryPool, attach
 
 MAX_LINE_BYTES = 64 * 1024
@@ -99,6 +99,7 @@ class StreamClient(ServerClient):
         self._attached: dict[int, Tensor] = {}
         """Segments of the server's by their descriptors, as bytes."""
         self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._newest_buffers = NO_BUFFERS
         self._frame = bytearray(RESPONSE_BYTES)
 
     @override
@@ -131,12 +132,11 @@ class StreamClient(ServerClient):
         return Reply(**frames.reply_numbers(self._frame), params=params, buffers=buffers)
 
     def _buffers(self, size: int) -> Tensor:
-        """The buffers of a response, in memory of their own, as they are few."""
-        if size == 0:
-            return NO_BUFFERS
-        buffers = torch.empty(size, dtype=torch.uint8)
-        self._stream.receive(bytes_of(buffers))
-        return buffers
+        """The buffers of a response, in memory of their own, as earlier replies keep theirs."""
+        if size != SAME:
+            self._newest_buffers = torch.empty(size, dtype=torch.uint8)
+            self._stream.receive(bytes_of(self._newest_buffers))
+        return self._newest_buffers
 
     def _vector(self, dtype: int, elements: int, descriptor: int) -> Tensor:
         """The parameters of a response, shape (elements,)."""

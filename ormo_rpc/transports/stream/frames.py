@@ -2,7 +2,7 @@
 
 A worker sends requests and the server answers each with one response. A vector comes as its bytes, in the machine's order, or
 lies in memory that both sides share (`shared_memory`); a response then has the descriptor of its segment. The buffers of a
-reply, which are few, always come as bytes, behind everything else.
+reply come as bytes, behind everything else, unless they are those of the reply before.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ REQUEST_BYTES = _KIND.size + PUSH.size
 RESPONSE_BYTES = _VECTOR.size + REPLY.size
 INLINE = -1
 """In the place of a descriptor: the bytes follow the frame."""
+SAME = -1
+"""In the place of the bytes of the buffers: they are those of the reply before, of none at the first one."""
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """A dtype crosses as its index."""
 LIVENESS_SECONDS = 1
@@ -57,10 +59,10 @@ def read_kind(frame: bytearray) -> int:
     return _KIND.unpack_from(frame)[0]
 
 
-def reply_frame(reply: Reply, descriptor: int) -> bytes:
+def reply_frame(reply: Reply, descriptor: int, *, same_buffers: bool = False) -> bytes:
     """The frame of a reply whose parameters lie in a segment, or follow (`INLINE`); without a ticket nothing follows."""
     dtype, elements = (0, 0) if reply.ticket is None else (DTYPES.index(reply.params.dtype), reply.params.numel())
-    buffer_bytes = 0 if reply.ticket is None else reply.buffers.numel()
+    buffer_bytes = 0 if reply.ticket is None else SAME if same_buffers else reply.buffers.numel()
     return _VECTOR.pack(Response.reply, dtype, elements, descriptor, buffer_bytes) + REPLY.pack(reply)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ormo_rpc.errors import WireError
-from ormo_rpc.messages import ErrorReply, Push
+from ormo_rpc.messages import NO_BUFFERS, ErrorReply, Push
 from ormo_rpc.rendezvous.protocol import LineReader, send
 from ormo_rpc.transports.base import ServerSide, Service
 from ormo_rpc.transports.codec import pack_error
@@ -113,6 +113,7 @@ class StreamServerSide(ServerSide):
         views = (form.whole(payload), form.wire_buffers(payload)) if form.plain else None  # made once
         frame = bytearray(REQUEST_BYTES)
         whole = memoryview(frame)
+        sent = NO_BUFFERS
 
         def push() -> ReplyFuture:
             grad, buffers = form.unpack(payload, decoded) if views is None else (views[0], views[1].read())
@@ -137,21 +138,25 @@ class StreamServerSide(ServerSide):
                 return
             else:
                 raise WireError(f"a request of kind {kind} came, expected one of {[*map(int, Request)]}")
-            self._send(stream, _wait(future, stream), shared=shared is not None)
+            sent = self._send(stream, _wait(future, stream), sent, shared=shared is not None)
             del future  # with the parameters in it, so that their memory can be lent again
 
-    def _send(self, stream: FrameSocket, response: ServerResponse, *, shared: bool) -> None:
+    def _send(self, stream: FrameSocket, response: ServerResponse, sent: Tensor, *, shared: bool) -> Tensor:
+        """Send a response; return the buffers that the worker has then, given those that it had before."""
         if isinstance(response, ErrorReply):
             data = pack_error(response)
             stream.send(frames.error_frame(len(data)), memoryview(data))
-            return
+            return sent
         if response.ticket is None:
             stream.send(frames.reply_frame(response, INLINE))
-            return
+            return NO_BUFFERS
         descriptor = self.pool.descriptor(response.params) if shared and self.pool is not None else None
-        tensors = (response.buffers,) if descriptor is not None else (response.params, response.buffers)
-        inline = [bytes_of(tensor) for tensor in tensors if tensor.numel()]
-        stream.send(frames.reply_frame(response, INLINE if descriptor is None else descriptor), *inline)
+        same = response.buffers is sent  # they never change, and replies share them
+        inline = [] if descriptor is not None else [bytes_of(response.params)]
+        if not same:
+            inline.append(bytes_of(response.buffers))
+        stream.send(frames.reply_frame(response, INLINE if descriptor is None else descriptor, same_buffers=same), *inline)
+        return response.buffers
 
 
 def _wait(future: ReplyFuture, stream: FrameSocket) -> ServerResponse:

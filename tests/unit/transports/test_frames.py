@@ -14,11 +14,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from ormo_rpc.messages import Reply
+from ormo_rpc.errors import PushRefused
+from ormo_rpc.messages import NO_BUFFERS, ErrorReply, Reply
 from ormo_rpc.transports.stream import frames
 from ormo_rpc.transports.stream.client import StreamClient
-from ormo_rpc.transports.stream.frames import DTYPES, INLINE, REQUEST_BYTES, FrameSocket, bytes_of
+from ormo_rpc.transports.stream.frames import DTYPES, INLINE, REQUEST_BYTES, SAME, FrameSocket, bytes_of
 from ormo_rpc.transports.stream.server import StreamServerSide
 from tests.support.processes import PATIENCE_SECONDS
 
@@ -206,29 +208,61 @@ def test_a_peer_that_is_alive_is_waited_for() -> None:
         assert len(looks) == 2
 
 
-def reply(ticket: int | None, params: torch.Tensor, buffers: bytes) -> Reply:
-    values = torch.frombuffer(bytearray(buffers), dtype=torch.uint8) if buffers else torch.empty(0, dtype=torch.uint8)
-    return Reply(worker=1, ticket=ticket, stamp=3, params=params, lr=0.5, steps=1, incarnation=0, buffers=values)
+def exact(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def reply(ticket: int | None, params: Tensor, buffers: Tensor) -> Reply:
+    return Reply(worker=1, ticket=ticket, stamp=3, params=params, lr=0.5, steps=1, incarnation=0, buffers=buffers)
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 3), st.binary(max_size=300)), min_size=1, max_size=5))
-def test_every_reply_of_a_stream_has_buffers_of_its_own(sent: list[tuple[bool, int, bytes]]) -> None:
+@given(st.data())
+def test_every_reply_of_a_stream_has_the_buffers_that_it_was_sent_with(data: st.DataObject) -> None:
+    """Replies may share buffers, by which they cross once, and may have none; one without a ticket has none."""
+    pool = [exact(each) for each in data.draw(st.lists(st.binary(max_size=300), min_size=1, max_size=3))] + [NO_BUFFERS]
     with connected() as (here, there):
-        server, side = FrameSocket(here, always), StreamServerSide(share=False)
+        server, side, sent = FrameSocket(here, always), StreamServerSide(share=False), NO_BUFFERS
         client = StreamClient(FrameSocket(there, always), torch.zeros(0, dtype=torch.uint8), None)
         came: list[tuple[Reply, bytes]] = []
-        for number, (ends, dimension, data) in enumerate(sent):
-            params = torch.arange(float(dimension)) + number
-            side._send(server, reply(None if ends else number, params, data), shared=False)  # pyright: ignore[reportPrivateUsage] # all that a connection's thread does with a reply
+        for number in range(data.draw(st.integers(1, 8))):
+            kind = data.draw(st.sampled_from(["reply", "reply", "end", "error"]))
+            params, buffers = torch.arange(float(data.draw(st.integers(0, 3)))) + number, data.draw(st.sampled_from(pool))
+            response = reply(None if kind == "end" else number, params, buffers)
+            refused = ErrorReply(error="PushRefused", text="why")
+            sent = side._send(server, refused if kind == "error" else response, sent, shared=False)  # pyright: ignore[reportPrivateUsage] # all that a connection's thread does with a response
+            if kind == "error":
+                with pytest.raises(PushRefused, match=r"\Awhy\Z"):
+                    client.register()
+                continue
             got = client.register()
-            assert torch.equal(got.params, torch.empty(0) if ends else params)
-            came.append((got, b"" if ends else data))
+            assert torch.equal(got.params, torch.empty(0) if kind == "end" else params)
+            came.append((got, b"" if kind == "end" else bytes_of(buffers).tobytes()))
         # Those of earlier replies are still what they were: nothing is written into the same memory.
-        assert [each.buffers.numpy().tobytes() for each, _ in came] == [data for _, data in came]
+        assert [bytes_of(each.buffers).tobytes() for each, _ in came] == [expected for _, expected in came]
 
 
-@given(st.binary(max_size=64), st.booleans())
-def test_a_frame_says_how_many_bytes_of_buffers_follow(data: bytes, ends: bool) -> None:
-    frame = frames.reply_frame(reply(None if ends else 0, torch.ones(2), data), INLINE)
-    assert frames.read_response(bytearray(frame))[-1] == (0 if ends else len(data))
+@given(st.binary(max_size=64), st.booleans(), st.booleans())
+def test_a_frame_says_how_many_bytes_of_buffers_follow(data: bytes, ends: bool, same: bool) -> None:
+    frame = frames.reply_frame(reply(None if ends else 0, torch.ones(2), exact(data)), INLINE, same_buffers=same)
+    assert frames.read_response(bytearray(frame))[-1] == (0 if ends else SAME if same else len(data))
+
+
+def test_buffers_that_do_not_change_cross_once() -> None:
+    """A mask of a megabyte is no part of the cost of each push."""
+    mask = exact(bytes(1 << 20))
+    with connected() as (here, there), ThreadPoolExecutor(1) as elsewhere:
+        side, client = StreamServerSide(share=False), StreamClient(FrameSocket(there, always), torch.zeros(0).byte(), None)
+
+        def serve() -> list[Tensor]:
+            sent = [NO_BUFFERS]
+            for ticket in range(3):
+                sent.append(side._send(FrameSocket(here, always), reply(ticket, torch.ones(1), mask), sent[-1], shared=False))  # pyright: ignore[reportPrivateUsage] # as above
+            return sent
+
+        serving = elsewhere.submit(serve)
+        first, second, third = (client.register() for _ in range(3))
+        assert torch.equal(first.buffers, mask)
+        assert second.buffers is first.buffers
+        assert third.buffers is first.buffers
+        assert all(each is mask for each in serving.result(SOON_SECONDS)[1:])
