@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import re
 import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
@@ -16,7 +15,6 @@ import hydra
 from hydra.conf import HydraConf
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -26,12 +24,11 @@ import ormo_rpc
 from ormo_rpc import sweeps
 from ormo_rpc.config.help import help_text, list_of_keys
 from ormo_rpc.config.parsing import one_line, parse_config, unknown_key
-from ormo_rpc.config.paths import expanded
-from ormo_rpc.config.renamed import refuse_renamed
 from ormo_rpc.config.schema import GROUPS, Config
 from ormo_rpc.config.write_conf import conf_dir
 from ormo_rpc.errors import ConfigError, RunFailed
 from ormo_rpc.options import parts
+from ormo_rpc.overrides import keys_of, prepared
 from ormo_rpc.runtimes.torchrun import Torchrun
 from ormo_rpc.storage.launch import Launch
 from ormo_rpc.storage.sweep_directory import SweepDirectory
@@ -44,10 +41,7 @@ EXTRA = "pip install 'ormo-rpc[sweeps]'"
 """Installs hydra's plugins for sweeps."""
 _PLUGINS = {"hydra/sweeper": ("optuna",), "hydra/launcher": ("joblib", "submitit_local", "submitit_slurm")}
 """What they add to hydra's groups."""
-_HYDRA_PATHS = ("hydra.run.dir", "hydra.sweep.dir")
 _SWEEP = ("-m", "--multirun")
-_NO_NAMES = ("", "null", "true", "false")
-"""Values that hydra does not take for the name of a file of a group."""
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
@@ -75,70 +69,6 @@ def _hydra_of_our_own() -> Generator[None]:
             yield
         finally:
             GlobalHydra.instance().hydra = callers
-
-
-def prepared(overrides: Sequence[str]) -> list[str]:
-    """Bring overrides into the form that hydra wants.
-
-    A dictionary in the place of another one (``runtime.joins={4: 1.5}``) would be refused for its new keys; ``++`` allows them.
-
-    Raises:
-        ConfigError: one uses a former name, chooses none of a group, or has a plus before a group.
-    """
-    refuse_renamed(overrides)
-    for word in overrides:
-        key, _, value = word.lstrip("+").partition("=")
-        if not key.isidentifier() or not (conf_dir() / key).is_dir():
-            continue
-        if value in _NO_NAMES:
-            names = sorted(file.stem for file in (conf_dir() / key).glob("*.yaml"))
-            raise ConfigError(f"{key}: got {value or 'nothing'}, expected one of {', '.join(names)}")
-        if word.startswith("+") and not value.startswith("{"):
-            raise ConfigError(f"{word}: got a plus before a group; write {key}={value}")
-    words = [_readable(word) for word in overrides]
-    return [f"++{word}" if word[:1].isalpha() and word.partition("=")[2].startswith("{") else word for word in words]
-
-
-def _readable(word: str) -> str:
-    """Quote a value that hydra's grammar would refuse, such as a path with an equals sign, a tilde or an umlaut.
-
-    Of values with commas between them, which a sweep may have, each is quoted for itself.
-    """
-    key, _, value = word.partition("=")
-    if key in _HYDRA_PATHS:
-        value = expanded(key, value)
-    if not value or value[0] in "'\"[{" or "${" in value or re.fullmatch(r"\w+\(.*\)", value) or _is_read(f"{key}={value}"):
-        return f"{key}={value}" if value else word
-    values = [value] if "(" in value else value.split(",")
-    quoted = f"{key}={','.join(each if _is_read(f'{key}={each}') else _quoted(each) for each in values)}"
-    return quoted if _is_read(quoted) else word
-
-
-def _quoted(value: str) -> str:
-    text = value.replace("'", "\\'")
-    return f"'{text}\\'" if text.endswith("\\") else f"'{text}'"
-
-
-def _is_read(word: str) -> bool:
-    try:
-        OverridesParser.create().parse_override(word)
-    except HydraException:
-        return False
-    return True
-
-
-def keys_of(overrides: Sequence[str]) -> set[str]:
-    """The full keys to which overrides give values; those in a dictionary count for themselves.
-
-    Raises:
-        HydraException: an override cannot be parsed.
-    """
-    keys: set[str] = set()
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        value = override.value()
-        inner = value if isinstance(value, dict) else ()
-        keys |= {override.key_or_group, *(f"{override.key_or_group}.{name}" for name in inner)}
-    return keys
 
 
 def main() -> None:
@@ -218,11 +148,11 @@ def _end_sweep(sweep: SweepDirectory, ended: BaseException | None, full_error: b
         _say(f"the sweep ended early: {type(ended).__name__}: {' '.join(str(ended).split())[:300]}")
     elif isinstance(ended, KeyboardInterrupt):
         _say("the sweep was interrupted")
-    fine = sweeps.end(sweep, _say)
+    fine = sweeps.end(sweep, _say, interrupted=isinstance(ended, KeyboardInterrupt))
     if full_error and isinstance(ended, Exception):
         raise ended
     if isinstance(ended, KeyboardInterrupt):
-        return sweeps.INTERRUPTED
+        return sweeps.INTERRUPTED_STATUS
     return 0 if fine and ended is None else 1
 
 

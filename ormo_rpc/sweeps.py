@@ -8,6 +8,7 @@ import math
 import shlex
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ from typing_extensions import override
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError, RunFailed
 from ormo_rpc.storage.summary import refuse_metric
-from ormo_rpc.storage.sweep_directory import FAILED, RUNNING, JobRecord, Plan, SweepDirectory
+from ormo_rpc.storage.sweep_directory import FAILED, INTERRUPTED, RUNNING, JobRecord, Plan, SweepDirectory
 
-INTERRUPTED = 130
+INTERRUPTED_STATUS = 130
 """Exit status of a run that a signal has ended."""
 Run = Callable[[], tuple[Config, dict[str, Any]]]
 """Runs a job; its configuration and its summary."""
@@ -88,8 +89,8 @@ def run_job(hydra: HydraConf, run: Run, say: Callable[[str], None]) -> float | N
         if value is None and searches:
             status, reason = FAILED, f"optimized_metric: the run has no {config.objective}"
     except RunFailed as error:
-        if error.exit_status == INTERRUPTED:
-            directory.write(dataclasses.replace(record, status="interrupted"))
+        if error.exit_status == INTERRUPTED_STATUS:
+            directory.write(dataclasses.replace(record, status=INTERRUPTED))
             raise KeyboardInterrupt from None
         reason = str(error)
     except ConfigError as error:
@@ -105,27 +106,28 @@ def run_job(hydra: HydraConf, run: Run, say: Callable[[str], None]) -> float | N
     return value
 
 
-def end(directory: SweepDirectory, say: Callable[[str], None]) -> bool:
+def end(directory: SweepDirectory, say: Callable[[str], None], *, interrupted: bool) -> bool:
     """Say how the jobs of a sweep ended; True where none failed.
 
     Args:
         directory: That of the sweep.
         say: Prints a line on standard error.
+        interrupted: A signal ended the sweep, and with it the jobs that were running.
     """
     plan, records = directory.plan(), directory.records()
-    counted = {status: sum(record.status == status for record in records) for status in {each.status for each in records}}
-    failed = [record for record in records if record.status in (FAILED, RUNNING)]
-    others = [f"{count} {status}" for status, count in sorted(counted.items()) if status not in (FAILED, RUNNING)]
-    missing = (plan.jobs or 0) - len(records)
-    others += [f"{missing} not started"] * (missing > 0)
-    total = max(plan.jobs or 0, len(records))
-    said = f"{len(failed)} of {total} jobs failed" if failed else f"{total} jobs"
-    say(", ".join([said, *others]))
-    for record in failed:
-        say(f"{_name(record, plan)} ({record.settings}): {record.reason or 'ended without a word'}; {record.directory}")
+    without_end = INTERRUPTED if interrupted else FAILED
+    counted = Counter(without_end if record.status == RUNNING else record.status for record in records)
+    total, failed = max(plan.jobs or 0, len(records)), counted.pop(FAILED, 0)
+    counted["not started"] = total - len(records)
+    others = [f"{count} {status}" for status, count in sorted(counted.items()) if count]
+    say(", ".join([f"{failed} of {total} jobs failed" if failed else f"{total} jobs", *others]))
+    for record in records:
+        if record.status == FAILED or (record.status == RUNNING and not interrupted):
+            reason = record.reason or "its process ended without a word, or runs on"
+            say(f"{_name(record, plan)} ({record.settings}): {reason}; {record.directory}")
     with contextlib.suppress(BrokenPipeError):
         print(f"sweep directory: {directory.path}", flush=True)
-        if len(failed) < len(records):
+        if counted["completed"]:
             print(f"compare its runs: python -m ormo_rpc.report {shlex.quote(str(directory.path))}", flush=True)
     return not failed
 

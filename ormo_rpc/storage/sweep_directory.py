@@ -14,7 +14,8 @@ from ormo_rpc.storage.run_directory import write_json
 
 _FOLDER = ".jobs"
 _PLAN = "plan.json"
-RUNNING, FAILED = "running", "failed"
+RUNNING, FAILED, INTERRUPTED = "running", "failed", "interrupted"
+"""Values of a job's status beside those of a summary."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ SOURCES = {
 
 LAYERS: Sequence[str] = (
     "errors messages seeding options kernels algorithms schedulers server data models compression worker rendezvous transports "
-    "loggers config storage report runtimes sweeps cli train evaluate"
+    "loggers config storage report runtimes overrides sweeps cli train evaluate"
 ).split()
 """Each imports from itself and from those before it."""
 
@@ -36,7 +36,7 @@ ONLY_IN = {
     "torch.futures": ("transports.torch_rpc",),
     "socket": ("rendezvous", "transports.base", "transports.stream", "runtimes.distributed"),
     "subprocess": ("kernels.compiled", "storage.environment", "runtimes.distributed.launcher"),
-    "hydra": ("sweeps", "cli"),
+    "hydra": ("overrides", "sweeps", "cli"),
     "omegaconf": ("sweeps", "cli", "config", "runtimes.distributed.worker_process"),
     "wandb": ("loggers",),
     "tqdm": ("loggers", "runtimes.replay"),

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from ormo_rpc import cli
-from ormo_rpc.cli import compose, main, prepared
+from ormo_rpc.cli import compose, main
 from ormo_rpc.config.parsing import load_config, parse_config
 from ormo_rpc.config.paths import located
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
+from ormo_rpc.overrides import prepared
 from ormo_rpc.runtimes import run
 from tests.support.keys import KEYS, label
 

@@ -1,0 +1,54 @@
+"""Sweeps whose jobs run in other processes: what became of each is known at the end as it is for hydra's own launcher."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from ormo_rpc.storage.sweep_directory import SweepDirectory
+from tests.support.processes import PATIENCE_SECONDS, launched, wait_until
+
+pytestmark = pytest.mark.live
+
+SHORT = ("runtime=sim", "logger=none", "workers=2", "train.epochs=1", "checkpoint.every_seconds=0")
+PLUGINS = {"parallel": "hydra_joblib_launcher", "local": "hydra_submitit_launcher"}
+
+
+def sweep(folder: Path, launcher: str, *arguments: str) -> tuple[str, ...]:
+    """The command of a sweep; the test is skipped where the launcher is not installed."""
+    pytest.importorskip(f"hydra_plugins.{PLUGINS[launcher]}", reason=f"{PLUGINS[launcher]} is not installed")
+    return ("launch.py", "-m", f"hydra/launcher={launcher}", f"hydra.sweep.dir={folder}", *SHORT, *arguments)
+
+
+@pytest.mark.parametrize("launcher", PLUGINS)
+def test_a_bad_job_does_not_end_the_others_in_other_processes(launcher: str, tmp_path: Path) -> None:
+    with launched(*sweep(tmp_path, launcher, "algorithm=asgd,rennala,ormo", "scheduler=sync")) as process:
+        _, err = process.communicate(timeout=2 * PATIENCE_SECONDS)
+    assert process.returncode == 1
+    records = SweepDirectory(tmp_path).records()
+    assert [(record.settings, record.status) for record in records] == [
+        ("algorithm=asgd", "completed"),
+        ("algorithm=rennala", "failed"),
+        ("algorithm=ormo", "completed"),
+    ]
+    total, named = err.splitlines()[-2:]
+    assert total == "launch.py: 1 of 3 jobs failed, 2 completed"
+    assert named.startswith(
+        "launch.py: job 2 of 3 (algorithm=rennala): scheduler: got 'sync', which rennala does not run under"
+    )
+    assert named.endswith(f"; {tmp_path / '1'}")
+
+
+def test_ctrl_c_ends_a_sweep_and_its_processes(tmp_path: Path) -> None:
+    with launched(*sweep(tmp_path, "parallel", "train.epochs=100000", "seed=0,1,2")) as process:
+        wait_until(lambda: len(list(tmp_path.glob("*/trace.jsonl"))) == 2, "two jobs have begun")
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, err = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 130
+    assert err.splitlines()[-2:] == [
+        "launch.py: the sweep was interrupted",
+        "launch.py: 3 jobs, 2 interrupted, 1 not started",
+    ]
