@@ -41,6 +41,7 @@ class Session:
         checkpoint_executor: Writes checkpoints.
         clock: The run's seconds, real or virtual.
         began: Time on the monotonic clock at which the run began, before this process did where there is a launcher.
+        continue_clock: Called with the run's seconds so far where this process takes over, before anything is recorded.
         extra_metrics: Returns metrics by name that the runtime measures itself.
         state: Copies the state for a checkpoint, where it is more than that of the server.
         terminal: A file descriptor for the progress bar, where there is a terminal.
@@ -60,6 +61,7 @@ class Session:
         clock: Callable[[], float],
         *,
         began: float,
+        continue_clock: Callable[[float], None] = lambda _: None,
         extra_metrics: Callable[[], Mapping[str, float]] = dict,
         state: Callable[[], dict[str, Any]] | None = None,
         terminal: int | None = None,
@@ -80,6 +82,7 @@ class Session:
         self.resumed_state: dict[str, Any] | None = None
         self._copy_state = state or (lambda: self.server.state_dict(replies=config.checkpoint.journal))
         self._began = began
+        self._continue_clock = continue_clock
         self._seen = 0
         """The server's iteration at the last `observe`."""
 
@@ -144,6 +147,7 @@ class Session:
             # Statistics of an earlier version have no time of their own.
             self.recorder.continue_from({"seconds": records["seconds"], **records["statistics"]})
             self.seconds_before = records["seconds"]
+            self._continue_clock(self.seconds_before)
         else:
             self.recorder.statistics.begin_as(records["statistics"])
         if in_place:

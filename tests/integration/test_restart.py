@@ -45,7 +45,12 @@ class Incarnation:
         (run_dir / "trace.jsonl").touch()
         job = Job(config)
         self.worker = job.worker()
-        self.session = Session(job, run_dir, InlineExecutor(), writer or InlineExecutor(), lambda: 1.5, began=0.0)
+        self.now = 0.0 if number else 1.5  # until the clock is continued
+        self.session = Session(
+            *(job, run_dir, InlineExecutor(), writer or InlineExecutor(), lambda: self.now),
+            began=0.0,
+            continue_clock=lambda seconds: setattr(self, "now", seconds),
+        )
         self.session.open(incarnation=number)
         self.server = self.session.server
         self.replies: dict[int, Reply] = {}
@@ -138,6 +143,19 @@ def test_the_journal_recovers_across_an_incarnation_that_never_started(tmp_path:
     assert (last.server.iteration, last.session.counters.rolled_back, last.server.incarnation) == (14, 0, 3)
     assert last.sha() == shas[-1]
     last.die()
+
+
+def test_recovered_gradients_are_not_earlier_than_the_checkpoint_before_them(tmp_path: Path) -> None:
+    first = Incarnation(tmp_path, 0, every=10, journal=True)
+    first.push(25)
+    first.die()
+    second = Incarnation(tmp_path, 1, every=10, journal=True)
+    second.now += 2.0
+    second.push(5)
+    second.die()
+    applied = [event for event in read_trace(tmp_path)[1] if event["event"] == "apply"]
+    assert [event["seconds"] for event in applied] == [1.5] * 25 + [3.5] * 5
+    assert second.session.recorder.statistics.seconds == 3.5
 
 
 def test_rolled_back_events_are_kept_in_a_file_of_their_own(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def run(config: Config, run_dir: Path, began: float) -> dict[str, Any]:
     """Simulate a run, which began at a time on the monotonic clock, to its end, and return its summary.
 
     Raises:
-        RunFailed: it was interrupted; a checkpoint is left.
+        RunFailed: it was interrupted, or there is no worker left that could end it; a checkpoint is left.
     """
     sim = config.sim
     torch.set_num_threads(sim.threads)
@@ -79,12 +79,19 @@ def run(config: Config, run_dir: Path, began: float) -> dict[str, Any]:
     last = state()
     session.write_checkpoint(last)
     cluster.close()
-    status = {"status": "interrupted", "reason": interrupted} if interrupted else {}
-    summary = session.close(last, wait=True, virtual_seconds=queue.now, **status, **_loads(cluster, queue.now))
+    status: dict[str, str] = {}
     if interrupted:
+        status = {"status": "interrupted", "reason": interrupted}
+    elif not session.server.ended:
+        members, least = len(session.server.members), config.runtime.min_workers
+        left = f"{members} of runtime.min_workers={least} workers are left" if members else "no worker is left"
+        status = {"status": "failed", "reason": f"{left} after {queue.now:g} virtual seconds"}
+    summary = session.close(last, wait=True, virtual_seconds=queue.now, **status, **_loads(cluster, queue.now))
+    if status:
         raise RunFailed(
-            f"interrupted by {interrupted}; iteration {last['iteration']} is kept: resume with checkpoint.resume={run_dir}",
-            exit_status=130,
+            f"{f'interrupted by {interrupted}' if interrupted else status['reason']}; iteration {last['iteration']} is kept: "
+            f"resume with checkpoint.resume={run_dir}",
+            exit_status=130 if interrupted else 1,
         )
     return summary
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 import time
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ from typing import cast
 
 import pytest
 
-from ormo_rpc import train
+from ormo_rpc import RunFailed, train
 from ormo_rpc.cli import _result  # pyright: ignore[reportPrivateUsage] # the line is built nowhere else
 from ormo_rpc.loggers.statistics import Statistics
 from ormo_rpc.runtimes import evaluations, run
@@ -21,6 +22,7 @@ from ormo_rpc.runtimes.job import JobLike
 from ormo_rpc.runtimes.process_start import process_began
 from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.run_directory import read_metrics, read_trace
+from ormo_rpc.storage.summary import read_summary
 from tests.support.events import apply_event
 
 SIM = ("runtime=sim", "logger=none", "checkpoint.every_seconds=0")
@@ -153,6 +155,27 @@ def test_a_run_that_max_seconds_ended_says_so(tmp_path: Path) -> None:
     assert summary["reason"] in _result(summary, tmp_path)
     whole = train([*SIM, "train.max_seconds=100", "model.hidden=4", "train.epochs=1"], run_dir=tmp_path / "whole")
     assert (whole["status"], whole["reason"]) == ("completed", None)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["runtime.leaves={0: 0.35, 1: 0.55}"], "no worker is left after 0.6 virtual seconds"),
+        (
+            ["runtime.leaves={1: 0.55}", "runtime.min_workers=2"],
+            "1 of runtime.min_workers=2 workers are left after ",
+        ),
+    ],
+)
+def test_a_simulation_that_nobody_can_end_has_failed(options: list[str], reason: str, tmp_path: Path) -> None:
+    """It was "running", with exit status 0."""
+    with pytest.raises(
+        RunFailed, match=rf"^{re.escape(reason)}.*; iteration \d+ is kept: resume with checkpoint.resume="
+    ) as error:
+        train([*QUADRATIC, "train.max_iterations=100", *options], run_dir=tmp_path / "run")
+    summary = read_summary(tmp_path / "run") or {}
+    assert (summary["status"], error.value.exit_status) == ("failed", 1)
+    assert summary["reason"].startswith(reason)
 
 
 def test_the_rate_is_over_the_time_of_training_and_the_rest_is_not_left_out(

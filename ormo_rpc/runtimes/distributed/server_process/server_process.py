@@ -90,6 +90,7 @@ class ServerProcess:
             checkpoint,
             self.clock,
             began=args.began,
+            continue_clock=self.clock.continue_from,
             extra_metrics=self._lock_times,
             terminal=args.terminal_fd,
         )
@@ -103,7 +104,6 @@ class ServerProcess:
         rolled_back = self.session.counters.rolled_back
         self.session.open(incarnation=args.incarnation)
         self._rolled_back = self.session.counters.rolled_back - rolled_back
-        self.clock.before = self.session.seconds_before
         self._injector = FaultInjector(self.options.faults, None, args.incarnation, args.report)
         self.service = Service(
             server,

@@ -6,15 +6,15 @@ import time
 
 
 class Stopwatch:
-    """Seconds since `start`, 0 before.
-
-    Attributes:
-        before: Seconds of earlier incarnations, which count.
-    """
+    """Seconds since `start`, with those of earlier incarnations; the latter alone before."""
 
     def __init__(self) -> None:
-        self.before = 0.0
+        self._before = 0.0
         self._since: float | None = None
+
+    def continue_from(self, seconds: float) -> None:
+        """Count the seconds of earlier incarnations."""
+        self._before = seconds
 
     def start(self) -> None:
         """Begin to count."""
@@ -22,7 +22,7 @@ class Stopwatch:
 
     def __call__(self) -> float:
         """Return the seconds."""
-        return self.before + (0.0 if self._since is None else time.monotonic() - self._since)
+        return self._before + (0.0 if self._since is None else time.monotonic() - self._since)
 
 
 class Interval:
