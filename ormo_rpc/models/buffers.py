@@ -119,7 +119,7 @@ def _places(module: nn.Module) -> list[Place]:
             name = f"{path}.{key}" if path else key
             if tensor is not None and is_lazy(tensor):
                 raise ValueError(
-                    f"model: {name}: got a buffer without a shape, expected all sizes from the start; use no lazy layers"
+                    f"model: {name}: got a buffer without a shape, expected all from the start; use no lazy layers"
                 )
             if tensor is not None and id(tensor) not in owned:
                 owned[id(tensor)] = (

@@ -35,10 +35,10 @@ def check_passes(module: nn.Module, compute: Callable[[], None]) -> None:
     before = {name: sha256(parameter) for name, parameter in parameters.items()}
     compute()
     after = dict(module.named_parameters())
-    if any(after.get(name) is not parameter for name, parameter in parameters.items()) or len(after) != len(parameters):
-        came, went = sorted(after.keys() - before.keys()), sorted(before.keys() - after.keys())
+    others = [name for name in {**parameters, **after} if after.get(name) is not parameters.get(name)]
+    if others:
         raise ValueError(
-            f"model: parameters: a forward pass added {came} and removed {went}, expected those of construction; "
+            f"model: parameters: a forward pass added, removed or replaced {others}, expected those of construction; "
             "make all of them there"
         )
     for name, parameter in parameters.items():
