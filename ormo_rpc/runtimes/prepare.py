@@ -13,6 +13,8 @@ from ormo_rpc.errors import ConfigError
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.runtimes.simulator.jobs import SyntheticJob
 from ormo_rpc.runtimes.torchrun import Torchrun
+from ormo_rpc.server.build import check_resumable
+from ormo_rpc.server.resumable import from_outside
 from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.summary import refuse_metric
 
@@ -60,7 +62,7 @@ def check_elastic_worker(config: Config, torchrun: Torchrun | None) -> None:
 
 
 def check(config: Config, *, resumes: bool) -> None:
-    """Refuse a configuration whose checkpoint, heterogeneity, data set or model cannot be used, or that has nothing to do.
+    """Refuse a configuration one of whose parts cannot be used, or that has nothing to do.
 
     Args:
         config: What is to be run.
@@ -85,6 +87,11 @@ def check(config: Config, *, resumes: bool) -> None:
         raise ConfigError(str(error)) from None
     if not isinstance(config.runtime, (RpcRuntime, SimRuntime)):
         return
+    try:
+        if from_outside(config.algorithm) or from_outside(config.scheduler):
+            check_resumable(config.algorithm, config.scheduler)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     synthetic = isinstance(config.runtime, SimRuntime) and config.runtime.gradient is not GradientKind.real
     job = SyntheticJob(config) if synthetic else check_data_and_model(config)
     if resumed is not None:

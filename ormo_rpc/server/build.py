@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from ormo_rpc.server.buffers import RunningBuffers
 from ormo_rpc.server.events import Event, EventLog
 from ormo_rpc.server.members import Members
 from ormo_rpc.server.parameter_server import ParameterServer
+from ormo_rpc.server.resumable import DIMENSION, WORKERS, from_outside, refuse_forgetful
 from ormo_rpc.server.snapshots import Snapshots
 from ormo_rpc.server.validation import NormLimit, all_finite
 
@@ -110,6 +112,7 @@ def build_server(
     # One of its own, as it remembers the newest parameters.
     own_algorithm.kernel = dataclasses.replace(kernel or Kernel(), rounds=sent_dtype is torch.bfloat16)
     own_scheduler.init(generator(seed, "scheduler", 0))
+    outside = from_outside(own_algorithm) or from_outside(own_scheduler)
     return ParameterServer(
         algorithm=own_algorithm,
         scheduler=own_scheduler,
@@ -124,7 +127,27 @@ def build_server(
         norm_limit=norm_limit,
         pushed_dtype=pushed_dtype,
         timer=timer,
+        before_first_save=functools.partial(check_resumable, own_algorithm, own_scheduler) if outside else None,
     )
+
+
+def check_resumable(algorithm: Algorithm, scheduler: Scheduler) -> None:
+    """Refuse an algorithm or scheduler that forgets a part of its state, by a trial; see `refuse_forgetful`.
+
+    Raises:
+        ValueError: one does; the message names it and the attributes that it leaves out.
+    """
+
+    def new_server() -> ParameterServer:
+        return build_server(
+            algorithm=algorithm,
+            scheduler=scheduler,
+            params=torch.zeros(DIMENSION),
+            num_workers=WORKERS,
+            lr=lambda iteration: 0.1 / (1 + iteration % 3),
+        )
+
+    refuse_forgetful(new_server)
 
 
 def _copy_or_build(base: type[P], given: str | P, options: dict[str, Any]) -> P:

@@ -66,6 +66,8 @@ class ParameterServer:
     """The dtype of pushes, bfloat16 or float16; None for that of the parameters."""
     timer: Callable[[], float] = lambda: 0.0
     """Real seconds, for `step_seconds`."""
+    before_first_save: Callable[[], None] | None = None
+    """Refuses a state that would not continue as it should; called once."""
 
     status: Status = field(default=Status.running, init=False)
     iteration: int = field(default=0, init=False)
@@ -105,7 +107,13 @@ class ParameterServer:
         Args:
             replies: Include the newest reply of each worker, with its parameters; a server that loads them goes on exactly as
                 this one would.
+
+        Raises:
+            ValueError: the algorithm or scheduler comes from outside of the package, and forgets a part of its state.
         """
+        if self.before_first_save is not None:
+            self.before_first_save()
+            self.before_first_save = None
         return save(self, replies)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
