@@ -28,6 +28,7 @@ class RunInfo:
         overrides: What was typed to start the run, such as ``train.lr=0.1``.
         sweep: The name of the sweep that the run belongs to.
         continues: The run directory that ``checkpoint.resume`` names.
+        rows: Those of metrics.jsonl so far, where an earlier server process of this run has died.
     """
 
     name: str
@@ -37,6 +38,7 @@ class RunInfo:
     overrides: Sequence[str] = ()
     sweep: str | None = None
     continues: Path | None = None
+    rows: Sequence[Mapping[str, Any]] = ()
 
     @property
     def title(self) -> str:

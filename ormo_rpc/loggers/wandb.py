@@ -52,7 +52,9 @@ class WandbMode(Enum):
 class WandbLogger(Logger):
     """Log to Weights & Biases, offline by default; where an option says nothing, wandb's variable counts."""
 
-    mode: WandbMode | None = option(None, "offline (kept in the run directory) or online; else WANDB_MODE, else offline")
+    mode: WandbMode | None = option(
+        None, "offline (kept in the run directory) or online; else WANDB_MODE, else offline but in a wandb sweep"
+    )
     project: str | None = option(None, "wandb project; else WANDB_PROJECT, else ormo_rpc")
     entity: str | None = option(None, "wandb entity (user or team); else WANDB_ENTITY")
     run_name: str | None = option(
@@ -76,8 +78,8 @@ class WandbLogger(Logger):
 
     @override
     def prepare(self) -> None:
-        mode = os.environ.get("WANDB_MODE", "") if self.mode is None else self.mode.value
-        if mode and mode not in MODES:
+        mode = (os.environ.get("WANDB_MODE") or _default_mode()) if self.mode is None else self.mode.value
+        if mode not in MODES:
             raise ValueError(f"WANDB_MODE: got {mode!r}, expected one of {', '.join(MODES)}; or set logger.mode")
         if mode not in MODES[MODES.index("online") :]:
             return
@@ -102,6 +104,8 @@ class WandbLogger(Logger):
         import wandb  # takes half a second to load, so only where it is used
         from wandb import errors
 
+        if self.directory is not None:
+            Path(self.directory).mkdir(parents=True, exist_ok=True)  # else wandb warns that it is in no repository
         own, continued = _read_id(run.directory), None if run.continues is None else _read_id(run.continues)
         arguments = self._arguments(run, own or continued)
         # A run of the calling program's own stays as it is: it is not wandb's current run that is taken, but a new one.
@@ -123,14 +127,17 @@ class WandbLogger(Logger):
         if not started.disabled:
             (run.directory / ID_FILE).write_text(started.id)
         started.define_metric("*", step_metric="iteration")
+        if started.offline:
+            for row in run.rows:  # wandb's process may have died with the server before it wrote them
+                started.log(dict(row))
         return WandbRunLog(started, wandb.Histogram)
 
     def _arguments(self, run: RunInfo, run_id: str | None) -> dict[str, Any]:
         """The arguments of ``wandb.init``; None where the environment says it, or wandb's own default counts."""
         names = (run.config.get(group, {}).get("name") for group in ("algorithm", "scheduler", "dataset", "model"))
-        sweep = os.environ.get("WANDB_SWEEP_ID") or None
+        sweep = _wandb_sweep()
         defaults: Mapping[str, Any] = {
-            "mode": "offline",
+            "mode": _default_mode(),
             "project": None if sweep else "ormo_rpc",  # the project of a sweep is that of its runs
             "run_name": run.title[:MAX_NAME_CHARACTERS],
             "group": run.sweep or sweep,
@@ -198,6 +205,15 @@ class WandbRunLog(RunLog):
         width = -(-len(counts) // self.histogram.MAX_LENGTH)
         padded = np.pad(counts, (0, -len(counts) % width)).reshape(-1, width).sum(1)
         return self.histogram(np_histogram=(padded, np.arange(len(padded) + 1) * width))
+
+
+def _wandb_sweep() -> str | None:
+    """The wandb sweep whose agent has started this run."""
+    return os.environ.get("WANDB_SWEEP_ID") or None
+
+
+def _default_mode() -> str:
+    return "offline" if _wandb_sweep() is None else "online"  # the sweep waits for results
 
 
 def _read_id(directory: Path) -> str | None:

@@ -24,7 +24,7 @@ from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.counters import RunCounters
 from ormo_rpc.storage.journal import FileJournal, Journal, recover
 from ormo_rpc.storage.launch import Launch
-from ormo_rpc.storage.run_directory import RunDirectory, read_fingerprint
+from ormo_rpc.storage.run_directory import RunDirectory, read_fingerprint, rows_so_far
 from ormo_rpc.storage.summary import Summary, identity
 
 
@@ -249,4 +249,5 @@ def _run_info(config: Config, run_dir: Path, total_iterations: int) -> RunInfo:
         overrides=launch.overrides,
         sweep=launch.sweep,
         continues=None if resume is None else checkpoint.run_directory_of(Path(resume)),
+        rows=rows_so_far(run_dir),
     )

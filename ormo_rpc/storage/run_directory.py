@@ -171,6 +171,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return _read_lines(path / _METRICS)
 
 
+def rows_so_far(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of a run that has not ended; the last line may be torn, where a server process was killed."""
+    return [json.loads(line) for line in (path / _METRICS).read_text(encoding="utf-8").split("\n")[:-1]]
+
+
 def _read_lines(file: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

@@ -12,8 +12,9 @@ class FakeRun:
 
     disabled = False
 
-    def __init__(self, run_id: str) -> None:
+    def __init__(self, run_id: str, *, offline: bool) -> None:
         self.id = run_id
+        self.offline = offline
         self.logged: list[dict[str, Any]] = []
         self.summary: dict[str, Any] = {}
         self.metrics: list[tuple[str, str]] = []
@@ -84,5 +85,5 @@ class FakeWandb(SimpleNamespace):
         self.arguments = arguments
         if self.failures:
             raise self.failures.pop(0)
-        self.runs.append(FakeRun(arguments["id"] or f"new{len(self.runs)}"))
+        self.runs.append(FakeRun(arguments["id"] or f"new{len(self.runs)}", offline=arguments["mode"] == "offline"))
         return self.runs[-1]

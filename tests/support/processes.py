@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,18 @@ def wait_until(done: Callable[[], Any], what: str, every_seconds: float = 0.05) 
 
 
 @contextmanager
-def launched(*command: str) -> Generator[subprocess.Popen[str]]:
-    """Start a command of the checkout in a session of its own; at the end kill what is left of its processes."""
+def launched(*command: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> Generator[subprocess.Popen[str]]:
+    """Start Python with a command in a session of its own; at the end kill what is left of its processes.
+
+    Args:
+        command: The arguments of Python.
+        cwd: The working directory.
+        env: Variables beside those of the tests, which pass no variable of wandb's on.
+    """
     process = subprocess.Popen(
         [sys.executable, *command],
-        cwd=ROOT,
-        env={key: value for key, value in os.environ.items() if not key.startswith("WANDB_")},
+        cwd=cwd,
+        env={key: value for key, value in os.environ.items() if not key.startswith("WANDB_")} | dict(env or {}),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -62,9 +68,9 @@ def launched(*command: str) -> Generator[subprocess.Popen[str]]:
                 stream.close()
 
 
-def launch(run_dir: Path, *overrides: str) -> tuple[int, str, str]:
+def launch(run_dir: Path, *overrides: str, env: Mapping[str, str] | None = None) -> tuple[int, str, str]:
     """Run ``launch.py`` to its end; return its exit status, standard output and standard error."""
-    with launched("launch.py", f"hydra.run.dir={run_dir}", *overrides) as process:
+    with launched("launch.py", f"hydra.run.dir={run_dir}", *overrides, env=env) as process:
         out, err = process.communicate(timeout=2 * PATIENCE_SECONDS)
         return process.returncode, out, err
 

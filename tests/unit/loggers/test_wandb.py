@@ -90,6 +90,7 @@ def defaults(tmp_path: Path) -> dict[str, Any]:
 def test_the_option_counts_then_wandbs_variable_then_our_default(
     name: str, tmp_path: Path, fake: FakeWandb, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     argument, options = argument_of(name), {"mode": WandbMode.online, "tags": ["mine"]}
     given: Any = options.get(name, "mine")
     WandbLogger().start(run_info(tmp_path))
@@ -163,6 +164,15 @@ def test_a_restarted_server_and_a_resumed_run_continue_the_wandb_run(tmp_path: P
     assert id_of(WandbLogger(), replace(branch, continues=tmp_path / "first")) == "other"  # its own counts first
     assert id_of(WandbLogger(), run_info(tmp_path / "new")) not in (begun, "other")
     assert id_of(WandbLogger(), run_info(tmp_path / "copied", continues=tmp_path / "checkpoint_alone")) not in (begun, "other")
+
+
+@pytest.mark.parametrize("mode", WandbMode)
+def test_an_offline_run_begins_with_the_rows_that_died_with_wandbs_process(
+    mode: WandbMode, tmp_path: Path, fake: FakeWandb
+) -> None:
+    rows = [{"iteration": 3, "train_loss": 2.5}, {"iteration": 5, "test_accuracy": 0.5}]
+    WandbLogger(mode=mode).start(run_info(tmp_path, rows=rows))
+    assert fake.runs[0].logged == (rows if mode is WandbMode.offline else [])  # online they were sent
 
 
 def test_wandbs_own_resume_variable_counts(tmp_path: Path, fake: FakeWandb, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ from ormo_rpc.config.parsing import parse_config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.server.events import Event, Kind
 from ormo_rpc.storage.counters import RunCounters
-from ormo_rpc.storage.run_directory import RunDirectory, read_trace
+from ormo_rpc.storage.run_directory import RunDirectory, read_trace, rows_so_far
 from ormo_rpc.storage.summary import Summary, identity, read_summary, unfinished_summary, write_summary
 from tests.support.processes import PATIENCE_SECONDS
 
@@ -154,3 +155,13 @@ def test_a_damaged_summary_is_refused_with_its_name(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text("{")
     with pytest.raises(ConfigError, match=f"^{tmp_path / 'summary.json'}: cannot be read: "):
         read_summary(tmp_path)
+
+
+def test_a_torn_row_does_not_count_while_the_run_lasts(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.write_metrics({"iteration": 1})
+    directory.write_metrics({"iteration": 2})
+    directory.close()
+    assert rows_so_far(tmp_path) == [{"iteration": 1}, {"iteration": 2}]
+    os.truncate(tmp_path / "metrics.jsonl", (tmp_path / "metrics.jsonl").stat().st_size - 3)
+    assert rows_so_far(tmp_path) == [{"iteration": 1}]
