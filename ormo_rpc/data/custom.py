@@ -58,7 +58,8 @@ class CustomData(DataSource, CallsTarget):
 
     @override
     def with_findings(self, data: DataSet) -> DataSource:
-        return dataclasses.replace(self, counted_classes=data.num_classes)
+        known = "num_classes" in self.kwargs or data.num_classes < 1
+        return self if known else dataclasses.replace(self, counted_classes=data.num_classes)
 
     def _from_pair(self, train: MapStyle, test: MapStyle) -> DataSet:
         if not len(train):

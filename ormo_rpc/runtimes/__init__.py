@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ormo_rpc.config.paths import located
+from ormo_rpc.config.runtimes import SimRuntime
 from ormo_rpc.config.schema import Config, Role
 from ormo_rpc.errors import RunFailed
 from ormo_rpc.options.imports import refuse_while_importing
@@ -72,11 +73,16 @@ def run(
     runtime = importlib.import_module(MODULES[config.runtime.name])
     has_run_directory = torchrun is None or torchrun.rank == 0
     with _draws:
-        prepare.check(config, resumes=has_run_directory)
+        job = prepare.check(config, starts_server=has_run_directory)
+    if job is not None:
+        config = job.config
     if has_run_directory:
         RunDirectory.claim(run_dir)
         (launch or Launch()).write(run_dir)
     with _in_this_process() if config.runtime.name in IN_THIS_PROCESS else contextlib.nullcontext():
+        if isinstance(config.runtime, SimRuntime):  # with the data set that was loaded for the check
+            return runtime.run(config, run_dir, began, job)
+        del job  # a launcher needs no data set
         return runtime.run(config, run_dir, began)
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from ormo_rpc.config.parsing import load_config
 from ormo_rpc.config.runtimes import GradientKind, ReplayRuntime, RpcRuntime, SimRuntime
 from ormo_rpc.config.schema import Config
-from ormo_rpc.errors import ConfigError
+from ormo_rpc.errors import ConfigError, one_line
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.runtimes.simulator.jobs import SyntheticJob
 from ormo_rpc.runtimes.torchrun import Torchrun
+from ormo_rpc.runtimes.trial import try_job
 from ormo_rpc.server.build import check_resumable
 from ormo_rpc.server.resumable import from_outside
 from ormo_rpc.storage import checkpoint
@@ -61,12 +62,16 @@ def check_elastic_worker(config: Config, torchrun: Torchrun | None) -> None:
         raise ConfigError("server.address: got None with role=worker, expected HOST:PORT of the running server")
 
 
-def check(config: Config, *, resumes: bool) -> None:
+def check(config: Config, *, starts_server: bool) -> Job | SyntheticJob | None:
     """Refuse a configuration one of whose parts cannot be used, or that has nothing to do.
 
     Args:
         config: What is to be run.
-        resumes: Check the checkpoint that the run resumes from, and the logger; only one process of a run has them.
+        starts_server: Check the checkpoint that the run resumes from and the logger too, and try one batch; one launcher of a
+            run does.
+
+    Returns:
+        The job, whose configuration has what the data set was read for; None for a replay.
 
     Raises:
         ConfigError: it cannot be run; the message has the key to change.
@@ -76,17 +81,17 @@ def check(config: Config, *, resumes: bool) -> None:
     if config.checkpoint.resume is not None and isinstance(config.runtime, ReplayRuntime):
         given = config.checkpoint.resume
         raise ConfigError(f"checkpoint.resume: got {given} with runtime=replay, expected None: a replay begins as its run did")
-    if resumes and config.checkpoint.resume is not None:
+    if starts_server and config.checkpoint.resume is not None:
         resumed = checkpoint.locate(Path(config.checkpoint.resume))
         check_resume(config, resumed)
     try:
         config.heterogeneity.prepare()
-        if resumes:
+        if starts_server:
             config.logger.prepare()
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if not isinstance(config.runtime, (RpcRuntime, SimRuntime)):
-        return
+        return None
     try:
         if from_outside(config.algorithm) or from_outside(config.scheduler):
             check_resumable(config.algorithm, config.scheduler)
@@ -97,6 +102,9 @@ def check(config: Config, *, resumes: bool) -> None:
     if resumed is not None:
         check_something_is_left(resumed, job.total_tickets)
         checkpoint.check_fingerprint(resumed, job.fingerprint())
+    if isinstance(job, Job) and starts_server and not config.worker.dummy:
+        try_job(job)
+    return job
 
 
 def check_resume(config: Config, path: Path) -> None:
@@ -138,7 +146,9 @@ def check_data_and_model(config: Config) -> Job:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     except (Exception, SystemExit) as error:  # a user's own model or data set may raise anything
-        raise ConfigError(f"dataset or model: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
-    if len(job.data.test) == 0:
-        raise ConfigError("dataset: got an empty test set, expected at least one sample")
+        raise ConfigError(f"dataset or model: {one_line(error)}") from error
+    for name, split in (("test set", job.data.test), ("validation split", job.data.validation)):
+        if split is not None and len(split) == 0:
+            raise ConfigError(f"dataset: got an empty {name}, expected at least one sample")
+    job.config = dataclasses.replace(config, dataset=config.dataset.with_findings(job.data))
     return job

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ormo_rpc.data import DataSet, Split
 from ormo_rpc.models.flat import FlatModel
+from ormo_rpc.seeding import seeded
 from ormo_rpc.worker.objective import Tally, tally
 
 BATCH_SIZE = 500
@@ -39,7 +41,8 @@ class Evaluator:
     """Evaluates parameters, with a model of its own.
 
     The forward passes record no gradients, unless the model needs them: one that calls ``torch.autograd`` itself fails without.
-    That is decided once, at the first batch.
+    That is decided once, at the first batch. What a data set or model draws from the global generators is the same in every
+    evaluation.
 
     Args:
         model: The model; it belongs to this object from now on.
@@ -58,21 +61,28 @@ class Evaluator:
         Raises:
             ValueError: the model does not fit the data, or no target of a split counts.
         """
+        with seeded(0, "evaluation", 0):
+            return self._evaluate(params, buffers)
+
+    def output(self, inputs: Tensor, params: Tensor, buffers: Mapping[str, Tensor]) -> Any:
+        """Return what the model makes of one batch at these parameters, which need not be logits."""
+        self._load(params, buffers)
+        return self._forward(inputs, params, buffers)
+
+    def _evaluate(self, params: Tensor, buffers: Mapping[str, Tensor]) -> Evaluation:
         loss, accuracy = self._means("test", self.data.test, params, buffers)
         if self.data.validation is None:
             return Evaluation(loss, accuracy)
         return Evaluation(loss, accuracy, *self._means("validation", self.data.validation, params, buffers))
 
-    def tally(self, inputs: Tensor, targets: Tensor, params: Tensor, buffers: Mapping[str, Tensor]) -> Tally:
-        """Sum up the losses of one batch at these parameters."""
-        self._load(params, buffers)
-        return self._tally(inputs, targets, params, buffers)
-
     def _means(self, name: str, data: Split, params: Tensor, buffers: Mapping[str, Tensor]) -> tuple[float, float]:
         self._load(params, buffers)
         total = Tally()
         for indices in torch.arange(len(data)).split(BATCH_SIZE):
-            total += self._tally(*data.batch(indices, None), params, buffers)
+            inputs, targets = data.batch(indices, None)
+            output = self._forward(inputs, params, buffers)
+            with torch.no_grad():
+                total += tally(output, targets)
         if not total.counted:
             raise ValueError(f"dataset: no target of the {name} split counts")
         return total.loss / total.counted, total.correct / total.counted
@@ -82,22 +92,20 @@ class Evaluator:
         self.model.buffers.load(buffers)
         self.model.module.eval()
 
-    def _tally(self, inputs: Tensor, targets: Tensor, params: Tensor, buffers: Mapping[str, Tensor]) -> Tally:
+    def _forward(self, inputs: Tensor, params: Tensor, buffers: Mapping[str, Tensor]) -> Any:
         if self._with_gradients is not None:
-            return self._forward(inputs, targets, gradients=self._with_gradients)
+            return self._pass(inputs, gradients=self._with_gradients)
         try:
-            result = self._forward(inputs, targets, gradients=False)
+            output = self._pass(inputs, gradients=False)
         except RuntimeError as error:
             self._load(params, buffers)  # the pass that failed may have changed a buffer
-            result = self._forward(inputs, targets, gradients=True)
+            output = self._pass(inputs, gradients=True)
             _log.info("evaluations record gradients, since the model fails without: %s", error)
             self._with_gradients = True
         else:
             self._with_gradients = False
-        return result
+        return output
 
-    def _forward(self, inputs: Tensor, targets: Tensor, *, gradients: bool) -> Tally:
+    def _pass(self, inputs: Tensor, *, gradients: bool) -> Any:
         with torch.set_grad_enabled(gradients):
-            output = self.model.module(inputs)
-        with torch.no_grad():
-            return tally(output, targets)
+            return self.model.module(inputs)

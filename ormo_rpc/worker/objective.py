@@ -39,13 +39,14 @@ def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(logits, _as_targets(targets))
 
 
-def tally(logits: Tensor, targets: Tensor) -> Tally:
+def tally(logits: object, targets: Tensor) -> Tally:
     """Sum up the losses and correct predictions of a batch, in at least single precision.
 
     Raises:
         ValueError: the logits do not fit the targets.
     """
     check_fit(logits, targets)
+    assert isinstance(logits, Tensor)
     targets = _as_targets(targets)
     if logits.dtype.itemsize < torch.float32.itemsize:
         logits = logits.double()

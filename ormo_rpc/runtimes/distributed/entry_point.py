@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             with contextlib.suppress(OSError):  # the log may be on the full disk that is the reason
                 traceback.print_exc()
         # Threads of torch's RPC agent may hold up an ordinary exit.
-        os._exit(EXIT_NO_RESTART if isinstance(error, (WorkerBanned, Refused)) else 1)
+        os._exit(EXIT_NO_RESTART if isinstance(error, (WorkerBanned, Refused, ConfigError)) else 1)
     # Finalising the interpreter can take seconds without a heartbeat, which a supervisor would take for a death.
     logging.shutdown()
     sys.stdout.flush()

@@ -15,7 +15,6 @@ import torch
 from typing_extensions import override
 
 from ormo_rpc.config.parsing import save_config
-from ormo_rpc.config.runtimes import GradientKind
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import RunFailed
 from ormo_rpc.runtimes.job import Job, time_generator
@@ -41,8 +40,14 @@ class InlineExecutor(Executor):
         return future
 
 
-def run(config: Config, run_dir: Path, began: float) -> dict[str, Any]:
-    """Simulate a run, which began at a time on the monotonic clock, to its end, and return its summary.
+def run(config: Config, run_dir: Path, began: float, job: Job | SyntheticJob) -> dict[str, Any]:
+    """Simulate a run to its end and return its summary.
+
+    Args:
+        config: Of the run.
+        run_dir: Its directory.
+        began: When it began, on the monotonic clock.
+        job: The job of this configuration.
 
     Raises:
         RunFailed: it was interrupted, or there is no worker left that could end it; a checkpoint is left.
@@ -52,7 +57,6 @@ def run(config: Config, run_dir: Path, began: float) -> dict[str, Any]:
     run_dir.mkdir(parents=True, exist_ok=True)
     save_config(config, run_dir / "config.yaml")
     queue = EventQueue()
-    job = Job(config) if sim.gradient is GradientKind.real else SyntheticJob(config)
     source: GradientSource = job.worker() if isinstance(job, Job) else job.source()
     terminal = sys.stderr.fileno() if sys.stderr.isatty() else None
     inline = InlineExecutor()

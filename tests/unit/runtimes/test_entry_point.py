@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ormo_rpc.errors import Refused, ServerLost, WireError, WorkerBanned
+from ormo_rpc.errors import ConfigError, Refused, ServerLost, WireError, WorkerBanned
 from ormo_rpc.runtimes.distributed import entry_point
 from ormo_rpc.runtimes.distributed.launcher.child import EXIT_NO_RESTART
 from ormo_rpc.runtimes.distributed.launcher.supervisor import Supervisor
@@ -72,7 +72,10 @@ def test_a_server_handles_the_messages_that_came_before_it_was_ready(monkeypatch
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(Refused("no"), EXIT_NO_RESTART), (WorkerBanned("no"), EXIT_NO_RESTART), (WireError("what?"), 1), (ServerLost("gone"), 1)],
+    [
+        *((kind("no"), EXIT_NO_RESTART) for kind in (Refused, WorkerBanned, ConfigError)),
+        *((kind("gone"), 1) for kind in (WireError, ServerLost, OSError)),
+    ],
 )
 def test_a_banned_or_refused_process_exits_with_the_status_that_forbids_a_restart(
     error: Exception, status: int, monkeypatch: pytest.MonkeyPatch

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from ormo_rpc.cli import compose
-from ormo_rpc.errors import Refused
+from ormo_rpc.errors import ConfigError, Refused
 from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.rendezvous.lease import Lease, connect
 from ormo_rpc.rendezvous.listener import Listener
@@ -19,6 +19,7 @@ from ormo_rpc.runtimes.distributed.server_process.service import Service
 from ormo_rpc.runtimes.distributed.worker_process import worker_process
 from ormo_rpc.runtimes.distributed.worker_process.worker_process import WorkerArgs, WorkerProcess
 from ormo_rpc.runtimes.job import Job
+from ormo_rpc.worker.worker import Worker
 from tests.support import changing
 from tests.support.processes import PATIENCE_SECONDS, wait_until
 from tests.support.rendezvous import join_response
@@ -115,3 +116,32 @@ def test_buffers_that_differ_at_the_start_are_no_reason_to_give_up() -> None:
     with served(model=model, server_fingerprint=server) as (service, work):
         work.run()
         assert service.server.iteration == TICKETS
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("error", "raised", "message"),
+    [
+        (
+            IndexError("Target 12\nis out of bounds"),
+            ConfigError,
+            "before the first ticket: IndexError: Target 12 is out of bounds",
+        ),
+        (
+            ValueError("Expected more than 1 value"),
+            ConfigError,
+            "before the first ticket: ValueError: Expected more than 1 value",
+        ),
+        (OSError("the share is away"), OSError, "the share is away"),  # may be back when it is tried again
+    ],
+)
+def test_a_first_gradient_that_fails_is_not_tried_again(
+    error: Exception, raised: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warm_up(_: Worker) -> None:
+        raise error
+
+    monkeypatch.setattr(Worker, "warm_up", warm_up)
+    with served() as (_, work), pytest.raises(raised) as caught:
+        work.run()
+    assert (type(caught.value), str(caught.value)) == (raised, message)

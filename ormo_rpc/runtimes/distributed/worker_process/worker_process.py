@@ -6,17 +6,18 @@ another one computes. To the server and the algorithm each is a worker, so K cou
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import torch
 
 from ormo_rpc.config.parsing import parse_text
 from ormo_rpc.config.schema import Config
-from ormo_rpc.errors import Refused, RunEnded, ServerLost, StaleSession
+from ormo_rpc.errors import ConfigError, Refused, RunEnded, ServerLost, StaleSession, one_line
 from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.rendezvous.lease import Lease, connect
 from ormo_rpc.rendezvous.secret import Secret
@@ -151,17 +152,20 @@ class WorkerLoop:
         """Make the worker, unless there is one from an earlier incarnation of the server.
 
         Raises:
+            ConfigError: it cannot be made, or cannot compute a first gradient.
             Refused: its model or data set is not the server's.
         """
         with self.context.compute_lock:
-            job = self.context.job(lease.join_response.config)
             worker, transport = self._worker, self._transport
-            if worker is None or transport is None or job is not self._job:
-                transport = job.config.transport.worker_side()
-                worker = job.worker(transport.allocate)
+            with _final_errors():
+                job = self.context.job(lease.join_response.config)
+                if worker is None or transport is None or job is not self._job:
+                    transport = job.config.transport.worker_side()
+                    worker = job.worker(transport.allocate)
             _check_fingerprint(lease, job)  # again where the server is another process by now
             if worker is not self._worker:
-                worker.warm_up()
+                with _final_errors():
+                    worker.warm_up()
                 self._worker, self._transport, self._job = worker, transport, job
             worker.forget()  # to the server, a worker that joins again is a new one
             return job, worker, transport
@@ -185,6 +189,21 @@ class WorkerLoop:
             reply = server.push(push)
             if self._injector.drops_reply():
                 reply = server.push(push)
+
+
+@contextlib.contextmanager
+def _final_errors() -> Generator[None]:
+    """Turn what a user's model or data set raises into an error that starts no other process in this one's place.
+
+    Raises:
+        ConfigError: in place of any error that would come again.
+    """
+    try:
+        yield
+    except (ConfigError, OSError, MemoryError):  # the last two may not come again
+        raise
+    except Exception as error:
+        raise ConfigError(f"before the first ticket: {one_line(error)}") from error
 
 
 def _check_fingerprint(lease: Lease, job: Job) -> None:

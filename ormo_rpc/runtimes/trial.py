@@ -1,0 +1,182 @@
+"""One trial batch in the launcher, so that a model that cannot be trained on its data is refused before anything starts."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import math
+from collections.abc import Callable, Generator
+
+import torch
+from torch import Tensor
+
+from ormo_rpc.data import Split
+from ormo_rpc.errors import ConfigError, one_line
+from ormo_rpc.messages import NO_BUFFERS
+from ormo_rpc.models.flat import FlatModel
+from ormo_rpc.models.passes import Passes
+from ormo_rpc.models.trial import check_passes
+from ormo_rpc.options import CallsTarget, Part
+from ormo_rpc.runtimes.job import Job
+from ormo_rpc.seeding import generator, seeded
+from ormo_rpc.worker.evaluation import Evaluator
+from ormo_rpc.worker.objective import check_classes, check_fit, count, mean_loss
+
+_log = logging.getLogger(__name__)
+
+
+def try_job(job: Job) -> None:
+    """Train and evaluate one batch with a model that is thrown away; random states are left as they were.
+
+    An epoch that ends with a batch of a single sample has that one tried as well, since batch norms refuse it.
+
+    Raises:
+        ConfigError: a batch cannot be made, the model cannot be trained or evaluated on it, or its output does not fit.
+    """
+    with seeded(job.config.seed, "trial", 0), torch.enable_grad():
+        model = job.model()
+        initial = model.flat_params(), model.buffers.copy()
+        trial = Trial(job, model)
+        for ticket in _tickets(job):
+            batches = _batches(job, ticket)
+            trial.train(ticket * job.config.algorithm.steps + len(batches) - 1, batches[-1])
+        evaluator = Evaluator(model, job.data)
+        trial.evaluate("test", job.data.test, evaluator, *initial)
+        if job.data.validation is not None:
+            trial.evaluate("validation", job.data.validation, evaluator, *initial)
+
+
+class Trial:
+    """The batches that are tried, and how their failures are put.
+
+    Args:
+        job: The run.
+        model: A model for the trial alone.
+    """
+
+    def __init__(self, job: Job, model: FlatModel) -> None:
+        self.job = job
+        self.model = model
+        self.passes = Passes(model)
+        self.data_name = _named(job.config.dataset)
+        self.model_name = _named(job.config.model)
+
+    def train(self, number: int, indices: Tensor) -> None:
+        """Compute the gradient of one training batch, as a worker does.
+
+        Args:
+            number: The number of the batch in the run, which seeds its random draws.
+            indices: The numbers of its samples.
+        """
+        where, losses = f"training batch {number}", list[float]()
+        augmentation = generator(self.job.config.seed, "augment", number)
+        with seeded(self.job.config.seed, "forward", number):
+            inputs, targets = self._batch(where, lambda: self.job.data.train.batch(indices, augmentation))
+
+        def compute() -> None:
+            with seeded(self.job.config.seed, "forward", number):
+                losses.append(self._train(where, copy.deepcopy(inputs), targets))
+
+        try:
+            check_passes(self.model.module, compute)
+        except ConfigError:
+            raise
+        except ValueError as error:  # a pass changes what none may change
+            raise ConfigError(f"{self._place(where)}: {str(error).removeprefix('model: ')}") from None
+        if not math.isfinite(losses[0]):
+            _log.warning("%s: the loss is %s at the initial weights", self._place(where), losses[0])
+
+    def _train(self, where: str, inputs: Tensor, targets: Tensor) -> float:
+        """Return the loss; 0 where no target counts."""
+        self.passes.begin(NO_BUFFERS)
+        self.passes.begin_pass()
+        with self._refused(where, inputs, targets):
+            output = self.model.module.train()(inputs)
+        self.passes.end_pass()
+        self._check(where, output, inputs, targets)
+        with self._refused(where, inputs, targets):
+            loss = mean_loss(output, targets)
+        if not loss.requires_grad:
+            raise ConfigError(
+                f"{self._place(where)}: the output does not depend on any trainable parameter; expected logits that gradients "
+                "flow from (is the forward pass under no_grad, or its result detached?)"
+            )
+        with self._refused(where, inputs, targets):
+            loss.backward()
+        self.passes.end_pass()
+        self.passes.collect()
+        return loss.item() if count(targets) else 0.0
+
+    def evaluate(self, name: str, data: Split, evaluator: Evaluator, params: Tensor, buffers: dict[str, Tensor]) -> None:
+        """Evaluate the first batch of a split."""
+        where = f"the first {name} batch, in eval mode"
+        size = min(len(data), self.job.config.train.batch_size)
+        inputs, targets = self._batch(where, lambda: data.batch(torch.arange(size), None))
+        with self._refused(where, inputs, targets):
+            output = evaluator.output(inputs, params, buffers)
+        self._check(where, output, inputs, targets)
+
+    def _batch(self, where: str, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        try:
+            inputs, targets = make()
+        except (Exception, SystemExit) as error:  # a user's own data set may raise anything
+            raise ConfigError(f"dataset: {self.data_name}: {where} cannot be made: {one_line(error)}") from error
+        if not isinstance(targets, Tensor) or targets.is_complex():  # pyright: ignore[reportUnnecessaryIsInstance] # a user's
+            kind = getattr(targets, "dtype", type(targets).__name__)
+            raise ConfigError(
+                f"dataset: {self.data_name}: the targets of {where} are of type {kind}, "
+                "expected a tensor of class numbers or probabilities"
+            )
+        return inputs, targets
+
+    def _check(self, where: str, output: object, inputs: Tensor, targets: Tensor) -> None:
+        """Refuse an output that does not fit the targets, and class numbers without a logit."""
+        try:
+            check_fit(output, targets)
+        except ValueError as error:
+            raise ConfigError(f"{self._place(where)}: {error}{_shown(inputs=inputs)}") from None
+        assert isinstance(output, Tensor)
+        try:
+            check_classes(output, targets)
+        except ValueError as error:
+            raise ConfigError(f"dataset: {self.data_name}, model {self.model_name}: in {where} {error}") from None
+
+    @contextlib.contextmanager
+    def _refused(self, where: str, inputs: object, targets: object) -> Generator[None]:
+        """Refuse what a user's model raises."""
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            raise ConfigError(f"{self._place(where)}: {one_line(error)}{_shown(inputs=inputs, targets=targets)}") from error
+
+    def _place(self, where: str) -> str:
+        return f"model: {self.model_name} on {where} of {self.data_name}"
+
+
+def _tickets(job: Job) -> list[int]:
+    """The tickets to try: the first, and the last of an epoch where its smallest batch is a single sample."""
+    last = job.batches_per_epoch - 1
+    alone = len(_batches(job, last)[-1]) == 1
+    return [0, last] if alone and 0 < last < job.total_tickets else [0]
+
+
+def _batches(job: Job, ticket: int) -> tuple[Tensor, ...]:
+    """The numbers of the samples in each batch of a ticket, as `Worker` divides them; the last batch is the smallest."""
+    indices = job.epochs.indices(ticket)
+    return indices.tensor_split(min(job.config.algorithm.steps, len(indices)))
+
+
+def _named(part: Part) -> str:
+    """The name of a part, or the dotted path of the user's own."""
+    return part.target if isinstance(part, CallsTarget) else part.name
+
+
+def _shown(**tensors: object) -> str:
+    """Type and shape of tensors, in parentheses."""
+    words = [
+        f"{name} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+        for name, tensor in tensors.items()
+        if isinstance(tensor, Tensor)
+    ]
+    return f" ({', '.join(words)})" if words else ""
