@@ -320,12 +320,15 @@ def test_a_sweep_starts_and_ends_its_own_processes(tmp_path: Path) -> None:
 
 def test_torchrun_gives_the_same_outputs(tmp_path: Path) -> None:
     command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "launch.py", f"hydra.run.dir={tmp_path}")
+    began = time.monotonic()
     with launched(*command, *QUIET, "train.epochs=2") as launcher:
         out, err = launcher.communicate(timeout=120)
         assert launcher.returncode == 0, err
+    seconds = time.monotonic() - began
     assert out.count("completed: ormo (async), 2 workers") == 1
     result = summary(tmp_path)
     assert (result["status"], result["num_workers"], result["iterations"]) == ("completed", 2, 90)
+    assert 0 < result["training_seconds"] < result["wall_seconds"] < seconds
     assert compose(["workers=2", "logger=none", "train.epochs=2"]) == load_config(tmp_path / "config.yaml")
     assert {"config.yaml", "metrics.jsonl", "trace.jsonl", "processes.json", "summary.json", "checkpoints"} <= {
         path.name for path in tmp_path.iterdir()
