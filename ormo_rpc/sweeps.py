@@ -87,7 +87,7 @@ def run_job(hydra: HydraConf, run: Run, say: Callable[[str], None]) -> float | N
         status = str(summary.get("status"))
         value = _value(config, summary, hydra)
         if value is None and searches:
-            status, reason = FAILED, f"optimized_metric: the run has no {config.objective}"
+            status, reason = FAILED, f"optimized_metric: the run has no {config.searched_metric}"
     except RunFailed as error:
         if error.exit_status == INTERRUPTED_STATUS:
             directory.write(dataclasses.replace(record, status=INTERRUPTED))
@@ -174,7 +174,7 @@ def _choices(word: Override) -> int | None:
 def _value(config: Config, summary: dict[str, Any], hydra: HydraConf) -> float | None:
     if summary.get("status") == "diverged":
         return -math.inf if _maximizes(hydra.sweeper) else math.inf
-    value = summary.get(config.objective)
+    value = summary.get(config.searched_metric)
     return None if value is None or not math.isfinite(value) else float(value)
 
 

@@ -162,7 +162,8 @@ class Config(Section):
     role: Role = option(Role.all, "all (server and workers), or worker: join the run at server.address and work for it")
     seed: int = option(0, "seed of all random draws", valid=not_negative, expected="a whole number >= 0")
     optimized_metric: str | None = option(
-        None, "entry of summary.json that a sweep searches by (docs/sweeps.md); test_loss by default"
+        None,
+        "entry of summary.json that a sweep searches by; else val_loss, without dataset.validation test_loss",
     )
     algorithm: Algorithm = field(default_factory=OrMo)
     scheduler: Scheduler = field(default_factory=Async)
@@ -186,9 +187,9 @@ class Config(Section):
         return to_yaml(self)
 
     @property
-    def objective(self) -> str:
-        """The entry of the summary that a sweep searches by."""
-        return self.optimized_metric or "test_loss"
+    def searched_metric(self) -> str:
+        """The entry of the summary that a sweep's job returns."""
+        return self.optimized_metric or ("val_loss" if self.dataset.validation else "test_loss")
 
     @property
     def num_processes(self) -> int:

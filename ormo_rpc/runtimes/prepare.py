@@ -76,7 +76,7 @@ def check(config: Config, *, starts_server: bool) -> Job | SyntheticJob | None:
     Raises:
         ConfigError: it cannot be run; the message has the key to change.
     """
-    refuse_metric(config.optimized_metric)
+    refuse_metric(config.optimized_metric, validation=config.dataset.validation > 0)
     resumed = None
     if config.checkpoint.resume is not None and isinstance(config.runtime, ReplayRuntime):
         given = config.checkpoint.resume

@@ -102,8 +102,12 @@ def identity(config: Config) -> dict[str, Any]:
     }
 
 
-def refuse_metric(name: str | None) -> None:
+def refuse_metric(name: str | None, *, validation: bool = True) -> None:
     """Refuse a value of ``optimized_metric`` that no summary has as a number.
+
+    Args:
+        name: The value.
+        validation: There is a validation split.
 
     Raises:
         ConfigError: it is such a one.
@@ -111,6 +115,8 @@ def refuse_metric(name: str | None) -> None:
     numbers = [key for key, kind in get_type_hints(Summary).items() if set(get_args(kind)) & {int, float}]
     if name is not None and name not in numbers:
         raise ConfigError(f"optimized_metric: got {name!r}, expected one of {', '.join(sorted(numbers))}")
+    if name is not None and name.startswith("val_") and not validation:
+        raise ConfigError(f"optimized_metric: got {name} without a validation split; set dataset.validation=0.1")
 
 
 def write_summary(run_dir: Path, summary: Summary) -> dict[str, Any]:

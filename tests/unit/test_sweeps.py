@@ -14,7 +14,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from torch import nn
 
-from ormo_rpc import cli, runtimes
+from ormo_rpc import cli, runtimes, sweeps
 from ormo_rpc.cli import compose, main
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError, RunFailed
@@ -154,7 +154,36 @@ def test_a_sweep_is_refused_before_anything_starts(
     assert statuses(tmp_path / "sweep") == {}
 
 
+@pytest.mark.parametrize(
+    ("overrides", "metric"),
+    [
+        ([], "test_loss"),
+        (["dataset.validation=0.1"], "val_loss"),
+        (["dataset.validation=100"], "val_loss"),
+        (["dataset.validation=0.1", "optimized_metric=test_accuracy"], "test_accuracy"),
+    ],
+)
+def test_a_job_returns_its_validation_loss_else_its_test_loss(
+    overrides: list[str], metric: str, launch: Launch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    returned: list[float | None] = []
+    job = sweeps.run_job
+
+    def observed(*arguments: Any) -> float | None:
+        returned.append(job(*arguments))
+        return returned[-1]
+
+    monkeypatch.setattr(sweeps, "run_job", observed)
+    assert launch("-m", *SHORT, *overrides, "seed=3") == 0
+    assert returned == [json.loads((tmp_path / "sweep" / "0" / "summary.json").read_text())[metric]]
+    assert returned[0] is not None
+
+
 def test_a_metric_is_refused_in_a_single_run_too(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^optimized_metric: got val_loss without a validation split; set dataset.validation"
+    ):
+        runtimes.run(compose([*SHORT, "optimized_metric=val_loss"]), tmp_path)
     config = compose([*SHORT, "optimized_metric=loss"])
     with pytest.raises(ConfigError, match=r"^optimized_metric: got 'loss', expected one of .*, test_loss, .*"):
         runtimes.run(config, tmp_path)
@@ -195,9 +224,9 @@ def test_optuna_searches_by_the_loss_and_survives_bad_trials(
     summaries = [json.loads(file.read_text()) for file in tmp_path.glob("sweep/*/summary.json")]
     assert {each["status"] for each in summaries} == {"completed", "diverged"}
     assert len(summaries) < 8
-    best = min((each for each in summaries if each["status"] == "completed"), key=lambda each: each["test_loss"])
+    best = min((each for each in summaries if each["status"] == "completed"), key=lambda each: each["val_loss"])
     found: Any = OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml")
-    assert (found.best_params["train.lr"], found.best_value) == (best["lr"], best["test_loss"])
+    assert (found.best_params["train.lr"], found.best_value) == (best["lr"], best["val_loss"])
     assert f"launch.py: {8 - len(summaries)} of 8 jobs failed, " in capsys.readouterr().err
 
 
