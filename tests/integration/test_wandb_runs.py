@@ -106,16 +106,13 @@ def test_a_resumed_run_continues_the_wandb_run(tmp_path: Path) -> None:
     status, _, err = launch(tmp_path / "first", *SMALL, "checkpoint.every=20")
     assert status == 0, err
     checkpoint = tmp_path / "first" / FOLDER / "iteration_000000040"
-    longer = [option for option in SMALL if not option.startswith("train")] + ["train.max_iterations=80"]
-    for name, source in (("second", checkpoint), ("third", tmp_path / "second")):
-        iterations = [] if name == "second" else ["train.max_iterations=100"]
-        status, _, err = launch(tmp_path / name, *longer, *iterations, f"checkpoint.resume={source}")
-        assert status == 0, err
-    parts = [*offline_runs(tmp_path / "first"), *offline_runs(tmp_path / "second"), *offline_runs(tmp_path / "third")]
+    status, _, err = launch(tmp_path / "second", *SMALL[:-1], "train.max_iterations=80", f"checkpoint.resume={checkpoint}")
+    assert status == 0, err
+    parts = [*offline_runs(tmp_path / "first"), *offline_runs(tmp_path / "second")]
     assert len({part.run.run_id for part in parts}) == 1
     reached = [[row["iteration"] for row in part.rows] for part in parts]
     # Rows 41 to 60 come again, from the second run, at their iterations, which are the x axis: none is lost.
-    assert [(min(each), max(each)) for each in reached] == [(1, 60), (41, 80), (81, 100)]
+    assert [(min(each), max(each)) for each in reached] == [(1, 60), (41, 80)]
 
 
 @pytest.mark.live
