@@ -12,6 +12,7 @@ from ormo_rpc.config.parsing import load_config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.models.flat import FlatModel
+from ormo_rpc.runtimes.job import build_module
 from ormo_rpc.storage import checkpoint
 from ormo_rpc.worker.evaluation import Evaluation, Evaluator
 
@@ -28,7 +29,7 @@ def evaluate_checkpoint(path: Path) -> tuple[Path, Evaluation]:
     found = checkpoint.locate(path)
     config = load_config(found / "config.yaml")
     data = config.dataset.load_splits(config.seed)
-    module = config.model.build(data.input_shape, data.num_classes)
+    module = build_module(config, data)  # with the run's seed, for what model.pt does not have
     _load(module, found)
     model = FlatModel(module)
     return found, Evaluator(model, data)(model.flat_params(), model.buffers.copy())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ormo_rpc.compression import Allocate, PushFormat, pushed_dtype
 from ormo_rpc.config.schema import Config
-from ormo_rpc.data import Epochs
+from ormo_rpc.data import DataSet, Epochs
 from ormo_rpc.kernels.compiled import fastest_kernel
 from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.models.flat import FlatModel, Layout
@@ -111,8 +111,7 @@ class Job:
         Raises:
             ValueError: it cannot be trained, or it is not the one that was built before.
         """
-        with seeded(self.config.seed, "initial weights", 0):
-            module = self.config.model.build(self.data.input_shape, self.data.num_classes)
+        module = build_module(self.config, self.data)
         model = FlatModel(module)
         self._check_same(module)
         return model
@@ -187,6 +186,12 @@ class Job:
             return model.state_dict(state["params"], state["buffers"])
 
         return export
+
+
+def build_module(config: Config, data: DataSet) -> nn.Module:
+    """Build the configured model with the run's initial weights."""
+    with seeded(config.seed, "initial weights", 0):
+        return config.model.build(data.input_shape, data.num_classes)
 
 
 def time_generator(config: Config, worker: int) -> torch.Generator:

@@ -25,6 +25,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ormo_rpc.messages import Push, number_fields
+from ormo_rpc.server.buffer_layout import as_bytes
 from ormo_rpc.server.parameter_server import ParameterServer
 
 FOLDER = "journal"
@@ -209,7 +210,7 @@ class FileJournal(Journal):
 
     def _append(self, call: Mapping[str, Any], tensors: Iterable[Tensor] = ()) -> None:
         line = json.dumps(call).encode() + b"\n"
-        parts = [memoryview(line), *(_bytes(tensor) for tensor in tensors)]
+        parts = [memoryview(line), *(_memory(tensor) for tensor in tensors)]
         checksum = 0
         for part in parts:
             checksum = zlib.crc32(part, checksum)
@@ -290,8 +291,8 @@ def _tensors(layout: Iterable[tuple[str, list[int]]], payload: memoryview) -> li
     return found
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()  # numpy has no bfloat16
+def _memory(tensor: Tensor) -> memoryview:
+    array: Any = as_bytes(tensor).numpy()
     return memoryview(array)
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import random
 
+import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ormo_rpc.seeding import generator, seed_for
+from ormo_rpc.seeding import generator, seed_for, seeded
 
 NUMBERS = st.integers(min_value=0, max_value=2**40)
 
@@ -49,3 +52,23 @@ def test_a_generator_neither_reads_nor_moves_the_global_one() -> None:
     torch.manual_seed(1)
     torch.rand(5, generator=generator(1, "order", 0))
     assert torch.equal(torch.rand(3), undisturbed)
+
+
+def draws() -> tuple[float, float, float]:
+    return torch.rand(()).item(), np.random.rand(), random.random()
+
+
+def test_every_global_generator_is_seeded_and_left_where_it_was() -> None:
+    with seeded(1, "outer", 0):
+        expected = draws(), draws()
+    with seeded(1, "outer", 0):
+        found = [draws()]
+        with seeded(3, "forward", 17):
+            inner = draws()
+        with pytest.raises(ZeroDivisionError), seeded(3, "forward", 18):
+            assert len({*inner, *draws()}) == 6
+            raise ZeroDivisionError
+        found.append(draws())
+    assert tuple(found) == expected
+    with seeded(3, "forward", 17):
+        assert draws() == inner

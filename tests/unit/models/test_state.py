@@ -248,7 +248,7 @@ def test_a_constant_buffer_is_not_in_the_push() -> None:
 @pytest.mark.parametrize("name", ["spectral norm", "spectral parametrization"])
 @pytest.mark.parametrize("workers", [1, 4])
 def test_the_exported_layer_has_the_spectral_norm_1(name: str, workers: int) -> None:
-    training = Training(MODELS[name], workers=workers, lr=0.003).step(100 * workers)  # a power iteration for each push
+    training = Training(MODELS[name], workers=workers, lr=0.001).step(60 * workers)  # a power iteration for each push
     net = made(MODELS[name])
     net.load_state_dict(training.exported())
     net.eval()(torch.zeros(1, 1, 4, 4))  # the older of both makes the weight in forward
