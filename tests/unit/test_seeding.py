@@ -66,8 +66,7 @@ def test_every_global_generator_is_seeded_and_left_where_it_was() -> None:
         with seeded(3, "forward", 17):
             inner = draws()
         with pytest.raises(ZeroDivisionError), seeded(3, "forward", 18):
-            assert len({*inner, *draws()}) == 6
-            raise ZeroDivisionError
+            raise ZeroDivisionError(draws())
         found.append(draws())
     assert tuple(found) == expected
     with seeded(3, "forward", 17):
