@@ -45,7 +45,7 @@ def _load(module: nn.Module, source: Path) -> None:
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        now = Fingerprint.of(module, {})
+        now = Fingerprint.of(module)
         difference = checkpoint.fingerprint_of(source).layout_difference(now, "the checkpoint", "now")
         reason = difference or f"model: {' '.join(str(error).split())}"
         raise ConfigError(f"{source}: {reason}; evaluate it with the model that was trained") from None

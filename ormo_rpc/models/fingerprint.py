@@ -34,8 +34,8 @@ class Fingerprint:
     data: Mapping[str, int] = field(default_factory=dict[str, int])
 
     @classmethod
-    def of(cls, module: nn.Module, data: Mapping[str, int]) -> Fingerprint:
-        """Take the fingerprint of a model that was just built, and of these numbers of its data set."""
+    def of(cls, module: nn.Module) -> Fingerprint:
+        """Take the fingerprint of a model that was just built, without a data set."""
         parameters = dict(module.named_parameters())
         frozen = {name: each for name, each in parameters.items() if not each.requires_grad}
         buffers = dict(module.named_buffers())
@@ -44,7 +44,6 @@ class Fingerprint:
             frozen={name: _form(each) for name, each in frozen.items()},
             buffers={name: _form(each) for name, each in buffers.items()},
             sha256={name: _sha256(each) for name, each in {**frozen, **buffers}.items()},
-            data=dict(data),
         )
 
     @classmethod

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -31,6 +33,10 @@ Evaluate = Callable[[Tensor, Mapping[str, Tensor]], Evaluation]
 """Evaluates parameters, shape (D,), and buffers by name."""
 Exporter = Callable[[Mapping[str, Any]], dict[str, Tensor]]
 """Makes a ``state_dict`` of plain PyTorch from a server's state."""
+
+
+LABELS_READ = 16
+"""The number of labels that a fingerprint has a checksum of."""
 
 
 class JobLike(Protocol):
@@ -102,8 +108,9 @@ class Job:
         self.total_tickets = min(total, config.train.max_iterations or total)
         self.lr: LearningRate = config.learning_rate(self.batches_per_epoch, self.total_tickets)
         self.guessing_loss = math.log(self.data.num_classes)
+        self._built: Fingerprint | None = None
+        """Of the first model that was built, without the data set."""
         self._fingerprint: Fingerprint | None = None
-        """Of the first model that was built."""
 
     def model(self) -> FlatModel:
         """Build a model with the run's initial weights, which are the same in every process.
@@ -119,16 +126,34 @@ class Job:
     def fingerprint(self) -> Fingerprint:
         """Return what other processes, checkpoints and a replay must have in common with this job."""
         if self._fingerprint is None:
-            self.model()
-        assert self._fingerprint is not None, "a model was built"
+            if self._built is None:
+                self.model()
+            assert self._built is not None, "a model was built"
+            data = {
+                "training samples": len(self.data.train),
+                "batches per epoch": self.batches_per_epoch,
+                "checksum of labels": self._checksum_of_labels(),
+            }
+            self._fingerprint = dataclasses.replace(self._built, data=data)
         return self._fingerprint
+
+    def _checksum_of_labels(self) -> int:
+        """Return a checksum of some labels, which differs where samples were drawn, or listed, in another order.
+
+        Inputs are left out, as they may be augmented or decoded differently; so are targets that are not class numbers.
+        """
+        train = self.data.train
+        places = torch.linspace(0, len(train) - 1, min(len(train), LABELS_READ)).long()
+        with seeded(self.config.seed, "fingerprint", 0):
+            targets = [train.batch(place.view(1), None)[1] for place in places]
+        numbers = [each for each in targets if each.numel() == 1 and not each.is_floating_point()]
+        return zlib.crc32(torch.tensor([int(each) for each in numbers]).numpy().tobytes())
 
     def _check_same(self, module: nn.Module) -> None:
         """Refuse a model whose frozen parameters or buffers differ from one construction to the next."""
-        sizes = {"training samples": len(self.data.train), "batches per epoch": self.batches_per_epoch}
-        fingerprint = Fingerprint.of(module, sizes)
-        self._fingerprint = self._fingerprint or fingerprint
-        difference = self._fingerprint.difference(fingerprint, "the first model", "the second", buffer_values=True)
+        fingerprint = Fingerprint.of(module)
+        self._built = self._built or fingerprint
+        difference = self._built.difference(fingerprint, "the first model", "the second", buffer_values=True)
         if difference is not None:
             raise ValueError(
                 f"{difference}, although both were built with the same seed; "

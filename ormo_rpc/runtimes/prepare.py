@@ -101,9 +101,10 @@ def check(config: Config, *, starts_server: bool) -> Job | SyntheticJob | None:
     job = SyntheticJob(config) if synthetic else check_data_and_model(config)
     if resumed is not None:
         check_something_is_left(resumed, job.total_tickets)
-        checkpoint.check_fingerprint(resumed, job.fingerprint())
     if isinstance(job, Job) and starts_server and not config.worker.dummy:
         try_job(job)
+    if resumed is not None:
+        checkpoint.check_fingerprint(resumed, job.fingerprint())
     return job
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import struct
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ormo_rpc import ConfigError, evaluate, train
 from ormo_rpc.config.parsing import parse_config
@@ -22,12 +25,22 @@ from tests.support import changing
 FIRST, SECOND = "first.weight float32 (3, 3), first.bias float32 (3,)", "second.weight float32 (3, 3), second.bias float32 (3,)"
 SWAPPED = f"model: parameters: {{mine}}: {FIRST}, {SECOND}; {{others}}: {SECOND}, {FIRST}"
 THIRD = "model: parameters: {mine}: none of them; {others}: third.weight float32 (3, 3), third.bias float32 (3,)"
+
+
+def crc(first: int) -> int:
+    """The checksum of 16 labels, spread evenly from the first to the last one, as 64-bit integers."""
+    inputs = torch.randn(64, 3, generator=torch.Generator().manual_seed(1))
+    labels = [(row.index(max(row)) + first) % 3 for row in inputs.tolist()]
+    return zlib.crc32(struct.pack("<16q", *(labels[int(number * 63 / 15)] for number in range(16))))
+
+
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "layers that changed places": ({"LAYERS": ("second", "first")}, SWAPPED),
     "a further layer": ({"LAYERS": ("first", "second", "third")}, THIRD),
     "a frozen value": ({"FROZEN_VALUE": 1.5}, "model: scale: the values of {mine} and of {others} differ"),
     "more samples": ({"SAMPLES": 72}, "dataset: training samples: {mine}: 64; {others}: 72"),
     "fewer samples in as many batches": ({"SAMPLES": 60}, "dataset: training samples: {mine}: 64; {others}: 60"),
+    "other labels": ({"LABELS_FIRST": 1}, f"dataset: checksum of labels: {{mine}}: {crc(0)}; {{others}}: {crc(1)}"),
 }
 
 
@@ -253,3 +266,11 @@ def test_the_second_construction_of_a_job_must_be_that_of_the_first() -> None:
     job.server(lambda _: None, lambda: 0.0)
     with pytest.raises(ValueError, match=r"^model: backbone\.weight: the values of the first model and of the second differ"):
         job.evaluator()
+
+
+def test_two_processes_with_other_labels_have_other_fingerprints() -> None:
+    """The function draws them anew, so that a worker would train on others than the server evaluates."""
+    config = {**changing.CONFIG, "dataset": {"_target_": f"{changing.HERE}.unseeded_data"}}
+    first, second = (Job(parse_config(config)).fingerprint() for _ in range(2))
+    said = first.difference(second, "the server", "this worker", buffer_values=False)
+    assert re.fullmatch(r"dataset: checksum of labels: the server: \d+; this worker: \d+", said or ""), said

@@ -16,6 +16,8 @@ FROZEN_VALUE = 1.0
 """The value of the frozen scale."""
 SAMPLES = 64
 """Training samples of the data set."""
+LABELS_FIRST = 0
+"""The label of the first class."""
 HERE = __name__
 TRAIN = {"batch_size": 8, "epochs": 2, "lr": 0.01}
 CONFIG: dict[str, Any] = {
@@ -55,8 +57,8 @@ def net() -> nn.Module:
 def data() -> tuple[TensorDataset, TensorDataset]:
     """Make the same samples each time, as many as asked for."""
     inputs = torch.randn(SAMPLES, 3, generator=torch.Generator().manual_seed(1))
-    pair = TensorDataset(inputs, inputs.argmax(1))
-    return pair, TensorDataset(inputs[:16], inputs[:16].argmax(1))
+    labels = (inputs.argmax(1) + LABELS_FIRST) % 3
+    return TensorDataset(inputs, labels), TensorDataset(inputs[:16], labels[:16])
 
 
 class Frozen(nn.Module):
@@ -84,6 +86,13 @@ class Frozen(nn.Module):
     def features(self) -> torch.Tensor:
         """The frozen weights."""
         return self.backbone.weight  # pyright: ignore[reportReturnType] # set above
+
+
+def unseeded_data() -> tuple[TensorDataset, TensorDataset]:
+    """Draw labels from a generator that nothing seeds, as many as `data` has."""
+    inputs = torch.randn(SAMPLES, 3)
+    labels = torch.from_numpy(np.random.default_rng().integers(0, 3, SAMPLES))
+    return TensorDataset(inputs, labels), TensorDataset(inputs[:16], labels[:16])
 
 
 def fresh_entropy(*, buffer: bool = False) -> nn.Module:

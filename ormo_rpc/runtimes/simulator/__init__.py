@@ -140,7 +140,7 @@ def _links(config: Config, session: Session, push_bytes: int) -> Links:
         latency_seconds=config.sim.latency_seconds,
         bandwidth=config.sim.bandwidth,
         push_bytes=push_bytes,
-        reply_bytes=params.numel() * sent_dtype.itemsize,
+        reply_bytes=params.numel() * sent_dtype.itemsize + session.server.buffers.snapshot().numel(),
         service_seconds=config.sim.service_seconds,
     )
 

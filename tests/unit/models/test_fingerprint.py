@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def model() -> nn.Module:
 def of(change: Callable[[nn.Module], object] = lambda _: None) -> Fingerprint:
     made = model()
     change(made)
-    return Fingerprint.of(made, {"training samples": 8})
+    return Fingerprint.of(made)
 
 
 def difference(change: Callable[[nn.Module], object], *, buffer_values: bool = True) -> str | None:
@@ -86,8 +87,7 @@ def test_the_values_of_buffers_may_be_left_out() -> None:
 
 
 def test_numbers_of_the_data_set_are_compared() -> None:
-    taken = of()
-    other = Fingerprint.of(model(), {"training samples": 9})
+    taken, other = (replace(of(), data={"training samples": count}) for count in (8, 9))
     assert taken.difference(other, "A", "B", buffer_values=True) == "dataset: training samples: A: 8; B: 9"
 
 
@@ -96,7 +96,7 @@ def test_values_of_any_dtype_have_a_hash(dtype: torch.dtype) -> None:
     def buffer(value: int) -> Fingerprint:
         made = nn.Linear(1, 1)
         made.register_buffer("mask", torch.tensor([[0, value]]).to(dtype).t())
-        return Fingerprint.of(made, {})
+        return Fingerprint.of(made)
 
     assert buffer(1).sha256 == buffer(1).sha256
     assert buffer(1).difference(buffer(0), "A", "B", buffer_values=True) == "model: mask: the values of A and of B differ"

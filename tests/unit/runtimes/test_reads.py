@@ -118,7 +118,8 @@ def test_the_launcher_makes_the_data_set_and_counts_its_classes_once(
 def test_a_simulation_makes_and_counts_its_data_set_once(tmp_path: Path) -> None:
     train(config("pair", runtime="sim"), run_dir=tmp_path)
     assert len(made) == 1
-    assert len(reads) == SAMPLES + 1 + 4 + 2 * SAMPLES  # counted, the first, one tried, two epochs
+    # counted, the first, one tried, 16 labels for the fingerprint, two epochs
+    assert len(reads) == SAMPLES + 1 + 4 + 16 + 2 * SAMPLES
 
 
 def test_the_files_of_a_data_set_are_read_once_in_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
