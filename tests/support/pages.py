@@ -19,7 +19,8 @@ from ormo_rpc.options.part import PACKAGES, parts
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("ormo_rpc", "tests", "benchmarks", "experiments", "examples", "conf", "docs", "results")
 RUN_FILES = (
-    "config.yaml metrics.jsonl trace.jsonl trace.rolled_back.jsonl processes.json launch.json summary.json evictions.jsonl model.pt"
+    "config.yaml launch.json metrics.jsonl trace.jsonl trace.rolled_back.jsonl processes.json summary.json evictions.jsonl "
+    "model.pt"
 ).split()
 """Files that a run writes."""
 FILE_ENDINGS = "py md json jsonl yaml toml pt png c gz cff".split()
