@@ -107,7 +107,7 @@ class Job:
         total = self.epochs.total_tickets(config.train.epochs)
         self.total_tickets = min(total, config.train.max_iterations or total)
         self.lr: LearningRate = config.learning_rate(self.batches_per_epoch, self.total_tickets)
-        self.guessing_loss = math.log(self.data.num_classes)
+        self.guessing_loss = math.log(max(1, self.data.num_classes))
         self._built: Fingerprint | None = None
         """Of the first model that was built, without the data set."""
         self._fingerprint: Fingerprint | None = None

@@ -19,7 +19,10 @@ def test_a_part_from_outside_of_the_package_trains(
 ) -> None:
     recipes.install(monkeypatch)
     quiet = [] if any(word.startswith("logger.") for word in overrides) else ["logger=none"]
-    summary = train([*overrides, *quiet, "runtime=sim", "train.max_iterations=20", "logger.progress=false"], run_dir=tmp_path)
+    summary = train(
+        [*overrides, *quiet, "runtime=sim", "train.max_iterations=20", "train.lr=0.005", "logger.progress=false"],
+        run_dir=tmp_path,
+    )
     assert summary["status"] == "completed"
     assert summary["iterations"] == 20
 
