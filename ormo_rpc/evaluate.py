@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from ormo_rpc.config.parsing import load_config
+from ormo_rpc.config.paths import typed
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.models.flat import FlatModel
@@ -56,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m ormo_rpc.evaluate", description="Print the test (and validation) accuracy of a run or checkpoint."
     )
-    parser.add_argument("path", type=Path, help="a run directory (its newest checkpoint is taken) or a checkpoint")
+    parser.add_argument("path", type=typed, help="a run directory (its newest checkpoint is taken) or a checkpoint")
     try:
         found, result = evaluate_checkpoint(parser.parse_args().path)
     except ValueError as error:

@@ -38,6 +38,15 @@ def located(section: S, start: Path) -> S:
     return dataclasses.replace(section, **changed) if changed else section  # pyright: ignore[reportArgumentType] # every subclass is a dataclass
 
 
+def typed(path: str) -> Path:
+    """Read a path on the command line of a module: a shell leaves the ``~`` of ``--out=~/runs`` as it is.
+
+    Raises:
+        ConfigError: it is the home directory of nobody.
+    """
+    return Path(expanded("PATH", path))
+
+
 def expanded(key: str, path: str) -> str:
     """Replace a ``~`` at the beginning of a path.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib
 
+from ormo_rpc.config.paths import typed
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.report import pictures
 from ormo_rpc.report.page import page
@@ -24,8 +25,8 @@ def main() -> None:
         prog="python -m ormo_rpc.report",
         description="Compare runs: a table with mean and spread over seeds, curves, delays and timelines.",
     )
-    parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="run directories, or folders with some below")
-    parser.add_argument("--out", type=Path, help="where report.html and the pictures go; by default the first path")
+    parser.add_argument("paths", type=typed, nargs="+", metavar="PATH", help="run directories, or folders with some below")
+    parser.add_argument("--out", type=typed, help="where report.html and the pictures go; by default the first path")
     arguments = parser.parse_args()
     out: Path = arguments.out or arguments.paths[0]
     matplotlib.use("agg")

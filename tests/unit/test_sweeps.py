@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hydra
 import pytest
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
@@ -17,6 +18,7 @@ from torch import nn
 from ormo_rpc import cli, runtimes, sweeps
 from ormo_rpc.cli import compose, main
 from ormo_rpc.config.schema import Config
+from ormo_rpc.config.write_conf import conf_dir
 from ormo_rpc.errors import ConfigError, RunFailed
 
 SHORT = ("runtime=sim", "logger=none", "workers=2", "train.epochs=1", "checkpoint.every_seconds=0")
@@ -206,6 +208,23 @@ def test_a_missing_plugin_is_named_with_the_way_to_install_it(
     assert launch("-m", *SHORT, override, "train.lr=0.1") == 2
     message = f"{group}={name}: needs a plugin of hydra that is not installed; pip install 'ormo-rpc[sweeps]'"
     assert capsys.readouterr().err == f"launch.py: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "package", "target", "values"),
+    [
+        ("parallel", "hydra_joblib_launcher", "joblib_launcher.JoblibLauncher", {"n_jobs": 2}),
+        ("local", "hydra_submitit_launcher", "submitit_launcher.LocalLauncher", {"timeout_min": 60}),
+        ("slurm", "hydra_submitit_launcher", "submitit_launcher.SlurmLauncher", {"tasks_per_node": 1, "partition": "gpu"}),
+    ],
+)
+def test_a_launcher_has_the_options_of_its_plugin(launcher: str, package: str, target: str, values: dict[str, Any]) -> None:
+    pytest.importorskip(f"hydra_plugins.{package}", reason=f"{package} is not installed")
+    partition = ["hydra.launcher.partition=gpu"] * (launcher == "slurm")
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        composed = hydra.compose("config", [f"hydra/launcher={launcher}", *partition], return_hydra_config=True)
+    assert composed.hydra.launcher._target_ == f"hydra_plugins.{package}.{target}"
+    assert {key: composed.hydra.launcher[key] for key in values} == values
 
 
 # ---------------------------------------------------------------------------------------------------------------- optuna

@@ -7,17 +7,19 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from ormo_rpc import cli
+from ormo_rpc import cli, evaluate
 from ormo_rpc.cli import compose, main
 from ormo_rpc.config.parsing import load_config, parse_config
 from ormo_rpc.config.paths import located
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.overrides import prepared
+from ormo_rpc.report import __main__ as report
 from ormo_rpc.runtimes import run
 from tests.support.keys import KEYS, label
 
@@ -138,6 +140,17 @@ def launch(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     except SystemExit as end:
         return int(end.code or 0)
     return 0
+
+
+@pytest.mark.parametrize("command", [evaluate, report])
+def test_the_other_commands_know_the_home_directory(
+    command: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", [command.__name__, "~/runs/one"])
+    with pytest.raises(SystemExit, match="2"):
+        command.main()
+    assert f"{tmp_path}/runs/one: got a " in capsys.readouterr().err
 
 
 @pytest.mark.slow
