@@ -250,6 +250,19 @@ def test_optuna_searches_by_the_loss_and_survives_bad_trials(
 
 
 @warns
+@pytest.mark.parametrize("max_failure_rate", [0.0, 1.0])
+def test_a_search_whose_trials_all_fail_ends_without_a_traceback(
+    max_failure_rate: float, launch: Launch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="hydra-optuna-sweeper is not installed")
+    rate = f"hydra.sweeper.max_failure_rate={max_failure_rate}"
+    assert launch("hparams_search=digits_optuna", *SHORT, "train.lr=-1,-2", "hydra.sweeper.n_trials=2", rate) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    assert ("2 of 2 jobs failed" if max_failure_rate else "1 of 2 jobs failed, 1 not started") in err
+
+
+@warns
 def test_optuna_maximizes_an_accuracy_and_a_diverged_run_is_the_worst(launch: Launch, tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="hydra-optuna-sweeper is not installed")
     search = ("hparams_search=digits_optuna", *SHORT, "train.lr=0.001,1e30", "optimized_metric=test_accuracy")
