@@ -12,6 +12,7 @@ from torch.nn import functional as F  # noqa: N812 - its name everywhere
 
 from ormo_rpc import train
 from ormo_rpc.config.parsing import load_config
+from ormo_rpc.errors import ConfigError
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.seeding import generator, seed_for
 from ormo_rpc.storage import checkpoint
@@ -54,6 +55,12 @@ def test_a_run_of_one_worker_is_plain_pytorch(case: str, tmp_path: Path) -> None
         torch.testing.assert_close(exported[name], value, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
     assert summary["test_loss"] == pytest.approx(loss, rel=1e-3)
     assert summary["test_accuracy"] == pytest.approx(accuracy, abs=0.005)
+
+
+def test_a_norm_whose_statistics_are_changed_outside_of_its_calls_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"norm: its statistics were changed outside of its calls"):
+        train({"runtime": "sim", "model": {"_target_": f"{MODELS}.FunctionalNorm"}}, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def plain_pytorch(job: Job) -> tuple[nn.Module, float, float]:
