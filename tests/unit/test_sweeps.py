@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 from collections.abc import Callable
@@ -46,6 +47,7 @@ def launch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launch:
     def launch(*arguments: str) -> int:
         monkeypatch.setenv(cli.FULL_ERROR, "")  # so that its absence is restored
         monkeypatch.delenv(cli.FULL_ERROR)
+        monkeypatch.setattr(logging, "raiseExceptions", False)  # optuna logs to the standard error of the first test
         monkeypatch.setattr(sys, "argv", ["launch.py", f"hydra.sweep.dir={tmp_path / 'sweep'}", *SILENT, *arguments])
         try:
             main()
