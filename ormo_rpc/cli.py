@@ -242,14 +242,15 @@ def _on_terminal() -> bool:
 
 
 def _result(summary: dict[str, Any], run_dir: Path) -> str:
-    accuracy, loss = summary["test_accuracy"], summary["train_loss"]
+    accuracy, validation, loss = summary["test_accuracy"], summary["val_accuracy"], summary["train_loss"]
     early = f"{summary['reason']}\n" if summary["status"] == "completed" and summary["reason"] else ""
     identical = f"identical to {summary['replayed']}: every event, and each bit of the final parameters\n"
     return (
         f"{summary['status']}: {summary['algorithm']} ({summary['scheduler']}), {summary['num_workers']} workers, "
         f"{summary['dataset']}, {summary['model']}: {summary['iterations']} iterations in {_duration(summary)}, "
         f"mean delay {summary['delay_mean']:.1f}, training loss {'-' if loss is None else f'{loss:.4f}'}, "
-        f"test accuracy {'-' if accuracy is None else f'{accuracy:.2%}'}\n"
+        f"test accuracy {'-' if accuracy is None else f'{accuracy:.2%}'}"
+        f"{'' if validation is None else f', validation accuracy {validation:.2%}'}\n"
         f"{early}{identical if summary.get('identical') else ''}run directory: {run_dir}"
     )
 

@@ -33,7 +33,7 @@ def evaluate_checkpoint(path: Path) -> tuple[Path, Evaluation]:
     module = build_module(config, data)  # with the run's seed, for what model.pt does not have
     _load(module, found)
     model = FlatModel(module)
-    return found, Evaluator(model, data)(model.flat_params(), model.buffers.copy())
+    return found, Evaluator(model, data, config.train.batch_size)(model.flat_params(), model.buffers.copy())
 
 
 def _load(module: nn.Module, source: Path) -> None:

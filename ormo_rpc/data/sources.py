@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from ormo_rpc.data.splits import ArraySplit, DataSet, hold_out
 from ormo_rpc.options import Part, option
-from ormo_rpc.seeding import generator
+from ormo_rpc.seeding import generator, seeded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +52,14 @@ class DataSource(Part, ABC):
     def load_splits(self, seed: int) -> DataSet:
         """Load the data set, and hold out its validation split, which depends on the run's seed alone.
 
+        What `load` draws from the global generators is the same in every process of every run.
+
         Raises:
             ValueError: as `load` does, or the validation split would leave no training sample.
         """
-        return hold_out(self.load(), self.validation, generator(seed, "validation", 0))
+        with seeded(0, "data set", 0):
+            data = self.load()
+        return hold_out(data, self.validation, generator(seed, "validation", 0))
 
     def with_findings(self, data: DataSet) -> DataSource:  # noqa: ARG002 - there is nothing to find out by default
         """Return this part with what reading the whole data set has found out, which other processes need not do again."""

@@ -201,7 +201,7 @@ class Job:
 
     def evaluator(self) -> Evaluator | None:
         """Return an evaluation on the splits that are not trained on, with a model of its own; None for dummy workers."""
-        return None if self.config.worker.dummy else Evaluator(self.model(), self.data)
+        return None if self.config.worker.dummy else Evaluator(self.model(), self.data, self.config.train.batch_size)
 
     def exporter(self) -> Exporter:
         """Return a function that makes a ``state_dict``, with a model of its own."""

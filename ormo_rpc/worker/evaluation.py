@@ -16,7 +16,7 @@ from ormo_rpc.seeding import seeded
 from ormo_rpc.worker.objective import Tally, tally
 
 BATCH_SIZE = 500
-"""Samples in a forward pass; the result does not depend on it."""
+"""Samples in a forward pass, where each has one target; the result does not depend on it."""
 _log = logging.getLogger(__name__)
 
 
@@ -47,11 +47,13 @@ class Evaluator:
     Args:
         model: The model; it belongs to this object from now on.
         data: The data set.
+        dense_batch_size: Samples in a forward pass, where each has many targets, and logits take more memory than inputs.
     """
 
-    def __init__(self, model: FlatModel, data: DataSet) -> None:
+    def __init__(self, model: FlatModel, data: DataSet, dense_batch_size: int = 32) -> None:
         self.model = model
         self.data = data
+        self.dense_batch_size = dense_batch_size
         self._with_gradients: bool | None = None
         """Whether forward passes record gradients; None until the first one."""
 
@@ -78,7 +80,7 @@ class Evaluator:
     def _means(self, name: str, data: Split, params: Tensor, buffers: Mapping[str, Tensor]) -> tuple[float, float]:
         self._load(params, buffers)
         total = Tally()
-        for indices in torch.arange(len(data)).split(BATCH_SIZE):
+        for indices in torch.arange(len(data)).split(self._batch_size(data)):
             inputs, targets = data.batch(indices, None)
             output = self._forward(inputs, params, buffers)
             with torch.no_grad():
@@ -86,6 +88,10 @@ class Evaluator:
         if not total.counted:
             raise ValueError(f"dataset: no target of the {name} split counts")
         return total.loss / total.counted, total.correct / total.counted
+
+    def _batch_size(self, data: Split) -> int:
+        _, targets = data.batch(torch.zeros(1, dtype=torch.int64), None)
+        return self.dense_batch_size if targets.dim() > 1 + targets.is_floating_point() else BATCH_SIZE
 
     def _load(self, params: Tensor, buffers: Mapping[str, Tensor]) -> None:
         self.model.bind(params)

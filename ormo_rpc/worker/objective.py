@@ -15,6 +15,9 @@ from torch.nn import functional
 IGNORED = -100
 """The class number of a target that does not count, as in ``torch.nn.functional.cross_entropy``."""
 
+PROBABILITY_TOLERANCE = 0.01
+"""The largest difference from 1 of the sum of probabilities, which may be of half precision."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tally:
@@ -85,12 +88,22 @@ def check_fit(output: object, targets: object) -> None:
 
 
 def check_classes(logits: Tensor, targets: Tensor) -> None:
-    """Refuse class numbers that no logit belongs to.
+    """Refuse targets that cross entropy is no objective for, and class numbers that no logit belongs to.
 
     Raises:
         ValueError: the message has the first of them.
     """
+    if logits.shape[1] < 2:
+        raise ValueError("there is one class, expected at least two: the cross entropy of one is always 0")
     if targets.is_floating_point():
+        sums = targets.sum(1)
+        wrong = sums[(sums - 1).abs() > PROBABILITY_TOLERANCE]
+        if wrong.numel() or (targets < 0).any():
+            what = f"sum to {float(wrong[0]):g} over the classes" if wrong.numel() else "are negative"
+            raise ValueError(
+                f"targets of floating point and of the output's shape are class probabilities, but some {what}, expected "
+                "numbers >= 0 whose sum is 1: the objective is cross entropy"
+            )
         return
     wrong = targets[(targets != IGNORED) & ((targets < 0) | (targets >= logits.shape[1]))]
     if wrong.numel():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from ormo_rpc.config.parsing import parse_config, parse_text
 from ormo_rpc.data import ArraySplit, DataSet, MapSplit
@@ -133,3 +136,20 @@ def test_of_a_function_of_the_users_own_samples_are_held_out_unless_it_takes_the
         data = Job(each).data
         assert len(data.train) == train
         assert (None if data.validation is None else len(data.validation)) == validation
+
+
+def drawn() -> tuple[TensorDataset, TensorDataset]:
+    inputs = np.random.rand(8, 3) + random.random()
+    half = TensorDataset(torch.from_numpy(inputs) + torch.rand(()), torch.arange(8))
+    return half, half
+
+
+def test_a_data_set_that_draws_from_the_global_generators_is_the_same_in_every_process_and_run() -> None:
+    found: list[Tensor] = []
+    for seed in (0, 1):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        config = parse_config({"workers": 1, "seed": seed, "dataset": {"_target_": f"{__name__}.drawn"}})
+        found.append(Job(config).data.test.batch(torch.arange(8), None)[0])
+    assert torch.equal(*found)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from ormo_rpc.worker.evaluation import Evaluator
+from ormo_rpc.worker.objective import tally
 from tests.support.state import FEATURES, Body, Make, Training, made, plain, split
 
 STEPS = 10
@@ -223,7 +224,7 @@ def test_evaluations_see_the_buffers_of_the_server(name: str) -> None:
     net.load_state_dict(plain(MODELS[name], STEPS))
     inputs, targets = split().batch(torch.arange(40), None)
     evaluator = Evaluator(training.model, None)  # pyright: ignore[reportArgumentType] # only one batch is evaluated
-    found = evaluator.tally(inputs, targets, training.server.params, training.server.buffers.copy())
+    found = tally(evaluator.output(inputs, training.server.params, training.server.buffers.copy()), targets)
     with torch.no_grad():
         expected = functional.cross_entropy(net.eval()(inputs), targets, reduction="sum").item()
     assert found.loss == pytest.approx(expected, rel=1e-5)

@@ -77,6 +77,8 @@ def data_set(targets: str, dtype: str = "int64") -> Callable[[], DataSet]:
         made = {
             "numbers": (torch.arange(8) % CLASSES).to(getattr(torch, dtype)),
             "probabilities": torch.full((8, CLASSES), 1 / CLASSES),
+            "several classes each": torch.ones(8, CLASSES),
+            "positions": torch.tensor([1.5, -0.5, 0.0]).expand(8, CLASSES),
             "one float each": torch.zeros(8),
             "complex": torch.zeros(8, dtype=torch.complex64),
             "list": [0, 1, 2, 0],
@@ -89,6 +91,7 @@ def data_set(targets: str, dtype: str = "int64") -> Callable[[], DataSet]:
 
 int32, uint8, boolean = (data_set("numbers", dtype) for dtype in ("int32", "uint8", "bool"))
 probabilities, one_float_each = data_set("probabilities"), data_set("one float each")
+several_classes_each, positions = data_set("several classes each"), data_set("positions")
 complex_numbers, a_list = data_set("complex"), data_set("list")
 
 
@@ -244,6 +247,10 @@ def narrow() -> nn.Module:
     return nn.Linear(2, CLASSES - 1)
 
 
+def single() -> nn.Module:
+    return nn.Linear(2, 1)
+
+
 def normed(dropout: float = 0.0) -> nn.Module:
     return nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Dropout(dropout), nn.Linear(4, CLASSES))
 
@@ -325,6 +332,9 @@ def test_the_output_of_a_segmentation_does_not_fit_one_target_each() -> None:
         ("complex_numbers", Linear, {}, r"the targets of training batch 0 are of type torch\.complex64, expected .*"),
         ("a_list", Linear, {}, r"the targets of training batch 0 are of type list, expected a tensor of .*"),
         ("blobs", narrow, {}, r"in training batch 0 a target is 2, expected 0 to 1 \(the output has 2 classes\) or -100 .*"),
+        ("several_classes_each", Linear, {}, r"in training batch 0 targets .* sum to 3 over the classes, expected .*"),
+        ("positions", Linear, {}, r"in training batch 0 targets .*, but some are negative, expected .*"),
+        ("blobs", single, {"high": 1, "test_high": 1}, r"in training batch 0 there is one class, expected at least two: .*"),
         ("blobs", Linear, {"low": -1}, r"in training batch 0 a target is -1, expected 0 to 2 .*"),
         (
             "blobs",
