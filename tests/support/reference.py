@@ -193,8 +193,10 @@ class Naive(Reference):
         gradients = self.gradients(history)
         n = len(gradients)
         if self.corrected:
-            u = self.total(gradients, [self.beta ** (n - 1 - g.t) for g in gradients])
-            in_w = [sum(self.beta ** (s.t - g.t) * s.eta for s in gradients[g.t :]) for g in gradients]
+            rates = [self.weight_at_rate_1(g) for g in gradients]
+            u = self.total(gradients, [self.beta ** (n - 1 - g.t) * r for g, r in zip(gradients, rates, strict=True)])
+            steps = [sum(self.beta ** (s.t - g.t) * s.eta for s in gradients[g.t :]) for g in gradients]
+            in_w = [r * step for r, step in zip(rates, steps, strict=True)]
             return {"w": self.start - self.total(gradients, in_w), "u": kept_at(gradients) * u}
         return {
             "w": self.start - self.total(gradients, [self.geometric(n - g.t) * self.rate(g) for g in gradients]),

@@ -49,14 +49,11 @@ def test_every_algorithm_that_reads_the_momentum_has_the_option(row: Row) -> Non
     assert issubclass(find("algorithm", row.name), Momentum) == (len(ends) == 2)
 
 
-@with_momentum
+@pytest.mark.parametrize("row", [row for row in ROWS if row.torch_sgd is not None], ids=lambda row: row.name)
 @pytest.mark.parametrize("rates", [(0.05,), (0.1, 0.1, 0.02), (0.0, 0.1, 0.0, 0.03, 0.08)], ids=str)
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9])
 def test_one_worker_is_torch_sgd_when_the_learning_rate_changes(row: Row, rates: tuple[float, ...], beta: float) -> None:
-    if row.torch_sgd is None:
-        assert row.name == "pnm"  # which has two momenta
-        return
-    options: dict[str, Any] = {"momentum_correction": True, **row.torch_sgd}
+    options: dict[str, Any] = {"momentum_correction": True, **(row.torch_sgd or {})}
     problem, seen = Quadratic(4, smallest=0.1), list[tuple[int, Tensor]]()
 
     def gradient(params: Tensor, batch: int) -> Tensor:
