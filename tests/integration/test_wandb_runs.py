@@ -9,6 +9,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from ormo_rpc.loggers.metrics import METRICS
 from ormo_rpc.loggers.wandb import ENVIRONMENT
 from ormo_rpc.storage.checkpoint import FOLDER
 from ormo_rpc.storage.run_directory import read_metrics
-from tests.support.processes import ROOT, launch, launched, processes, summary, wait_until
+from tests.support.processes import PATIENCE_SECONDS, ROOT, launch, launched, processes, summary, wait_until
 from tests.support.wandb_files import offline_runs
+from tests.support.wandb_server import wandb_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -42,7 +44,8 @@ VARIABLES = {
 
 def home(folder: Path) -> dict[str, str]:
     """Variables with which nobody is logged in."""
-    return {"HOME": str(folder), "NETRC": str(folder / "no_netrc"), "WANDB_CONFIG_DIR": str(folder)}
+    quiet = {"WANDB_ERROR_REPORTING": "false"}  # of errors to wandb itself, which takes another dozen seconds
+    return {"HOME": str(folder), "NETRC": str(folder / "no_netrc"), "WANDB_CONFIG_DIR": str(folder), **quiet}
 
 
 def test_wandbs_variables_reach_the_run_and_options_win(tmp_path: Path) -> None:
@@ -100,6 +103,46 @@ def test_a_server_that_cannot_be_reached_does_not_end_the_run_and_nothing_tells_
     key = NOWHERE["WANDB_API_KEY"]
     told = [path for path in tmp_path.rglob("*") if path.is_file() and key.encode() in path.read_bytes()]
     assert (told, key in out + err) == ([], False)
+
+
+def test_a_server_of_wandb_that_answers_no_more_neither_ends_nor_holds_up_the_run(tmp_path: Path) -> None:
+    with wandb_server() as server:
+        variables = {**home(tmp_path), "WANDB_BASE_URL": server.address, "WANDB_API_KEY": NOWHERE["WANDB_API_KEY"]}
+        began = time.monotonic()
+        status, out, err = launch(tmp_path / "run", *SMALL, "logger.mode=online", "logger.timeout_seconds=3", env=variables)
+        assert (status, out.partition(":")[0]) == (0, "completed"), err
+        assert server.silent.is_set()  # since the first rows came
+        assert time.monotonic() - began < PATIENCE_SECONDS
+    assert server.runs[0]["displayName"].startswith("ormo-async-2w-seed0 runtime=sim")
+    (made,) = offline_runs(tmp_path / "run")  # what an online run keeps as well, for `wandb sync`
+    assert made.summary["status"] == "completed"
+    assert made.rows[-1]["iteration"] == 60
+
+
+def test_runs_of_one_program_and_its_own_are_kept_apart(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text("""
+import sys, threading
+import wandb
+from ormo_rpc import train
+own = wandb.init(mode="offline", project="own", settings=wandb.Settings(silent=True))
+def go(number):
+    train([f"seed={number}", *sys.argv[1:]], run_dir=f"run{number}")
+threads = [threading.Thread(target=go, args=(number,)) for number in range(2)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert wandb.run is own
+own.log({"mine": 1})
+own.finish()
+""")
+    with launched("program.py", *SMALL, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}) as process:
+        _, err = process.communicate(timeout=120)
+        assert (process.returncode, err) == (0, "")
+    for number in range(2):
+        (made,) = offline_runs(tmp_path / f"run{number}")
+        assert (made.config["seed"], made.summary["status"]) == (number, "completed")
+        assert {row["iteration"] for row in made.rows} >= {1, 60}
+    (own,) = offline_runs(tmp_path / "wandb")
+    assert (own.run.project, [row["mine"] for row in own.rows]) == ("own", [1])
 
 
 def test_a_resumed_run_continues_the_wandb_run(tmp_path: Path) -> None:

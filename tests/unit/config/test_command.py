@@ -11,12 +11,12 @@ import pytest
 import ormo_rpc
 from ormo_rpc.cli import main
 from ormo_rpc.config.help import help_text
-from tests.support.processes import launch
+from tests.support.processes import ROOT, launch
 
 pytestmark = pytest.mark.slow
 
 
-# One that composing refuses, as test_refusals.py has many, and one that only the data can refuse.
+# One that composing refuses, as test_refusals.py has many; one that only the data can refuse; a module that cannot be read.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -25,12 +25,17 @@ pytestmark = pytest.mark.slow
             ["dataset=mnist", "dataset.root=no_such_folder"],
             r"dataset\.root: MNIST is not in \S+no_such_folder/MNIST/raw: \S+ is missing; .*",
         ),
+        (
+            ["model._target_=broken.Net"],
+            r"model\._target_: 'broken\.Net' cannot be imported: \S+/broken\.py:2: SyntaxError: invalid syntax",
+        ),
     ],
-    ids=["unknown key", "missing data"],
+    ids=["unknown key", "missing data", "module of the user's"],
 )
 def test_a_wrong_command_is_refused_in_one_line_and_starts_nothing(arguments: list[str], message: str, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    status, out, err = launch(run_dir, *arguments)
+    (tmp_path / "broken.py").write_text("import torch\nclass Net(:\n")
+    status, out, err = launch(run_dir, *arguments, env={"PYTHONPATH": f"{ROOT}:{tmp_path}"})
     assert re.fullmatch(rf"launch\.py: {message}\n", err), err
     assert (status, out) == (2, "")
     # Hydra's own record at most: config.yaml and logs/ would come before the first process.
