@@ -274,3 +274,15 @@ def test_two_processes_with_other_labels_have_other_fingerprints() -> None:
     first, second = (Job(parse_config(config)).fingerprint() for _ in range(2))
     said = first.difference(second, "the server", "this worker", buffer_values=False)
     assert re.fullmatch(r"dataset: checksum of labels: the server: \d+; this worker: \d+", said or ""), said
+
+
+def test_frozen_values_of_seeded_sources_are_those_that_are_evaluated(tmp_path: Path) -> None:
+    """The accuracy of the summary is that of the checkpoint, which any later process evaluates."""
+    config = {**changing.CONFIG, "model": {"_target_": f"{changing.HERE}.seeded_sources"}}
+    summary = train(config, run_dir=tmp_path / "run")
+    found, again = evaluate.evaluate_checkpoint(tmp_path / "run")
+    assert again.accuracy == summary["test_accuracy"]
+    assert again.loss == pytest.approx(summary["test_loss"], rel=1e-6)
+    state = torch.load(found / "model.pt", weights_only=True)
+    fresh = Job(parse_config(config)).model().module.state_dict()
+    assert torch.equal(state["backbone.weight"], fresh["backbone.weight"])

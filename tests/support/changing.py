@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,12 @@ def unseeded_data() -> tuple[TensorDataset, TensorDataset]:
 def fresh_entropy(*, buffer: bool = False) -> nn.Module:
     """Draw frozen weights from a generator that nothing seeds."""
     return Frozen(torch.from_numpy(np.random.default_rng().normal(size=(3, 3)).astype("float32")), buffer=buffer)
+
+
+def seeded_sources() -> nn.Module:
+    """Draw frozen weights from the three generators that are seeded."""
+    drawn = [random.random(), *np.random.normal(size=3), *torch.randn(5).tolist()]
+    return Frozen(torch.tensor(drawn, dtype=torch.float32).view(3, 3))
 
 
 def by_process() -> nn.Module:
