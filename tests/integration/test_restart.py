@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Mapping
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
@@ -24,20 +25,29 @@ from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.checkpoint import complete
 from ormo_rpc.storage.run_directory import read_trace
 from ormo_rpc.storage.summary import Summary, write_summary
+from tests.support.contract import same
 
 
 class Incarnation:
     """One incarnation of a server in a run directory, without processes: a session, and pushes to it."""
 
     def __init__(
-        self, run_dir: Path, number: int, *, start: bool = True, writer: Executor | None = None, **options: Any
+        self,
+        run_dir: Path,
+        number: int,
+        *,
+        start: bool = True,
+        writer: Executor | None = None,
+        algorithm: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> None:
         run_dir.mkdir(exist_ok=True)
         config = parse_config(
             {
                 "workers": 2,
                 "model": {"hidden": 4},
-                "train": {"max_iterations": 60, "lr": 0.01},
+                "train": {"max_iterations": 60, "lr": 0.01, "lr_schedule": "cosine"},
+                "algorithm": algorithm or {},
                 "logger": {"name": "none"},
                 "checkpoint": {"every_seconds": 0, **options},
             }
@@ -79,6 +89,26 @@ class Incarnation:
     def sha(self) -> bytes:
         """Return the bytes of the parameters."""
         return self.server.params.numpy().tobytes()
+
+
+@pytest.mark.parametrize("every", [0, 10])
+@pytest.mark.parametrize(
+    "options", [{"name": "ormo"}, {"name": "shifted"}, {"name": "spa"}, {"name": "orlomo", "combine": "mean"}], ids=str
+)
+def test_a_journal_restores_a_corrected_momentum_in_the_midst_of_a_schedule(
+    options: dict[str, Any], every: int, tmp_path: Path
+) -> None:
+    algorithm = {**options, "momentum_correction": True}
+    first = Incarnation(tmp_path, 0, every=every, journal=True, algorithm=algorithm)
+    first.push(25)
+    state = first.server.state_dict()
+    first.die()
+    second = Incarnation(tmp_path, 1, start=False, every=every, journal=True, algorithm=algorithm)
+    restored = second.server.state_dict()
+    assert restored["iteration"] == 25
+    assert same(restored["algorithm_state"], state["algorithm_state"])
+    assert same(restored["params"], state["params"])
+    second.die()
 
 
 def lineage(run_dir: Path) -> list[int]:
