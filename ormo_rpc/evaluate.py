@@ -10,7 +10,7 @@ from torch import nn
 
 from ormo_rpc.config.parsing import load_config
 from ormo_rpc.config.paths import typed
-from ormo_rpc.errors import ConfigError
+from ormo_rpc.errors import ConfigError, one_line
 from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.runtimes.job import build_module
@@ -64,6 +64,9 @@ def main() -> None:
         kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
         print(f"evaluate: {kind}{error}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:  # a user's own model or data set may raise anything
+        print(f"evaluate: {one_line(error)}", file=sys.stderr)
+        sys.exit(1)
     print(f"{found}\ntest accuracy {result.accuracy:.2%}, test loss {result.loss:.4f}")
     if result.val_accuracy is not None:
         print(f"validation accuracy {result.val_accuracy:.2%}, validation loss {result.val_loss:.4f}")

@@ -18,7 +18,6 @@ from ormo_rpc.data import Epochs, Split
 from ormo_rpc.messages import NO_BUFFERS, Push, Reply
 from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.models.passes import Passes
-from ormo_rpc.models.trial import check_passes
 from ormo_rpc.seeding import generator, seeded
 from ormo_rpc.worker.objective import count, mean_loss
 
@@ -151,15 +150,6 @@ class Worker:
         self._begin(NO_BUFFERS)
         scratch = torch.zeros(self.model.params.size, dtype=self.model.dtype)
         self._gradient(self.model.flat_params(), self.epochs.indices(0), 0, scratch)
-
-    def trial(self) -> None:
-        """Compute the first batch as for a ticket, with checks that are too slow for every pass, and drop the result.
-
-        Raises:
-            ValueError: a pass changes what it must not change; the message has its name and what to do.
-        """
-        check_passes(self.model.module, self.warm_up)
-        self._passes.collect()
 
     def _gradient(self, params: Tensor, indices: Tensor, number: int, into: Tensor) -> float | None:
         """Write the gradient of the targets' mean loss at ``params`` into ``into``; return that loss, None where none counts.

@@ -16,7 +16,7 @@ from tests.support.processes import ROOT, launch
 pytestmark = pytest.mark.slow
 
 
-# One that composing refuses, as test_refusals.py has many; one that only the data can refuse; a module that cannot be read.
+# One that composing refuses, as test_refusals.py has many; and those that data, a module or the trial batch refuses.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -29,8 +29,12 @@ pytestmark = pytest.mark.slow
             ["model._target_=broken.Net"],
             r"model\._target_: 'broken\.Net' cannot be imported: \S+/broken\.py:2: SyntaxError: invalid syntax",
         ),
+        (
+            ["model._target_=tests.unit.runtimes.test_trial.dense"],
+            r"model: \S+\.dense on training batch 0 of digits: the output \(32, 3, 8, 8\) does not fit targets \(32,\): .*",
+        ),
     ],
-    ids=["unknown key", "missing data", "module of the user's"],
+    ids=["unknown key", "missing data", "module of the user's", "output that does not fit"],
 )
 def test_a_wrong_command_is_refused_in_one_line_and_starts_nothing(arguments: list[str], message: str, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"

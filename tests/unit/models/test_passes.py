@@ -16,6 +16,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from ormo_rpc.models.flat import FlatModel
+from ormo_rpc.models.trial import check_passes
 from tests.support.state import FEATURES, Body, Make, Training, plain
 
 REGISTER = "register buffers with their final shapes, or keep them as plain attributes where they are mere caches"
@@ -129,13 +130,23 @@ REFUSED: dict[str, tuple[Make, str]] = {
 }
 
 
+def try_pass(training: Training) -> None:
+    """Compute as the launcher's trial does."""
+
+    def compute() -> None:
+        training.worker.warm_up()
+        training.worker._passes.collect()  # pyright: ignore[reportPrivateUsage] # a worker does so for a push alone
+
+    check_passes(training.model.module, compute)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("trial", [False, True], ids=["ticket", "trial"])
 def test_what_a_pass_must_not_change_is_refused_with_its_name(name: str, trial: bool) -> None:
     make, text = REFUSED[name]
     training = Training(make)
     with pytest.raises(ValueError, match=r"^model: ") as caught:
-        training.worker.trial() if trial else training.step()
+        try_pass(training) if trial else training.step()
     assert re.fullmatch(f"model: {text}", str(caught.value))
 
 
@@ -166,7 +177,7 @@ HIDDEN: dict[str, tuple[Make, str]] = {
 def test_the_trial_pass_sees_what_torch_does_not_count(name: str) -> None:
     make, text = HIDDEN[name]
     with pytest.raises(ValueError, match=r"^model: ") as caught:
-        Training(make).worker.trial()
+        try_pass(Training(make))
     assert re.fullmatch(f"model: {text}", str(caught.value))
 
 
@@ -196,7 +207,7 @@ class Attributes(Body):
 def test_the_trial_pass_warns_of_attributes_that_every_pass_changes(caplog: pytest.LogCaptureFixture) -> None:
     training = Training(Attributes)
     with caplog.at_level(logging.WARNING):
-        training.worker.trial()
+        try_pass(training)
     warned = [record.message for record in caplog.records]
     assert [text.split(":")[1].strip() for text in warned] == ["Attributes.calls", "Attributes.average", "Attributes.seen"]
     text = "model: .*: each forward pass changes this attribute, of which each process has its own: .* register it as a buffer"
@@ -206,7 +217,7 @@ def test_the_trial_pass_warns_of_attributes_that_every_pass_changes(caplog: pyte
 @pytest.mark.parametrize("make", [Body, lambda: Body(norm()), lambda: Body(nn.utils.spectral_norm(nn.Linear(6, 6)))])
 def test_a_trial_pass_leaves_no_trace(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     tried, fresh = Training(make), Training(make)
-    tried.worker.trial()
+    try_pass(tried)
     assert not caplog.records
     assert torch.equal(tried.step(3).server.params, fresh.step(3).server.params)
     assert torch.equal(tried.server.buffers.snapshot(), fresh.server.buffers.snapshot())
