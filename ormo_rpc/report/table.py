@@ -48,10 +48,12 @@ def notes(groups: Sequence[Group]) -> list[str]:
         for run in group.runs:
             if run.summary["status"] not in ("completed", "diverged"):
                 said.append(f"{run.path}: {run.summary['status']} ({run.summary.get('reason')}), not in the means")
-        early = [run for run in group.runs if run.completed and run.summary.get("reason")]
-        if early:
-            of = f"{len(early)} of {len(group.runs)} runs" if len(group.runs) > 1 else str(early[0].path)
-            said.append(f"{group.label(keys)}: {of}: {early[0].summary['reason']}")
+        for status in ("completed", "diverged"):
+            reasons = [
+                run.summary["reason"] for run in group.runs if run.summary["status"] == status and run.summary.get("reason")
+            ]
+            if reasons:
+                said.append(f"{group.label(keys)}: {len(reasons)} of {len(group.runs)} {status}: {reasons[0]}")
     runs = [run for group in groups for run in group.runs]
     return said + [note for entry in ENVIRONMENT if (note := _different(entry, runs))]
 

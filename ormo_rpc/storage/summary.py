@@ -142,6 +142,6 @@ def read_summary(run_dir: Path) -> dict[str, Any] | None:
     return {RENAMED_KEYS.get(key, key): value for key, value in content.items()}
 
 
-def unfinished_summary(config: Config, status: str, reason: str) -> Summary:
+def unfinished_summary(config: Config, status: str, reason: str, wall_seconds: float) -> Summary:
     """Make the summary of a run whose server process could not write one."""
-    return Summary(**identity(config), status=status, reason=reason)
+    return Summary(**identity(config), status=status, reason=reason, wall_seconds=wall_seconds)

@@ -186,7 +186,7 @@ def test_a_diverged_run_exits_with_status_3_and_the_reason(tmp_path: Path) -> No
 
 def test_a_run_whose_loss_explodes_exits_with_status_3_and_its_replay_too(tmp_path: Path) -> None:
     """All stays finite; the summary and its replay say that the loss ended far above where it began."""
-    options = ("logger=none", "algorithm=naive", "train.lr=2", "train.max_iterations=100", "workers=2")
+    options = ("logger=none", "algorithm=naive", "train.lr=20", "train.max_iterations=100", "workers=2")
     began = time.monotonic()
     status, out, err = launch(tmp_path / "run", *options)
     seconds = time.monotonic() - began
@@ -196,7 +196,8 @@ def test_a_run_whose_loss_explodes_exits_with_status_3_and_its_replay_too(tmp_pa
     losses = [event["loss"] for event in events(tmp_path / "run", "apply")]
     assert statistics.fmean(losses[-20:]) > 3 * statistics.fmean(losses[:2])
     # The process's seconds but for its last ones; the clock of the run has those of the training alone.
-    assert seconds - 3 < result["wall_seconds"] < seconds
+    assert 2 * result["training_seconds"] < result["wall_seconds"]
+    assert seconds / 2 < result["wall_seconds"] < seconds
     applied = events(tmp_path / "run", "apply")
     assert result["training_seconds"] == pytest.approx(applied[-1]["seconds"], abs=1e-5)
     assert result["updates_per_second"] == pytest.approx(100 / applied[-1]["seconds"], rel=1e-3)

@@ -196,12 +196,15 @@ def test_runs_that_did_not_complete_are_not_in_the_means(tmp_path: Path) -> None
     cut = record(tmp_path / "2", seed=2, test_accuracy=0.3, status="interrupted", reason="SIGINT")
     (group,) = grouped(
         record(tmp_path / "0", seed=0, test_accuracy=0.8),
-        record(tmp_path / "1", seed=1, test_accuracy=0.1, status="diverged"),
+        record(tmp_path / "1", seed=1, test_accuracy=0.1, status="diverged", reason="the training loss ended at 90"),
         cut,
     )
     (row,) = cells([group])
     assert (row["seeds"], row["test accuracy"], row["diverged"]) == ("3", "80.00%", "1 of 3")
-    assert notes([group]) == [f"{cut}: interrupted (SIGINT), not in the means"]
+    assert notes([group]) == [
+        f"{cut}: interrupted (SIGINT), not in the means",
+        "ormo: 1 of 3 diverged: the training loss ended at 90",
+    ]
 
 
 def test_runs_that_ended_early_or_elsewhere_are_said(tmp_path: Path) -> None:
@@ -212,7 +215,7 @@ def test_runs_that_ended_early_or_elsewhere_are_said(tmp_path: Path) -> None:
         record(tmp_path / "2", limit, seed=2),
     )
     assert notes([group]) == [
-        "ormo: 1 of 3 runs: train.max_seconds=2: ended after 0.17 of 30 epochs",
+        "ormo: 1 of 3 completed: train.max_seconds=2: ended after 0.17 of 30 epochs",
         "Runs of different commit: c0ffee (2 of 3 runs), beef (1 of 3 runs)",
     ]
 
@@ -239,7 +242,7 @@ def test_what_is_no_run_that_can_be_compared_is_left_out_with_its_reason(tmp_pat
     bare = record(tmp_path / "1")
     (bare / "config.yaml").unlink()
     (tmp_path / "2").mkdir()
-    write_summary(tmp_path / "2", unfinished_summary(parse_config({"workers": 2}), "failed", "no port is free"))
+    write_summary(tmp_path / "2", unfinished_summary(parse_config({"workers": 2}), "failed", "no port is free", 1.0))
     replay = record(tmp_path / "3", replayed=str(good))
     runs, left_out = load_runs([tmp_path])
     assert [run.path for run in runs] == [good]

@@ -127,9 +127,9 @@ def test_every_key_of_the_summary_is_documented_and_none_by_default() -> None:
 
 def test_the_summary_of_a_run_without_a_server_has_what_the_configuration_determines(tmp_path: Path) -> None:
     config = parse_config({"workers": 3, "seed": 7, "algorithm": {"name": "asgd"}})
-    content = write_summary(tmp_path, unfinished_summary(config, "failed", "no port is free"))
+    content = write_summary(tmp_path, unfinished_summary(config, "failed", "no port is free", 2.5))
     assert content == read_summary(tmp_path)
-    known = {"status": "failed", "reason": "no port is free", **identity(config)}
+    known = {"status": "failed", "reason": "no port is free", "wall_seconds": 2.5, **identity(config)}
     assert {key: value for key, value in content.items() if value is not None} == known
     assert (known["algorithm"], known["num_workers"], known["wire"]) == ("asgd", 3, "exact")
 

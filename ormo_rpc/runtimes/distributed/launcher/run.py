@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,9 @@ def run(config: Config, run_dir: Path, began: float) -> dict[str, Any]:
     if failure is None or (summary is not None and summary["status"] in TERMINAL_STATUSES):
         return summary or {}
     if summary is None:
+        status = "interrupted" if interrupted else "failed"
         try:
-            write_summary(run_dir, unfinished_summary(config, "interrupted" if interrupted else "failed", str(failure)))
+            write_summary(run_dir, unfinished_summary(config, status, str(failure), time.monotonic() - began))
         except OSError as error:  # such as a full disk, which may be the cause of the failure
             _report(f"summary.json cannot be written: {error}")
     raise RunFailed(f"{failure}; {_how_to_resume(run_dir)}", failure.exit_status)
