@@ -70,6 +70,8 @@ class Trial:
             indices: The numbers of its samples.
         """
         where, losses = f"training batch {number}", list[float]()
+        if len(indices) == 1:
+            where += " (a single sample; another train.batch_size makes it larger)"
         augmentation = generator(self.job.config.seed, "augment", number)
         with seeded(self.job.config.seed, "forward", number):
             inputs, targets = self._batch(where, lambda: self.job.data.train.batch(indices, augmentation))

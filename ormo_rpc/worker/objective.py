@@ -50,12 +50,11 @@ def tally(logits: object, targets: Tensor) -> Tally:
     """
     check_fit(logits, targets)
     assert isinstance(logits, Tensor)
-    targets = _as_targets(targets)
     if logits.dtype.itemsize < torch.float32.itemsize:
         logits = logits.double()
-    probabilities = targets.is_floating_point()
-    loss = functional.cross_entropy(logits, targets.to(logits.dtype) if probabilities else targets, reduction="sum")
-    classes = targets.argmax(1) if probabilities else targets
+    targets = _as_targets(targets)
+    loss = functional.cross_entropy(logits, targets, reduction="sum")
+    classes = targets.argmax(1) if targets.is_floating_point() else targets
     return Tally(loss.item(), int((logits.argmax(1) == classes).sum()), count(targets))
 
 
@@ -63,7 +62,7 @@ def count(targets: Tensor) -> int:
     """The number of targets that count."""
     if targets.is_floating_point():
         return targets.numel() // targets.shape[1]
-    return int((targets != IGNORED).sum())
+    return int((targets.long() != IGNORED).sum())
 
 
 def check_fit(output: object, targets: object) -> None:
@@ -105,6 +104,7 @@ def check_classes(logits: Tensor, targets: Tensor) -> None:
                 "numbers >= 0 whose sum is 1: the objective is cross entropy"
             )
         return
+    targets = targets.long()
     wrong = targets[(targets != IGNORED) & ((targets < 0) | (targets >= logits.shape[1]))]
     if wrong.numel():
         raise ValueError(

@@ -78,6 +78,7 @@ def data_set(targets: str, dtype: str = "int64") -> Callable[[], DataSet]:
             "numbers": (torch.arange(8) % CLASSES).to(getattr(torch, dtype)),
             "probabilities": torch.full((8, CLASSES), 1 / CLASSES),
             "several classes each": torch.ones(8, CLASSES),
+            "beyond": torch.full((8,), 156, dtype=torch.uint8),  # as -100 is in 8 bits
             "positions": torch.tensor([1.5, -0.5, 0.0]).expand(8, CLASSES),
             "one float each": torch.zeros(8),
             "complex": torch.zeros(8, dtype=torch.complex64),
@@ -91,7 +92,7 @@ def data_set(targets: str, dtype: str = "int64") -> Callable[[], DataSet]:
 
 int32, uint8, boolean = (data_set("numbers", dtype) for dtype in ("int32", "uint8", "bool"))
 probabilities, one_float_each = data_set("probabilities"), data_set("one float each")
-several_classes_each, positions = data_set("several classes each"), data_set("positions")
+several_classes_each, positions, beyond = data_set("several classes each"), data_set("positions"), data_set("beyond")
 complex_numbers, a_list = data_set("complex"), data_set("list")
 
 
@@ -274,6 +275,7 @@ def config(data: str, model: Callable[..., nn.Module], keywords: dict[str, Any] 
 
 PLACE = r"model: tests\.unit\.runtimes\.test_trial\.{model} on {where} of tests\.unit\.runtimes\.test_trial\.{data}: "
 FIRST = "training batch 0"
+ALONE = "training batch 2 (a single sample; another train.batch_size makes it larger)"
 EVAL = "the first {split} batch, in eval mode"
 
 
@@ -295,8 +297,8 @@ EVAL = "the first {split} batch, in eval mode"
         ("blobs", Detached, {}, FIRST, r"the output does not depend on any trainable parameter; expected logits .*"),
         ("blobs", InPlace, {}, FIRST, r"RuntimeError: one of the variables .* modified by an inplace operation.*"),
         # the last batch of an epoch
-        ("blobs", normed, {}, "training batch 2", r"ValueError: Expected more than 1 value per channel when training.*"),
-        ("blobs", Squeezing, {}, "training batch 2", r"the output \(3,\) does not fit targets \(1,\): expected .*"),
+        ("blobs", normed, {}, ALONE, r"ValueError: Expected more than 1 value per channel when training.*"),
+        ("blobs", Squeezing, {}, ALONE, r"the output \(3,\) does not fit targets \(1,\): expected .*"),
         # evaluation
         ("blobs", Exiting, {"count": 8}, EVAL.format(split="test"), r"SystemExit: 0 .*"),
     ],
@@ -333,6 +335,7 @@ def test_the_output_of_a_segmentation_does_not_fit_one_target_each() -> None:
         ("a_list", Linear, {}, r"the targets of training batch 0 are of type list, expected a tensor of .*"),
         ("blobs", narrow, {}, r"in training batch 0 a target is 2, expected 0 to 1 \(the output has 2 classes\) or -100 .*"),
         ("several_classes_each", Linear, {}, r"in training batch 0 targets .* sum to 3 over the classes, expected .*"),
+        ("beyond", Linear, {}, r"in training batch 0 a target is 156, expected 0 to 2 .*"),
         ("positions", Linear, {}, r"in training batch 0 targets .*, but some are negative, expected .*"),
         ("blobs", single, {"high": 1, "test_high": 1}, r"in training batch 0 there is one class, expected at least two: .*"),
         ("blobs", Linear, {"low": -1}, r"in training batch 0 a target is -1, expected 0 to 2 .*"),

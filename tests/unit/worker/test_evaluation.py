@@ -86,6 +86,7 @@ PROBLEMS: dict[str, tuple[Callable[[], nn.Module], Tensors]] = {
     "uint8 classes": (classifier, Tensors(made(SAMPLES, 6), numbers(SAMPLES).to(torch.uint8))),
     "boolean classes": (classifier, Tensors(made(SAMPLES, 6), numbers(SAMPLES, below=2).bool())),
     "probabilities": (classifier, Tensors(made(SAMPLES, 6), made(SAMPLES, CLASSES).softmax(1))),
+    "probabilities of double precision": (classifier, Tensors(made(SAMPLES, 6), made(SAMPLES, CLASSES).double().softmax(1))),
     "segmentation": (segmenter, Tensors(made(SAMPLES, 1, 5, 6), numbers(SAMPLES, 5, 6))),
     "segmentation, some ignored": (segmenter, Tensors(made(SAMPLES, 1, 5, 6), with_ignored(numbers(SAMPLES, 5, 6)))),
     "segmentation, probabilities": (segmenter, Tensors(made(SAMPLES, 1, 5, 6), made(SAMPLES, CLASSES, 5, 6).softmax(1))),
