@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ def train(config: Config | Mapping[str, Any] | Sequence[str] = (), *, run_dir: s
     refuse_while_importing()
     launch = Launch()
     if isinstance(config, Mapping):
+        launch = Launch(overrides=tuple(_typed(config)))
         config = parse_config(config)
     elif not isinstance(config, Config):
         from ormo_rpc.cli import compose  # hydra is needed for overrides alone
@@ -41,3 +42,12 @@ def train(config: Config | Mapping[str, Any] | Sequence[str] = (), *, run_dir: s
     if run_dir is None:
         run_dir = Path("outputs") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S-%f")
     return run(config, Path(run_dir).expanduser().absolute(), launch)
+
+
+def _typed(values: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """The plain ones of nested values, as they would be typed."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _typed(value, f"{path}{key}.")
+        elif value is None or isinstance(value, (bool, int, float, str)):
+            yield f"{path}{key}={value}"

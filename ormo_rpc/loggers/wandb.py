@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -36,7 +36,25 @@ TIMEOUT_SECONDS = 60.0
 ID_FILE = "wandb_id"
 """The file of the run directory with the id of the run, which is continued under it."""
 MAX_NAME_CHARACTERS = 128
+MAX_TAG_CHARACTERS = 64
 _log = logging.getLogger(__name__)
+
+
+def _is_project(value: str) -> bool:
+    return 0 < len(value) <= MAX_NAME_CHARACTERS and not set(value) & set("/\\#?%:")
+
+
+def _is_id(value: str) -> bool:
+    return 0 < len(value) <= MAX_NAME_CHARACTERS and not set(value) & set(":;,#?/'")
+
+
+def _are_tags(value: Sequence[str]) -> bool:
+    return all(0 < len(tag) <= MAX_TAG_CHARACTERS for tag in value)
+
+
+PROJECT = r"1 to 128 characters but / \ # ? % :"
+ID = "1 to 128 characters but : ; , # ? / '"
+TAGS = "tags of 1 to 64 characters"
 
 
 class WandbMode(Enum):
@@ -55,17 +73,22 @@ class WandbLogger(Logger):
     mode: WandbMode | None = option(
         None, "offline (kept in the run directory) or online; else WANDB_MODE, else offline but in a wandb sweep"
     )
-    project: str | None = option(None, "wandb project; else WANDB_PROJECT, else ormo_rpc")
+    project: str | None = option(None, "wandb project; else WANDB_PROJECT, else ormo_rpc", valid=_is_project, expected=PROJECT)
     entity: str | None = option(None, "wandb entity (user or team); else WANDB_ENTITY")
     run_name: str | None = option(
         None, "wandb run name; else WANDB_NAME, else algorithm, scheduler, workers, seed and what the command line sets"
     )
     group: str | None = option(None, "wandb group; else WANDB_RUN_GROUP, else the sweep that the run belongs to")
     job_type: str | None = option(None, "wandb job type; else WANDB_JOB_TYPE, else the runtime, rpc or sim")
-    tags: list[str] = option([], "wandb tags; else WANDB_TAGS, else algorithm, scheduler, data set and model")
+    tags: list[str] = option(
+        [], "wandb tags; else WANDB_TAGS, else algorithm, scheduler, data set and model", valid=_are_tags, expected=TAGS
+    )
     notes: str | None = option(None, "wandb notes; else WANDB_NOTES")
     run_id: str | None = option(
-        None, "id of the wandb run; else WANDB_RUN_ID, else that of the run that checkpoint.resume continues, or a new one"
+        None,
+        "id of the wandb run; else WANDB_RUN_ID, else that of the run that checkpoint.resume continues, or a new one",
+        valid=_is_id,
+        expected=ID,
     )
     directory: str | None = option(None, "folder of wandb's own files; else WANDB_DIR, else the run directory", path=True)
     timeout_seconds: float | None = option(
@@ -81,6 +104,13 @@ class WandbLogger(Logger):
         mode = (os.environ.get("WANDB_MODE") or _default_mode()) if self.mode is None else self.mode.value
         if mode not in MODES:
             raise ValueError(f"WANDB_MODE: got {mode!r}, expected one of {', '.join(MODES)}; or set logger.mode")
+        for name, valid, expected in (("project", _is_project, PROJECT), ("run_id", _is_id, ID)):
+            value = os.environ.get(ENVIRONMENT[name])
+            if value and not valid(value) and getattr(self, name) is None:
+                raise ValueError(f"{ENVIRONMENT[name]}: got {value!r}, expected {expected}; or set logger.{name}")
+        tags = os.environ.get("WANDB_TAGS")
+        if tags and not _are_tags(tags.split(",")) and not self.tags:
+            raise ValueError(f"WANDB_TAGS: got {tags!r}, expected {TAGS}, separated by commas; or set logger.tags")
         if mode not in MODES[MODES.index("online") :]:
             return
         import wandb  # takes half a second to load, so only where it is used
@@ -134,7 +164,8 @@ class WandbLogger(Logger):
 
     def _arguments(self, run: RunInfo, run_id: str | None) -> dict[str, Any]:
         """The arguments of ``wandb.init``; None where the environment says it, or wandb's own default counts."""
-        names = (run.config.get(group, {}).get("name") for group in ("algorithm", "scheduler", "dataset", "model"))
+        parts: list[Mapping[str, str]] = [run.config.get(group, {}) for group in ("algorithm", "scheduler", "dataset", "model")]
+        names = (part.get("name", part.get("_target_", "").rpartition(".")[2]) for part in parts)
         sweep = _wandb_sweep()
         defaults: Mapping[str, Any] = {
             "mode": _default_mode(),
@@ -142,7 +173,7 @@ class WandbLogger(Logger):
             "run_name": run.title[:MAX_NAME_CHARACTERS],
             "group": run.sweep or sweep,
             "job_type": run.config.get("runtime", {}).get("name"),
-            "tags": [name for name in names if name],
+            "tags": [name[:MAX_TAG_CHARACTERS] for name in names if name],
             "run_id": run_id,
             "directory": str(run.directory),
         }

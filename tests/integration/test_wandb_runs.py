@@ -235,17 +235,24 @@ def test_wandbs_agent_runs_the_sweep_of_the_checkout(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "launch.py").symlink_to(ROOT / "launch.py")
     agent = Agent(api=None, queue=queue.Queue(), sweep_id="sweep123")
-    chance, given = random.Random(1), dict[str, Any]()
-    for run_id in ("first", "second"):
-        agent._sweep_command = [*sweep["command"], f"hydra.run.dir={tmp_path / 'runs' / run_id}", *SMALL]  # pyright: ignore[reportPrivateUsage] # as Agent.run sets it
-        given[run_id] = drawn(sweep["parameters"], chance)
-        command = {"type": "run", "run_id": run_id, "program": sweep["program"], "args": given[run_id]}
-        response = agent._process_command(command)  # pyright: ignore[reportPrivateUsage] # the agent's loop asks wandb's server
-        assert "exception" not in response
-        child: subprocess.Popen[bytes] = agent._run_processes[run_id]._popen  # pyright: ignore[reportPrivateUsage] # the process
-        assert child.wait(60) == 0
+
+    def run_for_the_agent(run_id: str, args: Mapping[str, Any]) -> None:
+        # Agent.run and its loop, which ask wandb's server, set and do no more than this.
+        agent._sweep_command = [*sweep["command"], f"hydra.run.dir={tmp_path / 'runs' / run_id}", *SMALL]  # pyright: ignore[reportPrivateUsage] # see above
+        command = {"type": "run", "run_id": run_id, "program": sweep["program"], "args": args}
+        assert "exception" not in agent._process_command(command)  # pyright: ignore[reportPrivateUsage] # see above
+        child: subprocess.Popen[bytes] = agent._run_processes[run_id]._popen  # pyright: ignore[reportPrivateUsage] # see above
+        assert child.wait(PATIENCE_SECONDS) == 0
+
+    chance = random.Random(1)
+    given = {run_id: drawn(sweep["parameters"], chance) for run_id in ("first", "second")}
+    for run_id, args in given.items():
+        run_for_the_agent(run_id, args)
+    # A run that diverges is a result, with status 0: the agent stops after three failures.
+    run_for_the_agent("third", {**given["second"], "train.lr": {"value": 1e30}})
 
     runs = {made.run.run_id: made for made in offline_runs(tmp_path)}
+    assert runs.pop("third").summary["status"] == "diverged"
     assert set(runs) == {"first", "second"}
     assert given["first"] != given["second"]
     for run_id, made in runs.items():

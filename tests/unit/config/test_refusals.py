@@ -19,7 +19,7 @@ from ormo_rpc.config.renamed import RENAMED_KEYS, RENAMED_VALUES
 from ormo_rpc.config.schema import Config
 from ormo_rpc.config.write_conf import sections
 from ormo_rpc.errors import ConfigError
-from ormo_rpc.loggers.wandb import ENVIRONMENT
+from ormo_rpc.loggers.wandb import ENVIRONMENT, ID, PROJECT, TAGS
 from ormo_rpc.options import CallsTarget, Section, parts, register
 from tests.support.keys import KEYS, Key, default_of, label, tree
 from tests.support.registry import temporary_parts
@@ -42,6 +42,9 @@ IN_RANGE: dict[str, tuple[list[Any], list[Any]]] = {
         [[], ["kill@1:20", "delay@0:3:2.5"], ["stop@server:100"]],
         [["kill"], ["kill@1:2", "kill@-1:2"]],
     ),
+    PROJECT: (["a", "p" * 128, "my project"], ["", "p" * 129, *(f"a{sign}" for sign in "/\\#?%:")]),
+    ID: (["a", "i" * 128], ["", "i" * 129, *(f"a{sign}" for sign in ":;,#?/'")]),
+    TAGS: ([[], ["a", "t" * 64]], [[""], ["a", "t" * 65]]),
     "a whole number >= 0": ([0, 10**9], [-1]),
     "a whole number from 0 to 100": ([0, 1, 100], [-1, 101]),
     "a number > 0": ([1e-300, 1e9], [0.0, -1.0, math.nan]),
@@ -98,7 +101,8 @@ def test_every_number_has_a_range() -> None:
         for _, _, section, field in KEYS
         if type(field.default) in (int, float, type(None)) and field.type != "bool | None"
     }
-    assert numbers - {section.key(field.name) for _, _, section, field in WITH_RANGE} == TEXTS
+    with_range = {section.key(field.name) for _, _, section, field in WITH_RANGE}
+    assert numbers - with_range == TEXTS - with_range
 
 
 @pytest.mark.parametrize("key", TYPED, ids=label)

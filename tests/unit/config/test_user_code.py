@@ -23,6 +23,7 @@ from torch.utils.data import TensorDataset
 
 from ormo_rpc import ConfigError, train
 from ormo_rpc.config.parsing import parse_config
+from ormo_rpc.storage.launch import Launch
 
 HERE = __name__
 SIMULATED = {"runtime": "sim", "logger": "none", "workers": 2, "train": {"max_iterations": 6}}
@@ -242,3 +243,12 @@ def test_train_leaves_the_calling_program_as_it_was(tmp_path: Path) -> None:
         assert state() == before
     finally:
         torch.set_num_threads(1)
+
+
+def test_a_run_from_python_records_what_it_was_given(tmp_path: Path) -> None:
+    train({**SIMULATED, "train": {"max_iterations": 6, "lr": 0.125}, "model": Net}, run_dir=tmp_path / "values")
+    train(["runtime=sim", "logger=none", "train.max_iterations=6", "train.lr=0.125"], run_dir=tmp_path / "words")
+    common = ["runtime=sim", "logger=none"]
+    assert Launch.read(tmp_path / "values").overrides == [*common, "workers=2", "train.max_iterations=6", "train.lr=0.125"]
+    assert Launch.read(tmp_path / "words").overrides == [*common, "train.max_iterations=6", "train.lr=0.125"]
+    assert Launch.read(tmp_path) == Launch()

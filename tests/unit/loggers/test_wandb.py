@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -237,6 +238,36 @@ def test_rows_that_wandb_does_not_take_are_one_warning(
     assert [record.getMessage() for record in caplog.records] == [
         "wandb takes no more rows, metrics.jsonl does: BrokenPipeError: no process for {'iteration': 0}"
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("project", "team/project", r"1 to 128 characters but / \ # ? % :"),
+        ("project", "p" * 129, r"1 to 128 characters but / \ # ? % :"),
+        ("run_id", "a:b", "1 to 128 characters but : ; , # ? / '"),
+        ("tags", ["t" * 65], "tags of 1 to 64 characters"),
+        ("tags", ["one", ""], "tags of 1 to 64 characters"),
+    ],
+)
+def test_names_that_wandb_does_not_take_are_refused_before_anything_starts(
+    name: str, value: Any, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=rf"^logger\.{name}: got .*, expected {re.escape(expected)}$"):
+        WandbLogger(**{name: value})
+    monkeypatch.setenv(ENVIRONMENT[name], ",".join(value) if isinstance(value, list) else value)
+    separated = ", separated by commas" if name == "tags" else ""
+    with pytest.raises(
+        ValueError, match=rf"^{ENVIRONMENT[name]}: got .*, expected {re.escape(expected)}{separated}; or set logger\.{name}$"
+    ):
+        WandbLogger().prepare()
+    WandbLogger(project="p", run_id="i", tags=["t"]).prepare()  # options win
+
+
+def test_parts_from_outside_are_tags_as_well(tmp_path: Path, fake: FakeWandb) -> None:
+    outside = {**CONFIG, "model": {"_target_": f"my_package.{'N' * 70}"}, "dataset": {"_target_": "my_package.data.blobs"}}
+    WandbLogger().start(replace(run_info(tmp_path), config=outside))
+    assert fake.arguments["tags"] == ["ormo", "async", "blobs", "N" * 64]
 
 
 def test_a_mode_that_wandb_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
