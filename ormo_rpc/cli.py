@@ -103,7 +103,8 @@ def main() -> None:
     try:
         sys.argv[1:] = [*prepared(arguments), *_without_directory(arguments)]
         os.environ[FULL_ERROR] = "1"
-        _hydra_main(job)
+        with sweeps.sigterm_restored():
+            _hydra_main(job)
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         ended = error
     sweep = SweepStart.directory

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import shlex
+import signal
 import sys
+import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +60,18 @@ class SweepStart(Callback):
         except OSError as error:
             sys.exit(f"hydra.sweep.dir: {directory.path} cannot be made: {error.strerror}")
         SweepStart.directory = directory
+        _interrupted_by_sigterm()  # else joblib's jobs would outlive this process
+
+
+@contextlib.contextmanager
+def sigterm_restored() -> Generator[None]:
+    """Give SIGTERM its former meaning back at the end, which `SweepStart` changes."""
+    former = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is not former:
+            signal.signal(signal.SIGTERM, former)
 
 
 def run_job(hydra: HydraConf, run: Run, say: Callable[[str], None]) -> float | None:
@@ -72,11 +87,14 @@ def run_job(hydra: HydraConf, run: Run, say: Callable[[str], None]) -> float | N
 
     Raises:
         JobFailed: instead of None, to any sweeper but hydra's own, which ends with the first exception.
-        KeyboardInterrupt: a signal ended the run.
+        KeyboardInterrupt: a signal ended the run, or has ended the sweep before.
     """
     directory = SweepDirectory(_sweep_dir(hydra))
     plan, number = directory.plan(), int(hydra.job.num)
     record = JobRecord(number=number, settings=_settings(hydra, plan), directory=str(hydra.runtime.output_dir))
+    _interrupted_by_sigterm()  # which submitit ignores
+    if directory.stopped:
+        raise KeyboardInterrupt
     with contextlib.suppress(BrokenPipeError):  # the reader of standard output has closed it
         print(f"{_name(record, plan)}: {record.settings}", flush=True)
     directory.write(record)
@@ -114,6 +132,9 @@ def end(directory: SweepDirectory, say: Callable[[str], None], *, interrupted: b
         say: Prints a line on standard error.
         interrupted: A signal ended the sweep, and with it the jobs that were running.
     """
+    if interrupted:
+        directory.stop()
+        _end_children()
     plan, records = directory.plan(), directory.records()
     without_end = INTERRUPTED if interrupted else FAILED
     counted = Counter(without_end if record.status == RUNNING else record.status for record in records)
@@ -130,6 +151,20 @@ def end(directory: SweepDirectory, say: Callable[[str], None], *, interrupted: b
         if counted["completed"]:
             print(f"compare its runs: python -m ormo_rpc.report {shlex.quote(str(directory.path))}", flush=True)
     return not failed
+
+
+def _interrupted_by_sigterm() -> None:
+    """Let SIGTERM raise what Ctrl-C raises; a run has its own answer to both."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def _end_children() -> None:
+    """Ask the processes to end that a launcher has started and leaves to themselves, as submitit does; Linux lists them."""
+    for file in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the thread or the process is gone
+            for number in file.read_text().split():
+                os.kill(int(number), signal.SIGTERM)
 
 
 def _sweep_dir(hydra: HydraConf) -> Path:

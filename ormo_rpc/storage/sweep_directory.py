@@ -13,7 +13,7 @@ from typing import Any
 from ormo_rpc.storage.run_directory import write_json
 
 _FOLDER = ".jobs"
-_PLAN = "plan.json"
+_PLAN, _STOPPED = "plan.json", "stopped"
 RUNNING, FAILED, INTERRUPTED = "running", "failed", "interrupted"
 """Values of a job's status beside those of a summary."""
 
@@ -71,6 +71,15 @@ class SweepDirectory:
         """Read the plan."""
         file = self._folder / _PLAN
         return Plan(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else Plan()
+
+    def stop(self) -> None:
+        """Have jobs that have not begun yet, such as those in the queue of a cluster, end at once."""
+        (self._folder / _STOPPED).touch()
+
+    @property
+    def stopped(self) -> bool:
+        """True once `stop` was called, also in another process."""
+        return (self._folder / _STOPPED).exists()
 
     def write(self, record: JobRecord) -> None:
         """Replace a job's record."""

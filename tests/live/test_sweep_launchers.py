@@ -6,12 +6,13 @@ import os
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 
 from ormo_rpc.storage.sweep_directory import SweepDirectory
-from tests.support.processes import PATIENCE_SECONDS, launched, wait_until
+from tests.support.processes import PATIENCE_SECONDS, descendants, launched, wait_until
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.timeout(180)]  # each starts up to six processes that import PyTorch
 
 SHORT = ("runtime=sim", "logger=none", "workers=2", "train.epochs=1", "checkpoint.every_seconds=0")
 PLUGINS = {"parallel": "hydra_joblib_launcher", "local": "hydra_submitit_launcher"}
@@ -42,13 +43,24 @@ def test_a_bad_job_does_not_end_the_others_in_other_processes(launcher: str, tmp
     assert named.endswith(f"; {tmp_path / '1'}")
 
 
-def test_ctrl_c_ends_a_sweep_and_its_processes(tmp_path: Path) -> None:
-    with launched(*sweep(tmp_path, "parallel", "train.epochs=100000", "seed=0,1,2")) as process:
+@pytest.mark.parametrize(("launcher", "by_terminal"), [("parallel", True), ("parallel", False), ("local", False)])
+def test_a_signal_ends_a_sweep_and_its_processes(launcher: str, by_terminal: bool, tmp_path: Path) -> None:
+    seeds = "seed=0,1,2" if launcher == "parallel" else "seed=0,1"
+    with launched(*sweep(tmp_path, launcher, "train.epochs=100000", seeds)) as process:
         wait_until(lambda: len(list(tmp_path.glob("*/trace.jsonl"))) == 2, "two jobs have begun")
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        family = descendants(process.pid)
+        if by_terminal:  # which sends Ctrl-C to all of them
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=PATIENCE_SECONDS)
+        wait_until(lambda: not any(map(_runs, family)), "all processes have ended")
     assert process.returncode == 130
-    assert err.splitlines()[-2:] == [
-        "launch.py: the sweep was interrupted",
-        "launch.py: 3 jobs, 2 interrupted, 1 not started",
-    ]
+    ended, counted = [line for line in err.splitlines() if line.startswith("launch.py: ")]
+    assert ended == "launch.py: the sweep was interrupted"
+    expected = "3 jobs, 2 interrupted, 1 not started" if launcher == "parallel" else "2 jobs, 2 interrupted"
+    assert counted == f"launch.py: {expected}"
+
+
+def _runs(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
