@@ -150,6 +150,7 @@ class Worker:
         self._begin(NO_BUFFERS)
         scratch = torch.zeros(self.model.params.size, dtype=self.model.dtype)
         self._gradient(self.model.flat_params(), self.epochs.indices(0), 0, scratch)
+        self._passes.collect()
 
     def _gradient(self, params: Tensor, indices: Tensor, number: int, into: Tensor) -> float | None:
         """Write the gradient of the targets' mean loss at ``params`` into ``into``; return that loss, None where none counts.
