@@ -47,7 +47,7 @@ class Passes:
     """Watches the passes of a module, ticket by ticket.
 
     Args:
-        model: The model, for these passes alone.
+        model: The model, for these passes alone; it is put into training mode.
     """
 
     def __init__(self, model: FlatModel) -> None:
@@ -65,10 +65,14 @@ class Passes:
             (path, buffers_of(module), set(buffers_of(module).keys())) for path, module in model.module.named_modules()
         ]
         self._guarded = _guarded(model)
-        self._before: dict[str, Tensor] = {}
+        self._handed = model.buffers.initial.clone()
+        self._values = model.buffers.layout.views(self._handed)
+        self._before = model.buffers.layout.bytes_of(self._handed)
+        model.module.train()
+        self._modes = [(module, module.training) for module in model.module.modules()]
 
     def begin(self, handed: Tensor) -> None:
-        """Load the buffers that a reply hands out, as bytes, or the initial ones where it has none.
+        """Load the buffers that a reply hands out, as bytes, or the initial ones where it has none; undo switches of modes.
 
         Raises:
             ValueError: they are not those of this model.
@@ -79,9 +83,11 @@ class Passes:
                 f"model: got {handed.numel()} bytes of buffers from the server, expected {buffers.layout.size}; "
                 "server and worker must build the same model"
             )
-        handed = handed if handed.numel() else buffers.initial
-        buffers.load(buffers.layout.views(handed))
-        self._before = buffers.layout.bytes_of(handed)
+        for module, mode in self._modes:
+            if module.training != mode:
+                module.training = mode
+        self._handed.copy_(handed if handed.numel() else buffers.initial)
+        buffers.load(self._values)
         for norm in self._norms:
             norm.begin()
 

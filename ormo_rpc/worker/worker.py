@@ -88,7 +88,7 @@ class Worker:
         """
         assert reply.ticket is not None, "a reply without a ticket ends the worker"
         batches, losses = self._batches(reply.ticket, reply.steps), list[float]()
-        self._begin(reply.buffers)
+        self._passes.begin(reply.buffers)
 
         def gradient(params: Tensor, step: int, into: Tensor) -> None:
             number, indices = batches[step]
@@ -147,7 +147,7 @@ class Worker:
 
     def warm_up(self) -> None:
         """Compute a gradient and drop it, since a first pass is many times slower and would be measured as a delay."""
-        self._begin(NO_BUFFERS)
+        self._passes.begin(NO_BUFFERS)
         scratch = torch.zeros(self.model.params.size, dtype=self.model.dtype)
         self._gradient(self.model.flat_params(), self.epochs.indices(0), 0, scratch)
         self._passes.collect()
@@ -171,11 +171,6 @@ class Worker:
         self._regularise(into, params)
         value = loss.item()
         return None if math.isnan(value) and count(targets) == 0 else value
-
-    def _begin(self, handed: Tensor) -> None:
-        """Put the model into training mode, with the buffers of a reply: nothing is kept of earlier tickets."""
-        self.model.module.train()
-        self._passes.begin(handed)
 
     def _batches(self, ticket: int, steps: int) -> list[tuple[int, Tensor]]:
         """The batches of a ticket: the number of each in the run, and the numbers of its samples."""
