@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ormo_rpc.server.buffer_layout import BufferLayout, aligned, as_bytes
+from ormo_rpc.server.buffer_layout import BufferLayout, aligned
 
 
 class WireBuffers:
@@ -21,7 +21,6 @@ class WireBuffers:
     def __init__(self, layout: BufferLayout, region: Tensor) -> None:
         self._marks = region[: len(layout.shapes)]
         values = region[aligned(len(layout.shapes)) :]
-        self._bytes = layout.bytes_of(values)
         self._views = layout.views(values)
 
     @staticmethod
@@ -31,11 +30,10 @@ class WireBuffers:
 
     def write(self, reported: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Put buffers of the layout's dtypes and shapes at their places, and return them as `read` does."""
-        self._marks.zero_()
-        for number, (name, place) in enumerate(self._bytes.items()):
-            if name in reported:
-                place.copy_(as_bytes(reported[name]))
-                self._marks[number] = 1
+        for name, value in reported.items():
+            self._views[name].copy_(value.detach())
+        if self._views:
+            self._marks.copy_(torch.tensor([name in reported for name in self._views]))
         return self.read()
 
     def read(self) -> dict[str, Tensor]:

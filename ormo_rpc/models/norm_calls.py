@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage] # the base class of all batch norms
@@ -19,18 +21,20 @@ class NormCalls:
     Args:
         prefix: The norm's name, with a dot at the end.
         norm: The norm; it gets hooks.
+        expected: What its buffers are expected to be, by name: loaded with them, and advanced here.
 
     Attributes:
         batches: Mean and variance of each call, in order.
     """
 
-    def __init__(self, prefix: str, norm: _BatchNorm) -> None:
+    def __init__(self, prefix: str, norm: _BatchNorm, expected: Mapping[str, Tensor]) -> None:
         self.prefix = prefix
         self.norm = norm
         self.momentum = norm.momentum
         self.batches: list[tuple[Tensor, Tensor]] = []
         self._own: tuple[Tensor, Tensor] | None = None
-        self._expected: tuple[Tensor, Tensor, int]
+        self._expected = [expected[f"{prefix}{name}"] for name in ("running_mean", "running_var")]
+        self._calls_before = expected[f"{prefix}num_batches_tracked"]
 
         # A copy of the norm has these hooks too, and is none of ours.
         def before(called: nn.Module, _: object) -> None:
@@ -46,12 +50,7 @@ class NormCalls:
 
     def begin(self) -> None:
         """Forget all calls, since the norm's buffers were loaded."""
-        mean, variance, count = self._statistics()
-        assert mean is not None, "it has statistics"
-        assert variance is not None, "of both kinds"
-        assert count is not None, "and a counter"
         self.batches = []
-        self._expected = mean.clone(), variance.clone(), int(count)
 
     def report(self) -> dict[str, Tensor]:
         """Return the number of calls and the mean of their statistics by name; nothing where there was no call.
@@ -111,8 +110,7 @@ class NormCalls:
         self.batches.append((mean, variance))
         weight = 1 / int(count) if self.momentum is None and count is not None else self.momentum
         assert weight is not None, "a norm that is averaged counts its calls"
-        self._expected = (*self._expected[:2], self._expected[2] + 1)
-        for average in (own, self._expected[:2]):
+        for average in (own, self._expected):
             for running, batch in zip(average, (mean, variance), strict=True):
                 running.data.mul_(1 - weight).add_(batch, alpha=weight)
 
@@ -128,8 +126,8 @@ class NormCalls:
         mean, variance, count = self._statistics()
         if mean is None or variance is None or count is None:
             raise ValueError(self._refusal())
-        same = all(map(_same, (mean, variance), self._expected[:2]))
-        if int(count) != self._expected[2] or not same:
+        same = all(map(_same, (mean, variance), self._expected))
+        if int(count) != int(self._calls_before) + len(self.batches) or not same:
             raise ValueError(self._refusal())
 
     def _refusal(self) -> str:

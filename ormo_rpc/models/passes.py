@@ -52,7 +52,9 @@ class Passes:
 
     def __init__(self, model: FlatModel) -> None:
         self.model = model
-        self._norms = [NormCalls(prefix, norm) for prefix, norm in model.buffers.norms.items()]
+        self._expected = model.buffers.initial.clone()
+        expected = model.buffers.layout.views(self._expected)
+        self._norms = [NormCalls(prefix, norm, expected) for prefix, norm in model.buffers.norms.items()]
         averaged = {f"{norm.prefix}{key}" for norm in self._norms for key in buffers_of(norm.norm)}
         self._others = [place for place in model.buffers.places if place.name not in averaged]
         first = {id(place.tensor): place for place in reversed(model.buffers.places) if place.tensor is not None}
@@ -87,6 +89,7 @@ class Passes:
             if module.training != mode:
                 module.training = mode
         self._handed.copy_(handed if handed.numel() else buffers.initial)
+        self._expected.copy_(self._handed)
         buffers.load(self._values)
         for norm in self._norms:
             norm.begin()
