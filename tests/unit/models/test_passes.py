@@ -31,11 +31,6 @@ OUTSIDE = (
 )
 
 
-def try_pass(training: Training) -> None:
-    """Make the checks of the trial in the launcher."""
-    check_passes(training.model.module, training.worker.warm_up)
-
-
 def acts(act: Callable[[Any, Tensor], None], layer: Make = nn.Identity) -> Make:
     """A model with some tensors, whose forward pass does something to them."""
 
