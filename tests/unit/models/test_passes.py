@@ -132,12 +132,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
 
 def try_pass(training: Training) -> None:
     """Compute as the launcher's trial does."""
-
-    def compute() -> None:
-        training.worker.warm_up()
-        training.worker._passes.collect()  # pyright: ignore[reportPrivateUsage] # a worker does so for a push alone
-
-    check_passes(training.model.module, compute)
+    check_passes(training.model.module, training.worker.warm_up)
 
 
 @pytest.mark.parametrize("name", REFUSED)
