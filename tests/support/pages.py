@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("ormo_rpc", "tests", "benchmarks", "experiments", "examples", "conf", "docs", "results")
 RUN_FILES = (
     "config.yaml launch.json metrics.jsonl trace.jsonl trace.rolled_back.jsonl processes.json summary.json evictions.jsonl "
-    "model.pt"
+    "fingerprint.json model.pt"
 ).split()
 """Files that a run writes."""
 FILE_ENDINGS = "py md json jsonl yaml toml pt png c gz cff".split()
