@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import (
 from torch.nn.parameter import is_lazy
 
 from ormo_rpc.server.buffer_layout import BufferLayout
-from ormo_rpc.server.buffers import Kind, Rule
+from ormo_rpc.server.buffers import Rule, RuleKind
 
 _FORWARDS = (_BatchNorm.forward, SyncBatchNorm.forward)
 """A batch norm that computes otherwise may also update its statistics otherwise, so they follow no rule."""
@@ -93,9 +93,9 @@ class ModelBuffers:
             if isinstance(child, _BatchNorm) and _is_averaged(child, uses):
                 self.norms[prefix] = child
                 count = f"{prefix}num_batches_tracked"
-                self.rules[f"{prefix}running_mean"] = Rule(Kind.average, child.momentum, count)
-                self.rules[f"{prefix}running_var"] = Rule(Kind.average, child.momentum, count, variance=True)
-                self.rules[count] = Rule(Kind.count)
+                self.rules[f"{prefix}running_mean"] = Rule(RuleKind.average, child.momentum, count)
+                self.rules[f"{prefix}running_var"] = Rule(RuleKind.average, child.momentum, count, variance=True)
+                self.rules[count] = Rule(RuleKind.count)
         self.layout = BufferLayout(self.tensors)
         self.initial = self.layout.pack(self.tensors)
 

@@ -16,10 +16,10 @@ from ormo_rpc.options import CallsTarget, register
 class CustomModel(Model, CallsTarget):
     """A model of your own: the class or function that ``model._target_`` names, the keys beside it are its keywords.
 
-    ``input_shape`` and ``num_classes`` are passed if it takes them. The forward pass must not write to its trainable
+    ``input_shape`` and ``num_classes`` are passed if it takes them. The forward pass may write to buffers, but not to
     parameters, as ``nn.Embedding`` with ``max_norm`` does: they are views of what the server has sent, which others read, and
-    may be the server's own memory. In a simulation that would corrupt the server; over shared memory the system kills the
-    worker; elsewhere the gradient is taken at other parameters than those of its stamp.
+    may be the server's own memory. It is refused, before a run by its trial pass; a later pass that is the first to do so may
+    corrupt the server of a simulation before that, and over shared memory the system kills its worker.
     """
 
     @override

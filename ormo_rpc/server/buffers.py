@@ -12,7 +12,7 @@ from ormo_rpc.messages import NO_BUFFERS
 from ormo_rpc.server.buffer_layout import BufferLayout
 
 
-class Kind(Enum):
+class RuleKind(Enum):
     """How what a push reports of a buffer enters the server's."""
 
     average = "average"
@@ -38,13 +38,13 @@ class Rule:
         variance: It is a variance, so never negative.
     """
 
-    kind: Kind = Kind.newest
+    kind: RuleKind = RuleKind.newest
     momentum: float | None = None
     count: str | None = None
     variance: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind is Kind.average and self.momentum is None and self.count is None:
+        if self.kind is RuleKind.average and self.momentum is None and self.count is None:
             raise ValueError("buffers: got an average without momentum and count, expected one of them")
 
     def weight(self, calls: int, before: int = 0) -> float:
@@ -83,13 +83,13 @@ class RunningBuffers:
         self._snapshot = None
         for name, value in reported.items():
             rule, mine = self.rules[name], self.current[name]
-            if rule.kind is Kind.newest:
+            if rule.kind is RuleKind.newest:
                 mine.copy_(value.detach())
-            elif rule.kind is Kind.average:
+            elif rule.kind is RuleKind.average:
                 weight = self._weight(rule, reported)
                 mine.mul_(1 - weight).add_(value.detach(), alpha=weight)
         for name, value in reported.items():  # afterwards, as cumulative averages need the calls before
-            if self.rules[name].kind is Kind.count:
+            if self.rules[name].kind is RuleKind.count:
                 self.current[name].add_(value.detach())
 
     def _weight(self, rule: Rule, reported: Mapping[str, Tensor]) -> float:

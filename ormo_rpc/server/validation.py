@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ormo_rpc.errors import GradientTooLarge, NonFiniteGradient, PushRefused
 from ormo_rpc.messages import Push
-from ormo_rpc.server.buffers import Kind, Rule, RunningBuffers
+from ormo_rpc.server.buffers import Rule, RuleKind, RunningBuffers
 
 LARGEST = 2**53
 """The largest whole number that JSON, a float64 and the counters of the server all hold exactly."""
@@ -173,11 +173,11 @@ def _check_like(got: Tensor, expected: Tensor, what: str, vectors: int = 1, othe
 
 def _check_possible(value: Tensor, rule: Rule, what: str) -> None:
     """Check what is to be averaged or added; other buffers may have any value."""
-    if rule.kind is Kind.average:
+    if rule.kind is RuleKind.average:
         _check_finite(value, what)
         if rule.variance and bool((value < 0).any()):
             raise PushRefused(f"{what}: got a negative variance, expected numbers >= 0")
-    elif rule.kind is Kind.count and not 0 <= int(value.min()) <= int(value.max()) <= MOST_CALLS:
+    elif rule.kind is RuleKind.count and not 0 <= int(value.min()) <= int(value.max()) <= MOST_CALLS:
         raise PushRefused(f"{what}: got {value.tolist()} calls, expected a number from 0 to {MOST_CALLS}")
 
 

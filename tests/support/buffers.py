@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ormo_rpc.compression import Encoder, PushFormat
-from ormo_rpc.server.buffers import Kind, Rule, RunningBuffers
+from ormo_rpc.server.buffers import Rule, RuleKind, RunningBuffers
 
 
 def averages(initial: Mapping[str, Tensor], momentum: Mapping[str, float]) -> RunningBuffers:
     """Averages of which each push is one call."""
-    return RunningBuffers(initial, {name: Rule(Kind.average, m) for name, m in momentum.items()})
+    return RunningBuffers(initial, {name: Rule(RuleKind.average, m) for name, m in momentum.items()})
 
 
 def wire(form: PushFormat, grad: Tensor, buffers: Mapping[str, Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from ormo_rpc.errors import PushRefused
 from ormo_rpc.messages import Push
 from ormo_rpc.models.flat import Layout
 from ormo_rpc.server.buffer_layout import ALIGNMENT, BufferLayout, same_bytes
-from ormo_rpc.server.buffers import Kind, Rule, RunningBuffers
+from ormo_rpc.server.buffers import Rule, RuleKind, RunningBuffers
 from ormo_rpc.server.validation import validate_push
 
 TENSORS: dict[str, Tensor] = {
@@ -77,9 +77,9 @@ RUNNING = RunningBuffers(
         "flags": torch.tensor([True, False]),
     },
     {
-        "mean": Rule(Kind.average, 0.1, "calls"),
-        "var": Rule(Kind.average, 0.1, "calls", variance=True),
-        "calls": Rule(Kind.count),
+        "mean": Rule(RuleKind.average, 0.1, "calls"),
+        "var": Rule(RuleKind.average, 0.1, "calls", variance=True),
+        "calls": Rule(RuleKind.count),
     },
 )
 NAN, INF = float("nan"), float("inf")

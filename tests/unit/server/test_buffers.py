@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ormo_rpc.server.buffers import Kind, Rule, RunningBuffers
+from ormo_rpc.server.buffers import Rule, RuleKind, RunningBuffers
 
 BATCHES = 12
 CALLS = torch.tensor(1)
@@ -25,8 +25,8 @@ def statistics(batch: Tensor) -> dict[str, Tensor]:
 
 def of_norm(momentum: float | None) -> RunningBuffers:
     initial = {"mean": torch.zeros(3), "var": torch.ones(3), "count": torch.tensor(0)}
-    average = Rule(Kind.average, momentum, "count")
-    return RunningBuffers(initial, {"mean": average, "var": average, "count": Rule(Kind.count)})
+    average = Rule(RuleKind.average, momentum, "count")
+    return RunningBuffers(initial, {"mean": average, "var": average, "count": Rule(RuleKind.count)})
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.1, 0.4, 1.0, None])
@@ -76,7 +76,7 @@ def test_without_momentum_it_goes_on_from_the_calls_before_the_run() -> None:
 
 def test_each_buffer_has_its_own_rule_and_what_is_not_reported_stays() -> None:
     initial = {"a": torch.zeros(1), "b": torch.zeros(1), "n": torch.tensor(5), "flag": torch.tensor(False)}
-    rules = {"a": Rule(Kind.average, 0.5), "n": Rule(Kind.count)}
+    rules = {"a": Rule(RuleKind.average, 0.5), "n": Rule(RuleKind.count)}
     running = RunningBuffers(initial, rules)
     for value in (8.0, 4.0):
         running.update(
@@ -95,7 +95,7 @@ def test_each_buffer_has_its_own_rule_and_what_is_not_reported_stays() -> None:
 
 def test_an_average_needs_a_momentum_or_a_count() -> None:
     with pytest.raises(ValueError, match="got an average without momentum and count, expected one of them"):
-        Rule(Kind.average)
+        Rule(RuleKind.average)
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -116,7 +116,7 @@ def test_saved_buffers_continue_where_they_were_saved(momentum: float | None) ->
 
 
 def test_a_copy_never_changes() -> None:
-    running = RunningBuffers({"mean": torch.zeros(2)}, {"mean": Rule(Kind.average, 0.5)})
+    running = RunningBuffers({"mean": torch.zeros(2)}, {"mean": Rule(RuleKind.average, 0.5)})
     copy = running.copy()
     running.update({"mean": torch.ones(2)})
     assert torch.equal(copy["mean"], torch.zeros(2))

@@ -12,16 +12,25 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from ormo_rpc import build_server
 from ormo_rpc.messages import Push, Reply
+from ormo_rpc.server.buffers import Rule, RuleKind, RunningBuffers
 from ormo_rpc.server.events import Event, Kind
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.storage.journal import FileJournal, recover
-from tests.support.buffers import averages
 from tests.support.examples import examples
 
 DIMENSION = 5
+BUFFERS = {
+    "mean": torch.zeros(2, dtype=torch.float64),
+    "calls": torch.tensor(0),
+    "flags": torch.tensor([True, False, True]),
+    "rounded": torch.tensor(0.0).bfloat16(),
+    "least": torch.full((2,), float("inf")),
+    "constant": torch.arange(3),
+}
 ALGORITHMS = ("asgd", "ormo", "shifted", "smega2", "dc_asgd", "gap_aware", "fedbuff", "easgd")
 """Among them algorithms that read the parameters they sent, that have a state for each worker, and that buffer."""
 
@@ -34,9 +43,17 @@ def server(algorithm: str, events: list[Event] | None = None) -> ParameterServer
         lr=0.1,
         momentum=0.5,
         total_tickets=60,
-        buffers=averages({"mean": torch.zeros(2, dtype=torch.float64)}, {"mean": 0.25}),
+        buffers=RunningBuffers(BUFFERS, {"mean": Rule(RuleKind.average, None, "calls"), "calls": Rule(RuleKind.count)}),
         record=(lambda _: None) if events is None else events.append,
     )
+
+
+def reported(ticket: int) -> dict[str, Tensor]:
+    """Buffers of any dtype, other ones in each push."""
+    values = {"calls": torch.tensor(1 + ticket % 3), "flags": torch.tensor([ticket % 2 == 0] * 3)}
+    rounded = {"rounded": torch.tensor(ticket / 7).bfloat16(), "least": torch.tensor([float("-inf"), -ticket])}
+    mean = {"mean": torch.full((2,), float(ticket), dtype=torch.float64)}
+    return mean | (values if ticket % 4 else {}) | (rounded if ticket % 3 else {})
 
 
 def push(reply: Reply, length: int, *, finite: bool = True) -> Push:
@@ -53,7 +70,7 @@ def push(reply: Reply, length: int, *, finite: bool = True) -> Push:
         grad=grad,
         loss=0.1 * reply.ticket,
         samples=3,
-        buffers={"mean": torch.full((2,), float(reply.ticket), dtype=torch.float64)},
+        buffers=reported(reply.ticket),
         incarnation=reply.incarnation,
     )
 
