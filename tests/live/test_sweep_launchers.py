@@ -53,8 +53,12 @@ def test_a_signal_ends_a_sweep_and_its_processes(launcher: str, by_terminal: boo
             os.killpg(process.pid, signal.SIGINT)
         else:
             process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=PATIENCE_SECONDS)
-        wait_until(lambda: not any(map(_runs, family)), "all processes have ended")
+        try:
+            _, err = process.communicate(timeout=PATIENCE_SECONDS)
+            wait_until(lambda: not any(map(_runs, family)), "all processes have ended")
+        finally:
+            for member in filter(_runs, family):
+                member.kill()
     assert process.returncode == 130
     ended, counted = [line for line in err.splitlines() if line.startswith("launch.py: ")]
     assert ended == "launch.py: the sweep was interrupted"
@@ -63,4 +67,7 @@ def test_a_signal_ends_a_sweep_and_its_processes(launcher: str, by_terminal: boo
 
 
 def _runs(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
