@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from ormo_rpc.config.schema import GROUPS
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.report.settings import MISSING, differing, read_setting, shown
 from ormo_rpc.storage.run_directory import read_metrics, read_trace
-from ormo_rpc.storage.summary import read_summary
+from ormo_rpc.storage.summary import FILE, read_summary
+from ormo_rpc.storage.sweep_directory import SweepDirectory
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,9 @@ def load_runs(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
     Raises:
         ConfigError: there is none that can be.
     """
+    paths = list(paths)
     runs: list[Run] = []
-    refused: list[str] = []
+    refused = [reason for path in paths for reason in _jobs_without_run(path)]
     for path in run_directories(paths):
         try:
             runs.append(Run.load(path))
@@ -148,6 +150,14 @@ def load_runs(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
     if not runs:
         raise ConfigError("; ".join(refused))
     return runs, [f"Left out: {reason}" for reason in refused]
+
+
+def _jobs_without_run(path: Path) -> Iterator[str]:
+    """Say which jobs of a sweep ended before there was a run, as those with a refused configuration do."""
+    for job in SweepDirectory(path).records():
+        folders = (Path(job.directory), path / Path(job.directory).name)  # the sweep may have been moved
+        if not any((folder / FILE).is_file() for folder in folders):
+            yield f"job {job.number + 1} ({job.settings}): {job.status}{'' if job.reason is None else f', {job.reason}'}"
 
 
 def group_by_setting(runs: Iterable[Run]) -> list[Group]:

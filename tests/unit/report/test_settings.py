@@ -19,6 +19,7 @@ from ormo_rpc.report.settings import WITHOUT_EFFECT, shared
 from ormo_rpc.report.table import in_common, notes, rows
 from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.summary import Summary, identity, unfinished_summary, write_summary
+from ormo_rpc.storage.sweep_directory import JobRecord, Plan, SweepDirectory
 
 QUADRATIC = ("runtime=sim", "runtime.gradient=quadratic", "runtime.dimension=4", "logger=none", "workers=2", "train.lr=0.01")
 
@@ -255,6 +256,18 @@ def test_what_is_no_run_that_can_be_compared_is_left_out_with_its_reason(tmp_pat
         ConfigError, match=r"2: got a folder without the summary of a run that began \(failed: no port is free\)$"
     ):
         load_runs([tmp_path / "2"])
+
+
+def test_jobs_of_a_sweep_that_were_refused_are_said(tmp_path: Path) -> None:
+    sweep = SweepDirectory(tmp_path / "sweep")
+    sweep.begin(Plan(jobs=3))
+    for number, status, reason in ((0, "completed", None), (1, "failed", "train.lr: got -1"), (2, "running", None)):
+        directory = str(tmp_path / "sweep before it was moved" / str(number))
+        sweep.write(JobRecord(number=number, settings=f"seed={number}", directory=directory, status=status, reason=reason))
+    record(tmp_path / "sweep" / "0")
+    runs, left_out = load_runs([tmp_path / "sweep"])
+    assert len(runs) == 1
+    assert left_out == ["Left out: job 2 (seed=1): failed, train.lr: got -1", "Left out: job 3 (seed=2): running"]
 
 
 def test_a_synthetic_run_has_neither_data_nor_model(tmp_path: Path) -> None:
