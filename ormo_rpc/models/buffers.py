@@ -67,7 +67,7 @@ class ModelBuffers:
         tensors: The buffers at construction, by name; the module keeps these objects.
         constants: Those that are no state, by name.
         norms: The batch norms whose statistics are averaged, by their names with a dot at the end.
-        rules: The rule of each buffer.
+        rules: The rules of the buffers of these norms; others have none.
         layout: Where each lies among the bytes that cross to the server.
         initial: These bytes, at construction.
 
@@ -146,4 +146,6 @@ def _is_averaged(norm: _BatchNorm, uses: Counter[int]) -> bool:
     statistics = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
     own = all(tensor is not None and uses[id(tensor)] == 1 for tensor in statistics)
     plain = type(norm).forward in _FORWARDS and "forward" not in vars(norm)
-    return own and plain and (norm.momentum is None or 0 <= norm.momentum <= 1)
+    number = norm.momentum is None or isinstance(norm.momentum, (int, float))  # pyright: ignore[reportUnnecessaryIsInstance] # a user may set a tensor
+    weighted = number and (norm.momentum is None or 0 <= norm.momentum <= 1)
+    return own and plain and weighted

@@ -55,8 +55,7 @@ class Passes:
         self._expected = model.buffers.initial.clone()
         expected = model.buffers.layout.views(self._expected)
         self._norms = [NormCalls(prefix, norm, expected) for prefix, norm in model.buffers.norms.items()]
-        averaged = {f"{norm.prefix}{key}" for norm in self._norms for key in buffers_of(norm.norm)}
-        self._others = [place for place in model.buffers.places if place.name not in averaged]
+        self._others = [place for place in model.buffers.places if place.name not in model.buffers.rules]
         first = {id(place.tensor): place for place in reversed(model.buffers.places) if place.tensor is not None}
         self._further_names = [
             (place, first[id(place.tensor)])

@@ -108,6 +108,19 @@ class OwnUpdate(nn.BatchNorm1d):
         return functional.batch_norm(input, self.running_mean, self.running_var, training=True, momentum=0.3)
 
 
+class CountsFeatures(nn.BatchNorm1d):
+    """torch's forward, and a buffer beside the statistics."""
+
+    def __init__(self) -> None:
+        super().__init__(FEATURES)
+        self.register_buffer("seen", torch.tensor(0))
+
+    @override
+    def _check_input_dim(self, input: Tensor) -> None:
+        super()._check_input_dim(input)
+        self.get_buffer("seen").add_(input.numel())
+
+
 class OwnBuffers(nn.Module):
     """A norm of one's own, with its statistics in buffers."""
 
@@ -196,6 +209,8 @@ MODELS: dict[str, Make] = {
     "checkpointed norm, reentrant": lambda: CheckpointedReentrant(NORM(FEATURES)),
     "norm with a forward of its own": lambda: Body(OwnForward(FEATURES)),
     "norm with an update of its own": lambda: Body(OwnUpdate(FEATURES)),
+    "norm with a buffer of its own": lambda: Body(CountsFeatures()),
+    "norm of a large momentum": lambda: CallsTwice(NORM(FEATURES, momentum=1.2)),
     "norm of one's own": lambda: Body(OwnBuffers()),
     "spectral norm": lambda: Body(nn.utils.spectral_norm(nn.Linear(FEATURES, FEATURES))),
     "spectral parametrization": lambda: Body(parametrizations.spectral_norm(nn.Linear(FEATURES, FEATURES))),
