@@ -66,8 +66,10 @@ def _attributes(module: nn.Module) -> dict[str, object]:
     return found
 
 
-def _value(value: Any) -> object:
+def _value(value: Any, depth: int = 4) -> object:
     """Something equal for equal values: of numbers, text, arrays, tensors without a graph, and collections of them."""
+    if depth == 0:  # a collection may hold itself
+        return _UNKNOWN
     if value is None or isinstance(value, (bool, int, float, str)):
         return (type(value), value if value == value else "nan")
     if isinstance(value, Tensor):
@@ -77,5 +79,5 @@ def _value(value: Any) -> object:
     if isinstance(value, (np.ndarray, np.generic)):
         return (str(value.dtype), value.shape, value.tobytes())
     if isinstance(value, Mapping):
-        return tuple((str(key), _value(each)) for key, each in value.items())
-    return tuple(map(_value, value)) if isinstance(value, (list, tuple)) else _UNKNOWN
+        return tuple((str(key), _value(each, depth - 1)) for key, each in value.items())
+    return tuple(_value(each, depth - 1) for each in value) if isinstance(value, (list, tuple)) else _UNKNOWN

@@ -187,6 +187,8 @@ class Attributes(Body):
         self.cache: Tensor | None = None
         self.output: Tensor | None = None
         self.name = "attributes"
+        self.itself = list[Any]()
+        self.itself.append(self.itself)
 
     @override
     def between(self, features: Tensor) -> Tensor:

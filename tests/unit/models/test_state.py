@@ -207,6 +207,7 @@ MODELS: dict[str, Make] = {
     "norm in both modes": lambda: EvalThenTrain(NORM(FEATURES)),
     "checkpointed norm": lambda: Checkpointed(NORM(FEATURES)),
     "checkpointed norm, reentrant": lambda: CheckpointedReentrant(NORM(FEATURES)),
+    "checkpointed block": lambda: Checkpointed(nn.Sequential(nn.Linear(FEATURES, FEATURES), NORM(FEATURES), nn.Tanh())),
     "norm with a forward of its own": lambda: Body(OwnForward(FEATURES)),
     "norm with an update of its own": lambda: Body(OwnUpdate(FEATURES)),
     "norm with a buffer of its own": lambda: Body(CountsFeatures()),
