@@ -42,6 +42,12 @@ class Epochs:
         epoch, number = divmod(ticket, self.batches_per_epoch)
         return self._order(epoch)[number * self.batch_size : (number + 1) * self.batch_size]
 
+    def batches(self, ticket: int, steps: int) -> list[tuple[int, Tensor]]:
+        """The batches of a ticket of that many local steps: the number of each in the run, and its sample numbers."""
+        indices = self.indices(ticket)
+        parts = indices.tensor_split(min(steps, len(indices)))  # the last ticket of an epoch may be a small one
+        return [(ticket * steps + step, part) for step, part in enumerate(parts)]
+
 
 def _permutation(num_samples: int, seed: int, epoch: int) -> Tensor:
     """The order of one epoch, shape (N,)."""

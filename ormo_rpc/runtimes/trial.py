@@ -21,7 +21,7 @@ from ormo_rpc.options import CallsTarget, Part
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.seeding import generator, seeded
 from ormo_rpc.worker.evaluation import Evaluator
-from ormo_rpc.worker.objective import check_classes, check_fit, count, mean_loss
+from ormo_rpc.worker.objective import check_classes, check_fit, count, is_target, mean_loss
 
 _log = logging.getLogger(__name__)
 
@@ -39,8 +39,7 @@ def try_job(job: Job) -> None:
         initial = model.flat_params(), model.buffers.copy()
         trial = Trial(job, model)
         for ticket in _tickets(job):
-            batches = _batches(job, ticket)
-            trial.train(ticket * job.config.algorithm.steps + len(batches) - 1, batches[-1])
+            trial.train(*_smallest_batch(job, ticket))
         evaluator = Evaluator(model, job.data)
         trial.evaluate("test", job.data.test, evaluator, *initial)
         if job.data.validation is not None:
@@ -124,7 +123,7 @@ class Trial:
             inputs, targets = make()
         except (Exception, SystemExit) as error:  # a user's own data set may raise anything
             raise ConfigError(f"dataset: {self.data_name}: {where} cannot be made: {one_line(error)}") from error
-        if not isinstance(targets, Tensor) or targets.is_complex():  # pyright: ignore[reportUnnecessaryIsInstance] # a user's
+        if not is_target(targets):
             kind = getattr(targets, "dtype", type(targets).__name__)
             raise ConfigError(
                 f"dataset: {self.data_name}: the targets of {where} are of type {kind}, "
@@ -159,14 +158,13 @@ class Trial:
 def _tickets(job: Job) -> list[int]:
     """The tickets to try: the first, and the last of an epoch where its smallest batch is a single sample."""
     last = job.batches_per_epoch - 1
-    alone = len(_batches(job, last)[-1]) == 1
-    return [0, last] if alone and 0 < last < job.total_tickets else [0]
+    _, indices = _smallest_batch(job, last)
+    return [0, last] if len(indices) == 1 and 0 < last < job.total_tickets else [0]
 
 
-def _batches(job: Job, ticket: int) -> tuple[Tensor, ...]:
-    """The numbers of the samples in each batch of a ticket, as `Worker` divides them; the last batch is the smallest."""
-    indices = job.epochs.indices(ticket)
-    return indices.tensor_split(min(job.config.algorithm.steps, len(indices)))
+def _smallest_batch(job: Job, ticket: int) -> tuple[int, Tensor]:
+    """The last batch of a ticket: its number in the run, and the numbers of its samples."""
+    return job.epochs.batches(ticket, job.config.algorithm.steps)[-1]
 
 
 def _named(part: Part) -> str:

@@ -7,6 +7,7 @@ A class number of `IGNORED` does not count.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -65,15 +66,17 @@ def count(targets: Tensor) -> int:
     return int((targets.long() != IGNORED).sum())
 
 
-def check_fit(output: object, targets: object) -> None:
+def is_target(targets: object) -> TypeGuard[Tensor]:
+    """Tell whether a data set's targets can be class numbers or probabilities."""
+    return isinstance(targets, Tensor) and not targets.is_complex()
+
+
+def check_fit(output: object, targets: Tensor) -> None:
     """Refuse what a model returned where it cannot be logits of these targets.
 
     Raises:
         ValueError: the message says what came and what was expected.
     """
-    if not isinstance(targets, Tensor) or targets.is_complex():
-        kind = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
-        raise ValueError(f"the targets are of type {kind}, expected a tensor of class numbers or probabilities")
     if not isinstance(output, Tensor) or not output.is_floating_point():
         kind = output.dtype if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"the output is of type {kind}, expected a tensor of logits")

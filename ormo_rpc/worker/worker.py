@@ -87,7 +87,7 @@ class Worker:
             reply: A reply with a ticket.
         """
         assert reply.ticket is not None, "a reply without a ticket ends the worker"
-        batches, losses = self._batches(reply.ticket, reply.steps), list[float]()
+        batches, losses = self.epochs.batches(reply.ticket, reply.steps), list[float]()
         self._passes.begin(reply.buffers)
 
         def gradient(params: Tensor, step: int, into: Tensor) -> None:
@@ -122,7 +122,7 @@ class Worker:
         It may run while another worker of this process computes.
         """
         if reply.ticket is not None and self.data.PURE:
-            batches = self._batches(reply.ticket, reply.steps)
+            batches = self.epochs.batches(reply.ticket, reply.steps)
             self._loaded = {number: self.data.batch(indices, self._augmentation(number)) for number, indices in batches}
 
     def forget(self, worker: int | None = None) -> None:
@@ -171,12 +171,6 @@ class Worker:
         self._regularise(into, params)
         value = loss.item()
         return None if math.isnan(value) and count(targets) == 0 else value
-
-    def _batches(self, ticket: int, steps: int) -> list[tuple[int, Tensor]]:
-        """The batches of a ticket: the number of each in the run, and the numbers of its samples."""
-        indices = self.epochs.indices(ticket)
-        parts = indices.tensor_split(min(steps, len(indices)))  # the last ticket of an epoch may be a small one
-        return [(ticket * steps + step, part) for step, part in enumerate(parts)]
 
     def _augmentation(self, number: int) -> torch.Generator:
         return generator(self.seed, "augment", number)
