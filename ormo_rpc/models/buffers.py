@@ -86,6 +86,7 @@ class ModelBuffers:
             if place.tensor is not None and id(place.tensor) not in seen:
                 seen.add(id(place.tensor))
                 (self.tensors if _is_dense(place.tensor) else self.constants)[place.name] = place.tensor
+        self._memory = {name: tensor.data for name, tensor in self.tensors.items()}
         self.norms: dict[str, _BatchNorm] = {}
         self.rules: dict[str, Rule] = {}
         for path, child in module.named_modules():
@@ -104,7 +105,10 @@ class ModelBuffers:
         for place in self.places:
             place.put_back()
         for name, tensor in self.tensors.items():
-            tensor.data.copy_(values[name])
+            own = self._memory[name]
+            if tensor.data_ptr() != own.data_ptr():  # a pass assigned to its .data, maybe a view of the parameters
+                tensor.data = own
+            own.copy_(values[name])
 
     def copy(self) -> dict[str, Tensor]:
         """Return a copy of the buffers by name, as `load` or construction left them."""

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from ormo_rpc.worker.evaluation import Evaluator
 from ormo_rpc.worker.objective import tally
-from tests.support.state import FEATURES, Body, Make, Training, made, plain, split
+from tests.support.state import CLASSES, FEATURES, Body, Make, Training, made, plain, split
 
 STEPS = 10
 
@@ -364,6 +364,26 @@ def test_shared_and_tied_norms() -> None:
 
     for make in (Shared, Tied):
         same_values(Training(make).step(STEPS).exported(), plain(make, STEPS))
+
+
+def test_a_buffer_that_becomes_a_view_of_the_parameters_is_never_written_to() -> None:
+    class Follows(Body):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("shadow", torch.zeros(CLASSES))
+
+        @override
+        def between(self, features: Tensor) -> Tensor:
+            self.get_buffer("shadow").data = self.last.bias.data
+            return features
+
+    training, sent = Training(Follows, workers=3), list[tuple[Tensor, Tensor]]()
+    for _ in range(6):
+        params = training.replies[0].params
+        sent.append((params, params.clone()))
+        training.step()
+        assert torch.equal(training.server.buffers.current["shadow"], params[-CLASSES:])  # the last parameters are the bias
+    assert all(torch.equal(params, before) for params, before in sent)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
