@@ -142,7 +142,7 @@ OBJECT = "{group}: got an object of {kind}, expected plain values, or the class 
         ("dataset", (TensorDataset(torch.zeros(3)),) * 2, OBJECT.format(group="dataset", kind="TensorDataset")),
         ("dataset", {"_target_": f"{HERE}.net", "of": Net(3)}, OBJECT.format(group="dataset", kind="Net")),
     ],
-    ids=str,
+    ids=["class", "object", "lambda", "partial", "module", "data set", "pair", "keyword"],
 )
 def test_an_object_that_other_processes_cannot_make_is_refused(group: str, value: Any, expected: str) -> None:
     assert refusal({group: value}).startswith(expected)
