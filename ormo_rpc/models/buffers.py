@@ -85,7 +85,7 @@ class ModelBuffers:
             place.put_back()
             if place.tensor is not None and id(place.tensor) not in seen:
                 seen.add(id(place.tensor))
-                (self.tensors if _is_dense(place.tensor) else self.constants)[place.name] = place.tensor
+                (self.tensors if is_dense(place.tensor) else self.constants)[place.name] = place.tensor
         self._memory = {name: tensor.data for name, tensor in self.tensors.items()}
         self.norms: dict[str, _BatchNorm] = {}
         self.rules: dict[str, Rule] = {}
@@ -133,13 +133,14 @@ def _places(module: nn.Module) -> list[Place]:
     return places
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
+    """Tell if a tensor is the plain sort, whose bytes are its values."""
     return tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
 
 
 def _is_writable(tensor: Tensor) -> bool:
     """Tell if its elements can be written to in place; those of an expanded tensor share memory."""
-    if not _is_dense(tensor):
+    if not is_dense(tensor):
         return True
     shared = any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
     return not shared and not tensor.is_inference()

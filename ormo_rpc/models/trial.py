@@ -7,22 +7,24 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
+from ormo_rpc.models.buffers import is_dense
 from ormo_rpc.models.flat import sha256
 from ormo_rpc.models.passes import changed
 
 _log = logging.getLogger(__name__)
 _TORCHS_OWN = frozenset(vars(nn.Module()))
+LARGE = 4_000_000
+"""Bytes of a buffer from which a constant one is worth a warning."""
 _UNKNOWN = object()
 """Anything that two passes may set to different objects of equal meaning."""
 
 
 def check_passes(module: nn.Module, compute: Callable[[], None]) -> None:
-    """Compute two equal passes, refuse what they must not change, and warn of attributes that the second changes as well.
+    """Compute two equal passes, refuse what they must not change, and warn of attributes and constants in the wrong place.
 
-    One that only the first changes is a cache, and one with a graph is a result.
+    An attribute that only the first pass changes is a cache, and one with a graph is a result.
 
     Args:
         module: The model, at parameters that ``compute`` does not replace by others.
@@ -33,6 +35,7 @@ def check_passes(module: nn.Module, compute: Callable[[], None]) -> None:
     """
     parameters = dict(module.named_parameters())
     before = {name: sha256(parameter) for name, parameter in parameters.items()}
+    large = _large_buffers(module)
     compute()
     after = dict(module.named_parameters())
     others = [name for name in {**parameters, **after} if after.get(name) is not parameters.get(name)]
@@ -55,6 +58,21 @@ def check_passes(module: nn.Module, compute: Callable[[], None]) -> None:
                 name,
             )
 
+    for name, (size, value) in _large_buffers(module).items():
+        if large.get(name) == (size, value):
+            _log.warning(
+                "model: %s: got a buffer of %.0f MB that no pass has changed, and that travels with every ticket all the same; "
+                "a constant costs nothing as a parameter with requires_grad=False",
+                name,
+                size / 1e6,
+            )
+
+
+def _large_buffers(module: nn.Module) -> dict[str, tuple[int, str]]:
+    """Bytes and SHA-256 of each buffer above `LARGE` by name."""
+    found = {name: (buffer.nbytes, buffer) for name, buffer in module.named_buffers() if is_dense(buffer)}
+    return {name: (size, sha256(buffer)) for name, (size, buffer) in found.items() if size > LARGE}
+
 
 def _attributes(module: nn.Module) -> dict[str, object]:
     """The values of plain attributes by ``Class.attribute``, with the module's name where it is not the root."""
@@ -73,8 +91,7 @@ def _value(value: Any, depth: int = 4) -> object:
     if value is None or isinstance(value, (bool, int, float, str)):
         return (type(value), value if value == value else "nan")
     if isinstance(value, Tensor):
-        dense = value.layout is torch.strided and not value.is_nested and not value.is_quantized
-        plain = dense and value.grad_fn is None and not isinstance(value, nn.Parameter)
+        plain = is_dense(value) and value.grad_fn is None and not isinstance(value, nn.Parameter)
         return (value.dtype, tuple(value.shape), sha256(value)) if plain else _UNKNOWN
     if isinstance(value, (np.ndarray, np.generic)):
         return (str(value.dtype), value.shape, value.tobytes())

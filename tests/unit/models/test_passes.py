@@ -16,7 +16,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from ormo_rpc.models.flat import FlatModel
-from ormo_rpc.models.trial import check_passes
+from ormo_rpc.models.trial import LARGE, check_passes
 from tests.support.state import FEATURES, Body, Make, Training, plain
 
 REGISTER = "register buffers with their final shapes, or keep them as plain attributes where they are mere caches"
@@ -209,6 +209,26 @@ def test_the_trial_pass_warns_of_attributes_that_every_pass_changes(caplog: pyte
     assert [text.split(":")[1].strip() for text in warned] == ["Attributes.calls", "Attributes.average", "Attributes.seen"]
     text = "model: .*: each forward pass changes this attribute, of which each process has its own: .* register it as a buffer"
     assert all(re.fullmatch(text, each) for each in warned)
+
+
+def test_the_trial_pass_warns_of_large_constants(caplog: pytest.LogCaptureFixture) -> None:
+    class Tables(Body):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.zeros(LARGE // 4 + 1))
+            self.register_buffer("mask", torch.ones(LARGE, dtype=torch.bool))
+            self.register_buffer("average", torch.zeros(LARGE))
+
+        @override
+        def between(self, features: Tensor) -> Tensor:
+            self.get_buffer("average").add_(1)
+            return features
+
+    try_pass(Training(Tables))
+    assert [record.message for record in caplog.records] == [
+        "model: table: got a buffer of 4 MB that no pass has changed, and that travels with every ticket all the same; "
+        "a constant costs nothing as a parameter with requires_grad=False"
+    ]
 
 
 @pytest.mark.parametrize("make", [Body, lambda: Body(norm()), lambda: Body(nn.utils.spectral_norm(nn.Linear(6, 6)))])
