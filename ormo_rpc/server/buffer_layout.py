@@ -47,6 +47,7 @@ class BufferLayout:
             length = tensor.numel() * tensor.dtype.itemsize
             self._spans[name] = (self.size, self.size + length)
             self.size += aligned(length)
+        self._strides = {name: torch.empty(shape, device="meta").stride() for name, shape in self.shapes.items()}
 
     def bytes_of(self, flat: Tensor) -> dict[str, Tensor]:
         """The bytes of each tensor by name, as views of ``flat``, uint8, shape (size,)."""
@@ -56,7 +57,14 @@ class BufferLayout:
         """The tensors by name, as views of ``flat``, uint8, shape (size,); of a copy where its address is not aligned."""
         if flat.storage_offset() % ALIGNMENT or flat.data_ptr() % ALIGNMENT:
             flat = flat.clone()
-        return {name: part.view(self.dtypes[name]).view(self.shapes[name]) for name, part in self.bytes_of(flat).items()}
+        assert flat.shape == (self.size,), "as_strided would reach beyond it"
+        whole = {dtype: flat.view(dtype) for dtype in set(self.dtypes.values())}
+        found: dict[str, Tensor] = {}
+        for name, (start, _) in self._spans.items():  # one call for each, since a server does this for every push
+            values = whole[self.dtypes[name]]
+            offset = values.storage_offset() + start // values.dtype.itemsize
+            found[name] = values.as_strided(self.shapes[name], self._strides[name], offset)
+        return found
 
     def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return a copy of tensors of these names, shapes and dtypes, as bytes; zeros between them."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+import torch
 from torch import Tensor
 
 from ormo_rpc.messages import NO_BUFFERS
@@ -76,21 +77,29 @@ class RunningBuffers:
         self.current = self.layout.views(self._bytes)
         self._snapshot: Tensor | None = None
 
+    @torch.no_grad()
     def update(self, reported: Mapping[str, Tensor]) -> None:
         """Take over what one push reports: buffers by name, of the dtypes and shapes of the current ones."""
         if not reported:
             return
         self._snapshot = None
+        averages: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+        counts: list[tuple[Tensor, Tensor]] = []
         for name, value in reported.items():
             rule, mine = self.rules[name], self.current[name]
             if rule.kind is RuleKind.newest:
-                mine.copy_(value.detach())
-            elif rule.kind is RuleKind.average:
-                weight = self._weight(rule, reported)
-                mine.mul_(1 - weight).add_(value.detach(), alpha=weight)
-        for name, value in reported.items():  # afterwards, as cumulative averages need the calls before
-            if self.rules[name].kind is RuleKind.count:
-                self.current[name].add_(value.detach())
+                mine.copy_(value)
+            elif rule.kind is RuleKind.count:
+                counts.append((mine, value))
+            else:
+                into, values = averages.setdefault(self._weight(rule, reported), ([], []))
+                into.append(mine)
+                values.append(value)
+        for weight, (into, values) in averages.items():
+            torch._foreach_mul_(into, 1 - weight)
+            torch._foreach_add_(into, values, alpha=weight)
+        for mine, value in counts:  # afterwards, as cumulative averages need the calls before
+            mine.add_(value)
 
     def _weight(self, rule: Rule, reported: Mapping[str, Tensor]) -> float:
         if rule.count is None:

@@ -94,9 +94,7 @@ def validate_push(
             f"{sender}: got the buffers {got}, expected of {expected}; server and worker must build the same model"
         )
     grad_sum = _check_finite(push.grad, f"{sender}: gradient")
-    for name, value in push.buffers.items():
-        _check_like(value, buffers.current[name], f"{sender}: buffer {name!r}")
-        _check_possible(value, buffers.rules[name], f"{sender}: buffer {name!r}")
+    _check_buffers(push.buffers, buffers, sender)
     if push.loss is not None and not math.isfinite(push.loss):
         raise NonFiniteGradient(f"{sender}: loss: got {push.loss}, expected a finite number; the learning rate may be too high")
     if push.samples < 1:
@@ -132,10 +130,14 @@ def check_plain(value: object, what: str) -> None:
         raise PushRefused(f"{what}: got a {kind} tensor, expected a plain dense one")
     if value.device.type == "meta" or value.is_quantized or value.numel() == 0:
         return  # it has no memory of its own, or a dtype that is refused later
-    places = list(zip(value.shape, value.stride(), strict=True))
-    last = value.storage_offset() + sum((size - 1) * step for size, step in places)
-    inside = value.storage_offset() >= 0 and all(step >= 0 for _, step in places)
-    if not inside or (last + 1) * value.element_size() > value.untyped_storage().nbytes():
+    start = value.storage_offset()
+    if value.is_contiguous():
+        end, inside = start + value.numel(), start >= 0
+    else:
+        places = list(zip(value.shape, value.stride(), strict=True))
+        end = start + sum((size - 1) * step for size, step in places) + 1
+        inside = start >= 0 and all(step >= 0 for _, step in places)
+    if not inside or end * value.element_size() > value.untyped_storage().nbytes():
         raise PushRefused(f"{what}: got a tensor that reaches beyond its memory, expected a whole one")
 
 
@@ -171,13 +173,29 @@ def _check_like(got: Tensor, expected: Tensor, what: str, vectors: int = 1, othe
             raise PushRefused(f"{what}: got {attribute} {_plain(came)}, expected {_plain(wanted)}, as {source} it")
 
 
+def _check_buffers(reported: Mapping[str, Tensor], buffers: RunningBuffers, sender: str) -> None:
+    """Check each buffer's form, and the values of all that follow one rule at once; one by one where these are refused."""
+    together: dict[tuple[RuleKind, bool, torch.dtype], tuple[Rule, list[Tensor]]] = {}
+    for name, value in reported.items():
+        _check_like(value, buffers.current[name], f"{sender}: buffer {name!r}")
+        rule = buffers.rules[name]
+        if rule.kind is not RuleKind.newest:
+            together.setdefault((rule.kind, rule.variance, value.dtype), (rule, []))[1].append(value.flatten())
+    try:
+        for rule, values in together.values():
+            _check_possible(torch.cat(values), rule, sender)
+    except PushRefused:  # which one, and what of it
+        for name, value in reported.items():
+            _check_possible(value, buffers.rules[name], f"{sender}: buffer {name!r}")
+
+
 def _check_possible(value: Tensor, rule: Rule, what: str) -> None:
     """Check what is to be averaged or added; other buffers may have any value."""
     if rule.kind is RuleKind.average:
         _check_finite(value, what)
         if rule.variance and bool((value < 0).any()):
             raise PushRefused(f"{what}: got a negative variance, expected numbers >= 0")
-    elif rule.kind is RuleKind.count and not 0 <= int(value.min()) <= int(value.max()) <= MOST_CALLS:
+    elif rule.kind is RuleKind.count and not bool(((value >= 0) & (value <= MOST_CALLS)).all()):
         raise PushRefused(f"{what}: got {value.tolist()} calls, expected a number from 0 to {MOST_CALLS}")
 
 

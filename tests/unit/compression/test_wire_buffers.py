@@ -100,9 +100,23 @@ NAN, INF = float("nan"), float("inf")
     ],
 )
 def test_impossible_buffers_are_refused(buffers: dict[str, Tensor], text: str) -> None:
-    push = Push(worker=0, ticket=0, stamp=0, grad=torch.zeros(3), buffers=buffers)
+    fine = {"mean": torch.zeros(2), "var": torch.ones(2), "calls": torch.tensor(1)}
+    push = Push(worker=0, ticket=0, stamp=0, grad=torch.zeros(3), buffers={**fine, **buffers})
     with pytest.raises(PushRefused, match=f"^push of worker 0 for ticket 0: buffer {text}$"):
         validate_push(push, torch.zeros(3), RUNNING)
+
+
+def test_buffers_that_are_possible_alone_are_so_together() -> None:
+    largest = torch.finfo(torch.float32).max
+    buffers = {"mean": torch.tensor([largest, largest]), "var": torch.tensor([largest, 0.0])}  # their sum is infinite
+    validate_push(Push(worker=0, ticket=0, stamp=0, grad=torch.zeros(3), buffers=buffers), torch.zeros(3), RUNNING)
+
+
+def test_a_number_of_calls_that_is_nan_is_refused() -> None:
+    running = RunningBuffers({"calls": torch.tensor(0.0)}, {"calls": Rule(RuleKind.count)})
+    push = Push(worker=0, ticket=0, stamp=0, grad=torch.zeros(3), buffers={"calls": torch.tensor(NAN)})
+    with pytest.raises(PushRefused, match=r"^push of worker 0 for ticket 0: buffer 'calls': got nan calls, expected .*"):
+        validate_push(push, torch.zeros(3), running)
 
 
 @pytest.mark.parametrize("value", [NAN, -INF, 0.0])
