@@ -68,6 +68,7 @@ class PushFormat:
         plain: Whether the values of the push are on the wire one by one, rounded or not, so that there is nothing to decode.
         exact: Whether they are not rounded either, so that the wire form is the push itself.
         pushed_dtype: Of the push once it is unpacked; see the function of that name.
+        buffer_region: The place of the buffers (`WireBuffers`).
 
     Raises:
         ValueError: the compression does not support this number of parameters.
@@ -101,7 +102,7 @@ class PushFormat:
             (self._region(self.compressor.num_values, value_dtype), self._region(self.compressor.num_indices, torch.int32))
             for _ in range(vectors)
         ]
-        self._buffers = self._region(WireBuffers.size(buffers), torch.uint8, ALIGNMENT)
+        self.buffer_region = self._region(WireBuffers.size(buffers), torch.uint8, ALIGNMENT)
         self.size = self._end
 
     def _region(self, count: int, dtype: torch.dtype, alignment: int | None = None) -> Region:
@@ -121,7 +122,7 @@ class PushFormat:
 
     def wire_buffers(self, wire: Tensor) -> WireBuffers:
         """The buffers among the bytes of a push."""
-        return WireBuffers(self.buffers, self._buffers.of(wire))
+        return WireBuffers(self.buffers, self.buffer_region.of(wire))
 
     def write(self, number: int, compressed: Compressed, wire: Tensor) -> None:
         """Put what stands for vector ``number`` at its place among the bytes."""

@@ -95,9 +95,9 @@ class RunningBuffers:
                 into, values = averages.setdefault(self._weight(rule, reported), ([], []))
                 into.append(mine)
                 values.append(value)
-        for weight, (into, values) in averages.items():
-            torch._foreach_mul_(into, 1 - weight)
-            torch._foreach_add_(into, values, alpha=weight)
+        for weight, (into, values) in averages.items():  # to the bits of mul_ and add_ one by one, in half the time
+            torch._foreach_mul_(into, 1 - weight)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] # it has no public name
+            torch._foreach_add_(into, values, alpha=weight)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] # as above
         for mine, value in counts:  # afterwards, as cumulative averages need the calls before
             mine.add_(value)
 

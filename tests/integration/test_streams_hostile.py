@@ -249,6 +249,26 @@ def test_with_a_journal_a_worker_cannot_change_a_validated_gradient(tmp_path: Pa
     journal.close()
 
 
+@pytest.mark.skipif(not AVAILABLE, reason="this system has no memfd_create")
+def test_a_worker_cannot_change_the_buffers_of_a_push_that_has_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a number of calls that was validated could end the commit halfway, with the gradient applied."""
+    with cluster(dimension=SMALL, buffers=True) as run:
+        run.start(*[SHARED] * WORKERS)
+        push, region = run.service.push, run.service.push_format.buffer_region
+        means: list[list[float]] = []
+
+        def pushed(session_id: str, pushed: Push) -> Any:
+            region.of(run.workers[pushed.worker].payload.view(torch.uint8)).fill_(255)  # the mean is NaN then
+            means.extend(value.tolist() for value in pushed.buffers.values())
+            return push(session_id, pushed)
+
+        monkeypatch.setattr(run.service, "push", pushed)
+        run.run(12, random.Random(2))
+        run.check_same_state()
+        assert len(means) == 12
+        assert all(math.isfinite(value) for mean in means for value in mean)
+
+
 def wrong_segments() -> dict[str, object]:
     """Values that are no handle of a segment, and handles of other segments."""
     own = os.getpid()

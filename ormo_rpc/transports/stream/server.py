@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from ormo_rpc.compression.wire_buffers import WireBuffers
 from ormo_rpc.errors import WireError
 from ormo_rpc.messages import NO_BUFFERS, ErrorReply, Push
 from ormo_rpc.rendezvous.protocol import LineReader, send
@@ -104,18 +105,23 @@ class StreamServerSide(ServerSide):
         """
         form = service.push_format
         # A hostile worker can change shared memory after it was validated. That spoils its own gradient, which it may do
-        # anyway; but a journal would have a torn record, behind which all others are lost, and a decoder other bytes than
-        # those that it has checked.
+        # anyway; but a journal would have a torn record, behind which all others are lost, a decoder other bytes than those
+        # that it has checked, and a number of calls that is none would end a commit halfway: buffers, which are small, are
+        # always copied.
         copies = shared is not None and (service.rereads_pushes or not form.plain)
         payload = torch.empty(form.size, dtype=torch.uint8) if shared is None or copies else shared
         inline = bytes_of(payload) if shared is None else None
         decoded = None if form.plain else torch.empty(form.length, dtype=form.dtype)
-        views = (form.whole(payload), form.wire_buffers(payload)) if form.plain else None  # made once
+        pushed = form.buffer_region.of(payload)
+        buffer_bytes = torch.empty_like(pushed) if payload is shared else pushed
+        views = (form.whole(payload), WireBuffers(form.buffers, buffer_bytes)) if form.plain else None  # made once
         frame = bytearray(REQUEST_BYTES)
         whole = memoryview(frame)
         sent = NO_BUFFERS
 
         def push() -> ReplyFuture:
+            if buffer_bytes is not pushed:
+                buffer_bytes.copy_(pushed)
             grad, buffers = form.unpack(payload, decoded) if views is None else (views[0], views[1].read())
             return service.push(session_id, Push(**frames.push_numbers(frame), grad=grad, buffers=buffers))
 
