@@ -94,6 +94,7 @@ class Evaluator:
         return self.dense_batch_size if targets.dim() > 1 + targets.is_floating_point() else BATCH_SIZE
 
     def _load(self, params: Tensor, buffers: Mapping[str, Tensor]) -> None:
+        self.model.module.train()  # models that merge or cache weights in eval mode undo that, with the former parameters
         self.model.bind(params)
         self.model.buffers.load(buffers)
         self.model.module.eval()

@@ -262,6 +262,59 @@ def test_a_model_that_differentiates_in_its_forward_pass_is_evaluated(kind: type
     assert module.passes == 6 + extra
 
 
+class Merging(nn.Module):
+    """An adapter that is added to a frozen weight when the model is put into eval mode, and taken off again to train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(made(CLASSES, 6), requires_grad=False)
+        self.adapter = nn.Parameter(torch.zeros(CLASSES, 6))
+        self.merged = False
+
+    @override
+    def train(self, mode: bool = True) -> Merging:
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data += (-1 if mode else 1) * self.adapter.detach()
+            self.merged = not mode
+        return self
+
+    @override
+    def forward(self, inputs: Tensor) -> Tensor:
+        return functional.linear(inputs, self.weight if self.merged else self.weight + self.adapter)
+
+
+class Caching(nn.Module):
+    """What eval mode computes of the weight is kept until the model trains again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(made(CLASSES, 6))
+        self.unit: Tensor | None = None
+
+    @override
+    def train(self, mode: bool = True) -> Caching:
+        super().train(mode)
+        self.unit = None if mode else self.unit
+        return self
+
+    @override
+    def forward(self, inputs: Tensor) -> Tensor:
+        unit = functional.normalize(self.weight, dim=1) if self.unit is None else self.unit
+        self.unit = None if self.training else unit.detach()
+        return functional.linear(inputs, unit)
+
+
+@pytest.mark.parametrize("make", [Merging, Caching])
+def test_what_a_model_makes_of_its_weights_in_eval_mode_is_made_anew(make: type[nn.Module]) -> None:
+    data = data_set(Tensors(made(SAMPLES, 6), numbers(SAMPLES)))
+    model = FlatModel(make())
+    several = Evaluator(model, data)
+    for step in range(3):
+        params = model.flat_params() + torch.randn(24, generator=torch.Generator().manual_seed(step))
+        assert several(params, {}).loss == pytest.approx(Evaluator(FlatModel(make()), data)(params, {}).loss, rel=1e-5)
+
+
 def test_an_ordinary_model_is_evaluated_to_the_bit_as_in_inference_mode() -> None:
     model, data = problem("segmentation, some ignored")
     result = evaluated(model, data_set(data))
