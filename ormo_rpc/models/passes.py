@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ormo_rpc.models.buffers import buffers_of
-from ormo_rpc.models.flat import FlatModel
+from ormo_rpc.models.buffers import buffers_of, is_dense
+from ormo_rpc.models.flat import FlatModel, sha256
 from ormo_rpc.models.norm_calls import NormCalls
 from ormo_rpc.server.buffer_layout import as_bytes
 
@@ -27,6 +27,8 @@ class Guarded:
         tensor: The tensor.
         trained: Whether it has gradients.
         version: Its version at the beginning of the pass.
+        address: That of its memory then; 0 where it is not dense.
+        digest: The hash of its values, where they are compared: then, or in the first pass where it is not trained.
     """
 
     name: str
@@ -35,12 +37,28 @@ class Guarded:
     tensor: Tensor
     trained: bool
     version: int = 0
+    address: int = 0
+    digest: str | None = None
 
-    @property
-    def changed(self) -> bool:
-        """Whether it was written to or replaced since, or is now trained where it was not."""
+    def begin(self, *, values: bool) -> None:
+        """Take note of it; of its values too, which costs a pass over memory."""
+        self.version, self.address = self.tensor._version, _address(self.tensor)
+        if values and (self.trained or self.digest is None):
+            self.digest = self._hashed()
+
+    def has_changed(self, *, values: bool) -> bool:
+        """Tell if it was written to or replaced since, or is now trained where it was not.
+
+        What is written through ``.data`` escapes torch's version: a new tensor there is seen at once, other values where they
+        are compared.
+        """
         same = self.key in self.owner and self.owner[self.key] is self.tensor and self.tensor.requires_grad == self.trained
-        return not same or self.tensor._version != self.version
+        if not same or self.tensor._version != self.version or _address(self.tensor) != self.address:
+            return True
+        return values and self._hashed() != self.digest
+
+    def _hashed(self) -> str | None:
+        return sha256(self.tensor) if self.address else None
 
 
 class Passes:
@@ -66,6 +84,7 @@ class Passes:
             (path, buffers_of(module), set(buffers_of(module).keys())) for path, module in model.module.named_modules()
         ]
         self._guarded = _guarded(model)
+        self._passes = 0
         self._handed = model.buffers.initial.clone()
         self._values = model.buffers.layout.views(self._handed)
         self._before = model.buffers.layout.bytes_of(self._handed)
@@ -95,8 +114,9 @@ class Passes:
 
     def begin_pass(self) -> None:
         """Take note of what a pass must not change."""
+        self._passes += 1
         for each in self._guarded:
-            each.version = each.tensor._version
+            each.begin(values=self._compares_values)
 
     def end_pass(self) -> None:
         """Check that it has not.
@@ -105,8 +125,13 @@ class Passes:
             ValueError: it has; the message has the name and what to do.
         """
         for each in self._guarded:
-            if each.changed:
+            if each.has_changed(values=self._compares_values):
                 raise changed(each.name, each.tensor, each.trained)
+
+    @property
+    def _compares_values(self) -> bool:
+        """Whether values are compared in this pass: in the first, second, fourth, eighth, ... one, as it costs time."""
+        return self._passes & (self._passes - 1) == 0
 
     def collect(self) -> dict[str, Tensor]:
         """Return by name what the passes since `begin` have to report of the buffers; those that are as before are left out.
@@ -170,6 +195,10 @@ def _guarded(model: FlatModel) -> list[Guarded]:
             if tensor is not None and prefix + key in model.buffers.constants:
                 found.append(Guarded(prefix + key, buffers_of(module), key, tensor, tensor.requires_grad))
     return found
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr() if is_dense(tensor) else 0
 
 
 def _described(tensor: Tensor | None) -> str:

@@ -176,6 +176,48 @@ def test_the_trial_pass_sees_what_torch_does_not_count(name: str) -> None:
     assert re.fullmatch(f"model: {text}", str(caught.value))
 
 
+LATE = 5
+"""Passes after which the models of `HIDDEN_LATE` begin to write through ``.data``, as a constraint does once it bites."""
+
+
+def late(act: Callable[[Any], None]) -> Make:
+    def count(self: Any, _: Tensor) -> None:
+        self.passes = getattr(self, "passes", 0) + 1
+        if self.passes > LATE:
+            act(self)
+
+    return acts(count)
+
+
+HIDDEN_LATE: dict[str, tuple[Make, str]] = {
+    "frozen": (late(lambda self: self.frozen.data.add_(0.1)), f"frozen: {AS_BUFFER}"),
+    "trained": (late(lambda self: self.scale.data.mul_(0.9)), f"scale: {COPY}"),
+    "bias": (late(lambda self: self.last.bias.data.clamp_(max=-1)), f"last.bias: {COPY}"),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN_LATE)
+def test_what_torch_does_not_count_is_seen_soon_where_it_begins_late(name: str) -> None:
+    make, text = HIDDEN_LATE[name]
+    training = Training(make).step(LATE)
+    with pytest.raises(ValueError, match=r"^model: ") as caught:
+        training.step(LATE)
+    assert re.fullmatch(f"model: {text}", str(caught.value))
+
+
+@pytest.mark.parametrize(("name", "said"), [("frozen", f"frozen: {AS_BUFFER}"), ("scale", f"scale: {COPY}")])
+def test_other_memory_of_equal_values_is_refused_in_any_pass(name: str, said: str) -> None:
+    """What `torch.renorm` returns has the values of a weight that is short enough."""
+
+    def replace_data(self: Any) -> None:
+        tensor = getattr(self, name)
+        tensor.data = torch.renorm(tensor.data.view(1, -1), p=2, dim=0, maxnorm=1e6).view(-1)
+
+    training = Training(late(replace_data)).step(LATE)
+    with pytest.raises(ValueError, match=re.compile(f"^model: {said}$")):
+        training.step()
+
+
 class Attributes(Body):
     """Counts and averages in plain attributes, and keeps caches and results in others."""
 
