@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor
 
 from ormo_rpc.config.parsing import load_config
 from ormo_rpc.config.paths import typed
@@ -31,25 +31,30 @@ def evaluate_checkpoint(path: Path) -> tuple[Path, Evaluation]:
     config = load_config(found / "config.yaml")
     data = config.dataset.load_splits(config.seed)
     module = build_module(config, data)  # with the run's seed, for what model.pt does not have
-    _load(module, found)
     model = FlatModel(module)
-    return found, Evaluator(model, data, config.train.batch_size)(model.flat_params(), model.buffers.copy())
+    buffers = _load(model, found)
+    return found, Evaluator(model, data, config.train.batch_size)(model.flat_params(), buffers)
 
 
-def _load(module: nn.Module, source: Path) -> None:
-    """Load a checkpoint's ``model.pt``, by name.
+def _load(model: FlatModel, source: Path) -> dict[str, Tensor]:
+    """Load a checkpoint's ``model.pt``, by name; return all buffers, those too that it does not have.
 
     Raises:
         ConfigError: names or shapes differ.
     """
     state = checkpoint.read(source, "model.pt")
+    buffers: dict[str, Tensor] = checkpoint.read(source, "server.pt")["buffers"]
     try:
-        module.load_state_dict(state)
+        model.module.load_state_dict(state)
+        same = {name: each.shape for name, each in buffers.items()} == model.buffers.layout.shapes
+        reason = None if same else "model: its buffers are not those of the checkpoint"
     except RuntimeError as error:
-        now = Fingerprint.of(module)
-        difference = checkpoint.fingerprint_of(source).layout_difference(now, "the checkpoint", "now")
-        reason = difference or f"model: {' '.join(str(error).split())}"
-        raise ConfigError(f"{source}: {reason}; evaluate it with the model that was trained") from None
+        reason = f"model: {' '.join(str(error).split())}"
+    if reason is not None:
+        now = Fingerprint.of(model.module)
+        reason = checkpoint.fingerprint_of(source).layout_difference(now, "the checkpoint", "now") or reason
+        raise ConfigError(f"{source}: {reason}; evaluate it with the model that was trained")
+    return buffers
 
 
 def main() -> None:

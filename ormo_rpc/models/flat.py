@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ormo_rpc.models.buffers import ModelBuffers
+from ormo_rpc.models.shared_memory import refuse_shared
 from ormo_rpc.server.buffer_layout import as_bytes
 
 
@@ -42,7 +45,8 @@ class FlatModel:
         buffers: The buffers.
 
     Raises:
-        ValueError: it has no trainable parameter, they are not all of one dtype, or a tensor has no shape yet (lazy layers).
+        ValueError: it has no trainable parameter, they are not all of one dtype, another tensor lies in the memory of one, or a
+            tensor has no shape yet (lazy layers).
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -53,6 +57,8 @@ class FlatModel:
                     f"model: {name}: got a parameter without a shape, expected all from the start; use no lazy layers"
                 )
         self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        everything = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        refuse_shared(self.trainable, {name: each for name, each in everything.items() if name not in self.trainable})
         dtypes = sorted({p.dtype for p in self.trainable.values()}, key=str)
         if len(dtypes) != 1:
             raise ValueError(f"model: got trainable parameters of the dtypes {dtypes}, expected exactly one dtype")
@@ -74,7 +80,7 @@ class FlatModel:
         for parameter, view in zip(self.trainable.values(), self.params.views(grad).values(), strict=True):
             parameter.grad = view
 
-    def state_dict(self, params: Tensor, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def state_dict(self, params: Tensor, buffers: Mapping[str, Tensor]) -> dict[str, Any]:
         """The module's ``state_dict`` in plain PyTorch, as a private copy.
 
         Args:
@@ -83,7 +89,12 @@ class FlatModel:
         """
         self.bind(params)
         self.buffers.load(buffers)
-        return {name: tensor.detach().clone() for name, tensor in self.module.state_dict().items()}
+        return {name: _copied(value) for name, value in self.module.state_dict().items()}
+
+
+def _copied(value: Any) -> Any:
+    """A private copy of a tensor, or of a module's extra state, which may be anything."""
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def sha256(*tensors: Tensor) -> str:

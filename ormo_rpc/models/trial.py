@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -74,14 +74,35 @@ def _large_buffers(module: nn.Module) -> dict[str, tuple[int, str]]:
     return {name: (size, sha256(buffer)) for name, (size, buffer) in found.items() if size > LARGE}
 
 
+def warn_of_views(module: nn.Module, former: Iterable[Tensor]) -> None:
+    """Warn of attributes that lie in memory which trainable parameters have left: they no longer follow the parameters.
+
+    Args:
+        module: The model, after a pass, which may have computed such attributes anew.
+        former: What the parameters were before they were bound to other memory.
+    """
+    left = {each.untyped_storage().data_ptr() for each in former if each.numel()}
+    for name, value in _plain_attributes(module):
+        each = value if isinstance(value, Tensor) and is_dense(value) else None
+        if each is not None and each.untyped_storage().data_ptr() in left:
+            _log.warning(
+                "model: %s: this attribute lies in the memory of a trained parameter at construction, and stays as it was "
+                "there; where a pass uses it, take it from the parameter in the pass",
+                name,
+            )
+
+
 def _attributes(module: nn.Module) -> dict[str, object]:
-    """The values of plain attributes by ``Class.attribute``, with the module's name where it is not the root."""
-    found: dict[str, object] = {}
+    """Something equal for equal values of plain attributes, by their names."""
+    return {name: _value(value) for name, value in _plain_attributes(module)}
+
+
+def _plain_attributes(module: nn.Module) -> Generator[tuple[str, object]]:
+    """Plain attributes as ``Class.attribute``, with the module's name where it is not the root, and their values."""
     for path, owner in module.named_modules():
         for key, value in vars(owner).items():
             if key not in _TORCHS_OWN:
-                found[f"{type(owner).__name__}.{key}{f' (in {path})' if path else ''}"] = _value(value)
-    return found
+                yield f"{type(owner).__name__}.{key}{f' (in {path})' if path else ''}", value
 
 
 def _value(value: Any, depth: int = 4) -> object:

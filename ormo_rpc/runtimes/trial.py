@@ -16,7 +16,7 @@ from ormo_rpc.errors import ConfigError, one_line
 from ormo_rpc.messages import NO_BUFFERS
 from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.models.passes import Passes
-from ormo_rpc.models.trial import check_passes
+from ormo_rpc.models.trial import check_passes, warn_of_views
 from ormo_rpc.options import CallsTarget, Part
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.seeding import generator, seeded
@@ -37,9 +37,12 @@ def try_job(job: Job) -> None:
     with seeded(job.config.seed, "trial", 0), torch.enable_grad():
         model = job.model()
         initial = model.flat_params(), model.buffers.copy()
+        former = [parameter.detach() for parameter in model.trainable.values()]
+        model.bind(initial[0])
         trial = Trial(job, model)
         for ticket in _tickets(job):
             trial.train(*_smallest_batch(job, ticket))
+        warn_of_views(model.module, former)
         evaluator = Evaluator(model, job.data)
         trial.evaluate("test", job.data.test, evaluator, *initial)
         if job.data.validation is not None:

@@ -53,12 +53,46 @@ class Net(nn.Module):
         return self.last(self.second(features.relu()).relu() + self.average)
 
 
+class Unsaved(nn.Module):
+    """An average that ``state_dict`` leaves out, and extra state that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+        self.register_buffer("average", torch.zeros(64), persistent=False)
+        self.average: Tensor
+
+    @override
+    def forward(self, inputs: Tensor) -> Tensor:
+        inputs = inputs.flatten(1)
+        if self.training:
+            self.average = self.average.lerp(inputs.mean(0), 0.1)
+        return self.layer(inputs - 3 * self.average)
+
+    @override
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 3}
+
+    @override
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state == {"version": 3}
+
+
 def check(run_dir: Path, tmp_path: Path, summary: dict[str, Any]) -> dict[str, Tensor]:
     """Replay a run, evaluate what it exports, and return that."""
     again = train(["runtime=replay", f"replay.run={run_dir}", "logger=none"], run_dir=tmp_path / "again")
     assert again["identical"] is True
     assert evaluate_checkpoint(run_dir)[1].accuracy == summary["test_accuracy"]
     return torch.load(checkpoint.locate(run_dir) / "model.pt", weights_only=True)
+
+
+def test_state_that_is_not_saved_by_the_model_is_evaluated(tmp_path: Path) -> None:
+    overrides = ["runtime=sim", "model=custom", f"model._target_={__name__}.Unsaved", *RUN[2:]]
+    summary = train(overrides, run_dir=tmp_path / "run")
+    assert evaluate_checkpoint(tmp_path / "run")[1].loss == summary["test_loss"]
+    state = checkpoint.read(checkpoint.locate(tmp_path / "run"), "model.pt")
+    assert list(state) == ["_extra_state", "layer.weight", "layer.bias"]
+    Unsaved().load_state_dict(state)
 
 
 @pytest.mark.slow
