@@ -14,7 +14,7 @@ from ormo_rpc.runtimes.job import Job
 from ormo_rpc.runtimes.simulator.jobs import SyntheticJob
 from ormo_rpc.runtimes.torchrun import Torchrun
 from ormo_rpc.runtimes.trial import try_job
-from ormo_rpc.server.build import check_resumable
+from ormo_rpc.server.build import TRAINED_DTYPES, check_resumable
 from ormo_rpc.server.resumable import from_outside
 from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.summary import refuse_metric
@@ -143,7 +143,12 @@ def check_data_and_model(config: Config) -> Job:
         config.dataset.prepare()
         job = Job(config)
         for _ in range(2):
-            job.model()
+            dtype = job.model().dtype
+            if dtype not in TRAINED_DTYPES:
+                raise ValueError(
+                    f"model: got trainable parameters of {dtype}, expected float32 or float64; lower precision belongs "
+                    "into the forward pass (torch.autocast), and real pairs take the place of complex numbers"
+                )
     except ValueError as error:
         raise ConfigError(str(error)) from None
     except (Exception, SystemExit) as error:  # a user's own model or data set may raise anything

@@ -28,6 +28,9 @@ from ormo_rpc.server.validation import NormLimit, all_finite
 
 P = TypeVar("P", bound=Part)
 
+TRAINED_DTYPES = (torch.float32, torch.float64)
+"""What parameters may be of."""
+
 
 def build_server(
     *,
@@ -88,7 +91,7 @@ def build_server(
     refused = incompatibility(own_algorithm, own_scheduler)
     if refused is not None:
         raise ValueError(refused)
-    if params.dim() != 1 or params.dtype not in (torch.float32, torch.float64) or params.numel() == 0:
+    if params.dim() != 1 or params.dtype not in TRAINED_DTYPES or params.numel() == 0:
         raise ValueError(
             f"params: got shape {tuple(params.shape)} of {params.dtype}, expected one dimension of float32 or float64"
         )

@@ -362,6 +362,39 @@ def test_a_model_that_writes_to_its_parameters_is_refused_with_their_name(model:
         prepare.check(config("blobs", model), starts_server=True)
 
 
+def of_dtype(input_shape: tuple[int, ...], dtype: str) -> nn.Module:
+    """A layer whose parameters are of another dtype."""
+    return nn.Linear(input_shape[0], 3, dtype=getattr(torch, dtype))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "complex64"])
+def test_parameters_that_are_not_trained_here_are_refused_with_their_dtype(dtype: str) -> None:
+    message = rf"^model: got trainable parameters of torch\.{dtype}, expected float32 or float64; .*$"
+    values = {"dataset": {"_target_": f"{__name__}.blobs"}, "model": {"_target_": f"{__name__}.of_dtype", "dtype": dtype}}
+    with pytest.raises(ConfigError, match=message):
+        prepare.check(parse_config({**OPTIONS, **values}), starts_server=True)
+
+
+class Remembering(nn.Module):
+    """Two views of a weight in plain attributes, of which a pass takes one anew."""
+
+    def __init__(self, input_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.layer = nn.Linear(input_shape[0], 3)
+        self.weight = self.layer.weight
+        self.stale, self.fresh = self.weight.detach(), self.weight.detach()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.fresh = self.weight.detach()
+        return self.layer(inputs) + inputs @ self.stale.t()
+
+
+def test_an_attribute_that_no_longer_follows_its_parameter_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    prepare.check(config("blobs", Remembering), starts_server=True)
+    (text,) = (record.message for record in caplog.records if record.levelname == "WARNING")
+    assert text.startswith("model: Remembering.stale: this attribute lies in the memory of a trained parameter at construction")
+
+
 @pytest.mark.parametrize(("splits", "name"), [({"test": 0}, "test set"), ({"test": 2, "validation": 0}, "validation split")])
 def test_an_empty_split_is_refused(splits: dict[str, int], name: str) -> None:
     with pytest.raises(ConfigError, match=rf"^dataset: got an empty {name}, expected at least one sample$"):
