@@ -23,10 +23,10 @@ from omegaconf.errors import OmegaConfBaseException
 import ormo_rpc
 from ormo_rpc import sweeps
 from ormo_rpc.config.help import help_text, list_of_keys
-from ormo_rpc.config.parsing import one_line, parse_config, unknown_key
+from ormo_rpc.config.parsing import parse_config, refused_value, unknown_key
 from ormo_rpc.config.schema import GROUPS, Config
 from ormo_rpc.config.write_conf import conf_dir
-from ormo_rpc.errors import ConfigError, RunFailed
+from ormo_rpc.errors import ConfigError, RunFailed, one_line
 from ormo_rpc.options import parts
 from ormo_rpc.overrides import keys_of, prepared
 from ormo_rpc.runtimes.torchrun import Torchrun
@@ -146,7 +146,7 @@ def _end(ended: BaseException, began: bool, full_error: bool) -> int:
 def _end_sweep(sweep: SweepDirectory, ended: BaseException | None, full_error: bool) -> int:
     """Say how a sweep ended, of which at least one job has begun; return the exit status."""
     if isinstance(ended, Exception) and not isinstance(ended, JobFailed):
-        _say(f"the sweep ended early: {type(ended).__name__}: {' '.join(str(ended).split())[:300]}")
+        _say(f"the sweep ended early: {one_line(ended)}")
     elif isinstance(ended, KeyboardInterrupt):
         _say("the sweep was interrupted")
     fine = sweeps.end(sweep, _say, interrupted=isinstance(ended, KeyboardInterrupt))
@@ -184,7 +184,7 @@ def _refused(error: Exception) -> ConfigError:
         return ConfigError(f"{error.override}: expected KEY=VALUE")
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(cause, OmegaConfBaseException):
-        return ConfigError(unknown_key(cause) or one_line(cause))
+        return ConfigError(unknown_key(cause) or refused_value(cause))
     return ConfigError(" ".join(f"{error}: {error.__cause__ or ''}".split()).removesuffix(":"))
 
 

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, ListConfig
 from typing_extensions import override
 
 from ormo_rpc.config.schema import Config
-from ormo_rpc.errors import ConfigError, RunFailed
+from ormo_rpc.errors import ConfigError, RunFailed, one_line
 from ormo_rpc.storage.summary import refuse_metric
 from ormo_rpc.storage.sweep_directory import FAILED, INTERRUPTED, RUNNING, JobRecord, Plan, SweepDirectory
 
@@ -115,7 +115,7 @@ def run_job(hydra: HydraConf, run: Run, say: Callable[[str], None]) -> float | N
         reason = str(error)
     except (Exception, SystemExit) as error:  # a user's own code may raise anything
         traceback.print_exc()
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        reason = one_line(error)
     directory.write(dataclasses.replace(record, status=status, reason=reason))
     if reason is not None:
         say(f"{_name(record, plan)} failed: {reason}")

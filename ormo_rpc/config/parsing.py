@@ -42,7 +42,7 @@ def parse_config(values: DictConfig | Mapping[str, Any], given: Collection[str] 
         config = build(Config, _resolved(values), functools.partial(_section, given))
         to_tree(config)  # a configuration that cannot be saved is refused before anything starts
     except OmegaConfBaseException as error:
-        raise ConfigError(one_line(error)) from None
+        raise ConfigError(refused_value(error)) from None
     except ConfigError:
         raise
     except ValueError as error:
@@ -101,8 +101,8 @@ def read_values(text: str) -> dict[str, Any]:
     return translate_renamed({str(key): value for key, value in values.items()})
 
 
-def one_line(error: OmegaConfBaseException) -> str:
-    """OmegaConf's message with the full key in front, on one line."""
+def refused_value(error: OmegaConfBaseException) -> str:
+    """Return OmegaConf's message with the full key in front, on one line."""
     message = str(error.msg or error).splitlines()[0]
     return f"{error.full_key}: {message}" if error.full_key else message
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
+from ormo_rpc.errors import one_line
 from ormo_rpc.loggers.base import Logger, RunInfo, RunLog
 from ormo_rpc.loggers.statistics import Statistics
 from ormo_rpc.options import option, positive, register
@@ -224,7 +225,7 @@ class WandbRunLog(RunLog):
             self.run.log({**row, **per_worker, **delays})
         except Exception as error:  # its process may be gone, which it tells by errors of many kinds
             self._broken = True
-            _log.warning("wandb takes no more rows, metrics.jsonl does: %s: %s", type(error).__name__, error)
+            _log.warning("wandb takes no more rows, metrics.jsonl does: %s", one_line(error))
 
     @override
     def finish(self, summary: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from ormo_rpc.errors import one_line
 from ormo_rpc.loggers import RunLog
 from ormo_rpc.loggers.metrics import Measurements, Rows, row_of
 from ormo_rpc.loggers.statistics import Statistics
@@ -125,7 +126,7 @@ class Recorder:
             try:
                 log.finish(content)
             except Exception as error:  # a logger of the user's own may raise anything, and the run is complete
-                _log.warning("%s cannot be finished: %s: %s", type(log).__name__, type(error).__name__, error)
+                _log.warning("%s cannot be finished: %s", type(log).__name__, one_line(error))
         return content
 
     def _write_row_by_iterations(self) -> None:

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ormo_rpc.errors import one_line
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.options import Part, parts
+from ormo_rpc.server.buffer_layout import as_bytes
 from ormo_rpc.server.state import load, save
 
 if TYPE_CHECKING:
@@ -81,7 +83,7 @@ def _try_at(pushes: int, build: Callable[[], ParameterServer]) -> None:
         if goes_on_alike({}, {}):
             return
     except Exception as error:  # raised by a load_state_dict
-        raise ValueError(_refusal(parts_of[0], f"cannot be loaded: {type(error).__name__}: {error}")) from error
+        raise ValueError(_refusal(parts_of[0], f"cannot be loaded: {one_line(error)}")) from error
     for number, part in enumerate(parts_of):
         needed = list[str]()
         for name in attributes[number]:
@@ -129,10 +131,10 @@ class _Trial:
                 break
             reply = self.outstanding.pop(self.pushes * 7 % len(self.outstanding))
             for answer in self.server.receive(self._push(reply)):
-                sent.write(repr((answer.worker, answer.ticket, answer.stamp)).encode() + _bits(answer.params))
+                sent.write(repr((answer.worker, answer.ticket, answer.stamp)).encode() + _bytes(answer.params))
                 if answer.ticket is not None:
                     self.outstanding.append(answer)
-        return sent.getvalue() + _bits(self.server.params)
+        return sent.getvalue() + _bytes(self.server.params)
 
     def _push(self, reply: Reply) -> Push:
         assert reply.ticket is not None, "only replies with a ticket are kept"
@@ -152,5 +154,5 @@ def _from_file(state: Mapping[str, Any]) -> dict[str, Any]:
     return torch.load(file, weights_only=True)
 
 
-def _bits(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+def _bytes(tensor: Tensor) -> bytes:
+    return as_bytes(tensor).numpy().tobytes()
