@@ -228,7 +228,7 @@ def _run(values: DictConfig, mode: HydraConf) -> tuple[Config, dict[str, Any]]:
 
 
 def _launch(mode: HydraConf) -> Launch:
-    """What was typed, and the sweep's name: the end of its folder, which hydra names by date and time."""
+    """Collect what was typed, and the sweep's name: the end of its folder, which hydra names by date and time."""
     sweep = "_".join(Path(mode.sweep.dir).parts[-2:]) if mode.mode is RunMode.MULTIRUN else None
     return Launch(overrides=tuple(mode.overrides.task), sweep=sweep)
 

@@ -28,7 +28,7 @@ def read_flat(file: Path) -> dict[str, Any]:
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same of nested values. An option that is a mapping of other keys than texts, or of none, is one value."""
+    """Flatten nested values in the same way. An option that is a mapping of other keys than texts, or of none, is one value."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if key in GROUPS and isinstance(value, Mapping):

@@ -44,7 +44,7 @@ class Place:
 
     @property
     def now(self) -> Tensor | None:
-        """What is there now; None also where the place is gone."""
+        """The tensor that is there now; None also where the place is gone."""
         held = buffers_of(self.owner)
         return held[self.key] if self.key in held else None  # noqa: SIM401 - those of a scripted module have no get
 

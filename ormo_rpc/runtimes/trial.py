@@ -70,6 +70,9 @@ class Trial:
         Args:
             number: The number of the batch in the run, which seeds its random draws.
             indices: The numbers of its samples.
+
+        Raises:
+            ConfigError: it cannot be computed, or changes what no pass may change.
         """
         where, losses = f"training batch {number}", list[float]()
         if len(indices) == 1:
@@ -113,7 +116,11 @@ class Trial:
         return loss.item() if count(targets) else 0.0
 
     def evaluate(self, name: str, data: Split, evaluator: Evaluator, params: Tensor, buffers: dict[str, Tensor]) -> None:
-        """Evaluate the first batch of a split."""
+        """Evaluate the first batch of a split.
+
+        Raises:
+            ConfigError: it cannot be evaluated.
+        """
         where = f"the first {name} batch, in eval mode"
         size = min(len(data), self.job.config.train.batch_size)
         inputs, targets = self._batch(where, lambda: data.batch(torch.arange(size), None))

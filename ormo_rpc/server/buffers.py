@@ -14,7 +14,7 @@ from ormo_rpc.server.buffer_layout import BufferLayout
 
 
 class RuleKind(Enum):
-    """How what a push reports of a buffer enters the server's."""
+    """The way in which what a push reports of a buffer enters the server's."""
 
     average = "average"
     """Running statistics of a batch norm: averaged with the statistics of its calls."""

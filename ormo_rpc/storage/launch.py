@@ -14,7 +14,7 @@ _FILE = "launch.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """How a run was started.
+    """The start of a run.
 
     Attributes:
         overrides: What was typed, such as ``train.lr=0.1``.

@@ -20,7 +20,7 @@ RUNNING, FAILED, INTERRUPTED = "running", "failed", "interrupted"
 
 @dataclass(frozen=True, kw_only=True)
 class JobRecord:
-    """What became of a job.
+    """The outcome of a job.
 
     Attributes:
         number: Of the job, from 0.

@@ -55,7 +55,7 @@ class Evaluator:
         self.data = data
         self.dense_batch_size = dense_batch_size
         self._with_gradients: bool | None = None
-        """Whether forward passes record gradients; None until the first one."""
+        """True where forward passes record gradients; None until the first one."""
 
     def __call__(self, params: Tensor, buffers: Mapping[str, Tensor]) -> Evaluation:
         """Evaluate at the parameters, shape (D,), and the buffers by name; neither is modified.
