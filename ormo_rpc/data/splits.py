@@ -112,8 +112,8 @@ class ArraySplit:
 class MapSplit:
     """Any map-style dataset; its items are put together by torch's ``default_collate``.
 
-    Augmentation is left to the dataset. Its randomness must come from torch's global generator, which the worker seeds for
-    every ticket: draws from elsewhere (``random``, numpy) are not repeatable.
+    Augmentation is left to the dataset. Its randomness must come from the global generators of torch, numpy or Python, which
+    the worker seeds for every batch: draws from elsewhere are not repeatable.
     """
 
     PURE: ClassVar[bool] = False

@@ -18,7 +18,7 @@ class Model(Part, ABC):
 
     @abstractmethod
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-        """Make the network, with its initial weights drawn from torch's global generator, which the caller has seeded.
+        """Make the network, with its initial weights drawn from the global generators, which the caller has seeded.
 
         Args:
             input_shape: The shape of one sample, without the batch.

@@ -15,7 +15,6 @@ from ormo_rpc.runtimes.simulator.jobs import SyntheticJob
 from ormo_rpc.runtimes.torchrun import Torchrun
 from ormo_rpc.runtimes.trial import try_job
 from ormo_rpc.server.build import TRAINED_DTYPES, check_resumable
-from ormo_rpc.server.resumable import from_outside
 from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.summary import refuse_metric
 
@@ -93,8 +92,7 @@ def check(config: Config, *, starts_server: bool) -> Job | SyntheticJob | None:
     if not isinstance(config.runtime, (RpcRuntime, SimRuntime)):
         return None
     try:
-        if from_outside(config.algorithm) or from_outside(config.scheduler):
-            check_resumable(config.algorithm, config.scheduler)
+        check_resumable(config.algorithm, config.scheduler)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     synthetic = isinstance(config.runtime, SimRuntime) and config.runtime.gradient is not GradientKind.real

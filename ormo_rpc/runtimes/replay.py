@@ -83,7 +83,7 @@ def _check_fingerprint(source: Path, fingerprint: Fingerprint) -> None:
     """Refuse a replay with another model or data set than the recorded run had.
 
     Raises:
-        ConfigError: names, shapes, frozen values, initial buffers or the size of the data set differ.
+        ConfigError: names, shapes, frozen values, initial buffers or the data set differ.
     """
     recorded = read_fingerprint(source)
     difference = recorded and recorded.difference(fingerprint, "the recorded run", "this replay", buffer_values=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ormo_rpc.errors import one_line
 from ormo_rpc.messages import Push, Reply
-from ormo_rpc.options import Part, parts
+from ormo_rpc.options import Part
 from ormo_rpc.server.buffer_layout import as_bytes
 from ormo_rpc.server.state import load, save
 
@@ -33,11 +33,6 @@ REST = 20
 """Pushes for which it goes on: a few rounds of the workers."""
 RESTORED = ("params", "kernel", "generator")
 """Attributes that the server itself sets or restores."""
-
-
-def from_outside(part: Part) -> bool:
-    """Tell if a part is none of the package's, all of which the tests hold to this."""
-    return parts(part.PATH).get(part.name) is not type(part)
 
 
 def refuse_forgetful(build: Callable[[], ParameterServer]) -> None:

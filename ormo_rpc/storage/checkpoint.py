@@ -155,7 +155,7 @@ def check_fingerprint(checkpoint: Path, fingerprint: Fingerprint) -> None:
     """Refuse to load an intact checkpoint into another model, or for another data set.
 
     Raises:
-        ConfigError: names, shapes, frozen values or the size of the data set differ from the checkpoint's.
+        ConfigError: names, shapes, frozen values or the data set differ from the checkpoint's.
     """
     then = fingerprint_of(checkpoint)
     difference = then.difference(fingerprint, "the checkpoint", "this run", buffer_values=False)

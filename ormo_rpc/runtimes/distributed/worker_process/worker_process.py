@@ -212,7 +212,7 @@ def _check_fingerprint(lease: Lease, job: Job) -> None:
     The initial values of buffers need not agree, since every reply has the server's.
 
     Raises:
-        Refused: names, shapes, frozen values or the number of samples differ.
+        Refused: names, shapes, frozen values or the data set differ.
     """
     server = Fingerprint.from_dict(lease.join_response.fingerprint)
     difference = server.difference(job.fingerprint(), "the server", "this worker", buffer_values=False)
