@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import re
+from collections.abc import Generator
 from pathlib import Path
 
 from ormo_rpc.config.parsing import load_config
 from ormo_rpc.config.runtimes import GradientKind, ReplayRuntime, RpcRuntime, SimRuntime
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError, one_line
+from ormo_rpc.options import Part
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.runtimes.simulator.jobs import SyntheticJob
 from ormo_rpc.runtimes.torchrun import Torchrun
-from ormo_rpc.runtimes.trial import try_job
+from ormo_rpc.runtimes.trial import named, try_job
 from ormo_rpc.server.build import TRAINED_DTYPES, check_resumable
 from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.summary import refuse_metric
@@ -25,6 +29,8 @@ RESUMED_KEYS = (
     *("compression", "wire.dtype", "wire.params"),
 )
 """Keys that a resumed run must have in common with the checkpoint's: they give its tickets and its state their meaning."""
+_KEYS = frozenset(field.name for field in dataclasses.fields(Config))
+"""How our own messages begin, before a dot or a colon."""
 
 
 def decide_workers(config: Config, torchrun: Torchrun | None) -> Config:
@@ -137,9 +143,10 @@ def check_data_and_model(config: Config) -> Job:
     Raises:
         ConfigError: the data set is missing or damaged, or the model does not fit it or differs the second time.
     """
-    try:
+    with _refused(config.dataset):
         config.dataset.prepare()
         job = Job(config)
+    with _refused(config.model):
         for _ in range(2):
             dtype = job.model().dtype
             if dtype not in TRAINED_DTYPES:
@@ -147,12 +154,19 @@ def check_data_and_model(config: Config) -> Job:
                     f"model: got trainable parameters of {dtype}, expected float32 or float64; lower precision belongs "
                     "into the forward pass (torch.autocast), and real pairs take the place of complex numbers"
                 )
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    except (Exception, SystemExit) as error:  # a user's own model or data set may raise anything
-        raise ConfigError(f"dataset or model: {one_line(error)}") from error
     for name, split in (("test set", job.data.test), ("validation split", job.data.validation)):
         if split is not None and len(split) == 0:
             raise ConfigError(f"dataset: got an empty {name}, expected at least one sample")
     job.config = dataclasses.replace(config, dataset=config.dataset.with_findings(job.data))
     return job
+
+
+@contextlib.contextmanager
+def _refused(part: Part) -> Generator[None]:
+    """Refuse what a data set or a model raises while it is made."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:  # the user's own may raise anything
+        if isinstance(error, ValueError) and re.split("[.:]", str(error), maxsplit=1)[0] in _KEYS:
+            raise ConfigError(str(error)) from None  # of this package, which has said what is wrong
+        raise ConfigError(f"{part.PATH}: {named(part)} cannot be made: {one_line(error)}") from error

@@ -61,8 +61,8 @@ class Trial:
         self.job = job
         self.model = model
         self.passes = Passes(model)
-        self.data_name = _named(job.config.dataset)
-        self.model_name = _named(job.config.model)
+        self.data_name = named(job.config.dataset)
+        self.model_name = named(job.config.model)
 
     def train(self, number: int, indices: Tensor) -> None:
         """Compute the gradient of one training batch, as a worker does.
@@ -177,7 +177,7 @@ def _smallest_batch(job: Job, ticket: int) -> tuple[int, Tensor]:
     return job.epochs.batches(ticket, job.config.algorithm.steps)[-1]
 
 
-def _named(part: Part) -> str:
+def named(part: Part) -> str:
     """The name of a part, or the dotted path of the user's own."""
     return part.target if isinstance(part, CallsTarget) else part.name
 

@@ -71,7 +71,7 @@ def statuses(sweep: Path) -> dict[str, str]:
         (
             [f"model._target_={__name__}.linear,{__name__}.ends_the_process,{__name__}.linear"],
             f"model._target_={__name__}.ends_the_process",
-            "dataset or model: SystemExit: 7",
+            f"model: {__name__}.ends_the_process cannot be made: SystemExit: 7",
         ),
     ],
     ids=["rennala under sync", "learning rate", "model"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import random
 import re
 from collections.abc import Callable
@@ -265,6 +266,10 @@ def noisy_pair() -> tuple[Noisy, Noisy]:
     return Noisy(22), Noisy(7)
 
 
+def raising(kind: str) -> nn.Module:
+    raise getattr(builtins, kind)("no file\nof it")
+
+
 # -- refusals ------------------------------------------------------------------------------------------------------------
 
 
@@ -353,6 +358,16 @@ def test_a_data_set_that_cannot_be_trained_on_is_one_line(
     with pytest.raises(ConfigError, match=rf"^dataset: tests\.unit\.runtimes\.test_trial\.{data}.*[:,] .*{message}$") as caught:
         prepare.check(config(data, model, keywords), starts_server=True)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["ValueError", "OSError", "SystemExit"])
+@pytest.mark.parametrize("part", ["dataset", "model"])
+def test_what_raises_while_it_is_made_is_named(part: str, kind: str) -> None:
+    """Also with a `ValueError`, which this package's own refusals are."""
+    values = {"dataset": "digits", "model": "mlp", part: {"_target_": f"{__name__}.raising", "kind": kind}}
+    message = rf"^{part}: tests\.unit\.runtimes\.test_trial\.raising cannot be made: {kind}: no file of it$"
+    with pytest.raises(ConfigError, match=message):
+        prepare.check(parse_config({**OPTIONS, **values}), starts_server=True)
 
 
 @pytest.mark.parametrize(("model", "name"), [(Writing, "layer.weight"), (Renormalising, "embedding.weight")])
