@@ -28,7 +28,7 @@ def read_flat(file: Path) -> dict[str, Any]:
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Flatten nested values in the same way. An option that is a mapping of other keys than texts, or of none, is one value."""
+    """Flatten nested values in the same way. A mapping of no keys, or of other keys than texts without a dot, is one value."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if key in GROUPS and isinstance(value, Mapping):
@@ -55,7 +55,7 @@ def defaults_of(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _leaves(key: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping) or not value or not all(isinstance(each, str) for each in value):
+    if not isinstance(value, Mapping) or not value or not all(isinstance(each, str) and "." not in each for each in value):
         return {key: dict(value) if isinstance(value, Mapping) else value}
     found: dict[str, Any] = {}
     for name, inner in value.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,6 +13,8 @@ from ormo_rpc.models.flat import sha256
 
 SHOWN = 6
 """The number of entries of a list that a message has."""
+CHECKSUM = "checksum of labels"
+"""The entry of `Fingerprint.data` that also depends on the seed, where that draws the validation split."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +72,12 @@ class Fingerprint:
         for name in [*self.frozen, *(self.buffers if buffer_values else ())]:
             if self.sha256[name] != other.sha256[name]:
                 return f"model: {name}: the values of {mine} and of {others} differ"
-        for what, count in self.data.items():
-            if count != other.data.get(what):
-                return f"dataset: {what}: {mine}: {count}; {others}: {other.data.get(what)}"
-        return None
+        return self._data_difference(other, mine, others, tuple(self.data))
+
+    def difference_of_seeds(self, other: Fingerprint, mine: str, others: str) -> str | None:
+        """Say in one line how another fingerprint differs in what no seed changes, as `difference` does."""
+        data = tuple(what for what in self.data if what != CHECKSUM)
+        return self.layout_difference(other, mine, others) or self._data_difference(other, mine, others, data)
 
     def layout_difference(self, other: Fingerprint, mine: str, others: str) -> str | None:
         """Say in one line how names, order, dtypes or shapes differ, as `difference` does."""
@@ -82,6 +86,12 @@ class Fingerprint:
             if here or there:
                 kind = "frozen parameters" if what == "frozen" else what
                 return f"model: {kind}: {mine}: {_shown(here)}; {others}: {_shown(there)}"
+        return None
+
+    def _data_difference(self, other: Fingerprint, mine: str, others: str, entries: Sequence[str]) -> str | None:
+        for what in entries:
+            if self.data[what] != other.data.get(what):
+                return f"dataset: {what}: {mine}: {self.data[what]}; {others}: {other.data.get(what)}"
         return None
 
 

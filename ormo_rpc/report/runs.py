@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ormo_rpc.config.schema import GROUPS
 from ormo_rpc.errors import ConfigError
-from ormo_rpc.report.settings import MISSING, differing, read_setting, shown
-from ormo_rpc.storage.run_directory import read_metrics, read_trace
+from ormo_rpc.models.fingerprint import Fingerprint
+from ormo_rpc.report.settings import MISSING, differing, identity, read_setting, shown
+from ormo_rpc.storage.run_directory import TRACE, read_fingerprint, read_metrics, read_trace
 from ormo_rpc.storage.summary import FILE, read_summary
 from ormo_rpc.storage.sweep_directory import SweepDirectory
 
@@ -28,6 +28,7 @@ class Run:
         setting: Its configuration by full key, but for the seed and what cannot change a result.
         seed: Its seed.
         environment: The header of its trace: versions and machine.
+        fingerprint: Its model's layout and the size of its data set; None where an earlier version did not write it.
     """
 
     path: Path
@@ -37,6 +38,7 @@ class Run:
     setting: dict[str, Any]
     seed: int
     environment: dict[str, Any]
+    fingerprint: Fingerprint | None
 
     @classmethod
     def load(cls, path: Path) -> Run:
@@ -46,6 +48,8 @@ class Run:
             ConfigError: it is not the directory of a run that has ended, or that of a replay, or has no ``config.yaml``.
         """
         summary = read_summary(path)
+        if summary is None and (path / TRACE).is_file():
+            raise ConfigError(f"{path}: got a run without a {FILE}: it is still running, or its process was killed")
         if summary is None or summary.get("iterations") is None:
             status = "" if summary is None or summary.get("status") is None else f" ({summary['status']}: {summary['reason']})"
             raise ConfigError(f"{path}: got a folder without the summary of a run that began{status}")
@@ -53,7 +57,7 @@ class Run:
             raise ConfigError(f"{path}: got a replay, which is no run of its own, of {summary['replayed']}")
         header, events = read_trace(path)
         setting, seed = read_setting(path, header.get("resumed"))
-        return cls(path, summary, read_metrics(path), events, setting, seed, header)
+        return cls(path, summary, read_metrics(path), events, setting, seed, header, read_fingerprint(path))
 
     @property
     def completed(self) -> bool:
@@ -118,16 +122,16 @@ class Group:
 
 
 def run_directories(paths: Iterable[Path]) -> list[Path]:
-    """List the run directories among these paths and below them, each once.
+    """List the run directories among these paths and below them, each once; also those of runs that were killed, or run on.
 
     Raises:
         ConfigError: there is none below one of them.
     """
     found: dict[Path, Path] = {}
     for path in paths:
-        below = sorted(file.parent for file in path.rglob("summary.json"))
+        below = sorted({file.parent for name in (FILE, TRACE) for file in path.rglob(name)})
         if not below:
-            raise ConfigError(f"{path}: got a folder without any summary.json, expected a run directory or a sweep of some")
+            raise ConfigError(f"{path}: got a folder without any {FILE}, expected a run directory or a sweep of some")
         for each in below:
             found.setdefault(each.resolve(), each)
     return list(found.values())
@@ -141,8 +145,12 @@ def load_runs(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
     """
     paths = list(paths)
     runs: list[Run] = []
-    refused = [reason for path in paths for reason in _jobs_without_run(path)]
+    jobs = [job for path in paths for job in _jobs_without_run(path)]
+    told = {folder.resolve() for folders, _ in jobs for folder in folders}
+    refused = [reason for _, reason in jobs]
     for path in run_directories(paths):
+        if path.resolve() in told:
+            continue
         try:
             runs.append(Run.load(path))
         except ConfigError as error:
@@ -152,12 +160,14 @@ def load_runs(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
     return runs, [f"Left out: {reason}" for reason in refused]
 
 
-def _jobs_without_run(path: Path) -> Iterator[str]:
-    """Say which jobs of a sweep ended before there was a run, as those with a refused configuration do."""
-    for job in SweepDirectory(path).records():
-        folders = (Path(job.directory), path / Path(job.directory).name)  # the sweep may have been moved
-        if not any((folder / FILE).is_file() for folder in folders):
-            yield f"job {job.number + 1} ({job.settings}): {job.status}{'' if job.reason is None else f', {job.reason}'}"
+def _jobs_without_run(path: Path) -> Iterator[tuple[tuple[Path, ...], str]]:
+    """Say which jobs of sweeps here and below have no summary, as those with a refused configuration: directories, reason."""
+    for sweep in SweepDirectory.below(path):
+        for job in sweep.records():
+            folders = (Path(job.directory), sweep.path / Path(job.directory).name)  # the sweep may have been moved
+            if not any((folder / FILE).is_file() for folder in folders):
+                reason = "" if job.reason is None else f", {job.reason}"
+                yield folders, f"job {job.number + 1} ({job.settings}): {job.status}{reason}"
 
 
 def group_by_setting(runs: Iterable[Run]) -> list[Group]:
@@ -167,7 +177,7 @@ def group_by_setting(runs: Iterable[Run]) -> list[Group]:
     """
     groups: dict[str, Group] = {}
     for run in sorted(runs, key=lambda run: (run.seed, not run.completed)):
-        group = groups.setdefault(_identity(run.setting), Group(run.setting))
+        group = groups.setdefault(identity(run.setting), Group(run.setting))
         known = group.runs and group.runs[-1].seed == run.seed
         (group.repeated if known else group.runs).append(run)
     keys = differing_keys(list(groups.values()))
@@ -177,12 +187,6 @@ def group_by_setting(runs: Iterable[Run]) -> list[Group]:
 def differing_keys(groups: Sequence[Group]) -> list[str]:
     """List the keys of the setting in which groups differ, the algorithm first."""
     return differing([group.setting for group in groups])
-
-
-def _identity(setting: Mapping[str, Any]) -> str:
-    """Write a setting so that two are equal where their texts are; 1.0 is 1."""
-    whole = {key: int(value) if isinstance(value, float) and value.is_integer() else value for key, value in setting.items()}
-    return json.dumps(whole, sort_keys=True, default=str)
 
 
 def _rank(value: Any) -> tuple[int, float, str]:

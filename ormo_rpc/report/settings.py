@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +12,7 @@ from ormo_rpc.config.flat import defaults_of, read_flat
 from ormo_rpc.config.schema import GROUPS, Config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.storage import checkpoint
+from ormo_rpc.storage.run_directory import read_trace
 
 WITHOUT_EFFECT: Mapping[str, str] = {
     "seed": "tells the runs of a setting apart",
@@ -91,9 +93,14 @@ def shared(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return chosen
 
 
+def identity(value: Any) -> str:
+    """Write a value, or a whole setting, so that two are the same where their texts are; 1 and 1.0 are, 1 and true are not."""
+    return json.dumps(_plain(value), sort_keys=True, default=str)
+
+
 def same(one: Any, other: Any) -> bool:
-    """Compare two values of a key; 1 and 1.0 are the same, 1 and true are not."""
-    return one == other and isinstance(one, bool) == isinstance(other, bool)
+    """Compare two values of a key by their `identity`."""
+    return identity(one) == identity(other)
 
 
 def shown(value: Any) -> str:
@@ -101,6 +108,15 @@ def shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+
+def _plain(value: Any) -> Any:
+    """Write whole numbers without a fraction, and the types of keys, all of which would be texts in JSON."""
+    if isinstance(value, Mapping):
+        return {f"{type(key).__name__} {key}": _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _effective(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,12 +139,24 @@ def _source(path: Path, setting: Mapping[str, Any]) -> str:
     """Describe a checkpoint: its iteration, and the configuration that wrote it where it is another one; else its path."""
     try:
         then, iteration = _effective(read_flat(path / "config.yaml")), checkpoint.gradients_in(path)
+        if then.get(RESUME) is not None:
+            earlier = _resumed(path) or Path(then[RESUME])
+            then[RESUME] = _source(earlier, then) if checkpoint.gradients_in(earlier) < iteration else str(earlier)
     except (ConfigError, OSError, ValueError, KeyError):
         return str(path)
     now = {**setting, RESUME: None}
     others = [key for key in _ordered([then, now]) if not same(then.get(key, MISSING), now.get(key, MISSING))]
     words = ", ".join(f"{key}={shown(then.get(key, MISSING))}" for key in others)
     return f"iteration {iteration}{f' of {words}' if words else ''}"
+
+
+def _resumed(path: Path) -> Path | None:
+    """Return the checkpoint that the run which wrote this one began with; None where its trace is gone."""
+    try:
+        found = read_trace(checkpoint.run_directory_of(path))[0].get("resumed")
+    except ConfigError:
+        return None
+    return None if found is None else Path(found)
 
 
 def _ordered(settings: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from ormo_rpc.loggers.metrics import METRICS
@@ -37,7 +38,7 @@ def in_common(groups: Sequence[Group]) -> str:
 
 
 def notes(groups: Sequence[Group]) -> list[str]:
-    """Say what the table does not: seeds that occur twice, runs that do not count or ended early, different environments."""
+    """Say what the table does not: seeds that occur twice, runs that do not count, ended early or differ in code or machine."""
     keys, said = differing_keys(groups), list[str]()
     for group in groups:
         for repeated in group.repeated:
@@ -45,6 +46,7 @@ def notes(groups: Sequence[Group]) -> list[str]:
             said.append(
                 f"{group.label(keys)}: seed {repeated.seed} occurs twice: {counted.path} counts, {repeated.path} does not"
             )
+        said += filter(None, [_no_seeds(group, keys)])
         for run in group.runs:
             if run.summary["status"] not in ("completed", "diverged"):
                 said.append(f"{run.path}: {run.summary['status']} ({run.summary.get('reason')}), not in the means")
@@ -56,6 +58,16 @@ def notes(groups: Sequence[Group]) -> list[str]:
                 said.append(f"{group.label(keys)}: {len(reasons)} of {len(group.runs)} {status}: {reasons[0]}")
     runs = [run for group in groups for run in group.runs]
     return said + [note for entry in ENVIRONMENT if (note := _different(entry, runs))]
+
+
+def _no_seeds(group: Group, keys: Sequence[str]) -> str:
+    """Say that runs of one configuration have different models or data, as where the user's code was changed in between."""
+    known = [(str(run.path), run.fingerprint) for run in group.runs if run.fingerprint is not None]
+    for (first, mine), (other, others) in pairwise(known):
+        difference = mine.difference_of_seeds(others, first, other)
+        if difference is not None:
+            return f"{group.label(keys)}: its runs are no seeds of one setting: {difference}"
+    return ""
 
 
 def _different(entry: str, runs: Sequence[Run]) -> str:

@@ -16,7 +16,7 @@ from ormo_rpc.compression import Allocate, PushFormat, pushed_dtype
 from ormo_rpc.config.schema import Config
 from ormo_rpc.data import DataSet, Epochs
 from ormo_rpc.kernels.compiled import fastest_kernel
-from ormo_rpc.models.fingerprint import Fingerprint
+from ormo_rpc.models.fingerprint import CHECKSUM, Fingerprint
 from ormo_rpc.models.flat import FlatModel, Layout
 from ormo_rpc.seeding import seed_for, seeded
 from ormo_rpc.server.buffer_layout import BufferLayout
@@ -132,7 +132,7 @@ class Job:
             data = {
                 "training samples": len(self.data.train),
                 "batches per epoch": self.batches_per_epoch,
-                "checksum of labels": self._checksum_of_labels(),
+                CHECKSUM: self._checksum_of_labels(),
             }
             self._fingerprint = dataclasses.replace(self._built, data=data)
         return self._fingerprint

@@ -17,7 +17,8 @@ from ormo_rpc.storage.environment import environment
 
 TRACE_VERSION = 1
 """The format of ``trace.jsonl``, in its header."""
-_TRACE = "trace.jsonl"
+TRACE = "trace.jsonl"
+"""The events of a run under a header; it is there from the beginning of the run."""
 _METRICS = "metrics.jsonl"
 _EVICTIONS = "evictions.jsonl"
 _FINGERPRINT = "fingerprint.json"
@@ -36,7 +37,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._trace = self._open(_TRACE)
+        self._trace = self._open(TRACE)
         self._metrics = self._open(_METRICS)
 
     @staticmethod
@@ -48,7 +49,7 @@ class RunDirectory:
         """
         path.mkdir(parents=True, exist_ok=True)
         try:
-            (path / _TRACE).open("x").close()
+            (path / TRACE).open("x").close()
         except FileExistsError:
             raise ConfigError(
                 f"{path}: got the directory of an earlier run, expected a new one; continue that run with "
@@ -94,17 +95,17 @@ class RunDirectory:
     def truncate(self, trace_bytes: int, metrics_bytes: int) -> None:
         """Cut trace and metrics back to earlier lengths; the end of the trace moves to ``trace.rolled_back.jsonl``."""
         self.flush()
-        with (self.path / _TRACE).open("rb") as trace, (self.path / "trace.rolled_back.jsonl").open("ab") as rolled_back:
+        with (self.path / TRACE).open("rb") as trace, (self.path / "trace.rolled_back.jsonl").open("ab") as rolled_back:
             trace.seek(trace_bytes)
             shutil.copyfileobj(trace, rolled_back)
-        os.truncate(self.path / _TRACE, trace_bytes)
+        os.truncate(self.path / TRACE, trace_bytes)
         os.truncate(self.path / _METRICS, metrics_bytes)
         for file in (self._trace, self._metrics):
             file.seek(0, os.SEEK_END)  # else `sync` returns the former length until something is written
 
     def header_bytes(self) -> int:
         """Return the length of the trace's first line; 0 where it is not complete."""
-        with (self.path / _TRACE).open("rb") as trace:
+        with (self.path / TRACE).open("rb") as trace:
             line = trace.readline()
         return len(line) if line.endswith(b"\n") else 0
 
@@ -143,9 +144,9 @@ def read_trace(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     Raises:
         ConfigError: it is missing or damaged.
     """
-    lines = _read_lines(path / _TRACE)
+    lines = _read_lines(path / TRACE)
     if not lines:
-        raise ConfigError(f"{path / _TRACE}: got an empty file, expected the trace of a run")
+        raise ConfigError(f"{path / TRACE}: got an empty file, expected the trace of a run")
     return lines[0], lines[1:]
 
 

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ormo_rpc.storage.run_directory import write_json
 
@@ -60,6 +60,11 @@ class SweepDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._folder = path / _FOLDER
+
+    @classmethod
+    def below(cls, path: Path) -> list[Self]:
+        """List the sweeps at a path and below it."""
+        return [cls(folder.parent) for folder in sorted(path.rglob(_FOLDER))]
 
     def begin(self, plan: Plan) -> None:
         """Write the plan, and forget an earlier sweep of the same directory."""

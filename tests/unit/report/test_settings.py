@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ormo_rpc.config.flat import defaults_of, flat, read_flat
 from ormo_rpc.config.parsing import parse_config, save_config
 from ormo_rpc.config.saving import to_tree
 from ormo_rpc.config.schema import GROUPS, Config
+from ormo_rpc.models.fingerprint import CHECKSUM, Fingerprint
 from ormo_rpc.report.runs import Group, Run, differing_keys, group_by_setting, load_runs, run_directories
 from ormo_rpc.report.settings import WITHOUT_EFFECT, shared
 from ormo_rpc.report.table import in_common, notes, rows
@@ -22,6 +24,8 @@ from ormo_rpc.storage.summary import Summary, identity, unfinished_summary, writ
 from ormo_rpc.storage.sweep_directory import JobRecord, Plan, SweepDirectory
 
 QUADRATIC = ("runtime=sim", "runtime.gradient=quadratic", "runtime.dimension=4", "logger=none", "workers=2", "train.lr=0.01")
+
+ANY = {"_target_": "collections.OrderedDict"}
 
 
 def record(folder: Path, values: dict[str, Any] | None = None, seed: int = 0, **more: Any) -> Path:
@@ -96,6 +100,12 @@ def test_a_sweep_over_momentum_and_batch_size_has_four_settings(tmp_path: Path) 
         ),
         ({"model": {"_target_": "collections.OrderedDict"}}, {"model": {"_target_": "collections.Counter"}}, ["model"]),
         ({"runtime": {"name": "sim", "joins": {4: 1.5}}}, {"runtime": "sim"}, ["runtime.joins"]),
+        (
+            {"model": {**ANY, "sizes": {"a.b": 2}}},
+            {"model": {**ANY, "sizes": {"a": {"b": 2}}}},
+            ["model.sizes.a.b", "model.sizes"],
+        ),
+        ({"model": {**ANY, "flags": [1]}}, {"model": {**ANY, "flags": [True]}}, ["model.flags"]),
     ],
 )
 def test_an_option_that_differs_makes_another_setting(
@@ -115,10 +125,12 @@ def test_an_option_that_differs_makes_another_setting(
         {"logger": {"name": "none", "log_seconds": 9.0, "progress": False}},
         {"checkpoint": {"keep": 9}},
         {"train": {"lr": 2e-2}},  # the default
+        {"model": {**ANY, "sizes": [1, 2.5, {"a": 4}], "bound": math.nan}},  # and with other spellings below
     ],
 )
 def test_what_cannot_change_a_result_makes_none(values: dict[str, Any], tmp_path: Path) -> None:
-    (group,) = grouped(record(tmp_path / "one"), record(tmp_path / "other", values, seed=1))
+    spelt = {"model": {**ANY, "sizes": [1.0, 2.5, {"a": 4.0}], "bound": math.nan}} if "model" in values else {}
+    (group,) = grouped(record(tmp_path / "one", spelt), record(tmp_path / "other", values, seed=1))
     assert [run.seed for run in group.runs] == [0, 1]
     assert notes([group]) == []
 
@@ -267,7 +279,35 @@ def test_jobs_of_a_sweep_that_were_refused_are_said(tmp_path: Path) -> None:
     record(tmp_path / "sweep" / "0")
     runs, left_out = load_runs([tmp_path / "sweep"])
     assert len(runs) == 1
-    assert left_out == ["Left out: job 2 (seed=1): failed, train.lr: got -1", "Left out: job 3 (seed=2): running"]
+    jobs = ["Left out: job 2 (seed=1): failed, train.lr: got -1", "Left out: job 3 (seed=2): running"]
+    assert left_out == jobs
+    (record(tmp_path / "sweep" / "2") / "summary.json").unlink()  # its process was killed
+    assert load_runs([tmp_path])[1] == jobs, "as well below a folder of sweeps, and once"
+
+
+def test_a_run_that_was_killed_or_goes_on_is_said(tmp_path: Path) -> None:
+    record(tmp_path / "0")
+    (record(tmp_path / "1") / "summary.json").unlink()
+    assert load_runs([tmp_path])[1] == [
+        f"Left out: {tmp_path / '1'}: got a run without a summary.json: it is still running, or its process was killed"
+    ]
+
+
+def test_seeds_whose_model_or_data_was_changed_in_between_are_said(tmp_path: Path) -> None:
+    def said(size: int = 2, samples: int = 8, checksum: int = 1) -> list[str]:
+        for seed, values in enumerate(((2, 8, 1), (size, samples, checksum))):
+            folder = tmp_path / f"{seed}"
+            if not folder.exists():
+                record(folder, seed=seed)
+            data = {"training samples": values[1], CHECKSUM: values[2]}
+            fingerprint = Fingerprint(parameters={"w": f"float32 ({values[0]},)"}, data=data)
+            (folder / "fingerprint.json").write_text(json.dumps(fingerprint.to_dict()))
+        return notes(grouped(tmp_path / "0", tmp_path / "1"))
+
+    one, other, seeds = tmp_path / "0", tmp_path / "1", "ormo: its runs are no seeds of one setting"
+    assert said(size=3) == [f"{seeds}: model: parameters: {one}: w float32 (2,); {other}: w float32 (3,)"]
+    assert said(samples=9) == [f"{seeds}: dataset: training samples: {one}: 8; {other}: 9"]
+    assert said(checksum=2) == [], "a seed may draw the validation split"
 
 
 def test_a_synthetic_run_has_neither_data_nor_model(tmp_path: Path) -> None:
@@ -305,6 +345,14 @@ def test_resumed_runs_are_another_setting_by_the_iteration_and_the_configuration
         "iteration 20": "1",
         "iteration 10 of train.lr=0.02": "1",
     }
+    twice = [
+        run(f"twice{seed}", ["train.max_iterations=50", f"seed={seed}", f"checkpoint.resume={own[seed]}"]) for seed in (0, 1)
+    ]
+    (both,) = grouped(*twice)
+    assert (len(both.runs), both.setting["checkpoint.resume"]) == (
+        2,
+        "iteration 40 of train.max_iterations=40, checkpoint.every=10, checkpoint.resume=iteration 10",
+    )
     first(other).rename(tmp_path / "moved")
     (again,) = grouped(foreign)
     assert again.setting["checkpoint.resume"] == str(first(tmp_path / "other").with_name("iteration_000000010"))
