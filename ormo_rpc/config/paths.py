@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import errno
 import os
@@ -42,9 +43,12 @@ def typed(path: str) -> Path:
     """Read a path on the command line of a module: a shell leaves the ``~`` of ``--out=~/runs`` as it is.
 
     Raises:
-        ConfigError: it is the home directory of nobody.
+        ArgumentTypeError: it is the home directory of nobody.
     """
-    return Path(expanded("PATH", path))
+    try:
+        return Path(expanded("PATH", path))
+    except ConfigError as error:  # of which argparse would not show the message
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def expanded(key: str, path: str) -> str:

@@ -209,3 +209,13 @@ def test_from_python_the_home_directory_is_known(tmp_path: Path, monkeypatch: py
     summary = run(config, tmp_path / "run")
     assert summary["status"] == "completed"
     assert load_config(tmp_path / "run" / "config.yaml").replay.run == str(tmp_path / "one")
+
+
+def test_a_module_refuses_the_home_directory_of_nobody(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["evaluate", "~nobody-here/x"])
+    with pytest.raises(SystemExit, match="^2$"):
+        evaluate.main()
+    refusal = "PATH: got '~nobody-here/x', whose home directory is not known; write the whole path"
+    assert capsys.readouterr().err.endswith(f"error: argument path: {refusal}\n")
