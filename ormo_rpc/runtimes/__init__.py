@@ -72,7 +72,7 @@ def run(
     config = prepare.decide_workers(config, torchrun)
     runtime = importlib.import_module(MODULES[config.runtime.name])
     has_run_directory = torchrun is None or torchrun.rank == 0
-    with _draws:
+    with _alone():
         job = prepare.check(config, starts_server=has_run_directory)
     if job is not None:
         config = job.config
@@ -87,9 +87,19 @@ def run(
 
 
 @contextlib.contextmanager
+def _alone() -> Generator[None]:
+    """Compute alone among the threads of this process, and outside of the calling program's modes, which other processes lack.
+
+    In one that has autocast on, weights would be trained by the casts of former ones, as it keeps these until it ends.
+    """
+    with _draws, torch.inference_mode(mode=False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        yield
+
+
+@contextlib.contextmanager
 def _in_this_process() -> Generator[None]:
-    """Compute alone among the threads of this process, and give the calling program its number of torch's threads back."""
-    with _draws:
+    """Compute alone, and give the calling program its number of torch's threads back."""
+    with _alone():
         threads = torch.get_num_threads()
         try:
             yield

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,19 @@ def check(run_dir: Path, tmp_path: Path, summary: dict[str, Any]) -> dict[str, T
     assert again["identical"] is True
     assert evaluate_checkpoint(run_dir)[1].accuracy == summary["test_accuracy"]
     return torch.load(checkpoint.locate(run_dir) / "model.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_modes_of_the_calling_program_change_nothing(mode: Callable[[], AbstractContextManager[None]], tmp_path: Path) -> None:
+    overrides = ["runtime=sim", *RUN]
+    expected = train(overrides, run_dir=tmp_path / "plain")
+    with mode():
+        found = train(overrides, run_dir=tmp_path / "run")
+        assert train(["runtime=replay", f"replay.run={tmp_path / 'run'}", "logger=none"], run_dir=tmp_path / "again")[
+            "identical"
+        ]
+    for entry in ("final_params_sha256", "final_buffers_sha256", "test_loss"):
+        assert found[entry] == expected[entry]
 
 
 def test_state_that_is_not_saved_by_the_model_is_evaluated(tmp_path: Path) -> None:
