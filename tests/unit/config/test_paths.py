@@ -215,7 +215,7 @@ def test_a_module_refuses_the_home_directory_of_nobody(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["evaluate", "~nobody-here/x"])
-    with pytest.raises(SystemExit, match="^2$"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         evaluate.main()
     refusal = "PATH: got '~nobody-here/x', whose home directory is not known; write the whole path"
     assert capsys.readouterr().err.endswith(f"error: argument path: {refusal}\n")
