@@ -50,13 +50,15 @@ class SweepStart(Callback):
 
     @override
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        plan = _plan(config.hydra)
         try:
             _refuse_direction(config)
+            _refuse_run_id(config, plan)
         except ConfigError as error:
             sys.exit(str(error))  # hydra only warns of an exception
         directory = SweepDirectory(_sweep_dir(config.hydra).absolute())
         try:
-            directory.begin(_plan(config.hydra))
+            directory.begin(plan)
         except OSError as error:
             sys.exit(f"hydra.sweep.dir: {directory.path} cannot be made: {error.strerror}")
         SweepStart.directory = directory
@@ -237,3 +239,18 @@ def _refuse_direction(config: DictConfig) -> None:
             raise ConfigError(
                 f"hydra.sweeper.direction: got {given}, expected {expected} with optimized_metric={name or 'null (a loss)'}"
             )
+
+
+def _refuse_run_id(config: DictConfig, plan: Plan) -> None:
+    """Refuse one id of wandb for all jobs, whose curves would become those of a single run.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    logger = config.get("logger", {})
+    if plan.jobs == 1 or logger.get("name") != "wandb" or "logger.run_id" in plan.keys:
+        return
+    option, variable = logger.get("run_id"), os.environ.get("WANDB_RUN_ID")
+    if option or variable:
+        given = f"logger.run_id: got {option}" if option else f"WANDB_RUN_ID: got {variable}"
+        raise ConfigError(f"{given} for all jobs of a sweep, expected an id for each; leave it out")

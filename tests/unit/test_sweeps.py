@@ -290,3 +290,26 @@ def test_a_search_for_the_worst_value_is_refused(
     search = ("hparams_search=digits_optuna", *SHORT, f"optimized_metric={metric}", f"hydra.sweeper.direction={direction}")
     assert launch(*search) == 2
     assert capsys.readouterr().err == f"launch.py: hydra.sweeper.direction: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "variable", "message"),
+    [
+        (["logger.run_id=abc"], "", "logger.run_id: got abc"),
+        ([], "abc", "WANDB_RUN_ID: got abc"),
+    ],
+)
+def test_one_wandb_id_for_all_jobs_is_refused(
+    words: list[str],
+    variable: str,
+    message: str,
+    launch: Launch,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The curves of all jobs would become those of one run."""
+    monkeypatch.setenv("WANDB_RUN_ID", variable)
+    assert launch("-m", *SHORT, "logger=wandb", "seed=0,1", *words) == 2
+    assert capsys.readouterr().err == f"launch.py: {message} for all jobs of a sweep, expected an id for each; leave it out\n"
+    assert not list(tmp_path.rglob("summary.json"))
