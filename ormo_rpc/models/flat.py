@@ -65,6 +65,8 @@ class FlatModel:
         self.dtype = dtypes[0]
         self.params = Layout(self.trainable)
         self.buffers = ModelBuffers(module)
+        self._grads: dict[str, Tensor] = {}
+        """The views that `bind_grad` has made."""
 
     def flat_params(self) -> Tensor:
         """A copy of the present parameters, shape (D,)."""
@@ -77,7 +79,23 @@ class FlatModel:
 
     def bind_grad(self, grad: Tensor) -> None:
         """Make the gradients views of ``grad``, shape (D,): backward adds into it."""
-        for parameter, view in zip(self.trainable.values(), self.params.views(grad).values(), strict=True):
+        self._grads = self.params.views(grad)
+        for parameter, view in zip(self.trainable.values(), self._grads.values(), strict=True):
+            parameter.grad = view
+
+    def collect_grad(self) -> None:
+        """Bring gradients back that a pass or a hook has put elsewhere, by `zero_grad` or an assignment to ``.grad``.
+
+        None counts as zero.
+        """
+        for parameter, view in zip(self.trainable.values(), self._grads.values(), strict=True):
+            grad = parameter.grad
+            if grad is view:
+                continue
+            if grad is None:
+                view.zero_()
+            else:
+                view.copy_(grad.to_dense())
             parameter.grad = view
 
     def state_dict(self, params: Tensor, buffers: Mapping[str, Tensor]) -> dict[str, Any]:

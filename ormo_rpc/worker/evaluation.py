@@ -16,7 +16,7 @@ from ormo_rpc.seeding import seeded
 from ormo_rpc.worker.objective import Tally, tally
 
 BATCH_SIZE = 500
-"""Samples in a forward pass, where each has one target; the result depends on it only where samples of a batch see each other."""
+"""Samples in a forward pass, where each has one target; the result depends on it where samples see each other."""
 _log = logging.getLogger(__name__)
 
 

@@ -167,6 +167,7 @@ class Worker:
             inputs, targets = self._loaded.pop(number, None) or self.data.batch(indices, self._augmentation(number))
             loss = mean_loss(self.model.module(inputs), targets)
             loss.backward()
+        self.model.collect_grad()
         self._passes.end_pass()
         self._regularise(into, params)
         value = loss.item()

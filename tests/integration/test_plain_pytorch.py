@@ -26,7 +26,7 @@ CASES = {
         *("FrozenNorm", "SwitchedNorm", "SometimesFrozenNorm", "StochasticDepth", "UnusedNorm", "NormCalledTwice"),
         *("NormCalledInBothModes", "CumulativeNorm", "SharedNorm", "CheckpointedNorm", "OldSpectralNorm"),
         *("SpectralNorm", "InstanceNorm", "AverageInPlace", "AverageByData", "AverageReassigned", "Counters", "BatchRenorm"),
-        *("FrozenRandomLayer", "RandomBuffer", "Differentiating", "DropoutNet"),
+        *("FrozenRandomLayer", "RandomBuffer", "Differentiating", "DropoutNet", "ZeroedInside", "GradientReplaced"),
     )
 } | {
     "Segmentation": {"model": {"_target_": f"{MODELS}.Segmentation"}, "dataset": {"_target_": f"{MODELS}.pixels"}},

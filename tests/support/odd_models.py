@@ -293,6 +293,34 @@ class Differentiating(Classifier):
         return self.head(self.features(inputs) + self.features(force))
 
 
+class ZeroedInside(Classifier):
+    """The forward pass sets all gradients to None, as code for meta-learning may do."""
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        self.zero_grad()
+        return hidden
+
+
+class GradientReplaced(Classifier):
+    """A hook puts another tensor in the place of a gradient, another one takes a gradient away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def sign(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            parameter.grad = 0.01 * parameter.grad.sign()
+
+        def drop(parameter: Tensor) -> None:
+            parameter.grad = None
+
+        self.head.weight.register_post_accumulate_grad_hook(sign)
+        self.head.bias.register_post_accumulate_grad_hook(drop)
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+
 class DropoutNet(Classifier):
     """Dropout: random numbers that are drawn in the forward pass."""
 
