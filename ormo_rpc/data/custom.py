@@ -26,9 +26,10 @@ class CustomData(DataSource, CallsTarget):
     """A data set of your own: the function that ``dataset._target_`` names, the keys beside it are its keywords.
 
     It returns a `DataSet`, or a pair (train, test) of map-style datasets of torch, whose targets are class numbers: one for
-    each item, or an integer tensor of them. Of a pair the input shape is that of the first training item. The number of
-    classes is the keyword ``num_classes`` if given, else the length of the training set's attribute ``classes``, else the
-    largest training target plus one, for which the launcher reads the whole set once; the log says which.
+    each item, or an integer tensor of them; or class probabilities, a tensor (C, ...) for each item. Of a pair the input shape
+    is that of the first training item. The number of classes is the keyword ``num_classes`` if given, else the length of the
+    training set's attribute ``classes``, else that of the first item's probabilities or the largest training target plus one,
+    for which the launcher reads the whole set once; the log says which.
 
     ``dataset.validation`` holds out training samples, unless the function takes that keyword itself; a `DataSet` may have a
     validation split of its own instead. What a map-style dataset does to its items at random it does to those held out as well.
@@ -70,11 +71,11 @@ class CustomData(DataSource, CallsTarget):
             raise ValueError(f"{self._item_fault()}: {error}") from error
         if not isinstance(inputs, Tensor):
             raise ValueError(f"{self._item_fault()}; the first has an input of type {type(inputs).__name__}")
-        if not _are_class_numbers(targets):
+        if not isinstance(targets, Tensor) or targets.is_complex() or (targets.is_floating_point() and targets.dim() < 2):
             raise ValueError(f"{self._item_fault()}; the first has the target {targets!r}")
-        return DataSet(MapSplit(train), MapSplit(test), tuple(inputs.shape[1:]), self._num_classes(train))
+        return DataSet(MapSplit(train), MapSplit(test), tuple(inputs.shape[1:]), self._num_classes(train, targets))
 
-    def _num_classes(self, train: MapStyle) -> int:
+    def _num_classes(self, train: MapStyle, first: Tensor) -> int:
         classes = getattr(train, "classes", None)
         if self.counted_classes is not None:
             return self.counted_classes
@@ -82,6 +83,8 @@ class CustomData(DataSource, CallsTarget):
             number, origin = int(self.kwargs["num_classes"]), "dataset.num_classes"
         elif isinstance(classes, Sized):
             number, origin = len(classes), "its attribute classes"
+        elif first.is_floating_point():
+            number, origin = first.shape[1], "its probabilities"
         else:
             number, origin = 1 + max(_largest(train[index][1]) for index in range(len(train))), "its largest target"
         _log.info("%s: %d classes, from %s", self._target_, number, origin)
@@ -94,13 +97,8 @@ class CustomData(DataSource, CallsTarget):
         )
 
     def _item_fault(self) -> str:
-        expected = "pairs (input tensor, class number or integer tensor of them)"
+        expected = "pairs (input tensor, class number or tensor of them or of class probabilities)"
         return f"dataset._target_: the items of {self._target_} must be {expected}"
-
-
-def _are_class_numbers(targets: Any) -> bool:
-    """Tell whether the collated targets of one item are class numbers: integers of any shape."""
-    return isinstance(targets, Tensor) and not (targets.is_floating_point() or targets.is_complex())
 
 
 def _largest(target: Any) -> int:

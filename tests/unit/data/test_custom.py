@@ -108,6 +108,17 @@ def test_the_targets_of_an_item_may_be_a_tensor_of_class_numbers(
     assert data.test.batch(torch.arange(2), None)[1].shape == (2, *targets)
 
 
+def make_probabilities() -> tuple[TensorDataset, TensorDataset]:
+    half = TensorDataset(torch.zeros(4, 6), torch.full((4, 3, 2), 1 / 3))
+    return half, half
+
+
+def test_the_target_of_an_item_may_be_class_probabilities() -> None:
+    data = custom("make_probabilities").load()
+    assert (data.input_shape, data.num_classes) == ((6,), 3)
+    assert data.test.batch(torch.arange(2), None)[1].shape == (2, 3, 2)
+
+
 @pytest.mark.parametrize(
     ("function", "kwargs", "message"),
     [
