@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from typing_extensions import override
+
 from ormo_rpc.options.imports import DOTTED_PATH, is_dotted_path, locate, path_of
 from ormo_rpc.options.part import Part, find, parts
 from ormo_rpc.options.section import option
@@ -27,8 +29,8 @@ class CallsTarget(Part):
     """Options that are this part's own, and no keywords, unless the target's signature names them."""
 
     @property
-    def target(self) -> str:
-        """The dotted path."""
+    @override
+    def known_as(self) -> str:
         return self._target_
 
     def call(self, **offered: Any) -> Any:
@@ -113,7 +115,7 @@ def values_of(made: Part) -> dict[str, Any]:
     cls = type(made)
     if isinstance(made, CallsTarget):
         own = {name: getattr(made, name) for name in made.OWN if getattr(made, name) != cls.declared()[name].default}
-        return {"_target_": made.target, **{key: plain(made.key(key), each) for key, each in (own | made.kwargs).items()}}
+        return {"_target_": made.known_as, **{key: plain(made.key(key), each) for key, each in (own | made.kwargs).items()}}
     options = {name: plain(made.key(name), getattr(made, name)) for name in cls.declared()}
     return {"name": cls.name, **options} if is_registered(cls) else {"_target_": path_of(cls.PATH, cls), **options}
 

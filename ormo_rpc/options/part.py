@@ -47,6 +47,11 @@ class Part(Section):
         super().__init_subclass__(**kwargs)
         cls.name = cls.__name__
 
+    @property
+    def known_as(self) -> str:
+        """What people are told it is: the name, or the dotted path of a function or class of the user's that it calls."""
+        return self.name
+
 
 P = TypeVar("P", bound=Part)
 _registered: dict[str, dict[str, type[Part]]] = {}

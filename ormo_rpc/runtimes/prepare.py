@@ -14,10 +14,11 @@ from ormo_rpc.config.runtimes import GradientKind, ReplayRuntime, RpcRuntime, Si
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError, one_line
 from ormo_rpc.options import Part
+from ormo_rpc.options.instantiate import values_of
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.runtimes.simulator.jobs import SyntheticJob
 from ormo_rpc.runtimes.torchrun import Torchrun
-from ormo_rpc.runtimes.trial import named, try_job
+from ormo_rpc.runtimes.trial import try_job
 from ormo_rpc.server.build import TRAINED_DTYPES, check_resumable
 from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.summary import refuse_metric
@@ -122,7 +123,19 @@ def check_resume(config: Config, path: Path) -> None:
     for key in RESUMED_KEYS:
         expected, given = (functools.reduce(getattr, key.split("."), each) for each in (then, config))
         if expected != given:
-            raise ConfigError(f"checkpoint.resume: {key}: got {given}, expected {expected}, as {path} has it")
+            if key == "dataset.name":
+                given, expected = config.dataset.known_as, then.dataset.known_as
+            got, wanted = _typed(given), _typed(expected)
+            raise ConfigError(f"checkpoint.resume: {key}: got {got}, expected {wanted}, as {path} has it")
+
+
+def _typed(value: object) -> str:
+    """Write a value as it would be typed: the keys of a part."""
+    if not isinstance(value, Part):
+        return str(value)
+    options = values_of(value)
+    words = [f"{value.PATH}={options.pop('name')}"] if "name" in options else []
+    return " ".join([*words, *(f"{value.key(key)}={'null' if each is None else each}" for key, each in options.items())])
 
 
 def check_something_is_left(path: Path, total: int) -> None:
@@ -169,4 +182,4 @@ def _refused(part: Part) -> Generator[None]:
     except (Exception, SystemExit) as error:  # the user's own may raise anything
         if isinstance(error, ValueError) and re.split("[.:]", str(error), maxsplit=1)[0] in _KEYS:
             raise ConfigError(str(error)) from None  # of this package, which has said what is wrong
-        raise ConfigError(f"{part.PATH}: {named(part)} cannot be made: {one_line(error)}") from error
+        raise ConfigError(f"{part.PATH}: {part.known_as} cannot be made: {one_line(error)}") from error

@@ -17,7 +17,6 @@ from ormo_rpc.messages import NO_BUFFERS
 from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.models.passes import Passes
 from ormo_rpc.models.trial import check_passes, warn_of_views
-from ormo_rpc.options import CallsTarget, Part
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.seeding import generator, seeded
 from ormo_rpc.worker.evaluation import Evaluator
@@ -61,8 +60,8 @@ class Trial:
         self.job = job
         self.model = model
         self.passes = Passes(model)
-        self.data_name = named(job.config.dataset)
-        self.model_name = named(job.config.model)
+        self.data_name = job.config.dataset.known_as
+        self.model_name = job.config.model.known_as
 
     def train(self, number: int, indices: Tensor) -> None:
         """Compute the gradient of one training batch, as a worker does.
@@ -175,11 +174,6 @@ def _tickets(job: Job) -> list[int]:
 def _smallest_batch(job: Job, ticket: int) -> tuple[int, Tensor]:
     """The last batch of a ticket: its number in the run, and the numbers of its samples."""
     return job.epochs.batches(ticket, job.config.algorithm.steps)[-1]
-
-
-def named(part: Part) -> str:
-    """The name of a part, or the dotted path of the user's own."""
-    return part.target if isinstance(part, CallsTarget) else part.name
 
 
 def _shown(**tensors: object) -> str:
