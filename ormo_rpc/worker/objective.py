@@ -83,6 +83,8 @@ def check_fit(output: object, targets: Tensor) -> None:
     one_per_target = (*output.shape[:1], *output.shape[2:])
     if output.dim() < 2 or targets.shape != (output.shape if targets.is_floating_point() else one_per_target):
         other = " (or probabilities in the output's shape)" if targets.is_floating_point() else ""
+        if output.dim() > 2 and targets.shape == output.shape[:-1]:
+            other += "; classes that come last, as in a language model, go to their place by output.movedim(-1, 1)"
         raise ValueError(
             f"the output {tuple(output.shape)} does not fit targets {tuple(targets.shape)}: "
             f"expected (N, C, ...) and class numbers (N, ...){other}"

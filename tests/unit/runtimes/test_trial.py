@@ -26,6 +26,7 @@ from ormo_rpc.errors import ConfigError
 from ormo_rpc.runtimes import prepare
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.runtimes.trial import try_job
+from ormo_rpc.worker.objective import check_fit
 from tests.support.datasets import Noisy
 
 CLASSES = 3
@@ -315,6 +316,11 @@ def test_a_model_that_cannot_be_trained_on_its_data_is_one_line(
     with pytest.raises(ConfigError, match=rf"^{place}{message}$") as caught:
         prepare.check(config(data, model, keywords), starts_server=True)
     assert "\n" not in str(caught.value)
+
+
+def test_classes_that_come_last_are_told_their_place() -> None:
+    with pytest.raises(ValueError, match=r"fit targets \(2, 5\): .*; classes that come last, .*output\.movedim\(-1, 1\)$"):
+        check_fit(torch.zeros(2, 5, 3), torch.zeros(2, 5, dtype=torch.long))
 
 
 def test_the_output_of_a_segmentation_does_not_fit_one_target_each() -> None:
