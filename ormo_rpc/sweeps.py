@@ -24,8 +24,9 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, ListConfig
 from typing_extensions import override
 
-from ormo_rpc.config.schema import Config
+from ormo_rpc.config.schema import GROUPS, Config
 from ormo_rpc.errors import ConfigError, RunFailed, one_line
+from ormo_rpc.options.imports import locate
 from ormo_rpc.storage.summary import refuse_metric
 from ormo_rpc.storage.sweep_directory import FAILED, INTERRUPTED, RUNNING, JobRecord, Plan, SweepDirectory
 
@@ -54,7 +55,8 @@ class SweepStart(Callback):
         try:
             _refuse_direction(config)
             _refuse_run_id(config, plan)
-        except ConfigError as error:
+            _refuse_targets(config)
+        except ValueError as error:
             sys.exit(str(error))  # hydra only warns of an exception
         directory = SweepDirectory(_sweep_dir(config.hydra).absolute())
         try:
@@ -108,6 +110,9 @@ def run_job(hydra: HydraConf, run: Run, say: Callable[[str], None]) -> float | N
         value = _value(config, summary, hydra)
         if value is None and searches:
             status, reason = FAILED, f"optimized_metric: the run has no {config.searched_metric}"
+        elif searches:
+            with contextlib.suppress(BrokenPipeError):
+                print(f"{_name(record, plan)}: {config.searched_metric} {value}", flush=True)
     except RunFailed as error:
         if error.exit_status == INTERRUPTED_STATUS:
             directory.write(dataclasses.replace(record, status=INTERRUPTED))
@@ -218,6 +223,18 @@ def _value(config: Config, summary: dict[str, Any], hydra: HydraConf) -> float |
 def _maximizes(sweeper: Any) -> bool:
     direction = sweeper.get("direction")
     return getattr(direction, "name", direction) == "maximize"
+
+
+def _refuse_targets(config: DictConfig) -> None:
+    """Refuse a function or class of the user's that all jobs name and none could import.
+
+    Raises:
+        ValueError: there is such a one.
+    """
+    for group in GROUPS:
+        target = (config.get(group) or {}).get("_target_")
+        if target is not None:
+            locate(group, target)
 
 
 def _refuse_direction(config: DictConfig) -> None:

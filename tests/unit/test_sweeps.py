@@ -142,10 +142,11 @@ def test_an_interruption_ends_a_sweep(
     [
         (["algorithm=asgd,asgdd"], "algorithm: got 'asgdd', expected one of asgd, "),
         (["seed=0,1", "train.lerning=3"], "train.lerning: got an unknown key"),
+        (["seed=0,1", "model._target_=no_such_module.net"], "model._target_: 'no_such_module.net' cannot be imported: "),
         (["seed=0,1", "optimized_metric=loss"], "optimized_metric: got 'loss', expected one of delay_99_percent, "),
         (["seed=0,1", "hydra.sweep.dir=/dev/null/sweep"], "hydra.sweep.dir: /dev/null/sweep cannot be made: Not a directory"),
     ],
-    ids=["name", "key", "metric", "directory"],
+    ids=["name", "key", "target", "metric", "directory"],
 )
 def test_a_sweep_is_refused_before_anything_starts(
     arguments: list[str], message: str, launch: Launch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -248,7 +249,9 @@ def test_optuna_searches_by_the_loss_and_survives_bad_trials(
     best = min((each for each in summaries if each["status"] == "completed"), key=lambda each: each["val_loss"])
     found: Any = OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml")
     assert (found.best_params["train.lr"], found.best_value) == (best["lr"], best["val_loss"])
-    assert f"launch.py: {8 - len(summaries)} of 8 jobs failed, " in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert f"launch.py: {8 - len(summaries)} of 8 jobs failed, " in err
+    assert f": val_loss {best['val_loss']}\n" in out
 
 
 @warns
