@@ -125,12 +125,12 @@ def run_directories(paths: Iterable[Path]) -> list[Path]:
     """List the run directories among these paths and below them, each once; also those of runs that were killed, or run on.
 
     Raises:
-        ConfigError: there is none below one of them.
+        ConfigError: there is neither a run nor a job of a sweep below one of them.
     """
     found: dict[Path, Path] = {}
     for path in paths:
         below = sorted({file.parent for name in (FILE, TRACE) for file in path.rglob(name)})
-        if not below:
+        if not below and not SweepDirectory(path).records():
             raise ConfigError(f"{path}: got a folder without any {FILE}, expected a run directory or a sweep of some")
         for each in below:
             found.setdefault(each.resolve(), each)

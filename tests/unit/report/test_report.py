@@ -12,8 +12,9 @@ from ormo_rpc import train
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.loggers.metrics import METRICS
 from ormo_rpc.report import __main__ as command
-from ormo_rpc.report.runs import Run, differing_keys, group_by_setting, run_directories
+from ormo_rpc.report.runs import Run, differing_keys, group_by_setting, load_runs, run_directories
 from ormo_rpc.report.table import as_markdown, as_text, rows, spread
+from ormo_rpc.storage.sweep_directory import JobRecord, Plan, SweepDirectory
 
 OPTIONS = ("runtime=sim", "runtime.gradient=quadratic", "runtime.dimension=4", "train.max_iterations=20", "logger=none")
 
@@ -80,6 +81,19 @@ def test_the_command_prints_the_table_and_writes_one_page(
     assert f"<p>{printed[0]}</p>" in page
     assert page.count("src='data:image/png;base64,") == 3  # the comparison, and a run of each group
     assert (tmp_path / "report.png").stat().st_size > 0
+
+
+def test_a_sweep_none_of_whose_jobs_has_a_run_is_left_out_with_their_reasons(sweep: Path, tmp_path: Path) -> None:
+    failed = SweepDirectory(tmp_path / "failed")
+    failed.begin(Plan(jobs=1, keys=["seed"]))
+    failed.write(
+        JobRecord(number=0, settings="seed=0", directory=str(failed.path / "0"), status="failed", reason="train.lr: got -1")
+    )
+    runs, left_out = load_runs([sweep, failed.path])
+    assert runs
+    assert left_out == ["Left out: job 1 (seed=0): failed, train.lr: got -1"]
+    with pytest.raises(ConfigError, match=r"^job 1 \(seed=0\): failed, train.lr: got -1$"):
+        load_runs([failed.path])
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
