@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from pathlib import Path
@@ -16,12 +18,13 @@ from typing_extensions import override
 
 from ormo_rpc.config.parsing import save_config
 from ormo_rpc.config.schema import Config
-from ormo_rpc.errors import RunFailed
+from ormo_rpc.errors import ConfigError, RunFailed, one_line
 from ormo_rpc.runtimes.job import Job, time_generator
 from ormo_rpc.runtimes.session import Session
 from ormo_rpc.runtimes.simulator.clock import EventQueue
 from ormo_rpc.runtimes.simulator.cluster import Cluster, GradientSource, Links, Speeds
 from ormo_rpc.runtimes.simulator.jobs import SyntheticJob
+from ormo_rpc.storage.summary import unfinished_summary, write_summary
 
 EVENTS_PER_FLUSH = 32
 """Events of the cluster between two flushes of the records."""
@@ -50,8 +53,19 @@ def run(config: Config, run_dir: Path, began: float, job: Job | SyntheticJob) ->
         job: The job of this configuration.
 
     Raises:
-        RunFailed: it was interrupted, or there is no worker left that could end it; a checkpoint is left.
+        RunFailed: it was interrupted, or there is no worker left that could end it; a checkpoint is left. What a user's model
+            or data set raises passes.
     """
+    try:
+        return _run(config, run_dir, began, job)
+    except (ConfigError, RunFailed):
+        raise
+    except (Exception, SystemExit) as error:  # of the user's model or data set, or a full disk
+        write_summary(run_dir, unfinished_summary(config, "failed", one_line(error), time.monotonic() - began))
+        raise
+
+
+def _run(config: Config, run_dir: Path, began: float, job: Job | SyntheticJob) -> dict[str, Any]:
     sim = config.sim
     torch.set_num_threads(sim.threads)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -65,39 +79,40 @@ def run(config: Config, run_dir: Path, began: float, job: Job | SyntheticJob) ->
         return {**session.server.state_dict(replies=True), "cluster": cluster.state_dict()}
 
     session = Session(job, run_dir, inline, inline, lambda: queue.now, began=began, state=state, terminal=terminal)
-    cluster = Cluster(
-        session.server,
-        source,
-        queue,
-        _links(config, session, job.push_format().size),
-        _compute_seconds(config),
-        lambda: session.observe(session.server),
-        processes=config.num_processes if config.worker.prefetch else None,
-    )
-    session.open()
-    if session.resumed_state is None:
-        _schedule(config, queue, cluster)
-    else:
-        cluster.load_state_dict(session.resumed_state)
-    interrupted = _drive(cluster, session)
-    last = state()
-    session.write_checkpoint(last)
-    cluster.close()
-    status: dict[str, str] = {}
-    if interrupted:
-        status = {"status": "interrupted", "reason": interrupted}
-    elif not session.server.ended:
-        members, least = len(session.server.members), config.runtime.min_workers
-        left = f"{members} of runtime.min_workers={least} workers are left" if members else "no worker is left"
-        status = {"status": "failed", "reason": f"{left} after {queue.now:g} virtual seconds"}
-    summary = session.close(last, wait=True, virtual_seconds=queue.now, **status, **_loads(cluster, queue.now))
-    if status:
-        raise RunFailed(
-            f"{f'interrupted by {interrupted}' if interrupted else status['reason']}; iteration {last['iteration']} is kept: "
-            f"resume with checkpoint.resume={run_dir}",
-            exit_status=130 if interrupted else 1,
+    with contextlib.closing(session.directory):
+        cluster = Cluster(
+            session.server,
+            source,
+            queue,
+            _links(config, session, job.push_format().size),
+            _compute_seconds(config),
+            lambda: session.observe(session.server),
+            processes=config.num_processes if config.worker.prefetch else None,
         )
-    return summary
+        session.open()
+        if session.resumed_state is None:
+            _schedule(config, queue, cluster)
+        else:
+            cluster.load_state_dict(session.resumed_state)
+        interrupted = _drive(cluster, session)
+        last = state()
+        session.write_checkpoint(last)
+        cluster.close()
+        status: dict[str, str] = {}
+        if interrupted:
+            status = {"status": "interrupted", "reason": interrupted}
+        elif not session.server.ended:
+            members, least = len(session.server.members), config.runtime.min_workers
+            left = f"{members} of runtime.min_workers={least} workers are left" if members else "no worker is left"
+            status = {"status": "failed", "reason": f"{left} after {queue.now:g} virtual seconds"}
+        summary = session.close(last, wait=True, virtual_seconds=queue.now, **status, **_loads(cluster, queue.now))
+        if status:
+            raise RunFailed(
+                f"{f'interrupted by {interrupted}' if interrupted else status['reason']}; iteration {last['iteration']} is "
+                f"kept: resume with checkpoint.resume={run_dir}",
+                exit_status=130 if interrupted else 1,
+            )
+        return summary
 
 
 def _schedule(config: Config, queue: EventQueue, cluster: Cluster) -> None:

@@ -12,6 +12,8 @@ from types import SimpleNamespace
 from typing import cast
 
 import pytest
+from torch import Tensor, nn
+from typing_extensions import override
 
 from ormo_rpc import RunFailed, train
 from ormo_rpc.cli import _result  # pyright: ignore[reportPrivateUsage] # the line is built nowhere else
@@ -210,3 +212,29 @@ def test_a_summary_without_losses_and_evaluations_has_a_closing_line(tmp_path: P
     summary = train([*SIM, "worker.dummy=true", "train.max_iterations=4", "model.hidden=4"], run_dir=tmp_path / "run")
     assert (summary["train_loss"], summary["status"], summary["reason"]) == (None, "completed", None)
     assert "training loss -, test accuracy -" in _result(summary, tmp_path)
+
+
+class Tired(nn.Module):
+    """Raises some time after the trial."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        self.passes = 0
+
+    @override
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.passes += 1
+        if self.passes > 9:
+            raise OSError("no space\nis left")
+        return self.layers(inputs)
+
+
+def test_a_simulation_whose_model_raises_has_failed(tmp_path: Path) -> None:
+    """It had no summary, so that nobody could tell it from one that goes on."""
+    values = {"runtime": "sim", "logger": "none", "workers": 1, "train": {"epochs": 1}, "model": Tired}
+    with pytest.raises(OSError, match="no space"):
+        train(values, run_dir=tmp_path / "run")
+    summary = read_summary(tmp_path / "run")
+    assert summary is not None
+    assert (summary["status"], summary["reason"]) == ("failed", "OSError: no space is left")
