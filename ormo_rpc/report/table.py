@@ -50,6 +50,8 @@ def notes(groups: Sequence[Group]) -> list[str]:
         for run in group.runs:
             if run.summary["status"] not in ("completed", "diverged"):
                 said.append(f"{run.path}: {run.summary['status']} ({run.summary.get('reason')}), not in the means")
+            elif lost := _lost(run.summary):
+                said.append(f"{run.path}: {lost}, which the configuration does not tell")
         for status in ("completed", "diverged"):
             reasons = [
                 run.summary["reason"] for run in group.runs if run.summary["status"] == status and run.summary.get("reason")
@@ -58,6 +60,12 @@ def notes(groups: Sequence[Group]) -> list[str]:
                 said.append(f"{group.label(keys)}: {len(reasons)} of {len(group.runs)} {status}: {reasons[0]}")
     runs = [run for group in groups for run in group.runs]
     return said + [note for entry in ENVIRONMENT if (note := _different(entry, runs))]
+
+
+def _lost(summary: Mapping[str, Any]) -> str:
+    """Say what a run lost on its way; empty where nothing was."""
+    counts = {"workers evicted": len(summary.get("evictions") or ()), "updates rolled back": summary.get("rolled_back") or 0}
+    return ", ".join(f"{what}: {count}" for what, count in counts.items() if count)
 
 
 def _no_seeds(group: Group, keys: Sequence[str]) -> str:

@@ -220,6 +220,13 @@ def test_runs_that_did_not_complete_are_not_in_the_means(tmp_path: Path) -> None
     ]
 
 
+def test_runs_that_lost_workers_or_updates_are_said(tmp_path: Path) -> None:
+    """They count, but went another way than the other seeds."""
+    lossy = record(tmp_path / "1", seed=1, evictions=[{"worker": 1}], rolled_back=7)
+    (group,) = grouped(record(tmp_path / "0", evictions=[], rolled_back=0), lossy)
+    assert notes([group]) == [f"{lossy}: workers evicted: 1, updates rolled back: 7, which the configuration does not tell"]
+
+
 def test_runs_that_ended_early_or_elsewhere_are_said(tmp_path: Path) -> None:
     limit = {"train": {"max_seconds": 2.0}}
     (group,) = grouped(
