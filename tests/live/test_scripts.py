@@ -9,7 +9,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
+from ormo_rpc.storage import checkpoint
 from tests.support.processes import ROOT, descendants, gone, launched, wait_until
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(180)]
@@ -97,6 +99,29 @@ def test_a_script_trains_again_in_threads_and_in_a_spawned_process(tmp_path: Pat
     lines = [line for line in out.splitlines() if line != "my_net is imported"]
     assert sorted(lines) == ["first completed", "left []", "spawned completed", "thread 0 completed", "thread 1 completed"]
     assert len(list((elsewhere / "outputs").glob("*/*"))) == 4
+
+
+def test_other_processes_build_the_model_in_the_default_dtype_of_the_script(tmp_path: Path) -> None:
+    path = script(
+        tmp_path / "code",
+        "double.py",
+        """
+        import torch
+        from my_net import Net
+        from ormo_rpc import train
+        if __name__ == "__main__":
+            torch.set_default_dtype(torch.float64)
+            for runtime in ("sim", "rpc"):
+                options = {"workers": 1, "logger": "none", "model": Net, "train": {"max_iterations": 20}}
+                print(train({"runtime": runtime, **options}, run_dir=runtime)["final_params_sha256"], flush=True)
+        """,
+    )
+    status, out, err = run(path, tmp_path / "elsewhere")
+    assert (status, err) == (0, "")
+    assert len({line for line in out.splitlines() if line != "my_net is imported"}) == 1
+    for runtime in ("sim", "rpc"):
+        weights = checkpoint.read(checkpoint.locate(tmp_path / "elsewhere" / runtime), "model.pt")
+        assert {weight.dtype for weight in weights.values()} == {torch.float64}
 
 
 def test_an_application_of_hydra_that_changes_the_directory_trains_with_its_own_model(tmp_path: Path) -> None:

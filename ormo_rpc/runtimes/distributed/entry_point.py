@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     reporter = Reporter(arguments.report_fd, arguments.heartbeat_seconds)
     _log_to(reporter, stderr=arguments.log)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    torch.set_default_dtype(getattr(torch, arguments.default_dtype))
     try:
         arguments.run(arguments, reporter.report)
     except BaseException as error:
@@ -190,6 +191,7 @@ def _parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     common.add_argument("--report-fd", type=int, required=True, help="writing end of the report pipe")
     common.add_argument("--heartbeat-seconds", type=float, default=1.0, help="interval of the heartbeats on the report pipe")
     common.add_argument("--log", action="store_true", help="log to standard error, which is this process's own file")
+    common.add_argument("--default-dtype", default="float32", help="of torch, in which models are built without another one")
     common.add_argument("--address", metavar="HOST:PORT", help="of the server's listener")
     common.add_argument("--secret-file", help="by default the environment has the secret")
     common.add_argument("--store", metavar="HOST:PORT", help="torchrun's store, in which the server leaves its address")

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
 
+import torch
+
 from ormo_rpc.config.schema import Config
 from ormo_rpc.data import DataSource
 from ormo_rpc.errors import ConfigError
@@ -97,6 +99,7 @@ class Launcher:
                 *(sys.executable, "-P", "-m", "ormo_rpc.runtimes.distributed.entry_point", *command),
                 *("--start-timeout-seconds", str(options.start_timeout_seconds)),
                 *("--heartbeat-seconds", str(options.heartbeat_seconds)),
+                *("--default-dtype", str(torch.get_default_dtype()).removeprefix("torch.")),  # a script may have set it
                 *([] if log is None else ["--log"]),
             ],
             env=self.environment,
