@@ -106,7 +106,8 @@ def _fault(error: BaseException) -> str:
     if frames:
         at = (own or frames)[-1]
         return f"{at.filename}:{at.lineno}: {one_line(error)}"
-    return f"{' '.join(str(error).split())}; is its folder on PYTHONPATH?"
+    hint = "; is its folder on PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else ""
+    return f"{' '.join(str(error).split())}{hint}"
 
 
 def _import(target: str) -> Any:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -111,6 +112,9 @@ class Job:
         self._built: Fingerprint | None = None
         """Of the first model that was built, without the data set."""
         self._fingerprint: Fingerprint | None = None
+        self._push_format: PushFormat | None = None
+        self._spare: list[FlatModel] = []
+        """Models that nobody has used, since a large one takes long to build."""
 
     def model(self) -> FlatModel:
         """Build a model with the run's initial weights, which are the same in every process.
@@ -118,16 +122,35 @@ class Job:
         Raises:
             ValueError: it cannot be trained, or it is not the one that was built before.
         """
+        return self._spare.pop() if self._spare else self._new_model()
+
+    def prepare_models(self, count: int) -> torch.dtype:
+        """Build this many models for those who ask for one next; return the dtype of their parameters.
+
+        Raises:
+            ValueError: as `model` does.
+        """
+        self._spare += [self._new_model() for _ in range(count)]
+        return self._spare[-1].dtype
+
+    def _new_model(self) -> FlatModel:
         module = build_module(self.config, self.data)
         model = FlatModel(module)
         self._check_same(module)
         return model
 
+    @contextlib.contextmanager
+    def _unchanged_model(self) -> Generator[FlatModel]:
+        """Lend a model for reading; the next one who asks gets it."""
+        model = self.model()
+        yield model
+        self._spare.append(model)
+
     def fingerprint(self) -> Fingerprint:
         """Return what other processes, checkpoints and a replay must have in common with this job."""
         if self._fingerprint is None:
             if self._built is None:
-                self.model()
+                self.prepare_models(1)
             assert self._built is not None, "a model was built"
             data = {
                 "training samples": len(self.data.train),
@@ -162,10 +185,10 @@ class Job:
 
     def push_format(self) -> PushFormat:
         """Return the wire form of pushes, the same on the server as on its workers."""
-        return self._push_format(self.model())
-
-    def _push_format(self, model: FlatModel) -> PushFormat:
-        return configured_format(self.config, model.params, model.buffers.layout, model.dtype)
+        if self._push_format is None:
+            with self._unchanged_model() as model:
+                self._push_format = configured_format(self.config, model.params, model.buffers.layout, model.dtype)
+        return self._push_format
 
     def worker(self, allocate: Allocate | None = None) -> Worker:
         """Build a worker with a model of its own, or a `DummyWorker`.
@@ -174,10 +197,10 @@ class Job:
             allocate: Allocates the memory of its pushes: given a number of bytes, a uint8 tensor of zeros, 64-byte aligned.
                 By default torch allocates it.
         """
-        train, model = self.config.train, self.model()
+        train = self.config.train
         kind = DummyWorker if self.config.worker.dummy else Worker
         return kind(
-            model,
+            self.model(),
             self.data.train,
             self.epochs,
             self.config.algorithm,
@@ -185,15 +208,15 @@ class Job:
             momentum=train.momentum,
             weight_decay=train.weight_decay,
             clip_norm=train.clip_norm,
-            wire_format=self._push_format(model),
+            wire_format=self.push_format(),
             allocate=allocate,
         )
 
     def server(self, record: Callable[[Event], None], clock: Callable[[], float]) -> ParameterServer:
         """Build the parameter server at iteration 0; it calls ``record`` with each event, timed by ``clock``."""
-        model = self.model()
-        buffers = RunningBuffers(model.buffers.tensors, model.buffers.rules)
-        return configured_server(self, model.flat_params(), buffers, record, clock)
+        with self._unchanged_model() as model:
+            params, buffers = model.flat_params(), RunningBuffers(model.buffers.tensors, model.buffers.rules)
+        return configured_server(self, params, buffers, record, clock)
 
     def epoch(self, iteration: int) -> float:
         """Return the number of epochs that this many applied gradients are."""

@@ -160,13 +160,12 @@ def check_data_and_model(config: Config) -> Job:
         config.dataset.prepare()
         job = Job(config)
     with _refused(config.model):
-        for _ in range(2):
-            dtype = job.model().dtype
-            if dtype not in TRAINED_DTYPES:
-                raise ValueError(
-                    f"model: got trainable parameters of {dtype}, expected float32 or float64; lower precision belongs "
-                    "into the forward pass (torch.autocast), and real pairs take the place of complex numbers"
-                )
+        dtype = job.prepare_models(2)
+        if dtype not in TRAINED_DTYPES:
+            raise ValueError(
+                f"model: got trainable parameters of {dtype}, expected float32 or float64; lower precision belongs "
+                "into the forward pass (torch.autocast), and real pairs take the place of complex numbers"
+            )
     for name, split in (("test set", job.data.test), ("validation split", job.data.validation)):
         if split is not None and len(split) == 0:
             raise ConfigError(f"dataset: got an empty {name}, expected at least one sample")

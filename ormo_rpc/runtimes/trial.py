@@ -15,8 +15,8 @@ from ormo_rpc.data import Split
 from ormo_rpc.errors import ConfigError, one_line
 from ormo_rpc.messages import NO_BUFFERS
 from ormo_rpc.models.flat import FlatModel
+from ormo_rpc.models.pass_checks import check_passes, warn_of_views
 from ormo_rpc.models.passes import Passes
-from ormo_rpc.models.trial import check_passes, warn_of_views
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.seeding import generator, seeded
 from ormo_rpc.worker.evaluation import Evaluator

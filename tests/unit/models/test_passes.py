@@ -16,7 +16,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from ormo_rpc.models.flat import FlatModel
-from ormo_rpc.models.trial import LARGE, check_passes
+from ormo_rpc.models.pass_checks import LARGE, check_passes
 from tests.support.state import FEATURES, Body, Make, Training, plain
 
 REGISTER = "register buffers with their final shapes, or keep them as plain attributes where they are mere caches"

@@ -1,4 +1,4 @@
-"""How often a data set is made and read: once to count its classes, in the launcher, and never for nothing."""
+"""How often a data set is made and read, and a model built: never for nothing."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from tests.support.datasets import write_cifar10
 SAMPLES = 40
 made: list[dict[str, Any]] = []
 """The keywords of every call of the data set's function."""
+built: list[nn.Module] = []
+"""The models."""
 reads: list[int] = []
 """The item of every read of a training set."""
 
@@ -63,7 +65,8 @@ def named() -> tuple[Counted, Counted]:
 
 def net(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     assert num_classes == 5
-    return nn.Linear(input_shape[0], num_classes)
+    built.append(nn.Linear(input_shape[0], num_classes))
+    return built[-1]
 
 
 def config(function: str, **options: Any) -> Config:
@@ -83,6 +86,7 @@ def config(function: str, **options: Any) -> Config:
 @pytest.fixture(autouse=True)
 def _nothing_noted() -> None:  # pyright: ignore[reportUnusedFunction] # pytest uses it
     made.clear()
+    built.clear()
     reads.clear()
 
 
@@ -120,6 +124,16 @@ def test_a_simulation_makes_and_counts_its_data_set_once(tmp_path: Path) -> None
     assert len(made) == 1
     # counted, the first, one tried, 16 labels for the fingerprint, two epochs
     assert len(reads) == SAMPLES + 1 + 4 + 16 + 2 * SAMPLES
+
+
+def test_models_are_built_for_those_alone_who_change_them(tmp_path: Path) -> None:
+    checked = prepare.check(config("pair"), starts_server=True)
+    assert isinstance(checked, Job)
+    assert len(built) == 2  # which are compared; one of them is tried
+    built.clear()
+    train(config("pair", runtime="sim"), run_dir=tmp_path)
+    assert len(built) == 4  # tried, evaluated, exported, trained; the server reads one that is used afterwards
+    assert len({id(each) for each in built}) == 4
 
 
 def test_the_files_of_a_data_set_are_read_once_in_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
