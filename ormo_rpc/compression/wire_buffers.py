@@ -39,6 +39,8 @@ class WireBuffers:
     def read(self) -> dict[str, Tensor]:
         """The reported buffers by name, as views of the bytes; bools as copies, as forged ones may be neither 0 nor 1."""
         found: dict[str, Tensor] = {}
+        if not self._views:
+            return found
         for (name, view), mark in zip(self._views.items(), self._marks.tolist(), strict=True):
             if mark:
                 found[name] = view.view(torch.uint8) != 0 if view.dtype is torch.bool else view

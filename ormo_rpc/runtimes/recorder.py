@@ -13,7 +13,7 @@ from ormo_rpc.loggers import RunLog
 from ormo_rpc.loggers.metrics import Measurements, Rows, row_of
 from ormo_rpc.loggers.statistics import Statistics
 from ormo_rpc.runtimes.job import JobLike
-from ormo_rpc.server.events import Event
+from ormo_rpc.server.events import Event, Kind
 from ormo_rpc.storage.run_directory import RunDirectory
 from ormo_rpc.storage.summary import Summary, write_summary
 from ormo_rpc.worker.evaluation import Evaluation
@@ -65,6 +65,8 @@ class Recorder:
         self._queue: SimpleQueue[Event | Callable[[Offsets], None]] = SimpleQueue()
         self._last_row = (0.0, 0)
         """Time of the last gradient in the last row of an interval, and the gradients that this run had applied by then."""
+        self._since_row = 0
+        """Gradients since that row."""
         self._row_written = 0.0
         """Time at which that row was written."""
         self._iterations_between_rows = job.config.logger.iterations_between_rows(job.total_tickets)
@@ -98,7 +100,8 @@ class Recorder:
             if isinstance(item, Event):
                 self.statistics.observe(item)
                 self.directory.write_event(item)
-                self._write_row_by_iterations()
+                if item.kind is Kind.apply:
+                    self._count_towards_row()
             else:
                 item(Offsets(*self.directory.sync(), self.statistics.state_dict()))
         now = self.clock()
@@ -129,15 +132,16 @@ class Recorder:
                 _log.warning("%s cannot be finished: %s", type(log).__name__, one_line(error))
         return content
 
-    def _write_row_by_iterations(self) -> None:
-        """Write a row where ``logger.log_iterations`` have passed; those of one moment share it."""
-        seconds, (last_seconds, last_applied) = self.statistics.seconds, self._last_row
-        if self.statistics.applied - last_applied >= self._iterations_between_rows and seconds > last_seconds:
+    def _count_towards_row(self) -> None:
+        """Count a gradient, and write a row where ``logger.log_iterations`` have passed; those of one moment share it."""
+        self._since_row += 1
+        seconds = self.statistics.seconds
+        if self._since_row >= self._iterations_between_rows and seconds > self._last_row[0]:
             self._write_row(seconds)
 
     def _write_row(self, now: float) -> None:
         """Write a row at the time of its last gradient: the end of a run, with its evaluation, is no time of training."""
-        self._row_written = now
+        self._row_written, self._since_row = now, 0
         last_seconds, last_applied = self._last_row
         iteration, applied, seconds = self.statistics.iterations, self.statistics.applied, self.statistics.seconds
         self._last_row = (seconds, applied)

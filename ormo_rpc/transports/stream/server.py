@@ -113,7 +113,7 @@ class StreamServerSide(ServerSide):
         inline = bytes_of(payload) if shared is None else None
         decoded = None if form.plain else torch.empty(form.length, dtype=form.dtype)
         pushed = form.buffer_region.of(payload)
-        buffer_bytes = torch.empty_like(pushed) if payload is shared else pushed
+        buffer_bytes = torch.empty_like(pushed) if payload is shared and pushed.numel() else pushed
         views = (form.whole(payload), WireBuffers(form.buffers, buffer_bytes)) if form.plain else None  # made once
         frame = bytearray(REQUEST_BYTES)
         whole = memoryview(frame)
