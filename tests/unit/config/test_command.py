@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
             r"model\._target_: 'broken\.Net' cannot be imported: \S+/broken\.py:2: SyntaxError: invalid syntax",
         ),
         (
-            ["model._target_=tests.unit.runtimes.test_trial.dense"],
+            ["model._target_=tests.support.untrainable.dense"],
             r"model: \S+\.dense on training batch 0 of digits: the output \(32, 3, 8, 8\) does not fit targets \(32,\): .*",
         ),
     ],
