@@ -10,6 +10,10 @@ class ConfigError(ValueError):
     """The configuration is wrong; the message has the full key, the given value, and the expected one."""
 
 
+class ModelRefused(ConfigError):
+    """A forward pass changes what it must not change; the message has its name and what to do. It would come again."""
+
+
 class RunFailed(RuntimeError):
     """The run did not complete; the message is one line that says why.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage] # the base class of all batch norms
 
+from ormo_rpc.errors import ModelRefused
 from ormo_rpc.models.buffers import buffers_of
 from ormo_rpc.server.buffer_layout import same_bytes
 
@@ -56,7 +57,7 @@ class NormCalls:
         """Return the number of calls and the mean of their statistics by name; nothing where there was no call.
 
         Raises:
-            ValueError: the statistics were changed otherwise.
+            ModelRefused: the statistics were changed otherwise.
         """
         self._check()
         count = len(self.batches)
@@ -84,13 +85,13 @@ class NormCalls:
         if not (norm.training and norm.track_running_stats):
             return
         if norm.momentum != self.momentum:
-            raise ValueError(
+            raise ModelRefused(
                 f"model: {self.prefix}momentum: got {norm.momentum} in a forward pass, expected {self.momentum}, as at "
                 "construction; the server averages with that one, so leave it as it is"
             )
         mean, variance, _ = self._statistics()
         if mean is None or variance is None:
-            raise ValueError(self._refusal())
+            raise ModelRefused(self._refusal())
         self._own = mean, variance
         self._put(torch.zeros_like(mean), torch.zeros_like(variance))
         norm.momentum = 1.0
@@ -125,10 +126,10 @@ class NormCalls:
     def _check(self) -> None:
         mean, variance, count = self._statistics()
         if mean is None or variance is None or count is None:
-            raise ValueError(self._refusal())
+            raise ModelRefused(self._refusal())
         same = all(map(_same, (mean, variance), self._expected))
         if int(count) != int(self._calls_before) + len(self.batches) or not same:
-            raise ValueError(self._refusal())
+            raise ModelRefused(self._refusal())
 
     def _refusal(self) -> str:
         return (

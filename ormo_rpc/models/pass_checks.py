@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from ormo_rpc.errors import ModelRefused
 from ormo_rpc.models.buffers import is_dense
 from ormo_rpc.models.flat import sha256
 
@@ -30,7 +31,7 @@ def check_passes(module: nn.Module, compute: Callable[[], None]) -> None:
         compute: Computes a pass, with the same batch and random draws each time; `Passes` compares the parameters' values.
 
     Raises:
-        ValueError: a parameter came or went.
+        ModelRefused: a parameter came or went.
     """
     parameters = dict(module.named_parameters())
     large = _large_buffers(module)
@@ -38,7 +39,7 @@ def check_passes(module: nn.Module, compute: Callable[[], None]) -> None:
     after = dict(module.named_parameters())
     others = [name for name in {**parameters, **after} if after.get(name) is not parameters.get(name)]
     if others:
-        raise ValueError(
+        raise ModelRefused(
             f"model: parameters: a forward pass added, removed or replaced {others}, expected those of construction; "
             "make all of them there"
         )

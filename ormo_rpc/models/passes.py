@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ormo_rpc.errors import ModelRefused
 from ormo_rpc.models.buffers import buffers_of, is_dense
 from ormo_rpc.models.flat import FlatModel, sha256
 from ormo_rpc.models.norm_calls import NormCalls
@@ -122,7 +123,7 @@ class Passes:
         """Check that it has not.
 
         Raises:
-            ValueError: it has; the message has the name and what to do.
+            ModelRefused: it has; the message has the name and what to do.
         """
         for each in self._guarded:
             if each.has_changed(values=self._compares_values):
@@ -137,12 +138,12 @@ class Passes:
         """Return by name what the passes since `begin` have to report of the buffers; those that are as before are left out.
 
         Raises:
-            ValueError: a buffer came, went, or has another shape or dtype, or the statistics of a norm were written to.
+            ModelRefused: a buffer came, went, or has another shape or dtype, or the statistics of a norm were written to.
         """
         for name, buffers, keys in self._keys:
             if set(buffers.keys()) != keys:
                 got, expected = sorted(buffers), sorted(keys)
-                raise ValueError(
+                raise ModelRefused(
                     f"model: {name or 'buffers'}: got {got} after a forward pass, expected {expected}; {_REGISTER}"
                 )
         reported: dict[str, Tensor] = {}
@@ -151,7 +152,7 @@ class Passes:
         for place in self._others:
             now = place.now
             if _described(now) != _described(place.tensor):
-                raise ValueError(
+                raise ModelRefused(
                     f"model: {place.name}: got {_described(now)} after a forward pass, expected {_described(place.tensor)}, "
                     f"as at construction; {_REGISTER}"
                 )
@@ -159,17 +160,17 @@ class Passes:
                 reported[place.name] = now.detach()
         for place, first in self._further_names:
             if place.now is not first.now:
-                raise ValueError(
+                raise ModelRefused(
                     f"model: {place.name}: got a tensor of its own, expected that of {first.name}, as at construction"
                 )
         return reported
 
 
-def changed(name: str, tensor: Tensor, trained: bool) -> ValueError:
+def changed(name: str, tensor: Tensor, trained: bool) -> ModelRefused:
     """The refusal of a pass that has changed a parameter, or a buffer that is no state."""
     if tensor.requires_grad != trained:
         got, expected = (str(each).lower() for each in (tensor.requires_grad, trained))
-        return ValueError(
+        return ModelRefused(
             f"model: {name}: got requires_grad={got} after a forward pass, expected {expected}, as at construction; "
             "what is trained is decided there"
         )
@@ -179,7 +180,7 @@ def changed(name: str, tensor: Tensor, trained: bool) -> ValueError:
         remedy = "training alone changes it, so let the pass write to a copy (nn.Embedding: no max_norm)"
     else:
         remedy = "register it as a buffer, which a pass may change"
-    return ValueError(f"model: {name}: got another value from a forward pass, expected the one before; {remedy}")
+    return ModelRefused(f"model: {name}: got another value from a forward pass, expected the one before; {remedy}")
 
 
 def _guarded(model: FlatModel) -> list[Guarded]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ormo_rpc.data import Split
-from ormo_rpc.errors import ConfigError, one_line
+from ormo_rpc.errors import ConfigError, ModelRefused, one_line
 from ormo_rpc.messages import NO_BUFFERS
 from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.models.pass_checks import check_passes, warn_of_views
@@ -86,9 +86,7 @@ class Trial:
 
         try:
             check_passes(self.model.module, compute)
-        except ConfigError:
-            raise
-        except ValueError as error:  # a pass changes what none may change
+        except ModelRefused as error:
             raise ConfigError(f"{self._place(where)}: {str(error).removeprefix('model: ')}") from None
         if not math.isfinite(losses[0]):
             _log.warning("%s: the loss is %s at the initial weights", self._place(where), losses[0])
@@ -157,6 +155,8 @@ class Trial:
         """Refuse what a user's model raises."""
         try:
             yield
+        except ModelRefused:
+            raise  # it says all itself
         except (Exception, SystemExit) as error:
             raise ConfigError(f"{self._place(where)}: {one_line(error)}{_shown(inputs=inputs, targets=targets)}") from error
 

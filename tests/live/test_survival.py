@@ -247,6 +247,16 @@ def test_workers_whose_frozen_weights_are_not_the_servers_end_the_run_with_their
     assert summary(run_dir)["status"] == "failed"
 
 
+def test_a_model_that_a_late_pass_changes_wrongly_ends_the_run_without_restarts(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    status, _, err = launch(run_dir, *QUIET, "model._target_=tests.support.odd_models.LateGrowth", "workers=2")
+    assert status == 1, err
+    said = r"ModelRefused: model: average: got torch\.float32 \(1, 16\) after a forward pass, expected torch\.float32 \(16,\)"
+    assert len(re.findall(rf"^launch\.py: worker \d \(pid \d+\) exited with status 65: {said}", err, re.MULTILINE)) == 2, err
+    assert "restarting" not in err
+    assert summary(run_dir)["status"] == "failed"
+
+
 def test_a_run_without_workers_ends_with_the_reason(tmp_path: Path) -> None:
     options = ("workers=1", "train.epochs=100000", "runtime.max_restarts=1", "runtime.restart_backoff_seconds=0")
     with launched("launch.py", f"hydra.run.dir={tmp_path}", *QUIET, *options) as launcher:
