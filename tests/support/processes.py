@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -53,6 +54,7 @@ def launched(*command: str, cwd: Path = ROOT, env: Mapping[str, str] | None = No
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=_heed_interrupts,
     )
     family = [psutil.Process(process.pid)]
     try:
@@ -66,6 +68,11 @@ def launched(*command: str, cwd: Path = ROOT, env: Mapping[str, str] | None = No
         for stream in (process.stdout, process.stderr):
             if stream is not None:
                 stream.close()
+
+
+def _heed_interrupts() -> None:
+    """Undo what a shell does to commands in the background: they, and all that they start, ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def launch(run_dir: Path, *overrides: str, env: Mapping[str, str] | None = None) -> tuple[int, str, str]:
