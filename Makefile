@@ -25,7 +25,7 @@ setup: .venv/ready  ## Make the environment in .venv (a few minutes, several GB:
 train: .venv/ready  ## Train the default job: OrMo, 4 workers, handwritten digits (more: make train ARGS="workers=8")
 	$(BIN)/python launch.py $(ARGS)
 
-quick: .venv/ready  ## Format, lint and most unit tests, within a minute: before every commit
+quick: .venv/ready  ## Format, lint and most unit tests, in little more than a minute: before every commit
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet --output-format concise .
 	@$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow and not live" --hypothesis-profile=quick tests/unit $(ARGS)
