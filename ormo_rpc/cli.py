@@ -40,7 +40,7 @@ _composing = threading.Lock()
 EXTRA = "pip install 'ormo-rpc[sweeps]'"
 """Installs hydra's plugins for sweeps."""
 _PLUGINS = {"hydra/sweeper": ("optuna",), "hydra/launcher": ("joblib", "submitit_local", "submitit_slurm")}
-"""What they add to hydra's groups."""
+"""Names that they add to hydra's groups."""
 _SWEEP = ("-m", "--multirun")
 
 

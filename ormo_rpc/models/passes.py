@@ -1,4 +1,4 @@
-"""What passes change in a module beside the gradients: its buffers, which are collected; anything else is refused."""
+"""Changes by passes in a module beside the gradients: those of buffers are collected, any other is refused."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class Passes:
 
     @property
     def _compares_values(self) -> bool:
-        """Whether values are compared in this pass: in the first, second, fourth, eighth, ... one, as it costs time."""
+        """True where values are compared in this pass: in the first, second, fourth, eighth, ... one, as it costs time."""
         return self._passes & (self._passes - 1) == 0
 
     def collect(self) -> dict[str, Tensor]:

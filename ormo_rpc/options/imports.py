@@ -18,11 +18,11 @@ _SCRIPT = ("__main__", "__mp_main__")
 """The names of the module that Python was started with; in another process they are another module."""
 _MACHINERY = (__file__, importlib.__file__, "<frozen ")
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
-"""How the names of files begin that are hardly the user's own."""
+"""Folders whose files are hardly the user's own."""
 
 
 _importing = ContextVar("importing", default="")
-"""What this thread imports at present, such as ``model._target_='my_module.Net'``; empty for nothing."""
+"""The target that this thread imports at present, such as ``model._target_='my_module.Net'``; empty for nothing."""
 
 
 def refuse_while_importing() -> None:

@@ -49,7 +49,7 @@ class Part(Section):
 
     @property
     def known_as(self) -> str:
-        """What people are told it is: the name, or the dotted path of a function or class of the user's that it calls."""
+        """The name in messages: that of the part, or the dotted path of the user's function or class that it calls."""
         return self.name
 
 

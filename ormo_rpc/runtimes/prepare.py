@@ -31,7 +31,7 @@ RESUMED_KEYS = (
 )
 """Keys that a resumed run must have in common with the checkpoint's: they give its tickets and its state their meaning."""
 _KEYS = frozenset(field.name for field in dataclasses.fields(Config))
-"""How our own messages begin, before a dot or a colon."""
+"""Keys that our own messages begin with, before a dot or a colon."""
 
 
 def decide_workers(config: Config, torchrun: Torchrun | None) -> Config:

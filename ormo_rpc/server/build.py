@@ -30,7 +30,7 @@ from ormo_rpc.server.validation import NormLimit, all_finite
 P = TypeVar("P", bound=Part)
 
 TRAINED_DTYPES = (torch.float32, torch.float64)
-"""What parameters may be of."""
+"""The dtypes that parameters may have."""
 
 
 def build_server(

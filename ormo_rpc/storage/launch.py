@@ -1,4 +1,4 @@
-"""How a run was started, in ``launch.json`` of its run directory: what was typed, and the sweep that it belongs to."""
+"""The start of a run, in ``launch.json`` of its run directory: what was typed, and the sweep that it belongs to."""
 
 from __future__ import annotations
 

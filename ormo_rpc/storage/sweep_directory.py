@@ -1,4 +1,4 @@
-"""What became of each job of a sweep: one file for each, since jobs may run in other processes or on other machines."""
+"""The outcome of each job of a sweep: one file for each, since jobs may run in other processes or on other machines."""
 
 from __future__ import annotations
 

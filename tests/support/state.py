@@ -42,7 +42,7 @@ class Body(nn.Module):
         self.last = nn.Linear(FEATURES, CLASSES)
 
     def between(self, features: Tensor) -> Tensor:
-        """What is done between the linear layers."""
+        """Transform the activations between the linear layers."""
         return self.layer(features)
 
     @override

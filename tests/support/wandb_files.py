@@ -1,4 +1,4 @@
-"""What wandb has written offline: logs in the format of LevelDB's, of records that protocol buffers describe."""
+"""The files of an offline wandb run: logs in the format of LevelDB's, of records that protocol buffers describe."""
 
 from __future__ import annotations
 

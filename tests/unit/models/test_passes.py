@@ -1,4 +1,4 @@
-"""What a forward pass must not change, refused by its name; and the trial pass, which sees more and warns of attributes."""
+"""Changes that a forward pass must not make, refused by name; and the trial pass, which sees more and warns of attributes."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def test_what_torch_does_not_count_is_seen_soon_where_it_begins_late(name: str) 
 
 @pytest.mark.parametrize(("name", "said"), [("frozen", f"frozen: {AS_BUFFER}"), ("scale", f"scale: {COPY}")])
 def test_other_memory_of_equal_values_is_refused_in_any_pass(name: str, said: str) -> None:
-    """What `torch.renorm` returns has the values of a weight that is short enough."""
+    """The result of `torch.renorm` has the values of a weight that is short enough."""
 
     def replace_data(self: Any) -> None:
         tensor = getattr(self, name)

@@ -1,4 +1,4 @@
-"""What forward passes do to buffers, trained by a server and one worker, against plain PyTorch on the same batches."""
+"""Buffers that forward passes change, trained by a server and one worker, against plain PyTorch on the same batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a run ended: diverged by its losses, finished before its last epoch; over which time its rate is; its closing line."""
+"""The end of a run: diverged by its losses, finished before its last epoch; over which time its rate is; its closing line."""
 
 from __future__ import annotations
 

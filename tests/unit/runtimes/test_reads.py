@@ -1,4 +1,4 @@
-"""How often a data set is made and read, and a model built: never for nothing."""
+"""A data set is made and read, and a model built, no more often than needed."""
 
 from __future__ import annotations
 

@@ -285,7 +285,7 @@ class Merging(nn.Module):
 
 
 class Caching(nn.Module):
-    """What eval mode computes of the weight is kept until the model trains again."""
+    """A product of the weight, computed in eval mode, is kept until the model trains again."""
 
     def __init__(self) -> None:
         super().__init__()
