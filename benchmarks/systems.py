@@ -67,9 +67,9 @@ SYSTEMS = {
     for c in (
         _ours("ormo_rpc"),
         _ours("ormo_rpc_tcp", "--transport", "tcp"),
-        _ours("ormo_rpc_torch_rpc", "--transport", "torch_rpc"),
+        _ours("ormo_rpc_inline", "--transport", "rpc"),
         _ours("ormo_rpc_tcp_bf16", "--transport", "tcp", "--wire", "bf16"),
-        _ours("ormo_rpc_torch_rpc_bf16", "--transport", "torch_rpc", "--wire", "bf16"),
+        _ours("ormo_rpc_inline_bf16", "--transport", "rpc", "--wire", "bf16"),
         _peer(RAW_SOCKETS),
         _peer(RPC_TENSORS),
         _peer("rpc_flat"),

@@ -115,6 +115,8 @@ class Algorithm(Part, ABC):
 
     VECTORS_PUSHED: ClassVar[int] = 1
     """The number of vectors of D in a push, contiguous; an algorithm without local steps reads the first one only."""
+    VECTORS_SENT: ClassVar[int] = 1
+    """The largest number of vectors of D that `outgoing` returns."""
     READS_SENT: ClassVar[bool] = False
     """`step` reads `PushContext.sent`; the server then refuses a push whose reply it has lost, so that it is never None."""
     OUT_OF_PLACE: ClassVar[bool] = False

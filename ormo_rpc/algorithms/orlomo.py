@@ -54,6 +54,7 @@ class OrLoMo(StepMomentum):
     """
 
     VECTORS_PUSHED = 2
+    VECTORS_SENT = 2
 
     local_steps: int = option(
         4, "H, local steps for each ticket, each on a batch", valid=at_least_one, expected="a whole number >= 1"

@@ -174,12 +174,6 @@ def _refuse_together(config: Config) -> None:
             f"worker.prefetch: got {prefetch} with scheduler={config.scheduler.name}, whose barrier waits for all tickets, "
             f"those ahead as well; expected 0, or a scheduler without a barrier: {', '.join(_without_barrier())}"
         )
-    if prefetch and not config.transport.SUPPORTS_PREFETCH:
-        able = ", ".join(name for name, transport in parts("transport").items() if transport.SUPPORTS_PREFETCH)
-        raise ConfigError(
-            f"worker.prefetch: got {prefetch} with transport={config.transport.name}, which connects one worker for each "
-            f"process; expected 0, or transport={able}"
-        )
     if config.transport.UNAVAILABLE:
         raise ConfigError(
             f"transport: got {config.transport.name}, which this machine does not support: {config.transport.UNAVAILABLE}"

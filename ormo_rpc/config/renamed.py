@@ -9,7 +9,7 @@ from ormo_rpc.errors import ConfigError
 
 RENAMED_KEYS: Mapping[str, str] = {"worker.stand_in": "worker.dummy", "wire.transport": "transport"}
 """From the former full key to the present one."""
-RENAMED_VALUES: Mapping[tuple[str, str], str] = {("transport", "uv"): "torch_rpc"}
+RENAMED_VALUES: Mapping[tuple[str, str], str] = {("transport", "uv"): "rpc", ("transport", "torch_rpc"): "rpc"}
 """From (key, former value) to the present value; the key is the present one."""
 _NO_WANDB = ("logger.mode", "disabled")
 """The key and value that meant what ``logger=none`` means now."""

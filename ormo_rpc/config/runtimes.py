@@ -48,7 +48,7 @@ class RpcRuntime(Runtime):
     )
     rpc_timeout_seconds: float = option(
         30.0,
-        "time for accepting a connection; with transport=torch_rpc, until an unanswered push is repeated",
+        "time for accepting a connection; with transport=rpc, until an unanswered push is repeated",
         valid=positive,
         expected="a finite number > 0",
     )

@@ -1,22 +1,25 @@
-"""The contract of a transport: how pushes and replies cross between a worker's process and the server's.
+"""The contract of a transport, the data path of one worker: how its pushes and their replies cross to the server's process.
 
 A transport is a `Part` with two halves, made from the same options in both processes::
 
     server's process                                      worker's process
     side = transport.server_side(...)                     side = transport.worker_side()
     offer = side.start(service)       -- join response -> side.connect(Endpoint(offer=offer, ...), payload)
+    side.answer(session_id, request)  <-- control plane-- endpoint.ask(request), such as to open a pair or for a refusal's text
     side.accept(reader)               <-- a connection -- endpoint.open_connection(), where the transport wants one
+    service.connected(session_id, ..) the path is open
     service.push(session_id, push)    <--- push --------- client.push(push)
     ReplyFuture                       ---- reply -------> Reply
 
-Membership (joining, heartbeats, eviction) is the business of `rendezvous`, the same for every transport.
+Joining and leaving are the business of `control`, authentication and the lease that of `rendezvous`, the same for every
+transport.
 """
 
 from __future__ import annotations
 
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -38,12 +41,12 @@ class Transport(Part, ABC):
     """A way for pushes and replies, with its options as fields; the same object configures both halves.
 
     Attributes:
-        SUPPORTS_PREFETCH: Several clients can be connected in one process, as ``worker.prefetch`` needs it.
+        NEEDS_RPC: It needs an agent of torch.distributed.rpc (``runtime.control=rpc``).
         UNAVAILABLE: The reason why this machine cannot use it, such as a missing build of torch; empty where it can.
     """
 
     PATH = "transport"
-    SUPPORTS_PREFETCH: ClassVar[bool] = True
+    NEEDS_RPC: ClassVar[bool] = False
     UNAVAILABLE: ClassVar[str] = ""
 
     @abstractmethod
@@ -60,19 +63,38 @@ class Transport(Part, ABC):
         """Make the half of one worker, which is kept as long as the worker, across incarnations of the server."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplySize:
+    """The most that a reply carries, in bytes: some transports receive into memory of a fixed size.
+
+    Attributes:
+        params: Of the vectors that the algorithm sends.
+        buffers: Of the model's buffers.
+    """
+
+    params: int
+    buffers: int
+
+
 class Service(Protocol):
     """The server as a transport sees it; every method may be called from any thread.
 
     Attributes:
         push_format: The wire form of pushes.
+        reply_size: The most that a reply carries.
         rereads_pushes: Whether a push is read again after it was validated. Its memory must then be out of the worker's reach.
     """
 
     push_format: PushFormat
+    reply_size: ReplySize
     rereads_pushes: bool
 
     def is_member(self, session_id: str) -> bool:
         """Tell whether a session is valid; it stays so until the worker leaves or is evicted."""
+        ...
+
+    def connected(self, session_id: str, transport: str, reason: str) -> None:
+        """Take note of the transport that carries a worker's pushes from now on, and of the reason why it is that one."""
         ...
 
     def register(self, session_id: str) -> ReplyFuture:
@@ -103,10 +125,20 @@ class ServerSide(ABC):
 
     memory: Callable[[int], Memory] | None = None
     """Makes the memory of the parameters that are sent, given its bytes; None for the kernel's own."""
+    functions: Sequence[Callable[..., Any]] = ()
+    """The functions that a worker may call in the server's process by torch.distributed.rpc."""
 
     @abstractmethod
     def start(self, service: Service) -> Mapping[str, Any]:
         """Serve from now on; return the values that workers need to connect (`Endpoint.offer`), of JSON's types."""
+
+    def answer(self, session_id: str, request: Mapping[str, Any]) -> Mapping[str, Any]:  # noqa: ARG002 - for those that are asked
+        """Answer a request that a worker made by `Endpoint.ask`; both are of JSON's types. It may block for a moment.
+
+        Raises:
+            ValueError: the request is wrong; the worker is sent the message.
+        """
+        raise ValueError("transport: this run's transport answers no requests")
 
     def accept(self, reader: LineReader) -> None:  # noqa: ARG002 - for those that take connections
         """Serve a connection that a worker opened by `Endpoint.open_connection`, in the calling thread, until it ends.

@@ -46,7 +46,7 @@ class Network:
         tag = f"chaos{os.getpid()}"
         self._names = (f"{tag}a", f"{tag}b")
         self.inside, self.outside = (
-            Namespace(("ip", "netns", "exec", name), (f"runtime.interface={name}", "transport=torch_rpc"), name)
+            Namespace(("ip", "netns", "exec", name), (f"runtime.interface={name}", "transport=rpc"), name)
             for name in self._names
         )
         self.netem = False

@@ -86,7 +86,7 @@ def test_the_default_run_trains_digits_and_writes_all_its_files(tmp_path: Path) 
 # With 1100 hidden units there are enough parameters for them to lie in shared memory.
 @pytest.mark.parametrize(
     ("algorithm", "transport"),
-    [("smega2", "shm"), ("ringmaster", "tcp"), ("fedbuff", "torch_rpc"), ("orlomo", "auto")],
+    [("smega2", "shm"), ("ringmaster", "tcp"), ("fedbuff", "rpc"), ("orlomo", "auto")],
 )
 def test_every_kind_of_algorithm_runs_live_and_is_replayed(algorithm: str, transport: str, tmp_path: Path) -> None:
     given = ("workers=2", "train.max_iterations=60", "train.lr=0.005", "model.dropout=0.2")
@@ -244,7 +244,7 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_resumes(tmp_path: Path) -> N
     assert sorted(tickets) == list(range(more))
 
 
-@pytest.mark.parametrize("transport", ["torch_rpc", "tcp"])
+@pytest.mark.parametrize("transport", ["rpc", "tcp"])
 def test_a_push_that_times_out_is_repeated_and_applied_once(transport: str, tmp_path: Path) -> None:
     """Over torch.distributed.rpc; a stream waits for as long as the lease holds, and repeats nothing."""
     run_dir = tmp_path / "run"
@@ -255,8 +255,8 @@ def test_a_push_that_times_out_is_repeated_and_applied_once(transport: str, tmp_
     assert status == 0, err
     assert [event["stamp"] for event in events(run_dir, "apply")] == [0, 0, 2, 2, 4, 4]
     assert sorted(event["ticket"] for event in events(run_dir, "apply")) == list(range(6))
-    assert (summary(run_dir)["repeated"] > 0) == (transport == "torch_rpc")
-    assert {event["worker"] for event in events(run_dir, "repeat")} == ({0} if transport == "torch_rpc" else set())
+    assert (summary(run_dir)["repeated"] > 0) == (transport == "rpc")
+    assert {event["worker"] for event in events(run_dir, "repeat")} == ({0} if transport == "rpc" else set())
     assert replayed(run_dir, tmp_path / "again") == summary(run_dir)["final_params_sha256"]
 
 
@@ -291,7 +291,7 @@ def shared_memory_of(process: psutil.Process) -> list[str]:
     return sorted(set(re.findall(r"memfd:(ormo_rpc_\w+)", maps)))
 
 
-@pytest.mark.parametrize("transport", ["auto", "torch_rpc"])
+@pytest.mark.parametrize("transport", ["auto", "rpc"])
 def test_all_sockets_are_on_loopback(transport: str, tmp_path: Path) -> None:
     with launched("launch.py", f"hydra.run.dir={tmp_path}", *ENDLESS, f"transport={transport}") as launcher:
         processes(tmp_path)

@@ -23,8 +23,8 @@ from torch.distributed import HashStore, PrefixStore, Store  # pyright: ignore[r
 from torch.distributed.rendezvous import register_rendezvous_handler
 from torch.distributed.rpc import api, backend_registry, internal
 
+from ormo_rpc.control.torch_rpc import unpickling
 from ormo_rpc.errors import PushRefused
-from ormo_rpc.transports.torch_rpc import unpickling
 
 SERVER = "server"
 SYSTEM = vars(os)["system"]

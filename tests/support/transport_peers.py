@@ -22,7 +22,7 @@ from ormo_rpc.rendezvous.memberships import Membership, Memberships
 from ormo_rpc.rendezvous.protocol import JoinRequest
 from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.server.buffer_layout import BufferLayout
-from ormo_rpc.transports.base import Endpoint, ServerSide, Transport
+from ormo_rpc.transports.base import Endpoint, ReplySize, ServerSide, Transport
 from ormo_rpc.transports.pending_replies import ReplyFuture
 from tests.support.processes import PATIENCE_SECONDS
 from tests.support.rendezvous import join_response
@@ -31,7 +31,7 @@ SECRET_TEXT = "a secret that only we two know"  # noqa: S105 - of these tests
 STATISTICS = 2
 """Batch-norm statistics behind each push."""
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["ormo_rpc.transports.stream.client", "ormo_rpc.transports.torch_rpc.client"])
+_context.set_forkserver_preload(["ormo_rpc.transports.stream.client", "ormo_rpc.transports.rpc.client"])
 
 
 class RecordingService:
@@ -47,7 +47,10 @@ class RecordingService:
             buffers=BufferLayout({"mean": torch.empty(STATISTICS)}),
             dtype=torch.float32,
         )
+        self.reply_size = ReplySize(params=4 * dimension, buffers=100_000)
         self.rereads_pushes = False
+        self.transports: dict[str, tuple[str, str]] = {}
+        """Transport and reason by session."""
         self.memberships = Memberships(8)
         self.registered: list[str] = []
         self.left: list[str] = []
@@ -71,6 +74,10 @@ class RecordingService:
     def is_member(self, session_id: str) -> bool:
         """Tell whether a session is valid."""
         return session_id in self.memberships.by_session
+
+    def connected(self, session_id: str, transport: str, reason: str) -> None:
+        """Take note of it."""
+        self.transports[session_id] = (transport, reason)
 
     def register(self, session_id: str) -> ReplyFuture:
         """Take note of it."""

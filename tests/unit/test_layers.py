@@ -18,8 +18,8 @@ SOURCES = {
 }
 
 LAYERS: Sequence[str] = (
-    "errors messages seeding options kernels algorithms schedulers server data models compression worker rendezvous transports "
-    "loggers config storage report runtimes overrides sweeps cli train evaluate"
+    "errors messages seeding options kernels algorithms schedulers server data models compression worker rendezvous "
+    "control transports loggers config storage report runtimes overrides sweeps cli train evaluate"
 ).split()
 """Each imports from itself and from those before it."""
 
@@ -31,10 +31,10 @@ IMPURE = (
 ).split()
 
 ONLY_IN = {
-    "torch.distributed": ("transports.torch_rpc", "runtimes.distributed.entry_point"),
-    "torch.distributed.rpc": ("transports.torch_rpc",),
-    "torch.futures": ("transports.torch_rpc",),
-    "socket": ("rendezvous", "transports.base", "transports.stream", "runtimes.distributed"),
+    "torch.distributed": ("control.torch_rpc", "transports.rpc", "transports.gloo", "runtimes.distributed.entry_point"),
+    "torch.distributed.rpc": ("control.torch_rpc", "transports.rpc"),
+    "torch.futures": ("control.torch_rpc", "transports.rpc"),
+    "socket": ("rendezvous", "transports.base", "transports.gloo", "transports.stream", "runtimes.distributed"),
     "subprocess": ("kernels.compiled", "storage.environment", "runtimes.distributed.launcher"),
     "hydra": ("overrides", "sweeps", "cli"),
     "omegaconf": ("sweeps", "cli", "config", "runtimes.distributed.worker_process"),

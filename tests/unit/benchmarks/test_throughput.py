@@ -75,8 +75,8 @@ def test_too_short_a_measurement_says_so(tmp_path: Path) -> None:
 def test_only_overrides_that_differ_from_their_defaults_are_given() -> None:
     job = Job(parameters=1000, workers=2, seconds=1.0)
     assert not [each for each in throughput.overrides(job) if each.startswith(("transport", "wire."))]
-    assert [each for each in throughput.overrides(job, "torch_rpc", "bf16") if each.startswith(("transport", "wire."))] == [
-        "transport=torch_rpc",
+    assert [each for each in throughput.overrides(job, "rpc", "bf16") if each.startswith(("transport", "wire."))] == [
+        "transport=rpc",
         "wire.dtype=bf16",
         "wire.params=bf16",
     ]

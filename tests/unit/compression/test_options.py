@@ -39,7 +39,7 @@ def test_the_summary_of_a_run_names_its_wire_form() -> None:
     def said(**values: Any) -> str:
         return parse_config(values).wire_form
 
-    assert said() == said(transport="torch_rpc") == "exact"
+    assert said() == said(transport="rpc") == "exact"
     assert said(wire={"dtype": "bf16", "params": "bf16"}) == "bf16 params=bf16"
     assert said(compression={"name": "topk", "ratio": 0.1, "error_feedback": False}) == "topk error_feedback=False ratio=0.1"
     assert said(compression={"name": "powersgd"}, wire={"dtype": "fp16"}) == "powersgd fp16"

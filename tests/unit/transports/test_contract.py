@@ -197,7 +197,3 @@ def test_a_worker_that_is_evicted_while_it_waits_gets_the_reason(transport: Tran
         service.evict(service.memberships.by_worker[0], "of this test")
         with pytest.raises(StaleSession, match=r"\Aworker 0 was evicted: of this test; rejoin\Z"):
             workers[0].result()
-
-
-def test_transports_declare_what_they_do_not_support() -> None:
-    assert {name for name, cls in parts("transport").items() if not cls.SUPPORTS_PREFETCH} == {"torch_rpc"}

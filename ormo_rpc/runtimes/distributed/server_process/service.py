@@ -23,6 +23,7 @@ from ormo_rpc.runtimes.distributed.server_process.start_barrier import StartBarr
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.server.validation import ValidatedPush
 from ormo_rpc.storage.journal import Journal, NoJournal
+from ormo_rpc.transports.base import ReplySize
 from ormo_rpc.transports.pending_replies import Due, PendingReplies, ReplyFuture, complete, without
 
 _log = logging.getLogger(__name__)
@@ -83,6 +84,10 @@ class Service:
             dtype=server.params.dtype,
             vectors=server.algorithm.VECTORS_PUSHED,
         )
+        self.reply_size = ReplySize(
+            params=server.algorithm.VECTORS_SENT * server.params.numel() * server.params.itemsize,
+            buffers=server.buffers.snapshot().numel(),
+        )
 
     # --------------------------------------------------------------------------------------------- called by the listener
 
@@ -135,6 +140,9 @@ class Service:
     def is_member(self, session_id: str) -> bool:
         """Tell whether a session is valid."""
         return session_id in self.memberships.by_session
+
+    def connected(self, session_id: str, transport: str, reason: str) -> None:
+        """Take note of the transport that carries a worker's pushes from now on, and of the reason why it is that one."""
 
     def register(self, session_id: str) -> ReplyFuture:
         """Make a worker available for work; the future is its first reply.

@@ -1,4 +1,4 @@
-"""The worker's half of ``transport=torch_rpc``."""
+"""The worker's half of ``transport=rpc``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch.distributed.rpc as rpc
 from torch import Tensor
 from typing_extensions import override
 
+from ormo_rpc.control.torch_rpc.agent import SERVER, rpc_agent
 from ormo_rpc.errors import ServerLost
 from ormo_rpc.messages import NO_BUFFERS, Push, Reply
 from ormo_rpc.transports.base import Endpoint, ServerClient, Service, WorkerSide
 from ormo_rpc.transports.codec import PUSH, REPLY, unpack_error
-from ormo_rpc.transports.torch_rpc import server
-from ormo_rpc.transports.torch_rpc.agent import SERVER, rpc_agent
+from ormo_rpc.transports.rpc import server
 
 
 class TorchRpcWorkerSide(WorkerSide):

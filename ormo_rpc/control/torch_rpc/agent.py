@@ -20,7 +20,7 @@ from torch.distributed import HashStore, PrefixStore, Store  # pyright: ignore[r
 from torch.distributed.rendezvous import register_rendezvous_handler
 from torch.distributed.rpc import TensorPipeAgent, api, backend_registry
 
-from ormo_rpc.transports.torch_rpc import unpickling
+from ormo_rpc.control.torch_rpc import unpickling
 
 SERVER = "server"
 """The server's name for the agents of its workers."""

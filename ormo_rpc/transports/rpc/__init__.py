@@ -15,22 +15,22 @@ from ormo_rpc.options.part import register
 from ormo_rpc.transports.base import ServerSide, Transport, WorkerSide
 
 
-@register("torch_rpc")
+@register("rpc")
 @dataclass(frozen=True, kw_only=True)
-class TorchRpc(Transport):
+class Rpc(Transport):
     """torch.distributed.rpc over TCP, with an RRef to the server's service."""
 
-    SUPPORTS_PREFETCH: ClassVar[bool] = False  # a process has one agent, for one worker
+    NEEDS_RPC: ClassVar[bool] = True
     UNAVAILABLE: ClassVar[str] = "" if dist.is_available() else "torch was built without torch.distributed"
 
     @override
     def server_side(self, *, num_workers: int, timeout_seconds: float) -> ServerSide:
-        from ormo_rpc.transports.torch_rpc.server import TorchRpcServerSide
+        from ormo_rpc.transports.rpc.server import TorchRpcServerSide
 
         return TorchRpcServerSide(num_workers=num_workers, timeout_seconds=timeout_seconds)
 
     @override
     def worker_side(self) -> WorkerSide:
-        from ormo_rpc.transports.torch_rpc.client import TorchRpcWorkerSide
+        from ormo_rpc.transports.rpc.client import TorchRpcWorkerSide
 
         return TorchRpcWorkerSide()

@@ -177,7 +177,7 @@ def _refuse(what: str) -> NoReturn:
             _logged.add(shown)
             last = len(_logged) == NAMES_LOGGED
             _log.warning("refused from a peer: %s%s", shown, "; further names are refused without a line" if last else "")
-    raise pickle.UnpicklingError(f"refused: {shown} is not on the allow-list (ormo_rpc.transports.torch_rpc.unpickling)")
+    raise pickle.UnpicklingError(f"refused: {shown} is not on the allow-list (ormo_rpc.control.torch_rpc.unpickling)")
 
 
 def _described(thing: object) -> str:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.distributed.rpc import internal
 
+from ormo_rpc.control.torch_rpc import unpickling
 from ormo_rpc.errors import StaleSession
-from ormo_rpc.transports.torch_rpc import unpickling
 from tests.support.mutations import MESSAGES, mutated
 from tests.support.peer import SYSTEM, Api
 

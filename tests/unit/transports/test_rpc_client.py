@@ -12,7 +12,7 @@ import torch.distributed.rpc as rpc
 from ormo_rpc.errors import ServerLost
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.transports.codec import PUSH, REPLY
-from ormo_rpc.transports.torch_rpc.client import TorchRpcClient
+from ormo_rpc.transports.rpc.client import TorchRpcClient
 
 REPLIED = Reply(worker=3, ticket=None, stamp=6, params=torch.ones(2), lr=0.5, steps=1, incarnation=2)
 

@@ -16,13 +16,13 @@ import pytest
 import torch
 from torch.distributed.rpc import internal
 
+from ormo_rpc.control.torch_rpc import unpickling
 from ormo_rpc.errors import NonFiniteGradient, PushRefused, StaleSession
-from ormo_rpc.transports.torch_rpc import unpickling
 from tests.support.peer import SYSTEM, Api
 from tests.support.processes import launched
 
 FUNCTIONS = (Api.push, Api.fails)
-REFUSED = r"^refused: {} is not on the allow-list \(ormo_rpc\.transports\.torch_rpc\.unpickling\)$"
+REFUSED = r"^refused: {} is not on the allow-list \(ormo_rpc\.control\.torch_rpc\.unpickling\)$"
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +123,7 @@ class Evil:
         (type, "builtins.type"),
         (Api.hidden, "tests.support.peer.Api.hidden"),
         (Api, "tests.support.peer.Api"),
-        (unpickling.install, "ormo_rpc.transports.torch_rpc.unpickling.install"),
+        (unpickling.install, "ormo_rpc.control.torch_rpc.unpickling.install"),
     ],
 )
 def test_other_functions_are_refused_and_named_once_in_the_log(

@@ -1,4 +1,4 @@
-"""The server's half of ``transport=torch_rpc``: functions that workers call by name; each finds the service by an RRef.
+"""The server's half of ``transport=rpc``: functions that workers call by name; each finds the service by an RRef.
 
 Each returns at once, with a Future where the reply is still to come.
 """
@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.futures import Future
 from typing_extensions import override
 
+from ormo_rpc.control.torch_rpc.agent import SERVER, rpc_agent
 from ormo_rpc.errors import PushRefused
 from ormo_rpc.messages import ErrorReply, Push
 from ormo_rpc.transports.base import ServerSide, Service
 from ormo_rpc.transports.codec import PUSH, REPLY, pack_error
 from ormo_rpc.transports.pending_replies import ReplyFuture, ServerResponse, refusals_as_replies
-from ormo_rpc.transports.torch_rpc.agent import SERVER, rpc_agent
 
 Response = tuple[bytes, Tensor | None]
 """The header of a reply, with the buffers behind it, and the parameters; or JSON and None for an error."""
