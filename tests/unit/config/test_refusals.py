@@ -39,8 +39,8 @@ IN_RANGE: dict[str, tuple[list[Any], list[Any]]] = {
     # The range in words: values that are in it, values that are not; whole numbers also serve fields of fractions.
     "a whole number >= 1": ([1, 10**9], [0, -1]),
     "words KIND@WORKER:PUSH[:AMOUNT], kinds kill, stop, delay, drop_reply, corrupt": (
-        [[], ["kill@1:20", "delay@0:3:2.5"], ["stop@server:100"]],
-        [["kill"], ["kill@1:2", "kill@-1:2"]],
+        [[], ["kill@1:20", "delay@0:3:2.5"], ["stop@server:100"], ["kill@1:join"]],
+        [["kill"], ["kill@1:2", "kill@-1:2"], ["delay@1:join"]],
     ),
     PROJECT: (["a", "p" * 128, "my project"], ["", "p" * 129, *(f"a{sign}" for sign in "/\\#?%:")]),
     ID: (["a", "i" * 128], ["", "i" * 129, *(f"a{sign}" for sign in ":;,#?/'")]),

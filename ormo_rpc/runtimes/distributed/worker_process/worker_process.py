@@ -23,7 +23,7 @@ from ormo_rpc.rendezvous.lease import Lease, connect
 from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.runtimes.job import Job, time_generator
 from ormo_rpc.transports.base import Endpoint, ServerClient, WorkerSide
-from ormo_rpc.worker.faults import FaultInjector
+from ormo_rpc.worker.faults import CONNECT, JOIN, FaultInjector
 from ormo_rpc.worker.worker import Worker
 
 _log = logging.getLogger(__name__)
@@ -133,11 +133,16 @@ class WorkerLoop:
                 if context.leaving:  # `leave` was called before this lease existed
                     lease.leave()
                 job, worker, transport = self._prepare(lease)
+                if self._injector is None:
+                    number = lease.join_response.worker
+                    self._injector = FaultInjector(job.config.rpc.faults, number, args.restart_count, args.report)
                 on_job(job)
+                self._injector.joining(JOIN)
                 endpoint = Endpoint(lease=lease, secret=args.secret, timeout_seconds=job.config.rpc.rpc_timeout_seconds)
                 try:
                     with transport.connect(endpoint, worker.wire) as server:
-                        self._work(job.config, worker, server, endpoint.worker)
+                        self._injector.joining(CONNECT)
+                        self._work(job.config, worker, server, endpoint.worker, self._injector)
                         server.leave()
                     return
                 except (ServerLost, StaleSession) as error:
@@ -170,10 +175,8 @@ class WorkerLoop:
             worker.forget()  # to the server, a worker that joins again is a new one
             return job, worker, transport
 
-    def _work(self, config: Config, worker: Worker, server: ServerClient, number: int) -> None:
-        args, compute_lock = self.context.args, self.context.compute_lock
-        if self._injector is None:
-            self._injector = FaultInjector(config.rpc.faults, number, args.restart_count, args.report)
+    def _work(self, config: Config, worker: Worker, server: ServerClient, number: int, injector: FaultInjector) -> None:
+        compute_lock = self.context.compute_lock
         speed: torch.Generator = time_generator(config, number)
         reply = server.register()
         while reply.ticket is not None:
@@ -185,9 +188,9 @@ class WorkerLoop:
                 push = worker.compute(reply)
                 slowdown = config.slowdown(number, speed)
                 time.sleep((slowdown - 1) * (time.monotonic() - began))
-                self._injector.before_push(worker.payload)
+                injector.before_push(worker.payload)
             reply = server.push(push)
-            if self._injector.drops_reply():
+            if injector.drops_reply():
                 reply = server.push(push)
 
 
