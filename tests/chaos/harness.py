@@ -24,6 +24,7 @@ from tests.chaos.network import Namespace, Network
 from tests.chaos.plan import CYCLE, due_iterations, plan, total_iterations
 from tests.chaos.recovery_times import recovery_times
 from tests.chaos.run import ChaosError, ObservedRun
+from tests.support.namespaces import why_none
 
 TIMEOUT_SECONDS = 3.0
 """``runtime.worker_timeout_seconds``."""
@@ -121,15 +122,11 @@ def _network(stack: contextlib.ExitStack, options: Options) -> tuple[Network | N
     """A network that can be cut, or the reason why there is none."""
     if not options.namespaces or not set(options.kinds) & set(NETWORK_FAULTS):
         return None, "not asked for, so no packet was lost"
-    reason = Network.why_not()
+    reason = why_none()
     if reason is None:
-        try:
-            network = stack.enter_context(Network())
-        except OSError as error:
-            reason = str(error)
-        else:
-            how = "tc netem loses all packets" if network.netem else "an interface is taken down (no tc netem in this kernel)"
-            return network, f"two namespaces; {how}"
+        network = stack.enter_context(Network())
+        how = "tc netem loses all packets" if network.netem else "a link is taken down (no tc netem in this kernel)"
+        return network, f"two namespaces; {how}"
     return None, f"{reason}, so no packet was lost"
 
 
@@ -142,7 +139,7 @@ def _overrides(options: Options, length: int, network: Network | None) -> list[s
         *("runtime.restart_backoff_seconds=0.1", "checkpoint.every_seconds=2", "logger.progress=false"),
         f"runtime.faults=[{','.join(OWN_FAULTS)}]",
         *(["checkpoint.journal=true"] if options.journal else []),
-        *([f"server.address={Network.ADDRESS}:0"] if network else []),
+        *([f"server.address={network.address}:0"] if network else []),
     ]
 
 

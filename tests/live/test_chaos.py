@@ -21,6 +21,7 @@ from tests.chaos.plan import SHORT, due_iterations, plan, total_iterations
 from tests.chaos.processes import listening
 from tests.chaos.run import applied_gradients
 from tests.chaos.trace import TraceFollower
+from tests.support.namespaces import why_none
 
 
 def applied(tickets: Sequence[int], iterations: Sequence[int] | None = None) -> list[dict[str, Any]]:
@@ -185,16 +186,14 @@ def test_listening_sockets_are_distinguished_from_others() -> None:
     assert listening(table) == {"2001"}
 
 
-@pytest.mark.skipif(Network.why_not() is not None, reason="network namespaces cannot be made here")
 def test_a_network_namespace_is_removed_afterwards() -> None:
-    try:
-        with Network() as network:
-            assert network.outside.name is not None
-            assert "local_address" in network.outside.tcp_table()
-            network.lose()
-            network.restore()
-    except OSError as error:
-        pytest.skip(f"network namespaces cannot be made here: {error}")
+    if reason := why_none():
+        pytest.skip(reason)
+    with Network() as network:
+        assert network.outside.name is not None
+        assert "local_address" in network.outside.tcp_table()
+        network.lose()
+        network.restore()
     assert network.outside.tcp_table() == ""  # nothing can be run in it
 
 
