@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import ipaddress
 import socket
 import struct
+from pathlib import Path
 
 from ormo_rpc.errors import ConfigError
 
 _SIOCGIFADDR = 0x8915
 """Linux: the ioctl for the address of an interface."""
+_IPV6_ADDRESSES = Path("/proc/net/if_inet6")
+"""Linux: a line for each address of IPv6, which ends in the interface."""
 
 
 def listen_at(address: str, *, public: bool) -> socket.socket:
@@ -68,3 +72,45 @@ def interface_address(interface: str | None) -> str:
         except OSError as error:
             raise ConfigError(f"runtime.interface: got {interface}, which has no address: {error.strerror}") from None
     return socket.inet_ntoa(answer[20:24])
+
+
+def interface_of(host: str) -> str:
+    """The network interface of an IP address of this machine; an address of loopback belongs to the loopback interface.
+
+    Raises:
+        ConfigError: no interface has that address as its first one.
+    """
+    wanted = _parsed(host)
+    for _, name in socket.if_nameindex():
+        with contextlib.suppress(ConfigError):
+            found = _parsed(interface_address(name))
+            if found == wanted or (found.is_loopback and wanted.is_loopback):
+                return name
+    with contextlib.suppress(OSError), _IPV6_ADDRESSES.open() as lines:
+        for line in lines:
+            digits, *_, name = line.split()
+            if ipaddress.IPv6Address(bytes.fromhex(digits)) == wanted:
+                return name
+    raise ConfigError(
+        f"server.address: no network interface of this machine has the first address {host}, where torch's agent is to listen; "
+        f"name one that has, or use transport=tcp, which needs no agent"
+    )
+
+
+def specific_address(host: str) -> str:
+    """An address that others can reach in place of an unspecified one (``0.0.0.0``): that of the default route."""
+    if not _parsed(host).is_unspecified:
+        return host
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing
+        except OSError:  # there is no such route
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
+
+
+def _parsed(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """An IP address without the scope of IPv6, in the form of IPv4 where it has one."""
+    address = ipaddress.ip_address(host.partition("%")[0])
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return mapped or address

@@ -1,4 +1,4 @@
-"""This process's agent of torch.distributed.rpc, as hub or spoke (``transport=torch_rpc``).
+"""This process's agent of torch.distributed.rpc, as hub or spoke .
 
 torch's own groups do not survive the death of a process: in a static group a dead process is never replaced, and in a dynamic
 one every process has to inform every other one, through a store that a death leaves locked. Here there is no group. Workers
@@ -7,11 +7,17 @@ the server's agent is given none, because a response goes back through the conne
 start, end or be killed at any time, and no other agent notices.
 
 It is registered as a backend of its own, by the function that torch has for that purpose; the agent that it builds is torch's.
+
+The agent starts in a thread that has given up files and processes (`confinement`), and so do all of its threads. It listens on
+one port of one address. torch looks for that address once in the life of a process.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ipaddress
+import os
+import random
 from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
@@ -21,6 +27,9 @@ from torch.distributed.rendezvous import register_rendezvous_handler
 from torch.distributed.rpc import TensorPipeAgent, api, backend_registry
 
 from ormo_rpc.control.torch_rpc import unpickling
+from ormo_rpc.control.torch_rpc.confinement import run_confined
+from ormo_rpc.errors import ConfigError
+from ormo_rpc.rendezvous.addresses import interface_of, specific_address
 
 SERVER = "server"
 """The server's name for the agents of its workers."""
@@ -31,11 +40,15 @@ _book: list[Store] = []
 """The store of the agent that is about to start."""
 
 
+_NUMBER = random.SystemRandom().randrange(1, 1 << 15)
+"""Of this process among the workers' agents. torch wants one for life; it is no worker's number, and two may have the same."""
+
+
 @contextlib.contextmanager
 def rpc_agent(
     name: str,
-    number: int,
     *,
+    host: str,
     server: str | None,
     timeout_seconds: float,
     threads: int = 16,
@@ -45,12 +58,18 @@ def rpc_agent(
 
     Args:
         name: Of this process; `SERVER` for the server's.
-        number: Of this process: 0 for the server's, larger for a worker's.
+        host: The address at which to listen: this process's own one on the connection to the server, or the listener's;
+            in place of ``0.0.0.0`` that of the default route.
         server: The address of the server's agent; None in the server.
         timeout_seconds: For calls without a time-out of their own.
         threads: The number of threads that run handlers.
         functions: Those that other processes may call in this one.
+
+    Raises:
+        ConfigError: no agent can listen at that address.
     """
+    host = specific_address(host)
+    os.environ["TP_SOCKET_IFNAME"] = interface_of(host)
     _register()
     unpickling.install(functions, references=server is not None)
     book = HashStore()
@@ -68,11 +87,25 @@ def rpc_agent(
         _channels=["basic"],
     )
     backend = backend_registry.BackendType["ORMO_RPC"]
-    rpc.init_rpc(name, backend=backend, rank=number, world_size=1, rpc_backend_options=options)
+    number = 0 if server is None else _NUMBER
+    run_confined(lambda: rpc.init_rpc(name, backend=backend, rank=number, world_size=1, rpc_backend_options=options))
     try:
-        yield view.get(f"{_ADDRESSES}/{name}").decode()
+        address = view.get(f"{_ADDRESSES}/{name}").decode()
+        _check_host(address, host)
+        yield address
     finally:
         rpc.shutdown(graceful=False)  # a graceful one would ask every process, and wait for dead ones
+
+
+def _check_host(address: str, host: str) -> None:
+    """Refuse an agent that listens elsewhere, as where its interface has several addresses; on loopback all are one."""
+    listens = ipaddress.ip_address(address.removeprefix("uv://").rpartition(":")[0].strip("[]"))
+    wanted = ipaddress.ip_address(host)
+    if listens != wanted and not (listens.is_loopback and wanted.is_loopback):
+        raise ConfigError(
+            f"server.address: torch's agent listens on {listens} where it was to listen on {host}; name the first address of "
+            f"a network interface, or use transport=tcp, which needs no agent"
+        )
 
 
 def _register() -> None:

@@ -24,9 +24,7 @@ class Dispatcher:
 
     def __init__(self, threads: int = THREADS) -> None:
         self._calls = queue.SimpleQueue[Callable[[], None] | None]()
-        self._threads = [
-            threading.Thread(target=self._run, name=f"call {number}", daemon=True) for number in range(threads)
-        ]
+        self._threads = [threading.Thread(target=self._run, name=f"call {number}", daemon=True) for number in range(threads)]
         for thread in self._threads:
             thread.start()
 

@@ -27,7 +27,7 @@ class TorchRpcWorkerSide(WorkerSide):
     def connect(self, endpoint: Endpoint, payload: Tensor) -> Generator[ServerClient]:
         with rpc_agent(
             f"worker{endpoint.worker}",
-            endpoint.worker + 1,
+            host=endpoint.lease.connection.getsockname()[0],
             server=endpoint.offer["agent"],
             timeout_seconds=endpoint.timeout_seconds,
         ):

@@ -1,12 +1,14 @@
 """The server's half of ``transport=rpc``: functions that workers call by name; each finds the service by an RRef.
 
-Each returns at once, with a Future where the reply is still to come.
+Each returns at once, with a Future; the agent's threads, which are confined, only hand the work over.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import functools
+import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,8 +18,10 @@ from torch.futures import Future
 from typing_extensions import override
 
 from ormo_rpc.control.torch_rpc.agent import SERVER, rpc_agent
+from ormo_rpc.control.torch_rpc.dispatch import Dispatcher
 from ormo_rpc.errors import PushRefused
 from ormo_rpc.messages import ErrorReply, Push
+from ormo_rpc.rendezvous.addresses import interface_address
 from ormo_rpc.transports.base import ServerSide, Service
 from ormo_rpc.transports.codec import PUSH, REPLY, pack_error
 from ormo_rpc.transports.pending_replies import ReplyFuture, ServerResponse, refusals_as_replies
@@ -31,19 +35,27 @@ DEFAULT_THREADS = 16
 @rpc.functions.async_execution
 def register(session_id: str) -> Future[Response]:
     """Make a worker available for work."""
-    return _future(refusals_as_replies(lambda: published().local_value().register(session_id)))
+    return _dispatched(lambda: refusals_as_replies(lambda: published().local_value().register(session_id)))
 
 
 @rpc.functions.async_execution
 def push(session_id: str, header: bytes, payload: Tensor) -> Future[Response]:
     """Deliver a push: its numbers, and its wire form as a tensor."""
     service = published().local_value()
-    return _future(refusals_as_replies(lambda: service.push(session_id, _unpacked(service, header, payload))))
+    return _dispatched(lambda: refusals_as_replies(lambda: service.push(session_id, _unpacked(service, header, payload))))
 
 
-def leave(session_id: str) -> None:
+@rpc.functions.async_execution
+def leave(session_id: str) -> Future[None]:
     """End a membership."""
-    published().local_value().leave(session_id)
+    future = Future[None]()
+
+    def call() -> None:
+        published().local_value().leave(session_id)
+        future.set_result(None)
+
+    _dispatcher().submit(call)
+    return future
 
 
 def _unpacked(service: Service, header: bytes, payload: Tensor) -> Push:
@@ -53,11 +65,21 @@ def _unpacked(service: Service, header: bytes, payload: Tensor) -> Push:
     return Push(**PUSH.unpack(header), grad=grad, buffers=buffers)
 
 
-def _future(pending: ReplyFuture) -> Future[Response]:
-    """Convert to a future of torch's RPC."""
+def _dispatched(call: Callable[[], ReplyFuture]) -> Future[Response]:
+    """Make a call in a thread that is not confined; the future of torch's RPC has its reply."""
     future = Future[Response]()
-    pending.add_done_callback(lambda done: future.set_result(_packed(done.value())))
+
+    def run() -> None:
+        call().add_done_callback(lambda done: future.set_result(_packed(done.value())))
+
+    _dispatcher().submit(run)
     return future
+
+
+@functools.cache
+def _dispatcher() -> Dispatcher:
+    """The threads of this process that make the calls."""
+    return Dispatcher()
 
 
 def _packed(response: ServerResponse) -> Response:
@@ -102,9 +124,10 @@ class TorchRpcServerSide(ServerSide):
 
     @override
     def start(self, service: Service) -> Mapping[str, Any]:
+        _dispatcher()  # its threads are not confined, since they start before the agent
         agent = rpc_agent(
             SERVER,
-            0,
+            host=interface_address(os.environ["TP_SOCKET_IFNAME"]) if "TP_SOCKET_IFNAME" in os.environ else "127.0.0.1",
             server=None,
             timeout_seconds=self.timeout_seconds,
             threads=self.threads,
