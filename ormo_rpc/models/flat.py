@@ -119,5 +119,5 @@ def sha256(*tensors: Tensor) -> str:
     """The SHA-256 of the tensors' bytes, concatenated, in hexadecimal."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(as_bytes(tensor).numpy().tobytes())
+        digest.update(as_bytes(tensor).numpy().data)
     return digest.hexdigest()

@@ -18,7 +18,7 @@ from ormo_rpc.config.schema import Config
 from ormo_rpc.data import DataSet, Epochs
 from ormo_rpc.kernels.compiled import fastest_kernel
 from ormo_rpc.models.fingerprint import CHECKSUM, Fingerprint
-from ormo_rpc.models.flat import FlatModel, Layout
+from ormo_rpc.models.flat import FlatModel, Layout, sha256
 from ormo_rpc.seeding import seed_for, seeded
 from ormo_rpc.server.buffer_layout import BufferLayout
 from ormo_rpc.server.buffers import RunningBuffers
@@ -182,6 +182,13 @@ class Job:
                 f"{difference}, although both were built with the same seed; "
                 "draw from torch, random or numpy.random, which are seeded, or load them from a file"
             )
+
+    def initial_digest(self) -> Callable[[], bytes]:
+        """Return a function, for any thread, that hashes the parameters and buffers of a newly built model."""
+        fingerprint = self.fingerprint()
+        with self._unchanged_model() as model:
+            params = [each.detach() for each in model.trainable.values()]  # whoever takes the model binds it to other memory
+        return lambda: bytes.fromhex(sha256(*params, torch.frombuffer(repr(fingerprint.sha256).encode(), dtype=torch.uint8)))
 
     def push_format(self) -> PushFormat:
         """Return the wire form of pushes, the same on the server as on its workers."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import struct
 import subprocess
 import sys
@@ -39,29 +38,22 @@ class ChaosError(RuntimeError):
 
 @dataclass
 class Launched:
-    """A running ``launch.py``, of the run itself or of an elastic worker, or an elastic worker without a launcher.
+    """A running ``launch.py``: of the run itself, or of an elastic worker.
 
     Attributes:
-        process: The process that was started.
+        process: The launcher.
         log: Its standard error so far, each line with the time it was read.
-        family: The process and every process it was seen to have started.
-        killed: A fault has killed, or is about to kill, the process.
+        family: The launcher and every process it was seen to have started.
     """
 
     process: subprocess.Popen[str]
     log: list[tuple[float, str]] = field(default_factory=list[tuple[float, str]])
     family: set[psutil.Process] = field(default_factory=set[psutil.Process])
-    killed: bool = False
 
     @classmethod
-    def launch(cls, namespace: Namespace, *overrides: str) -> Launched:
+    def start(cls, namespace: Namespace, *overrides: str) -> Launched:
         """Start ``launch.py``."""
-        return cls.start(namespace, "launch.py", "logger=none", *namespace.overrides, *overrides)
-
-    @classmethod
-    def start(cls, namespace: Namespace, *arguments: str) -> Launched:
-        """Start Python with these arguments."""
-        command = [*namespace.prefix, sys.executable, *arguments]
+        command = [*namespace.prefix, sys.executable, "launch.py", "logger=none", *namespace.overrides, *overrides]
         process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
@@ -107,7 +99,7 @@ class ObservedRun:
     Attributes:
         trace: Its trace.
         launcher: Its launcher.
-        elastic: The launchers of elastic workers, and those without a launcher.
+        elastic: The launchers of elastic workers.
         sockets: Inodes of every socket of it that was seen listening.
     """
 
@@ -115,7 +107,7 @@ class ObservedRun:
         self.run_dir = run_dir
         self.namespace = namespace
         self.trace = TraceFollower(run_dir / "trace.jsonl")
-        self.launcher = Launched.launch(namespace, f"hydra.run.dir={run_dir}", *overrides)
+        self.launcher = Launched.start(namespace, f"hydra.run.dir={run_dir}", *overrides)
         self.elastic: list[Launched] = []
         self.sockets: set[str] = set()
         self._polled_at: dict[str, float] = {}
@@ -220,15 +212,7 @@ class ObservedRun:
         where = (f"server.address={address}", f"server.secret_file={self.run_dir / 'secret'}")
         folder = f"hydra.run.dir={self.run_dir / f'elastic_{len(self.elastic)}'}"
         timeout = f"runtime.worker_timeout_seconds={worker_timeout_seconds:g}"
-        launched = Launched.launch(namespace, "role=worker", folder, *where, timeout)
-        self.elastic.append(launched)
-        return launched
-
-    def add_elastic_worker_with(self, namespace: Namespace, stage: str, number: signal.Signals) -> Launched:
-        """Start an elastic worker, without a launcher, that sends itself a signal at a stage (`elastic_worker.STAGES`)."""
-        where = ("--address", self.processes()["address"], "--secret-file", str(self.run_dir / "secret"))
-        fault = ("--stage", stage, "--signal", str(int(number)))
-        launched = Launched.start(namespace, "-m", "tests.chaos.elastic_worker", *where, *fault)
+        launched = Launched.start(namespace, "role=worker", folder, *where, timeout)
         self.elastic.append(launched)
         return launched
 

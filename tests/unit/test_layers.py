@@ -31,7 +31,13 @@ IMPURE = (
 ).split()
 
 ONLY_IN = {
-    "torch.distributed": ("control.torch_rpc", "transports.rpc", "transports.gloo", "runtimes.distributed.entry_point"),
+    "torch.distributed": (
+        "control.torch_rpc",
+        "transports.rpc",
+        "transports.gloo",
+        "runtimes.collectives",
+        "runtimes.distributed.entry_point",
+    ),
     "torch.distributed.rpc": ("control.torch_rpc", "transports.rpc"),
     "torch.futures": ("control.torch_rpc", "transports.rpc"),
     "socket": ("rendezvous", "transports.base", "transports.gloo", "transports.stream", "runtimes.distributed"),

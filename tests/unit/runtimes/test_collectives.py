@@ -1,0 +1,232 @@
+"""Process groups over shared values, and the check of the initial parameters that they make; ranks are threads here."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch import distributed
+
+from ormo_rpc.errors import Refused
+from ormo_rpc.runtimes import start_check
+from ormo_rpc.runtimes.collectives import MAX_VALUES_PER_RANK, SharedStore, SharedValues, gather, process_group
+from ormo_rpc.runtimes.start_check import StartCheck, difference_of
+from tests.support.processes import PATIENCE_SECONDS, wait_until
+
+EQUAL, OTHER, THIRD = b"\x01" * 32, b"\x02" * 32, b"\x03" * 32
+
+
+def gloo_threads() -> list[str]:
+    """The names of this process's threads that are Gloo's."""
+    names: list[str] = []
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            names.append((task / "comm").read_text().strip())
+        except OSError:  # it has ended
+            continue
+    return [name for name in names if "gloo" in name]
+
+
+def in_ranks(size: int, work: Callable[[int, SharedStore], Any], values: SharedValues | None = None) -> list[Future[Any]]:
+    """Do work in all ranks at once, each with a store of its own; return the outcomes."""
+    call = (values or SharedValues(size)).answer
+    given_up = threading.Event()
+    with ThreadPoolExecutor(size) as pool:
+        return [
+            pool.submit(work, rank, SharedStore(call, size, timeout_seconds=PATIENCE_SECONDS, given_up=given_up))
+            for rank in range(size)
+        ]
+
+
+def test_a_group_gathers_a_value_of_every_rank_and_leaves_nothing_behind() -> None:
+    """No thread, no descriptor; meanwhile its ports are on loopback, and the rest of the process finds no group."""
+    process = psutil.Process()
+    seen: dict[str, Any] = {}
+    before = process.num_fds()
+    here = {each.laddr for each in process.net_connections() if each.status == psutil.CONN_LISTEN}
+
+    def work(rank: int, store: SharedStore) -> list[bytes]:
+        with process_group(store, rank, 3, host="127.0.0.1", timeout_seconds=PATIENCE_SECONDS) as group:
+            if rank == 0:
+                connections = process.net_connections()
+                seen["hosts"] = {
+                    each.laddr.ip for each in connections if each.status == psutil.CONN_LISTEN and each.laddr not in here
+                }
+                seen["threads"] = gloo_threads()
+                seen["initialized"] = distributed.is_initialized()
+            return gather(group, bytes([rank] * 32))
+
+    assert [each.result() for each in in_ranks(3, work)] == [[bytes([rank] * 32) for rank in range(3)]] * 3
+    assert seen["hosts"] == {"127.0.0.1"}
+    assert seen["threads"]
+    assert not seen["initialized"]
+    assert not gloo_threads()
+    assert process.num_fds() == before
+
+
+def test_a_group_adds_up_tensors_as_a_baseline_needs_it() -> None:
+    def work(rank: int, store: SharedStore) -> torch.Tensor:
+        total = torch.full((5,), float(rank + 1))
+        with process_group(store, rank, 2, host="127.0.0.1", timeout_seconds=PATIENCE_SECONDS) as group:
+            group.allreduce([total]).wait()
+        return total
+
+    assert [each.result().tolist() for each in in_ranks(2, work)] == [[3.0] * 5] * 2
+
+
+def test_a_rank_that_is_gone_ends_the_operation_of_the_others() -> None:
+    def work(rank: int, store: SharedStore) -> str:
+        try:
+            with process_group(store, rank, 3, host="127.0.0.1", timeout_seconds=PATIENCE_SECONDS) as group:
+                if rank < 2:
+                    gather(group, EQUAL)
+        except RuntimeError as error:
+            return str(error)
+        return "not waited for"
+
+    began = time.monotonic()
+    first, second, third = (each.result() for each in in_ranks(3, work))
+    assert third == "not waited for"
+    for each in (first, second):
+        assert re.search("closed by peer|reset by peer", each), each
+    assert time.monotonic() - began < PATIENCE_SECONDS / 2
+    assert not gloo_threads()
+
+
+def test_shared_values_come_once_and_only_the_new_ones() -> None:
+    values = SharedValues(2)
+    assert values.answer({"key": "a", "value": "01"}) == {}
+    assert values.answer({"known": 0}) == {"values": {"a": "01"}}
+    values.answer({"key": "b", "value": "02"})
+    assert values.answer({"known": 1}) == {"values": {"b": "02"}}
+    assert values.answer({"known": 2}) == {"values": {}}
+    values.close()
+    with pytest.raises(ValueError, match=r"\Acollectives: this group is closed\Z"):
+        values.answer({"known": 2})
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {},
+        {"known": -1},
+        {"known": "0"},
+        {"known": True},
+        {"key": "a"},
+        {"key": "a", "value": None},
+        {"key": "", "value": "01"},
+        {"key": "kept", "value": "02"},
+        {"key": "a" * 5000, "value": "01"},
+        {"key": "a", "value": "0" * 5000},
+    ],
+    ids=str,
+)
+def test_a_malformed_request_is_refused(request_: Mapping[str, Any]) -> None:
+    values = SharedValues(2)
+    values.answer({"key": "kept", "value": "01"})
+    with pytest.raises(
+        ValueError, match=r"\Acollectives: got a malformed request, expected a new key with its value, or a number\Z"
+    ):
+        values.answer(request_)
+    assert values.answer({"known": 0}) == {"values": {"kept": "01"}}
+
+
+def test_shared_values_are_bounded() -> None:
+    values = SharedValues(2)
+    for number in range(2 * MAX_VALUES_PER_RANK):
+        values.answer({"key": str(number), "value": "01"})
+    with pytest.raises(ValueError, match="malformed"):
+        values.answer({"key": "more", "value": "01"})
+
+
+def test_a_value_that_does_not_come_is_waited_for_until_the_time_out() -> None:
+    store = SharedStore(SharedValues(2).answer, 2, timeout_seconds=0.05, given_up=threading.Event())
+    store.set("mine", "text")
+    assert store.get("mine") == b"text"
+    with pytest.raises(TimeoutError, match=r"\Aa rank did not come within 0\.05 s\Z"):
+        store.get("another")
+
+
+def checks(digests: list[bytes], size: int | None = None) -> list[StartCheck]:
+    """Begin the check in the first ranks, by default all."""
+    size = size or len(digests)
+    call = SharedValues(size).answer
+    return [
+        StartCheck(rank, size, lambda digest=digest: digest, call, host="127.0.0.1", timeout_seconds=PATIENCE_SECONDS)
+        for rank, digest in enumerate(digests)
+    ]
+
+
+def test_ranks_with_the_same_initial_values_pass(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        for check in checks([EQUAL] * 3):
+            check.finish(PATIENCE_SECONDS)
+    assert caplog.messages == ["all 3 processes have the same initial parameters"] * 3
+
+
+def test_a_rank_that_differs_from_the_server_is_refused_and_every_rank_that_does_is_named() -> None:
+    server, same, *different = checks([EQUAL, EQUAL, OTHER, THIRD])
+    server.finish(PATIENCE_SECONDS)
+    same.finish(PATIENCE_SECONDS)
+    for check in different:
+        with pytest.raises(Refused) as caught:
+            check.finish(PATIENCE_SECONDS)
+        assert str(caught.value) == (
+            "model: the initial parameters or buffers of rank 2 (worker 1), rank 3 (worker 2) differ from those of rank 0 (the "
+            "server); every process must make the same: draw from torch, random or numpy.random, which are seeded"
+        )
+
+
+def test_equal_hashes_have_no_difference() -> None:
+    assert difference_of([EQUAL, EQUAL]) is None
+
+
+def test_a_rank_that_never_comes_is_not_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        for check in checks([EQUAL, EQUAL], size=3):
+            check.finish(0.05)
+        wait_until(lambda: len(caplog.messages) == 2, "the end of both checks")
+    said = "the initial parameters of all processes were not compared: TimeoutError: a rank was not waited for any longer"
+    assert caplog.messages == [said, said]
+    assert not gloo_threads()
+
+
+def test_a_server_that_makes_no_check_is_not_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(_: Mapping[str, Any]) -> Mapping[str, Any]:
+        raise Refused("collectives: this group is closed")
+
+    with caplog.at_level(logging.INFO):
+        StartCheck(1, 2, lambda: OTHER, refuse, host="127.0.0.1", timeout_seconds=PATIENCE_SECONDS).finish(PATIENCE_SECONDS)
+    assert caplog.messages == [
+        "the initial parameters of all processes were not compared: Refused: collectives: this group is closed"
+    ]
+
+
+def test_a_hash_that_is_not_ready_in_time_is_not_compared(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parameters may change once training begins, so a hash that is made beside it says nothing."""
+    loaded = threading.Event()
+
+    def slow() -> bytes:
+        assert loaded.wait(PATIENCE_SECONDS)
+        return OTHER
+
+    monkeypatch.setattr(start_check, "process_group", None)  # not to be called
+    check = StartCheck(1, 2, slow, SharedValues(2).answer, host="127.0.0.1", timeout_seconds=PATIENCE_SECONDS)
+    with caplog.at_level(logging.INFO):
+        check.finish(0.0)
+        loaded.set()
+        wait_until(lambda: caplog.messages, "the end of the check")
+    assert caplog.messages == [
+        "the initial parameters of all processes were not compared: TimeoutError: the hash of the parameters took too long"
+    ]
