@@ -1,7 +1,7 @@
 # Every target that needs an environment makes it first.
 .DEFAULT_GOAL := help
-.PHONY: help setup train quick test check conf format bench bench-step bench-ray bench-tensorflow live-scale server-memory compression
-.PHONY: replays methods when-it-pays scale chaos journal clean
+.PHONY: help setup train quick test check conf format bench bench-nodes bench-step bench-ray bench-tensorflow live-scale server-memory
+.PHONY: compression replays methods when-it-pays scale chaos journal clean
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
@@ -47,6 +47,9 @@ format: .venv/ready  ## Put the code into its format
 
 bench: .venv/ready  ## Throughput beside the peers, into results/ (half an hour; ARGS="--workers 2 4 --rounds 3")
 	$(BIN)/python -m benchmarks.side_by_side $(ARGS)
+
+bench-nodes: .venv/ready  ## The same between two network namespaces, server in one, workers in the other (needs root)
+	$(BIN)/python -m benchmarks.side_by_side --namespaces $(ARGS)
 
 bench-step: .venv/ready  ## The server's step: memory bandwidth, and each algorithm's step in copies of the parameters
 	$(BIN)/python -m benchmarks.memory_bandwidth

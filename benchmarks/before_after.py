@@ -4,6 +4,8 @@ BEFORE and AFTER are folders of checkouts. Each one's own ``benchmarks.throughpu
 own package and options, so the command lines of the two may differ (``--before-options``, ``--after-options``). In each round
 both are measured at each size, one directly after the other, and the order alternates. The ratio is AFTER to BEFORE within
 each round: its median with the lowest and the highest. Exits with status 1 if a median ratio is below ``--least``.
+``--into`` writes the results after every round; with ``--resume`` those of the same two commits are kept, and what is missing
+is measured.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from benchmarks.measuring import conditions, spread
 from benchmarks.systems import LOOPBACK, started
 from ormo_rpc.report.table import as_markdown
 
-SIZES = (272_474, 2_000_000)
+SIZES = (272_474, 2_000_000, 25_000_000)
 WORKERS = 2
 TIMEOUT_SECONDS = 240.0
 LEAST = 0.97
@@ -91,19 +93,35 @@ class Checkout:
 
 
 def measure(
-    checkouts: Sequence[Checkout], sizes: Sequence[int], workers: int, seconds: float, rounds: int
-) -> list[dict[str, Any]]:
-    """Measure the checkouts in turn, in each round in the opposite order."""
-    found: list[dict[str, Any]] = []
+    checkouts: Sequence[Checkout],
+    sizes: Sequence[int],
+    workers: int,
+    seconds: float,
+    rounds: int,
+    earlier: Sequence[dict[str, Any]] = (),
+) -> Iterator[list[dict[str, Any]]]:
+    """Measure the checkouts in turn, in each round in the opposite order; yield all measurements after each round.
+
+    Args:
+        checkouts: Before and after.
+        sizes: Each D.
+        workers: K.
+        seconds: Of each measurement.
+        rounds: Of all of them.
+        earlier: Measurements that are taken over, not repeated.
+    """
+    found = [*earlier]
+    done = {(each["checkout"], each["parameters"], each["round"]) for each in earlier}
     with tqdm(total=rounds * len(sizes) * len(checkouts), unit="run") as bar:
         for number in range(rounds):
             for parameters in sizes:
                 for checkout in checkouts if number % 2 == 0 else [*reversed(checkouts)]:
                     bar.set_description(f"round {number + 1} of {rounds}, D = {parameters:,}, {checkout.name}")
-                    about = {"checkout": checkout.name, "round": number}
-                    found.append({**checkout.measure(parameters, workers, seconds), **about})
+                    if (checkout.name, parameters, number) not in done:
+                        about = {"checkout": checkout.name, "round": number}
+                        found.append({**checkout.measure(parameters, workers, seconds), **about})
                     bar.update()
-    return found
+            yield found
 
 
 def rates(measurements: Sequence[Mapping[str, Any]], name: str, parameters: int) -> list[float]:
@@ -116,6 +134,20 @@ def ratios(measurements: Sequence[Mapping[str, Any]], parameters: int) -> list[f
     """After to before at one D, round by round."""
     before, after = (rates(measurements, name, parameters) for name in ("before", "after"))
     return [new / old for old, new in zip(before, after, strict=True)]
+
+
+def write(content: Mapping[str, Any], into: Path) -> None:
+    """Write the two files."""
+    into.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+    into.with_suffix(".md").write_text(as_text(content))
+
+
+def earlier(content: Mapping[str, Any], into: Path) -> list[dict[str, Any]]:
+    """The measurements of the same two checkouts, of as many workers and seconds, that a file has; none without one."""
+    file = into.with_suffix(".json")
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    same = all(found.get(key) == content[key] for key in ("before", "after", "workers", "seconds"))
+    return found["measurements"] if same else []
 
 
 def as_text(content: Mapping[str, Any]) -> str:
@@ -150,6 +182,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--least", type=float, default=LEAST, help="smallest median ratio that is accepted (%(default)s)")
     parser.add_argument("--into", type=Path, metavar="FILE", help="write FILE.json and FILE.md")
+    parser.add_argument("--resume", action="store_true", help="keep the measurements that FILE.json has of these commits")
     a = parser.parse_args()
     checkouts = [
         Checkout(
@@ -162,17 +195,17 @@ def main() -> None:
     ]
     content: dict[str, Any] = {**conditions(), "workers": a.workers, "seconds": a.seconds, "rounds": a.rounds}
     content |= {checkout.name: checkout.commit() for checkout in checkouts}
+    kept = earlier(content, a.into) if a.resume and a.into is not None else []
     try:
         for checkout in checkouts:
             checkout.check()
-        content["measurements"] = measure(checkouts, a.parameters, a.workers, a.seconds, a.rounds)
+        for measurements in measure(checkouts, a.parameters, a.workers, a.seconds, a.rounds, kept):
+            content |= {"measurements": measurements, "load_at_end": load()}
+            if a.into is not None:
+                write(content, a.into)
     except RuntimeError as error:
         sys.exit(f"before_after: {error}")
-    content["load_at_end"] = load()
     print(as_text(content))
-    if a.into is not None:
-        a.into.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
-        a.into.with_suffix(".md").write_text(as_text(content))
     slow = [d for d in a.parameters if statistics.median(ratios(content["measurements"], d)) < a.least]
     if slow:
         sys.exit(f"before_after: slower than {a.least:g} of before at D = {', '.join(f'{d:,}' for d in slow)}")

@@ -3,7 +3,8 @@
 The real server and workers that compute nothing (`benchmarks.throughput`), K = 1 to 32: the rate, the round trip, the delay,
 the wait for the lock, and the utilization, that is the part of the time that the lock is held and the cores that the server and
 all processes take. The knee is the smallest K that reaches nine tenths of the best rate: beyond it more workers only wait
-longer. Writes ``results/live_scale.json``, ``.md`` and ``.png`` after every K.
+longer. Writes ``results/live_scale.json``, ``.md`` and ``.png`` after every K, with ``--transport NAME``
+``results/live_scale-NAME.*``.
 """
 
 from __future__ import annotations
@@ -19,13 +20,18 @@ from tqdm import tqdm
 from benchmarks.machine import in_words, load
 from benchmarks.measuring import RESULTS, conditions
 from benchmarks.peers.measurement import Job
-from benchmarks.throughput import measure
+from benchmarks.throughput import TRANSPORTS, measure
 from ormo_rpc.report.table import as_markdown
 
 WORKERS = (1, 2, 4, 8, 16, 32)
 SIZES = (10_000, 272_474)
 KNEE = 0.9
 """The part of the best rate from which on more workers are not worth it."""
+UTILIZATION = (
+    *("lock in use", "server, cores", "all, cores", "spread of workers"),
+    *("server's threads", "descriptors", "server, MB", "a worker, MB"),
+)
+"""The last columns of the table."""
 Measurements = Sequence[Mapping[str, Any]]
 
 
@@ -71,7 +77,7 @@ def groups(content: Mapping[str, Any]) -> dict[int, list[Mapping[str, Any]]]:
 def rows(content: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """A header, and a row for each D and K."""
     header = ("D", "K", "updates/s", "round trip, ms", "99%, ms", "mean delay", "99% delay", "lock wait, us", "lock held, us")
-    found: list[tuple[str, ...]] = [(*header, "lock in use", "server, cores", "all, cores", "spread of workers")]
+    found: list[tuple[str, ...]] = [(*header, *UTILIZATION)]
     for parameters, measurements in groups(content).items():
         for each in measurements:
             used = utilization(each)
@@ -85,9 +91,16 @@ def rows(content: Mapping[str, Any]) -> list[tuple[str, ...]]:
                     f"{1e6 * each['lock_held_seconds_per_update']:,.0f}",
                     *(f"{used['lock']:.0%}", f"{used['server']:.2f}", f"{used['all']:.2f}"),
                     f"{each['spread_of_workers']:.1%}",
+                    *(_whole(each, "server_threads"), _whole(each, "server_descriptors")),
+                    *(_whole(each, "server_peak_bytes", 1e-6), _whole(each, "worker_peak_bytes", 1e-6)),
                 )
             )
     return found
+
+
+def _whole(measurement: Mapping[str, Any], key: str, factor: float = 1.0) -> str:
+    value = measurement.get(key)
+    return "-" if value is None else f"{factor * value:,.0f}"
 
 
 def as_text(content: Mapping[str, Any]) -> str:
@@ -100,7 +113,8 @@ def as_text(content: Mapping[str, Any]) -> str:
         where = f"* D = {parameters:,}: the knee is at K = {at['workers']} with {at['updates_per_second']:,.0f} updates/s"
         bends.append(f"{where}, bound by {bottleneck(at, cores)}.")
     text = [
-        *(f"# Live server against the number of workers, {content['date'][:10]}", "", in_words(about), ""),
+        *(f"# Live server against the number of workers, transport {content['transport']}, {content['date'][:10]}", ""),
+        *(in_words(about), ""),
         f"{content['seconds']:g} s each, workers that compute nothing, all on this machine. With K gradients in flight the",
         "mean delay is K - 1. Times of waiting for the lock and holding it include what other processes take of the cores.",
         *("", as_markdown(rows(content)), "", *bends),
@@ -149,7 +163,8 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
 def write(content: Mapping[str, Any], folder: Path) -> None:
     """Write the three files."""
     folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / "live_scale"
+    transport = content["transport"]
+    stem = folder / ("live_scale" if transport == "auto" else f"live_scale-{transport}")
     stem.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
     stem.with_suffix(".md").write_text(as_text(content))
     plot(content, stem.with_suffix(".png"))
@@ -161,14 +176,15 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=WORKERS, metavar="K")
     parser.add_argument("--parameters", type=int, nargs="+", default=SIZES, metavar="D")
     parser.add_argument("--seconds", type=float, default=4.0, metavar="S")
+    parser.add_argument("--transport", choices=TRANSPORTS, default="auto")
     parser.add_argument("--into", type=Path, default=RESULTS, metavar="FOLDER")
     a = parser.parse_args()
-    content: dict[str, Any] = {**conditions(), "seconds": a.seconds, "measurements": []}
+    content: dict[str, Any] = {**conditions(), "seconds": a.seconds, "transport": a.transport, "measurements": []}
     cases = [(workers, parameters) for workers in a.workers for parameters in a.parameters]
     with tqdm(cases, unit="run") as bar:
         for workers, parameters in bar:
             bar.set_description(f"K = {workers}, D = {parameters:,}")
-            content["measurements"].append(measure(Job(parameters=parameters, workers=workers, seconds=a.seconds)))
+            content["measurements"].append(measure(Job(parameters=parameters, workers=workers, seconds=a.seconds), a.transport))
             write(content, a.into)
     print(as_text(content))
 

@@ -96,8 +96,9 @@ def as_text(content: Mapping[str, Any]) -> str:
     about = {**content["machine"], **content["versions"]}
     loads = {"load at start": content["load_at_start"], "load at end": content["load_at_end"]}
     lock = lock_rows(content)
+    place = ", between two network namespaces" if content.get("namespaces") else ""
     text = [
-        *(f"# Throughput, {content['date'][:10]}, K = {content['workers']}", "", in_words({**about, **loads}), ""),
+        *(f"# Throughput, {content['date'][:10]}, K = {content['workers']}{place}", "", in_words({**about, **loads}), ""),
         f"{content['rounds']} rounds of {content['seconds']:g} s each, interleaved; medians, and ratios within each round,",
         "with the lowest and the highest. MB/s counts both vectors of an update: 8 D bytes, or 4 D where both are bf16.",
         *("", as_markdown(rows(content))),
@@ -143,7 +144,8 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
     axes[0][0].set_yticks(range(len(names)), names)
     axes[0][0].invert_yaxis()
     measured = f"median, lowest and highest of {content['rounds']} rounds of {content['seconds']:g} s"
-    title = f"K = {content['workers']} workers, {content['machine']['cores']} cores; {measured}"
+    place = ", two network namespaces" if content.get("namespaces") else ""
+    title = f"K = {content['workers']} workers, {content['machine']['cores']} cores{place}; {measured}"
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -153,12 +155,18 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
 def write(content: Mapping[str, Any], folder: Path, draw: Callable[[Mapping[str, Any], Path], None] = plot) -> Path:
     """Write the three files; return the path without a suffix."""
     folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"throughput-{content['date'][:10]}-K{content['workers']}"
-    stem.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(as_text(content))
+    path = stem(content, folder)
+    path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+    path.with_suffix(".md").write_text(as_text(content))
     if content["measurements"]:
-        draw(content, stem.with_suffix(".png"))
-    return stem
+        draw(content, path.with_suffix(".png"))
+    return path
+
+
+def stem(content: Mapping[str, Any], folder: Path) -> Path:
+    """The path of a result's files, without a suffix."""
+    place = "-namespaces" if content.get("namespaces") else ""
+    return folder / f"throughput-{content['date'][:10]}-K{content['workers']}{place}"
 
 
 def _middle(rounds: Rounds, key: str) -> float:

@@ -8,7 +8,7 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,13 @@ from typing import Any
 import psutil
 
 from benchmarks.measuring import ROOT
+from benchmarks.namespaces import INTERFACE, Host
+from benchmarks.peers.harness import HOST_VARIABLE, WORKERS_VARIABLE
 from benchmarks.peers.rpc_flat import ONLY_TCP
 
 TIMEOUT_SECONDS = 240.0
+TORCHRUN_PORT = 29400
+"""Of torchrun's store on the first host, in a namespace of its own where no other process listens."""
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "TP_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
 MARK = "ORMO_RPC_BENCHMARK"
 """Environment variable of all processes of one measurement, by which they are found and killed in the end."""
@@ -35,6 +39,7 @@ class System:
         module: Run by ``python -m``.
         arguments: Besides D, K and S.
         environment: The folder of its own virtual environment; None for ours.
+        torchrun: Between hosts, torchrun starts it on each: rank 0 measures, the others work. (A peer moves its own workers.)
         variables: Further environment variables.
         overhead_seconds: Its time besides S on two cores, roughly: nearly all of it is loading libraries.
     """
@@ -43,6 +48,7 @@ class System:
     module: str
     arguments: tuple[str, ...] = ()
     environment: Path | None = None
+    torchrun: bool = False
     variables: tuple[tuple[str, str], ...] = ()
     overhead_seconds: float = 5.0
 
@@ -53,7 +59,8 @@ class System:
 
 
 def _ours(name: str, *arguments: str) -> System:
-    return System(name=name, module="benchmarks.throughput", arguments=("--json", *arguments), overhead_seconds=10.0)
+    options: dict[str, Any] = {"torchrun": True, "overhead_seconds": 10.0}
+    return System(name=name, module="benchmarks.throughput", arguments=("--json", *arguments), **options)
 
 
 def _peer(name: str, module: str = "", **options: Any) -> System:
@@ -66,6 +73,7 @@ SYSTEMS = {
     c.name: c
     for c in (
         _ours("ormo_rpc"),
+        _ours("ormo_rpc_gloo", "--transport", "gloo"),
         _ours("ormo_rpc_tcp", "--transport", "tcp"),
         _ours("ormo_rpc_inline", "--transport", "rpc"),
         _ours("ormo_rpc_tcp_bf16", "--transport", "tcp", "--wire", "bf16"),
@@ -81,18 +89,49 @@ SYSTEMS = {
     )
 }
 DEFAULT = tuple(name for name in SYSTEMS if name != "rpc_flat_huge")
+BETWEEN_HOSTS = (RAW_SOCKETS, "ormo_rpc_gloo", "ormo_rpc_tcp", "ormo_rpc_inline", "gloo", "rpc_flat_tcp")
+"""The systems that can be measured between two hosts."""
 
 
-def run(system: System, parameters: int, workers: int, seconds: float) -> dict[str, Any] | str:
-    """Measure a system, or return the reason why there is no measurement; no process of it is left."""
+def run(
+    system: System, parameters: int, workers: int, seconds: float, hosts: tuple[Host, Host] | None = None
+) -> dict[str, Any] | str:
+    """Measure a system, or return the reason why there is no measurement; no process of it is left.
+
+    Args:
+        system: What to measure.
+        parameters: D.
+        workers: K.
+        seconds: Time that is measured.
+        hosts: The server's host, and the workers'; None for all on this one.
+    """
     if not system.python.exists():
         return f"not installed: make bench-{system.name}"
-    command = [
-        *(str(system.python), "-m", system.module, "--parameters", str(parameters), "--workers", str(workers)),
-        *("--seconds", str(seconds), *system.arguments),
+    size = ("--parameters", str(parameters), "--workers", str(workers), "--seconds", str(seconds))
+    command = ["-m", system.module, *size, *system.arguments]
+    python, variables = str(system.python), {**os.environ, "PYTHONPATH": str(ROOT), **dict(system.variables)}
+    if hosts is None:
+        return _measurement([[python, *command]], {**variables, **LOOPBACK})
+    server, others = hosts
+    variables |= {"GLOO_SOCKET_IFNAME": INTERFACE, "TP_SOCKET_IFNAME": INTERFACE, "MASTER_ADDR": server.address}
+    if not system.torchrun:
+        variables |= {HOST_VARIABLE: server.address, WORKERS_VARIABLE: others.name}
+        return _measurement([[*server.prefix, python, *command]], variables)
+    torchrun = [python, "-m", "torch.distributed.run", "--nnodes=2", f"--master-addr={server.address}"]
+    torchrun.append(f"--master-port={TORCHRUN_PORT}")
+    commands = [
+        [*host.prefix, *torchrun, f"--node-rank={rank}", f"--nproc-per-node={processes}", *command]
+        for rank, (host, processes) in enumerate(((server, 1), (others, workers)))
     ]
-    variables = {**os.environ, **LOOPBACK, "PYTHONPATH": str(ROOT), **dict(system.variables)}
-    with started(command, variables) as process:
+    options = ("--set", f"runtime.interface={INTERFACE}")
+    secret = {"ORMO_RPC_SECRET": secrets.token_hex(32)}
+    return _measurement([[*each, *options] for each in commands], {**variables, **secret})
+
+
+def _measurement(commands: Sequence[list[str]], variables: dict[str, str]) -> dict[str, Any] | str:
+    """Run commands together; the first one prints the measurement."""
+    with contextlib.ExitStack() as stack:
+        process, *_ = [stack.enter_context(started(command, variables)) for command in commands]
         try:
             out, err = process.communicate(timeout=TIMEOUT_SECONDS)
         except subprocess.TimeoutExpired:

@@ -26,6 +26,7 @@ import psutil
 from benchmarks.peers.measurement import Job, cpu_seconds, measurement, peak_bytes
 from ormo_rpc import train
 from ormo_rpc.options import parts
+from ormo_rpc.runtimes.torchrun import Torchrun
 from ormo_rpc.storage.run_directory import read_trace
 
 TRANSPORTS, WIRES = parts("transport"), ("float32", "bf16", "fp16")
@@ -56,6 +57,8 @@ class Sample:
         workers_cpu_seconds: Processor time of all workers so far.
         server_bytes: Peak memory of the server so far.
         server_bytes_now: Memory of the server now.
+        server_threads: Threads of the server now.
+        server_descriptors: Open file descriptors of the server now.
         worker_bytes: Largest peak memory of a worker so far.
     """
 
@@ -64,6 +67,8 @@ class Sample:
     workers_cpu_seconds: float
     server_bytes: int
     server_bytes_now: int
+    server_threads: int
+    server_descriptors: int
     worker_bytes: int
 
 
@@ -105,6 +110,8 @@ class Sampler:
             workers_cpu_seconds=sum(map(cpu_seconds, workers)),
             server_bytes=peak_bytes(server.pid),
             server_bytes_now=server.memory_info().rss,
+            server_threads=server.num_threads(),
+            server_descriptors=server.num_fds(),
             worker_bytes=max(peak_bytes(worker.pid) for worker in workers),
         )
 
@@ -165,6 +172,8 @@ def from_records(
             *(None if last is None else last.server_bytes, [] if last is None else [last.worker_bytes]),
         ),
         "workers_cpu_seconds_per_update": of_workers,
+        "server_threads": max((sample.server_threads for sample in samples), default=None),
+        "server_descriptors": max((sample.server_descriptors for sample in samples), default=None),
         "delay_mean": statistics.fmean(event["delay"] for event in inside),
         "delay_99_percent": sorted(event["delay"] for event in inside)[min(len(inside) - 1, int(0.99 * len(inside)))],
         "lock_wait_seconds_per_update": summary["lock_wait_seconds"] / count,
@@ -198,6 +207,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     arguments = parser.parse_args()
     job = Job(parameters=arguments.parameters, workers=arguments.workers, seconds=arguments.seconds)
+    torchrun = Torchrun.from_environment()
+    if torchrun is not None and torchrun.rank > 0:  # a worker of the run that rank 0 measures
+        train([*overrides(job, arguments.transport, arguments.wire), *arguments.set])
+        return
     found = measure(job, arguments.transport, arguments.wire, arguments.set)
     if arguments.json:
         print(json.dumps(found), flush=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # pyright: ignore[reportPrivateImportUsage] # documented, not annotated as public
 
-from benchmarks.peers.harness import START_TIMEOUT_SECONDS, RoundTrip, Step, main
+from benchmarks.peers.harness import HOST, START_TIMEOUT_SECONDS, RoundTrip, Step, main
 from benchmarks.peers.measurement import Job
 
 _TIMEOUT = timedelta(seconds=START_TIMEOUT_SECONDS)
@@ -25,7 +25,7 @@ def group(store: TCPStore, number: int, rank: int) -> Any:  # torch's annotation
 def server(job: Job, publish: Callable[[Any], None]) -> None:
     """Serve each worker in a thread: receive, step and copy under the lock, send."""
     step = Step(job.parameters)
-    store = TCPStore("127.0.0.1", 0, is_master=True, timeout=_TIMEOUT, wait_for_workers=False)
+    store = TCPStore(HOST, 0, is_master=True, timeout=_TIMEOUT, wait_for_workers=False)
 
     def serve(number: int) -> None:
         with_worker = group(store, number, 0)
@@ -44,7 +44,7 @@ def server(job: Job, publish: Callable[[Any], None]) -> None:
 @contextlib.contextmanager
 def worker(job: Job, number: int, address: Any) -> Generator[RoundTrip]:
     """Send the gradient, receive the parameters."""
-    with_server = group(TCPStore("127.0.0.1", address, timeout=_TIMEOUT, wait_for_workers=False), number, 1)
+    with_server = group(TCPStore(HOST, address, timeout=_TIMEOUT, wait_for_workers=False), number, 1)
     grad, params = torch.randn(job.parameters), torch.zeros(job.parameters)
 
     def round_trip() -> None:

@@ -23,6 +23,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from benchmarks.namespaces import enter
 from benchmarks.peers.measurement import Job, cpu_seconds, job_from_command_line, measurement, peak_bytes
 
 WARM_UP = 3
@@ -30,6 +31,9 @@ WARM_UP = 3
 START_TIMEOUT_SECONDS = 120.0
 SLACK_SECONDS = 60.0
 LEARNING_RATE, MOMENTUM = 1e-3, 0.9
+HOST_VARIABLE, WORKERS_VARIABLE = "BENCHMARK_HOST", "BENCHMARK_WORKERS_IN"
+"""Environment variables: the server's address, and the network namespace of the workers where it is another one."""
+HOST = os.environ.get(HOST_VARIABLE, "127.0.0.1")
 
 
 RoundTrip = Callable[[], None]
@@ -66,8 +70,8 @@ def bytes_of(vector: Tensor) -> memoryview:
 
 
 def free_port() -> int:
-    """A port of the loopback interface that was free a moment ago, for systems that take no socket."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    """A port that was free a moment ago, for systems that take no socket."""
+    with socket.create_server((HOST, 0)) as listener:
         return listener.getsockname()[1]
 
 
@@ -134,6 +138,8 @@ def _serve(server: Server, job: Job, pipe: Connection) -> None:
 
 
 def _work(worker: Worker, job: Job, number: int, address: Any, pipe: Connection) -> None:
+    if WORKERS_VARIABLE in os.environ:
+        enter(os.environ[WORKERS_VARIABLE])
     torch.set_num_threads(1)
     with worker(job, number, address) as round_trip:
         for _ in range(WARM_UP):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.peers.harness import RoundTrip, Step, bytes_of, main, sockets
+from benchmarks.peers.harness import HOST, RoundTrip, Step, bytes_of, main, sockets
 from benchmarks.peers.measurement import Job
 
 
@@ -26,7 +26,7 @@ def server(job: Job, publish: Callable[[Any], None]) -> None:
             step(grad, reply)
             connection.sendall(out)
 
-    with socket.create_server(("127.0.0.1", 0), backlog=job.workers) as listener:
+    with socket.create_server((HOST, 0), backlog=job.workers) as listener:
         publish(listener.getsockname())
         while True:
             threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()

@@ -14,7 +14,7 @@ import torch.distributed.rpc as rpc
 from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage] # documented, not annotated as public
 
-from benchmarks.peers.harness import LEARNING_RATE, MOMENTUM, RoundTrip, free_port, main
+from benchmarks.peers.harness import HOST, LEARNING_RATE, MOMENTUM, RoundTrip, free_port, main
 from benchmarks.peers.measurement import Job
 
 ONLY_TCP = "BENCHMARK_ONLY_TCP"
@@ -70,9 +70,9 @@ def work(job: Job, sizes: list[int], number: int, port: int) -> Generator[RoundT
 def join(job: Job, rank: int, port: int) -> None:
     """Join the group; nobody leaves it, as the processes are killed."""
     only_tcp: dict[str, Any] = {"_transports": ["uv"], "_channels": ["basic"]} if ONLY_TCP in os.environ else {}
-    options = rpc.TensorPipeRpcBackendOptions(init_method=f"tcp://127.0.0.1:{port}", rpc_timeout=120, **only_tcp)
+    options = rpc.TensorPipeRpcBackendOptions(init_method=f"tcp://{HOST}:{port}", rpc_timeout=120, **only_tcp)
     if rank > 0:  # wait for the server
-        TCPStore("127.0.0.1", port, timeout=timedelta(seconds=60), wait_for_workers=False)
+        TCPStore(HOST, port, timeout=timedelta(seconds=60), wait_for_workers=False)
     rpc.init_rpc(f"rank{rank}", rank=rank, world_size=job.workers + 1, rpc_backend_options=options)
 
 

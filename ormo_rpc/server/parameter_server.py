@@ -399,7 +399,7 @@ class ParameterServer:
 
     def _end_if_done(self) -> None:
         if self.assignments.done and not self.ended:
-            self.algorithm.flush(self.lr(self.iteration - 1))
+            self.algorithm.flush(self.lr(max(self.iteration - 1, 0)))
             self.snapshots.invalidate()
             self._end(Status.completed if all_finite(self.params) else Status.diverged)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from benchmarks import throughput
@@ -9,10 +10,8 @@ from benchmarks.peers.measurement import Job, measurement
 
 
 def sample(updates: int, **values: Any) -> throughput.Sample:
-    zeros: dict[str, Any] = dict.fromkeys(
-        ("cpu_seconds", "workers_cpu_seconds", "server_bytes", "server_bytes_now", "worker_bytes"), 0
-    )
-    return throughput.Sample(updates=updates, **{**zeros, **values})
+    zeros: dict[str, Any] = dict.fromkeys((field.name for field in dataclasses.fields(throughput.Sample)), 0)
+    return throughput.Sample(**{**zeros, "updates": updates, **values})
 
 
 def measured(name: str, number: int, rate: float, **more: Any) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def test_the_knee_is_the_smallest_good_k_and_the_report_names_the_bottleneck(tmp
     # The best rate is 1,000; K = 4 reaches 950 of it. There the server takes 0.95 cores and the workers 0.95: 1.9 of 2.
     rates = {1: 400.0, 2: 800.0, 4: 950.0, 8: 1000.0}
     measurements = [measured(1000, workers, rate, 1e-3, 1e-3, 5e-4) for workers, rate in reversed(rates.items())]
-    made = {**content([*measurements, measured(50, 1, 100.0, 1e-3, 0.0, 9.9e-3)], {}), "measurements": measurements}
+    made = {**content(measurements, {}), "transport": "auto"}
     (found,) = live_scale.groups(made).values()
     assert [each["workers"] for each in found] == [1, 2, 4, 8]
     at = live_scale.knee(found)
@@ -49,6 +49,8 @@ def test_the_knee_is_the_smallest_good_k_and_the_report_names_the_bottleneck(tmp
         "* D = 1,000: the knee is at K = 4 with 950 updates/s, bound by the cores" in (tmp_path / "live_scale.md").read_text()
     )
     assert (tmp_path / "live_scale.png").stat().st_size > 1000
+    live_scale.write({**made, "transport": "gloo"}, tmp_path)
+    assert "transport gloo" in (tmp_path / "live_scale-gloo.md").read_text()
 
 
 def test_growth_of_memory_is_distinguished_from_fluctuation() -> None:

@@ -52,6 +52,19 @@ def test_systems_take_turns_and_one_that_fails_at_a_size_is_left_out_there(tmp_p
     ]
 
 
+def test_an_interrupted_comparison_goes_on_with_the_measurements_of_the_same_commit(tmp_path: Path) -> None:
+    calls: list[tuple[str, int, int]] = []
+    measure_one = fake({"ormo_rpc": 40, "raw_sockets": 10}, calls)
+    *_, first = side_by_side.measure(("ormo_rpc", "raw_sockets"), (1000,), (2,), 1.0, 1, measure_one, namespaces=True)
+    side_by_side_report.write(first, tmp_path, draw=lambda _, path: path.touch())
+    kept = side_by_side.kept(first, (2,), 1.0, tmp_path)
+    assert side_by_side.kept({**first, "namespaces": False}, (2,), 1.0, tmp_path) == []
+    assert side_by_side.kept({**first, "versions": {"commit": "another"}}, (2,), 1.0, tmp_path) == []
+    *_, last = side_by_side.measure(("ormo_rpc", "raw_sockets"), (1000,), (2,), 1.0, 2, measure_one, kept, namespaces=True)
+    assert (len(calls), len(last["measurements"])) == (4, 4)
+    assert "K = 2, between two network namespaces" in side_by_side_report.as_text(last)
+
+
 def test_every_system_comes_first_and_last_in_some_round() -> None:
     names = ["a", "b", "c", "d"]
     orders = [side_by_side.rotated(names, number) for number in range(4)]
@@ -107,7 +120,7 @@ def test_the_default_systems_exist_and_every_system_has_its_module() -> None:
         assert (root / each.module.replace(".", "/")).with_suffix(".py").is_file()
 
 
-def test_two_checkouts_are_compared_within_rounds_and_take_turns_in_order() -> None:
+def test_two_checkouts_are_compared_within_rounds_and_take_turns_in_order(tmp_path: Path) -> None:
     order: list[tuple[str, int]] = []
 
     class Fake(before_after.Checkout):
@@ -119,12 +132,18 @@ def test_two_checkouts_are_compared_within_rounds_and_take_turns_in_order() -> N
             return measurement("ormo_rpc", job, [slower * (0.1 if self.name == "before" else 0.2)], 0.1, 1, [1])
 
     checkouts = [Fake(name=name, folder=Path(), python=Path()) for name in ("before", "after")]
-    made = before_after.measure(checkouts, (10, 20), 1, 1.0, 2)
+    *_, made = before_after.measure(checkouts, (10, 20), 1, 1.0, 2)
     assert order == [
         *(("before", 10), ("after", 10), ("before", 20), ("after", 20)),
         *(("after", 10), ("before", 10), ("after", 20), ("before", 20)),
     ]
     assert before_after.rates(made, "before", 20) == pytest.approx([5.0, 10 / 3])
     assert before_after.ratios(made, 10) == pytest.approx([0.5, 0.5])
-    text = before_after.as_text({**content([], {}), "measurements": made, "before": "abc", "after": "def"})
-    assert "| 10 | 4 (3 - 5) | 2 (2 - 2) | 0.500 (0.500 - 0.500) |" in text
+    results = {**content([], {}), "measurements": made, "before": "abc", "after": "def"}
+    assert "| 10 | 4 (3 - 5) | 2 (2 - 2) | 0.500 (0.500 - 0.500) |" in before_after.as_text(results)
+    # The same again does nothing but the further round, unless a commit is another one.
+    before_after.write(results, tmp_path / "made")
+    kept = before_after.earlier(results, tmp_path / "made")
+    *_, longer = before_after.measure(checkouts, (10, 20), 1, 1.0, 3, kept)
+    assert (len(order), len(longer)) == (12, 12)
+    assert before_after.earlier({**results, "after": "ghi"}, tmp_path / "made") == []

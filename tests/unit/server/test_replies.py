@@ -31,6 +31,19 @@ def test_the_lr_schedule_is_called_for_iterations_of_the_run_only() -> None:
     assert trial.server.params.tolist() == [-0.875] * 3  # 0.5 + 0.25 + 0.125
 
 
+def test_a_run_that_ends_before_its_first_ticket_asks_for_the_first_iterations_learning_rate() -> None:
+    asked: list[int] = []
+
+    def lr(t: int) -> float:
+        asked.append(t)
+        return 0.5
+
+    trial = begin(min_workers=4, lr=lr)  # three workers: no ticket is issued
+    trial.server.finish()
+    assert trial.server.status is Status.completed
+    assert set(asked) == {0}
+
+
 def test_the_initial_parameters_are_copied() -> None:
     start = torch.zeros(3, dtype=torch.float64)
     begin(params=start).push(0)
