@@ -6,6 +6,7 @@ makes it due completes it.
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -15,6 +16,8 @@ from ormo_rpc.messages import ErrorReply, Reply
 
 ServerResponse = Reply | ErrorReply
 """The outcome of a call."""
+LIVENESS_SECONDS = 1
+"""The interval at which a waiting side checks that the other one is alive."""
 
 
 class ReplyFuture:
@@ -130,6 +133,26 @@ def refusals_as_replies(call: Callable[[], ReplyFuture]) -> ReplyFuture:
         future = ReplyFuture()
         future.set_result(_error_reply(error))
         return future
+
+
+def wait_while(alive: Callable[[], bool], future: ReplyFuture) -> ServerResponse:
+    """Wait for a response, for as long as the worker is alive.
+
+    Raises:
+        EOFError: it is not.
+    """
+    if not future.done():
+        done = queue.SimpleQueue[object]()
+        future.add_done_callback(done.put)
+        while True:
+            lives = alive()  # asked before waiting: an evicted worker is given the reason a moment later
+            try:
+                done.get(timeout=LIVENESS_SECONDS)
+                break
+            except queue.Empty:
+                if not lives:
+                    raise EOFError("the worker was evicted") from None
+    return future.value()
 
 
 def _error_reply(error: Exception) -> ErrorReply:

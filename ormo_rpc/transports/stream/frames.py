@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.transports.codec import PUSH, REPLY
+from ormo_rpc.transports.pending_replies import LIVENESS_SECONDS
 
 _KIND = struct.Struct("<q")
 """Of a request: its kind, then the numbers of a push."""
@@ -30,8 +31,6 @@ SAME = -1
 """In the place of the bytes of the buffers: they are those of the reply before, of none at the first one."""
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """A dtype crosses as its index."""
-LIVENESS_SECONDS = 1
-"""The interval at which a waiting side checks that the other one is alive."""
 
 
 class Request(IntEnum):

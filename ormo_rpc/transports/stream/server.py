@@ -7,7 +7,6 @@ else the bytes follow the frames, from and into memory that is made once.
 
 from __future__ import annotations
 
-import queue
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -16,15 +15,15 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ormo_rpc.compression.wire_buffers import WireBuffers
 from ormo_rpc.errors import WireError
-from ormo_rpc.messages import NO_BUFFERS, ErrorReply, Push
+from ormo_rpc.messages import NO_BUFFERS, ErrorReply
 from ormo_rpc.rendezvous.protocol import LineReader, send
 from ormo_rpc.transports.base import ServerSide, Service
 from ormo_rpc.transports.codec import pack_error
-from ormo_rpc.transports.pending_replies import ReplyFuture, ServerResponse, refusals_as_replies
+from ormo_rpc.transports.pending_replies import ReplyFuture, ServerResponse, refusals_as_replies, wait_while
+from ormo_rpc.transports.push_reader import PushReader
 from ormo_rpc.transports.stream import frames
-from ormo_rpc.transports.stream.frames import INLINE, LIVENESS_SECONDS, REQUEST_BYTES, FrameSocket, Request, bytes_of
+from ormo_rpc.transports.stream.frames import INLINE, REQUEST_BYTES, FrameSocket, Request, bytes_of
 from ormo_rpc.transports.stream.shared_memory import AVAILABLE, SegmentHandle, SharedMemoryPool, attach
 
 NEGOTIATION_SECONDS = 10.0
@@ -105,25 +104,18 @@ class StreamServerSide(ServerSide):
         """
         form = service.push_format
         # A hostile worker can change shared memory after it was validated. That spoils its own gradient, which it may do
-        # anyway; but a journal would have a torn record, behind which all others are lost, a decoder other bytes than those
-        # that it has checked, and a number of calls that is none would end a commit halfway: buffers, which are small, are
-        # always copied.
+        # anyway; but a journal would have a torn record, behind which all others are lost, and a decoder other bytes than those
+        # that it has checked.
         copies = shared is not None and (service.rereads_pushes or not form.plain)
         payload = torch.empty(form.size, dtype=torch.uint8) if shared is None or copies else shared
         inline = bytes_of(payload) if shared is None else None
-        decoded = None if form.plain else torch.empty(form.length, dtype=form.dtype)
-        pushed = form.buffer_region.of(payload)
-        buffer_bytes = torch.empty_like(pushed) if payload is shared and pushed.numel() else pushed
-        views = (form.whole(payload), WireBuffers(form.buffers, buffer_bytes)) if form.plain else None  # made once
+        push_reader = PushReader(form, payload, shared=payload is shared)
         frame = bytearray(REQUEST_BYTES)
         whole = memoryview(frame)
         sent = NO_BUFFERS
 
         def push() -> ReplyFuture:
-            if buffer_bytes is not pushed:
-                buffer_bytes.copy_(pushed)
-            grad, buffers = form.unpack(payload, decoded) if views is None else (views[0], views[1].read())
-            return service.push(session_id, Push(**frames.push_numbers(frame), grad=grad, buffers=buffers))
+            return service.push(session_id, push_reader.read(frames.push_numbers(frame)))
 
         def register() -> ReplyFuture:
             return service.register(session_id)
@@ -144,7 +136,7 @@ class StreamServerSide(ServerSide):
                 return
             else:
                 raise WireError(f"a request of kind {kind} came, expected one of {[*map(int, Request)]}")
-            sent = self._send(stream, _wait(future, stream), sent, shared=shared is not None)
+            sent = self._send(stream, wait_while(stream.alive, future), sent, shared=shared is not None)
             del future  # with the parameters in it, so that their memory can be lent again
 
     def _send(self, stream: FrameSocket, response: ServerResponse, sent: Tensor, *, shared: bool) -> Tensor:
@@ -163,23 +155,3 @@ class StreamServerSide(ServerSide):
             inline.append(bytes_of(response.buffers))
         stream.send(frames.reply_frame(response, INLINE if descriptor is None else descriptor, same_buffers=same), *inline)
         return response.buffers
-
-
-def _wait(future: ReplyFuture, stream: FrameSocket) -> ServerResponse:
-    """Wait for the response, as long as the worker is a member.
-
-    Raises:
-        EOFError: it was evicted.
-    """
-    if not future.done():
-        done = queue.SimpleQueue[object]()
-        future.add_done_callback(done.put)
-        while True:
-            alive = stream.alive()  # asked before waiting: an evicted worker is given the reason a moment later
-            try:
-                done.get(timeout=LIVENESS_SECONDS)
-                break
-            except queue.Empty:
-                if not alive:
-                    raise EOFError("the worker was evicted") from None
-    return future.value()

@@ -1,0 +1,1 @@
+"""Messages of Gloo's, over a pair of processes for each worker."""
