@@ -30,6 +30,7 @@ from ormo_rpc.errors import ConfigError, RunFailed, one_line
 from ormo_rpc.options import parts
 from ormo_rpc.overrides import keys_of, prepared
 from ormo_rpc.runtimes.torchrun import Torchrun
+from ormo_rpc.runtimes.torchrun_store import former_run
 from ormo_rpc.storage.launch import Launch
 from ormo_rpc.storage.sweep_directory import SweepDirectory
 from ormo_rpc.sweeps import JobFailed, SweepStart
@@ -101,7 +102,7 @@ def main() -> None:
     ended: BaseException | None = None
     SweepStart.directory = None
     try:
-        sys.argv[1:] = [*prepared(arguments), *_without_directory(arguments)]
+        sys.argv[1:] = [*prepared(arguments), *_directory(arguments)]
         os.environ[FULL_ERROR] = "1"
         with sweeps.sigterm_restored():
             _hydra_main(job)
@@ -162,11 +163,15 @@ def _hydra_main(job: Callable[[DictConfig], float | None]) -> None:
     hydra.main(version_base="1.3", config_path=str(conf_dir().absolute()), config_name="config")(job)()
 
 
-def _without_directory(arguments: Sequence[str]) -> list[str]:
-    """Return further arguments of hydra for a process without a run directory; the one that starts the server makes it."""
+def _directory(arguments: Sequence[str]) -> list[str]:
+    """Return further arguments of hydra about the run directory, which the process that starts the server makes.
+
+    A process without one makes none; rank 0 that torchrun has started again has the run directory of its former start.
+    """
     torchrun = Torchrun.from_environment()
     if (torchrun is None or torchrun.rank == 0) and "role=worker" not in arguments:
-        return []
+        former = None if torchrun is None else former_run(torchrun)
+        return [] if former is None else prepared([f"hydra.run.dir={former.run_dir}"])
     return ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
 
 

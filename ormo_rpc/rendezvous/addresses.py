@@ -74,6 +74,17 @@ def interface_address(interface: str | None) -> str:
     return socket.inet_ntoa(answer[20:24])
 
 
+def local_address(server: tuple[str, int]) -> str:
+    """The address of this machine from which packets to a server leave; the server's host where there is no way to it."""
+    try:
+        family, *_, target = socket.getaddrinfo(*server, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(target)  # sends nothing
+            return str(probe.getsockname()[0])
+    except OSError:
+        return server[0]
+
+
 def interface_of(host: str) -> str:
     """The network interface of an IP address of this machine; an address of loopback belongs to the loopback interface.
 

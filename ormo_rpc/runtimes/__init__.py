@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import threading
 import time
@@ -19,6 +20,7 @@ from ormo_rpc.errors import RunFailed
 from ormo_rpc.options.imports import refuse_while_importing
 from ormo_rpc.runtimes import prepare
 from ormo_rpc.runtimes.torchrun import Torchrun
+from ormo_rpc.runtimes.torchrun_store import continues
 from ormo_rpc.storage.launch import Launch
 from ormo_rpc.storage.run_directory import RunDirectory
 
@@ -49,7 +51,8 @@ def run(
 
     Args:
         config: The configuration; ``workers`` may still be None.
-        run_dir: The directory for the outputs, which must not hold a run yet.
+        run_dir: The directory for the outputs, which must not hold a run yet, except that of an earlier start of the ranks by
+            torchrun.
         launch: How it was started.
         start: Where relative paths begin: the directory where the command was started; by default this process's.
         began: Time on the monotonic clock from which the summary's ``wall_seconds`` count; by default now.
@@ -77,8 +80,10 @@ def run(
     if job is not None:
         config = job.config
     if has_run_directory:
-        RunDirectory.claim(run_dir)
-        (launch or Launch()).write(run_dir)
+        if torchrun is None or not continues(torchrun, run_dir):
+            RunDirectory.claim(run_dir)
+        run_id = None if torchrun is None else torchrun.run_id
+        dataclasses.replace(launch or Launch(), torchrun=run_id).write(run_dir)
     with _in_this_process() if config.runtime.name in IN_THIS_PROCESS else contextlib.nullcontext():
         if isinstance(config.runtime, SimRuntime):  # with the data set that was loaded for the check
             return runtime.run(config, run_dir, began, job)

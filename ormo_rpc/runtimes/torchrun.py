@@ -11,14 +11,16 @@ class Torchrun:
     """This process's rank in a torchrun job.
 
     Attributes:
+        run_id: The name of the job, ``--rdzv-id``.
         rank: The rank of this process.
         world_size: The number of ranks.
         store: HOST:PORT of the store.
-        attempt: The number of times that torchrun has restarted the ranks.
+        attempt: Restarts of the ranks after failures; one for a change of the nodes does not count.
         agent_store: Torchrun's agent hosts the store; otherwise rank 0 has to.
         one_machine: All ranks are on this machine.
     """
 
+    run_id: str
     rank: int
     world_size: int
     store: str
@@ -33,6 +35,7 @@ class Torchrun:
         if "TORCHELASTIC_RUN_ID" not in env:
             return None
         return cls(
+            run_id=env["TORCHELASTIC_RUN_ID"],
             rank=int(env["RANK"]),
             world_size=int(env["WORLD_SIZE"]),
             store=f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}",

@@ -23,12 +23,19 @@ class RunCounters:
     """
 
     _COUNTS = struct.Struct("<3q")
+    _FILE = "progress"
 
     def __init__(self, run_dir: Path) -> None:
-        with (run_dir / "progress").open("a+b") as file:
+        with (run_dir / self._FILE).open("a+b") as file:
             file.truncate(self._COUNTS.size)
             self._memory = mmap.mmap(file.fileno(), self._COUNTS.size)
         self.iterations, self.incarnations, self.rolled_back = self._COUNTS.unpack(self._memory)
+
+    @classmethod
+    def incarnations_of(cls, run_dir: Path) -> int:
+        """Server processes that a run has had so far; 0 for a run that has not begun."""
+        file = run_dir / cls._FILE
+        return cls._COUNTS.unpack(file.read_bytes())[1] if file.is_file() else 0
 
     def begin(self, iterations: int) -> None:
         """Count a new server process, which begins with this many gradients applied."""

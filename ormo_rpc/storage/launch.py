@@ -19,14 +19,16 @@ class Launch:
     Attributes:
         overrides: What was typed, such as ``train.lr=0.1``.
         sweep: The name of the sweep that the run belongs to.
+        torchrun: The name of the torchrun job, ``--rdzv-id``.
     """
 
     overrides: Sequence[str] = ()
     sweep: str | None = None
+    torchrun: str | None = None
 
     def write(self, run_dir: Path) -> None:
         """Write it into the run directory, where there is something to say."""
-        if self.overrides or self.sweep is not None:
+        if self != Launch():
             (run_dir / _FILE).write_text(json.dumps(dataclasses.asdict(self)) + "\n", encoding="utf-8")
 
     @classmethod

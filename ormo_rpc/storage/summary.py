@@ -126,6 +126,11 @@ def write_summary(run_dir: Path, summary: Summary) -> dict[str, Any]:
     return content
 
 
+def forget_summary(run_dir: Path) -> None:
+    """Remove the summary of a run that continues in its directory."""
+    (run_dir / FILE).unlink(missing_ok=True)
+
+
 def read_summary(run_dir: Path) -> dict[str, Any] | None:
     """Read ``summary.json``, also one with keys of earlier versions; None where there is none yet.
 

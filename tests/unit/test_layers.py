@@ -36,7 +36,7 @@ ONLY_IN = {
         "transports.rpc",
         "transports.gloo",
         "runtimes.collectives",
-        "runtimes.distributed.entry_point",
+        "runtimes.torchrun_store",
     ),
     "torch.distributed.rpc": ("control.torch_rpc", "transports.rpc"),
     "torch.futures": ("control.torch_rpc", "transports.rpc"),

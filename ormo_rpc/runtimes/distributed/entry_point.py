@@ -12,20 +12,19 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage] # documented, not annotated as public
 from typing_extensions import override
 
 from ormo_rpc.errors import ConfigError, Refused, ServerLost, WireError, WorkerBanned
 from ormo_rpc.rendezvous.addresses import parse_address
 from ormo_rpc.rendezvous.secret import Secret, read_secret
-from ormo_rpc.runtimes.distributed.launcher.child import EXIT_DONE, EXIT_NO_RESTART, Reporter, obey_supervisor
+from ormo_rpc.runtimes.distributed.launcher.child import EXIT_DONE, EXIT_NO_RESTART, EXIT_SERVER_LOST, Reporter, obey_supervisor
 from ormo_rpc.runtimes.distributed.server_process import server_process
 from ormo_rpc.runtimes.distributed.worker_process.worker_process import WorkerArgs, WorkerProcess
+from ormo_rpc.runtimes.torchrun_store import ADDRESS, SECRET_FILE, connect
 
 EXPECTED_ERRORS = (WorkerBanned, ServerLost, WireError, ConfigError, OSError)
 """Their messages suffice: no traceback is shown for them."""
@@ -48,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             with contextlib.suppress(OSError):  # the log may be on the full disk that is the reason
                 traceback.print_exc()
         # Threads of torch's RPC agent may hold up an ordinary exit.
+        if isinstance(error, ServerLost):
+            os._exit(EXIT_SERVER_LOST)
         os._exit(EXIT_NO_RESTART if isinstance(error, (WorkerBanned, Refused, ConfigError)) else 1)
     # Finalising the interpreter can take seconds without a heartbeat, which a supervisor would take for a death.
     logging.shutdown()
@@ -72,9 +73,9 @@ def _run_server(arguments: argparse.Namespace, report: Callable[[str], None]) ->
     def on_ready(server: server_process.ServerProcess) -> None:
         control.connect(server)
         if arguments.store is not None:
-            store = _store(arguments)
-            store.set("secret_file", str(arguments.secret_file or ""))
-            store.set("address", arguments.address)
+            store = connect(arguments.store, arguments.start_timeout_seconds)
+            store.set(SECRET_FILE, str(arguments.secret_file or ""))
+            store.set(ADDRESS, arguments.address)
 
     server_process.serve(args, on_ready)
 
@@ -83,8 +84,8 @@ def _run_worker(arguments: argparse.Namespace, report: Callable[[str], None]) ->
     if arguments.store is None:
         address, secret_file = arguments.address, arguments.secret_file
     else:
-        store = _store(arguments)
-        address, secret_file = store.get("address").decode(), store.get("secret_file").decode() or None
+        store = connect(arguments.store, arguments.start_timeout_seconds)
+        address, secret_file = store.get(ADDRESS).decode(), store.get(SECRET_FILE).decode() or None
     worker = WorkerProcess(
         WorkerArgs(
             address=parse_address(address),
@@ -154,14 +155,6 @@ def _secret(file: str | None) -> Secret:
     return secret
 
 
-def _store(arguments: argparse.Namespace) -> PrefixStore:
-    """The store of torchrun's agent, in which the server leaves its address for the workers."""
-    host, _, port = arguments.store.rpartition(":")
-    timeout = timedelta(seconds=arguments.start_timeout_seconds)
-    store = TCPStore(host, int(port), is_master=False, timeout=timeout, wait_for_workers=False)
-    return PrefixStore(arguments.store_prefix, store)
-
-
 class _ReportHandler(logging.Handler):
     """Sends warnings to the supervisor, which shows them to people."""
 
@@ -195,7 +188,6 @@ def _parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     common.add_argument("--address", metavar="HOST:PORT", help="of the server's listener")
     common.add_argument("--secret-file", help="by default the environment has the secret")
     common.add_argument("--store", metavar="HOST:PORT", help="torchrun's store, in which the server leaves its address")
-    common.add_argument("--store-prefix", default="ormo_rpc", help="of our keys in that store")
     common.add_argument("--start-timeout-seconds", type=float, default=180.0, help="to reach the server, or the store")
 
     parser = argparse.ArgumentParser(description=__doc__)

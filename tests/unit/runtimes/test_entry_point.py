@@ -13,7 +13,7 @@ import pytest
 
 from ormo_rpc.errors import ConfigError, Refused, ServerLost, WireError, WorkerBanned
 from ormo_rpc.runtimes.distributed import entry_point
-from ormo_rpc.runtimes.distributed.launcher.child import EXIT_NO_RESTART
+from ormo_rpc.runtimes.distributed.launcher.child import EXIT_NO_RESTART, EXIT_SERVER_LOST
 from ormo_rpc.runtimes.distributed.launcher.supervisor import Supervisor
 from ormo_rpc.runtimes.distributed.server_process import server_process
 from tests.support.processes import PATIENCE_SECONDS
@@ -74,7 +74,8 @@ def test_a_server_handles_the_messages_that_came_before_it_was_ready(monkeypatch
     ("error", "status"),
     [
         *((kind("no"), EXIT_NO_RESTART) for kind in (Refused, WorkerBanned, ConfigError)),
-        *((kind("gone"), 1) for kind in (WireError, ServerLost, OSError)),
+        *((kind("gone"), 1) for kind in (WireError, OSError)),
+        (ServerLost("gone"), EXIT_SERVER_LOST),
     ],
 )
 def test_a_banned_or_refused_process_exits_with_the_status_that_forbids_a_restart(

@@ -23,7 +23,7 @@ ELASTIC = {
     "MASTER_ADDR": "host",
     "MASTER_PORT": "29400",
 }
-PLACE = Torchrun(rank=1, world_size=3, store="host:29400", attempt=2, agent_store=True, one_machine=True)
+PLACE = Torchrun(run_id="none", rank=1, world_size=3, store="host:29400", attempt=2, agent_store=True, one_machine=True)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ EXIT_DONE = 64
 """The exit status of a child whose work is done. A status of 0 may come from any ``sys.exit``."""
 EXIT_NO_RESTART = 65
 """The exit status of a child that was banned or refused, as a replacement would be."""
+EXIT_SERVER_LOST = 66
+"""The exit status of a worker that has not reached the server for ``runtime.start_timeout_seconds``."""
 MAX_EXIT_REASON_CHARACTERS = 300
 """A longer reason is cut; the log has all of it."""
 MAX_MESSAGE_CHARACTERS = 600

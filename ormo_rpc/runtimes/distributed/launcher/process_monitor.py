@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ormo_rpc.runtimes.distributed.launcher.child import EXIT_DONE, EXIT_NO_RESTART
+from ormo_rpc.runtimes.distributed.launcher.child import EXIT_DONE, EXIT_NO_RESTART, EXIT_SERVER_LOST
 from ormo_rpc.runtimes.distributed.launcher.supervisor import ChildProcess, Supervisor
 
 MAX_BACKOFF_SECONDS = 30.0
@@ -32,6 +32,7 @@ class ProcessSlot:
         restart_at: Start of the next one, on the monotonic clock.
         exit_reason: How the last process ended, unless its work was done.
         done: Its work is done.
+        exit_code: The exit status of the last process.
         given_up: It stays empty, though its work is not done.
     """
 
@@ -46,6 +47,7 @@ class ProcessSlot:
     started_at: float = 0.0
     restart_at: float = 0.0
     exit_reason: str = ""
+    exit_code: int | None = None
     done: bool = False
     given_up: bool = False
 
@@ -58,6 +60,11 @@ class ProcessSlot:
 def unless_banned(child: ChildProcess) -> bool:
     """Restart a worker however it ended, unless it was banned or refused."""
     return child.exit_code != EXIT_NO_RESTART
+
+
+def unless_server_lost(child: ChildProcess) -> bool:
+    """Restart a worker unless it was banned or refused, or has looked for its server for long enough."""
+    return unless_banned(child) and child.exit_code != EXIT_SERVER_LOST
 
 
 def if_killed(child: ChildProcess) -> bool:
@@ -115,6 +122,7 @@ class ProcessMonitor:
     def _reap(self, slot: ProcessSlot, child: ChildProcess) -> None:
         slot.child = None
         self.supervisor.reap(child)
+        slot.exit_code = child.exit_code
         if child.exit_code == EXIT_DONE:
             slot.done = True
             return

@@ -7,6 +7,7 @@ import os
 import secrets
 import socket
 import sys
+import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 
@@ -17,12 +18,17 @@ from ormo_rpc.data import DataSource
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.rendezvous.addresses import address_of, interface_address, listen_at, parse_address
 from ormo_rpc.rendezvous.secret import new_secret, read_secret, write_secret
-from ormo_rpc.runtimes.distributed.launcher.process_monitor import ProcessMonitor, ProcessSlot, if_killed
+from ormo_rpc.runtimes.distributed.launcher.process_monitor import ProcessMonitor, ProcessSlot, if_killed, unless_server_lost
+from ormo_rpc.runtimes.distributed.launcher.rank import Rank, with_interface
 from ormo_rpc.runtimes.distributed.launcher.supervisor import ChildProcess, Supervisor
 from ormo_rpc.runtimes.torchrun import Torchrun
+from ormo_rpc.runtimes.torchrun_store import FormerRun, former_run, remember
+from ormo_rpc.storage.counters import RunCounters
 
 FIRST_HEARTBEAT_SECONDS = 120.0
 """A child without a heartbeat by then counts as hung; on a busy machine the import of torch takes a while."""
+CLOSING_SECONDS = 5.0
+"""A killed server has closed its listener by then."""
 SECRET_FILE = "secret"  # noqa: S105 - the name of a file
 """The file in the run directory, for workers of this machine that join later."""
 
@@ -55,13 +61,14 @@ class Launcher:
             secret_file: The file with the secret; None where the environment has it.
             more: Further arguments of its command line.
         """
+        before = RunCounters.incarnations_of(run_dir)  # of an earlier start of torchrun's ranks
 
         def start(restart_count: int) -> ChildProcess:
             with _terminal() as terminal:
                 return self._start(
                     "server",
                     [
-                        *("server", "--incarnation", str(restart_count), "--run-dir", str(run_dir)),
+                        *("server", "--incarnation", str(before + restart_count), "--run-dir", str(run_dir)),
                         *("--began", repr(began), "--listener-fd", str(listener.fileno())),
                         *_option("--secret-file", secret_file),
                         *_option("--terminal-fd", terminal),
@@ -72,19 +79,20 @@ class Launcher:
 
         return start
 
-    def worker(self, preferred_worker: int | None, *more: str) -> Callable[[int], ChildProcess]:
+    def worker(self, preferred_worker: int | None, *more: str, before: int = 0) -> Callable[[int], ChildProcess]:
         """Return the function that starts a worker (`ProcessSlot.start`).
 
         Args:
             preferred_worker: The worker number to have, if it is free; None for an elastic worker.
             more: Further arguments of its command line.
+            before: Processes of it that an earlier launcher has started.
         """
         name = "worker" if preferred_worker is None else f"worker {preferred_worker}"
         slot_id = secrets.token_hex(8)
 
         def start(restart_count: int) -> ChildProcess:
             number = _option("--preferred-worker", preferred_worker)
-            command = ["worker", "--restart-count", str(restart_count), "--slot-id", slot_id, *number, *more]
+            command = ["worker", "--restart-count", str(before + restart_count), "--slot-id", slot_id, *number, *more]
             return self._start(name, command, [])
 
         return start
@@ -128,25 +136,41 @@ def local_processes(monitor: ProcessMonitor, config: Config, run_dir: Path, bega
 
 @contextlib.contextmanager
 def rank_process(
-    monitor: ProcessMonitor, config: Config, run_dir: Path, torchrun: Torchrun, began: float
+    monitor: ProcessMonitor, config: Config, run_dir: Path, torchrun: Torchrun, began: float, report: Callable[[str], None]
 ) -> Generator[ProcessSlot]:
     """Start the one process of this rank under torchrun; the value is its slot.
 
-    The server leaves its address in the store of torchrun's agent. Without such a store the port that torchrun has chosen for
-    one is free, and the server listens there.
+    The server leaves its address in the store of torchrun's agent, and keeps it when torchrun starts the ranks again: workers
+    of nodes whose ranks go on look for it there. Without such a store the port that torchrun has chosen for one is free, and
+    the server listens there.
     """
-    store = ("--store", torchrun.store, "--store-prefix", f"ormo_rpc/{torchrun.attempt}") if torchrun.agent_store else ()
+    store = ("--store", torchrun.store) if torchrun.agent_store else ()
     launcher = Launcher(monitor.supervisor, config, loopback=torchrun.one_machine, logs=None)
     if torchrun.rank > 0:
         server_args = store or ("--address", torchrun.store, *_option("--secret-file", config.server.secret_file))
-        yield monitor.add(f"worker {torchrun.rank - 1}", launcher.worker(torchrun.rank - 1, *server_args))
+        start_worker = launcher.worker(torchrun.rank - 1, *server_args, before=torchrun.attempt)
+        yield monitor.add(f"worker {torchrun.rank - 1}", start_worker, should_restart=unless_server_lost)
         return
     secret_file = _run_secret(config, run_dir) if torchrun.one_machine else _shared_secret(config)
     host = "127.0.0.1" if torchrun.one_machine else interface_address(config.rpc.interface)
     port = 0 if torchrun.agent_store else int(torchrun.store.rpartition(":")[2])
-    with listen_at(f"{host}:{port}", public=config.server.public) as listener:
-        start_server = launcher.server(run_dir, began, listener, secret_file, "--address", address_of(listener), *store)
+    former = former_run(torchrun)
+    with _listen_again(former and former.address, f"{host}:{port}", public=config.server.public) as listener:
+        address = address_of(listener)
+        remember(torchrun, FormerRun(run_dir, address, socket.gethostname()))
+        Rank(torchrun, report).say(f"the server at {address} on {with_interface(host)}, run directory {run_dir}")
+        start_server = launcher.server(run_dir, began, listener, secret_file, "--address", address, *store)
         yield monitor.add("server", start_server, should_restart=if_killed, essential=True)
+
+
+def _listen_again(former: str | None, address: str, *, public: bool) -> socket.socket:
+    """Listen at the former address, once the former server has closed it; where it stays in use, at the other one."""
+    deadline = time.monotonic() + CLOSING_SECONDS
+    while former is not None and time.monotonic() < deadline:
+        with contextlib.suppress(ConfigError):
+            return listen_at(former, public=public)
+        time.sleep(0.1)
+    return listen_at(address, public=public)
 
 
 @contextlib.contextmanager
@@ -167,7 +191,8 @@ def _run_secret(config: Config, run_dir: Path) -> Path | None:
     if read_secret(config.server.secret_file) is not None:
         return None if config.server.secret_file is None else Path(config.server.secret_file)
     file = run_dir / SECRET_FILE
-    write_secret(file, new_secret())
+    if not file.exists():  # else of an earlier start of torchrun's ranks, which elastic workers know
+        write_secret(file, new_secret())
     return file
 
 

@@ -13,8 +13,10 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,16 @@ from typing import Any
 from ormo_rpc.config.parsing import save_config
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError, RunFailed
+from ormo_rpc.runtimes.distributed.launcher.child import EXIT_SERVER_LOST
 from ormo_rpc.runtimes.distributed.launcher.process_monitor import ProcessMonitor, ProcessSlot
 from ormo_rpc.runtimes.distributed.launcher.processes import elastic_worker_process, local_processes, rank_process
+from ormo_rpc.runtimes.distributed.launcher.rank import Rank, WorkerRank
 from ormo_rpc.runtimes.distributed.launcher.supervisor import Supervisor
 from ormo_rpc.runtimes.torchrun import Torchrun
+from ormo_rpc.runtimes.torchrun_store import tell_result
 from ormo_rpc.storage import checkpoint
-from ormo_rpc.storage.summary import read_summary, unfinished_summary, write_summary
+from ormo_rpc.storage.counters import RunCounters
+from ormo_rpc.storage.summary import forget_summary, read_summary, unfinished_summary, write_summary
 
 TERMINAL_STATUSES = ("completed", "diverged")
 """The statuses of a run that has ended by itself; a signal that comes later changes nothing."""
@@ -46,23 +52,31 @@ def run(config: Config, run_dir: Path, began: float) -> dict[str, Any]:
     """
     torchrun = Torchrun.from_environment()
     if torchrun is not None and torchrun.rank > 0:
-        with Supervisor(_report) as supervisor:
-            monitor = _monitor(supervisor, config)
-            _supervise_worker(monitor, rank_process(monitor, config, run_dir, torchrun, began), config)
+        _run_worker_rank(config, run_dir, torchrun, began)
         return {}
     run_dir.mkdir(parents=True, exist_ok=True)
+    former = read_summary(run_dir)
+    if former is not None and torchrun is not None and former["status"] in TERMINAL_STATUSES:
+        tell_result(torchrun, former)  # the ranks were started again after that
+        return former
+    forget_summary(run_dir)
     save_config(config, run_dir / "config.yaml")
     with Supervisor(_report) as supervisor:
         monitor = _monitor(supervisor, config)
         if torchrun is None:
             processes = local_processes(monitor, config, run_dir, began)
         else:
-            processes = rank_process(monitor, config, run_dir, torchrun, began)
+            if torchrun.attempt > 0 and RunCounters.incarnations_of(run_dir) == 0:
+                _report(_nothing_to_continue(config, torchrun))
+            processes = rank_process(monitor, config, run_dir, torchrun, began, _report)
         with processes as server:
             failure = _supervise_server(monitor, server, config)
         interrupted = bool(supervisor.signals)
     summary = read_summary(run_dir)
     if failure is None or (summary is not None and summary["status"] in TERMINAL_STATUSES):
+        if torchrun is not None and summary is not None:
+            tell_result(torchrun, summary)
+            Rank(torchrun, _report).say(f"the run {summary['status']}: {summary['gradients_computed']} gradients")
         return summary or {}
     if summary is None:
         status = "interrupted" if interrupted else "failed"
@@ -71,6 +85,33 @@ def run(config: Config, run_dir: Path, began: float) -> dict[str, Any]:
         except OSError as error:  # such as a full disk, which may be the cause of the failure
             _report(f"summary.json cannot be written: {error}")
     raise RunFailed(f"{failure}; {_how_to_resume(run_dir)}", failure.exit_status)
+
+
+def _run_worker_rank(config: Config, run_dir: Path, torchrun: Torchrun, began: float) -> None:
+    """Run the worker of a rank until the run is over or torchrun ends it.
+
+    Raises:
+        RunFailed: the server is lost, so that torchrun starts the ranks again, or ends the job.
+    """
+    with Supervisor(_report) as supervisor, WorkerRank(torchrun, _report, config) as rank:
+        monitor = _monitor(supervisor, config)
+        slot = _supervise_worker(
+            monitor, rank_process(monitor, config, run_dir, torchrun, began, _report), config, rank.ended.is_set
+        )
+        if supervisor.signals:
+            return
+        if rank.ended.is_set() or slot.done:
+            rank.say_end(config.rpc.stop_timeout_seconds)
+        elif slot.exit_code == EXIT_SERVER_LOST:
+            raise RunFailed(slot.exit_reason)
+
+
+def _nothing_to_continue(config: Config, torchrun: Torchrun) -> str:
+    begins = "from the parameters of its seed" if config.checkpoint.resume is None else f"from {config.checkpoint.resume}"
+    return (
+        f"torchrun has started the ranks again (attempt {torchrun.attempt}), and the run that they had is not on this node "
+        f"({socket.gethostname()}): a new one begins, {begins} (checkpoint.resume)"
+    )
 
 
 def join(config: Config) -> None:
@@ -128,8 +169,19 @@ def _supervise_server(monitor: ProcessMonitor, server: ProcessSlot, config: Conf
     return RunFailed(f"interrupted by {name}", exit_status=130)
 
 
-def _supervise_worker(monitor: ProcessMonitor, process: AbstractContextManager[ProcessSlot], config: Config) -> ProcessSlot:
+def _supervise_worker(
+    monitor: ProcessMonitor,
+    process: AbstractContextManager[ProcessSlot],
+    config: Config,
+    over: Callable[[], bool] = lambda: False,
+) -> ProcessSlot:
     """Keep one worker running until its work is done or it is given up.
+
+    Args:
+        monitor: Starts it again.
+        process: Starts it.
+        config: Its configuration.
+        over: Returns True once the run is over; a worker that does not end by itself then, as it looks for a server, is killed.
 
     Raises:
         RunFailed: it was interrupted, and did not leave in time.
@@ -141,7 +193,7 @@ def _supervise_worker(monitor: ProcessMonitor, process: AbstractContextManager[P
             monitor.poll()
             return slot.finished
 
-        if not supervisor.wait(finished):
+        if not supervisor.wait(lambda: finished() or over()):
             name = supervisor.signals[0].name
             if slot.child is not None:
                 slot.child.send(leave=True)
@@ -150,6 +202,7 @@ def _supervise_worker(monitor: ProcessMonitor, process: AbstractContextManager[P
             if not slot.done:
                 raise RunFailed(f"interrupted by {name}", exit_status=130)
             _report(f"the worker left the run on {name}")
+        supervisor.wait(finished, config.rpc.stop_timeout_seconds, signals=len(supervisor.signals))
     return slot
 
 
