@@ -3,7 +3,8 @@
 Kills, stops and disconnects processes of a run at random moments, checks the guarantees from what the run has recorded, and
 measures how long it takes to evict and to replace a worker. Where network namespaces can be made (Linux, root), the run lives
 in one of its own, and an elastic worker in another one works for it over a network that fails, too. Writes
-``results/chaos.json`` and ``chaos.md`` (``chaos_journal.*`` with ``--journal``); exits with status 1 if a guarantee is broken.
+``results/chaos-TRANSPORT.json`` and ``.md`` (``chaos-TRANSPORT-journal.*`` with ``--journal``); exits with status 1 if a
+guarantee is broken.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def _parse() -> tuple[Options, Path | None, Path]:
     add("--seed", type=int, default=default.seed, help="of their order, iterations and victims (%(default)s)")
     add("--gradients", type=int, default=default.gradients, help="for each fault (%(default)s)")
     add("--seconds", type=float, default=default.seconds, help="longest time between two faults (%(default)s)")
+    add("--transport", default=default.transport, help="of the run: auto, shm, gloo, rpc or tcp (%(default)s)")
     add("--journal", action="store_true", help="make gradients durable before they are acknowledged")
     add("--short", action="store_true", help=f"{', '.join(SHORT)}, in about a minute")
     add("--only", nargs="+", choices=sorted(KINDS), default=CYCLE, metavar="KIND", help=f"of {', '.join(KINDS)}")
@@ -60,6 +62,7 @@ def _parse() -> tuple[Options, Path | None, Path]:
         gradients=given.gradients,
         seconds=given.seconds,
         journal=given.journal,
+        transport=given.transport,
         kinds=SHORT if given.short else tuple(given.only),
         least=min(30, faults + len(OWN_FAULTS)),
         namespaces=not given.no_network,

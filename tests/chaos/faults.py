@@ -128,10 +128,58 @@ def elastic_worker_killed(injector: FaultInjector, fault: Fault) -> None:
     """An elastic worker joins, works, and its launcher is killed by SIGKILL: the worker exits too and is evicted."""
     launched, worker, pid = injector.add_elastic_worker(fault)
     injector.must_be_evicted(worker, pid, killed=False)
+    launched.killed = True
     launched.process.kill()
     injector.expect_eviction(worker, pid)
     injector.run.wait(lambda: not pid_is_running(pid), "the exit of the worker whose launcher was killed")
     fault.outcome = "evicted, no process left"
+
+
+def joined_worker_killed(injector: FaultInjector, fault: Fault) -> None:
+    """SIGKILL of a worker that has joined, before it opens its data path: it is evicted."""
+    _kill_at_stage(injector, fault, "joined")
+
+
+def opening_worker_killed(injector: FaultInjector, fault: Fault) -> None:
+    """SIGKILL of a worker when the server has made its half of the data path, and waits for the other one: it is evicted."""
+    _kill_at_stage(injector, fault, "opening")
+
+
+def connected_worker_killed(injector: FaultInjector, fault: Fault) -> None:
+    """SIGKILL of a worker whose data path is open, before it asks for a ticket: it is evicted."""
+    _kill_at_stage(injector, fault, "connected")
+
+
+def sending_worker_killed(injector: FaultInjector, fault: Fault) -> None:
+    """SIGKILL of a worker while a push or its reply is on the way: it is evicted."""
+    _kill_at_stage(injector, fault, "sending")
+
+
+def _kill_at_stage(injector: FaultInjector, fault: Fault, stage: str) -> None:
+    _, pid = injector.add_worker_that_stops(fault, stage, signal.SIGKILL)
+    injector.expect_eviction(-1, pid)
+    fault.outcome = "evicted"
+
+
+def sending_worker_stopped(injector: FaultInjector, fault: Fault) -> None:
+    """SIGSTOP of a worker while a push or its reply is on the way; it is evicted, continues afterwards, and rejoins."""
+    launched, pid = injector.add_worker_that_stops(fault, "sending", signal.SIGSTOP)
+    injector.expect_eviction(-1, pid)
+    launched.process.send_signal(signal.SIGCONT)
+    injector.expect_rejoin(fault, launched, pid)
+    fault.outcome = "evicted, and rejoined"
+
+
+def kill_server_that_opens(injector: FaultInjector, fault: Fault) -> None:
+    """SIGKILL of the server while it waits for a worker's half of a data path: the worker joins its next incarnation."""
+    launched, worker = injector.add_worker_that_stops(fault, "opening", signal.SIGSTOP)
+    injector.evictions.pop()  # the server does not live to see it
+    pid = injector.run.server()
+    fault.target += f", server (pid {pid})"
+    os.kill(pid, signal.SIGKILL)
+    injector.expect_next_incarnation(fault, pid, "was killed by SIGKILL")
+    launched.process.send_signal(signal.SIGCONT)
+    injector.expect_rejoin(fault, launched, worker)
 
 
 # ---------------------------------------------------------------------------------------------------------------- network
@@ -169,6 +217,8 @@ KINDS: dict[str, Callable[[FaultInjector, Fault], None]] = {
         *(kill_worker, kill_two_workers, kill_starting_worker, stop_worker, pause_worker),
         *(kill_server, kill_server_and_worker, stop_server, pause_server),
         *(elastic_worker_leaves, elastic_worker_killed, network_loss, network_blip),
+        *(joined_worker_killed, opening_worker_killed, connected_worker_killed, sending_worker_killed),
+        *(sending_worker_stopped, kill_server_that_opens),
     )
 }
 """The faults by name."""

@@ -44,6 +44,7 @@ class Options:
         gradients: Number of gradients for each fault.
         seconds: Longest time between two faults, whatever the iteration.
         journal: Set ``checkpoint.journal=true``.
+        transport: Of the run, ``transport``.
         kinds: The kinds of faults, repeated as often as needed.
         least: Number of faults that must have fired.
         namespaces: Try to make network namespaces.
@@ -54,6 +55,7 @@ class Options:
     gradients: int = 350
     seconds: float = 15.0
     journal: bool = False
+    transport: str = "auto"
     kinds: tuple[str, ...] = CYCLE
     least: int = 30
     namespaces: bool = True
@@ -109,7 +111,7 @@ def run_with_faults(options: Options, run_dir: Path, *, bar: bool = False) -> Re
         seconds = time.monotonic() - began
         recorded = _check_records(injector, options, kinds, length)
         return Result(
-            checks=[*recorded, *_check_remains(run, kinds.count("elastic_worker_killed"))],
+            checks=[*recorded, *_check_remains(run)],
             faults=injector.faults,
             times=recovery_times(injector),
             network=network_words,
@@ -138,6 +140,7 @@ def _overrides(options: Options, length: int, network: Network | None) -> list[s
         *(f"runtime.worker_timeout_seconds={TIMEOUT_SECONDS:g}", "runtime.regroup_seconds=5", "runtime.max_restarts=1000"),
         *("runtime.restart_backoff_seconds=0.1", "checkpoint.every_seconds=2", "logger.progress=false"),
         f"runtime.faults=[{','.join(OWN_FAULTS)}]",
+        f"transport={options.transport}",
         *(["checkpoint.journal=true"] if options.journal else []),
         *([f"server.address={network.address}:0"] if network else []),
     ]
@@ -201,8 +204,8 @@ def _check_records(injector: FaultInjector, options: Options, kinds: list[str], 
     ]
 
 
-def _check_remains(run: ObservedRun, killed: int) -> list[Check]:
-    """Check that nothing of the run is left; ``killed`` launchers of elastic workers were killed."""
+def _check_remains(run: ObservedRun) -> list[Check]:
+    """Check that nothing of the run is left."""
     with contextlib.suppress(ChaosError):
         run.wait(lambda: not run.running(), "the exit of all processes", EXIT_SECONDS, may_end=True)
     orphans = [f"{process.pid}: {process}" for process in run.running()]
@@ -212,10 +215,10 @@ def _check_remains(run: ObservedRun, killed: int) -> list[Check]:
         Check("no process left", "; ".join([f"{len(orphans)} of {family}", *orphans]), not orphans),
         Check("no listening socket left", f"{len(sockets)} of {len(run.sockets)}", not sockets and bool(run.sockets)),
     ]
-    statuses = [launched.process.poll() for launched in run.elastic]
-    if statuses:
-        others = [status for status in statuses if status != -signal.SIGKILL]
-        figure = f"{len(statuses) - len(others)} killed, exit statuses of the others {', '.join(map(str, others))}"
-        holds = not any(others) and None not in others and len(others) + killed == len(statuses)
+    if run.elastic:
+        killed = [launched.process.poll() for launched in run.elastic if launched.killed]
+        others = [launched.process.poll() for launched in run.elastic if not launched.killed]
+        figure = f"{len(killed)} killed, exit statuses of the others {', '.join(map(str, others))}"
+        holds = set(killed) <= {-signal.SIGKILL} and set(others) <= {0}
         found.append(Check("elastic workers exited cleanly", figure, holds))
     return found

@@ -37,7 +37,7 @@ class ExpectedEviction:
     """A worker that a fault has taken, so that the server has to evict it.
 
     Attributes:
-        worker: Its number.
+        worker: Its number; -1 where it has none yet.
         pid: Its process id.
         incarnation: Of the server that has to evict it.
         hit_at: When the fault was injected, on our monotonic clock.
@@ -151,6 +151,30 @@ class FaultInjector:
         fault.target = f"elastic worker {worker} (pid {pid})"
         return launched, worker, pid
 
+    def add_worker_that_stops(self, fault: Fault, stage: str, number: signal.Signals) -> tuple[Launched, int]:
+        """Start an elastic worker that sends itself a signal at a stage, wait until it has; its process id.
+
+        It has to be evicted for it.
+        """
+        namespace = self.network.inside if self.network else Namespace()
+        launched = self.run.add_elastic_worker_with(namespace, stage, number)
+        pid = launched.process.pid  # which the command of a network namespace hands on
+        fault.target = f"elastic worker (pid {pid}), {stage}"
+        launched.killed = number is signal.SIGKILL
+        self.must_be_evicted(-1, pid, killed=False)
+        status = psutil.STATUS_ZOMBIE if launched.killed else psutil.STATUS_STOPPED
+        self.run.wait(lambda: launched.process.poll() is not None or _status(pid) == status, f"the signal of {fault.target}")
+        if launched.process.poll() not in (None, -number):
+            raise ChaosError(f"it ended before that: exit status {launched.process.poll()}, {launched.log[-2:]}")
+        return launched, pid
+
+    def expect_rejoin(self, fault: Fault, launched: Launched, pid: int) -> None:
+        """Wait until an elastic worker without a launcher works (again), and let it leave."""
+        since = time.monotonic()
+        self.run.wait(lambda: self.is_at_work(pid, since), f"the rejoining of {fault.target}")
+        launched.process.send_signal(signal.SIGTERM)
+        self.run.wait(lambda: launched.process.poll() is not None, f"the exit of {fault.target}")
+
     def remote_worker(self, fault: Fault) -> tuple[Network, int, int]:
         """Wait until the elastic worker on the other side works: the network, its number and process id."""
         assert self.network is not None
@@ -226,3 +250,11 @@ class FaultInjector:
         since = time.monotonic()
         self.run.wait(lambda: self.is_at_work(pid, since), f"gradients of elastic worker {worker} (pid {pid})")
         return worker, pid
+
+
+def _status(pid: int) -> str:
+    """The state of a process; empty where it has ended."""
+    try:
+        return psutil.Process(pid).status()
+    except psutil.NoSuchProcess:
+        return ""

@@ -27,7 +27,7 @@ class Namespace:
     @classmethod
     def of(cls, node: Node) -> Namespace:
         """The namespace of a node."""
-        return cls(node.prefix, ("runtime.interface=eth0", "transport=rpc"), node.namespace)
+        return cls(node.prefix, ("runtime.interface=eth0",), node.namespace)
 
     def tcp_table(self) -> str:
         """The TCP sockets of this namespace, as Linux lists them; empty if it does not exist."""

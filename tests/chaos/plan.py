@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from tests.chaos.faults import NETWORK_FAULTS
 
 CYCLE = (
-    *("kill_worker", "kill_server", "network_loss", "stop_worker", "pause_worker", "kill_server", "elastic_worker_leaves"),
-    *("kill_two_workers", "network_blip", "kill_starting_worker", "kill_server_and_worker", "elastic_worker_killed"),
-    *("stop_server", "kill_server", "pause_server"),
+    *("kill_worker", "kill_server", "network_loss", "sending_worker_killed", "kill_server_that_opens", "opening_worker_killed"),
+    *("kill_server", "sending_worker_stopped", "kill_two_workers", "kill_server_and_worker", "stop_worker", "pause_worker"),
+    *("joined_worker_killed", "connected_worker_killed", "network_blip", "kill_starting_worker", "elastic_worker_leaves"),
+    *("elastic_worker_killed", "stop_server", "kill_server", "pause_server"),
 )
 """Repeated for as many faults as are wanted: each kind, those that kill the server more often."""
 HEAD, TAIL = 3, 2

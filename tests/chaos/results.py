@@ -17,8 +17,8 @@ SUMMARY_KEYS = ("status", "iterations", "incarnations", "rolled_back", "gradient
 
 
 def write(result: Result, options: Options, folder: Path) -> None:
-    """Write ``chaos.json`` and ``chaos.md``, or ``chaos_journal.*``."""
-    name = "chaos_journal" if options.journal else "chaos"
+    """Write ``chaos-TRANSPORT.json`` and ``chaos-TRANSPORT.md``, or ``chaos-TRANSPORT-journal.*``."""
+    name = f"chaos-{options.transport}{'-journal' if options.journal else ''}"
     folder.mkdir(exist_ok=True)
     machine = environment()
     content = {
@@ -38,8 +38,8 @@ def write(result: Result, options: Options, folder: Path) -> None:
     order = [("second", "iteration", "fault", "target", "outcome")]
     order += [(f"{f.seconds:.0f}", str(f.at_iteration), f.kind, f.target, f.outcome) for f in result.faults]
     head = (
-        f"# Faults injected into a live run{', with the journal' if options.journal else ''}\n\n"
-        f"`python -m tests.chaos --seed {options.seed} --faults {options.faults}"
+        f"# Faults injected into a live run over {options.transport}{', with the journal' if options.journal else ''}\n\n"
+        f"`python -m tests.chaos --transport {options.transport} --seed {options.seed} --faults {options.faults}"
         f"{' --journal' if options.journal else ''}`: "
         f"digits, MLP, OrMo, 3 workers, {result.summary.get('iterations')} iterations in {result.seconds:.0f} s, time-out "
         f"{TIMEOUT_SECONDS:g} s, a checkpoint every 2 s. Commit {machine['commit']}, torch {machine['torch']}, Python "

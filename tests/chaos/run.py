@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -38,22 +39,29 @@ class ChaosError(RuntimeError):
 
 @dataclass
 class Launched:
-    """A running ``launch.py``: of the run itself, or of an elastic worker.
+    """A running ``launch.py``, of the run itself or of an elastic worker, or an elastic worker without a launcher.
 
     Attributes:
-        process: The launcher.
+        process: The process that was started.
         log: Its standard error so far, each line with the time it was read.
-        family: The launcher and every process it was seen to have started.
+        family: The process and every process it was seen to have started.
+        killed: A fault has killed, or is about to kill, the process.
     """
 
     process: subprocess.Popen[str]
     log: list[tuple[float, str]] = field(default_factory=list[tuple[float, str]])
     family: set[psutil.Process] = field(default_factory=set[psutil.Process])
+    killed: bool = False
 
     @classmethod
-    def start(cls, namespace: Namespace, *overrides: str) -> Launched:
+    def launch(cls, namespace: Namespace, *overrides: str) -> Launched:
         """Start ``launch.py``."""
-        command = [*namespace.prefix, sys.executable, "launch.py", "logger=none", *namespace.overrides, *overrides]
+        return cls.start(namespace, "launch.py", "logger=none", *namespace.overrides, *overrides)
+
+    @classmethod
+    def start(cls, namespace: Namespace, *arguments: str) -> Launched:
+        """Start Python with these arguments."""
+        command = [*namespace.prefix, sys.executable, *arguments]
         process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
@@ -99,7 +107,7 @@ class ObservedRun:
     Attributes:
         trace: Its trace.
         launcher: Its launcher.
-        elastic: The launchers of elastic workers.
+        elastic: The launchers of elastic workers, and those without a launcher.
         sockets: Inodes of every socket of it that was seen listening.
     """
 
@@ -107,7 +115,7 @@ class ObservedRun:
         self.run_dir = run_dir
         self.namespace = namespace
         self.trace = TraceFollower(run_dir / "trace.jsonl")
-        self.launcher = Launched.start(namespace, f"hydra.run.dir={run_dir}", *overrides)
+        self.launcher = Launched.launch(namespace, f"hydra.run.dir={run_dir}", *overrides)
         self.elastic: list[Launched] = []
         self.sockets: set[str] = set()
         self._polled_at: dict[str, float] = {}
@@ -212,7 +220,15 @@ class ObservedRun:
         where = (f"server.address={address}", f"server.secret_file={self.run_dir / 'secret'}")
         folder = f"hydra.run.dir={self.run_dir / f'elastic_{len(self.elastic)}'}"
         timeout = f"runtime.worker_timeout_seconds={worker_timeout_seconds:g}"
-        launched = Launched.start(namespace, "role=worker", folder, *where, timeout)
+        launched = Launched.launch(namespace, "role=worker", folder, *where, timeout)
+        self.elastic.append(launched)
+        return launched
+
+    def add_elastic_worker_with(self, namespace: Namespace, stage: str, number: signal.Signals) -> Launched:
+        """Start an elastic worker, without a launcher, that sends itself a signal at a stage (`elastic_worker.STAGES`)."""
+        where = ("--address", self.processes()["address"], "--secret-file", str(self.run_dir / "secret"))
+        fault = ("--stage", stage, "--signal", str(int(number)))
+        launched = Launched.start(namespace, "-m", "tests.chaos.elastic_worker", *where, *fault)
         self.elastic.append(launched)
         return launched
 

@@ -129,7 +129,7 @@ def test_a_plan_has_as_many_faults_as_wanted_of_every_kind_and_repeats_itself() 
     kinds = plan(30, random.Random(1), network=True)
     assert len(kinds) == 30
     assert set(kinds) == set(KINDS)
-    assert sum(Counter(kinds)[kind] for kind in ("kill_server", "kill_server_and_worker")) >= 6
+    assert sum(Counter(kinds)[kind] for kind in ("kill_server", "kill_server_and_worker", "kill_server_that_opens")) >= 6
     assert kinds == plan(30, random.Random(1), network=True)
     assert kinds != plan(30, random.Random(2), network=True)
     without = plan(30, random.Random(1), network=False)

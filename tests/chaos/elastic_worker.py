@@ -1,0 +1,136 @@
+"""An elastic worker without a launcher, which is stopped or killed at a stage of its work.
+
+``python -m tests.chaos.elastic_worker --address HOST:PORT --secret-file FILE --stage STAGE --signal NUMBER``. It sends itself
+the signal at that stage; when it is continued, it works on until the run ends or SIGTERM comes. It logs to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ormo_rpc.rendezvous.addresses import parse_address
+from ormo_rpc.rendezvous.secret import read_secret
+from ormo_rpc.runtimes.distributed.worker_process import worker_process
+from ormo_rpc.runtimes.distributed.worker_process.worker_process import WorkerArgs, WorkerLoop, WorkerProcess
+from ormo_rpc.transports.base import Endpoint
+
+STAGES = ("joined", "opening", "connected", "sending")
+"""Has joined; the server has heard that it opens a data path, and serves its half; the path is open; a push is on the way."""
+PUSH = 5
+"""The push of the last stage."""
+MAX_SECONDS = 0.002
+"""Longest time from the beginning of that push to the signal: a small push and its reply take a millisecond or two."""
+_log = logging.getLogger("ormo_rpc.chaos")
+
+
+def main() -> None:
+    """Run the command line."""
+    given = _parse()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    secret = read_secret(str(given.secret_file))
+    assert secret is not None
+    worker = WorkerProcess(
+        WorkerArgs(
+            address=parse_address(given.address),
+            secret=secret,
+            preferred_worker=None,
+            slot_id=f"chaos {os.getpid()}",
+            restart_count=0,
+            data_root=None,
+            timeout_seconds=60.0,
+            report=_log.warning,
+        )
+    )
+    torch.set_num_threads(1)
+    _Stage(given.stage, signal.Signals(given.signal)).install()
+    _leave_on_sigterm(worker.leave)
+    worker.run()
+    os._exit(0)  # threads of torch's may hold up an ordinary exit
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--address", required=True)
+    parser.add_argument("--secret-file", type=Path, required=True)
+    parser.add_argument("--stage", choices=STAGES, required=True)
+    parser.add_argument("--signal", type=int, required=True)
+    return parser.parse_args()
+
+
+class _Stage:
+    """The stage at which this process sends itself a signal, once.
+
+    Args:
+        name: One of `STAGES`.
+        number: The signal.
+    """
+
+    def __init__(self, name: str, number: signal.Signals) -> None:
+        self.name = name
+        self.number = number
+        self._pushes = 0
+        self._reached = False
+
+    def install(self) -> None:
+        """Put the stage into the functions of the worker."""
+        if self.name == "joined":
+            _wrap(WorkerLoop, "_prepare", after=self.reach)
+        elif self.name == "opening":
+            for way in ("ask", "open_connection"):
+                if hasattr(Endpoint, way):
+                    _wrap(Endpoint, way, after=self.reach)
+        elif self.name == "connected":
+            _wrap(WorkerLoop, "_work", before=self.reach)
+        else:
+            _wrap(worker_process.FaultInjector, "before_push", after=self._push)
+
+    def reach(self) -> None:
+        """Send the signal, unless it was sent before."""
+        if not self._reached:
+            self._reached = True
+            _log.warning("stage %s", self.name)
+            os.kill(os.getpid(), self.number)
+
+    def _push(self) -> None:
+        self._pushes += 1
+        if self._pushes == PUSH:
+            threading.Timer(random.uniform(0, MAX_SECONDS), self.reach).start()
+
+
+def _wrap(
+    owner: type, name: str, *, before: Callable[[], None] = lambda: None, after: Callable[[], None] = lambda: None
+) -> None:
+    original = getattr(owner, name)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        before()
+        result = original(*args, **kwargs)
+        after()
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+def _leave_on_sigterm(leave: Callable[[], None]) -> None:
+    """Leave on SIGTERM, which the main thread may not see while it waits within torch."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        signal.sigwait({signal.SIGTERM})
+        leave()
+
+    threading.Thread(target=wait, name="SIGTERM", daemon=True).start()
+
+
+if __name__ == "__main__":
+    main()
