@@ -14,6 +14,17 @@ def _are_times(value: Mapping[int, float]) -> bool:
     return all(worker >= 0 and not_negative(seconds) for worker, seconds in value.items())
 
 
+class ControlKind(Enum):
+    """The carriers of the control plane."""
+
+    auto = "auto"
+    """torch.distributed.rpc, except where the transport is for networks that one does not trust, or torch has no RPC."""
+    rpc = "rpc"
+    """torch.distributed.rpc: each process has an agent, and calls go to the owner of the server's RRef."""
+    socket = "socket"
+    """The connection of each worker's lease; no process has an agent of torch's."""
+
+
 class GradientKind(Enum):
     """The gradients of virtual workers."""
 
@@ -48,7 +59,8 @@ class RpcRuntime(Runtime):
     )
     rpc_timeout_seconds: float = option(
         30.0,
-        "time for accepting a connection; with transport=rpc, until an unanswered push is repeated",
+        "time for each call of the control plane, and for opening a connection; with transport=rpc, until an unanswered push "
+        "is repeated",
         valid=positive,
         expected="a finite number > 0",
     )
@@ -85,6 +97,11 @@ class RpcRuntime(Runtime):
         "consecutive gradients that are not finite after which a worker is banned",
         valid=at_least_one,
         expected="a whole number >= 1",
+    )
+    control: ControlKind = option(
+        ControlKind.auto,
+        "carrier of joining, leaving and opening data paths: rpc (torch.distributed.rpc), socket (without any agent of "
+        "torch's), or auto, which is socket with transport=tcp or where torch has no RPC, else rpc",
     )
     interface: str | None = option(
         None, "network interface between machines, such as eth0; loopback when all is on one machine"

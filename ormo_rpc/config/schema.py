@@ -17,8 +17,9 @@ from ormo_rpc.algorithms import Algorithm
 from ormo_rpc.algorithms.ormo import OrMo
 from ormo_rpc.compression import Compression, NoCompression
 from ormo_rpc.compression.wire_options import ParamsDtype, Wire, WireDtype
-from ormo_rpc.config.runtimes import RpcRuntime, Runtime, SimRuntime
+from ormo_rpc.config.runtimes import ControlKind, RpcRuntime, Runtime, SimRuntime
 from ormo_rpc.config.saving import to_yaml
+from ormo_rpc.control import torch_rpc
 from ormo_rpc.data import DataSource, Digits
 from ormo_rpc.loggers import Logger, WandbLogger
 from ormo_rpc.models import MLP, Model
@@ -234,6 +235,18 @@ class Config(Section):
         """The options of the simulator; only with ``runtime=sim``."""
         assert isinstance(self.runtime, SimRuntime)
         return self.runtime
+
+    @property
+    def control(self) -> str:
+        """The carrier of the control plane that is used: ``rpc`` or ``socket``."""
+        if self.rpc.control is not ControlKind.auto:
+            return self.rpc.control.value
+        return "socket" if self.transport.AVOIDS_RPC or torch_rpc.UNAVAILABLE else "rpc"
+
+    @property
+    def lacks_rpc(self) -> bool:
+        """True where the control plane would be torch.distributed.rpc, if torch had it."""
+        return self.rpc.control is ControlKind.auto and not self.transport.AVOIDS_RPC and bool(torch_rpc.UNAVAILABLE)
 
     def learning_rate(self, batches_per_epoch: int, total_tickets: int) -> LearningRate:
         """The scheduled learning rate of this run, in iterations."""

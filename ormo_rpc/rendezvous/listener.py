@@ -1,9 +1,10 @@
 """The server's side of the rendezvous: accepts connections, authenticates them, and holds the lease of each worker.
 
-A worker connects, both sides prove that they know the secret of the run, and the worker gets its `JoinResponse`. That
-connection stays open for as long as it works and is its lease: each heartbeat is answered, and a worker that is silent for
-``runtime.worker_timeout_seconds``, or whose connection ends, is evicted. The operating system closes the connections of a
-process that dies, so a death is noticed at once, from any machine. For a transport by stream a worker connects once more.
+A worker connects, both sides prove that they know the secret of the run, and the worker gets its `Admission`, with which it
+joins over the control plane. That connection stays open for as long as it works and is its lease: each heartbeat is answered,
+and the lease ends when the worker is silent for ``runtime.worker_timeout_seconds`` or the connection does. The operating system
+closes the connections of a process that dies, so a death is noticed at once, from any machine. For a transport by stream a
+worker connects once more.
 """
 
 from __future__ import annotations
@@ -12,19 +13,18 @@ import contextlib
 import logging
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Protocol
+from typing import Any, Protocol
 
-from ormo_rpc.errors import RunEnded, WireError
-from ormo_rpc.rendezvous.memberships import Membership
-from ormo_rpc.rendezvous.protocol import JoinRequest, JoinResponse, LineReader, authenticate_worker, send
+from ormo_rpc.errors import WireError
+from ormo_rpc.rendezvous.protocol import MAX_NAME_CHARACTERS, Admission, LineReader, authenticate_worker, printable, send
 from ormo_rpc.rendezvous.secret import Secret
 
 HANDSHAKE_TIMEOUT_SECONDS = 10.0
 """A connection that is not authenticated by then is closed."""
-MAX_HEARTBEAT_BYTES = 1024
-"""The longest line of a worker that has joined."""
+MAX_LINE_BYTES = 64 * 1024
+"""The longest line of a worker that holds a lease."""
 MAX_UNAUTHENTICATED = 32
 """Connections whose handshake is under way; further ones wait in the socket's queue."""
 ACCEPT_RETRY_SECONDS = 1.0
@@ -32,23 +32,23 @@ ACCEPT_RETRY_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
 
-class MembershipHandler(Protocol):
-    """Decides about memberships; called from the threads of several connections at once."""
+class LeaseHandler(Protocol):
+    """Decides about leases; called from the threads of several connections at once."""
 
-    def join(self, request: JoinRequest) -> Membership:
-        """Give an authenticated process a membership.
+    def admit(self, holder: str) -> Admission:
+        """Admit an authenticated process, named in words for messages."""
+        ...
+
+    def received(self, admission_id: str, message: Mapping[str, Any], send: Callable[[Mapping[str, Any]], None]) -> None:
+        """Handle a message on a lease's connection that is not a heartbeat; ``send`` sends one back, from any thread.
 
         Raises:
-            ValueError: it is refused; the message, which says why, is sent to it. `RunEnded` where the run is over.
+            WireError: it violates the protocol; the lease ends.
         """
         ...
 
-    def evict(self, membership: Membership, reason: str) -> None:
-        """End the membership of a process that has died or does not answer."""
-        ...
-
-    def request_leave(self, membership: Membership) -> None:
-        """Let a worker leave, as it has asked to, as soon as it holds no ticket."""
+    def ended(self, admission_id: str, reason: str) -> None:
+        """Take note of the end of a lease."""
         ...
 
 
@@ -60,9 +60,8 @@ class Listener:
     Args:
         sock: A listening socket.
         secret: Of the run.
-        handler: Decides about memberships.
-        response: The answer to a worker that has joined.
-        timeout_seconds: A worker that is silent for longer is evicted.
+        handler: Decides about leases.
+        timeout_seconds: A worker that is silent for longer loses its lease.
         serve_stream: Serves, to its end, the authenticated connection on which a worker that has joined pushes.
     """
 
@@ -70,15 +69,13 @@ class Listener:
         self,
         sock: socket.socket,
         secret: Secret,
-        handler: MembershipHandler,
-        response: Callable[[Membership], JoinResponse],
+        handler: LeaseHandler,
         timeout_seconds: float,
         serve_stream: Callable[[LineReader], None] = lambda _: None,
     ) -> None:
         self.sock = sock
         self.secret = secret
         self.handler = handler
-        self.response = response
         self.timeout_seconds = timeout_seconds
         self.serve_stream = serve_stream
         self._unauthenticated = threading.BoundedSemaphore(MAX_UNAUTHENTICATED)
@@ -126,32 +123,39 @@ class Listener:
                     reader = LineReader(connection)
                     request = authenticate_worker(reader, self.secret, HANDSHAKE_TIMEOUT_SECONDS)
                     stream = request.get("stream") is True
-                    membership = None if stream else self.handler.join(JoinRequest.parse(request))
+                    admission = None if stream else self.handler.admit(_holder(request))
                 finally:
                     self._unauthenticated.release()
-                if membership is None:
+                if admission is None:
                     with contextlib.suppress(EOFError):  # no reason to evict: the lease decides whether a worker is alive
                         self.serve_stream(reader)
                 else:
-                    self._hold_lease(connection, reader, membership)
+                    self._hold_lease(connection, reader, admission)
             except (WireError, ValueError, OSError, EOFError) as error:
                 _log.warning("refused a connection from %s: %s", peer, error)
                 if isinstance(error, ValueError):  # a refusal of ours; the peer knows of the others
                     with contextlib.suppress(OSError, EOFError):
-                        send(connection, {"error": str(error), "run_ended": isinstance(error, RunEnded)})
+                        send(connection, {"error": str(error)})
             finally:
                 with self._lock:
                     self._connections.discard(connection)
 
-    def _hold_lease(self, connection: socket.socket, reader: LineReader, membership: Membership) -> None:
-        """Answer a worker's heartbeats, until it leaves or has to be evicted."""
+    def _hold_lease(self, connection: socket.socket, reader: LineReader, admission: Admission) -> None:
+        """Answer a worker's heartbeats until its lease ends."""
+        send_lock = threading.Lock()  # guards the sending side: answers to calls come from other threads
+
+        def send_back(message: Mapping[str, Any]) -> None:
+            with send_lock:
+                send(connection, message)
+
         try:
-            send(connection, asdict(self.response(membership)))
+            send_back(asdict(admission))
             while True:
-                message = reader.receive(self.timeout_seconds, MAX_HEARTBEAT_BYTES)
-                if "leave" in message:
-                    self.handler.request_leave(membership)
-                send(connection, {"heartbeat": True})
+                message = reader.receive(self.timeout_seconds, MAX_LINE_BYTES)
+                if "heartbeat" in message:
+                    send_back({"heartbeat": True})
+                else:
+                    self.handler.received(admission.admission_id, message, send_back)
         except TimeoutError:
             reason = f"it was silent for {self.timeout_seconds:g} s"
         except (OSError, EOFError):
@@ -159,4 +163,17 @@ class Listener:
         except WireError as error:
             reason = f"it violated the protocol: {error}"
         if not self._closed.is_set():  # else the connection was closed by us
-            self.handler.evict(membership, reason)
+            self.handler.ended(admission.admission_id, reason)
+
+
+def _holder(request: Mapping[str, Any]) -> str:
+    """The process that wants a lease, in words.
+
+    Raises:
+        ValueError: the request is of another form.
+    """
+    lease = request.get("lease")
+    pid, host = (lease.get("pid"), lease.get("host")) if isinstance(lease, Mapping) else (None, None)
+    if type(pid) is not int or not isinstance(host, str):
+        raise ValueError("handshake: got a request for neither a lease, with pid and host, nor a stream")
+    return f"pid {pid} on {printable(host, MAX_NAME_CHARACTERS)}"

@@ -1,4 +1,4 @@
-"""The rendezvous protocol: one JSON object a line, with limits; the handshake that opens each connection; and joining.
+"""The rendezvous protocol: one JSON object a line, with limits; the handshake of each connection; and the admission.
 
 Nothing here trusts the other side: a line has a largest length, a message a time by which it must be complete, and until both
 sides are authenticated, nothing that came is looked at beyond what the proof needs.
@@ -22,8 +22,6 @@ MAX_HANDSHAKE_BYTES = 16 * 1024
 """The longest line of a handshake."""
 SEND_TIMEOUT_SECONDS = 10.0
 """After this time a peer that does not read no longer blocks a sender."""
-MAX_WORKER = (1 << 15) - 1
-"""The largest worker number: those of torch's agents have 16 bits."""
 MAX_NAME_CHARACTERS = 64
 """Longer names of hosts and slots are cut."""
 _CHUNK_BYTES = 64 * 1024
@@ -31,64 +29,27 @@ _WRONG_SECRET = "wrong secret"  # noqa: S105 - the reason for a refusal
 
 
 @dataclass(frozen=True, kw_only=True)
-class JoinRequest:
-    """Sent by a process that wants to join, as the request of its handshake.
+class Admission:
+    """Sent by the server to a process that is authenticated and holds a lease from now on.
 
     Attributes:
-        preferred_worker: The worker number to have, if it is free; None for any.
-        pid: The process id.
-        host: The name of its host.
-        slot_id: The process slot that its launcher keeps filled; empty for none.
-    """
-
-    preferred_worker: int | None
-    pid: int
-    host: str
-    slot_id: str
-
-    @classmethod
-    def parse(cls, request: Mapping[str, Any]) -> JoinRequest:
-        """Check the fields of a request.
-
-        Raises:
-            ValueError: one is missing, or of another type or range.
-        """
-        worker, pid, host, slot_id = (request.get(name) for name in ("preferred_worker", "pid", "host", "slot_id"))
-        number = worker is None or (type(worker) is int and 0 <= worker <= MAX_WORKER)
-        if not (number and type(pid) is int and isinstance(host, str) and isinstance(slot_id, str)):
-            raise ValueError(
-                f"join request: got other fields than expected: preferred_worker (null, or a number up to {MAX_WORKER}), pid, "
-                f"host, slot_id"
-            )
-        return cls(
-            preferred_worker=worker, pid=pid, host=_printable(host, MAX_NAME_CHARACTERS), slot_id=slot_id[:MAX_NAME_CHARACTERS]
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class JoinResponse:
-    """Sent by the server to a process that has joined.
-
-    Attributes:
-        worker: Its worker number.
-        session_id: Authenticates its later calls.
-        config: The configuration of the run, as YAML.
-        transport: The values that workers need to connect (`ServerSide.start`).
-        fingerprint: Of the server's model and data set (`Fingerprint.to_dict`); a worker whose own differs gives up.
+        admission_id: Shows, when the process joins, that it holds this lease.
+        control: The carrier of the control plane: ``rpc`` or ``socket``.
+        agent: The address of the server's agent; None without one.
         heartbeat_seconds: The interval of its heartbeats.
         timeout_seconds: After this much silence each side takes the other one for dead.
+        call_timeout_seconds: After this time a call of the control plane has failed.
     """
 
-    worker: int
-    session_id: str
-    config: str
-    transport: Mapping[str, Any]
-    fingerprint: Mapping[str, Any]
+    admission_id: str
+    control: str
+    agent: str | None
     heartbeat_seconds: float
     timeout_seconds: float
+    call_timeout_seconds: float
 
     @classmethod
-    def parse(cls, message: Mapping[str, Any]) -> JoinResponse:
+    def parse(cls, message: Mapping[str, Any]) -> Admission:
         """Read the message of an authenticated server.
 
         Raises:
@@ -96,7 +57,7 @@ class JoinResponse:
         """
         missing = [name for name in cls.__dataclass_fields__ if name not in message]
         if missing:
-            raise WireError(f"join response: got no {', '.join(missing)}")
+            raise WireError(f"admission: got no {', '.join(missing)}")
         return cls(**{name: message[name] for name in cls.__dataclass_fields__})
 
 
@@ -185,7 +146,7 @@ def authenticate_worker(reader: LineReader, secret: Secret, timeout_seconds: flo
     send(reader.sock, {"ormo_rpc": PROTOCOL_VERSION, "nonce": server_nonce}, timeout_seconds)
     answer = reader.receive(_left(deadline), MAX_HANDSHAKE_BYTES)
     if "error" in answer:
-        raise Refused(_printable(answer["error"]))
+        raise Refused(printable(answer["error"]))
     if answer.get("ormo_rpc") != PROTOCOL_VERSION:
         _refuse(reader.sock, _other_version(answer.get("ormo_rpc"), "worker", "server"), deadline)
     worker_nonce, request = answer.get("nonce"), answer.get("request")
@@ -222,7 +183,7 @@ def authenticate_server(reader: LineReader, secret: Secret, request: Mapping[str
     deadline = time.monotonic() + timeout_seconds
     challenge = reader.receive(timeout_seconds, MAX_HANDSHAKE_BYTES)
     if "error" in challenge:
-        raise Refused(_printable(challenge["error"]))
+        raise Refused(printable(challenge["error"]))
     if challenge.get("ormo_rpc") != PROTOCOL_VERSION:
         _refuse(reader.sock, _other_version(challenge.get("ormo_rpc"), "server", "worker"), deadline)
     server_nonce, worker_nonce = challenge.get("nonce"), nonce()
@@ -232,7 +193,7 @@ def authenticate_server(reader: LineReader, secret: Secret, request: Mapping[str
     send(reader.sock, {"ormo_rpc": PROTOCOL_VERSION, "nonce": worker_nonce, **proved}, _left(deadline))
     answer = reader.receive(_left(deadline), MAX_HANDSHAKE_BYTES)
     if "error" in answer:
-        raise Refused(_printable(answer["error"]))
+        raise Refused(printable(answer["error"]))
     if not verify(answer.get("proof"), secret, "server", server_nonce, worker_nonce, request):
         _refuse(reader.sock, "the server does not know the secret", deadline)
 
@@ -284,7 +245,7 @@ def _other_version(version: object, peer: str, side: str) -> str:
     return f"protocol: the {peer} has version {got}, the {side} version {PROTOCOL_VERSION}; install the same ormo_rpc on both"
 
 
-def _printable(text: object, limit: int = 500) -> str:
+def printable(text: object, limit: int = 500) -> str:
     """Text of the other side on one line, without control characters."""
     shown = text[:limit] if isinstance(text, str) else "no reason given"
     return "".join(character if character.isprintable() else "?" for character in shown)

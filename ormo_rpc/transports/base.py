@@ -28,6 +28,9 @@ import torch
 from torch import Tensor
 
 from ormo_rpc.compression.format import PushFormat
+from ormo_rpc.control.base import Control
+from ormo_rpc.control.messages import JoinResponse
+from ormo_rpc.errors import Refused
 from ormo_rpc.kernels.pool import Memory
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.options.part import Part
@@ -42,11 +45,13 @@ class Transport(Part, ABC):
 
     Attributes:
         NEEDS_RPC: It needs an agent of torch.distributed.rpc (``runtime.control=rpc``).
+        AVOIDS_RPC: It is for networks that one does not trust, so that ``runtime.control=auto`` goes without an agent.
         UNAVAILABLE: The reason why this machine cannot use it, such as a missing build of torch; empty where it can.
     """
 
     PATH = "transport"
     NEEDS_RPC: ClassVar[bool] = False
+    AVOIDS_RPC: ClassVar[bool] = False
     UNAVAILABLE: ClassVar[str] = ""
 
     @abstractmethod
@@ -127,10 +132,15 @@ class ServerSide(ABC):
     """Makes the memory of the parameters that are sent, given its bytes; None for the kernel's own."""
     functions: Sequence[Callable[..., Any]] = ()
     """The functions that a worker may call in the server's process by torch.distributed.rpc."""
+    parts: Mapping[str, ServerSide] = {}
+    """The halves of other transports of which this one consists, by name; a worker may use each of them by itself."""
 
     @abstractmethod
     def start(self, service: Service) -> Mapping[str, Any]:
-        """Serve from now on; return the values that workers need to connect (`Endpoint.offer`), of JSON's types."""
+        """Serve from now on; return the values that workers need to connect (`Endpoint.offer`), of JSON's types.
+
+        A half that consists of others returns the value of each under its name.
+        """
 
     def answer(self, session_id: str, request: Mapping[str, Any]) -> Mapping[str, Any]:  # noqa: ARG002 - for those that are asked
         """Answer a request that a worker made by `Endpoint.ask`; both are of JSON's types. It may block for a moment.
@@ -148,6 +158,9 @@ class ServerSide(ABC):
             OSError, EOFError, WireError: the connection has ended, or the worker violates the protocol.
         """
         raise ValueError("transport: this run's transport takes no connections of its own")
+
+    def session_ended(self, session_id: str) -> None:
+        """Take note that a membership has ended, after its last reply was given; called without a lock, and not to block."""
 
     def close(self) -> None:
         """Serve no longer."""
@@ -205,29 +218,49 @@ class Endpoint:
     """The server as known to a worker that has joined.
 
     Attributes:
-        lease: The membership.
+        lease: Held for as long as the membership lasts.
+        control: The calls of the control plane.
+        joined: The server's answer to joining.
+        transport: The name of the transport that uses this.
         secret: Of the run.
         timeout_seconds: For one exchange of messages, ``runtime.rpc_timeout_seconds``.
     """
 
     lease: Lease
+    control: Control
+    joined: JoinResponse
+    transport: str
     secret: Secret
     timeout_seconds: float
 
     @property
     def worker(self) -> int:
         """This worker's number."""
-        return self.lease.join_response.worker
+        return self.joined.worker
 
     @property
     def session_id(self) -> str:
         """Identifies the membership in every call."""
-        return self.lease.join_response.session_id
+        return self.joined.session_id
 
     @property
     def offer(self) -> Mapping[str, Any]:
-        """The value that `ServerSide.start` returned."""
-        return self.lease.join_response.transport
+        """The value that `ServerSide.start` returned.
+
+        Raises:
+            Refused: the server does not serve this transport.
+        """
+        offers = self.joined.offers
+        if self.transport not in offers:
+            raise Refused(
+                f"transport: got {self.transport}, which this server does not serve, expected one of {', '.join(offers)}"
+            )
+        return offers[self.transport]
+
+    @property
+    def local_host(self) -> str:
+        """This machine's address on the connection of the lease, at which whatever listens for the server is to be bound."""
+        return self.lease.local_host
 
     @property
     def address(self) -> tuple[str, int]:
@@ -238,6 +271,16 @@ class Endpoint:
     def alive(self) -> bool:
         """Tell whether the lease holds; without it there is no server to wait for."""
         return not self.lease.lost.is_set()
+
+    def ask(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Ask the server's half of this transport (`ServerSide.answer`); both values are of JSON's types.
+
+        Raises:
+            ServerLost: it has not answered in time, or cannot be reached.
+            StaleSession: this worker was evicted.
+            Refused: it refuses, with its reason.
+        """
+        return self.control.ask(self.session_id, self.transport, request)
 
     def open_connection(self) -> LineReader:
         """Open an authenticated connection, which `ServerSide.accept` serves; to be closed by the caller.

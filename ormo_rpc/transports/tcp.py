@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from typing_extensions import override
 
@@ -16,6 +17,8 @@ from ormo_rpc.transports.stream.server import StreamServerSide
 @dataclass(frozen=True, kw_only=True)
 class Tcp(Transport):
     """Frames on a TCP connection, authenticated and not encrypted."""
+
+    AVOIDS_RPC: ClassVar[bool] = True
 
     @override
     def server_side(self, *, num_workers: int, timeout_seconds: float) -> ServerSide:

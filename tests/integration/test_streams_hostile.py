@@ -39,7 +39,7 @@ class HostileWorker:
     """
 
     def __init__(self, run: Cluster, *, segment: object = None, first_line: bytes | None = None) -> None:
-        session_id = run.workers[2].lease.join_response.session_id
+        session_id = run.workers[2].endpoint.session_id
         self.sock = socket.create_connection(run.address, PATIENCE_SECONDS)
         self.reader = wire.LineReader(self.sock)
         wire.authenticate_server(self.reader, SECRET, {"stream": True}, PATIENCE_SECONDS)

@@ -1,35 +1,43 @@
-"""Both ends of a connection, and the answer to workers that join, for tests of the rendezvous and of what is built on it."""
+"""Both ends of a connection, and what a server offers to workers, for tests of the control plane and of what is built on it."""
 
 from __future__ import annotations
 
+import os
 import socket
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from ormo_rpc.rendezvous.memberships import Membership
-from ormo_rpc.rendezvous.protocol import JoinResponse
+from ormo_rpc.control.messages import JoinRequest
+from ormo_rpc.runtimes.distributed.server_process.serving import Serving
 from tests.support.processes import PATIENCE_SECONDS
 
 
-def join_response(
-    config: str = "",
+def serving(
+    transport: str = "auto",
     *,
-    transport: Mapping[str, Any] | None = None,
+    control: str = "socket",
+    config: str = "",
     fingerprint: Mapping[str, Any] | None = None,
     heartbeat_seconds: float = 1.0,
     timeout_seconds: float = PATIENCE_SECONDS,
-) -> Callable[[Membership], JoinResponse]:
-    """Return a function that makes the response to a worker that has joined, for `Listener`."""
-    return lambda membership: JoinResponse(
-        worker=membership.worker,
-        session_id=membership.session_id,
+    call_timeout_seconds: float = PATIENCE_SECONDS,
+) -> Serving:
+    """Things that are served; without an agent, so that server and workers may be in one process."""
+    return Serving(
+        transport=transport,
+        control=control,
         config=config,
-        transport=transport or {},
         fingerprint=fingerprint or {},
         heartbeat_seconds=heartbeat_seconds,
-        timeout_seconds=timeout_seconds,
+        worker_timeout_seconds=timeout_seconds,
+        call_timeout_seconds=call_timeout_seconds,
     )
+
+
+def join_request(preferred_worker: int | None = None, slot_id: str = "") -> JoinRequest:
+    """The request of this process."""
+    return JoinRequest(preferred_worker=preferred_worker, pid=os.getpid(), host=socket.gethostname(), slot_id=slot_id)
 
 
 @contextmanager

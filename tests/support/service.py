@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ormo_rpc import build_server
+from ormo_rpc.control.memberships import Membership
+from ormo_rpc.control.messages import JoinRequest
 from ormo_rpc.errors import BY_NAME
 from ormo_rpc.messages import ErrorReply, Push, Reply
-from ormo_rpc.rendezvous.memberships import Membership
-from ormo_rpc.rendezvous.protocol import JoinRequest
 from ormo_rpc.runtimes.distributed.server_process.service import Service
 from ormo_rpc.server.parameter_server import ParameterServer
 from tests.support.buffers import averages

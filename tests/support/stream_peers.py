@@ -18,13 +18,14 @@ from torch import Tensor
 from ormo_rpc import build_server
 from ormo_rpc.compression import PushFormat
 from ormo_rpc.compression.wire_options import WireDtype
+from ormo_rpc.control.joining import joined
 from ormo_rpc.kernels import pool
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.models.flat import Layout
-from ormo_rpc.rendezvous.lease import Lease, connect
 from ormo_rpc.rendezvous.listener import Listener
 from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.runtimes.distributed.server_process.service import Service
+from ormo_rpc.runtimes.distributed.server_process.serving import served
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.storage.journal import Journal
 from ormo_rpc.transports.auto import Auto
@@ -37,7 +38,7 @@ from ormo_rpc.transports.tcp import Tcp
 from tests.support.buffers import averages
 from tests.support.contract import same
 from tests.support.processes import PATIENCE_SECONDS, wait_until
-from tests.support.rendezvous import join_response
+from tests.support.rendezvous import join_request, serving
 from tests.support.schedule import normal
 
 SECRET = Secret("a secret that only we two know")
@@ -58,20 +59,29 @@ class StreamWorker:
     def __init__(self, cluster: Cluster, number: int, transport: Transport) -> None:
         self.number = number
         self.elsewhere = ThreadPoolExecutor(1)
-        self.lease: Lease = connect(
-            cluster.address, SECRET, preferred_worker=number, slot_id="", timeout_seconds=PATIENCE_SECONDS
+        self._membership = ExitStack()
+        membership = self._membership.enter_context(
+            joined(cluster.address, SECRET, join_request(number), timeout_seconds=PATIENCE_SECONDS)
         )
+        self.lease = membership.lease
         side = transport.worker_side()
         assert isinstance(side, StreamWorkerSide)
         self.pool = side.pool
         form = cluster.service.push_format
         self.payload = side.allocate(form.size).view(form.pushed_dtype)
-        self.endpoint = Endpoint(lease=self.lease, secret=SECRET, timeout_seconds=PATIENCE_SECONDS)
+        self.endpoint = Endpoint(
+            lease=membership.lease,
+            control=membership.control,
+            joined=membership.response,
+            transport=cluster.transport,
+            secret=SECRET,
+            timeout_seconds=PATIENCE_SECONDS,
+        )
         self._connection = ExitStack()
         try:
             client = self._connection.enter_context(side.connect(self.endpoint, self.payload))
         except BaseException:
-            self.lease.__exit__()
+            self._membership.close()
             raise
         assert isinstance(client, StreamClient)
         self.client = client
@@ -97,7 +107,7 @@ class StreamWorker:
 
     def close(self) -> None:
         """Close lease and connection, as the end of a process does."""
-        self.lease.__exit__()
+        self._membership.close()
         self._connection.close()
         self.elsewhere.shutdown()
 
@@ -108,9 +118,17 @@ FACTS = ("worker", "ticket", "stamp", "lr", "steps", "incarnation")
 class Cluster:
     """A service behind a listener, and a reference server, in process, that gets the same pushes (rounded ones widened)."""
 
-    def __init__(self, listener: Listener, service: Service, reference: ParameterServer, pool: SharedMemoryPool | None) -> None:
+    def __init__(
+        self,
+        listener: Listener,
+        transport: str,
+        service: Service,
+        reference: ParameterServer,
+        pool: SharedMemoryPool | None,
+    ) -> None:
         self.listener = listener
         self.address: tuple[str, int] = listener.sock.getsockname()[:2]
+        self.transport = transport
         self.service = service
         self.server = service.server
         self.reference = reference
@@ -227,12 +245,11 @@ def cluster(
         ours.algorithm.kernel = replace(ours.algorithm.kernel, empty=pool.pooled(side.memory))
     ours.snapshots.reserve(ours.num_workers)
     service = Service(ours, lambda _: None, max_not_finite=max_not_finite, journal=journal, push_format=form)
-    response = join_response(transport=side.start(service))
     with ExitStack() as stack:
         sock = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         stack.callback(sock.shutdown, socket.SHUT_RDWR)  # wakes the thread that accepts
-        listener = stack.enter_context(Listener(sock, SECRET, service, response, PATIENCE_SECONDS, side.accept))
-        cluster = Cluster(listener, service, reference, side.pool)
+        listener = stack.enter_context(served(sock, SECRET, service, side, serving(transport.name)))
+        cluster = Cluster(listener, transport.name, service, reference, side.pool)
         try:
             yield cluster
         finally:

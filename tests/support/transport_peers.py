@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from ormo_rpc.compression import PushFormat
+from ormo_rpc.control.joining import joined
+from ormo_rpc.control.memberships import Membership, Memberships
+from ormo_rpc.control.messages import JoinRequest
 from ormo_rpc.errors import BY_NAME, ServerLost
 from ormo_rpc.messages import Push, Reply, number_fields
 from ormo_rpc.models.flat import Layout
-from ormo_rpc.rendezvous.lease import connect
-from ormo_rpc.rendezvous.listener import Listener
-from ormo_rpc.rendezvous.memberships import Membership, Memberships
-from ormo_rpc.rendezvous.protocol import JoinRequest
 from ormo_rpc.rendezvous.secret import Secret
+from ormo_rpc.runtimes.distributed.server_process.serving import served
 from ormo_rpc.server.buffer_layout import BufferLayout
 from ormo_rpc.transports.base import Endpoint, ReplySize, ServerSide, Transport
 from ormo_rpc.transports.pending_replies import ReplyFuture
 from tests.support.processes import PATIENCE_SECONDS
-from tests.support.rendezvous import join_response
+from tests.support.rendezvous import join_request, serving
 
 SECRET_TEXT = "a secret that only we two know"  # noqa: S105 - of these tests
 STATISTICS = 2
@@ -171,9 +171,15 @@ def _work(pipe: Connection, transport: Transport, address: tuple[str, int], work
     payload = side.allocate(size)
     secret = Secret(SECRET_TEXT)
     while True:
-        options: dict[str, Any] = {"preferred_worker": worker, "slot_id": "", "timeout_seconds": PATIENCE_SECONDS}
-        with connect(address, secret, **options) as lease:
-            endpoint = Endpoint(lease=lease, secret=secret, timeout_seconds=PATIENCE_SECONDS)
+        with joined(address, secret, join_request(worker), timeout_seconds=PATIENCE_SECONDS) as membership:
+            endpoint = Endpoint(
+                lease=membership.lease,
+                control=membership.control,
+                joined=membership.response,
+                transport=transport.name,
+                secret=secret,
+                timeout_seconds=PATIENCE_SECONDS,
+            )
             with side.connect(endpoint, payload) as client:
                 pipe.send(("value", endpoint.session_id, None))
                 while (call := pipe.recv())[0] != "connect":
@@ -214,12 +220,12 @@ def connected(
     """
     side = transport.server_side(num_workers=workers, timeout_seconds=2.0)
     service = make_service(side)
-    response = join_response(transport=side.start(service))
+    control = "socket" if transport.AVOIDS_RPC else "rpc"
     with ExitStack() as stack, ExitStack() as ending:
         sock = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        ending.callback(side.close)
+        what = serving(transport.name, control=control, call_timeout_seconds=2.0)
+        ending.enter_context(served(sock, Secret(SECRET_TEXT), service, side, what))
         ending.callback(sock.shutdown, socket.SHUT_RDWR)  # wakes the thread that accepts
-        ending.enter_context(Listener(sock, Secret(SECRET_TEXT), service, response, PATIENCE_SECONDS, side.accept))
         made: list[Worker] = []
         try:
             for number in range(workers):

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch.distributed as dist
 from typing_extensions import override
 
+from ormo_rpc.control import torch_rpc
 from ormo_rpc.options.part import register
 from ormo_rpc.transports.base import ServerSide, Transport, WorkerSide
 
@@ -21,13 +21,13 @@ class Rpc(Transport):
     """torch.distributed.rpc over TCP, with an RRef to the server's service."""
 
     NEEDS_RPC: ClassVar[bool] = True
-    UNAVAILABLE: ClassVar[str] = "" if dist.is_available() else "torch was built without torch.distributed"
+    UNAVAILABLE: ClassVar[str] = torch_rpc.UNAVAILABLE
 
     @override
     def server_side(self, *, num_workers: int, timeout_seconds: float) -> ServerSide:
         from ormo_rpc.transports.rpc.server import TorchRpcServerSide
 
-        return TorchRpcServerSide(num_workers=num_workers, timeout_seconds=timeout_seconds)
+        return TorchRpcServerSide()
 
     @override
     def worker_side(self) -> WorkerSide:

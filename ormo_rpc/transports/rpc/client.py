@@ -7,31 +7,28 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
-import torch.distributed.rpc as rpc
 from torch import Tensor
 from typing_extensions import override
 
-from ormo_rpc.control.torch_rpc.agent import SERVER, rpc_agent
-from ormo_rpc.errors import ServerLost
+from ormo_rpc.control.torch_rpc.client import RpcControl
+from ormo_rpc.errors import Refused, ServerLost, StaleSession
 from ormo_rpc.messages import NO_BUFFERS, Push, Reply
-from ormo_rpc.transports.base import Endpoint, ServerClient, Service, WorkerSide
+from ormo_rpc.transports.base import Endpoint, ServerClient, WorkerSide
 from ormo_rpc.transports.codec import PUSH, REPLY, unpack_error
 from ormo_rpc.transports.rpc import server
 
 
 class TorchRpcWorkerSide(WorkerSide):
-    """Starts an agent for as long as the worker is connected."""
+    """Uses the agent of the control plane."""
 
     @override
     @contextlib.contextmanager
     def connect(self, endpoint: Endpoint, payload: Tensor) -> Generator[ServerClient]:
-        with rpc_agent(
-            f"worker{endpoint.worker}",
-            host=endpoint.lease.connection.getsockname()[0],
-            server=endpoint.offer["agent"],
-            timeout_seconds=endpoint.timeout_seconds,
-        ):
-            yield TorchRpcClient(endpoint.session_id, payload, endpoint.timeout_seconds)
+        control = endpoint.control
+        if not isinstance(control, RpcControl):
+            raise Refused("transport=rpc: the server has no agent; expected runtime.control=rpc there, or another transport")
+        endpoint.ask({"connected": True})
+        yield TorchRpcClient(control, endpoint.session_id, payload)
 
 
 class TorchRpcClient(ServerClient):
@@ -42,19 +39,15 @@ class TorchRpcClient(ServerClient):
     probe within the time-out is lost.
 
     Args:
+        control: Has the RRef.
         session_id: Of this worker's membership.
         payload: The wire form of every push.
-        timeout_seconds: A call is repeated after this time without an answer.
-
-    Raises:
-        ServerLost: the server does not answer.
     """
 
-    def __init__(self, session_id: str, payload: Tensor, timeout_seconds: float) -> None:
+    def __init__(self, control: RpcControl, session_id: str, payload: Tensor) -> None:
+        self.control = control
         self.session_id = session_id
         self.payload = payload
-        self.timeout_seconds = timeout_seconds
-        self.service = self._probe()
 
     @override
     def register(self) -> Reply:
@@ -66,36 +59,20 @@ class TorchRpcClient(ServerClient):
 
     @override
     def leave(self) -> None:
-        with contextlib.suppress(ServerLost, TimeoutError):
-            self._call(server.leave, (self.session_id,))
-
-    def _probe(self) -> rpc.RRef[Service]:
-        """Ask for the RRef, which a server that is alive returns at once."""
-        try:
-            return rpc.rpc_sync(SERVER, server.published, timeout=self.timeout_seconds)
-        except RuntimeError as error:
-            raise ServerLost(_first_line(error)) from None
+        with contextlib.suppress(ServerLost, StaleSession):
+            self.control.leave(self.session_id)
 
     def _insist(self, function: Callable[..., Any], *arguments: object) -> Reply:
         """Repeat a call until there is a response."""
         while True:
             try:
-                header, params = self._call(function, arguments)
+                header, params = self.control.at_owner(function, *arguments)
             except TimeoutError:
-                self.service = self._probe()
+                self.control.probe()
                 continue
             if params is None:
                 raise unpack_error(header)
             return Reply(**REPLY.unpack(header), params=params, buffers=_buffers(header))
-
-    def _call(self, function: Callable[..., Any], arguments: tuple[object, ...]) -> Any:
-        """Make one call; a time-out and a lost server raise different errors."""
-        try:
-            return rpc.rpc_sync(self.service.owner(), function, args=arguments, timeout=self.timeout_seconds)
-        except RuntimeError as error:
-            if str(error).startswith("RPCErr:1"):  # how torch marks a time-out
-                raise TimeoutError(_first_line(error)) from None
-            raise ServerLost(_first_line(error)) from None
 
 
 def _buffers(header: bytes) -> Tensor:
@@ -103,7 +80,3 @@ def _buffers(header: bytes) -> Tensor:
     if len(header) == REPLY.size:
         return NO_BUFFERS
     return torch.frombuffer(bytearray(header), dtype=torch.uint8, offset=REPLY.size).clone()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,13 +1,10 @@
-"""The server's half of ``transport=rpc``: functions that workers call by name; each finds the service by an RRef.
+"""The server's half of ``transport=rpc``: functions that workers call by name; each finds the service by the RRef.
 
-Each returns at once, with a Future; the agent's threads, which are confined, only hand the work over.
+Each returns at once, with a Future where the reply is still to come.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,44 +14,39 @@ from torch import Tensor
 from torch.futures import Future
 from typing_extensions import override
 
-from ormo_rpc.control.torch_rpc.agent import SERVER, rpc_agent
-from ormo_rpc.control.torch_rpc.dispatch import Dispatcher
+from ormo_rpc.control.torch_rpc.server import published
 from ormo_rpc.errors import PushRefused
 from ormo_rpc.messages import ErrorReply, Push
-from ormo_rpc.rendezvous.addresses import interface_address
 from ormo_rpc.transports.base import ServerSide, Service
 from ormo_rpc.transports.codec import PUSH, REPLY, pack_error
 from ormo_rpc.transports.pending_replies import ReplyFuture, ServerResponse, refusals_as_replies
 
 Response = tuple[bytes, Tensor | None]
 """The header of a reply, with the buffers behind it, and the parameters; or JSON and None for an error."""
-DEFAULT_THREADS = 16
-"""The number of threads of an agent that run handlers, unless there are more workers."""
 
 
 @rpc.functions.async_execution
 def register(session_id: str) -> Future[Response]:
     """Make a worker available for work."""
-    return _dispatched(lambda: refusals_as_replies(lambda: published().local_value().register(session_id)))
+    return _dispatched(lambda service: service.register(session_id))
 
 
 @rpc.functions.async_execution
 def push(session_id: str, header: bytes, payload: Tensor) -> Future[Response]:
     """Deliver a push: its numbers, and its wire form as a tensor."""
-    service = published().local_value()
-    return _dispatched(lambda: refusals_as_replies(lambda: service.push(session_id, _unpacked(service, header, payload))))
+    return _dispatched(lambda service: service.push(session_id, _unpacked(service, header, payload)))
 
 
-@rpc.functions.async_execution
-def leave(session_id: str) -> Future[None]:
-    """End a membership."""
-    future = Future[None]()
+def _dispatched(call: Callable[[Service], ReplyFuture]) -> Future[Response]:
+    """Make a call in a thread of the dispatcher; its reply completes the future of torch's RPC."""
+    server = published().local_value()
+    future = Future[Response]()
 
-    def call() -> None:
-        published().local_value().leave(session_id)
-        future.set_result(None)
+    def run() -> None:
+        pending = refusals_as_replies(lambda: call(server.service))
+        pending.add_done_callback(lambda done: future.set_result(_packed(done.value())))
 
-    _dispatcher().submit(call)
+    server.dispatcher.submit(run)
     return future
 
 
@@ -65,23 +57,6 @@ def _unpacked(service: Service, header: bytes, payload: Tensor) -> Push:
     return Push(**PUSH.unpack(header), grad=grad, buffers=buffers)
 
 
-def _dispatched(call: Callable[[], ReplyFuture]) -> Future[Response]:
-    """Make a call in a thread that is not confined; the future of torch's RPC has its reply."""
-    future = Future[Response]()
-
-    def run() -> None:
-        call().add_done_callback(lambda done: future.set_result(_packed(done.value())))
-
-    _dispatcher().submit(run)
-    return future
-
-
-@functools.cache
-def _dispatcher() -> Dispatcher:
-    """The threads of this process that make the calls."""
-    return Dispatcher()
-
-
 def _packed(response: ServerResponse) -> Response:
     if isinstance(response, ErrorReply):
         return pack_error(response), None
@@ -90,53 +65,25 @@ def _packed(response: ServerResponse) -> Response:
     return REPLY.pack(response) + response.buffers.numpy().tobytes(), response.params
 
 
-_service: rpc.RRef[Service] | None = None
-
-
-def publish(service: Service) -> None:
-    """Make the service known to workers that ask this process for it."""
-    global _service  # a function that is called by name from another process has no other way to find it
-    _service = rpc.RRef(service)
-
-
-def published() -> rpc.RRef[Service]:
-    """The RRef of this process's service; called by workers."""
-    assert _service is not None, "the service is published before a worker gets its address"
-    return _service
-
-
-CALLED_BY_WORKERS = (register, push, leave, published)
+CALLED_BY_WORKERS = (register, push)
 """The functions that a peer may call in the server's process."""
 
 
 class TorchRpcServerSide(ServerSide):
-    """Starts the server's agent, and publishes the service.
+    """Serves through the server's agent."""
 
-    Args:
-        num_workers: Workers to have threads for. A handler waits for the service's lock only, never for another one.
-        timeout_seconds: For the agent's own calls.
-    """
+    functions = CALLED_BY_WORKERS
 
-    def __init__(self, *, num_workers: int, timeout_seconds: float) -> None:
-        self.threads = max(DEFAULT_THREADS, num_workers + 4)
-        self.timeout_seconds = timeout_seconds
-        self._agent = contextlib.ExitStack()
+    def __init__(self) -> None:
+        self._service: Service | None = None
 
     @override
     def start(self, service: Service) -> Mapping[str, Any]:
-        _dispatcher()  # its threads are not confined, since they start before the agent
-        agent = rpc_agent(
-            SERVER,
-            host=interface_address(os.environ["TP_SOCKET_IFNAME"]) if "TP_SOCKET_IFNAME" in os.environ else "127.0.0.1",
-            server=None,
-            timeout_seconds=self.timeout_seconds,
-            threads=self.threads,
-            functions=CALLED_BY_WORKERS,
-        )
-        address = self._agent.enter_context(agent)
-        publish(service)
-        return {"agent": address}
+        self._service = service
+        return {}
 
     @override
-    def close(self) -> None:
-        self._agent.close()
+    def answer(self, session_id: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        assert self._service is not None, "started before it is asked"
+        self._service.connected(session_id, "rpc", "transport=rpc")
+        return {}

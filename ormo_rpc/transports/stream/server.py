@@ -72,6 +72,12 @@ class StreamServerSide(ServerSide):
         send(reader.sock, {"segment": offered, "reason": reason})
         if reader.receive(NEGOTIATION_SECONDS, MAX_LINE_BYTES).get("shared") is not True:
             payload = None
+        shared = payload is not None
+        service.connected(
+            session_id,
+            "shm" if shared else "tcp",
+            "worker and server share memory" if shared else reason or "the worker cannot attach the server's memory",
+        )
         send(reader.sock, {"frames": True})  # the frames begin behind this line, so that no reader of lines takes any of them
         frame_socket = FrameSocket(reader.sock, lambda: service.is_member(session_id))
         self._serve(service, frame_socket, session_id, payload)

@@ -1,16 +1,15 @@
-"""Messages of the rendezvous protocol: lines of JSON with limits, and the fields of joining."""
+"""Messages of the rendezvous protocol: lines of JSON with limits, and the fields of an admission."""
 
 from __future__ import annotations
 
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 
 from ormo_rpc.errors import WireError
-from ormo_rpc.rendezvous.protocol import JoinRequest, JoinResponse, LineReader, send
+from ormo_rpc.rendezvous.protocol import Admission, LineReader, send
 from tests.support.rendezvous import connected_sockets
 
 LIMIT = 100
@@ -128,45 +127,6 @@ def test_receiving_does_not_change_the_sockets_time_out() -> None:
         assert there.gettimeout() == 3.5
 
 
-# -- joining -----------------------------------------------------------------------------------------------------------
-
-JOIN: dict[str, Any] = {"preferred_worker": 0, "pid": 1, "host": "here", "slot_id": ""}
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"preferred_worker": -1},
-        {"preferred_worker": 1 << 15},
-        {"preferred_worker": True},
-        {"preferred_worker": 1.0},
-        {"preferred_worker": "1"},
-        {"pid": "1"},
-        {"pid": None},
-        {"host": 5},
-        {"slot_id": None},
-    ],
-    ids=str,
-)
-def test_a_join_request_with_a_wrong_field_is_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"\Ajoin request: got other fields than expected: .*\Z"):
-        JoinRequest.parse({**JOIN, **changes})
-
-
-def test_an_empty_join_request_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"\Ajoin request: got other fields than expected: .*\Z"):
-        JoinRequest.parse({})
-
-
-def test_names_in_a_join_request_are_cut_and_printable() -> None:
-    request = JoinRequest.parse(
-        {**JOIN, "preferred_worker": None, "host": "\x1b[31m" + "x" * 100, "slot_id": "s" * 100, "new": 1}
-    )
-    assert request == JoinRequest(preferred_worker=None, pid=1, host="?[31m" + "x" * 59, slot_id="s" * 64)
-
-
-def test_a_join_response_names_its_missing_fields() -> None:
-    with pytest.raises(
-        WireError, match=r"\Ajoin response: got no transport, fingerprint, heartbeat_seconds, timeout_seconds\Z"
-    ):
-        JoinResponse.parse({"worker": 1, "session_id": "s", "config": ""})
+def test_an_admission_names_its_missing_fields() -> None:
+    with pytest.raises(WireError, match=r"\Aadmission: got no agent, timeout_seconds, call_timeout_seconds\Z"):
+        Admission.parse({"admission_id": "a", "control": "rpc", "heartbeat_seconds": 1.0})

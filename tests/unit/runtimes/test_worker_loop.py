@@ -6,23 +6,24 @@ import socket
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from ormo_rpc.cli import compose
+from ormo_rpc.control.joining import Joined, joined
 from ormo_rpc.errors import ConfigError, Refused
 from ormo_rpc.models.fingerprint import Fingerprint
-from ormo_rpc.rendezvous.lease import Lease, connect
-from ormo_rpc.rendezvous.listener import Listener
 from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.runtimes.distributed.server_process.service import Service
+from ormo_rpc.runtimes.distributed.server_process.serving import served as served_at
 from ormo_rpc.runtimes.distributed.worker_process import worker_process
 from ormo_rpc.runtimes.distributed.worker_process.worker_process import WorkerArgs, WorkerProcess
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.worker.worker import Worker
 from tests.support import changing
 from tests.support.processes import PATIENCE_SECONDS, wait_until
-from tests.support.rendezvous import join_response
+from tests.support.rendezvous import serving
 
 SECRET = Secret("a secret that only we two know")
 TICKETS = 6
@@ -38,11 +39,11 @@ def served(
     service = Service(job.server(lambda _: None, lambda: 0.0), lambda _: None, push_format=job.push_format())
     side = job.config.transport.server_side(num_workers=1, timeout_seconds=PATIENCE_SECONDS)
     fingerprint = (server_fingerprint or job.fingerprint()).to_dict()
-    response_to = join_response(job.config.yaml, transport=side.start(service), fingerprint=fingerprint)
+    what = serving(job.config.transport.name, config=job.config.yaml, fingerprint=fingerprint)
     with ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         stack.callback(listener.shutdown, socket.SHUT_RDWR)  # wakes the thread that accepts
-        stack.enter_context(Listener(listener, SECRET, service, response_to, PATIENCE_SECONDS, side.accept))
+        stack.enter_context(served_at(listener, SECRET, service, side, what))
         args = WorkerArgs(
             address=listener.getsockname()[:2],
             secret=SECRET,
@@ -68,12 +69,13 @@ def test_a_process_works_to_the_end(prefetch: int) -> None:
 def test_a_worker_that_is_asked_to_leave_while_it_joins_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     with served() as (service, work):
 
-        def join_and_be_asked_to_leave(*arguments: object, **options: object) -> Lease:
-            lease = connect(*arguments, **options)  # pyright: ignore[reportArgumentType] # as they came
-            work.leave()  # before anybody knows of the lease
-            return lease
+        @contextmanager
+        def join_and_be_asked_to_leave(*arguments: Any, **options: Any) -> Generator[Joined]:
+            with joined(*arguments, **options) as membership:
+                work.leave()  # before anybody knows of the membership
+                yield membership
 
-        monkeypatch.setattr(worker_process, "connect", join_and_be_asked_to_leave)
+        monkeypatch.setattr(worker_process, "joined", join_and_be_asked_to_leave)
         work.run()
         assert (service.server.iteration, len(service.memberships)) == (0, 0)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed.rpc as rpc
 
+from ormo_rpc.control.torch_rpc.client import RpcControl
 from ormo_rpc.errors import ServerLost
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.transports.codec import PUSH, REPLY
@@ -51,7 +52,7 @@ def delivered(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(rpc, "rpc_sync", wire)
     payload = torch.arange(4.0)
     push = Push(worker=3, ticket=7, stamp=5, grad=payload, loss=0.5, samples=8, incarnation=2)
-    return TorchRpcClient("session_id", payload, 9.0).push(push)
+    return TorchRpcClient(RpcControl("admission", 9.0), "session_id", payload).push(push)
 
 
 def test_a_push_that_timed_out_is_repeated_unchanged_while_the_server_lives(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,5 +88,5 @@ def test_a_push_is_given_up_when_the_server_has_ended(
 def test_leaving_a_lost_server_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     wire = Wire(None, EOF)
     monkeypatch.setattr(rpc, "rpc_sync", wire)
-    TorchRpcClient("session_id", torch.empty(0), 1.0).leave()
-    assert (wire.called, wire.arguments[1:]) == (["published", "leave"], [("session_id", 1.0)])
+    TorchRpcClient(RpcControl("admission", 1.0), "session_id", torch.empty(0)).leave()
+    assert (wire.called, wire.arguments[1:]) == (["published", "leave"], [('{"session_id": "session_id"}', 1.0)])

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from ormo_rpc.config.parsing import load_config
+from ormo_rpc.control import torch_rpc
 from ormo_rpc.kernels.pool import pooled
 from ormo_rpc.rendezvous.addresses import address_of
-from ormo_rpc.rendezvous.listener import Listener
-from ormo_rpc.rendezvous.memberships import Membership
-from ormo_rpc.rendezvous.protocol import JoinResponse
 from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.runtimes.distributed.server_process.service import Service
+from ormo_rpc.runtimes.distributed.server_process.serving import Serving, served
 from ormo_rpc.runtimes.distributed.server_process.shutdown import check_state, shut_down
 from ormo_rpc.runtimes.distributed.server_process.timers import Interval, Stopwatch
 from ormo_rpc.runtimes.distributed.server_process.watchdog import Watchdog
@@ -219,28 +218,21 @@ def serve(args: ServerArgs, on_ready: Callable[[ServerProcess], None]) -> None:
         args: The arguments of the process.
         on_ready: Called with the process as soon as it can be asked to stop.
     """
-    text = (args.run_dir / "config.yaml").read_text()
     config = load_config(args.run_dir / "config.yaml")
     process = ServerProcess(Job(config), args)
     sys.setswitchinterval(SWITCH_SECONDS)
-    offer = process.transport.start(process.service)
-    fingerprint = process.session.job.fingerprint().to_dict()
-
-    def response(membership: Membership) -> JoinResponse:
-        return JoinResponse(
-            worker=membership.worker,
-            session_id=membership.session_id,
-            config=text,
-            transport=dict(offer),
-            fingerprint=fingerprint,
-            heartbeat_seconds=config.rpc.heartbeat_seconds,
-            timeout_seconds=config.rpc.worker_timeout_seconds,
-        )
-
-    try:
-        on_ready(process)
-        timeout_seconds = config.rpc.worker_timeout_seconds
-        with Listener(args.listening_socket, args.secret, process.service, response, timeout_seconds, process.transport.accept):
-            process.run()
-    finally:
-        process.transport.close()
+    serving = Serving(
+        transport=config.transport.name,
+        control=config.control,
+        config=(args.run_dir / "config.yaml").read_text(),
+        fingerprint=process.session.job.fingerprint().to_dict(),
+        heartbeat_seconds=config.rpc.heartbeat_seconds,
+        worker_timeout_seconds=config.rpc.worker_timeout_seconds,
+        call_timeout_seconds=config.rpc.rpc_timeout_seconds,
+    )
+    if config.lacks_rpc:
+        _log.warning("%s; the run goes on without its agents, as with runtime.control=socket", torch_rpc.UNAVAILABLE)
+    on_ready(process)
+    process.service.on_ended = process.transport.session_ended
+    with served(args.listening_socket, args.secret, process.service, process.transport, serving):
+        process.run()

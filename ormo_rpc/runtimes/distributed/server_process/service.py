@@ -1,10 +1,12 @@
 """The service: the lock around the parameter server, taken for each push and each change of the memberships.
 
-`transports` bring the calls of workers here; `rendezvous` those about memberships.
+`transports` bring the calls of workers here; `control` those about memberships.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import logging
 import threading
 import time
@@ -14,11 +16,11 @@ from typing import Any
 import torch
 
 from ormo_rpc.compression import PushFormat
+from ormo_rpc.control.memberships import Membership, Memberships
+from ormo_rpc.control.messages import JoinRequest
 from ormo_rpc.errors import PushRefused, RunEnded, StaleSession, WorkerBanned
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.models.flat import Layout
-from ormo_rpc.rendezvous.memberships import Membership, Memberships
-from ormo_rpc.rendezvous.protocol import JoinRequest
 from ormo_rpc.runtimes.distributed.server_process.start_barrier import StartBarrier
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.server.validation import ValidatedPush
@@ -30,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 
 class Service:
-    """Applies pushes, and decides about memberships; `transports.base.Service` and `rendezvous.listener.MembershipHandler`.
+    """Applies pushes, and decides about memberships; `transports.base.Service` and `control.base.ControlHandler`.
 
     `lock` guards the parameter server with all that belongs to it: memberships, barrier, evictions, journal, pending replies,
     and the times measured here. `failure` is never cleared, so it is read without. Pushes are validated before the lock is
@@ -47,7 +49,9 @@ class Service:
             last checkpoint is written.
 
     Attributes:
-        changed: Set whenever a membership begins or ends.
+        changed: Set whenever a membership begins or ends, or a worker connects.
+        on_ended: Called without the lock with each session that has ended.
+        transports: The transport that carries each worker's pushes, and the reason why, also of workers that have left.
         evictions: Every worker that was evicted, with the tickets that it held.
         failure: The error that ended a change of the server half-way; its state is not to be trusted then.
     """
@@ -75,6 +79,10 @@ class Service:
         self.memberships = Memberships(server.num_workers)
         self.barrier = StartBarrier(server.num_workers)
         self.changed = threading.Event()
+        self.on_ended: Callable[[str], None] = lambda _: None
+        self.transports: dict[int, dict[str, str]] = {}
+        self._ended = collections.deque[str]()
+        """Sessions that have ended, for `on_ended`; threads take from it without the lock."""
         self.evictions: list[dict[str, Any]] = []
         self.failure: Exception | None = None
         self.pending = PendingReplies(defer_shutdown=defer_shutdown)
@@ -89,7 +97,7 @@ class Service:
             buffers=server.buffers.snapshot().numel(),
         )
 
-    # --------------------------------------------------------------------------------------------- called by the listener
+    # ---------------------------------------------------------------------------------------- called by the control plane
 
     def join(self, request: JoinRequest) -> Membership:
         """Give a process a membership, and evict the process that it replaces.
@@ -143,6 +151,13 @@ class Service:
 
     def connected(self, session_id: str, transport: str, reason: str) -> None:
         """Take note of the transport that carries a worker's pushes from now on, and of the reason why it is that one."""
+        with self.lock:
+            membership = self.memberships.by_session.get(session_id)
+            if membership is None:
+                return
+            self.transports[membership.worker] = {"transport": transport, "reason": reason}
+            self.changed.set()
+        _log.info("%s pushes by %s: %s", membership, transport, reason)
 
     def register(self, session_id: str) -> ReplyFuture:
         """Make a worker available for work; the future is its first reply.
@@ -197,11 +212,14 @@ class Service:
         """End a membership at the end of the run; before it, the worker is evicted."""
         with self.lock:
             membership = self.memberships.by_session.get(session_id)
-            if membership is not None and self.server.ended:
+            ended = self.server.ended
+            if membership is not None and ended:
                 self.memberships.remove(membership)
+                self._ended.append(session_id)
                 self.changed.set()
-                return
-        if membership is not None:
+        if ended:
+            self._complete([])
+        elif membership is not None:
             self.evict(membership, "it left before the end without being asked to")
 
     # ------------------------------------------------------------------------------------- called by the server's process
@@ -342,6 +360,7 @@ class Service:
     ) -> list[Due]:
         """Remove a membership; where its worker waits for a reply, this is the outcome."""
         self.memberships.remove(membership)
+        self._ended.append(membership.session_id)
         self.changed.set()
         self.barrier.remove(membership)
         future = self.pending.close(membership.worker) or future
@@ -370,3 +389,7 @@ class Service:
             self.failure = error
             return
         complete(due)
+        if self._ended:
+            with contextlib.suppress(IndexError):  # other threads take from it, too
+                while True:
+                    self.on_ended(self._ended.popleft())

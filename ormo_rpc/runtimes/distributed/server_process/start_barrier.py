@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from ormo_rpc.rendezvous.memberships import Membership
+from ormo_rpc.control.memberships import Membership
 
 
 class StartBarrier:

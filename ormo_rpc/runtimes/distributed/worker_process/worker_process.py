@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -17,9 +19,10 @@ import torch
 
 from ormo_rpc.config.parsing import parse_text
 from ormo_rpc.config.schema import Config
+from ormo_rpc.control.joining import Joined, joined
+from ormo_rpc.control.messages import JoinRequest
 from ormo_rpc.errors import ConfigError, Refused, RunEnded, ServerLost, StaleSession, one_line
 from ormo_rpc.models.fingerprint import Fingerprint
-from ormo_rpc.rendezvous.lease import Lease, connect
 from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.runtimes.job import Job, time_generator
 from ormo_rpc.transports.base import Endpoint, ServerClient, WorkerSide
@@ -52,6 +55,10 @@ class WorkerArgs:
     data_root: str | None
     timeout_seconds: float
     report: Callable[[str], None]
+
+
+class _JoinAgain(Exception):
+    """The membership has ended before the run."""
 
 
 class WorkerContext:
@@ -92,7 +99,7 @@ class WorkerLoop:
 
     def __init__(self, context: WorkerContext, preferred_worker: int | None) -> None:
         self.context = context
-        self.lease: Lease | None = None
+        self._membership: Joined | None = None
         self._preferred_worker = preferred_worker
         self._job: Job | None = None
         self._worker: Worker | None = None
@@ -109,51 +116,68 @@ class WorkerLoop:
             ServerLost: the server did not come back in time.
             WorkerBanned: the server has banned this worker.
         """
-        args, context = self.context.args, self.context
+        context = self.context
         while not context.leaving:
             try:
-                lease = connect(
-                    args.address,
-                    args.secret,
-                    preferred_worker=self._preferred_worker,
-                    slot_id=args.slot_id,
-                    timeout_seconds=args.timeout_seconds,
-                    stopping=lambda: context.leaving,
-                )
+                self._run_once(on_job)
+                return
             except RunEnded as end:
                 _log.info("%s", end)
                 return
+            except _JoinAgain as error:
+                _log.info("joining again: %s", error)
             except ServerLost:
                 if context.leaving:
                     return
                 raise
-            with lease:
-                self.lease = lease
-                self._preferred_worker = lease.join_response.worker
-                if context.leaving:  # `leave` was called before this lease existed
-                    lease.leave()
-                job, worker, transport = self._prepare(lease)
-                if self._injector is None:
-                    number = lease.join_response.worker
-                    self._injector = FaultInjector(job.config.rpc.faults, number, args.restart_count, args.report)
-                on_job(job)
-                self._injector.joining(JOIN)
-                endpoint = Endpoint(lease=lease, secret=args.secret, timeout_seconds=job.config.rpc.rpc_timeout_seconds)
-                try:
-                    with transport.connect(endpoint, worker.wire) as server:
-                        self._injector.joining(CONNECT)
-                        self._work(job.config, worker, server, endpoint.worker, self._injector)
-                        server.leave()
-                    return
-                except (ServerLost, StaleSession) as error:
-                    _log.info("joining again: %s", error)
+
+    def _run_once(self, on_job: Callable[[Job], None]) -> None:
+        """Work as one member of the run, to its end.
+
+        Raises:
+            ServerLost: no server could be joined in time.
+            RunEnded: the run is over.
+            _JoinAgain: the membership has ended before the run.
+        """
+        args, context = self.context.args, self.context
+        request = JoinRequest(
+            preferred_worker=self._preferred_worker, pid=os.getpid(), host=socket.gethostname(), slot_id=args.slot_id
+        )
+        joining = joined(
+            args.address, args.secret, request, timeout_seconds=args.timeout_seconds, stopping=lambda: context.leaving
+        )
+        with joining as membership:
+            self._membership = membership
+            self._preferred_worker = number = membership.response.worker
+            if context.leaving:  # `leave` was called before this membership existed
+                membership.request_leave()
+            job, worker, transport = self._prepare(membership)
+            if self._injector is None:
+                self._injector = FaultInjector(job.config.rpc.faults, number, args.restart_count, args.report)
+            on_job(job)
+            self._injector.joining(JOIN)
+            endpoint = Endpoint(
+                lease=membership.lease,
+                control=membership.control,
+                joined=membership.response,
+                transport=job.config.transport.name,
+                secret=args.secret,
+                timeout_seconds=job.config.rpc.rpc_timeout_seconds,
+            )
+            try:
+                with transport.connect(endpoint, worker.wire) as server:
+                    self._injector.joining(CONNECT)
+                    self._work(job.config, worker, server, number, self._injector)
+                    server.leave()
+            except (ServerLost, StaleSession) as error:
+                raise _JoinAgain(str(error)) from None
 
     def leave(self) -> None:
         """Ask to leave; called from another thread."""
-        if self.lease is not None:
-            self.lease.leave()
+        if self._membership is not None:
+            self._membership.request_leave()
 
-    def _prepare(self, lease: Lease) -> tuple[Job, Worker, WorkerSide]:
+    def _prepare(self, membership: Joined) -> tuple[Job, Worker, WorkerSide]:
         """Make the worker, unless there is one from an earlier incarnation of the server.
 
         Raises:
@@ -163,11 +187,11 @@ class WorkerLoop:
         with self.context.compute_lock:
             worker, transport = self._worker, self._transport
             with _final_errors():
-                job = self.context.job(lease.join_response.config)
+                job = self.context.job(membership.response.config)
                 if worker is None or transport is None or job is not self._job:
                     transport = job.config.transport.worker_side()
                     worker = job.worker(transport.allocate)
-            _check_fingerprint(lease, job)  # again where the server is another process by now
+            _check_fingerprint(membership, job)  # again where the server is another process by now
             if worker is not self._worker:
                 with _final_errors():
                     worker.warm_up()
@@ -209,7 +233,7 @@ def _final_errors() -> Generator[None]:
         raise ConfigError(f"before the first ticket: {one_line(error)}") from error
 
 
-def _check_fingerprint(lease: Lease, job: Job) -> None:
+def _check_fingerprint(membership: Joined, job: Job) -> None:
     """Leave where this process has built another model, or loaded another data set, than the server's process has.
 
     The initial values of buffers need not agree, since every reply has the server's.
@@ -217,10 +241,10 @@ def _check_fingerprint(lease: Lease, job: Job) -> None:
     Raises:
         Refused: names, shapes, frozen values or the data set differ.
     """
-    server = Fingerprint.from_dict(lease.join_response.fingerprint)
+    server = Fingerprint.from_dict(membership.response.fingerprint)
     difference = server.difference(job.fingerprint(), "the server", "this worker", buffer_values=False)
     if difference is not None:
-        lease.leave()
+        membership.request_leave()
         raise Refused(
             f"{difference}; every process must make the same: draw from torch, random or numpy.random, which are seeded"
         )

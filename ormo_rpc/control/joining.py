@@ -1,0 +1,117 @@
+"""The worker's way into a run: the lease, the control plane on it, and the membership."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+
+from ormo_rpc.control import torch_rpc
+from ormo_rpc.control.base import Control
+from ormo_rpc.control.lines import LineControl
+from ormo_rpc.control.messages import JoinRequest, JoinResponse
+from ormo_rpc.errors import Refused, ServerLost, StaleSession
+from ormo_rpc.rendezvous.lease import Lease, connect
+from ormo_rpc.rendezvous.secret import Secret
+
+RETRY_SECONDS = 0.2
+"""The pause between two attempts to join."""
+WARN_AFTER_SECONDS = 5.0
+"""Failed attempts are logged after this time."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined:
+    """A membership, as its worker holds it.
+
+    Attributes:
+        lease: It ends with this.
+        control: For its calls.
+        response: The server's answer.
+    """
+
+    lease: Lease
+    control: Control
+    response: JoinResponse
+
+    def request_leave(self) -> None:
+        """Ask to leave; a lost server is no error, as there is nothing to leave then."""
+        with contextlib.suppress(ServerLost, StaleSession):
+            self.control.request_leave(self.response.session_id)
+
+
+@contextlib.contextmanager
+def joined(
+    address: tuple[str, int],
+    secret: Secret,
+    request: JoinRequest,
+    *,
+    timeout_seconds: float,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Generator[Joined]:
+    """Join a run, trying again for as long as its server cannot be reached, and be a member until the context ends.
+
+    Args:
+        address: Host and port of the server's listener.
+        secret: Of the run.
+        request: Of this process.
+        timeout_seconds: Give up after this time.
+        stopping: Returns True once this worker has been asked to leave; then it gives up.
+
+    Raises:
+        ServerLost: no server was reached in time, or the worker is stopping.
+        RunEnded: the run is over.
+        WireError: the server refuses this worker (`Refused`), or does not know the secret.
+    """
+    started, warned = time.monotonic(), False
+    with contextlib.ExitStack() as stack:
+        while True:
+            waited = time.monotonic() - started
+            left = timeout_seconds - waited
+            try:
+                membership = _attempt(stack, address, secret, request, max(left, 0.01))
+                break
+            except (OSError, EOFError, ServerLost, StaleSession) as error:
+                stack.close()
+                reason = f"no server can be joined at {address[0]}:{address[1]}: {error or type(error).__name__}"
+                if left <= 0 or stopping():
+                    raise ServerLost(f"{reason}; gave up after {waited:.1f} s") from None
+                if waited > WARN_AFTER_SECONDS and not warned:
+                    warned = True
+                    _log.warning("%s; trying for another %.0f s", reason, left)
+            time.sleep(RETRY_SECONDS)
+        yield membership
+
+
+def _attempt(
+    stack: contextlib.ExitStack, address: tuple[str, int], secret: Secret, request: JoinRequest, timeout_seconds: float
+) -> Joined:
+    """Make one attempt; what is to be closed goes onto the stack, also where it fails."""
+    lease = connect(address, secret, timeout_seconds=timeout_seconds)
+    control = _control(stack, lease)
+    try:
+        return Joined(lease=lease, control=control, response=control.join(request))
+    except Refused as error:
+        raise Refused(f"the server at {address[0]}:{address[1]} refused this worker: {error}") from None
+
+
+def _control(stack: contextlib.ExitStack, lease: Lease) -> Control:
+    """Make the control plane of the carrier that the server has named."""
+    admission = lease.admission
+    if admission.control == "socket":
+        control = LineControl(lease)
+        stack.enter_context(lease)
+        return control
+    stack.enter_context(lease)
+    if admission.agent is None or torch_rpc.UNAVAILABLE:
+        reason = torch_rpc.UNAVAILABLE or "the server names no agent"
+        raise Refused(f"runtime.control: the server uses {admission.control}, expected socket on all machines: {reason}")
+    from ormo_rpc.control.torch_rpc.client import RpcControl
+    from ormo_rpc.control.torch_rpc.holder import AGENT
+
+    timeout_seconds = admission.call_timeout_seconds
+    stack.enter_context(AGENT.hold(admission.agent, host=lease.local_host, timeout_seconds=timeout_seconds))
+    return RpcControl(admission.admission_id, timeout_seconds)

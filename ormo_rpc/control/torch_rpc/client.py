@@ -1,0 +1,70 @@
+"""The worker's side of the control plane over torch.distributed.rpc: every call goes to the owner of the server's RRef."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch.distributed.rpc as rpc
+from typing_extensions import override
+
+from ormo_rpc.control.calls import Calls
+from ormo_rpc.control.torch_rpc import server
+from ormo_rpc.control.torch_rpc.agent import SERVER
+from ormo_rpc.errors import ServerLost
+
+
+class RpcControl(Calls):
+    """Makes calls through the RRef that the server hands out; needs this process's agent.
+
+    Args:
+        admission_id: Of the lease.
+        timeout_seconds: For each call.
+
+    Raises:
+        ServerLost: the server does not answer.
+    """
+
+    def __init__(self, admission_id: str, timeout_seconds: float) -> None:
+        super().__init__(admission_id)
+        self.timeout_seconds = timeout_seconds
+        self.server = self.probe()
+
+    def probe(self) -> rpc.RRef[server.Published]:
+        """Ask for the RRef, which a server that is alive returns at once.
+
+        Raises:
+            ServerLost: it does not answer.
+        """
+        try:
+            self.server = rpc.rpc_sync(SERVER, server.published, timeout=self.timeout_seconds)
+        except RuntimeError as error:
+            raise ServerLost(first_line(error)) from None
+        return self.server
+
+    def at_owner(self, function: Callable[..., Any], *arguments: object) -> Any:
+        """Call a function in the process that owns the RRef.
+
+        Raises:
+            TimeoutError: there was no answer in time.
+            ServerLost: there will be none.
+        """
+        try:
+            return rpc.rpc_sync(self.server.owner(), function, args=arguments, timeout=self.timeout_seconds)
+        except RuntimeError as error:
+            if str(error).startswith("RPCErr:1"):  # how torch marks a time-out
+                raise TimeoutError(first_line(error)) from None
+            raise ServerLost(first_line(error)) from None
+
+    @override
+    def call(self, name: str, arguments: Mapping[str, Any]) -> str:
+        try:
+            return self.at_owner(server.FUNCTIONS[name], json.dumps(arguments))
+        except TimeoutError as error:
+            raise ServerLost(f"{name}: {error}") from None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error, as torch adds a traceback of the other process."""
+    return (str(error) or type(error).__name__).splitlines()[0]
