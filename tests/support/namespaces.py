@@ -19,7 +19,7 @@ from typing import Self
 import psutil
 
 NETWORKS = (ipaddress.ip_network("10.77.0.0/24"), ipaddress.ip_network("10.78.0.0/24"))
-"""Of the interfaces ``eth0`` and ``eth1`` of every node."""
+"""Of the interfaces ``eth0``, on which the first node has the lowest address, and ``eth1``, on which it has the highest."""
 _COMMAND_SECONDS = 10.0
 _count = itertools.count()
 """Of the `Nodes` of this process, for their names."""
@@ -48,8 +48,16 @@ class Node:
 
     @property
     def prefix(self) -> tuple[str, ...]:
-        """The words that the commands of its processes begin with."""
-        return ("ip", "netns", "exec", self.namespace, "unshare", "--uts", "sh", "-c", _NAMED, self.host)
+        """The words that the commands of its processes begin with; they see the processes of the whole machine."""
+        return self._prefix()
+
+    @property
+    def own_prefix(self) -> tuple[str, ...]:
+        """As `prefix`, for processes that see their own children alone, so that nodes cannot share memory."""
+        return self._prefix("--pid", "--fork", "--kill-child", "--mount-proc")
+
+    def _prefix(self, *unshared: str) -> tuple[str, ...]:
+        return ("ip", "netns", "exec", self.namespace, "unshare", "--uts", *unshared, "sh", "-c", _NAMED, self.host)
 
     def pids(self) -> list[int]:
         """The processes that run in it."""
@@ -89,7 +97,7 @@ class Nodes:
         self._switch = f"{tag}switch"
         self._interfaces = interfaces
         self.nodes = [
-            Node(f"{tag}{letter}", f"node-{letter}", tuple(str(network[number]) for network in NETWORKS[:interfaces]))
+            Node(f"{tag}{letter}", f"node-{letter}", (str(NETWORKS[0][number]), str(NETWORKS[1][9 - number]))[:interfaces])
             for number, letter in enumerate("abcdefgh"[:count], 1)
         ]
 
