@@ -43,6 +43,19 @@ class Refused(WireError):
     """The peer has refused and given its reason; do not try again."""
 
 
+class TransportRefused(Refused):
+    """Worker and server cannot use a transport between them.
+
+    Args:
+        transport: Its name.
+        reason: The reason, in the words of a user.
+    """
+
+    def __init__(self, transport: str, reason: str) -> None:
+        super().__init__(f"transport={transport}: {reason}; take transport=auto, or another one")
+        self.reason = reason
+
+
 class PushRefused(ValueError):
     """The push does not fit the server's assignments or parameters; the message has its sender, the value, and what to do."""
 

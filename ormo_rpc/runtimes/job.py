@@ -188,8 +188,7 @@ class Job:
         fingerprint = self.fingerprint()
         with self._unchanged_model() as model:
             params = [each.detach() for each in model.trainable.values()]  # whoever takes the model binds it to other memory
-        rest = torch.frombuffer(bytearray(str(fingerprint.sha256), "utf-8"), dtype=torch.uint8)
-        return lambda: bytes.fromhex(sha256(*params, rest))
+        return lambda: bytes.fromhex(sha256(*params, torch.frombuffer(repr(fingerprint.sha256).encode(), dtype=torch.uint8)))
 
     def push_format(self) -> PushFormat:
         """Return the wire form of pushes, the same on the server as on its workers."""

@@ -39,6 +39,9 @@ from ormo_rpc.rendezvous.protocol import LineReader, authenticate_server
 from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.transports.pending_replies import ReplyFuture
 
+MAX_REASON_CHARACTERS = 300
+"""A longer reason for a transport is cut."""
+
 
 class Transport(Part, ABC):
     """A way for pushes and replies, with its options as fields; the same object configures both halves.
@@ -224,6 +227,7 @@ class Endpoint:
         transport: The name of the transport that uses this.
         secret: Of the run.
         timeout_seconds: For one exchange of messages, ``runtime.rpc_timeout_seconds``.
+        reason: The reason for this transport; by default it was asked for.
     """
 
     lease: Lease
@@ -232,6 +236,7 @@ class Endpoint:
     transport: str
     secret: Secret
     timeout_seconds: float
+    reason: str = "asked for"
 
     @property
     def worker(self) -> int:

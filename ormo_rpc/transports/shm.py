@@ -27,4 +27,4 @@ class SharedMemory(Transport):
 
     @override
     def worker_side(self) -> WorkerSide:
-        return StreamWorkerSide(share=True, require=True)
+        return StreamWorkerSide(share=True)

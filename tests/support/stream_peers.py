@@ -28,7 +28,6 @@ from ormo_rpc.runtimes.distributed.server_process.service import Service
 from ormo_rpc.runtimes.distributed.server_process.serving import served
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.storage.journal import Journal
-from ormo_rpc.transports.auto import Auto
 from ormo_rpc.transports.base import Endpoint, Transport
 from ormo_rpc.transports.shm import SharedMemory
 from ormo_rpc.transports.stream.client import StreamClient, StreamWorkerSide
@@ -46,7 +45,7 @@ LARGE = pool.WORTH_POOLING // 4 + 1
 """Elements of float32 from which snapshots lie in pools, and so in shared memory; odd."""
 SMALL = 5
 WORKERS = 3
-SHARED, REQUIRED, TCP = Auto(), SharedMemory(), Tcp()
+SHARED, TCP = SharedMemory(), Tcp()
 BOTH = [
     pytest.param(SHARED, id="shared", marks=pytest.mark.skipif(not AVAILABLE, reason="no memfd_create")),
     pytest.param(TCP, id="tcp"),

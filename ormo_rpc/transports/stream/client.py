@@ -3,38 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ormo_rpc.errors import Refused, ServerLost
+from ormo_rpc.errors import Refused, ServerLost, TransportRefused
 from ormo_rpc.messages import NO_BUFFERS, Push, Reply
 from ormo_rpc.rendezvous.protocol import LineReader, send
 from ormo_rpc.transports.base import Endpoint, ServerClient, WorkerSide
 from ormo_rpc.transports.codec import unpack_error
 from ormo_rpc.transports.stream import frames
 from ormo_rpc.transports.stream.frames import DTYPES, INLINE, RESPONSE_BYTES, SAME, FrameSocket, Request, Response, bytes_of
-from ormo_rpc.transports.stream.shared_memory import AVAILABLE, SegmentHandle, SharedMemoryPool, attach
+from ormo_rpc.transports.stream.shared_memory import AVAILABLE, SegmentHandle, SharedMemoryPool, attach, not_shared
 
 MAX_LINE_BYTES = 64 * 1024
 """The longest line of an authenticated server before the frames begin, which have sizes of their own."""
-_log = logging.getLogger(__name__)
 
 
 class StreamWorkerSide(WorkerSide):
     """Connects by frames.
 
     Args:
-        share: Whether to share memory with the server where both can.
-        require: Whether to refuse the run where memory cannot be shared.
+        share: Whether to share memory with the server, and to refuse to connect where that cannot be.
     """
 
-    def __init__(self, *, share: bool, require: bool = False) -> None:
-        self.require = require
+    def __init__(self, *, share: bool) -> None:
+        self.share = share
         self.pool = SharedMemoryPool() if share and AVAILABLE else None
 
     @override
@@ -45,39 +43,60 @@ class StreamWorkerSide(WorkerSide):
     @contextlib.contextmanager
     def connect(self, endpoint: Endpoint, payload: Tensor) -> Generator[ServerClient]:
         own_segment = None if self.pool is None else self.pool.handle(payload)
+        if self.share and own_segment is None:
+            raise TransportRefused("shm", "the worker has no memory that could be shared")
         try:
             reader = endpoint.open_connection()
         except (OSError, EOFError) as error:
             raise ServerLost(f"no connection to the server: {error or type(error).__name__}") from None
         with reader.sock:
             try:
-                server_segment, reason = _negotiate(reader, endpoint, own_segment)
+                server_segment = _negotiate(reader, endpoint, payload.numel() * payload.itemsize, own_segment)
             except (OSError, EOFError) as error:
                 raise ServerLost(f"no connection to the server: {error or type(error).__name__}") from None
-            if server_segment is None:
-                if self.require:
-                    raise Refused(f"transport=shm: {reason}; expected a worker on the server's machine, or auto or tcp")
-                _log.info("gradients and parameters cross by TCP: %s", reason)
             yield StreamClient(FrameSocket(reader.sock, endpoint.alive), payload, server_segment)
 
 
-def _negotiate(reader: LineReader, endpoint: Endpoint, own_segment: SegmentHandle | None) -> tuple[SegmentHandle | None, str]:
-    """Present the session, and negotiate shared memory; return a segment of the server's, or None and the reason."""
+def _negotiate(reader: LineReader, endpoint: Endpoint, size: int, own_segment: SegmentHandle | None) -> SegmentHandle | None:
+    """Present the session, and the worker's segment where memory is to be shared; return one of the server's then.
+
+    Raises:
+        TransportRefused: no memory can be shared.
+        Refused: pushes have another size than the server expects.
+    """
     timeout_seconds = endpoint.timeout_seconds
-    send(reader.sock, {"session_id": endpoint.session_id, "segment": None if own_segment is None else asdict(own_segment)})
+    segment = None if own_segment is None else asdict(own_segment)
+    send(reader.sock, {"session_id": endpoint.session_id, "segment": segment, "size": size})
     answer = reader.receive(timeout_seconds, MAX_LINE_BYTES)
     if "error" in answer:
         raise EOFError(answer["error"])
-    reason, server_segment = str(answer["reason"]), None
-    if answer["segment"] is not None:
-        server_segment = SegmentHandle(**answer["segment"])
-        try:
-            attach(server_segment, 1)
-        except OSError as error:
-            server_segment, reason = None, f"worker and server share no memory: {error}"
-    send(reader.sock, {"shared": server_segment is not None})
+    if answer["size"] != size:
+        raise Refused(
+            f"stream: push: got {size} bytes, expected {answer['size']}; worker and server must have the same model and wire "
+            f"format"
+        )
+    server_segment, reason = None, endpoint.reason
+    if own_segment is not None:
+        server_segment, reason = _attached(answer), "worker and server share memory"
+    send(reader.sock, {"shared": server_segment is not None, "reason": reason})
     reader.receive(timeout_seconds, MAX_LINE_BYTES)  # the frames begin behind it
-    return server_segment, reason
+    return server_segment
+
+
+def _attached(answer: Mapping[str, Any]) -> SegmentHandle:
+    """A segment of the server's that this process can read.
+
+    Raises:
+        TransportRefused: no memory can be shared.
+    """
+    if answer["segment"] is None:
+        raise TransportRefused("shm", str(answer["reason"]))
+    segment = SegmentHandle(**answer["segment"])
+    try:
+        attach(segment, 1)
+    except OSError as error:
+        raise TransportRefused("shm", not_shared(error)) from None
+    return segment
 
 
 class StreamClient(ServerClient):

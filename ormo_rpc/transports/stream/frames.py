@@ -11,6 +11,7 @@ import socket
 import struct
 from collections.abc import Callable
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ def request(kind: Request, push: Push | None = None) -> bytes:
     return _KIND.pack(kind) + (bytes(PUSH.size) if push is None else PUSH.pack(push))
 
 
-def read_kind(frame: bytearray) -> int:
+def read_kind(frame: bytearray | memoryview) -> int:
     """The kind of the request in a frame, which may be an unknown one."""
     return _KIND.unpack_from(frame)[0]
 
@@ -70,17 +71,17 @@ def error_frame(size: int) -> bytes:
     return _VECTOR.pack(Response.error, 0, size, INLINE, 0) + bytes(REPLY.size)
 
 
-def read_response(frame: bytearray) -> tuple[int, int, int, int, int]:
+def read_response(frame: bytearray | memoryview) -> tuple[int, int, int, int, int]:
     """Kind, dtype, elements and descriptor of a response, and the bytes of its buffers."""
     return _VECTOR.unpack_from(frame)
 
 
-def push_numbers(frame: bytearray) -> dict[str, int]:
+def push_numbers(frame: bytearray | memoryview) -> dict[str, Any]:
     """The numbers of the push in a request's frame."""
     return PUSH.unpack(frame, _KIND.size)
 
 
-def reply_numbers(frame: bytearray) -> dict[str, int]:
+def reply_numbers(frame: bytearray | memoryview) -> dict[str, Any]:
     """The numbers of the reply in a response's frame."""
     return REPLY.unpack(frame, _VECTOR.size)
 

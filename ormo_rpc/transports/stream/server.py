@@ -17,17 +17,19 @@ from typing_extensions import override
 
 from ormo_rpc.errors import WireError
 from ormo_rpc.messages import NO_BUFFERS, ErrorReply
-from ormo_rpc.rendezvous.protocol import LineReader, send
-from ormo_rpc.transports.base import ServerSide, Service
+from ormo_rpc.rendezvous.protocol import LineReader, printable, send
+from ormo_rpc.transports.base import MAX_REASON_CHARACTERS, ServerSide, Service
 from ormo_rpc.transports.codec import pack_error
 from ormo_rpc.transports.pending_replies import ReplyFuture, ServerResponse, refusals_as_replies, wait_while
 from ormo_rpc.transports.push_reader import PushReader
 from ormo_rpc.transports.stream import frames
 from ormo_rpc.transports.stream.frames import INLINE, REQUEST_BYTES, FrameSocket, Request, bytes_of
-from ormo_rpc.transports.stream.shared_memory import AVAILABLE, SegmentHandle, SharedMemoryPool, attach
+from ormo_rpc.transports.stream.shared_memory import AVAILABLE, SegmentHandle, SharedMemoryPool, attach, not_shared
 
 NEGOTIATION_SECONDS = 10.0
 """The time that a worker has for each line before the frames begin."""
+MAX_OFFSET = 1 << 12
+"""A payload begins before that byte of its segment."""
 MAX_LINE_BYTES = 4096
 """The longest line of a worker, with its session and the handle of its payload."""
 
@@ -47,7 +49,7 @@ class StreamServerSide(ServerSide):
         """A segment that a worker tries to attach; it exists for as long as the vector does."""
         self._not_shared = ""
         if not share:
-            self._not_shared = "transport=tcp"
+            self._not_shared = "the server shares no memory"
         elif self.pool is None:
             self._not_shared = "the server's system has no memory that could be shared"
         elif self._probe is None:
@@ -67,17 +69,17 @@ class StreamServerSide(ServerSide):
         session_id = request.get("session_id")
         if not isinstance(session_id, str) or not service.is_member(session_id):
             raise ValueError("stream: got a session that is not valid; rejoin")
-        payload, reason = self._attach_payload(request.get("segment"), service.push_format.size)
+        size = service.push_format.size
+        payload, reason = self._attach_payload(request.get("segment"), size)
         offered = None if payload is None or self._probe is None else asdict(self._probe)
-        send(reader.sock, {"segment": offered, "reason": reason})
-        if reader.receive(NEGOTIATION_SECONDS, MAX_LINE_BYTES).get("shared") is not True:
+        send(reader.sock, {"segment": offered, "reason": reason, "size": size})
+        if request.get("size") != size:
+            raise ValueError(f"stream: push: got {request.get('size')!r} bytes, expected {size}")
+        chosen = reader.receive(NEGOTIATION_SECONDS, MAX_LINE_BYTES)
+        if chosen.get("shared") is not True:
             payload = None
-        shared = payload is not None
-        service.connected(
-            session_id,
-            "shm" if shared else "tcp",
-            "worker and server share memory" if shared else reason or "the worker cannot attach the server's memory",
-        )
+        reason = printable(chosen.get("reason"), MAX_REASON_CHARACTERS)
+        service.connected(session_id, "tcp" if payload is None else "shm", reason)
         send(reader.sock, {"frames": True})  # the frames begin behind this line, so that no reader of lines takes any of them
         frame_socket = FrameSocket(reader.sock, lambda: service.is_member(session_id))
         self._serve(service, frame_socket, session_id, payload)
@@ -88,12 +90,15 @@ class StreamServerSide(ServerSide):
             return None, self._not_shared
         given = segment if isinstance(segment, Mapping) else {}
         pid, name, descriptor = (given.get(key) for key in ("pid", "name", "descriptor"))
+        offset = given.get("offset", 0)
         if type(pid) is not int or type(descriptor) is not int or not isinstance(name, str):
-            return None, "the worker has no segment"
+            return None, "the worker has no memory that could be shared"
+        if type(offset) is not int or offset not in range(0, MAX_OFFSET, 64):
+            return None, f"offset: got {offset!r}, expected a multiple of 64 below {MAX_OFFSET}"
         try:
-            return attach(SegmentHandle(pid=pid, name=name, descriptor=descriptor), size), ""
+            return attach(SegmentHandle(pid=pid, name=name, descriptor=descriptor, offset=offset), size), ""
         except OSError as error:
-            return None, f"server and worker share no memory: {error}"
+            return None, not_shared(error)
 
     def _serve(self, service: Service, stream: FrameSocket, session_id: str, shared: Tensor | None) -> None:
         """Respond request by request, until the worker leaves.

@@ -47,11 +47,13 @@ class SegmentHandle:
         pid: The process that made it.
         name: The name of all segments of its pool.
         descriptor: Its descriptor in that process.
+        offset: The first byte that is meant.
     """
 
     pid: int
     name: str
     descriptor: int
+    offset: int = 0
 
 
 class SharedMemoryPool:
@@ -99,9 +101,12 @@ class SharedMemoryPool:
         return self._descriptors.get(vector.data_ptr())
 
     def handle(self, vector: Tensor) -> SegmentHandle | None:
-        """The handle of that segment."""
-        descriptor = self.descriptor(vector)
-        return None if descriptor is None else SegmentHandle(pid=self.pid, name=self.name, descriptor=descriptor)
+        """The handle of a vector that lies in a segment, at its start or not; None where it lies elsewhere."""
+        start = vector.untyped_storage().data_ptr()
+        descriptor = self._descriptors.get(start)
+        if descriptor is None:
+            return None
+        return SegmentHandle(pid=self.pid, name=self.name, descriptor=descriptor, offset=vector.data_ptr() - start)
 
     def __del__(self) -> None:
         for descriptor in self._descriptors.values():
@@ -109,7 +114,7 @@ class SharedMemoryPool:
 
 
 def attach(handle: SegmentHandle, size: int) -> Tensor:
-    """Map the first bytes of another process's segment for reading, shape (size,). Writing to them ends this process.
+    """Map bytes of another process's segment for reading, shape (size,). Writing to them ends this process.
 
     Raises:
         OSError: it is not there, not readable, too small, or not what was meant: the other process is on another machine.
@@ -117,15 +122,24 @@ def attach(handle: SegmentHandle, size: int) -> Tensor:
     place, expected = f"/proc/{handle.pid}/fd/{handle.descriptor}", f"/memfd:{handle.name} (deleted)"
     if str(Path(place).readlink()) != expected:  # checked before, too, since merely opening some things has effects
         raise FileNotFoundError(f"{place} is not the segment that was meant")
+    end = handle.offset + size
     opened = os.open(place, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)  # a FIFO by now would block
     try:
         if str(Path(f"/proc/self/fd/{opened}").readlink()) != expected:
             raise FileNotFoundError(f"{place} is not the segment that was meant")
-        if not fcntl.fcntl(opened, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK or os.fstat(opened).st_size < size:
+        if not fcntl.fcntl(opened, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK or os.fstat(opened).st_size < end:
             raise OSError(f"{place} is too small, or its size can change")
-        return _bytes(mmap.mmap(opened, max(size, 1), flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ))[:size]
+        whole = mmap.mmap(opened, max(end, 1), flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ)
+        return _bytes(whole)[handle.offset : end]
     finally:
         os.close(opened)
+
+
+def not_shared(error: OSError) -> str:
+    """The reason why a segment could not be attached, in the words of a user."""
+    if isinstance(error, FileNotFoundError):
+        return "another machine: no shared memory"
+    return f"no shared memory: {error.strerror or error}"
 
 
 def _bytes(memory: mmap.mmap) -> Tensor:
