@@ -16,10 +16,12 @@ from datetime import timedelta
 from typing import Any, Protocol, TypeGuard
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroupGloo, Store  # pyright: ignore[reportPrivateImportUsage] # documented, not annotated as public
 from typing_extensions import override
 
+COLLECTIVES = "collectives"
+"""The name that requests to `SharedValues` give in place of that of a transport."""
 MAX_VALUES_PER_RANK = 8
 """Gloo leaves one value for each rank."""
 MAX_CHARACTERS = 4096
@@ -96,7 +98,7 @@ class SharedValues:
             self._values.clear()
 
 
-class SharedStore(Store):
+class SharedStore(dist.Store):  # pyright: ignore[reportPrivateImportUsage] # documented, not annotated as public
     """The store of a process group over `SharedValues`; it has those methods that Gloo calls.
 
     Args:
@@ -140,7 +142,7 @@ class SharedStore(Store):
 
 @contextlib.contextmanager
 def process_group(
-    store: Store, rank: int, size: int, *, host: str, timeout_seconds: float, device: str = "cpu"
+    store: SharedStore, rank: int, size: int, *, host: str, timeout_seconds: float, device: str = "cpu"
 ) -> Generator[Group]:
     """Make a process group, which is destroyed at the end of the context: no thread, descriptor or port stays.
 
@@ -160,17 +162,15 @@ def process_group(
     """
     timeout = timedelta(seconds=timeout_seconds)
     if device == "cuda":
-        from torch.distributed import ProcessGroupNCCL  # pyright: ignore[reportPrivateImportUsage] # documented; only in builds for GPUs
-
-        nccl = ProcessGroupNCCL.Options()
+        nccl = dist.ProcessGroupNCCL.Options()
         nccl._timeout = timeout  # pyright: ignore[reportPrivateUsage] # torch's own functions set it so
-        group: Any = ProcessGroupNCCL(store, rank, size, nccl)
+        group: Any = dist.ProcessGroupNCCL(store, rank, size, nccl)
     else:
-        gloo = ProcessGroupGloo._Options()  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue] # torch's own functions make it so
-        gloo._devices = [ProcessGroupGloo.create_device(hostname=host)]
+        gloo = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue] # torch's own functions make it so
+        gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
         gloo._threads = 1
         gloo._timeout = timeout
-        group = ProcessGroupGloo(store, rank, size, gloo)
+        group = dist.ProcessGroupGloo(store, rank, size, gloo)
         del gloo  # it holds the device, and so its thread and its port
     try:
         yield group

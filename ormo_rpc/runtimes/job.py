@@ -188,7 +188,8 @@ class Job:
         fingerprint = self.fingerprint()
         with self._unchanged_model() as model:
             params = [each.detach() for each in model.trainable.values()]  # whoever takes the model binds it to other memory
-        return lambda: bytes.fromhex(sha256(*params, torch.frombuffer(repr(fingerprint.sha256).encode(), dtype=torch.uint8)))
+        rest = torch.frombuffer(bytearray(str(fingerprint.sha256), "utf-8"), dtype=torch.uint8)
+        return lambda: bytes.fromhex(sha256(*params, rest))
 
     def push_format(self) -> PushFormat:
         """Return the wire form of pushes, the same on the server as on its workers."""

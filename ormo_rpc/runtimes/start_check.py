@@ -16,7 +16,7 @@ from ormo_rpc.runtimes.collectives import Call, SharedStore, gather, process_gro
 
 GROUP_TIMEOUT_SECONDS = 3.0
 """For each operation of the group."""
-WAIT_SECONDS = 2.0
+WAIT_SECONDS = 1.0
 """A process that could begin to train waits at most this long for the check."""
 _log = logging.getLogger(__name__)
 
@@ -37,20 +37,20 @@ class StartCheck:
         self, rank: int, size: int, digest: Callable[[], bytes], call: Call, *, host: str, timeout_seconds: float
     ) -> None:
         self._rank, self._size, self._digest, self._host = rank, size, digest, host
-        self._given_up = threading.Event()
+        self._given_up, self._done = threading.Event(), threading.Event()
         self._difference: str | None = None
         self._store = SharedStore(call, size, timeout_seconds=timeout_seconds, given_up=self._given_up)
-        self._thread = threading.Thread(target=self._run, name="start check", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._run, name="start check", daemon=True).start()
 
     def finish(self, wait_seconds: float = WAIT_SECONDS) -> None:
-        """Wait for the result, and give the check up where it does not come in time. To be called before parameters change.
+        """Wait for the result, and give the check up where it does not come in time; nobody waits for it again.
 
         Raises:
             Refused: ranks differ, and this one is among them.
         """
-        self._thread.join(wait_seconds)
-        self._given_up.set()
+        if not self._given_up.is_set():
+            self._done.wait(wait_seconds)
+            self._given_up.set()
         if self._difference is not None:
             raise Refused(self._difference)
 
@@ -62,10 +62,15 @@ class StartCheck:
             with process_group(
                 self._store, self._rank, self._size, host=self._host, timeout_seconds=GROUP_TIMEOUT_SECONDS
             ) as group:
-                digests = gather(group, digest)
+                self._compare(gather(group, digest))
+                self._done.set()  # to destroy the group takes tens of milliseconds
         except Exception as error:  # a rank has died or is late, or the server cannot be reached
-            _log.info("the initial parameters of all processes were not compared: %s", one_line(error))
-            return
+            reason = one_line(error).partition(". This is typically")[0]
+            _log.info("the initial parameters of all processes were not compared: %s", reason)
+        finally:
+            self._done.set()
+
+    def _compare(self, digests: Sequence[bytes]) -> None:
         difference = difference_of(digests)
         if difference is None:
             _log.info("all %d processes have the same initial parameters", self._size)

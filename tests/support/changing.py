@@ -110,3 +110,8 @@ def seeded_sources() -> nn.Module:
 def by_process() -> nn.Module:
     """Draw frozen weights that differ from process to process, but not within one."""
     return Frozen(torch.randn(3, 3, generator=torch.Generator().manual_seed(os.getpid())))
+
+
+def trained_by_process() -> nn.Module:
+    """Draw trained weights that differ from process to process, but not within one."""
+    return by_process().requires_grad_()

@@ -1,34 +1,41 @@
-"""A server over RPC, and a peer that attacks it: ``python -m tests.support.peer open|guarded|calls|operators ...``.
+"""Agents of torch.distributed.rpc, and a stranger who attacks them: ``python -m tests.support.peer serve|attack ...``.
 
-Each process keeps a store of its own, in which the peer writes the server's address; it never joins.
+``serve KIND...`` starts a process for each kind of `KINDS`, and prints their addresses as JSON; ``attack ADDRESSES FOLDER`` is
+the stranger, who knows the addresses only and has torch's own agent, and who prints an outcome for each attempt. Each process
+keeps a store of its own, in which the stranger writes the addresses; nobody joins anything.
 """
 
 from __future__ import annotations
 
+import ctypes
+import json
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from types import FunctionType
 from typing import Any, ClassVar, cast
 
 import torch
 import torch.distributed.rpc as rpc
-from torch._C._distributed_rpc import TensorPipeAgent
+from torch._C import _distributed_rpc
 from torch.distributed import HashStore, PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage] # documented, not annotated as public
 from torch.distributed.rendezvous import register_rendezvous_handler
 from torch.distributed.rpc import api, backend_registry, internal
 
-from ormo_rpc.control.torch_rpc import unpickling
+from ormo_rpc.control.torch_rpc import agent, confinement
 from ormo_rpc.errors import PushRefused
 
-SERVER = "server"
+KINDS = ("server", "worker", "override", "open", "victim")
+"""A server and a worker of ours, a server on a system without seccomp, torch's own agent, and a server that will be ended."""
 SYSTEM = vars(os)["system"]
 """A function that an attacker would call; its own name is softly deprecated."""
+CLIENT = "client.so"
+"""The stranger's client in C++, in the folder of the attack; see ``operators.cpp``."""
 
 
 class Api:
@@ -53,39 +60,68 @@ class Api:
         return "hidden"
 
 
-def start(name: str, rank: int, server: str | None = None) -> Store:
-    """Start the agent of this process, which has its own address and, where it is given, the server's."""
+def serve(kinds: list[str]) -> None:
+    """Start the processes, print their addresses, and serve until they are killed."""
+    addresses: dict[str, str] = {}
+    for kind in kinds:
+        reading, writing = os.pipe()
+        if os.fork() == 0:
+            _serve(kind, writing)
+        os.close(writing)
+        with os.fdopen(reading) as pipe:
+            addresses[kind] = pipe.readline().strip()
+    print(json.dumps(addresses), flush=True)
+    while True:
+        process, status = os.wait()
+        print(process, os.waitstatus_to_exitcode(status), flush=True)
+
+
+def _serve(kind: str, writing: int) -> None:
+    """Serve in a new process, whose address goes into a pipe."""
+    for stream in (sys.stdout, sys.stderr):  # torch has a page to say on every refusal, and operators that print
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    if kind == "open":
+        address = start("open", 0, {}).get("addrs/open").decode()
+    else:
+        if kind == "override":
+            confinement.ARCHITECTURES.clear()
+        functions = () if kind == "worker" else (Api.push, Api.fails)
+        server = "uv://127.0.0.1:9" if kind == "worker" else None
+        running = agent.rpc_agent(kind, host="127.0.0.1", server=server, timeout_seconds=20, functions=functions)
+        address = running.__enter__()
+        Path(__file__).read_bytes()  # only the agent's threads are confined
+    with os.fdopen(writing, "w") as pipe:
+        pipe.write(f"{address}\n")
+    while True:
+        signal.pause()
+
+
+def start(name: str, rank: int, others: Mapping[str, str]) -> Store:
+    """Start torch's own agent, which is told the names and addresses of others."""
     store = HashStore()
 
     def rendezvous(url: str, *args: Any, **kwargs: Any) -> Generator[tuple[Store, int, int]]:  # noqa: ARG001 - torch's signature
         yield store, rank, 1
 
-    def agent(store: Any, name: str, rank: int, world_size: int, rpc_backend_options: Any) -> Any:  # noqa: ARG001 - torch's signature
-        made = TensorPipeAgent(store, name, rank, None, rpc_backend_options, {}, [])
+    def made(store: Any, name: str, rank: int, world_size: int, rpc_backend_options: Any) -> Any:  # noqa: ARG001 - torch's signature
+        made = _distributed_rpc.TensorPipeAgent(store, name, rank, None, rpc_backend_options, {}, [])
         api._init_rpc_states(made)  # pyright: ignore[reportPrivateUsage] # as torch does
         return made
 
     register_rendezvous_handler("hub", rendezvous)
     handler = cast("Any", backend_registry.BackendType).TENSORPIPE.value.construct_rpc_backend_options_handler
-    backend = backend_registry.register_backend("HUB", handler, agent)
+    backend = backend_registry.register_backend("HUB", handler, made)
     names = PrefixStore("rpc_prefix_0", store)
-    if server is not None:
-        names.set("names/_ALL_WORKER_INFOS", f"{SERVER}-0,")
-        names.set(f"addrs/{SERVER}", server)
+    if others:
+        names.set("names/_ALL_WORKER_INFOS", "".join(f"{other}-{number}," for number, other in enumerate(others)))
+    for other, address in others.items():
+        names.set(f"addrs/{other}", address)
+    os.environ["TP_SOCKET_IFNAME"] = "lo"
     options = rpc.TensorPipeRpcBackendOptions(init_method="hub://", rpc_timeout=20)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         rpc.init_rpc(name, backend=backend, rank=rank, world_size=1, rpc_backend_options=options)
     return names
-
-
-def serve(*, guarded: bool) -> None:
-    """Serve until the process is killed."""
-    if guarded:
-        unpickling.install([Api.push, Api.fails])
-    print(start(SERVER, 0).get(f"addrs/{SERVER}").decode(), flush=True)
-    while True:
-        signal.pause()
 
 
 class Touch:
@@ -118,21 +154,15 @@ class Forger(cast("Any", pickle)._Pickler):
     dispatch: ClassVar[dict[type, Any]] = {**cast("Any", pickle)._Pickler.dispatch, FunctionType: save_function}
 
 
-def attempts(kind: str, folder: Path) -> dict[str, Callable[[], Any]]:
-    """The attempts of the peer, by name."""
+def calls(peer: str, folder: Path) -> dict[str, Callable[[], Any]]:
+    """Calls of Python's functions, by name."""
     ones = torch.ones(2)
 
-    def ask(function: Any, *args: Any, **kwargs: Any) -> Any:
-        return rpc.rpc_sync(SERVER, function, args=args, kwargs=kwargs)
+    def ask(function: Any, *args: Any) -> Any:
+        return rpc.rpc_sync(peer, function, args=args)
 
-    if kind == "operators":
-        return {
-            "add": lambda: ask(torch.add, ones, 1).tolist(),
-            "read": lambda: bytes(ask(torch.from_file, f"{folder}/private", False, 7, dtype=torch.uint8).tolist()),
-            "write": lambda: ask(torch.from_file, f"{folder}/written", True, 2, dtype=torch.uint8).tolist(),
-        }
     return {
-        "permitted before": lambda: ask(Api.push, ones).tolist(),
+        "permitted": lambda: ask(Api.push, ones).tolist(),
         "permitted, raises": lambda: ask(Api.fails),
         "os.system": lambda: ask(SYSTEM, f"touch {folder}/marker-system"),
         "eval": lambda: ask(eval, "1 + 1"),
@@ -141,30 +171,79 @@ def attempts(kind: str, folder: Path) -> dict[str, Callable[[], Any]]:
         "dotted": lambda: ask(dotted, "os"),
         "hidden in an argument": lambda: ask(Api.push, Touch(folder / "marker-argument")),
         "an RRef": lambda: ask(Api.push, rpc.RRef(ones)),
-        "asynchronous": lambda: rpc.rpc_async(SERVER, SYSTEM, args=(f"touch {folder}/marker-asynchronous",)).wait(),
-        "permitted after": lambda: ask(Api.push, ones).tolist(),
+        "asynchronous": lambda: rpc.rpc_async(peer, SYSTEM, args=(f"touch {folder}/marker-asynchronous",)).wait(),
     }
 
 
-def attack(kind: str, address: str, folder: Path) -> None:
-    """Try everything, and print what came of it, one line each."""
+def operators(peer: str, folder: Path) -> dict[str, Callable[[], Any]]:
+    """Calls of torch's operators that read or write files, by name; the last one asks whether the peer still answers."""
+    private, kind = f"{folder.parent}/private", {"dtype": torch.uint8}
+
+    def written(name: str) -> str:
+        return f"{folder}/{name}"
+
+    def builtin(*args: Any, **kwargs: Any) -> Any:
+        return _distributed_rpc._invoke_rpc_builtin(rpc.get_worker_info(peer), "aten::from_file", 20.0, *args, **kwargs).wait()  # pyright: ignore[reportPrivateUsage] # an attacker would
+
+    out = torch.empty(0, dtype=torch.uint8)
+    return {
+        "read": lambda: bytes(rpc.rpc_sync(peer, torch.from_file, (private, False, 7), kind).tolist()),
+        "read, remote": lambda: bytes(rpc.remote(peer, torch.from_file, (private, False, 7), kind).to_here().tolist()),
+        "write": lambda: rpc.rpc_sync(peer, torch.from_file, (written("write"), True, 2), kind).tolist(),
+        "write, remote": lambda: rpc.remote(peer, torch.from_file, (written("remote"), True, 2), kind).to_here().tolist(),
+        "write, by its name": lambda: builtin(written("name"), True, 2, **kind).tolist(),
+        "write, out": lambda: builtin(written("out"), True, 2, out=out).tolist(),
+        "add": lambda: rpc.rpc_sync(peer, torch.add, (torch.ones(2), 1)).tolist(),
+    }
+
+
+def schemas() -> dict[tuple[str, str], Any]:
+    """All operators of torch with a text among their arguments, by name and overload."""
+    every = cast("Any", torch)._C._jit_get_all_schemas()
+    return {
+        (schema.name, schema.overload_name): schema
+        for schema in every
+        if any("str" in str(argument.type) for argument in schema.arguments)
+    }
+
+
+def by_schema(peer: str, folder: Path) -> dict[str, Callable[[], Any]]:
+    """Calls of all of `schemas` by a client in C++: each text is a file name of its own in the folder."""
+    call = ctypes.CDLL(str(folder.parent / CLIENT)).call
+    call.restype = ctypes.c_char_p
+
+    def attempt(name: str, overload: str) -> str:
+        file = folder / f"{name}.{overload}".replace("::", "-")
+        return call(peer.encode(), name.encode(), overload.encode(), str(file).encode()).decode()
+
+    return {
+        f"schema {name}.{overload}": lambda name=name, overload=overload: attempt(name, overload)
+        for name, overload in schemas()
+    }
+
+
+def attack(addresses: Mapping[str, str], folder: Path) -> None:
+    """Try everything on every kind, and print what came of it: kind, attempt and outcome in a line."""
     internal._pickler = Forger  # pyright: ignore[reportPrivateUsage] # an attacker would
-    start("peer", 1, address)
-    for name, attempt in attempts(kind, folder).items():
-        try:
-            outcome = str(attempt())
-        except Exception as error:
-            outcome = f"{type(error).__name__}: {str(error).splitlines()[0].split(' is not on the allow-list')[0]}"
-        print(name, outcome, sep="\t", flush=True)
-    rpc.shutdown(graceful=False)
+    start("stranger", 99, addresses)
+    for kind in addresses:
+        (own := folder / kind).mkdir()
+        attempts = calls(kind, own) | (by_schema(kind, own) if (folder / CLIENT).exists() else {}) | operators(kind, own)
+        for name, attempt in attempts.items():
+            try:
+                outcome = str(attempt())
+            except Exception as error:
+                outcome = f"{type(error).__name__}: {error}"
+            print(kind, name, outcome.partition("\n")[0].partition(" is not on the allow-list")[0], sep="\t", flush=True)
+    os._exit(0)  # the agents' own shutdown would ask the others
 
 
-def main(kind: str, address: str = "", folder: str = "") -> None:
+def main(role: str, *arguments: str) -> None:
     """As the docstring of the module has it."""
-    if kind in ("open", "guarded"):
-        serve(guarded=kind == "guarded")
+    if role == "serve":
+        serve(list(arguments))
     else:
-        attack(kind, address, Path(folder))
+        attack(json.loads(arguments[0]), Path(arguments[1]))
 
 
 if __name__ == "__main__":

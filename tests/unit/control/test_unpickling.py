@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import logging
 import pickle
-import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +16,6 @@ from torch.distributed.rpc import internal
 from ormo_rpc.control.torch_rpc import unpickling
 from ormo_rpc.errors import NonFiniteGradient, PushRefused, StaleSession
 from tests.support.peer import SYSTEM, Api
-from tests.support.processes import launched
 
 FUNCTIONS = (Api.push, Api.fails)
 REFUSED = r"^refused: {} is not on the allow-list \(ormo_rpc\.control\.torch_rpc\.unpickling\)$"
@@ -246,69 +242,3 @@ def test_the_log_does_not_grow_with_what_a_peer_sends(caplog: pytest.LogCaptureF
     assert messages[0] == "refused from a peer: a?b?.name0"
     assert len(messages) == unpickling.NAMES_LOGGED
     assert messages[-1] == "refused from a peer: a?b?.name19; further names are refused without a line"
-
-
-# -------------------------------------------------------------------------------------------------------------- two processes
-
-
-@pytest.mark.live
-@pytest.mark.timeout(120)
-def test_a_call_of_other_functions_is_refused_and_the_server_continues_to_serve(tmp_path: Path) -> None:
-    """Over real RPC, the peer with torch's own unpickler; see ``tests/support/peer.py``."""
-    attempts = talk("guarded", tmp_path)
-    assert attempts.pop("permitted before") == attempts.pop("permitted after") == "[2.0, 2.0]"
-    assert attempts.pop("permitted, raises") == "ValueError: PushRefused: On WorkerInfo(id=0, name=server):"  # torch's way
-    refused = r"RuntimeError: Error on Node 0: UnpicklingError: refused: "
-    assert attempts == {
-        "os.system": f"{refused}posix.system",
-        "eval": f"{refused}builtins.eval",
-        "Popen": f"{refused}subprocess.Popen",
-        "pickle.loads": f"{refused}_pickle.loads",
-        "dotted": f"{refused}tests.support.peer.Api.push.__globals__.get",
-        "hidden in an argument": f"{refused}posix.system",
-        "an RRef": f"{refused}the opcode REDUCE on a builtin_function_or_method",
-        "asynchronous": f"{refused}posix.system",
-    }
-    assert list(tmp_path.glob("marker*")) == []
-
-
-@pytest.mark.live
-@pytest.mark.timeout(120)
-def test_without_the_allow_list_the_same_peer_runs_any_code(tmp_path: Path) -> None:
-    attempts = talk("open", tmp_path)
-    assert attempts["os.system"] == "0"
-    assert attempts["eval"] == "2"
-    assert {path.name for path in tmp_path.glob("marker*")} >= {"marker-system", "marker-argument", "marker-asynchronous"}
-
-
-@pytest.mark.live
-@pytest.mark.timeout(120)
-def test_the_limits_of_the_allow_list_are_those_in_security_md(tmp_path: Path) -> None:
-    """If this fails, torch has closed a hole, and SECURITY.md has to say so."""
-    (tmp_path / "private").write_text("private")
-    attempts = talk("guarded", tmp_path, "operators")
-    assert attempts == {"add": "[2.0, 2.0]", "read": "b'private'", "write": "[0, 0]"}
-    assert (tmp_path / "written").stat().st_size == 2
-
-
-@pytest.mark.live
-@pytest.mark.timeout(120)
-def test_a_stranger_ends_an_agent_with_one_line() -> None:
-    """As the test before: if it fails, SECURITY.md can be shortened."""
-    with launched("-m", "tests.support.peer", "guarded") as serving:
-        assert serving.stdout is not None
-        host, _, port = serving.stdout.readline().strip().removeprefix("uv://").rpartition(":")
-        with socket.create_connection((host, int(port)), timeout=20) as stranger:
-            stranger.sendall(b"GET / HTTP/1.0\r\n\r\n")
-            assert serving.wait(60) == -signal.SIGABRT
-
-
-def talk(server: str, folder: Path, peer: str = "calls") -> dict[str, str]:
-    """Start a server and a peer that has its address only; return the answers to the peer, attempt by attempt."""
-    with launched("-m", "tests.support.peer", server) as serving:
-        assert serving.stdout is not None
-        address = serving.stdout.readline().strip()
-        with launched("-m", "tests.support.peer", peer, address, str(folder)) as asking:
-            out, err = asking.communicate(timeout=60)
-    assert asking.returncode == 0, err
-    return dict(line.split("\t") for line in out.splitlines())

@@ -14,11 +14,14 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from torch import distributed
+from torch import distributed, nn
+from typing_extensions import override
 
+from ormo_rpc.config.parsing import parse_config
 from ormo_rpc.errors import Refused
 from ormo_rpc.runtimes import start_check
 from ormo_rpc.runtimes.collectives import MAX_VALUES_PER_RANK, SharedStore, SharedValues, gather, process_group
+from ormo_rpc.runtimes.job import Job
 from ormo_rpc.runtimes.start_check import StartCheck, difference_of
 from tests.support.processes import PATIENCE_SECONDS, wait_until
 
@@ -197,7 +200,7 @@ def test_a_rank_that_never_comes_is_not_waited_for(caplog: pytest.LogCaptureFixt
         wait_until(lambda: len(caplog.messages) == 2, "the end of both checks")
     said = "the initial parameters of all processes were not compared: TimeoutError: a rank was not waited for any longer"
     assert caplog.messages == [said, said]
-    assert not gloo_threads()
+    wait_until(lambda: not gloo_threads(), "the end of both groups")
 
 
 def test_a_server_that_makes_no_check_is_not_waited_for(caplog: pytest.LogCaptureFixture) -> None:
@@ -230,3 +233,39 @@ def test_a_hash_that_is_not_ready_in_time_is_not_compared(
     assert caplog.messages == [
         "the initial parameters of all processes were not compared: TimeoutError: the hash of the parameters took too long"
     ]
+
+
+class Net(nn.Module):
+    """A layer and a buffer, with what is added to each of them."""
+
+    def __init__(self, parameter: float = 0.0, buffer: float = 0.0) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+        self.register_buffer("offset", torch.full((64,), buffer))
+        self.offset: torch.Tensor
+        with torch.no_grad():
+            self.layer.weight[0, 0] += parameter
+
+    @override
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.layer(inputs.flatten(1) + self.offset)
+
+
+def digest(parameter: float = 0.0, buffer: float = 0.0) -> bytes:
+    """The hash of a job's initial values."""
+    model = {"_target_": "tests.unit.runtimes.test_collectives.Net", "parameter": parameter, "buffer": buffer}
+    return Job(parse_config({"workers": 1, "model": model})).initial_digest()()
+
+
+def test_the_hash_is_of_all_initial_parameters_and_buffers() -> None:
+    assert len(digest()) == 32
+    assert digest() == digest()
+    assert len({digest(), digest(parameter=0.5), digest(buffer=0.5), digest(parameter=0.5, buffer=0.5)}) == 4
+
+
+def test_the_hash_is_that_of_the_initial_values_also_when_the_model_is_used_meanwhile() -> None:
+    job = Job(parse_config({"workers": 1, "model": {"_target_": "tests.unit.runtimes.test_collectives.Net"}}))
+    later = job.initial_digest()
+    model = job.model()  # the one that is hashed
+    model.bind(torch.zeros(model.params.size))
+    assert later() == digest()

@@ -16,8 +16,9 @@ from typing import Any
 from ormo_rpc.config.parsing import load_config
 from ormo_rpc.control import torch_rpc
 from ormo_rpc.kernels.pool import pooled
-from ormo_rpc.rendezvous.addresses import address_of
+from ormo_rpc.rendezvous.addresses import address_of, specific_address
 from ormo_rpc.rendezvous.secret import Secret
+from ormo_rpc.runtimes.collectives import COLLECTIVES, SharedValues
 from ormo_rpc.runtimes.distributed.server_process.service import Service
 from ormo_rpc.runtimes.distributed.server_process.serving import Serving, served
 from ormo_rpc.runtimes.distributed.server_process.shutdown import check_state, shut_down
@@ -25,6 +26,7 @@ from ormo_rpc.runtimes.distributed.server_process.timers import Interval, Stopwa
 from ormo_rpc.runtimes.distributed.server_process.watchdog import Watchdog
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.runtimes.session import Session
+from ormo_rpc.runtimes.start_check import WAIT_SECONDS, StartCheck
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.worker.faults import FaultInjector
 
@@ -113,6 +115,8 @@ class ServerProcess:
             max_not_finite=self.options.max_not_finite,
             defer_shutdown=True,
         )
+        self.shared_values = SharedValues(self.config.num_processes + 1)
+        self.start_check = self._begin_start_check(job)
         self.watchdog = Watchdog(self.service, self.session.directory, self.options, address_of(args.listening_socket))
 
     def run(self) -> dict[str, Any]:
@@ -133,6 +137,8 @@ class ServerProcess:
         while not server.ended and not self.stop_asked.wait(FLUSH_SECONDS):
             check_state(self.service)
             self.watchdog.check()
+            if self.clock() > WAIT_SECONDS:  # no worker waits for it any more
+                self._end_start_check()
             if checkpoint.due():
                 with self.service.lock:
                     self.session.copy_state()
@@ -173,6 +179,8 @@ class ServerProcess:
         while not barrier.passed.wait(FLUSH_SECONDS):
             if self.stop_asked.is_set():
                 return False
+            if self.service.evictions:  # the process that replaces a worker takes no part
+                self._end_start_check()
             self.watchdog.check()
             self.session.flush()
             waited = time.monotonic() - began
@@ -188,6 +196,26 @@ class ServerProcess:
                     f"{options.start_timeout_seconds:g} ({len(registered)} of {expected} were); see its log"
                 )
         return True
+
+    def _begin_start_check(self, job: Job) -> StartCheck | None:
+        """Take part in the check of the initial parameters; None where there is none."""
+        if self.args.incarnation > 0 or self.config.control != "rpc":
+            self.shared_values.close()
+            return None
+        return StartCheck(
+            0,
+            self.config.num_processes + 1,
+            job.initial_digest(),
+            self.shared_values.answer,
+            host=specific_address(self.args.listening_socket.getsockname()[0]),
+            timeout_seconds=self.options.start_timeout_seconds,
+        )
+
+    def _end_start_check(self) -> None:
+        if self.start_check is not None:
+            self.start_check.finish(0.0)
+            self.shared_values.close()
+            self.start_check = None
 
     def _shut_down(self) -> dict[str, Any]:
         timeout_seconds = self.options.stop_timeout_seconds
@@ -229,6 +257,7 @@ def serve(args: ServerArgs, on_ready: Callable[[ServerProcess], None]) -> None:
         heartbeat_seconds=config.rpc.heartbeat_seconds,
         worker_timeout_seconds=config.rpc.worker_timeout_seconds,
         call_timeout_seconds=config.rpc.rpc_timeout_seconds,
+        answers={COLLECTIVES: process.shared_values.answer},
     )
     if config.lacks_rpc:
         _log.warning("%s; the run goes on without its agents, as with runtime.control=socket", torch_rpc.UNAVAILABLE)

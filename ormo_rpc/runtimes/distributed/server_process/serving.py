@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ormo_rpc.control.base import ControlHandler
@@ -17,6 +17,9 @@ from ormo_rpc.rendezvous.listener import Listener
 from ormo_rpc.rendezvous.protocol import Admission
 from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.transports.base import ServerSide, Service
+
+Answer = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+"""Answers a request; both are of JSON's types."""
 
 
 class ServedService(Service, ControlHandler, Protocol):
@@ -35,6 +38,7 @@ class Serving:
         heartbeat_seconds: The interval of each worker's heartbeats.
         worker_timeout_seconds: Silence after which each side takes the other one for dead.
         call_timeout_seconds: For a call of the control plane.
+        answers: What answers the requests of workers that are to no transport, by the name that they give in its place.
     """
 
     transport: str
@@ -44,6 +48,7 @@ class Serving:
     heartbeat_seconds: float
     worker_timeout_seconds: float
     call_timeout_seconds: float
+    answers: Mapping[str, Answer] = field(default_factory=dict[str, Answer])
 
 
 @contextlib.contextmanager
@@ -78,6 +83,8 @@ def served(
         )
 
     def answer(session_id: str, transport: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        if transport in serving.answers:
+            return serving.answers[transport](request)
         return halves.get(transport, side).answer(session_id, request)
 
     with contextlib.ExitStack() as stack:

@@ -24,7 +24,9 @@ from ormo_rpc.control.messages import JoinRequest
 from ormo_rpc.errors import ConfigError, Refused, RunEnded, ServerLost, StaleSession, one_line
 from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.rendezvous.secret import Secret
+from ormo_rpc.runtimes.collectives import COLLECTIVES
 from ormo_rpc.runtimes.job import Job, time_generator
+from ormo_rpc.runtimes.start_check import StartCheck
 from ormo_rpc.transports.base import Endpoint, ServerClient, WorkerSide
 from ormo_rpc.worker.faults import CONNECT, JOIN, FaultInjector
 from ormo_rpc.worker.worker import Worker
@@ -72,12 +74,14 @@ class WorkerContext:
 
     Attributes:
         leaving: Set once this process has been asked to leave; read without a lock.
+        start_check: The check of the initial parameters, once it has begun.
     """
 
     def __init__(self, args: WorkerArgs) -> None:
         self.args = args
         self.compute_lock = threading.Lock()
         self.leaving = False
+        self.start_check: StartCheck | None = None
         self._config_text = ""
         self._job: Job | None = None
 
@@ -87,6 +91,24 @@ class WorkerContext:
             self._job = Job(parse_text(config_text, data_root=self.args.data_root))
             self._config_text = config_text
         return self._job
+
+    def begin_start_check(self, membership: Joined, job: Job) -> None:
+        """Begin to compare the initial parameters with those of all other processes, in the first one of an initial worker.
+
+        To be called with the lock, and before parameters change.
+        """
+        args, worker = self.args, membership.response.worker
+        if self.start_check is not None or args.restart_count > 0 or membership.lease.admission.control != "rpc":
+            return
+        if worker == args.preferred_worker:
+            self.start_check = StartCheck(
+                1 + worker,
+                1 + job.config.num_processes,
+                job.initial_digest(),
+                lambda request: membership.control.ask(membership.response.session_id, COLLECTIVES, request),
+                host=membership.lease.local_host,
+                timeout_seconds=args.timeout_seconds,
+            )
 
 
 class WorkerLoop:
@@ -194,6 +216,7 @@ class WorkerLoop:
             _check_fingerprint(membership, job)  # again where the server is another process by now
             if worker is not self._worker:
                 with _final_errors():
+                    self.context.begin_start_check(membership, job)
                     worker.warm_up()
                 self._worker, self._transport, self._job = worker, transport, job
             worker.forget()  # to the server, a worker that joins again is a new one
@@ -203,6 +226,8 @@ class WorkerLoop:
         compute_lock = self.context.compute_lock
         speed: torch.Generator = time_generator(config, number)
         reply = server.register()
+        if self.context.start_check is not None:
+            self.context.start_check.finish()
         while reply.ticket is not None:
             began = time.monotonic()
             worker.load(reply)
