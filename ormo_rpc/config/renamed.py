@@ -58,8 +58,11 @@ def translate_renamed(values: Mapping[str, Any]) -> dict[str, Any]:
     for (key, former), present in RENAMED_VALUES.items():
         *path, name = key.split(".")
         section = _section(translated, path)
-        if section is not None and section.get(name) == former:
+        value = None if section is None else section.get(name)
+        if section is not None and value == former:
             section[name] = present
+        elif isinstance(value, dict) and value.get("name") == former:  # a part with its options
+            value["name"] = present
     logger = _section(translated, ["logger"])
     if logger is not None and logger.get("mode") == _NO_WANDB[1]:
         translated["logger"] = {"name": "none"} | {key: logger[key] for key in ("progress", "log_seconds") if key in logger}

@@ -128,6 +128,7 @@ class ControlServer(LeaseHandler):
             membership = admitted.membership
             if membership is None:
                 membership = self.handler.join(request)
+                _log.info("%s joined over %s", membership, self.admission.control)
                 with self._lock:
                     admitted.membership = membership
                     held = admission_id in self._admitted

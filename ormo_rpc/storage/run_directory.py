@@ -83,12 +83,30 @@ class RunDirectory:
         files = [file for name in (_FORMER_EVICTIONS, _EVICTIONS) if (file := self.path / name).is_file()]
         return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
 
-    def write_processes(self, server: int, workers: Mapping[int, int], address: str) -> None:
-        """Write ``processes.json``: process numbers of the server and of each worker, and the address to join at."""
+    def write_processes(
+        self,
+        server: int,
+        workers: Mapping[int, int],
+        address: str,
+        *,
+        control: str,
+        transports: Mapping[int, Mapping[str, str]],
+    ) -> None:
+        """Write ``processes.json``.
+
+        Args:
+            server: Process number of the server.
+            workers: That of each worker.
+            address: To join at.
+            control: The carrier of the control plane.
+            transports: The transport of each worker, and the reason for it, also of workers that have left.
+        """
         content = {
             "server": server,
             "workers": {str(worker): pid for worker, pid in sorted(workers.items())},
             "address": address,
+            "control": control,
+            "transports": {str(worker): transport for worker, transport in sorted(transports.items())},
         }
         write_json(self.path / "processes.json", content)
 

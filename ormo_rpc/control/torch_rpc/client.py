@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from ormo_rpc.control.calls import Calls
 from ormo_rpc.control.torch_rpc import server
 from ormo_rpc.control.torch_rpc.agent import SERVER
 from ormo_rpc.errors import ServerLost
+
+_log = logging.getLogger(__name__)
 
 
 class RpcControl(Calls):
@@ -30,6 +33,7 @@ class RpcControl(Calls):
         super().__init__(admission_id)
         self.timeout_seconds = timeout_seconds
         self.server = self.probe()
+        _log.info("calls go to the owner of the server's RRef, %s", self.server.owner_name())
 
     def probe(self) -> rpc.RRef[server.Published]:
         """Ask for the RRef, which a server that is alive returns at once.

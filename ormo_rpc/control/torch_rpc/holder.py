@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Generator
 
 from ormo_rpc.control.torch_rpc.agent import rpc_agent
 
+_log = logging.getLogger(__name__)
 WORKER = "worker"
 """The name of every worker's agent, which nobody calls: replies go through the connection that the call came by."""
 
@@ -38,7 +40,8 @@ class AgentHolder:
             if self._agent is None or self._server != server:
                 self._end()
                 agent = contextlib.ExitStack()
-                agent.enter_context(rpc_agent(WORKER, host=host, server=server, timeout_seconds=timeout_seconds))
+                address = agent.enter_context(rpc_agent(WORKER, host=host, server=server, timeout_seconds=timeout_seconds))
+                _log.info("agent at %s, for the server's at %s", address, server)
                 self._agent, self._server, self._holders = agent, server, 0
             held = self._agent
             self._holders += 1

@@ -244,7 +244,8 @@ def test_a_run_of_an_earlier_version_is_read_under_the_present_keys(tmp_path: Pa
     new = record(tmp_path / "new", {"worker": {"dummy": True}, "transport": "rpc"})
     old = record(tmp_path / "old", seed=1)
     text = (new / "config.yaml").read_text()
-    former = text.replace("dummy:", "stand_in:").replace("seed: 0", "seed: 1").replace("name: rpc", "name: torch_rpc")
+    former = text.replace("dummy:", "stand_in:").replace("seed: 0", "seed: 1")
+    former = former.replace("transport:\n  name: rpc", "transport:\n  name: torch_rpc")
     (old / "config.yaml").write_text(former)
     (group,) = grouped(new, old)
     assert [run.seed for run in group.runs] == [0, 1]

@@ -27,7 +27,8 @@ def test_a_directory_is_used_once(tmp_path: Path) -> None:
     assert (tmp_path / "trace.jsonl").read_bytes() == b""
     directory = RunDirectory(tmp_path)
     directory.write_header(seed=3)
-    directory.write_processes(11, {1: 13, 0: 12}, "127.0.0.1:9")
+    transports = {1: {"transport": "shm", "reason": "one machine"}}
+    directory.write_processes(11, {1: 13, 0: 12}, "127.0.0.1:9", control="rpc", transports=transports)
     directory.close()
     with pytest.raises(ConfigError) as caught:
         RunDirectory.claim(tmp_path)
@@ -43,6 +44,8 @@ def test_a_directory_is_used_once(tmp_path: Path) -> None:
         "server": 11,
         "workers": {"0": 12, "1": 13},
         "address": "127.0.0.1:9",
+        "control": "rpc",
+        "transports": {"1": {"transport": "shm", "reason": "one machine"}},
     }
     assert read_summary(tmp_path) is None
 

@@ -117,7 +117,9 @@ class ServerProcess:
         )
         self.shared_values = SharedValues(self.config.num_processes + 1)
         self.start_check = self._begin_start_check(job)
-        self.watchdog = Watchdog(self.service, self.session.directory, self.options, address_of(args.listening_socket))
+        self.watchdog = Watchdog(
+            self.service, self.session.directory, self.options, address_of(args.listening_socket), job.config.control
+        )
 
     def run(self) -> dict[str, Any]:
         """Record until the run is over and the workers have left; return the summary.

@@ -338,7 +338,6 @@ class Service:
         replies = self.server.join(membership.worker)
         self.journal.join(membership.worker)
         self.changed.set()
-        _log.info("%s joined", membership)
         return self.pending.due(replies)
 
     def _leave(self, membership: Membership, future: ReplyFuture | None = None) -> list[Due]:

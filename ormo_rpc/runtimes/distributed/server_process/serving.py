@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from ormo_rpc.rendezvous.protocol import Admission
 from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.transports.base import ServerSide, Service
 
+_log = logging.getLogger(__name__)
 Answer = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 """Answers a request; both are of JSON's types."""
 
@@ -115,4 +117,5 @@ def _agent(control: ControlServer, service: Service, side: ServerSide, host: str
     with rpc_agent(SERVER, host=host, server=None, timeout_seconds=timeout_seconds, functions=functions) as address:
         server.publish(server.Published(control, service, control.dispatcher))
         control.agent = address
+        _log.info("agent at %s", address)
         yield

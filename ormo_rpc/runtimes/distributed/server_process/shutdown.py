@@ -48,7 +48,9 @@ def shut_down(
         while service.memberships and time.monotonic() < deadline:
             session.flush()
             time.sleep(POLL_SECONDS)
-    return session.close(state, wait=not status, evictions=service.evictions, **status)
+    transports = {str(worker): transport for worker, transport in sorted(service.transports.items())}
+    connections = {"control": watchdog.control, "transports": transports}
+    return session.close(state, wait=not status, evictions=service.evictions, **connections, **status)
 
 
 def check_state(service: Service) -> None:

@@ -23,13 +23,15 @@ class Watchdog:
         directory: Receives ``processes.json`` and ``evictions.jsonl``.
         options: The time-outs.
         address: HOST:PORT of the listener.
+        control: The carrier of the control plane.
     """
 
-    def __init__(self, service: Service, directory: RunDirectory, options: RpcRuntime, address: str) -> None:
+    def __init__(self, service: Service, directory: RunDirectory, options: RpcRuntime, address: str, control: str) -> None:
         self.service = service
         self.directory = directory
         self.options = options
         self.address = address
+        self.control = control
         service.evictions = directory.read_evictions()  # by earlier incarnations
         self._evictions_written = len(service.evictions)
         self._processes: dict[int, int] = {}
@@ -62,8 +64,9 @@ class Watchdog:
         self._processes = {membership.worker: membership.pid for membership in self.service.memberships.by_worker.values()}
 
     def write_processes(self) -> None:
-        """Write the process ids of the server and of the workers."""
-        self.directory.write_processes(os.getpid(), self._processes, self.address)
+        """Write the process ids of the server and of the workers, and how they are connected."""
+        transports = dict(self.service.transports)
+        self.directory.write_processes(os.getpid(), self._processes, self.address, control=self.control, transports=transports)
 
     def write_evictions(self) -> None:
         """Write the evictions since the last call; later incarnations read them."""
