@@ -29,8 +29,8 @@ from ormo_rpc.config.write_conf import conf_dir
 from ormo_rpc.errors import ConfigError, RunFailed, one_line
 from ormo_rpc.options import parts
 from ormo_rpc.overrides import keys_of, prepared
+from ormo_rpc.runtimes.attempts import former_run
 from ormo_rpc.runtimes.torchrun import Torchrun
-from ormo_rpc.runtimes.torchrun_store import former_run
 from ormo_rpc.storage.launch import Launch
 from ormo_rpc.storage.sweep_directory import SweepDirectory
 from ormo_rpc.sweeps import JobFailed, SweepStart

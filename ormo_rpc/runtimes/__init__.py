@@ -19,8 +19,8 @@ from ormo_rpc.config.schema import Config, Role
 from ormo_rpc.errors import RunFailed
 from ormo_rpc.options.imports import refuse_while_importing
 from ormo_rpc.runtimes import prepare
+from ormo_rpc.runtimes.attempts import continues
 from ormo_rpc.runtimes.torchrun import Torchrun
-from ormo_rpc.runtimes.torchrun_store import continues
 from ormo_rpc.storage.launch import Launch
 from ormo_rpc.storage.run_directory import RunDirectory
 

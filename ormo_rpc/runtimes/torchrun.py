@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Torchrun:
         store: HOST:PORT of the store.
         attempt: Restarts of the ranks after failures; one for a change of the nodes does not count.
         agent_store: Torchrun's agent hosts the store; otherwise rank 0 has to.
+        agent_folder: Of torchrun's agent on this node, for this job; None where it has none.
         one_machine: All ranks are on this machine.
     """
 
@@ -26,6 +28,7 @@ class Torchrun:
     store: str
     attempt: int
     agent_store: bool
+    agent_folder: Path | None
     one_machine: bool
 
     @classmethod
@@ -34,6 +37,7 @@ class Torchrun:
         env = os.environ
         if "TORCHELASTIC_RUN_ID" not in env:
             return None
+        error_file = env.get("TORCHELASTIC_ERROR_FILE")  # FOLDER/attempt_0/0/error.json
         return cls(
             run_id=env["TORCHELASTIC_RUN_ID"],
             rank=int(env["RANK"]),
@@ -41,5 +45,6 @@ class Torchrun:
             store=f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}",
             attempt=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
             agent_store=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            agent_folder=Path(error_file).parents[2] if error_file else None,
             one_machine=env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"],
         )

@@ -9,7 +9,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -51,6 +51,7 @@ class TorchrunJob:
         ranks: The number of ranks of each node.
         interface: The number of the interface between the nodes.
         options: Further options of torchrun.
+        env: Variables beside those of the tests.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class TorchrunJob:
         ranks: Sequence[int],
         interface: int = 0,
         options: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = folder
         self.run_dir = folder / "run"
@@ -74,6 +76,7 @@ class TorchrunJob:
         self._host = host
         self._interface = interface
         self._options = options
+        self._env = {"ORMO_RPC_SECRET": "of several nodes, for a test", "PYTHONUNBUFFERED": "1", **(env or {})}
         self._overrides = (*QUIET, f"runtime.interface=eth{interface}", f"hydra.run.dir={self.run_dir}", *overrides)
 
     def __enter__(self) -> Self:
@@ -114,7 +117,7 @@ class TorchrunJob:
             return subprocess.Popen(
                 [*node.own_prefix, sys.executable, *words],
                 cwd=ROOT,
-                env={**os.environ, "ORMO_RPC_SECRET": "of several nodes, for a test", "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, **self._env},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -17,13 +17,23 @@ ELASTIC = {
     "TORCHELASTIC_RUN_ID": "none",
     "TORCHELASTIC_RESTART_COUNT": "2",
     "TORCHELASTIC_USE_AGENT_STORE": "True",
+    "TORCHELASTIC_ERROR_FILE": "agent/none_1/attempt_2/0/error.json",
     "RANK": "1",
     "WORLD_SIZE": "3",
     "LOCAL_WORLD_SIZE": "3",
     "MASTER_ADDR": "host",
     "MASTER_PORT": "29400",
 }
-PLACE = Torchrun(run_id="none", rank=1, world_size=3, store="host:29400", attempt=2, agent_store=True, one_machine=True)
+PLACE = Torchrun(
+    run_id="none",
+    rank=1,
+    world_size=3,
+    store="host:29400",
+    attempt=2,
+    agent_store=True,
+    agent_folder=Path("agent/none_1"),
+    one_machine=True,
+)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +44,7 @@ PLACE = Torchrun(run_id="none", rank=1, world_size=3, store="host:29400", attemp
         ({"LOCAL_WORLD_SIZE": None}, dataclasses.replace(PLACE, one_machine=False)),
         ({"TORCHELASTIC_USE_AGENT_STORE": "False"}, dataclasses.replace(PLACE, agent_store=False)),
         ({"TORCHELASTIC_USE_AGENT_STORE": None}, dataclasses.replace(PLACE, agent_store=False)),
+        ({"TORCHELASTIC_ERROR_FILE": ""}, dataclasses.replace(PLACE, agent_folder=None)),
         ({"TORCHELASTIC_RESTART_COUNT": None}, dataclasses.replace(PLACE, attempt=0)),
         ({"TORCHELASTIC_RUN_ID": None}, None),  # RANK and the like alone may be anybody's
     ],

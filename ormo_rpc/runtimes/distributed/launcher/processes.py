@@ -18,11 +18,11 @@ from ormo_rpc.data import DataSource
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.rendezvous.addresses import address_of, interface_address, listen_at, parse_address
 from ormo_rpc.rendezvous.secret import new_secret, read_secret, write_secret
+from ormo_rpc.runtimes.attempts import FormerRun, former_run, remember
 from ormo_rpc.runtimes.distributed.launcher.process_monitor import ProcessMonitor, ProcessSlot, if_killed, unless_server_lost
 from ormo_rpc.runtimes.distributed.launcher.rank import Rank, with_interface
 from ormo_rpc.runtimes.distributed.launcher.supervisor import ChildProcess, Supervisor
 from ormo_rpc.runtimes.torchrun import Torchrun
-from ormo_rpc.runtimes.torchrun_store import FormerRun, former_run, remember
 from ormo_rpc.storage.counters import RunCounters
 
 FIRST_HEARTBEAT_SECONDS = 120.0
@@ -154,10 +154,10 @@ def rank_process(
     secret_file = _run_secret(config, run_dir) if torchrun.one_machine else _shared_secret(config)
     host = "127.0.0.1" if torchrun.one_machine else interface_address(config.rpc.interface)
     port = 0 if torchrun.agent_store else int(torchrun.store.rpartition(":")[2])
-    former = former_run(torchrun)
+    former = former_run(torchrun) if torchrun.agent_store else None
     with _listen_again(former and former.address, f"{host}:{port}", public=config.server.public) as listener:
         address = address_of(listener)
-        remember(torchrun, FormerRun(run_dir, address, socket.gethostname()))
+        remember(torchrun, FormerRun(run_dir, address))
         Rank(torchrun, report).say(f"the server at {address} on {with_interface(host)}, run directory {run_dir}")
         start_server = launcher.server(run_dir, began, listener, secret_file, "--address", address, *store)
         yield monitor.add("server", start_server, should_restart=if_killed, essential=True)
