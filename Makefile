@@ -1,7 +1,7 @@
 # Every target that needs an environment makes it first.
 .DEFAULT_GOAL := help
 .PHONY: help setup train quick test check conf format bench bench-nodes bench-step bench-ray bench-tensorflow live-scale server-memory
-.PHONY: compression replays methods when-it-pays scale chaos journal clean
+.PHONY: compression replays methods when-it-pays scale chaos nodes journal clean
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
@@ -90,6 +90,9 @@ journal: .venv/ready  ## The cost of checkpoint.journal per push, into results/
 
 chaos: .venv/ready  ## Inject random faults into a live run and check every guarantee, into results/ (minutes; ARGS="--journal")
 	$(BIN)/python -m tests.chaos $(ARGS)
+
+nodes: .venv/ready  ## Faults of whole nodes, in network namespaces of this machine (root), into results/ (minutes)
+	$(BIN)/python -m tests.chaos.nodes $(ARGS)
 
 clean:  ## Remove the environment and caches; runs and data stay
 	rm -rf .venv .venv-* .pytest_cache .ruff_cache .hypothesis

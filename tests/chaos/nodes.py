@@ -178,7 +178,7 @@ def main() -> None:
     for name, scenario in scenarios.items():
         with tempfile.TemporaryDirectory(prefix="nodes_") as folder, Nodes(3) as nodes:
             for row in scenario(nodes, Path(folder)):
-                print("  ".join((name, *row)), flush=True)  # noqa: T201 - the output of the command
+                print("  ".join((name, *row)), flush=True)
                 rows.append((name, *row))
     machine = environment()
     head = (
