@@ -9,8 +9,8 @@ knows only the opcodes that our messages are made of and gives the two that do s
 * REDUCE only fetches a tensor of the message or, in a worker, the reference to the server's service (RRef);
 * NEWOBJ only makes a `PythonUDF` or a `RemoteException`.
 
-Messages of ours cross as bytes (`codec`) and tensors. A class of exceptions is a value that may cross, not something that a
-pickle may call.
+The arguments of a call are texts, bytes and tensors, by position. A class of exceptions is a value that may cross, not
+something that a pickle may call.
 
 Effects of a refusal, as tried: nothing of the call has run; this process logs it (torch adds the traceback, on standard error)
 and continues to serve; the caller of ``rpc_sync`` or ``rpc_async`` gets a RuntimeError whose text begins with "Error on Node 0:
@@ -27,6 +27,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NoReturn, cast
 
+from torch import Tensor
 from torch.distributed.rpc import internal
 
 from ormo_rpc import errors
@@ -51,11 +52,10 @@ _tables = internal._thread_local_tensor_tables  # pyright: ignore[reportPrivateU
 _CALLS = (internal.PythonUDF, internal.RemoteException)
 _OPCODES = (
     *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.MEMOIZE, pickle.BINGET, pickle.LONG_BINGET),
-    *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1),
-    *(pickle.BINFLOAT, pickle.SHORT_BINUNICODE, pickle.BINUNICODE, pickle.SHORT_BINBYTES, pickle.BINBYTES),
+    *(pickle.NONE, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1),  # the numbers of tensors and references
+    *(pickle.SHORT_BINUNICODE, pickle.BINUNICODE, pickle.SHORT_BINBYTES, pickle.BINBYTES),
     *(pickle.EMPTY_TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.TUPLE),
-    *(pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS, pickle.EMPTY_DICT, pickle.SETITEM, pickle.SETITEMS),
-    pickle.STACK_GLOBAL,
+    *(pickle.EMPTY_DICT, pickle.STACK_GLOBAL),
 )
 """Opcodes that make plain values, with the meaning that pickle gives them."""
 
@@ -89,11 +89,20 @@ class AllowListUnpickler(_Unpickler):
                 raise
             # A damaged message can cause any error in a machine with a stack.
             raise pickle.UnpicklingError(f"a message that is no pickle of ours: {type(error).__name__}") from None
-        if isinstance(message, internal.PythonUDF) and not any(
-            message.func is function for function in self.functions.values()
-        ):
-            _refuse("a call of something that is not a function of the service")
+        if isinstance(message, internal.PythonUDF):
+            self._check(message)
         return message
+
+    def _check(self, call: internal.PythonUDF) -> None:
+        """Refuse a call of another function than those of the service, or with other arguments than these have."""
+        function, arguments, named = call
+        if not any(function is known for known in self.functions.values()):
+            _refuse("a call of something that is not a function of the service")
+        if type(arguments) is not tuple or type(named) is not dict or named:
+            _refuse("a call without a tuple of arguments by position")
+        for argument in arguments:
+            if type(argument) not in (str, bytes, Tensor):
+                _refuse(f"an argument of type {type(argument).__name__}")
 
     def find_class(self, module: str, name: str) -> Any:
         """Look a name up as it is: nothing is imported, and no dot leads from one object to another."""

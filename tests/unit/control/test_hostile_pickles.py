@@ -47,8 +47,8 @@ def test_ten_thousand_mutated_messages_run_nothing(monkeypatch: pytest.MonkeyPat
     unpickling.install(functions)
     tensors = [torch.ones(2)]
     honest: list[Any] = [
-        internal.PythonUDF(Api.push, ("session_id", 1, 2, 0, None, 1.5, 32, tensors[0]), {}),
-        internal.PythonUDF(Api.fails, (), {"a": [1, 2, (3, {"b": b"c"})]}),
+        internal.PythonUDF(Api.push, ("session_id", b"header", tensors[0]), {}),
+        internal.PythonUDF(Api.fails, ("a" * 300, b"c" * 300), {}),
         internal.RemoteException("why", StaleSession),
     ]
     evil: list[Any] = [
