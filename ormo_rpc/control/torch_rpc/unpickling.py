@@ -10,7 +10,7 @@ knows only the opcodes that our messages are made of and gives the two that do s
 * NEWOBJ only makes a `PythonUDF` or a `RemoteException`.
 
 The arguments of a call are texts, bytes and tensors, by position. A class of exceptions is a value that may cross, not
-something that a pickle may call.
+something that a pickle may call. All messages but the first of a form are read by comparing bytes with it (`known_forms`).
 
 Effects of a refusal, as tried: nothing of the call has run; this process logs it (torch adds the traceback, on standard error)
 and continues to serve; the caller of ``rpc_sync`` or ``rpc_async`` gets a RuntimeError whose text begins with "Error on Node 0:
@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.distributed.rpc import internal
 
 from ormo_rpc import errors
+from ormo_rpc.control.torch_rpc.known_forms import FormReader
 
 _log = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ def install(functions: Iterable[Callable[..., Any]] = (), *, references: bool = 
         functions: Functions or static functions of a module, found by peers under their qualified names.
         references: Allow references to remote objects.
     """
-    internal._unpickler = _for(functions, references)  # pyright: ignore[reportPrivateUsage] # torch has no public place for it
+    internal._unpickler = FormReader(_for(functions, references))  # pyright: ignore[reportPrivateUsage] # torch has no public place for it
 
 
 def loads(message: bytes, functions: Iterable[Callable[..., Any]] = ()) -> Any:
