@@ -90,7 +90,9 @@ def test_the_default_run_trains_digits_and_writes_all_its_files(tmp_path: Path) 
 )
 def test_every_kind_of_algorithm_runs_live_and_is_replayed(algorithm: str, transport: str, tmp_path: Path) -> None:
     given = ("workers=2", "train.max_iterations=60", "train.lr=0.005", "model.dropout=0.2")
-    options = (*given, "model.hidden=1100", f"transport={transport}")
+    # A push over RPC comes in a thread that cannot open files; the journal and checkpoints, which it causes, need some.
+    durable = ("checkpoint.journal=true", "checkpoint.every=20") if transport == "rpc" else ()
+    options = (*given, "model.hidden=1100", f"transport={transport}", *durable)
     status, _, err = launch(tmp_path / "run", *QUIET, f"algorithm={algorithm}", *options)
     assert (status, err) == (0, "")
     result = summary(tmp_path / "run")
@@ -100,6 +102,12 @@ def test_every_kind_of_algorithm_runs_live_and_is_replayed(algorithm: str, trans
     assert sorted(event["ticket"] for event in applied) == list(range(60))
     assert all(event["delay"] == event["iteration"] - event["stamp"] for event in applied)
     assert replayed(tmp_path / "run", tmp_path / "again") == result["final_params_sha256"]
+    if durable:
+        log = (tmp_path / "run" / "logs" / "server.log").read_text()
+        assert "torch.distributed.rpc" in log, "which protection holds"
+        assert len(list((tmp_path / "run" / "journal").iterdir())) > 1, "the journal has begun a new file"
+        assert len(list((tmp_path / "run" / "checkpoints").iterdir())) > 1
+        assert result["failed_evaluations"] == 0
 
 
 def test_a_live_run_computes_the_update_rule(tmp_path: Path) -> None:
