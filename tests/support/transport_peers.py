@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import socket
-from collections.abc import Callable, Generator, Mapping
+import threading
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
@@ -16,7 +17,7 @@ from ormo_rpc.compression import PushFormat
 from ormo_rpc.control.joining import joined
 from ormo_rpc.control.memberships import Membership, Memberships
 from ormo_rpc.control.messages import JoinRequest
-from ormo_rpc.errors import BY_NAME, ServerLost
+from ormo_rpc.errors import BY_NAME, Refused, ServerLost
 from ormo_rpc.messages import Push, Reply, number_fields
 from ormo_rpc.models.flat import Layout
 from ormo_rpc.rendezvous.secret import Secret
@@ -31,7 +32,9 @@ SECRET_TEXT = "a secret that only we two know"  # noqa: S105 - of these tests
 STATISTICS = 2
 """Batch-norm statistics behind each push."""
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["ormo_rpc.transports.stream.client", "ormo_rpc.transports.rpc.client"])
+_context.set_forkserver_preload(
+    ["ormo_rpc.transports.auto", "ormo_rpc.transports.gloo.client", "ormo_rpc.transports.rpc.client"]
+)
 
 
 class RecordingService:
@@ -58,6 +61,7 @@ class RecordingService:
         self.replies: list[Reply] = []
         """The replies to the next calls, in order; without one, the future stays open."""
         self.open: list[ReplyFuture] = []
+        self.on_ended: Callable[[str], None] = lambda _: None
 
     def join(self, request: JoinRequest) -> Membership:
         """Let every process join."""
@@ -67,6 +71,7 @@ class RecordingService:
         """End a membership."""
         if membership.session_id in self.memberships.by_session:
             self.memberships.remove(membership)
+            self.on_ended(membership.session_id)
 
     def request_leave(self, membership: Membership) -> None:
         """No worker of these tests asks for it."""
@@ -95,6 +100,7 @@ class RecordingService:
         """End a membership."""
         self.left.append(session_id)
         self.memberships.remove(self.memberships.by_session[session_id])
+        self.on_ended(session_id)
 
     def _reply(self) -> ReplyFuture:
         future = ReplyFuture()
@@ -106,22 +112,26 @@ class RecordingService:
 
 
 class Worker:
-    """A worker in a process of its own, which makes one call at a time.
+    """A worker in another process, which makes one call at a time; a process may have several.
 
     Args:
-        transport: How it is connected.
+        process: Its process.
+        pipe: To its thread there.
         address: Of the server.
         worker: Its number.
-        size: Bytes of its pushes.
     """
 
-    def __init__(self, transport: Transport, address: tuple[str, int], worker: int, size: int) -> None:
+    def __init__(self, process: Any, pipe: Connection, address: tuple[str, int], worker: int) -> None:
+        self.process = process
+        self.address = address
         self.worker = worker
-        self._pipe, child_end = _context.Pipe()
-        self.process = _context.Process(target=_work, args=(child_end, transport, address, worker, size), daemon=True)
-        self.process.start()
-        child_end.close()
-        self.session_id: str = self.result()
+        self.session_id = ""
+        self._pipe = pipe
+
+    def connect(self) -> str:
+        """Wait until it is connected; return its session."""
+        self.session_id = self.result()
+        return self.session_id
 
     def register(self) -> None:
         """Begin to register; `result` is the reply."""
@@ -129,7 +139,7 @@ class Worker:
 
     def push(self, numbers: Mapping[str, Any], payload: Tensor) -> None:
         """Begin to push; `result` is the reply."""
-        self._pipe.send(("push", dict(numbers), bytes(payload.view(torch.uint8).tolist())))
+        self._pipe.send(("push", dict(numbers), payload.view(torch.uint8).numpy().tobytes()))
 
     def leave(self) -> None:
         """Begin to leave; `result` is None."""
@@ -147,12 +157,12 @@ class Worker:
         """Wait for the result of the call.
 
         Raises:
-            PushRefused, ServerLost, TimeoutError: as the call did.
+            PushRefused, Refused, ServerLost, TimeoutError: as the call did.
         """
         assert self._pipe.poll(PATIENCE_SECONDS), f"worker {self.worker} does not answer"
         kind, value, rest = self._pipe.recv()
         if kind == "error":
-            raise {**BY_NAME, "ServerLost": ServerLost}[value](rest)
+            raise {**BY_NAME, "Refused": Refused, "ServerLost": ServerLost}[value](rest)
         if kind == "reply":
             return Reply(**value, params=_tensor(*rest["params"]), buffers=_tensor(*rest["buffers"]))
         return value
@@ -164,9 +174,41 @@ class Worker:
         self._pipe.close()
 
 
+def started(transport: Transport, address: tuple[str, int], workers: Sequence[int], size: int) -> list[Worker]:
+    """Start a process with workers, which begin to connect.
+
+    Args:
+        transport: How they are connected.
+        address: Of the server.
+        workers: Their numbers.
+        size: Bytes of their pushes.
+    """
+    pipes = [_context.Pipe() for _ in workers]
+    ends = [end for _, end in pipes]
+    process = _context.Process(target=_work_all, args=(ends, transport, address, workers, size), daemon=True)
+    process.start()
+    for end in ends:
+        end.close()
+    return [Worker(process, pipe, address, worker) for worker, (pipe, _) in zip(workers, pipes, strict=True)]
+
+
+def _work_all(
+    pipes: list[Connection], transport: Transport, address: tuple[str, int], workers: Sequence[int], size: int
+) -> None:
+    """Run each worker in a thread of its own."""
+    torch.set_num_threads(1)
+    threads = [
+        threading.Thread(target=_work, args=(pipe, transport, address, worker, size))
+        for worker, pipe in zip(workers, pipes, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def _work(pipe: Connection, transport: Transport, address: tuple[str, int], worker: int, size: int) -> None:
     """Make the calls that come through a pipe, to its end."""
-    torch.set_num_threads(1)
     side = transport.worker_side()
     payload = side.allocate(size)
     secret = Secret(SECRET_TEXT)
@@ -180,10 +222,14 @@ def _work(pipe: Connection, transport: Transport, address: tuple[str, int], work
                 secret=secret,
                 timeout_seconds=PATIENCE_SECONDS,
             )
-            with side.connect(endpoint, payload) as client:
-                pipe.send(("value", endpoint.session_id, None))
-                while (call := pipe.recv())[0] != "connect":
-                    pipe.send(_called(client, payload, *call))
+            try:
+                with side.connect(endpoint, payload) as client:
+                    pipe.send(("value", endpoint.session_id, None))
+                    while (call := pipe.recv())[0] != "connect":
+                        pipe.send(_called(client, payload, *call))
+            except Refused as error:
+                pipe.send(("error", "Refused", str(error)))
+                return
 
 
 def _called(client: Any, payload: Tensor, kind: str, numbers: dict[str, Any], data: bytes) -> tuple[str, Any, Any]:
@@ -205,32 +251,92 @@ def _tensor(dtype: torch.dtype, data: bytes) -> Tensor:
 
 
 @contextmanager
-def connected(
+def serving_workers(
     transport: Transport, make_service: Callable[[ServerSide], Any], workers: int = 1
-) -> Generator[tuple[Any, list[Worker], Callable[[], None]]]:
-    """Serve, and connect workers.
+) -> Generator[tuple[Any, tuple[str, int], Callable[[], None]]]:
+    """Serve.
 
     Args:
-        transport: How they are connected.
+        transport: How workers are connected.
         make_service: Makes the service, which also handles memberships; given the server's half, whose memory it may use.
         workers: Their number.
 
     Yields:
-        The service, the workers, and a function that ends the server.
+        The service, its address, and a function that ends the server.
     """
     side = transport.server_side(num_workers=workers, timeout_seconds=2.0)
     service = make_service(side)
+    service.on_ended = side.session_ended
     control = "socket" if transport.AVOIDS_RPC else "rpc"
     with ExitStack() as stack, ExitStack() as ending:
         sock = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         what = serving(transport.name, control=control, call_timeout_seconds=2.0)
         ending.enter_context(served(sock, Secret(SECRET_TEXT), service, side, what))
         ending.callback(sock.shutdown, socket.SHUT_RDWR)  # wakes the thread that accepts
+        yield service, sock.getsockname()[:2], ending.close
+
+
+@contextmanager
+def connected(
+    transport: Transport, make_service: Callable[[ServerSide], Any], workers: int = 1, *, processes: int | None = None
+) -> Generator[tuple[Any, list[Worker], Callable[[], None]]]:
+    """Serve, and connect workers.
+
+    Args:
+        transport: How they are connected.
+        make_service: See `serving_workers`.
+        workers: Their number.
+        processes: Those among which they are distributed; by default each has its own.
+
+    Yields:
+        The service, the workers, and a function that ends the server.
+    """
+    with serving_workers(transport, make_service, workers) as (service, address, end_server):
         made: list[Worker] = []
         try:
-            for number in range(workers):
-                made.append(Worker(transport, sock.getsockname()[:2], number, service.push_format.size))  # noqa: PERF401 - to be closed
-            yield service, made, ending.close
+            for first in range(processes or workers):
+                numbers = range(first, workers, processes or workers)
+                made += started(transport, address, numbers, service.push_format.size)
+            for worker in made:
+                worker.connect()
+            yield service, sorted(made, key=lambda worker: worker.worker), end_server
         finally:
             for worker in made:
                 worker.close()
+
+
+@contextmanager
+def server_process(transport: Transport, dimension: int) -> Generator[tuple[Any, tuple[str, int], Callable[[], int]]]:
+    """A server in a process of its own, which gives no reply.
+
+    Yields:
+        The process, its address, and a function that returns the number of calls to register.
+    """
+    pipe, child_end = _context.Pipe()
+    process = _context.Process(target=_serve, args=(child_end, transport, dimension), daemon=True)
+    process.start()
+    child_end.close()
+
+    def received() -> Any:
+        assert pipe.poll(PATIENCE_SECONDS), "the server does not answer"
+        return pipe.recv()
+
+    def registered() -> int:
+        pipe.send(None)
+        return received()
+
+    try:
+        yield process, received(), registered
+    finally:
+        process.kill()
+        process.join()
+        pipe.close()
+
+
+def _serve(pipe: Connection, transport: Transport, dimension: int) -> None:
+    torch.set_num_threads(1)
+    with serving_workers(transport, lambda _: RecordingService(dimension)) as (service, address, _):
+        pipe.send(address)
+        while True:
+            pipe.recv()
+            pipe.send(len(service.registered))

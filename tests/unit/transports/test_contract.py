@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import random
+import signal
+import threading
+import time
 from dataclasses import replace
 from multiprocessing import forkserver
 from typing import Any
@@ -12,7 +16,7 @@ import pytest
 import torch
 
 from ormo_rpc import build_server
-from ormo_rpc.errors import PushRefused, ServerLost, StaleSession
+from ormo_rpc.errors import PushRefused, Refused, ServerLost, StaleSession
 from ormo_rpc.kernels.pool import WORTH_POOLING, pooled
 from ormo_rpc.messages import Push, Reply, number_fields
 from ormo_rpc.options import parts
@@ -22,11 +26,13 @@ from ormo_rpc.transports.base import ServerSide, Transport
 from tests.support.contract import same
 from tests.support.processes import wait_until
 from tests.support.schedule import normal
-from tests.support.transport_peers import RecordingService, connected
+from tests.support.transport_peers import RecordingService, Worker, connected, server_process, started
 
 pytestmark = pytest.mark.timeout(120)
 SMALL, LARGE = 5, WORTH_POOLING // 4 + 1
 """Parameters that come behind a message everywhere, and that lie in shared memory where there is any."""
+HUGE = 4_000_000
+"""More than the system keeps for a worker that does not read."""
 WORKERS = 2
 BUFFER_BYTES = (3, 70_001, 1, 8)
 """Of each reply in turn; an odd number is no multiple of anything."""
@@ -106,7 +112,7 @@ def test_a_worker_leaves_and_connects_again(transport: Transport) -> None:
         assert worker.result() is None
         wait_until(lambda: service.left == [first], "the call")
         worker.connect_again()
-        second = worker.result()
+        second = worker.connect()
         assert second != first
         service.replies = [STOP]
         worker.register()
@@ -124,8 +130,9 @@ def test_a_server_that_has_ended_raises_server_lost(transport: Transport) -> Non
         assert worker.result() is None  # which is no error
 
 
-def server(**options: Any) -> ParameterServer:
-    return build_server(algorithm="ormo", params=normal(LARGE, 7, 0).float(), num_workers=WORKERS, lr=0.1, **options)
+def server(dimension: int = LARGE, num_workers: int = WORKERS, **options: Any) -> ParameterServer:
+    params = normal(dimension, 7, 0).float()
+    return build_server(algorithm="ormo", params=params, num_workers=num_workers, lr=0.1, **options)
 
 
 def real_service(side: ServerSide, **options: Any) -> Service:
@@ -141,10 +148,15 @@ def answering(reply: Reply, **other: Any) -> dict[str, Any]:
     return {**numbers, "loss": 0.5, "samples": 8, **other}
 
 
-@pytest.mark.parametrize("scheduler", ["async", "sync"])
-def test_replies_and_state_are_those_in_process(transport: Transport, scheduler: str) -> None:
+@pytest.mark.parametrize(("scheduler", "processes"), [("async", WORKERS), ("sync", 1)])
+def test_replies_and_state_are_those_in_process(transport: Transport, scheduler: str, processes: int) -> None:
+    """Under sync each worker waits for the other one; both are in one process, as with ``worker.prefetch``."""
     reference, rng = server(scheduler=scheduler), random.Random(4)
-    with connected(transport, lambda side: real_service(side, scheduler=scheduler), WORKERS) as (service, workers, _):
+
+    def make(side: ServerSide) -> Service:
+        return real_service(side, scheduler=scheduler)
+
+    with connected(transport, make, WORKERS, processes=processes) as (service, workers, _):
         for worker in workers:
             worker.register()
         due, held = reference.start(), dict[int, Reply]()
@@ -197,3 +209,79 @@ def test_a_worker_that_is_evicted_while_it_waits_gets_the_reason(transport: Tran
         service.evict(service.memberships.by_worker[0], "of this test")
         with pytest.raises(StaleSession, match=r"\Aworker 0 was evicted: of this test; rejoin\Z"):
             workers[0].result()
+
+
+@pytest.mark.slow
+def test_workers_that_die_or_are_evicted_while_stopped_harm_no_other(transport: Transport) -> None:
+    """A worker dies while the server waits for its push, one while it is sent a reply, and one goes on after it was evicted."""
+    options = {"dimension": HUGE, "scheduler": "sync", "num_workers": 3}
+    with connected(transport, lambda side: real_service(side, **options), 3) as (service, workers, _):
+        members, threads = service.memberships.by_worker, threading.active_count()
+        for worker in workers:
+            worker.register()
+        replies = [worker.result() for worker in workers]
+        computes, receives, last = workers
+
+        computes.process.kill()
+        wait_until(lambda: len(members) == 2, "the eviction of the worker that computes")
+
+        receives.push(answering(replies[1]), normal(HUGE, 3, 1).float())
+        wait_until(lambda: service.server.iteration == 1, "its push")
+        os.kill(receives.process.pid, signal.SIGSTOP)
+        last.push(answering(replies[2]), normal(HUGE, 3, 2).float())
+        reply = last.result()  # the replies of both are due with it: the one is not held up by the other
+        receives.process.kill()
+        wait_until(lambda: len(members) == 1, "the eviction of the worker that receives")
+
+        last.push(answering(reply), normal(HUGE, 3, 3).float())
+        reply = last.result()
+        os.kill(last.process.pid, signal.SIGSTOP)
+        service.evict(members[2], "of this test")
+        os.kill(last.process.pid, signal.SIGCONT)
+        last.push(answering(reply), normal(HUGE, 3, 4).float())
+        with pytest.raises((StaleSession, ServerLost)):
+            last.result()
+        last.connect_again()
+        last.connect()
+        last.register()
+        assert last.result().ticket is not None
+        wait_until(lambda: threading.active_count() <= threads, "the end of their threads")
+
+
+def test_the_death_of_the_server_ends_the_wait_of_a_worker(transport: Transport) -> None:
+    with server_process(transport, SMALL) as (process, address, registered):
+        (worker,) = started(transport, address, [0], RecordingService(SMALL).push_format.size)
+        try:
+            worker.connect()
+            worker.register()
+            wait_until(registered, "the call")
+            began = time.monotonic()
+            process.kill()
+            with pytest.raises(ServerLost):
+                worker.result()
+            assert time.monotonic() - began < 5.0  # 0.03 s on a machine that does nothing else
+        finally:
+            worker.close()
+
+
+def pushed_by(worker: Worker, payload: torch.Tensor) -> Reply:
+    """The reply to a push of a worker that begins to connect."""
+    worker.connect()
+    worker.push(numbers_of(Push, random.Random(1)), payload)
+    return worker.result()
+
+
+def test_a_worker_whose_pushes_have_another_size_is_refused_and_the_others_are_served(transport: Transport) -> None:
+    with connected(transport, lambda _: RecordingService(SMALL)) as (service, (worker,), _):
+        size, address = service.push_format.size, worker.address
+        for other in (size + 64, size - 4):
+            (wrong,) = started(transport, address, [1], other)
+            try:
+                with pytest.raises((Refused, PushRefused), match=rf"\bexpected {size}\b") as caught:
+                    pushed_by(wrong, torch.zeros(other, dtype=torch.uint8))
+                assert "\n" not in str(caught.value)
+            finally:
+                wrong.close()
+        service.replies = [STOP]
+        worker.register()
+        assert worker.result().ticket is None
