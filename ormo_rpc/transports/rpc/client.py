@@ -27,7 +27,7 @@ class TorchRpcWorkerSide(WorkerSide):
         control = endpoint.control
         if not isinstance(control, RpcControl):
             raise Refused("transport=rpc: the server has no agent; expected runtime.control=rpc there, or another transport")
-        endpoint.ask({"connected": True})
+        endpoint.ask({"reason": endpoint.reason})
         yield TorchRpcClient(control, endpoint.session_id, payload)
 
 

@@ -17,7 +17,8 @@ from typing_extensions import override
 from ormo_rpc.control.torch_rpc.server import published
 from ormo_rpc.errors import PushRefused
 from ormo_rpc.messages import ErrorReply, Push
-from ormo_rpc.transports.base import ServerSide, Service
+from ormo_rpc.rendezvous.protocol import printable
+from ormo_rpc.transports.base import MAX_REASON_CHARACTERS, ServerSide, Service
 from ormo_rpc.transports.codec import PUSH, REPLY, pack_error
 from ormo_rpc.transports.pending_replies import ReplyFuture, ServerResponse, refusals_as_replies
 
@@ -85,5 +86,5 @@ class TorchRpcServerSide(ServerSide):
     @override
     def answer(self, session_id: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
         assert self._service is not None, "started before it is asked"
-        self._service.connected(session_id, "rpc", "transport=rpc")
+        self._service.connected(session_id, "rpc", printable(request.get("reason"), MAX_REASON_CHARACTERS))
         return {}
