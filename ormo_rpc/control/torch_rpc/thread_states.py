@@ -11,10 +11,11 @@ import ctypes
 import threading
 
 _kept = threading.local()
+_ask_for_state = ctypes.pythonapi.PyGILState_Ensure
 
 
 def keep_thread_state() -> None:
     """Keep the state of the calling thread from now on."""
     if not hasattr(_kept, "kept"):  # an attribute of a thread lasts as long as its state
         _kept.kept = True
-        ctypes.pythonapi.PyGILState_Ensure()
+        _ask_for_state()
