@@ -73,7 +73,7 @@ def leave(arguments: str) -> Future[str]:
 def _dispatched(name: str, arguments: str) -> Future[str]:
     server = published().local_value()
     future = Future[str]()
-    server.dispatcher.submit(lambda: future.set_result(server.control.call(name, arguments)))
+    server.dispatcher.submit(lambda: future.set_result(server.control.call(name, arguments)), may_wait=True)
     return future
 
 
