@@ -72,17 +72,19 @@ def load_config(path: Path) -> Config:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def parse_text(text: str, *, data_root: str | None = None) -> Config:
+def parse_text(text: str, *, data_root: str | None = None, transport: Mapping[str, Any] | None = None) -> Config:
     """Read the text that `save_config` wrote.
 
     Args:
         text: YAML.
         data_root: The folder of the data set on this machine; by default the one in the text.
+        transport: Keys and values of another transport; by default the one in the text.
 
     Raises:
         ConfigError: the text does not fit the schema.
     """
-    config = parse_config(read_values(text))
+    values = read_values(text)
+    config = parse_config(values if transport is None else {**values, "transport": transport})
     if data_root is None:
         return config
     return dataclasses.replace(config, dataset=dataclasses.replace(config.dataset, root=data_root))

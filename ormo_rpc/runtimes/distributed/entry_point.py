@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -94,6 +95,7 @@ def _run_worker(arguments: argparse.Namespace, report: Callable[[str], None]) ->
             slot_id=arguments.slot_id,
             restart_count=arguments.restart_count,
             data_root=arguments.data_root,
+            transport=arguments.transport,
             timeout_seconds=arguments.start_timeout_seconds,
             report=report,
         )
@@ -206,6 +208,7 @@ def _parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     worker.add_argument("--preferred-worker", type=int, help="worker number to have, if it is free")
     worker.add_argument("--slot-id", default="", help="process slot, which a replacement has as well")
     worker.add_argument("--data-root", help="folder of the data set on this machine")
+    worker.add_argument("--transport", type=json.loads, help="its own transport, as JSON; by default the one of the run")
     return parser.parse_args(argv)
 
 

@@ -12,8 +12,9 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -45,6 +46,7 @@ class WorkerArgs:
         slot_id: The launcher's process slot; a replacement comes from the same one.
         restart_count: Earlier processes in this slot.
         data_root: The folder of the data set on this machine; by default the configured one.
+        transport: Keys and values of the transport; by default the configured one, and the server has to serve it.
         timeout_seconds: Time for reaching the server.
         report: Called with messages for people.
     """
@@ -57,6 +59,7 @@ class WorkerArgs:
     data_root: str | None
     timeout_seconds: float
     report: Callable[[str], None]
+    transport: Mapping[str, Any] | None = None
 
 
 class _JoinAgain(Exception):
@@ -88,7 +91,7 @@ class WorkerContext:
     def job(self, config_text: str) -> Job:
         """The job of a configuration, with its data loaded, which is done once; to be called with the lock."""
         if self._job is None or config_text != self._config_text:
-            self._job = Job(parse_text(config_text, data_root=self.args.data_root))
+            self._job = Job(parse_text(config_text, data_root=self.args.data_root, transport=self.args.transport))
             self._config_text = config_text
         return self._job
 
