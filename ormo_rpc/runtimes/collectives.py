@@ -134,7 +134,7 @@ class SharedStore(dist.Store):  # pyright: ignore[reportPrivateImportUsage] # do
             if all(key in self._known for key in keys):
                 return
             if self._given_up.wait(pause):
-                raise TimeoutError("a rank was not waited for any longer")
+                raise TimeoutError("no rank is waited for any longer")
             if time.monotonic() > deadline:
                 raise TimeoutError(f"a rank did not come within {self._timeout_seconds:g} s")
             pause = min(2 * pause, self._poll_seconds)

@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 from ormo_rpc.errors import Refused, one_line
 from ormo_rpc.runtimes.collectives import Call, SharedStore, gather, process_group
 
-GROUP_TIMEOUT_SECONDS = 3.0
+GROUP_TIMEOUT_SECONDS = 2.0
 """For each operation of the group."""
 WAIT_SECONDS = 1.0
 """A process that could begin to train waits at most this long for the check."""
+NOT_COMPARED = "the initial parameters of all processes were not compared: %s"
 _log = logging.getLogger(__name__)
 
 
@@ -48,25 +49,28 @@ class StartCheck:
         Raises:
             Refused: ranks differ, and this one is among them.
         """
-        if not self._given_up.is_set():
-            self._done.wait(wait_seconds)
-            self._given_up.set()
-        if self._difference is not None:
+        if self._given_up.is_set():
+            return
+        in_time = self._done.wait(wait_seconds)
+        self._given_up.set()
+        if not in_time:
+            _log.info(NOT_COMPARED, "a process has died, or is late")
+        elif self._difference is not None:
             raise Refused(self._difference)
 
     def _run(self) -> None:
         try:
             digest = self._digest()
             if self._given_up.is_set():  # the parameters may have changed meanwhile
-                raise TimeoutError("the hash of the parameters took too long")
+                return
             with process_group(
                 self._store, self._rank, self._size, host=self._host, timeout_seconds=GROUP_TIMEOUT_SECONDS
             ) as group:
                 self._compare(gather(group, digest))
                 self._done.set()  # to destroy the group takes tens of milliseconds
         except Exception as error:  # a rank has died or is late, or the server cannot be reached
-            reason = one_line(error).partition(". This is typically")[0]
-            _log.info("the initial parameters of all processes were not compared: %s", reason)
+            if not self._given_up.is_set():
+                _log.info(NOT_COMPARED, one_line(error).partition(". This is typically")[0])
         finally:
             self._done.set()
 
