@@ -1,4 +1,8 @@
-"""Evaluate a run or checkpoint on the test and validation splits: ``python -m ormo_rpc.evaluate RUN_DIRECTORY``."""
+"""Evaluate a run or checkpoint on the test and validation splits: ``python -m ormo_rpc.evaluate RUN_DIRECTORY``.
+
+Of a live run that goes on, the server is asked for its present parameters, by the control plane; it goes on meanwhile, and does
+not count this process as a worker.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,10 @@ from ormo_rpc.config.paths import typed
 from ormo_rpc.errors import ConfigError, one_line
 from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.models.flat import FlatModel
+from ormo_rpc.runtimes.distributed.observer import NotReadable, present_state
 from ormo_rpc.runtimes.job import build_module
 from ormo_rpc.storage import checkpoint
+from ormo_rpc.storage.run_directory import read_fingerprint
 from ormo_rpc.worker.evaluation import Evaluation, Evaluator
 
 
@@ -34,6 +40,33 @@ def evaluate_checkpoint(path: Path) -> tuple[Path, Evaluation]:
     model = FlatModel(module)
     buffers = _load(model, found)
     return found, Evaluator(model, data, config.train.batch_size)(model.flat_params(), buffers)
+
+
+def evaluate_present(run_dir: Path) -> tuple[int, Evaluation] | None:
+    """Evaluate the present parameters of a live run that goes on, as `evaluate_checkpoint` does.
+
+    Returns:
+        The iteration, with loss and accuracy; None where no live run goes on there.
+
+    Raises:
+        NotReadable: its server cannot be asked.
+        ValueError: the model or the data set is not that of the run.
+    """
+    file = run_dir / "config.yaml"
+    if not file.is_file():
+        return None
+    config = load_config(file)
+    state = present_state(run_dir, config)
+    if state is None:
+        return None
+    data = config.dataset.load_splits(config.seed)
+    model = FlatModel(build_module(config, data))
+    recorded = read_fingerprint(run_dir)
+    difference = recorded and recorded.layout_difference(Fingerprint.of(model.module), "the run", "now")
+    if difference:
+        raise ConfigError(f"{run_dir}: {difference}; evaluate it with the model that is trained")
+    buffers = model.buffers.layout.views(state.buffers)
+    return state.iteration, Evaluator(model, data, config.train.batch_size)(state.params, buffers)
 
 
 def _load(model: FlatModel, source: Path) -> dict[str, Tensor]:
@@ -62,9 +95,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m ormo_rpc.evaluate", description="Print the test (and validation) accuracy of a run or checkpoint."
     )
-    parser.add_argument("path", type=typed, help="a run directory (its newest checkpoint is taken) or a checkpoint")
+    parser.add_argument(
+        "path",
+        type=typed,
+        help="a checkpoint, or a run directory: while a live run goes on its present parameters, else its newest checkpoint",
+    )
+    path: Path = parser.parse_args().path
     try:
-        found, result = evaluate_checkpoint(parser.parse_args().path)
+        found, result = _evaluated(path)
     except ValueError as error:
         kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
         print(f"evaluate: {kind}{error}", file=sys.stderr)
@@ -75,6 +113,18 @@ def main() -> None:
     print(f"{found}\ntest accuracy {result.accuracy:.2%}, test loss {result.loss:.4f}")
     if result.val_accuracy is not None:
         print(f"validation accuracy {result.val_accuracy:.2%}, validation loss {result.val_loss:.4f}")
+
+
+def _evaluated(path: Path) -> tuple[str, Evaluation]:
+    """Evaluate what there is; return what that is, too."""
+    try:
+        present = evaluate_present(path)
+        if present is not None:
+            return f"{path}, iteration {present[0]}, while the run goes on", present[1]
+    except NotReadable as error:
+        print(f"evaluate: {error}; its newest checkpoint is taken", file=sys.stderr)
+    found, result = evaluate_checkpoint(path)
+    return str(found), result
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from ormo_rpc.control.memberships import Membership
 from ormo_rpc.control.messages import JoinRequest, JoinResponse
 
@@ -24,6 +26,13 @@ class Control(Protocol):
 
     def ask(self, session_id: str, transport: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
         """Ask the server's half of a transport (`ServerSide.answer`); both values are of JSON's types."""
+        ...
+
+    def present_state(self) -> tuple[int, Tensor, Tensor] | None:
+        """Fetch the server's iteration, its parameters, shape (D,), and the bytes of its buffers; one need not be a member.
+
+        None where the carrier brings no tensors.
+        """
         ...
 
     def request_leave(self, session_id: str) -> None:

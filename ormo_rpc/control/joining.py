@@ -86,6 +86,23 @@ def joined(
         yield membership
 
 
+@contextlib.contextmanager
+def admitted(address: tuple[str, int], secret: Secret, *, timeout_seconds: float) -> Generator[Control]:
+    """Reach a server by one attempt, without joining its run; the value is its control plane.
+
+    Args:
+        address: Host and port of the server's listener.
+        secret: Of the run.
+        timeout_seconds: For each step of it.
+
+    Raises:
+        OSError, EOFError, ServerLost: the server cannot be reached.
+        WireError: the server refuses this process (`Refused`), or does not know the secret.
+    """
+    with contextlib.ExitStack() as stack:
+        yield _control(stack, connect(address, secret, timeout_seconds=timeout_seconds))
+
+
 def _attempt(
     stack: contextlib.ExitStack, address: tuple[str, int], secret: Secret, request: JoinRequest, timeout_seconds: float
 ) -> Joined:

@@ -41,7 +41,7 @@ def answer_line(
         with contextlib.suppress(OSError, EOFError):  # the lease has ended, which its own thread notices
             send({"answer": number, "result": result})
 
-    dispatcher.submit(work, may_wait=True)
+    dispatcher.submit(work)
 
 
 class LineControl(Calls):
@@ -60,6 +60,10 @@ class LineControl(Calls):
         self._waiting: dict[int, queue.SimpleQueue[str | None]] = {}
         """Of each call without an answer, where to put it; None once the lease is lost."""
         lease.received = self._received
+
+    @override
+    def present_state(self) -> None:
+        return None
 
     @override
     def call(self, name: str, arguments: Mapping[str, Any]) -> str:

@@ -115,6 +115,16 @@ class ControlServer(LeaseHandler):
                 _log.exception("a call of %s could not be done", name)
             return pack_error(error)
 
+    def check_admission(self, admission_id: str) -> None:
+        """Refuse a process whose lease is not held.
+
+        Raises:
+            StaleSession: it is not.
+        """
+        with self._lock:
+            if admission_id not in self._admitted:
+                raise StaleSession("control: this admission is not valid: its lease has ended; connect again")
+
     # ---------------------------------------------------------------------------------------------------------- the calls
 
     def _join(self, given: Mapping[str, Any]) -> Mapping[str, Any]:

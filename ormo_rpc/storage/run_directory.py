@@ -22,6 +22,7 @@ TRACE = "trace.jsonl"
 _METRICS = "metrics.jsonl"
 _EVICTIONS = "evictions.jsonl"
 _FINGERPRINT = "fingerprint.json"
+_PROCESSES = "processes.json"
 _FORMER_EVICTIONS = "losses.jsonl"
 """The name of ``evictions.jsonl`` in run directories of earlier versions."""
 _JSON = json.JSONEncoder(allow_nan=False, check_circular=False)  # json.dumps would make one for every line
@@ -108,7 +109,7 @@ class RunDirectory:
             "control": control,
             "transports": {str(worker): transport for worker, transport in sorted(transports.items())},
         }
-        write_json(self.path / "processes.json", content)
+        write_json(self.path / _PROCESSES, content)
 
     def truncate(self, trace_bytes: int, metrics_bytes: int) -> None:
         """Cut trace and metrics back to earlier lengths; the end of the trace moves to ``trace.rolled_back.jsonl``."""
@@ -166,6 +167,19 @@ def read_trace(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     if not lines:
         raise ConfigError(f"{path / TRACE}: got an empty file, expected the trace of a run")
     return lines[0], lines[1:]
+
+
+def read_address(path: Path) -> str | None:
+    """Read the address of a run's server; None where no worker has joined yet, or the run directory is of no live run.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    file = path / _PROCESSES
+    try:
+        return str(json.loads(file.read_bytes())["address"]) if file.is_file() else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from None
 
 
 def read_fingerprint(path: Path) -> Fingerprint | None:

@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.distributed.rpc as rpc
+from torch import Tensor
 from typing_extensions import override
 
 from ormo_rpc.control.calls import Calls
+from ormo_rpc.control.messages import unpack_result
 from ormo_rpc.control.torch_rpc import server
 from ormo_rpc.control.torch_rpc.agent import SERVER
 from ormo_rpc.errors import ServerLost
@@ -60,6 +62,14 @@ class RpcControl(Calls):
             if str(error).startswith("RPCErr:1"):  # how torch marks a time-out
                 raise TimeoutError(first_line(error)) from None
             raise ServerLost(first_line(error)) from None
+
+    @override
+    def present_state(self) -> tuple[int, Tensor, Tensor]:
+        try:
+            text, params, buffers = self.at_owner(server.present_state, self._admission_id)
+        except TimeoutError as error:
+            raise ServerLost(f"present_state: {error}") from None
+        return int(unpack_result(text)["iteration"]), params, buffers
 
     @override
     def call(self, name: str, arguments: Mapping[str, Any]) -> str:

@@ -9,9 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed.rpc as rpc
+from torch import Tensor
 from torch.futures import Future
 
+from ormo_rpc.control.messages import pack_error, pack_result
 from ormo_rpc.control.server import ControlServer
 from ormo_rpc.control.torch_rpc.dispatch import Dispatcher
 
@@ -70,10 +73,28 @@ def leave(arguments: str) -> Future[str]:
     return _dispatched("leave", arguments)
 
 
+@rpc.functions.async_execution
+def present_state(admission_id: str) -> Future[tuple[str, Tensor, Tensor]]:
+    """The parameters as they are, for a process that evaluates them beside the run (`RpcControl.present_state`)."""
+    server = published().local_value()
+    future = Future[tuple[str, Tensor, Tensor]]()
+
+    def work() -> None:
+        try:
+            server.control.check_admission(admission_id)
+            iteration, params, buffers = server.service.present_state()
+            future.set_result((pack_result({"iteration": iteration}), params, buffers))
+        except Exception as error:
+            future.set_result((pack_error(error), torch.empty(0), torch.empty(0)))
+
+    server.dispatcher.submit(work)
+    return future
+
+
 def _dispatched(name: str, arguments: str) -> Future[str]:
     server = published().local_value()
     future = Future[str]()
-    server.dispatcher.submit(lambda: future.set_result(server.control.call(name, arguments)), may_wait=True)
+    server.dispatcher.submit(lambda: future.set_result(server.control.call(name, arguments)))
     return future
 
 
@@ -84,5 +105,5 @@ FUNCTIONS: Mapping[str, Callable[[str], Future[str]]] = {
     "leave": leave,
 }
 """The functions by the name of the call."""
-CALLED_BY_WORKERS: tuple[Callable[..., Any], ...] = (published, *FUNCTIONS.values())
+CALLED_BY_WORKERS: tuple[Callable[..., Any], ...] = (published, present_state, *FUNCTIONS.values())
 """The functions of the control plane that a peer may call in the server's process."""
