@@ -41,7 +41,7 @@ def answer_line(
         with contextlib.suppress(OSError, EOFError):  # the lease has ended, which its own thread notices
             send({"answer": number, "result": result})
 
-    dispatcher.submit(work)
+    dispatcher.submit(work, may_wait=True)
 
 
 class LineControl(Calls):

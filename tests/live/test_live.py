@@ -299,7 +299,7 @@ def shared_memory_of(process: psutil.Process) -> list[str]:
     return sorted(set(re.findall(r"memfd:(ormo_rpc_\w+)", maps)))
 
 
-@pytest.mark.parametrize("transport", ["auto", "rpc"])
+@pytest.mark.parametrize("transport", ["auto", "tcp"])
 def test_all_sockets_are_on_loopback(transport: str, tmp_path: Path) -> None:
     with launched("launch.py", f"hydra.run.dir={tmp_path}", *ENDLESS, f"transport={transport}") as launcher:
         processes(tmp_path)
@@ -315,8 +315,8 @@ def test_all_sockets_are_on_loopback(transport: str, tmp_path: Path) -> None:
         address = json.loads((tmp_path / "processes.json").read_text())["address"]
         assert address in {f"{each.ip}:{each.port}" for each in listening}
         assert not named
-        # By default there is the listener and nothing else; each agent of torch.distributed.rpc has a number of ports.
-        assert len(listening) == 1 if transport == "auto" else len(listening) > 3
+        # The listener, and for each process a port of its agent; over authenticated streams there is no agent.
+        assert len(listening) == (1 if transport == "tcp" else 4)
 
 
 def test_a_sweep_starts_and_ends_its_own_processes(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ Nothing can be opened in these threads by our own functions either, so those onl
 
 from __future__ import annotations
 
+import codecs
 import ctypes
 import errno
 import importlib
@@ -185,5 +186,6 @@ def refuse_from_file() -> None:
 def _prime() -> None:
     """Do what opens files at its first use: imports within torch's RPC, its look at the processor, and the time zone."""
     importlib.import_module("torch.distributed.rpc.rref_proxy")
+    codecs.lookup("unicode_escape")  # for the errors of calls, as torch has them
     torch.ones(2).add_(1)
     time.localtime()

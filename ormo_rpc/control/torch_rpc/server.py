@@ -94,7 +94,7 @@ def present_state(admission_id: str) -> Future[tuple[str, Tensor, Tensor]]:
 def _dispatched(name: str, arguments: str) -> Future[str]:
     server = published().local_value()
     future = Future[str]()
-    server.dispatcher.submit(lambda: future.set_result(server.control.call(name, arguments)))
+    server.dispatcher.submit(lambda: future.set_result(server.control.call(name, arguments)), may_wait=True)
     return future
 
 

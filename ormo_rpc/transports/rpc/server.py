@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed.rpc as rpc
 from torch import Tensor
+from torch.distributed.rpc.internal import RemoteException
 from torch.futures import Future
 from typing_extensions import override
 
@@ -47,8 +48,13 @@ def _dispatched(call: Callable[[Service], ReplyFuture]) -> Future[Response]:
         pending = refusals_as_replies(lambda: call(server.service))
         pending.add_done_callback(lambda done: future.set_result(_packed(done.value())))
 
-    server.dispatcher.submit(run)
+    server.dispatcher.submit(run, failed=lambda error: future.set_result(_failed(error)))
     return future
+
+
+def _failed(error: Exception) -> Any:
+    """A result that torch raises at the caller. The exception itself would be an object that no peer's allow-list takes."""
+    return RemoteException(f"{type(error).__name__}: {error}", RuntimeError)
 
 
 def _unpacked(service: Service, header: bytes, payload: Tensor) -> Push:

@@ -18,7 +18,7 @@ from ormo_rpc.config.saving import to_tree
 from ormo_rpc.config.schema import Config
 from ormo_rpc.data import DataSource
 from ormo_rpc.errors import ConfigError
-from ormo_rpc.rendezvous.addresses import address_of, interface_address, listen_at, parse_address
+from ormo_rpc.rendezvous.addresses import address_of, interface_address, listen_at
 from ormo_rpc.rendezvous.secret import new_secret, read_secret, write_secret
 from ormo_rpc.runtimes.attempts import FormerRun, former_run, remember
 from ormo_rpc.runtimes.distributed.launcher.process_monitor import ProcessMonitor, ProcessSlot, if_killed, unless_server_lost
@@ -42,15 +42,14 @@ class Launcher:
     Args:
         supervisor: Starts and watches the processes.
         config: Of the run.
-        loopback: True where all processes of the run are on this machine.
         logs: The folder for their output; None for the launcher's own output.
     """
 
-    def __init__(self, supervisor: Supervisor, config: Config, *, loopback: bool, logs: Path | None) -> None:
+    def __init__(self, supervisor: Supervisor, config: Config, *, logs: Path | None) -> None:
         self.supervisor = supervisor
         self.config = config
         self.logs = logs
-        self.environment = _environment(config, loopback=loopback)
+        self.environment = _environment(config)
 
     def server(
         self, run_dir: Path, began: float, listener: socket.socket, secret_file: Path | None, *more: str
@@ -128,7 +127,7 @@ def local_processes(monitor: ProcessMonitor, config: Config, run_dir: Path, bega
     logs.mkdir(exist_ok=True)
     secret_file = _run_secret(config, run_dir)
     with listen_at(config.server.address or "127.0.0.1:0", public=config.server.public) as listener:
-        launcher = Launcher(monitor.supervisor, config, loopback=_is_loopback(listener), logs=logs)
+        launcher = Launcher(monitor.supervisor, config, logs=logs)
         start_server = launcher.server(run_dir, began, listener, secret_file)
         server = monitor.add("server", start_server, should_restart=if_killed, essential=True)
         server_args = ("--address", address_of(listener), *_option("--secret-file", secret_file))
@@ -148,7 +147,7 @@ def rank_process(
     the server listens there.
     """
     store = ("--store", torchrun.store) if torchrun.agent_store else ()
-    launcher = Launcher(monitor.supervisor, config, loopback=torchrun.one_machine, logs=None)
+    launcher = Launcher(monitor.supervisor, config, logs=None)
     if torchrun.rank > 0:
         server_args = store or ("--address", torchrun.store, *_option("--secret-file", config.server.secret_file))
         start_worker = launcher.worker(torchrun.rank - 1, *server_args, before=torchrun.attempt)
@@ -181,9 +180,7 @@ def elastic_worker_process(monitor: ProcessMonitor, config: Config) -> Generator
     """Start a worker for a run that another launcher has started, maybe on another machine; the value is its slot."""
     assert config.server.address is not None
     secret_file = _shared_secret(config)
-    host, _ = parse_address(config.server.address)
-    loopback = host in ("localhost", "::1") or host.startswith("127.")
-    launcher = Launcher(monitor.supervisor, config, loopback=loopback, logs=None)
+    launcher = Launcher(monitor.supervisor, config, logs=None)
     root = None if config.dataset.root == DataSource.root else config.dataset.root
     own = None if isinstance(config.transport, Auto) else json.dumps(to_tree(config)["transport"])
     server_args = ("--address", config.server.address, *_option("--secret-file", secret_file))
@@ -215,10 +212,6 @@ def _option(flag: str, value: object) -> tuple[str, ...]:
     return () if value is None else (flag, str(value))
 
 
-def _is_loopback(listener: socket.socket) -> bool:
-    return str(listener.getsockname()[0]).startswith(("127.", "::1"))
-
-
 @contextlib.contextmanager
 def _terminal() -> Generator[int | None]:
     """A descriptor of the terminal for the child, whose standard error is its log; None where there is no terminal."""
@@ -232,9 +225,9 @@ def _terminal() -> Generator[int | None]:
         os.close(terminal)
 
 
-def _environment(config: Config, *, loopback: bool) -> dict[str, str]:
-    """The children's environment: the module path, the number of threads, and the network interface of torch's agents."""
-    env = {
+def _environment(config: Config) -> dict[str, str]:
+    """The children's environment: the module path, and the number of threads."""
+    return {
         **os.environ,
         "OMP_NUM_THREADS": str(config.runtime.threads),
         "PYTHONPATH": os.pathsep.join(str(Path(path).absolute()) for path in sys.path),
@@ -244,10 +237,3 @@ def _environment(config: Config, *, loopback: bool) -> dict[str, str]:
         # Whenever an agent shuts down, the others warn of closed pipes.
         "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
     }
-    interface = _loopback_interface() if loopback else config.rpc.interface
-    return env if interface is None else {**env, "TP_SOCKET_IFNAME": interface}
-
-
-def _loopback_interface() -> str | None:
-    names = [name for _, name in socket.if_nameindex()]
-    return next((name for name in ("lo", "lo0") if name in names), None)
