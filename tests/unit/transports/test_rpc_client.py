@@ -43,6 +43,10 @@ class Remote:
         """The name of the server."""
         return "server"
 
+    def owner_name(self) -> str:
+        """The same."""
+        return "server"
+
 
 TIMEOUT = "RPCErr:1:RPC ran for more than set timeout (1000 ms) and will now be marked with an error"
 EOF = "eof (this error originated at tensorpipe/transport/shm/connection_impl.cc:259)"
