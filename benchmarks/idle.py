@@ -26,7 +26,13 @@ from ormo_rpc import train
 from ormo_rpc.report.table import as_markdown
 
 WORKERS = 2
-CASES = (("transport=shm",), ("transport=gloo",), ("transport=rpc",), ("transport=tcp",))
+CASES = (
+    ("transport=shm",),
+    ("transport=gloo",),
+    ("transport=rpc",),
+    ("transport=shm", "runtime.control=socket"),
+    ("transport=tcp",),
+)
 """Overrides of each run."""
 SETTLE_SECONDS = 3.0
 """From the last join to the measurement."""
