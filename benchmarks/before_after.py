@@ -3,7 +3,8 @@
 BEFORE and AFTER are folders of checkouts. Each one's own ``benchmarks.throughput`` runs as a process in its folder, with its
 own package and options, so the command lines of the two may differ (``--before-options``, ``--after-options``). In each round
 both are measured at each size, one directly after the other, and the order alternates. The ratio is AFTER to BEFORE within
-each round: its median with the lowest and the highest. Exits with status 1 if a median ratio is below ``--least``.
+each round: its median with the lowest and the highest; that of the processor time for an update, of server and workers, says
+more on a busy machine. Exits with status 1 if a median ratio is below ``--least``.
 ``--into`` writes the results after every round; with ``--resume`` those of the same two commits are kept, and what is missing
 is measured.
 """
@@ -12,12 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.machine import in_words, load
-from benchmarks.measuring import conditions, spread
+from benchmarks.measuring import conditions, exit_on_sigterm, spread
 from benchmarks.systems import LOOPBACK, started
 from ormo_rpc.report.table import as_markdown
 
@@ -124,15 +126,30 @@ def measure(
             yield found
 
 
-def rates(measurements: Sequence[Mapping[str, Any]], name: str, parameters: int) -> list[float]:
-    """Updates per second of a checkout at one D, in the order of rounds."""
+Value = Callable[[Mapping[str, Any]], float]
+"""From a measurement to one of its figures."""
+
+
+def updates_per_second(measurement: Mapping[str, Any]) -> float:
+    """The rate."""
+    return measurement["updates_per_second"]
+
+
+def cpu_milliseconds(measurement: Mapping[str, Any]) -> float:
+    """Processor time of the server and all workers for an update; NaN where no process was sampled twice."""
+    times = (measurement.get(f"{name}cpu_seconds_per_update") for name in ("server_", "workers_"))
+    return 1e3 * sum(math.nan if each is None else each for each in times)
+
+
+def values(measurements: Sequence[Mapping[str, Any]], name: str, parameters: int, value: Value) -> list[float]:
+    """A figure of a checkout at one D, in the order of rounds."""
     chosen = [each for each in measurements if (each["checkout"], each["parameters"]) == (name, parameters)]
-    return [each["updates_per_second"] for each in sorted(chosen, key=lambda each: each["round"])]
+    return [value(each) for each in sorted(chosen, key=lambda each: each["round"])]
 
 
-def ratios(measurements: Sequence[Mapping[str, Any]], parameters: int) -> list[float]:
+def ratios(measurements: Sequence[Mapping[str, Any]], parameters: int, value: Value = updates_per_second) -> list[float]:
     """After to before at one D, round by round."""
-    before, after = (rates(measurements, name, parameters) for name in ("before", "after"))
+    before, after = (values(measurements, name, parameters, value) for name in ("before", "after"))
     return [new / old for old, new in zip(before, after, strict=True)]
 
 
@@ -153,10 +170,14 @@ def earlier(content: Mapping[str, Any], into: Path) -> list[dict[str, Any]]:
 def as_text(content: Mapping[str, Any]) -> str:
     """The report as Markdown."""
     measurements = content["measurements"]
-    table = [("D", "before, updates/s", "after, updates/s", "after to before")]
+    header = ("D", "before, updates/s", "after, updates/s", "after to before")
+    table: list[tuple[str, ...]] = [(*header, "CPU before, ms/update", "CPU after, ms/update", "CPU after to before")]
     for parameters in sorted({each["parameters"] for each in measurements}):
-        before, after = (spread(rates(measurements, name, parameters), ",.0f") for name in ("before", "after"))
-        table.append((f"{parameters:,}", before, after, spread(ratios(measurements, parameters), ".3f")))
+        cells: list[str] = []
+        for value, form in ((updates_per_second, ",.0f"), (cpu_milliseconds, ".2f")):
+            cells += [spread(values(measurements, name, parameters, value), form) for name in ("before", "after")]
+            cells.append(spread(ratios(measurements, parameters, value), ".3f"))
+        table.append((f"{parameters:,}", *cells))
     loads = {"load at start": content["load_at_start"], "load at end": content["load_at_end"]}
     text = [
         *(f"# Throughput before and after, {content['date'][:10]}, K = {content['workers']}", ""),
@@ -184,6 +205,7 @@ def main() -> None:
     parser.add_argument("--into", type=Path, metavar="FILE", help="write FILE.json and FILE.md")
     parser.add_argument("--resume", action="store_true", help="keep the measurements that FILE.json has of these commits")
     a = parser.parse_args()
+    exit_on_sigterm()
     checkouts = [
         Checkout(
             name=name,

@@ -16,8 +16,8 @@ import torch
 
 from benchmarks.measuring import RESULTS, spread
 from ormo_rpc import build_server
+from ormo_rpc.control.messages import JoinRequest
 from ormo_rpc.messages import Push, Reply
-from ormo_rpc.rendezvous.protocol import JoinRequest
 from ormo_rpc.runtimes.distributed.server_process.service import Service
 from ormo_rpc.storage.environment import environment
 from ormo_rpc.storage.journal import FileJournal, NoJournal

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import statistics
+import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
@@ -42,6 +44,11 @@ def conditions(environments: dict[str, Path] | None = None) -> dict[str, Any]:
         "versions": versions(environments or {}),
         "load_at_start": load(),
     }
+
+
+def exit_on_sigterm() -> None:
+    """Let SIGTERM, such as of ``timeout``, end this process as an error does, so that contexts end what they have started."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def parser(description: str | None, sizes: Sequence[int]) -> ArgumentParser:

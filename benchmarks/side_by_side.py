@@ -25,7 +25,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.machine import load
-from benchmarks.measuring import RESULTS, conditions
+from benchmarks.measuring import RESULTS, conditions, exit_on_sigterm
 from benchmarks.namespaces import two_hosts, why_not
 from benchmarks.side_by_side_report import as_text, stem, write
 from benchmarks.systems import BETWEEN_HOSTS, DEFAULT, OWN_ENVIRONMENTS, SYSTEMS, System, run
@@ -132,6 +132,7 @@ def main() -> None:
     )
     parser.add_argument("--into", type=Path, default=RESULTS, metavar="FOLDER")
     a = parser.parse_args()
+    exit_on_sigterm()
     reason = why_not() if a.namespaces else None
     if reason:
         sys.exit(f"side_by_side: --namespaces: {reason}")

@@ -127,9 +127,10 @@ def test_two_checkouts_are_compared_within_rounds_and_take_turns_in_order(tmp_pa
         @override
         def measure(self, parameters: int, workers: int, seconds: float) -> dict[str, Any]:
             order.append((self.name, parameters))
+            more = {"workers_cpu_seconds_per_update": 0.003}
             slower = 1 + order.count((self.name, parameters))  # the machine is slower from round to round
             job = Job(parameters=parameters, workers=workers, seconds=seconds)
-            return measurement("ormo_rpc", job, [slower * (0.1 if self.name == "before" else 0.2)], 0.1, 1, [1])
+            return measurement("ormo_rpc", job, [slower * (0.1 if self.name == "before" else 0.2)], 0.1, 1, [1]) | more
 
     checkouts = [Fake(name=name, folder=Path(), python=Path()) for name in ("before", "after")]
     *_, made = before_after.measure(checkouts, (10, 20), 1, 1.0, 2)
@@ -137,7 +138,9 @@ def test_two_checkouts_are_compared_within_rounds_and_take_turns_in_order(tmp_pa
         *(("before", 10), ("after", 10), ("before", 20), ("after", 20)),
         *(("after", 10), ("before", 10), ("after", 20), ("before", 20)),
     ]
-    assert before_after.rates(made, "before", 20) == pytest.approx([5.0, 10 / 3])
+    assert before_after.values(made, "before", 20, before_after.updates_per_second) == pytest.approx([5.0, 10 / 3])
+    # 0.1 s of the server in all, for one update, and 3 ms of the workers.
+    assert before_after.values(made, "after", 10, before_after.cpu_milliseconds) == pytest.approx([103.0, 103.0])
     assert before_after.ratios(made, 10) == pytest.approx([0.5, 0.5])
     results = {**content([], {}), "measurements": made, "before": "abc", "after": "def"}
     assert "| 10 | 4 (3 - 5) | 2 (2 - 2) | 0.500 (0.500 - 0.500) |" in before_after.as_text(results)
