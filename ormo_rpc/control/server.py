@@ -129,7 +129,8 @@ class ControlServer(LeaseHandler):
 
     def _join(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         admission_id = _text(given, "admission_id")
-        request = JoinRequest.parse(given.get("request") or {})
+        given_request = given.get("request")
+        request = JoinRequest.parse(given_request if isinstance(given_request, Mapping) else {})
         with self._lock:
             admitted = self._admitted.get(admission_id)
         if admitted is None:

@@ -57,6 +57,8 @@ class RecordingService:
         self.memberships = Memberships(8)
         self.registered: list[str] = []
         self.left: list[str] = []
+        self.evicted: list[str] = []
+        """Reasons."""
         self.pushes: list[Push] = []
         self.replies: list[Reply] = []
         """The replies to the next calls, in order; without one, the future stays open."""
@@ -71,6 +73,7 @@ class RecordingService:
         """End a membership."""
         if membership.session_id in self.memberships.by_session:
             self.memberships.remove(membership)
+            self.evicted.append(reason)
             self.on_ended(membership.session_id)
 
     def request_leave(self, membership: Membership) -> None:

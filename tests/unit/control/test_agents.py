@@ -1,0 +1,114 @@
+"""The control plane over torch.distributed.rpc: a server in this process, and workers in processes of their own."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from multiprocessing import forkserver
+
+import pytest
+
+from ormo_rpc.rendezvous.secret import Secret
+from ormo_rpc.runtimes.distributed.server_process.serving import served
+from ormo_rpc.transports.rpc import Rpc
+from tests.support.agent_peer import NUMBER, Peer
+from tests.support.processes import PATIENCE_SECONDS, wait_until
+from tests.support.rendezvous import serving
+from tests.support.transport_peers import SECRET_TEXT, RecordingService
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forkserver() -> None:  # pyright: ignore[reportUnusedFunction] # a fixture
+    """Start the process that peers are forked from, which outlives each test."""
+    forkserver.ensure_running()
+
+
+@contextmanager
+def server(service: RecordingService | None = None) -> Generator[str]:
+    """A server with an agent; the value is its address."""
+    side = Rpc().server_side(num_workers=4, timeout_seconds=PATIENCE_SECONDS)
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        with served(sock, Secret(SECRET_TEXT), service or RecordingService(3), side, serving("rpc", control="rpc")):
+            yield f"127.0.0.1:{sock.getsockname()[1]}"
+        sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+
+
+def test_a_worker_sees_an_rref_that_the_server_owns_and_peers_of_one_number_do_not_disturb_it() -> None:
+    """Replies go back through the connection that a call came by, and the server itself numbers the forks of its RRef."""
+    with ExitStack() as stack:
+        service = RecordingService(3)
+        address = stack.enter_context(server(service))
+        peers = [stack.enter_context(Peer("rejoin", address)) for _ in range(3)]
+        seen = [peer.says() for peer in peers]
+        assert sorted(each["worker"] for each in seen) == [0, 8, 9]
+        for each in seen:
+            del each["worker"]
+            assert each == {
+                "is_owner": False,
+                "owner": "server",
+                "owner_of_the_second": "server",
+                "agent": "worker",
+                "number": NUMBER,
+                "answer": {},
+            }
+        peers[0].process.kill()  # its forks of the RRef are never given back
+        wait_until(lambda: len(service.memberships) == 2, "the end of the membership")
+        for peer in (peers[1], peers[2], peers[1]):
+            peer.tell(address)  # its agent ends, and it joins again
+            assert peer.says()["owner"] == "server"
+        assert len(service.memberships) == 2
+
+
+def test_a_process_joins_servers_one_after_the_other_as_another_worker_each_time() -> None:
+    with ExitStack() as stack:
+        with server() as address:
+            peer = stack.enter_context(Peer("rejoin", address))
+            first = peer.says()
+        with server() as address:
+            peer.tell(address)
+            second = peer.says()
+            peer.tell(address)
+            third = peer.says()
+            assert [each["worker"] for each in (first, second, third)] == [0, 1, 2]
+            assert {each["number"] for each in (first, second, third)} == {NUMBER}
+            peer.tell("")
+            peer.process.join(PATIENCE_SECONDS)
+            assert peer.process.exitcode == 0
+
+
+def test_the_loops_of_a_process_share_one_agent_which_starts_again_for_another_server() -> None:
+    with ExitStack() as stack:
+        with server() as address:
+            peer = stack.enter_context(Peer("together", address))
+            assert [each["worker"] for each in peer.says()] == [0, 1]
+        with server() as address:
+            peer.tell(address)
+            assert peer.says()["worker"] == 2
+            assert peer.says() in ("ServerLost", "StaleSession")  # one of the others, whose server is gone
+            assert peer.says()["worker"] == 2  # still
+            peer.tell("")
+            peer.process.join(PATIENCE_SECONDS)
+            assert peer.process.exitcode == 0
+
+
+def test_workers_that_die_anywhere_on_their_way_leave_no_membership(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    with ExitStack() as stack:
+        service = RecordingService(3)
+        address = stack.enter_context(server(service))
+        for place in ("admission", "join", "ask", "register"):
+            peer = stack.enter_context(Peer(place, address))
+            if place == "register":
+                wait_until(lambda: service.registered, "its registering")
+                peer.process.kill()
+            else:
+                assert peer.says() == "dies"
+            peer.process.join(PATIENCE_SECONDS)
+            wait_until(lambda: len(service.memberships) == 0, "the end of its membership")
+        wait_until(lambda: "was admitted, and did not join: its connection was closed" in caplog.text, "the end of a lease")
+        assert service.evicted == 3 * ["its connection was closed"]
+        assert len(service.transports) == 2  # of those that have got so far
+        assert stack.enter_context(Peer("rejoin", address)).says()["worker"] == 0  # the number is free
