@@ -1,20 +1,25 @@
-"""An elastic worker without a launcher, which is stopped or killed at a stage of its work.
+"""Elastic workers without a launcher, which may be stopped or killed at a stage of their work.
 
-``python -m tests.chaos.elastic_worker --address HOST:PORT --secret-file FILE --stage STAGE --signal NUMBER``. It sends itself
-the signal at that stage; when it is continued, it works on until the run ends or SIGTERM comes. It logs to standard error.
+``python -m tests.chaos.elastic_worker --address HOST:PORT --secret-file FILE --stage STAGE --signal NUMBER``. A worker sends
+itself the signal at that stage; when it is continued, or without a stage, it works until the run ends or SIGTERM comes. It logs
+to standard error. ``--in-turn 20`` and ``--at-once 32`` make processes for as many workers from one that has imported torch,
+which is why there is hardly a wait between two of them; ``--stage`` may be given several times, and is then taken in turn.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import os
 import random
 import signal
+import sys
 import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -36,7 +41,33 @@ _log = logging.getLogger("ormo_rpc.chaos")
 def main() -> None:
     """Run the command line."""
     given = _parse()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(process)d %(message)s")
+    stages = itertools.cycle(given.stage or [None])
+    if given.in_turn:
+        for stage in itertools.islice(stages, given.in_turn):
+            os.waitpid(_fork(given, stage), 0)
+    elif given.at_once:
+        pids = [_fork(given, stage) for stage in itertools.islice(stages, given.at_once)]
+        signal.signal(signal.SIGTERM, lambda *_: [os.kill(pid, signal.SIGTERM) for pid in pids])
+        sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids))
+    else:
+        _work(given, next(stages))
+
+
+def _fork(given: argparse.Namespace, stage: str | None) -> int:
+    """Start a process with a worker; this one must have no other threads."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            _work(given, stage)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+    return pid
+
+
+def _work(given: argparse.Namespace, stage: str | None) -> NoReturn:
+    """Work until the run ends, or SIGTERM comes, and end this process."""
     secret = read_secret(str(given.secret_file))
     assert secret is not None
     worker = WorkerProcess(
@@ -52,7 +83,8 @@ def main() -> None:
         )
     )
     torch.set_num_threads(1)
-    _Stage(given.stage, signal.Signals(given.signal)).install()
+    if stage is not None:
+        _Stage(stage, signal.Signals(given.signal)).install()
     _leave_on_sigterm(worker.leave)
     worker.run()
     os._exit(0)  # threads of torch's may hold up an ordinary exit
@@ -62,8 +94,10 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--address", required=True)
     parser.add_argument("--secret-file", type=Path, required=True)
-    parser.add_argument("--stage", choices=STAGES, required=True)
-    parser.add_argument("--signal", type=int, required=True)
+    parser.add_argument("--stage", choices=STAGES, action="append")
+    parser.add_argument("--signal", type=int, default=int(signal.SIGKILL))
+    parser.add_argument("--in-turn", type=int, metavar="WORKERS")
+    parser.add_argument("--at-once", type=int, metavar="WORKERS")
     return parser.parse_args()
 
 
