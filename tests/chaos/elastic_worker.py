@@ -32,9 +32,9 @@ from ormo_rpc.transports.base import Endpoint
 STAGES = ("joined", "opening", "connected", "sending")
 """Has joined; the server has heard that it opens a data path, and serves its half; the path is open; a push is on the way."""
 PUSH = 5
-"""The push of the last stage."""
+"""The first push at which the last stage may be reached."""
 MAX_SECONDS = 0.002
-"""Longest time from the beginning of that push to the signal: a small push and its reply take a millisecond or two."""
+"""Longest time from the beginning of a push to the signal: a small push and its reply take a millisecond or two."""
 _log = logging.getLogger("ormo_rpc.chaos")
 
 
@@ -113,6 +113,7 @@ class _Stage:
         self.name = name
         self.number = number
         self._pushes = 0
+        self._sending = False
         self._reached = False
 
     def install(self) -> None:
@@ -126,7 +127,8 @@ class _Stage:
         elif self.name == "connected":
             _wrap(WorkerLoop, "_work", before=self.reach)
         else:
-            _wrap(worker_process.FaultInjector, "before_push", after=self._push)
+            _wrap(worker_process.FaultInjector, "before_push", after=self._push_begins)
+            _wrap(worker_process.FaultInjector, "drops_reply", before=self._push_ends)
 
     def reach(self) -> None:
         """Send the signal, unless it was sent before."""
@@ -135,10 +137,25 @@ class _Stage:
             _log.warning("stage %s", self.name)
             os.kill(os.getpid(), self.number)
 
-    def _push(self) -> None:
+    def _push_begins(self) -> None:
         self._pushes += 1
+        self._sending = True
         if self._pushes == PUSH:
-            threading.Timer(random.uniform(0, MAX_SECONDS), self.reach).start()
+            _log.warning("stage %s", self.name)
+        if self._pushes >= PUSH:
+            threading.Timer(random.uniform(0, MAX_SECONDS), self._reach_if_sending).start()
+
+    def _push_ends(self) -> None:
+        self._sending = False
+
+    def _reach_if_sending(self) -> None:
+        """Send the signal where the push is still under way; else a later one is tried.
+
+        A stop while it computes would count as computing, and be multiplied by the worker's slowness.
+        """
+        if self._sending and not self._reached:
+            self._reached = True
+            os.kill(os.getpid(), self.number)
 
 
 def _wrap(

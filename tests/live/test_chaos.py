@@ -199,9 +199,14 @@ def test_a_network_namespace_is_removed_afterwards() -> None:
 
 @pytest.mark.live
 @pytest.mark.timeout(400)
-def test_a_short_run_with_faults_keeps_every_guarantee(tmp_path: Path) -> None:
-    options = Options(faults=len(SHORT), kinds=SHORT, least=len(SHORT) + len(OWN_FAULTS), gradients=200, seed=3)
+@pytest.mark.parametrize(
+    ("transport", "kinds"),
+    [("shm", SHORT), ("gloo", ("sending_worker_killed", "kill_server_that_opens", "sending_worker_stopped"))],
+)
+def test_a_short_run_with_faults_keeps_every_guarantee(transport: str, kinds: tuple[str, ...], tmp_path: Path) -> None:
+    least = len(kinds) + len(OWN_FAULTS)
+    options = Options(transport=transport, faults=len(kinds), kinds=kinds, least=least, gradients=100, seed=3)
     result = run_with_faults(options, tmp_path / "run")
     assert [str(check) for check in result.checks if not check.holds] == []
-    assert {fault.kind for fault in result.faults if fault.fired} == {"kill_worker", "pause_worker", "kill_server"}
+    assert {fault.kind for fault in result.faults if fault.fired} == set(kinds)
     assert result.summary["incarnations"] == 2

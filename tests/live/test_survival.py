@@ -39,11 +39,10 @@ def first(found: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
     return next(event for event in found if all(event.get(key) == value for key, value in wanted.items()))
 
 
-@pytest.mark.parametrize("transport", ["auto", "tcp"])
-def test_a_killed_worker_is_replaced_and_a_run_with_too_few_workers_pauses(transport: str, tmp_path: Path) -> None:
+def test_a_killed_worker_is_replaced_and_a_run_with_too_few_workers_pauses(tmp_path: Path) -> None:
     run_dir, total = tmp_path / "run", 600
     faults = "runtime.faults=[kill@1:5,drop_reply@0:7,corrupt@0:9:2]"
-    options = ("workers=2", "runtime.min_workers=2", f"train.max_iterations={total}", f"transport={transport}")
+    options = ("workers=2", "runtime.min_workers=2", f"train.max_iterations={total}", "transport=gloo")
     status, out, err = launch(run_dir, *QUIET, *options, faults)
     assert status == 0, err
     assert out.startswith("completed: ")
@@ -77,7 +76,7 @@ def test_a_killed_worker_is_replaced_and_a_run_with_too_few_workers_pauses(trans
 
 def test_a_stopped_worker_is_evicted_and_the_barrier_shrinks(tmp_path: Path) -> None:
     total, timeout = 300, 3.0
-    options = ("scheduler=sync", "workers=3", f"train.max_iterations={total}", "runtime.faults=[stop@1:20]")
+    options = ("scheduler=sync", "workers=3", f"train.max_iterations={total}", "runtime.faults=[stop@1:20]", "transport=gloo")
     status, _, err = launch(tmp_path, *QUIET, *options, f"runtime.worker_timeout_seconds={timeout}", "runtime.max_restarts=0")
     assert status == 0, err
     assert fired(err) == ["stop@1:20"]

@@ -30,6 +30,8 @@ TOKEN_BYTES = 16
 DESCRIPTORS = Path("/dev/fd")
 """The descriptors of this process."""
 NOTHING_CAME = "nothing came in time"
+CONNECT_FACTOR = 5
+"""Gloo waits for the first connection of a group this many times its time-out."""
 _REASONS = {
     "Connection closed by peer": "the other side has closed the connection",
     "Connection reset by peer": "the other side has closed the connection",
@@ -180,7 +182,7 @@ def _connected_group(store: _Exchange, rank: int, host: str, token: str, timeout
     gloo: Any = dist.ProcessGroupGloo  # torch's stubs leave out most of it
     options = gloo._Options()
     options._devices = [gloo.create_device(hostname=host)]
-    options._timeout = timeout
+    options._timeout = timeout / CONNECT_FACTOR
     options._threads = 0  # the device's own thread does all
     group = gloo(store, rank, 2, options)
     other = WORKER - rank
