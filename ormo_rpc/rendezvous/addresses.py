@@ -112,12 +112,9 @@ def specific_address(host: str) -> str:
     """An address that others can reach in place of an unspecified one (``0.0.0.0``): that of the default route."""
     if not _parsed(host).is_unspecified:
         return host
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # sends nothing
-        except OSError:  # there is no such route
-            return "127.0.0.1"
-        return str(probe.getsockname()[0])
+    elsewhere = "192.0.2.1"  # of nobody
+    found = local_address((elsewhere, 9))
+    return "127.0.0.1" if found == elsewhere else found
 
 
 def _parsed(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:

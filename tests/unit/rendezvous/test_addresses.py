@@ -7,7 +7,15 @@ import re
 import pytest
 
 from ormo_rpc.errors import ConfigError
-from ormo_rpc.rendezvous.addresses import address_of, interface_address, listen_at, parse_address
+from ormo_rpc.rendezvous.addresses import (
+    address_of,
+    interface_address,
+    interface_of,
+    listen_at,
+    local_address,
+    parse_address,
+    specific_address,
+)
 
 
 @pytest.mark.parametrize("address", ["", "host", "host:", ":5", "host:x", "host:70000", "host:-1"])
@@ -45,3 +53,24 @@ def test_an_interface_without_an_address_is_refused_by_name() -> None:
     for name in (None, "nonesuch0"):
         with pytest.raises(ConfigError, match=rf"\Aruntime\.interface: got {name}, expected the interface .*\blo\b.*\Z"):
             interface_address(name)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.1.1", "::1", "::ffff:127.0.0.1"])
+def test_an_address_of_loopback_belongs_to_the_loopback_interface(host: str) -> None:
+    assert interface_of(host) == "lo"
+
+
+def test_an_address_belongs_to_the_interface_that_has_it_first() -> None:
+    own = local_address(("192.0.2.1", 9))
+    if own in ("192.0.2.1", "127.0.0.1"):
+        pytest.skip("this machine has no way out")
+    assert interface_address(interface_of(own)) == own
+    assert specific_address("0.0.0.0") == specific_address("::") == specific_address(own) == own  # noqa: S104 - not bound
+
+
+def test_an_address_without_an_interface_is_one_clear_error() -> None:
+    said = (
+        r"\Aserver\.address: no network interface of this machine has the first address 192\.0\.2\.1, .*use transport=tcp, .*\Z"
+    )
+    with pytest.raises(ConfigError, match=said):
+        interface_of("192.0.2.1")

@@ -18,7 +18,13 @@ from ormo_rpc.config.saving import to_tree
 from ormo_rpc.config.schema import Config
 from ormo_rpc.data import DataSource
 from ormo_rpc.errors import ConfigError
-from ormo_rpc.rendezvous.addresses import address_of, interface_address, listen_at
+from ormo_rpc.rendezvous.addresses import (
+    address_of,
+    interface_address,
+    interface_of,
+    listen_at,
+    specific_address,
+)
 from ormo_rpc.rendezvous.secret import new_secret, read_secret, write_secret
 from ormo_rpc.runtimes.attempts import FormerRun, former_run, remember
 from ormo_rpc.runtimes.distributed.launcher.process_monitor import ProcessMonitor, ProcessSlot, if_killed, unless_server_lost
@@ -127,6 +133,8 @@ def local_processes(monitor: ProcessMonitor, config: Config, run_dir: Path, bega
     logs.mkdir(exist_ok=True)
     secret_file = _run_secret(config, run_dir)
     with listen_at(config.server.address or "127.0.0.1:0", public=config.server.public) as listener:
+        if config.control == "rpc":
+            interface_of(specific_address(listener.getsockname()[0]))  # refuses an address where no agent can listen
         launcher = Launcher(monitor.supervisor, config, logs=logs)
         start_server = launcher.server(run_dir, began, listener, secret_file)
         server = monitor.add("server", start_server, should_restart=if_killed, essential=True)
