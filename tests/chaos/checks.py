@@ -120,6 +120,15 @@ def evictions_reported(
     return Check("every eviction reported, no other one", figure, not any(problems.values()))
 
 
+def transports_taken(transport: str, summary: Mapping[str, Any]) -> Check:
+    """Every worker's pushes came over the transport that was asked for."""
+    taken = Counter(each["transport"] for each in (summary.get("transports") or {}).values())
+    figure = (
+        f"control by {summary.get('control')}, {', '.join(f'{count} by {name}' for name, count in taken.items()) or 'none'}"
+    )
+    return Check("workers over the transport", figure, bool(taken) and (transport == "auto" or set(taken) == {transport}))
+
+
 def completed(status: int | None, summary: Mapping[str, Any]) -> Check:
     """The launcher ended with exit status 0, and the run with status completed."""
     reported = summary.get("status")

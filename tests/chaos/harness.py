@@ -199,6 +199,7 @@ def _check_records(injector: FaultInjector, options: Options, kinds: list[str], 
             summary,
             [eviction.pid for eviction in evictions if eviction.incarnation == run.trace.incarnation],
         ),
+        checks.transports_taken(options.transport, summary),
         checks.incarnations_counted(injector.deaths, summary),
         checks.rolled_back_counted(injector.deaths, summary, journal=options.journal),
     ]

@@ -97,6 +97,15 @@ def test_updates_that_were_rolled_back_uncounted_are_found(
     assert checks.rolled_back_counted(deaths, {"rolled_back": reported}, journal=journal).holds is holds
 
 
+@pytest.mark.parametrize(
+    ("asked", "taken", "holds"),
+    [("gloo", ["gloo", "gloo"], True), ("gloo", ["gloo", "tcp"], False), ("auto", ["gloo", "shm"], True), ("auto", [], False)],
+)
+def test_a_worker_over_another_transport_is_found(asked: str, taken: list[str], holds: bool) -> None:
+    transports = {str(worker): {"transport": name, "reason": ""} for worker, name in enumerate(taken)}
+    assert checks.transports_taken(asked, {"control": "rpc", "transports": transports}).holds is holds
+
+
 @pytest.mark.parametrize(("count", "holds"), [(3, True), (2, False), (4, False), (None, False)])
 def test_an_incarnation_of_the_server_without_a_death_is_found(count: Any, holds: bool) -> None:
     assert checks.incarnations_counted([ServerDeath(1, 0), ServerDeath(2, 1)], {"incarnations": count}).holds is holds
