@@ -8,10 +8,11 @@ import operator
 import os
 import signal
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from multiprocessing import forkserver
@@ -259,6 +260,28 @@ def test_a_stranger_that_connects_first_is_not_taken_for_the_other_side() -> Non
 
         with pytest.raises(PairLost, match=r"\Aanother process than the one that was meant has connected\Z"):
             make_pair(SERVER, "127.0.0.1", exchange, PATIENCE_SECONDS)
+
+
+def test_a_stranger_at_the_ports_of_a_pair_that_is_connected_changes_nothing() -> None:
+    """Rubbish, and what Gloo's own sockets begin with: the number of a connection, and a message that is too large."""
+    addresses: list[Address] = []
+
+    def noted(exchange: Callable[[Address], Address], own: Address) -> Address:
+        addresses.extend([own, other := exchange(own)])
+        return other
+
+    too_large = struct.pack("=6Q", 48 + (1 << 20), 1, 0, 0, 1 << 20, 0) + bytes(4096)
+    with process() as (_, pipe), ExitStack() as strangers:
+        pair = make_pair(SERVER, "127.0.0.1", lambda own: noted(exchange_over(pipe), own), PATIENCE_SECONDS)
+        assert received(pipe) == "made"
+        for address in addresses:
+            for said in (b"", b"GET / HTTP/1.0\r\n\r\n" * 50, *(struct.pack("=q", number) + too_large for number in range(8))):
+                stranger = strangers.enter_context(socket.create_connection((address.host, address.port), timeout=5))
+                with suppress(OSError):  # Gloo may have closed it
+                    stranger.sendall(said)
+        for _ in range(3):
+            assert answered(pair, numbers()).equal(numbers() + 1)
+        pair.close()
 
 
 SOMEBODY = Address(host="127.0.0.2", port=9, token="ab" * TOKEN_BYTES)
