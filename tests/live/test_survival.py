@@ -197,7 +197,8 @@ def test_an_elastic_worker_without_a_server_gives_up_with_one_message(tmp_path: 
 
 def test_an_elastic_worker_joins_works_and_leaves_on_sigterm(tmp_path: Path) -> None:
     listens = f'server.address="{"[::1]" if HAS_IPV6 else "127.0.0.1"}:0"'
-    with launched("launch.py", f"hydra.run.dir={tmp_path}", *QUIET, "train.epochs=100000", "workers=1", listens) as host:
+    given = (*QUIET, "train.epochs=100000", "workers=1", "transport=gloo", listens)
+    with launched("launch.py", f"hydra.run.dir={tmp_path}", *given) as host:
         address = processes(tmp_path)["address"]
         where = ("role=worker", f'server.address="{address}"')
         with launched("launch.py", *where, f"server.secret_file={tmp_path / 'secret'}") as elastic_worker:
