@@ -75,11 +75,10 @@ class GlooServerSide(ServerSide):
                 f"gloo: push: got {request.get('payload')!r} bytes, expected {expected}; worker and server must have the same "
                 f"model and wire format"
             )
-        host, reason = request.get("host"), request.get("reason")
+        host, reason = request.get("host"), printable(request.get("reason"), MAX_REASON_CHARACTERS)
         if not isinstance(host, str):
             raise ValueError("gloo: got other fields than expected: address, host, payload, reason")
-        other, reason = Address.parse(request.get("address")), printable(reason, MAX_REASON_CHARACTERS)
-        session = Session(service, session_id, host, other, reason)
+        session = Session(service, session_id, host, Address.parse(request.get("address")), reason)
         with self._lock:
             if self._closed:
                 raise StaleSession("gloo: the server has ended")
@@ -195,7 +194,7 @@ class Session:
     def _run(self) -> None:
         try:
             pair = make_pair(SERVER, self._host, self._exchange, OPEN_SECONDS)
-        except PairLost as error:
+        except (PairLost, OSError, ValueError) as error:  # the others are of an address, or of too many open files
             self._address.put(str(error))
             _log.warning("gloo: no pair with %s: %s", self._other.host, error)
             return

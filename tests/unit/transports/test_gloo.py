@@ -219,6 +219,7 @@ def test_a_session_that_opens_a_pair_again_loses_the_former_one() -> None:
         ({"host": None}, r"\Agloo: got other fields than expected: address, host, payload, reason\Z"),
         ({"address": 3}, r"\Agloo: address: got other fields than expected"),
         ({"host": "192.0.2.1"}, r"\Agloo: the server cannot make a pair at 192\.0\.2\.1: Cannot resolve 192\.0\.2\.1 to a"),
+        ({"host": ""}, r"\Agloo: the server cannot make a pair at : Specify either"),
         ({"host": "0.0.0.0"}, r"\Agloo: the server cannot make a pair at 0\.0\.0\.0: "),  # noqa: S104 - which is refused
     ],
 )
