@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import signal
 import socket
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -79,7 +81,24 @@ def test_the_default_run_trains_digits_and_writes_all_its_files(tmp_path: Path) 
     model.module.load_state_dict(torch.load(found / "model.pt", weights_only=True))  # plain PyTorch
     assert sha256(model.flat_params()) == result["final_params_sha256"]
     assert set(processes(run_dir)["workers"]) == {"0", "1", "2", "3"}
+    check_control(run_dir, result)
     assert replayed(run_dir, tmp_path / "again") == result["final_params_sha256"]
+
+
+def check_control(run_dir: Path, result: dict[str, Any]) -> None:
+    """Each process has had an agent of torch.distributed.rpc, and every worker the server's RRef; all share memory."""
+    logs = {file.stem: file.read_text() for file in (run_dir / "logs").iterdir()}
+    (server,) = re.findall(r"INFO agent at (uv://127\.0\.0\.1:\d+)$", logs.pop("server"), re.MULTILINE)
+    assert logs.keys() == {f"worker_{worker}" for worker in range(4)}
+    for log in logs.values():
+        (own,) = re.findall(rf"INFO agent at (uv://127\.0\.0\.1:\d+), for the server's at {server}$", log, re.MULTILINE)
+        assert own != server
+        assert log.count("INFO calls go to the owner of the server's RRef, server\n") == 1
+    recorded = json.loads((run_dir / "processes.json").read_text())
+    assert (recorded["control"], recorded["transports"]) == (result["control"], result["transports"])
+    assert (result["control"], sorted(result["transports"])) == ("rpc", ["0", "1", "2", "3"])
+    assert {each["transport"] for each in result["transports"].values()} == {"shm"}
+    assert all(each["reason"] for each in result["transports"].values())
 
 
 # One of each kind: what is sent is not w (smega2), discards (ringmaster), buffers (fedbuff), local steps (orlomo).
@@ -318,6 +337,26 @@ def test_all_sockets_are_on_loopback(transport: str, tmp_path: Path) -> None:
         assert not named
         # The listener, and for each process a port of its agent; over authenticated streams there is no agent.
         assert len(listening) == (1 if transport == "tcp" else 4)
+        threads = [task.read_text() for process in family for task in Path(f"/proc/{process.pid}/task").glob("*/comm")]
+        assert any("TP_UV" in name for name in threads) == (transport != "tcp")
+
+
+def test_a_torch_without_rpc_is_said_and_done_without(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import torch\ndel torch._C._rpc_init\n")
+    env = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    status, _, err = launch(tmp_path / "run", *QUIET, "workers=1", "train.epochs=1", env=env)
+    assert (status, err) == (
+        0,
+        "launch.py: server: torch was built without torch.distributed.rpc; the run goes on without its agents, as with "
+        "runtime.control=socket\n",
+    )
+    result = summary(tmp_path / "run")
+    assert (result["control"], result["transports"]["0"]["transport"]) == ("socket", "shm")
+    status, _, err = launch(tmp_path / "other", *QUIET, "runtime.control=rpc", env=env)
+    assert (status, err) == (
+        2,
+        "launch.py: runtime.control: got rpc, expected auto or socket: torch was built without torch.distributed.rpc\n",
+    )
 
 
 def test_a_sweep_starts_and_ends_its_own_processes(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ The modes:
 
 * ``rejoin``: it ends the membership when it is told an address, and joins there as another worker;
 * ``together``: two loops of one process join; when it is told another address, a third one joins there while they hold on;
+* ``timeout``: it asks for something that the server does not answer, and says what came of it, and after how many seconds;
 * ``admission``, ``join``, ``ask``, ``register``: kill this process right after it.
 """
 
@@ -15,6 +16,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import time
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -84,6 +86,13 @@ def _main(pipe: Connection, mode: str, address: str) -> None:
             with _join(address, number) as membership:
                 pipe.send(_described(membership))
                 address = pipe.recv()
+    elif mode == "timeout":
+        with _join(address, 0) as membership:
+            began = time.monotonic()
+            try:
+                membership.control.ask(membership.response.session_id, "rpc", {"wait": True})
+            except ServerLost as error:
+                pipe.send((type(error).__name__, str(error), time.monotonic() - began))
     elif mode == "together":
         _together(pipe, address)
     else:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Generator
+import threading
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from multiprocessing import forkserver
+from typing import Any
 
 import pytest
+from typing_extensions import override
 
 from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.runtimes.distributed.server_process.serving import served
-from ormo_rpc.transports.rpc import Rpc
+from ormo_rpc.transports.rpc.server import TorchRpcServerSide
 from tests.support.agent_peer import NUMBER, Peer
 from tests.support.processes import PATIENCE_SECONDS, wait_until
 from tests.support.rendezvous import serving
@@ -26,12 +29,29 @@ def _forkserver() -> None:  # pyright: ignore[reportUnusedFunction] # a fixture
     forkserver.ensure_running()
 
 
+class Side(TorchRpcServerSide):
+    """Answers one kind of request when it is let."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go_on = threading.Event()
+
+    @override
+    def answer(self, session_id: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        if "wait" in request:
+            assert self.go_on.wait(PATIENCE_SECONDS)
+        return super().answer(session_id, request)
+
+
 @contextmanager
-def server(service: RecordingService | None = None) -> Generator[str]:
+def server(
+    service: RecordingService | None = None, side: Side | None = None, call_timeout_seconds: float = PATIENCE_SECONDS
+) -> Generator[str]:
     """A server with an agent; the value is its address."""
-    side = Rpc().server_side(num_workers=4, timeout_seconds=PATIENCE_SECONDS)
+    side = side or Side()
+    what = serving("rpc", control="rpc", call_timeout_seconds=call_timeout_seconds)
     with socket.create_server(("127.0.0.1", 0)) as sock:
-        with served(sock, Secret(SECRET_TEXT), service or RecordingService(3), side, serving("rpc", control="rpc")):
+        with served(sock, Secret(SECRET_TEXT), service or RecordingService(3), side, what):
             yield f"127.0.0.1:{sock.getsockname()[1]}"
         sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
 
@@ -92,6 +112,18 @@ def test_the_loops_of_a_process_share_one_agent_which_starts_again_for_another_s
             peer.tell("")
             peer.process.join(PATIENCE_SECONDS)
             assert peer.process.exitcode == 0
+
+
+def test_a_call_without_an_answer_in_time_is_a_lost_server() -> None:
+    side = Side()
+    with ExitStack() as stack:
+        address = stack.enter_context(server(side=side, call_timeout_seconds=1.0))
+        peer = stack.enter_context(Peer("timeout", address))
+        kind, text, seconds = peer.says()
+        side.go_on.set()
+        assert kind == "ServerLost"
+        assert text.startswith("ask: RPCErr:1:RPC ran for more than set timeout (1000 ms)")
+        assert 0.9 < seconds < PATIENCE_SECONDS / 2
 
 
 def test_workers_that_die_anywhere_on_their_way_leave_no_membership(caplog: pytest.LogCaptureFixture) -> None:

@@ -17,7 +17,7 @@ from ormo_rpc.control import joining, torch_rpc
 from ormo_rpc.control.joining import Joined, joined
 from ormo_rpc.control.memberships import Membership
 from ormo_rpc.control.messages import JoinRequest
-from ormo_rpc.control.torch_rpc.dispatch import THREADS
+from ormo_rpc.control.torch_rpc.dispatch import WAITING_THREADS
 from ormo_rpc.errors import Refused, RunEnded, ServerLost
 from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.runtimes.distributed.server_process import serving as serving_module
@@ -91,7 +91,7 @@ def test_calls_of_several_threads_go_on_independently_and_the_lease_with_them() 
         def ask(number: int) -> None:
             answers[number] = control.ask(session, "tcp", {"wait": number})
 
-        threads = [threading.Thread(target=ask, args=(number,)) for number in range(THREADS - 1)]
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(WAITING_THREADS - 1)]
         for thread in threads:
             thread.start()
         assert control.ask(session, "tcp", {"quick": True}) == {"got": {"quick": True}}
@@ -100,7 +100,7 @@ def test_calls_of_several_threads_go_on_independently_and_the_lease_with_them() 
         side.go_on.set()
         for thread in threads:
             thread.join(PATIENCE_SECONDS)
-        assert answers == {number: {"got": {"wait": number}} for number in range(THREADS - 1)}
+        assert answers == {number: {"got": {"wait": number}} for number in range(WAITING_THREADS - 1)}
 
 
 def test_a_call_without_an_answer_in_time_is_a_lost_server() -> None:

@@ -66,7 +66,7 @@ class Control:
 
     def __init__(self) -> None:
         self.handler = Handler()
-        self.dispatcher = Dispatcher(1)
+        self.dispatcher = Dispatcher()
         self.server = ControlServer(self.handler, self.respond, self.answer, ADMISSION, self.dispatcher)
         self.server.agent = "uv://127.0.0.1:9"
 
