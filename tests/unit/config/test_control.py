@@ -1,0 +1,45 @@
+"""The carrier of the control plane that a configuration leads to, and those that cannot be had."""
+
+from __future__ import annotations
+
+import pytest
+
+from ormo_rpc.cli import compose
+from ormo_rpc.control import torch_rpc
+from ormo_rpc.errors import ConfigError
+
+LACKING = "torch was built without torch.distributed.rpc"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "control", "without_rpc"),
+    [
+        ([], "rpc", "socket"),
+        (["transport=gloo"], "rpc", "socket"),
+        (["transport=tcp"], "socket", "socket"),
+        (["transport=tcp", "runtime.control=rpc"], "rpc", None),
+        (["runtime.control=socket"], "socket", "socket"),
+        (["transport=rpc"], "rpc", None),
+    ],
+)
+def test_control_is_by_rpc_unless_the_transport_avoids_it_or_torch_has_none(
+    overrides: list[str], control: str, without_rpc: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = compose(overrides)
+    assert (config.control, config.lacks_rpc) == (control, False)
+    monkeypatch.setattr(torch_rpc, "UNAVAILABLE", LACKING)
+    if without_rpc is None:
+        with pytest.raises(ConfigError, match=LACKING):
+            compose(overrides)
+    else:
+        config = compose(overrides)
+        assert config.control == without_rpc
+        assert config.lacks_rpc == (control == "rpc"), "it is said where torch is the reason"
+
+
+def test_a_transport_that_needs_agents_is_refused_without_them() -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose(["transport=rpc", "runtime.control=socket"])
+    assert str(caught.value) == (
+        "runtime.control: got socket, expected rpc, or another transport: transport=rpc needs the agents that rpc starts"
+    )
