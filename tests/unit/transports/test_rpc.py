@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import socket
-import threading
 from collections.abc import Mapping
 from multiprocessing import forkserver
-from multiprocessing.connection import Connection
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -18,21 +15,18 @@ from ormo_rpc import build_server
 from ormo_rpc.compression import PushFormat
 from ormo_rpc.compression.topk import TopK
 from ormo_rpc.compression.wire_options import WireDtype
-from ormo_rpc.control.joining import joined
 from ormo_rpc.control.torch_rpc import UNAVAILABLE
 from ormo_rpc.errors import ServerLost
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.models.flat import Layout
-from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.runtimes.distributed.server_process.service import Service
-from ormo_rpc.runtimes.distributed.server_process.serving import served
 from ormo_rpc.server.buffer_layout import BufferLayout
-from ormo_rpc.transports.base import Endpoint, ReplySize
+from ormo_rpc.transports.base import ReplySize
+from ormo_rpc.transports.pending_replies import ReplyFuture
 from ormo_rpc.transports.rpc import Rpc
-from tests.support.processes import PATIENCE_SECONDS, wait_until
-from tests.support.rendezvous import join_request, serving
+from tests.support.processes import wait_until
 from tests.support.schedule import normal
-from tests.support.transport_peers import SECRET_TEXT, RecordingService, connected
+from tests.support.transport_peers import RecordingService, connected, started
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.skipif(bool(UNAVAILABLE), reason=UNAVAILABLE)]
 NUMBERS: Mapping[str, Any] = {"worker": 0, "ticket": 1, "stamp": 1, "loss": 0.5, "samples": 8, "incarnation": 0}
@@ -93,39 +87,6 @@ def test_a_push_that_timed_out_is_repeated_and_applied_once() -> None:
         assert torch.equal(replies[0].params, replies[1].params)
 
 
-def _two_workers(pipe: Connection, address: tuple[str, int], size: int, pushes: int) -> None:
-    """Two memberships in one process, as with ``worker.prefetch``; one waits for its reply while the other one pushes."""
-    torch.set_num_threads(1)
-    secret = Secret(SECRET_TEXT)
-
-    def work(number: int) -> None:
-        side = Rpc().worker_side()
-        payload = side.allocate(size)
-        with joined(address, secret, join_request(number), timeout_seconds=PATIENCE_SECONDS) as membership:
-            endpoint = Endpoint(
-                lease=membership.lease,
-                control=membership.control,
-                joined=membership.response,
-                transport="rpc",
-                secret=secret,
-                timeout_seconds=PATIENCE_SECONDS,
-            )
-            with side.connect(endpoint, payload) as client:
-                for stamp in range(1 if number == 0 else pushes):
-                    payload.fill_(stamp)
-                    numbers: dict[str, Any] = {**NUMBERS, "worker": number, "ticket": stamp, "stamp": stamp}
-                    push = Push(**numbers, grad=payload)
-                    came = client.push(push)
-                    pipe.send((number, came.worker, came.stamp, came.params.tolist()))
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    pipe.recv()
-
-
 class Answering(RecordingService):
     """Answers the pushes of worker 1 with their own stamp; those of worker 0 wait."""
 
@@ -138,35 +99,18 @@ class Answering(RecordingService):
 
 @pytest.mark.slow
 def test_two_workers_of_one_process_share_its_agent_and_wait_for_themselves() -> None:
-    pushes = 20
-    service, side = Answering(5), Rpc().server_side(num_workers=2, timeout_seconds=PATIENCE_SECONDS)
-    context = multiprocessing.get_context("forkserver")
-    near, far = context.Pipe()
-    with (
-        socket.create_server(("127.0.0.1", 0)) as sock,
-        served(sock, Secret(SECRET_TEXT), service, side, serving("rpc", control="rpc")),
-    ):
-        arguments = (far, sock.getsockname()[:2], service.push_format.size, pushes)
-        process = context.Process(target=_two_workers, args=arguments, daemon=True)
-        process.start()
-        try:
-            came = [_received(near) for _ in range(pushes)]
-            assert came == [(1, 1, stamp, [float(stamp)] * 5) for stamp in range(pushes)]
-            wait_until(lambda: service.open, "the push of worker 0")
-            assert not near.poll(0.1)
-            service.open[0].set_result(reply(torch.ones(5)))
-            assert _received(near) == (0, 0, 1, [1.0] * 5)
-            assert [transport for transport, _ in service.transports.values()] == ["rpc", "rpc"]
-            near.send("end")
-        finally:
-            process.kill()
-            process.join()
-            sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
-
-
-def _received(pipe: Connection) -> Any:
-    assert pipe.poll(PATIENCE_SECONDS)
-    return pipe.recv()
+    with connected(Rpc(), lambda _: Answering(5), 2, processes=1) as (service, workers, _):
+        payload = torch.zeros(service.push_format.size, dtype=torch.uint8)
+        workers[0].push(NUMBERS, payload)
+        wait_until(lambda: service.open, "the push of worker 0")
+        for stamp in range(20):
+            workers[1].push({**NUMBERS, "worker": 1, "stamp": stamp}, payload)
+            came = workers[1].result()
+            assert (came.worker, came.stamp, came.params.tolist()) == (1, stamp, [float(stamp)] * 5)
+        assert not workers[0].done()
+        service.open[0].set_result(reply(torch.ones(5)))
+        assert workers[0].result().worker == 0
+        assert [transport for transport, _ in service.transports.values()] == ["rpc", "rpc"]
 
 
 FORMATS: Mapping[str, Mapping[str, Any]] = {
@@ -208,3 +152,49 @@ def test_each_wire_form_crosses_and_shares_no_memory(name: str, dimension: int) 
             grad, buffers = form.unpack(payload)
             assert torch.equal(pushed.grad, grad)
             assert all(torch.equal(pushed.buffers[key], buffers[key]) for key in buffers)
+
+
+KILLED, PUSHED = 20, 1000
+BYTES_PER_KILL, BYTES_PER_PUSH = 100_000, 500
+"""The most that the server's memory grows by, on average."""
+
+
+class Answered(RecordingService):
+    """Answers every push, and keeps none."""
+
+    def push(self, session_id: str, push: Push) -> ReplyFuture:
+        """Answer."""
+        self.replies = [reply(torch.ones(5), worker=push.worker)]
+        return self._reply()
+
+
+@pytest.mark.slow
+def test_neither_pushes_nor_workers_that_were_killed_make_the_server_grow() -> None:
+    with connected(Rpc(), lambda _: Answered(5)) as (service, (worker,), _):
+        payload = torch.zeros(service.push_format.size, dtype=torch.uint8)
+
+        def push(count: int) -> None:
+            for _ in range(count):
+                worker.push(NUMBERS, payload)
+                assert worker.result().stamp == 1
+
+        def kill(count: int) -> None:
+            for _ in range(count):
+                (other,) = started(Rpc(), worker.address, [1], service.push_format.size)
+                other.connect()
+                other.push({**NUMBERS, "worker": 1}, payload)
+                assert other.result().stamp == 1
+                other.close()
+                wait_until(lambda: len(service.memberships) == 1, "the eviction")
+
+        push(300)
+        kill(3)
+        server, client = psutil.Process(), psutil.Process(worker.process.pid)
+        before = server.memory_info().rss, client.memory_info().rss
+        push(PUSHED)
+        after = server.memory_info().rss, client.memory_info().rss
+        grown = [(b - a) / PUSHED for a, b in zip(before, after, strict=True)]
+        assert max(grown) < BYTES_PER_PUSH, grown
+        kill(KILLED)
+        grown = [(server.memory_info().rss - after[0]) / KILLED]
+        assert grown[0] < BYTES_PER_KILL, grown
