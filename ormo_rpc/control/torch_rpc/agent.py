@@ -1,4 +1,4 @@
-"""This process's agent of torch.distributed.rpc, as hub or spoke .
+"""This process's agent of torch.distributed.rpc, as hub or spoke.
 
 torch's own groups do not survive the death of a process: in a static group a dead process is never replaced, and in a dynamic
 one every process has to inform every other one, through a store that a death leaves locked. Here there is no group. Workers
@@ -38,8 +38,6 @@ _ADDRESSES, _NAMES = "addrs", "names/_ALL_WORKER_INFOS"
 """The keys under which torch's agent looks for addresses, and for the list of agents that were there before it."""
 _book: list[Store] = []
 """The store of the agent that is about to start."""
-
-
 _NUMBER = random.SystemRandom().randrange(1, 1 << 15)
 """Of this process among the workers' agents. torch wants one for life; it is no worker's number, and two may have the same."""
 

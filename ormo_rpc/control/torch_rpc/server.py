@@ -5,14 +5,16 @@ They run in the agent's own threads, which are confined, and do nothing there bu
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed.rpc as rpc
 from torch import Tensor
 from torch.futures import Future
+from typing_extensions import override
 
 from ormo_rpc.control.messages import pack_error, pack_result
 from ormo_rpc.control.server import ControlServer
@@ -21,7 +23,7 @@ from ormo_rpc.control.torch_rpc.dispatch import Dispatcher
 
 @dataclass(frozen=True)
 class Published:
-    """The server's objects that the RRef refers to.
+    """The server's objects that the RRef refers to; they do not leave the process, as by `rpc.RRef.to_here`.
 
     Attributes:
         control: Makes the calls of the control plane.
@@ -32,6 +34,10 @@ class Published:
     control: ControlServer
     service: Any
     dispatcher: Dispatcher
+
+    @override
+    def __reduce__(self) -> NoReturn:
+        raise pickle.PicklingError("the server's objects stay in its process")
 
 
 _published: rpc.RRef[Published] | None = None

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch.distributed.rpc import internal
 
+from ormo_rpc.control.server import ControlServer
 from ormo_rpc.control.torch_rpc import unpickling
+from ormo_rpc.control.torch_rpc.server import Published
 from ormo_rpc.errors import NonFiniteGradient, PushRefused, StaleSession
 from tests.support.peer import SYSTEM, Api
 
@@ -257,3 +260,24 @@ def test_the_log_does_not_grow_with_what_a_peer_sends(caplog: pytest.LogCaptureF
     assert messages[0] == "refused from a peer: a?b?.name0"
     assert len(messages) == unpickling.NAMES_LOGGED
     assert messages[-1] == "refused from a peer: a?b?.name19; further names are refused without a line"
+
+
+# ------------------------------------------------------------------------------------------- a stranger at the control plane
+
+
+def test_the_objects_that_the_rref_refers_to_do_not_leave_the_process() -> None:
+    """Anybody may ask for the RRef, and then for its value."""
+    nothing = cast("Any", None)
+    with pytest.raises(pickle.PicklingError, match=r"^the server's objects stay in its process$"):
+        internal.serialize(Published(nothing, nothing, nothing))
+
+
+@pytest.mark.parametrize("arguments", ["", "[" * 100_000, "{" * 100_000, "1" * 10_000, "null", "{}"])
+def test_arguments_without_an_admission_get_one_error_and_no_line_in_the_log(
+    arguments: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    nothing = cast("Any", None)
+    control = ControlServer(nothing, nothing, nothing, nothing, nothing)
+    for name in ("join", "ask"):
+        assert set(json.loads(control.call(name, arguments))) == {"error", "text"}
+    assert caplog.records == []
