@@ -324,19 +324,24 @@ def test_all_sockets_are_on_loopback(transport: str, tmp_path: Path) -> None:
     with launched("launch.py", f"hydra.run.dir={tmp_path}", *ENDLESS, f"transport={transport}") as launcher:
         processes(tmp_path)
         family = descendants(launcher.pid)
-        listening = {
-            connection.laddr
-            for process in family
-            for connection in process.net_connections()
-            if connection.status == psutil.CONN_LISTEN and connection.family in (socket.AF_INET, socket.AF_INET6)
-        }
+
+        def ports() -> set[Any]:
+            return {
+                connection.laddr
+                for process in family
+                for connection in process.net_connections()
+                if connection.status == psutil.CONN_LISTEN and connection.family in (socket.AF_INET, socket.AF_INET6)
+            }
+
+        # The listener, and for each process a port of its agent; over authenticated streams there is no agent. The ports of the
+        # check at the start close beside the first tickets.
+        wait_until(lambda: len(ports()) == (1 if transport == "tcp" else 4), "the last of the ports")
+        listening = ports()
         named = {each for process in family for each in process.net_connections("unix") if each.status == psutil.CONN_LISTEN}
         assert {each.ip for each in listening} <= {"127.0.0.1", "::1"}
         address = json.loads((tmp_path / "processes.json").read_text())["address"]
         assert address in {f"{each.ip}:{each.port}" for each in listening}
         assert not named
-        # The listener, and for each process a port of its agent; over authenticated streams there is no agent.
-        assert len(listening) == (1 if transport == "tcp" else 4)
         threads = [task.read_text() for process in family for task in Path(f"/proc/{process.pid}/task").glob("*/comm")]
         assert any("TP_UV" in name for name in threads) == (transport != "tcp")
 
