@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import shutil
 import subprocess
@@ -17,6 +18,8 @@ from pathlib import Path
 
 INTERFACE = "eth0"
 """The name of the interface in both namespaces."""
+_count = itertools.count()
+"""Of the namespaces of this process, for their names."""
 _CLONE_NEWNET = 0x40000000
 
 
@@ -52,7 +55,9 @@ def two_hosts() -> Generator[tuple[Host, Host]]:
     Raises:
         OSError: they cannot be made; the text says why.
     """
-    hosts = tuple(Host(name=f"bench{os.getpid()}{side}", address=f"10.78.0.{k + 1}") for k, side in enumerate("ab"))
+    hosts = tuple(
+        Host(name=f"bench{os.getpid()}x{next(_count)}{side}", address=f"10.78.0.{k + 1}") for k, side in enumerate("ab")
+    )
     a, b = hosts
     try:
         for host in hosts:

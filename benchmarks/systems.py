@@ -39,7 +39,7 @@ class System:
         module: Run by ``python -m``.
         arguments: Besides D, K and S.
         environment: The folder of its own virtual environment; None for ours.
-        torchrun: Between hosts, torchrun starts it on each: rank 0 measures, the others work. (A peer moves its own workers.)
+        ours: It takes overrides, and between hosts torchrun starts it on each, where rank 0 measures; a peer moves its workers.
         variables: Further environment variables.
         overhead_seconds: Its time besides S on two cores, roughly: nearly all of it is loading libraries.
     """
@@ -48,7 +48,7 @@ class System:
     module: str
     arguments: tuple[str, ...] = ()
     environment: Path | None = None
-    torchrun: bool = False
+    ours: bool = False
     variables: tuple[tuple[str, str], ...] = ()
     overhead_seconds: float = 5.0
 
@@ -59,7 +59,7 @@ class System:
 
 
 def _ours(name: str, *arguments: str) -> System:
-    options: dict[str, Any] = {"torchrun": True, "overhead_seconds": 10.0}
+    options: dict[str, Any] = {"ours": True, "overhead_seconds": 10.0}
     return System(name=name, module="benchmarks.throughput", arguments=("--json", *arguments), **options)
 
 
@@ -107,25 +107,48 @@ def run(
     """
     if not system.python.exists():
         return f"not installed: make bench-{system.name}"
+    return _measurement(*commands_of(system, parameters, workers, seconds, hosts))
+
+
+def commands_of(
+    system: System,
+    parameters: int,
+    workers: int,
+    seconds: float,
+    hosts: tuple[Host, Host] | None,
+    folder: Path = ROOT,
+    overrides: Sequence[str] = (),
+) -> tuple[list[list[str]], dict[str, str]]:
+    """The commands that measure a system together, the first of which prints the measurement, and their environment.
+
+    Args:
+        system: What to measure.
+        parameters: D.
+        workers: K.
+        seconds: Time that is measured.
+        hosts: The server's host, and the workers'; None for all on this one.
+        folder: The checkout.
+        overrides: Further ones of our runs.
+    """
+    overrides = [*overrides, *([] if hosts is None else [f"runtime.interface={INTERFACE}"])]
+    more = ["--set", *overrides] if system.ours and overrides else []
     size = ("--parameters", str(parameters), "--workers", str(workers), "--seconds", str(seconds))
-    command = ["-m", system.module, *size, *system.arguments]
-    python, variables = str(system.python), {**os.environ, "PYTHONPATH": str(ROOT), **dict(system.variables)}
+    command = ["-m", system.module, *size, *system.arguments, *more]
+    python, variables = str(system.python), {**os.environ, "PYTHONPATH": str(folder), **dict(system.variables)}
     if hosts is None:
-        return _measurement([[python, *command]], {**variables, **LOOPBACK})
+        return [[python, *command]], {**variables, **LOOPBACK}
     server, others = hosts
     variables |= {"GLOO_SOCKET_IFNAME": INTERFACE, "TP_SOCKET_IFNAME": INTERFACE, "MASTER_ADDR": server.address}
-    if not system.torchrun:
+    if not system.ours:
         variables |= {HOST_VARIABLE: server.address, WORKERS_VARIABLE: others.name}
-        return _measurement([[*server.prefix, python, *command]], variables)
+        return [[*server.prefix, python, *command]], variables
     torchrun = [python, "-m", "torch.distributed.run", "--nnodes=2", f"--master-addr={server.address}"]
     torchrun.append(f"--master-port={TORCHRUN_PORT}")
     commands = [
         [*host.prefix, *torchrun, f"--node-rank={rank}", f"--nproc-per-node={processes}", *command]
         for rank, (host, processes) in enumerate(((server, 1), (others, workers)))
     ]
-    options = ("--set", f"runtime.interface={INTERFACE}")
-    secret = {"ORMO_RPC_SECRET": secrets.token_hex(32)}
-    return _measurement([[*each, *options] for each in commands], {**variables, **secret})
+    return commands, {**variables, "ORMO_RPC_SECRET": secrets.token_hex(32)}
 
 
 def _measurement(commands: Sequence[list[str]], variables: dict[str, str]) -> dict[str, Any] | str:
@@ -146,9 +169,11 @@ def _measurement(commands: Sequence[list[str]], variables: dict[str, str]) -> di
 
 
 @contextlib.contextmanager
-def started(command: list[str], variables: dict[str, str], folder: Path = ROOT) -> Generator[subprocess.Popen[str]]:
+def started(
+    command: list[str], variables: dict[str, str], folder: Path = ROOT, mark: str = ""
+) -> Generator[subprocess.Popen[str]]:
     """Start a process; it and everything it has started, daemons too, are killed at the end of the context."""
-    mark = secrets.token_hex(8)
+    mark = mark or secrets.token_hex(8)
     process = subprocess.Popen(
         command, cwd=folder, env={**variables, MARK: mark}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
