@@ -131,4 +131,8 @@ def _control(stack: contextlib.ExitStack, lease: Lease) -> Control:
 
     timeout_seconds = admission.call_timeout_seconds
     stack.enter_context(AGENT.hold(admission.agent, host=lease.local_host, timeout_seconds=timeout_seconds))
-    return RpcControl(admission.admission_id, timeout_seconds)
+    try:
+        return RpcControl(admission.admission_id, timeout_seconds)
+    except ServerLost:
+        AGENT.replace()
+        raise

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from ormo_rpc.errors import WireError
+from ormo_rpc.errors import WireError, one_line
 from ormo_rpc.rendezvous.protocol import MAX_NAME_CHARACTERS, Admission, LineReader, authenticate_worker, printable, send
 from ormo_rpc.rendezvous.secret import Secret
 
@@ -146,7 +146,12 @@ class Listener:
 
         def send_back(message: Mapping[str, Any]) -> None:
             with send_lock:
-                send(connection, message)
+                try:
+                    send(connection, message)
+                except OSError:  # a time-out leaves a part of the message under way, so nothing may follow it
+                    with contextlib.suppress(OSError):
+                        connection.shutdown(socket.SHUT_RDWR)
+                    raise
 
         try:
             send_back(asdict(admission))
@@ -162,6 +167,9 @@ class Listener:
             reason = "its connection was closed"
         except WireError as error:
             reason = f"it violated the protocol: {error}"
+        except Exception as error:  # whatever it is, a membership must not stay without a lease
+            _log.exception("a lease could not be held")
+            reason = f"the server failed: {one_line(error)}"
         if not self._closed.is_set():  # else the connection was closed by us
             self.handler.ended(admission.admission_id, reason)
 

@@ -6,6 +6,7 @@ The modes:
 * ``rejoin``: it ends the membership when it is told an address, and joins there as another worker;
 * ``together``: two loops of one process join; when it is told another address, a third one joins there while they hold on;
 * ``timeout``: it asks for something that the server does not answer, and says what came of it, and after how many seconds;
+* ``cut``: the connection between the agents is lost while a loop is a member, and another one joins;
 * ``admission``, ``join``, ``ask``, ``register``: kill this process right after it.
 """
 
@@ -16,6 +17,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import socket
 import time
 from multiprocessing.connection import Connection
 from typing import Any
@@ -95,6 +97,8 @@ def _main(pipe: Connection, mode: str, address: str) -> None:
                 pipe.send((type(error).__name__, str(error), time.monotonic() - began))
     elif mode == "together":
         _together(pipe, address)
+    elif mode == "cut":
+        _cut(pipe, address)
     else:
         _die(pipe, mode, address)
     os._exit(0)
@@ -132,6 +136,24 @@ def _together(pipe: Connection, address: str) -> None:
                 pipe.send(type(error).__name__)
             pipe.send(_described(third))
             pipe.recv()
+
+
+def _cut(pipe: Connection, address: str) -> None:
+    with _join(address, 0) as first:
+        _shut_connections(str(first.lease.admission.agent))
+        with _join(address, 1) as second:
+            pipe.send(_described(second))
+            pipe.send(_described(first))
+            pipe.recv()
+
+
+def _shut_connections(agent_address: str) -> None:
+    """Shut this process's connections to an agent down."""
+    peer = parse_address(agent_address.removeprefix("uv://"))
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - names are enough
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as connection:
+            if connection.getpeername()[:2] == peer:
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 def _die(pipe: Connection, place: str, address: str) -> None:

@@ -18,7 +18,8 @@ class AgentHolder:
     """Starts the agent for the first of those that hold it, and ends it with the last. `_lock` guards all of it.
 
     A server that was restarted has another address; the agent is then started again for it, also under those that still hold
-    the former one: their server is gone, and so their calls fail.
+    the former one: their server is gone, and so their calls fail. So it is for one that cannot reach its server: once torch has
+    lost the connection between two agents, it makes no other.
     """
 
     def __init__(self) -> None:
@@ -54,10 +55,15 @@ class AgentHolder:
                     if self._holders == 0:
                         self._end()
 
+    def replace(self) -> None:
+        """Start another agent for the next that holds one, as this one does not reach the server."""
+        with self._lock:
+            self._server = ""
+
     def _end(self) -> None:
-        if self._agent is not None:
-            self._agent.close()
-            self._agent = None
+        agent, self._agent = self._agent, None
+        if agent is not None:
+            agent.close()
 
 
 AGENT = AgentHolder()

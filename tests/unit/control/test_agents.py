@@ -126,6 +126,13 @@ def test_a_call_without_an_answer_in_time_is_a_lost_server() -> None:
         assert 0.9 < seconds < PATIENCE_SECONDS / 2
 
 
+def test_an_agent_whose_connection_is_lost_is_replaced_by_the_next_that_joins() -> None:
+    with ExitStack() as stack:
+        peer = stack.enter_context(Peer("cut", stack.enter_context(server())))
+        assert peer.says()["worker"] == 1
+        assert peer.says()["worker"] == 0  # its calls go by the new one
+
+
 def test_workers_that_die_anywhere_on_their_way_leave_no_membership(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     with ExitStack() as stack:

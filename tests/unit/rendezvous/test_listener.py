@@ -51,6 +51,8 @@ class Handler:
         """Send a message back."""
         if "bad" in message:
             raise WireError("it is bad")
+        if "odd" in message:
+            raise KeyError("odd")
         send({"got": message, "by": admission_id})
 
     def ended(self, admission_id: str, reason: str) -> None:
@@ -139,14 +141,21 @@ def test_heartbeats_keep_a_lease_for_longer_than_the_time_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "reason"), [(b"[1, 2]\n", "a JSON list came, expected an object"), (b'{"bad": 1}\n', "it is bad")]
+    ("line", "reason"),
+    [
+        (b"[1, 2]\n", "it violated the protocol: a JSON list came, expected an object"),
+        (b'{"bad": 1}\n', "it violated the protocol: it is bad"),
+        (b'{"odd": 1}\n', "the server failed: KeyError: 'odd'"),
+    ],
 )
-def test_a_worker_that_violates_the_protocol_loses_its_lease(line: bytes, reason: str) -> None:
+def test_a_worker_that_violates_the_protocol_loses_its_lease_and_so_does_one_that_cannot_be_served(
+    line: bytes, reason: str
+) -> None:
     handler = Handler()
     with listening(handler) as address, admitted(address) as lease:
         lease.connection.sendall(line)
         wait_until(lambda: handler.calls, "the end of the lease")
-    assert handler.calls[0] == ("0", f"it violated the protocol: {reason}")
+    assert handler.calls[0] == ("0", reason)
 
 
 def test_silent_connections_do_not_keep_workers_out(monkeypatch: pytest.MonkeyPatch) -> None:
