@@ -77,6 +77,8 @@ class Watched:
         for node in ended:
             wait_until(lambda node=node: not sockets_of(node), f"the end of the ranks of {node.host}", POLL_SECONDS)
         self.rows.append(("end of the run", f"completed; {count} iterations in order, every ticket once"))
+        took = (f"worker {worker} {each['transport']}" for worker, each in result["transports"].items())
+        self.rows.append((f"control plane {result['control']}, pushes by", ", ".join(took)))
 
 
 def short_and_long_loss(nodes: Nodes, folder: Path, *, down: float, timeout: float, seconds: float) -> list[Row]:

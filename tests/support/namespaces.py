@@ -120,6 +120,12 @@ class Nodes:
         """Take the cable of a node's ``eth0`` out, or put it back."""
         command("ip", "-n", self._switch, "link", "set", _port(node, 0), "up" if up else "down")
 
+    def set_port_range(self, first: int, last: int) -> None:
+        """Set the ports that the nodes choose from where a program asks for any free one."""
+        for node in self.nodes:
+            setting = f"echo {first} {last} > /proc/sys/net/ipv4/ip_local_port_range"
+            command("ip", "netns", "exec", node.namespace, "sh", "-c", setting)
+
     def _make(self) -> None:
         for name in (self._switch, *(node.namespace for node in self.nodes)):
             command("ip", "netns", "add", name)

@@ -31,11 +31,13 @@ class Socket:
     Attributes:
         pid: The process.
         local: The address that it is bound to.
+        port: The port that it is bound to.
         listening: It listens.
     """
 
     pid: int
     local: str
+    port: int
     listening: bool
 
 
@@ -71,6 +73,7 @@ class TorchrunJob:
         self.run_dir = folder / "run"
         self.nodes = nodes
         self.agents: dict[str, subprocess.Popen[bytes]] = {}
+        self._started: list[subprocess.Popen[bytes]] = []
         self._ranks = ranks
         self._rendezvous = rendezvous
         self._host = host
@@ -87,8 +90,8 @@ class TorchrunJob:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for node in self.nodes:
             node.kill()
-        for agent in self.agents.values():
-            agent.wait(PATIENCE_SECONDS)
+        for process in self._started:
+            process.wait(PATIENCE_SECONDS)
         if error is not None:
             error.add_note("\n".join(f"{node.host}: {self.said(node)}" for node in self.nodes))
 
@@ -104,7 +107,7 @@ class TorchrunJob:
             words = [
                 f"--rdzv-endpoint={address}:{PORT}",
                 "--rdzv-backend=c10d",
-                f"--rdzv-conf=is_host={is_host},last_call_timeout=1",
+                f"--rdzv-conf=is_host={is_host},last_call_timeout=15",
             ]
         if not any(option.startswith("--nnodes") for option in self._options):
             words.append(f"--nnodes={len(self.nodes)}")
@@ -114,7 +117,7 @@ class TorchrunJob:
     def command(self, node: Node, *words: str) -> subprocess.Popen[bytes]:
         """Start Python on a node; its output goes to the node's file."""
         with self.log(node).open("ab") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [*node.own_prefix, sys.executable, *words],
                 cwd=ROOT,
                 env={**os.environ, **self._env},
@@ -123,6 +126,8 @@ class TorchrunJob:
                 stderr=log,
                 start_new_session=True,
             )
+        self._started.append(process)
+        return process
 
     def log(self, node: Node) -> Path:
         """The file with what a node's processes say."""
@@ -170,7 +175,10 @@ def sockets_of(node: Node) -> list[Socket]:
             inodes = {str(each.readlink()) for each in Path(f"/proc/{process.pid}/fd").iterdir()}
         except OSError:  # it has just ended
             continue
-        found += [Socket(process.pid, _address(row[1]), row[3] == "0A") for row in rows if f"socket:[{row[9]}]" in inodes]
+        for row in rows:
+            if f"socket:[{row[9]}]" in inodes:
+                address, _, port = row[1].partition(":")
+                found.append(Socket(process.pid, _address(address), int(port, 16), row[3] == "0A"))
     return found
 
 
@@ -178,9 +186,8 @@ def _rows(table: Path) -> list[list[str]]:
     return [line.split() for line in table.read_text().splitlines()[1:]]
 
 
-def _address(word: str) -> str:
-    """The address in a column of Linux's tables, in which each word of 32 bits has the byte order of the machine."""
-    digits = word.partition(":")[0]
+def _address(digits: str) -> str:
+    """The address in Linux's tables, in which each word of 32 bits has the byte order of the machine."""
     packed = b"".join(struct.pack("=I", int(digits[at : at + 8], 16)) for at in range(0, len(digits), 8))
     if len(packed) == 4:
         return socket.inet_ntoa(packed)

@@ -23,12 +23,13 @@ from ormo_rpc.rendezvous.addresses import (
     interface_address,
     interface_of,
     listen_at,
+    parse_address,
     specific_address,
 )
 from ormo_rpc.rendezvous.secret import new_secret, read_secret, write_secret
 from ormo_rpc.runtimes.attempts import FormerRun, former_run, remember
 from ormo_rpc.runtimes.distributed.launcher.process_monitor import ProcessMonitor, ProcessSlot, if_killed, unless_server_lost
-from ormo_rpc.runtimes.distributed.launcher.rank import Rank, with_interface
+from ormo_rpc.runtimes.distributed.launcher.rank import Rank, server_over, with_interface
 from ormo_rpc.runtimes.distributed.launcher.supervisor import ChildProcess, Supervisor
 from ormo_rpc.runtimes.torchrun import Torchrun
 from ormo_rpc.storage.counters import RunCounters
@@ -156,14 +157,18 @@ def rank_process(
     """
     store = ("--store", torchrun.store) if torchrun.agent_store else ()
     launcher = Launcher(monitor.supervisor, config, logs=None)
+    loopback = torchrun.one_machine and config.rpc.interface is None
+    chosen_host, _, chosen_port = torchrun.store.rpartition(":")
     if torchrun.rank > 0:
-        server_args = store or ("--address", torchrun.store, *_option("--secret-file", config.server.secret_file))
+        address = f"{'127.0.0.1' if loopback else chosen_host}:{chosen_port}"
+        server_args = store or ("--address", address, *_option("--secret-file", config.server.secret_file))
         start_worker = launcher.worker(torchrun.rank - 1, *server_args, before=torchrun.attempt)
-        yield monitor.add(f"worker {torchrun.rank - 1}", start_worker, should_restart=unless_server_lost)
+        name = f"worker {torchrun.rank - 1}"
+        yield monitor.add(name, start_worker, should_restart=unless_server_lost, essential=True)
         return
     secret_file = _run_secret(config, run_dir) if torchrun.one_machine else _shared_secret(config)
-    host = "127.0.0.1" if torchrun.one_machine else interface_address(config.rpc.interface)
-    port = 0 if torchrun.agent_store else int(torchrun.store.rpartition(":")[2])
+    host = "127.0.0.1" if loopback else interface_address(config.rpc.interface)
+    port = 0 if torchrun.agent_store else int(chosen_port)
     former = former_run(torchrun) if torchrun.agent_store else None
     with _listen_again(former and former.address, f"{host}:{port}", public=config.server.public) as listener:
         address = address_of(listener)
@@ -184,7 +189,7 @@ def _listen_again(former: str | None, address: str, *, public: bool) -> socket.s
 
 
 @contextlib.contextmanager
-def elastic_worker_process(monitor: ProcessMonitor, config: Config) -> Generator[ProcessSlot]:
+def elastic_worker_process(monitor: ProcessMonitor, config: Config, report: Callable[[str], None]) -> Generator[ProcessSlot]:
     """Start a worker for a run that another launcher has started, maybe on another machine; the value is its slot."""
     assert config.server.address is not None
     secret_file = _shared_secret(config)
@@ -193,7 +198,14 @@ def elastic_worker_process(monitor: ProcessMonitor, config: Config) -> Generator
     own = None if isinstance(config.transport, Auto) else json.dumps(to_tree(config)["transport"])
     server_args = ("--address", config.server.address, *_option("--secret-file", secret_file))
     own_args = (*_option("--data-root", root), *_option("--transport", own))
-    yield monitor.add("worker", launcher.worker(None, *server_args, *own_args), should_restart=if_killed, essential=True)
+    host, _ = parse_address(config.server.address)
+    elsewhere = host not in ("localhost", "::1") and not host.startswith("127.")
+    if elsewhere:
+        report(f"a worker on {socket.gethostname()}, for {server_over(config.server.address)}")
+    slot = monitor.add("worker", launcher.worker(None, *server_args, *own_args), should_restart=if_killed, essential=True)
+    yield slot
+    if elsewhere and slot.done and not monitor.supervisor.signals:
+        report(f"the run at {config.server.address} has ended")
 
 
 def _run_secret(config: Config, run_dir: Path) -> Path | None:

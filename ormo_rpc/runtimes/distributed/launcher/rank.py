@@ -93,8 +93,12 @@ class WorkerRank(Rank):
             self.ended.set()
 
     def _say_server(self, address: str) -> None:
-        over = with_interface(local_address(parse_address(address)))
-        self.say(f"worker {self.torchrun.rank - 1}, for the server at {address} over {over}")
+        self.say(f"worker {self.torchrun.rank - 1}, for {server_over(address)}")
+
+
+def server_over(address: str) -> str:
+    """The server's address, and the interface of this machine over which it is reached."""
+    return f"the server at {address} over {with_interface(local_address(parse_address(address)))}"
 
 
 def with_interface(host: str) -> str:

@@ -104,6 +104,8 @@ def _run_worker_rank(config: Config, run_dir: Path, torchrun: Torchrun, began: f
             rank.say_end(config.rpc.stop_timeout_seconds)
         elif slot.exit_code == EXIT_SERVER_LOST:
             raise RunFailed(slot.exit_reason)
+        else:
+            _report(f"{slot.exit_reason}; the run continues without it")
 
 
 def _nothing_to_continue(config: Config, torchrun: Torchrun) -> str:
@@ -122,7 +124,7 @@ def join(config: Config) -> None:
     """
     with Supervisor(_report) as supervisor:
         monitor = _monitor(supervisor, config)
-        slot = _supervise_worker(monitor, elastic_worker_process(monitor, config), config)
+        slot = _supervise_worker(monitor, elastic_worker_process(monitor, config, _report), config)
     if slot.given_up:
         raise RunFailed(slot.exit_reason)
 
