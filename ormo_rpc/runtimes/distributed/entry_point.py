@@ -100,7 +100,8 @@ def _run_worker(arguments: argparse.Namespace, report: Callable[[str], None]) ->
             report=report,
         )
     )
-    obey_supervisor(arguments.control_fd, lambda _: worker.leave())
+    # By another thread, as a server that hangs takes its time, and the one that reads has to notice the supervisor's end.
+    obey_supervisor(arguments.control_fd, lambda _: threading.Thread(target=worker.leave, name="leave", daemon=True).start())
     _on_sigterm(worker.leave)
     worker.run()
 

@@ -6,6 +6,7 @@
     launcher           processes.py: the command line of each role; process_monitor.py: restarts; supervisor.py: the parent's
                        side of the children's pipes, child.py: theirs; entry_point.py: the children's main
     rendezvous         listener.py: the server's side; lease.py: a worker's; protocol.py: the handshake
+    control            joining.py: a worker's way into the run; server.py: the server's side; torch_rpc, lines.py: the carriers
     server_process     service.py: the lock around the parameter server, and memberships
     worker_process     from reply to push
     transports         how pushes and replies cross

@@ -248,13 +248,14 @@ def serve(args: ServerArgs, on_ready: Callable[[ServerProcess], None]) -> None:
         args: The arguments of the process.
         on_ready: Called with the process as soon as it can be asked to stop.
     """
+    text = (args.run_dir / "config.yaml").read_text()
     config = load_config(args.run_dir / "config.yaml")
     process = ServerProcess(Job(config), args)
     sys.setswitchinterval(SWITCH_SECONDS)
     serving = Serving(
         transport=config.transport.name,
         control=config.control,
-        config=(args.run_dir / "config.yaml").read_text(),
+        config=text,
         fingerprint=process.session.job.fingerprint().to_dict(),
         heartbeat_seconds=config.rpc.heartbeat_seconds,
         worker_timeout_seconds=config.rpc.worker_timeout_seconds,
