@@ -52,7 +52,7 @@ class Options:
 
     faults: int = 30
     seed: int = 0
-    gradients: int = 350
+    gradients: int = 600
     seconds: float = 15.0
     journal: bool = False
     transport: str = "auto"
