@@ -15,7 +15,7 @@ from tests.support.torchrun_job import TorchrunJob, sockets_of
 
 PORTS = (41000, 41999)
 """A range for a firewall."""
-pytestmark = [pytest.mark.live, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]
 
 
 @pytest.fixture
