@@ -35,6 +35,8 @@ UNTIL_CLOSED = timedelta(days=365)
 """The time-out of waits that end with the membership: either side closes the pair then."""
 LAST_REPLY_SECONDS = 1.0
 """The time for the reply that tells an evicted worker the reason."""
+CLOSE_SECONDS = 3.0
+"""The time for the thread of a pair that is closed. One that came back from Gloo while the process ends would abort it."""
 MAX_ERROR_CHARACTERS = 1000
 ERROR_BYTES = 16 * 1024
 """Room for that many characters of an error reply as JSON, whatever they are."""
@@ -106,6 +108,8 @@ class GlooServerSide(ServerSide):
             sessions = list(self._sessions.values())
         for session in sessions:
             session.close()
+        for session in sessions:
+            session.join(CLOSE_SECONDS)
 
     def _remove(self, session: Session) -> None:
         with self._lock:
@@ -138,6 +142,7 @@ class Session:
         self._ended = False
         self._responding = False
         """True from a request until its response has left."""
+        self._thread: threading.Thread | None = None
         self._address = queue.SimpleQueue[Address | str]()
         self._small = torch.zeros(small_bytes(service.reply_size.buffers), dtype=torch.uint8)
         self._small_view = bytes_of(self._small)
@@ -158,7 +163,8 @@ class Session:
             finally:
                 on_end()
 
-        threading.Thread(target=run, name=f"gloo session {self._other.host}:{self._other.port}", daemon=True).start()
+        self._thread = threading.Thread(target=run, name=f"gloo session {self._other.host}:{self._other.port}", daemon=True)
+        self._thread.start()
         try:
             address = self._address.get(timeout=OPEN_SECONDS)
         except queue.Empty:
@@ -186,6 +192,11 @@ class Session:
             pair, self._pair = self._pair, None
         if pair is not None:
             pair.close()
+
+    def join(self, timeout_seconds: float) -> None:
+        """Wait for the end of the thread of a pair that is closed."""
+        if self._thread is not None:
+            self._thread.join(timeout_seconds)
 
     def _exchange(self, own: Address) -> Address:
         self._address.put(own)
