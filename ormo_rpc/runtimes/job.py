@@ -184,12 +184,10 @@ class Job:
             )
 
     def initial_digest(self) -> Callable[[], bytes]:
-        """Return a function, for any thread, that hashes the parameters and buffers of a newly built model."""
-        fingerprint = self.fingerprint()
+        """Return a function, for any thread, that hashes the trainable parameters of a newly built model, in 32 bytes."""
         with self._unchanged_model() as model:
             params = [each.detach() for each in model.trainable.values()]  # whoever takes the model binds it to other memory
-        rest = torch.frombuffer(bytearray(str(fingerprint.sha256), "utf-8"), dtype=torch.uint8)
-        return lambda: bytes.fromhex(sha256(*params, rest))
+        return lambda: bytes.fromhex(sha256(*params))
 
     def push_format(self) -> PushFormat:
         """Return the wire form of pushes, the same on the server as on its workers."""

@@ -1,4 +1,8 @@
-"""The check at the start of a live run that all processes have made the same initial parameters and buffers.
+"""The check at the start of a live run that all processes have made the same initial parameters.
+
+Every reply has the server's parameters, so ranks that differ train as they should; but their code or their files differ, and
+what else does is not known. Processors of other kinds may round a draw differently: there a difference means nothing, and is
+no more than a line in the log.
 
 Each rank gathers the hash of all others' by a process group, beside the rest of the start: in a thread, in the first process of
 each rank, and over before training begins. The run does not depend on it. Where a rank dies meanwhile, or is late, the check is
@@ -7,15 +11,19 @@ not completed, a line in the log says so, and the run goes on.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 from collections.abc import Callable, Sequence
 
 from ormo_rpc.errors import Refused, one_line
 from ormo_rpc.runtimes.collectives import Call, SharedStore, gather, process_group
+from ormo_rpc.storage.environment import arithmetic
 
 GROUP_TIMEOUT_SECONDS = 2.0
 """For each operation of the group."""
+DIGEST_BYTES = 32
+"""Of the hash of the parameters; behind it comes that of the machine."""
 WAIT_SECONDS = 1.0
 """A process that could begin to train waits at most this long for the check."""
 NOT_COMPARED = "the initial parameters of all processes were not compared: %s"
@@ -28,16 +36,26 @@ class StartCheck:
     Args:
         rank: Of this process.
         size: The number of ranks.
-        digest: Returns the hash of this process's initial values; called in the thread.
+        digest: Returns the hash of this process's initial parameters; called in the thread.
         call: Brings a request to the `SharedValues` of the group.
         host: The address of this machine at which the other ranks reach it.
         timeout_seconds: For all ranks to come.
+        machine: The hash of what decides how this process rounds a draw.
     """
 
     def __init__(
-        self, rank: int, size: int, digest: Callable[[], bytes], call: Call, *, host: str, timeout_seconds: float
+        self,
+        rank: int,
+        size: int,
+        digest: Callable[[], bytes],
+        call: Call,
+        *,
+        host: str,
+        timeout_seconds: float,
+        machine: bytes | None = None,
     ) -> None:
         self._rank, self._size, self._digest, self._host = rank, size, digest, host
+        self._machine = machine_digest() if machine is None else machine
         self._given_up, self._done = threading.Event(), threading.Event()
         self._difference: str | None = None
         self._store = SharedStore(call, size, timeout_seconds=timeout_seconds, given_up=self._given_up)
@@ -60,7 +78,7 @@ class StartCheck:
 
     def _run(self) -> None:
         try:
-            digest = self._digest()
+            digest = self._digest() + self._machine
             if self._given_up.is_set():  # the parameters may have changed meanwhile
                 return
             with process_group(
@@ -75,21 +93,30 @@ class StartCheck:
             self._done.set()
 
     def _compare(self, digests: Sequence[bytes]) -> None:
-        difference = difference_of(digests)
-        if difference is None:
+        others = [rank for rank, digest in enumerate(digests) if digest[:DIGEST_BYTES] != digests[0][:DIGEST_BYTES]]
+        alike = [rank for rank in others if digests[rank][DIGEST_BYTES:] == digests[0][DIGEST_BYTES:]]
+        if not others:
             _log.info("all %d processes have the same initial parameters", self._size)
-        elif self._rank > 0 and digests[self._rank] != digests[0]:
-            self._difference = difference
+        elif self._rank in alike:
+            self._difference = difference(alike)
+        elif alike:
+            _log.info("%s", difference(alike))
         else:
-            _log.info("%s", difference)
+            _log.info("the processors or the torch of %s make other initial parameters; the server's count", _names(others))
 
 
-def difference_of(digests: Sequence[bytes]) -> str | None:
-    """Say in one line which ranks differ from rank 0; None where none does."""
-    others = [f"rank {rank} (worker {rank - 1})" for rank, digest in enumerate(digests) if digest != digests[0]]
-    if not others:
-        return None
+def machine_digest() -> bytes:
+    """Hash what decides how this process rounds a random draw, in 32 bytes."""
+    return hashlib.sha256(repr(arithmetic()).encode()).digest()
+
+
+def difference(ranks: Sequence[int]) -> str:
+    """Say in one line that these ranks differ from rank 0."""
     return (
-        f"model: the initial parameters or buffers of {', '.join(others)} differ from those of rank 0 (the server); every "
-        "process must make the same: draw from torch, random or numpy.random, which are seeded"
+        f"model: the initial parameters of {_names(ranks)} differ from those of rank 0 (the server); every process must make "
+        "the same: draw from torch, random or numpy.random, which are seeded"
     )
+
+
+def _names(ranks: Sequence[int]) -> str:
+    return ", ".join(f"rank {rank} (worker {rank - 1})" for rank in ranks)

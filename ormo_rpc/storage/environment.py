@@ -15,11 +15,14 @@ def environment() -> dict[str, Any]:
     return {
         "commit": _commit(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cpu": _cpu(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
+        **arithmetic(),
         "threads": torch.get_num_threads(),
     }
+
+
+def arithmetic() -> dict[str, Any]:
+    """Torch, the processor, and the instructions that torch takes of it: they decide how a random draw is rounded."""
+    return {"torch": torch.__version__, "cpu": _cpu(), "capability": torch.backends.cpu.get_cpu_capability()}
 
 
 def _commit() -> str | None:

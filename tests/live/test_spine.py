@@ -105,7 +105,7 @@ def test_workers_that_make_other_initial_parameters_end_the_run_with_their_ranks
     status, _, err = launch(run_dir, *QUIET, *model, "workers=2", "train.batch_size=8")
     assert status == 1, err
     said = (
-        r"Refused: model: the initial parameters or buffers of rank 1 \(worker 0\), rank 2 \(worker 1\) differ from those of "
+        r"Refused: model: the initial parameters of rank 1 \(worker 0\), rank 2 \(worker 1\) differ from those of "
         r"rank 0 \(the server\); every process must make the same: .*"
     )
     for worker in range(2):

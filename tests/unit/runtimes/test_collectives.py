@@ -6,7 +6,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ormo_rpc.errors import Refused
 from ormo_rpc.runtimes import start_check
 from ormo_rpc.runtimes.collectives import MAX_VALUES_PER_RANK, SharedStore, SharedValues, gather, process_group
 from ormo_rpc.runtimes.job import Job
-from ormo_rpc.runtimes.start_check import StartCheck, difference_of
+from ormo_rpc.runtimes.start_check import StartCheck
 from tests.support.processes import PATIENCE_SECONDS, wait_until
 
 EQUAL, OTHER, THIRD = b"\x01" * 32, b"\x02" * 32, b"\x03" * 32
@@ -159,13 +159,14 @@ def test_a_value_that_does_not_come_is_waited_for_until_the_time_out() -> None:
         store.get("another")
 
 
-def checks(digests: list[bytes], size: int | None = None) -> list[StartCheck]:
-    """Begin the check in the first ranks, by default all."""
+def checks(digests: list[bytes], size: int | None = None, machines: Sequence[bytes] = ()) -> list[StartCheck]:
+    """Begin the check in the first ranks, by default all, on machines of one kind unless others are given."""
     size = size or len(digests)
     call = SharedValues(size).answer
+    options: dict[str, Any] = {"host": "127.0.0.1", "timeout_seconds": PATIENCE_SECONDS}
     return [
-        StartCheck(rank, size, lambda digest=digest: digest, call, host="127.0.0.1", timeout_seconds=PATIENCE_SECONDS)
-        for rank, digest in enumerate(digests)
+        StartCheck(rank, size, lambda digest=digest: digest, call, **options, machine=machine)
+        for rank, (digest, machine) in enumerate(zip(digests, machines or [EQUAL] * len(digests), strict=True))
     ]
 
 
@@ -184,13 +185,18 @@ def test_a_rank_that_differs_from_the_server_is_refused_and_every_rank_that_does
         with pytest.raises(Refused) as caught:
             check.finish(PATIENCE_SECONDS)
         assert str(caught.value) == (
-            "model: the initial parameters or buffers of rank 2 (worker 1), rank 3 (worker 2) differ from those of rank 0 (the "
+            "model: the initial parameters of rank 2 (worker 1), rank 3 (worker 2) differ from those of rank 0 (the "
             "server); every process must make the same: draw from torch, random or numpy.random, which are seeded"
         )
 
 
-def test_equal_hashes_have_no_difference() -> None:
-    assert difference_of([EQUAL, EQUAL]) is None
+def test_a_rank_that_differs_on_another_kind_of_machine_is_not_refused(caplog: pytest.LogCaptureFixture) -> None:
+    """Its processor may round a draw differently, and every reply has the server's parameters."""
+    with caplog.at_level(logging.INFO):
+        for check in checks([EQUAL, OTHER], machines=[EQUAL, THIRD]):
+            check.finish(PATIENCE_SECONDS)
+    said = "the processors or the torch of rank 1 (worker 0) make other initial parameters; the server's count"
+    assert caplog.messages == [said, said]
 
 
 def test_a_rank_that_never_comes_is_not_waited_for(caplog: pytest.LogCaptureFixture) -> None:
@@ -255,10 +261,11 @@ def digest(parameter: float = 0.0, buffer: float = 0.0) -> bytes:
     return Job(parse_config({"workers": 1, "model": model})).initial_digest()()
 
 
-def test_the_hash_is_of_all_initial_parameters_and_buffers() -> None:
+def test_the_hash_is_of_the_initial_parameters() -> None:
+    """Not of buffers, which come with every reply and need not agree."""
     assert len(digest()) == 32
-    assert digest() == digest()
-    assert len({digest(), digest(parameter=0.5), digest(buffer=0.5), digest(parameter=0.5, buffer=0.5)}) == 4
+    assert digest() == digest(buffer=0.5)
+    assert digest() != digest(parameter=0.5)
 
 
 def test_the_hash_is_that_of_the_initial_values_also_when_the_model_is_used_meanwhile() -> None:
