@@ -91,8 +91,8 @@ def test_workers_that_were_killed_leave_nothing_in_the_server_and_many_work_at_o
             workers.send_signal(signal.SIGTERM)
             _, err = workers.communicate(timeout=60)
             assert workers.returncode == 0, err
-        assert full.threads <= before.threads + 3 * TOGETHER, (before, full)
-        assert full.descriptors <= before.descriptors + 10 * TOGETHER, (before, full)
+        assert full.threads <= before.threads + 4 * TOGETHER, (before, full)
+        assert full.descriptors <= before.descriptors + 12 * TOGETHER, (before, full)
         assert full.megabytes <= before.megabytes + 2 * TOGETHER, (before, full)
         wait_until(lambda: before.is_left(server), "the end of what belonged to workers that have left")
         host.send_signal(signal.SIGINT)
