@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
+import torch
 
 import ormo_rpc
 from ormo_rpc.cli import compose
 from ormo_rpc.errors import ConfigError
+from ormo_rpc.messages import Push
 from ormo_rpc.options import parts
+from ormo_rpc.runtimes.job import Job
+from ormo_rpc.server.parameter_server import Status
 from tests.support.processes import replayed
 
 SIM = ("runtime=sim", "runtime.gradient=quadratic", "logger=none", "runtime.compute_seconds=1.0")
@@ -78,3 +83,37 @@ def test_prefetch_is_refused_with_a_barrier(scheduler: str) -> None:
             compose(overrides)
     else:
         assert compose([*overrides, "workers=3"]).num_workers == 6
+
+
+@pytest.mark.parametrize("value", [-1, 101, 40_000])
+def test_too_large_a_prefetch_is_refused(value: int) -> None:
+    with pytest.raises(ConfigError, match=rf"^worker.prefetch: got {value}, expected a whole number from 0 to 100"):
+        compose([f"worker.prefetch={value}"])
+    assert compose(["worker.prefetch=100", "workers=4"]).num_workers == 404
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_non_finite_gradients_of_two_workers_of_one_process_do_not_end_the_run(loaded: bool) -> None:
+    some = Job(compose(["workers=2", "worker.prefetch=1", "model.hidden=4", "train.max_iterations=6"]))
+    server = some.server(lambda _: None, lambda: 0.0)
+    held = {reply.worker: reply for reply in server.start()}
+    if loaded:
+        server.load_state_dict(server.state_dict(replies=True))
+    grad, bad = torch.zeros_like(server.params), torch.full_like(server.params, math.nan)
+
+    def push(worker: int, what: torch.Tensor) -> None:
+        reply = held.pop(worker)
+        assert reply.ticket is not None
+        sent = Push(worker=worker, ticket=reply.ticket, stamp=reply.stamp, grad=what, incarnation=reply.incarnation)
+        replies = server.receive(sent)
+        held.update({reply.worker: reply for reply in replies if reply.ticket is not None})
+
+    spoiled = held[1].ticket
+    for worker in (1, 3, 1):  # those of process 1
+        push(worker, bad)
+        assert server.status is Status.running
+        assert spoiled not in {held[worker].ticket for worker in (1, 3) if worker in held}
+    push(0, grad)
+    assert held[0].ticket == spoiled
+    push(0, bad)
+    assert server.status is Status.diverged, "processes 0 and 1 agree"

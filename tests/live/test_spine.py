@@ -82,13 +82,17 @@ def test_workers_of_one_run_push_by_different_transports_and_it_is_evaluated_mea
     assert replayed(run_dir, tmp_path / "again") == result["final_params_sha256"]
 
 
-def test_a_run_over_gloo_survives_a_death_in_the_check_at_the_start_and_is_replayed(tmp_path: Path) -> None:
+def test_a_run_over_gloo_survives_deaths_in_the_check_at_the_start_and_with_two_tickets_and_is_replayed(tmp_path: Path) -> None:
     """With two loops in each process, which share its agent and have a pair each."""
     run_dir = tmp_path / "run"
-    options = ("transport=gloo", "worker.prefetch=1", "workers=2", "train.max_iterations=120", "runtime.faults=[kill@1:join]")
-    status, _, err = launch(run_dir, *QUIET, *options)
+    options = ("transport=gloo", "worker.prefetch=1", "workers=2", "train.max_iterations=120")
+    status, _, err = launch(run_dir, *QUIET, *options, "runtime.faults=[kill@1:join,kill@0:15]")
     assert status == 0, err
     assert "fault kill@1:join" in err
+    assert "fault kill@0:15" in err
+    assert {event["worker"] for event in events(run_dir, "leave")} == {0, 2}, (
+        "a process that dies takes all its tickets with it"
+    )
     log = (run_dir / "logs" / "server.log").read_text()
     assert log.count("the initial parameters of all processes were not compared: ") == 1, log
     result = summary(run_dir)
