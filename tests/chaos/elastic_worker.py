@@ -122,8 +122,7 @@ class _Stage:
             _wrap(WorkerLoop, "_prepare", after=self.reach)
         elif self.name == "opening":
             for way in ("ask", "open_connection"):
-                if hasattr(Endpoint, way):
-                    _wrap(Endpoint, way, after=self.reach)
+                _wrap(Endpoint, way, after=self.reach)
         elif self.name == "connected":
             _wrap(WorkerLoop, "_work", before=self.reach)
         else:

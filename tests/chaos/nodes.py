@@ -26,7 +26,7 @@ POLL_SECONDS = 0.2
 SLOW = ("train.epochs=1000000", "heterogeneity=slow_tail", "heterogeneity.fraction=1", "heterogeneity.factor=100")
 """Gradients that take some hundredths of a second."""
 Row = tuple[str, str]
-"""What was done, and what was seen."""
+"""An action, and its effect."""
 
 
 class Watched:

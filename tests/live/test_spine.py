@@ -1,4 +1,4 @@
-"""What connects the processes of a live run: the control plane, a data path each, and a process group at the start."""
+"""Connections of the processes of a live run: the control plane, a data path each, and a process group at the start."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def outcomes(folder: Path) -> Outcomes:
-    """What came of every attempt, by kind of agent; the stranger ends when it has tried them all."""
+    """The outcome of every attempt, by kind of agent; the stranger ends when it has tried them all."""
     with launched("-m", "tests.support.peer", "serve", *peer.KINDS) as serving:
         assert serving.stdout is not None
         addresses = json.loads(serving.stdout.readline())
@@ -120,5 +120,5 @@ def test_without_these_protections_the_same_stranger_runs_any_code(outcomes: Out
 
 
 def test_a_stranger_ends_an_agent_with_one_line(outcomes: Outcomes) -> None:
-    """If this fails, torch has closed a hole, and SECURITY.md can be shortened."""
+    """Where this fails, torch has closed a hole, and SECURITY.md can be shortened."""
     assert outcomes["victim"]["rubbish"] == str(-signal.SIGABRT)

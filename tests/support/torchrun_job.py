@@ -134,7 +134,7 @@ class TorchrunJob:
         return self.folder / f"{node.host}.log"
 
     def said(self, node: Node) -> str:
-        """What a node's processes have said so far."""
+        """The words of a node's processes so far."""
         return self.log(node).read_text(errors="replace") if self.log(node).exists() else ""
 
     def wait(self, seconds: float = 2 * PATIENCE_SECONDS) -> list[int]:

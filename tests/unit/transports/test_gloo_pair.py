@@ -131,7 +131,7 @@ def test_messages_cross_both_ways_on_the_address_that_was_asked_for(host: str) -
         for _ in range(3):
             assert torch.equal(answered(pair, numbers()), numbers() + 1)
         assert torch.equal(answered(pair, numbers(10))[:10], numbers(10) + 1)  # a smaller one than was posted
-        ends = [connection.getsockname()[0] for connection in pair._connections]  # pyright: ignore[reportPrivateUsage]
+        ends = [connection.getsockname()[0] for connection in pair._connections]  # pyright: ignore[reportPrivateUsage] # nothing else tells its address
         assert ends == [host]
 
 

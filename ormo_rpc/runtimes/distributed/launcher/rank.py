@@ -1,4 +1,4 @@
-"""What the launcher of a rank under torchrun says to people: what it does and for whom, and how the run ended.
+"""The messages of a rank's launcher under torchrun: what it does and for whom, and how the run ended.
 
 The launchers read it from torchrun's store, where there is one.
 """
