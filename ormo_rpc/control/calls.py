@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from ormo_rpc.control.base import Control
 from ormo_rpc.control.messages import JoinRequest, JoinResponse, unpack_result
+from ormo_rpc.rendezvous.protocol import from_server
 
 
 class Calls(Control):
@@ -37,7 +38,8 @@ class Calls(Control):
 
     @override
     def join(self, request: JoinRequest) -> JoinResponse:
-        return JoinResponse.parse(self._result("join", admission_id=self._admission_id, request=asdict(request)))
+        result = self._result("join", admission_id=self._admission_id, request=asdict(request))
+        return from_server(JoinResponse, result, "join response")
 
     @override
     def ask(self, session_id: str, transport: str, request: Mapping[str, Any]) -> Mapping[str, Any]:

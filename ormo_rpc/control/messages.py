@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ormo_rpc.errors import Refused, RunEnded, ServerLost, StaleSession, WireError
+from ormo_rpc.errors import Refused, RunEnded, ServerLost, StaleSession
 from ormo_rpc.rendezvous.protocol import MAX_NAME_CHARACTERS, printable
 
 MAX_WORKER = (1 << 15) - 1
@@ -68,18 +68,6 @@ class JoinResponse:
     config: str
     offers: Mapping[str, Mapping[str, Any]]
     fingerprint: Mapping[str, Any]
-
-    @classmethod
-    def parse(cls, message: Mapping[str, Any]) -> JoinResponse:
-        """Read the message of an authenticated server.
-
-        Raises:
-            WireError: a field is missing.
-        """
-        missing = [name for name in cls.__dataclass_fields__ if name not in message]
-        if missing:
-            raise WireError(f"join response: got no {', '.join(missing)}")
-        return cls(**{name: message[name] for name in cls.__dataclass_fields__})
 
 
 def pack_result(result: Mapping[str, Any]) -> str:

@@ -121,9 +121,7 @@ class ControlServer(LeaseHandler):
         Raises:
             StaleSession: it is not.
         """
-        with self._lock:
-            if admission_id not in self._admitted:
-                raise StaleSession("control: this admission is not valid: its lease has ended; connect again")
+        self._admission(admission_id)
 
     # ---------------------------------------------------------------------------------------------------------- the calls
 
@@ -131,10 +129,7 @@ class ControlServer(LeaseHandler):
         admission_id = _text(given, "admission_id")
         given_request = given.get("request")
         request = JoinRequest.parse(given_request if isinstance(given_request, Mapping) else {})
-        with self._lock:
-            admitted = self._admitted.get(admission_id)
-        if admitted is None:
-            raise StaleSession("control: this admission is not valid: its lease has ended; connect again")
+        admitted = self._admission(admission_id)
         with admitted.joining:
             membership = admitted.membership
             if membership is None:
@@ -161,6 +156,14 @@ class ControlServer(LeaseHandler):
     def _leave(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         self.handler.leave(_text(given, "session_id"))
         return {}
+
+    def _admission(self, admission_id: str) -> _Admitted:
+        """The process whose lease is held."""
+        with self._lock:
+            admitted = self._admitted.get(admission_id)
+        if admitted is None:
+            raise StaleSession("control: this admission is not valid: its lease has ended; connect again")
+        return admitted
 
     def _membership(self, given: Mapping[str, Any]) -> Membership:
         """The membership of a session whose lease is held."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ormo_rpc.errors import Refused, WireError
-from ormo_rpc.rendezvous.protocol import Admission, LineReader, authenticate_server, send
+from ormo_rpc.rendezvous.protocol import Admission, LineReader, authenticate_server, from_server, send
 from ormo_rpc.rendezvous.secret import Secret
 
 MAX_RESPONSE_BYTES = 1 << 25
@@ -101,7 +101,7 @@ def connect(address: tuple[str, int], secret: Secret, *, timeout_seconds: float)
                 raise Refused(str(message["error"]))
         except Refused as error:
             raise Refused(f"the server at {address[0]}:{address[1]} refused this worker: {error}") from None
-        return Lease(connection, reader, Admission.parse(message))
+        return Lease(connection, reader, from_server(Admission, message, "admission"))
     except BaseException:
         connection.close()
         raise

@@ -13,10 +13,13 @@ import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeGuard
+from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard, TypeVar
 
 from ormo_rpc.errors import Refused, WireError
 from ormo_rpc.rendezvous.secret import NONCE_CHARACTERS, PROTOCOL_VERSION, Secret, nonce, proof, verify
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 MAX_HANDSHAKE_BYTES = 16 * 1024
 """The longest line of a handshake."""
@@ -26,6 +29,8 @@ MAX_NAME_CHARACTERS = 64
 """Longer names of hosts and slots are cut."""
 _CHUNK_BYTES = 64 * 1024
 _WRONG_SECRET = "wrong secret"  # noqa: S105 - the reason for a refusal
+_INSTALL_THE_SAME = "install the same ormo_rpc on both"
+T = TypeVar("T", bound="DataclassInstance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,17 +53,23 @@ class Admission:
     timeout_seconds: float
     call_timeout_seconds: float
 
-    @classmethod
-    def parse(cls, message: Mapping[str, Any]) -> Admission:
-        """Read the message of an authenticated server.
 
-        Raises:
-            WireError: a field is missing.
-        """
-        missing = [name for name in cls.__dataclass_fields__ if name not in message]
-        if missing:
-            raise WireError(f"admission: got no {', '.join(missing)}")
-        return cls(**{name: message[name] for name in cls.__dataclass_fields__})
+def from_server(cls: type[T], message: Mapping[str, Any], name: str) -> T:
+    """Read a message of an authenticated server, which may have further fields.
+
+    Args:
+        cls: A dataclass, with the fields of the message.
+        message: The message.
+        name: Of the message, in words.
+
+    Raises:
+        WireError: a field is missing.
+    """
+    names = cls.__dataclass_fields__
+    missing = [each for each in names if each not in message]
+    if missing:
+        raise WireError(f"{name}: got no {', '.join(missing)}; {_INSTALL_THE_SAME}")
+    return cls(**{each: message[each] for each in names})
 
 
 def send(sock: socket.socket, message: Mapping[str, Any], timeout_seconds: float = SEND_TIMEOUT_SECONDS) -> None:
@@ -242,7 +253,7 @@ def _is_nonce(value: object) -> TypeGuard[str]:
 
 def _other_version(version: object, peer: str, side: str) -> str:
     got = str(version) if type(version) is int and abs(version) < 10**9 else "none"
-    return f"protocol: the {peer} has version {got}, the {side} version {PROTOCOL_VERSION}; install the same ormo_rpc on both"
+    return f"protocol: the {peer} has version {got}, the {side} version {PROTOCOL_VERSION}; {_INSTALL_THE_SAME}"
 
 
 def printable(text: object, limit: int = 500) -> str:

@@ -8,6 +8,7 @@ import pytest
 
 from ormo_rpc.control.messages import JoinRequest, JoinResponse, pack_error, pack_result, unpack_result
 from ormo_rpc.errors import Refused, RunEnded, ServerLost, StaleSession, WireError
+from ormo_rpc.rendezvous.protocol import from_server
 
 JOIN: dict[str, Any] = {"preferred_worker": 0, "pid": 1, "host": "here", "slot_id": ""}
 
@@ -45,8 +46,8 @@ def test_names_in_a_join_request_are_cut_and_printable() -> None:
 
 
 def test_a_join_response_names_its_missing_fields() -> None:
-    with pytest.raises(WireError, match=r"\Ajoin response: got no offers, fingerprint\Z"):
-        JoinResponse.parse({"worker": 1, "session_id": "s", "config": ""})
+    with pytest.raises(WireError, match=r"\Ajoin: got no offers, fingerprint; install the same ormo_rpc on both\Z"):
+        from_server(JoinResponse, {"worker": 1, "session_id": "s", "config": ""}, "join")
 
 
 def test_a_result_crosses() -> None:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from ormo_rpc.errors import WireError
-from ormo_rpc.rendezvous.protocol import Admission, LineReader, send
+from ormo_rpc.rendezvous.protocol import Admission, LineReader, from_server, send
 from tests.support.rendezvous import connected_sockets
 
 LIMIT = 100
@@ -128,5 +128,5 @@ def test_receiving_does_not_change_the_sockets_time_out() -> None:
 
 
 def test_an_admission_names_its_missing_fields() -> None:
-    with pytest.raises(WireError, match=r"\Aadmission: got no agent, timeout_seconds, call_timeout_seconds\Z"):
-        Admission.parse({"admission_id": "a", "control": "rpc", "heartbeat_seconds": 1.0})
+    with pytest.raises(WireError, match=r"\Aadmission: got no agent, timeout_seconds, call_timeout_seconds; install "):
+        from_server(Admission, {"admission_id": "a", "control": "rpc", "heartbeat_seconds": 1.0}, "admission")
