@@ -231,18 +231,32 @@ def test_an_elastic_worker_joins_works_and_leaves_on_sigterm(tmp_path: Path) -> 
     assert summary(tmp_path)["evictions"] == []
 
 
-def test_workers_whose_frozen_weights_are_not_the_servers_end_the_run_with_their_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "differs", "reason"),
+    [
+        ("by_process", "backbone.weight: the values of the server and of this worker differ", "TimeoutError: worker .*"),
+        (
+            "trained_by_process",
+            "the initial parameters of rank 1 (worker 0), rank 2 (worker 1) differ from those of rank 0 (the server)",
+            ".*no worker is left: .*",
+        ),
+    ],
+    ids=["frozen", "trained"],
+)
+def test_workers_whose_initial_values_are_not_the_servers_end_the_run(
+    model: str, differs: str, reason: str, tmp_path: Path
+) -> None:
     """They are drawn from the process number, so that the launcher's two models agree."""
     run_dir = tmp_path / "run"
-    model = (f"model._target_={changing.HERE}.by_process", f"dataset._target_={changing.HERE}.data")
-    status, _, err = launch(run_dir, *QUIET, *model, "workers=2", "train.batch_size=8")
+    drawn = (f"model._target_={changing.HERE}.{model}", f"dataset._target_={changing.HERE}.data")
+    status, _, err = launch(run_dir, *QUIET, *drawn, "workers=2", "train.batch_size=8")
     assert status == 1, err
-    said = r"Refused: model: backbone\.weight: the values of the server and of this worker differ; every process must .*"
+    said = rf"Refused: model: {re.escape(differs)}; every process must make the same: .*"
     for worker in range(2):
         line = rf"^launch\.py: worker {worker} \(pid \d+\) exited with status 65: {said}; the run continues without it$"
         assert len(re.findall(line, err, re.MULTILINE)) == 1, err
-    reason = rf"^launch\.py: server \(pid \d+\) exited with status 1: TimeoutError: worker \d .*{said}; the run has ended; "
-    assert re.search(reason, err, re.MULTILINE), err
+    ended = rf"^launch\.py: server \(pid \d+\) exited with status 1: {reason}{said}; the run has ended; "
+    assert re.search(ended, err, re.MULTILINE), err
     assert "restarting" not in err
     assert summary(run_dir)["status"] == "failed"
 

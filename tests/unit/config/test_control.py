@@ -29,7 +29,7 @@ def test_control_is_by_rpc_unless_the_transport_avoids_it_or_torch_has_none(
     assert (config.control, config.lacks_rpc) == (control, False)
     monkeypatch.setattr(torch_rpc, "UNAVAILABLE", LACKING)
     if without_rpc is None:
-        with pytest.raises(ConfigError, match=LACKING):
+        with pytest.raises(ConfigError, match=rf"\Aruntime\.control: got (rpc|auto), expected .*: {LACKING}\Z"):
             compose(overrides)
     else:
         config = compose(overrides)
