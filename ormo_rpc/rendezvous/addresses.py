@@ -89,7 +89,7 @@ def interface_of(host: str) -> str:
     """The network interface of an IP address of this machine; an address of loopback belongs to the loopback interface.
 
     Raises:
-        ConfigError: no interface has that address as its first one.
+        ConfigError: no interface has that address as its first one, in which those of IPv4 come before those of IPv6.
     """
     wanted = _parsed(host)
     for _, name in socket.if_nameindex():
@@ -100,12 +100,20 @@ def interface_of(host: str) -> str:
     with contextlib.suppress(OSError), _IPV6_ADDRESSES.open() as lines:
         for line in lines:
             digits, *_, name = line.split()
-            if ipaddress.IPv6Address(bytes.fromhex(digits)) == wanted:
+            if ipaddress.IPv6Address(bytes.fromhex(digits)) == wanted and not _has_ipv4(name):
                 return name
     raise ConfigError(
         f"server.address: no network interface of this machine has the first address {host}, where torch's agent is to listen; "
         f"name one that has, or use transport=tcp, which needs no agent"
     )
+
+
+def _has_ipv4(interface: str) -> bool:
+    """Tell whether an interface has an address of IPv4, which comes before those of IPv6."""
+    with contextlib.suppress(ConfigError):
+        interface_address(interface)
+        return True
+    return False
 
 
 def specific_address(host: str) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
 from ormo_rpc.errors import ConfigError
+from ormo_rpc.rendezvous import addresses
 from ormo_rpc.rendezvous.addresses import (
     address_of,
     interface_address,
@@ -74,3 +76,14 @@ def test_an_address_without_an_interface_is_one_clear_error() -> None:
     )
     with pytest.raises(ConfigError, match=said):
         interface_of("192.0.2.1")
+
+
+def test_an_address_of_ipv6_beside_one_of_ipv4_is_not_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = tmp_path / "if_inet6"
+    table.write_text("fd000000000000000000000000000002 04 40 00 80     lo\n")
+    monkeypatch.setattr(addresses, "_IPV6_ADDRESSES", table)
+    assert interface_address("lo") == "127.0.0.1"
+    with pytest.raises(ConfigError, match=r"has the first address fd00::2, "):
+        interface_of("fd00::2")
+    monkeypatch.setattr(addresses, "_has_ipv4", lambda _: False)
+    assert interface_of("fd00::2") == "lo"
