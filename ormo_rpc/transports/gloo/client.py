@@ -16,7 +16,7 @@ from ormo_rpc.transports.base import Endpoint, ServerClient, WorkerSide
 from ormo_rpc.transports.codec import unpack_error
 from ormo_rpc.transports.gloo import HEADER_BYTES
 from ormo_rpc.transports.gloo.pair import WORKER, Address, Pair, PairLost, Transfer, make_pair
-from ormo_rpc.transports.gloo.server import NUMBERS, OPEN_SECONDS, PARAMS, UNTIL_CLOSED, small_bytes
+from ormo_rpc.transports.gloo.server import ARRIVED, END, NUMBERS, OPEN_SECONDS, PARAMS, UNTIL_CLOSED, small_bytes
 from ormo_rpc.transports.pending_replies import LIVENESS_SECONDS
 from ormo_rpc.transports.stream import frames
 from ormo_rpc.transports.stream.frames import DTYPES, RESPONSE_BYTES, SAME, Request, Response, bytes_of
@@ -94,6 +94,8 @@ class GlooClient(ServerClient):
         self._params = torch.zeros(params, dtype=torch.uint8)
         self._params_posted: Transfer | None = None
         """The memory for parameters stays posted until a reply has some."""
+        self._sent: list[Transfer] = []
+        """The messages that have come once the next response has."""
         self._newest_buffers = NO_BUFFERS
 
     @override
@@ -116,9 +118,12 @@ class GlooClient(ServerClient):
             small = self._pair.receive(self._small, NUMBERS)
             if self._params_posted is None:
                 self._params_posted = self._pair.receive(self._params, PARAMS)
-            sent = self._pair.send(message, NUMBERS)
-            small.wait(UNTIL_CLOSED)
-            sent.wait(UNTIL_CLOSED)
+            end = self._pair.receive_empty(END)
+            self._sent += [self._pair.send(message, NUMBERS), self._pair.send_empty(END)]
+            end.wait(UNTIL_CLOSED)
+            for transfer in (small, *self._sent):
+                transfer.wait(UNTIL_CLOSED)
+            self._sent = [self._pair.send_empty(ARRIVED)]
             return self._reply()
         except PairLost as error:
             raise ServerLost(f"the connection to the server is lost: {error}") from None

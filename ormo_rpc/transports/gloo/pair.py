@@ -2,6 +2,10 @@
 
 A pair is never repaired: a time-out, or the end of the connection, ends it for good. A message that is larger than the memory
 that was posted for it ends the whole process that receives it, so both sides agree on all sizes before a pair is made.
+
+With the connection Gloo ends only the waits for messages of which nothing has crossed: a message that is half-way is waited
+for in vain. So a thread waits for nothing but empty messages (`Pair.receive_empty`), which have no half-way: by one of them the
+other side says that all it sent before has left, or that all it was sent has come.
 """
 
 from __future__ import annotations
@@ -43,6 +47,7 @@ _REASONS = {
     "Connect timeout": NOTHING_CAME,
 }
 """The errors of Gloo's, which differ by their texts only."""
+_EMPTY = torch.empty(0, dtype=torch.uint8)
 _SOCKADDR = 128
 """Bytes of an address in the words of the system (sockaddr_storage)."""
 _IN_SOCKADDR: dict[int, tuple[int, int]] = {socket.AF_INET: (4, 4), socket.AF_INET6: (8, 16)}
@@ -94,7 +99,7 @@ class Transfer:
         self._tensor = tensor
 
     def wait(self, timeout: timedelta) -> None:
-        """Wait until the memory is filled, or the message has left.
+        """Wait until the memory is filled, or the message has left; not before an empty message says so.
 
         Raises:
             PairLost: the pair is at its end, since the time has passed or for another reason.
@@ -144,8 +149,24 @@ class Pair:
         except RuntimeError as error:
             raise PairLost(_reason(error)) from None
 
+    def receive_empty(self, tag: int) -> Transfer:
+        """Post an empty message. Once it has come, so has all that was posted, and sent, before it.
+
+        Raises:
+            PairLost: the pair is at its end.
+        """
+        return self.receive(_EMPTY, tag)
+
+    def send_empty(self, tag: int) -> Transfer:
+        """Begin to send an empty message.
+
+        Raises:
+            PairLost: the pair is at its end.
+        """
+        return self.send(_EMPTY, tag)
+
     def close(self) -> None:
-        """End the pair: a thread of either side that waits for a message is woken at once."""
+        """End the pair: a thread of either side that waits for an empty message is woken at once."""
         with self._lock:
             connections, self._connections = self._connections, []
         for connection in connections:

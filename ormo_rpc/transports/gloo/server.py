@@ -23,7 +23,7 @@ from ormo_rpc.rendezvous.protocol import printable
 from ormo_rpc.transports.base import MAX_REASON_CHARACTERS, ServerSide, Service
 from ormo_rpc.transports.codec import pack_error
 from ormo_rpc.transports.gloo import HEADER_BYTES
-from ormo_rpc.transports.gloo.pair import SERVER, Address, Pair, PairLost, make_pair
+from ormo_rpc.transports.gloo.pair import SERVER, Address, Pair, PairLost, Transfer, make_pair
 from ormo_rpc.transports.pending_replies import ReplyFuture, ServerResponse, refusals_as_replies, wait_while
 from ormo_rpc.transports.push_reader import PushReader
 from ormo_rpc.transports.stream import frames
@@ -40,8 +40,8 @@ CLOSE_SECONDS = 3.0
 MAX_ERROR_CHARACTERS = 1000
 ERROR_BYTES = 16 * 1024
 """Room for that many characters of an error reply as JSON, whatever they are."""
-NUMBERS, PARAMS = 0, 1
-"""The tags of messages: numbers with what is small, and parameters."""
+NUMBERS, PARAMS, END, ARRIVED = range(4)
+"""The tags of messages: numbers with what is small, parameters, the end of a request or response, and that a response came."""
 _log = logging.getLogger(__name__)
 
 
@@ -141,7 +141,7 @@ class Session:
         self._closed = False
         self._ended = False
         self._responding = False
-        """True from a request until its response has left."""
+        """True from a request until its response has come."""
         self._thread: threading.Thread | None = None
         self._address = queue.SimpleQueue[Address | str]()
         self._small = torch.zeros(small_bytes(service.reply_size.buffers), dtype=torch.uint8)
@@ -242,15 +242,20 @@ class Session:
             return service.register(session_id)
 
         calls: dict[int, Callable[[], ReplyFuture]] = {Request.push: push, Request.register: register}
-        received = pair.receive(message, NUMBERS)
+
+        def posted() -> tuple[Transfer, Transfer]:
+            return pair.receive(message, NUMBERS), pair.receive_empty(END)
+
+        received, end = posted()
         while not self._set_responding(False):
+            end.wait(UNTIL_CLOSED)
             received.wait(UNTIL_CLOSED)
             self._set_responding(True)
             kind = frames.read_kind(header)
             if kind not in calls:
                 raise WireError(f"a request of kind {kind} came, expected one of {[*map(int, calls)]}")
             future = refusals_as_replies(calls[kind])
-            received = pair.receive(message, NUMBERS)
+            received, end = posted()
             self._respond(pair, wait_while(lambda: not self._closed, future))
             del future  # with the parameters in it, so that their memory can be lent again
 
@@ -261,12 +266,15 @@ class Session:
             return self._ended
 
     def _respond(self, pair: Pair, response: ServerResponse) -> None:
-        """Send a response, and wait until it has left; until then the snapshot is kept."""
+        """Send a response, and wait until it has come; until then the snapshot is kept."""
+        arrived = pair.receive_empty(ARRIVED)
         transfers = [pair.send(self._packed(response), NUMBERS)]
         if not isinstance(response, ErrorReply) and response.ticket is not None:
             expected = self._service.reply_size.params
             assert response.params.numel() * response.params.itemsize <= expected, "more would end the worker's process"
             transfers.append(pair.send(response.params, PARAMS))
+        transfers.append(pair.send_empty(END))
+        arrived.wait(UNTIL_CLOSED)
         for transfer in transfers:
             transfer.wait(UNTIL_CLOSED)
 

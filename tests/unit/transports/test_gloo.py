@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
+from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,18 +23,26 @@ from ormo_rpc.control.memberships import Membership
 from ormo_rpc.errors import PushRefused, ServerLost, StaleSession
 from ormo_rpc.kernels.pool import Pool
 from ormo_rpc.messages import NO_BUFFERS, ErrorReply, Push, Reply
-from ormo_rpc.transports.base import Endpoint, ReplySize, ServerClient
+from ormo_rpc.transports.base import Endpoint, ReplySize, ServerClient, ServerSide
 from ormo_rpc.transports.gloo import Gloo
 from ormo_rpc.transports.gloo.pair import TOKEN_BYTES
 from ormo_rpc.transports.gloo.server import MAX_ERROR_CHARACTERS, GlooServerSide
 from tests.support.compression import CASES, buffer_layout, gradients, layout, made
 from tests.support.processes import PATIENCE_SECONDS, wait_until
 from tests.support.rendezvous import join_request
-from tests.support.transport_peers import RecordingService
+from tests.support.transport_peers import RecordingService, connected
 
 pytestmark = pytest.mark.skipif(bool(Gloo.UNAVAILABLE), reason=Gloo.UNAVAILABLE)
 SMALL = 5
+HUGE = 4_000_000
+"""More than the system keeps for a worker that does not read."""
 ADDRESS = {"host": "127.0.0.1", "port": 9, "token": "ab" * TOKEN_BYTES}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forkserver() -> None:  # pyright: ignore[reportUnusedFunction] # a fixture
+    """Start the process that workers are forked from, which outlives each test."""
+    forkserver.ensure_running()
 
 
 class Peers:
@@ -174,6 +185,27 @@ def test_a_session_that_has_ended_closes_its_pair_at_once() -> None:
         assert time.monotonic() - began < 5.0  # 1 ms, on a machine that does nothing else
         with pytest.raises(ServerLost, match=r"\Athe connection to the server is lost: "):
             client.push(push(payload))
+
+
+@pytest.mark.parametrize("ended", ["the process", "the membership"])
+def test_a_worker_that_ends_while_it_is_sent_a_reply_leaves_no_thread(ended: str) -> None:
+    sides: list[GlooServerSide] = []
+
+    def make(side: ServerSide) -> RecordingService:
+        sides.append(cast("GlooServerSide", side))
+        return RecordingService(HUGE)
+
+    with connected(Gloo(), make) as (service, (worker,), _):
+        worker.register()
+        wait_until(lambda: service.open, "the call")
+        os.kill(worker.process.pid, signal.SIGSTOP)
+        service.open[0].set_result(reply(params=torch.zeros(HUGE)))
+        time.sleep(0.1)  # most likely the reply is half-way by then; otherwise the same must hold
+        if ended == "the process":
+            worker.process.kill()
+        else:
+            service.evict(service.memberships.by_worker[0], "of this test")
+        wait_until(lambda: not sides[0]._sessions, "the end of its thread")  # pyright: ignore[reportPrivateUsage] # as above
 
 
 @pytest.mark.slow

@@ -33,6 +33,8 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was 
 LONG = timedelta(seconds=PATIENCE_SECONDS)
 SHORT = timedelta(seconds=0.1)
 SIZE = 1000
+MUCH = 50_000_000
+"""More bytes than the system keeps for a process that does not read."""
 LOST = r"\Athe other side has closed the connection\Z"
 _context = multiprocessing.get_context("forkserver")
 
@@ -52,14 +54,29 @@ def blank(size: int = SIZE) -> Tensor:
     return torch.zeros(size, dtype=torch.uint8)
 
 
-def _peer(pipe: Connection, host: str) -> None:
-    """Make the worker's side of a pair; then send back each message one byte larger, for as long as there are any."""
+def _made(pipe: Connection, host: str) -> Pair:
+    """Make the worker's side of a pair."""
 
     def exchange(own: Address) -> Address:
         pipe.send(own)
         return pipe.recv()
 
-    pair = make_pair(WORKER, host, exchange, PATIENCE_SECONDS)
+    return make_pair(WORKER, host, exchange, PATIENCE_SECONDS)
+
+
+def _send_much(pipe: Connection, host: str) -> None:
+    """Make the worker's side of a pair; then send one large message, and its end."""
+    pair = _made(pipe, host)
+    pipe.send("made")
+    sent = [pair.send(torch.ones(MUCH, dtype=torch.uint8), 0), pair.send_empty(1)]
+    for transfer in sent:
+        transfer.wait(LONG)
+    pipe.recv()
+
+
+def _peer(pipe: Connection, host: str) -> None:
+    """Make the worker's side of a pair; then send back each message one byte larger, for as long as there are any."""
+    pair = _made(pipe, host)
     message = blank()
     received = pair.receive(message, 0)
     pipe.send("made")
@@ -74,10 +91,10 @@ def _peer(pipe: Connection, host: str) -> None:
 
 
 @contextmanager
-def process(host: str = "127.0.0.1") -> Generator[tuple[Any, Connection]]:
+def process(host: str = "127.0.0.1", does: Callable[[Connection, str], None] = _peer) -> Generator[tuple[Any, Connection]]:
     """Another process that makes a worker's side."""
     pipe, child_end = _context.Pipe()
-    child = _context.Process(target=_peer, args=(child_end, host), daemon=True)
+    child = _context.Process(target=does, args=(child_end, host), daemon=True)
     child.start()
     child_end.close()
     try:
@@ -104,9 +121,9 @@ def exchange_over(pipe: Connection) -> Callable[[Address], Address]:
 
 
 @contextmanager
-def paired(host: str = "127.0.0.1") -> Generator[tuple[Pair, Any, Connection]]:
+def paired(host: str = "127.0.0.1", does: Callable[[Connection, str], None] = _peer) -> Generator[tuple[Pair, Any, Connection]]:
     """This process's side of a pair, the other process, and the pipe to it."""
-    with process(host) as (child, pipe):
+    with process(host, does) as (child, pipe):
         pair = make_pair(SERVER, host, exchange_over(pipe), PATIENCE_SECONDS)
         assert received(pipe) == "made"
         try:
@@ -131,8 +148,8 @@ def test_messages_cross_both_ways_on_the_address_that_was_asked_for(host: str) -
         for _ in range(3):
             assert torch.equal(answered(pair, numbers()), numbers() + 1)
         assert torch.equal(answered(pair, numbers(10))[:10], numbers(10) + 1)  # a smaller one than was posted
-        ends = [connection.getsockname()[0] for connection in pair._connections]  # pyright: ignore[reportPrivateUsage] # nothing else tells its address
-        assert ends == [host]
+        (connection,) = pair._connections  # pyright: ignore[reportPrivateUsage] # nothing else tells its address
+        assert host in (connection.getsockname()[0], connection.getpeername()[0])  # the end that listens has it for certain
 
 
 def _has_ipv6() -> bool:
@@ -154,6 +171,19 @@ def test_the_end_of_the_other_process_ends_a_wait_and_all_later_calls() -> None:
         for call in (lambda: pair.send(blank(), 0).wait(LONG), lambda: pair.receive(blank(), 1).wait(LONG)):
             with pytest.raises(PairLost):
                 call()
+
+
+def test_a_process_that_dies_while_its_message_is_half_way_ends_the_wait() -> None:
+    with paired(does=_send_much) as (pair, child, _):
+        message = blank(MUCH)
+        posted, end = pair.receive(message, 0), pair.receive_empty(1)
+        while not message[0]:
+            assert child.is_alive()
+        os.kill(child.pid, signal.SIGKILL)
+        with suppress(PairLost):  # or all had left by then
+            end.wait(LONG)
+            posted.wait(LONG)
+            assert message[-1]
 
 
 def test_a_time_out_ends_the_pair_for_good() -> None:
