@@ -104,7 +104,7 @@ class RpcRuntime(Runtime):
         "torch's), or auto, which is socket with transport=tcp or where torch has no RPC, else rpc",
     )
     interface: str | None = option(
-        None, "network interface between machines, such as eth0; loopback when all is on one machine"
+        None, "under torchrun: network interface between the nodes, such as eth0; loopback when all is on one machine"
     )
     faults: list[str] = option(
         [],

@@ -150,6 +150,11 @@ def _owned_text(path: Path) -> str:
         with open(path, "rb", opener=_open_nonblocking) as file:
             status = os.fstat(file.fileno())  # of the open file, which cannot be swapped
             content = file.read(MAX_SECRET_BYTES + 1) if stat.S_ISREG(status.st_mode) else b""
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: there is no such file, expected the run's secret; "
+            "`(umask 077; openssl rand -hex 32 > FILE)` makes a new one"
+        ) from None
     except OSError as error:
         raise ConfigError(f"{path}: the secret cannot be read: {error.strerror}") from None
     if not stat.S_ISREG(status.st_mode):

@@ -88,12 +88,12 @@ def test_the_default_run_trains_digits_and_writes_all_its_files(tmp_path: Path) 
 def check_control(run_dir: Path, result: dict[str, Any]) -> None:
     """Each process has had an agent of torch.distributed.rpc, and every worker the server's RRef; all share memory."""
     logs = {file.stem: file.read_text() for file in (run_dir / "logs").iterdir()}
-    (server,) = re.findall(r"INFO agent at (uv://127\.0\.0\.1:\d+)$", logs.pop("server"), re.MULTILINE)
+    (server,) = re.findall(r" of torch\.distributed\.rpc at (uv://127\.0\.0\.1:\d+)$", logs.pop("server"), re.MULTILINE)
     assert logs.keys() == {f"worker_{worker}" for worker in range(4)}
     for log in logs.values():
-        (own,) = re.findall(rf"INFO agent at (uv://127\.0\.0\.1:\d+), for the server's at {server}$", log, re.MULTILINE)
+        (own,) = re.findall(rf" at (uv://127\.0\.0\.1:\d+), for the server's at {server}$", log, re.MULTILINE)
         assert own != server
-        assert log.count("INFO calls go to the owner of the server's RRef, server\n") == 1
+        assert log.count("INFO got the server's RRef; calls go to its owner, the agent named server\n") == 1
     recorded = json.loads((run_dir / "processes.json").read_text())
     assert (recorded["control"], recorded["transports"]) == (result["control"], result["transports"])
     assert (result["control"], sorted(result["transports"])) == ("rpc", ["0", "1", "2", "3"])

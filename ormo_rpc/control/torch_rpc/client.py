@@ -35,7 +35,7 @@ class RpcControl(Calls):
         super().__init__(admission_id)
         self.timeout_seconds = timeout_seconds
         self.server = self.probe()
-        _log.info("calls go to the owner of the server's RRef, %s", self.server.owner_name())
+        _log.info("got the server's RRef; calls go to its owner, the agent named %s", self.server.owner_name())
 
     def probe(self) -> rpc.RRef[server.Published]:
         """Ask for the RRef, which a server that is alive returns at once.

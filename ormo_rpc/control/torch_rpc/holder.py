@@ -42,7 +42,7 @@ class AgentHolder:
                 self._end()
                 agent = contextlib.ExitStack()
                 address = agent.enter_context(rpc_agent(WORKER, host=host, server=server, timeout_seconds=timeout_seconds))
-                _log.info("agent at %s, for the server's at %s", address, server)
+                _log.info("agent of torch.distributed.rpc at %s, for the server's at %s", address, server)
                 self._agent, self._server, self._holders = agent, server, 0
             held = self._agent
             self._holders += 1

@@ -1,4 +1,4 @@
-"""Messages of Gloo's, over a pair of processes for each worker.
+"""Messages of Gloo's, over one of its pairs, a TCP connection, for each worker.
 
 The modules of this package that need torch.distributed are imported with the first half that is made, since not every build has
 it.
@@ -23,7 +23,7 @@ HEADER_BYTES = 64 * -(-REQUEST_BYTES // 64)
 @register("gloo")
 @dataclass(frozen=True, kw_only=True)
 class Gloo(Transport):
-    """Messages of Gloo's over a pair of processes for each worker, not encrypted."""
+    """Messages of Gloo's over one of its pairs, a TCP connection, for each worker; not encrypted."""
 
     UNAVAILABLE: ClassVar[str] = "" if dist.is_available() and dist.is_gloo_available() else "torch was built without Gloo"
 

@@ -83,7 +83,9 @@ def test_a_short_secret_in_the_environment_is_refused(monkeypatch: pytest.Monkey
 
 
 def test_a_missing_file_a_directory_and_a_pipe_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"the secret cannot be read: No such file or directory$"):
+    with pytest.raises(
+        ConfigError, match=r"there is no such file, expected the run's secret; `\(umask 077; .*\)` makes a new one$"
+    ):
         read_secret(str(tmp_path / "secret"))
     with pytest.raises(ConfigError, match=r"the secret cannot be read: Is a directory$"):
         read_secret(str(tmp_path))

@@ -35,9 +35,9 @@ _log = logging.getLogger(__name__)
 class Service:
     """Applies pushes, and decides about memberships; `transports.base.Service` and `control.base.ControlHandler`.
 
-    `lock` guards the parameter server with all that belongs to it: memberships, barrier, transports, evictions, journal, pending
-    replies, and the times measured here. `failure` is never cleared, so it is read without. Pushes are validated before the lock is
-    taken; it is released before the journal is forced to disk, and replies are sent last.
+    `lock` guards the parameter server with all that belongs to it: memberships, barrier, transports, evictions, journal,
+    pending replies, and the times measured here. `failure` is never cleared, so it is read without. Pushes are validated before
+    the lock is taken; it is released before the journal is forced to disk, and replies are sent last.
 
     Args:
         server: The parameter server.

@@ -117,5 +117,5 @@ def _agent(control: ControlServer, service: Service, side: ServerSide, host: str
     with rpc_agent(SERVER, host=host, server=None, timeout_seconds=timeout_seconds, functions=functions) as address:
         server.publish(server.Published(control, service, control.dispatcher))
         control.agent = address
-        _log.info("agent at %s", address)
+        _log.info("agent of torch.distributed.rpc at %s", address)
         yield
