@@ -25,6 +25,7 @@ import torch
 
 from ormo_rpc.rendezvous.addresses import parse_address
 from ormo_rpc.rendezvous.secret import read_secret
+from ormo_rpc.runtimes.distributed.entry_point import on_sigterm
 from ormo_rpc.runtimes.distributed.worker_process import worker_process
 from ormo_rpc.runtimes.distributed.worker_process.worker_process import WorkerArgs, WorkerLoop, WorkerProcess
 from ormo_rpc.transports.base import Endpoint
@@ -85,7 +86,7 @@ def _work(given: argparse.Namespace, stage: str | None) -> NoReturn:
     torch.set_num_threads(1)
     if stage is not None:
         _Stage(stage, signal.Signals(given.signal)).install()
-    _leave_on_sigterm(worker.leave)
+    on_sigterm(worker.leave)
     worker.run()
     os._exit(0)  # threads of torch's may hold up an ordinary exit
 
@@ -169,17 +170,6 @@ def _wrap(
         return result
 
     setattr(owner, name, wrapped)
-
-
-def _leave_on_sigterm(leave: Callable[[], None]) -> None:
-    """Leave on SIGTERM, which the main thread may not see while it waits within torch."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-    def wait() -> None:
-        signal.sigwait({signal.SIGTERM})
-        leave()
-
-    threading.Thread(target=wait, name="SIGTERM", daemon=True).start()
 
 
 if __name__ == "__main__":

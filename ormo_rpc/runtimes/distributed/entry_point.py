@@ -102,7 +102,7 @@ def _run_worker(arguments: argparse.Namespace, report: Callable[[str], None]) ->
     )
     # By another thread, as a server that hangs takes its time, and the one that reads has to notice the supervisor's end.
     obey_supervisor(arguments.control_fd, lambda _: threading.Thread(target=worker.leave, name="leave", daemon=True).start())
-    _on_sigterm(worker.leave)
+    on_sigterm(worker.leave)
     worker.run()
 
 
@@ -135,7 +135,7 @@ class _ServerControl:
                 server.handle(message)
 
 
-def _on_sigterm(leave: Callable[[], None]) -> None:
+def on_sigterm(leave: Callable[[], None]) -> None:
     """Leave on SIGTERM, also while the main thread waits within torch, where no handler of Python's would run."""
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
