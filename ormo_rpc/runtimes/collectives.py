@@ -62,7 +62,7 @@ class Group(Protocol):
 class SharedValues:
     """Values that the ranks of a group leave for one another, in the server's process.
 
-    `_lock` guards the values.
+    `_lock` guards `_values` and `_closed`.
 
     Args:
         size: The number of ranks.

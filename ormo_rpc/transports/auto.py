@@ -30,8 +30,8 @@ class Auto(Transport):
     """For each worker: shm where worker and server can share memory, else gloo, else tcp, else rpc."""
 
     @override
-    def server_side(self, *, num_workers: int, timeout_seconds: float) -> ServerSide:
-        return AutoServerSide(num_workers=num_workers, timeout_seconds=timeout_seconds)
+    def server_side(self) -> ServerSide:
+        return AutoServerSide()
 
     @override
     def worker_side(self) -> WorkerSide:
@@ -39,19 +39,10 @@ class Auto(Transport):
 
 
 class AutoServerSide(ServerSide):
-    """The halves of all transports that this machine can use.
+    """The halves of all transports that this machine can use."""
 
-    Args:
-        num_workers: See `Transport.server_side`.
-        timeout_seconds: The same.
-    """
-
-    def __init__(self, *, num_workers: int, timeout_seconds: float) -> None:
-        self.parts = {
-            cls.name: cls().server_side(num_workers=num_workers, timeout_seconds=timeout_seconds)
-            for cls in ORDER
-            if not cls.UNAVAILABLE
-        }
+    def __init__(self) -> None:
+        self.parts = {cls.name: cls().server_side() for cls in ORDER if not cls.UNAVAILABLE}
         streams = self.parts.get(SharedMemory.name, self.parts[Tcp.name])
         self.parts[Tcp.name] = streams  # one for both, since a connection does not tell which of them it is for
         self.memory = streams.memory

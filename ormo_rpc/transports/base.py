@@ -58,13 +58,8 @@ class Transport(Part, ABC):
     UNAVAILABLE: ClassVar[str] = ""
 
     @abstractmethod
-    def server_side(self, *, num_workers: int, timeout_seconds: float) -> ServerSide:
-        """Make the server's half.
-
-        Args:
-            num_workers: Workers at the start of the run; others may join.
-            timeout_seconds: For one exchange of messages, ``runtime.rpc_timeout_seconds``.
-        """
+    def server_side(self) -> ServerSide:
+        """Make the server's half."""
 
     @abstractmethod
     def worker_side(self) -> WorkerSide:

@@ -22,7 +22,7 @@ class SharedMemory(Transport):
     UNAVAILABLE: ClassVar[str] = "" if AVAILABLE else "this system has no memory that could be shared (memfd_create)"
 
     @override
-    def server_side(self, *, num_workers: int, timeout_seconds: float) -> ServerSide:
+    def server_side(self) -> ServerSide:
         return StreamServerSide(share=True)
 
     @override

@@ -21,7 +21,7 @@ class Tcp(Transport):
     AVOIDS_RPC: ClassVar[bool] = True
 
     @override
-    def server_side(self, *, num_workers: int, timeout_seconds: float) -> ServerSide:
+    def server_side(self) -> ServerSide:
         return StreamServerSide(share=False)
 
     @override

@@ -238,7 +238,7 @@ def cluster(
         vectors=ours.algorithm.VECTORS_PUSHED,
         wire=wire,
     )
-    side = transport.server_side(num_workers=workers, timeout_seconds=PATIENCE_SECONDS)
+    side = transport.server_side()
     assert isinstance(side, StreamServerSide)
     if side.memory is not None:
         ours.algorithm.kernel = replace(ours.algorithm.kernel, empty=pool.pooled(side.memory))

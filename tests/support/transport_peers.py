@@ -255,19 +255,18 @@ def _tensor(dtype: torch.dtype, data: bytes) -> Tensor:
 
 @contextmanager
 def serving_workers(
-    transport: Transport, make_service: Callable[[ServerSide], Any], workers: int = 1
+    transport: Transport, make_service: Callable[[ServerSide], Any]
 ) -> Generator[tuple[Any, tuple[str, int], Callable[[], None]]]:
     """Serve.
 
     Args:
         transport: How workers are connected.
         make_service: Makes the service, which also handles memberships; given the server's half, whose memory it may use.
-        workers: Their number.
 
     Yields:
         The service, its address, and a function that ends the server.
     """
-    side = transport.server_side(num_workers=workers, timeout_seconds=2.0)
+    side = transport.server_side()
     service = make_service(side)
     service.on_ended = side.session_ended
     control = "socket" if transport.AVOIDS_RPC else "rpc"
@@ -294,7 +293,7 @@ def connected(
     Yields:
         The service, the workers, and a function that ends the server.
     """
-    with serving_workers(transport, make_service, workers) as (service, address, end_server):
+    with serving_workers(transport, make_service) as (service, address, end_server):
         made: list[Worker] = []
         try:
             for first in range(processes or workers):

@@ -177,6 +177,7 @@ _NAMES: Mapping[tuple[str, str], Any] = {
 }
 _logged: set[str] = set()
 _logging = threading.Lock()
+"""Guards `_logged`."""
 
 
 def _refuse(what: str) -> NoReturn:

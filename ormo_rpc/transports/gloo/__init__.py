@@ -28,7 +28,7 @@ class Gloo(Transport):
     UNAVAILABLE: ClassVar[str] = "" if dist.is_available() and dist.is_gloo_available() else "torch was built without Gloo"
 
     @override
-    def server_side(self, *, num_workers: int, timeout_seconds: float) -> ServerSide:
+    def server_side(self) -> ServerSide:
         from ormo_rpc.transports.gloo.server import GlooServerSide
 
         return GlooServerSide()

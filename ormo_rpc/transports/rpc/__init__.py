@@ -24,7 +24,7 @@ class Rpc(Transport):
     UNAVAILABLE: ClassVar[str] = torch_rpc.UNAVAILABLE
 
     @override
-    def server_side(self, *, num_workers: int, timeout_seconds: float) -> ServerSide:
+    def server_side(self) -> ServerSide:
         from ormo_rpc.transports.rpc.server import TorchRpcServerSide
 
         return TorchRpcServerSide()

@@ -15,7 +15,7 @@ from ormo_rpc.control.server import ControlServer
 from ormo_rpc.control.torch_rpc.dispatch import Dispatcher
 from ormo_rpc.errors import Refused, RunEnded, ServerLost, StaleSession, WireError
 from ormo_rpc.rendezvous.protocol import Admission
-from tests.support.processes import PATIENCE_SECONDS
+from tests.support.processes import PATIENCE_SECONDS, wait_until
 
 REQUEST = {"preferred_worker": 3, "pid": 7, "host": "here", "slot_id": ""}
 ADMISSION = Admission(
@@ -158,8 +158,7 @@ def test_a_lease_that_ends_while_its_process_joins_leaves_no_membership(control:
 
     joining = threading.Thread(target=join)
     joining.start()
-    while not control.handler.calls:
-        assert joining.is_alive()
+    wait_until(lambda: control.handler.calls, "the call", every_seconds=0.001)
     control.server.ended(admission, "its connection was closed")  # waits for nothing that joins
     control.handler.may_join.set()
     joining.join(PATIENCE_SECONDS)

@@ -15,7 +15,6 @@ from ormo_rpc.evaluate import evaluate_present
 from ormo_rpc.rendezvous.secret import Secret, write_secret
 from ormo_rpc.runtimes.distributed.observer import NotReadable, present_state
 from ormo_rpc.runtimes.distributed.server_process.serving import served
-from tests.support.processes import PATIENCE_SECONDS
 from tests.support.rendezvous import serving
 from tests.support.service import owner
 
@@ -66,7 +65,7 @@ def test_a_server_that_is_gone_is_named_with_the_reason(run_dir: Path) -> None:
 )
 def test_a_server_that_tells_no_state_keeps_working(secret: Secret, said: str, run_dir: Path) -> None:
     service = owner(1).service
-    side = CONFIG.transport.server_side(num_workers=1, timeout_seconds=PATIENCE_SECONDS)
+    side = CONFIG.transport.server_side()
     with ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         stack.callback(listener.shutdown, socket.SHUT_RDWR)  # wakes the thread that accepts

@@ -37,7 +37,7 @@ def served(
     """The service of a short run, and a worker's process, in this one, that has not begun."""
     job = Job(compose(["workers=1", *model, f"train.max_iterations={TICKETS}", *overrides]))
     service = Service(job.server(lambda _: None, lambda: 0.0), lambda _: None, push_format=job.push_format())
-    side = job.config.transport.server_side(num_workers=1, timeout_seconds=PATIENCE_SECONDS)
+    side = job.config.transport.server_side()
     fingerprint = (server_fingerprint or job.fingerprint()).to_dict()
     what = serving(job.config.transport.name, config=job.config.yaml, fingerprint=fingerprint)
     with ExitStack() as stack:

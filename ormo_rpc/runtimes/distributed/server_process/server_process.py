@@ -96,9 +96,7 @@ class ServerProcess:
             terminal=args.terminal_fd,
         )
         server = self.session.server
-        self.transport = job.config.transport.server_side(
-            num_workers=job.config.num_workers, timeout_seconds=self.options.rpc_timeout_seconds
-        )
+        self.transport = job.config.transport.server_side()
         if self.transport.memory is not None:
             server.algorithm.kernel = replace(server.algorithm.kernel, empty=pooled(self.transport.memory))
         server.snapshots.reserve(1 if server.scheduler.BARRIER else server.num_workers)
