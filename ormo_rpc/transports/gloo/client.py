@@ -15,7 +15,8 @@ from ormo_rpc.messages import NO_BUFFERS, Push, Reply
 from ormo_rpc.transports.base import Endpoint, ServerClient, WorkerSide
 from ormo_rpc.transports.codec import unpack_error
 from ormo_rpc.transports.gloo import HEADER_BYTES
-from ormo_rpc.transports.gloo.pair import WORKER, Address, Pair, PairLost, Transfer, make_pair
+from ormo_rpc.transports.gloo.addresses import Address
+from ormo_rpc.transports.gloo.pair import WORKER, Pair, PairLost, Transfer, make_pair
 from ormo_rpc.transports.gloo.server import ARRIVED, END, NUMBERS, OPEN_SECONDS, PARAMS, UNTIL_CLOSED, small_bytes
 from ormo_rpc.transports.pending_replies import LIVENESS_SECONDS
 from ormo_rpc.transports.stream import frames

@@ -23,7 +23,8 @@ from ormo_rpc.rendezvous.protocol import printable
 from ormo_rpc.transports.base import MAX_REASON_CHARACTERS, ServerSide, Service
 from ormo_rpc.transports.codec import pack_error
 from ormo_rpc.transports.gloo import HEADER_BYTES
-from ormo_rpc.transports.gloo.pair import SERVER, Address, Pair, PairLost, Transfer, make_pair
+from ormo_rpc.transports.gloo.addresses import Address
+from ormo_rpc.transports.gloo.pair import SERVER, Pair, PairLost, Transfer, make_pair
 from ormo_rpc.transports.pending_replies import ReplyFuture, ServerResponse, refusals_as_replies, wait_while
 from ormo_rpc.transports.push_reader import PushReader
 from ormo_rpc.transports.stream import frames

@@ -25,7 +25,7 @@ from ormo_rpc.kernels.pool import Pool
 from ormo_rpc.messages import NO_BUFFERS, ErrorReply, Push, Reply
 from ormo_rpc.transports.base import Endpoint, ReplySize, ServerClient, ServerSide
 from ormo_rpc.transports.gloo import Gloo
-from ormo_rpc.transports.gloo.pair import TOKEN_BYTES
+from ormo_rpc.transports.gloo.addresses import TOKEN_BYTES
 from ormo_rpc.transports.gloo.server import MAX_ERROR_CHARACTERS, GlooServerSide
 from tests.support.compression import CASES, buffer_layout, gradients, layout, made
 from tests.support.processes import PATIENCE_SECONDS, wait_until

@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ormo_rpc.transports.gloo.pair import SERVER, TOKEN_BYTES, WORKER, Address, Pair, PairLost, make_pair
+from ormo_rpc.transports.gloo.addresses import TOKEN_BYTES, Address
+from ormo_rpc.transports.gloo.pair import SERVER, WORKER, Pair, PairLost, make_pair
 from tests.support.processes import PATIENCE_SECONDS, wait_until
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without Gloo")
