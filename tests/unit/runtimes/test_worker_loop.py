@@ -78,6 +78,18 @@ def test_a_worker_that_is_asked_to_leave_while_it_joins_leaves(monkeypatch: pyte
         monkeypatch.setattr(worker_process, "joined", join_and_be_asked_to_leave)
         work.run()
         assert (service.server.iteration, len(service.memberships)) == (0, 0)
+        assert work.loops[0]._worker is None, "a worker was made for nothing"  # pyright: ignore[reportPrivateUsage] # where it would be
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_that_is_asked_to_leave_while_it_warms_up_does_not_connect(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with served() as (service, work):
+        monkeypatch.setattr(Worker, "warm_up", lambda _: work.leave())
+        work.run()
+        assert (service.server.iteration, len(service.memberships), service.transports) == (0, 0, {})
+    assert "refused a connection" not in caplog.text
 
 
 @pytest.mark.timeout(60)

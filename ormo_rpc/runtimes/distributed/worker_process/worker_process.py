@@ -174,9 +174,11 @@ class WorkerLoop:
         with joining as membership:
             self._membership = membership
             self._preferred_worker = number = membership.response.worker
-            if context.leaving:  # `leave` was called before this membership existed
-                membership.request_leave()
+            if self._leaves(membership):  # `leave` was called before this membership existed
+                return
             job, worker, transport = self._prepare(membership)
+            if self._leaves(membership):
+                return
             if self._injector is None:
                 self._injector = FaultInjector(job.config.rpc.faults, number, args.restart_count, args.report)
             on_job(job)
@@ -201,6 +203,12 @@ class WorkerLoop:
         """Ask to leave; called from another thread."""
         if self._membership is not None:
             self._membership.request_leave()
+
+    def _leaves(self, membership: Joined) -> bool:
+        """Leave where this process has been asked to; a worker that has not registered holds no ticket."""
+        if self.context.leaving:
+            membership.request_leave()
+        return self.context.leaving
 
     def _prepare(self, membership: Joined) -> tuple[Job, Worker, WorkerSide]:
         """Make the worker, unless there is one from an earlier incarnation of the server.
