@@ -106,7 +106,7 @@ class ControlServer(LeaseHandler):
             arguments: As JSON text.
         """
         try:
-            given = json.loads(arguments)
+            given = _json(arguments)
             if name not in self._calls or not isinstance(given, dict):
                 raise ValueError(f"control: got a call of {name!r}, expected one of {', '.join(self._calls)}, with arguments")
             return pack_result(self._calls[name](given))
@@ -176,6 +176,13 @@ class ControlServer(LeaseHandler):
                 "control: this session is not valid: its worker was evicted, or the server has restarted; rejoin"
             )
         return membership
+
+
+def _json(text: object) -> Any:
+    """Parse the arguments of a call, which a peer may have made of another type."""
+    if not isinstance(text, str):
+        raise ValueError(f"control: got {type(text).__name__} for the arguments of a call, expected text")
+    return json.loads(text)
 
 
 def _text(given: Mapping[str, Any], name: str) -> str:

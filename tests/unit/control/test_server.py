@@ -8,6 +8,7 @@ from collections.abc import Generator, Mapping
 from typing import Any
 
 import pytest
+import torch
 
 from ormo_rpc.control.memberships import Membership, Memberships
 from ormo_rpc.control.messages import JoinRequest, JoinResponse, unpack_result
@@ -117,6 +118,18 @@ def test_a_process_joins_with_its_admission_asks_and_leaves(control: Control) ->
     assert answer == {"session_id": session, "transport": "gloo", "request": {"open": [1, None]}}
     assert control.call("request_leave", session_id=session) == control.call("leave", session_id=session) == {}
     assert control.handler.calls == [("join", 3), ("request_leave", 3), ("leave", session)]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [torch.ones(2), b"{}", "[" * 100_000, "9" * 5000, "5"],
+    ids=["a tensor", "bytes", "nested too deep", "a number too long", "a number"],
+)
+def test_arguments_of_another_form_are_refused_without_a_traceback(
+    control: Control, arguments: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert "error" in json.loads(control.server.call("join", arguments))
+    assert caplog.records == []
 
 
 def test_a_repeated_join_gets_the_same_membership(control: Control) -> None:
