@@ -11,7 +11,7 @@ from ormo_rpc.config.schema import Config
 from ormo_rpc.control.joining import admitted
 from ormo_rpc.errors import ServerLost, StaleSession, WireError
 from ormo_rpc.rendezvous.addresses import parse_address
-from ormo_rpc.rendezvous.secret import Secret, read_secret
+from ormo_rpc.rendezvous.secret import SECRET_VARIABLE, Secret, read_secret
 from ormo_rpc.runtimes.distributed.launcher.processes import SECRET_FILE
 from ormo_rpc.storage.run_directory import read_address
 from ormo_rpc.storage.summary import read_summary
@@ -64,6 +64,14 @@ def present_state(run_dir: Path, config: Config) -> PresentState | None:
 
 
 def _secret(run_dir: Path, config: Config) -> Secret:
-    secret = read_secret(config.server.secret_file) or read_secret(str(run_dir / SECRET_FILE))
-    assert secret is not None, "a file was named"
+    """The secret of a run: of the file that it names, of the one that it has made, or of the environment.
+
+    Raises:
+        NotReadable: there is none.
+        ConfigError: a file has no secret.
+    """
+    own, named = run_dir / SECRET_FILE, config.server.secret_file
+    secret = read_secret(str(own) if named is None and own.exists() else named)
+    if secret is None:
+        raise NotReadable(f"its secret is not in {own}; where it was given by {SECRET_VARIABLE}, set that here, too")
     return secret

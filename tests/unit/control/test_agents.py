@@ -147,7 +147,10 @@ def test_workers_that_die_anywhere_on_their_way_leave_no_membership(caplog: pyte
                 assert peer.says() == "dies"
             peer.process.join(PATIENCE_SECONDS)
             wait_until(lambda: len(service.memberships) == 0, "the end of its membership")
-        wait_until(lambda: "was admitted, and did not join: its connection was closed" in caplog.text, "the end of a lease")
+        wait_until(
+            lambda: "left without joining, as one that evaluates does: its connection was closed" in caplog.text,
+            "the end of a lease",
+        )
         assert service.evicted == 3 * ["its connection was closed"]
         assert len(service.transports) == 2  # of those that have got so far
         assert stack.enter_context(Peer("rejoin", address)).says()["worker"] == 0  # the number is free

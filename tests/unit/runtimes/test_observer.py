@@ -55,6 +55,14 @@ def test_a_server_that_is_gone_is_named_with_the_reason(run_dir: Path) -> None:
         present_state(run_dir, CONFIG)
 
 
+def test_a_run_whose_secret_is_nowhere_cannot_be_asked(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ORMO_RPC_SECRET", raising=False)
+    (run_dir / "secret").unlink()
+    reach(run_dir, ("127.0.0.1", 1))
+    with pytest.raises(NotReadable, match=r"\Aits secret is not in \S+/secret; .*ORMO_RPC_SECRET"):
+        present_state(run_dir, CONFIG)
+
+
 @pytest.mark.parametrize(
     ("secret", "said"),
     [
@@ -63,7 +71,11 @@ def test_a_server_that_is_gone_is_named_with_the_reason(run_dir: Path) -> None:
     ],
     ids=["control=socket", "another secret"],
 )
-def test_a_server_that_tells_no_state_keeps_working(secret: Secret, said: str, run_dir: Path) -> None:
+def test_a_server_that_tells_no_state_keeps_working(
+    secret: Secret, said: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A secret of another run in the environment does not count beside the one that this run has made."""
+    monkeypatch.setenv("ORMO_RPC_SECRET", "the secret of some other run")
     service = owner(1).service
     side = CONFIG.transport.server_side()
     with ExitStack() as stack:
