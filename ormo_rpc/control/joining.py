@@ -13,7 +13,7 @@ from ormo_rpc.control.base import Control
 from ormo_rpc.control.lines import LineControl
 from ormo_rpc.control.messages import JoinRequest, JoinResponse
 from ormo_rpc.errors import Refused, ServerLost, StaleSession
-from ormo_rpc.rendezvous.lease import Lease, connect
+from ormo_rpc.rendezvous.lease import Lease, connect, refused_by
 from ormo_rpc.rendezvous.secret import Secret
 
 RETRY_SECONDS = 0.2
@@ -112,7 +112,7 @@ def _attempt(
     try:
         return Joined(lease=lease, control=control, response=control.join(request))
     except Refused as error:
-        raise Refused(f"the server at {address[0]}:{address[1]} refused this worker: {error}") from None
+        raise refused_by(address, error) from None
 
 
 def _control(stack: contextlib.ExitStack, lease: Lease) -> Control:

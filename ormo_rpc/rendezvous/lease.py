@@ -78,6 +78,11 @@ class Lease:
         self.received({})
 
 
+def refused_by(address: tuple[str, int], error: Refused) -> Refused:
+    """The refusal of a server, with its address."""
+    return Refused(f"the server at {address[0]}:{address[1]} refused this worker: {error}")
+
+
 def connect(address: tuple[str, int], secret: Secret, *, timeout_seconds: float) -> Lease:
     """Make one attempt to be admitted.
 
@@ -100,7 +105,7 @@ def connect(address: tuple[str, int], secret: Secret, *, timeout_seconds: float)
             if "error" in message:
                 raise Refused(str(message["error"]))
         except Refused as error:
-            raise Refused(f"the server at {address[0]}:{address[1]} refused this worker: {error}") from None
+            raise refused_by(address, error) from None
         return Lease(connection, reader, from_server(Admission, message, "admission"))
     except BaseException:
         connection.close()
