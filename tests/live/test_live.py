@@ -374,8 +374,9 @@ def test_torchrun_is_interrupted_cleanly(tmp_path: Path) -> None:
         processes(tmp_path)
         family = descendants(launcher.pid)
         launcher.send_signal(signal.SIGINT)
-        launcher.communicate(timeout=60)
+        _, err = launcher.communicate(timeout=60)
         assert launcher.returncode != 0
+        assert "launch.py: the worker" not in err, "each line has its rank"
         wait_until(lambda: gone(family), "the end of all children")
     result = summary(tmp_path)
     assert result["status"] == "interrupted"

@@ -96,9 +96,8 @@ def _run_worker_rank(config: Config, run_dir: Path, torchrun: Torchrun, began: f
     """
     with Supervisor(_report) as supervisor, WorkerRank(torchrun, _report, config) as rank:
         monitor = _monitor(supervisor, config)
-        slot = _supervise_worker(
-            monitor, rank_process(monitor, config, run_dir, torchrun, began, _report), config, rank.ended.is_set
-        )
+        process = rank_process(monitor, config, run_dir, torchrun, began, _report)
+        slot = _supervise_worker(monitor, process, config, rank.say, rank.ended.is_set)
         if supervisor.signals:
             return
         if rank.ended.is_set() or slot.done:
@@ -125,7 +124,7 @@ def join(config: Config) -> None:
     """
     with Supervisor(_report) as supervisor:
         monitor = _monitor(supervisor, config)
-        slot = _supervise_worker(monitor, elastic_worker_process(monitor, config, _report), config)
+        slot = _supervise_worker(monitor, elastic_worker_process(monitor, config, _report), config, _report)
     if slot.given_up:
         raise RunFailed(slot.exit_reason)
 
@@ -176,6 +175,7 @@ def _supervise_worker(
     monitor: ProcessMonitor,
     process: AbstractContextManager[ProcessSlot],
     config: Config,
+    say: Callable[[str], None],
     over: Callable[[], bool] = lambda: False,
 ) -> ProcessSlot:
     """Keep one worker running until its work is done or it is given up.
@@ -184,6 +184,7 @@ def _supervise_worker(
         monitor: Starts it again.
         process: Starts it.
         config: Its configuration.
+        say: Called with messages for people.
         over: Returns True once the run is over; a worker that does not end by itself then, as it looks for a server, is killed.
 
     Raises:
@@ -204,7 +205,7 @@ def _supervise_worker(
                 monitor.poll()
             if not slot.done:
                 raise RunFailed(f"interrupted by {name}", exit_status=130)
-            _report(f"the worker left the run on {name}")
+            say(f"the worker left the run on {name}")
         supervisor.wait(finished, config.rpc.stop_timeout_seconds, signals=len(supervisor.signals))
     return slot
 
