@@ -99,6 +99,7 @@ class AutoWorkerSide(WorkerSide):
                     lost = lost or isinstance(error, ServerLost)
                     reasons.append(error.reason if isinstance(error, TransportRefused) else str(error))
                     continue
+                endpoint.chosen(name, part.reason or "worker and server share memory")
                 yield client
                 return
         reason = "; ".join(reasons) or "the server serves no transport that this worker has"

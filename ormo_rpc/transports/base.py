@@ -223,6 +223,7 @@ class Endpoint:
         secret: Of the run.
         timeout_seconds: For one exchange of messages, ``runtime.rpc_timeout_seconds``.
         reason: The reason for this transport; by default it was asked for.
+        chosen: Called with transport and reason by one that has chosen another one.
     """
 
     lease: Lease
@@ -232,6 +233,7 @@ class Endpoint:
     secret: Secret
     timeout_seconds: float
     reason: str = "asked for"
+    chosen: Callable[[str, str], None] = lambda *_: None
 
     @property
     def worker(self) -> int:

@@ -76,6 +76,7 @@ def test_nodes_train_together_over_the_wanted_interface_alone(
     for worker in range(workers):
         who = rf"^launch\.py: rank {worker + 1} of {workers + 1} on node-.: "
         assert re.search(rf"{who}worker {worker}, for the server at {address} over eth{interface} \(", said, re.M), said
+        assert re.search(rf"worker {worker}: joined as worker {worker}; pushes by {took[str(worker)]}: \w", said), said
         pushed = result["pushes_per_worker"][str(worker)]
         assert re.search(rf"{who}the run completed: {total} gradients, {pushed} of them by worker {worker}$", said, re.M), said
 

@@ -98,6 +98,7 @@ def _run_worker(arguments: argparse.Namespace, report: Callable[[str], None]) ->
             transport=arguments.transport,
             timeout_seconds=arguments.start_timeout_seconds,
             report=report,
+            announce=not arguments.log,
         )
     )
     # By another thread, as a server that hangs takes its time, and the one that reads has to notice the supervisor's end.

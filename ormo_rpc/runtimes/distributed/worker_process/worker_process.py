@@ -49,6 +49,7 @@ class WorkerArgs:
         transport: Keys and values of the transport; by default the configured one, and the server has to serve it.
         timeout_seconds: Time for reaching the server.
         report: Called with messages for people.
+        announce: Report joining and the transport, which a worker on the server's machine leaves to the server's log.
     """
 
     address: tuple[str, int]
@@ -60,6 +61,7 @@ class WorkerArgs:
     timeout_seconds: float
     report: Callable[[str], None]
     transport: Mapping[str, Any] | None = None
+    announce: bool = False
 
 
 class _JoinAgain(Exception):
@@ -183,6 +185,7 @@ class WorkerLoop:
                 self._injector = FaultInjector(job.config.rpc.faults, number, args.restart_count, args.report)
             on_job(job)
             self._injector.joining(JOIN)
+            paths = [(job.config.transport.name, "asked for")]
             endpoint = Endpoint(
                 lease=membership.lease,
                 control=membership.control,
@@ -190,9 +193,12 @@ class WorkerLoop:
                 transport=job.config.transport.name,
                 secret=args.secret,
                 timeout_seconds=job.config.rpc.rpc_timeout_seconds,
+                chosen=lambda *path: paths.append(path),
             )
             try:
                 with transport.connect(endpoint, worker.wire) as server:
+                    if args.announce:
+                        args.report("joined as worker {}; pushes by {}: {}".format(number, *paths[-1]))
                     self._injector.joining(CONNECT)
                     self._work(job.config, worker, server, number, self._injector)
                     server.leave()
