@@ -5,6 +5,7 @@ It belongs to the agent of rank 0's node, so it outlives the ranks.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from datetime import timedelta
@@ -18,7 +19,7 @@ PREFIX = "ormo_rpc"
 """Of our keys."""
 ADDRESS, SECRET_FILE, RESULT = "address", "secret_file", "result"
 """The server's address and secret, and how the run ended."""
-CONNECT_SECONDS = 30.0
+CONNECT_SECONDS = 10.0
 """The store is there before the ranks are."""
 
 
@@ -50,4 +51,5 @@ def tell_result(torchrun: Torchrun, summary: Mapping[str, Any]) -> None:
     """Tell the other ranks how the run ended."""
     if torchrun.agent_store:
         result = {key: summary.get(key) for key in ("status", "gradients_computed", "pushes_per_worker")}
-        connect(torchrun.store, CONNECT_SECONDS).set(RESULT, json.dumps(result))
+        with contextlib.suppress(RuntimeError):  # the store has ended with its agent, and nobody waits for the result
+            connect(torchrun.store, CONNECT_SECONDS).set(RESULT, json.dumps(result))
