@@ -88,7 +88,7 @@ scale: .venv/ready  ## Delay, queue and time to a target against the number of w
 journal: .venv/ready  ## The cost of checkpoint.journal per push, into results/
 	$(BIN)/python -m benchmarks.journal $(ARGS)
 
-chaos: .venv/ready  ## Inject random faults into a live run and check every guarantee, into results/ (minutes; ARGS="--journal")
+chaos: .venv/ready  ## Inject random faults into a live run and check every guarantee, into results/ (a quarter of an hour; ARGS="--transport gloo --journal")
 	$(BIN)/python -m tests.chaos $(ARGS)
 
 nodes: .venv/ready  ## Faults of whole nodes, in network namespaces of this machine (root), into results/ (minutes)

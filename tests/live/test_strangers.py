@@ -102,7 +102,8 @@ def test_no_operator_with_a_text_among_its_arguments_makes_a_file(outcomes: Outc
     if not (folder / peer.CLIENT).exists():
         pytest.skip("without a C++ compiler")
     names = {name for name in outcomes["server"] if name.startswith("schema ")}
-    assert names == {f"schema {name}.{overload}" for name, overload in peer.schemas()}
+    # Here are more where a test has imported torchvision, say.
+    assert names <= {f"schema {name}.{overload}" for name, overload in peer.schemas()}
     assert len(names) > 250
     assert {name for name in names if outcomes["server"][name] == "no such operator"} == set()
     files = {kind: sorted(path.name for path in (folder / kind).iterdir()) for kind in ("server", "worker", "override")}
