@@ -362,6 +362,9 @@ def test_torchrun_gives_the_same_outputs(tmp_path: Path) -> None:
     result = summary(tmp_path)
     assert (result["status"], result["num_workers"], result["iterations"]) == ("completed", 2, 90)
     assert 0 < result["training_seconds"] < result["wall_seconds"] < seconds
+    assert (result["control"], sorted(result["transports"])) == ("rpc", ["0", "1"])
+    for worker, path in result["transports"].items():
+        assert f"joined as worker {worker}; pushes by shm: {path['reason']}\n" in err
     assert compose(["workers=2", "logger=none", "train.epochs=2"]) == load_config(tmp_path / "config.yaml")
     assert {"config.yaml", "metrics.jsonl", "trace.jsonl", "processes.json", "summary.json", "checkpoints"} <= {
         path.name for path in tmp_path.iterdir()
