@@ -133,6 +133,9 @@ def _control(stack: contextlib.ExitStack, lease: Lease) -> Control:
     stack.enter_context(AGENT.hold(admission.agent, host=lease.local_host, timeout_seconds=timeout_seconds))
     try:
         return RpcControl(admission.admission_id, timeout_seconds)
-    except ServerLost:
+    except ServerLost as error:
         AGENT.replace()
-        raise
+        raise ServerLost(
+            f"the server's agent of torch.distributed.rpc at {admission.agent} does not answer ({error}); its port has to be "
+            "open to this machine, or start the run with runtime.control=socket"
+        ) from None
