@@ -121,5 +121,5 @@ def test_without_these_protections_the_same_stranger_runs_any_code(outcomes: Out
 
 
 def test_a_stranger_ends_an_agent_with_one_line(outcomes: Outcomes) -> None:
-    """Where this fails, torch has closed a hole, and SECURITY.md can be shortened."""
+    """A failure means that torch has closed a hole, and that SECURITY.md can be shortened."""
     assert outcomes["victim"]["rubbish"] == str(-signal.SIGABRT)
