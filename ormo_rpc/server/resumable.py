@@ -56,10 +56,10 @@ def _try_at(pushes: int, build: Callable[[], ParameterServer]) -> None:
     original = _Trial(build())
     parts_of = (original.server.algorithm, original.server.scheduler)
     try:
-        original.go_on(pushes)
+        original.advance(pushes)
         saved = _from_file(save(original.server, replies=True))
         at_save, attributes = original.fork(original.server), [copy.deepcopy(_attributes(part)) for part in parts_of]
-        expected = original.go_on(REST)
+        expected = original.advance(REST)
     except Exception:  # the user's own code, which the run itself will show to fail
         return
 
@@ -70,7 +70,7 @@ def _try_at(pushes: int, build: Callable[[], ParameterServer]) -> None:
         for part, more in zip((loaded.server.algorithm, loaded.server.scheduler), restored, strict=True):
             vars(part).update(copy.deepcopy(dict(more)))
         try:
-            return loaded.go_on(REST) == expected
+            return loaded.advance(REST) == expected
         except Exception:  # it lacks something
             return False
 
@@ -117,7 +117,7 @@ class _Trial:
         other.server, other.outstanding = server, list(self.outstanding)
         return other
 
-    def go_on(self, pushes: int) -> bytes:
+    def advance(self, pushes: int) -> bytes:
         """Push random numbers, of an old reply or of a new one, and return the bits of all that workers were sent."""
         torch.manual_seed(self.pushes)
         sent = io.BytesIO()

@@ -123,7 +123,7 @@ class Service(Protocol):
         ...
 
 
-class ServerSide(ABC):
+class ServerSide:
     """The server's half of a transport."""
 
     memory: Callable[[int], Memory] | None = None
@@ -133,12 +133,21 @@ class ServerSide(ABC):
     parts: Mapping[str, ServerSide] = {}
     """The halves of other transports of which this one consists, by name; a worker may use each of them by itself."""
 
-    @abstractmethod
+    _service: Service | None = None
+
+    @property
+    def service(self) -> Service:
+        """The service, once `start` has been called."""
+        assert self._service is not None, "started before any worker is served"
+        return self._service
+
     def start(self, service: Service) -> Mapping[str, Any]:
         """Serve from now on; return the values that workers need to connect (`Endpoint.offer`), of JSON's types.
 
-        A half that consists of others returns the value of each under its name.
+        By default there are none. A half that consists of others returns the value of each under its name.
         """
+        self._service = service
+        return {}
 
     def answer(self, session_id: str, request: Mapping[str, Any]) -> Mapping[str, Any]:  # noqa: ARG002 - for those that are asked
         """Answer a request that a worker made by `Endpoint.ask`; both are of JSON's types. It may block for a moment.

@@ -260,7 +260,7 @@ def test_values_that_nothing_seeds_are_refused_with_their_name(runtime: str, buf
 
 
 def test_the_second_construction_of_a_job_must_be_that_of_the_first() -> None:
-    """Whoever builds it: the evaluator has that which the server read, and the exporter another one."""
+    """The evaluator has the model that the server read, and the exporter another one, whatever builds them."""
     model = {"_target_": f"{changing.HERE}.fresh_entropy"}
     job = Job(dataclasses.replace(parse_config({**changing.CONFIG, "model": model})))
     job.server(lambda _: None, lambda: 0.0)

@@ -55,21 +55,14 @@ class GlooServerSide(ServerSide):
     """Makes a pair for each worker that asks for one. `_lock` guards `_sessions` and `_closed`."""
 
     def __init__(self) -> None:
-        self._service: Service | None = None
         self._lock = threading.Lock()
         self._sessions: dict[str, Session] = {}
         """The newest of each membership."""
         self._closed = False
 
     @override
-    def start(self, service: Service) -> Mapping[str, Any]:
-        self._service = service
-        return {}
-
-    @override
     def answer(self, session_id: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        service = self._service
-        assert service is not None, "started before it is asked"
+        service = self.service
         if not service.is_member(session_id):
             raise StaleSession("gloo: got a session that is not valid; rejoin")
         expected = service.push_format.size

@@ -81,16 +81,7 @@ class TorchRpcServerSide(ServerSide):
 
     functions = CALLED_BY_WORKERS
 
-    def __init__(self) -> None:
-        self._service: Service | None = None
-
-    @override
-    def start(self, service: Service) -> Mapping[str, Any]:
-        self._service = service
-        return {}
-
     @override
     def answer(self, session_id: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        assert self._service is not None, "started before it is asked"
-        self._service.connected(session_id, "rpc", printable(request.get("reason"), MAX_REASON_CHARACTERS))
+        self.service.connected(session_id, "rpc", printable(request.get("reason"), MAX_REASON_CHARACTERS))
         return {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,17 +53,10 @@ class StreamServerSide(ServerSide):
             self._not_shared = "the server's system has no memory that could be shared"
         elif self._probe is None:
             self._not_shared = "the server has no memory that could be shared; see its log"
-        self._service: Service | None = None
-
-    @override
-    def start(self, service: Service) -> Mapping[str, Any]:
-        self._service = service
-        return {}
 
     @override
     def accept(self, reader: LineReader) -> None:
-        service = self._service
-        assert service is not None, "started before connections are accepted"
+        service = self.service
         request = reader.receive(NEGOTIATION_SECONDS, MAX_LINE_BYTES)
         session_id = request.get("session_id")
         if not isinstance(session_id, str) or not service.is_member(session_id):

@@ -34,12 +34,12 @@ class Side(TorchRpcServerSide):
 
     def __init__(self) -> None:
         super().__init__()
-        self.go_on = threading.Event()
+        self.released = threading.Event()
 
     @override
     def answer(self, session_id: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
         if "wait" in request:
-            assert self.go_on.wait(PATIENCE_SECONDS)
+            assert self.released.wait(PATIENCE_SECONDS)
         return super().answer(session_id, request)
 
 
@@ -120,7 +120,7 @@ def test_a_call_without_an_answer_in_time_is_a_lost_server() -> None:
         address = stack.enter_context(server(side=side, call_timeout_seconds=1.0))
         peer = stack.enter_context(Peer("timeout", address))
         kind, text, seconds = peer.says()
-        side.go_on.set()
+        side.released.set()
         assert kind == "ServerLost"
         assert text.startswith("ask: RPCErr:1:RPC ran for more than set timeout (1000 ms)")
         assert 0.9 < seconds < PATIENCE_SECONDS / 2

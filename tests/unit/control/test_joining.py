@@ -35,12 +35,12 @@ class Side(StreamServerSide):
 
     def __init__(self) -> None:
         super().__init__(share=False)
-        self.go_on = threading.Event()
+        self.released = threading.Event()
 
     @override
     def answer(self, session_id: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
         if "wait" in request:
-            assert self.go_on.wait(PATIENCE_SECONDS)
+            assert self.released.wait(PATIENCE_SECONDS)
         return {"got": request}
 
 
@@ -97,7 +97,7 @@ def test_calls_of_several_threads_go_on_independently_and_the_lease_with_them() 
         assert control.ask(session, "tcp", {"quick": True}) == {"got": {"quick": True}}
         assert not membership.lease.lost.wait(0.8)
         assert answers == {}
-        side.go_on.set()
+        side.released.set()
         for thread in threads:
             thread.join(PATIENCE_SECONDS)
         assert answers == {number: {"got": {"wait": number}} for number in range(WAITING_THREADS - 1)}
@@ -108,7 +108,7 @@ def test_a_call_without_an_answer_in_time_is_a_lost_server() -> None:
     with listening(side=side, call_timeout_seconds=0.2) as address, join(address) as membership:
         with pytest.raises(ServerLost, match=r"\Aask: no answer within 0\.2 s\Z"):
             membership.control.ask(membership.response.session_id, "tcp", {"wait": True})
-        side.go_on.set()
+        side.released.set()
         assert membership.control.ask(membership.response.session_id, "tcp", {}) == {"got": {}}  # not the late answer
 
 
@@ -125,7 +125,7 @@ def test_a_call_ends_at_once_when_the_lease_is_lost() -> None:
         time.sleep(0.05)  # so that it waits, most likely; either way it has to end
         membership.lease.connection.shutdown(socket.SHUT_RDWR)
         assert lost.wait(PATIENCE_SECONDS / 2)
-        side.go_on.set()
+        side.released.set()
         membership.request_leave()  # which is no error
 
 

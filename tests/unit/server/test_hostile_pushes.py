@@ -123,7 +123,7 @@ class Attack:
         assert reply.ticket is not None
         return replace(answer(reply, normal(self.size, 0, reply.ticket)), buffers={"mean": torch.ones(2).double()}, loss=0.5)
 
-    def go_on(self) -> None:
+    def advance(self) -> None:
         """One good push for both servers."""
         push = self.good(self.chance.choice(sorted(self.held)))
         self.take(self.server.receive(push))
@@ -182,7 +182,7 @@ def test_a_thousand_bad_calls_each_get_their_error_and_change_nothing(algorithm:
     seen, before, recorded = Counter[str](), attack.server.state_dict(), len(attack.events)
     for number in range(PUSHES_PER_RULE):
         if number % 20 == 0:
-            attack.go_on()
+            attack.advance()
             before, recorded = attack.server.state_dict(), len(attack.events)
         call, error = attack.bad()
         with pytest.raises(error) as caught:

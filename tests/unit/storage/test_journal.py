@@ -227,13 +227,13 @@ def test_segments_that_no_checkpoint_needs_are_removed(tmp_path: Path) -> None:
 
 def test_one_fsync_serves_all_waiting_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = FileJournal(tmp_path)
-    force, waiting, go_on = os.fsync, threading.Event(), threading.Event()
+    force, waiting, released = os.fsync, threading.Event(), threading.Event()
     forces: list[int] = []
 
     def slow(descriptor: int) -> None:
         forces.append(descriptor)
         waiting.set()
-        assert go_on.wait(30)
+        assert released.wait(30)
         force(descriptor)
 
     monkeypatch.setattr(os, "fsync", slow)
@@ -246,7 +246,7 @@ def test_one_fsync_serves_all_waiting_threads(tmp_path: Path, monkeypatch: pytes
         journal.join(worker)
         others.append(threading.Thread(target=journal.sync))
         others[-1].start()
-    go_on.set()
+    released.set()
     for thread in (first, *others):
         thread.join(30)
         assert not thread.is_alive()
