@@ -14,8 +14,8 @@ from tests.chaos.injector import LEFT, SHORT, SOME_GRADIENTS, ExpectedEviction, 
 from tests.chaos.processes import pid_is_running
 from tests.chaos.run import ChaosError
 
-OWN_FAULTS = ("drop_reply@0:20", "delay@1:20:1.5", "corrupt@2:20:2", "drop_reply@2:40")
-"""Faults that the processes inject into themselves (``runtime.faults``)."""
+OWN_FAULTS = ("drop_reply@0:5", "delay@1:5:1.5", "corrupt@2:5:2", "drop_reply@2:10")
+"""Faults that the processes inject into themselves (``runtime.faults``), early: workers differ in speed."""
 
 # ---------------------------------------------------------------------------------------------------------------- workers
 

@@ -214,7 +214,7 @@ def test_a_network_namespace_is_removed_afterwards() -> None:
 )
 def test_a_short_run_with_faults_keeps_every_guarantee(transport: str, kinds: tuple[str, ...], tmp_path: Path) -> None:
     least = len(kinds) + len(OWN_FAULTS)
-    options = Options(transport=transport, faults=len(kinds), kinds=kinds, least=least, gradients=100, seed=3)
+    options = Options(transport=transport, faults=len(kinds), kinds=kinds, least=least, gradients=120, seed=3)
     result = run_with_faults(options, tmp_path / "run")
     assert [str(check) for check in result.checks if not check.holds] == []
     assert {fault.kind for fault in result.faults if fault.fired} == set(kinds)
