@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -36,16 +37,24 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.fixture
-def monitor(clock: Clock) -> Generator[ProcessMonitor]:  # noqa: ARG001 - to be set up first
-    reported: list[str] = []
+def reported() -> list[str]:
+    """The messages for people."""
+    return []
+
+
+@pytest.fixture
+def monitor(clock: Clock, reported: list[str]) -> Generator[ProcessMonitor]:  # noqa: ARG001 - to be set up first
     with Supervisor(reported.append) as supervisor:
         yield ProcessMonitor(supervisor, max_restarts=2, backoff_seconds=4.0, report=reported.append)
 
 
 class Start:
-    """Starts processes that end with these statuses, in order; a negative one is a signal. Notes the restart counts."""
+    """Starts processes that end with these statuses, in order; a negative one is a signal. Notes the restart counts.
 
-    def __init__(self, monitor: ProcessMonitor, *statuses: int) -> None:
+    Where an `OSError` stands in place of a status, the process cannot be started.
+    """
+
+    def __init__(self, monitor: ProcessMonitor, *statuses: int | OSError) -> None:
         self.monitor = monitor
         self.statuses = statuses
         self.restart_counts: list[int] = []
@@ -54,6 +63,8 @@ class Start:
         """Start the next one."""
         status = self.statuses[len(self.restart_counts)]
         self.restart_counts.append(restart_count)
+        if isinstance(status, OSError):
+            raise status
         end = f"os._exit({status})" if status >= 0 else f"os.kill(os.getpid(), {-status})"
         return self.monitor.supervisor.start("it", [sys.executable, "-c", f"import os; {end}"], env=dict(os.environ), log=None)
 
@@ -137,3 +148,40 @@ def test_the_exit_status_decides_about_a_restart(
     poll_until_reaped(monitor, slot)
     assert slot.given_up == (not again)
     assert (slot.restart_at > 0) == again
+
+
+def test_a_process_that_cannot_be_started_counts_as_a_restart_and_is_given_up_in_the_end(
+    monitor: ProcessMonitor, clock: Clock, reported: list[str]
+) -> None:
+    """The first start as well as the later ones."""
+    errors = [OSError(number, os.strerror(number)) for number in (errno.EMFILE, errno.EAGAIN, errno.ENOMEM)]
+    start = Start(monitor, *errors)
+    slot = monitor.add("worker 3", start)
+    assert (slot.child, slot.finished, slot.restart_at) == (None, False, 104.0)
+    clock.now = 103.9
+    monitor.poll()
+    assert start.restart_counts == [0]
+    clock.now = 104.0
+    monitor.poll()
+    assert (slot.finished, slot.restart_at) == (False, 112.0)
+    clock.now = 112.0
+    monitor.poll()
+    assert (slot.given_up, slot.done, start.restart_counts) == (True, False, [0, 1, 2])
+    assert reported == [
+        "worker 3 could not be started: Too many open files (the launcher has no descriptor left: raise ulimit -n); "
+        "restarting it in 4 s (restart 1 of 2)",
+        "worker 3 could not be started: Resource temporarily unavailable (no further process is allowed: raise ulimit -u, or "
+        "pids.max of the control group); restarting it in 8 s (restart 2 of 2)",
+        "worker 3 could not be started: Cannot allocate memory (memory is short: use fewer workers, or give it more memory); "
+        "restarted 2 times (runtime.max_restarts); the run continues without it",
+    ]
+
+
+def test_a_failed_start_does_not_disturb_the_others_and_a_later_one_may_work(monitor: ProcessMonitor, clock: Clock) -> None:
+    unlucky = monitor.add("worker 0", Start(monitor, OSError(errno.EMFILE, "any"), EXIT_DONE), should_restart=if_killed)
+    healthy = monitor.add("worker 1", Start(monitor, EXIT_DONE))
+    poll_until_reaped(monitor, healthy)
+    clock.now = unlucky.restart_at
+    monitor.poll()
+    poll_until_reaped(monitor, unlucky)
+    assert (unlucky.done, unlucky.restart_count, healthy.done) == (True, 1, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,13 @@ MAX_BACKOFF_SECONDS = 30.0
 """The pause before a restart doubles each time, up to this."""
 BACKOFF_RESET_SECONDS = 300.0
 """After a process has run for this time, the pause is the first one again."""
+LIMITS = {
+    errno.EMFILE: "the launcher has no descriptor left: raise ulimit -n",
+    errno.ENFILE: "the machine has no descriptor left: raise fs.file-max by sysctl",
+    errno.EAGAIN: "no further process is allowed: raise ulimit -u, or pids.max of the control group",
+    errno.ENOMEM: "memory is short: use fewer workers, or give it more memory",
+}
+"""By the number of the error, the limit that has been reached when a process cannot be started."""
 
 
 @dataclass
@@ -22,7 +30,7 @@ class ProcessSlot:
     Attributes:
         name: For messages.
         worker: The worker number; None for the server and for an elastic worker.
-        start: ``start(restart_count)`` starts the process that fills the slot.
+        start: ``start(restart_count)`` starts the process that fills the slot, or raises an `OSError`.
         should_restart: Decides from the exit status of a process whether it is replaced.
         essential: The run ends with it, and the run's last message has the reason.
         child: The process that fills it; None between two of them.
@@ -73,7 +81,7 @@ def if_killed(child: ChildProcess) -> bool:
 
 
 class ProcessMonitor:
-    """Keeps its slots filled.
+    """Keeps its slots filled; a process that cannot be started counts as one that has died.
 
     Args:
         supervisor: Starts and watches the processes.
@@ -117,7 +125,10 @@ class ProcessMonitor:
 
     def _start(self, slot: ProcessSlot) -> None:
         slot.started_at = time.monotonic()
-        slot.child = slot.start(slot.restart_count)
+        try:
+            slot.child = slot.start(slot.restart_count)
+        except OSError as error:  # such as for lack of descriptors, just when others have died; those that run are healthy
+            self._fail(slot, f"{slot.name} could not be started: {_why(error)}", again=True)
 
     def _reap(self, slot: ProcessSlot, child: ChildProcess) -> None:
         slot.child = None
@@ -126,10 +137,14 @@ class ProcessMonitor:
         if child.exit_code == EXIT_DONE:
             slot.done = True
             return
-        slot.exit_reason = child.exit_reason()
+        self._fail(slot, child.exit_reason(), again=slot.should_restart(child))
+
+    def _fail(self, slot: ProcessSlot, reason: str, *, again: bool) -> None:
+        """Note why a process has ended, or has not begun; fill its slot again after a pause, or give it up."""
+        slot.exit_reason = reason
         restarts = slot.restart_count
         exhausted = restarts >= self.max_restarts
-        if exhausted or not slot.should_restart(child):
+        if exhausted or not again:
             slot.given_up = True
             slot.exit_reason += f"; restarted {restarts} times (runtime.max_restarts)" if exhausted and restarts else ""
             if not slot.essential:
@@ -139,3 +154,10 @@ class ProcessMonitor:
             pause = min(MAX_BACKOFF_SECONDS, self.backoff_seconds * 2 ** max(0, slot.failures - 1))
             slot.restart_at = time.monotonic() + pause
             self.report(f"{slot.exit_reason}; restarting it in {pause:g} s (restart {restarts + 1} of {self.max_restarts})")
+
+
+def _why(error: OSError) -> str:
+    """The system's reason why a process could not be started, and the limit to raise."""
+    reason = error.strerror or str(error)
+    limit = LIMITS.get(error.errno or 0)
+    return f"{reason}{f': {error.filename}' if error.filename else ''}{f' ({limit})' if limit else ''}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -29,6 +30,8 @@ POLL_SECONDS = 0.02
 """The interval at which the supervisor looks at its children."""
 KILL_TIMEOUT_SECONDS = 5.0
 """A child that was killed has ended by then."""
+OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors of opening a log that starting a process would meet as well."""
 _PR_SET_PDEATHSIG = 1
 """Linux: prctl(2) asks for a signal at the death of the parent."""
 _prctl: Callable[..., int] | None = ctypes.CDLL(None).prctl if sys.platform.startswith("linux") else None
@@ -38,6 +41,14 @@ def _die_with_parent() -> None:
     """Ask Linux, first thing in a child, to kill it together with its parent, even while it is stopped or still importing."""
     if _prctl is not None:
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[int, int]:
+    """Make a pipe, each end of which its owner closes."""
+    ends = os.pipe()
+    for end, owner in zip(ends, (reader, writer), strict=True):
+        owner.callback(os.close, end)
+    return ends
 
 
 @dataclass
@@ -124,7 +135,9 @@ class ChildProcess:
         """The exit reason that it has sent; without one, the last line of its log if it ended by an error of its own."""
         if self._exit_reason or self.log is None or self.process.returncode < 0:
             return self._exit_reason[:MAX_EXIT_REASON_CHARACTERS]
-        lines = self.log.read_text(errors="replace").strip().splitlines()
+        lines: list[str] = []
+        with contextlib.suppress(OSError):  # the folder was deleted, or no descriptor is left
+            lines = self.log.read_text(errors="replace").strip().splitlines()
         return lines[-1].strip()[:MAX_EXIT_REASON_CHARACTERS] if lines else ""
 
 
@@ -180,30 +193,33 @@ class Supervisor:
             pass_fds: File descriptors that it inherits.
             timeout_seconds: See `ChildProcess.timeout_seconds`.
             start_timeout_seconds: See `ChildProcess.start_timeout_seconds`.
+
+        Raises:
+            OSError: it cannot be started.
         """
-        (control_reader, control_writer), (report_reader, report_writer) = os.pipe(), os.pipe()
-        os.set_blocking(report_reader, False)
-        os.set_blocking(report_writer, False)  # a child never waits for a supervisor that does not read
-        output = contextlib.nullcontext() if log is None else log.open("ab")
-        try:
-            with output as stream:
-                process = subprocess.Popen(
-                    [*command, "--control-fd", str(control_reader), "--report-fd", str(report_writer)],
-                    env=dict(env),
-                    stdin=subprocess.DEVNULL,
-                    stdout=stream,
-                    stderr=stream,
-                    pass_fds=[*pass_fds, control_reader, report_writer],
-                    start_new_session=True,
-                    preexec_fn=_die_with_parent,
-                )
-        except BaseException:
-            os.close(control_writer)
-            os.close(report_reader)
-            raise
-        finally:
-            os.close(control_reader)
-            os.close(report_writer)
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as childs:  # a failed start leaves no descriptor
+            control_reader, control_writer = _pipe(childs, ours)
+            report_reader, report_writer = _pipe(ours, childs)
+            os.set_blocking(report_reader, False)
+            os.set_blocking(report_writer, False)  # a child never waits for a supervisor that does not read
+            try:
+                output = None if log is None else childs.enter_context(log.open("ab"))
+            except OSError as error:
+                if error.errno in OUT_OF_RESOURCES:
+                    raise
+                self.report(f"{name}: its log cannot be written: {error}; the run goes on without it")
+                output, log = subprocess.DEVNULL, None
+            process = subprocess.Popen(
+                [*command, "--control-fd", str(control_reader), "--report-fd", str(report_writer)],
+                env=dict(env),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=[*pass_fds, control_reader, report_writer],
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
+            ours.pop_all()
         child = ChildProcess(name, process, control_writer, report_reader, log, timeout_seconds, start_timeout_seconds)
         self.children.append(child)
         return child
