@@ -67,7 +67,7 @@ class Checkout:
         """
         code = "import importlib.util as u; print(getattr(u.find_spec('ormo_rpc'), 'origin', 'none'))"
         command = [str(self.python), "-c", code]
-        found = subprocess.run(command, cwd=self.folder, env=self._variables(), capture_output=True, text=True, check=False)
+        found = subprocess.run(command, cwd=self.folder, env=self.variables(), capture_output=True, text=True, check=False)
         package = found.stdout.strip() or found.stderr.strip()
         if not package.startswith(f"{self.folder}{os.sep}"):
             raise RuntimeError(f"{self.name}: got the package {package}, expected the one in {self.folder}")
@@ -80,7 +80,7 @@ class Checkout:
         """
         size = ("--parameters", str(parameters), "--workers", str(workers), "--seconds", str(seconds))
         command = [str(self.python), "-m", "benchmarks.throughput", *size, "--json", *self.options]
-        with started(command, self._variables(), self.folder) as process:
+        with started(command, self.variables(), self.folder) as process:
             try:
                 out, err = process.communicate(timeout=TIMEOUT_SECONDS)
             except subprocess.TimeoutExpired:
@@ -90,7 +90,8 @@ class Checkout:
             raise RuntimeError(f"{self.name} at D = {parameters:,}: {last} (exit status {process.returncode})")
         return json.loads(out.strip().splitlines()[-1])
 
-    def _variables(self) -> dict[str, str]:
+    def variables(self) -> dict[str, str]:
+        """The environment of its commands."""
         return {**os.environ, **LOOPBACK, "PYTHONPATH": str(self.folder)}
 
 
