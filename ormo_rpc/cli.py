@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 import ormo_rpc
-from ormo_rpc import sweeps
+from ormo_rpc import console, sweeps
 from ormo_rpc.config.help import help_text, list_of_keys
 from ormo_rpc.config.parsing import parse_config, refused_value, unknown_key
 from ormo_rpc.config.schema import GROUPS, Config
@@ -79,6 +79,7 @@ def main() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    console.install()
     arguments = sorted(sys.argv[1:], key=lambda word: word not in _SWEEP)  # hydra takes the overrides in one piece alone
     if "--help-all" in arguments:
         print(list_of_keys())
@@ -195,6 +196,7 @@ def _refused(error: Exception) -> ConfigError:
 
 def _job(values: DictConfig) -> float | None:
     """Run one job of hydra: a single run, or one of a sweep, which returns its optimised metric."""
+    console.install()  # a launcher of sweeps may have started this process
     mode = HydraConfig.get()
     if mode.mode is RunMode.MULTIRUN and Torchrun.from_environment() is None:
         return sweeps.run_job(mode, lambda: _run(values, mode), _say)
@@ -222,13 +224,12 @@ def _run(values: DictConfig, mode: HydraConf) -> tuple[Config, dict[str, Any]]:
     from ormo_rpc.runtimes.process_start import process_began
 
     config, run_dir = parse_config(values, keys_of(mode.overrides.task)), Path(mode.runtime.output_dir)
-    if _on_terminal():
+    if console.on_terminal():
         _say(f"starting the processes of {run_dir}")
     began = None if mode.mode is RunMode.MULTIRUN else process_began()
     summary = run(config, run_dir, _launch(mode), start=Path(mode.runtime.cwd), began=began)
     if summary:
-        with contextlib.suppress(BrokenPipeError):  # the reader of standard output has closed it
-            print(_result(summary, run_dir), flush=True)
+        print(_result(summary, run_dir))
     return config, summary
 
 
@@ -240,11 +241,7 @@ def _launch(mode: HydraConf) -> Launch:
 
 def _say(message: str) -> None:
     """Print a line on standard error, with the name of the command in front."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-
-
-def _on_terminal() -> bool:
-    return sys.stderr is not None and sys.stderr.isatty()  # pyright: ignore[reportUnnecessaryComparison] # None where it was closed
+    console.say(f"{Path(sys.argv[0]).name}: {message}")
 
 
 def _result(summary: dict[str, Any], run_dir: Path) -> str:

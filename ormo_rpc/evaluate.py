@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ormo_rpc import console
 from ormo_rpc.config.parsing import load_config
 from ormo_rpc.config.paths import typed
 from ormo_rpc.errors import ConfigError, one_line
@@ -92,6 +93,7 @@ def _load(model: FlatModel, source: Path) -> dict[str, Tensor]:
 
 def main() -> None:
     """Run the command line."""
+    console.install()
     parser = argparse.ArgumentParser(
         prog="python -m ormo_rpc.evaluate", description="Print the test (and validation) accuracy of a run or checkpoint."
     )
@@ -105,10 +107,10 @@ def main() -> None:
         found, result = _evaluated(path)
     except ValueError as error:
         kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
-        print(f"evaluate: {kind}{error}", file=sys.stderr)
+        console.say(f"evaluate: {kind}{error}")
         sys.exit(2)
     except Exception as error:  # a user's own model or data set may raise anything
-        print(f"evaluate: {one_line(error)}", file=sys.stderr)
+        console.say(f"evaluate: {one_line(error)}")
         sys.exit(1)
     print(f"{found}\ntest accuracy {result.accuracy:.2%}, test loss {result.loss:.4f}")
     if result.val_accuracy is not None:
@@ -122,7 +124,7 @@ def _evaluated(path: Path) -> tuple[str, Evaluation]:
         if present is not None:
             return f"{path}, iteration {present[0]}, while the run goes on", present[1]
     except NotReadable as error:
-        print(f"evaluate: {error}; its newest checkpoint is taken", file=sys.stderr)
+        console.say(f"evaluate: {error}; its newest checkpoint is taken")
     found, result = evaluate_checkpoint(path)
     return str(found), result
 

@@ -99,8 +99,7 @@ def run_job(hydra: HydraConf, run: Run, say: Callable[[str], None]) -> float | N
     _interrupted_by_sigterm()  # which submitit ignores
     if directory.stopped:
         raise KeyboardInterrupt
-    with contextlib.suppress(BrokenPipeError):  # the reader of standard output has closed it
-        print(f"{_name(record, plan)}: {record.settings}", flush=True)
+    print(f"{_name(record, plan)}: {record.settings}")
     directory.write(record)
     searches = not str(hydra.sweeper._target_).endswith(".BasicSweeper")
     value, status, reason = None, FAILED, None
@@ -111,8 +110,7 @@ def run_job(hydra: HydraConf, run: Run, say: Callable[[str], None]) -> float | N
         if value is None and searches:
             status, reason = FAILED, f"optimized_metric: the run has no {config.searched_metric}"
         elif searches:
-            with contextlib.suppress(BrokenPipeError):
-                print(f"{_name(record, plan)}: {config.searched_metric} {value}", flush=True)
+            print(f"{_name(record, plan)}: {config.searched_metric} {value}")
     except RunFailed as error:
         if error.exit_status == INTERRUPTED_STATUS:
             directory.write(dataclasses.replace(record, status=INTERRUPTED))
@@ -153,10 +151,9 @@ def end(directory: SweepDirectory, say: Callable[[str], None], *, interrupted: b
         if record.status == FAILED or (record.status == RUNNING and not interrupted):
             reason = record.reason or "its process ended without a word, or runs on"
             say(f"{_name(record, plan)} ({record.settings}): {reason}; {record.directory}")
-    with contextlib.suppress(BrokenPipeError):
-        print(f"sweep directory: {directory.path}", flush=True)
-        if counted["completed"]:
-            print(f"compare its runs: python -m ormo_rpc.report {shlex.quote(str(directory.path))}", flush=True)
+    print(f"sweep directory: {directory.path}")
+    if counted["completed"]:
+        print(f"compare its runs: python -m ormo_rpc.report {shlex.quote(str(directory.path))}")
     return not failed
 
 

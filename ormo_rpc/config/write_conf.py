@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ormo_rpc
+from ormo_rpc import console
 from ormo_rpc.config.schema import GROUPS, Config
 from ormo_rpc.options import CallsTarget, Part, Section, parts
 from ormo_rpc.options.instantiate import base_of
@@ -119,6 +120,7 @@ def _scalar(value: Any) -> str:
 
 def main() -> None:
     """Bring ``conf/`` up to date."""
+    console.install()
     for name in write():
         sys.stdout.write(f"conf/{name}\n")
 

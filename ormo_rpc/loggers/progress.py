@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 from typing_extensions import override
 
+from ormo_rpc.console import best_effort
 from ormo_rpc.loggers.base import RunLog
 from ormo_rpc.loggers.metrics import METRICS
 from ormo_rpc.loggers.statistics import Statistics
@@ -24,7 +24,7 @@ class ProgressBar(RunLog):
     """
 
     def __init__(self, total_iterations: int, terminal: int) -> None:
-        self._file = os.fdopen(os.dup(terminal), "w")
+        self._file = best_effort(os.fdopen(os.dup(terminal), "w"))  # the terminal may be closed
         self._bar = tqdm(total=total_iterations, file=self._file, unit="it", dynamic_ncols=True)
         self._fields: dict[str, str] = {}
 
@@ -37,11 +37,9 @@ class ProgressBar(RunLog):
         }
         self._bar.set_postfix(self._fields, refresh=False)
         self._bar.update(max(0, row["iteration"] - self._bar.n))
-        with contextlib.suppress(OSError):  # the terminal may be closed
-            self._bar.refresh()
+        self._bar.refresh()
 
     @override
     def finish(self, summary: Mapping[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # the terminal may be closed
-            self._bar.close()  # leaves the last state on the terminal
-            self._file.close()
+        self._bar.close()  # leaves the last state on the terminal
+        self._file.close()

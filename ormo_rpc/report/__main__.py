@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib
 
+from ormo_rpc import console
 from ormo_rpc.config.paths import typed
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.report import pictures
@@ -21,6 +22,7 @@ MAX_SINGLE_RUNS = 12
 
 def main() -> None:
     """Print the table, and write the page and a picture."""
+    console.install()
     parser = argparse.ArgumentParser(
         prog="python -m ormo_rpc.report",
         description="Compare runs: a table with mean and spread over seeds, curves, delays and timelines.",
@@ -33,7 +35,7 @@ def main() -> None:
     try:
         runs, left_out = load_runs(arguments.paths)
     except ConfigError as error:
-        print(f"report: {error}", file=sys.stderr)
+        console.say(f"report: {error}")
         sys.exit(2)
     groups = group_by_setting(runs)
     table, keys = rows(groups), differing_keys(groups)

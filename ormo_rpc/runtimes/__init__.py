@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ormo_rpc import console
 from ormo_rpc.config.paths import located
 from ormo_rpc.config.runtimes import SimRuntime
 from ormo_rpc.config.schema import Config, Role
@@ -82,6 +83,7 @@ def run(
     if has_run_directory:
         if torchrun is None or not continues(torchrun, run_dir):
             RunDirectory.claim(run_dir)
+        console.keep_unsaid(run_dir.absolute() / "logs" / "launcher.log")
         run_id = None if torchrun is None else torchrun.run_id
         dataclasses.replace(launch or Launch(), torchrun=run_id).write(run_dir)
     with _in_this_process() if config.runtime.name in IN_THIS_PROCESS else contextlib.nullcontext():

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ormo_rpc import console
 from ormo_rpc.config.parsing import load_config, save_config
 from ormo_rpc.config.runtimes import GradientKind, SimRuntime
 from ormo_rpc.config.schema import Config
@@ -125,7 +126,10 @@ class Replay:
         """Give the server the input behind each recorded event; return the first difference, None where there is none."""
         if self.started and recorded and recorded[0]["event"] != "resume":
             self._deliver(self.server.start())
-        remaining = iter(tqdm(recorded, desc="replay", unit=" events", disable=not sys.stderr.isatty()))
+        shown = tqdm(
+            recorded, desc="replay", unit=" events", file=console.best_effort(sys.stderr), disable=not console.on_terminal()
+        )
+        remaining = iter(shown)
         for number, event in enumerate(remaining):
             if not self.events:
                 self._reproduce(event)

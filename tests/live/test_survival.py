@@ -74,6 +74,20 @@ def test_a_killed_worker_is_replaced_and_a_run_with_too_few_workers_pauses(tmp_p
     assert replayed(run_dir, tmp_path / "again") == result["final_params_sha256"]
 
 
+def test_a_run_whose_output_nobody_reads_goes_on_and_keeps_what_it_could_not_say(tmp_path: Path) -> None:
+    options = ("workers=2", "train.max_iterations=600", "runtime.faults=[kill@1:5]")
+    with launched("launch.py", f"hydra.run.dir={tmp_path}", *QUIET, *options) as launcher:
+        for stream in (launcher.stdout, launcher.stderr):
+            assert stream is not None
+            stream.close()
+        assert launcher.wait(120) == 0
+    assert summary(tmp_path)["status"] == "completed"
+    assert list((tmp_path / "checkpoints").glob("iteration_*"))
+    unsaid = (tmp_path / "logs" / "launcher.log").read_text()
+    assert re.search(r"^\S+ \S+ launch\.py: worker 1 \(pid \d+\) was killed by SIGKILL .*restarting it", unsaid, re.MULTILINE)
+    assert re.search(r"^\S+ \S+ completed: ormo", unsaid, re.MULTILINE)
+
+
 def test_a_stopped_worker_is_evicted_and_the_barrier_shrinks(tmp_path: Path) -> None:
     total, timeout = 300, 3.0
     options = ("scheduler=sync", "workers=3", f"train.max_iterations={total}", "runtime.faults=[stop@1:20]", "transport=gloo")

@@ -18,7 +18,7 @@ SOURCES = {
 }
 
 LAYERS: Sequence[str] = (
-    "errors messages seeding options kernels algorithms schedulers server data models compression worker rendezvous "
+    "errors console messages seeding options kernels algorithms schedulers server data models compression worker rendezvous "
     "control transports loggers config storage report runtimes overrides sweeps cli train evaluate"
 ).split()
 """Each imports from itself and from those before it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from typing_extensions import override
 
+from ormo_rpc import console
 from ormo_rpc.errors import ConfigError, Refused, ServerLost, WireError, WorkerBanned
 from ormo_rpc.rendezvous.addresses import parse_address
 from ormo_rpc.rendezvous.secret import Secret, read_secret
@@ -33,6 +33,7 @@ EXPECTED_ERRORS = (WorkerBanned, ServerLost, WireError, ConfigError, OSError)
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the server or a worker, as the command line says; report the reason of a failure to the supervisor."""
+    console.install()  # the log may be on a disk that is full
     arguments = _parse(argv)
     os.set_inheritable(arguments.report_fd, False)
     os.set_inheritable(arguments.control_fd, False)
@@ -45,8 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BaseException as error:
         reporter.exit_reason(f"{type(error).__name__}: {' '.join(str(error).split())}")
         if arguments.log or not isinstance(error, EXPECTED_ERRORS):
-            with contextlib.suppress(OSError):  # the log may be on the full disk that is the reason
-                traceback.print_exc()
+            traceback.print_exc()
         # Threads of torch's RPC agent may hold up an ordinary exit.
         if isinstance(error, ServerLost):
             os._exit(EXIT_SERVER_LOST)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from typing_extensions import override
 
+from ormo_rpc import console
 from ormo_rpc.config.parsing import save_config
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError, RunFailed, one_line
@@ -72,7 +73,7 @@ def _run(config: Config, run_dir: Path, began: float, job: Job | SyntheticJob) -
     save_config(config, run_dir / "config.yaml")
     queue = EventQueue()
     source: GradientSource = job.worker() if isinstance(job, Job) else job.source()
-    terminal = sys.stderr.fileno() if sys.stderr.isatty() else None
+    terminal = sys.stderr.fileno() if console.on_terminal() else None
     inline = InlineExecutor()
 
     def state() -> dict[str, Any]:

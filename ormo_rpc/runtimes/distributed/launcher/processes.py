@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from ormo_rpc import console
 from ormo_rpc.config.saving import to_tree
 from ormo_rpc.config.schema import Config
 from ormo_rpc.data import DataSource
@@ -235,7 +236,7 @@ def _option(flag: str, value: object) -> tuple[str, ...]:
 @contextlib.contextmanager
 def _terminal() -> Generator[int | None]:
     """A descriptor of the terminal for the child, whose standard error is its log; None where there is no terminal."""
-    if sys.stderr is None or not sys.stderr.isatty():  # pyright: ignore[reportUnnecessaryComparison] # None where it was closed
+    if not console.on_terminal():
         yield None
         return
     terminal = os.dup(sys.stderr.fileno())

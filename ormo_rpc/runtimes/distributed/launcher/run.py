@@ -15,13 +15,13 @@
 from __future__ import annotations
 
 import socket
-import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from ormo_rpc import console
 from ormo_rpc.config.parsing import save_config
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError, RunFailed
@@ -217,7 +217,7 @@ def _wait_for_exit(supervisor: Supervisor, slot: ProcessSlot, timeout_seconds: f
 
 
 def _report(text: str) -> None:
-    print(f"launch.py: {text}", file=sys.stderr, flush=True)
+    console.say(f"launch.py: {text}")
 
 
 def _how_to_resume(run_dir: Path) -> str:

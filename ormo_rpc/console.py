@@ -1,0 +1,116 @@
+"""Standard output and standard error: what cannot be written there never decides the fate of a run, nor its exit status.
+
+The reader of a pipe may go away, a terminal be closed, a disk be full (EPIPE, EIO, ENOSPC). A line that is lost so is kept in
+the log of the run directory, where there is one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+FAULTS = (OSError, ValueError)
+"""Raised by a stream that cannot be written; `ValueError` by one that is closed, or that lacks a character."""
+_unsaid_log: Path | None = None
+
+
+class BestEffort:
+    """A text stream without faults of writing; all else is the stream's own. A line reaches it at once.
+
+    Args:
+        stream: The stream.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._line = ""
+        """Text since the last end of a line."""
+        self._failed = False
+        """Some of it could not be written."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write a text as far as that is possible; return its length."""
+        try:
+            self._stream.write(text)
+            if "\n" in text:
+                self._stream.flush()
+        except FAULTS:
+            self._failed = True
+        self._line = (self._line + text).rpartition("\r")[2]  # of a progress bar, its last state
+        if "\n" in text:
+            if self._failed:
+                _keep(self._line)
+            self._line, self._failed = "", False
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write several texts."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """Hand everything written to the operating system as far as that is possible."""
+        with contextlib.suppress(*FAULTS):
+            self._stream.flush()
+
+    def close(self) -> None:
+        """Close the stream."""
+        with contextlib.suppress(*FAULTS):
+            self._stream.close()
+
+
+def best_effort(stream: TextIO) -> TextIO:
+    """Make a stream `BestEffort`, unless it is."""
+    return stream if isinstance(stream, BestEffort) else cast("TextIO", BestEffort(stream))
+
+
+def install() -> None:
+    """Make standard output and standard error of this process `BestEffort`, for whatever writes there and to its end.
+
+    Only for a process of our own: those of a program that calls this package stay as they are.
+    """
+    sys.stdout, sys.stderr = (
+        best_effort(stream or Path(os.devnull).open("w"))  # noqa: SIM115 - open to the end of the process
+        for stream in (sys.stdout, sys.stderr)
+    )
+
+
+def say(line: str) -> None:
+    """Print a line on standard error."""
+    if _standard_error() is not None:
+        print(line, file=best_effort(sys.stderr), flush=True)
+
+
+def on_terminal() -> bool:
+    """Tell if standard error is a terminal."""
+    stream = _standard_error()
+    with contextlib.suppress(*FAULTS):
+        return stream is not None and stream.isatty()
+    return False
+
+
+def keep_unsaid(log: Path) -> None:
+    """Append to this file the lines that cannot be written from now on; its folder is made where a line comes."""
+    global _unsaid_log
+    _unsaid_log = log
+
+
+def _keep(text: str) -> None:
+    if _unsaid_log is not None:
+        with contextlib.suppress(OSError):
+            _unsaid_log.parent.mkdir(exist_ok=True)
+            with _unsaid_log.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
+
+
+def _standard_error() -> TextIO | None:
+    """The stream; None in a process that was started without."""
+    return sys.stderr
