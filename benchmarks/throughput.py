@@ -26,7 +26,7 @@ import psutil
 from benchmarks.peers.measurement import Job, cpu_seconds, measurement, peak_bytes
 from ormo_rpc import train
 from ormo_rpc.options import parts
-from ormo_rpc.runtimes.torchrun import Torchrun
+from ormo_rpc.runtimes.ranks import Ranks
 from ormo_rpc.storage.run_directory import read_trace
 
 TRANSPORTS, WIRES = parts("transport"), ("float32", "bf16", "fp16")
@@ -207,8 +207,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     arguments = parser.parse_args()
     job = Job(parameters=arguments.parameters, workers=arguments.workers, seconds=arguments.seconds)
-    torchrun = Torchrun.from_environment()
-    if torchrun is not None and torchrun.rank > 0:  # a worker of the run that rank 0 measures
+    ranks = Ranks.from_environment()
+    if ranks is not None and ranks.rank > 0:  # a worker of the run that rank 0 measures
         train([*overrides(job, arguments.transport, arguments.wire), *arguments.set])
         return
     found = measure(job, arguments.transport, arguments.wire, arguments.set)

@@ -30,7 +30,7 @@ from ormo_rpc.errors import ConfigError, RunFailed, one_line
 from ormo_rpc.options import parts
 from ormo_rpc.overrides import keys_of, prepared
 from ormo_rpc.runtimes.attempts import former_run
-from ormo_rpc.runtimes.torchrun import Torchrun
+from ormo_rpc.runtimes.ranks import Ranks
 from ormo_rpc.storage.launch import Launch
 from ormo_rpc.storage.sweep_directory import SweepDirectory
 from ormo_rpc.sweeps import JobFailed, SweepStart
@@ -167,11 +167,11 @@ def _hydra_main(job: Callable[[DictConfig], float | None]) -> None:
 def _directory(arguments: Sequence[str]) -> list[str]:
     """Return further arguments of hydra about the run directory, which the process that starts the server makes.
 
-    A process without one makes none; rank 0 that torchrun has started again has the run directory of its former start.
+    A process without one makes none; rank 0 that was started again has the run directory of its former start.
     """
-    torchrun = Torchrun.from_environment()
-    if (torchrun is None or torchrun.rank == 0) and "role=worker" not in arguments:
-        former = None if torchrun is None else former_run(torchrun)
+    ranks = Ranks.from_environment()
+    if (ranks is None or ranks.rank == 0) and "role=worker" not in arguments:
+        former = None if ranks is None else former_run(ranks)
         return [] if former is None else prepared([f"hydra.run.dir={former.run_dir}"])
     return ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
 
@@ -198,11 +198,12 @@ def _job(values: DictConfig) -> float | None:
     """Run one job of hydra: a single run, or one of a sweep, which returns its optimised metric."""
     console.install()  # a launcher of sweeps may have started this process
     mode = HydraConfig.get()
-    if mode.mode is RunMode.MULTIRUN and Torchrun.from_environment() is None:
+    ranks = Ranks.from_environment()
+    if mode.mode is RunMode.MULTIRUN and ranks is None:
         return sweeps.run_job(mode, lambda: _run(values, mode), _say)
     try:
-        if mode.mode is RunMode.MULTIRUN:
-            raise ConfigError("-m: got a sweep under torchrun, expected a single run; start sweeps with python launch.py -m")
+        if mode.mode is RunMode.MULTIRUN and ranks is not None:
+            raise ConfigError(f"-m: got a sweep {ranks.under}, expected a single run; start sweeps with python launch.py -m")
         _, summary = _run(values, mode)
     except (ConfigError, RunFailed) as error:
         _say(str(error))

@@ -20,8 +20,9 @@ from ormo_rpc.config.schema import Config, Role
 from ormo_rpc.errors import RunFailed
 from ormo_rpc.options.imports import refuse_while_importing
 from ormo_rpc.runtimes import prepare
-from ormo_rpc.runtimes.attempts import continues
-from ormo_rpc.runtimes.torchrun import Torchrun
+from ormo_rpc.runtimes.attempts import claimed_by, continues
+from ormo_rpc.runtimes.distributed.launcher.agent import end_with_agent
+from ormo_rpc.runtimes.ranks import TORCHRUN, Ranks
 from ormo_rpc.storage.launch import Launch
 from ormo_rpc.storage.run_directory import RunDirectory
 
@@ -52,14 +53,13 @@ def run(
 
     Args:
         config: The configuration; ``workers`` may still be None.
-        run_dir: The directory for the outputs, which must not hold a run yet, except that of an earlier start of the ranks by
-            torchrun.
+        run_dir: The directory for the outputs, which must not hold a run yet, except that of an earlier start of the ranks.
         launch: How it was started.
         start: Where relative paths begin: the directory where the command was started; by default this process's.
         began: Time on the monotonic clock from which the summary's ``wall_seconds`` count; by default now.
 
     Returns:
-        The summary; empty on ranks other than 0 under torchrun, and for ``role=worker``.
+        The summary; empty on ranks other than 0, and for ``role=worker``.
 
     Raises:
         ConfigError: the configuration cannot be run here; nothing was started.
@@ -68,24 +68,27 @@ def run(
     refuse_while_importing()
     began = time.monotonic() if began is None else began
     config = located(config, start or Path.cwd())
-    torchrun = Torchrun.from_environment()
+    ranks = Ranks.from_environment()
+    if ranks is not None and ranks.launcher == TORCHRUN:
+        end_with_agent()
     if config.role is Role.worker:
-        prepare.check_elastic_worker(config, torchrun)
+        prepare.check_elastic_worker(config, ranks)
         importlib.import_module(MODULES["rpc"]).join(config)
         return {}
-    config = prepare.decide_workers(config, torchrun)
+    config = prepare.decide_workers(config, ranks)
+    prepare.check_secret(config, ranks)
     runtime = importlib.import_module(MODULES[config.runtime.name])
-    has_run_directory = torchrun is None or torchrun.rank == 0
+    has_run_directory = ranks is None or ranks.rank == 0
     with _alone():
         job = prepare.check(config, starts_server=has_run_directory)
     if job is not None:
         config = job.config
     if has_run_directory:
-        if torchrun is None or not continues(torchrun, run_dir):
+        if ranks is None or not continues(ranks, run_dir):
             RunDirectory.claim(run_dir)
         console.keep_unsaid(run_dir.absolute() / "logs" / "launcher.log")
-        run_id = None if torchrun is None else torchrun.run_id
-        dataclasses.replace(launch or Launch(), torchrun=run_id).write(run_dir)
+        claim = claimed_by(ranks)
+        dataclasses.replace(launch or Launch(), job=claim.job, agent=claim.agent).write(run_dir)
     with _in_this_process() if config.runtime.name in IN_THIS_PROCESS else contextlib.nullcontext():
         if isinstance(config.runtime, SimRuntime):  # with the data set that was loaded for the check
             return runtime.run(config, run_dir, began, job)

@@ -15,9 +15,10 @@ from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError, one_line
 from ormo_rpc.options import Part
 from ormo_rpc.options.instantiate import values_of
+from ormo_rpc.rendezvous.secret import require_secret
 from ormo_rpc.runtimes.job import Job
+from ormo_rpc.runtimes.ranks import TORCHRUN, Ranks
 from ormo_rpc.runtimes.simulator.jobs import SyntheticJob
-from ormo_rpc.runtimes.torchrun import Torchrun
 from ormo_rpc.runtimes.trial import try_job
 from ormo_rpc.server.build import TRAINED_DTYPES, check_resumable
 from ormo_rpc.storage import checkpoint
@@ -34,33 +35,43 @@ _KEYS = frozenset(field.name for field in dataclasses.fields(Config))
 """Keys that our own messages begin with, before a dot or a colon."""
 
 
-def decide_workers(config: Config, torchrun: Torchrun | None) -> Config:
-    """Fill in the number of workers: from the number of ranks under torchrun, else the configured one.
+def decide_workers(config: Config, ranks: Ranks | None) -> Config:
+    """Fill in the number of workers: from the number of ranks, else the configured one.
 
     Raises:
-        ConfigError: the configuration and torchrun disagree.
+        ConfigError: the configuration and the number of ranks disagree.
     """
-    if torchrun is None:
+    if ranks is None:
         return dataclasses.replace(config, workers=config.workers or DEFAULT_WORKERS)
-    ranks = torchrun.world_size
+    count = ranks.world_size
     if not isinstance(config.runtime, RpcRuntime):
-        raise ConfigError(f"runtime: got {config.runtime.name} under torchrun, expected rpc; start it with python launch.py")
-    if ranks < 2:
-        raise ConfigError(f"torchrun: got {ranks} process, expected at least 2; rank 0 serves and the others work")
-    if config.workers not in (None, ranks - 1):
+        raise ConfigError(f"runtime: got {config.runtime.name} {ranks.under}, expected rpc; {ranks.alone}")
+    if count < 2:
+        raise ConfigError(f"{ranks.launcher}: got {count} process, expected at least 2; rank 0 serves and the others work")
+    if config.workers not in (None, count - 1):
         raise ConfigError(
-            f"workers: got {config.workers}, expected {ranks - 1} under torchrun with {ranks} processes; leave it out"
+            f"workers: got {config.workers}, expected {count - 1} {ranks.under} with {count} processes; leave it out"
         )
-    return dataclasses.replace(config, workers=ranks - 1)
+    return dataclasses.replace(config, workers=count - 1)
 
 
-def check_elastic_worker(config: Config, torchrun: Torchrun | None) -> None:
+def check_secret(config: Config, ranks: Ranks | None) -> None:
+    """Refuse ranks that cannot tell one another a secret, and have none in common.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if ranks is not None and not (ranks.one_machine and ranks.agent_store):
+        require_secret(config.server.secret_file)
+
+
+def check_elastic_worker(config: Config, ranks: Ranks | None) -> None:
     """Refuse ``role=worker`` where it cannot join a running server.
 
     Raises:
         ConfigError: it cannot; the message has the key to change.
     """
-    if torchrun is not None:
+    if ranks is not None and ranks.launcher == TORCHRUN:
         raise ConfigError("role: got worker under torchrun, whose ranks already are workers; use python launch.py")
     if not isinstance(config.runtime, RpcRuntime):
         raise ConfigError(f"runtime: got {config.runtime.name} with role=worker, expected rpc")

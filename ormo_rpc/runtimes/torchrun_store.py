@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage] # documented, not annotated as public
 
-from ormo_rpc.runtimes.torchrun import Torchrun
+from ormo_rpc.runtimes.ranks import Ranks
 
 PREFIX = "ormo_rpc"
 """Of our keys."""
@@ -47,9 +47,9 @@ def read(store: PrefixStore, key: str) -> str | None:
     return store.get(key).decode() if store.check([key]) else None
 
 
-def tell_result(torchrun: Torchrun, summary: Mapping[str, Any]) -> None:
+def tell_result(ranks: Ranks, summary: Mapping[str, Any]) -> None:
     """Tell the other ranks how the run ended."""
-    if torchrun.agent_store:
+    if ranks.agent_store:
         result = {key: summary.get(key) for key in ("status", "gradients_computed", "pushes_per_worker")}
         with contextlib.suppress(RuntimeError):  # the store has ended with its agent, and nobody waits for the result
-            connect(torchrun.store, CONNECT_SECONDS).set(RESULT, json.dumps(result))
+            connect(ranks.master, CONNECT_SECONDS).set(RESULT, json.dumps(result))

@@ -19,12 +19,14 @@ class Launch:
     Attributes:
         overrides: What was typed, such as ``train.lr=0.1``.
         sweep: The name of the sweep that the run belongs to.
-        torchrun: The name of the torchrun job, ``--rdzv-id``.
+        job: The name of the job whose ranks have begun it, such as torchrun's ``--rdzv-id``.
+        agent: The process that has started rank 0, as `ormo_rpc.runtimes.distributed.launcher.agent.Agent.name` has it.
     """
 
     overrides: Sequence[str] = ()
     sweep: str | None = None
-    torchrun: str | None = None
+    job: str | None = None
+    agent: str | None = None
 
     def write(self, run_dir: Path) -> None:
         """Write it into the run directory, where there is something to say."""
@@ -35,4 +37,7 @@ class Launch:
     def read(cls, run_dir: Path) -> Self:
         """Read it from a run directory; empty where nothing was written."""
         file = run_dir / _FILE
-        return cls(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else cls()
+        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if "torchrun" in values:  # the name of ``job`` in run directories of earlier versions
+            values["job"] = values.pop("torchrun")
+        return cls(**values)

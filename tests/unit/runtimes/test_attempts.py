@@ -8,30 +8,36 @@ from pathlib import Path
 import pytest
 
 from ormo_rpc.runtimes.attempts import FormerRun, continues, former_run, remember
-from ormo_rpc.runtimes.torchrun import Torchrun
+from ormo_rpc.runtimes.ranks import Ranks
 from ormo_rpc.storage.launch import Launch
 from ormo_rpc.storage.run_directory import RunDirectory
 
 
 @pytest.fixture
-def rank(tmp_path: Path) -> Torchrun:
+def rank(tmp_path: Path) -> Ranks:
     folder = tmp_path / "agent"
     folder.mkdir()
-    return Torchrun(
-        run_id="job", rank=0, world_size=3, store="a:1", attempt=0, agent_store=True, agent_folder=folder, one_machine=False
+    return Ranks(
+        launcher="torchrun",
+        variables=("RANK", "WORLD_SIZE"),
+        job="job",
+        rank=0,
+        world_size=3,
+        master="a:1",
+        agent_folder=folder,
     )
 
 
-def run_of(rank: Torchrun, run_dir: Path) -> FormerRun:
+def run_of(rank: Ranks, run_dir: Path) -> FormerRun:
     """Begin a run, and remember it."""
     RunDirectory.claim(run_dir)
-    Launch(torchrun=rank.run_id).write(run_dir)
+    Launch(job=rank.job).write(run_dir)
     run = FormerRun(run_dir, "10.0.0.5:4000")
     remember(rank, run)
     return run
 
 
-def test_rank_0_finds_the_run_of_its_former_start(rank: Torchrun, tmp_path: Path) -> None:
+def test_rank_0_finds_the_run_of_its_former_start(rank: Ranks, tmp_path: Path) -> None:
     assert former_run(rank) is None
     assert not continues(rank, tmp_path / "run")
     run = run_of(rank, tmp_path / "run")
@@ -41,7 +47,7 @@ def test_rank_0_finds_the_run_of_its_former_start(rank: Torchrun, tmp_path: Path
     assert former_run(replace(rank, rank=1)) is None
 
 
-def test_another_agent_and_a_run_without_its_files_continue_nothing(rank: Torchrun, tmp_path: Path) -> None:
+def test_another_agent_and_a_run_without_its_files_continue_nothing(rank: Ranks, tmp_path: Path) -> None:
     run = run_of(rank, tmp_path / "run")
     assert former_run(replace(rank, agent_folder=None)) is None
     (run.run_dir / "trace.jsonl").unlink()
@@ -49,12 +55,11 @@ def test_another_agent_and_a_run_without_its_files_continue_nothing(rank: Torchr
 
 
 @pytest.mark.parametrize(
-    ("attempt", "run_id", "expected"), [(1, "job", True), (0, "job", False), (1, "another", False), (1, "none", False)]
+    ("attempt", "job", "expected"), [(1, "job", True), (0, "job", False), (1, "another", False), (1, None, False)]
 )
 def test_rank_0_on_another_node_continues_in_the_named_directory_of_its_job(
-    attempt: int, run_id: str, expected: bool, rank: Torchrun, tmp_path: Path
+    attempt: int, job: str | None, expected: bool, rank: Ranks, tmp_path: Path
 ) -> None:
-    named = "none" if run_id == "none" else "job"
-    run = run_of(replace(rank, run_id=named), tmp_path / "run")
-    elsewhere = replace(rank, agent_folder=None, attempt=attempt, run_id=run_id)
+    run = run_of(replace(rank, job="job" if job else None), tmp_path / "run")
+    elsewhere = replace(rank, agent_folder=None, attempt=attempt, job=job)
     assert continues(elsewhere, run.run_dir) is expected

@@ -1,4 +1,4 @@
-"""The processes that a launcher starts: all of them on this machine, the one of this rank (torchrun), or an elastic worker."""
+"""The processes that a launcher starts: all of them on this machine, this rank's one (torchrun, srun), or an elastic worker."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from ormo_rpc.rendezvous.addresses import (
     parse_address,
     specific_address,
 )
-from ormo_rpc.rendezvous.secret import new_secret, read_secret, write_secret
+from ormo_rpc.rendezvous.secret import new_secret, read_secret, require_secret, write_secret
 from ormo_rpc.runtimes.attempts import FormerRun, former_run, remember
 from ormo_rpc.runtimes.distributed.launcher.process_monitor import ProcessMonitor, ProcessSlot, if_killed, unless_server_lost
 from ormo_rpc.runtimes.distributed.launcher.rank import Rank, server_over, with_interface
 from ormo_rpc.runtimes.distributed.launcher.supervisor import ChildProcess, Supervisor
-from ormo_rpc.runtimes.torchrun import Torchrun
+from ormo_rpc.runtimes.ranks import Ranks
 from ormo_rpc.storage.counters import RunCounters
 from ormo_rpc.transports.auto import Auto
 
@@ -148,33 +148,33 @@ def local_processes(monitor: ProcessMonitor, config: Config, run_dir: Path, bega
 
 @contextlib.contextmanager
 def rank_process(
-    monitor: ProcessMonitor, config: Config, run_dir: Path, torchrun: Torchrun, began: float, report: Callable[[str], None]
+    monitor: ProcessMonitor, config: Config, run_dir: Path, ranks: Ranks, began: float, report: Callable[[str], None]
 ) -> Generator[ProcessSlot]:
-    """Start the one process of this rank under torchrun; the value is its slot.
+    """Start the one process of this rank; the value is its slot.
 
     The server leaves its address in the store of torchrun's agent, and keeps it when torchrun starts the ranks again: workers
-    of nodes whose ranks go on look for it there. Without such a store the port that torchrun has chosen for one is free, and
-    the server listens there.
+    of nodes whose ranks go on look for it there. Without such a store the server listens at the port that all ranks were told,
+    where `torch.distributed` would have one.
     """
-    store = ("--store", torchrun.store) if torchrun.agent_store else ()
+    store = ("--store", ranks.master) if ranks.agent_store else ()
     launcher = Launcher(monitor.supervisor, config, logs=None)
-    loopback = torchrun.one_machine and config.rpc.interface is None
-    chosen_host, _, chosen_port = torchrun.store.rpartition(":")
-    if torchrun.rank > 0:
+    loopback = ranks.one_machine and config.rpc.interface is None
+    chosen_host, _, chosen_port = ranks.master.rpartition(":")
+    if ranks.rank > 0:
         address = f"{'127.0.0.1' if loopback else chosen_host}:{chosen_port}"
         server_args = store or ("--address", address, *_option("--secret-file", config.server.secret_file))
-        start_worker = launcher.worker(torchrun.rank - 1, *server_args, before=torchrun.attempt)
-        name = f"worker {torchrun.rank - 1}"
+        start_worker = launcher.worker(ranks.rank - 1, *server_args, before=ranks.attempt)
+        name = f"worker {ranks.rank - 1}"
         yield monitor.add(name, start_worker, should_restart=unless_server_lost, essential=True)
         return
-    secret_file = _run_secret(config, run_dir) if torchrun.one_machine else _shared_secret(config)
+    secret_file = _run_secret(config, run_dir) if ranks.one_machine and ranks.agent_store else _shared_secret(config)
     host = "127.0.0.1" if loopback else interface_address(config.rpc.interface)
-    port = 0 if torchrun.agent_store else int(chosen_port)
-    former = former_run(torchrun) if torchrun.agent_store else None
+    port = 0 if ranks.agent_store else int(chosen_port)
+    former = former_run(ranks) if ranks.agent_store else None
     with _listen_again(former and former.address, f"{host}:{port}", public=config.server.public) as listener:
         address = address_of(listener)
-        remember(torchrun, FormerRun(run_dir, address))
-        Rank(torchrun, report).say(f"the server at {address} on {with_interface(host)}, run directory {run_dir}")
+        remember(ranks, FormerRun(run_dir, address))
+        Rank(ranks, report).say(f"the server at {address} on {with_interface(host)}, run directory {run_dir}")
         start_server = launcher.server(run_dir, began, listener, secret_file, "--address", address, *store)
         yield monitor.add("server", start_server, should_restart=if_killed, essential=True)
 
@@ -221,11 +221,7 @@ def _run_secret(config: Config, run_dir: Path) -> Path | None:
 
 def _shared_secret(config: Config) -> Path | None:
     """The configured file with a secret that other machines have as well; None where the environment has the secret."""
-    if read_secret(config.server.secret_file) is None:
-        raise ConfigError(
-            "server.secret_file: got None, expected a file with the secret of the run, or the variable ORMO_RPC_SECRET, the "
-            "same on every machine; the file of a run on this machine is RUN_DIRECTORY/secret"
-        )
+    require_secret(config.server.secret_file)
     return None if config.server.secret_file is None else Path(config.server.secret_file)
 
 

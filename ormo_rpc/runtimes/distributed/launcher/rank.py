@@ -1,4 +1,4 @@
-"""The messages of a rank's launcher under torchrun: what it does and for whom, and how the run ended.
+"""The messages of a rank's launcher: what it does and for whom, and how the run ended.
 
 The launchers read it from torchrun's store, where there is one.
 """
@@ -16,7 +16,7 @@ from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.rendezvous.addresses import interface_of, local_address, parse_address
 from ormo_rpc.runtimes import torchrun_store
-from ormo_rpc.runtimes.torchrun import Torchrun
+from ormo_rpc.runtimes.ranks import TORCHRUN, Ranks
 
 POLL_SECONDS = 0.5
 """The interval at which the store is asked."""
@@ -26,13 +26,14 @@ class Rank:
     """One rank's launcher, for messages.
 
     Args:
-        torchrun: The rank.
+        ranks: The ranks, and this one among them.
         report: Called with messages for people.
     """
 
-    def __init__(self, torchrun: Torchrun, report: Callable[[str], None]) -> None:
-        self.torchrun = torchrun
-        self._name = f"rank {torchrun.rank} of {torchrun.world_size} on {socket.gethostname()}"
+    def __init__(self, ranks: Ranks, report: Callable[[str], None]) -> None:
+        self.ranks = ranks
+        found = "" if ranks.launcher == TORCHRUN else f" ({ranks.launcher}: {', '.join(ranks.variables)})"
+        self._name = f"rank {ranks.rank} of {ranks.world_size} on {socket.gethostname()}{found}"
         self._report = report
 
     def say(self, text: str) -> None:
@@ -44,7 +45,7 @@ class WorkerRank(Rank):
     """The launcher of a worker's rank; follows the store in a thread, to the end of its context.
 
     Args:
-        torchrun: The rank.
+        ranks: The ranks, and this one among them.
         report: Called with messages for people.
         config: Of the run.
 
@@ -52,18 +53,18 @@ class WorkerRank(Rank):
         ended: Set once the run has ended by itself.
     """
 
-    def __init__(self, torchrun: Torchrun, report: Callable[[str], None], config: Config) -> None:
-        super().__init__(torchrun, report)
+    def __init__(self, ranks: Ranks, report: Callable[[str], None], config: Config) -> None:
+        super().__init__(ranks, report)
         self.ended = threading.Event()
         self._stop = threading.Event()
         self._timeout_seconds = config.rpc.start_timeout_seconds
         self._result: dict[str, Any] = {}
 
     def __enter__(self) -> WorkerRank:
-        if self.torchrun.agent_store:
+        if self.ranks.agent_store:
             threading.Thread(target=self._follow, name="torchrun's store", daemon=True).start()
         else:
-            self._say_server(self.torchrun.store)
+            self._say_server(self.ranks.master)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -71,8 +72,8 @@ class WorkerRank(Rank):
 
     def say_end(self, timeout_seconds: float) -> None:
         """Report how the run ended, as soon as rank 0 has told."""
-        worker = self.torchrun.rank - 1
-        if self.torchrun.agent_store and self.ended.wait(timeout_seconds):
+        worker = self.ranks.rank - 1
+        if self.ranks.agent_store and self.ended.wait(timeout_seconds):
             pushed = self._result["pushes_per_worker"].get(str(worker), 0)
             gradients = f"{self._result['gradients_computed']} gradients, {pushed} of them by worker {worker}"
             self.say(f"the run {self._result['status']}: {gradients}")
@@ -81,7 +82,7 @@ class WorkerRank(Rank):
 
     def _follow(self) -> None:
         with contextlib.suppress(RuntimeError):  # the store has ended with its agent
-            store = torchrun_store.connect(self.torchrun.store, self._timeout_seconds)
+            store = torchrun_store.connect(self.ranks.master, self._timeout_seconds)
             while (address := torchrun_store.read(store, torchrun_store.ADDRESS)) is None:
                 if self._stop.wait(POLL_SECONDS):
                     return
@@ -93,7 +94,7 @@ class WorkerRank(Rank):
             self.ended.set()
 
     def _say_server(self, address: str) -> None:
-        self.say(f"worker {self.torchrun.rank - 1}, for {server_over(address)}")
+        self.say(f"worker {self.ranks.rank - 1}, for {server_over(address)}")
 
 
 def server_over(address: str) -> str:

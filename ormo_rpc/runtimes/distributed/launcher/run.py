@@ -30,7 +30,7 @@ from ormo_rpc.runtimes.distributed.launcher.process_monitor import ProcessMonito
 from ormo_rpc.runtimes.distributed.launcher.processes import elastic_worker_process, local_processes, rank_process
 from ormo_rpc.runtimes.distributed.launcher.rank import Rank, WorkerRank
 from ormo_rpc.runtimes.distributed.launcher.supervisor import Supervisor
-from ormo_rpc.runtimes.torchrun import Torchrun
+from ormo_rpc.runtimes.ranks import Ranks
 from ormo_rpc.runtimes.torchrun_store import tell_result
 from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.counters import RunCounters
@@ -51,33 +51,33 @@ def run(config: Config, run_dir: Path, began: float) -> dict[str, Any]:
     Raises:
         RunFailed: the run was interrupted, or failed.
     """
-    torchrun = Torchrun.from_environment()
-    if torchrun is not None and torchrun.rank > 0:
-        _run_worker_rank(config, run_dir, torchrun, began)
+    ranks = Ranks.from_environment()
+    if ranks is not None and ranks.rank > 0:
+        _run_worker_rank(config, run_dir, ranks, began)
         return {}
     run_dir.mkdir(parents=True, exist_ok=True)
     former = read_summary(run_dir)
-    if former is not None and torchrun is not None and former["status"] in TERMINAL_STATUSES:
-        tell_result(torchrun, former)  # the ranks were started again after that
+    if former is not None and ranks is not None and former["status"] in TERMINAL_STATUSES:
+        tell_result(ranks, former)  # the ranks were started again after that
         return former
     forget_summary(run_dir)
     save_config(config, run_dir / "config.yaml")
     with Supervisor(_report) as supervisor:
         monitor = _monitor(supervisor, config)
-        if torchrun is None:
+        if ranks is None:
             processes = local_processes(monitor, config, run_dir, began)
         else:
-            if torchrun.attempt > 0 and RunCounters.incarnations_of(run_dir) == 0:
-                _report(_nothing_to_continue(config, torchrun))
-            processes = rank_process(monitor, config, run_dir, torchrun, began, _report)
+            if ranks.attempt > 0 and RunCounters.incarnations_of(run_dir) == 0:
+                _report(_nothing_to_continue(config, ranks))
+            processes = rank_process(monitor, config, run_dir, ranks, began, _report)
         with processes as server:
             failure = _supervise_server(monitor, server, config)
         interrupted = bool(supervisor.signals)
     summary = read_summary(run_dir)
     if failure is None or (summary is not None and summary["status"] in TERMINAL_STATUSES):
-        if torchrun is not None and summary is not None:
-            tell_result(torchrun, summary)
-            Rank(torchrun, _report).say(f"the run {summary['status']}: {summary['gradients_computed']} gradients")
+        if ranks is not None and summary is not None:
+            tell_result(ranks, summary)
+            Rank(ranks, _report).say(f"the run {summary['status']}: {summary['gradients_computed']} gradients")
         return summary or {}
     if summary is None:
         status = "interrupted" if interrupted else "failed"
@@ -88,15 +88,15 @@ def run(config: Config, run_dir: Path, began: float) -> dict[str, Any]:
     raise RunFailed(f"{failure}; {_how_to_resume(run_dir)}", failure.exit_status)
 
 
-def _run_worker_rank(config: Config, run_dir: Path, torchrun: Torchrun, began: float) -> None:
-    """Run the worker of a rank until the run is over or torchrun ends it.
+def _run_worker_rank(config: Config, run_dir: Path, ranks: Ranks, began: float) -> None:
+    """Run the worker of a rank until the run is over or it is told to end.
 
     Raises:
-        RunFailed: the server is lost, so that torchrun starts the ranks again, or ends the job.
+        RunFailed: the server is lost, so that the ranks are started again, or the job ends.
     """
-    with Supervisor(_report) as supervisor, WorkerRank(torchrun, _report, config) as rank:
+    with Supervisor(_report) as supervisor, WorkerRank(ranks, _report, config) as rank:
         monitor = _monitor(supervisor, config)
-        process = rank_process(monitor, config, run_dir, torchrun, began, _report)
+        process = rank_process(monitor, config, run_dir, ranks, began, _report)
         slot = _supervise_worker(monitor, process, config, rank.say, rank.ended.is_set)
         if supervisor.signals:
             return
@@ -108,11 +108,11 @@ def _run_worker_rank(config: Config, run_dir: Path, torchrun: Torchrun, began: f
             _report(f"{slot.exit_reason}; the run continues without it")
 
 
-def _nothing_to_continue(config: Config, torchrun: Torchrun) -> str:
+def _nothing_to_continue(config: Config, ranks: Ranks) -> str:
     begins = "from the parameters of its seed" if config.checkpoint.resume is None else f"from {config.checkpoint.resume}"
     return (
-        f"torchrun has started the ranks again (attempt {torchrun.attempt}), and the run that they had is not on this node "
-        f"({socket.gethostname()}): a new one begins, {begins} (checkpoint.resume)"
+        f"{ranks.launcher} has started the ranks again (attempt {ranks.attempt}), and the run that they had is not on this "
+        f"node ({socket.gethostname()}): a new one begins, {begins} (checkpoint.resume)"
     )
 
 

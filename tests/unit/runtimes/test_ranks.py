@@ -11,7 +11,7 @@ import pytest
 from ormo_rpc.config.parsing import parse_config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.runtimes import run
-from ormo_rpc.runtimes.torchrun import Torchrun
+from ormo_rpc.runtimes.ranks import Ranks
 
 ELASTIC = {
     "TORCHELASTIC_RUN_ID": "none",
@@ -24,11 +24,13 @@ ELASTIC = {
     "MASTER_ADDR": "host",
     "MASTER_PORT": "29400",
 }
-PLACE = Torchrun(
-    run_id="none",
+PLACE = Ranks(
+    launcher="torchrun",
+    variables=("RANK", "WORLD_SIZE"),
+    job=None,
     rank=1,
     world_size=3,
-    store="host:29400",
+    master="host:29400",
     attempt=2,
     agent_store=True,
     agent_folder=Path("agent/none_1"),
@@ -46,15 +48,15 @@ PLACE = Torchrun(
         ({"TORCHELASTIC_USE_AGENT_STORE": None}, dataclasses.replace(PLACE, agent_store=False)),
         ({"TORCHELASTIC_ERROR_FILE": ""}, dataclasses.replace(PLACE, agent_folder=None)),
         ({"TORCHELASTIC_RESTART_COUNT": None}, dataclasses.replace(PLACE, attempt=0)),
-        ({"TORCHELASTIC_RUN_ID": None}, None),  # RANK and the like alone may be anybody's
+        ({"TORCHELASTIC_RUN_ID": "job"}, dataclasses.replace(PLACE, job="job")),
     ],
     ids=str,
 )
 def test_the_rank_of_a_process_is_read_from_torchruns_environment(
-    changes: dict[str, str | None], expected: Torchrun | None, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, str | None], expected: Ranks | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     under_torchrun(monkeypatch, **changes)
-    assert Torchrun.from_environment() == expected
+    assert Ranks.from_environment() == expected
 
 
 def under_torchrun(monkeypatch: pytest.MonkeyPatch, **changes: str | None) -> None:
