@@ -60,7 +60,15 @@ class Summary(Metrics):
     rolled_back: int | None = entry("updates undone because a server process died")
     incarnations: int | None = entry("server processes that the run had")
     failed_evaluations: int | None = entry("evaluations that failed, see the server's log")
-    evictions: list[dict[str, Any]] | None = entry("evicted workers: worker, process, host, reason, and the tickets they held")
+    evictions: list[dict[str, Any]] | None = entry(
+        "evicted workers: worker, process, host, reason, cause where the server's launcher knows it, and the tickets they held"
+    )
+
+    server_memory_bytes: int | None = entry(
+        "largest proportional set size measured of the server's process: memory that n processes share counts as its nth part; "
+        "live runs of more than five seconds of training"
+    )
+    worker_memory_bytes: int | None = entry("the same of a worker's process: the mean of up to three on the server's machine")
 
     final_params_sha256: str | None = entry("SHA-256 of the final parameters")
     final_buffers_sha256: str | None = entry("SHA-256 of the model's final buffers, such as batch-norm statistics")

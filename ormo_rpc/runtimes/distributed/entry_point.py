@@ -22,6 +22,7 @@ from ormo_rpc import console
 from ormo_rpc.errors import ConfigError, Refused, ServerLost, WireError, WorkerBanned
 from ormo_rpc.rendezvous.addresses import parse_address
 from ormo_rpc.rendezvous.secret import Secret, read_secret
+from ormo_rpc.runtimes.distributed import memory
 from ormo_rpc.runtimes.distributed.launcher.child import EXIT_DONE, EXIT_NO_RESTART, EXIT_SERVER_LOST, Reporter, obey_supervisor
 from ormo_rpc.runtimes.distributed.server_process import server_process
 from ormo_rpc.runtimes.distributed.worker_process.worker_process import WorkerArgs, WorkerProcess
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the server or a worker, as the command line says; report the reason of a failure to the supervisor."""
     console.install()  # the log may be on a disk that is full
     arguments = _parse(argv)
+    memory.raise_oom_score(arguments.oom_score)
     os.set_inheritable(arguments.report_fd, False)
     os.set_inheritable(arguments.control_fd, False)
     reporter = Reporter(arguments.report_fd, arguments.heartbeat_seconds)
@@ -44,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         arguments.run(arguments, reporter.report)
     except BaseException as error:
-        reporter.exit_reason(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        reporter.exit_reason(memory.exit_reason(error))
         if arguments.log or not isinstance(error, EXPECTED_ERRORS):
             traceback.print_exc()
         # Threads of torch's RPC agent may hold up an ordinary exit.
@@ -197,7 +199,7 @@ def _parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     roles = parser.add_subparsers(required=True)
     server = roles.add_parser("server", parents=[common])
-    server.set_defaults(run=_run_server)
+    server.set_defaults(run=_run_server, oom_score=memory.SERVER)
     server.add_argument("--incarnation", type=int, default=0, help="earlier processes of this server")
     server.add_argument("--run-dir", type=Path, required=True, help="with the run's config.yaml")
     server.add_argument("--began", type=float, required=True, help="start of the run on the monotonic clock")
@@ -205,7 +207,7 @@ def _parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     server.add_argument("--terminal-fd", type=int, help="terminal for the progress bar, where there is one")
 
     worker = roles.add_parser("worker", parents=[common])
-    worker.set_defaults(run=_run_worker)
+    worker.set_defaults(run=_run_worker, oom_score=memory.WORKER)
     worker.add_argument("--restart-count", type=int, default=0, help="earlier processes in this slot")
     worker.add_argument("--preferred-worker", type=int, help="worker number to have, if it is free")
     worker.add_argument("--slot-id", default="", help="process slot, which a replacement has as well")

@@ -8,13 +8,17 @@ import re
 import signal
 import sys
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
+from typing_extensions import override
 
 from ormo_rpc.runtimes.distributed.launcher import process_monitor as module
 from ormo_rpc.runtimes.distributed.launcher.child import EXIT_DONE, EXIT_NO_RESTART
+from ormo_rpc.runtimes.distributed.launcher.oom_kills import OomKills
 from ormo_rpc.runtimes.distributed.launcher.process_monitor import ProcessMonitor, ProcessSlot, if_killed, unless_banned
 from ormo_rpc.runtimes.distributed.launcher.supervisor import ChildProcess, Supervisor
+from ormo_rpc.runtimes.distributed.memory import ADVICE
 from tests.support.processes import wait_until
 
 
@@ -172,7 +176,7 @@ def test_a_process_that_cannot_be_started_counts_as_a_restart_and_is_given_up_in
         "restarting it in 4 s (restart 1 of 2)",
         "worker 3 could not be started: Resource temporarily unavailable (no further process is allowed: raise ulimit -u, or "
         "pids.max of the control group); restarting it in 8 s (restart 2 of 2)",
-        "worker 3 could not be started: Cannot allocate memory (memory is short: use fewer workers, or give it more memory); "
+        f"worker 3 could not be started: Cannot allocate memory ({ADVICE}); "
         "restarted 2 times (runtime.max_restarts); the run continues without it",
     ]
 
@@ -185,3 +189,40 @@ def test_a_failed_start_does_not_disturb_the_others_and_a_later_one_may_work(mon
     monitor.poll()
     poll_until_reaped(monitor, unlucky)
     assert (unlucky.done, unlucky.restart_count, healthy.done) == (True, 1, True)
+
+
+class Kills(OomKills):
+    """Tells a cause for as many deaths as there are in one poll, and notes their number."""
+
+    def __init__(self) -> None:
+        super().__init__(Path("/nowhere"), Path("/nowhere"))
+        self.asked: list[int] = []
+
+    @override
+    def cause(self, killed: int) -> str:
+        self.asked.append(killed)
+        return "for a reason"
+
+
+def test_processes_that_were_killed_for_memory_are_named_and_others_are_not(
+    monitor: ProcessMonitor, reported: list[str]
+) -> None:
+    """SIGKILL by others is asked about, once for all that are found dead together; no other end, nor a kill of our own."""
+    kills = monitor.oom_kills = Kills()
+    killed = [monitor.add(f"worker {number}", Start(monitor, -signal.SIGKILL)) for number in range(2)]
+    other = monitor.add("worker 2", Start(monitor, -signal.SIGTERM))
+    silent = monitor.add("worker 3", Start(monitor, -signal.SIGKILL))
+    assert silent.child is not None
+    silent.child.start_timeout_seconds = -1.0
+    silent.child.process.send_signal(signal.SIGSTOP)  # it has not ended by itself
+    silent.child.kill_if_silent()
+    children = [slot.child for slot in monitor.slots]
+    wait_until(lambda: not any(child is not None and child.running for child in children), "the end of all")
+    monitor.poll()
+    assert kills.asked == [2]
+    named = rf"was killed by SIGKILL, for a reason; {ADVICE}; restarting it"
+    assert [bool(re.search(named, line)) for line in reported] == [True, True, False, False]
+    assert [slot.death and slot.death[1] for slot in (*killed, other)] == [
+        *["was killed by SIGKILL, for a reason"] * 2,
+        "was killed by SIGTERM",
+    ]

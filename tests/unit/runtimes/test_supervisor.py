@@ -22,10 +22,9 @@ from typing_extensions import override
 from ormo_rpc.runtimes.distributed.launcher import child as child_module
 from ormo_rpc.runtimes.distributed.launcher import supervisor as supervisor_module
 from ormo_rpc.runtimes.distributed.launcher.supervisor import ChildProcess, Supervisor
+from tests.support.cgroups import group, needs_pids_groups
 from tests.support.processes import PATIENCE_SECONDS, gone, wait_until
 
-PIDS = Path("/sys/fs/cgroup/pids")
-"""Control groups of version 1 that limit processes."""
 # Both modules are run from their files, since importing the package loads torch, which takes seconds.
 PRELUDE = f"""
 import json, os, runpy, signal, sys, threading, types
@@ -178,7 +177,7 @@ def test_a_start_without_descriptors_fails_and_leaks_none(tmp_path: Path) -> Non
     assert len(failed) >= 5  # two pipes and the log at least
 
 
-@pytest.mark.skipif(os.getuid() != 0 or not PIDS.is_dir(), reason="a control group that limits processes needs root")
+@needs_pids_groups
 def test_a_start_beyond_the_limit_of_processes_fails_and_works_again_when_that_is_raised() -> None:
     """In a process of its own, which is alone in its control group."""
     script = f"""{PRELUDE}
@@ -198,12 +197,9 @@ with module["Supervisor"]() as supervisor:
     child = start()
     print(supervisor.wait(lambda: not child.running, 60), child.exit_code)
 """
-    group = PIDS / f"ormo_rpc_test_{os.getpid()}"
-    group.mkdir()
-    try:
-        done = subprocess.run([sys.executable, "-c", script, group], capture_output=True, text=True, timeout=60, check=False)
-    finally:
-        group.rmdir()
+    with group("pids") as limited:
+        command = [sys.executable, "-c", script, str(limited.path)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.stdout, done.returncode) == (f"{errno.EAGAIN} 0 True\nTrue 0\n", 0), done.stderr
 
 

@@ -147,6 +147,12 @@ def test_buffers_that_differ_at_the_start_are_no_reason_to_give_up() -> None:
             "before the first ticket: ValueError: Expected more than 1 value",
         ),
         (OSError("the share is away"), OSError, "the share is away"),  # may be back when it is tried again
+        (MemoryError("1 GB"), MemoryError, "1 GB"),  # as may the memory
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+            RuntimeError,
+            "DefaultCPUAllocator: can't allocate memory",
+        ),
     ],
 )
 def test_a_first_gradient_that_fails_is_not_tried_again(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ormo_rpc.runtimes.distributed.launcher.child import EXIT_DONE, EXIT_NO_RESTART, EXIT_SERVER_LOST
+from ormo_rpc.runtimes.distributed.launcher.oom_kills import OomKills
 from ormo_rpc.runtimes.distributed.launcher.supervisor import ChildProcess, Supervisor
+from ormo_rpc.runtimes.distributed.memory import ADVICE
 
 MAX_BACKOFF_SECONDS = 30.0
 """The pause before a restart doubles each time, up to this."""
@@ -18,7 +20,7 @@ LIMITS = {
     errno.EMFILE: "the launcher has no descriptor left: raise ulimit -n",
     errno.ENFILE: "the machine has no descriptor left: raise fs.file-max by sysctl",
     errno.EAGAIN: "no further process is allowed: raise ulimit -u, or pids.max of the control group",
-    errno.ENOMEM: "memory is short: use fewer workers, or give it more memory",
+    errno.ENOMEM: ADVICE,
 }
 """By the number of the error, the limit that has been reached when a process cannot be started."""
 
@@ -39,6 +41,7 @@ class ProcessSlot:
         started_at: Start of the newest process, on the monotonic clock.
         restart_at: Start of the next one, on the monotonic clock.
         exit_reason: How the last process ended, unless its work was done.
+        death: The same for the server: process id, and how it ended.
         done: Its work is done.
         exit_code: The exit status of the last process.
         given_up: It stays empty, though its work is not done.
@@ -55,6 +58,7 @@ class ProcessSlot:
     started_at: float = 0.0
     restart_at: float = 0.0
     exit_reason: str = ""
+    death: tuple[int, str] | None = None
     exit_code: int | None = None
     done: bool = False
     given_up: bool = False
@@ -97,6 +101,7 @@ class ProcessMonitor:
         self.max_restarts = max_restarts
         self.backoff_seconds = backoff_seconds
         self.report = report
+        self.oom_kills = OomKills()
         self.slots: list[ProcessSlot] = []
 
     def add(
@@ -116,8 +121,10 @@ class ProcessMonitor:
 
     def poll(self) -> None:
         """Reap exited processes; restart those whose back-off has elapsed."""
+        ended = [child for slot in self.slots if (child := slot.child) is not None and not child.running]
+        self._explain(ended)
         for slot in self.slots:
-            if slot.child is not None and not slot.child.running:
+            if slot.child is not None and slot.child in ended:
                 self._reap(slot, slot.child)
             if slot.child is None and not slot.finished and time.monotonic() >= slot.restart_at:
                 slot.restart_count += 1
@@ -137,7 +144,17 @@ class ProcessMonitor:
         if child.exit_code == EXIT_DONE:
             slot.done = True
             return
-        self._fail(slot, child.exit_reason(), again=slot.should_restart(child))
+        slot.death = child.process.pid, child.outcome()
+        advice = f"; {ADVICE}" if child.oom_cause else ""
+        self._fail(slot, f"{child.exit_reason()}{advice}", again=slot.should_restart(child))
+
+    def _explain(self, ended: Sequence[ChildProcess]) -> None:
+        """Name those that were killed for lack of memory."""
+        self.oom_kills.look()
+        killed = [child for child in ended if child.killed_by_others]
+        cause = self.oom_kills.cause(len(killed)) if killed else ""
+        for child in killed:
+            child.oom_cause = cause
 
     def _fail(self, slot: ProcessSlot, reason: str, *, again: bool) -> None:
         """Note why a process has ended, or has not begun; fill its slot again after a pause, or give it up."""

@@ -151,6 +151,8 @@ def _supervise_server(monitor: ProcessMonitor, server: ProcessSlot, config: Conf
     def finished() -> bool:
         monitor.poll()
         for slot in workers:
+            if slot.death is not None:
+                send(worker_died=slot.death)
             if slot.finished:
                 send(worker_ended=slot.worker)
         if workers and all(slot.finished for slot in workers):

@@ -63,6 +63,7 @@ class ChildProcess:
         log: The file with its output; None where it writes to the supervisor's.
         timeout_seconds: It is killed when silent for longer, once its first heartbeat has come; None for never.
         start_timeout_seconds: It is killed when its first heartbeat takes longer; None for never.
+        oom_cause: Words that tell a death for lack of memory, from the process monitor; empty for any other one.
     """
 
     name: str
@@ -72,6 +73,7 @@ class ChildProcess:
     log: Path | None
     timeout_seconds: float | None = None
     start_timeout_seconds: float | None = None
+    oom_cause: str = ""
     _started_at: float = field(default_factory=time.monotonic)
     _heard_at: float | None = None
     _incomplete: bytes = b""
@@ -121,15 +123,24 @@ class ChildProcess:
             self._silent_seconds = timeout
             self.process.kill()
 
+    @property
+    def killed_by_others(self) -> bool:
+        """True where SIGKILL has ended it, and not for a time-out."""
+        return self.exit_code == -signal.SIGKILL and not self._silent_seconds
+
     def exit_reason(self) -> str:
-        """Describe in one line how it ended."""
+        """Describe in one line which process ended how."""
+        return f"{self.name} (pid {self.process.pid}) {self.outcome()}{f' (see {self.log})' if self.log else ''}"
+
+    def outcome(self) -> str:
+        """Describe how it ended, and why."""
         code = self.process.returncode
         outcome = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
         if self._silent_seconds:
             outcome = f"was killed after {self._silent_seconds:g} s without a heartbeat (stopped, or hung)"
         reason = self._reported_reason()
-        log = f" (see {self.log})" if self.log else ""
-        return f"{self.name} (pid {self.process.pid}) {outcome}{f': {reason}' if reason else ''}{log}"
+        cause = f", {self.oom_cause}" if self.oom_cause else ""
+        return f"{outcome}{cause}{f': {reason}' if reason else ''}"
 
     def _reported_reason(self) -> str:
         """The exit reason that it has sent; without one, the last line of its log if it ended by an error of its own."""

@@ -160,6 +160,8 @@ class ServerProcess:
         if "worker_ended" in message:
             for worker in range(message["worker_ended"], self.service.server.num_workers, self.config.num_processes):
                 self.service.stop_expecting(worker)
+        elif "worker_died" in message:
+            self.watchdog.explain(*message["worker_died"])
         elif "all_workers_ended" in message:
             self.all_workers_ended = message["all_workers_ended"]
         else:

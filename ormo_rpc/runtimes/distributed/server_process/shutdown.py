@@ -40,7 +40,7 @@ def shut_down(
     service.change(stop)
     check_state(service)
     watchdog.write_processes()  # a short run may be over before the first check of the watchdog
-    watchdog.write_evictions()
+    watchdog.write_evictions(wait=False)
     session.write_checkpoint(state)
     service.release_shutdown()  # not before: should this process die while it writes, the workers are needed again
     if not status:
@@ -50,7 +50,8 @@ def shut_down(
             time.sleep(POLL_SECONDS)
     transports = {str(worker): transport for worker, transport in sorted(service.transports.items())}
     connections = {"control": watchdog.control, "transports": transports}
-    return session.close(state, wait=not status, evictions=service.evictions, **connections, **status)
+    records = {**connections, **watchdog.memory, "evictions": service.evictions}
+    return session.close(state, wait=not status, **records, **status)
 
 
 def check_state(service: Service) -> None:

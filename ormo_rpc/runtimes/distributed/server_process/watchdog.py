@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 
 from ormo_rpc.config.runtimes import RpcRuntime
+from ormo_rpc.runtimes.distributed.memory import resident_bytes
 from ormo_rpc.runtimes.distributed.server_process.service import Service
 from ormo_rpc.storage.run_directory import RunDirectory
 
+CAUSE_SECONDS = 0.25
+"""The launcher has told by then how a worker died whose connection was closed."""
+FIRST_MEASUREMENT_SECONDS = 5.0
+"""Of training, after which memory is measured first; a shorter run spares the time."""
+MEASUREMENT_SECONDS = 300.0
+"""The interval of further measurements."""
+MEASURED_WORKERS = 3
+"""The kernel takes up to 0.1 s for each process."""
 _log = logging.getLogger(__name__)
 
 
@@ -24,6 +34,9 @@ class Watchdog:
         options: The time-outs.
         address: HOST:PORT of the listener.
         control: The carrier of the control plane.
+
+    Attributes:
+        memory: The largest ones measured so far, as entries of the summary.
     """
 
     def __init__(self, service: Service, directory: RunDirectory, options: RpcRuntime, address: str, control: str) -> None:
@@ -34,8 +47,13 @@ class Watchdog:
         self.control = control
         service.evictions = directory.read_evictions()  # by earlier incarnations
         self._evictions_written = len(service.evictions)
+        self._unwritten_since: float | None = None
+        self._causes: dict[int, str] = {}
+        """How processes of this machine have died, by process id."""
         self._processes: dict[int, int] = {}
         """Process ids by worker number, at the last change before the end."""
+        self.memory: dict[str, int] = {}
+        self._measure_at: float | None = None
         self._paused = False
         self._no_workers_since = time.monotonic()
 
@@ -51,6 +69,8 @@ class Watchdog:
             self.write_processes()
         self.write_evictions()
         service.evict_late(self.options.ticket_timeout_seconds)
+        if service.barrier.passed.is_set():
+            self._measure_memory()
         members, least = len(service.server.members), self.options.min_workers
         if service.barrier.passed.is_set() and self._paused != (members < least):
             self._paused = members < least
@@ -68,12 +88,43 @@ class Watchdog:
         transports = dict(self.service.transports)
         self.directory.write_processes(os.getpid(), self._processes, self.address, control=self.control, transports=transports)
 
-    def write_evictions(self) -> None:
-        """Write the evictions since the last call; later incarnations read them."""
+    def explain(self, pid: int, cause: str) -> None:
+        """Take down how a worker's process of this machine has died; called in the thread that reads the messages."""
+        self._causes[pid] = cause
+
+    def write_evictions(self, *, wait: bool = True) -> None:
+        """Write the evictions since the last call; later incarnations read them.
+
+        Args:
+            wait: Leave one for later whose cause the launcher may tell in a moment.
+        """
         new = self.service.evictions[self._evictions_written :]
-        if new:
+        if not new:
+            return
+        for eviction in new:
+            if eviction["host"] == socket.gethostname() and eviction["process"] in self._causes:
+                eviction["cause"] = self._causes[eviction["process"]]
+        now = time.monotonic()
+        self._unwritten_since = now if self._unwritten_since is None else self._unwritten_since
+        if not wait or now - self._unwritten_since >= CAUSE_SECONDS or all("cause" in eviction for eviction in new):
+            self._unwritten_since = None
             self._evictions_written += len(new)
             self.directory.write_evictions(new)
+
+    def _measure_memory(self) -> None:
+        """Measure the server's memory, and that of some workers of this machine, where it is time to."""
+        now = time.monotonic()
+        if self._measure_at is None:
+            self._measure_at = now + FIRST_MEASUREMENT_SECONDS
+        if now < self._measure_at:
+            return
+        self._measure_at = now + MEASUREMENT_SECONDS
+        with self.service.lock:
+            members = list(self.service.memberships.by_worker.values())
+        workers = sorted({member.pid for member in members if member.host == socket.gethostname()})[:MEASURED_WORKERS]
+        for name, pids in (("server_memory_bytes", [os.getpid()]), ("worker_memory_bytes", workers)):
+            if sizes := [size for size in map(resident_bytes, pids) if size is not None]:
+                self.memory[name] = max(self.memory.get(name, 0), sum(sizes) // len(sizes))
 
     def no_workers_reason(self) -> str:
         """The reason to give up, if there has been no worker for too long; empty otherwise."""

@@ -1,0 +1,90 @@
+"""Memory of the processes: the order in which the kernel is to kill them, errors that are about memory, and sizes."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from ormo_rpc.errors import ConfigError
+from ormo_rpc.runtimes.distributed import memory
+from ormo_rpc.runtimes.distributed.memory import ADVICE, PRELOADER, SERVER, WORKER, raise_oom_score
+
+
+@pytest.fixture
+def adj(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The file of a process of its own, with 0."""
+    monkeypatch.setattr(memory, "_inherited", [])
+    file = tmp_path / "self" / "oom_score_adj"
+    file.parent.mkdir()
+    file.write_text("0\n")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("inherited", "by", "raised"),
+    [(0, WORKER, 600), (0, SERVER, 200), (-900, WORKER, -300), (700, WORKER, 1000), (1000, SERVER, 1000)],
+)
+def test_a_role_is_added_to_the_inherited_score(inherited: int, by: int, raised: int, adj: Path, tmp_path: Path) -> None:
+    adj.write_text(f"{inherited}\n")
+    raise_oom_score(by, tmp_path)
+    assert int(adj.read_text()) == raised >= inherited
+
+
+def test_a_process_that_is_forked_from_a_preloader_has_the_score_of_its_own_role(adj: Path, tmp_path: Path) -> None:
+    adj.write_text("50\n")
+    raise_oom_score(PRELOADER, tmp_path)
+    raise_oom_score(SERVER, tmp_path)  # in the forked process
+    assert int(adj.read_text()) == 250
+    assert WORKER > PRELOADER > SERVER > 0
+
+
+def test_a_score_that_cannot_be_written_is_left(monkeypatch: pytest.MonkeyPatch, adj: Path, tmp_path: Path) -> None:
+    def refused(self: Path, *_: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(type(tmp_path), "write_text", refused)
+    raise_oom_score(WORKER, tmp_path)
+    assert adj.read_text() == "0\n"
+    raise_oom_score(WORKER, tmp_path / "not Linux")
+
+
+def allocate_too_much() -> BaseException:
+    """Return what torch raises."""
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 50, dtype=torch.uint8)
+    return raised.value
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (MemoryError(), "MemoryError"),
+        (allocate_too_much(), "RuntimeError: [enforce fail at alloc_cpu.cpp"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "OSError: [Errno 12] Cannot allocate memory"),
+        (RuntimeError("a push could not be applied: MemoryError: "), "RuntimeError: a push could not be applied: MemoryError:"),
+    ],
+)
+def test_an_error_of_memory_says_what_to_do(error: BaseException, text: str) -> None:
+    assert memory.exit_reason(error).startswith(f"out of memory ({ADVICE}): {text}")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("shapes differ"), OSError(errno.ENOSPC, "No space left on device"), ConfigError("memory"), KeyError()],
+)
+def test_any_other_error_is_told_as_it_is(error: BaseException) -> None:
+    assert memory.exit_reason(error) == f"{type(error).__name__}: {error}".removesuffix(": ")
+
+
+def test_the_resident_memory_of_a_process_is_its_proportional_share() -> None:
+    own = memory.resident_bytes(os.getpid())
+    assert own is not None
+    measured = psutil.Process().memory_full_info()
+    assert own == pytest.approx(measured.pss, rel=0.1)
+    assert own <= measured.rss
+    assert memory.resident_bytes(2**30) is None
