@@ -28,7 +28,7 @@ MANY = 32
 SWEPT = ("ormo", "asgd", "dana", "smega2")
 LONG = ("train.epochs=1000000", "train.max_seconds=600")
 """A run that lasts until it is killed."""
-GRADIENTS_FOR_MEMORY = 4 * MANY
+GRADIENTS_FOR_MEMORY = 2 * MANY
 _PROGRESS = struct.Struct("<3q")
 """The file ``progress``: gradients applied, server processes, updates rolled back."""
 
@@ -221,7 +221,7 @@ def _wait_for(found: Callable[[], Any], what: str) -> Any:
 
 def _progress(run_dir: Path) -> tuple[int, int, int]:
     try:
-        return _PROGRESS.unpack((run_dir / "progress").read_bytes())
+        return _PROGRESS.unpack_from((run_dir / "progress").read_bytes())
     except (OSError, struct.error):  # the run has not begun
         return 0, 0, 0
 

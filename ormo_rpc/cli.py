@@ -260,10 +260,11 @@ def _result(summary: dict[str, Any], run_dir: Path) -> str:
 
 
 def _duration(summary: dict[str, Any]) -> str:
-    """Seconds of the run's clock, and the real ones of all processes with start and end."""
+    """Seconds of the run's clock, and the real ones of all processes with those of start and end."""
     virtual, training, wall = summary["virtual_seconds"], summary["training_seconds"], f"{summary['wall_seconds']:.1f} s"
     if virtual is not None:
         return f"{virtual:.1f} virtual seconds ({wall} of real time)"
     if summary["runtime"] == "replay":
         return f"{'-' if training is None else f'{training:.1f}'} s (replayed in {wall})"
-    return f"{training:.1f} s ({wall} with start and end)"
+    start, end = ("-" if each is None else f"{each:.1f} s" for each in (summary["start_seconds"], summary["end_seconds"]))
+    return f"{training:.1f} s ({wall} in all: start {start}, end {end})"

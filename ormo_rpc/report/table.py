@@ -24,7 +24,7 @@ def rows(groups: Sequence[Group]) -> list[tuple[str, ...]]:
     A column that no run has a value for is left out.
     """
     keys = differing_keys(groups)
-    seconds = ("virtual seconds", "seconds")
+    seconds = ("virtual seconds", "seconds", "start and end")
     header = (*keys, "seeds", *(metric.column for metric in COLUMNS.values()), *seconds, "diverged")
     body = [(*(group.cell(key) for key in keys), *_figures(group)) for group in groups]
     kept = [n for n, column in enumerate(zip(*body, strict=True)) if set(column) != {MISSING}]
@@ -91,11 +91,14 @@ def _figures(group: Group) -> tuple[str, ...]:
     simulated = group.setting.get("runtime") == "sim"
     # Earlier versions measured the time of training as wall_seconds.
     real = [{"seconds": each.get("training_seconds") or each.get("wall_seconds")} for each in completed if not simulated]
+    others = [(each.get("start_seconds"), each.get("end_seconds")) for each in completed if not simulated]
+    besides = [start + end for start, end in others if start is not None and end is not None]
     return (
         str(len(group.runs)),
         *(spread(_values(completed, name), metric.form) for name, metric in COLUMNS.items()),
         spread(_values(completed, "virtual_seconds"), ".1f"),
         spread(_values(real, "seconds"), ".1f"),
+        spread(besides, ".1f"),
         f"{diverged} of {len(group.runs)}",
     )
 

@@ -61,6 +61,7 @@ def run(config: Config, run_dir: Path, began: float) -> dict[str, Any]:
     present = environment()
     differences = {key: [header[key], present[key]] for key in BITS_DEPEND_ON if header[key] != present[key]}
     replay = Replay(source, original, header)
+    started_at = time.monotonic()
     failure = replay.compare_events(events) or replay.compare_end(recorded)
     summary = dataclasses.replace(
         Summary.from_dict(recorded),
@@ -68,6 +69,8 @@ def run(config: Config, run_dir: Path, began: float) -> dict[str, Any]:
         status="differs" if failure else recorded["status"],
         reason=failure or recorded.get("reason"),
         wall_seconds=time.monotonic() - began,
+        start_seconds=started_at - began,
+        end_seconds=None,
         replayed=str(source.absolute()),
         identical=failure is None,
         environment_differences=differences,

@@ -83,6 +83,8 @@ class Session:
         self._copy_state = state or (lambda: self.server.state_dict(replies=config.checkpoint.journal))
         self._began = began
         self._continue_clock = continue_clock
+        self._updated_at = time.monotonic()
+        """Time of the last applied gradient on the monotonic clock."""
         self._seen = 0
         """The server's iteration at the last `observe`."""
 
@@ -166,11 +168,16 @@ class Session:
         if difference:
             raise ConfigError(f"{self.directory.path}: {difference}; do not change model and data while a run lasts")
 
+    def training_begins(self) -> None:
+        """Note that the first ticket is handed out."""
+        self.counters.set_start_seconds(time.monotonic() - self._began)
+
     def observe(self, server: ParameterServer) -> None:
         """Copy what an evaluation or a checkpoint needs, at the end of an epoch or when one is due."""
         if server.iteration == self._seen:
             return
         self._seen = server.iteration
+        self._updated_at = time.monotonic()
         self.counters.set_iterations(self._seen)
         if self._seen % self.job.batches_per_epoch == 0 or server.ended:
             self.evaluations.request(server, self.clock())
@@ -219,6 +226,7 @@ class Session:
     def _summary_entries(self, state: Mapping[str, Any]) -> dict[str, Any]:
         statistics = self.recorder.statistics
         ended = ending(self.job, statistics, state["status"], state["iteration"])
+        now, start_seconds = time.monotonic(), self.counters.start_seconds or None
         return {
             **measure(self.recorder.measurements(statistics.seconds, statistics.applied)),
             **identity(self.job.config),
@@ -230,8 +238,10 @@ class Session:
             "epochs": self.job.epoch(state["iteration"]),
             "rolled_back": self.counters.rolled_back,
             "incarnations": self.counters.incarnations,
-            "wall_seconds": time.monotonic() - self._began,
+            "wall_seconds": now - self._began,
+            "start_seconds": start_seconds,
             "training_seconds": statistics.seconds,
+            "end_seconds": None if start_seconds is None else now - self._updated_at,
             "step_seconds": self.server.step_seconds,
             "final_params_sha256": sha256(state["params"]),
             "final_buffers_sha256": sha256(*state["buffers"].values()),

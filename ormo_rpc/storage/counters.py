@@ -20,22 +20,23 @@ class RunCounters:
         iterations: Gradients applied.
         incarnations: Server processes so far, this one included once `begin` was called.
         rolled_back: Updates undone because a server process died.
+        start_seconds: Real seconds from the beginning of the run to its first ticket; 0 before.
     """
 
-    _COUNTS = struct.Struct("<3q")
+    _COUNTS = struct.Struct("<3qd")
     _FILE = "progress"
 
     def __init__(self, run_dir: Path) -> None:
         with (run_dir / self._FILE).open("a+b") as file:
             file.truncate(self._COUNTS.size)
             self._memory = mmap.mmap(file.fileno(), self._COUNTS.size)
-        self.iterations, self.incarnations, self.rolled_back = self._COUNTS.unpack(self._memory)
+        self.iterations, self.incarnations, self.rolled_back, self.start_seconds = self._COUNTS.unpack(self._memory)
 
     @classmethod
     def incarnations_of(cls, run_dir: Path) -> int:
         """Server processes that a run has had so far; 0 for a run that has not begun."""
         file = run_dir / cls._FILE
-        return cls._COUNTS.unpack(file.read_bytes())[1] if file.is_file() else 0
+        return struct.unpack_from("<2q", file.read_bytes())[1] if file.is_file() else 0
 
     def begin(self, iterations: int) -> None:
         """Count a new server process, which begins with this many gradients applied."""
@@ -46,4 +47,12 @@ class RunCounters:
     def set_iterations(self, iterations: int) -> None:
         """Set the number of gradients applied."""
         self.iterations = iterations
-        self._COUNTS.pack_into(self._memory, 0, self.iterations, self.incarnations, self.rolled_back)
+        self._write()
+
+    def set_start_seconds(self, seconds: float) -> None:
+        """Set the seconds to the first ticket, unless an earlier server process has handed it out."""
+        self.start_seconds = self.start_seconds or seconds
+        self._write()
+
+    def _write(self) -> None:
+        self._COUNTS.pack_into(self._memory, 0, self.iterations, self.incarnations, self.rolled_back, self.start_seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -51,11 +52,13 @@ class Summary(Metrics):
     epochs: float | None = entry("passes over the training data")
     wall_seconds: float | None = entry(
         "real seconds from the start of the launcher's process (its imports included; in a sweep or from Python: of the call) "
-        "to the writing of the summary"
+        "to the end of all other processes; start, training and end, and the time without a server where one was restarted"
     )
+    start_seconds: float | None = entry("real seconds from the same start to the first ticket")
     training_seconds: float | None = entry(
         "seconds of the run's clock, virtual ones of a simulation, from the first ticket to the last applied gradient"
     )
+    end_seconds: float | None = entry("real seconds from the last applied gradient to the end of all other processes")
     virtual_seconds: float | None = entry("simulated seconds that the run took")
     rolled_back: int | None = entry("updates undone because a server process died")
     incarnations: int | None = entry("server processes that the run had")
@@ -133,6 +136,22 @@ def write_summary(run_dir: Path, summary: Summary) -> dict[str, Any]:
     """Write ``summary.json`` in one step, and return its content."""
     content = summary.to_dict()
     write_json(run_dir / FILE, content)
+    return content
+
+
+def extend_summary(run_dir: Path, summary: Mapping[str, Any], wall_seconds: float) -> dict[str, Any]:
+    """Count the end of the processes that ended after the server had written its summary; return the content.
+
+    Args:
+        run_dir: The run directory; where it cannot be written any more, the server's summary stays.
+        summary: As `read_summary` returns it.
+        wall_seconds: The seconds of the run by now.
+    """
+    content = {**summary, "wall_seconds": wall_seconds}
+    if summary.get("end_seconds") is not None:
+        content["end_seconds"] = summary["end_seconds"] + wall_seconds - summary["wall_seconds"]
+    with contextlib.suppress(OSError):
+        write_json(run_dir / FILE, content)
     return content
 
 

@@ -44,7 +44,7 @@ PAIRS = [
     if incompatibility(find("algorithm", algorithm), find("scheduler", scheduler)) is None
 ]
 EVERY = {"every": 7, "keep": 100}
-OF_THIS_MACHINE = {"wall_seconds", "step_seconds", "checkpoint", "updates_per_second"}
+OF_THIS_MACHINE = {"wall_seconds", "start_seconds", "end_seconds", "step_seconds", "checkpoint", "updates_per_second"}
 """Entries of a summary that depend on the machine."""
 
 

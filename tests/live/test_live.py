@@ -229,7 +229,11 @@ def test_a_run_whose_loss_explodes_exits_with_status_3_and_its_replay_too(tmp_pa
     applied = events(tmp_path / "run", "apply")
     assert result["training_seconds"] == pytest.approx(applied[-1]["seconds"], abs=1e-5)
     assert result["updates_per_second"] == pytest.approx(100 / applied[-1]["seconds"], rel=1e-3)
-    assert f"100 iterations in {result['training_seconds']:.1f} s ({result['wall_seconds']:.1f} s with start and end)" in out
+    parts = [result[f"{part}_seconds"] for part in ("start", "training", "end")]
+    assert min(parts) > 0
+    assert sum(parts) == pytest.approx(result["wall_seconds"], abs=0.01)  # between the clocks of two processes
+    start, training, end = (f"{seconds:.1f} s" for seconds in parts)
+    assert f"100 iterations in {training} ({result['wall_seconds']:.1f} s in all: start {start}, end {end})" in out
     status, out, again = launch(tmp_path / "again", "runtime=replay", f"replay.run={tmp_path / 'run'}", "logger=none")
     assert (status, again) == (3, err)
     assert out.startswith("diverged: naive (async)")

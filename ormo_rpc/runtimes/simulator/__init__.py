@@ -91,6 +91,7 @@ def _run(config: Config, run_dir: Path, began: float, job: Job | SyntheticJob) -
             processes=config.num_processes if config.worker.prefetch else None,
         )
         session.open()
+        session.training_begins()
         if session.resumed_state is None:
             _schedule(config, queue, cluster)
         else:

@@ -51,6 +51,14 @@ def cells(groups: list[Group]) -> list[dict[str, str]]:
     return [dict(zip(header, row, strict=True)) for row in body]
 
 
+def test_start_and_end_have_a_column_of_live_runs_besides_the_seconds_of_training(tmp_path: Path) -> None:
+    runs = [record(tmp_path / f"{seed}", seed=seed, start_seconds=2.0 + seed, end_seconds=0.5) for seed in (0, 1)]
+    (found,) = cells(grouped(*runs))
+    assert (found["seconds"], found["start and end"]) == ("1.0", "3.0 ± 0.7")
+    (earlier,) = cells(grouped(record(tmp_path / "of an earlier version", start_seconds=None)))
+    assert "start and end" not in earlier
+
+
 def test_a_sweep_over_momentum_and_batch_size_has_four_settings(tmp_path: Path) -> None:
     """The one of the issue: it was one row of four seeds."""
     groups = grouped(

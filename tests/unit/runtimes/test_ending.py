@@ -188,6 +188,8 @@ def test_the_rate_is_over_the_time_of_training_and_the_rest_is_not_left_out(
     before = time.monotonic()
     summary = train([*SIM, "train.max_iterations=40", "model.hidden=4"], run_dir=tmp_path / "run")
     assert 0.2 < summary["wall_seconds"] <= time.monotonic() - before
+    # Real seconds of start, computing and end; those of training are virtual.
+    assert 0 < summary["start_seconds"] < summary["wall_seconds"] - summary["end_seconds"] < summary["wall_seconds"] - 0.2
     # 40 gradients of 0.1 virtual seconds, 4 at a time: exactly 1 s.
     assert (summary["training_seconds"], summary["updates_per_second"]) == (pytest.approx(1.0), pytest.approx(40.0))
     assert [row["seconds"] for row in read_metrics(tmp_path / "run")][-1] == 1.0
@@ -199,7 +201,8 @@ def test_wall_seconds_count_from_the_given_start(tmp_path: Path) -> None:
     from ormo_rpc.cli import compose
 
     config = compose([*QUADRATIC, "train.max_iterations=4"])
-    assert run(config, tmp_path / "run", began=time.monotonic() - 14)["wall_seconds"] > 14
+    summary = run(config, tmp_path / "run", began=time.monotonic() - 14)
+    assert 14 < summary["start_seconds"] < summary["wall_seconds"] < 20
 
 
 def test_the_process_began_before_its_first_import() -> None:

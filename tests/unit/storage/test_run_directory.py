@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ from ormo_rpc.errors import ConfigError
 from ormo_rpc.server.events import Event, Kind
 from ormo_rpc.storage.counters import RunCounters
 from ormo_rpc.storage.run_directory import RunDirectory, read_trace, rows_so_far
-from ormo_rpc.storage.summary import Summary, identity, read_summary, unfinished_summary, write_summary
+from ormo_rpc.storage.summary import Summary, extend_summary, identity, read_summary, unfinished_summary, write_summary
 from tests.support.processes import PATIENCE_SECONDS
 
 
@@ -119,6 +120,20 @@ def test_counters_survive_the_process_and_count_what_a_new_one_does_not_have(tmp
     second.begin(20)
     third = RunCounters(tmp_path)
     assert (third.iterations, third.incarnations, third.rolled_back) == (20, 2, 5)
+    third.set_start_seconds(2.5)
+    fourth = RunCounters(tmp_path)
+    fourth.set_start_seconds(9.0)  # the first ticket was handed out before
+    assert (RunCounters(tmp_path).start_seconds, RunCounters.incarnations_of(tmp_path)) == (2.5, 2)
+
+
+def test_the_end_lasts_until_the_other_processes_have_ended(tmp_path: Path) -> None:
+    content = write_summary(tmp_path, Summary(status="completed", wall_seconds=5.0, start_seconds=3.0, end_seconds=0.5))
+    extended = extend_summary(tmp_path, content, 5.25)
+    assert extended == read_summary(tmp_path) == {**content, "wall_seconds": 5.25, "end_seconds": 0.75}
+    never_began = extend_summary(tmp_path, Summary(status="interrupted", wall_seconds=5.0).to_dict(), 6.0)
+    assert (never_began["wall_seconds"], never_began["end_seconds"]) == (6.0, None)
+    shutil.rmtree(tmp_path)
+    assert extend_summary(tmp_path, content, 6.0)["end_seconds"] == 1.5  # told, though it cannot be written
 
 
 def test_every_key_of_the_summary_is_documented_and_none_by_default() -> None:

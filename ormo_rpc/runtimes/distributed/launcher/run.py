@@ -34,7 +34,7 @@ from ormo_rpc.runtimes.ranks import Ranks
 from ormo_rpc.runtimes.torchrun_store import tell_result
 from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.counters import RunCounters
-from ormo_rpc.storage.summary import forget_summary, read_summary, unfinished_summary, write_summary
+from ormo_rpc.storage.summary import extend_summary, forget_summary, read_summary, unfinished_summary, write_summary
 
 TERMINAL_STATUSES = ("completed", "diverged")
 """The statuses of a run that has ended by itself; a signal that comes later changes nothing."""
@@ -74,6 +74,8 @@ def run(config: Config, run_dir: Path, began: float) -> dict[str, Any]:
             failure = _supervise_server(monitor, server, config)
         interrupted = bool(supervisor.signals)
     summary = read_summary(run_dir)
+    if summary is not None:
+        summary = extend_summary(run_dir, summary, time.monotonic() - began)
     if failure is None or (summary is not None and summary["status"] in TERMINAL_STATUSES):
         if ranks is not None and summary is not None:
             tell_result(ranks, summary)

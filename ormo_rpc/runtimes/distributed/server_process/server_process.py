@@ -78,6 +78,8 @@ class ServerProcess:
         self.options = job.config.rpc
         self.clock = Stopwatch()
         self.stop_asked = threading.Event()
+        self.over = threading.Event()
+        """Set where the run has ended or is to be stopped, so that the main thread notices at once."""
         self.stop_status: dict[str, str] = {}
         """Status and reason, as the supervisor has sent them."""
         self.all_workers_ended = ""
@@ -134,7 +136,7 @@ class ServerProcess:
         if server.ended or not self._wait_for_start():
             return self._shut_down()
         limit = self.config.train.max_seconds
-        while not server.ended and not self.stop_asked.wait(FLUSH_SECONDS):
+        while not (server.ended or self.stop_asked.is_set() or self.over.wait(FLUSH_SECONDS)):
             check_state(self.service)
             self.watchdog.check()
             if self.clock() > WAIT_SECONDS:  # no worker waits for it any more
@@ -167,6 +169,7 @@ class ServerProcess:
         else:
             self.stop_status = message["stop"]
             self.stop_asked.set()
+            self.over.set()
 
     def _wait_for_start(self) -> bool:
         """Wait until the workers have registered; return False where the run is stopped before.
@@ -231,11 +234,14 @@ class ServerProcess:
 
     def _on_start(self) -> None:
         self.clock.start()
+        self.session.training_begins()
         self.watchdog.remember_processes()
 
     def _observe(self, server: ParameterServer) -> None:
         self.session.observe(server)
         self._injector.applied(server.iteration)
+        if server.ended:
+            self.over.set()
 
     def _lock_times(self) -> dict[str, float]:
         return {"lock_wait_seconds": self.service.lock_wait_seconds, "lock_held_seconds": self.service.lock_held_seconds}

@@ -11,8 +11,8 @@ from ormo_rpc.runtimes.distributed.server_process.watchdog import Watchdog
 from ormo_rpc.runtimes.session import Session
 from ormo_rpc.server.parameter_server import ParameterServer
 
-POLL_SECONDS = 0.01
-"""The interval at which the remaining workers are counted."""
+FLUSH_SECONDS = 0.1
+"""The interval at which records are written while workers leave."""
 
 
 def shut_down(
@@ -41,13 +41,15 @@ def shut_down(
     check_state(service)
     watchdog.write_processes()  # a short run may be over before the first check of the watchdog
     watchdog.write_evictions(wait=False)
+    session.flush()  # begins the last evaluation, beside the checkpoint and the workers' leaving
     session.write_checkpoint(state)
     service.release_shutdown()  # not before: should this process die while it writes, the workers are needed again
     if not status:
         deadline = time.monotonic() + timeout_seconds
         while service.memberships and time.monotonic() < deadline:
             session.flush()
-            time.sleep(POLL_SECONDS)
+            service.changed.wait(FLUSH_SECONDS)
+            service.changed.clear()
     transports = {str(worker): transport for worker, transport in sorted(service.transports.items())}
     connections = {"control": watchdog.control, "transports": transports}
     records = {**connections, **watchdog.memory, "evictions": service.evictions}
