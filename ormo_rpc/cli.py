@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import hydra
@@ -26,11 +27,12 @@ from ormo_rpc.config.help import help_text, list_of_keys
 from ormo_rpc.config.parsing import parse_config, refused_value, unknown_key
 from ormo_rpc.config.schema import GROUPS, Config
 from ormo_rpc.config.write_conf import conf_dir
-from ormo_rpc.errors import ConfigError, RunFailed, one_line
+from ormo_rpc.errors import ConfigError, Interrupted, RunFailed, one_line
 from ormo_rpc.options import parts
 from ormo_rpc.overrides import keys_of, prepared
 from ormo_rpc.runtimes.attempts import former_run
 from ormo_rpc.runtimes.ranks import Ranks
+from ormo_rpc.signals import SignalWatch, interrupting
 from ormo_rpc.storage.launch import Launch
 from ormo_rpc.storage.sweep_directory import SweepDirectory
 from ormo_rpc.sweeps import JobFailed, SweepStart
@@ -72,6 +74,7 @@ def _hydra_of_our_own() -> Generator[None]:
             GlobalHydra.instance().hydra = callers
 
 
+@interrupting()
 def main() -> None:
     """Run ``launch.py`` with this process's arguments."""
     for number in range(3):  # a closed standard stream would give its number to the next file that is opened
@@ -105,10 +108,10 @@ def main() -> None:
     try:
         sys.argv[1:] = [*prepared(arguments), *_directory(arguments)]
         os.environ[FULL_ERROR] = "1"
-        with sweeps.sigterm_restored():
-            _hydra_main(job)
+        _hydra_main(job)
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         ended = error
+    SignalWatch.answered = True  # a repeated signal must not end this program in the midst of its last words
     sweep = SweepStart.directory
     if sweep is not None and sweep.records():
         status = _end_sweep(sweep, ended, full_error)
@@ -125,8 +128,8 @@ def _end(ended: BaseException, began: bool, full_error: bool) -> int:
         BaseException: it is a fault of this program.
     """
     if isinstance(ended, KeyboardInterrupt):
-        _say("interrupted before anything was started")
-        return 130
+        _say(f"interrupted by {_signal_of(ended).name}; there is nothing to resume")
+        return 128 + _signal_of(ended)
     if isinstance(ended, SystemExit):
         if isinstance(ended.code, str):
             _say(ended.code)
@@ -155,8 +158,13 @@ def _end_sweep(sweep: SweepDirectory, ended: BaseException | None, full_error: b
     if full_error and isinstance(ended, Exception):
         raise ended
     if isinstance(ended, KeyboardInterrupt):
-        return sweeps.INTERRUPTED_STATUS
+        return 128 + _signal_of(ended)
     return 0 if fine and ended is None else 1
+
+
+def _signal_of(ended: KeyboardInterrupt) -> Signals:
+    """The signal that has ended this program; Python's own exception is that of Ctrl-C."""
+    return Signals(ended.number) if isinstance(ended, Interrupted) else Signals.SIGINT
 
 
 def _hydra_main(job: Callable[[DictConfig], float | None]) -> None:

@@ -19,12 +19,38 @@ class RunFailed(RuntimeError):
 
     Args:
         message: What happened, and where to look.
-        exit_status: The launcher's exit status: 130 for an interruption, 1 for anything else.
+
+    Attributes:
+        exit_status: The launcher's exit status.
     """
 
-    def __init__(self, message: str, exit_status: int = 1) -> None:
+    exit_status = 1
+
+
+class RunInterrupted(RunFailed):
+    """A signal has ended the run.
+
+    Args:
+        message: What happened, and where to look.
+        number: The signal. The exit status is 128 and its number, as a shell says of a program that a signal has ended.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
-        self.exit_status = exit_status
+        self.number = number
+        self.exit_status = 128 + number
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal that is not Ctrl-C has ended this program, or asks it to end.
+
+    Args:
+        number: The signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 class ServerLost(RuntimeError):

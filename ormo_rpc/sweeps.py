@@ -9,10 +9,9 @@ import os
 import shlex
 import signal
 import sys
-import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,12 @@ from omegaconf import DictConfig, ListConfig
 from typing_extensions import override
 
 from ormo_rpc.config.schema import GROUPS, Config
-from ormo_rpc.errors import ConfigError, RunFailed, one_line
+from ormo_rpc.errors import ConfigError, Interrupted, RunFailed, RunInterrupted, one_line
 from ormo_rpc.options.imports import locate
+from ormo_rpc.signals import raise_interrupted
 from ormo_rpc.storage.summary import refuse_metric
 from ormo_rpc.storage.sweep_directory import FAILED, INTERRUPTED, RUNNING, JobRecord, Plan, SweepDirectory
 
-INTERRUPTED_STATUS = 130
-"""Exit status of a run that a signal has ended."""
 Run = Callable[[], tuple[Config, dict[str, Any]]]
 """Runs a job; its configuration and its summary."""
 
@@ -64,18 +62,6 @@ class SweepStart(Callback):
         except OSError as error:
             sys.exit(f"hydra.sweep.dir: {directory.path} cannot be made: {error.strerror}")
         SweepStart.directory = directory
-        _interrupted_by_sigterm()  # else joblib's jobs would outlive this process
-
-
-@contextlib.contextmanager
-def sigterm_restored() -> Generator[None]:
-    """Give SIGTERM its former meaning back at the end, which `SweepStart` changes."""
-    former = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if signal.getsignal(signal.SIGTERM) is not former:
-            signal.signal(signal.SIGTERM, former)
 
 
 def run_job(hydra: HydraConf, run: Run, say: Callable[[str], None]) -> float | None:
@@ -96,7 +82,7 @@ def run_job(hydra: HydraConf, run: Run, say: Callable[[str], None]) -> float | N
     directory = SweepDirectory(_sweep_dir(hydra))
     plan, number = directory.plan(), int(hydra.job.num)
     record = JobRecord(number=number, settings=_settings(hydra, plan), directory=str(hydra.runtime.output_dir))
-    _interrupted_by_sigterm()  # which submitit ignores
+    raise_interrupted()  # in a job's process of joblib's or submitit's
     if directory.stopped:
         raise KeyboardInterrupt
     print(f"{_name(record, plan)}: {record.settings}")
@@ -111,12 +97,10 @@ def run_job(hydra: HydraConf, run: Run, say: Callable[[str], None]) -> float | N
             status, reason = FAILED, f"optimized_metric: the run has no {config.searched_metric}"
         elif searches:
             print(f"{_name(record, plan)}: {config.searched_metric} {value}")
-    except RunFailed as error:
-        if error.exit_status == INTERRUPTED_STATUS:
-            directory.write(dataclasses.replace(record, status=INTERRUPTED))
-            raise KeyboardInterrupt from None
-        reason = str(error)
-    except ConfigError as error:
+    except RunInterrupted as error:
+        directory.write(dataclasses.replace(record, status=INTERRUPTED))
+        raise Interrupted(error.number) from None
+    except (ConfigError, RunFailed) as error:
         reason = str(error)
     except (Exception, SystemExit) as error:  # a user's own code may raise anything
         traceback.print_exc()
@@ -155,12 +139,6 @@ def end(directory: SweepDirectory, say: Callable[[str], None], *, interrupted: b
     if counted["completed"]:
         print(f"compare its runs: python -m ormo_rpc.report {shlex.quote(str(directory.path))}")
     return not failed
-
-
-def _interrupted_by_sigterm() -> None:
-    """Let SIGTERM raise what Ctrl-C raises; a run has its own answer to both."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _end_children() -> None:

@@ -25,9 +25,9 @@ import torch
 
 from ormo_rpc.rendezvous.addresses import parse_address
 from ormo_rpc.rendezvous.secret import read_secret
-from ormo_rpc.runtimes.distributed.entry_point import on_sigterm
 from ormo_rpc.runtimes.distributed.worker_process import worker_process
 from ormo_rpc.runtimes.distributed.worker_process.worker_process import WorkerArgs, WorkerLoop, WorkerProcess
+from ormo_rpc.signals import follow
 from ormo_rpc.transports.base import Endpoint
 
 STAGES = ("joined", "opening", "connected", "sending")
@@ -86,7 +86,7 @@ def _work(given: argparse.Namespace, stage: str | None) -> NoReturn:
     torch.set_num_threads(1)
     if stage is not None:
         _Stage(stage, signal.Signals(given.signal)).install()
-    on_sigterm(worker.leave)
+    follow(lambda _: worker.leave())
     worker.run()
     os._exit(0)  # threads of torch's may hold up an ordinary exit
 

@@ -165,7 +165,7 @@ def test_a_checkpoint_without_the_keys_of_prefetch_and_compression_is_resumed_fr
     assert without == ["computing_until", "source"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_a_checkpoint_of_a_simulation(number: signal.Signals, tmp_path: Path) -> None:
     config = changed(QUADRATIC, train={"max_iterations": 400})
     whole = train(config, run_dir=tmp_path / "whole")
@@ -187,7 +187,7 @@ def test_a_signal_leaves_a_checkpoint_of_a_simulation(number: signal.Signals, tm
             RunFailed, match=rf"\Ainterrupted by {number.name}; iteration 123 is kept: resume with .*"
         ) as caught:
             train(config, run_dir=tmp_path / "first")
-    assert caught.value.exit_status == 130
+    assert caught.value.exit_status == 128 + number
     assert started.is_set()
     assert json.loads((tmp_path / "first" / "summary.json").read_text())["reason"] == number.name
     source = checkpoint.locate(tmp_path / "first")

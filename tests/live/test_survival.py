@@ -173,7 +173,7 @@ def test_a_torn_newest_checkpoint_is_skipped(tmp_path: Path) -> None:
         assert resume["iteration"] == int(before.name.removeprefix("iteration_"))
         launcher.send_signal(signal.SIGTERM)
         _, err = launcher.communicate(timeout=60)
-    assert launcher.returncode == 130
+    assert launcher.returncode == 143
     assert re.search(rf"^launch\.py: server: .*{newest.name}.*", err, re.MULTILINE), err
 
 

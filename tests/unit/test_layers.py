@@ -18,8 +18,8 @@ SOURCES = {
 }
 
 LAYERS: Sequence[str] = (
-    "errors console messages seeding options kernels algorithms schedulers server data models compression worker rendezvous "
-    "control transports loggers config storage report runtimes overrides sweeps cli train evaluate"
+    "errors console messages seeding signals options kernels algorithms schedulers server data models compression worker "
+    "rendezvous control transports loggers config storage report runtimes overrides sweeps cli train evaluate"
 ).split()
 """Each imports from itself and from those before it."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from ormo_rpc import cli, runtimes, sweeps
 from ormo_rpc.cli import compose, main
 from ormo_rpc.config.schema import Config
 from ormo_rpc.config.write_conf import conf_dir
-from ormo_rpc.errors import ConfigError, RunFailed
+from ormo_rpc.errors import ConfigError, RunFailed, RunInterrupted
 
 SHORT = ("runtime=sim", "logger=none", "workers=2", "train.epochs=1", "checkpoint.every_seconds=0")
 SILENT = ("hydra/hydra_logging=none", "hydra/job_logging=none")
@@ -126,10 +127,10 @@ def test_an_interruption_ends_a_sweep(
 
     def run(config: Config, *_: Any, **__: Any) -> dict[str, Any]:
         seeds.append(config.seed)
-        raise RunFailed("interrupted by SIGINT", exit_status=130)
+        raise RunInterrupted("interrupted by SIGTERM", signal.SIGTERM)
 
     monkeypatch.setattr(runtimes, "run", run)
-    assert launch("-m", *SHORT, "seed=0,1,2") == 130
+    assert launch("-m", *SHORT, "seed=0,1,2") == 128 + signal.SIGTERM
     assert seeds == [0]
     assert capsys.readouterr().err.splitlines() == [
         "launch.py: the sweep was interrupted",

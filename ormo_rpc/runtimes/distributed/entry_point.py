@@ -6,20 +6,20 @@ import argparse
 import json
 import logging
 import os
-import signal
 import socket
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
 from typing_extensions import override
 
 from ormo_rpc import console
-from ormo_rpc.errors import ConfigError, Refused, ServerLost, WireError, WorkerBanned
+from ormo_rpc.errors import ConfigError, Interrupted, Refused, ServerLost, WireError, WorkerBanned
 from ormo_rpc.rendezvous.addresses import parse_address
 from ormo_rpc.rendezvous.secret import Secret, read_secret
 from ormo_rpc.runtimes.distributed import memory
@@ -27,6 +27,7 @@ from ormo_rpc.runtimes.distributed.launcher.child import EXIT_DONE, EXIT_NO_REST
 from ormo_rpc.runtimes.distributed.server_process import server_process
 from ormo_rpc.runtimes.distributed.worker_process.worker_process import WorkerArgs, WorkerProcess
 from ormo_rpc.runtimes.torchrun_store import ADDRESS, SECRET_FILE, connect
+from ormo_rpc.signals import follow
 
 EXPECTED_ERRORS = (WorkerBanned, ServerLost, WireError, ConfigError, OSError)
 """Their messages suffice: no traceback is shown for them."""
@@ -43,8 +44,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     _log_to(reporter, stderr=arguments.log)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     torch.set_default_dtype(getattr(torch, arguments.default_dtype))
+    status = EXIT_DONE
     try:
         arguments.run(arguments, reporter.report)
+    except Interrupted as error:
+        status = 128 + error.number
     except BaseException as error:
         reporter.exit_reason(memory.exit_reason(error))
         if arguments.log or not isinstance(error, EXPECTED_ERRORS):
@@ -57,12 +61,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(EXIT_DONE)
+    os._exit(status)
 
 
 def _run_server(arguments: argparse.Namespace, report: Callable[[str], None]) -> None:
-    control = _ServerControl()
+    control = _ServerControl(arguments.incarnation)
     obey_supervisor(arguments.control_fd, control.handle)
+    follow(control.stop, lambda: control.handle({"checkpoint": True}))
     args = server_process.ServerArgs(
         run_dir=arguments.run_dir,
         began=arguments.began,
@@ -80,10 +85,15 @@ def _run_server(arguments: argparse.Namespace, report: Callable[[str], None]) ->
             store.set(SECRET_FILE, str(arguments.secret_file or ""))
             store.set(ADDRESS, arguments.address)
 
-    server_process.serve(args, on_ready)
+    summary = server_process.serve(args, on_ready)
+    if summary["status"] == "interrupted":
+        raise Interrupted(Signals[summary["reason"]])
 
 
 def _run_worker(arguments: argparse.Namespace, report: Callable[[str], None]) -> None:
+    control = _WorkerControl()
+    obey_supervisor(arguments.control_fd, lambda _: control.leave())
+    follow(control.leave)
     if arguments.store is None:
         address, secret_file = arguments.address, arguments.secret_file
     else:
@@ -103,30 +113,39 @@ def _run_worker(arguments: argparse.Namespace, report: Callable[[str], None]) ->
             announce=not arguments.log,
         )
     )
-    # By another thread, as a server that hangs takes its time, and the one that reads has to notice the supervisor's end.
-    obey_supervisor(arguments.control_fd, lambda _: threading.Thread(target=worker.leave, name="leave", daemon=True).start())
-    on_sigterm(worker.leave)
+    control.connect(worker)
     worker.run()
+    if control.left_on is not None:
+        raise Interrupted(control.left_on)
 
 
 class _ServerControl:
-    """Hands the supervisor's messages to the server, also those that come before it is ready.
+    """Hands the supervisor's messages and the signals to the server, also those that come before it is ready.
 
     `_lock` guards the server and the early messages, so that each message is handled once and in order.
+
+    Args:
+        incarnation: The number of earlier processes of this server.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, incarnation: int) -> None:
         self._lock = threading.Lock()
+        self._nothing_to_save = incarnation == 0
+        """Before the server is ready; a later incarnation has the journal's pushes, which no checkpoint has."""
         self._server: server_process.ServerProcess | None = None
         self._early: list[dict[str, Any]] = []
 
+    def stop(self, number: Signals) -> None:
+        """Stop on a signal, as on the supervisor's message."""
+        self.handle({"stop": {"status": "interrupted", "reason": number.name}})
+
     def handle(self, message: dict[str, Any]) -> None:
-        """Handle a message, or keep it until there is a server; ``stop`` ends a process whose server is not ready."""
+        """Handle a message, or keep it until there is a server; ``stop`` ends a process that has nothing to save."""
         with self._lock:
             if self._server is not None:
                 self._server.handle(message)
-            elif "stop" in message:
-                os._exit(1)  # nothing has begun, so there is nothing to save
+            elif "stop" in message and self._nothing_to_save:
+                os._exit(128 + Signals[message["stop"]["reason"]])
             else:
                 self._early.append(message)
 
@@ -138,21 +157,33 @@ class _ServerControl:
                 server.handle(message)
 
 
-def on_sigterm(leave: Callable[[], None]) -> None:
-    """Leave on SIGTERM, also while the main thread waits within torch, where no handler of Python's would run."""
-    receiver, sender = socket.socketpair()
-    sender.setblocking(False)
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+class _WorkerControl:
+    """Lets the worker leave when the supervisor or a signal asks for it, also before there is one.
 
-    def listen() -> None:
-        with receiver, sender:
-            while signal.SIGTERM not in receiver.recv(64):
-                pass
-            leave()
-            threading.Event().wait()  # keep the sockets open, since the handler writes to one, for as long as the process
+    `_lock` guards the worker.
 
-    threading.Thread(target=listen, name="SIGTERM", daemon=True).start()
+    Attributes:
+        left_on: The first signal that asked for it; None where there was none.
+    """
+
+    def __init__(self) -> None:
+        self.left_on: Signals | None = None
+        self._lock = threading.Lock()
+        self._worker: WorkerProcess | None = None
+
+    def leave(self, number: Signals | None = None) -> None:
+        """Leave; a process that has no worker yet ends at once."""
+        self.left_on = self.left_on or number
+        with self._lock:
+            if self._worker is None:
+                os._exit(EXIT_DONE if number is None else 128 + number)
+            # By another thread, as a server that hangs takes its time, and this one has to notice the supervisor's end.
+            threading.Thread(target=self._worker.leave, name="leave", daemon=True).start()
+
+    def connect(self, worker: WorkerProcess) -> None:
+        """Ask this worker from now on."""
+        with self._lock:
+            self._worker = worker
 
 
 def _secret(file: str | None) -> Secret:

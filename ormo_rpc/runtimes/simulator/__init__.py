@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import signal
+import logging
 import sys
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from pathlib import Path
-from types import FrameType
+from signal import Signals
 from typing import Any
 
 import torch
@@ -19,16 +18,18 @@ from typing_extensions import override
 from ormo_rpc import console
 from ormo_rpc.config.parsing import save_config
 from ormo_rpc.config.schema import Config
-from ormo_rpc.errors import ConfigError, RunFailed, one_line
+from ormo_rpc.errors import ConfigError, RunFailed, RunInterrupted, one_line
 from ormo_rpc.runtimes.job import Job, time_generator
 from ormo_rpc.runtimes.session import Session
 from ormo_rpc.runtimes.simulator.clock import EventQueue
 from ormo_rpc.runtimes.simulator.cluster import Cluster, GradientSource, Links, Speeds
 from ormo_rpc.runtimes.simulator.jobs import SyntheticJob
+from ormo_rpc.signals import SignalWatch
 from ormo_rpc.storage.summary import unfinished_summary, write_summary
 
 EVENTS_PER_FLUSH = 32
 """Events of the cluster between two flushes of the records."""
+_log = logging.getLogger(__name__)
 
 
 class InlineExecutor(Executor):
@@ -101,19 +102,18 @@ def _run(config: Config, run_dir: Path, began: float, job: Job | SyntheticJob) -
         session.write_checkpoint(last)
         cluster.close()
         status: dict[str, str] = {}
-        if interrupted:
-            status = {"status": "interrupted", "reason": interrupted}
+        if interrupted is not None:
+            status = {"status": "interrupted", "reason": interrupted.name}
         elif not session.server.ended:
             members, least = len(session.server.members), config.runtime.min_workers
             left = f"{members} of runtime.min_workers={least} workers are left" if members else "no worker is left"
             status = {"status": "failed", "reason": f"{left} after {queue.now:g} virtual seconds"}
         summary = session.close(last, wait=True, virtual_seconds=queue.now, **status, **_loads(cluster, queue.now))
+        resume = f"iteration {last['iteration']} is kept: resume with checkpoint.resume={run_dir}"
+        if interrupted is not None:
+            raise RunInterrupted(f"interrupted by {interrupted.name}; {resume}", interrupted)
         if status:
-            raise RunFailed(
-                f"{f'interrupted by {interrupted}' if interrupted else status['reason']}; iteration {last['iteration']} is "
-                f"kept: resume with checkpoint.resume={run_dir}",
-                exit_status=130 if interrupted else 1,
-            )
+            raise RunFailed(f"{status['reason']}; {resume}")
         return summary
 
 
@@ -128,26 +128,20 @@ def _schedule(config: Config, queue: EventQueue, cluster: Cluster) -> None:
     cluster.start()
 
 
-def _drive(cluster: Cluster, session: Session) -> str:
-    """Process events until the run has ended; return the name of a signal that interrupted it, else an empty string."""
-    received: list[int] = []
-
-    def interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature of a signal handler
-        received.append(number)
-
-    main = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
-    former = {number: signal.signal(number, interrupt) for number in numbers}
-    try:
-        count = 0
-        while not session.server.ended and not received and cluster.step():
+def _drive(cluster: Cluster, session: Session) -> Signals | None:
+    """Process events until the run has ended; return the signal that interrupted it, if there was one."""
+    count = 0
+    with SignalWatch() as watch:
+        while not session.server.ended and not watch.ends and cluster.step():
             count += 1
-            if count % EVENTS_PER_FLUSH == 0:
+            asked = watch.take_checkpoint()
+            if asked:
+                session.copy_state()
+            if asked or count % EVENTS_PER_FLUSH == 0:
                 session.flush()
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-    return signal.Signals(received[0]).name if received else ""
+            if asked:
+                _log.info("wrote the checkpoint that was asked for: %s", session.checkpoints.newest)
+        return watch.ends[0] if watch.ends else None
 
 
 def _links(config: Config, session: Session, push_bytes: int) -> Links:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -11,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from ormo_rpc.errors import ConfigError, Refused, ServerLost, WireError, WorkerBanned
+from ormo_rpc.errors import ConfigError, Interrupted, Refused, ServerLost, WireError, WorkerBanned
 from ormo_rpc.runtimes.distributed import entry_point
-from ormo_rpc.runtimes.distributed.launcher.child import EXIT_NO_RESTART, EXIT_SERVER_LOST
+from ormo_rpc.runtimes.distributed.launcher.child import EXIT_DONE, EXIT_NO_RESTART, EXIT_SERVER_LOST
 from ormo_rpc.runtimes.distributed.launcher.supervisor import Supervisor
 from ormo_rpc.runtimes.distributed.server_process import server_process
 from tests.support.processes import PATIENCE_SECONDS
@@ -48,17 +49,24 @@ class Reporter:
 
 def test_a_server_handles_the_messages_that_came_before_it_was_ready(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     server, handlers = Server(), list[Callable[[dict[str, Any]], None]]()
+    followed: list[Callable[[signal.Signals], None]] = []
 
     def obey_supervisor(_control_fd: int, on_message: Callable[[dict[str, Any]], None]) -> None:
         handlers.append(on_message)
 
-    def serve(args: server_process.ServerArgs, on_ready: Callable[[Server], None]) -> None:
+    def serve(args: server_process.ServerArgs, on_ready: Callable[[Server], None]) -> dict[str, str]:
         args.listening_socket.close()
         handlers[0]({"all_workers_ended": "all have left"})
         assert server.messages == []
         on_ready(server)
-        handlers[0]({"stop": {"status": "interrupted"}})
+        followed[0](signal.SIGTERM)
+        return {"status": "interrupted", "reason": "SIGTERM"}
 
+    def follow(on_end: Callable[[signal.Signals], None], on_checkpoint: Callable[[], None]) -> None:
+        followed.append(on_end)
+        on_checkpoint()
+
+    monkeypatch.setattr(entry_point, "follow", follow)
     monkeypatch.setattr(entry_point, "obey_supervisor", obey_supervisor)
     monkeypatch.setattr(server_process, "serve", serve)
     monkeypatch.setenv("ORMO_RPC_SECRET", "0123456789abcdef" * 4)
@@ -66,8 +74,42 @@ def test_a_server_handles_the_messages_that_came_before_it_was_ready(monkeypatch
     with supervisor_end:
         command = ["server", "--run-dir", str(tmp_path), "--began", "0", "--listener-fd", str(child_end.detach())]
         arguments = parse([*command, "--control-fd", "0", "--report-fd", "1"])
-        arguments.run(arguments, lambda _: None)
-    assert server.messages == [{"all_workers_ended": "all have left"}, {"stop": {"status": "interrupted"}}]
+        with pytest.raises(Interrupted) as ended:
+            arguments.run(arguments, lambda _: None)
+    assert ended.value.number == signal.SIGTERM
+    early = [{"checkpoint": True}, {"all_workers_ended": "all have left"}]
+    assert server.messages == [*early, {"stop": {"status": "interrupted", "reason": "SIGTERM"}}]
+
+
+@pytest.mark.parametrize(("incarnation", "ends"), [(0, True), (1, False)])
+def test_a_server_that_loads_ends_at_once_unless_it_has_something_to_save(
+    incarnation: int, ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "_exit", leave)
+    server, control = Server(), entry_point._ServerControl(incarnation)  # pyright: ignore[reportPrivateUsage] # without a process
+    if ends:
+        with pytest.raises(SystemExit) as ended:
+            control.stop(signal.SIGHUP)
+        assert ended.value.code == 128 + signal.SIGHUP
+    else:
+        control.stop(signal.SIGHUP)
+        control.connect(server)  # pyright: ignore[reportArgumentType] # in place of one
+        assert server.messages == [{"stop": {"status": "interrupted", "reason": "SIGHUP"}}]
+
+
+@pytest.mark.parametrize(("number", "status"), [(None, EXIT_DONE), (signal.SIGTERM, 128 + signal.SIGTERM)])
+def test_a_worker_that_has_not_begun_leaves_at_once(
+    number: signal.Signals | None, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit) as ended:
+        entry_point._WorkerControl().leave(number)  # pyright: ignore[reportPrivateUsage] # without a process
+    assert ended.value.code == status
+
+
+def leave(code: int) -> None:
+    """Raise in place of ending this process."""
+    raise SystemExit(code)
 
 
 @pytest.mark.parametrize(
@@ -76,16 +118,14 @@ def test_a_server_handles_the_messages_that_came_before_it_was_ready(monkeypatch
         *((kind("no"), EXIT_NO_RESTART) for kind in (Refused, WorkerBanned, ConfigError)),
         *((kind("gone"), 1) for kind in (WireError, OSError)),
         (ServerLost("gone"), EXIT_SERVER_LOST),
+        (Interrupted(signal.SIGHUP), 128 + signal.SIGHUP),
     ],
 )
 def test_a_banned_or_refused_process_exits_with_the_status_that_forbids_a_restart(
-    error: Exception, status: int, monkeypatch: pytest.MonkeyPatch
+    error: BaseException, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def work(*_: object) -> None:
         raise error
-
-    def leave(code: int) -> None:
-        raise SystemExit(code)
 
     reporter = Reporter()
     monkeypatch.setattr(entry_point, "Reporter", lambda *_: reporter)  # pyright: ignore[reportUnknownArgumentType,reportUnknownLambdaType] # in place of it
@@ -97,7 +137,7 @@ def test_a_banned_or_refused_process_exits_with_the_status_that_forbids_a_restar
         with pytest.raises(SystemExit) as ended:
             entry_point.main(["worker", "--control-fd", str(control_fd), "--report-fd", str(report_fd)])
         assert ended.value.code == status
-        assert reporter.reasons == [f"{type(error).__name__}: {error}"]
+        assert reporter.reasons == ([] if isinstance(error, Interrupted) else [f"{type(error).__name__}: {error}"])
     finally:
         os.close(control_fd)
         os.close(report_fd)

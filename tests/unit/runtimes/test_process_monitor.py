@@ -69,8 +69,9 @@ class Start:
         self.restart_counts.append(restart_count)
         if isinstance(status, OSError):
             raise status
-        end = f"os._exit({status})" if status >= 0 else f"os.kill(os.getpid(), {-status})"
-        return self.monitor.supervisor.start("it", [sys.executable, "-c", f"import os; {end}"], env=dict(os.environ), log=None)
+        kill = f"signal.pthread_sigmask(signal.SIG_UNBLOCK, [{-status}]); os.kill(os.getpid(), {-status})"
+        script = f"import os, signal; {kill if status < 0 else f'os._exit({status})'}"
+        return self.monitor.supervisor.start("it", [sys.executable, "-c", script], env=dict(os.environ), log=None)
 
 
 def poll_until_reaped(monitor: ProcessMonitor, slot: ProcessSlot) -> None:
@@ -210,7 +211,7 @@ def test_processes_that_were_killed_for_memory_are_named_and_others_are_not(
     """SIGKILL by others is asked about, once for all that are found dead together; no other end, nor a kill of our own."""
     kills = monitor.oom_kills = Kills()
     killed = [monitor.add(f"worker {number}", Start(monitor, -signal.SIGKILL)) for number in range(2)]
-    other = monitor.add("worker 2", Start(monitor, -signal.SIGTERM))
+    other = monitor.add("worker 2", Start(monitor, -signal.SIGALRM))
     silent = monitor.add("worker 3", Start(monitor, -signal.SIGKILL))
     assert silent.child is not None
     silent.child.start_timeout_seconds = -1.0
@@ -224,5 +225,35 @@ def test_processes_that_were_killed_for_memory_are_named_and_others_are_not(
     assert [bool(re.search(named, line)) for line in reported] == [True, True, False, False]
     assert [slot.death and slot.death[1] for slot in (*killed, other)] == [
         *["was killed by SIGKILL, for a reason"] * 2,
-        "was killed by SIGTERM",
+        "was killed by SIGALRM",
     ]
+
+
+@pytest.mark.parametrize(("status", "left"), [(-signal.SIGTERM, False), (128 + signal.SIGHUP, True)])
+def test_a_process_that_a_signal_ended_is_judged_once_the_launcher_had_time_to_get_it_as_well(
+    monitor: ProcessMonitor, clock: Clock, status: int, left: bool
+) -> None:
+    reported: list[str] = []
+    monitor.report = reported.append
+    slot = monitor.add("it", Start(monitor, status))
+    child = slot.child
+    assert child is not None
+    wait_until(lambda: not child.running, "the end of the process")
+    monitor.poll()
+    clock.now += 0.9 * module.SIGNAL_SECONDS
+    monitor.poll()
+    assert (slot.child, slot.finished, reported) == (child, False, [])
+    clock.now += 0.2 * module.SIGNAL_SECONDS
+    monitor.poll()
+    assert (slot.child, slot.done, slot.left_on) == (None, left, signal.SIGHUP if left else None)
+    said = (
+        "it left the run on SIGHUP" if left else rf"it \(pid {child.process.pid}\) was killed by SIGTERM; restarting it in .*"
+    )
+    assert re.fullmatch(said, reported[0])
+
+
+def test_a_process_that_the_launchers_signal_ended_is_reaped_without_a_pause(monitor: ProcessMonitor) -> None:
+    monitor.supervisor.signals.append(signal.SIGTERM)
+    slot = monitor.add("it", Start(monitor, 128 + signal.SIGTERM))
+    poll_until_reaped(monitor, slot)
+    assert slot.left_on == signal.SIGTERM

@@ -6,11 +6,13 @@ import errno
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from signal import Signals
 
 from ormo_rpc.runtimes.distributed.launcher.child import EXIT_DONE, EXIT_NO_RESTART, EXIT_SERVER_LOST
 from ormo_rpc.runtimes.distributed.launcher.oom_kills import OomKills
 from ormo_rpc.runtimes.distributed.launcher.supervisor import ChildProcess, Supervisor
 from ormo_rpc.runtimes.distributed.memory import ADVICE
+from ormo_rpc.signals import ending_signal
 
 MAX_BACKOFF_SECONDS = 30.0
 """The pause before a restart doubles each time, up to this."""
@@ -23,6 +25,8 @@ LIMITS = {
     errno.ENOMEM: ADVICE,
 }
 """By the number of the error, the limit that has been reached when a process cannot be started."""
+SIGNAL_SECONDS = 0.5
+"""Time in which the launcher gets the signal that has ended a process, where a manager sends it to all of them."""
 
 
 @dataclass
@@ -43,6 +47,8 @@ class ProcessSlot:
         exit_reason: How the last process ended, unless its work was done.
         death: The same for the server: process id, and how it ended.
         done: Its work is done.
+        ended_at: The end of the present process was noticed then, on the monotonic clock; None while it runs.
+        left_on: The signal on which the last process ended in order, before its work was done; it counts as done.
         exit_code: The exit status of the last process.
         given_up: It stays empty, though its work is not done.
     """
@@ -61,6 +67,8 @@ class ProcessSlot:
     death: tuple[int, str] | None = None
     exit_code: int | None = None
     done: bool = False
+    ended_at: float | None = None
+    left_on: Signals | None = None
     given_up: bool = False
 
     @property
@@ -121,7 +129,7 @@ class ProcessMonitor:
 
     def poll(self) -> None:
         """Reap exited processes; restart those whose back-off has elapsed."""
-        ended = [child for slot in self.slots if (child := slot.child) is not None and not child.running]
+        ended = [child for slot in self.slots if (child := slot.child) is not None and self._has_ended(slot, child)]
         self._explain(ended)
         for slot in self.slots:
             if slot.child is not None and slot.child in ended:
@@ -129,6 +137,15 @@ class ProcessMonitor:
             if slot.child is None and not slot.finished and time.monotonic() >= slot.restart_at:
                 slot.restart_count += 1
                 self._start(slot)
+
+    def _has_ended(self, slot: ProcessSlot, child: ChildProcess) -> bool:
+        """Tell that a process has ended, and not by a signal that the launcher may be about to get as well."""
+        if child.running:
+            return False
+        now = time.monotonic()
+        slot.ended_at = now if slot.ended_at is None else slot.ended_at
+        by_signal = ending_signal(child.exit_code) is not None and not self.supervisor.signals
+        return not by_signal or now - slot.ended_at >= SIGNAL_SECONDS
 
     def _start(self, slot: ProcessSlot) -> None:
         slot.started_at = time.monotonic()
@@ -138,11 +155,15 @@ class ProcessMonitor:
             self._fail(slot, f"{slot.name} could not be started: {_why(error)}", again=True)
 
     def _reap(self, slot: ProcessSlot, child: ChildProcess) -> None:
-        slot.child = None
+        slot.child = slot.ended_at = None
         self.supervisor.reap(child)
         slot.exit_code = child.exit_code
-        if child.exit_code == EXIT_DONE:
+        if child.exit_code is not None and child.exit_code > 0:
+            slot.left_on = ending_signal(child.exit_code)
+        if child.exit_code == EXIT_DONE or slot.left_on is not None:
             slot.done = True
+            if slot.left_on is not None and not slot.essential:
+                self.report(f"{slot.name} left the run on {slot.left_on.name}")
             return
         slot.death = child.process.pid, child.outcome()
         advice = f"; {ADVICE}" if child.oom_cause else ""

@@ -205,7 +205,7 @@ def elastic_worker_process(monitor: ProcessMonitor, config: Config, report: Call
         report(f"a worker on {socket.gethostname()}, for {server_over(config.server.address)}")
     slot = monitor.add("worker", launcher.worker(None, *server_args, *own_args), should_restart=if_killed, essential=True)
     yield slot
-    if elsewhere and slot.done and not monitor.supervisor.signals:
+    if elsewhere and slot.done and slot.left_on is None and not monitor.supervisor.signals:
         report(f"the run at {config.server.address} has ended")
 
 

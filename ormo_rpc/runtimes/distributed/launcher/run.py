@@ -24,7 +24,7 @@ from typing import Any
 from ormo_rpc import console
 from ormo_rpc.config.parsing import save_config
 from ormo_rpc.config.schema import Config
-from ormo_rpc.errors import ConfigError, RunFailed
+from ormo_rpc.errors import ConfigError, RunFailed, RunInterrupted
 from ormo_rpc.runtimes.distributed.launcher.child import EXIT_SERVER_LOST
 from ormo_rpc.runtimes.distributed.launcher.process_monitor import ProcessMonitor, ProcessSlot
 from ormo_rpc.runtimes.distributed.launcher.processes import elastic_worker_process, local_processes, rank_process
@@ -72,7 +72,6 @@ def run(config: Config, run_dir: Path, began: float) -> dict[str, Any]:
             processes = rank_process(monitor, config, run_dir, ranks, began, _report)
         with processes as server:
             failure = _supervise_server(monitor, server, config)
-        interrupted = bool(supervisor.signals)
     summary = read_summary(run_dir)
     if summary is not None:
         summary = extend_summary(run_dir, summary, time.monotonic() - began)
@@ -82,12 +81,13 @@ def run(config: Config, run_dir: Path, began: float) -> dict[str, Any]:
             Rank(ranks, _report).say(f"the run {summary['status']}: {summary['gradients_computed']} gradients")
         return summary or {}
     if summary is None:
-        status = "interrupted" if interrupted else "failed"
+        status = "interrupted" if isinstance(failure, RunInterrupted) else "failed"
         try:
             write_summary(run_dir, unfinished_summary(config, status, str(failure), time.monotonic() - began))
         except OSError as error:  # such as a full disk, which may be the cause of the failure
             _report(f"summary.json cannot be written: {error}")
-    raise RunFailed(f"{failure}; {_how_to_resume(run_dir)}", failure.exit_status)
+    failure.args = (f"{failure}; {_how_to_resume(run_dir)}",)
+    raise failure
 
 
 def _run_worker_rank(config: Config, run_dir: Path, ranks: Ranks, began: float) -> None:
@@ -100,7 +100,7 @@ def _run_worker_rank(config: Config, run_dir: Path, ranks: Ranks, began: float) 
         monitor = _monitor(supervisor, config)
         process = rank_process(monitor, config, run_dir, ranks, began, _report)
         slot = _supervise_worker(monitor, process, config, rank.say, rank.ended.is_set)
-        if supervisor.signals:
+        if supervisor.signals or slot.left_on is not None:
             return
         if rank.ended.is_set() or slot.done:
             rank.say_end(config.rpc.stop_timeout_seconds)
@@ -152,6 +152,11 @@ def _supervise_server(monitor: ProcessMonitor, server: ProcessSlot, config: Conf
 
     def finished() -> bool:
         monitor.poll()
+        if supervisor.watch.take_checkpoint():
+            if server.child is None:
+                _report("no checkpoint now: the server is being restarted, from the newest one")
+            else:
+                server.child.send(checkpoint=True)
         for slot in workers:
             if slot.death is not None:
                 send(worker_died=slot.death)
@@ -162,17 +167,17 @@ def _supervise_server(monitor: ProcessMonitor, server: ProcessSlot, config: Conf
         return server.finished
 
     supervisor.wait(finished)
-    if server.done:
+    if server.done and server.left_on is None:
         # The run is over; a worker that still computes a ticket that is not needed any more is killed.
         supervisor.wait(lambda: all(slot.child is None or not slot.child.running for slot in workers), timeout)
         return None
     if server.given_up:
         return RunFailed(f"{server.exit_reason}; the run has ended")
-    name = supervisor.signals[0].name
+    number = server.left_on or supervisor.signals[0]  # the server may have got it alone
     if server.child is not None:
-        server.child.send(stop={"status": "interrupted", "reason": name})
+        server.child.send(stop={"status": "interrupted", "reason": number.name})
         _wait_for_exit(supervisor, server, timeout)
-    return RunFailed(f"interrupted by {name}", exit_status=130)
+    return RunInterrupted(f"interrupted by {number.name}", number)
 
 
 def _supervise_worker(
@@ -202,14 +207,16 @@ def _supervise_worker(
             return slot.finished
 
         if not supervisor.wait(lambda: finished() or over()):
-            name = supervisor.signals[0].name
+            number = supervisor.signals[0]
             if slot.child is not None:
                 slot.child.send(leave=True)
                 _wait_for_exit(supervisor, slot, config.rpc.stop_timeout_seconds)
                 monitor.poll()
             if not slot.done:
-                raise RunFailed(f"interrupted by {name}", exit_status=130)
-            say(f"the worker left the run on {name}")
+                raise RunInterrupted(f"interrupted by {number.name}", number)
+            say(f"the worker left the run on {number.name}")
+        elif slot.left_on is not None:  # it got the signal alone
+            say(f"the worker left the run on {slot.left_on.name}")
         supervisor.wait(finished, config.rpc.stop_timeout_seconds, signals=len(supervisor.signals))
     return slot
 

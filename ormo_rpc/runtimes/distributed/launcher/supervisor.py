@@ -16,15 +16,15 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Self
 
 from ormo_rpc.runtimes.distributed.launcher.child import MAX_EXIT_REASON_CHARACTERS
+from ormo_rpc.signals import SignalWatch, blocked
 
 POLL_SECONDS = 0.02
 """The interval at which the supervisor looks at its children."""
@@ -162,15 +162,12 @@ class Supervisor:
     def __init__(self, report: Callable[[str], None] = lambda _: None) -> None:
         self.children: list[ChildProcess] = []
         self.report = report
-        self.signals: list[signal.Signals] = []
-        """The SIGINT and SIGTERM received so far; the first asks for an orderly end, a second one ends the wait for it."""
-        self._handlers: dict[signal.Signals, Any] = {}
+        self.watch = SignalWatch()
+        self.signals = self.watch.ends
+        """The first one asks for an orderly end, a second one ends the wait for it."""
 
     def __enter__(self) -> Self:
-        # Python handles signals in the main thread only; elsewhere they are left to the calling program.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._note_signal)
+        self.watch.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -180,8 +177,7 @@ class Supervisor:
         for child in list(self.children):
             child.process.wait(KILL_TIMEOUT_SECONDS)
             self.reap(child)
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        self.watch.__exit__()
 
     def start(
         self,
@@ -220,6 +216,7 @@ class Supervisor:
                     raise
                 self.report(f"{name}: its log cannot be written: {error}; the run goes on without it")
                 output, log = subprocess.DEVNULL, None
+            childs.enter_context(blocked())
             process = subprocess.Popen(
                 [*command, "--control-fd", str(control_reader), "--report-fd", str(report_writer)],
                 env=dict(env),
@@ -264,6 +261,3 @@ class Supervisor:
     def _receive_from(self, child: ChildProcess) -> None:
         for text in child.receive():
             self.report(f"{child.name}: {text}")
-
-    def _note_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signature of a signal handler
-        self.signals.append(signal.Signals(number))

@@ -19,6 +19,7 @@ from ormo_rpc.kernels.pool import pooled
 from ormo_rpc.rendezvous.addresses import address_of, specific_address
 from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.runtimes.collectives import COLLECTIVES, SharedValues
+from ormo_rpc.runtimes.distributed.server_process.requested_checkpoint import RequestedCheckpoint
 from ormo_rpc.runtimes.distributed.server_process.service import Service
 from ormo_rpc.runtimes.distributed.server_process.serving import Serving, served
 from ormo_rpc.runtimes.distributed.server_process.shutdown import check_state, shut_down
@@ -115,6 +116,7 @@ class ServerProcess:
             max_not_finite=self.options.max_not_finite,
             defer_shutdown=True,
         )
+        self.requested = RequestedCheckpoint(self.session, self.service.lock)
         self.shared_values = SharedValues(self.config.num_processes + 1)
         self.start_check = self._begin_start_check(job)
         self.watchdog = Watchdog(
@@ -144,6 +146,7 @@ class ServerProcess:
             if checkpoint.due():
                 with self.service.lock:
                     self.session.copy_state()
+            self.requested.attend()
             if limit is not None and self.clock() >= limit:
                 limit = None
                 self.service.finish()
@@ -158,7 +161,7 @@ class ServerProcess:
         return self._shut_down()
 
     def handle(self, message: dict[str, Any]) -> None:
-        """Handle a message of the supervisor; called in the thread that reads them."""
+        """Handle a message of the supervisor or of a signal; called by one thread at a time, which is not the main one."""
         if "worker_ended" in message:
             for worker in range(message["worker_ended"], self.service.server.num_workers, self.config.num_processes):
                 self.service.stop_expecting(worker)
@@ -166,7 +169,9 @@ class ServerProcess:
             self.watchdog.explain(*message["worker_died"])
         elif "all_workers_ended" in message:
             self.all_workers_ended = message["all_workers_ended"]
-        else:
+        elif "checkpoint" in message:
+            self.requested.ask()
+        elif not self.stop_asked.is_set():  # the supervisor's message and a signal, maybe repeated, are one
             self.stop_status = message["stop"]
             self.stop_asked.set()
             self.over.set()
@@ -187,6 +192,7 @@ class ServerProcess:
             if self.service.evictions:  # the process that replaces a worker takes no part
                 self._end_start_check()
             self.watchdog.check()
+            self.requested.attend()
             self.session.flush()
             waited = time.monotonic() - began
             if self.args.incarnation > 0 and waited > options.regroup_seconds:
@@ -247,8 +253,8 @@ class ServerProcess:
         return {"lock_wait_seconds": self.service.lock_wait_seconds, "lock_held_seconds": self.service.lock_held_seconds}
 
 
-def serve(args: ServerArgs, on_ready: Callable[[ServerProcess], None]) -> None:
-    """Run the server of a run from start to end.
+def serve(args: ServerArgs, on_ready: Callable[[ServerProcess], None]) -> dict[str, Any]:
+    """Run the server of a run from start to end, and return the summary.
 
     Args:
         args: The arguments of the process.
@@ -273,4 +279,4 @@ def serve(args: ServerArgs, on_ready: Callable[[ServerProcess], None]) -> None:
     on_ready(process)
     process.service.on_ended = process.transport.session_ended
     with served(args.listening_socket, args.secret, process.service, process.transport, serving):
-        process.run()
+        return process.run()

@@ -9,7 +9,7 @@ from ormo_rpc.messages import Reply
 from ormo_rpc.runtimes.distributed.server_process.service import Service
 from ormo_rpc.runtimes.distributed.server_process.watchdog import Watchdog
 from ormo_rpc.runtimes.session import Session
-from ormo_rpc.server.parameter_server import ParameterServer
+from ormo_rpc.server.parameter_server import ParameterServer, Status
 
 FLUSH_SECONDS = 0.1
 """The interval at which records are written while workers leave."""
@@ -25,7 +25,7 @@ def shut_down(
         service: The service.
         watchdog: Over the workers.
         status: Status and reason of a run that is ended from outside, whose workers are not waited for; empty for a run that
-            has ended by itself.
+            has ended by itself. Where it has done so before, they do not count.
         timeout_seconds: Time to wait for workers to leave; then they are left to their launcher.
 
     Raises:
@@ -38,6 +38,7 @@ def shut_down(
         return server.stop()
 
     service.change(stop)
+    ended_from_outside = bool(status) and state["status"] == Status.running.value
     check_state(service)
     watchdog.write_processes()  # a short run may be over before the first check of the watchdog
     watchdog.write_evictions(wait=False)
@@ -53,7 +54,7 @@ def shut_down(
     transports = {str(worker): transport for worker, transport in sorted(service.transports.items())}
     connections = {"control": watchdog.control, "transports": transports}
     records = {**connections, **watchdog.memory, "evictions": service.evictions}
-    return session.close(state, wait=not status, **records, **status)
+    return session.close(state, wait=not status, **records, **(status if ended_from_outside else {}))
 
 
 def check_state(service: Service) -> None:
