@@ -77,11 +77,6 @@ def _hydra_of_our_own() -> Generator[None]:
 @interrupting()
 def main() -> None:
     """Run ``launch.py`` with this process's arguments."""
-    for number in range(3):  # a closed standard stream would give its number to the next file that is opened
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
     console.install()
     arguments = sorted(sys.argv[1:], key=lambda word: word not in _SWEEP)  # hydra takes the overrides in one piece alone
     if "--help-all" in arguments:

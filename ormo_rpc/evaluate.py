@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from torch import Tensor
+import torch
 
 from ormo_rpc import console
 from ormo_rpc.config.parsing import load_config
@@ -70,14 +70,14 @@ def evaluate_present(run_dir: Path) -> tuple[int, Evaluation] | None:
     return state.iteration, Evaluator(model, data, config.train.batch_size)(state.params, buffers)
 
 
-def _load(model: FlatModel, source: Path) -> dict[str, Tensor]:
+def _load(model: FlatModel, source: Path) -> dict[str, torch.Tensor]:
     """Load a checkpoint's ``model.pt``, by name; return all buffers, those too that it does not have.
 
     Raises:
         ConfigError: names or shapes differ.
     """
     state = checkpoint.read(source, "model.pt")
-    buffers: dict[str, Tensor] = checkpoint.read(source, "server.pt")["buffers"]
+    buffers: dict[str, torch.Tensor] = checkpoint.read(source, "server.pt")["buffers"]
     try:
         model.module.load_state_dict(state)
         same = {name: each.shape for name, each in buffers.items()} == model.buffers.layout.shapes

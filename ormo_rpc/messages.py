@@ -5,16 +5,18 @@ A number that is added to a message crosses every transport, and is kept in the 
 
 from __future__ import annotations
 
-import types
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-NO_BUFFERS = torch.empty(0, dtype=torch.uint8)
-"""The buffers of a model without any, and of a reply without a ticket."""
+
+@functools.cache
+def no_buffers() -> torch.Tensor:
+    """The buffers of a model without any, and of a reply without a ticket."""
+    return torch.empty(0, dtype=torch.uint8)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -39,11 +41,11 @@ class Reply:
     worker: int
     ticket: int | None
     stamp: int
-    params: Tensor
+    params: torch.Tensor
     lr: float
     steps: int
     incarnation: int
-    buffers: Tensor = NO_BUFFERS
+    buffers: torch.Tensor = field(default_factory=no_buffers)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -67,10 +69,10 @@ class Push:
     worker: int
     ticket: int
     stamp: int
-    grad: Tensor
+    grad: torch.Tensor
     loss: float | None = None
     samples: int = 1
-    buffers: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    buffers: Mapping[str, torch.Tensor] = field(default_factory=dict[str, "torch.Tensor"])
     incarnation: int = 0
 
 
@@ -101,12 +103,15 @@ class NumberField(NamedTuple):
     optional: bool
 
 
+_NUMBERS: Mapping[Any, tuple[type[int | float], bool]] = {
+    "int": (int, False),
+    "int | None": (int, True),
+    "float": (float, False),
+    "float | None": (float, True),
+}
+"""The kind of number that an annotation stands for, and whether None is one of its values."""
+
+
 def number_fields(message: type[Push] | type[Reply]) -> tuple[NumberField, ...]:
     """The numbers of a class of messages, in the order of its fields; the other fields are tensors."""
-    hints = get_type_hints(message)
-    found: list[NumberField] = []
-    for each in fields(message):
-        hint = hints[each.name]
-        options = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        found += [NumberField(each.name, kind, type(None) in options) for kind in (int, float) if kind in options]
-    return tuple(found)
+    return tuple(NumberField(each.name, *_NUMBERS[each.type]) for each in fields(message) if each.type in _NUMBERS)

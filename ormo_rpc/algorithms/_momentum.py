@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 from typing_extensions import override
 
 from ormo_rpc.algorithms.base import Algorithm, PushContext
@@ -58,16 +58,16 @@ class StepMomentum(Momentum):
     """
 
     @override
-    def init(self, params: Tensor, momentum: float) -> None:
+    def init(self, params: torch.Tensor, momentum: float) -> None:
         super().init(params, momentum)
         self.momentum_lr = 1.0
 
     @abstractmethod
-    def advance(self, grad: Tensor, lr: float, scale: float, context: PushContext) -> None:
+    def advance(self, grad: torch.Tensor, lr: float, scale: float, context: PushContext) -> None:
         """Multiply the momentum by ``scale``, and apply one gradient; see `Algorithm.step`."""
 
     @override
-    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
+    def step(self, grad: torch.Tensor, lr: float, context: PushContext) -> None:
         if not self.momentum_correction:
             self.advance(grad, lr, 1.0, context)
             return
@@ -89,10 +89,10 @@ class StepMomentum(Momentum):
         """Set that rate."""
         self.momentum_lr = lr
 
-    def return_to(self, params: Tensor) -> None:
+    def return_to(self, params: torch.Tensor) -> None:
         """Take back a move of the parameters, but not the change of the momentum; ``params`` becomes the algorithm's own."""
         self.params = params
 
     @override
-    def state_dict(self) -> Mapping[str, Tensor | int | float]:
+    def state_dict(self) -> Mapping[str, torch.Tensor | int | float]:
         return {"momentum_lr": self.momentum_lr}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 from typing_extensions import override
 
 from ormo_rpc.algorithms.base import Algorithm, PushContext
@@ -24,5 +24,5 @@ class ASGD(Algorithm):
     OUT_OF_PLACE = True
 
     @override
-    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
+    def step(self, grad: torch.Tensor, lr: float, context: PushContext) -> None:
         self.params = self.kernel.apply(SGDStep(w_scale=lr), grad, self.params)

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor
 
 from ormo_rpc.kernels.kernel import Kernel
 from ormo_rpc.options import Part
 
-V = TypeVar("V", Tensor, int, float)
+V = TypeVar("V", "torch.Tensor", int, float)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +49,7 @@ class PushContext:
     lr: float
     sent_lr: float = 0.0
     version: int = 0
-    sent: Tensor | None = None
+    sent: torch.Tensor | None = None
 
     @property
     def delay(self) -> int:
@@ -89,12 +88,12 @@ class LocalWork:
             parameters ``params``, shape (D,), into ``into``, shape (D,).
     """
 
-    sent: Tensor
+    sent: torch.Tensor
     dimension: int
     lr: float
     momentum: float
     steps: int
-    gradient: Callable[[Tensor, int, Tensor], None]
+    gradient: Callable[[torch.Tensor, int, torch.Tensor], None]
 
 
 @dataclass(kw_only=True)
@@ -127,7 +126,7 @@ class Algorithm(Part, ABC):
     NEEDS_NO_BARRIER: ClassVar[str | None] = None
     """The reason why a scheduler that is a `Scheduler.BARRIER` will not do; None where it will."""
 
-    def init(self, params: Tensor, momentum: float) -> None:
+    def init(self, params: torch.Tensor, momentum: float) -> None:
         """Set the state at iteration 0.
 
         Args:
@@ -153,7 +152,7 @@ class Algorithm(Part, ABC):
         return context.lr
 
     @abstractmethod
-    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
+    def step(self, grad: torch.Tensor, lr: float, context: PushContext) -> None:
         """Apply one gradient, shape (D,), of the dtype of `params` (but see `OUT_OF_PLACE`), which is not modified."""
 
     def flush(self, lr: float) -> None:
@@ -162,18 +161,18 @@ class Algorithm(Part, ABC):
     def leave(self, worker: int) -> None:
         """Forget a worker that has left or was evicted, where the algorithm keeps something for each."""
 
-    def outgoing(self, context: PullContext) -> Tensor:  # noqa: ARG002 - most algorithms send everybody the same
+    def outgoing(self, context: PullContext) -> torch.Tensor:  # noqa: ARG002 - most algorithms send everybody the same
         """Return the vectors to send to a worker, ``w`` for most algorithms; the server copies them where they might change.
 
         Where it is not `params` itself, its first D values are the parameters to work on, and more vectors of D may follow.
         """
         return self.params
 
-    def local(self, work: LocalWork, push: Tensor) -> None:
+    def local(self, work: LocalWork, push: torch.Tensor) -> None:
         """On the worker: write the push into ``push``, shape (VECTORS_PUSHED * D,); by default the gradient."""
         work.gradient(work.sent, 0, push)
 
-    def state_dict(self) -> Mapping[str, Tensor | int | float]:
+    def state_dict(self) -> Mapping[str, torch.Tensor | int | float]:
         """Return everything but ``w`` that the recursion carries from one gradient to the next, live (not a copy).
 
         Each name is an attribute. What is kept for each worker is in a dictionary attribute, under the names
@@ -186,14 +185,14 @@ class Algorithm(Part, ABC):
         for name, value in self.state_dict().items():
             if "/" in name:
                 getattr(self, name.split("/")[0]).clear()
-            elif isinstance(value, Tensor):
+            elif isinstance(value, torch.Tensor):
                 value.copy_(state[name])
             else:
                 setattr(self, name, state[name])
         for name, value in state.items():
             attribute, _, worker = name.partition("/")
             if worker:
-                getattr(self, attribute)[int(worker)] = value.clone() if isinstance(value, Tensor) else value
+                getattr(self, attribute)[int(worker)] = value.clone() if isinstance(value, torch.Tensor) else value
 
     @staticmethod
     def by_worker(attribute: str, kept: Mapping[int, V]) -> dict[str, V]:
@@ -203,10 +202,10 @@ class Algorithm(Part, ABC):
         """
         return {f"{attribute}/{worker}": value for worker, value in kept.items()}
 
-    def empty(self) -> Tensor:
+    def empty(self) -> torch.Tensor:
         """Return an uninitialised vector of D for new parameters, which nothing else shares."""
         return self.kernel.empty(self.params)
 
-    def zeros(self) -> Tensor:
+    def zeros(self) -> torch.Tensor:
         """Return a new vector of D zeros, of the parameters' dtype and device."""
         return torch.zeros_like(self.params)

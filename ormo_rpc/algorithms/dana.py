@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 from typing_extensions import override
 
 from ormo_rpc.algorithms._momentum import GradientMomentum
@@ -32,13 +32,13 @@ class DANA(GradientMomentum):
     """
 
     @override
-    def init(self, params: Tensor, momentum: float) -> None:
+    def init(self, params: torch.Tensor, momentum: float) -> None:
         super().init(params, momentum)
-        self.v: dict[int, Tensor] = {}
+        self.v: dict[int, torch.Tensor] = {}
         self.total = self.zeros()
 
     @override
-    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
+    def step(self, grad: torch.Tensor, lr: float, context: PushContext) -> None:
         if context.worker not in self.v:
             self.v[context.worker] = self.zeros()
         v = self.v[context.worker]
@@ -56,9 +56,9 @@ class DANA(GradientMomentum):
                 self.total.add_(v)
 
     @override
-    def outgoing(self, context: PullContext) -> Tensor:
+    def outgoing(self, context: PullContext) -> torch.Tensor:
         return self.params.sub(self.total, alpha=context.lr * self.momentum)
 
     @override
-    def state_dict(self) -> Mapping[str, Tensor | int | float]:
+    def state_dict(self) -> Mapping[str, torch.Tensor | int | float]:
         return {"total": self.total, **self.by_worker("v", self.v)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 from typing_extensions import override
 
 from ormo_rpc.algorithms.base import Algorithm, PushContext
@@ -43,14 +43,14 @@ class DCASGD(Algorithm):
     )
 
     @override
-    def init(self, params: Tensor, momentum: float) -> None:
+    def init(self, params: torch.Tensor, momentum: float) -> None:
         super().init(params, momentum)
         default = 2.0 if self.adaptive else 0.04
         self.strength = default if self.compensation is None else self.compensation
         self.mean_square = self.zeros() if self.adaptive else None
 
     @override
-    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
+    def step(self, grad: torch.Tensor, lr: float, context: PushContext) -> None:
         assert context.sent is not None, "the server keeps what was sent where READS_SENT"
         correction = self.params - context.sent
         correction.mul_(grad).mul_(grad)
@@ -60,5 +60,5 @@ class DCASGD(Algorithm):
         self.params.sub_(grad, alpha=lr).sub_(correction, alpha=lr * self.strength)
 
     @override
-    def state_dict(self) -> Mapping[str, Tensor | int | float]:
+    def state_dict(self) -> Mapping[str, torch.Tensor | int | float]:
         return {} if self.mean_square is None else {"mean_square": self.mean_square}

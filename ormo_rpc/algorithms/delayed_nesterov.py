@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 from ormo_rpc.algorithms._momentum import GradientMomentum
@@ -43,14 +42,14 @@ class DelayedNesterov(GradientMomentum):
     )
 
     @override
-    def init(self, params: Tensor, momentum: float) -> None:
+    def init(self, params: torch.Tensor, momentum: float) -> None:
         super().init(params, momentum)
         self.m = torch.zeros_like(params)
         self.collected = torch.zeros_like(params)
         self.count = 0
 
     @override
-    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
+    def step(self, grad: torch.Tensor, lr: float, context: PushContext) -> None:
         self.collected.add_(grad)
         self.count += 1
         if self.count == self.period:
@@ -73,5 +72,5 @@ class DelayedNesterov(GradientMomentum):
         self.params.sub_(self.m, alpha=factor * self.momentum)
 
     @override
-    def state_dict(self) -> Mapping[str, Tensor | int | float]:
+    def state_dict(self) -> Mapping[str, torch.Tensor | int | float]:
         return {"m": self.m, "collected": self.collected, "count": self.count}

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 from ormo_rpc.algorithms.base import Algorithm, LocalWork, PullContext, PushContext
@@ -45,12 +44,12 @@ class EASGD(Algorithm):
         return self.local_steps
 
     @override
-    def init(self, params: Tensor, momentum: float) -> None:
+    def init(self, params: torch.Tensor, momentum: float) -> None:
         super().init(params, momentum)
-        self.own: dict[int, Tensor] = {}
+        self.own: dict[int, torch.Tensor] = {}
 
     @override
-    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
+    def step(self, grad: torch.Tensor, lr: float, context: PushContext) -> None:
         own = self.own[context.worker].sub_(grad)
         a = self.elasticity
         delta = (own - self.params).mul_(0.9 / context.concurrency if a is None else a)
@@ -62,13 +61,13 @@ class EASGD(Algorithm):
         self.own.pop(worker, None)
 
     @override
-    def outgoing(self, context: PullContext) -> Tensor:
+    def outgoing(self, context: PullContext) -> torch.Tensor:
         if context.worker not in self.own:
             self.own[context.worker] = self.params.clone()
         return self.own[context.worker]
 
     @override
-    def local(self, work: LocalWork, push: Tensor) -> None:
+    def local(self, work: LocalWork, push: torch.Tensor) -> None:
         grad, here = torch.empty_like(push), work.sent.clone()
         push.zero_()
         for step in range(work.steps):
@@ -77,5 +76,5 @@ class EASGD(Algorithm):
             here.sub_(grad, alpha=work.lr)
 
     @override
-    def state_dict(self) -> Mapping[str, Tensor | int | float]:
+    def state_dict(self) -> Mapping[str, torch.Tensor | int | float]:
         return self.by_worker("own", self.own)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 from ormo_rpc.algorithms.base import Algorithm, PushContext
@@ -36,13 +35,13 @@ class FedBuff(Algorithm):
     )
 
     @override
-    def init(self, params: Tensor, momentum: float) -> None:
+    def init(self, params: torch.Tensor, momentum: float) -> None:
         super().init(params, momentum)
         self.collected = torch.zeros_like(params)
         self.count = 0
 
     @override
-    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
+    def step(self, grad: torch.Tensor, lr: float, context: PushContext) -> None:
         staleness = self.version - context.version
         self.collected.add_(grad, alpha=(1 + staleness) ** -self.staleness_power)
         self.count += 1
@@ -58,5 +57,5 @@ class FedBuff(Algorithm):
             self.version += 1
 
     @override
-    def state_dict(self) -> Mapping[str, Tensor | int | float]:
+    def state_dict(self) -> Mapping[str, torch.Tensor | int | float]:
         return {"collected": self.collected, "count": self.count, "version": self.version}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 from typing_extensions import override
 
 from ormo_rpc.algorithms._momentum import GradientMomentum
@@ -39,7 +39,7 @@ class GapAware(GradientMomentum):
     READS_SENT = True
 
     @override
-    def init(self, params: Tensor, momentum: float) -> None:
+    def init(self, params: torch.Tensor, momentum: float) -> None:
         super().init(params, momentum)
         self.v = self.zeros()
         self.mean_square = self.zeros()
@@ -47,7 +47,7 @@ class GapAware(GradientMomentum):
         self.max_lr = 0.0
 
     @override
-    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
+    def step(self, grad: torch.Tensor, lr: float, context: PushContext) -> None:
         assert context.sent is not None, "the server keeps what was sent where READS_SENT"
         self.max_lr = max(self.max_lr, lr)
         self.v.mul_(self.momentum)
@@ -62,5 +62,5 @@ class GapAware(GradientMomentum):
         self.count += 1
 
     @override
-    def state_dict(self) -> Mapping[str, Tensor | int | float]:
+    def state_dict(self) -> Mapping[str, torch.Tensor | int | float]:
         return {"v": self.v, "mean_square": self.mean_square, "count": self.count, "max_lr": self.max_lr}

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 from ormo_rpc.algorithms._momentum import StepMomentum
@@ -29,14 +28,14 @@ class Naive(StepMomentum):
     OUT_OF_PLACE = True
 
     @override
-    def init(self, params: Tensor, momentum: float) -> None:
+    def init(self, params: torch.Tensor, momentum: float) -> None:
         super().init(params, momentum)
         self.u = torch.zeros_like(params)
 
     @override
-    def advance(self, grad: Tensor, lr: float, scale: float, context: PushContext) -> None:
+    def advance(self, grad: torch.Tensor, lr: float, scale: float, context: PushContext) -> None:
         self.params = self.kernel.apply(HeavyBallStep(beta=self.momentum * scale, u_scale=lr), grad, self.params, self.u)
 
     @override
-    def state_dict(self) -> Mapping[str, Tensor | int | float]:
+    def state_dict(self) -> Mapping[str, torch.Tensor | int | float]:
         return {"u": self.u, **super().state_dict()}

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from enum import Enum
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 from ormo_rpc.algorithms._momentum import StepMomentum
@@ -67,7 +66,7 @@ class OrLoMo(StepMomentum):
         return self.local_steps
 
     @override
-    def init(self, params: Tensor, momentum: float) -> None:
+    def init(self, params: torch.Tensor, momentum: float) -> None:
         super().init(params, momentum)
         self.u = torch.zeros_like(params)
         self.index = 0
@@ -75,7 +74,7 @@ class OrLoMo(StepMomentum):
         """K when a worker's ticket was handed out, if they are averaged."""
 
     @override
-    def advance(self, grad: Tensor, lr: float, scale: float, context: PushContext) -> None:
+    def advance(self, grad: torch.Tensor, lr: float, scale: float, context: PushContext) -> None:
         local_momentum, moved = grad.split(self.params.numel())
         weight = lr / (context.sent_lr or 1.0) if self.momentum_correction else 1.0
         if self.combine is Combine.mean:
@@ -95,7 +94,7 @@ class OrLoMo(StepMomentum):
         self.sharers.pop(worker, None)
 
     @override
-    def outgoing(self, context: PullContext) -> Tensor:
+    def outgoing(self, context: PullContext) -> torch.Tensor:
         if self.combine is Combine.mean:
             self.sharers[context.worker] = context.concurrency
         if self.index >= context.bucket:
@@ -103,7 +102,7 @@ class OrLoMo(StepMomentum):
         return torch.cat([self.params, self.u * (context.lr / self.momentum_lr) if self.momentum_correction else self.u])
 
     @override
-    def local(self, work: LocalWork, push: Tensor) -> None:
+    def local(self, work: LocalWork, push: torch.Tensor) -> None:
         here, momentum = work.sent.clone().split(work.dimension)
         grad = torch.empty_like(here)
         local_momentum, moved = push.zero_().split(work.dimension)
@@ -124,5 +123,5 @@ class OrLoMo(StepMomentum):
         return self.momentum * (1 - self._decay(rounds)) / (1 - self.momentum)
 
     @override
-    def state_dict(self) -> Mapping[str, Tensor | int | float]:
+    def state_dict(self) -> Mapping[str, torch.Tensor | int | float]:
         return {"u": self.u, "index": self.index, **self.by_worker("sharers", self.sharers), **super().state_dict()}

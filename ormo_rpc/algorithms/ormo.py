@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 from ormo_rpc.algorithms._momentum import StepMomentum
@@ -42,13 +41,13 @@ class OrMo(StepMomentum):
     OUT_OF_PLACE = True
 
     @override
-    def init(self, params: Tensor, momentum: float) -> None:
+    def init(self, params: torch.Tensor, momentum: float) -> None:
         super().init(params, momentum)
         self.u = torch.zeros_like(params)
         self.index = 0
 
     @override
-    def advance(self, grad: Tensor, lr: float, scale: float, context: PushContext) -> None:
+    def advance(self, grad: torch.Tensor, lr: float, scale: float, context: PushContext) -> None:
         shifts = max(0, context.newest_bucket - self.index)
         self.index += shifts
         exponent = self.index - context.bucket
@@ -66,5 +65,5 @@ class OrMo(StepMomentum):
         return (1 - self.momentum ** (exponent + 1)) / (1 - self.momentum)
 
     @override
-    def state_dict(self) -> Mapping[str, Tensor | int | float]:
+    def state_dict(self) -> Mapping[str, torch.Tensor | int | float]:
         return {"u": self.u, "index": self.index, **super().state_dict()}

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 from ormo_rpc.algorithms._momentum import GradientMomentum
@@ -35,13 +34,13 @@ class PNM(GradientMomentum):
     )
 
     @override
-    def init(self, params: Tensor, momentum: float) -> None:
+    def init(self, params: torch.Tensor, momentum: float) -> None:
         super().init(params, momentum)
         self.even = torch.zeros_like(params)
         self.odd = torch.zeros_like(params)
 
     @override
-    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
+    def step(self, grad: torch.Tensor, lr: float, context: PushContext) -> None:
         positive, negative = (self.odd, self.even) if context.iteration % 2 else (self.even, self.odd)
         square, beta2 = self.momentum**2, self.beta2
         positive.mul_(square).add_(grad, alpha=1 - square)
@@ -49,5 +48,5 @@ class PNM(GradientMomentum):
         self.params.sub_(positive, alpha=scaled_lr * (1 + beta2)).add_(negative, alpha=scaled_lr * beta2)
 
     @override
-    def state_dict(self) -> Mapping[str, Tensor | int | float]:
+    def state_dict(self) -> Mapping[str, torch.Tensor | int | float]:
         return {"even": self.even, "odd": self.odd}

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 from ormo_rpc.algorithms.base import Algorithm, PushContext
@@ -33,7 +32,7 @@ class Rennala(Algorithm):
     batch: int = option(4, "B, gradients that make a step", valid=at_least_one, expected="a whole number >= 1")
 
     @override
-    def init(self, params: Tensor, momentum: float) -> None:
+    def init(self, params: torch.Tensor, momentum: float) -> None:
         super().init(params, momentum)
         self.collected = torch.zeros_like(params)
         self.count = 0
@@ -43,7 +42,7 @@ class Rennala(Algorithm):
         return context.version == self.version
 
     @override
-    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
+    def step(self, grad: torch.Tensor, lr: float, context: PushContext) -> None:
         self.collected.add_(grad)
         self.count += 1
         if self.count == self.batch:
@@ -58,5 +57,5 @@ class Rennala(Algorithm):
             self.version += 1
 
     @override
-    def state_dict(self) -> Mapping[str, Tensor | int | float]:
+    def state_dict(self) -> Mapping[str, torch.Tensor | int | float]:
         return {"collected": self.collected, "count": self.count, "version": self.version}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 from typing_extensions import override
 
 from ormo_rpc.algorithms.base import Algorithm, PushContext
@@ -38,5 +38,5 @@ class Ringmaster(Algorithm):
         return context.delay < (2 * context.concurrency if threshold is None else threshold)
 
     @override
-    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
+    def step(self, grad: torch.Tensor, lr: float, context: PushContext) -> None:
         self.params.sub_(grad, alpha=lr)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 from typing_extensions import override
 
 from ormo_rpc.algorithms._momentum import StepMomentum
@@ -33,13 +33,13 @@ class Shifted(StepMomentum):
     OUT_OF_PLACE = True
 
     @override
-    def init(self, params: Tensor, momentum: float) -> None:
+    def init(self, params: torch.Tensor, momentum: float) -> None:
         super().init(params, momentum)
-        self.v: dict[int, Tensor] = {}
+        self.v: dict[int, torch.Tensor] = {}
         self.lr_of_v: dict[int, float] = {}
 
     @override
-    def advance(self, grad: Tensor, lr: float, scale: float, context: PushContext) -> None:
+    def advance(self, grad: torch.Tensor, lr: float, scale: float, context: PushContext) -> None:
         if context.worker not in self.v:
             self.v[context.worker] = self.zeros()
         self.params = self.kernel.apply(
@@ -60,5 +60,5 @@ class Shifted(StepMomentum):
         self.lr_of_v.pop(worker, None)
 
     @override
-    def state_dict(self) -> Mapping[str, Tensor | int | float]:
+    def state_dict(self) -> Mapping[str, torch.Tensor | int | float]:
         return {**self.by_worker("v", self.v), **self.by_worker("lr_of_v", self.lr_of_v)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 from typing_extensions import override
 
 from ormo_rpc.algorithms._momentum import GradientMomentum
@@ -34,14 +34,14 @@ class SMEGA2(GradientMomentum):
     """
 
     @override
-    def init(self, params: Tensor, momentum: float) -> None:
+    def init(self, params: torch.Tensor, momentum: float) -> None:
         super().init(params, momentum)
         self.v = self.zeros()
         self.G = self.zeros()
         self.count = 0
 
     @override
-    def step(self, grad: Tensor, lr: float, context: PushContext) -> None:
+    def step(self, grad: torch.Tensor, lr: float, context: PushContext) -> None:
         self.params.sub_(grad, alpha=lr).sub_(self.v, alpha=lr * self.momentum)
         self.G.add_(grad)
         self.count += 1
@@ -54,7 +54,7 @@ class SMEGA2(GradientMomentum):
             self._close()
 
     @override
-    def outgoing(self, context: PullContext) -> Tensor:
+    def outgoing(self, context: PullContext) -> torch.Tensor:
         late = min(self.count, context.concurrency - 1)
         size = max(self.count + 1, context.concurrency)
         ahead = self.v * (context.concurrency + late * (self.momentum - 1))
@@ -67,5 +67,5 @@ class SMEGA2(GradientMomentum):
         self.count = 0
 
     @override
-    def state_dict(self) -> Mapping[str, Tensor | int | float]:
+    def state_dict(self) -> Mapping[str, torch.Tensor | int | float]:
         return {"v": self.v, "G": self.G, "count": self.count}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 from typing_extensions import override
 
 from ormo_rpc.algorithms._momentum import StepMomentum
@@ -35,12 +35,12 @@ class SPA(StepMomentum):
     )
 
     @override
-    def init(self, params: Tensor, momentum: float) -> None:
+    def init(self, params: torch.Tensor, momentum: float) -> None:
         super().init(params, momentum)
         self.z = params.clone()
 
     @override
-    def advance(self, grad: Tensor, lr: float, scale: float, context: PushContext) -> None:
+    def advance(self, grad: torch.Tensor, lr: float, scale: float, context: PushContext) -> None:
         c = self.averaging
         if scale != 1.0:
             self.z.sub_(self.params).mul_(scale).add_(self.params)
@@ -48,10 +48,10 @@ class SPA(StepMomentum):
         self.params.lerp_(self.z, 1 - self.momentum if c is None else c)
 
     @override
-    def return_to(self, params: Tensor) -> None:
+    def return_to(self, params: torch.Tensor) -> None:
         self.z.add_(params - self.params)
         super().return_to(params)
 
     @override
-    def state_dict(self) -> Mapping[str, Tensor | int | float]:
+    def state_dict(self) -> Mapping[str, torch.Tensor | int | float]:
         return {"z": self.z, **super().state_dict()}

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ormo_rpc.models.flat import Layout
 from ormo_rpc.options import Part, option
@@ -22,9 +21,9 @@ class Compressed:
         state: For the next call of `Compressor.compress` for the same worker.
     """
 
-    values: Tensor
-    indices: Tensor | None = None
-    state: Tensor | None = None
+    values: torch.Tensor
+    indices: torch.Tensor | None = None
+    state: torch.Tensor | None = None
 
 
 class Compressor(ABC):
@@ -38,19 +37,19 @@ class Compressor(ABC):
     num_values: int
     num_indices: int = 0
 
-    def start(self, generator: torch.Generator, dtype: torch.dtype) -> Tensor | None:  # noqa: ARG002 - most keep nothing
+    def start(self, generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor | None:  # noqa: ARG002 - most keep nothing
         """Make the state of a worker that has pushed nothing yet; random draws come from ``generator`` alone."""
         return None
 
     @abstractmethod
-    def compress(self, vector: Tensor, state: Tensor | None) -> Compressed:
+    def compress(self, vector: torch.Tensor, state: torch.Tensor | None) -> Compressed:
         """Compress a vector, shape (D,); neither the vector nor ``state`` is written to.
 
         NaN or infinity anywhere in the vector is NaN or infinity in the values, so that the server refuses it.
         """
 
     @abstractmethod
-    def decompress(self, values: Tensor, indices: Tensor, into: Tensor) -> None:
+    def decompress(self, values: torch.Tensor, indices: torch.Tensor, into: torch.Tensor) -> None:
         """Write the vector into ``into``, shape (D,); values and indices may be forged.
 
         The bits depend on the arguments alone, not on threads or on what was called before.

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ormo_rpc.compression.format import PushFormat
 from ormo_rpc.seeding import generator
 from ormo_rpc.server.validation import all_finite
 
-Allocate = Callable[[int], Tensor]
+Allocate = Callable[[int], "torch.Tensor"]
 """Allocates memory of that many bytes: a uint8 tensor of zeros, whose address is a multiple of 64."""
 
 
@@ -26,8 +25,8 @@ class EncoderState:
         residual: ``e``, the sum of what compression and rounding have dropped so far, shape (length,); None for zero.
     """
 
-    compressor: list[Tensor | None]
-    residual: Tensor | None = None
+    compressor: list[torch.Tensor | None]
+    residual: torch.Tensor | None = None
 
 
 class Encoder:
@@ -59,7 +58,7 @@ class Encoder:
         self._decoded = torch.zeros_like(self.push) if decodes else None
         self._states: dict[int, EncoderState] = {}
 
-    def encode(self, worker: int) -> Tensor:
+    def encode(self, worker: int) -> torch.Tensor:
         """Make the wire form of the content of `push`; return the push as the server will decode it.
 
         `push` is written to. The result, shape (length,), holds until the next call; see `PushFormat.unpack` for its dtype.
@@ -80,7 +79,7 @@ class Encoder:
         assert self._decoded is not None, "what is compressed is decoded, too"
         return self._decoded
 
-    def _remember(self, worker: int, state: EncoderState, states: list[Tensor | None], decoded: Tensor) -> None:
+    def _remember(self, worker: int, state: EncoderState, states: list[torch.Tensor | None], decoded: torch.Tensor) -> None:
         """Decode a push as the server will, and update the state of its worker."""
         for number, vector in enumerate(decoded.split(self.format.dimension)):
             self.format.read(number, self.wire, vector)
@@ -121,5 +120,5 @@ class Encoder:
         }
 
 
-def _copy(values: Tensor | None) -> Tensor | None:
+def _copy(values: torch.Tensor | None) -> torch.Tensor | None:
     return None if values is None else values.clone()

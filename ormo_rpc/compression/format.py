@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ormo_rpc.compression.base import Compressed, Compression, Compressor
 from ormo_rpc.compression.none import NoCompression
@@ -37,7 +36,7 @@ class Region:
         """The offset of the byte after the last one."""
         return self.start + self.count * self.dtype.itemsize
 
-    def of(self, wire: Tensor) -> Tensor:
+    def of(self, wire: torch.Tensor) -> torch.Tensor:
         """The values, shape (count,), as a view of the bytes."""
         return wire[self.start : self.end].view(self.dtype)
 
@@ -114,24 +113,24 @@ class PushFormat:
         self._end = region.end
         return region
 
-    def whole(self, wire: Tensor) -> Tensor:
+    def whole(self, wire: torch.Tensor) -> torch.Tensor:
         """View the vectors of a push, shape (length,), in its bytes, of the wire's dtype; only where the format is plain."""
         assert self.plain, "what is compressed is not there value by value"
         first, last = self.regions[0][0], self.regions[-1][0]
         return wire[first.start : last.end].view(first.dtype)
 
-    def wire_buffers(self, wire: Tensor) -> WireBuffers:
+    def wire_buffers(self, wire: torch.Tensor) -> WireBuffers:
         """The buffers among the bytes of a push."""
         return WireBuffers(self.buffers, self.buffer_region.of(wire))
 
-    def write(self, number: int, compressed: Compressed, wire: Tensor) -> None:
+    def write(self, number: int, compressed: Compressed, wire: torch.Tensor) -> None:
         """Put what stands for vector ``number`` at its place among the bytes."""
         values, indices = self.regions[number]
         round_into(compressed.values, values.of(wire))
         if compressed.indices is not None:
             indices.of(wire).copy_(compressed.indices)
 
-    def read(self, number: int, wire: Tensor, into: Tensor) -> None:
+    def read(self, number: int, wire: torch.Tensor, into: torch.Tensor) -> None:
         """Write vector ``number`` into ``into``, shape (D,).
 
         Raises:
@@ -140,7 +139,9 @@ class PushFormat:
         values, indices = self.regions[number]
         self.compressor.decompress(values.of(wire), indices.of(wire), into)
 
-    def unpack(self, payload: Tensor, into: Tensor | None = None, sender: str = "push") -> tuple[Tensor, dict[str, Tensor]]:
+    def unpack(
+        self, payload: torch.Tensor, into: torch.Tensor | None = None, sender: str = "push"
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Decode a push; forged bytes are safe, since nothing outside of them and of ``into`` is touched.
 
         Values that are not finite are decoded as they are (or as NaN), and the server refuses the push (`NonFiniteGradient`).
@@ -169,7 +170,7 @@ class PushFormat:
                 raise PushRefused(f"{sender}: payload: {error}") from None
         return into, buffers
 
-    def _checked(self, payload: Tensor, what: str) -> Tensor:
+    def _checked(self, payload: torch.Tensor, what: str) -> torch.Tensor:
         """The bytes in one piece, at an address where values can be read from."""
         check_plain(payload, what)
         if (payload.dtype, payload.device.type, tuple(payload.shape)) != (torch.uint8, "cpu", (self.size,)):

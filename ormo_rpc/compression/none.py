@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 from typing_extensions import override
 
 from ormo_rpc.compression.base import Compressed, Compression, Compressor
@@ -39,9 +39,9 @@ class IdentityCompressor(Compressor):
         self.num_values = dimension
 
     @override
-    def compress(self, vector: Tensor, state: Tensor | None) -> Compressed:
+    def compress(self, vector: torch.Tensor, state: torch.Tensor | None) -> Compressed:
         return Compressed(vector)
 
     @override
-    def decompress(self, values: Tensor, indices: Tensor, into: Tensor) -> None:
+    def decompress(self, values: torch.Tensor, indices: torch.Tensor, into: torch.Tensor) -> None:
         into.copy_(values)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 from ormo_rpc.compression.base import Compressed, Compression, Compressor
@@ -73,13 +72,13 @@ class FactoredTensor:
         """The number of values that stand for it."""
         return (self.rows + self.columns) * self.rank if self.rank else self.rows * self.columns
 
-    def factors(self, values: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``P``, shape (n, r), and ``Q``, shape (m, r), as views."""
         middle = self.values + self.rows * self.rank
         end = middle + self.columns * self.rank
         return values[self.values : middle].view(self.rows, self.rank), values[middle:end].view(self.columns, self.rank)
 
-    def previous(self, state: Tensor) -> Tensor:
+    def previous(self, state: torch.Tensor) -> torch.Tensor:
         """View the ``Q`` of the last push, shape (m, r)."""
         return state[self.state : self.state + self.columns * self.rank].view(self.columns, self.rank)
 
@@ -108,11 +107,11 @@ class PowerSGDCompressor(Compressor):
             self.state_size += columns * taken
 
     @override
-    def start(self, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    def start(self, generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
         return torch.randn(self.state_size, generator=generator, dtype=dtype)
 
     @override
-    def compress(self, vector: Tensor, state: Tensor | None) -> Compressed:
+    def compress(self, vector: torch.Tensor, state: torch.Tensor | None) -> Compressed:
         assert state is not None, "what `start` returned"
         values, after = vector.new_empty(self.num_values), state.clone()
         for part in self.parts:
@@ -130,7 +129,7 @@ class PowerSGDCompressor(Compressor):
         return Compressed(values, None, after)
 
     @override
-    def decompress(self, values: Tensor, indices: Tensor, into: Tensor) -> None:
+    def decompress(self, values: torch.Tensor, indices: torch.Tensor, into: torch.Tensor) -> None:
         for part in self.parts:
             if not part.rank:
                 into[part.place] = values[part.values : part.values + part.num_values]
@@ -144,7 +143,7 @@ class PowerSGDCompressor(Compressor):
                 matrix.addcmul_(p[:, column : column + 1], columns[column])
 
 
-def orthogonalise(matrix: Tensor) -> None:
+def orthogonalise(matrix: torch.Tensor) -> None:
     """Gram-Schmidt in place on the columns; one that depends on those before it becomes 0."""
     before = torch.linalg.vector_norm(matrix, dim=0).tolist()
     least = DEPENDENT * torch.finfo(matrix.dtype).eps

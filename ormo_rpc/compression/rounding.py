@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from ormo_rpc.server.validation import all_finite
 
 
-def round_into(values: Tensor, out: Tensor) -> None:
+def round_into(values: torch.Tensor, out: torch.Tensor) -> None:
     """Round to the nearest value of ``out``'s dtype; what is beyond its range becomes its largest finite value.
 
     NaN and infinity stay what they are.

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 from ormo_rpc.compression.base import Compressed, Compression, Compressor
@@ -54,13 +53,13 @@ class TopKCompressor(Compressor):
         self.num_values = self.num_indices = k
 
     @override
-    def compress(self, vector: Tensor, state: Tensor | None) -> Compressed:
+    def compress(self, vector: torch.Tensor, state: torch.Tensor | None) -> Compressed:
         # NaN is the largest of all to topk, so that it is not dropped.
         places = vector.abs().topk(self.num_values, sorted=False).indices.sort().values
         return Compressed(vector[places], places.to(torch.int32))
 
     @override
-    def decompress(self, values: Tensor, indices: Tensor, into: Tensor) -> None:
+    def decompress(self, values: torch.Tensor, indices: torch.Tensor, into: torch.Tensor) -> None:
         if not all_finite(values):
             into.fill_(math.nan)
             return

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from ormo_rpc.server.buffer_layout import BufferLayout, aligned
 
@@ -18,7 +17,7 @@ class WireBuffers:
         region: The bytes, uint8, shape (`size`,), at an aligned address.
     """
 
-    def __init__(self, layout: BufferLayout, region: Tensor) -> None:
+    def __init__(self, layout: BufferLayout, region: torch.Tensor) -> None:
         self._marks = region[: len(layout.shapes)]
         values = region[aligned(len(layout.shapes)) :]
         self._views = layout.views(values)
@@ -28,7 +27,7 @@ class WireBuffers:
         """The number of bytes."""
         return aligned(len(layout.shapes)) + layout.size
 
-    def write(self, reported: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def write(self, reported: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Put buffers of the layout's dtypes and shapes at their places, and return them as `read` does."""
         for name, value in reported.items():
             self._views[name].copy_(value.detach())
@@ -36,9 +35,9 @@ class WireBuffers:
             self._marks.copy_(torch.tensor([name in reported for name in self._views]))
         return self.read()
 
-    def read(self) -> dict[str, Tensor]:
+    def read(self) -> dict[str, torch.Tensor]:
         """The reported buffers by name, as views of the bytes; bools as copies, as forged ones may be neither 0 nor 1."""
-        found: dict[str, Tensor] = {}
+        found: dict[str, torch.Tensor] = {}
         if not self._views:
             return found
         for (name, view), mark in zip(self._views.items(), self._marks.tolist(), strict=True):

@@ -13,10 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ormo_rpc.config.renamed import translate_renamed
-from ormo_rpc.config.runtimes import RpcRuntime
+from ormo_rpc.config.runtimes import ControlKind, RpcRuntime
 from ormo_rpc.config.saving import to_tree
 from ormo_rpc.config.schema import GROUPS, Config
-from ormo_rpc.control import torch_rpc
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.options import Part, Section, parts
 from ormo_rpc.options.imports import path_of
@@ -180,23 +179,17 @@ def _refuse_together(config: Config) -> None:
         )
     if isinstance(config.runtime, RpcRuntime):
         _refuse_control(config)
-    if config.transport.UNAVAILABLE:
-        raise ConfigError(
-            f"transport: got {config.transport.name}, which this machine does not support: {config.transport.UNAVAILABLE}"
-        )
 
 
 def _refuse_control(config: Config) -> None:
-    """Refuse a carrier of the control plane that cannot be had, or that the transport cannot do with.
+    """Refuse a carrier of the control plane that the transport cannot do with.
 
     Raises:
         ConfigError: it is such a one.
     """
-    if config.control == "rpc" and torch_rpc.UNAVAILABLE:
-        raise ConfigError(f"runtime.control: got rpc, expected auto or socket: {torch_rpc.UNAVAILABLE}")
-    if config.control == "socket" and config.transport.NEEDS_RPC:
-        why = torch_rpc.UNAVAILABLE or f"transport={config.transport.name} needs the agents that rpc starts"
-        raise ConfigError(f"runtime.control: got {config.rpc.control.value}, expected rpc, or another transport: {why}")
+    if config.rpc.control is ControlKind.socket and config.transport.NEEDS_RPC:
+        why = f"transport={config.transport.name} needs the agents that rpc starts"
+        raise ConfigError(f"runtime.control: got socket, expected rpc, or another transport: {why}")
 
 
 def _without_barrier() -> list[str]:

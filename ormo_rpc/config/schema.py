@@ -21,6 +21,7 @@ from ormo_rpc.config.runtimes import ControlKind, RpcRuntime, Runtime, SimRuntim
 from ormo_rpc.config.saving import to_yaml
 from ormo_rpc.control import torch_rpc
 from ormo_rpc.data import DataSource, Digits
+from ormo_rpc.errors import ConfigError
 from ormo_rpc.loggers import Logger, WandbLogger
 from ormo_rpc.models import MLP, Model
 from ormo_rpc.options import Section, at_least_one, not_negative, option, positive
@@ -241,12 +242,25 @@ class Config(Section):
         """The carrier of the control plane that is used: ``rpc`` or ``socket``."""
         if self.rpc.control is not ControlKind.auto:
             return self.rpc.control.value
-        return "socket" if self.transport.AVOIDS_RPC or torch_rpc.UNAVAILABLE else "rpc"
+        return "socket" if self.transport.AVOIDS_RPC or torch_rpc.unavailable() else "rpc"
+
+    def refuse_unavailable(self) -> None:
+        """Refuse what this machine, or its build of PyTorch, does not support.
+
+        Raises:
+            ConfigError: the transport, or the carrier of the control plane, is such a one.
+        """
+        if not isinstance(self.runtime, RpcRuntime):
+            return
+        if reason := self.transport.unavailable():
+            raise ConfigError(f"transport: got {self.transport.name}, which this machine does not support: {reason}")
+        if self.control == "rpc" and (reason := torch_rpc.unavailable()):
+            raise ConfigError(f"runtime.control: got rpc, expected auto or socket: {reason}")
 
     @property
     def lacks_rpc(self) -> bool:
         """True where the control plane would be torch.distributed.rpc, if torch had it."""
-        return self.rpc.control is ControlKind.auto and not self.transport.AVOIDS_RPC and bool(torch_rpc.UNAVAILABLE)
+        return self.rpc.control is ControlKind.auto and not self.transport.AVOIDS_RPC and bool(torch_rpc.unavailable())
 
     def learning_rate(self, batches_per_epoch: int, total_tickets: int) -> LearningRate:
         """The scheduled learning rate of this run, in iterations."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from torch import Tensor
+import torch
 
 from ormo_rpc.control.memberships import Membership
 from ormo_rpc.control.messages import JoinRequest, JoinResponse
@@ -28,7 +28,7 @@ class Control(Protocol):
         """Ask the server's half of a transport (`ServerSide.answer`); both values are of JSON's types."""
         ...
 
-    def present_state(self) -> tuple[int, Tensor, Tensor] | None:
+    def present_state(self) -> tuple[int, torch.Tensor, torch.Tensor] | None:
         """Fetch the server's iteration, its parameters, shape (D,), and the bytes of its buffers; one need not be a member.
 
         None where the carrier brings no tensors.

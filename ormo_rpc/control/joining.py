@@ -123,8 +123,8 @@ def _control(stack: contextlib.ExitStack, lease: Lease) -> Control:
         stack.enter_context(lease)
         return control
     stack.enter_context(lease)
-    if admission.agent is None or torch_rpc.UNAVAILABLE:
-        reason = torch_rpc.UNAVAILABLE or "the server names no agent"
+    if admission.agent is None or torch_rpc.unavailable():
+        reason = torch_rpc.unavailable() or "the server names no agent"
         raise Refused(f"runtime.control: the server uses {admission.control}, expected socket on all machines: {reason}")
     from ormo_rpc.control.torch_rpc.client import RpcControl
     from ormo_rpc.control.torch_rpc.holder import AGENT

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 from ormo_rpc.data.sources import TorchvisionImages
@@ -48,7 +47,7 @@ class CIFAR10(TorchvisionImages):
         download_and_extract_archive(source.url, str(self.root_folder), filename=source.filename, md5=source.tgz_md5)
 
     @override
-    def read(self, *, train: bool) -> tuple[Tensor, Tensor]:
+    def read(self, *, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
         files = self.torchvision_class.train_list if train else self.torchvision_class.test_list
         batches = [read_arrays(self.folder / name) for name, _ in files]
         images = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor
-from torch.utils.data import default_collate
 from typing_extensions import override
 
 from ormo_rpc.data.sources import DataSource
@@ -66,16 +64,16 @@ class CustomData(DataSource, CallsTarget):
         if not len(train):
             raise ValueError(f"dataset._target_: {self._target_} returned an empty training set")
         try:
-            inputs, targets = default_collate([train[0]])
+            inputs, targets = torch.utils.data.default_collate([train[0]])
         except (TypeError, ValueError) as error:
             raise ValueError(f"{self._item_fault()}: {error}") from error
-        if not isinstance(inputs, Tensor):
+        if not isinstance(inputs, torch.Tensor):
             raise ValueError(f"{self._item_fault()}; the first has an input of type {type(inputs).__name__}")
-        if not isinstance(targets, Tensor) or targets.is_complex() or (targets.is_floating_point() and targets.dim() < 2):
+        if not isinstance(targets, torch.Tensor) or targets.is_complex() or (targets.is_floating_point() and targets.dim() < 2):
             raise ValueError(f"{self._item_fault()}; the first has the target {targets!r}")
         return DataSet(MapSplit(train), MapSplit(test), tuple(inputs.shape[1:]), self._num_classes(train, targets))
 
-    def _num_classes(self, train: MapStyle, first: Tensor) -> int:
+    def _num_classes(self, train: MapStyle, first: torch.Tensor) -> int:
         classes = getattr(train, "classes", None)
         if self.counted_classes is not None:
             return self.counted_classes

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 from ormo_rpc.data.sources import DataSource
@@ -53,7 +52,7 @@ class Digits(DataSource):
         return DataSet(train, test, (1, 8, 8), 10)
 
 
-def _table() -> Tensor:
+def _table() -> torch.Tensor:
     """One row a scan: its pixels, and what it shows."""
     package = importlib.util.find_spec("sklearn")
     assert package is not None

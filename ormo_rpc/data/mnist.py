@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
+import torch
 from typing_extensions import override
 
 from ormo_rpc.data.sources import TorchvisionImages
@@ -37,7 +37,7 @@ class MNIST(TorchvisionImages):
         self.torchvision_class(self.root_folder, download=True)
 
     @override
-    def read(self, *, train: bool) -> tuple[Tensor, Tensor]:
+    def read(self, *, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
         from torchvision.datasets.mnist import read_image_file, read_label_file
 
         half = "train" if train else "t10k"

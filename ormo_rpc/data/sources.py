@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 from ormo_rpc.data.splits import ArraySplit, DataSet, hold_out
@@ -106,7 +105,7 @@ class TorchvisionImages(DataSource):
         """Download and unpack all files."""
 
     @abstractmethod
-    def read(self, *, train: bool) -> tuple[Tensor, Tensor]:
+    def read(self, *, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Images, uint8 of shape (N, C, H, W), and labels, int64 of shape (N,); raises anything on damaged files."""
 
     @override

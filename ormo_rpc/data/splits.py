@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - its name everywhere
-from torch import Tensor
-from torch.utils.data import default_collate
 
 PADDING = 4
 """Pixels that a random crop reaches beyond the image on each side."""
@@ -28,7 +25,7 @@ class Split(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: torch.Tensor, generator: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs, shape (B, ...), and targets of the samples numbered ``indices``, shape (B,).
 
         Targets are class numbers, integers of shape (B, ...), of which -100 does not count; or class probabilities, floating
@@ -83,8 +80,8 @@ class ArraySplit:
 
     def __init__(
         self,
-        images: Tensor,
-        labels: Tensor,
+        images: torch.Tensor,
+        labels: torch.Tensor,
         *,
         scale: int,
         mean: Sequence[float],
@@ -101,7 +98,7 @@ class ArraySplit:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batch(self, indices: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: torch.Tensor, generator: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised float32 images, shape (B, C, H, W), and their labels."""
         images = self.images[indices]
         if self.augment and generator is not None:
@@ -124,9 +121,9 @@ class MapSplit:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def batch(self, indices: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:  # noqa: ARG002 - see above
+    def batch(self, indices: torch.Tensor, generator: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ARG002 - see above
         """The items of these numbers, collated."""
-        inputs, targets = default_collate([self.dataset[index] for index in indices.tolist()])
+        inputs, targets = torch.utils.data.default_collate([self.dataset[index] for index in indices.tolist()])
         return inputs, targets
 
 
@@ -141,7 +138,7 @@ class PartSplit:
 
     PURE: ClassVar[bool] = False
 
-    def __init__(self, split: Split, indices: Tensor, *, augment: bool) -> None:
+    def __init__(self, split: Split, indices: torch.Tensor, *, augment: bool) -> None:
         self.split = split
         self.indices = indices
         self.augment = augment
@@ -149,7 +146,7 @@ class PartSplit:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def batch(self, indices: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: torch.Tensor, generator: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch of the split itself."""
         return self.split.batch(self.indices[indices], generator if self.augment else None)
 
@@ -186,7 +183,7 @@ def hold_out(data: DataSet, amount: float, generator: torch.Generator) -> DataSe
     return dataclasses.replace(data, train=train, validation=validation)
 
 
-def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+def crop_and_flip(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Move every image by up to `PADDING` pixels over black and mirror every second one, each independently of the others.
 
     Args:
@@ -199,6 +196,6 @@ def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     rows = down + torch.arange(height)  # (B, H): the rows of the padded image that are kept
     columns = right + torch.arange(width)
     columns = torch.where(flip, columns.flip(1), columns)
-    padded = F.pad(images, (PADDING,) * 4).permute(0, 2, 3, 1)
+    padded = torch.nn.functional.pad(images, (PADDING,) * 4).permute(0, 2, 3, 1)
     samples = torch.arange(size)
     return padded[samples[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch import Tensor
 
 from ormo_rpc.seeding import generator
 
@@ -37,18 +36,18 @@ class Epochs:
         """The number of tickets in that many epochs."""
         return epochs * self.batches_per_epoch
 
-    def indices(self, ticket: int) -> Tensor:
+    def indices(self, ticket: int) -> torch.Tensor:
         """The sample numbers of a ticket, int64, shape (B,)."""
         epoch, number = divmod(ticket, self.batches_per_epoch)
         return self._order(epoch)[number * self.batch_size : (number + 1) * self.batch_size]
 
-    def batches(self, ticket: int, steps: int) -> list[tuple[int, Tensor]]:
+    def batches(self, ticket: int, steps: int) -> list[tuple[int, torch.Tensor]]:
         """The batches of a ticket of that many local steps: the number of each in the run, and its sample numbers."""
         indices = self.indices(ticket)
         parts = indices.tensor_split(min(steps, len(indices)))  # the last ticket of an epoch may be a small one
         return [(ticket * steps + step, part) for step, part in enumerate(parts)]
 
 
-def _permutation(num_samples: int, seed: int, epoch: int) -> Tensor:
+def _permutation(num_samples: int, seed: int, epoch: int) -> torch.Tensor:
     """The order of one epoch, shape (N,)."""
     return torch.randperm(num_samples, generator=generator(seed, "order", epoch))

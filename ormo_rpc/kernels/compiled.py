@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 from ormo_rpc.kernels.kernel import Kernel
@@ -70,7 +69,13 @@ class CompiledSteps(Steps):
 
     @override
     def __call__(
-        self, step: Step, grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor, out_16bit: Tensor | None = None
+        self,
+        step: Step,
+        grad: torch.Tensor,
+        u: torch.Tensor | None,
+        w: torch.Tensor,
+        out: torch.Tensor,
+        out_16bit: torch.Tensor | None = None,
     ) -> None:
         function = self._functions.get((type(step), w.dtype, grad.dtype))
         vectors = (grad, u, w, out, out_16bit)
@@ -92,7 +97,7 @@ class CompiledSteps(Steps):
             out_16bit.copy_(out)  # C rounds float32 alone
 
 
-def _readable(vector: Tensor) -> bool:
+def _readable(vector: torch.Tensor) -> bool:
     """Tell if C can read a vector by its address: on the CPU, contiguous and not lazily negated."""
     return vector.device.type == "cpu" and vector.is_contiguous() and not vector.is_neg()
 
@@ -153,9 +158,9 @@ def agrees(some: Steps, others: Steps, length: int = 1_037) -> bool:
     )
 
 
-def _all_steps(steps: Steps, length: int, offset: int, dtype: torch.dtype, grad_dtype: torch.dtype) -> list[Tensor]:
+def _all_steps(steps: Steps, length: int, offset: int, dtype: torch.dtype, grad_dtype: torch.dtype) -> list[torch.Tensor]:
     """Take every kind of step on random vectors that begin ``offset`` elements after an aligned address; return the results."""
-    results: list[Tensor] = []
+    results: list[torch.Tensor] = []
     for step in (
         SGDStep(0.037),
         HeavyBallStep(0.9, 0.037),

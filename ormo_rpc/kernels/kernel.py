@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from ormo_rpc.kernels.steps import Step, Steps, TorchSteps
 
@@ -25,12 +24,12 @@ class Kernel:
 
     name: str = "torch"
     steps: Steps = field(default_factory=TorchSteps)
-    empty: Callable[[Tensor], Tensor] = torch.empty_like
+    empty: Callable[[torch.Tensor], torch.Tensor] = field(default_factory=lambda: torch.empty_like)
     rounds: bool = False
-    _newest: tuple[Tensor, Tensor] | None = field(default=None, init=False)
+    _newest: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, init=False)
     """The parameters made by the newest step, and their rounded copy."""
 
-    def apply(self, step: Step, grad: Tensor, w: Tensor, u: Tensor | None = None) -> Tensor:
+    def apply(self, step: Step, grad: torch.Tensor, w: torch.Tensor, u: torch.Tensor | None = None) -> torch.Tensor:
         """Take a step from ``w``, which stays as it is; ``u`` is updated in place. See `Steps`.
 
         Args:
@@ -48,7 +47,7 @@ class Kernel:
         self._newest = None if out_16bit is None else (out, out_16bit)
         return out
 
-    def reserve(self, w: Tensor, snapshots: int) -> None:
+    def reserve(self, w: torch.Tensor, snapshots: int) -> None:
         """Allocate memory for vectors like ``w`` now, so that no step has to.
 
         Args:
@@ -61,7 +60,7 @@ class Kernel:
         made = [self.empty(like) for like, count in likes for _ in range(count)]
         del made  # so that they can be lent
 
-    def copy(self, vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def copy(self, vectors: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return a copy that never changes; a rounded one of the newest parameters exists already where steps round.
 
         Args:
@@ -75,6 +74,6 @@ class Kernel:
         return self.empty(_like(vectors, dtype)).copy_(vectors)
 
 
-def _like(vectors: Tensor, dtype: torch.dtype) -> Tensor:
+def _like(vectors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return a stand-in of another dtype and the same length, without memory for its values, to pass to `Kernel.empty`."""
     return torch.empty(1, dtype=dtype, device=vectors.device).expand(vectors.numel())

@@ -5,12 +5,11 @@ from __future__ import annotations
 import mmap
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy
 import torch
-from torch import Tensor
 
 HUGE_PAGE = 2 << 20
 WORTH_POOLING = 256 << 10
@@ -19,8 +18,8 @@ WORTH_POOLING = 256 << 10
 Memory = Any
 """Any writable object with the buffer protocol: a ``mmap``, a ``bytearray``."""
 
-_NUMPY: dict[torch.dtype, Any] = {torch.float32: numpy.float32, torch.float64: numpy.float64, torch.bfloat16: numpy.int16}
-"""A numpy type of the same size for each dtype; numpy has no bfloat16."""
+_NUMPY: Mapping[str, Any] = {"torch.float32": numpy.float32, "torch.float64": numpy.float64, "torch.bfloat16": numpy.int16}
+"""A numpy type of the same size for the name of each dtype; numpy has no bfloat16."""
 
 
 class Pool:
@@ -44,14 +43,14 @@ class Pool:
         self._free: deque[int] = deque()  # an array may end in any thread; append and pop need no lock
         self._lent: dict[int, weakref.ref[Any]] = {}
 
-    def take(self) -> Tensor:
+    def take(self) -> torch.Tensor:
         """Lend an uninitialised vector, shape (D,), that nothing else shares."""
         try:
             number = self._free.pop()  # the one returned last, which may still be in the caches
         except IndexError:
             number = len(self.made)
             self.made.append(self._memory(self.dimension * self.dtype.itemsize))
-        array = numpy.frombuffer(self.made[number], dtype=_NUMPY[self.dtype], count=self.dimension)
+        array = numpy.frombuffer(self.made[number], dtype=_NUMPY[str(self.dtype)], count=self.dimension)
         self._lent[number] = weakref.ref(array, lambda _: self._free.append(number))
         vector = torch.from_numpy(array)
         return vector if vector.dtype is self.dtype else vector.view(self.dtype)
@@ -62,7 +61,7 @@ class Pool:
         return len(self.made) - len(self._free)
 
 
-def pooled(memory: Callable[[int], Memory] | None = None) -> Callable[[Tensor], Tensor]:
+def pooled(memory: Callable[[int], Memory] | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return a replacement of `torch.empty_like` that takes its vectors from pools, one for each D and dtype.
 
     Small vectors, and those not on the CPU, are fresh memory. A pool grows to the largest number of vectors lent at once and is
@@ -73,7 +72,7 @@ def pooled(memory: Callable[[int], Memory] | None = None) -> Callable[[Tensor], 
     """
     pools: dict[tuple[int, torch.dtype], Pool] = {}
 
-    def empty(like: Tensor) -> Tensor:
+    def empty(like: torch.Tensor) -> torch.Tensor:
         if like.device.type != "cpu" or like.numel() * like.element_size() < WORTH_POOLING:
             return torch.empty_like(like)
         key = (like.numel(), like.dtype)

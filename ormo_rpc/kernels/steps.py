@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 CHUNK = 65_536
@@ -47,7 +46,13 @@ class Steps(Protocol):
     """An implementation of steps. All give the same bits, however the vectors are divided."""
 
     def __call__(
-        self, step: Step, grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor, out_16bit: Tensor | None = None
+        self,
+        step: Step,
+        grad: torch.Tensor,
+        u: torch.Tensor | None,
+        w: torch.Tensor,
+        out: torch.Tensor,
+        out_16bit: torch.Tensor | None = None,
     ) -> None:
         """Take a step.
 
@@ -68,7 +73,13 @@ class TorchSteps(Steps):
 
     @override
     def __call__(
-        self, step: Step, grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor, out_16bit: Tensor | None = None
+        self,
+        step: Step,
+        grad: torch.Tensor,
+        u: torch.Tensor | None,
+        w: torch.Tensor,
+        out: torch.Tensor,
+        out_16bit: torch.Tensor | None = None,
     ) -> None:
         for grad_c, u_c, w_c, out_c, out_16bit_c in _chunks(grad, u, w, out, out_16bit):
             _take(step, grad_c.to(w.dtype), u_c, w_c, out_c)
@@ -76,7 +87,7 @@ class TorchSteps(Steps):
                 out_16bit_c.copy_(out_c)
 
 
-def _take(step: Step, grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor) -> None:
+def _take(step: Step, grad: torch.Tensor, u: torch.Tensor | None, w: torch.Tensor, out: torch.Tensor) -> None:
     if isinstance(step, SGDStep):
         torch.sub(w, grad, alpha=step.w_scale, out=out)
         return
@@ -96,11 +107,13 @@ def _take(step: Step, grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor) ->
     torch.sub(before, grad, alpha=step.w_scale, out=out)
 
 
-Operands = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]
+Operands: TypeAlias = "tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor | None]"
 """The vectors of a step: ``grad, u, w, out, out_16bit``."""
 
 
-def _chunks(grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor, out_16bit: Tensor | None) -> Iterable[Operands]:
+def _chunks(
+    grad: torch.Tensor, u: torch.Tensor | None, w: torch.Tensor, out: torch.Tensor, out_16bit: torch.Tensor | None
+) -> Iterable[Operands]:
     """Divide the operands into chunks; short ones are a single chunk."""
     if w.numel() < WORTH_CUTTING:
         return [(grad, u, w, out, out_16bit)]

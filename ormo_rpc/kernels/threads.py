@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 
-from torch import Tensor
+import torch
 from typing_extensions import override
 
 from ormo_rpc.kernels.steps import CHUNK, Step, Steps
@@ -29,7 +29,13 @@ class Threaded(Steps):
 
     @override
     def __call__(
-        self, step: Step, grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor, out_16bit: Tensor | None = None
+        self,
+        step: Step,
+        grad: torch.Tensor,
+        u: torch.Tensor | None,
+        w: torch.Tensor,
+        out: torch.Tensor,
+        out_16bit: torch.Tensor | None = None,
     ) -> None:
         length = w.numel()
         parts = min(self.threads, length // LEAST)

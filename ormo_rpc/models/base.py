@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from torch import nn
+import torch
 
 from ormo_rpc.options import Part
 
@@ -17,7 +17,7 @@ class Model(Part, ABC):
     PATH = "model"
 
     @abstractmethod
-    def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    def build(self, input_shape: tuple[int, ...], num_classes: int) -> torch.nn.Module:
         """Make the network, with its initial weights drawn from the global generators, which the caller has seeded.
 
         Args:

@@ -5,23 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import (
-    SyncBatchNorm,
-    _BatchNorm,  # pyright: ignore[reportPrivateUsage] # the base class of all batch norms
-)
-from torch.nn.parameter import is_lazy
 
 from ormo_rpc.server.buffer_layout import BufferLayout
 from ormo_rpc.server.buffers import Rule, RuleKind
 
-_FORWARDS = (_BatchNorm.forward, SyncBatchNorm.forward)
-"""A batch norm that computes otherwise may also update its statistics otherwise, so they follow no rule."""
+if TYPE_CHECKING:
+    from torch.nn.modules.batchnorm import (
+        _BatchNorm as BatchNorm,  # pyright: ignore[reportPrivateUsage] # it has no public name
+    )
 
 
-def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+def buffers_of(module: torch.nn.Module) -> dict[str, torch.Tensor | None]:
     """A module's own buffers by their names there: the dictionary itself, empty places included."""
     return module._buffers  # pyright: ignore[reportPrivateUsage] # an assignment to the module makes checks and copies
 
@@ -38,12 +35,12 @@ class Place:
     """
 
     name: str
-    owner: nn.Module
+    owner: torch.nn.Module
     key: str
-    tensor: Tensor | None
+    tensor: torch.Tensor | None
 
     @property
-    def now(self) -> Tensor | None:
+    def now(self) -> torch.Tensor | None:
         """The tensor that is there now; None also where the place is gone."""
         held = buffers_of(self.owner)
         return held[self.key] if self.key in held else None  # noqa: SIM401 - those of a scripted module have no get
@@ -75,10 +72,10 @@ class ModelBuffers:
         ValueError: a buffer has no shape yet (lazy modules).
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: torch.nn.Module) -> None:
         self.places = _places(module)
-        self.tensors: dict[str, Tensor] = {}
-        self.constants: dict[str, Tensor] = {}
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.constants: dict[str, torch.Tensor] = {}
         uses = Counter(id(place.tensor) for place in self.places)
         seen: set[int] = set()
         for place in self.places:
@@ -87,11 +84,11 @@ class ModelBuffers:
                 seen.add(id(place.tensor))
                 (self.tensors if is_dense(place.tensor) else self.constants)[place.name] = place.tensor
         self._memory = {name: tensor.data for name, tensor in self.tensors.items()}
-        self.norms: dict[str, _BatchNorm] = {}
+        self.norms: dict[str, BatchNorm] = {}
         self.rules: dict[str, Rule] = {}
         for path, child in module.named_modules():
             prefix = f"{path}." if path else ""
-            if isinstance(child, _BatchNorm) and _is_averaged(child, uses):
+            if isinstance(child, _batch_norm()) and _is_averaged(child, uses):
                 self.norms[prefix] = child
                 count = f"{prefix}num_batches_tracked"
                 self.rules[f"{prefix}running_mean"] = Rule(RuleKind.average, child.momentum, count)
@@ -100,7 +97,7 @@ class ModelBuffers:
         self.layout = BufferLayout(self.tensors)
         self.initial = self.layout.pack(self.tensors)
 
-    def load(self, values: Mapping[str, Tensor]) -> None:
+    def load(self, values: Mapping[str, torch.Tensor]) -> None:
         """Give the module these buffers, by name: copied into its own tensors, where they were before any pass."""
         for place in self.places:
             place.put_back()
@@ -110,18 +107,18 @@ class ModelBuffers:
                 tensor.data = own
             own.copy_(values[name])
 
-    def copy(self) -> dict[str, Tensor]:
+    def copy(self) -> dict[str, torch.Tensor]:
         """Return a copy of the buffers by name, as `load` or construction left them."""
         return {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
 
 
-def _places(module: nn.Module) -> list[Place]:
-    owned: dict[int, Tensor] = {}
+def _places(module: torch.nn.Module) -> list[Place]:
+    owned: dict[int, torch.Tensor] = {}
     places: list[Place] = []
     for path, owner in module.named_modules():
         for key, tensor in buffers_of(owner).items():
             name = f"{path}.{key}" if path else key
-            if tensor is not None and is_lazy(tensor):
+            if tensor is not None and torch.nn.parameter.is_lazy(tensor):
                 raise ValueError(
                     f"model: {name}: got a buffer without a shape, expected all from the start; use no lazy layers"
                 )
@@ -133,12 +130,12 @@ def _places(module: nn.Module) -> list[Place]:
     return places
 
 
-def is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: torch.Tensor) -> bool:
     """Tell if a tensor is the plain sort, whose bytes are its values."""
     return tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
 
 
-def _is_writable(tensor: Tensor) -> bool:
+def _is_writable(tensor: torch.Tensor) -> bool:
     """Tell if its elements can be written to in place; those of an expanded tensor share memory."""
     if not is_dense(tensor):
         return True
@@ -146,11 +143,17 @@ def _is_writable(tensor: Tensor) -> bool:
     return not shared and not tensor.is_inference()
 
 
-def _is_averaged(norm: _BatchNorm, uses: Counter[int]) -> bool:
+def _batch_norm() -> type[BatchNorm]:
+    """The base class of all batch norms."""
+    return torch.nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage] # it has no public name
+
+
+def _is_averaged(norm: BatchNorm, uses: Counter[int]) -> bool:
     """Tell if a batch norm updates statistics of its own as torch's do, and counts its calls."""
     statistics = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
     own = all(tensor is not None and uses[id(tensor)] == 1 for tensor in statistics)
-    plain = type(norm).forward in _FORWARDS and "forward" not in vars(norm)
+    # One that computes otherwise may also update its statistics otherwise, so they follow no rule.
+    plain = type(norm).forward in (_batch_norm().forward, torch.nn.SyncBatchNorm.forward) and "forward" not in vars(norm)
     number = norm.momentum is None or isinstance(norm.momentum, (int, float))  # pyright: ignore[reportUnnecessaryIsInstance] # a user may set a tensor
     weighted = number and (norm.momentum is None or 0 <= norm.momentum <= 1)
     return own and plain and weighted

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+import torch
 from typing_extensions import override
 
 from ormo_rpc.models.base import Model
@@ -23,8 +23,8 @@ class CustomModel(Model, CallsTarget):
     """
 
     @override
-    def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    def build(self, input_shape: tuple[int, ...], num_classes: int) -> torch.nn.Module:
         model = self.call(input_shape=input_shape, num_classes=num_classes)
-        if not isinstance(model, nn.Module):
+        if not isinstance(model, torch.nn.Module):
             raise ValueError(f"model._target_: {self._target_} returned {type(model).__name__}, expected a torch.nn.Module")
         return model

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from ormo_rpc.models.flat import sha256
 
@@ -36,7 +35,7 @@ class Fingerprint:
     data: Mapping[str, int] = field(default_factory=dict[str, int])
 
     @classmethod
-    def of(cls, module: nn.Module) -> Fingerprint:
+    def of(cls, module: torch.nn.Module) -> Fingerprint:
         """Take the fingerprint of a model that was just built, without a data set."""
         parameters = dict(module.named_parameters())
         frozen = {name: each for name, each in parameters.items() if not each.requires_grad}
@@ -95,15 +94,15 @@ class Fingerprint:
         return None
 
 
-def _form(tensor: Tensor) -> str:
+def _form(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
-def _sha256(tensor: Tensor) -> str:
+def _sha256(tensor: torch.Tensor) -> str:
     return sha256(*_parts(tensor))[:16]
 
 
-def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+def _parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Dense tensors that tell a tensor from others of its form."""
     if tensor.layout is torch.sparse_coo:
         entries = tensor.coalesce()

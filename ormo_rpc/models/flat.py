@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from ormo_rpc.models.buffers import ModelBuffers
 from ormo_rpc.models.shared_memory import refuse_shared
@@ -23,11 +21,11 @@ class Layout:
         tensors: The tensors by name, in their order.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self.size = sum(shape.numel() for shape in self.shapes.values())
 
-    def views(self, flat: Tensor) -> dict[str, Tensor]:
+    def views(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """The tensors by name, as views of ``flat``, shape (size,)."""
         parts = flat.split([shape.numel() for shape in self.shapes.values()]) if self.shapes else ()
         return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
@@ -49,10 +47,10 @@ class FlatModel:
             tensor has no shape yet (lazy layers).
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: torch.nn.Module) -> None:
         self.module = module
         for name, parameter in module.named_parameters():
-            if is_lazy(parameter):
+            if torch.nn.parameter.is_lazy(parameter):
                 raise ValueError(
                     f"model: {name}: got a parameter without a shape, expected all from the start; use no lazy layers"
                 )
@@ -65,19 +63,19 @@ class FlatModel:
         self.dtype = dtypes[0]
         self.params = Layout(self.trainable)
         self.buffers = ModelBuffers(module)
-        self._grads: dict[str, Tensor] = {}
+        self._grads: dict[str, torch.Tensor] = {}
         """The views that `bind_grad` has made."""
 
-    def flat_params(self) -> Tensor:
+    def flat_params(self) -> torch.Tensor:
         """A copy of the present parameters, shape (D,)."""
         return torch.cat([p.detach().reshape(-1) for p in self.trainable.values()])
 
-    def bind(self, params: Tensor) -> None:
+    def bind(self, params: torch.Tensor) -> None:
         """Make the parameters views of ``params``, shape (D,): nothing is copied, nothing is written to it."""
         for parameter, view in zip(self.trainable.values(), self.params.views(params).values(), strict=True):
             parameter.data = view
 
-    def bind_grad(self, grad: Tensor) -> None:
+    def bind_grad(self, grad: torch.Tensor) -> None:
         """Make the gradients views of ``grad``, shape (D,): backward adds into it."""
         self._grads = self.params.views(grad)
         for parameter, view in zip(self.trainable.values(), self._grads.values(), strict=True):
@@ -98,7 +96,7 @@ class FlatModel:
                 view.copy_(grad.to_dense())
             parameter.grad = view
 
-    def state_dict(self, params: Tensor, buffers: Mapping[str, Tensor]) -> dict[str, Any]:
+    def state_dict(self, params: torch.Tensor, buffers: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """The module's ``state_dict`` in plain PyTorch, as a private copy.
 
         Args:
@@ -112,10 +110,10 @@ class FlatModel:
 
 def _copied(value: Any) -> Any:
     """A private copy of a tensor, or of a module's extra state, which may be anything."""
-    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+    return value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
 
 
-def sha256(*tensors: Tensor) -> str:
+def sha256(*tensors: torch.Tensor) -> str:
     """The SHA-256 of the tensors' bytes, concatenated, in hexadecimal."""
     digest = hashlib.sha256()
     for tensor in tensors:

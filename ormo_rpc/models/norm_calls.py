@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage] # the base class of all batch norms
 
 from ormo_rpc.errors import ModelRefused
 from ormo_rpc.models.buffers import buffers_of
 from ormo_rpc.server.buffer_layout import same_bytes
+
+if TYPE_CHECKING:
+    from torch.nn.modules.batchnorm import (
+        _BatchNorm as BatchNorm,  # pyright: ignore[reportPrivateUsage] # the base class of all batch norms
+    )
 
 
 class NormCalls:
@@ -28,21 +32,21 @@ class NormCalls:
         batches: Mean and variance of each call, in order.
     """
 
-    def __init__(self, prefix: str, norm: _BatchNorm, expected: Mapping[str, Tensor]) -> None:
+    def __init__(self, prefix: str, norm: BatchNorm, expected: Mapping[str, torch.Tensor]) -> None:
         self.prefix = prefix
         self.norm = norm
         self.momentum = norm.momentum
-        self.batches: list[tuple[Tensor, Tensor]] = []
-        self._own: tuple[Tensor, Tensor] | None = None
+        self.batches: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._own: tuple[torch.Tensor, torch.Tensor] | None = None
         self._expected = [expected[f"{prefix}{name}"] for name in ("running_mean", "running_var")]
         self._calls_before = expected[f"{prefix}num_batches_tracked"]
 
         # A copy of the norm has these hooks too, and is none of ours.
-        def before(called: nn.Module, _: object) -> None:
+        def before(called: torch.nn.Module, _: object) -> None:
             if called is norm:
                 self._before()
 
-        def after(called: nn.Module, _: object, output: object) -> None:
+        def after(called: torch.nn.Module, _: object, output: object) -> None:
             if called is norm:
                 self._after(failed=output is None)
 
@@ -53,7 +57,7 @@ class NormCalls:
         """Forget all calls, since the norm's buffers were loaded."""
         self.batches = []
 
-    def report(self) -> dict[str, Tensor]:
+    def report(self) -> dict[str, torch.Tensor]:
         """Return the number of calls and the mean of their statistics by name; nothing where there was no call.
 
         Raises:
@@ -71,7 +75,7 @@ class NormCalls:
             reported[f"{self.prefix}running_var"] = self._mean(variances)
         return reported
 
-    def _mean(self, values: tuple[Tensor, ...]) -> Tensor:
+    def _mean(self, values: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """The mean, in which a call weighs what it has in the norm's own average after the last one."""
         if len(values) == 1:
             return values[0]
@@ -115,11 +119,11 @@ class NormCalls:
             for running, batch in zip(average, (mean, variance), strict=True):
                 running.data.mul_(1 - weight).add_(batch, alpha=weight)
 
-    def _statistics(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def _statistics(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         held = buffers_of(self.norm)
         return held.get("running_mean"), held.get("running_var"), held.get("num_batches_tracked")
 
-    def _put(self, mean: Tensor, variance: Tensor) -> None:
+    def _put(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
         held = buffers_of(self.norm)
         held["running_mean"], held["running_var"] = mean, variance
 
@@ -138,6 +142,6 @@ class NormCalls:
         )
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Tell if they have equal values; by the bytes where these may be NaN, which takes longer."""
     return (one.dtype == other.dtype and torch.equal(one, other)) or same_bytes(one, other)

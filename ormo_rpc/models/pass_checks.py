@@ -7,21 +7,20 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+import torch
 
 from ormo_rpc.errors import ModelRefused
 from ormo_rpc.models.buffers import is_dense
 from ormo_rpc.models.flat import sha256
 
 _log = logging.getLogger(__name__)
-_TORCHS_OWN = frozenset(vars(nn.Module()))
 LARGE = 4_000_000
 """Bytes of a buffer from which a constant one is worth a warning."""
 _UNKNOWN = object()
 """Anything that two passes may set to different objects of equal meaning."""
 
 
-def check_passes(module: nn.Module, compute: Callable[[], None]) -> None:
+def check_passes(module: torch.nn.Module, compute: Callable[[], None]) -> None:
     """Compute two equal passes, refuse what they must not change, and warn of attributes and constants in the wrong place.
 
     An attribute that only the first pass changes is a cache, and one with a graph is a result.
@@ -63,13 +62,13 @@ def check_passes(module: nn.Module, compute: Callable[[], None]) -> None:
             )
 
 
-def _large_buffers(module: nn.Module) -> dict[str, tuple[int, str]]:
+def _large_buffers(module: torch.nn.Module) -> dict[str, tuple[int, str]]:
     """Bytes and SHA-256 of each buffer above `LARGE` by name."""
     found = {name: (buffer.nbytes, buffer) for name, buffer in module.named_buffers() if is_dense(buffer)}
     return {name: (size, sha256(buffer)) for name, (size, buffer) in found.items() if size > LARGE}
 
 
-def warn_of_views(module: nn.Module, former: Iterable[Tensor]) -> None:
+def warn_of_views(module: torch.nn.Module, former: Iterable[torch.Tensor]) -> None:
     """Warn of attributes that lie in memory which trainable parameters have left: they no longer follow the parameters.
 
     Args:
@@ -78,7 +77,7 @@ def warn_of_views(module: nn.Module, former: Iterable[Tensor]) -> None:
     """
     left = {each.untyped_storage().data_ptr() for each in former if each.numel()}
     for name, value in _plain_attributes(module):
-        each = value if isinstance(value, Tensor) and is_dense(value) else None
+        each = value if isinstance(value, torch.Tensor) and is_dense(value) else None
         if each is not None and each.untyped_storage().data_ptr() in left:
             _log.warning(
                 "model: %s: this attribute lies in the memory of a trained parameter at construction, and stays as it was "
@@ -87,16 +86,17 @@ def warn_of_views(module: nn.Module, former: Iterable[Tensor]) -> None:
             )
 
 
-def _attributes(module: nn.Module) -> dict[str, object]:
+def _attributes(module: torch.nn.Module) -> dict[str, object]:
     """Something equal for equal values of plain attributes, by their names."""
     return {name: _value(value) for name, value in _plain_attributes(module)}
 
 
-def _plain_attributes(module: nn.Module) -> Generator[tuple[str, object]]:
+def _plain_attributes(module: torch.nn.Module) -> Generator[tuple[str, object]]:
     """Plain attributes as ``Class.attribute``, with the module's name where it is not the root, and their values."""
+    torchs_own = vars(torch.nn.Module()).keys()
     for path, owner in module.named_modules():
         for key, value in vars(owner).items():
-            if key not in _TORCHS_OWN:
+            if key not in torchs_own:
                 yield f"{type(owner).__name__}.{key}{f' (in {path})' if path else ''}", value
 
 
@@ -106,8 +106,8 @@ def _value(value: Any, depth: int = 4) -> object:
         return _UNKNOWN
     if value is None or isinstance(value, (bool, int, float, str)):
         return (type(value), value if value == value else "nan")
-    if isinstance(value, Tensor):
-        plain = is_dense(value) and value.grad_fn is None and not isinstance(value, nn.Parameter)
+    if isinstance(value, torch.Tensor):
+        plain = is_dense(value) and value.grad_fn is None and not isinstance(value, torch.nn.Parameter)
         return (value.dtype, tuple(value.shape), sha256(value)) if plain else _UNKNOWN
     if isinstance(value, (np.ndarray, np.generic)):
         return (str(value.dtype), value.shape, value.tobytes())

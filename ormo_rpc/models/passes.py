@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
 
 from ormo_rpc.errors import ModelRefused
 from ormo_rpc.models.buffers import buffers_of, is_dense
@@ -33,9 +32,9 @@ class Guarded:
     """
 
     name: str
-    owner: Mapping[str, Tensor | None]
+    owner: Mapping[str, torch.Tensor | None]
     key: str
-    tensor: Tensor
+    tensor: torch.Tensor
     trained: bool
     version: int = 0
     address: int = 0
@@ -92,7 +91,7 @@ class Passes:
         model.module.train()
         self._modes = [(module, module.training) for module in model.module.modules()]
 
-    def begin(self, handed: Tensor) -> None:
+    def begin(self, handed: torch.Tensor) -> None:
         """Load the buffers that a reply hands out, as bytes, or the initial ones where it has none; undo switches of modes.
 
         Raises:
@@ -134,7 +133,7 @@ class Passes:
         """True where values are compared in this pass: in the first, second, fourth, eighth, ... one, as it costs time."""
         return self._passes & (self._passes - 1) == 0
 
-    def collect(self) -> dict[str, Tensor]:
+    def collect(self) -> dict[str, torch.Tensor]:
         """Return by name what the passes since `begin` have to report of the buffers; those that are as before are left out.
 
         Raises:
@@ -146,7 +145,7 @@ class Passes:
                 raise ModelRefused(
                     f"model: {name or 'buffers'}: got {got} after a forward pass, expected {expected}; {_REGISTER}"
                 )
-        reported: dict[str, Tensor] = {}
+        reported: dict[str, torch.Tensor] = {}
         for norm in self._norms:
             reported |= norm.report()
         for place in self._others:
@@ -166,7 +165,7 @@ class Passes:
         return reported
 
 
-def changed(name: str, tensor: Tensor, trained: bool) -> ModelRefused:
+def changed(name: str, tensor: torch.Tensor, trained: bool) -> ModelRefused:
     """The refusal of a pass that has changed a parameter, or a buffer that is no state."""
     if tensor.requires_grad != trained:
         got, expected = (str(each).lower() for each in (tensor.requires_grad, trained))
@@ -174,7 +173,7 @@ def changed(name: str, tensor: Tensor, trained: bool) -> ModelRefused:
             f"model: {name}: got requires_grad={got} after a forward pass, expected {expected}, as at construction; "
             "what is trained is decided there"
         )
-    if not isinstance(tensor, nn.Parameter):
+    if not isinstance(tensor, torch.nn.Parameter):
         remedy = "a pass may change buffers that are dense"
     elif trained:
         remedy = "training alone changes it, so let the pass write to a copy (nn.Embedding: no max_norm)"
@@ -188,7 +187,7 @@ def _guarded(model: FlatModel) -> list[Guarded]:
     found: list[Guarded] = []
     for path, module in model.module.named_modules():
         prefix = f"{path}." if path else ""
-        parameters: Mapping[str, Tensor | None] = module._parameters  # pyright: ignore[reportPrivateUsage] # to see a replaced one
+        parameters: Mapping[str, torch.Tensor | None] = module._parameters  # pyright: ignore[reportPrivateUsage] # to see a replaced one
         for key, tensor in parameters.items():
             if tensor is not None:
                 found.append(Guarded(prefix + key, parameters, key, tensor, tensor.requires_grad))
@@ -198,9 +197,9 @@ def _guarded(model: FlatModel) -> list[Guarded]:
     return found
 
 
-def _address(tensor: Tensor) -> int:
+def _address(tensor: torch.Tensor) -> int:
     return tensor.data_ptr() if is_dense(tensor) else 0
 
 
-def _described(tensor: Tensor | None) -> str:
+def _described(tensor: torch.Tensor | None) -> str:
     return "no buffer" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"

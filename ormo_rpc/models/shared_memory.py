@@ -6,13 +6,11 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
-from torch.nn.parameter import is_lazy
 
 from ormo_rpc.models.buffers import is_dense
 
 
-def refuse_shared(trainable: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
+def refuse_shared(trainable: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> None:
     """Refuse a parameter or buffer that lies in the memory of a trainable parameter.
 
     In plain PyTorch it would follow the parameter, as optimizers write in place; here it would stay as it was built.
@@ -24,18 +22,18 @@ def refuse_shared(trainable: Mapping[str, Tensor], others: Mapping[str, Tensor])
     Raises:
         ValueError: there is one; the message has the names and what to do.
     """
-    by_storage: dict[int, list[tuple[str, Tensor]]] = defaultdict(list)
+    by_storage: dict[int, list[tuple[str, torch.Tensor]]] = defaultdict(list)
     for name, tensor in (*trainable.items(), *others.items()):
-        if not is_lazy(tensor) and is_dense(tensor) and tensor.numel():
+        if not torch.nn.parameter.is_lazy(tensor) and is_dense(tensor) and tensor.numel():
             by_storage[tensor.untyped_storage().data_ptr()].append((name, tensor))
     for tensors in by_storage.values():
         if len(tensors) > 1:
             _refuse_overlap(tensors, trainable)
 
 
-def _refuse_overlap(tensors: list[tuple[str, Tensor]], trainable: Mapping[str, Tensor]) -> None:
+def _refuse_overlap(tensors: list[tuple[str, torch.Tensor]], trainable: Mapping[str, torch.Tensor]) -> None:
     """Refuse a tensor that has a byte of a trainable one; all are of one storage, the trainable ones first."""
-    taken: dict[str, Tensor] = {}
+    taken: dict[str, torch.Tensor] = {}
     for name, tensor in tensors:
         places = _bytes_of(tensor)
         for owner, theirs in taken.items():
@@ -48,7 +46,7 @@ def _refuse_overlap(tensors: list[tuple[str, Tensor]], trainable: Mapping[str, T
             taken[name] = places
 
 
-def _bytes_of(tensor: Tensor) -> Tensor:
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """Tell of each byte of a tensor's storage if the tensor has it."""
     size = tensor.dtype.itemsize
     places = torch.zeros(tensor.untyped_storage().nbytes(), dtype=torch.bool)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from typing_extensions import override
 
 from ormo_rpc.models.base import Model
@@ -27,7 +26,7 @@ class Torchvision(Model):
     arch: str = option("resnet18", "its name in torchvision.models, such as resnet50 or mobilenet_v3_small")
 
     @override
-    def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    def build(self, input_shape: tuple[int, ...], num_classes: int) -> torch.nn.Module:
         from torchvision import models  # imported here, because every other model works without torchvision
 
         names = models.list_models(module=models)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
@@ -57,13 +58,18 @@ def is_section(kind: Any) -> bool:
 
 
 def annotations_of(section: type[Section]) -> dict[str, Any]:
-    """Return the annotation of each option.
+    """Return the annotation of each option, base classes first.
 
     Raises:
         ValueError: one cannot be evaluated, which can happen to a class from outside of the package.
     """
+    options, found = section.declared(), dict[str, Any]()
     try:
-        return get_type_hints(section)
+        for cls in reversed(section.__mro__):
+            # Those of other attributes are left alone: PyTorch, which they may name, is slow to load.
+            texts = {name: text for name, text in vars(cls).get("__annotations__", {}).items() if name in options}
+            found |= get_type_hints(types.SimpleNamespace(__annotations__=texts), vars(sys.modules[cls.__module__]))
+        return found
     except Exception as error:  # an annotation may be any expression
         raise ValueError(
             f"{section.PATH}: the annotations of {section.__module__}.{section.__qualname__} cannot be evaluated: {error}"

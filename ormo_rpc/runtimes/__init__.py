@@ -19,10 +19,10 @@ from ormo_rpc.config.runtimes import SimRuntime
 from ormo_rpc.config.schema import Config, Role
 from ormo_rpc.errors import RunFailed
 from ormo_rpc.options.imports import refuse_while_importing
-from ormo_rpc.runtimes import prepare
 from ormo_rpc.runtimes.attempts import claimed_by, continues
 from ormo_rpc.runtimes.distributed.launcher.agent import end_with_agent
 from ormo_rpc.runtimes.ranks import TORCHRUN, Ranks
+from ormo_rpc.runtimes.workers import check_elastic_worker, check_secret, decide_workers
 from ormo_rpc.storage.launch import Launch
 from ormo_rpc.storage.run_directory import RunDirectory
 
@@ -72,11 +72,13 @@ def run(
     if ranks is not None and ranks.launcher == TORCHRUN:
         end_with_agent()
     if config.role is Role.worker:
-        prepare.check_elastic_worker(config, ranks)
+        check_elastic_worker(config, ranks)
         importlib.import_module(MODULES["rpc"]).join(config)
         return {}
-    config = prepare.decide_workers(config, ranks)
-    prepare.check_secret(config, ranks)
+    config = decide_workers(config, ranks)
+    check_secret(config, ranks)
+    from ormo_rpc.runtimes import prepare  # what follows needs PyTorch
+
     runtime = importlib.import_module(MODULES[config.runtime.name])
     has_run_directory = ranks is None or ranks.rank == 0
     with _alone():

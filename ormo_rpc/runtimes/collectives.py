@@ -17,7 +17,6 @@ from typing import Any, Protocol, TypeGuard
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from typing_extensions import override
 
 COLLECTIVES = "collectives"
@@ -50,11 +49,11 @@ class Group(Protocol):
         """Return the number of ranks."""
         ...
 
-    def allgather(self, output_tensors: list[list[Tensor]], input_tensors: list[Tensor]) -> Work:
+    def allgather(self, output_tensors: list[list[torch.Tensor]], input_tensors: list[torch.Tensor]) -> Work:
         """Bring the input of every rank to all ranks."""
         ...
 
-    def allreduce(self, tensors: list[Tensor]) -> Work:
+    def allreduce(self, tensors: list[torch.Tensor]) -> Work:
         """Replace a tensor in every rank by the sum over all ranks."""
         ...
 

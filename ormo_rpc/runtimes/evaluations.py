@@ -6,7 +6,7 @@ import logging
 from concurrent.futures import Executor, Future
 from queue import Empty, SimpleQueue
 
-from torch import Tensor
+import torch
 
 from ormo_rpc.errors import one_line
 from ormo_rpc.runtimes.job import Evaluate
@@ -33,7 +33,7 @@ class Evaluations:
         self._evaluator = evaluator
         self._executor = executor
         self._recorder = recorder
-        self._copies: SimpleQueue[tuple[int, float, Tensor, dict[str, Tensor]]] = SimpleQueue()
+        self._copies: SimpleQueue[tuple[int, float, torch.Tensor, dict[str, torch.Tensor]]] = SimpleQueue()
         self._running: list[tuple[int, float, Future[Evaluation]]] = []
         self.failed = 0
         self._cause = ""

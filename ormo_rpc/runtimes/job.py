@@ -11,7 +11,6 @@ from collections.abc import Callable, Generator, Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
 
 from ormo_rpc.compression import Allocate, PushFormat, pushed_dtype
 from ormo_rpc.config.schema import Config
@@ -30,9 +29,9 @@ from ormo_rpc.worker.dummy import DummyWorker
 from ormo_rpc.worker.evaluation import Evaluation, Evaluator
 from ormo_rpc.worker.worker import Worker
 
-Evaluate = Callable[[Tensor, Mapping[str, Tensor]], Evaluation]
+Evaluate = Callable[["torch.Tensor", Mapping[str, "torch.Tensor"]], Evaluation]
 """Evaluates parameters, shape (D,), and buffers by name."""
-Exporter = Callable[[Mapping[str, Any]], dict[str, Tensor]]
+Exporter = Callable[[Mapping[str, Any]], dict[str, "torch.Tensor"]]
 """Makes a ``state_dict`` of plain PyTorch from a server's state."""
 
 
@@ -172,7 +171,7 @@ class Job:
         numbers = [each for each in targets if each.numel() == 1 and not each.is_floating_point()]
         return zlib.crc32(torch.tensor([int(each) for each in numbers]).numpy().tobytes())
 
-    def _check_same(self, module: nn.Module) -> None:
+    def _check_same(self, module: torch.nn.Module) -> None:
         """Refuse a model whose frozen parameters or buffers differ from one construction to the next."""
         fingerprint = Fingerprint.of(module)
         self._built = self._built or fingerprint
@@ -236,13 +235,13 @@ class Job:
         """Return a function that makes a ``state_dict``, with a model of its own."""
         model = self.model()
 
-        def export(state: Mapping[str, Any]) -> dict[str, Tensor]:
+        def export(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
             return model.state_dict(state["params"], state["buffers"])
 
         return export
 
 
-def build_module(config: Config, data: DataSet) -> nn.Module:
+def build_module(config: Config, data: DataSet) -> torch.nn.Module:
     """Build the configured model with the run's initial weights."""
     with seeded(config.seed, "initial weights", 0):
         return config.model.build(data.input_shape, data.num_classes)
@@ -268,7 +267,7 @@ def configured_format(config: Config, params: Layout, buffers: BufferLayout, dty
 
 def configured_server(
     job: JobLike,
-    params: Tensor,
+    params: torch.Tensor,
     buffers: RunningBuffers | None,
     record: Callable[[Event], None],
     clock: Callable[[], float],

@@ -9,11 +9,12 @@ import contextlib
 import json
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
-
-from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage] # documented, not annotated as public
+from typing import TYPE_CHECKING, Any
 
 from ormo_rpc.runtimes.ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage] # documented, not annotated as public
 
 PREFIX = "ormo_rpc"
 """Of our keys."""
@@ -33,6 +34,8 @@ def connect(address: str, timeout_seconds: float) -> PrefixStore:
     Raises:
         RuntimeError: it cannot be reached.
     """
+    from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage] # as above; loads torch
+
     host, _, port = address.rpartition(":")
     timeout = timedelta(seconds=timeout_seconds)
     return PrefixStore(PREFIX, TCPStore(host, int(port), is_master=False, timeout=timeout, wait_for_workers=False))

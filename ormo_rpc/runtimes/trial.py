@@ -9,11 +9,10 @@ import math
 from collections.abc import Callable, Generator
 
 import torch
-from torch import Tensor
 
 from ormo_rpc.data import Split
 from ormo_rpc.errors import ConfigError, ModelRefused, one_line
-from ormo_rpc.messages import NO_BUFFERS
+from ormo_rpc.messages import no_buffers
 from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.models.pass_checks import check_passes, warn_of_views
 from ormo_rpc.models.passes import Passes
@@ -63,7 +62,7 @@ class Trial:
         self.data_name = job.config.dataset.known_as
         self.model_name = job.config.model.known_as
 
-    def train(self, number: int, indices: Tensor) -> None:
+    def train(self, number: int, indices: torch.Tensor) -> None:
         """Compute the gradient of one training batch, as a worker does.
 
         Args:
@@ -91,9 +90,9 @@ class Trial:
         if not math.isfinite(losses[0]):
             _log.warning("%s: the loss is %s at the initial weights", self._place(where), losses[0])
 
-    def _train(self, where: str, inputs: Tensor, targets: Tensor) -> float:
+    def _train(self, where: str, inputs: torch.Tensor, targets: torch.Tensor) -> float:
         """Return the loss; 0 where no target counts."""
-        self.passes.begin(NO_BUFFERS)
+        self.passes.begin(no_buffers())
         self.passes.begin_pass()
         with self._refused(where, inputs, targets):
             output = self.model.module.train()(inputs)
@@ -112,7 +111,9 @@ class Trial:
         self.passes.collect()
         return loss.item() if count(targets) else 0.0
 
-    def evaluate(self, name: str, data: Split, evaluator: Evaluator, params: Tensor, buffers: dict[str, Tensor]) -> None:
+    def evaluate(
+        self, name: str, data: Split, evaluator: Evaluator, params: torch.Tensor, buffers: dict[str, torch.Tensor]
+    ) -> None:
         """Evaluate the first batch of a split.
 
         Raises:
@@ -125,7 +126,7 @@ class Trial:
             output = evaluator.output(inputs, params, buffers)
         self._check(where, output, inputs, targets)
 
-    def _batch(self, where: str, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    def _batch(self, where: str, make: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
         try:
             inputs, targets = make()
         except (Exception, SystemExit) as error:  # a user's own data set may raise anything
@@ -138,13 +139,13 @@ class Trial:
             )
         return inputs, targets
 
-    def _check(self, where: str, output: object, inputs: Tensor, targets: Tensor) -> None:
+    def _check(self, where: str, output: object, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         """Refuse an output that does not fit the targets, and class numbers without a logit."""
         try:
             check_fit(output, targets)
         except ValueError as error:
             raise ConfigError(f"{self._place(where)}: {error}{_shown(inputs=inputs)}") from None
-        assert isinstance(output, Tensor)
+        assert isinstance(output, torch.Tensor)
         try:
             check_classes(output, targets)
         except ValueError as error:
@@ -171,7 +172,7 @@ def _tickets(job: Job) -> list[int]:
     return [0, last] if len(indices) == 1 and 0 < last < job.total_tickets else [0]
 
 
-def _smallest_batch(job: Job, ticket: int) -> tuple[int, Tensor]:
+def _smallest_batch(job: Job, ticket: int) -> tuple[int, torch.Tensor]:
     """The last batch of a ticket: its number in the run, and the numbers of its samples."""
     return job.epochs.batches(ticket, job.config.algorithm.steps)[-1]
 
@@ -181,6 +182,6 @@ def _shown(**tensors: object) -> str:
     words = [
         f"{name} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
         for name, tensor in tensors.items()
-        if isinstance(tensor, Tensor)
+        if isinstance(tensor, torch.Tensor)
     ]
     return f" ({', '.join(words)})" if words else ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 ALIGNMENT = 16
 """The address of each tensor is a multiple of it, in bytes: no dtype is larger."""
@@ -16,12 +15,12 @@ def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def as_bytes(tensor: Tensor) -> Tensor:
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a dense tensor, uint8, flat: a view of it where its values lie in order, else a copy."""
     return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 
-def same_bytes(one: Tensor, other: Tensor) -> bool:
+def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Tell if two tensors have equal bits, shapes and dtypes; NaN equals NaN."""
     return (one.shape, one.dtype) == (other.shape, other.dtype) and torch.equal(as_bytes(one), as_bytes(other))
 
@@ -38,7 +37,7 @@ class BufferLayout:
         size: Bytes of the vector, a multiple of `ALIGNMENT`.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
         self._spans: dict[str, tuple[int, int]] = {}
@@ -49,24 +48,24 @@ class BufferLayout:
             self.size += aligned(length)
         self._strides = {name: torch.empty(shape, device="meta").stride() for name, shape in self.shapes.items()}
 
-    def bytes_of(self, flat: Tensor) -> dict[str, Tensor]:
+    def bytes_of(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """The bytes of each tensor by name, as views of ``flat``, uint8, shape (size,)."""
         return {name: flat[start:end] for name, (start, end) in self._spans.items()}
 
-    def views(self, flat: Tensor) -> dict[str, Tensor]:
+    def views(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """The tensors by name, as views of ``flat``, uint8, shape (size,); of a copy where its address is not aligned."""
         if flat.storage_offset() % ALIGNMENT or flat.data_ptr() % ALIGNMENT:
             flat = flat.clone()
         assert flat.shape == (self.size,), "as_strided would reach beyond it"
         whole = {dtype: flat.view(dtype) for dtype in set(self.dtypes.values())}
-        found: dict[str, Tensor] = {}
+        found: dict[str, torch.Tensor] = {}
         for name, (start, _) in self._spans.items():  # one call for each, since a server does this for every push
             values = whole[self.dtypes[name]]
             offset = values.storage_offset() + start // values.dtype.itemsize
             found[name] = values.as_strided(self.shapes[name], self._strides[name], offset)
         return found
 
-    def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
+    def pack(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return a copy of tensors of these names, shapes and dtypes, as bytes; zeros between them."""
         flat = torch.zeros(self.size, dtype=torch.uint8)
         for name, part in self.bytes_of(flat).items():

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 import torch
-from torch import Tensor
 
-from ormo_rpc.messages import NO_BUFFERS
+from ormo_rpc.messages import no_buffers
 from ormo_rpc.server.buffer_layout import BufferLayout
 
 
@@ -70,60 +69,60 @@ class RunningBuffers:
         layout: Their places among the bytes of a snapshot.
     """
 
-    def __init__(self, initial: Mapping[str, Tensor], rules: Mapping[str, Rule] | None = None) -> None:
+    def __init__(self, initial: Mapping[str, torch.Tensor], rules: Mapping[str, Rule] | None = None) -> None:
         self.layout = BufferLayout(initial)
         self.rules: dict[str, Rule] = {name: (rules or {}).get(name, NEWEST) for name in initial}
         self._bytes = self.layout.pack(initial)
         self.current = self.layout.views(self._bytes)
-        self._snapshot: Tensor | None = None
+        self._snapshot: torch.Tensor | None = None
 
-    @torch.no_grad()
-    def update(self, reported: Mapping[str, Tensor]) -> None:
+    def update(self, reported: Mapping[str, torch.Tensor]) -> None:
         """Take over what one push reports: buffers by name, of the dtypes and shapes of the current ones."""
         if not reported:
             return
-        self._snapshot = None
-        averages: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-        counts: list[tuple[Tensor, Tensor]] = []
-        for name, value in reported.items():
-            rule, mine = self.rules[name], self.current[name]
-            if rule.kind is RuleKind.newest:
-                mine.copy_(value)
-            elif rule.kind is RuleKind.count:
-                counts.append((mine, value))
-            else:
-                into, values = averages.setdefault(self._weight(rule, reported), ([], []))
-                into.append(mine)
-                values.append(value)
-        for weight, (into, values) in averages.items():  # to the bits of mul_ and add_ one by one, in half the time
-            torch._foreach_mul_(into, 1 - weight)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] # it has no public name
-            torch._foreach_add_(into, values, alpha=weight)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] # as above
-        for mine, value in counts:  # afterwards, as cumulative averages need the calls before
-            mine.add_(value)
+        with torch.no_grad():
+            self._snapshot = None
+            averages: dict[float, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+            counts: list[tuple[torch.Tensor, torch.Tensor]] = []
+            for name, value in reported.items():
+                rule, mine = self.rules[name], self.current[name]
+                if rule.kind is RuleKind.newest:
+                    mine.copy_(value)
+                elif rule.kind is RuleKind.count:
+                    counts.append((mine, value))
+                else:
+                    into, values = averages.setdefault(self._weight(rule, reported), ([], []))
+                    into.append(mine)
+                    values.append(value)
+            for weight, (into, values) in averages.items():  # to the bits of mul_ and add_ one by one, in half the time
+                torch._foreach_mul_(into, 1 - weight)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] # it has no public name
+                torch._foreach_add_(into, values, alpha=weight)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] # as above
+            for mine, value in counts:  # afterwards, as cumulative averages need the calls before
+                mine.add_(value)
 
-    def _weight(self, rule: Rule, reported: Mapping[str, Tensor]) -> float:
+    def _weight(self, rule: Rule, reported: Mapping[str, torch.Tensor]) -> float:
         if rule.count is None:
             return rule.weight(1)
         calls = int(reported[rule.count]) if rule.count in reported else 1
         return rule.weight(calls, int(self.current[rule.count]) if rule.momentum is None else 0)
 
-    def snapshot(self) -> Tensor:
+    def snapshot(self) -> torch.Tensor:
         """Return the buffers as bytes (uint8), which never change: they are shared until the next push that changes one."""
         if not self.current:
-            return NO_BUFFERS
+            return no_buffers()
         if self._snapshot is None:
             self._snapshot = self._bytes.clone()
         return self._snapshot
 
-    def copy(self) -> dict[str, Tensor]:
+    def copy(self) -> dict[str, torch.Tensor]:
         """Return the buffers by name, as they will stay: to be read only."""
         return self.layout.views(self.snapshot())
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, torch.Tensor]:
         """Return a private copy by name; each has memory of its own, as `torch.save` wants for different dtypes."""
         return {name: tensor.clone() for name, tensor in self.current.items()}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restore what `state_dict` returned."""
         self._snapshot = None
         for name, mine in self.current.items():

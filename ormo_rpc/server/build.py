@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from ormo_rpc.algorithms import Algorithm
 from ormo_rpc.kernels.kernel import Kernel
@@ -35,7 +34,7 @@ TRAINED_DTYPES = (torch.float32, torch.float64)
 
 def build_server(
     *,
-    params: Tensor,
+    params: torch.Tensor,
     num_workers: int,
     algorithm: str | Algorithm = "ormo",
     scheduler: str | Scheduler = "async",

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ormo_rpc.algorithms.base import Algorithm, PullContext, PushContext
 from ormo_rpc.errors import NonFiniteGradient, PushRefused, StaleSession
-from ormo_rpc.messages import NO_BUFFERS, Push, Reply
+from ormo_rpc.messages import Push, Reply, no_buffers
 from ormo_rpc.schedulers.base import Scheduler
 from ormo_rpc.server.assignments import Assignment, Assignments
 from ormo_rpc.server.buckets import Buckets
@@ -84,7 +83,7 @@ class ParameterServer:
     """Time in the algorithm's steps and in making vectors for replies, by the timer; not saved."""
 
     @property
-    def params(self) -> Tensor:
+    def params(self) -> torch.Tensor:
         """``w``, shape (D,), as it stands: to be read only, and at once, as the next gradient may change or replace it."""
         return self.algorithm.params
 
@@ -123,7 +122,8 @@ class ParameterServer:
             ValueError: it has more applied gradients than this server is to apply, or is of another format, algorithm,
                 scheduler, dtype, shape or set of buffers; nothing is changed then.
         """
-        load(self, state)
+        with torch.no_grad():  # whoever made the state, later steps must not hang on its graph
+            load(self, state)
 
     # ------------------------------------------------------------------------------------------------------- membership
 
@@ -376,10 +376,10 @@ class ParameterServer:
             lr=lr,
             steps=self.algorithm.steps,
             incarnation=self.incarnation,
-            buffers=NO_BUFFERS if ticket is None else self.buffers.snapshot(),
+            buffers=no_buffers() if ticket is None else self.buffers.snapshot(),
         )
 
-    def _params_for(self, worker: int, lr: float) -> Tensor:
+    def _params_for(self, worker: int, lr: float) -> torch.Tensor:
         """Return what the algorithm sends this worker: the snapshot that replies of one stamp share, or its own vectors."""
         context = PullContext(worker=worker, concurrency=self.concurrency, lr=lr, bucket=self.buckets.current)
         began = self.timer()

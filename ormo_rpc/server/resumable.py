@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ormo_rpc.errors import one_line
 from ormo_rpc.messages import Push, Reply
@@ -149,5 +148,5 @@ def _from_file(state: Mapping[str, Any]) -> dict[str, Any]:
     return torch.load(file, weights_only=True)
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def _bytes(tensor: torch.Tensor) -> bytes:
     return as_bytes(tensor).numpy().tobytes()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from ormo_rpc.algorithms.base import Algorithm
 
@@ -19,17 +18,17 @@ class Snapshots:
     def __init__(self, algorithm: Algorithm, sent_dtype: torch.dtype | None = None) -> None:
         self.algorithm = algorithm
         self.sent_dtype = sent_dtype
-        self._exact: Tensor | None = None
-        self._sent: Tensor | None = None
+        self._exact: torch.Tensor | None = None
+        self._sent: torch.Tensor | None = None
 
-    def exact(self) -> Tensor:
+    def exact(self) -> torch.Tensor:
         """Return ``w`` as it stands, shape (D,): a copy, unless the algorithm replaces its parameters anyway."""
         if self._exact is None:
             algorithm = self.algorithm
             self._exact = algorithm.params if algorithm.OUT_OF_PLACE else algorithm.empty().copy_(algorithm.params)
         return self._exact
 
-    def sent(self) -> Tensor:
+    def sent(self) -> torch.Tensor:
         """Return ``w`` as it is sent: rounded to ``sent_dtype``."""
         if self.sent_dtype is None:
             return self.exact()
@@ -37,7 +36,7 @@ class Snapshots:
             self._sent = self.copy(self.algorithm.params)
         return self._sent
 
-    def copy(self, vectors: Tensor) -> Tensor:
+    def copy(self, vectors: torch.Tensor) -> torch.Tensor:
         """Return a copy of other vectors, rounded to ``sent_dtype``."""
         return self.algorithm.kernel.copy(vectors, self.sent_dtype)
 

@@ -7,7 +7,6 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ormo_rpc.server.assignments import Assignments
 from ormo_rpc.server.buckets import Buckets
@@ -39,7 +38,9 @@ def save(server: ParameterServer, replies: bool = False) -> dict[str, Any]:
         "algorithm": server.algorithm.name,
         "scheduler": server.scheduler.name,
         "params": server.snapshots.exact(),
-        "algorithm_state": {k: v.clone() if isinstance(v, Tensor) else v for k, v in server.algorithm.state_dict().items()},
+        "algorithm_state": {
+            k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in server.algorithm.state_dict().items()
+        },
         "buffers": server.buffers.state_dict(),
         "status": server.status.value,
         "iteration": server.iteration,
@@ -53,7 +54,6 @@ def save(server: ParameterServer, replies: bool = False) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()  # whoever made the state, later steps must not hang on its graph
 def load(server: ParameterServer, state: Mapping[str, Any]) -> None:
     """Give a server the state that `save` returned; see `ParameterServer.load_state_dict`."""
     mine = {
@@ -102,7 +102,7 @@ def _layout(values: Mapping[str, Any]) -> dict[str, str]:
     Names with a slash are left out: they belong to one worker each, and workers come and go.
     """
     return {
-        k: f"{v.dtype} {tuple(v.shape)}" if isinstance(v, Tensor) else "number"
+        k: f"{v.dtype} {tuple(v.shape)}" if isinstance(v, torch.Tensor) else "number"
         for k, v in sorted(values.items())
         if "/" not in k
     }

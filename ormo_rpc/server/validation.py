@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from enum import Enum
 
 import torch
-from torch import Tensor, nn
 
 from ormo_rpc.errors import GradientTooLarge, NonFiniteGradient, PushRefused
 from ormo_rpc.messages import Push
@@ -56,7 +55,7 @@ class ValidatedPush:
             settled all the same: its ticket goes to another worker and its sender gets new work.
     """
 
-    grad: Tensor
+    grad: torch.Tensor
     grad_sum: float
     clipped_norm: float | None = None
     rejected: NonFiniteGradient | None = None
@@ -64,7 +63,7 @@ class ValidatedPush:
 
 def validate_push(
     push: Push,
-    params: Tensor,
+    params: torch.Tensor,
     buffers: RunningBuffers,
     vectors: int = 1,
     norm_limit: NormLimit | None = None,
@@ -121,9 +120,9 @@ def check_plain(value: object, what: str) -> None:
     Raises:
         PushRefused: it is something else.
     """
-    if type(value) not in (Tensor, nn.Parameter):
+    if type(value) not in (torch.Tensor, torch.nn.Parameter):
         raise PushRefused(f"{what}: got a {type(value).__name__}, expected a tensor")
-    assert isinstance(value, Tensor)
+    assert isinstance(value, torch.Tensor)
     named = any(getattr(value, "names", ()))  # not every version of torch has names
     if value.layout is not torch.strided or value.is_nested or named:
         kind = "nested" if value.is_nested else "named" if named else str(value.layout)
@@ -141,7 +140,7 @@ def check_plain(value: object, what: str) -> None:
         raise PushRefused(f"{what}: got a tensor that reaches beyond its memory, expected a whole one")
 
 
-def all_finite(values: Tensor) -> bool:
+def all_finite(values: torch.Tensor) -> bool:
     """Tell if no value is NaN or infinite: one sum, and a pass over the elements only where that sum is not finite."""
     return math.isfinite(values.sum().item()) or bool(torch.isfinite(values).all())
 
@@ -160,7 +159,9 @@ def _check_fields(push: Push) -> None:
         raise PushRefused(f"push: buffers: got a {type(push.buffers).__name__}, expected tensors by name")
 
 
-def _check_like(got: Tensor, expected: Tensor, what: str, vectors: int = 1, other_dtype: torch.dtype | None = None) -> None:
+def _check_like(
+    got: torch.Tensor, expected: torch.Tensor, what: str, vectors: int = 1, other_dtype: torch.dtype | None = None
+) -> None:
     check_plain(got, what)
     dtype = other_dtype or expected.dtype
     if vectors == 1 and got.shape == expected.shape and got.dtype is dtype and got.device == expected.device:
@@ -173,9 +174,9 @@ def _check_like(got: Tensor, expected: Tensor, what: str, vectors: int = 1, othe
             raise PushRefused(f"{what}: got {attribute} {_plain(came)}, expected {_plain(wanted)}, as {source} it")
 
 
-def _check_buffers(reported: Mapping[str, Tensor], buffers: RunningBuffers, sender: str) -> None:
+def _check_buffers(reported: Mapping[str, torch.Tensor], buffers: RunningBuffers, sender: str) -> None:
     """Check each buffer's form, and the values of all that follow one rule at once; one by one where these are refused."""
-    together: dict[tuple[RuleKind, bool, torch.dtype], tuple[Rule, list[Tensor]]] = {}
+    together: dict[tuple[RuleKind, bool, torch.dtype], tuple[Rule, list[torch.Tensor]]] = {}
     for name, value in reported.items():
         _check_like(value, buffers.current[name], f"{sender}: buffer {name!r}")
         rule = buffers.rules[name]
@@ -189,7 +190,7 @@ def _check_buffers(reported: Mapping[str, Tensor], buffers: RunningBuffers, send
             _check_possible(value, buffers.rules[name], f"{sender}: buffer {name!r}")
 
 
-def _check_possible(value: Tensor, rule: Rule, what: str) -> None:
+def _check_possible(value: torch.Tensor, rule: Rule, what: str) -> None:
     """Check what is to be averaged or added; other buffers may have any value."""
     if rule.kind is RuleKind.average:
         _check_finite(value, what)
@@ -199,7 +200,7 @@ def _check_possible(value: Tensor, rule: Rule, what: str) -> None:
         raise PushRefused(f"{what}: got {value.tolist()} calls, expected a number from 0 to {MOST_CALLS}")
 
 
-def _total(values: Tensor) -> float:
+def _total(values: torch.Tensor) -> float:
     """Sum all values; 16-bit ones in rows first, whose sums are added in 32 bits.
 
     torch rounds a sum to the dtype of the values: in 16 bits a change of one value in a long vector could be lost, and summing
@@ -211,7 +212,7 @@ def _total(values: Tensor) -> float:
     return (values[:whole].reshape(whole // ROW, ROW).sum(1).float().sum() + values[whole:].sum()).item()
 
 
-def _check_finite(values: Tensor, what: str) -> float:
+def _check_finite(values: torch.Tensor, what: str) -> float:
     total = _total(values)
     if math.isfinite(total):
         return total

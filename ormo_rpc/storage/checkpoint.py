@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ormo_rpc.config.parsing import save_config
 from ormo_rpc.config.schema import Config
@@ -37,7 +36,7 @@ _log = logging.getLogger(__name__)
 def write(
     run_dir: Path,
     server: Mapping[str, Any],
-    model: Mapping[str, Tensor],
+    model: Mapping[str, torch.Tensor],
     config: Config,
     *,
     keep: int,

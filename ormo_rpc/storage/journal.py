@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 from ormo_rpc.messages import Push, number_fields
@@ -208,7 +207,7 @@ class FileJournal(Journal):
     def _open(self) -> int:
         return os.open(_segment_file(self.folder, self.segment), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
-    def _append(self, call: Mapping[str, Any], tensors: Iterable[Tensor] = ()) -> None:
+    def _append(self, call: Mapping[str, Any], tensors: Iterable[torch.Tensor] = ()) -> None:
         line = json.dumps(call).encode() + b"\n"
         parts = [memoryview(line), *(_memory(tensor) for tensor in tensors)]
         checksum = 0
@@ -278,8 +277,8 @@ def _records(file: Path) -> Generator[tuple[dict[str, Any], memoryview]]:
         content = content[_HEADER.size + length :]
 
 
-def _tensors(layout: Iterable[tuple[str, list[int]]], payload: memoryview) -> list[Tensor]:
-    found: list[Tensor] = []
+def _tensors(layout: Iterable[tuple[str, list[int]]], payload: memoryview) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
     at = 0
     for name, shape in layout:
         dtype = getattr(torch, name)
@@ -291,7 +290,7 @@ def _tensors(layout: Iterable[tuple[str, list[int]]], payload: memoryview) -> li
     return found
 
 
-def _memory(tensor: Tensor) -> memoryview:
+def _memory(tensor: torch.Tensor) -> memoryview:
     array: Any = as_bytes(tensor).numpy()
     return memoryview(array)
 

@@ -8,14 +8,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+import torch
 from typing_extensions import override
 
 from ormo_rpc.errors import Refused, ServerLost, TransportRefused
 from ormo_rpc.options.part import register
 from ormo_rpc.rendezvous.protocol import LineReader
 from ormo_rpc.transports.base import Endpoint, ServerClient, ServerSide, Service, Transport, WorkerSide
-from ormo_rpc.transports.gloo import HEADER_BYTES, Gloo
+from ormo_rpc.transports.gloo import Gloo
 from ormo_rpc.transports.rpc import Rpc
 from ormo_rpc.transports.shm import SharedMemory
 from ormo_rpc.transports.tcp import Tcp
@@ -42,7 +42,7 @@ class AutoServerSide(ServerSide):
     """The halves of all transports that this machine can use."""
 
     def __init__(self) -> None:
-        self.parts = {cls.name: cls().server_side() for cls in ORDER if not cls.UNAVAILABLE}
+        self.parts = {cls.name: cls().server_side() for cls in ORDER if not cls.unavailable()}
         streams = self.parts.get(SharedMemory.name, self.parts[Tcp.name])
         self.parts[Tcp.name] = streams  # one for both, since a connection does not tell which of them it is for
         self.memory = streams.memory
@@ -74,16 +74,18 @@ class AutoWorkerSide(WorkerSide):
     """
 
     def __init__(self) -> None:
-        self.halves = {cls.name: cls().worker_side() for cls in ORDER if not cls.UNAVAILABLE}
+        self.halves = {cls.name: cls().worker_side() for cls in ORDER if not cls.unavailable()}
 
     @override
-    def allocate(self, size: int) -> Tensor:
+    def allocate(self, size: int) -> torch.Tensor:
+        from ormo_rpc.transports.gloo.header import HEADER_BYTES
+
         half = self.halves.get(SharedMemory.name, self.halves[Tcp.name])
         return half.allocate(HEADER_BYTES + size)[HEADER_BYTES:]
 
     @override
     @contextlib.contextmanager
-    def connect(self, endpoint: Endpoint, payload: Tensor) -> Generator[ServerClient]:
+    def connect(self, endpoint: Endpoint, payload: torch.Tensor) -> Generator[ServerClient]:
         reasons: list[str] = []
         lost = False
         for name, half in self.halves.items():

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
 
 from ormo_rpc.compression.format import PushFormat
 from ormo_rpc.control.base import Control
@@ -49,13 +48,16 @@ class Transport(Part, ABC):
     Attributes:
         NEEDS_RPC: It needs an agent of torch.distributed.rpc (``runtime.control=rpc``).
         AVOIDS_RPC: It is for networks that one does not trust, so that ``runtime.control=auto`` goes without an agent.
-        UNAVAILABLE: The reason why this machine cannot use it, such as a missing build of torch; empty where it can.
     """
 
     PATH = "transport"
     NEEDS_RPC: ClassVar[bool] = False
     AVOIDS_RPC: ClassVar[bool] = False
-    UNAVAILABLE: ClassVar[str] = ""
+
+    @classmethod
+    def unavailable(cls) -> str:
+        """Return the reason why this machine cannot use it, such as what torch was built without; empty where it can."""
+        return ""
 
     @abstractmethod
     def server_side(self) -> ServerSide:
@@ -176,12 +178,12 @@ class ServerSide:
 class WorkerSide(ABC):
     """A worker's half of a transport."""
 
-    def allocate(self, size: int) -> Tensor:
+    def allocate(self, size: int) -> torch.Tensor:
         """Make the memory of the worker's pushes: ``size`` zero bytes (uint8), at an address that is a multiple of 64."""
         return torch.zeros(size, dtype=torch.uint8)
 
     @abstractmethod
-    def connect(self, endpoint: Endpoint, payload: Tensor) -> AbstractContextManager[ServerClient]:
+    def connect(self, endpoint: Endpoint, payload: torch.Tensor) -> AbstractContextManager[ServerClient]:
         """Connect to one incarnation of the server, until the context ends.
 
         Args:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ormo_rpc.compression.format import PushFormat
 from ormo_rpc.compression.wire_buffers import WireBuffers
@@ -23,7 +22,7 @@ class PushReader:
             that is none would end a commit halfway.
     """
 
-    def __init__(self, form: PushFormat, payload: Tensor, *, shared: bool = False) -> None:
+    def __init__(self, form: PushFormat, payload: torch.Tensor, *, shared: bool = False) -> None:
         self._form = form
         self._payload = payload
         self._decoded = None if form.plain else torch.empty(form.length, dtype=form.dtype)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
-from typing import ClassVar
 
 from typing_extensions import override
 
 from ormo_rpc.options.part import register
 from ormo_rpc.transports.base import ServerSide, Transport, WorkerSide
-from ormo_rpc.transports.stream.client import StreamWorkerSide
-from ormo_rpc.transports.stream.server import StreamServerSide
-from ormo_rpc.transports.stream.shared_memory import AVAILABLE
 
 
 @register("shm")
@@ -19,12 +16,19 @@ from ormo_rpc.transports.stream.shared_memory import AVAILABLE
 class SharedMemory(Transport):
     """Shared memory on one machine; a worker that cannot share is refused."""
 
-    UNAVAILABLE: ClassVar[str] = "" if AVAILABLE else "this system has no memory that could be shared (memfd_create)"
+    @override
+    @classmethod
+    def unavailable(cls) -> str:
+        return "" if sys.platform == "linux" else "this system has no memory that could be shared (memfd_create)"
 
     @override
     def server_side(self) -> ServerSide:
+        from ormo_rpc.transports.stream.server import StreamServerSide
+
         return StreamServerSide(share=True)
 
     @override
     def worker_side(self) -> WorkerSide:
+        from ormo_rpc.transports.stream.client import StreamWorkerSide
+
         return StreamWorkerSide(share=True)

@@ -9,8 +9,6 @@ from typing_extensions import override
 
 from ormo_rpc.options.part import register
 from ormo_rpc.transports.base import ServerSide, Transport, WorkerSide
-from ormo_rpc.transports.stream.client import StreamWorkerSide
-from ormo_rpc.transports.stream.server import StreamServerSide
 
 
 @register("tcp")
@@ -22,8 +20,12 @@ class Tcp(Transport):
 
     @override
     def server_side(self) -> ServerSide:
+        from ormo_rpc.transports.stream.server import StreamServerSide
+
         return StreamServerSide(share=False)
 
     @override
     def worker_side(self) -> WorkerSide:
+        from ormo_rpc.transports.stream.client import StreamWorkerSide
+
         return StreamWorkerSide(share=False)

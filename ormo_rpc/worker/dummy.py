@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 from ormo_rpc.messages import Push, Reply
@@ -23,7 +22,7 @@ class DummyWorker(Worker):
 
     _drawn_into = 0
     """Address of the payload that the vector was drawn into."""
-    _drawn: Tensor | None = None
+    _drawn: torch.Tensor | None = None
     """Copy of the vector, where error feedback changes the push in place."""
 
     @override

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ormo_rpc.data import DataSet, Split
 from ormo_rpc.models.flat import FlatModel
@@ -57,7 +56,7 @@ class Evaluator:
         self._with_gradients: bool | None = None
         """True where forward passes record gradients; None until the first one."""
 
-    def __call__(self, params: Tensor, buffers: Mapping[str, Tensor]) -> Evaluation:
+    def __call__(self, params: torch.Tensor, buffers: Mapping[str, torch.Tensor]) -> Evaluation:
         """Evaluate at the parameters, shape (D,), and the buffers by name; neither is modified.
 
         Raises:
@@ -66,18 +65,18 @@ class Evaluator:
         with seeded(0, "evaluation", 0):
             return self._evaluate(params, buffers)
 
-    def output(self, inputs: Tensor, params: Tensor, buffers: Mapping[str, Tensor]) -> Any:
+    def output(self, inputs: torch.Tensor, params: torch.Tensor, buffers: Mapping[str, torch.Tensor]) -> Any:
         """Return what the model makes of one batch at these parameters, which need not be logits."""
         self._load(params, buffers)
         return self._forward(inputs, params, buffers)
 
-    def _evaluate(self, params: Tensor, buffers: Mapping[str, Tensor]) -> Evaluation:
+    def _evaluate(self, params: torch.Tensor, buffers: Mapping[str, torch.Tensor]) -> Evaluation:
         loss, accuracy = self._means("test", self.data.test, params, buffers)
         if self.data.validation is None:
             return Evaluation(loss, accuracy)
         return Evaluation(loss, accuracy, *self._means("validation", self.data.validation, params, buffers))
 
-    def _means(self, name: str, data: Split, params: Tensor, buffers: Mapping[str, Tensor]) -> tuple[float, float]:
+    def _means(self, name: str, data: Split, params: torch.Tensor, buffers: Mapping[str, torch.Tensor]) -> tuple[float, float]:
         self._load(params, buffers)
         total = Tally()
         for indices in torch.arange(len(data)).split(self._batch_size(data)):
@@ -93,13 +92,13 @@ class Evaluator:
         _, targets = data.batch(torch.zeros(1, dtype=torch.int64), None)
         return self.dense_batch_size if targets.dim() > 1 + targets.is_floating_point() else BATCH_SIZE
 
-    def _load(self, params: Tensor, buffers: Mapping[str, Tensor]) -> None:
+    def _load(self, params: torch.Tensor, buffers: Mapping[str, torch.Tensor]) -> None:
         self.model.module.train()  # models that merge or cache weights in eval mode undo that, with the former parameters
         self.model.bind(params)
         self.model.buffers.load(buffers)
         self.model.module.eval()
 
-    def _forward(self, inputs: Tensor, params: Tensor, buffers: Mapping[str, Tensor]) -> Any:
+    def _forward(self, inputs: torch.Tensor, params: torch.Tensor, buffers: Mapping[str, torch.Tensor]) -> Any:
         if self._with_gradients is not None:
             return self._pass(inputs, gradients=self._with_gradients)
         try:
@@ -113,6 +112,6 @@ class Evaluator:
             self._with_gradients = False
         return output
 
-    def _pass(self, inputs: Tensor, *, gradients: bool) -> Any:
+    def _pass(self, inputs: torch.Tensor, *, gradients: bool) -> Any:
         with torch.set_grad_enabled(gradients):
             return self.model.module(inputs)

@@ -27,7 +27,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 _WORKER_KINDS = ("kill", "stop", "delay", "drop_reply", "corrupt")
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
@@ -120,7 +119,7 @@ class FaultInjector:
         """Call in a worker that joins, at `JOIN` and at `CONNECT`."""
         self._kill_or_stop(place)
 
-    def before_push(self, payload: Tensor) -> None:
+    def before_push(self, payload: torch.Tensor) -> None:
         """Call in a worker, once its payload is complete and before it is sent."""
         self._kill_or_stop(str(self.pushes))
         for fault in self._take("delay", str(self.pushes)):

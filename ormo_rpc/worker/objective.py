@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from typing import TypeGuard
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 IGNORED = -100
 """The class number of a target that does not count, as in ``torch.nn.functional.cross_entropy``."""
@@ -38,47 +36,47 @@ class Tally:
         return Tally(self.loss + other.loss, self.correct + other.correct, self.counted + other.counted)
 
 
-def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+def mean_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The mean cross entropy of the targets that count, as torch computes it: NaN where none does."""
-    return functional.cross_entropy(logits, _as_targets(targets))
+    return torch.nn.functional.cross_entropy(logits, _as_targets(targets))
 
 
-def tally(logits: object, targets: Tensor) -> Tally:
+def tally(logits: object, targets: torch.Tensor) -> Tally:
     """Sum up the losses and correct predictions of a batch, in at least single precision.
 
     Raises:
         ValueError: the logits do not fit the targets.
     """
     check_fit(logits, targets)
-    assert isinstance(logits, Tensor)
+    assert isinstance(logits, torch.Tensor)
     if logits.dtype.itemsize < torch.float32.itemsize:
         logits = logits.double()
     targets = _as_targets(targets)
-    loss = functional.cross_entropy(logits, targets, reduction="sum")
+    loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
     classes = targets.argmax(1) if targets.is_floating_point() else targets
     return Tally(loss.item(), int((logits.argmax(1) == classes).sum()), count(targets))
 
 
-def count(targets: Tensor) -> int:
+def count(targets: torch.Tensor) -> int:
     """The number of targets that count."""
     if targets.is_floating_point():
         return targets.numel() // targets.shape[1]
     return int((targets.long() != IGNORED).sum())
 
 
-def is_target(targets: object) -> TypeGuard[Tensor]:
+def is_target(targets: object) -> TypeGuard[torch.Tensor]:
     """Tell whether a data set's targets can be class numbers or probabilities."""
-    return isinstance(targets, Tensor) and not targets.is_complex()
+    return isinstance(targets, torch.Tensor) and not targets.is_complex()
 
 
-def check_fit(output: object, targets: Tensor) -> None:
+def check_fit(output: object, targets: torch.Tensor) -> None:
     """Refuse what a model returned where it cannot be logits of these targets.
 
     Raises:
         ValueError: the message says what came and what was expected.
     """
-    if not isinstance(output, Tensor) or not output.is_floating_point():
-        kind = output.dtype if isinstance(output, Tensor) else type(output).__name__
+    if not isinstance(output, torch.Tensor) or not output.is_floating_point():
+        kind = output.dtype if isinstance(output, torch.Tensor) else type(output).__name__
         raise ValueError(f"the output is of type {kind}, expected a tensor of logits")
     one_per_target = (*output.shape[:1], *output.shape[2:])
     if output.dim() < 2 or targets.shape != (output.shape if targets.is_floating_point() else one_per_target):
@@ -91,7 +89,7 @@ def check_fit(output: object, targets: Tensor) -> None:
         )
 
 
-def check_classes(logits: Tensor, targets: Tensor) -> None:
+def check_classes(logits: torch.Tensor, targets: torch.Tensor) -> None:
     """Refuse targets that cross entropy is no objective for, and class numbers that no logit belongs to.
 
     Raises:
@@ -118,5 +116,5 @@ def check_classes(logits: Tensor, targets: Tensor) -> None:
         )
 
 
-def _as_targets(targets: Tensor) -> Tensor:
+def _as_targets(targets: torch.Tensor) -> torch.Tensor:
     return targets if targets.is_floating_point() else targets.long()  # cross entropy takes no other integers

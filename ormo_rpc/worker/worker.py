@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ormo_rpc.algorithms.base import Algorithm, LocalWork
 from ormo_rpc.compression import Allocate, Encoder, PushFormat
 from ormo_rpc.data import Epochs, Split
-from ormo_rpc.messages import NO_BUFFERS, Push, Reply
+from ormo_rpc.messages import Push, Reply, no_buffers
 from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.models.passes import Passes
 from ormo_rpc.seeding import generator, seeded
@@ -72,7 +71,7 @@ class Worker:
         self.push = self._encoder.push
         self._passes = Passes(model)
         self._grad_bound = 0
-        self._loaded: dict[int, tuple[Tensor, Tensor]] = {}
+        self._loaded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         """Batches made ahead by `load`, by their numbers in the run."""
         self._sent = torch.empty(0, dtype=model.dtype)
         """The sent parameters, where they had to be cast to the model's dtype."""
@@ -90,7 +89,7 @@ class Worker:
         batches, losses = self.epochs.batches(reply.ticket, reply.steps), list[float]()
         self._passes.begin(reply.buffers)
 
-        def gradient(params: Tensor, step: int, into: Tensor) -> None:
+        def gradient(params: torch.Tensor, step: int, into: torch.Tensor) -> None:
             number, indices = batches[step]
             loss = self._gradient(params, indices, number, into)
             if loss is not None:
@@ -137,7 +136,7 @@ class Worker:
         """Restore what `state_dict` returned."""
         self._encoder.load_state_dict(state)
 
-    def _cast(self, sent: Tensor) -> Tensor:
+    def _cast(self, sent: torch.Tensor) -> torch.Tensor:
         """Cast the sent parameters to the model's dtype."""
         if sent.dtype == self.model.dtype:
             return sent
@@ -147,12 +146,12 @@ class Worker:
 
     def warm_up(self) -> None:
         """Compute a gradient and drop it, since a first pass is many times slower and would be measured as a delay."""
-        self._passes.begin(NO_BUFFERS)
+        self._passes.begin(no_buffers())
         scratch = torch.zeros(self.model.params.size, dtype=self.model.dtype)
         self._gradient(self.model.flat_params(), self.epochs.indices(0), 0, scratch)
         self._passes.collect()
 
-    def _gradient(self, params: Tensor, indices: Tensor, number: int, into: Tensor) -> float | None:
+    def _gradient(self, params: torch.Tensor, indices: torch.Tensor, number: int, into: torch.Tensor) -> float | None:
         """Write the gradient of the targets' mean loss at ``params`` into ``into``; return that loss, None where none counts.
 
         ``number`` is that of the batch in the run, and seeds its random draws.
@@ -176,7 +175,7 @@ class Worker:
     def _augmentation(self, number: int) -> torch.Generator:
         return generator(self.seed, "augment", number)
 
-    def _regularise(self, grad: Tensor, params: Tensor) -> None:
+    def _regularise(self, grad: torch.Tensor, params: torch.Tensor) -> None:
         """Clip, then decay: torch's order."""
         if self.clip_norm is not None:
             norm = grad.norm().item()

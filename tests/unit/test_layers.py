@@ -18,8 +18,8 @@ SOURCES = {
 }
 
 LAYERS: Sequence[str] = (
-    "errors console messages seeding signals options kernels algorithms schedulers server data models compression worker "
-    "rendezvous control transports loggers config storage report runtimes overrides sweeps cli train evaluate"
+    "lazy_import errors console messages seeding signals options kernels algorithms schedulers server data models compression "
+    "worker rendezvous control transports loggers config storage report runtimes overrides sweeps cli main training evaluate"
 ).split()
 """Each imports from itself and from those before it."""
 
@@ -120,7 +120,7 @@ def test_every_package_has_its_layer() -> None:
         ("runtimes.simulator", "import socket"),
         ("runtimes.replay", "import torch.distributed.rpc"),
         ("runtimes.recorder", "import wandb"),
-        ("train", "import hydra.utils"),
+        ("training", "import hydra.utils"),
         ("storage.checkpoint", "from ormo_rpc.runtimes import job"),
     ],
 )

@@ -5,5 +5,8 @@ The other modules of this package import torch's RPC, which not every build of t
 
 import torch
 
-UNAVAILABLE = "" if hasattr(torch._C, "_rpc_init") else "torch was built without torch.distributed.rpc"  # pyright: ignore[reportPrivateUsage] # as torch.distributed.rpc.is_available does, whose import takes a while
-"""The reason why this process can have no agent; empty where it can."""
+
+def unavailable() -> str:
+    """Return the reason why this process can have no agent; an empty text where it can."""
+    has_rpc = hasattr(torch._C, "_rpc_init")  # pyright: ignore[reportPrivateUsage] # as torch.distributed.rpc.is_available does, whose import takes a while
+    return "" if has_rpc else "torch was built without torch.distributed.rpc"

@@ -7,8 +7,8 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import torch.distributed.rpc as rpc
-from torch import Tensor
 from typing_extensions import override
 
 from ormo_rpc.control.calls import Calls
@@ -64,7 +64,7 @@ class RpcControl(Calls):
             raise ServerLost(first_line(error)) from None
 
     @override
-    def present_state(self) -> tuple[int, Tensor, Tensor]:
+    def present_state(self) -> tuple[int, torch.Tensor, torch.Tensor]:
         try:
             text, params, buffers = self.at_owner(server.present_state, self._admission_id)
         except TimeoutError as error:

@@ -14,7 +14,7 @@ import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
 from torch.distributed.rpc import internal
 
 from ormo_rpc.control.torch_rpc.thread_states import keep_thread_state
@@ -94,9 +94,9 @@ class Form:
         ends = [0, *(end for place in places for end in (place.start, place.stop)), len(data)]
         self._fixed = tuple((slice(a, b), data[a:b]) for a, b in zip(ends[::2], ends[1::2], strict=True))
         left = iter(places)
-        self._places = tuple((type(value) is str, None if isinstance(value, Tensor) else next(left)) for value in values)
+        self._places = tuple((type(value) is str, None if isinstance(value, torch.Tensor) else next(left)) for value in values)
 
-    def values(self, data: bytes, tensor: Tensor) -> tuple[Any, ...] | None:
+    def values(self, data: bytes, tensor: torch.Tensor) -> tuple[Any, ...] | None:
         """The values of a message of the same length; None where it has another form."""
         for place, fixed in self._fixed:
             if data[place] != fixed:
@@ -117,9 +117,9 @@ def form_of(message: Any, data: bytes) -> Form | None:
         function, values = message.func, message.args
         if message.kwargs != {}:
             return None
-    if type(values) is not tuple or [type(value) for value in values].count(Tensor) != 1:
+    if type(values) is not tuple or [type(value) for value in values].count(torch.Tensor) != 1:
         return None
-    varying = [value for value in values if type(value) is not Tensor]
+    varying = [value for value in values if type(value) is not torch.Tensor]
     if not all(type(value) in (str, bytes) and value for value in varying):
         return None
     try:
@@ -139,7 +139,11 @@ def form_of(message: Any, data: bytes) -> Form | None:
 def _pickled(function: Any, values: tuple[Any, ...], letter: str) -> bytes:
     """A message with one letter for all that varies."""
     blank = tuple(
-        value if isinstance(value, Tensor) else letter * len(value) if type(value) is str else letter.encode() * len(value)
+        value
+        if isinstance(value, torch.Tensor)
+        else letter * len(value)
+        if type(value) is str
+        else letter.encode() * len(value)
         for value in values
     )
     return internal.serialize(blank if function is None else internal.PythonUDF(function, blank, {}))[0]

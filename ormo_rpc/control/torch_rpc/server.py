@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed.rpc as rpc
-from torch import Tensor
 from torch.futures import Future
 from typing_extensions import override
 
@@ -80,10 +79,10 @@ def leave(arguments: str) -> Future[str]:
 
 
 @rpc.functions.async_execution
-def present_state(admission_id: str) -> Future[tuple[str, Tensor, Tensor]]:
+def present_state(admission_id: str) -> Future[tuple[str, torch.Tensor, torch.Tensor]]:
     """The parameters as they are, for a process that evaluates them beside the run (`RpcControl.present_state`)."""
     server = published().local_value()
-    future = Future[tuple[str, Tensor, Tensor]]()
+    future = Future[tuple[str, torch.Tensor, torch.Tensor]]()
 
     def work() -> None:
         try:

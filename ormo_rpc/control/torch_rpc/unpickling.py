@@ -27,7 +27,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NoReturn, cast
 
-from torch import Tensor
+import torch
 from torch.distributed.rpc import internal
 
 from ormo_rpc import errors
@@ -102,7 +102,7 @@ class AllowListUnpickler(_Unpickler):
         if type(arguments) is not tuple or type(named) is not dict or named:
             _refuse("a call without a tuple of arguments by position")
         for argument in arguments:
-            if type(argument) not in (str, bytes, Tensor):
+            if type(argument) not in (str, bytes, torch.Tensor):
                 _refuse(f"an argument of type {type(argument).__name__}")
 
     def find_class(self, module: str, name: str) -> Any:

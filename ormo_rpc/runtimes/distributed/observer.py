@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
+import torch
 
 from ormo_rpc.config.schema import Config
 from ormo_rpc.control.joining import admitted
@@ -35,8 +35,8 @@ class PresentState:
     """
 
     iteration: int
-    params: Tensor
-    buffers: Tensor
+    params: torch.Tensor
+    buffers: torch.Tensor
 
 
 def present_state(run_dir: Path, config: Config) -> PresentState | None:

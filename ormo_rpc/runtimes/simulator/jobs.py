@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ormo_rpc.compression import PushFormat
 from ormo_rpc.config.runtimes import GradientKind
@@ -81,7 +80,7 @@ class SyntheticJob:
     def exporter(self) -> Exporter:
         """Return a function that makes a ``state_dict`` of the parameters under one name."""
 
-        def export(state: Mapping[str, Any]) -> dict[str, Tensor]:
+        def export(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
             return {"x": state["params"].clone()}
 
         return export

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ormo_rpc.algorithms.base import Algorithm, LocalWork
 from ormo_rpc.compression import Encoder, PushFormat
@@ -47,11 +46,11 @@ class Quadratic:
         self.seed = seed
         self._encoder = Encoder(wire_format)
 
-    def start(self) -> Tensor:
+    def start(self) -> torch.Tensor:
         """Return ``x_0``, shape (D,)."""
         return torch.ones_like(self.curvature)
 
-    def loss(self, params: Tensor) -> float:
+    def loss(self, params: torch.Tensor) -> float:
         """Return ``f(x)``, without noise."""
         return 0.5 * (self.curvature * params * params).sum().item()
 
@@ -62,7 +61,7 @@ class Quadratic:
         dimension = self.curvature.numel()
         randomness = generator(self.seed, "noise", reply.ticket) if self.noise else None
 
-        def gradient(params: Tensor, step: int, into: Tensor) -> None:  # noqa: ARG001 - noise is drawn in the order of steps
+        def gradient(params: torch.Tensor, step: int, into: torch.Tensor) -> None:  # noqa: ARG001 - noise is drawn in the order of steps
             torch.mul(params, self.curvature, out=into)
             if randomness is not None:
                 into.add_(torch.randn(dimension, generator=randomness), alpha=self.noise)

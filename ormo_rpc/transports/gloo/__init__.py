@@ -7,17 +7,12 @@ it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch.distributed as dist
+import torch
 from typing_extensions import override
 
 from ormo_rpc.options.part import register
 from ormo_rpc.transports.base import ServerSide, Transport, WorkerSide
-from ormo_rpc.transports.stream.frames import REQUEST_BYTES
-
-HEADER_BYTES = 64 * -(-REQUEST_BYTES // 64)
-"""The room for the numbers of a push in front of its payload, which begins at a multiple of 64."""
 
 
 @register("gloo")
@@ -25,7 +20,11 @@ HEADER_BYTES = 64 * -(-REQUEST_BYTES // 64)
 class Gloo(Transport):
     """Messages of Gloo's over one of its pairs, a TCP connection, for each worker; not encrypted."""
 
-    UNAVAILABLE: ClassVar[str] = "" if dist.is_available() and dist.is_gloo_available() else "torch was built without Gloo"
+    @override
+    @classmethod
+    def unavailable(cls) -> str:
+        has_gloo = torch.distributed.is_available() and torch.distributed.is_gloo_available()
+        return "" if has_gloo else "torch was built without Gloo"
 
     @override
     def server_side(self) -> ServerSide:

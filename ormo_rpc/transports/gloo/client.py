@@ -7,15 +7,14 @@ import threading
 from collections.abc import Generator
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 from ormo_rpc.errors import ServerLost, StaleSession
-from ormo_rpc.messages import NO_BUFFERS, Push, Reply
+from ormo_rpc.messages import Push, Reply, no_buffers
 from ormo_rpc.transports.base import Endpoint, ServerClient, WorkerSide
 from ormo_rpc.transports.codec import unpack_error
-from ormo_rpc.transports.gloo import HEADER_BYTES
 from ormo_rpc.transports.gloo.addresses import Address
+from ormo_rpc.transports.gloo.header import HEADER_BYTES
 from ormo_rpc.transports.gloo.pair import WORKER, Pair, PairLost, Transfer, make_pair
 from ormo_rpc.transports.gloo.server import ARRIVED, END, NUMBERS, OPEN_SECONDS, PARAMS, UNTIL_CLOSED, small_bytes
 from ormo_rpc.transports.pending_replies import LIVENESS_SECONDS
@@ -27,12 +26,12 @@ class GlooWorkerSide(WorkerSide):
     """Connects by a pair."""
 
     @override
-    def allocate(self, size: int) -> Tensor:
+    def allocate(self, size: int) -> torch.Tensor:
         return super().allocate(HEADER_BYTES + size)[HEADER_BYTES:]
 
     @override
     @contextlib.contextmanager
-    def connect(self, endpoint: Endpoint, payload: Tensor) -> Generator[ServerClient]:
+    def connect(self, endpoint: Endpoint, payload: torch.Tensor) -> Generator[ServerClient]:
         sizes: dict[str, int] = {}
 
         def exchange(own: Address) -> Address:
@@ -65,7 +64,7 @@ def _watch(endpoint: Endpoint, pair: Pair, ended: threading.Event) -> None:
             return
 
 
-def message_of(payload: Tensor) -> Tensor:
+def message_of(payload: torch.Tensor) -> torch.Tensor:
     """The memory of a payload, with the room for a header in front of it."""
     start = payload.data_ptr() - payload.untyped_storage().data_ptr() - HEADER_BYTES
     assert start >= 0, "the payload lies in memory that `allocate` made"
@@ -84,7 +83,7 @@ class GlooClient(ServerClient):
         buffers: The same for the model's buffers.
     """
 
-    def __init__(self, endpoint: Endpoint, pair: Pair, payload: Tensor, *, params: int, buffers: int) -> None:
+    def __init__(self, endpoint: Endpoint, pair: Pair, payload: torch.Tensor, *, params: int, buffers: int) -> None:
         self._endpoint = endpoint
         self._pair = pair
         self._message = message_of(payload)
@@ -97,7 +96,7 @@ class GlooClient(ServerClient):
         """The memory for parameters stays posted until a reply has some."""
         self._sent: list[Transfer] = []
         """The messages that have come once the next response has."""
-        self._newest_buffers = NO_BUFFERS
+        self._newest_buffers = no_buffers()
 
     @override
     def register(self) -> Reply:
@@ -114,7 +113,7 @@ class GlooClient(ServerClient):
         with contextlib.suppress(ServerLost, StaleSession):
             self._endpoint.control.leave(self._endpoint.session_id)
 
-    def _call(self, message: Tensor) -> Reply:
+    def _call(self, message: torch.Tensor) -> Reply:
         try:
             small = self._pair.receive(self._small, NUMBERS)
             if self._params_posted is None:

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ormo_rpc.transports.gloo.addresses import TOKEN_BYTES, Address, AddressExchange
 
@@ -56,7 +55,7 @@ class Transfer:
 
     __slots__ = ("_tensor", "_work")
 
-    def __init__(self, work: Any, tensor: Tensor) -> None:
+    def __init__(self, work: Any, tensor: torch.Tensor) -> None:
         self._work = work
         self._tensor = tensor
 
@@ -89,7 +88,7 @@ class Pair:
         self._lock = threading.Lock()
         self._connections = connections
 
-    def receive(self, into: Tensor, tag: int) -> Transfer:
+    def receive(self, into: torch.Tensor, tag: int) -> Transfer:
         """Post memory for one message of at most that many bytes; a larger one ends this process.
 
         Raises:
@@ -100,7 +99,7 @@ class Pair:
         except RuntimeError as error:
             raise PairLost(_reason(error)) from None
 
-    def send(self, tensor: Tensor, tag: int) -> Transfer:
+    def send(self, tensor: torch.Tensor, tag: int) -> Transfer:
         """Begin to send a message; it leaves once the other side has posted memory for it.
 
         Raises:

@@ -14,16 +14,15 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 from ormo_rpc.errors import StaleSession, WireError
-from ormo_rpc.messages import NO_BUFFERS, ErrorReply
+from ormo_rpc.messages import ErrorReply, no_buffers
 from ormo_rpc.rendezvous.protocol import printable
 from ormo_rpc.transports.base import MAX_REASON_CHARACTERS, ServerSide, Service
 from ormo_rpc.transports.codec import pack_error
-from ormo_rpc.transports.gloo import HEADER_BYTES
 from ormo_rpc.transports.gloo.addresses import Address
+from ormo_rpc.transports.gloo.header import HEADER_BYTES
 from ormo_rpc.transports.gloo.pair import SERVER, Pair, PairLost, Transfer, make_pair
 from ormo_rpc.transports.pending_replies import ReplyFuture, ServerResponse, refusals_as_replies, wait_while
 from ormo_rpc.transports.push_reader import PushReader
@@ -141,7 +140,7 @@ class Session:
         self._small = torch.zeros(small_bytes(service.reply_size.buffers), dtype=torch.uint8)
         self._small_view = bytes_of(self._small)
         self._header_only = self._small[:RESPONSE_BYTES]
-        self._sent_buffers = NO_BUFFERS
+        self._sent_buffers = no_buffers()
         """Those that the worker has."""
 
     def start(self, on_end: Callable[[], None]) -> Address:
@@ -272,7 +271,7 @@ class Session:
         for transfer in transfers:
             transfer.wait(UNTIL_CLOSED)
 
-    def _packed(self, response: ServerResponse) -> Tensor:
+    def _packed(self, response: ServerResponse) -> torch.Tensor:
         """The message with the numbers of a response, and all that follows them."""
         if isinstance(response, ErrorReply):
             data = pack_error(ErrorReply(error=response.error, text=response.text[:MAX_ERROR_CHARACTERS]))

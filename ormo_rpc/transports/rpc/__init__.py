@@ -21,7 +21,11 @@ class Rpc(Transport):
     """torch.distributed.rpc over TCP, with an RRef to the server's service."""
 
     NEEDS_RPC: ClassVar[bool] = True
-    UNAVAILABLE: ClassVar[str] = torch_rpc.UNAVAILABLE
+
+    @override
+    @classmethod
+    def unavailable(cls) -> str:
+        return torch_rpc.unavailable()
 
     @override
     def server_side(self) -> ServerSide:

@@ -7,12 +7,11 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 from ormo_rpc.control.torch_rpc.client import RpcControl
 from ormo_rpc.errors import Refused, ServerLost, StaleSession
-from ormo_rpc.messages import NO_BUFFERS, Push, Reply
+from ormo_rpc.messages import Push, Reply, no_buffers
 from ormo_rpc.transports.base import Endpoint, ServerClient, WorkerSide
 from ormo_rpc.transports.codec import PUSH, REPLY, unpack_error
 from ormo_rpc.transports.rpc import server
@@ -23,7 +22,7 @@ class TorchRpcWorkerSide(WorkerSide):
 
     @override
     @contextlib.contextmanager
-    def connect(self, endpoint: Endpoint, payload: Tensor) -> Generator[ServerClient]:
+    def connect(self, endpoint: Endpoint, payload: torch.Tensor) -> Generator[ServerClient]:
         control = endpoint.control
         if not isinstance(control, RpcControl):
             raise Refused("transport=rpc: the server has no agent; expected runtime.control=rpc there, or another transport")
@@ -44,7 +43,7 @@ class TorchRpcClient(ServerClient):
         payload: The wire form of every push.
     """
 
-    def __init__(self, control: RpcControl, session_id: str, payload: Tensor) -> None:
+    def __init__(self, control: RpcControl, session_id: str, payload: torch.Tensor) -> None:
         self.control = control
         self.session_id = session_id
         self.payload = payload
@@ -75,8 +74,8 @@ class TorchRpcClient(ServerClient):
             return Reply(**REPLY.unpack(header), params=params, buffers=_buffers(header))
 
 
-def _buffers(header: bytes) -> Tensor:
+def _buffers(header: bytes) -> torch.Tensor:
     """The buffers behind a header."""
     if len(header) == REPLY.size:
-        return NO_BUFFERS
+        return no_buffers()
     return torch.frombuffer(bytearray(header), dtype=torch.uint8, offset=REPLY.size).clone()

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed.rpc as rpc
-from torch import Tensor
 from torch.distributed.rpc.internal import RemoteException
 from torch.futures import Future
 from typing_extensions import override
@@ -23,7 +22,7 @@ from ormo_rpc.transports.base import MAX_REASON_CHARACTERS, ServerSide, Service
 from ormo_rpc.transports.codec import PUSH, REPLY, pack_error
 from ormo_rpc.transports.pending_replies import ReplyFuture, ServerResponse, refusals_as_replies
 
-Response = tuple[bytes, Tensor | None]
+Response = tuple[bytes, torch.Tensor | None]
 """The header of a reply, with the buffers behind it, and the parameters; or JSON and None for an error."""
 
 
@@ -34,7 +33,7 @@ def register(session_id: str) -> Future[Response]:
 
 
 @rpc.functions.async_execution
-def push(session_id: str, header: bytes, payload: Tensor) -> Future[Response]:
+def push(session_id: str, header: bytes, payload: torch.Tensor) -> Future[Response]:
     """Deliver a push: its numbers, and its wire form as a tensor."""
     return _dispatched(lambda service: service.push(session_id, _unpacked(service, header, payload)))
 
@@ -57,7 +56,7 @@ def _failed(error: Exception) -> Any:
     return RemoteException(f"{type(error).__name__}: {error}", RuntimeError)
 
 
-def _unpacked(service: Service, header: bytes, payload: Tensor) -> Push:
+def _unpacked(service: Service, header: bytes, payload: torch.Tensor) -> Push:
     if type(header) is not bytes or len(header) != PUSH.size:
         raise PushRefused(f"push: header: expected {PUSH.size} bytes; worker and server must have the same version")
     grad, buffers = service.push_format.unpack(payload)

@@ -8,11 +8,10 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 from ormo_rpc.errors import Refused, ServerLost, TransportRefused
-from ormo_rpc.messages import NO_BUFFERS, Push, Reply
+from ormo_rpc.messages import Push, Reply, no_buffers
 from ormo_rpc.rendezvous.protocol import LineReader, send
 from ormo_rpc.transports.base import Endpoint, ServerClient, WorkerSide
 from ormo_rpc.transports.codec import unpack_error
@@ -36,12 +35,12 @@ class StreamWorkerSide(WorkerSide):
         self.pool = SharedMemoryPool() if share and AVAILABLE else None
 
     @override
-    def allocate(self, size: int) -> Tensor:
+    def allocate(self, size: int) -> torch.Tensor:
         return super().allocate(size) if self.pool is None else self.pool.vector(size)
 
     @override
     @contextlib.contextmanager
-    def connect(self, endpoint: Endpoint, payload: Tensor) -> Generator[ServerClient]:
+    def connect(self, endpoint: Endpoint, payload: torch.Tensor) -> Generator[ServerClient]:
         own_segment = None if self.pool is None else self.pool.handle(payload)
         if self.share and own_segment is None:
             raise TransportRefused("shm", "the worker has no memory that could be shared")
@@ -111,14 +110,14 @@ class StreamClient(ServerClient):
         server_segment: Any segment of the server's; None where payload and parameters follow the frames.
     """
 
-    def __init__(self, stream: FrameSocket, payload: Tensor, server_segment: SegmentHandle | None) -> None:
+    def __init__(self, stream: FrameSocket, payload: torch.Tensor, server_segment: SegmentHandle | None) -> None:
         self._stream = stream
         self._server_segment = server_segment
         self._inline_payload = (bytes_of(payload),) if server_segment is None else ()
-        self._attached: dict[int, Tensor] = {}
+        self._attached: dict[int, torch.Tensor] = {}
         """Segments of the server's by their descriptors, as bytes."""
         self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._newest_buffers = NO_BUFFERS
+        self._newest_buffers = no_buffers()
         self._frame = bytearray(RESPONSE_BYTES)
 
     @override
@@ -150,14 +149,14 @@ class StreamClient(ServerClient):
             raise ServerLost(f"the connection to the server is lost: {error}") from None
         return Reply(**frames.reply_numbers(self._frame), params=params, buffers=buffers)
 
-    def _buffers(self, size: int) -> Tensor:
+    def _buffers(self, size: int) -> torch.Tensor:
         """The buffers of a response, in memory of their own, as earlier replies keep theirs."""
         if size != SAME:
             self._newest_buffers = torch.empty(size, dtype=torch.uint8)
             self._stream.receive(bytes_of(self._newest_buffers))
         return self._newest_buffers
 
-    def _vector(self, dtype: int, elements: int, descriptor: int) -> Tensor:
+    def _vector(self, dtype: int, elements: int, descriptor: int) -> torch.Tensor:
         """The parameters of a response, shape (elements,)."""
         size = elements * DTYPES[dtype].itemsize
         if descriptor == INLINE:

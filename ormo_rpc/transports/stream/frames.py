@@ -14,7 +14,6 @@ from enum import IntEnum
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.transports.codec import PUSH, REPLY
@@ -149,6 +148,6 @@ class FrameSocket:
             raise EOFError("the other side is not alive")
 
 
-def bytes_of(vector: Tensor) -> memoryview:
+def bytes_of(vector: torch.Tensor) -> memoryview:
     """The memory of a contiguous vector on the CPU, of any dtype."""
     return memoryview(vector.detach().view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType] # an array is a buffer

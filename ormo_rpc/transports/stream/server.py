@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 from ormo_rpc.errors import WireError
-from ormo_rpc.messages import NO_BUFFERS, ErrorReply
+from ormo_rpc.messages import ErrorReply, no_buffers
 from ormo_rpc.rendezvous.protocol import LineReader, printable, send
 from ormo_rpc.transports.base import MAX_REASON_CHARACTERS, ServerSide, Service
 from ormo_rpc.transports.codec import pack_error
@@ -76,7 +75,7 @@ class StreamServerSide(ServerSide):
         frame_socket = FrameSocket(reader.sock, lambda: service.is_member(session_id))
         self._serve(service, frame_socket, session_id, payload)
 
-    def _attach_payload(self, segment: object, size: int) -> tuple[Tensor | None, str]:
+    def _attach_payload(self, segment: object, size: int) -> tuple[torch.Tensor | None, str]:
         """The worker's payload in shared memory; None, and the reason, where it is not shared."""
         if self._not_shared:
             return None, self._not_shared
@@ -92,7 +91,7 @@ class StreamServerSide(ServerSide):
         except OSError as error:
             return None, not_shared(error)
 
-    def _serve(self, service: Service, stream: FrameSocket, session_id: str, shared: Tensor | None) -> None:
+    def _serve(self, service: Service, stream: FrameSocket, session_id: str, shared: torch.Tensor | None) -> None:
         """Respond request by request, until the worker leaves.
 
         Args:
@@ -115,7 +114,7 @@ class StreamServerSide(ServerSide):
         push_reader = PushReader(form, payload, shared=payload is shared)
         frame = bytearray(REQUEST_BYTES)
         whole = memoryview(frame)
-        sent = NO_BUFFERS
+        sent = no_buffers()
 
         def push() -> ReplyFuture:
             return service.push(session_id, push_reader.read(frames.push_numbers(frame)))
@@ -142,7 +141,7 @@ class StreamServerSide(ServerSide):
             sent = self._send(stream, wait_while(stream.alive, future), sent, shared=shared is not None)
             del future  # with the parameters in it, so that their memory can be lent again
 
-    def _send(self, stream: FrameSocket, response: ServerResponse, sent: Tensor, *, shared: bool) -> Tensor:
+    def _send(self, stream: FrameSocket, response: ServerResponse, sent: torch.Tensor, *, shared: bool) -> torch.Tensor:
         """Send a response; return the buffers that the worker has then, given those that it had before."""
         if isinstance(response, ErrorReply):
             data = pack_error(response)
@@ -150,7 +149,7 @@ class StreamServerSide(ServerSide):
             return sent
         if response.ticket is None:
             stream.send(frames.reply_frame(response, INLINE))
-            return NO_BUFFERS
+            return no_buffers()
         descriptor = self.pool.descriptor(response.params) if shared and self.pool is not None else None
         same = response.buffers is sent  # they never change, and replies share them
         inline = [] if descriptor is not None else [bytes_of(response.params)]

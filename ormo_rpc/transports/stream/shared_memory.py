@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ormo_rpc.kernels.pool import anonymous
 
@@ -92,15 +91,15 @@ class SharedMemoryPool:
         self._descriptors[_bytes(memory).data_ptr()] = descriptor
         return memory
 
-    def vector(self, size: int) -> Tensor:
+    def vector(self, size: int) -> torch.Tensor:
         """Make memory as a tensor of bytes, shape (size,)."""
         return _bytes(self(size))[: max(size, 1)]  # a mapping has whole pages
 
-    def descriptor(self, vector: Tensor) -> int | None:
+    def descriptor(self, vector: torch.Tensor) -> int | None:
         """The descriptor of the segment at whose start a vector lies; None where it lies elsewhere."""
         return self._descriptors.get(vector.data_ptr())
 
-    def handle(self, vector: Tensor) -> SegmentHandle | None:
+    def handle(self, vector: torch.Tensor) -> SegmentHandle | None:
         """The handle of a vector that lies in a segment, at its start or not; None where it lies elsewhere."""
         start = vector.untyped_storage().data_ptr()
         descriptor = self._descriptors.get(start)
@@ -113,7 +112,7 @@ class SharedMemoryPool:
             os.close(descriptor)  # the memory itself exists as long as a tensor that shares it
 
 
-def attach(handle: SegmentHandle, size: int) -> Tensor:
+def attach(handle: SegmentHandle, size: int) -> torch.Tensor:
     """Map bytes of another process's segment for reading, shape (size,). Writing to them ends this process.
 
     Raises:
@@ -142,7 +141,7 @@ def not_shared(error: OSError) -> str:
     return f"no shared memory: {error.strerror or error}"
 
 
-def _bytes(memory: mmap.mmap) -> Tensor:
+def _bytes(memory: mmap.mmap) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given buffer is not writable")  # it is not meant to be
         return torch.frombuffer(memory, dtype=torch.uint8)

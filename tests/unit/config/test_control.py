@@ -27,12 +27,15 @@ def test_control_is_by_rpc_unless_the_transport_avoids_it_or_torch_has_none(
 ) -> None:
     config = compose(overrides)
     assert (config.control, config.lacks_rpc) == (control, False)
-    monkeypatch.setattr(torch_rpc, "UNAVAILABLE", LACKING)
+    config.refuse_unavailable()
+    monkeypatch.setattr(torch_rpc, "unavailable", lambda: LACKING)
     if without_rpc is None:
-        with pytest.raises(ConfigError, match=rf"\Aruntime\.control: got (rpc|auto), expected .*: {LACKING}\Z"):
-            compose(overrides)
+        with pytest.raises(
+            ConfigError, match=rf"\A(runtime\.control: got rpc, expected|transport: got rpc, which) .*: {LACKING}\Z"
+        ):
+            config.refuse_unavailable()
     else:
-        config = compose(overrides)
+        config.refuse_unavailable()
         assert config.control == without_rpc
         assert config.lacks_rpc == (control == "rpc"), "it is said where torch is the reason"
 

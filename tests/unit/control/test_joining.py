@@ -166,7 +166,7 @@ def test_joining_a_server_that_is_not_there_times_out(caplog: pytest.LogCaptureF
 
 
 def test_a_server_with_agents_refuses_a_process_without_torchs_rpc(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_rpc, "UNAVAILABLE", "torch was built without torch.distributed.rpc")
+    monkeypatch.setattr(torch_rpc, "unavailable", lambda: "torch was built without torch.distributed.rpc")
     monkeypatch.setattr(serving_module, "_agent", lambda *_: contextlib.nullcontext())
     with (
         listening(control="rpc") as address,

@@ -16,7 +16,7 @@ from ormo_rpc.server.build import build_server
 from ormo_rpc.server.events import Event, Kind
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.server.validation import NormLimit, NormPolicy
-from ormo_rpc.train import train
+from ormo_rpc.training import train
 from tests.support.schedule import answer
 
 CLIP, REFUSE = NormLimit(5.0), NormLimit(5.0, NormPolicy.refuse)

@@ -21,7 +21,7 @@ from ormo_rpc.transports.gloo.pair import PairLost
 from ormo_rpc.transports.stream import server as stream_server
 from tests.support.transport_peers import RecordingService, serving_workers, started
 
-pytestmark = pytest.mark.skipif(any(cls.UNAVAILABLE for cls in ORDER), reason="not every transport works here")
+pytestmark = pytest.mark.skipif(any(cls.unavailable() for cls in ORDER), reason="not every transport works here")
 SIZE = 5
 
 

@@ -49,8 +49,8 @@ def _forkserver() -> None:  # pyright: ignore[reportUnusedFunction] # a fixture
 def transport(request: pytest.FixtureRequest) -> Transport:
     """Each transport that is registered."""
     cls: type[Transport] = parts("transport")[request.param]
-    if cls.UNAVAILABLE:
-        pytest.skip(cls.UNAVAILABLE)
+    if cls.unavailable():
+        pytest.skip(cls.unavailable())
     return cls()
 
 

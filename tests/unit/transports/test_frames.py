@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ormo_rpc.errors import PushRefused
-from ormo_rpc.messages import NO_BUFFERS, ErrorReply, Reply
+from ormo_rpc.messages import ErrorReply, Reply, no_buffers
 from ormo_rpc.transports.stream import frames
 from ormo_rpc.transports.stream.client import StreamClient
 from ormo_rpc.transports.stream.frames import DTYPES, INLINE, REQUEST_BYTES, SAME, FrameSocket, bytes_of
@@ -220,9 +220,9 @@ def reply(ticket: int | None, params: Tensor, buffers: Tensor) -> Reply:
 @given(st.data())
 def test_every_reply_of_a_stream_has_the_buffers_that_it_was_sent_with(data: st.DataObject) -> None:
     """Replies may share buffers, by which they cross once, and may have none; one without a ticket has none."""
-    pool = [exact(each) for each in data.draw(st.lists(st.binary(max_size=300), min_size=1, max_size=3))] + [NO_BUFFERS]
+    pool = [exact(each) for each in data.draw(st.lists(st.binary(max_size=300), min_size=1, max_size=3))] + [no_buffers()]
     with connected() as (here, there):
-        server, side, sent = FrameSocket(here, always), StreamServerSide(share=False), NO_BUFFERS
+        server, side, sent = FrameSocket(here, always), StreamServerSide(share=False), no_buffers()
         client = StreamClient(FrameSocket(there, always), torch.zeros(0, dtype=torch.uint8), None)
         came: list[tuple[Reply, bytes]] = []
         for number in range(data.draw(st.integers(1, 8))):
@@ -255,7 +255,7 @@ def test_buffers_that_do_not_change_cross_once() -> None:
         side, client = StreamServerSide(share=False), StreamClient(FrameSocket(there, always), torch.zeros(0).byte(), None)
 
         def serve() -> list[Tensor]:
-            sent = [NO_BUFFERS]
+            sent = [no_buffers()]
             for ticket in range(3):
                 sent.append(side._send(FrameSocket(here, always), reply(ticket, torch.ones(1), mask), sent[-1], shared=False))  # pyright: ignore[reportPrivateUsage] # as above
             return sent

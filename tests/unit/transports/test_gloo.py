@@ -22,7 +22,7 @@ from ormo_rpc.compression.wire_options import WireDtype
 from ormo_rpc.control.memberships import Membership
 from ormo_rpc.errors import PushRefused, ServerLost, StaleSession
 from ormo_rpc.kernels.pool import Pool
-from ormo_rpc.messages import NO_BUFFERS, ErrorReply, Push, Reply
+from ormo_rpc.messages import ErrorReply, Push, Reply, no_buffers
 from ormo_rpc.transports.base import Endpoint, ReplySize, ServerClient, ServerSide
 from ormo_rpc.transports.gloo import Gloo
 from ormo_rpc.transports.gloo.addresses import TOKEN_BYTES
@@ -32,7 +32,7 @@ from tests.support.processes import PATIENCE_SECONDS, wait_until
 from tests.support.rendezvous import join_request
 from tests.support.transport_peers import RecordingService, connected
 
-pytestmark = pytest.mark.skipif(bool(Gloo.UNAVAILABLE), reason=Gloo.UNAVAILABLE)
+pytestmark = pytest.mark.skipif(bool(Gloo.unavailable()), reason=Gloo.unavailable())
 SMALL = 5
 HUGE = 4_000_000
 """More than the system keeps for a worker that does not read."""
@@ -140,7 +140,7 @@ def test_parameters_of_any_dtype_cross_and_buffers_only_when_they_change() -> No
     first, second = torch.arange(7, dtype=torch.uint8), torch.arange(3, dtype=torch.uint8)
     with peers(params=8 * SMALL) as there:
         client, payload, _ = there.join()
-        buffers_in_turn = (NO_BUFFERS, first, first, second, NO_BUFFERS)
+        buffers_in_turn = (no_buffers(), first, first, second, no_buffers())
         for dtype, buffers in zip(
             (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float32), buffers_in_turn, strict=True
         ):

@@ -15,7 +15,7 @@ from ormo_rpc import build_server
 from ormo_rpc.compression import PushFormat
 from ormo_rpc.compression.topk import TopK
 from ormo_rpc.compression.wire_options import WireDtype
-from ormo_rpc.control.torch_rpc import UNAVAILABLE
+from ormo_rpc.control.torch_rpc import unavailable
 from ormo_rpc.errors import ServerLost
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.models.flat import Layout
@@ -28,7 +28,7 @@ from tests.support.processes import wait_until
 from tests.support.schedule import normal
 from tests.support.transport_peers import RecordingService, connected, started
 
-pytestmark = [pytest.mark.timeout(120), pytest.mark.skipif(bool(UNAVAILABLE), reason=UNAVAILABLE)]
+pytestmark = [pytest.mark.timeout(120), pytest.mark.skipif(bool(unavailable()), reason=unavailable())]
 NUMBERS: Mapping[str, Any] = {"worker": 0, "ticket": 1, "stamp": 1, "loss": 0.5, "samples": 8, "incarnation": 0}
 
 

@@ -275,7 +275,7 @@ def serve(args: ServerArgs, on_ready: Callable[[ServerProcess], None]) -> dict[s
         answers={COLLECTIVES: process.shared_values.answer},
     )
     if config.lacks_rpc:
-        _log.warning("%s; the run goes on without its agents, as with runtime.control=socket", torch_rpc.UNAVAILABLE)
+        _log.warning("%s; the run goes on without its agents, as with runtime.control=socket", torch_rpc.unavailable())
     on_ready(process)
     process.service.on_ended = process.transport.session_ended
     with served(args.listening_socket, args.secret, process.service, process.transport, serving):

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ormo_rpc.compression import PushFormat
 from ormo_rpc.control.memberships import Membership, Memberships
@@ -223,7 +222,7 @@ class Service:
         elif membership is not None:
             self.evict(membership, "it left before the end without being asked to")
 
-    def present_state(self) -> tuple[int, Tensor, Tensor]:
+    def present_state(self) -> tuple[int, torch.Tensor, torch.Tensor]:
         """Return the iteration, the parameters and the bytes of the buffers as they are now, in memory that never changes."""
         with self.lock:
             return self.server.iteration, self.server.snapshots.exact(), self.server.buffers.snapshot()

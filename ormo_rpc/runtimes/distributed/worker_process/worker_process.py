@@ -94,7 +94,9 @@ class WorkerContext:
     def job(self, config_text: str) -> Job:
         """The job of a configuration, with its data loaded, which is done once; to be called with the lock."""
         if self._job is None or config_text != self._config_text:
-            self._job = Job(parse_text(config_text, data_root=self.args.data_root, transport=self.args.transport))
+            config = parse_text(config_text, data_root=self.args.data_root, transport=self.args.transport)
+            config.refuse_unavailable()
+            self._job = Job(config)
             self._config_text = config_text
         return self._job
 

@@ -1,0 +1,58 @@
+"""The number of workers, the secret and what an elastic worker needs, by the configuration and the environment alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ormo_rpc.config.runtimes import RpcRuntime
+from ormo_rpc.config.schema import Config
+from ormo_rpc.errors import ConfigError
+from ormo_rpc.rendezvous.secret import require_secret
+from ormo_rpc.runtimes.ranks import TORCHRUN, Ranks
+
+DEFAULT_WORKERS = 4
+"""Workers of a run on this machine where the configuration has no number."""
+
+
+def decide_workers(config: Config, ranks: Ranks | None) -> Config:
+    """Fill in the number of workers: from the number of ranks, else the configured one.
+
+    Raises:
+        ConfigError: the configuration and the number of ranks disagree.
+    """
+    if ranks is None:
+        return dataclasses.replace(config, workers=config.workers or DEFAULT_WORKERS)
+    count = ranks.world_size
+    if not isinstance(config.runtime, RpcRuntime):
+        raise ConfigError(f"runtime: got {config.runtime.name} {ranks.under}, expected rpc; {ranks.alone}")
+    if count < 2:
+        raise ConfigError(f"{ranks.launcher}: got {count} process, expected at least 2; rank 0 serves and the others work")
+    if config.workers not in (None, count - 1):
+        raise ConfigError(
+            f"workers: got {config.workers}, expected {count - 1} {ranks.under} with {count} processes; leave it out"
+        )
+    return dataclasses.replace(config, workers=count - 1)
+
+
+def check_secret(config: Config, ranks: Ranks | None) -> None:
+    """Refuse ranks that cannot tell one another a secret, and have none in common.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if ranks is not None and not (ranks.one_machine and ranks.agent_store):
+        require_secret(config.server.secret_file)
+
+
+def check_elastic_worker(config: Config, ranks: Ranks | None) -> None:
+    """Refuse ``role=worker`` where it cannot join a running server.
+
+    Raises:
+        ConfigError: it cannot; the message has the key to change.
+    """
+    if ranks is not None and ranks.launcher == TORCHRUN:
+        raise ConfigError("role: got worker under torchrun, whose ranks already are workers; use python launch.py")
+    if not isinstance(config.runtime, RpcRuntime):
+        raise ConfigError(f"runtime: got {config.runtime.name} with role=worker, expected rpc")
+    if config.server.address is None:
+        raise ConfigError("server.address: got None with role=worker, expected HOST:PORT of the running server")

@@ -1,0 +1,87 @@
+"""PyTorch is loaded at its first use: no command is checked, refused or explained by loading it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+LAZY = "from ormo_rpc.lazy_import import is_loaded, make_lazy\nmake_lazy('torch')\n"
+
+
+def run(code: str) -> str:
+    """Run code in a new interpreter and return what it printed."""
+    done = subprocess.run([sys.executable, "-c", LAZY + code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_every_part_is_composed_and_checked_without_pytorch() -> None:
+    printed = run(
+        "from ormo_rpc.cli import compose\n"
+        "from ormo_rpc.config.schema import GROUPS\n"
+        "from ormo_rpc.options import parts\n"
+        "from ormo_rpc.errors import ConfigError\n"
+        "tried = 0\n"
+        "for group in GROUPS:\n"
+        "    for name in parts(group):\n"
+        "        try:\n"
+        "            compose([f'{group}={name}'])\n"
+        "        except ConfigError as error:\n"
+        "            assert 'expected' in str(error), error\n"
+        "        assert not is_loaded('torch'), (group, name)\n"
+        "        tried += 1\n"
+        "print(tried > 40)\n"
+    )
+    assert printed == "True"
+
+
+@pytest.mark.parametrize("words", [["train.lr=-1"], ["nonsense=1"], ["algorithm=nonsense"], ["--help"], ["--help-all"]])
+def test_a_command_is_refused_or_explained_without_pytorch(words: list[str]) -> None:
+    printed = run(
+        "import contextlib, io, sys\n"
+        "from ormo_rpc.main import main\n"
+        f"sys.argv = ['launch.py', *{words}]\n"
+        "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
+        "    main()\n"
+        "print(is_loaded('torch'))\n"
+    )
+    assert printed == "False"
+
+
+def test_the_launcher_of_a_live_run_is_imported_without_pytorch() -> None:
+    assert run("import ormo_rpc.runtimes.distributed.launcher.run\nprint(is_loaded('torch'))\n") == "False"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "import torch; torch.nn",
+        "import torch, torch.distributed as dist; assert torch.distributed is dist",
+        "import torch.nn as nn; import torch; assert torch.nn is nn",
+        "from torch.nn import Linear; import torch; assert torch.nn.Linear is Linear",
+        "import torch.utils.data as data; import torch; assert torch.utils.data is data",
+    ],
+)
+def test_each_form_of_import_gives_the_one_module(use: str) -> None:
+    printed = run(
+        f"{use}\n"
+        "import importlib, sys\n"
+        "assert is_loaded('torch') and type(torch).__name__ == 'module'\n"
+        "assert importlib.import_module('torch.nn').Linear is torch.nn.modules.linear.Linear\n"
+        "loaders = {type(sys.modules[name].__spec__.loader).__name__ for name in ('torch', 'torch.nn', 'torch.utils.data')}\n"
+        "print(torch.ones(2).sum().item(), *loaders)\n"
+    )
+    assert printed == "2.0 SourceFileLoader"
+
+
+def test_a_module_that_has_been_imported_stays_as_it_is() -> None:
+    assert run("import json, sys\nmake_lazy('json')\nprint(sys.modules['json'] is json, is_loaded('json'))\n") == "True True"
+
+
+def test_a_module_that_is_not_there_is_refused() -> None:
+    assert (
+        run("try:\n    make_lazy('no_such_module')\nexcept ModuleNotFoundError as error:\n    print(error.name)\n")
+        == "no_such_module"
+    )
