@@ -25,6 +25,7 @@ from ormo_rpc.rendezvous.secret import Secret, read_secret
 from ormo_rpc.runtimes.distributed import memory
 from ormo_rpc.runtimes.distributed.launcher.child import EXIT_DONE, EXIT_NO_RESTART, EXIT_SERVER_LOST, Reporter, obey_supervisor
 from ormo_rpc.runtimes.distributed.server_process import server_process
+from ormo_rpc.runtimes.distributed.shortages import reason_of_end
 from ormo_rpc.runtimes.distributed.worker_process.worker_process import WorkerArgs, WorkerProcess
 from ormo_rpc.runtimes.torchrun_store import ADDRESS, SECRET_FILE, connect
 from ormo_rpc.signals import follow
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Interrupted as error:
         status = 128 + error.number
     except BaseException as error:
-        reporter.exit_reason(memory.exit_reason(error))
+        reporter.exit_reason(reason_of_end(error))
         if arguments.log or not isinstance(error, EXPECTED_ERRORS):
             traceback.print_exc()
         # Threads of torch's RPC agent may hold up an ordinary exit.

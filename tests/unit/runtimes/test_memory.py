@@ -1,4 +1,4 @@
-"""Memory of the processes: the order in which the kernel is to kill them, errors that are about memory, and sizes."""
+"""Memory of the processes: the order in which the kernel is to kill them, and sizes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
-from ormo_rpc.errors import ConfigError
 from ormo_rpc.runtimes.distributed import memory
-from ormo_rpc.runtimes.distributed.memory import ADVICE, PRELOADER, SERVER, WORKER, raise_oom_score
+from ormo_rpc.runtimes.distributed.memory import PRELOADER, SERVER, WORKER, raise_oom_score
 
 
 @pytest.fixture
@@ -51,34 +49,6 @@ def test_a_score_that_cannot_be_written_is_left(monkeypatch: pytest.MonkeyPatch,
     raise_oom_score(WORKER, tmp_path)
     assert adj.read_text() == "0\n"
     raise_oom_score(WORKER, tmp_path / "not Linux")
-
-
-def allocate_too_much() -> BaseException:
-    """Return what torch raises."""
-    with pytest.raises(RuntimeError) as raised:
-        torch.empty(1 << 50, dtype=torch.uint8)
-    return raised.value
-
-
-@pytest.mark.parametrize(
-    ("error", "text"),
-    [
-        (MemoryError(), "MemoryError"),
-        (allocate_too_much(), "RuntimeError: [enforce fail at alloc_cpu.cpp"),
-        (OSError(errno.ENOMEM, "Cannot allocate memory"), "OSError: [Errno 12] Cannot allocate memory"),
-        (RuntimeError("a push could not be applied: MemoryError: "), "RuntimeError: a push could not be applied: MemoryError:"),
-    ],
-)
-def test_an_error_of_memory_says_what_to_do(error: BaseException, text: str) -> None:
-    assert memory.exit_reason(error).startswith(f"out of memory ({ADVICE}): {text}")
-
-
-@pytest.mark.parametrize(
-    "error",
-    [RuntimeError("shapes differ"), OSError(errno.ENOSPC, "No space left on device"), ConfigError("memory"), KeyError()],
-)
-def test_any_other_error_is_told_as_it_is(error: BaseException) -> None:
-    assert memory.exit_reason(error) == f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 def test_the_resident_memory_of_a_process_is_its_proportional_share() -> None:

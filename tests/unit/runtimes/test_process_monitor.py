@@ -18,7 +18,7 @@ from ormo_rpc.runtimes.distributed.launcher.child import EXIT_DONE, EXIT_NO_REST
 from ormo_rpc.runtimes.distributed.launcher.oom_kills import OomKills
 from ormo_rpc.runtimes.distributed.launcher.process_monitor import ProcessMonitor, ProcessSlot, if_killed, unless_banned
 from ormo_rpc.runtimes.distributed.launcher.supervisor import ChildProcess, Supervisor
-from ormo_rpc.runtimes.distributed.memory import ADVICE
+from ormo_rpc.runtimes.distributed.shortages import MEMORY
 from tests.support.processes import wait_until
 
 
@@ -173,11 +173,11 @@ def test_a_process_that_cannot_be_started_counts_as_a_restart_and_is_given_up_in
     monitor.poll()
     assert (slot.given_up, slot.done, start.restart_counts) == (True, False, [0, 1, 2])
     assert reported == [
-        "worker 3 could not be started: Too many open files (the launcher has no descriptor left: raise ulimit -n); "
+        "worker 3 could not be started: Too many open files (no descriptor is left: raise ulimit -n); "
         "restarting it in 4 s (restart 1 of 2)",
-        "worker 3 could not be started: Resource temporarily unavailable (no further process is allowed: raise ulimit -u, or "
-        "pids.max of the control group); restarting it in 8 s (restart 2 of 2)",
-        f"worker 3 could not be started: Cannot allocate memory ({ADVICE}); "
+        "worker 3 could not be started: Resource temporarily unavailable (no further process or thread is allowed: raise "
+        "ulimit -u, or pids.max of the control group); restarting it in 8 s (restart 2 of 2)",
+        f"worker 3 could not be started: Cannot allocate memory ({MEMORY}); "
         "restarted 2 times (runtime.max_restarts); the run continues without it",
     ]
 
@@ -221,7 +221,7 @@ def test_processes_that_were_killed_for_memory_are_named_and_others_are_not(
     wait_until(lambda: not any(child is not None and child.running for child in children), "the end of all")
     monitor.poll()
     assert kills.asked == [2]
-    named = rf"was killed by SIGKILL, for a reason; {ADVICE}; restarting it"
+    named = rf"was killed by SIGKILL, for a reason; {MEMORY}; restarting it"
     assert [bool(re.search(named, line)) for line in reported] == [True, True, False, False]
     assert [slot.death and slot.death[1] for slot in (*killed, other)] == [
         *["was killed by SIGKILL, for a reason"] * 2,

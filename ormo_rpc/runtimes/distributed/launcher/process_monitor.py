@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,20 +10,13 @@ from signal import Signals
 from ormo_rpc.runtimes.distributed.launcher.child import EXIT_DONE, EXIT_NO_RESTART, EXIT_SERVER_LOST
 from ormo_rpc.runtimes.distributed.launcher.oom_kills import OomKills
 from ormo_rpc.runtimes.distributed.launcher.supervisor import ChildProcess, Supervisor
-from ormo_rpc.runtimes.distributed.memory import ADVICE
+from ormo_rpc.runtimes.distributed.shortages import MEMORY, reason_of_start
 from ormo_rpc.signals import ending_signal
 
 MAX_BACKOFF_SECONDS = 30.0
 """The pause before a restart doubles each time, up to this."""
 BACKOFF_RESET_SECONDS = 300.0
 """After a process has run for this time, the pause is the first one again."""
-LIMITS = {
-    errno.EMFILE: "the launcher has no descriptor left: raise ulimit -n",
-    errno.ENFILE: "the machine has no descriptor left: raise fs.file-max by sysctl",
-    errno.EAGAIN: "no further process is allowed: raise ulimit -u, or pids.max of the control group",
-    errno.ENOMEM: ADVICE,
-}
-"""By the number of the error, the limit that has been reached when a process cannot be started."""
 SIGNAL_SECONDS = 0.5
 """Time in which the launcher gets the signal that has ended a process, where a manager sends it to all of them."""
 
@@ -152,7 +144,7 @@ class ProcessMonitor:
         try:
             slot.child = slot.start(slot.restart_count)
         except OSError as error:  # such as for lack of descriptors, just when others have died; those that run are healthy
-            self._fail(slot, f"{slot.name} could not be started: {_why(error)}", again=True)
+            self._fail(slot, f"{slot.name} could not be started: {reason_of_start(error)}", again=True)
 
     def _reap(self, slot: ProcessSlot, child: ChildProcess) -> None:
         slot.child = slot.ended_at = None
@@ -166,7 +158,7 @@ class ProcessMonitor:
                 self.report(f"{slot.name} left the run on {slot.left_on.name}")
             return
         slot.death = child.process.pid, child.outcome()
-        advice = f"; {ADVICE}" if child.oom_cause else ""
+        advice = f"; {MEMORY}" if child.oom_cause else ""
         self._fail(slot, f"{child.exit_reason()}{advice}", again=slot.should_restart(child))
 
     def _explain(self, ended: Sequence[ChildProcess]) -> None:
@@ -192,10 +184,3 @@ class ProcessMonitor:
             pause = min(MAX_BACKOFF_SECONDS, self.backoff_seconds * 2 ** max(0, slot.failures - 1))
             slot.restart_at = time.monotonic() + pause
             self.report(f"{slot.exit_reason}; restarting it in {pause:g} s (restart {restarts + 1} of {self.max_restarts})")
-
-
-def _why(error: OSError) -> str:
-    """The system's reason why a process could not be started, and the limit to raise."""
-    reason = error.strerror or str(error)
-    limit = LIMITS.get(error.errno or 0)
-    return f"{reason}{f': {error.filename}' if error.filename else ''}{f' ({limit})' if limit else ''}"

@@ -26,7 +26,7 @@ from ormo_rpc.errors import ConfigError, Refused, RunEnded, ServerLost, StaleSes
 from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.runtimes.collectives import COLLECTIVES
-from ormo_rpc.runtimes.distributed.memory import is_out_of_memory
+from ormo_rpc.runtimes.distributed.shortages import limit_reached
 from ormo_rpc.runtimes.job import Job, time_generator
 from ormo_rpc.runtimes.start_check import StartCheck
 from ormo_rpc.transports.base import Endpoint, ServerClient, WorkerSide
@@ -275,7 +275,7 @@ def _final_errors() -> Generator[None]:
     except (ConfigError, OSError):  # the latter may not come again
         raise
     except Exception as error:
-        if is_out_of_memory(error):  # nor may this
+        if limit_reached(error):  # nor may this
             raise
         raise ConfigError(f"before the first ticket: {one_line(error)}") from error
 
