@@ -250,32 +250,6 @@ def test_a_push_that_fails_half_way_ends_the_run_without_a_checkpoint(tmp_path: 
     assert summary(tmp_path)["status"] == "failed"
 
 
-def test_an_interrupted_run_leaves_a_checkpoint_and_resumes(tmp_path: Path) -> None:
-    first, second = tmp_path / "first", tmp_path / "second"
-    with launched("launch.py", f"hydra.run.dir={first}", *ENDLESS) as launcher:
-        processes(first)
-        family = descendants(launcher.pid)
-        assert len(family) == 3
-        launcher.send_signal(signal.SIGINT)
-        _, err = launcher.communicate(timeout=30)
-        assert launcher.returncode == 130
-        assert re.fullmatch(
-            r"launch\.py: interrupted by SIGINT; iteration \d+ is kept: resume with checkpoint\.resume=\S+\n", err
-        )
-        assert gone(family)
-    kept = summary(first)
-    assert kept["status"] == "interrupted"
-    more = kept["iterations"] + 30
-    status, _, err = launch(
-        second, *QUIET, "workers=2", f"checkpoint.resume={first}", f"train.max_iterations={more}", "train.epochs=100000"
-    )
-    assert status == 0, err
-    assert [event["iteration"] for event in events(second, "apply")] == list(range(kept["iterations"], more))
-    assert summary(second)["iterations"] == more
-    tickets = [event["ticket"] for run in (first, second) for event in events(run, "apply") if event["iteration"] < more]
-    assert sorted(tickets) == list(range(more))
-
-
 @pytest.mark.parametrize("killed", ["the launcher", "all at once"])
 def test_no_process_or_shared_memory_survives_a_killed_launcher(killed: str, tmp_path: Path) -> None:
     options = ("train.epochs=100000", "workers=2", "model.hidden=1100", "transport=shm")
@@ -376,15 +350,19 @@ def test_torchrun_gives_the_same_outputs(tmp_path: Path) -> None:
 
 
 def test_torchrun_is_interrupted_cleanly(tmp_path: Path) -> None:
+    """By a manager that signals all processes; torchrun's agent then sends each rank another SIGTERM."""
     command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "launch.py", f"hydra.run.dir={tmp_path}")
     with launched(*command, *ENDLESS[:2]) as launcher:
         processes(tmp_path)
         family = descendants(launcher.pid)
-        launcher.send_signal(signal.SIGINT)
+        for process in (psutil.Process(launcher.pid), *family):
+            process.send_signal(signal.SIGTERM)
         _, err = launcher.communicate(timeout=60)
         assert launcher.returncode != 0
         assert "launch.py: the worker" not in err, "each line has its rank"
+        assert "restarting it" not in err
         wait_until(lambda: gone(family), "the end of all children")
     result = summary(tmp_path)
-    assert result["status"] == "interrupted"
+    assert (result["status"], result["reason"]) == ("interrupted", "SIGTERM")
+    assert result["iterations"] == len(events(tmp_path, "apply"))
     assert result["checkpoint"]

@@ -219,7 +219,8 @@ def test_an_elastic_worker_joins_works_and_leaves_on_sigterm(tmp_path: Path) -> 
             by_elastic_worker = lambda: [event for event in events(tmp_path, "apply") if event["worker"] == 1]  # noqa: E731 - one line
             wait_until(lambda: len(by_elastic_worker()) > 20, "the elastic worker's gradients")
             family = descendants(elastic_worker.pid)
-            elastic_worker.send_signal(signal.SIGTERM)
+            for process in (psutil.Process(elastic_worker.pid), *family):  # as a manager does
+                process.send_signal(signal.SIGTERM)
             _, err = elastic_worker.communicate(timeout=60)
             assert elastic_worker.returncode == 0
             assert err.splitlines() == [
