@@ -94,6 +94,19 @@ def _forget_in_forked(followed: Sequence[Signals]) -> None:
     os.register_at_fork(before=block, after_in_parent=restore, after_in_child=forget)
 
 
+def disregard() -> None:
+    """Let the signals have no effect on this process, which ends with its launcher.
+
+    Ignored, or blocked, they would have none on the programs that a user's module starts either. A process that this one forks
+    within `blocked`, and that does not leave it, has the default handlers and no signals until it calls `follow`.
+    """
+    followed = [number for number in (*ENDING, signal.SIGUSR1) if not _ignored(number)]
+    for number in followed:
+        signal.signal(number, _no_effect)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (*ENDING, signal.SIGUSR1))
+    _forget_in_forked(followed)
+
+
 class SignalWatch:
     """Notes signals while its context lasts, if that is the main thread's, and gives the former handlers back.
 

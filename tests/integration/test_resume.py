@@ -167,6 +167,7 @@ def test_a_checkpoint_without_the_keys_of_prefetch_and_compression_is_resumed_fr
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_a_checkpoint_of_a_simulation(number: signal.Signals, tmp_path: Path) -> None:
+    """SIGUSR1 without an end."""
     config = changed(QUADRATIC, train={"max_iterations": 400})
     whole = train(config, run_dir=tmp_path / "whole")
     started = threading.Event()
@@ -176,6 +177,8 @@ def test_a_signal_leaves_a_checkpoint_of_a_simulation(number: signal.Signals, tm
     def observe(self: Session, server: Any) -> None:
         nonlocal count
         count += 1
+        if count == 60:
+            os.kill(os.getpid(), signal.SIGUSR1)
         if count == 123:
             started.set()
             os.kill(os.getpid(), number)
@@ -190,5 +193,7 @@ def test_a_signal_leaves_a_checkpoint_of_a_simulation(number: signal.Signals, tm
     assert caught.value.exit_status == 128 + number
     assert started.is_set()
     assert json.loads((tmp_path / "first" / "summary.json").read_text())["reason"] == number.name
-    source = checkpoint.locate(tmp_path / "first")
-    assert check_resumed(tmp_path / "whole", whole, config, source, tmp_path / "second") == 123
+    asked, last = complete(tmp_path / "first")
+    assert checkpoint.iteration_of(asked) == 60
+    assert check_resumed(tmp_path / "whole", whole, config, asked, tmp_path / "second") == 60
+    assert check_resumed(tmp_path / "whole", whole, config, last, tmp_path / "third") == 123

@@ -1,4 +1,4 @@
-"""Signals as managers send them: to all processes of a run at the same moment, more than once, or to one that is no launcher."""
+"""Signals as managers send them: to all processes of a run at one moment, more than once, or to one that is no launcher."""
 
 from __future__ import annotations
 

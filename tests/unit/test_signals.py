@@ -81,6 +81,28 @@ ctypes.CDLL(None).pthread_mutex_lock(mutex)
     assert output("", after) == (7, "SIGTERM\n")
 
 
+def test_a_fork_of_a_process_that_disregards_signals_follows_those_that_came_since() -> None:
+    everything = KILL_ITSELF.format(numbers="(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)")
+    before = f"""
+from ormo_rpc.signals import blocked, disregard
+disregard()
+{everything}
+pid = os.fork()
+if pid == 0:
+    os.kill(os.getpid(), signal.SIGTERM)
+    os._exit(1)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
+blocking = blocked()
+blocking.__enter__()  # which the fork does not leave
+pid = os.fork()
+if pid > 0:
+    os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+{everything}
+"""
+    status, out = output(before, "for _ in range(3): assert heard.acquire(timeout=30)\nos._exit(5)")
+    assert (status, sorted(out.split())) == (5, ["SIGHUP", "SIGTERM", "checkpoint"])
+
+
 @pytest.mark.parametrize(
     ("status", "expected"),
     [(None, None), (0, None), (1, None), (64, None), (143, 15), (129, 1), (130, 2), (-15, 15), (-9, None), (137, None)],
