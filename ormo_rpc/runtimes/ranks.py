@@ -130,7 +130,8 @@ class Ranks:
         """The advice to start a run without the other ranks."""
         if self.launcher == TORCHRUN:
             return "start it with python launch.py"
-        return f"for a run of its own in each process unset {' and '.join(self.variables)}"
+        names = (slurm.STEP,) if self.launcher == SRUN else self.variables
+        return f"for a run of its own in each process unset {' and '.join(names)}"
 
 
 def _torchrun(env: Mapping[str, str]) -> Ranks:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from ormo_rpc.errors import ConfigError
 
+STEP = "SLURM_STEP_ID"
+"""The variable of a step, without which a process is alone."""
 _FIRST_RESERVED_STEP = 0xFFFFFFF0
 """Numbers from here on are no steps of srun's: the batch script, an interactive shell, what runs beside the steps."""
 _FIRST_PORT, _PORTS = 15000, 10000
@@ -46,7 +48,7 @@ def step(env: Mapping[str, str]) -> Step | None:
     Raises:
         ConfigError: the host of rank 0 is not told.
     """
-    number = env.get("SLURM_STEP_ID", "")
+    number = env.get(STEP, "")
     if not number.isdecimal() or int(number) >= _FIRST_RESERVED_STEP or "SLURM_PTY_PORT" in env:
         return None
     size = next((name for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS") if name in env), "")
