@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ormo_rpc.runtimes.attempts import FormerRun, continues, former_run, remember
+from ormo_rpc.runtimes.attempts import FormerRun, claimed_by, continues, former_run, remember
+from ormo_rpc.runtimes.distributed.launcher.agent import Agent
 from ormo_rpc.runtimes.ranks import Ranks
 from ormo_rpc.storage.launch import Launch
 from ormo_rpc.storage.run_directory import RunDirectory
@@ -63,3 +64,32 @@ def test_rank_0_on_another_node_continues_in_the_named_directory_of_its_job(
     run = run_of(replace(rank, job="job" if job else None), tmp_path / "run")
     elsewhere = replace(rank, agent_folder=None, attempt=attempt, job=job)
     assert continues(elsewhere, run.run_dir) is expected
+
+
+@pytest.mark.parametrize("attempt", [0, 1])  # a change of the nodes is no attempt
+def test_the_same_agent_continues_in_the_directory_that_it_was_given_without_a_folder_or_a_name(
+    attempt: int, rank: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nameless = replace(rank, agent_folder=None, attempt=attempt, job=None)
+    monkeypatch.setattr(Agent, "of_this_rank", classmethod(lambda _: Agent(7, "100")))
+    RunDirectory.claim(tmp_path / "run")
+    claimed_by(nameless).write(tmp_path / "run")
+    assert continues(nameless, tmp_path / "run")
+    monkeypatch.setattr(Agent, "of_this_rank", classmethod(lambda _: Agent(7, "200")))
+    assert not continues(nameless, tmp_path / "run")
+    monkeypatch.setattr(Agent, "of_this_rank", classmethod(lambda _: None))
+    assert not continues(nameless, tmp_path / "run")
+
+
+def test_a_job_of_slurm_that_is_queued_again_continues_in_its_directory(rank: Ranks, tmp_path: Path) -> None:
+    first = replace(rank, launcher="srun", job="1234", agent_folder=None)
+    RunDirectory.claim(tmp_path / "run")
+    claimed_by(first).write(tmp_path / "run")
+    assert not continues(first, tmp_path / "run")  # the same words typed twice in one job
+    assert continues(replace(first, attempt=1), tmp_path / "run")
+    assert not continues(replace(first, attempt=1, job="1235"), tmp_path / "run")
+
+
+def test_the_name_of_a_job_is_read_from_run_directories_of_earlier_versions(tmp_path: Path) -> None:
+    (tmp_path / "launch.json").write_text('{"overrides": ["workers=2"], "sweep": null, "torchrun": "job"}')
+    assert Launch.read(tmp_path) == Launch(overrides=["workers=2"], job="job")
