@@ -2,7 +2,7 @@
 
 Torchrun starts the ranks again after a failure (``--max-restarts``) and when a node joins (``--nnodes=MIN:MAX``), Slurm when a
 job is queued again. What a start leaves is in the folder of torchrun's agent, which belongs to this job alone and lasts as long
-as the agent, and in the run directory, which names the agent and the job.
+as the agent, and in the run directory, which names the agent and the job. Without such a folder all is in the run directory.
 """
 
 from __future__ import annotations
@@ -34,16 +34,23 @@ class FormerRun:
 
 def remember(ranks: Ranks, run: FormerRun) -> None:
     """Remember the run for the next start of rank 0, which torchrun's agent of this node makes."""
-    if ranks.agent_folder is not None:
-        write_json(ranks.agent_folder / _FILE, {"run_dir": str(run.run_dir), "address": run.address})
+    if not ranks.agent_store and ranks.agent_folder is None:
+        return  # the address is the same at each start
+    folder = ranks.agent_folder or run.run_dir
+    write_json(folder / _FILE, {"run_dir": str(run.run_dir), "address": run.address})
 
 
-def former_run(ranks: Ranks) -> FormerRun | None:
-    """The run of an earlier start of rank 0 on this node; None where there is none, or its files are gone."""
-    file = None if ranks.agent_folder is None else ranks.agent_folder / _FILE
-    if ranks.rank != 0 or file is None or not file.is_file():
+def former_run(ranks: Ranks, run_dir: Path | None = None) -> FormerRun | None:
+    """The run of an earlier start of rank 0 on this node; None where there is none, or its files are gone.
+
+    Args:
+        ranks: The ranks.
+        run_dir: The run directory that was claimed, or is continued, where torchrun's agent has no folder.
+    """
+    folder = ranks.agent_folder or run_dir
+    if ranks.rank != 0 or folder is None or not (folder / _FILE).is_file():
         return None
-    values = json.loads(file.read_text(encoding="utf-8"))
+    values = json.loads((folder / _FILE).read_text(encoding="utf-8"))
     found = FormerRun(Path(values["run_dir"]), values["address"])
     return found if (found.run_dir / TRACE).is_file() else None
 

@@ -70,10 +70,14 @@ def test_rank_0_on_another_node_continues_in_the_named_directory_of_its_job(
 def test_the_same_agent_continues_in_the_directory_that_it_was_given_without_a_folder_or_a_name(
     attempt: int, rank: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nameless = replace(rank, agent_folder=None, attempt=attempt, job=None)
+    nameless = replace(rank, agent_folder=None, agent_store=True, attempt=attempt, job=None)
     monkeypatch.setattr(Agent, "of_this_rank", classmethod(lambda _: Agent(7, "100")))
     RunDirectory.claim(tmp_path / "run")
     claimed_by(nameless).write(tmp_path / "run")
+    begun = FormerRun(tmp_path / "run", "127.0.0.1:4000")
+    remember(nameless, begun)
+    assert former_run(nameless) is None
+    assert former_run(nameless, begun.run_dir) == begun
     assert continues(nameless, tmp_path / "run")
     monkeypatch.setattr(Agent, "of_this_rank", classmethod(lambda _: Agent(7, "200")))
     assert not continues(nameless, tmp_path / "run")

@@ -170,7 +170,7 @@ def rank_process(
     secret_file = _run_secret(config, run_dir) if ranks.one_machine and ranks.agent_store else _shared_secret(config)
     host = "127.0.0.1" if loopback else interface_address(config.rpc.interface)
     port = 0 if ranks.agent_store else int(chosen_port)
-    former = former_run(ranks) if ranks.agent_store else None
+    former = former_run(ranks, run_dir) if ranks.agent_store else None
     with _listen_again(former and former.address, f"{host}:{port}", public=config.server.public) as listener:
         address = address_of(listener)
         remember(ranks, FormerRun(run_dir, address))
