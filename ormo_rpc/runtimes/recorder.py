@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -42,7 +43,7 @@ class Recorder:
     Args:
         job: The run.
         directory: Receives trace and metrics.
-        logs: Receive every row of metrics too.
+        logs: Receive every row of metrics too, once they have started; those before are kept for them.
         clock: Seconds since the run began.
         extra_metrics: Returns metrics by name that the runtime measures itself, such as lock times.
     """
@@ -51,13 +52,12 @@ class Recorder:
         self,
         job: JobLike,
         directory: RunDirectory,
-        logs: Sequence[RunLog],
+        logs: Future[list[RunLog]],
         clock: Callable[[], float],
         extra_metrics: Callable[[], Mapping[str, Any]],
     ) -> None:
         self.job = job
         self.directory = directory
-        self.logs = logs
         self.clock = clock
         self.extra_metrics = extra_metrics
         self.statistics = Statistics()
@@ -69,6 +69,11 @@ class Recorder:
         """Gradients since that row."""
         self._row_written = 0.0
         """Time at which that row was written."""
+        self._starting: Future[list[RunLog]] | None = logs
+        self._logs: list[RunLog] = []
+        self._kept: list[Mapping[str, Any]] = []
+        """Rows for logs that have not started yet."""
+        self._take_logs(wait=False)
         self._iterations_between_rows = job.config.logger.iterations_between_rows(job.total_tickets)
 
     def continue_from(self, statistics: Mapping[str, Any]) -> None:
@@ -91,7 +96,11 @@ class Recorder:
         self._log({**self._coordinates(iteration, seconds), **row_of(self.measurements(0.0, 0), Rows.evaluation)})
 
     def flush(self, *, row: bool = False) -> None:
-        """Write the events in the queue, and the rows of metrics that are due, or one more if ``row`` is set."""
+        """Write the events in the queue, and the rows of metrics that are due, or one more if ``row`` is set.
+
+        What the start of a log raised is raised here.
+        """
+        self._take_logs(wait=False)
         while True:
             try:
                 item = self._queue.get_nowait()
@@ -125,7 +134,11 @@ class Recorder:
         self.flush(row=True)
         content = write_summary(self.directory.path, summary)  # first: a logger may take its time over the network
         self.directory.close()
-        for log in self.logs:
+        try:
+            self._take_logs(wait=True)
+        except Exception as error:  # the run is complete
+            _log.warning("the run is over before its logger has started: %s", one_line(error))
+        for log in self._logs:
             try:
                 log.finish(content)
             except Exception as error:  # a logger of the user's own may raise anything, and the run is complete
@@ -153,5 +166,18 @@ class Recorder:
 
     def _log(self, row: Mapping[str, Any]) -> None:
         self.directory.write_metrics(row)
-        for log in self.logs:
+        if self._starting is not None:
+            self._kept.append(row)
+        for log in self._logs:
             log.log(row, self.statistics)
+
+    def _take_logs(self, *, wait: bool) -> None:
+        """Give logs that have started the rows so far; once."""
+        if self._starting is None or not (wait or self._starting.done()):
+            return
+        starting, self._starting = self._starting, None
+        self._logs = starting.result()
+        for row in self._kept:
+            for log in self._logs:
+                log.log(row, self.statistics)
+        self._kept.clear()

@@ -37,7 +37,7 @@ class Session:
     Args:
         job: The run.
         run_dir: Its directory.
-        evaluation_executor: Runs evaluations.
+        evaluation_executor: Starts the logs, and runs evaluations.
         checkpoint_executor: Writes checkpoints.
         clock: The run's seconds, real or virtual.
         began: Time on the monotonic clock at which the run began, before this process did where there is a launcher.
@@ -70,7 +70,8 @@ class Session:
         self.job = job
         self.directory = RunDirectory(run_dir)
         self.clock = clock
-        logs = start_logs(config.logger, _run_info(config, run_dir, job.total_tickets), terminal)
+        info = _run_info(config, run_dir, job.total_tickets)
+        logs = evaluation_executor.submit(start_logs, config.logger, info, terminal)  # wandb's takes a second or more
         self.recorder = Recorder(job, self.directory, logs, clock, extra_metrics)
         self.server = job.server(self.recorder.record, clock)
         self.evaluations = Evaluations(job.evaluator(), evaluation_executor, self.recorder)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,6 +44,14 @@ class ListLog(RunLog):
         self.rows.append({**row, "seen": statistics.iterations})
 
 
+class Broken(RunLog):
+    """A log that cannot be finished."""
+
+    @override
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        raise RuntimeError("no network")
+
+
 class TenIterationsAnEpoch:
     """The part of a job that a recorder reads."""
 
@@ -63,7 +73,7 @@ class TenIterationsAnEpoch:
 class Run:
     """A recorder with a clock that is set by hand, and a server whose events it records."""
 
-    def __init__(self, folder: Path, config: Config = CONFIG) -> None:
+    def __init__(self, folder: Path, config: Config = CONFIG, *, started: bool = True) -> None:
         self.now = 0.0
         self.held = 0.0
         self.job = cast("JobLike", TenIterationsAnEpoch(config))
@@ -71,7 +81,10 @@ class Run:
         self.folder = folder
         self.directory = RunDirectory(folder)
         extra_metrics = lambda: {"lock_held_seconds": self.held}  # noqa: E731 - one use, one line
-        self.recorder = Recorder(self.job, self.directory, [self.shown], lambda: self.now, extra_metrics)
+        self.logs: Future[list[RunLog]] = Future()
+        if started:
+            self.logs.set_result([self.shown])
+        self.recorder = Recorder(self.job, self.directory, self.logs, lambda: self.now, extra_metrics)
         self.server = build_server(
             params=torch.zeros(2),
             num_workers=3,
@@ -243,12 +256,43 @@ def test_the_summary_is_written_before_a_log_is_finished(run: Run, tmp_path: Pat
     assert {path.name for path in tmp_path.iterdir()} == {"trace.jsonl", "metrics.jsonl", "summary.json"}
 
 
-def test_a_log_that_cannot_be_finished_is_a_warning(run: Run, caplog: pytest.LogCaptureFixture) -> None:
-    class Broken(RunLog):
-        @override
-        def finish(self, summary: Mapping[str, Any]) -> None:
-            raise RuntimeError("no network")
+def test_a_log_that_starts_late_gets_the_rows_before(tmp_path: Path) -> None:
+    """Start of wandb takes a second or more, which a run does not wait for."""
+    run = Run(tmp_path, started=False)
+    for _ in range(2):
+        run.push(2)
+        run.now += 3.0
+        run.recorder.flush()
+    run.logs.set_result([run.shown])
+    run.push(2)
+    run.now += 3.0
+    run.recorder.flush()
+    assert [{key: row[key] for key in row if key != "seen"} for row in run.shown.rows] == run.lines("metrics.jsonl")
+    assert [row["iteration"] for row in run.shown.rows] == [2, 4, 6]
+    run.directory.close()
 
-    run.recorder.logs = [Broken(), run.shown]
+
+def test_a_log_that_cannot_start_ends_the_run_unless_that_is_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = Run(tmp_path, started=False)
+    run.push(2)
+    run.recorder.flush()
+    run.logs.set_exception(ValueError("logger.mode: wandb cannot start"))
+    with pytest.raises(ValueError, match=r"^logger\.mode: wandb cannot start$"):
+        run.recorder.flush()
+    run.directory.close()
+    over = Run(tmp_path / "over", started=False)
+    over.push(2)
+    over.recorder.flush(row=True)
+    timer = threading.Timer(0.05, over.logs.set_exception, [ValueError("logger.mode: wandb cannot start")])
+    timer.start()
+    assert over.recorder.close(Summary(status="completed"))["status"] == "completed"
+    timer.join()
+    said = "the run is over before its logger has started: ValueError: logger.mode: wandb cannot start"
+    assert [record.getMessage() for record in caplog.records] == [said]
+
+
+def test_a_log_that_cannot_be_finished_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = Run(tmp_path, started=False)
+    run.logs.set_result([Broken(), run.shown])
     assert run.recorder.close(Summary(status="completed"))["status"] == "completed"
     assert [record.getMessage() for record in caplog.records] == ["Broken cannot be finished: RuntimeError: no network"]
