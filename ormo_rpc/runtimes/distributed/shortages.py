@@ -26,7 +26,7 @@ _BY_WORDS = {
     "too many open files": _DESCRIPTORS,
 }
 """By words in a RuntimeError: of torch, of Python about threads, or of ours that has its cause in its text."""
-_MOST = 180
+_MOST = 200
 """Characters of an error beside the limit."""
 
 
