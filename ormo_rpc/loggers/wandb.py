@@ -38,6 +38,8 @@ ID_FILE = "wandb_id"
 """The file of the run directory with the id of the run, which is continued under it."""
 MAX_NAME_CHARACTERS = 128
 MAX_TAG_CHARACTERS = 64
+UNUSABLE = (RuntimeError, OSError, KeyError)
+"""Raised by wandb where it finds no home directory and no user, or no place for its files; its own errors are `wandb.Error`."""
 _log = logging.getLogger(__name__)
 
 
@@ -124,6 +126,11 @@ class WandbLogger(Logger):
             fault = "no key was found"
         except wandb.Error as error:
             found, fault = None, " ".join(str(error).split())
+        except UNUSABLE as error:
+            raise ValueError(
+                f"logger.mode: got {mode}, but wandb cannot be used here: {one_line(error).rstrip('.')}; set HOME to a "
+                "directory of yours, or use logger=none"
+            ) from None
         if found is None:
             raise ValueError(
                 f"logger.mode: got {mode}, but {fault}; log in with `wandb login`, or set WANDB_API_KEY, or use "
@@ -155,6 +162,9 @@ class WandbLogger(Logger):
             _log.warning("wandb cannot be reached, so the run is logged offline, for `wandb sync`: %s", reason)
             arguments["mode"] = "offline"
             started = wandb.init(**arguments)
+        except UNUSABLE as error:
+            _log.warning("wandb is left out, metrics.jsonl has every row: %s", one_line(error))
+            return RunLog()
         if not started.disabled:
             (run.directory / ID_FILE).write_text(started.id)
         started.define_metric("*", step_metric="iteration")

@@ -24,7 +24,7 @@ from ormo_rpc.runtimes.distributed.launcher.agent import end_with_agent
 from ormo_rpc.runtimes.ranks import TORCHRUN, Ranks
 from ormo_rpc.runtimes.workers import check_elastic_worker, check_secret, decide_workers
 from ormo_rpc.storage.launch import Launch
-from ormo_rpc.storage.run_directory import RunDirectory
+from ormo_rpc.storage.run_directory import RunDirectory, check_present
 
 __all__ = ["RunFailed", "run"]
 
@@ -91,11 +91,27 @@ def run(
         console.keep_unsaid(run_dir.absolute() / "logs" / "launcher.log")
         claim = claimed_by(ranks)
         dataclasses.replace(launch or Launch(), job=claim.job, agent=claim.agent).write(run_dir)
-    with _in_this_process() if config.runtime.name in IN_THIS_PROCESS else contextlib.nullcontext():
+    kept = _kept(run_dir) if has_run_directory else contextlib.nullcontext()
+    with kept, _in_this_process() if config.runtime.name in IN_THIS_PROCESS else contextlib.nullcontext():
         if isinstance(config.runtime, SimRuntime):  # with the data set that was loaded for the check
             return runtime.run(config, run_dir, began, job)
         del job  # a launcher needs no data set
         return runtime.run(config, run_dir, began)
+
+
+@contextlib.contextmanager
+def _kept(run_dir: Path) -> Generator[None]:
+    """Say at the end of a run that its directory is gone, which may be where an error comes from.
+
+    Raises:
+        RunFailed: it is.
+    """
+    try:
+        yield
+    except Exception:
+        check_present(run_dir)
+        raise
+    check_present(run_dir)
 
 
 @contextlib.contextmanager

@@ -64,7 +64,8 @@ def write(
     temporary = folder / f".{target.name}.{os.getpid()}"
     former = temporary.with_name(f"{temporary.name}.former")
     _remove_leftovers(folder)
-    temporary.mkdir(parents=True)
+    folder.mkdir(exist_ok=True)  # in the run directory, which is not made again where it was deleted
+    temporary.mkdir()
     try:
         for name, content in (("server.pt", server), ("model.pt", model)):
             with (temporary / name).open("wb") as file:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from ormo_rpc.storage.run_directory import write_json
+
 _FILE = "launch.json"
 
 
@@ -31,7 +33,7 @@ class Launch:
     def write(self, run_dir: Path) -> None:
         """Write it into the run directory, where there is something to say."""
         if self != Launch():
-            (run_dir / _FILE).write_text(json.dumps(dataclasses.asdict(self)) + "\n", encoding="utf-8")
+            write_json(run_dir / _FILE, dataclasses.asdict(self))
 
     @classmethod
     def read(cls, run_dir: Path) -> Self:

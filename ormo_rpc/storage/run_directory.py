@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from ormo_rpc.errors import ConfigError
+from ormo_rpc.errors import ConfigError, RunFailed
 from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.server.events import Event
 from ormo_rpc.storage.environment import environment
@@ -136,9 +136,16 @@ class RunDirectory:
         return self._trace.tell(), self._metrics.tell()
 
     def flush(self) -> None:
-        """Hand everything written to the operating system, so that a SIGKILL loses none of it."""
+        """Hand everything written to the operating system, so that a SIGKILL loses none of it.
+
+        Raises:
+            RunFailed: the directory is gone, and what was written is lost.
+        """
         self._trace.flush()
         self._metrics.flush()
+        check_present(self.path)
+        if os.fstat(self._trace.fileno()).st_nlink == 0:
+            raise _gone(self.path)
 
     def close(self) -> None:
         """Close the open files."""
@@ -155,6 +162,24 @@ class RunDirectory:
         except ValueError:  # rare, so the common line is scanned once only
             text = _JSON.encode(_finite(line))
         file.write(text + "\n")
+
+
+def check_present(path: Path) -> None:
+    """Check that the directory of a run that goes on is there, with the trace that it has from its beginning.
+
+    Raises:
+        RunFailed: it is not. Whatever is written now would be the half of a run.
+    """
+    try:
+        (path / TRACE).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise _gone(path) from None
+    except OSError:  # a file system of the network may not answer for a while
+        return
+
+
+def _gone(path: Path) -> RunFailed:
+    return RunFailed(f"the run directory {path} is gone: it was deleted, moved or replaced while the run went on")
 
 
 def read_trace(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -217,10 +242,17 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Replace a JSON file in one step: a reader sees the former content or the new one."""
+    """Replace a JSON file in one step: a reader sees the former content or the new one.
+
+    Raises:
+        OSError: the disk is full or read-only; the former content is untouched, and nothing else is left.
+    """
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    try:
+        temporary.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _finite(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ormo_rpc.config.runtimes import GradientKind, SimRuntime
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.loggers.metrics import Metrics
-from ormo_rpc.storage.run_directory import write_json
+from ormo_rpc.storage.run_directory import check_present, write_json
 
 FILE = "summary.json"
 RENAMED_KEYS: Mapping[str, str] = {"server_lives": "incarnations", "losses": "evictions"}
@@ -133,7 +133,13 @@ def refuse_metric(name: str | None, *, validation: bool = True) -> None:
 
 
 def write_summary(run_dir: Path, summary: Summary) -> dict[str, Any]:
-    """Write ``summary.json`` in one step, and return its content."""
+    """Write ``summary.json`` in one step, and return its content.
+
+    Raises:
+        OSError: the disk is full or read-only.
+        RunFailed: the run directory is gone.
+    """
+    check_present(run_dir)
     content = summary.to_dict()
     write_json(run_dir / FILE, content)
     return content

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 from pathlib import Path
@@ -86,6 +87,17 @@ def test_a_run_whose_output_nobody_reads_goes_on_and_keeps_what_it_could_not_say
     unsaid = (tmp_path / "logs" / "launcher.log").read_text()
     assert re.search(r"^\S+ \S+ launch\.py: worker 1 \(pid \d+\) was killed by SIGKILL .*restarting it", unsaid, re.MULTILINE)
     assert re.search(r"^\S+ \S+ completed: ormo", unsaid, re.MULTILINE)
+
+
+def test_a_run_whose_directory_is_deleted_meanwhile_ends_with_one_line(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with launched("launch.py", f"hydra.run.dir={run_dir}", *QUIET, "workers=2", "train.epochs=100000") as launcher:
+        processes(run_dir)
+        shutil.rmtree(run_dir)
+        out, err = launcher.communicate(timeout=60)
+    assert (launcher.returncode, out) == (1, "")
+    assert err == f"launch.py: the run directory {run_dir} is gone: it was deleted, moved or replaced while the run went on\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_stopped_worker_is_evicted_and_the_barrier_shrinks(tmp_path: Path) -> None:

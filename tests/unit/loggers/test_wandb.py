@@ -201,6 +201,18 @@ def test_a_wandb_that_cannot_start_is_an_error_with_the_key_to_change(
     )
 
 
+@pytest.mark.parametrize("error", [RuntimeError("no home"), PermissionError("/home"), KeyError("uid")])
+def test_where_wandb_finds_no_home_it_is_left_out_with_a_warning(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(error))
+    log = WandbLogger().start(run_info(tmp_path))
+    log.log({"iteration": 1}, Statistics())
+    log.finish({"status": "completed"})
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"wandb is left out, metrics.jsonl has every row: {type(error).__name__}: ")
+
+
 def test_a_server_of_wandb_that_does_not_answer_makes_the_run_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

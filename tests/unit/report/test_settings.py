@@ -20,6 +20,7 @@ from ormo_rpc.report.runs import Group, Run, differing_keys, group_by_setting, l
 from ormo_rpc.report.settings import WITHOUT_EFFECT, shared
 from ormo_rpc.report.table import in_common, notes, rows
 from ormo_rpc.storage import checkpoint
+from ormo_rpc.storage.run_directory import RunDirectory
 from ormo_rpc.storage.summary import Summary, identity, unfinished_summary, write_summary
 from ormo_rpc.storage.sweep_directory import JobRecord, Plan, SweepDirectory
 
@@ -270,7 +271,7 @@ def test_what_is_no_run_that_can_be_compared_is_left_out_with_its_reason(tmp_pat
     good = record(tmp_path / "0")
     bare = record(tmp_path / "1")
     (bare / "config.yaml").unlink()
-    (tmp_path / "2").mkdir()
+    RunDirectory.claim(tmp_path / "2")
     write_summary(tmp_path / "2", unfinished_summary(parse_config({"workers": 2}), "failed", "no port is free", 1.0))
     replay = record(tmp_path / "3", replayed=str(good))
     runs, left_out = load_runs([tmp_path])

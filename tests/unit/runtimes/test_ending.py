@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import statistics
 import time
 from collections.abc import Iterable
@@ -18,10 +19,12 @@ from typing_extensions import override
 from ormo_rpc import RunFailed, train
 from ormo_rpc.cli import _result  # pyright: ignore[reportPrivateUsage] # the line is built nowhere else
 from ormo_rpc.loggers.statistics import Statistics
+from ormo_rpc.messages import Push, Reply
 from ormo_rpc.runtimes import evaluations, run
 from ormo_rpc.runtimes.ending import NOT_FINITE, ending
 from ormo_rpc.runtimes.job import JobLike
 from ormo_rpc.runtimes.process_start import process_began
+from ormo_rpc.runtimes.simulator.synthetic import Quadratic
 from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.run_directory import read_metrics, read_trace
 from ormo_rpc.storage.summary import read_summary
@@ -241,3 +244,22 @@ def test_a_simulation_whose_model_raises_has_failed(tmp_path: Path) -> None:
     summary = read_summary(tmp_path / "run")
     assert summary is not None
     assert (summary["status"], summary["reason"]) == ("failed", "OSError: no space is left")
+
+
+@pytest.mark.parametrize("runtime", ["sim", "replay"])
+def test_a_run_whose_directory_is_deleted_meanwhile_fails_and_leaves_nothing(
+    runtime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    former, run_dir = tmp_path / "former", tmp_path / "run"
+    train([*QUADRATIC, "train.max_iterations=50"], run_dir=former)
+    compute = Quadratic.compute
+
+    def delete(source: Quadratic, reply: Reply) -> Push:
+        shutil.rmtree(run_dir, ignore_errors=True)
+        return compute(source, reply)
+
+    monkeypatch.setattr(Quadratic, "compute", delete)
+    overrides = [*QUADRATIC, "train.max_iterations=50"] if runtime == "sim" else ["runtime=replay", f"replay.run={former}"]
+    with pytest.raises(RunFailed, match=f"^the run directory {run_dir} is gone"):
+        train(overrides, run_dir=run_dir)
+    assert list(tmp_path.iterdir()) == [former]

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import resource
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +16,13 @@ import pytest
 import torch
 
 from ormo_rpc.config.parsing import parse_config
-from ormo_rpc.errors import ConfigError
+from ormo_rpc.errors import ConfigError, RunFailed
+from ormo_rpc.rendezvous.secret import new_secret, write_secret
 from ormo_rpc.server.events import Event, Kind
+from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.counters import RunCounters
-from ormo_rpc.storage.run_directory import RunDirectory, read_trace, rows_so_far
+from ormo_rpc.storage.launch import Launch
+from ormo_rpc.storage.run_directory import RunDirectory, read_trace, rows_so_far, write_json
 from ormo_rpc.storage.summary import Summary, extend_summary, identity, read_summary, unfinished_summary, write_summary
 from tests.support.processes import PATIENCE_SECONDS
 
@@ -49,6 +53,55 @@ def test_a_directory_is_used_once(tmp_path: Path) -> None:
         "transports": {"1": {"transport": "shm", "reason": "one machine"}},
     }
     assert read_summary(tmp_path) is None
+
+
+@pytest.mark.parametrize("how", ["deleted", "moved", "emptied", "replaced"])
+def test_a_run_directory_that_is_gone_is_noticed_and_not_made_again(how: str, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    RunDirectory.claim(path)
+    directory = RunDirectory(path)
+    directory.write_header()
+    directory.flush()
+    if how == "moved":
+        path.rename(tmp_path / "elsewhere")
+    elif how == "emptied":
+        for file in path.iterdir():
+            file.unlink()
+    else:
+        shutil.rmtree(path)
+    if how == "replaced":
+        RunDirectory.claim(path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(RunFailed, match=f"^the run directory {path} is gone: it was deleted, moved or replaced"):
+        directory.flush()
+    if how != "replaced":
+        with pytest.raises(RunFailed, match="is gone"):
+            write_summary(path, Summary(status="completed"))
+        if how != "emptied":
+            with pytest.raises(FileNotFoundError):
+                checkpoint.write(path, {"iteration": 1}, {}, parse_config({}), keep=1)
+    directory.close()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_file_that_the_disk_has_no_room_for_leaves_nothing(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk; it was left half under its temporary name."""
+    write_json(tmp_path / "plan.json", {"jobs": 1})
+    former, (soft, hard) = (tmp_path / "plan.json").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_json(tmp_path / "plan.json", {"jobs": 2})
+        with pytest.raises(OSError, match="File too large"):
+            Launch(overrides=("a=1",)).write(tmp_path)
+        with pytest.raises(ConfigError, match="File too large"):
+            write_secret(tmp_path / "secret", new_secret())
+        with pytest.raises(OSError, match="File too large"):
+            checkpoint.write(tmp_path, {"iteration": 1}, {}, parse_config({}), keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "plan.json").read_bytes() == former
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == [tmp_path / "plan.json"]
 
 
 def test_one_of_two_processes_that_claim_a_directory_at_once_gets_it(tmp_path: Path) -> None:
@@ -127,6 +180,7 @@ def test_counters_survive_the_process_and_count_what_a_new_one_does_not_have(tmp
 
 
 def test_the_end_lasts_until_the_other_processes_have_ended(tmp_path: Path) -> None:
+    RunDirectory.claim(tmp_path)
     content = write_summary(tmp_path, Summary(status="completed", wall_seconds=5.0, start_seconds=3.0, end_seconds=0.5))
     extended = extend_summary(tmp_path, content, 5.25)
     assert extended == read_summary(tmp_path) == {**content, "wall_seconds": 5.25, "end_seconds": 0.75}
@@ -145,6 +199,7 @@ def test_every_key_of_the_summary_is_documented_and_none_by_default() -> None:
 
 def test_the_summary_of_a_run_without_a_server_has_what_the_configuration_determines(tmp_path: Path) -> None:
     config = parse_config({"workers": 3, "seed": 7, "algorithm": {"name": "asgd"}})
+    RunDirectory.claim(tmp_path)
     content = write_summary(tmp_path, unfinished_summary(config, "failed", "no port is free", 2.5))
     assert content == read_summary(tmp_path)
     known = {"status": "failed", "reason": "no port is free", "wall_seconds": 2.5, **identity(config)}
