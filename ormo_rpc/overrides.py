@@ -14,6 +14,8 @@ from ormo_rpc.config.write_conf import conf_dir
 from ormo_rpc.errors import ConfigError
 
 _HYDRA_PATHS = ("hydra.run.dir", "hydra.sweep.dir")
+_IPV6_ADDRESS = r"\[[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(%\w+)?\]:\d+"
+"""One with a port, such as ``[::1]:29400``, which would be read as a list."""
 _NO_NAMES = ("", "null", "true", "false")
 """Values that hydra does not take for the name of a file of a group."""
 
@@ -62,6 +64,8 @@ def _readable(word: str) -> str:
     key, _, value = word.partition("=")
     if key in _HYDRA_PATHS:
         value = expanded(key, value)
+    if re.fullmatch(_IPV6_ADDRESS, value):
+        return f"{key}={_quoted(value)}"
     if not value or value[0] in "'\"[{" or "${" in value or re.fullmatch(r"\w+\(.*\)", value) or _is_read(f"{key}={value}"):
         return f"{key}={value}" if value else word
     values = [value] if "(" in value else value.split(",")

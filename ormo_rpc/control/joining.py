@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -13,14 +12,13 @@ from ormo_rpc.control.base import Control
 from ormo_rpc.control.lines import LineControl
 from ormo_rpc.control.messages import JoinRequest, JoinResponse
 from ormo_rpc.errors import Refused, ServerLost, StaleSession
+from ormo_rpc.rendezvous.addresses import written
+from ormo_rpc.rendezvous.connecting import Patience
 from ormo_rpc.rendezvous.lease import Lease, connect, refused_by
 from ormo_rpc.rendezvous.secret import Secret
 
 RETRY_SECONDS = 0.2
 """The pause between two attempts to join."""
-WARN_AFTER_SECONDS = 5.0
-"""Failed attempts are logged after this time."""
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,23 +64,18 @@ def joined(
         RunEnded: the run is over.
         WireError: the server refuses this worker (`Refused`), or does not know the secret.
     """
-    started, warned = time.monotonic(), False
     with contextlib.ExitStack() as stack:
-        while True:
-            waited = time.monotonic() - started
-            left = timeout_seconds - waited
-            try:
-                membership = _attempt(stack, address, secret, request, max(left, 0.01))
-                break
-            except (OSError, EOFError, ServerLost, StaleSession) as error:
-                stack.close()
-                reason = f"no server can be joined at {address[0]}:{address[1]}: {error or type(error).__name__}"
-                if left <= 0 or stopping():
-                    raise ServerLost(f"{reason}; gave up after {waited:.1f} s") from None
-                if waited > WARN_AFTER_SECONDS and not warned:
-                    warned = True
-                    _log.warning("%s; trying for another %.0f s", reason, left)
-            time.sleep(RETRY_SECONDS)
+        with Patience(f"no server can be joined at {written(*address)}", timeout_seconds) as patience:
+            while True:
+                try:
+                    membership = _attempt(stack, address, secret, request, patience)
+                    break
+                except (OSError, EOFError, ServerLost, StaleSession) as error:
+                    stack.close()
+                    patience.failed(error)
+                    if patience.left_seconds <= 0 or stopping():
+                        raise ServerLost(patience.given_up()) from None
+                time.sleep(RETRY_SECONDS)
         yield membership
 
 
@@ -104,11 +97,13 @@ def admitted(address: tuple[str, int], secret: Secret, *, timeout_seconds: float
 
 
 def _attempt(
-    stack: contextlib.ExitStack, address: tuple[str, int], secret: Secret, request: JoinRequest, timeout_seconds: float
+    stack: contextlib.ExitStack, address: tuple[str, int], secret: Secret, request: JoinRequest, patience: Patience
 ) -> Joined:
     """Make one attempt; what is to be closed goes onto the stack, also where it fails."""
-    lease = connect(address, secret, timeout_seconds=timeout_seconds)
+    left = max(patience.left_seconds, 0.01)
+    lease = connect(address, secret, timeout_seconds=left, waits_for=patience.waits_for)
     control = _control(stack, lease)
+    patience.waits_for("admitted, and not a member yet")
     try:
         return Joined(lease=lease, control=control, response=control.join(request))
     except Refused as error:
@@ -126,16 +121,17 @@ def _control(stack: contextlib.ExitStack, lease: Lease) -> Control:
     if admission.agent is None or torch_rpc.unavailable():
         reason = torch_rpc.unavailable() or "the server names no agent"
         raise Refused(f"runtime.control: the server uses {admission.control}, expected socket on all machines: {reason}")
+    from ormo_rpc.control.torch_rpc.agent import agent_address
     from ormo_rpc.control.torch_rpc.client import RpcControl
     from ormo_rpc.control.torch_rpc.holder import AGENT
 
     timeout_seconds = admission.call_timeout_seconds
     stack.enter_context(AGENT.hold(admission.agent, host=lease.local_host, timeout_seconds=timeout_seconds))
     try:
-        return RpcControl(admission.admission_id, timeout_seconds)
+        return RpcControl(admission.admission_id, agent_address(admission.agent), timeout_seconds)
     except ServerLost as error:
         AGENT.replace()
         raise ServerLost(
-            f"the server's agent of torch.distributed.rpc at {admission.agent} does not answer ({error}); its port has to be "
-            "open to this machine, or start the run with runtime.control=socket"
+            f"the server's agent of torch.distributed.rpc at {written(*agent_address(admission.agent))} does not answer "
+            f"({error}); its port has to be open to this machine, or start the run with runtime.control=socket"
         ) from None

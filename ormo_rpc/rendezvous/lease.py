@@ -10,9 +10,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ormo_rpc.errors import Refused, WireError
+from ormo_rpc.rendezvous.addresses import written
+from ormo_rpc.rendezvous.connecting import open_connection
 from ormo_rpc.rendezvous.protocol import Admission, LineReader, authenticate_server, from_server, send
 from ormo_rpc.rendezvous.secret import Secret
 
+HANDSHAKE_SECONDS = 20.0
+"""For each step: a connection waits while a server is started again, and one whose peer has vanished is given up."""
 MAX_RESPONSE_BYTES = 1 << 25
 """The longest line of an authenticated server; the fingerprint of a layer has some 100 bytes."""
 
@@ -80,22 +84,27 @@ class Lease:
 
 def refused_by(address: tuple[str, int], error: Refused) -> Refused:
     """The refusal of a server, with its address."""
-    return Refused(f"the server at {address[0]}:{address[1]} refused this worker: {error}")
+    return Refused(f"the server at {written(*address)} refused this worker: {error}")
 
 
-def connect(address: tuple[str, int], secret: Secret, *, timeout_seconds: float) -> Lease:
+def connect(
+    address: tuple[str, int], secret: Secret, *, timeout_seconds: float, waits_for: Callable[[str], None] = lambda _: None
+) -> Lease:
     """Make one attempt to be admitted.
 
     Args:
         address: Host and port of the server's listener.
         secret: Of the run.
-        timeout_seconds: For each step of it.
+        timeout_seconds: For each step of it; the connection has at most `CONNECT_SECONDS`, any other one `HANDSHAKE_SECONDS`.
+        waits_for: Called with what is waited for, in words.
 
     Raises:
         OSError, EOFError: the server cannot be reached.
         WireError: the server refuses this process (`Refused`), or does not know the secret.
     """
-    connection = socket.create_connection(address, timeout_seconds)
+    connection = open_connection(address, timeout_seconds)
+    waits_for("connected, and the server does not answer yet")
+    timeout_seconds = min(timeout_seconds, HANDSHAKE_SECONDS)
     try:
         reader = LineReader(connection)
         try:

@@ -19,6 +19,7 @@ from ormo_rpc.config.runtimes import SimRuntime
 from ormo_rpc.config.schema import Config, Role
 from ormo_rpc.errors import RunFailed
 from ormo_rpc.options.imports import refuse_while_importing
+from ormo_rpc.runtimes import server_address
 from ormo_rpc.runtimes.attempts import claimed_by, continues
 from ormo_rpc.runtimes.distributed.launcher.agent import end_with_agent
 from ormo_rpc.runtimes.ranks import TORCHRUN, Ranks
@@ -73,10 +74,12 @@ def run(
         end_with_agent()
     if config.role is Role.worker:
         check_elastic_worker(config, ranks)
+        server_address.check(config, ranks)
         importlib.import_module(MODULES["rpc"]).join(config)
         return {}
     config = decide_workers(config, ranks)
     check_secret(config, ranks)
+    server_address.check(config, ranks)
     from ormo_rpc.runtimes import prepare  # what follows needs PyTorch
 
     runtime = importlib.import_module(MODULES[config.runtime.name])

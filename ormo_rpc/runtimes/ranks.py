@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ormo_rpc.errors import ConfigError
+from ormo_rpc.rendezvous.addresses import written
 from ormo_rpc.runtimes import slurm
 
 TORCHRUN, SRUN, BY_HAND = "torchrun", "srun", "env://"
@@ -197,7 +198,7 @@ def _master(env: Mapping[str, str], beside: str, advice: str) -> str:
     if not env.get("MASTER_ADDR"):
         raise ConfigError(f"MASTER_ADDR: got nothing in the environment beside {beside}, expected the host of rank 0; {advice}")
     port = _number(env, "MASTER_PORT", "a port of rank 0's host", beside, advice)
-    return f"{env['MASTER_ADDR']}:{port}"
+    return written(env["MASTER_ADDR"], port)
 
 
 def _number(env: Mapping[str, str], name: str, expected: str, beside: str, advice: str) -> int:

@@ -17,7 +17,6 @@ transport.
 
 from __future__ import annotations
 
-import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -33,6 +32,7 @@ from ormo_rpc.errors import Refused
 from ormo_rpc.kernels.pool import Memory
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.options.part import Part
+from ormo_rpc.rendezvous.connecting import open_connection
 from ormo_rpc.rendezvous.lease import Lease
 from ormo_rpc.rendezvous.protocol import LineReader, authenticate_server
 from ormo_rpc.rendezvous.secret import Secret
@@ -302,7 +302,7 @@ class Endpoint:
             OSError, EOFError: the server cannot be reached.
             WireError: it does not know the secret.
         """
-        connection = socket.create_connection(self.address, self.timeout_seconds)
+        connection = open_connection(self.address, self.timeout_seconds)
         try:
             reader = LineReader(connection)
             authenticate_server(reader, self.secret, {"stream": True}, self.timeout_seconds)

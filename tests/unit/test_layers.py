@@ -40,7 +40,7 @@ ONLY_IN = {
     ),
     "torch.distributed.rpc": ("control.torch_rpc", "transports.rpc"),
     "torch.futures": ("control.torch_rpc", "transports.rpc"),
-    "socket": ("rendezvous", "transports.base", "transports.gloo", "transports.stream", "runtimes.distributed"),
+    "socket": ("rendezvous", "transports.gloo", "transports.stream", "runtimes.distributed"),
     "subprocess": ("kernels.compiled", "storage.environment", "runtimes.distributed.launcher"),
     "hydra": ("overrides", "sweeps", "cli"),
     "omegaconf": ("sweeps", "cli", "config", "runtimes.distributed.worker_process"),

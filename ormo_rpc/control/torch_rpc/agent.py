@@ -29,7 +29,8 @@ from torch.distributed.rpc import TensorPipeAgent, api, backend_registry
 from ormo_rpc.control.torch_rpc import unpickling
 from ormo_rpc.control.torch_rpc.confinement import run_confined
 from ormo_rpc.errors import ConfigError
-from ormo_rpc.rendezvous.addresses import interface_of, specific_address
+from ormo_rpc.rendezvous.addresses import parse_address
+from ormo_rpc.rendezvous.interfaces import interface_of, specific_address
 
 SERVER = "server"
 """The server's name for the agents of its workers."""
@@ -95,9 +96,14 @@ def rpc_agent(
         rpc.shutdown(graceful=False)  # a graceful one would ask every process, and wait for dead ones
 
 
+def agent_address(address: str) -> tuple[str, int]:
+    """Host and port in the address of an agent."""
+    return parse_address(address.removeprefix("uv://"))
+
+
 def _check_host(address: str, host: str) -> None:
     """Refuse an agent that listens elsewhere, as where its interface has several addresses; on loopback all are one."""
-    listens = ipaddress.ip_address(address.removeprefix("uv://").rpartition(":")[0].strip("[]"))
+    listens = ipaddress.ip_address(agent_address(address)[0])
     wanted = ipaddress.ip_address(host)
     if listens != wanted and not (listens.is_loopback and wanted.is_loopback):
         raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from ormo_rpc.control.messages import unpack_result
 from ormo_rpc.control.torch_rpc import server
 from ormo_rpc.control.torch_rpc.agent import SERVER
 from ormo_rpc.errors import ServerLost
+from ormo_rpc.rendezvous.connecting import CONNECT_SECONDS, NO_ANSWER, is_unanswered
 
 _log = logging.getLogger(__name__)
 
@@ -25,14 +27,16 @@ class RpcControl(Calls):
 
     Args:
         admission_id: Of the lease.
+        agent: Host and port of the server's agent.
         timeout_seconds: For each call.
 
     Raises:
         ServerLost: the server does not answer.
     """
 
-    def __init__(self, admission_id: str, timeout_seconds: float) -> None:
+    def __init__(self, admission_id: str, agent: tuple[str, int], timeout_seconds: float) -> None:
         super().__init__(admission_id)
+        self._agent = agent
         self.timeout_seconds = timeout_seconds
         self.server = self.probe()
         _log.info("got the server's RRef; calls go to its owner, the agent named %s", self.server.owner_name())
@@ -40,11 +44,19 @@ class RpcControl(Calls):
     def probe(self) -> rpc.RRef[server.Published]:
         """Ask for the RRef, which a server that is alive returns at once.
 
+        A connection of ours to its port, to see whether it is open, would end its agent, which has to be spoken to.
+
         Raises:
-            ServerLost: it does not answer.
+            ServerLost: it does not answer, or its port does not, which is known sooner.
         """
+        came = threading.Event()
         try:
-            self.server = rpc.rpc_sync(SERVER, server.published, timeout=self.timeout_seconds)
+            answer = rpc.rpc_async(SERVER, server.published, timeout=self.timeout_seconds)
+            answer.add_done_callback(lambda _: came.set())
+            while not came.wait(CONNECT_SECONDS):
+                if is_unanswered(self._agent):
+                    raise ServerLost(NO_ANSWER.format(CONNECT_SECONDS))
+            self.server = answer.wait()
         except RuntimeError as error:
             raise ServerLost(first_line(error)) from None
         return self.server
@@ -80,5 +92,5 @@ class RpcControl(Calls):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error, as torch adds a traceback of the other process."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    """The first line of an error, as torch adds a traceback of the other process, without the place in its own source."""
+    return (str(error) or type(error).__name__).splitlines()[0].partition(" (this error originated at")[0]

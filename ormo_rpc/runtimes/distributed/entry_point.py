@@ -27,7 +27,7 @@ from ormo_rpc.runtimes.distributed.launcher.child import EXIT_DONE, EXIT_NO_REST
 from ormo_rpc.runtimes.distributed.server_process import server_process
 from ormo_rpc.runtimes.distributed.shortages import reason_of_end
 from ormo_rpc.runtimes.distributed.worker_process.worker_process import WorkerArgs, WorkerProcess
-from ormo_rpc.runtimes.torchrun_store import ADDRESS, SECRET_FILE, connect
+from ormo_rpc.runtimes.torchrun_store import ADDRESS, SECRET_FILE, connect, wait_for
 from ormo_rpc.signals import follow
 
 EXPECTED_ERRORS = (WorkerBanned, ServerLost, WireError, ConfigError, OSError)
@@ -99,11 +99,11 @@ def _run_worker(arguments: argparse.Namespace, report: Callable[[str], None]) ->
         address, secret_file = arguments.address, arguments.secret_file
     else:
         store = connect(arguments.store, arguments.start_timeout_seconds)
-        address, secret_file = store.get(ADDRESS).decode(), store.get(SECRET_FILE).decode() or None
+        address, secret_file = wait_for(store, (ADDRESS, SECRET_FILE), arguments.start_timeout_seconds)
     worker = WorkerProcess(
         WorkerArgs(
             address=parse_address(address),
-            secret=_secret(secret_file),
+            secret=_secret(secret_file or None),
             preferred_worker=arguments.preferred_worker,
             slot_id=arguments.slot_id,
             restart_count=arguments.restart_count,

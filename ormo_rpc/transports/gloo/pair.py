@@ -155,7 +155,9 @@ def make_pair(rank: int, host: str, exchange: Callable[[Address], Address], time
         if store.failure is not None:
             raise store.failure from None
         reason = str(error) if isinstance(error, PairLost) else _reason(error)
-        raise PairLost(f"no connection within {timeout_seconds:g} s" if reason == NOTHING_CAME else reason) from None
+        if reason == NOTHING_CAME:
+            reason = f"no connection within {timeout_seconds:g} s: the ports of both sides have to be open to one another"
+        raise PairLost(reason) from None
     return Pair(group, rank, _connections_between(store.own, store.other))
 
 

@@ -157,7 +157,8 @@ def test_joining_a_server_that_is_not_there_times_out(caplog: pytest.LogCaptureF
         free = taken.getsockname()[:2]
     with (
         pytest.raises(
-            ServerLost, match=rf"\Ano server can be joined at 127\.0\.0\.1:{free[1]}: .*refused; gave up after 0\.\d s\Z"
+            ServerLost,
+            match=rf"\Ano server can be joined at 127\.0\.0\.1:{free[1]}: refused: .*; gave up after 0\.\d s\Z",
         ),
         join(free, timeout_seconds=0.5),
     ):

@@ -21,13 +21,12 @@ from ormo_rpc.data import DataSource
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.rendezvous.addresses import (
     address_of,
-    interface_address,
-    interface_of,
     listen_at,
     parse_address,
-    specific_address,
 )
+from ormo_rpc.rendezvous.interfaces import interface_of, specific_address
 from ormo_rpc.rendezvous.secret import new_secret, read_secret, require_secret, write_secret
+from ormo_rpc.runtimes import server_address
 from ormo_rpc.runtimes.attempts import FormerRun, former_run, remember
 from ormo_rpc.runtimes.distributed.launcher.process_monitor import ProcessMonitor, ProcessSlot, if_killed, unless_server_lost
 from ormo_rpc.runtimes.distributed.launcher.rank import Rank, server_over, with_interface
@@ -153,26 +152,23 @@ def rank_process(
     """Start the one process of this rank; the value is its slot.
 
     The server leaves its address in the store of torchrun's agent, and keeps it when torchrun starts the ranks again: workers
-    of nodes whose ranks go on look for it there. Without such a store the server listens at the port that all ranks were told,
-    where `torch.distributed` would have one.
+    of nodes whose ranks go on look for it there. Without such a store the server listens where all ranks were told.
     """
     store = ("--store", ranks.master) if ranks.agent_store else ()
     launcher = Launcher(monitor.supervisor, config, logs=None)
-    loopback = ranks.one_machine and config.rpc.interface is None
-    chosen_host, _, chosen_port = ranks.master.rpartition(":")
     if ranks.rank > 0:
-        address = f"{'127.0.0.1' if loopback else chosen_host}:{chosen_port}"
+        address = server_address.without_store(config, ranks)
         server_args = store or ("--address", address, *_option("--secret-file", config.server.secret_file))
         start_worker = launcher.worker(ranks.rank - 1, *server_args, before=ranks.attempt)
         name = f"worker {ranks.rank - 1}"
         yield monitor.add(name, start_worker, should_restart=unless_server_lost, essential=True)
         return
     secret_file = _run_secret(config, run_dir) if ranks.one_machine and ranks.agent_store else _shared_secret(config)
-    host = "127.0.0.1" if loopback else interface_address(config.rpc.interface)
-    port = 0 if ranks.agent_store else int(chosen_port)
     former = former_run(ranks, run_dir) if ranks.agent_store else None
-    with _listen_again(former and former.address, f"{host}:{port}", public=config.server.public) as listener:
-        address = address_of(listener)
+    wanted = server_address.of_rank_0(config, ranks)
+    with _listen_again(former and former.address, wanted, public=config.server.public) as listener:
+        address, host = address_of(listener), str(listener.getsockname()[0])
+        server_address.check_reachable(host, ranks)
         remember(ranks, FormerRun(run_dir, address))
         Rank(ranks, report).say(f"the server at {address} on {with_interface(host)}, run directory {run_dir}")
         start_server = launcher.server(run_dir, began, listener, secret_file, "--address", address, *store)
@@ -186,7 +182,10 @@ def _listen_again(former: str | None, address: str, *, public: bool) -> socket.s
         with contextlib.suppress(ConfigError):
             return listen_at(former, public=public)
         time.sleep(0.1)
-    return listen_at(address, public=public)
+    try:
+        return listen_at(address, public=public)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; rank 0 is on {socket.gethostname()}") from None
 
 
 @contextlib.contextmanager

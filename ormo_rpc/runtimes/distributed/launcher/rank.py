@@ -14,8 +14,9 @@ from typing import Any
 
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
-from ormo_rpc.rendezvous.addresses import interface_of, local_address, parse_address
-from ormo_rpc.runtimes import torchrun_store
+from ormo_rpc.rendezvous.addresses import parse_address
+from ormo_rpc.rendezvous.interfaces import interface_of, local_address
+from ormo_rpc.runtimes import server_address, torchrun_store
 from ormo_rpc.runtimes.ranks import TORCHRUN, Ranks
 
 POLL_SECONDS = 0.5
@@ -57,14 +58,14 @@ class WorkerRank(Rank):
         super().__init__(ranks, report)
         self.ended = threading.Event()
         self._stop = threading.Event()
-        self._timeout_seconds = config.rpc.start_timeout_seconds
+        self._config = config
         self._result: dict[str, Any] = {}
 
     def __enter__(self) -> WorkerRank:
         if self.ranks.agent_store:
             threading.Thread(target=self._follow, name="torchrun's store", daemon=True).start()
         else:
-            self._say_server(self.ranks.master)
+            self._say_server(server_address.without_store(self._config, self.ranks))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -82,7 +83,7 @@ class WorkerRank(Rank):
 
     def _follow(self) -> None:
         with contextlib.suppress(RuntimeError):  # the store has ended with its agent
-            store = torchrun_store.connect(self.ranks.master, self._timeout_seconds)
+            store = torchrun_store.connect(self.ranks.master, self._config.rpc.start_timeout_seconds, silent=True)
             while (address := torchrun_store.read(store, torchrun_store.ADDRESS)) is None:
                 if self._stop.wait(POLL_SECONDS):
                     return

@@ -16,7 +16,8 @@ from typing import Any
 from ormo_rpc.config.parsing import load_config
 from ormo_rpc.control import torch_rpc
 from ormo_rpc.kernels.pool import pooled
-from ormo_rpc.rendezvous.addresses import address_of, specific_address
+from ormo_rpc.rendezvous.addresses import address_of
+from ormo_rpc.rendezvous.interfaces import specific_address
 from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.runtimes.collectives import COLLECTIVES, SharedValues
 from ormo_rpc.runtimes.distributed.server_process.requested_checkpoint import RequestedCheckpoint

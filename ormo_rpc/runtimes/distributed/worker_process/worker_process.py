@@ -24,6 +24,7 @@ from ormo_rpc.control.joining import Joined, joined
 from ormo_rpc.control.messages import JoinRequest
 from ormo_rpc.errors import ConfigError, Refused, RunEnded, ServerLost, StaleSession, one_line
 from ormo_rpc.models.fingerprint import Fingerprint
+from ormo_rpc.rendezvous.connecting import Patience
 from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.runtimes.collectives import COLLECTIVES
 from ormo_rpc.runtimes.distributed.shortages import limit_reached
@@ -135,6 +136,9 @@ class WorkerLoop:
         self._worker: Worker | None = None
         self._transport: WorkerSide | None = None
         self._injector: FaultInjector | None = None
+        self._paths = contextlib.ExitStack()
+        self._patience: Patience | None = None
+        """From the first path for pushes that could not be opened, until one is."""
 
     def run(self, on_job: Callable[[Job], None] = lambda _: None) -> None:
         """Work to the end of the run; join again where the server was lost or has evicted this worker.
@@ -147,19 +151,20 @@ class WorkerLoop:
             WorkerBanned: the server has banned this worker.
         """
         context = self.context
-        while not context.leaving:
-            try:
-                self._run_once(on_job)
-                return
-            except RunEnded as end:
-                _log.info("%s", end)
-                return
-            except _JoinAgain as error:
-                _log.info("joining again: %s", error)
-            except ServerLost:
-                if context.leaving:
+        with self._paths:
+            while not context.leaving:
+                try:
+                    self._run_once(on_job)
                     return
-                raise
+                except RunEnded as end:
+                    _log.info("%s", end)
+                    return
+                except _JoinAgain as error:
+                    _log.info("joining again: %s", error)
+                except ServerLost:
+                    if context.leaving:
+                        return
+                    raise
 
     def _run_once(self, on_job: Callable[[Job], None]) -> None:
         """Work as one member of the run, to its end.
@@ -198,15 +203,37 @@ class WorkerLoop:
                 timeout_seconds=job.config.rpc.rpc_timeout_seconds,
                 chosen=lambda *path: paths.append(path),
             )
+            opened = False
             try:
                 with transport.connect(endpoint, worker.wire) as server:
+                    opened = True
+                    self._set_patience(None)
                     if args.announce:
                         args.report("joined as worker {}; pushes by {}: {}".format(number, *paths[-1]))
                     self._injector.joining(CONNECT)
                     self._work(job.config, worker, server, number, self._injector)
                     server.leave()
             except (ServerLost, StaleSession) as error:
+                if not opened:
+                    self._path_failed(error)
                 raise _JoinAgain(str(error)) from None
+
+    def _path_failed(self, error: Exception) -> None:
+        """Note that no path for pushes could be opened.
+
+        Raises:
+            ServerLost: none could for too long.
+        """
+        if self._patience is None:
+            self._set_patience(Patience("no path for pushes can be opened", self.context.args.timeout_seconds))
+        assert self._patience is not None
+        self._patience.failed(error)
+        if self._patience.left_seconds <= 0:
+            raise ServerLost(self._patience.given_up()) from None
+
+    def _set_patience(self, patience: Patience | None) -> None:
+        self._paths.close()
+        self._patience = patience and self._paths.enter_context(patience)
 
     def leave(self) -> None:
         """Ask to leave; called from another thread."""
