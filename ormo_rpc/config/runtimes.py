@@ -104,7 +104,9 @@ class RpcRuntime(Runtime):
         "torch's), or auto, which is socket with transport=tcp or where torch has no RPC, else rpc",
     )
     interface: str | None = option(
-        None, "under torchrun: network interface between the nodes, such as eth0; loopback when all is on one machine"
+        None,
+        "under torchrun and the like: network interface between the nodes, such as eth0, in place of a host in server.address; "
+        "loopback when all is on one machine",
     )
     faults: list[str] = option(
         [],

@@ -134,7 +134,9 @@ class Server(Section):
 
     PATH = "server"
     address: str | None = option(
-        None, "HOST:PORT where the server listens (by default on loopback) or, with role=worker, where to join"
+        None,
+        "HOST:PORT where the server listens (by default on loopback) or, with role=worker, where to join; :PORT alone under "
+        "torchrun",
     )
     secret_file: str | None = option(
         None, "file with the secret of the run; else ORMO_RPC_SECRET counts, else one is made for the run", path=True

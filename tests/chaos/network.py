@@ -16,18 +16,16 @@ class Namespace:
 
     Attributes:
         prefix: What their commands begin with.
-        overrides: Of ``launch.py``, which have to come with it.
         name: Its name; None for that of this process.
     """
 
     prefix: tuple[str, ...] = ()
-    overrides: tuple[str, ...] = ()
     name: str | None = None
 
     @classmethod
     def of(cls, node: Node) -> Namespace:
         """The namespace of a node."""
-        return cls(node.prefix, ("runtime.interface=eth0",), node.namespace)
+        return cls(node.prefix, node.namespace)
 
     def tcp_table(self) -> str:
         """The TCP sockets of this namespace, as Linux lists them; empty if it does not exist."""

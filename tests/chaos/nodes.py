@@ -115,7 +115,7 @@ def vanished_and_back(nodes: Nodes, folder: Path, *, timeout: float, seconds: fl
         run = Watched(job)
         run.wait_for_work(range(3), "gradients of three workers")
         address = json.loads((job.run_dir / "processes.json").read_text())["address"]
-        elastic = job.command(third, "launch.py", "role=worker", f"server.address={address}", "runtime.interface=eth0")
+        elastic = job.command(third, "launch.py", "role=worker", f"server.address={address}")
         run.wait_for_work(range(4), "gradients of the third node")
         run.rows.append(("a third node joins with role=worker", "it works as worker 3"))
         nodes.link(second, up=False)

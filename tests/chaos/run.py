@@ -56,7 +56,7 @@ class Launched:
     @classmethod
     def launch(cls, namespace: Namespace, *overrides: str) -> Launched:
         """Start ``launch.py``."""
-        return cls.start(namespace, "launch.py", "logger=none", *namespace.overrides, *overrides)
+        return cls.start(namespace, "launch.py", "logger=none", *overrides)
 
     @classmethod
     def start(cls, namespace: Namespace, *arguments: str) -> Launched:

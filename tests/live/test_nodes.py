@@ -19,10 +19,10 @@ pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]
 
 
 @pytest.fixture
-def nodes() -> Generator[Nodes]:
+def nodes(request: pytest.FixtureRequest) -> Generator[Nodes]:
     if reason := why_none():
         pytest.skip(reason)
-    with Nodes(3, interfaces=2) as made:
+    with Nodes(3, interfaces=2, version=getattr(request, "param", 4)) as made:
         yield made
 
 
@@ -35,15 +35,20 @@ def check_lineage(run_dir: Path, total: int) -> None:
 
 # Torchrun numbers the nodes of c10d in the order of their addresses: rank 0 is on the first node by eth0, on the last by eth1.
 @pytest.mark.parametrize(
-    ("rendezvous", "host", "ranks", "interface"),
-    [("c10d", 1, [1, 1], 0), ("c10d", 0, [1, 1, 1], 1), ("static", 0, [2, 2], 0)],
-    ids=["c10d, store not on the node of rank 0", "c10d, rank 0 on the third node", "static, two ranks a node"],
+    ("rendezvous", "host", "ranks", "interface", "port", "nodes"),
+    [("c10d", 1, [1, 1], 0, None, 4), ("c10d", 0, [1, 1, 1], 1, None, 4), ("static", 0, [2, 2], 0, 41600, 6)],
+    ids=[
+        "c10d, store not on the node of rank 0",
+        "c10d, rank 0 on the third node",
+        "static, two ranks a node, IPv6, fixed port",
+    ],
+    indirect=["nodes"],
 )
 def test_nodes_train_together_over_the_wanted_interface_alone(
-    rendezvous: str, host: int, ranks: list[int], interface: int, nodes: Nodes, tmp_path: Path
+    rendezvous: str, host: int, ranks: list[int], interface: int, port: int | None, nodes: Nodes, tmp_path: Path
 ) -> None:
     total, workers = 400, sum(ranks) - 1
-    options = (f"train.max_iterations={total}",)
+    options = (f"train.max_iterations={total}", *([] if port is None else [f"server.address=:{port}"]))
     used = nodes.nodes[: len(ranks)]
     nodes.set_port_range(*PORTS)
     with TorchrunJob(tmp_path, used, options, rendezvous=rendezvous, host=host, ranks=ranks, interface=interface) as job:
@@ -69,16 +74,37 @@ def test_nodes_train_together_over_the_wanted_interface_alone(
     check_lineage(job.run_dir, total)
 
     address = processes(job.run_dir)["address"]
+    if port is not None:
+        assert address == f"[{server.addresses[interface]}]:{port}"
+    at = re.escape(address)
     over = rf"on eth{interface} \({re.escape(server.addresses[interface])}\)"
-    assert re.search(rf"^launch\.py: rank 0 of {workers + 1} on {server.host}: the server at {address} {over}", said, re.M), (
-        said
-    )
+    assert re.search(rf"^launch\.py: rank 0 of {workers + 1} on {server.host}: the server at {at} {over}", said, re.M), said
     for worker in range(workers):
         who = rf"^launch\.py: rank {worker + 1} of {workers + 1} on node-.: "
-        assert re.search(rf"{who}worker {worker}, for the server at {address} over eth{interface} \(", said, re.M), said
+        assert re.search(rf"{who}worker {worker}, for the server at {at} over eth{interface} \(", said, re.M), said
         assert re.search(rf"worker {worker}: joined as worker {worker}; pushes by {took[str(worker)]}: \w", said), said
         pushed = result["pushes_per_worker"][str(worker)]
         assert re.search(rf"{who}the run completed: {total} gradients, {pushed} of them by worker {worker}$", said, re.M), said
+
+
+def test_a_dropped_port_of_the_servers_agent_is_named_while_it_is_tried_again(nodes: Nodes, tmp_path: Path) -> None:
+    """The listener, at a port of its own, can be reached, and so can torchrun's store, but nothing else on the first node."""
+    first, second = nodes.nodes[:2]
+    nodes.set_port_range(*PORTS)
+    nodes.drop(first, PORTS)
+    options = ("train.max_iterations=40", "server.address=:29600")
+    with TorchrunJob(tmp_path, [first, second], options, rendezvous="static", ranks=[1, 1]) as job:
+        server = rf"{re.escape(first.address)}:"
+        line = (
+            rf"launch\.py: worker 0: no server can be joined at {server}29600: the server's agent of torch\.distributed\.rpc "
+            rf"at {server}41\d\d\d does not answer \(no answer within 4 s, as behind a firewall\); its port has to be open to "
+            r"this machine, or start the run with runtime\.control=socket; trying for another 17\d s\n"
+        )
+        wait_until(lambda: re.search(line, job.said(second)), "a line about the port")
+        nodes.drop(first, None)
+        assert job.wait() == [0, 0]
+    assert summary(job.run_dir)["status"] == "completed"
+    check_lineage(job.run_dir, 40)
 
 
 def test_ranks_that_torchrun_starts_again_continue_their_run(nodes: Nodes, tmp_path: Path) -> None:

@@ -18,8 +18,13 @@ from typing import Self
 
 import psutil
 
-NETWORKS = (ipaddress.ip_network("10.77.0.0/24"), ipaddress.ip_network("10.78.0.0/24"))
+NETWORKS = {
+    4: (ipaddress.ip_network("10.77.0.0/24"), ipaddress.ip_network("10.78.0.0/24")),
+    6: (ipaddress.ip_network("fd77::/64"), ipaddress.ip_network("fd78::/64")),
+}
 """Of the interfaces ``eth0``, on which the first node has the lowest address, and ``eth1``, on which it has the highest."""
+_FIREWALL, _LOCAL = 10, 20
+"""The places of rules for routes: dropped ports come before the addresses of the node itself."""
 _COMMAND_SECONDS = 10.0
 _count = itertools.count()
 """Of the `Nodes` of this process, for their names."""
@@ -87,17 +92,20 @@ class Nodes:
     Args:
         count: The number of nodes.
         interfaces: The number of interfaces of each.
+        version: 4, or 6 for addresses of IPv6 alone.
 
     Raises:
         OSError: on entering, where this machine lets no namespace be made.
     """
 
-    def __init__(self, count: int, *, interfaces: int = 1) -> None:
+    def __init__(self, count: int, *, interfaces: int = 1, version: int = 4) -> None:
         tag = f"nodes{os.getpid()}x{next(_count)}"
         self._switch = f"{tag}switch"
         self._interfaces = interfaces
+        self._networks = NETWORKS[version]
+        first, second = self._networks
         self.nodes = [
-            Node(f"{tag}{letter}", f"node-{letter}", (str(NETWORKS[0][number]), str(NETWORKS[1][9 - number]))[:interfaces])
+            Node(f"{tag}{letter}", f"node-{letter}", (str(first[number]), str(second[9 - number]))[:interfaces])
             for number, letter in enumerate("abcdefgh"[:count], 1)
         ]
 
@@ -120,6 +128,22 @@ class Nodes:
         """Take the cable of a node's ``eth0`` out, or put it back."""
         command("ip", "-n", self._switch, "link", "set", _port(node, 0), "up" if up else "down")
 
+    def drop(self, node: Node, ports: tuple[int, int] | None) -> None:
+        """Drop what comes to a range of a node's ports, as its firewall would, in place of the range before; None for no range.
+
+        Connections that are open stay open. It is done by a rule for routes, since these need no further program.
+        """
+        rules = ("ip", f"-{self._networks[0].version}", "-n", node.namespace, "rule")
+        with contextlib.suppress(OSError):  # there was none
+            command(*rules, "delete", "pref", str(_FIREWALL))
+        if ports is None:
+            return
+        with contextlib.suppress(OSError):  # it was done for an earlier range
+            command(*rules, "add", "pref", str(_LOCAL), "table", "local")
+            command(*rules, "delete", "pref", "0")
+        dropped = ("iif", "eth0", "ipproto", "tcp", "dport", f"{ports[0]}-{ports[1]}")
+        command(*rules, "add", "pref", str(_FIREWALL), *dropped, "blackhole")
+
     def set_port_range(self, first: int, last: int) -> None:
         """Set the ports that the nodes choose from where a program asks for any free one."""
         for node in self.nodes:
@@ -139,8 +163,10 @@ class Nodes:
                 ends = ("link", "add", interface, "netns", node.namespace, "type", "veth", "peer", "name", port)
                 command("ip", *ends, "netns", self._switch)
                 command("ip", "-n", self._switch, "link", "set", port, "master", bridge, "up")
-                subnet = NETWORKS[number].prefixlen
-                command("ip", "-n", node.namespace, "address", "add", f"{node.addresses[number]}/{subnet}", "dev", interface)
+                network = self._networks[number]
+                address = f"{node.addresses[number]}/{network.prefixlen}"
+                at_once = ["nodad"] if network.version == 6 else []
+                command("ip", "-n", node.namespace, "address", "add", address, "dev", interface, *at_once)
                 command("ip", "-n", node.namespace, "link", "set", interface, "up")
 
 

@@ -17,6 +17,7 @@ from typing import Self
 
 import psutil
 
+from ormo_rpc.rendezvous.addresses import written
 from tests.support.namespaces import Node
 from tests.support.processes import PATIENCE_SECONDS, QUIET, ROOT
 
@@ -105,7 +106,7 @@ class TorchrunJob:
         else:
             is_host = str(number == self._host).lower()
             words = [
-                f"--rdzv-endpoint={address}:{PORT}",
+                f"--rdzv-endpoint={written(address, PORT)}",
                 "--rdzv-backend=c10d",
                 f"--rdzv-conf=is_host={is_host},last_call_timeout=15",
             ]
