@@ -107,5 +107,5 @@ def test_leaving_a_lost_server_is_no_error(monkeypatch: pytest.MonkeyPatch) -> N
     wire = Wire(None, EOF)
     monkeypatch.setattr(rpc, "rpc_sync", wire)
     monkeypatch.setattr(rpc, "rpc_async", wire.begin)
-    TorchRpcClient(RpcControl("admission", 1.0), "session_id", torch.empty(0)).leave()
+    TorchRpcClient(RpcControl("admission", ("127.0.0.1", 9), 1.0), "session_id", torch.empty(0)).leave()
     assert (wire.called, wire.arguments[1:]) == (["published", "leave"], [('{"session_id": "session_id"}', 1.0)])
