@@ -31,7 +31,8 @@ from ormo_rpc.errors import ConfigError, Interrupted, RunFailed, one_line
 from ormo_rpc.options import parts
 from ormo_rpc.overrides import keys_of, prepared
 from ormo_rpc.runtimes.attempts import former_run
-from ormo_rpc.runtimes.ranks import Ranks
+from ormo_rpc.runtimes.distributed.launcher.agent import end_with_agent
+from ormo_rpc.runtimes.ranks import TORCHRUN, Ranks
 from ormo_rpc.signals import SignalWatch, interrupting
 from ormo_rpc.storage.launch import Launch
 from ormo_rpc.storage.sweep_directory import SweepDirectory
@@ -101,7 +102,10 @@ def main() -> None:
     ended: BaseException | None = None
     SweepStart.directory = None
     try:
-        sys.argv[1:] = [*prepared(arguments), *_directory(arguments)]
+        ranks = Ranks.from_environment()
+        if ranks is not None and ranks.launcher == TORCHRUN:
+            end_with_agent()
+        sys.argv[1:] = [*prepared(arguments), *_directory(arguments, ranks)]
         os.environ[FULL_ERROR] = "1"
         _hydra_main(job)
     except (Exception, KeyboardInterrupt, SystemExit) as error:
@@ -167,12 +171,11 @@ def _hydra_main(job: Callable[[DictConfig], float | None]) -> None:
     hydra.main(version_base="1.3", config_path=str(conf_dir().absolute()), config_name="config")(job)()
 
 
-def _directory(arguments: Sequence[str]) -> list[str]:
+def _directory(arguments: Sequence[str], ranks: Ranks | None) -> list[str]:
     """Return further arguments of hydra about the run directory, which the process that starts the server makes.
 
     A process without one makes none; rank 0 that was started again has the run directory of its former start.
     """
-    ranks = Ranks.from_environment()
     if (ranks is None or ranks.rank == 0) and "role=worker" not in arguments:
         former = None if ranks is None else former_run(ranks)
         return [] if former is None else prepared([f"hydra.run.dir={former.run_dir}"])

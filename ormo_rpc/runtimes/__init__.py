@@ -21,8 +21,7 @@ from ormo_rpc.errors import RunFailed
 from ormo_rpc.options.imports import refuse_while_importing
 from ormo_rpc.runtimes import server_address
 from ormo_rpc.runtimes.attempts import claimed_by, continues
-from ormo_rpc.runtimes.distributed.launcher.agent import end_with_agent
-from ormo_rpc.runtimes.ranks import TORCHRUN, Ranks
+from ormo_rpc.runtimes.ranks import Ranks
 from ormo_rpc.runtimes.workers import check_elastic_worker, check_secret, decide_workers
 from ormo_rpc.storage.launch import Launch
 from ormo_rpc.storage.run_directory import RunDirectory, check_present
@@ -70,8 +69,6 @@ def run(
     began = time.monotonic() if began is None else began
     config = located(config, start or Path.cwd())
     ranks = Ranks.from_environment()
-    if ranks is not None and ranks.launcher == TORCHRUN:
-        end_with_agent()
     if config.role is Role.worker:
         check_elastic_worker(config, ranks)
         server_address.check(config, ranks)
