@@ -32,6 +32,7 @@ from ormo_rpc.options import parts
 from ormo_rpc.overrides import keys_of, prepared
 from ormo_rpc.runtimes.attempts import former_run
 from ormo_rpc.runtimes.distributed.launcher.agent import end_with_agent
+from ormo_rpc.runtimes.distributed.preloading.preloading import Preloading
 from ormo_rpc.runtimes.ranks import TORCHRUN, Ranks
 from ormo_rpc.signals import SignalWatch, interrupting
 from ormo_rpc.storage.launch import Launch
@@ -46,6 +47,9 @@ EXTRA = "pip install 'ormo-rpc[sweeps]'"
 _PLUGINS = {"hydra/sweeper": ("optuna",), "hydra/launcher": ("joblib", "submitit_local", "submitit_slurm")}
 """Names that they add to hydra's groups."""
 _SWEEP = ("-m", "--multirun")
+_NO_PROCESSES = ("-c", "--hydra-help", "--shell-completion", "-sc", "runtime=sim", "runtime=replay")
+_preloading: list[Preloading] = []
+"""The preloaders of this process, from the start of `main`; hydra's launchers of other processes leave it behind."""
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
@@ -101,13 +105,18 @@ def main() -> None:
 
     ended: BaseException | None = None
     SweepStart.directory = None
+    _preloading.clear()
     try:
         ranks = Ranks.from_environment()
         if ranks is not None and ranks.launcher == TORCHRUN:
             end_with_agent()
         sys.argv[1:] = [*prepared(arguments), *_directory(arguments, ranks)]
         os.environ[FULL_ERROR] = "1"
-        _hydra_main(job)
+        with contextlib.ExitStack() as stack:
+            if not any(map(_needs_no_processes, arguments)):
+                _preloading.append(stack.enter_context(Preloading()))
+                _preloading[0].begin(_threads(arguments))
+            _hydra_main(job)
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         ended = error
     SignalWatch.answered = True  # a repeated signal must not end this program in the midst of its last words
@@ -118,6 +127,17 @@ def main() -> None:
         status = 0 if ended is None else _end(ended, began, full_error)
     if status != 0:
         sys.exit(status)
+
+
+def _needs_no_processes(word: str) -> bool:
+    """Tell that with this word on the command line this process starts no processes of a live run."""
+    return word in _NO_PROCESSES or word.startswith(("--cfg", "--info", "hydra/launcher="))
+
+
+def _threads(words: Sequence[str]) -> int:
+    """The threads of each process, as the command line seems to say; a preloader with another number is replaced later."""
+    given = [word.partition("=")[2] for word in words if word.startswith("runtime.threads=")]
+    return int(given[-1]) if given and given[-1].isdecimal() else 1
 
 
 def _end(ended: BaseException, began: bool, full_error: bool) -> int:
@@ -234,7 +254,9 @@ def _run(values: DictConfig, mode: HydraConf) -> tuple[Config, dict[str, Any]]:
     if console.on_terminal():
         _say(f"starting the processes of {run_dir}")
     began = None if mode.mode is RunMode.MULTIRUN else process_began()
-    summary = run(config, run_dir, _launch(mode), start=Path(mode.runtime.cwd), began=began)
+    summary = run(
+        config, run_dir, _launch(mode), start=Path(mode.runtime.cwd), began=began, preloading=next(iter(_preloading), None)
+    )
     if summary:
         print(_result(summary, run_dir))
     return config, summary

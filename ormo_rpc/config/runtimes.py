@@ -25,6 +25,17 @@ class ControlKind(Enum):
     """The connection of each worker's lease; no process has an agent of torch's."""
 
 
+class StartKind(Enum):
+    """The ways in which processes are started."""
+
+    auto = "auto"
+    """Forked from one that has all imports, data and model, where that is safe; else spawned."""
+    fork = "fork"
+    """Forked, or the run is refused."""
+    spawn = "spawn"
+    """Each by itself."""
+
+
 class GradientKind(Enum):
     """The gradients of virtual workers."""
 
@@ -102,6 +113,11 @@ class RpcRuntime(Runtime):
         ControlKind.auto,
         "carrier of joining, leaving and opening data paths: rpc (torch.distributed.rpc), socket (without any agent of "
         "torch's), or auto, which is socket with transport=tcp or where torch has no RPC, else rpc",
+    )
+    start: StartKind = option(
+        StartKind.auto,
+        "processes are forked from one that has all imports, data and model (fork) or started by themselves (spawn); auto: "
+        "fork where that is safe",
     )
     interface: str | None = option(
         None,

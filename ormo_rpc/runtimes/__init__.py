@@ -15,12 +15,13 @@ import torch
 
 from ormo_rpc import console
 from ormo_rpc.config.paths import located
-from ormo_rpc.config.runtimes import SimRuntime
+from ormo_rpc.config.runtimes import RpcRuntime, SimRuntime
 from ormo_rpc.config.schema import Config, Role
 from ormo_rpc.errors import RunFailed
 from ormo_rpc.options.imports import refuse_while_importing
 from ormo_rpc.runtimes import server_address
 from ormo_rpc.runtimes.attempts import claimed_by, continues
+from ormo_rpc.runtimes.distributed.preloading.preloading import Preloading
 from ormo_rpc.runtimes.ranks import Ranks
 from ormo_rpc.runtimes.workers import check_elastic_worker, check_secret, decide_workers
 from ormo_rpc.storage.launch import Launch
@@ -35,8 +36,6 @@ MODULES = {
 }
 """The module of each runtime, imported when it is chosen."""
 
-IN_THIS_PROCESS = ("sim", "replay")
-"""Those that compute in the calling process."""
 _draws = threading.RLock()
 """Held while models are built and trained here: they draw from torch's global generator, which threads would share."""
 
@@ -48,6 +47,7 @@ def run(
     *,
     start: Path | None = None,
     began: float | None = None,
+    preloading: Preloading | None = None,
 ) -> dict[str, Any]:
     """Run a configuration to its end.
 
@@ -57,6 +57,7 @@ def run(
         launch: How it was started.
         start: Where relative paths begin: the directory where the command was started; by default this process's.
         began: Time on the monotonic clock from which the summary's ``wall_seconds`` count; by default now.
+        preloading: Starts the processes of live runs, of this one and of others; by default one for this run alone.
 
     Returns:
         The summary; empty on ranks other than 0, and for ``role=worker``.
@@ -72,30 +73,49 @@ def run(
     if config.role is Role.worker:
         check_elastic_worker(config, ranks)
         server_address.check(config, ranks)
-        importlib.import_module(MODULES["rpc"]).join(config)
+        with _preloading(preloading) as preloader:
+            preloader.use_imports(config)
+            importlib.import_module(MODULES["rpc"]).join(config, preloader)
         return {}
     config = decide_workers(config, ranks)
     check_secret(config, ranks)
     server_address.check(config, ranks)
-    from ormo_rpc.runtimes import prepare  # what follows needs PyTorch
-
-    runtime = importlib.import_module(MODULES[config.runtime.name])
+    if not isinstance(config.runtime, RpcRuntime):
+        return _run_in_this_process(config, run_dir, launch, began)
     has_run_directory = ranks is None or ranks.rank == 0
+    with _preloading(preloading) as preloader:
+        config = preloader.load(config, starts_server=has_run_directory)
+        if has_run_directory:
+            if ranks is None or not continues(ranks, run_dir):
+                RunDirectory.claim(run_dir)
+            console.keep_unsaid(run_dir.absolute() / "logs" / "launcher.log")
+            claim = claimed_by(ranks)
+            dataclasses.replace(launch or Launch(), job=claim.job, agent=claim.agent).write(run_dir)
+        with _kept(run_dir) if has_run_directory else contextlib.nullcontext():
+            return importlib.import_module(MODULES["rpc"]).run(config, run_dir, began, preloader)
+
+
+@contextlib.contextmanager
+def _preloading(given: Preloading | None) -> Generator[Preloading]:
+    """Lend what starts the processes of a run."""
+    with contextlib.nullcontext(given) if given is not None else Preloading() as preloading:
+        try:
+            yield preloading
+        finally:
+            preloading.end_job()
+
+
+def _run_in_this_process(config: Config, run_dir: Path, launch: Launch | None, began: float) -> dict[str, Any]:
+    """Run a simulation or a replay."""
+    runtime, prepare = (importlib.import_module(each) for each in (MODULES[config.runtime.name], "ormo_rpc.runtimes.prepare"))
     with _alone():
-        job = prepare.check(config, starts_server=has_run_directory)
-    if job is not None:
-        config = job.config
-    if has_run_directory:
-        if ranks is None or not continues(ranks, run_dir):
-            RunDirectory.claim(run_dir)
-        console.keep_unsaid(run_dir.absolute() / "logs" / "launcher.log")
-        claim = claimed_by(ranks)
-        dataclasses.replace(launch or Launch(), job=claim.job, agent=claim.agent).write(run_dir)
-    kept = _kept(run_dir) if has_run_directory else contextlib.nullcontext()
-    with kept, _in_this_process() if config.runtime.name in IN_THIS_PROCESS else contextlib.nullcontext():
+        job = prepare.check(config, starts_server=True)
+    RunDirectory.claim(run_dir)
+    console.keep_unsaid(run_dir.absolute() / "logs" / "launcher.log")
+    (launch or Launch()).write(run_dir)
+    with _kept(run_dir), _in_this_process():
         if isinstance(config.runtime, SimRuntime):  # with the data set that was loaded for the check
-            return runtime.run(config, run_dir, began, job)
-        del job  # a launcher needs no data set
+            return runtime.run(job.config, run_dir, began, job)
         return runtime.run(config, run_dir, began)
 
 

@@ -241,6 +241,30 @@ class Job:
         return export
 
 
+@dataclasses.dataclass(frozen=True)
+class LoadedJob:
+    """A job that a process was forked with.
+
+    Attributes:
+        text: Its configuration, as YAML.
+        job: With data, and models that nobody has used.
+    """
+
+    text: str
+    job: Job
+
+
+def job_of(text: str, loaded: LoadedJob | None, parse: Callable[[str], Config]) -> Job:
+    """Take the job that was loaded, if it is that of the text, else load it.
+
+    Args:
+        text: The configuration as YAML.
+        loaded: What this process was forked with.
+        parse: Reads the text.
+    """
+    return loaded.job if loaded is not None and loaded.text == text else Job(parse(text))
+
+
 def build_module(config: Config, data: DataSet) -> torch.nn.Module:
     """Build the configured model with the run's initial weights."""
     with seeded(config.seed, "initial weights", 0):

@@ -1,4 +1,4 @@
-"""Decisions and checks before a run, in the launcher: a configuration that cannot be run is refused before anything starts."""
+"""Checks before a run: a configuration that cannot be run is refused before anything starts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import re
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 from ormo_rpc.config.parsing import load_config
@@ -31,13 +31,16 @@ _KEYS = frozenset(field.name for field in dataclasses.fields(Config))
 """Keys that our own messages begin with, before a dot or a colon."""
 
 
-def check(config: Config, *, starts_server: bool) -> Job | SyntheticJob | None:
+def check(
+    config: Config, *, starts_server: bool, apart: Callable[[Callable[[], None]], None] | None = None
+) -> Job | SyntheticJob | None:
     """Refuse a configuration one of whose parts cannot be used, or that has nothing to do.
 
     Args:
         config: What is to be run.
         starts_server: Check the checkpoint that the run resumes from and the logger too, and try one batch; one launcher of a
             run does.
+        apart: Calls a function that may start threads, and whose only result is a `ConfigError`, maybe in another process.
 
     Returns:
         The job, whose configuration has what the data set was read for; None for a replay.
@@ -56,11 +59,11 @@ def check(config: Config, *, starts_server: bool) -> Job | SyntheticJob | None:
         check_resume(config, resumed)
     try:
         config.heterogeneity.prepare()
-        if starts_server:
-            config.logger.prepare()
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if not isinstance(config.runtime, (RpcRuntime, SimRuntime)):
+        if starts_server:
+            _try(config, None)
         return None
     try:
         check_resumable(config.algorithm, config.scheduler)
@@ -70,11 +73,27 @@ def check(config: Config, *, starts_server: bool) -> Job | SyntheticJob | None:
     job = SyntheticJob(config) if synthetic else check_data_and_model(config)
     if resumed is not None:
         check_something_is_left(resumed, job.total_tickets)
-    if isinstance(job, Job) and starts_server and not config.worker.dummy:
-        try_job(job)
+    if starts_server and apart is not None:
+        apart(lambda: _try(config, job))
+    elif starts_server:
+        _try(config, job)
     if resumed is not None:
         checkpoint.check_fingerprint(resumed, job.fingerprint())
     return job
+
+
+def _try(config: Config, job: Job | SyntheticJob | None) -> None:
+    """Prepare the logger, and try one batch of a job that trains.
+
+    Raises:
+        ConfigError: the run cannot be logged, or the batch cannot be computed.
+    """
+    try:
+        config.logger.prepare()
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if isinstance(job, Job) and not config.worker.dummy:
+        try_job(job)
 
 
 def check_resume(config: Config, path: Path) -> None:

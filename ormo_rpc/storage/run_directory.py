@@ -91,6 +91,7 @@ class RunDirectory:
         address: str,
         *,
         control: str,
+        start: str,
         transports: Mapping[int, Mapping[str, str]],
     ) -> None:
         """Write ``processes.json``.
@@ -100,6 +101,7 @@ class RunDirectory:
             workers: That of each worker.
             address: To join at.
             control: The carrier of the control plane.
+            start: The way in which processes are started.
             transports: The transport of each worker, and the reason for it, also of workers that have left.
         """
         content = {
@@ -107,6 +109,7 @@ class RunDirectory:
             "workers": {str(worker): pid for worker, pid in sorted(workers.items())},
             "address": address,
             "control": control,
+            "start": start,
             "transports": {str(worker): transport for worker, transport in sorted(transports.items())},
         }
         write_json(self.path / _PROCESSES, content)

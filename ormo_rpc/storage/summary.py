@@ -44,6 +44,7 @@ class Summary(Metrics):
     wire: str | None = entry("changes to pushes and parameters on the wire; exact where there are none")
     control: str | None = entry("carrier of the control plane: rpc (torch.distributed.rpc) or socket; live runs only")
     transports: dict[str, dict[str, str]] | None = entry("by worker, its transport and the reason why it was taken")
+    start: str | None = entry("way in which processes are started, fork or spawn, with the reason; live runs only")
     lr: float | None = entry("configured learning rate train.lr")
     seed: int | None = entry("seed of the run")
     num_workers: int | None = entry("K, workers at the start")

@@ -15,6 +15,7 @@ one port of one address. torch looks for that address once in the life of a proc
 from __future__ import annotations
 
 import contextlib
+import functools
 import ipaddress
 import os
 import random
@@ -39,8 +40,6 @@ _ADDRESSES, _NAMES = "addrs", "names/_ALL_WORKER_INFOS"
 """The keys under which torch's agent looks for addresses, and for the list of agents that were there before it."""
 _book: list[Store] = []
 """The store of the agent that is about to start."""
-_NUMBER = random.SystemRandom().randrange(1, 1 << 15)
-"""Of this process among the workers' agents. torch wants one for life; it is no worker's number, and two may have the same."""
 
 
 @contextlib.contextmanager
@@ -86,7 +85,7 @@ def rpc_agent(
         _channels=["basic"],
     )
     backend = backend_registry.BackendType["ORMO_RPC"]
-    number = 0 if server is None else _NUMBER
+    number = 0 if server is None else _number(os.getpid())
     run_confined(lambda: rpc.init_rpc(name, backend=backend, rank=number, world_size=1, rpc_backend_options=options))
     try:
         address = view.get(f"{_ADDRESSES}/{name}").decode()
@@ -99,6 +98,15 @@ def rpc_agent(
 def agent_address(address: str) -> tuple[str, int]:
     """Host and port in the address of an agent."""
     return parse_address(address.removeprefix("uv://"))
+
+
+@functools.cache
+def _number(process: int) -> int:  # noqa: ARG001 - a forked process draws one of its own
+    """The number of a process among the workers' agents.
+
+    torch wants one for life; it is no worker's number, and two may have the same.
+    """
+    return random.SystemRandom().randrange(1, 1 << 15)
 
 
 def _check_host(address: str, host: str) -> None:

@@ -27,6 +27,7 @@ from ormo_rpc.runtimes.distributed.launcher.child import EXIT_DONE, EXIT_NO_REST
 from ormo_rpc.runtimes.distributed.server_process import server_process
 from ormo_rpc.runtimes.distributed.shortages import reason_of_end
 from ormo_rpc.runtimes.distributed.worker_process.worker_process import WorkerArgs, WorkerProcess
+from ormo_rpc.runtimes.job import LoadedJob
 from ormo_rpc.runtimes.torchrun_store import ADDRESS, SECRET_FILE, connect, wait_for
 from ormo_rpc.signals import follow
 
@@ -34,11 +35,17 @@ EXPECTED_ERRORS = (WorkerBanned, ServerLost, WireError, ConfigError, OSError)
 """Their messages suffice: no traceback is shown for them."""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the server or a worker, as the command line says; report the reason of a failure to the supervisor."""
+def main(argv: Sequence[str] | None = None, loaded: LoadedJob | None = None) -> None:
+    """Run the server or a worker, as the command line says; report the reason of a failure to the supervisor.
+
+    Args:
+        argv: The command line; by default this process's.
+        loaded: The job that this process was forked with.
+    """
     console.install()  # the log may be on a disk that is full
     arguments = _parse(argv)
     memory.raise_oom_score(arguments.oom_score)
+    arguments.loaded = loaded
     os.set_inheritable(arguments.report_fd, False)
     os.set_inheritable(arguments.control_fd, False)
     reporter = Reporter(arguments.report_fd, arguments.heartbeat_seconds)
@@ -76,6 +83,8 @@ def _run_server(arguments: argparse.Namespace, report: Callable[[str], None]) ->
         secret=_secret(arguments.secret_file),
         incarnation=arguments.incarnation,
         terminal_fd=arguments.terminal_fd,
+        start=arguments.start,
+        loaded=arguments.loaded,
         report=report,
     )
 
@@ -112,6 +121,7 @@ def _run_worker(arguments: argparse.Namespace, report: Callable[[str], None]) ->
             timeout_seconds=arguments.start_timeout_seconds,
             report=report,
             announce=not arguments.log,
+            loaded=arguments.loaded,
         )
     )
     control.connect(worker)
@@ -228,6 +238,8 @@ def _parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     common.add_argument("--store", metavar="HOST:PORT", help="torchrun's store, in which the server leaves its address")
     common.add_argument("--start-timeout-seconds", type=float, default=180.0, help="to reach the server, or the store")
 
+    common.set_defaults(loaded=None)
+
     parser = argparse.ArgumentParser(description=__doc__)
     roles = parser.add_subparsers(required=True)
     server = roles.add_parser("server", parents=[common])
@@ -236,6 +248,7 @@ def _parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     server.add_argument("--run-dir", type=Path, required=True, help="with the run's config.yaml")
     server.add_argument("--began", type=float, required=True, help="start of the run on the monotonic clock")
     server.add_argument("--listener-fd", type=int, required=True, help="listening socket")
+    server.add_argument("--start", default="spawn", help="the way in which processes are started, for the summary")
     server.add_argument("--terminal-fd", type=int, help="terminal for the progress bar, where there is one")
 
     worker = roles.add_parser("worker", parents=[common])

@@ -9,10 +9,8 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
-
-import torch
 
 from ormo_rpc import console
 from ormo_rpc.config.saving import to_tree
@@ -31,6 +29,7 @@ from ormo_rpc.runtimes.attempts import FormerRun, former_run, remember
 from ormo_rpc.runtimes.distributed.launcher.process_monitor import ProcessMonitor, ProcessSlot, if_killed, unless_server_lost
 from ormo_rpc.runtimes.distributed.launcher.rank import Rank, server_over, with_interface
 from ormo_rpc.runtimes.distributed.launcher.supervisor import ChildProcess, Supervisor
+from ormo_rpc.runtimes.distributed.preloading.preloading import Preloading, child_environment, default_dtype
 from ormo_rpc.runtimes.ranks import Ranks
 from ormo_rpc.storage.counters import RunCounters
 from ormo_rpc.transports.auto import Auto
@@ -49,14 +48,16 @@ class Launcher:
     Args:
         supervisor: Starts and watches the processes.
         config: Of the run.
+        preloading: Starts them.
         logs: The folder for their output; None for the launcher's own output.
     """
 
-    def __init__(self, supervisor: Supervisor, config: Config, *, logs: Path | None) -> None:
+    def __init__(self, supervisor: Supervisor, config: Config, preloading: Preloading, *, logs: Path | None) -> None:
         self.supervisor = supervisor
         self.config = config
+        self.preloading = preloading
         self.logs = logs
-        self.environment = _environment(config)
+        self.environment = child_environment(config.runtime.threads)
 
     def server(
         self, run_dir: Path, began: float, listener: socket.socket, secret_file: Path | None, *more: str
@@ -78,12 +79,11 @@ class Launcher:
                     "server",
                     [
                         *("server", "--incarnation", str(before + restart_count), "--run-dir", str(run_dir)),
-                        *("--began", repr(began), "--listener-fd", str(listener.fileno())),
+                        *("--began", repr(began), "--start", self.preloading.way),
                         *_option("--secret-file", secret_file),
-                        *_option("--terminal-fd", terminal),
                         *more,
                     ],
-                    [listener.fileno(), *([] if terminal is None else [terminal])],
+                    {"--listener-fd": listener.fileno(), **({} if terminal is None else {"--terminal-fd": terminal})},
                 )
 
         return start
@@ -102,33 +102,35 @@ class Launcher:
         def start(restart_count: int) -> ChildProcess:
             number = _option("--preferred-worker", preferred_worker)
             command = ["worker", "--restart-count", str(before + restart_count), "--slot-id", slot_id, *number, *more]
-            return self._start(name, command, [])
+            return self._start(name, command, {})
 
         return start
 
-    def _start(self, name: str, command: list[str], pass_fds: list[int]) -> ChildProcess:
+    def _start(self, name: str, command: list[str], descriptors: Mapping[str, int]) -> ChildProcess:
         options = self.config.rpc
         log = None if self.logs is None else self.logs / f"{name.replace(' ', '_')}.log"
         return self.supervisor.start(
             name,
             [
-                # -P: the working directory, which may hold anything, is on the module path only where it is on ours.
-                *(sys.executable, "-P", "-m", "ormo_rpc.runtimes.distributed.entry_point", *command),
+                *command,
                 *("--start-timeout-seconds", str(options.start_timeout_seconds)),
                 *("--heartbeat-seconds", str(options.heartbeat_seconds)),
-                *("--default-dtype", str(torch.get_default_dtype()).removeprefix("torch.")),  # a script may have set it
+                *("--default-dtype", default_dtype()),
                 *([] if log is None else ["--log"]),
             ],
             env=self.environment,
             log=log,
-            pass_fds=pass_fds,
+            descriptors=descriptors,
             timeout_seconds=options.worker_timeout_seconds,
             start_timeout_seconds=FIRST_HEARTBEAT_SECONDS,
+            starter=self.preloading,
         )
 
 
 @contextlib.contextmanager
-def local_processes(monitor: ProcessMonitor, config: Config, run_dir: Path, began: float) -> Generator[ProcessSlot]:
+def local_processes(
+    monitor: ProcessMonitor, config: Config, preloading: Preloading, run_dir: Path, began: float
+) -> Generator[ProcessSlot]:
     """Start server and workers on this machine; the value is the server's slot."""
     logs = run_dir / "logs"
     logs.mkdir(exist_ok=True)
@@ -136,7 +138,7 @@ def local_processes(monitor: ProcessMonitor, config: Config, run_dir: Path, bega
     with listen_at(config.server.address or "127.0.0.1:0", public=config.server.public) as listener:
         if config.control == "rpc":
             interface_of(specific_address(listener.getsockname()[0]))  # refuses an address where no agent can listen
-        launcher = Launcher(monitor.supervisor, config, logs=logs)
+        launcher = Launcher(monitor.supervisor, config, preloading, logs=logs)
         start_server = launcher.server(run_dir, began, listener, secret_file)
         server = monitor.add("server", start_server, should_restart=if_killed, essential=True)
         server_args = ("--address", address_of(listener), *_option("--secret-file", secret_file))
@@ -147,7 +149,13 @@ def local_processes(monitor: ProcessMonitor, config: Config, run_dir: Path, bega
 
 @contextlib.contextmanager
 def rank_process(
-    monitor: ProcessMonitor, config: Config, run_dir: Path, ranks: Ranks, began: float, report: Callable[[str], None]
+    monitor: ProcessMonitor,
+    config: Config,
+    preloading: Preloading,
+    run_dir: Path,
+    ranks: Ranks,
+    began: float,
+    report: Callable[[str], None],
 ) -> Generator[ProcessSlot]:
     """Start the one process of this rank; the value is its slot.
 
@@ -155,7 +163,7 @@ def rank_process(
     of nodes whose ranks go on look for it there. Without such a store the server listens where all ranks were told.
     """
     store = ("--store", ranks.master) if ranks.agent_store else ()
-    launcher = Launcher(monitor.supervisor, config, logs=None)
+    launcher = Launcher(monitor.supervisor, config, preloading, logs=None)
     if ranks.rank > 0:
         address = server_address.without_store(config, ranks)
         server_args = store or ("--address", address, *_option("--secret-file", config.server.secret_file))
@@ -189,11 +197,13 @@ def _listen_again(former: str | None, address: str, *, public: bool) -> socket.s
 
 
 @contextlib.contextmanager
-def elastic_worker_process(monitor: ProcessMonitor, config: Config, report: Callable[[str], None]) -> Generator[ProcessSlot]:
+def elastic_worker_process(
+    monitor: ProcessMonitor, config: Config, preloading: Preloading, report: Callable[[str], None]
+) -> Generator[ProcessSlot]:
     """Start a worker for a run that another launcher has started, maybe on another machine; the value is its slot."""
     assert config.server.address is not None
     secret_file = _shared_secret(config)
-    launcher = Launcher(monitor.supervisor, config, logs=None)
+    launcher = Launcher(monitor.supervisor, config, preloading, logs=None)
     root = None if config.dataset.root == DataSource.root else config.dataset.root
     own = None if isinstance(config.transport, Auto) else json.dumps(to_tree(config)["transport"])
     server_args = ("--address", config.server.address, *_option("--secret-file", secret_file))
@@ -239,17 +249,3 @@ def _terminal() -> Generator[int | None]:
         yield terminal
     finally:
         os.close(terminal)
-
-
-def _environment(config: Config) -> dict[str, str]:
-    """The children's environment: the module path, and the number of threads."""
-    return {
-        **os.environ,
-        "OMP_NUM_THREADS": str(config.runtime.threads),
-        "PYTHONPATH": os.pathsep.join(str(Path(path).absolute()) for path in sys.path),
-        "PYTHONUNBUFFERED": "1",
-        # Large new tensors on huge pages take a fraction of the time; torch.distributed.rpc receives each message into one.
-        "THP_MEM_ALLOC_ENABLE": os.environ.get("THP_MEM_ALLOC_ENABLE", "1"),
-        # Whenever an agent shuts down, the others warn of closed pipes.
-        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
-    }

@@ -30,6 +30,7 @@ from ormo_rpc.runtimes.distributed.launcher.process_monitor import ProcessMonito
 from ormo_rpc.runtimes.distributed.launcher.processes import elastic_worker_process, local_processes, rank_process
 from ormo_rpc.runtimes.distributed.launcher.rank import Rank, WorkerRank
 from ormo_rpc.runtimes.distributed.launcher.supervisor import Supervisor
+from ormo_rpc.runtimes.distributed.preloading.preloading import Preloading
 from ormo_rpc.runtimes.ranks import Ranks
 from ormo_rpc.runtimes.torchrun_store import tell_result
 from ormo_rpc.storage import checkpoint
@@ -40,20 +41,21 @@ TERMINAL_STATUSES = ("completed", "diverged")
 """The statuses of a run that has ended by itself; a signal that comes later changes nothing."""
 
 
-def run(config: Config, run_dir: Path, began: float) -> dict[str, Any]:
+def run(config: Config, run_dir: Path, began: float, preloading: Preloading) -> dict[str, Any]:
     """Start the processes of this launcher, keep them running to the end of the run, and return the summary.
 
     Args:
         config: The configuration.
         run_dir: The run directory.
         began: Time on the monotonic clock at which the run began.
+        preloading: Starts the processes.
 
     Raises:
         RunFailed: the run was interrupted, or failed.
     """
     ranks = Ranks.from_environment()
     if ranks is not None and ranks.rank > 0:
-        _run_worker_rank(config, run_dir, ranks, began)
+        _run_worker_rank(config, run_dir, ranks, began, preloading)
         return {}
     run_dir.mkdir(parents=True, exist_ok=True)
     former = read_summary(run_dir)
@@ -62,14 +64,15 @@ def run(config: Config, run_dir: Path, began: float) -> dict[str, Any]:
         return former
     forget_summary(run_dir)
     save_config(config, run_dir / "config.yaml")
+    preloading.report = _report
     with Supervisor(_report) as supervisor:
         monitor = _monitor(supervisor, config)
         if ranks is None:
-            processes = local_processes(monitor, config, run_dir, began)
+            processes = local_processes(monitor, config, preloading, run_dir, began)
         else:
             if ranks.attempt > 0 and RunCounters.incarnations_of(run_dir) == 0:
                 _report(_nothing_to_continue(config, ranks))
-            processes = rank_process(monitor, config, run_dir, ranks, began, _report)
+            processes = rank_process(monitor, config, preloading, run_dir, ranks, began, _report)
         with processes as server:
             failure = _supervise_server(monitor, server, config)
     summary = read_summary(run_dir)
@@ -90,7 +93,7 @@ def run(config: Config, run_dir: Path, began: float) -> dict[str, Any]:
     raise failure
 
 
-def _run_worker_rank(config: Config, run_dir: Path, ranks: Ranks, began: float) -> None:
+def _run_worker_rank(config: Config, run_dir: Path, ranks: Ranks, began: float, preloading: Preloading) -> None:
     """Run the worker of a rank until the run is over or it is told to end.
 
     Raises:
@@ -98,7 +101,7 @@ def _run_worker_rank(config: Config, run_dir: Path, ranks: Ranks, began: float) 
     """
     with Supervisor(_report) as supervisor, WorkerRank(ranks, _report, config) as rank:
         monitor = _monitor(supervisor, config)
-        process = rank_process(monitor, config, run_dir, ranks, began, _report)
+        process = rank_process(monitor, config, preloading, run_dir, ranks, began, _report)
         slot = _supervise_worker(monitor, process, config, rank.say, rank.ended.is_set)
         if supervisor.signals or slot.left_on is not None:
             return
@@ -118,15 +121,20 @@ def _nothing_to_continue(config: Config, ranks: Ranks) -> str:
     )
 
 
-def join(config: Config) -> None:
+def join(config: Config, preloading: Preloading) -> None:
     """Run an elastic worker until the run is over or it is asked to leave.
+
+    Args:
+        config: Its configuration.
+        preloading: Starts it.
 
     Raises:
         RunFailed: the worker failed, or was refused or banned.
     """
+    preloading.report = _report
     with Supervisor(_report) as supervisor:
         monitor = _monitor(supervisor, config)
-        slot = _supervise_worker(monitor, elastic_worker_process(monitor, config, _report), config, _report)
+        slot = _supervise_worker(monitor, elastic_worker_process(monitor, config, preloading, _report), config, _report)
     if slot.given_up:
         raise RunFailed(slot.exit_reason)
 

@@ -9,13 +9,10 @@ Ctrl-C reaches the supervisor alone.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +21,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ormo_rpc.runtimes.distributed.launcher.child import MAX_EXIT_REASON_CHARACTERS
+from ormo_rpc.runtimes.distributed.launcher.starter import Command, Process, Starter, spawn
 from ormo_rpc.signals import SignalWatch, blocked
 
 POLL_SECONDS = 0.02
@@ -32,15 +30,6 @@ KILL_TIMEOUT_SECONDS = 5.0
 """A child that was killed has ended by then."""
 OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """Errors of opening a log that starting a process would meet as well."""
-_PR_SET_PDEATHSIG = 1
-"""Linux: prctl(2) asks for a signal at the death of the parent."""
-_prctl: Callable[..., int] | None = ctypes.CDLL(None).prctl if sys.platform.startswith("linux") else None
-
-
-def _die_with_parent() -> None:
-    """Ask Linux, first thing in a child, to kill it together with its parent, even while it is stopped or still importing."""
-    if _prctl is not None:
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[int, int]:
@@ -67,7 +56,7 @@ class ChildProcess:
     """
 
     name: str
-    process: subprocess.Popen[bytes]
+    process: Process
     control_fd: int
     report_fd: int
     log: Path | None
@@ -186,23 +175,25 @@ class Supervisor:
         *,
         env: Mapping[str, str],
         log: Path | None,
-        pass_fds: Sequence[int] = (),
+        descriptors: Mapping[str, int] | None = None,
         timeout_seconds: float | None = None,
         start_timeout_seconds: float | None = None,
+        starter: Starter = spawn,
     ) -> ChildProcess:
         """Start a child; ``--control-fd FD --report-fd FD`` is added to its command.
 
         Args:
             name: Its role, for messages.
-            command: Program and arguments.
+            command: Program and arguments; for a ``starter`` that has a program of its own, the arguments alone.
             env: Its environment.
             log: The file for its output; None for the supervisor's own.
-            pass_fds: File descriptors that it inherits.
+            descriptors: Further file descriptors that it has as well, each with its option, such as ``--listener-fd``.
             timeout_seconds: See `ChildProcess.timeout_seconds`.
             start_timeout_seconds: See `ChildProcess.start_timeout_seconds`.
+            starter: Starts it.
 
         Raises:
-            OSError: it cannot be started.
+            OSError: it cannot be started, such as for want of memory or descriptors.
         """
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as childs:  # a failed start leaves no descriptor
             control_reader, control_writer = _pipe(childs, ours)
@@ -215,17 +206,16 @@ class Supervisor:
                 if error.errno in OUT_OF_RESOURCES:
                     raise
                 self.report(f"{name}: its log cannot be written: {error}; the run goes on without it")
-                output, log = subprocess.DEVNULL, None
+                output, log = childs.enter_context(Path(os.devnull).open("wb")), None
             childs.enter_context(blocked())
-            process = subprocess.Popen(
-                [*command, "--control-fd", str(control_reader), "--report-fd", str(report_writer)],
-                env=dict(env),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                pass_fds=[*pass_fds, control_reader, report_writer],
-                start_new_session=True,
-                preexec_fn=_die_with_parent,
+            process = starter(
+                Command(
+                    name=name,
+                    arguments=command,
+                    environment=env,
+                    output=None if output is None else output.fileno(),
+                    descriptors={**(descriptors or {}), "--control-fd": control_reader, "--report-fd": report_writer},
+                )
             )
             ours.pop_all()
         child = ChildProcess(name, process, control_writer, report_reader, log, timeout_seconds, start_timeout_seconds)

@@ -26,7 +26,7 @@ from ormo_rpc.runtimes.distributed.server_process.serving import Serving, served
 from ormo_rpc.runtimes.distributed.server_process.shutdown import check_state, shut_down
 from ormo_rpc.runtimes.distributed.server_process.timers import Interval, Stopwatch
 from ormo_rpc.runtimes.distributed.server_process.watchdog import Watchdog
-from ormo_rpc.runtimes.job import Job
+from ormo_rpc.runtimes.job import Job, LoadedJob, job_of
 from ormo_rpc.runtimes.session import Session
 from ormo_rpc.runtimes.start_check import WAIT_SECONDS, StartCheck
 from ormo_rpc.server.parameter_server import ParameterServer
@@ -51,6 +51,8 @@ class ServerArgs:
         incarnation: The number of earlier server processes of this run directory.
         terminal_fd: A file descriptor for the progress bar, where there is a terminal.
         report: Called with messages for people.
+        start: The way in which the launcher starts processes, with the reason for it.
+        loaded: The job that this process was forked with.
     """
 
     run_dir: Path
@@ -60,6 +62,8 @@ class ServerArgs:
     incarnation: int
     terminal_fd: int | None
     report: Callable[[str], None]
+    start: str = "spawn"
+    loaded: LoadedJob | None = None
 
 
 class ServerProcess:
@@ -121,8 +125,14 @@ class ServerProcess:
         self.shared_values = SharedValues(self.config.num_processes + 1)
         self.start_check = self._begin_start_check(job)
         self.watchdog = Watchdog(
-            self.service, self.session.directory, self.options, address_of(args.listening_socket), job.config.control
+            self.service,
+            self.session.directory,
+            self.options,
+            address=address_of(args.listening_socket),
+            control=job.config.control,
+            start=args.start,
         )
+        _log.info("processes start by %s", args.start)
 
     def run(self) -> dict[str, Any]:
         """Record until the run is over and the workers have left; return the summary.
@@ -262,8 +272,9 @@ def serve(args: ServerArgs, on_ready: Callable[[ServerProcess], None]) -> dict[s
         on_ready: Called with the process as soon as it can be asked to stop.
     """
     text = (args.run_dir / "config.yaml").read_text()
-    config = load_config(args.run_dir / "config.yaml")
-    process = ServerProcess(Job(config), args)
+    job = job_of(text, args.loaded, lambda _: load_config(args.run_dir / "config.yaml"))
+    config = job.config
+    process = ServerProcess(job, args)
     sys.setswitchinterval(SWITCH_SECONDS)
     serving = Serving(
         transport=config.transport.name,

@@ -52,7 +52,7 @@ def shut_down(
             service.changed.wait(FLUSH_SECONDS)
             service.changed.clear()
     transports = {str(worker): transport for worker, transport in sorted(service.transports.items())}
-    connections = {"control": watchdog.control, "transports": transports}
+    connections = {"control": watchdog.control, "transports": transports, "start": watchdog.start}
     records = {**connections, **watchdog.memory, "evictions": service.evictions}
     return session.close(state, wait=not status, **records, **(status if ended_from_outside else {}))
 

@@ -34,17 +34,28 @@ class Watchdog:
         options: The time-outs.
         address: HOST:PORT of the listener.
         control: The carrier of the control plane.
+        start: The way in which processes are started.
 
     Attributes:
         memory: The largest ones measured so far, as entries of the summary.
     """
 
-    def __init__(self, service: Service, directory: RunDirectory, options: RpcRuntime, address: str, control: str) -> None:
+    def __init__(
+        self,
+        service: Service,
+        directory: RunDirectory,
+        options: RpcRuntime,
+        *,
+        address: str,
+        control: str,
+        start: str,
+    ) -> None:
         self.service = service
         self.directory = directory
         self.options = options
         self.address = address
         self.control = control
+        self.start = start
         service.evictions = directory.read_evictions()  # by earlier incarnations
         self._evictions_written = len(service.evictions)
         self._unwritten_since: float | None = None
@@ -86,7 +97,9 @@ class Watchdog:
     def write_processes(self) -> None:
         """Write the process ids of the server and of the workers, and how they are connected."""
         transports = dict(self.service.transports)
-        self.directory.write_processes(os.getpid(), self._processes, self.address, control=self.control, transports=transports)
+        self.directory.write_processes(
+            os.getpid(), self._processes, self.address, control=self.control, start=self.start, transports=transports
+        )
 
     def explain(self, pid: int, cause: str) -> None:
         """Take down how a worker's process of this machine has died; called in the thread that reads the messages."""

@@ -28,7 +28,7 @@ from ormo_rpc.rendezvous.connecting import Patience
 from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.runtimes.collectives import COLLECTIVES
 from ormo_rpc.runtimes.distributed.shortages import limit_reached
-from ormo_rpc.runtimes.job import Job, time_generator
+from ormo_rpc.runtimes.job import Job, LoadedJob, job_of, time_generator
 from ormo_rpc.runtimes.start_check import StartCheck
 from ormo_rpc.transports.base import Endpoint, ServerClient, WorkerSide
 from ormo_rpc.worker.faults import CONNECT, JOIN, FaultInjector
@@ -52,6 +52,7 @@ class WorkerArgs:
         timeout_seconds: Time for reaching the server.
         report: Called with messages for people.
         announce: Report joining and the transport, which a worker on the server's machine leaves to the server's log.
+        loaded: The job that this process was forked with.
     """
 
     address: tuple[str, int]
@@ -64,6 +65,7 @@ class WorkerArgs:
     report: Callable[[str], None]
     transport: Mapping[str, Any] | None = None
     announce: bool = False
+    loaded: LoadedJob | None = None
 
 
 class _JoinAgain(Exception):
@@ -95,9 +97,15 @@ class WorkerContext:
     def job(self, config_text: str) -> Job:
         """The job of a configuration, with its data loaded, which is done once; to be called with the lock."""
         if self._job is None or config_text != self._config_text:
-            config = parse_text(config_text, data_root=self.args.data_root, transport=self.args.transport)
-            config.refuse_unavailable()
-            self._job = Job(config)
+            args = self.args
+            loaded = args.loaded if args.data_root is None and args.transport is None else None
+
+            def parse(text: str) -> Config:
+                config = parse_text(text, data_root=args.data_root, transport=args.transport)
+                config.refuse_unavailable()
+                return config
+
+            self._job = job_of(config_text, loaded, parse)
             self._config_text = config_text
         return self._job
 

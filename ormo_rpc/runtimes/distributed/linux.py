@@ -1,0 +1,70 @@
+"""What processes ask of Linux for themselves; elsewhere nothing happens, or the answer is no."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import signal
+import sys
+import threading
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+LINUX = sys.platform.startswith("linux")
+MAX_NAME_BYTES = 15
+"""Of a process's name in ``ps`` and ``top``."""
+_SET_PDEATHSIG, _SET_NAME, _SET_SUBREAPER, _GET_SUBREAPER = 1, 15, 36, 37
+"""Of prctl(2)."""
+_prctl: Callable[..., int] | None = ctypes.CDLL(None).prctl if LINUX else None
+_reapers = threading.Lock()
+"""Guards `_reaping`."""
+_reaping = [0]
+"""Contexts of `adopting` that are open in this process."""
+
+
+def die_with_parent() -> None:
+    """Be killed together with the parent, even while stopped or still importing."""
+    if _prctl is not None:
+        _prctl(_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def adopting() -> Generator[None]:
+    """Become the parent of descendants whose own parent ends, until the context does."""
+    if _prctl is None:
+        yield
+        return
+    former = ctypes.c_int()
+    with _reapers:
+        _prctl(_GET_SUBREAPER, ctypes.byref(former))
+        outermost = _reaping[0] == 0 and not former.value
+        _reaping[0] += 1
+        if outermost:
+            _prctl(_SET_SUBREAPER, 1)
+    try:
+        yield
+    finally:
+        with _reapers:
+            _reaping[0] -= 1
+            if _reaping[0] == 0 and outermost:
+                _prctl(_SET_SUBREAPER, 0)
+
+
+def set_title(name: str, words: list[str]) -> None:
+    """Show another name and other arguments in ``ps`` and ``top``, as far as there is room where the present ones lie.
+
+    Args:
+        name: Cut to `MAX_NAME_BYTES`.
+        words: In place of the arguments, the program included.
+    """
+    if _prctl is None:
+        return
+    _prctl(_SET_NAME, name.encode()[:MAX_NAME_BYTES], 0, 0, 0)
+    with contextlib.suppress(OSError, ValueError, IndexError):  # a title is worth no failure
+        # The name of the program, in parentheses, may hold anything; the arguments lie between the addresses in 48 and 49.
+        fields = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        begin, end = int(fields[45]), int(fields[46])
+        room = end - begin - 2
+        if begin > 0 and room > 0:
+            title = " ".join(words).encode()[:room].ljust(room + 1, b"\0")
+            ctypes.memmove(begin, title + b"\1", room + 2)  # a last byte that is not 0 tells the system of a title

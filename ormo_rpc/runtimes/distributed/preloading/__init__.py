@@ -1,0 +1,1 @@
+"""Preloaders: processes with the imports, the data and the model of a run, from which its processes are forked."""

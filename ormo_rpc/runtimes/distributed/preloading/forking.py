@@ -1,0 +1,182 @@
+"""Forks of a preloader: each becomes the launcher's own child, with nothing of the preloader but its memory.
+
+The preloader forks an intermediate process, which forks the child and ends. The child then belongs to the launcher, the nearest
+process that adopts (`linux.adopting`), so that the launcher learns its exit status and may end it, and the end of the preloader
+concerns nobody. Only then the preloader tells the child to go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+
+from ormo_rpc.runtimes.distributed.linux import die_with_parent, set_title
+from ormo_rpc.runtimes.distributed.preloading.safety import open_descriptors
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""A preloader ignores them: it ends with its launcher, or at its word."""
+_GO = b"g"
+_INHERITED = {number: signal.getsignal(number) for number in SIGNALS}
+"""Before a preloader ignores them: what a launcher ignores, as under ``nohup``, a spawned child ignores as well."""
+_SEED = torch.initial_seed()
+"""That of a process in which nobody has seeded torch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForkRequest:
+    """The process that a launcher wants.
+
+    Attributes:
+        launcher: Process number of the launcher.
+        name: For ``ps`` and ``top``.
+        title: Its command line there.
+        environment: Its environment.
+        path: Its module path.
+        directory: Its current directory.
+        output: Its standard output and error; None for those of the preloader.
+    """
+
+    launcher: int
+    name: str
+    title: Sequence[str]
+    environment: Mapping[str, str]
+    path: Sequence[str]
+    directory: str
+    output: int | None
+
+    def apply(self, keep: Collection[int]) -> None:
+        """Make this process, which was just forked, the one that is wanted.
+
+        Args:
+            keep: Its descriptors, besides standard ones.
+        """
+        for number, handler in _INHERITED.items():
+            signal.signal(number, handler)
+        os.setsid()
+        if self.output is not None:
+            os.dup2(self.output, 1)
+            os.dup2(self.output, 2)
+        for number in open_descriptors():
+            if number > 2 and number not in keep:
+                with contextlib.suppress(OSError):  # that of the look itself
+                    os.close(number)
+        os.environ.clear()
+        os.environ.update(self.environment)
+        sys.path[:] = self.path
+        os.chdir(self.directory)
+        set_title(self.name, list(self.title))
+        np.random.seed()  # random's own was seeded at the fork, by Python
+        torch.default_generator.manual_seed(_SEED)
+        gc.enable()
+
+
+def fork(request: ForkRequest, keep: Collection[int], run: Callable[[], NoReturn]) -> int:
+    """Fork a process that becomes a child of the launcher; return its number.
+
+    Args:
+        request: The process.
+        keep: Descriptors of this process that it has as well.
+        run: Called in it.
+
+    Raises:
+        OSError: it cannot be forked.
+    """
+    gc.disable()
+    gc.freeze()  # a collection in a fork would write to all memory that it shares, and so copy it
+    with contextlib.ExitStack() as stack:
+        number, told = _pipe(stack)
+        word, go = _pipe(stack)
+        intermediate = os.fork()
+        if intermediate == 0:
+            _fork_again(told, lambda: _become(request, keep, word, go, run))
+        os.waitpid(intermediate, 0)
+        answer = os.read(number, 32).decode()
+        if not answer or int(answer) < 0:
+            code = -int(answer or "-1")
+            raise OSError(code, os.strerror(code))
+        os.write(go, _GO)
+        return int(answer)
+
+
+def apart(function: Callable[[], Any]) -> Any:
+    """Run a function in a process that is forked for it and thrown away; return its result, of JSON's types.
+
+    Raises:
+        OSError: it cannot be forked.
+        ChildProcessError: it died.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with contextlib.ExitStack() as stack:
+        result, given = _pipe(stack)
+        child = os.fork()
+        if child == 0:
+            with _no_return():
+                answer = json.dumps(function()).encode()
+                sys.stdout.flush()
+                with os.fdopen(given, "wb") as file:
+                    file.write(answer)
+                os._exit(0)
+        stack.pop_all()
+        os.close(given)
+        with os.fdopen(result, "rb") as file:
+            answer = file.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status != 0:
+        raise ChildProcessError(f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with {status}")
+    return json.loads(answer)
+
+
+def _pipe(stack: contextlib.ExitStack) -> tuple[int, int]:
+    ends = os.pipe()
+    for end in ends:
+        stack.callback(os.close, end)
+    return ends
+
+
+def _fork_again(told: int, run: Callable[[], NoReturn]) -> NoReturn:
+    """In the intermediate process: fork the child, and tell its number, or the error's as a negative one."""
+    with _no_return():
+        try:
+            child = os.fork()
+        except OSError as error:
+            child = -(error.errno or 1)
+        if child == 0:
+            run()
+        os.write(told, str(child).encode())
+        os._exit(0)
+
+
+def _become(request: ForkRequest, keep: Collection[int], word: int, go: int, run: Callable[[], NoReturn]) -> NoReturn:
+    """In the child: wait to be the launcher's, and begin."""
+    os.close(go)
+    if os.read(word, 1) != _GO:
+        os._exit(1)
+    die_with_parent()
+    if os.getppid() != request.launcher:  # it has ended meanwhile
+        os._exit(1)
+    request.apply(keep)
+    run()
+
+
+@contextlib.contextmanager
+def _no_return() -> Generator[None]:
+    """End this process, which was forked in the middle of the preloader's work, rather than return to that."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(BaseException):
+            traceback.print_exc()
+    finally:
+        os._exit(1)

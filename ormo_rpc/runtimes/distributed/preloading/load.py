@@ -1,0 +1,108 @@
+"""The job of a run, loaded and checked in a preloader."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from typing_extensions import override
+
+from ormo_rpc.config.parsing import parse_text
+from ormo_rpc.errors import ConfigError
+from ormo_rpc.runtimes import prepare
+from ormo_rpc.runtimes.distributed.preloading.forking import apart
+from ormo_rpc.runtimes.distributed.preloading.safety import gpu_is_lost
+from ormo_rpc.runtimes.job import Job, LoadedJob
+
+
+class Loading:
+    """Loads the job of a launcher's request.
+
+    Args:
+        request: Its ``config`` is YAML; ``path``, ``directory``, ``environment`` and ``default_dtype`` are the launcher's, and
+            ``starts_server`` tells that it starts the server.
+        may_fork: What may start threads is done in a process that is thrown away.
+
+    Attributes:
+        loaded: The job.
+        gpu_in_use: The GPU has been looked at, so that no fork of this process can use it.
+    """
+
+    def __init__(self, request: Mapping[str, Any], *, may_fork: bool) -> None:
+        self._request = request
+        self._may_fork = may_fork
+        self.loaded: LoadedJob | None = None
+        self.gpu_in_use = False
+
+    def run(self) -> dict[str, Any]:
+        """Load the job, and return the answer: ``config`` or ``refused``, and the records of the ``log``."""
+        request, records = self._request, _Records()
+        logger = logging.getLogger("ormo_rpc")
+        logger.setLevel(logging.INFO)
+        logger.addHandler(records)
+        sys.path[:] = request["path"]
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        os.chdir(request["directory"])
+        torch.set_default_dtype(getattr(torch, request["default_dtype"]))
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        try:
+            config = parse_text(request["config"])
+            job = prepare.check(config, starts_server=request["starts_server"], apart=self._apart(records))
+            assert isinstance(job, Job)
+            job.fingerprint()  # once for all processes
+            job.push_format()
+            self.loaded = LoadedJob(job.config.yaml, job)
+            return {"config": self.loaded.text, "log": records.rows}
+        except ConfigError as error:
+            return {"refused": str(error), "log": records.rows}
+        finally:
+            logger.removeHandler(records)
+
+    def _apart(self, records: _Records) -> Callable[[Callable[[], None]], None]:
+        """What runs a function where it leaves nothing behind but its log, and raises its refusal."""
+
+        def here(function: Callable[[], None]) -> None:
+            function()
+
+        def in_fork(function: Callable[[], None]) -> None:
+            try:
+                answer = apart(lambda: _answer(function, records))
+            except ChildProcessError as error:
+                raise ConfigError(f"model: the process that tried a batch {error}") from None
+            self.gpu_in_use = answer["gpu_is_lost"]
+            records.rows += answer["log"]
+            if answer["refused"] is not None:
+                raise ConfigError(answer["refused"])
+            if self.gpu_in_use:
+                function()
+
+        return in_fork if self._may_fork and not torch.cuda.is_initialized() else here
+
+
+def _answer(function: Callable[[], None], records: _Records) -> dict[str, Any]:
+    """Run the function, unless that cannot tell anything about a process that is not forked."""
+    records.rows.clear()
+    refused, lost = None, gpu_is_lost()
+    try:
+        if not lost:
+            function()
+    except ConfigError as error:
+        refused = str(error)
+    return {"refused": refused, "log": records.rows, "gpu_is_lost": lost}
+
+
+class _Records(logging.Handler):
+    """Keeps what is logged, for the launcher to log."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.rows: list[tuple[str, int, str]] = []
+
+    @override
+    def emit(self, record: logging.LogRecord) -> None:
+        self.rows.append((record.name, record.levelno, record.getMessage()))

@@ -1,0 +1,208 @@
+"""The preloaders of a launcher, and the way in which its children are started.
+
+One preloader has the imports alone; it is started as early as possible, and serves all runs of this process. For each run
+another one is forked from it, which loads and checks the job. Children are forked from the latter where that is safe, else from
+the former, and then load the job themselves, else they are spawned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from ormo_rpc.config.parsing import parse_text
+from ormo_rpc.config.runtimes import StartKind
+from ormo_rpc.config.schema import Config
+from ormo_rpc.errors import ConfigError, RunFailed
+from ormo_rpc.runtimes.distributed.launcher.starter import Command, Process, spawn
+from ormo_rpc.runtimes.distributed.linux import adopting
+from ormo_rpc.runtimes.distributed.preloading.client import ENTRY_POINT, Preloader, PreloaderLost, module_path
+
+_OF_NO_CONCERN = ("PYTHONPATH", "PWD", "OLDPWD", "HYDRA_FULL_ERROR")
+"""Variables that mean nothing to what is imported; the module path is told with each request."""
+_log = logging.getLogger(__name__)
+
+
+class Preloading:
+    """Loads the jobs of this process's runs, one after the other, and starts their children (`Starter`).
+
+    Use it as a context, whose end ends the preloaders. It belongs to one thread.
+
+    Attributes:
+        way: The way in which children are started, for people, with the reason for it.
+        report: Called with messages for people.
+    """
+
+    def __init__(self) -> None:
+        self.way = "spawn"
+        self.report: Callable[[str], None] = lambda text: _log.warning("%s", text)
+        self._imports: Preloader | None = None
+        self._job: Preloader | None = None
+        self._contexts = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        self._contexts.enter_context(adopting())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end_job()
+        self._end_imports()
+        self._contexts.close()
+
+    def begin(self, threads: int) -> None:
+        """Start the preloader with the imports, for runs with this number of threads, unless there is one already."""
+        environment = child_environment(threads)
+        if self._imports is not None and _concerning(self._imports.environment) != _concerning(environment):
+            self._end_imports()
+        if self._imports is None:
+            self._imports = Preloader.spawned(environment)
+
+    def load(self, config: Config, *, starts_server: bool) -> Config:
+        """Load and check the job of a run; return its configuration, with what the data set was read for.
+
+        Args:
+            config: Of the run, with the number of workers decided.
+            starts_server: This launcher starts the server.
+
+        Raises:
+            ConfigError: it cannot be run; nothing was started.
+            RunFailed: no preloader lives long enough.
+        """
+        self.end_job()
+        try:
+            return self._load(config, starts_server)
+        except PreloaderLost as error:
+            self._end_imports()
+            raise RunFailed(f"the process that loads data and model was lost: {error}") from None
+
+    def use_imports(self, config: Config) -> None:
+        """Wait for the imports, from which the children of a run are forked whose job is not known here.
+
+        Raises:
+            ConfigError: they were to be forked, and cannot be.
+        """
+        try:
+            self._ready_imports(config)
+        except PreloaderLost as error:
+            self._end_imports()
+            self.way = f"spawn: a preloader was lost: {error}"
+
+    def __call__(self, command: Command) -> Process:
+        """Start a child that runs `entry_point.main`, in the best way that there is at the moment.
+
+        Raises:
+            OSError: it cannot be started now.
+        """
+        for preloader in (self._job, self._imports):
+            try:
+                if preloader is not None and preloader.ready(0):
+                    return preloader.fork(command)
+            except PreloaderLost as error:
+                self._replace(preloader, error)
+        program = (sys.executable, "-P", "-m", ENTRY_POINT)
+        return spawn(dataclasses.replace(command, arguments=[*program, *command.arguments]))
+
+    def end_job(self) -> None:
+        """End the preloader with the job of the last run."""
+        job, self._job = self._job, None
+        if job is not None:
+            job.close()
+
+    def _load(self, config: Config, starts_server: bool) -> Config:
+        imports = self._ready_imports(config)
+        loader = imports
+        if not imports.refusal:
+            with contextlib.suppress(OSError):  # such as for want of memory
+                loader = imports.fork_preloader()
+        try:
+            request = {
+                "config": config.yaml,
+                "starts_server": starts_server,
+                "path": module_path(),
+                "directory": str(Path.cwd()),
+                "environment": child_environment(config.runtime.threads),
+                "default_dtype": default_dtype(),
+            }
+            answer = loader.ask(request)
+            for name, level, message in answer.get("log", ()):
+                logging.getLogger(name).log(level, "%s", message)
+            if "refused" in answer:
+                raise ConfigError(answer["refused"])
+            if "config" not in answer:
+                raise RunFailed(f"data and model cannot be loaded: {answer.get('failed')}")
+            loader.refusal = answer["refusal"]
+            if loader is not imports and not loader.refusal:
+                self._job, self.way = loader, "fork"
+            elif loader is not imports:
+                self.way = f"fork, each process loads the job: {loader.refusal}"
+            return parse_text(answer["config"])
+        finally:
+            if loader is imports:  # has a job of its own from now on
+                self._end_imports()
+            elif self._job is not loader:
+                loader.close()
+
+    def _ready_imports(self, config: Config) -> Preloader:
+        """Return the preloader with the imports, and note in which way it starts children."""
+        self.begin(config.runtime.threads)
+        imports, kind = self._imports, config.rpc.start
+        assert imports is not None
+        if not imports.ready():
+            raise PreloaderLost("its imports took too long")
+        if kind is StartKind.spawn:
+            imports.refusal = "runtime.start=spawn"
+        elif imports.refusal and kind is StartKind.fork:
+            raise ConfigError(f"runtime.start: got fork, expected auto or spawn: {imports.refusal}")
+        self.way = f"spawn: {imports.refusal}" if imports.refusal else "fork, each process loads the job"
+        return imports
+
+    def _replace(self, lost: Preloader | None, error: PreloaderLost) -> None:
+        """End a preloader that does not answer; one with the imports is started again, and ready some time later."""
+        if lost is self._job:
+            self.end_job()
+            self.report(f"the preloader with the job was lost: {error}; processes load the job themselves from now on")
+        else:
+            environment = None if lost is None else lost.environment
+            self._end_imports()
+            self.report(f"the preloader was lost: {error}; processes start without it until there is another one")
+            if environment is not None:
+                with contextlib.suppress(OSError):
+                    self._imports = Preloader.spawned(environment)
+
+    def _end_imports(self) -> None:
+        imports, self._imports = self._imports, None
+        if imports is not None:
+            imports.close()
+
+
+def child_environment(threads: int) -> dict[str, str]:
+    """The environment of children: the module path, and the number of threads."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONPATH": os.pathsep.join(module_path()),
+        "PYTHONUNBUFFERED": "1",
+        # Large new tensors on huge pages take a fraction of the time; torch.distributed.rpc receives each message into one.
+        "THP_MEM_ALLOC_ENABLE": os.environ.get("THP_MEM_ALLOC_ENABLE", "1"),
+        # Whenever an agent shuts down, the others warn of closed pipes.
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
+    }
+
+
+def default_dtype() -> str:
+    """Torch's default dtype, which a script may have set; torch is not loaded to find out."""
+    torch: Any = sys.modules.get("torch")
+    if torch is None or isinstance(torch, importlib.util._LazyModule):  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue] # nothing public tells it
+        return "float32"
+    return str(torch.get_default_dtype()).removeprefix("torch.")
+
+
+def _concerning(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name not in _OF_NO_CONCERN}

@@ -1,0 +1,126 @@
+"""A preloader's process: ``python -m ormo_rpc.runtimes.distributed.preloading.process``.
+
+It imports what every process of a run needs, and then serves the requests of its launcher until that closes the connection.
+Whatever is asked, this process stays as it is but for the job that it loads: a request for a process is answered by a fork.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+gc.disable()  # nothing of what is imported is garbage, and a collection takes its time
+_THREADS_BEFORE = len(os.listdir("/proc/self/task")) if sys.platform.startswith("linux") else 1  # noqa: PTH208 - before any import of ours
+
+import torch  # noqa: E402
+import torch.distributed.rpc  # noqa: E402
+
+from ormo_rpc.errors import one_line  # noqa: E402
+from ormo_rpc.runtimes.distributed import entry_point  # noqa: E402
+from ormo_rpc.runtimes.distributed.linux import set_title  # noqa: E402
+from ormo_rpc.runtimes.distributed.preloading import forking, messages  # noqa: E402
+from ormo_rpc.runtimes.distributed.preloading.load import Loading  # noqa: E402
+from ormo_rpc.runtimes.distributed.preloading.safety import Baseline  # noqa: E402
+from ormo_rpc.runtimes.job import LoadedJob  # noqa: E402
+
+
+class PreloaderProcess:
+    """Serves one launcher.
+
+    Args:
+        sock: The connection.
+        baseline: This process with its imports alone.
+        refusal: The reason why it must not be forked, empty where it may be.
+    """
+
+    def __init__(self, sock: socket.socket, baseline: Baseline, refusal: str) -> None:
+        self.sock = sock
+        self.baseline = baseline
+        self.refusal = refusal
+        self.loaded: LoadedJob | None = None
+
+    def run(self) -> None:
+        """Serve requests, to the end of the connection."""
+        messages.send(self.sock, {"refusal": self.refusal})
+        while True:
+            try:
+                request, descriptors = messages.receive(self.sock)
+            except (EOFError, OSError):
+                return
+            try:
+                answer = self._answer(request, descriptors)
+            except Exception as error:  # told to the launcher; this process stays as it was
+                traceback.print_exc()
+                answer = {"failed": one_line(error)}
+            finally:
+                messages.close_all(descriptors)
+            messages.send(self.sock, answer)
+
+    def _answer(self, request: Mapping[str, Any], descriptors: list[int]) -> dict[str, Any]:
+        if "config" in request:
+            return self._load(request)
+        if "incomplete" in request:
+            return {"errno": 24}
+        wanted = forking.ForkRequest(
+            launcher=request["launcher"],
+            name=request["name"],
+            title=request["title"],
+            environment=request["environment"],
+            path=request["path"],
+            directory=request["directory"],
+            output=descriptors[0] if request["has_output"] else None,
+        )
+        own = descriptors[1:] if request["has_output"] else descriptors
+
+        def run() -> NoReturn:
+            self.sock.detach()  # it is closed already
+            if request["arguments"] is None:
+                serve(own[0], self.baseline, self.refusal)
+            numbers = [word for option, each in zip(request["options"], own, strict=True) for word in (option, str(each))]
+            entry_point.main([*request["arguments"], *numbers], self.loaded)
+            os._exit(0)
+
+        try:
+            return {"pid": forking.fork(wanted, own, run)}
+        except OSError as error:
+            return {"errno": error.errno}
+
+    def _load(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        loading = Loading(request, may_fork=not self.refusal)
+        answer = loading.run()
+        self.refusal = self.refusal or self.baseline.refusal(gpu_in_use=loading.gpu_in_use)
+        self.loaded = loading.loaded
+        return {**answer, "refusal": self.refusal}
+
+
+def serve(number: int, baseline: Baseline, refusal: str) -> NoReturn:
+    """Serve the launcher at the other end of a socket, and end with the connection."""
+    for each in forking.SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    with socket.socket(fileno=number) as sock:
+        PreloaderProcess(sock, baseline, refusal).run()
+    os._exit(0)
+
+
+def main() -> NoReturn:
+    """Serve as a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--socket-fd", type=int, required=True, help="of the connection with the launcher")
+    parser.add_argument("--room", help="room for the command lines of forks")
+    arguments = parser.parse_args()
+    set_title("ormo preloader", [sys.executable, "-m", "ormo_rpc.runtimes.distributed.preloading.process"])
+    torch.set_num_threads(1)  # a pool of threads would not survive a fork
+    baseline = Baseline.now()
+    refusal = "threads were started before ours, at the start of Python" if _THREADS_BEFORE > 1 else baseline.refusal()
+    serve(arguments.socket_fd, baseline, refusal)
+
+
+if __name__ == "__main__":
+    main()
