@@ -160,10 +160,10 @@ def test_a_full_disk_does_not_hide_the_exit_reason(tmp_path: Path) -> None:
         env = {**os.environ, "ORMO_RPC_SECRET": "0123456789abcdef" * 4, "PYTHONPATH": os.pathsep.join(sys.path)}
         server = supervisor.start(
             "server",
-            [*command, "--began", "0", "--listener-fd", str(listener.fileno())],
+            [*command, "--began", "0"],
             env=env,
             log=Path("/dev/full"),
-            pass_fds=[listener.fileno()],
+            descriptors={"--listener-fd": listener.fileno()},
         )
         assert supervisor.wait(lambda: not server.running, PATIENCE_SECONDS)
         supervisor.reap(server)

@@ -20,17 +20,20 @@ import pytest
 from typing_extensions import override
 
 from ormo_rpc import signals
+from ormo_rpc.runtimes.distributed import linux
 from ormo_rpc.runtimes.distributed.launcher import child as child_module
+from ormo_rpc.runtimes.distributed.launcher import starter
 from ormo_rpc.runtimes.distributed.launcher import supervisor as supervisor_module
 from ormo_rpc.runtimes.distributed.launcher.supervisor import ChildProcess, Supervisor
 from tests.support.cgroups import group, needs_pids_groups
 from tests.support.processes import PATIENCE_SECONDS, gone, wait_until
 
-# Both modules are run from their files, since importing the package loads torch, which takes seconds.
+# The modules are run from their files, since importing the package takes a while.
 PRELUDE = f"""
 import json, os, runpy, signal, sys, threading, types
-child = runpy.run_path({child_module.__file__!r})
-sys.modules[{child_module.__name__!r}] = types.SimpleNamespace(**child)
+for name, file in {[(each.__name__, each.__file__) for each in (linux, starter, child_module)]!r}:
+    child = runpy.run_path(file, run_name=name)
+    sys.modules[name] = types.SimpleNamespace(**child)
 """
 LISTENER = f"""{PRELUDE}
 def handle(message):

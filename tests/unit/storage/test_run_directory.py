@@ -33,7 +33,7 @@ def test_a_directory_is_used_once(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
     directory.write_header(seed=3)
     transports = {1: {"transport": "shm", "reason": "one machine"}}
-    directory.write_processes(11, {1: 13, 0: 12}, "127.0.0.1:9", control="rpc", transports=transports)
+    directory.write_processes(11, {1: 13, 0: 12}, "127.0.0.1:9", control="rpc", start="fork", transports=transports)
     directory.close()
     with pytest.raises(ConfigError) as caught:
         RunDirectory.claim(tmp_path)
@@ -50,6 +50,7 @@ def test_a_directory_is_used_once(tmp_path: Path) -> None:
         "workers": {"0": 12, "1": 13},
         "address": "127.0.0.1:9",
         "control": "rpc",
+        "start": "fork",
         "transports": {"1": {"transport": "shm", "reason": "one machine"}},
     }
     assert read_summary(tmp_path) is None

@@ -123,7 +123,8 @@ class ChildProcess:
 
     def outcome(self) -> str:
         """Describe how it ended, and why."""
-        code = self.process.returncode
+        code = self.exit_code
+        assert code is not None, "it has ended"
         outcome = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
         if self._silent_seconds:
             outcome = f"was killed after {self._silent_seconds:g} s without a heartbeat (stopped, or hung)"
@@ -133,7 +134,7 @@ class ChildProcess:
 
     def _reported_reason(self) -> str:
         """The exit reason that it has sent; without one, the last line of its log if it ended by an error of its own."""
-        if self._exit_reason or self.log is None or self.process.returncode < 0:
+        if self._exit_reason or self.log is None or (self.exit_code or 0) < 0:
             return self._exit_reason[:MAX_EXIT_REASON_CHARACTERS]
         lines: list[str] = []
         with contextlib.suppress(OSError):  # the folder was deleted, or no descriptor is left

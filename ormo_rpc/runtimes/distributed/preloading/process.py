@@ -20,10 +20,9 @@ gc.disable()  # nothing of what is imported is garbage, and a collection takes i
 _THREADS_BEFORE = len(os.listdir("/proc/self/task")) if sys.platform.startswith("linux") else 1  # noqa: PTH208 - before any import of ours
 
 import torch  # noqa: E402
-import torch.distributed.rpc  # noqa: E402
 
 from ormo_rpc.errors import one_line  # noqa: E402
-from ormo_rpc.runtimes.distributed import entry_point  # noqa: E402
+from ormo_rpc.runtimes.distributed import entry_point, memory  # noqa: E402
 from ormo_rpc.runtimes.distributed.linux import set_title  # noqa: E402
 from ormo_rpc.runtimes.distributed.preloading import forking, messages  # noqa: E402
 from ormo_rpc.runtimes.distributed.preloading.load import Loading  # noqa: E402
@@ -116,6 +115,7 @@ def main() -> NoReturn:
     parser.add_argument("--room", help="room for the command lines of forks")
     arguments = parser.parse_args()
     set_title("ormo preloader", [sys.executable, "-m", "ormo_rpc.runtimes.distributed.preloading.process"])
+    memory.raise_oom_score(memory.PRELOADER)
     torch.set_num_threads(1)  # a pool of threads would not survive a fork
     baseline = Baseline.now()
     refusal = "threads were started before ours, at the start of Python" if _THREADS_BEFORE > 1 else baseline.refusal()
