@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,7 +53,8 @@ class Loading:
         torch.set_default_dtype(getattr(torch, request["default_dtype"]))
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         try:
-            config = parse_text(request["config"])
+            with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+                config = parse_text(request["config"])  # the launcher has shown what the user's modules print at import
             job = prepare.check(config, starts_server=request["starts_server"], apart=self._apart(records))
             assert isinstance(job, Job)
             job.fingerprint()  # once for all processes
