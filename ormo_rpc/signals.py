@@ -1,8 +1,9 @@
 """Signals of people and managers: SIGINT, SIGTERM and SIGHUP ask for an orderly end, SIGUSR1 for a checkpoint.
 
 A manager (systemd, Slurm, the agent of torchrun) may send one to every process of a run at the same moment, more than once, at
-any time. `blocked` keeps it from a process that is starting, `follow` is for children, `SignalWatch` for the one that drives a
-run, and `interrupting` for a program around it. SIGHUP has no effect where it was inherited as ignored (nohup).
+any time. `blocked` keeps it from a process that is starting, `follow` is for children, `withstand` for preloaders,
+`SignalWatch` for the one that drives a run, and `interrupting` for a program around it. SIGHUP has no effect where it was
+inherited as ignored (nohup).
 """
 
 from __future__ import annotations
@@ -73,6 +74,15 @@ def follow(on_end: Callable[[Signals], None], on_checkpoint: Callable[[], None] 
     threading.Thread(target=listen, name="signals", daemon=True).start()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (*ENDING, signal.SIGUSR1))
     _forget_in_forked(followed)
+
+
+def withstand() -> None:
+    """Give the signals no effect on this process from now on, which ends with another one; those that it forks have them."""
+    withstood = [number for number in (*ENDING, signal.SIGUSR1) if not _ignored(number)]
+    for number in withstood:
+        signal.signal(number, _no_effect)
+    _forget_in_forked(withstood)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (*ENDING, signal.SIGUSR1))
 
 
 def _forget_in_forked(followed: Sequence[Signals]) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from ormo_rpc.runtimes.distributed.launcher.starter import Command, Process, spawn
 from ormo_rpc.runtimes.distributed.preloading import messages
+from ormo_rpc.signals import blocked
 
 PROGRAM = "ormo_rpc.runtimes.distributed.preloading.process"
 """The module of a preloader."""
@@ -109,7 +110,8 @@ class Preloader:
                 descriptors={"--socket-fd": theirs.fileno()},
             )
             try:
-                return cls(spawn(command), ours, environment)
+                with blocked():  # until it withstands them
+                    return cls(spawn(command), ours, environment)
             except BaseException:
                 ours.close()
                 raise

@@ -23,12 +23,9 @@ import torch
 
 from ormo_rpc.runtimes.distributed.linux import die_with_parent, set_title
 from ormo_rpc.runtimes.distributed.preloading.safety import open_descriptors
+from ormo_rpc.signals import blocked, withstand
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""A preloader ignores them: it ends with its launcher, or at its word."""
 _GO = b"g"
-_INHERITED = {number: signal.getsignal(number) for number in SIGNALS}
-"""Before a preloader ignores them: what a launcher ignores, as under ``nohup``, a spawned child ignores as well."""
 _SEED = torch.initial_seed()
 """That of a process in which nobody has seeded torch."""
 
@@ -61,8 +58,6 @@ class ForkRequest:
         Args:
             keep: Its descriptors, besides standard ones.
         """
-        for number, handler in _INHERITED.items():
-            signal.signal(number, handler)
         os.setsid()
         if self.output is not None:
             os.dup2(self.output, 1)
@@ -97,9 +92,10 @@ def fork(request: ForkRequest, keep: Collection[int], run: Callable[[], NoReturn
     with contextlib.ExitStack() as stack:
         number, told = _pipe(stack)
         word, go = _pipe(stack)
-        intermediate = os.fork()
-        if intermediate == 0:
-            _fork_again(told, lambda: _become(request, keep, word, go, run))
+        with blocked():  # as those that are spawned: what comes from now on is not lost
+            intermediate = os.fork()
+            if intermediate == 0:
+                _fork_again(told, lambda: _become(request, keep, word, go, run))
         os.waitpid(intermediate, 0)
         answer = os.read(number, 32).decode()
         if not answer or int(answer) < 0:
@@ -120,14 +116,10 @@ def apart(function: Callable[[], Any]) -> Any:
     sys.stderr.flush()
     with contextlib.ExitStack() as stack:
         result, given = _pipe(stack)
-        child = os.fork()
-        if child == 0:
-            with _no_return():
-                answer = json.dumps(function()).encode()
-                sys.stdout.flush()
-                with os.fdopen(given, "wb") as file:
-                    file.write(answer)
-                os._exit(0)
+        with blocked():
+            child = os.fork()
+            if child == 0:
+                _answer(function, given)
         stack.pop_all()
         os.close(given)
         with os.fdopen(result, "rb") as file:
@@ -136,6 +128,17 @@ def apart(function: Callable[[], Any]) -> Any:
     if status != 0:
         raise ChildProcessError(f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with {status}")
     return json.loads(answer)
+
+
+def _answer(function: Callable[[], Any], given: int) -> NoReturn:
+    """In a process that is thrown away: run the function, and write its result."""
+    with _no_return():
+        withstand()
+        answer = json.dumps(function()).encode()
+        sys.stdout.flush()
+        with os.fdopen(given, "wb") as file:
+            file.write(answer)
+        os._exit(0)
 
 
 def _pipe(stack: contextlib.ExitStack) -> tuple[int, int]:

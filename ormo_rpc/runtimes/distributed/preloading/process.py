@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import signal
 import socket
 import sys
 import traceback
@@ -28,6 +27,7 @@ from ormo_rpc.runtimes.distributed.preloading import forking, messages  # noqa: 
 from ormo_rpc.runtimes.distributed.preloading.load import Loading  # noqa: E402
 from ormo_rpc.runtimes.distributed.preloading.safety import Baseline  # noqa: E402
 from ormo_rpc.runtimes.job import LoadedJob  # noqa: E402
+from ormo_rpc.signals import withstand  # noqa: E402
 
 
 class PreloaderProcess:
@@ -101,8 +101,7 @@ class PreloaderProcess:
 
 def serve(number: int, baseline: Baseline, refusal: str) -> NoReturn:
     """Serve the launcher at the other end of a socket, and end with the connection."""
-    for each in forking.SIGNALS:
-        signal.signal(each, signal.SIG_IGN)
+    withstand()
     with socket.socket(fileno=number) as sock:
         PreloaderProcess(sock, baseline, refusal).run()
     os._exit(0)
