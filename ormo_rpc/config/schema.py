@@ -244,7 +244,13 @@ class Config(Section):
         """The carrier of the control plane that is used: ``rpc`` or ``socket``."""
         if self.rpc.control is not ControlKind.auto:
             return self.rpc.control.value
-        return "socket" if self.transport.AVOIDS_RPC or torch_rpc.unavailable() else "rpc"
+        return "rpc" if self.may_have_agents and not torch_rpc.unavailable() else "socket"
+
+    @property
+    def may_have_agents(self) -> bool:
+        """True where the processes have agents of torch.distributed.rpc, if torch has it, which is not looked at."""
+        kind = self.rpc.control
+        return kind is ControlKind.rpc or (kind is ControlKind.auto and not self.transport.AVOIDS_RPC)
 
     def refuse_unavailable(self) -> None:
         """Refuse what this machine, or its build of PyTorch, does not support.

@@ -215,7 +215,7 @@ def test_processes_that_were_killed_for_memory_are_named_and_others_are_not(
     silent = monitor.add("worker 3", Start(monitor, -signal.SIGKILL))
     assert silent.child is not None
     silent.child.start_timeout_seconds = -1.0
-    silent.os.kill(child.process.pid, signal.SIGSTOP)  # it has not ended by itself
+    os.kill(silent.child.process.pid, signal.SIGSTOP)  # it has not ended by itself
     silent.child.kill_if_silent()
     children = [slot.child for slot in monitor.slots]
     wait_until(lambda: not any(child is not None and child.running for child in children), "the end of all")

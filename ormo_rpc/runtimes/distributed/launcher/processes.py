@@ -136,7 +136,7 @@ def local_processes(
     logs.mkdir(exist_ok=True)
     secret_file = _run_secret(config, run_dir)
     with listen_at(config.server.address or "127.0.0.1:0", public=config.server.public) as listener:
-        if config.control == "rpc":
+        if config.may_have_agents:
             interface_of(specific_address(listener.getsockname()[0]))  # refuses an address where no agent can listen
         launcher = Launcher(monitor.supervisor, config, preloading, logs=logs)
         start_server = launcher.server(run_dir, began, listener, secret_file)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import logging
 import os
 import sys
@@ -21,6 +20,7 @@ from ormo_rpc.config.parsing import parse_text
 from ormo_rpc.config.runtimes import StartKind
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError, RunFailed
+from ormo_rpc.lazy_import import is_loaded
 from ormo_rpc.runtimes.distributed.launcher.starter import Command, Process, spawn
 from ormo_rpc.runtimes.distributed.linux import adopting
 from ormo_rpc.runtimes.distributed.preloading.client import ENTRY_POINT, Preloader, PreloaderLost, module_path
@@ -198,9 +198,9 @@ def child_environment(threads: int) -> dict[str, str]:
 
 def default_dtype() -> str:
     """Torch's default dtype, which a script may have set; torch is not loaded to find out."""
-    torch: Any = sys.modules.get("torch")
-    if torch is None or isinstance(torch, importlib.util._LazyModule):  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue] # nothing public tells it
+    if not is_loaded("torch"):
         return "float32"
+    torch: Any = sys.modules["torch"]
     return str(torch.get_default_dtype()).removeprefix("torch.")
 
 
