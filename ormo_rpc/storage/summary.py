@@ -70,7 +70,7 @@ class Summary(Metrics):
 
     server_memory_bytes: int | None = entry(
         "largest proportional set size measured of the server's process: memory that n processes share counts as its nth part; "
-        "live runs of more than five seconds of training"
+        "live runs of more than two seconds of training"
     )
     worker_memory_bytes: int | None = entry("the same of a worker's process: the mean of up to three on the server's machine")
 

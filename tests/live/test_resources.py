@@ -65,19 +65,16 @@ def test_a_run_outlives_a_launcher_without_descriptors_and_a_worker_that_is_kill
         wait_until(lambda: [event["worker"] for event in events(tmp_path, "join")].count(1) == 1, "its replacement")
 
         take(limited, 64 << 20)
-        named = told(
-            r"^launch\.py: worker (\d) \(pid (\d+)\) was killed by SIGKILL, by the kernel for lack of memory \(see .*; use"
-        )
-        worker, pid = map(int, named.groups())
-        wait_until(lambda: len(events(tmp_path, "join")) == 2, "the replacement of the one that was killed")
+        told(r"^launch\.py: worker \d \(pid \d+\) was killed by SIGKILL, by the kernel for lack of memory \(see .*; use fewer")
+        wait_until(lambda: len(events(tmp_path, "join")) > 1, "the replacement of the one that was killed")
         process.send_signal(signal.SIGINT)
         assert process.wait(PATIENCE_SECONDS) == 130
         reader.join()
     result = summary(tmp_path)
     killed = "was killed by SIGKILL"
-    assert [(eviction["worker"], eviction["process"], eviction["cause"]) for eviction in result["evictions"]] == [
-        (1, pids["workers"]["1"], killed),
-        (worker, pid, f"{killed}, by the kernel for lack of memory"),
-    ]
+    first, *others = [(eviction["process"], eviction["cause"]) for eviction in result["evictions"]]
+    assert first == (pids["workers"]["1"], killed)
+    assert others
+    assert {cause for _, cause in others} == {f"{killed}, by the kernel for lack of memory"}
     assert result["incarnations"] == 1
     assert result["server_memory_bytes"] > result["worker_memory_bytes"] / 2 > 10 << 20

@@ -14,7 +14,7 @@ from ormo_rpc.storage.run_directory import RunDirectory
 
 CAUSE_SECONDS = 0.25
 """The launcher has told by then how a worker died whose connection was closed."""
-FIRST_MEASUREMENT_SECONDS = 5.0
+FIRST_MEASUREMENT_SECONDS = 2.0
 """Of training, after which memory is measured first; a shorter run spares the time."""
 MEASUREMENT_SECONDS = 300.0
 """The interval of further measurements."""
