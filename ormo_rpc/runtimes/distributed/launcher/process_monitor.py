@@ -127,8 +127,12 @@ class ProcessMonitor:
             if slot.child is not None and slot.child in ended:
                 self._reap(slot, slot.child)
             if slot.child is None and not slot.finished and time.monotonic() >= slot.restart_at:
-                slot.restart_count += 1
-                self._start(slot)
+                self.refill(slot)
+
+    def refill(self, slot: ProcessSlot) -> None:
+        """Start the next process of a slot, without a pause."""
+        slot.restart_count += 1
+        self._start(slot)
 
     def _has_ended(self, slot: ProcessSlot, child: ChildProcess) -> bool:
         """Tell that a process has ended, and not by a signal that the launcher may be about to get as well."""

@@ -182,6 +182,8 @@ def _supervise_server(monitor: ProcessMonitor, server: ProcessSlot, config: Conf
     if server.given_up:
         return RunFailed(f"{server.exit_reason}; the run has ended")
     number = server.left_on or supervisor.signals[0]  # the server may have got it alone
+    if server.child is None and not server.finished and config.checkpoint.journal:
+        monitor.refill(server)  # between two processes of it: the journal has pushes that are in no checkpoint
     if server.child is not None:
         server.child.send(stop={"status": "interrupted", "reason": number.name})
         _wait_for_exit(supervisor, server, timeout)

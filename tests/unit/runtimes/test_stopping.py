@@ -1,0 +1,57 @@
+"""The launcher's way to stop the server; the processes are real and small."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from ormo_rpc.cli import compose
+from ormo_rpc.errors import RunInterrupted
+from ormo_rpc.runtimes.distributed.launcher import run as launcher
+from ormo_rpc.runtimes.distributed.launcher.process_monitor import ProcessMonitor, ProcessSlot, if_killed
+from ormo_rpc.runtimes.distributed.launcher.supervisor import ChildProcess, Supervisor
+from tests.support.processes import wait_until
+
+LISTENER = """
+import os, sys
+words = os.read(int(sys.argv[sys.argv.index("--control-fd") + 1]), 1000).decode()
+print(words, end="", flush=True)
+os._exit(64)
+"""
+supervise_server = launcher._supervise_server  # pyright: ignore[reportPrivateUsage] # without the processes of a run
+
+
+def end_between_two_servers(log: Path, *overrides: str) -> list[str]:
+    """Interrupt a run while its server, which was killed, waits for its restart; return what the next one was told."""
+    scripts = ["import os, signal; os.kill(os.getpid(), signal.SIGKILL)", LISTENER]
+
+    with Supervisor() as supervisor:
+        monitor = ProcessMonitor(supervisor, max_restarts=5, backoff_seconds=1000.0, report=lambda _: None)
+
+        def start(restart_count: int) -> ChildProcess:
+            return supervisor.start("server", [sys.executable, "-c", scripts[restart_count]], env=dict(os.environ), log=log)
+
+        server = monitor.add("server", start, should_restart=if_killed, essential=True)
+        wait_until(lambda: _reaped(monitor, server), "the end of the first server")
+        supervisor.signals.append(signal.SIGTERM)
+        failure = supervise_server(monitor, server, compose(["workers=2", *overrides]))
+    assert isinstance(failure, RunInterrupted)
+    assert (str(failure), failure.exit_status) == ("interrupted by SIGTERM", 143)
+    return log.read_text().splitlines()
+
+
+def _reaped(monitor: ProcessMonitor, server: ProcessSlot) -> bool:
+    monitor.poll()
+    return server.child is None
+
+
+@pytest.mark.parametrize("journal", [True, False])
+def test_a_run_interrupted_between_two_servers_has_what_its_journal_has_in_a_checkpoint(journal: bool, tmp_path: Path) -> None:
+    told = end_between_two_servers(tmp_path / "log", f"checkpoint.journal={str(journal).lower()}")
+    expected = [{"stop": {"status": "interrupted", "reason": "SIGTERM"}}] if journal else []
+    assert [json.loads(line) for line in told] == expected
