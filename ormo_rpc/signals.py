@@ -77,7 +77,11 @@ def follow(on_end: Callable[[Signals], None], on_checkpoint: Callable[[], None] 
 
 
 def withstand() -> None:
-    """Give the signals no effect on this process from now on, which ends with another one; those that it forks have them."""
+    """Give the signals no effect on this process from now on, which ends with another one; those that it forks have them.
+
+    Were they ignored, or blocked, a program that a user's module starts could not be terminated. A process that is forked within
+    `blocked`, and does not leave it, gets none until it calls `follow`.
+    """
     withstood = [number for number in (*ENDING, signal.SIGUSR1) if not _ignored(number)]
     for number in withstood:
         signal.signal(number, _no_effect)
@@ -102,19 +106,6 @@ def _forget_in_forked(followed: Sequence[Signals]) -> None:
         restore()
 
     os.register_at_fork(before=block, after_in_parent=restore, after_in_child=forget)
-
-
-def disregard() -> None:
-    """Let the signals have no effect on this process, which ends with its launcher.
-
-    Ignored, or blocked, they would have none on the programs that a user's module starts either. A process that this one forks
-    within `blocked`, and that does not leave it, has the default handlers and no signals until it calls `follow`.
-    """
-    followed = [number for number in (*ENDING, signal.SIGUSR1) if not _ignored(number)]
-    for number in followed:
-        signal.signal(number, _no_effect)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (*ENDING, signal.SIGUSR1))
-    _forget_in_forked(followed)
 
 
 class SignalWatch:

@@ -81,11 +81,11 @@ ctypes.CDLL(None).pthread_mutex_lock(mutex)
     assert output("", after) == (7, "SIGTERM\n")
 
 
-def test_a_fork_of_a_process_that_disregards_signals_follows_those_that_came_since() -> None:
+def test_a_fork_of_a_process_that_withstands_signals_follows_those_that_came_since() -> None:
     everything = KILL_ITSELF.format(numbers="(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)")
     before = f"""
-from ormo_rpc.signals import blocked, disregard
-disregard()
+from ormo_rpc.signals import blocked, withstand
+withstand()
 {everything}
 pid = os.fork()
 if pid == 0:
