@@ -13,6 +13,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NoReturn
 
 gc.disable()  # nothing of what is imported is garbage, and a collection takes its time
@@ -25,7 +26,7 @@ from ormo_rpc.runtimes.distributed import entry_point, memory  # noqa: E402
 from ormo_rpc.runtimes.distributed.linux import set_title  # noqa: E402
 from ormo_rpc.runtimes.distributed.preloading import forking, messages  # noqa: E402
 from ormo_rpc.runtimes.distributed.preloading.load import Loading  # noqa: E402
-from ormo_rpc.runtimes.distributed.preloading.safety import Baseline  # noqa: E402
+from ormo_rpc.runtimes.distributed.preloading.safety import Baseline, open_descriptors  # noqa: E402
 from ormo_rpc.runtimes.job import LoadedJob  # noqa: E402
 from ormo_rpc.signals import withstand  # noqa: E402
 
@@ -103,7 +104,8 @@ def serve(number: int, baseline: Baseline, refusal: str) -> NoReturn:
     """Serve the launcher at the other end of a socket, and end with the connection."""
     withstand()
     with socket.socket(fileno=number) as sock:
-        PreloaderProcess(sock, baseline, refusal).run()
+        # The connection of this process belongs to it, not to what it loads.
+        PreloaderProcess(sock, replace(baseline, descriptors=open_descriptors()), refusal).run()
     os._exit(0)
 
 
