@@ -321,12 +321,18 @@ def test_a_torch_without_rpc_is_said_and_done_without(tmp_path: Path) -> None:
     assert (result["control"], result["transports"]["0"]["transport"]) == ("socket", "shm")
 
 
-def test_a_sweep_starts_and_ends_its_own_processes(tmp_path: Path) -> None:
-    arguments = ("-m", f"hydra.sweep.dir={tmp_path}", *QUIET, "workers=2", "train.epochs=1", "algorithm=asgd,ormo")
-    with launched("launch.py", *arguments) as launcher:
+def test_a_sweep_starts_and_ends_its_own_processes_and_a_job_leaves_nothing_to_the_next(tmp_path: Path) -> None:
+    # With one worker a run has one order of pushes: the same configuration gives the same bits, whatever ran before it.
+    short = ("workers=1", "train.max_iterations=20", "logger.mode=offline")
+    probe = "+hydra.callbacks.probe._target_=tests.support.probe.Probe"
+    with launched("launch.py", "-m", f"hydra.sweep.dir={tmp_path}", probe, *short, "algorithm=asgd,ormo,asgd") as launcher:
         _, err = launcher.communicate(timeout=120)
         assert launcher.returncode == 0, err
-    assert {summary(tmp_path / job)["algorithm"] for job in ("0", "1")} == {"asgd", "ormo"}
+    results = [summary(tmp_path / job) for job in "012"]
+    assert [result["algorithm"] for result in results] == ["asgd", "ormo", "asgd"]
+    assert results[0]["final_params_sha256"] == results[2]["final_params_sha256"] != results[1]["final_params_sha256"]
+    first, *others = [json.loads((tmp_path / f"held_after_{job}.json").read_text()) for job in "012"]
+    assert others == [first, first]
 
 
 def test_torchrun_gives_the_same_outputs(tmp_path: Path) -> None:

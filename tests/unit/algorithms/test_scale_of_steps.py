@@ -67,6 +67,7 @@ def test_every_algorithm_is_in_the_table() -> None:
     assert sorted(STATED) == sorted(parts("algorithm"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(STATED))
 def test_a_ticket_moves_the_parameters_as_far_as_the_page_says(name: str) -> None:
     bound, expected = STATED[name]
@@ -77,5 +78,6 @@ def test_a_ticket_moves_the_parameters_as_far_as_the_page_says(name: str) -> Non
         assert got == pytest.approx(expected, rel=0.01)  # a started buffer of B is at most 1 / 200 of the gradients
 
 
+@pytest.mark.slow
 def test_orlomo_that_averages_takes_the_kth_part() -> None:
     assert step_of("orlomo", combine="mean") == pytest.approx(STATED["orlomo"][1] / K, rel=0.01)

@@ -15,6 +15,7 @@ def test_the_step_of_every_algorithm_is_measured() -> None:
     assert all(row["copies"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_the_fused_step_is_measured_beside_plain_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_bandwidth, "SECONDS", 1e-4)
     rates = memory_bandwidth.measure(1000, 2, torch.get_num_threads())

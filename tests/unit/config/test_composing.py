@@ -24,6 +24,7 @@ EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.y
 TARGET = "torch.nn.Linear"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("group", "name"), [(group, name) for group in GROUPS for name in parts(group)])
 def test_every_part_composes_and_comes_back_equal_from_its_file(group: str, name: str, tmp_path: Path) -> None:
     custom = name == "custom"

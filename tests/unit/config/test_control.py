@@ -11,6 +11,7 @@ from ormo_rpc.errors import ConfigError
 LACKING = "torch was built without torch.distributed.rpc"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "control", "without_rpc"),
     [

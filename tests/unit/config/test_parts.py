@@ -125,6 +125,7 @@ def test_beside_a_target_the_options_of_the_named_part_count_only_where_they_wer
     assert str(caught.value) == "heterogeneity.factor: got an unknown key, expected one of naps, mood, folder (of Sleepy)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("override", ["heterogeneity.factor=10", "++heterogeneity.factor=1e1", "heterogeneity={factor: 10}"])
 def test_beside_a_target_a_typed_option_counts_although_the_named_part_has_that_default(override: str) -> None:
     chosen = ["heterogeneity=one_slow", f"heterogeneity._target_={HERE}.Factored"]

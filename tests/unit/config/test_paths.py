@@ -76,6 +76,7 @@ def test_a_configuration_without_paths_to_change_is_the_same_object() -> None:
     assert located(config, Path.cwd()) is config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
     [

@@ -82,6 +82,7 @@ def test_after_the_first_message_of_a_form_others_are_read_by_their_bytes() -> N
     assert Counted.read_so_far == 2
 
 
+@pytest.mark.slow
 @given(st.text(min_size=32, max_size=32), st.binary(min_size=56, max_size=56))
 def test_any_values_in_their_places_come_out_as_they_went_in(session_id: str, header: bytes) -> None:
     reader = known_forms.FormReader(Counted)

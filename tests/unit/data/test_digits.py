@@ -24,6 +24,7 @@ def test_the_digits_are_divided_once_and_for_all_with_equal_shares_of_every_clas
         assert labels.bincount().float().div(len(one)).sub(0.1).abs().max() < 0.005  # the ten digits are about a tenth each
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scans", [digits.SCANS, "no/such/file"], ids=["file", "library"])
 def test_the_digits_are_divided_as_scikit_learn_divides_them(scans: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from sklearn.datasets import load_digits

@@ -186,6 +186,7 @@ def test_compiled_steps_with_other_bits_are_not_used(monkeypatch: pytest.MonkeyP
     assert "would give other bits" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("without", ["-mno-avx512f", "-mno-avx"])  # vectors of half the length, and none
 def test_the_bits_are_the_same_on_other_processors(without: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if compiled_steps() is None or platform.machine() != "x86_64":

@@ -16,6 +16,7 @@ from ormo_rpc.kernels.pool import WORTH_POOLING, Pool
 from ormo_rpc.kernels.steps import TorchSteps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dimension", [3, 1_000_000])
 def test_pooled_memory_is_reused_only_after_its_last_reference(dimension: int) -> None:
     pool = Pool(dimension, torch.float32)
@@ -61,6 +62,7 @@ def test_pooled_memory_freed_in_other_threads_is_reused_once() -> None:
     assert len(pool.made) <= 8, "two for each thread, at most: the one that it fills and the one that it lets go"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["ormo", "ormo_da", "asgd", "naive", "shifted", "fedbuff"])
 def test_a_server_gives_the_same_bits_with_any_kernel_in_few_vectors(algorithm: str) -> None:
     dimension = WORTH_POOLING // 4 + 3  # long enough for a pool; float32

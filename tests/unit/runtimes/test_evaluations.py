@@ -136,6 +136,7 @@ class Language(nn.Module):
         return self.layers(inputs).transpose(1, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "model", "num_classes"), [("masks", segmenter, 3), ("texts", Language, TOKENS)], ids=["segmentation", "language"]
 )

@@ -92,6 +92,7 @@ def test_a_worker_that_is_asked_to_leave_while_it_warms_up_does_not_connect(
     assert "refused a connection" not in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("prefetch", [0, 1])
 @pytest.mark.parametrize("what", ["frozen", "order", "samples"])

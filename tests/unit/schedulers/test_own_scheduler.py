@@ -76,6 +76,7 @@ def config(**changes: Any) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_a_random_scheduler_simulates_resumes_and_replays_to_the_bit(tmp_path: Path) -> None:
     saving = {"every": 17, "keep": 100}
     whole = train(config(checkpoint=saving), run_dir=tmp_path / "whole")

@@ -215,6 +215,7 @@ ANYTHING = st.recursive(
 )
 
 
+@pytest.mark.slow
 @examples(60)
 @given(st.sampled_from([field.name for field in fields(Push)]), ANYTHING)
 def test_any_value_in_a_field_is_accepted_or_refused_as_documented(name: str, value: Any) -> None:

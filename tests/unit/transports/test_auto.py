@@ -47,6 +47,7 @@ OTHER_MACHINE = "another machine: no shared memory"
 NO_PAIR = "gloo: the server cannot make a pair at 127.0.0.1: no connection within 10 s"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("broken", "transport", "reason"),
     [

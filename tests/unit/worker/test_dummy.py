@@ -97,6 +97,7 @@ def test_a_fault_spoils_one_push_and_no_later_one(kind: str, wire: str) -> None:
     assert form.unpack(sent[2])[1] == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", parts("algorithm"))
 def test_every_algorithm_accepts_the_pushes_of_a_dummy_worker(name: str) -> None:
     some = job(f"algorithm={name}")
