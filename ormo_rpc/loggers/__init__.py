@@ -5,9 +5,9 @@ from __future__ import annotations
 from ormo_rpc.loggers.base import Logger, RunInfo, RunLog
 from ormo_rpc.loggers.none import NoLogger
 from ormo_rpc.loggers.progress import ProgressBar
-from ormo_rpc.loggers.wandb import WandbLogger
+from ormo_rpc.loggers.wandb import WandbLogger, end_service
 
-__all__ = ["Logger", "NoLogger", "RunInfo", "RunLog", "WandbLogger", "start_logs"]
+__all__ = ["Logger", "NoLogger", "RunInfo", "RunLog", "WandbLogger", "end_service", "start_logs"]
 
 
 def start_logs(logger: Logger, run: RunInfo, terminal: int | None) -> list[RunLog]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -36,6 +38,8 @@ MODES = ("offline", "dryrun", "disabled", "online", "run", "shared")
 TIMEOUT_SECONDS = 60.0
 ID_FILE = "wandb_id"
 """The file of the run directory with the id of the run, which is continued under it."""
+SERVICE_END_SECONDS = 5.0
+"""The process of wandb has ended by then; it is left to itself otherwise, and ends once it misses this one."""
 MAX_NAME_CHARACTERS = 128
 MAX_TAG_CHARACTERS = 64
 UNUSABLE = (RuntimeError, OSError, KeyError)
@@ -247,6 +251,15 @@ class WandbRunLog(RunLog):
         width = -(-len(counts) // self.histogram.MAX_LENGTH)
         padded = np.pad(counts, (0, -len(counts) % width)).reshape(-1, width).sum(1)
         return self.histogram(np_histogram=(padded, np.arange(len(padded) + 1) * width))
+
+
+def end_service() -> None:
+    """End the process of wandb, if this one has started it; all runs of this process have to be over."""
+    wandb: Any = sys.modules.get("wandb")
+    if wandb is not None:  # in a thread, since a process that hangs would hold up this one's end
+        ending = threading.Thread(target=wandb.teardown, name="end of wandb", daemon=True)
+        ending.start()
+        ending.join(SERVICE_END_SECONDS)
 
 
 def _wandb_sweep() -> str | None:

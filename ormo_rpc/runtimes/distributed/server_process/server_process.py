@@ -16,6 +16,7 @@ from typing import Any
 from ormo_rpc.config.parsing import load_config
 from ormo_rpc.control import torch_rpc
 from ormo_rpc.kernels.pool import pooled
+from ormo_rpc.loggers import end_service
 from ormo_rpc.rendezvous.addresses import address_of
 from ormo_rpc.rendezvous.interfaces import specific_address
 from ormo_rpc.rendezvous.secret import Secret
@@ -291,4 +292,6 @@ def serve(args: ServerArgs, on_ready: Callable[[ServerProcess], None]) -> dict[s
     on_ready(process)
     process.service.on_ended = process.transport.session_ended
     with served(args.listening_socket, args.secret, process.service, process.transport, serving):
-        return process.run()
+        summary = process.run()
+    end_service()
+    return summary
