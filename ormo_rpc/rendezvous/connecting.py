@@ -38,15 +38,21 @@ class NoConnection(ConnectionError):
     """A connection cannot be opened; the message says why."""
 
 
+class NothingListens(NoConnection):
+    """A machine refuses connections to one of its addresses."""
+
+
 def open_connection(address: tuple[str, int], timeout_seconds: float) -> socket.socket:
     """Make one attempt to open a connection, which takes at most `CONNECT_SECONDS`.
 
     Raises:
-        NoConnection: it failed.
+        NoConnection: it failed, or was refused (`NothingListens`).
     """
     limit = min(timeout_seconds, CONNECT_SECONDS)
     try:
         return socket.create_connection(address, limit)
+    except ConnectionRefusedError:
+        raise NothingListens("refused: nothing listens there") from None
     except OSError as error:
         raise NoConnection(_reason(error, address[0], limit)) from None
 
@@ -55,8 +61,6 @@ def _reason(error: OSError, host: str, seconds: float) -> str:
     text = error.strerror or str(error) or type(error).__name__
     if isinstance(error, socket.gaierror):
         return f"the name {host} is not resolved ({text})"
-    if isinstance(error, ConnectionRefusedError):
-        return "refused: nothing listens there"
     if isinstance(error, TimeoutError):
         return NO_ANSWER.format(seconds)
     if error.errno in _NO_WAY:

@@ -112,17 +112,19 @@ def read_secret(file: str | None) -> Secret | None:
     return None if value is None else _secret(value, f"the environment variable {SECRET_VARIABLE}")
 
 
-def require_secret(file: str | None) -> None:
-    """Refuse to go on without a secret that the other machines, or ranks, have as well.
+def require_secret(file: str | None) -> Secret:
+    """Read a secret that the other machines, or ranks, have as well; refuse to go on without.
 
     Raises:
         ConfigError: no file is named, and the environment has none.
     """
-    if read_secret(file) is None:
+    secret = read_secret(file)
+    if secret is None:
         raise ConfigError(
             f"server.secret_file: got None, expected a file with the secret of the run, or the variable {SECRET_VARIABLE}, the "
             "same on every machine; the file of a run on this machine is RUN_DIRECTORY/secret"
         )
+    return secret
 
 
 def nonce() -> str:

@@ -17,6 +17,8 @@ from ormo_rpc.loggers.metrics import Metrics
 from ormo_rpc.storage.run_directory import check_present, write_json
 
 FILE = "summary.json"
+TERMINAL_STATUSES = ("completed", "diverged")
+"""The statuses of a run that has ended by itself; a signal that comes later changes nothing."""
 RENAMED_KEYS: Mapping[str, str] = {"server_lives": "incarnations", "losses": "evictions"}
 """From a key of earlier versions to the present one."""
 

@@ -29,16 +29,21 @@ from ormo_rpc.runtimes.distributed.launcher.child import EXIT_SERVER_LOST
 from ormo_rpc.runtimes.distributed.launcher.process_monitor import ProcessMonitor, ProcessSlot
 from ormo_rpc.runtimes.distributed.launcher.processes import elastic_worker_process, local_processes, rank_process
 from ormo_rpc.runtimes.distributed.launcher.rank import Rank, WorkerRank
+from ormo_rpc.runtimes.distributed.launcher.reaching import reach
 from ormo_rpc.runtimes.distributed.launcher.supervisor import Supervisor
 from ormo_rpc.runtimes.distributed.preloading.preloading import Preloading
 from ormo_rpc.runtimes.ranks import Ranks
 from ormo_rpc.runtimes.torchrun_store import tell_result
 from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.counters import RunCounters
-from ormo_rpc.storage.summary import extend_summary, forget_summary, read_summary, unfinished_summary, write_summary
-
-TERMINAL_STATUSES = ("completed", "diverged")
-"""The statuses of a run that has ended by itself; a signal that comes later changes nothing."""
+from ormo_rpc.storage.summary import (
+    TERMINAL_STATUSES,
+    extend_summary,
+    forget_summary,
+    read_summary,
+    unfinished_summary,
+    write_summary,
+)
 
 
 def run(config: Config, run_dir: Path, began: float, preloading: Preloading) -> dict[str, Any]:
@@ -129,10 +134,12 @@ def join(config: Config, preloading: Preloading) -> None:
         preloading: Starts it.
 
     Raises:
-        RunFailed: the worker failed, or was refused or banned.
+        RunFailed: the worker failed, or was refused or banned, or nothing listens at ``server.address``.
     """
     preloading.report = _report
     with Supervisor(_report) as supervisor:
+        if not reach(config, supervisor, _report):
+            return
         monitor = _monitor(supervisor, config)
         slot = _supervise_worker(monitor, elastic_worker_process(monitor, config, preloading, _report), config, _report)
     if slot.given_up:
