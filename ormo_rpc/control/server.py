@@ -92,7 +92,11 @@ class ControlServer(LeaseHandler):
             admitted = self._admitted.pop(admission_id)
             membership = admitted.membership
         if membership is None:
-            _log.info("%s was admitted, and left without joining, as one that evaluates, or looks for the run, does: %s", admitted.holder, reason)
+            _log.info(
+                "%s was admitted, and left without joining, as one that evaluates, or looks for the run, does: %s",
+                admitted.holder,
+                reason,
+            )
         else:
             self.handler.evict(membership, reason)
 

@@ -148,7 +148,10 @@ def test_workers_that_die_anywhere_on_their_way_leave_no_membership(caplog: pyte
             peer.process.join(PATIENCE_SECONDS)
             wait_until(lambda: len(service.memberships) == 0, "the end of its membership")
         wait_until(
-            lambda: "left without joining, as one that evaluates, or looks for the run, does: its connection was closed" in caplog.text,
+            lambda: (
+                "left without joining, as one that evaluates, or looks for the run, does: its connection was closed"
+                in caplog.text
+            ),
             "the end of a lease",
         )
         assert service.evicted == 3 * ["its connection was closed"]
