@@ -79,8 +79,8 @@ def follow(on_end: Callable[[Signals], None], on_checkpoint: Callable[[], None] 
 def withstand() -> None:
     """Give the signals no effect on this process from now on, which ends with another one; those that it forks have them.
 
-    Were they ignored, or blocked, a program that a user's module starts could not be terminated. A process that is forked within
-    `blocked`, and does not leave it, gets none until it calls `follow`.
+    Were they ignored, or blocked, a program that a user's module starts could not be terminated. A process that is forked
+    within `blocked`, and does not leave it, gets none until it calls `follow`.
     """
     withstood = [number for number in (*ENDING, signal.SIGUSR1) if not _ignored(number)]
     for number in withstood:
