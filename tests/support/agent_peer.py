@@ -79,7 +79,7 @@ class Peer:
 
 
 def _main(pipe: Connection, mode: str, address: str) -> None:
-    agent._NUMBER = NUMBER  # pyright: ignore[reportPrivateUsage] # chance would have two processes draw the same
+    agent._number = lambda _: NUMBER  # pyright: ignore[reportPrivateUsage] # chance would have two processes draw the same
     torch.set_num_threads(1)
     if mode == "rejoin":
         for number in itertools.count():
