@@ -47,9 +47,8 @@ EXTRA = "pip install 'ormo-rpc[sweeps]'"
 _PLUGINS = {"hydra/sweeper": ("optuna",), "hydra/launcher": ("joblib", "submitit_local", "submitit_slurm")}
 """Names that they add to hydra's groups."""
 _SWEEP = ("-m", "--multirun")
-_NO_PROCESSES = ("-c", "--hydra-help", "--shell-completion", "-sc", "runtime=sim", "runtime=replay")
 _preloading: list[Preloading] = []
-"""The preloaders of this process, from the start of `main`; hydra's launchers of other processes leave it behind."""
+"""The argument of `main`; hydra's launchers of other processes leave it behind."""
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
@@ -80,8 +79,12 @@ def _hydra_of_our_own() -> Generator[None]:
 
 
 @interrupting()
-def main() -> None:
-    """Run ``launch.py`` with this process's arguments."""
+def main(preloading: Preloading | None = None) -> None:
+    """Run ``launch.py`` with this process's arguments.
+
+    Args:
+        preloading: Starts the processes of live runs; by default each run has its own.
+    """
     console.install()
     arguments = sorted(sys.argv[1:], key=lambda word: word not in _SWEEP)  # hydra takes the overrides in one piece alone
     if "--help-all" in arguments:
@@ -105,18 +108,14 @@ def main() -> None:
 
     ended: BaseException | None = None
     SweepStart.directory = None
-    _preloading.clear()
+    _preloading[:] = [] if preloading is None else [preloading]
     try:
         ranks = Ranks.from_environment()
         if ranks is not None and ranks.launcher == TORCHRUN:
             end_with_agent()
         sys.argv[1:] = [*prepared(arguments), *_directory(arguments, ranks)]
         os.environ[FULL_ERROR] = "1"
-        with contextlib.ExitStack() as stack:
-            if not any(map(_needs_no_processes, arguments)):
-                _preloading.append(stack.enter_context(Preloading()))
-                _preloading[0].begin(_threads(arguments))
-            _hydra_main(job)
+        _hydra_main(job)
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         ended = error
     SignalWatch.answered = True  # a repeated signal must not end this program in the midst of its last words
@@ -127,17 +126,6 @@ def main() -> None:
         status = 0 if ended is None else _end(ended, began, full_error)
     if status != 0:
         sys.exit(status)
-
-
-def _needs_no_processes(word: str) -> bool:
-    """Tell that with this word on the command line this process starts no processes of a live run."""
-    return word in _NO_PROCESSES or word.startswith(("--cfg", "--info", "hydra/launcher="))
-
-
-def _threads(words: Sequence[str]) -> int:
-    """The threads of each process, as the command line seems to say; a preloader with another number is replaced later."""
-    given = [word.partition("=")[2] for word in words if word.startswith("runtime.threads=")]
-    return int(given[-1]) if given and given[-1].isdecimal() else 1
 
 
 def _end(ended: BaseException, began: bool, full_error: bool) -> int:
@@ -247,8 +235,8 @@ def _run(values: DictConfig, mode: HydraConf) -> tuple[Config, dict[str, Any]]:
     Raises:
         ConfigError, RunFailed: as `run` does.
     """
-    from ormo_rpc.runtimes import run  # hydra answers --cfg without loading the runtimes
     from ormo_rpc.runtimes.process_start import process_began
+    from ormo_rpc.runtimes.running import run  # hydra answers --cfg without loading the runtimes
 
     config, run_dir = parse_config(values, keys_of(mode.overrides.task)), Path(mode.runtime.output_dir)
     if console.on_terminal():

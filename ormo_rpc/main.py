@@ -1,10 +1,23 @@
-"""The entry of the command line: makes PyTorch lazy before anything imports it, so that wrong words are refused at once."""
+"""The entry of the command line, which loads little before it begins what takes long.
+
+PyTorch is made lazy before anything imports it, so that wrong words are refused at once; a preloader imports it meanwhile.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
+from collections.abc import Sequence
 
 from ormo_rpc.lazy_import import make_lazy
+from ormo_rpc.runtimes.distributed.preloading.preloading import Preloading
+
+_NO_PROCESSES = (
+    *("--help", "-h", "--help-all", "--version", "-c", "--hydra-help", "--shell-completion", "-sc"),
+    *("runtime=sim", "runtime=replay"),
+)
+"""Words with which no run, or none of processes, is started."""
 
 
 def main() -> None:
@@ -15,6 +28,23 @@ def main() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     make_lazy("torch")
-    from ormo_rpc import cli
+    with contextlib.ExitStack() as stack:
+        if not any(map(_needs_no_processes, sys.argv[1:])):
+            preloading = stack.enter_context(Preloading())
+            preloading.begin(_threads(sys.argv[1:]))
+        else:
+            preloading = None
+        from ormo_rpc import cli  # while the preloader has its own imports
 
-    cli.main()
+        cli.main(preloading)
+
+
+def _needs_no_processes(word: str) -> bool:
+    """Tell that with this word on the command line this process starts no processes of a live run."""
+    return word in _NO_PROCESSES or word.startswith(("--cfg", "--info", "hydra/launcher="))
+
+
+def _threads(words: Sequence[str]) -> int:
+    """The threads of each process, as the command line seems to say; a preloader with another number is replaced later."""
+    given = [word.partition("=")[2] for word in words if word.startswith("runtime.threads=")]
+    return int(given[-1]) if given and given[-1].isdecimal() else 1

@@ -10,7 +10,7 @@ from typing import Any
 from ormo_rpc.config.parsing import parse_config
 from ormo_rpc.config.schema import Config
 from ormo_rpc.options.imports import refuse_while_importing
-from ormo_rpc.runtimes import run
+from ormo_rpc.runtimes.running import run
 from ormo_rpc.storage.launch import Launch
 
 

@@ -17,11 +17,12 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from torch import nn
 
-from ormo_rpc import cli, runtimes, sweeps
+from ormo_rpc import cli, sweeps
 from ormo_rpc.cli import compose, main
 from ormo_rpc.config.schema import Config
 from ormo_rpc.config.write_conf import conf_dir
 from ormo_rpc.errors import ConfigError, RunFailed, RunInterrupted
+from ormo_rpc.runtimes import running
 
 SHORT = ("runtime=sim", "logger=none", "workers=2", "train.epochs=1", "checkpoint.every_seconds=0")
 SILENT = ("hydra/hydra_logging=none", "hydra/job_logging=none")
@@ -112,7 +113,7 @@ def test_a_run_that_fails_and_an_error_of_the_program_are_told(
             raise RunFailed("server: killed by SIGKILL")
         raise ZeroDivisionError("a fault")
 
-    monkeypatch.setattr(runtimes, "run", run)
+    monkeypatch.setattr(running, "run", run)
     assert launch("-m", *SHORT, "seed=0,1") == 1
     err = capsys.readouterr().err
     assert "launch.py: 2 of 2 jobs failed\n" in err
@@ -129,7 +130,7 @@ def test_an_interruption_ends_a_sweep(
         seeds.append(config.seed)
         raise RunInterrupted("interrupted by SIGTERM", signal.SIGTERM)
 
-    monkeypatch.setattr(runtimes, "run", run)
+    monkeypatch.setattr(running, "run", run)
     assert launch("-m", *SHORT, "seed=0,1,2") == 128 + signal.SIGTERM
     assert seeds == [0]
     assert capsys.readouterr().err.splitlines() == [
@@ -189,10 +190,10 @@ def test_a_metric_is_refused_in_a_single_run_too(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"^optimized_metric: got val_loss without a validation split; set dataset.validation"
     ):
-        runtimes.run(compose([*SHORT, "optimized_metric=val_loss"]), tmp_path)
+        running.run(compose([*SHORT, "optimized_metric=val_loss"]), tmp_path)
     config = compose([*SHORT, "optimized_metric=loss"])
     with pytest.raises(ConfigError, match=r"^optimized_metric: got 'loss', expected one of .*, test_loss, .*"):
-        runtimes.run(config, tmp_path)
+        running.run(config, tmp_path)
 
 
 @pytest.mark.parametrize(

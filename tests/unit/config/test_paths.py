@@ -20,7 +20,7 @@ from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.overrides import prepared
 from ormo_rpc.report import __main__ as report
-from ormo_rpc.runtimes import run
+from ormo_rpc.runtimes.running import run
 from tests.support.keys import KEYS, label
 
 PATHS = [key for key in KEYS if key[3].metadata["path"]]

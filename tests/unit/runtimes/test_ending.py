@@ -20,10 +20,11 @@ from ormo_rpc import RunFailed, train
 from ormo_rpc.cli import _result  # pyright: ignore[reportPrivateUsage] # the line is built nowhere else
 from ormo_rpc.loggers.statistics import Statistics
 from ormo_rpc.messages import Push, Reply
-from ormo_rpc.runtimes import evaluations, run
+from ormo_rpc.runtimes import evaluations
 from ormo_rpc.runtimes.ending import NOT_FINITE, ending
 from ormo_rpc.runtimes.job import JobLike
 from ormo_rpc.runtimes.process_start import process_began
+from ormo_rpc.runtimes.running import run
 from ormo_rpc.runtimes.simulator.synthetic import Quadratic
 from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.run_directory import read_metrics, read_trace

@@ -12,8 +12,8 @@ import pytest
 
 from ormo_rpc.config.parsing import parse_config
 from ormo_rpc.errors import ConfigError
-from ormo_rpc.runtimes import run
 from ormo_rpc.runtimes.ranks import Ranks
+from ormo_rpc.runtimes.running import run
 from ormo_rpc.runtimes.slurm import hosts
 
 TORCHRUN = {

@@ -14,16 +14,16 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from ormo_rpc.config.parsing import parse_text
-from ormo_rpc.config.runtimes import StartKind
-from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError, RunFailed
 from ormo_rpc.lazy_import import is_loaded
 from ormo_rpc.runtimes.distributed.launcher.starter import Command, Process, spawn
 from ormo_rpc.runtimes.distributed.linux import adopting
 from ormo_rpc.runtimes.distributed.preloading.client import ENTRY_POINT, Preloader, PreloaderLost, module_path
+
+if TYPE_CHECKING:
+    from ormo_rpc.config.schema import Config
 
 _OF_NO_CONCERN = ("PYTHONPATH", "PWD", "OLDPWD", "HYDRA_FULL_ERROR")
 """Variables that mean nothing to what is imported; the module path is told with each request."""
@@ -116,6 +116,8 @@ class Preloading:
             job.close()
 
     def _load(self, config: Config, starts_server: bool) -> Config:
+        from ormo_rpc.config.parsing import parse_text  # not before the preloader has begun
+
         imports = self._ready_imports(config)
         loader = imports
         if not imports.refusal:
@@ -152,13 +154,13 @@ class Preloading:
     def _ready_imports(self, config: Config) -> Preloader:
         """Return the preloader with the imports, and note in which way it starts children."""
         self.begin(config.runtime.threads)
-        imports, kind = self._imports, config.rpc.start
+        imports, kind = self._imports, config.rpc.start.value
         assert imports is not None
         if not imports.ready():
             raise PreloaderLost("its imports took too long")
-        if kind is StartKind.spawn:
+        if kind == "spawn":
             imports.refusal = "runtime.start=spawn"
-        elif imports.refusal and kind is StartKind.fork:
+        elif imports.refusal and kind == "fork":
             raise ConfigError(f"runtime.start: got fork, expected auto or spawn: {imports.refusal}")
         self.way = f"spawn: {imports.refusal}" if imports.refusal else "fork, each process loads the job"
         return imports
