@@ -80,6 +80,7 @@ def _work(given: argparse.Namespace, stage: str | None) -> NoReturn:
             restart_count=0,
             data_root=None,
             timeout_seconds=60.0,
+            on_joined=lambda: None,
             report=_log.warning,
         )
     )

@@ -69,30 +69,35 @@ def test_torchruns_restart_continues_in_the_same_directory_and_ranks_end_with_th
 
 
 @contextlib.contextmanager
-def tasks(run_dir: Path, number: int, *overrides: str) -> Generator[list[subprocess.Popen[str]]]:
-    """Start the tasks of a step of Slurm on this machine; srun itself is not here."""
+def task(run_dir: Path, rank: int, number: int, secret: str, *overrides: str) -> Generator[subprocess.Popen[str]]:
+    """Start a task of a step of Slurm on this machine; srun itself is not here."""
     env = {
-        "ORMO_RPC_SECRET": "of the tasks of a step, for a test",
+        "ORMO_RPC_SECRET": secret,
         "SLURM_JOB_ID": "77",
         "SLURM_STEP_ID": "0",
         "SLURM_NTASKS": str(number),
         "SLURM_STEP_NUM_TASKS": str(number),
         "SLURM_STEP_NUM_NODES": "1",
         "SLURM_STEP_NODELIST": "nowhere[1-2]",
+        "SLURM_PROCID": str(rank),
     }
-    with contextlib.ExitStack() as stack:
-        yield [
-            stack.enter_context(
-                launched("launch.py", f"hydra.run.dir={run_dir}", *QUIET, *overrides, env={**env, "SLURM_PROCID": str(rank)})
-            )
-            for rank in range(number)
-        ]
+    with launched("launch.py", f"hydra.run.dir={run_dir}", *QUIET, *overrides, env=env) as process:
+        yield process
 
 
 def test_the_tasks_of_a_step_of_slurm_are_one_run(tmp_path: Path) -> None:
+    """A task that is not let in, as its secret is another one, fails."""
     run_dir = tmp_path / "run"
-    with tasks(run_dir, 3, "train.epochs=2") as started:
+    with contextlib.ExitStack() as stack:
+        started = [
+            stack.enter_context(task(run_dir, rank, 3, "of the tasks of a step, for a test", "train.epochs=2"))
+            for rank in range(3)
+        ]
+        other = stack.enter_context(task(run_dir, 2, 3, "of nobody else in this test"))
         said = [process.communicate(timeout=2 * PATIENCE_SECONDS) for process in started]
+        _, refused = other.communicate(timeout=PATIENCE_SECONDS)
+    assert other.returncode == 1, refused
+    assert "refused this worker: wrong secret" in refused
     assert [process.returncode for process in started] == [0, 0, 0], said
     assert [out.count("completed: ormo (async), 2 workers") for out, _ in said] == [1, 0, 0]
     result = summary(run_dir)

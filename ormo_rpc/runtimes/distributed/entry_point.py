@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None, loaded: LoadedJob | None = None) -> 
     torch.set_default_dtype(getattr(torch, arguments.default_dtype))
     status = EXIT_DONE
     try:
-        arguments.run(arguments, reporter.report)
+        arguments.run(arguments, reporter)
     except Interrupted as error:
         status = 128 + error.number
     except BaseException as error:
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None, loaded: LoadedJob | None = None) -> 
     os._exit(status)
 
 
-def _run_server(arguments: argparse.Namespace, report: Callable[[str], None]) -> None:
+def _run_server(arguments: argparse.Namespace, reporter: Reporter) -> None:
     control = _ServerControl(arguments.incarnation)
     obey_supervisor(arguments.control_fd, control.handle)
     follow(control.stop, lambda: control.handle({"checkpoint": True}))
@@ -85,7 +85,7 @@ def _run_server(arguments: argparse.Namespace, report: Callable[[str], None]) ->
         terminal_fd=arguments.terminal_fd,
         start=arguments.start,
         loaded=arguments.loaded,
-        report=report,
+        report=reporter.report,
     )
 
     def on_ready(server: server_process.ServerProcess) -> None:
@@ -100,7 +100,7 @@ def _run_server(arguments: argparse.Namespace, report: Callable[[str], None]) ->
         raise Interrupted(Signals[summary["reason"]])
 
 
-def _run_worker(arguments: argparse.Namespace, report: Callable[[str], None]) -> None:
+def _run_worker(arguments: argparse.Namespace, reporter: Reporter) -> None:
     control = _WorkerControl()
     obey_supervisor(arguments.control_fd, lambda _: control.leave())
     follow(control.leave)
@@ -119,7 +119,8 @@ def _run_worker(arguments: argparse.Namespace, report: Callable[[str], None]) ->
             data_root=arguments.data_root,
             transport=arguments.transport,
             timeout_seconds=arguments.start_timeout_seconds,
-            report=report,
+            report=reporter.report,
+            on_joined=reporter.joined,
             announce=not arguments.log,
             loaded=arguments.loaded,
         )

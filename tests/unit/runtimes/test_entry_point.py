@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -75,7 +76,7 @@ def test_a_server_handles_the_messages_that_came_before_it_was_ready(monkeypatch
         command = ["server", "--run-dir", str(tmp_path), "--began", "0", "--listener-fd", str(child_end.detach())]
         arguments = parse([*command, "--control-fd", "0", "--report-fd", "1"])
         with pytest.raises(Interrupted) as ended:
-            arguments.run(arguments, lambda _: None)
+            arguments.run(arguments, SimpleNamespace(report=lambda _: None))
     assert ended.value.number == signal.SIGTERM
     early = [{"checkpoint": True}, {"all_workers_ended": "all have left"}]
     assert server.messages == [*early, {"stop": {"status": "interrupted", "reason": "SIGTERM"}}]

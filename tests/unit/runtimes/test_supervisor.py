@@ -71,6 +71,22 @@ def descriptors() -> set[str]:
     return {str(path) for path in Path("/proc/self/fd").iterdir()}
 
 
+def test_a_worker_tells_that_it_has_joined(tmp_path: Path) -> None:
+    script = f"""{PRELUDE}
+reporter = child["Reporter"](int(sys.argv[sys.argv.index("--report-fd") + 1]), 60)
+if os.environ["JOINS"] == "1":
+    reporter.joined()
+reporter.exit_reason("banned")
+"""
+    for joins in (True, False):
+        with Supervisor() as supervisor:
+            child = supervisor.start(
+                "child", [sys.executable, "-c", script], env={**os.environ, "JOINS": str(int(joins))}, log=tmp_path / "log"
+            )
+            ended(supervisor, child)
+            assert (child.joined, "banned" in child.exit_reason()) == (joins, True)
+
+
 def test_messages_arrive_in_order_and_the_exit_code_comes_back(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with Supervisor() as supervisor:

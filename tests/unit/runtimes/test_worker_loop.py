@@ -52,6 +52,7 @@ def served(
             restart_count=0,
             data_root=None,
             timeout_seconds=PATIENCE_SECONDS,
+            on_joined=lambda: None,
             report=lambda _: None,
         )
         yield service, WorkerProcess(args)

@@ -1,7 +1,8 @@
 """The child's side of its two pipes: the control pipe, which it obeys, and the report pipe, which carries its heartbeats.
 
 `supervisor` is the other side. Each message is one line of JSON. On the report pipe an empty line is a heartbeat, a string is a
-message for people, and ``{"exit_reason": ...}`` the reason why the process is about to end.
+message for people, ``{"exit_reason": ...}`` the reason why the process is about to end, and ``{"joined": true}`` tells that a
+worker has become a member of the run.
 """
 
 from __future__ import annotations
@@ -69,6 +70,10 @@ class Reporter:
     def exit_reason(self, text: str) -> None:
         """Report the reason why this process is about to end."""
         self._write(json.dumps({"exit_reason": text[:MAX_EXIT_REASON_CHARACTERS]}).encode() + b"\n")
+
+    def joined(self) -> None:
+        """Report that this worker has joined the run."""
+        self._write(json.dumps({"joined": True}).encode() + b"\n")
 
     def _send_heartbeats(self) -> None:
         while True:

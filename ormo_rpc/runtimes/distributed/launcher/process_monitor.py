@@ -42,6 +42,7 @@ class ProcessSlot:
         ended_at: The end of the present process was noticed then, on the monotonic clock; None while it runs.
         left_on: The signal on which the last process ended in order, before its work was done; it counts as done.
         exit_code: The exit status of the last process.
+        joined: A process of it that has ended was a member of the run.
         given_up: It stays empty, though its work is not done.
     """
 
@@ -61,6 +62,7 @@ class ProcessSlot:
     done: bool = False
     ended_at: float | None = None
     left_on: Signals | None = None
+    joined: bool = False
     given_up: bool = False
 
     @property
@@ -153,7 +155,7 @@ class ProcessMonitor:
     def _reap(self, slot: ProcessSlot, child: ChildProcess) -> None:
         slot.child = slot.ended_at = None
         self.supervisor.reap(child)
-        slot.exit_code = child.exit_code
+        slot.exit_code, slot.joined = child.exit_code, slot.joined or child.joined
         if child.exit_code is not None and child.exit_code > 0:
             slot.left_on = ending_signal(child.exit_code)
         if child.exit_code == EXIT_DONE or slot.left_on is not None:

@@ -102,7 +102,7 @@ def _run_worker_rank(config: Config, run_dir: Path, ranks: Ranks, began: float, 
     """Run the worker of a rank until the run is over or it is told to end.
 
     Raises:
-        RunFailed: the server is lost, so that the ranks are started again, or the job ends.
+        RunFailed: the server is lost, or has never let this worker in, so that the ranks are started again, or the job ends.
     """
     with Supervisor(_report) as supervisor, WorkerRank(ranks, _report, config) as rank:
         monitor = _monitor(supervisor, config)
@@ -112,7 +112,7 @@ def _run_worker_rank(config: Config, run_dir: Path, ranks: Ranks, began: float, 
             return
         if rank.ended.is_set() or slot.done:
             rank.say_end(config.rpc.stop_timeout_seconds)
-        elif slot.exit_code == EXIT_SERVER_LOST:
+        elif slot.exit_code == EXIT_SERVER_LOST or not slot.joined:
             raise RunFailed(slot.exit_reason)
         else:
             _report(f"{slot.exit_reason}; the run continues without it")

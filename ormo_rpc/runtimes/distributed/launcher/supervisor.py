@@ -52,6 +52,7 @@ class ChildProcess:
         log: The file with its output; None where it writes to the supervisor's.
         timeout_seconds: It is killed when silent for longer, once its first heartbeat has come; None for never.
         start_timeout_seconds: It is killed when its first heartbeat takes longer; None for never.
+        joined: As a worker it has been a member of the run.
         oom_cause: Words that tell a death for lack of memory, from the process monitor; empty for any other one.
     """
 
@@ -62,6 +63,7 @@ class ChildProcess:
     log: Path | None
     timeout_seconds: float | None = None
     start_timeout_seconds: float | None = None
+    joined: bool = False
     oom_cause: str = ""
     _started_at: float = field(default_factory=time.monotonic)
     _heard_at: float | None = None
@@ -87,7 +89,7 @@ class ChildProcess:
             os.write(self.control_fd, json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[str]:
-        """Return its messages for people since the last call, and note its heartbeats and its exit reason."""
+        """Return its messages for people since the last call, and note its heartbeats, its joining and its exit reason."""
         data = b""
         with contextlib.suppress(BlockingIOError):
             while chunk := os.read(self.report_fd, 65536):
@@ -102,6 +104,7 @@ class ChildProcess:
         for report in reports:
             if isinstance(report, dict):
                 self._exit_reason = str(report.get("exit_reason", ""))
+                self.joined |= "joined" in report
         return [report for report in reports if isinstance(report, str)]
 
     def kill_if_silent(self) -> None:

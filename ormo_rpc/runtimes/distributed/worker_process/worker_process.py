@@ -51,6 +51,7 @@ class WorkerArgs:
         transport: Keys and values of the transport; by default the configured one, and the server has to serve it.
         timeout_seconds: Time for reaching the server.
         report: Called with messages for people.
+        on_joined: Called whenever it has joined.
         announce: Report joining and the transport, which a worker on the server's machine leaves to the server's log.
         loaded: The job that this process was forked with.
     """
@@ -63,6 +64,7 @@ class WorkerArgs:
     data_root: str | None
     timeout_seconds: float
     report: Callable[[str], None]
+    on_joined: Callable[[], None]
     transport: Mapping[str, Any] | None = None
     announce: bool = False
     loaded: LoadedJob | None = None
@@ -216,6 +218,7 @@ class WorkerLoop:
                 with transport.connect(endpoint, worker.wire) as server:
                     opened = True
                     self._set_patience(None)
+                    args.on_joined()
                     if args.announce:
                         args.report("joined as worker {}; pushes by {}: {}".format(number, *paths[-1]))
                     self._injector.joining(CONNECT)
