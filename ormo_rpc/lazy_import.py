@@ -12,6 +12,9 @@ from typing import Any
 
 from typing_extensions import override
 
+_executing: set[str] = set()
+"""Lazy modules that a thread executes now: another one would find half of them."""
+
 
 class _LazyModule(types.ModuleType):
     """A module that is executed when an attribute is first asked for that the import system has not set.
@@ -30,7 +33,7 @@ class _Submodules(MetaPathFinder):
     @override
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None) -> ModuleSpec | None:
         root = fullname.partition(".")[0]
-        if root == fullname or is_loaded(root) or root not in sys.modules:
+        if root == fullname or not isinstance(sys.modules.get(root), _LazyModule):
             return None
         load(root)
         module = sys.modules.get(fullname)
@@ -78,8 +81,8 @@ def make_lazy(name: str) -> None:
 
 
 def is_loaded(name: str) -> bool:
-    """Tell whether a module has been imported, and used where it is lazy."""
-    return name in sys.modules and not isinstance(sys.modules[name], _LazyModule)
+    """Tell whether a module has been imported, to its end, and used where it is lazy."""
+    return name in sys.modules and name not in _executing and not isinstance(sys.modules[name], _LazyModule)
 
 
 def load(name: str) -> None:
@@ -90,9 +93,12 @@ def load(name: str) -> None:
     spec = module.__spec__
     assert spec is not None
     assert spec.loader is not None
+    _executing.add(name)
     module.__class__ = types.ModuleType  # pyright: ignore[reportAttributeAccessIssue] # Python allows it for modules
     try:
         spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
+    finally:
+        _executing.discard(name)

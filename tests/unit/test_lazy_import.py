@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -84,4 +85,25 @@ def test_a_module_that_is_not_there_is_refused() -> None:
     assert (
         run("try:\n    make_lazy('no_such_module')\nexcept ModuleNotFoundError as error:\n    print(error.name)\n")
         == "no_such_module"
+    )
+
+
+def test_a_module_that_another_thread_executes_is_not_loaded_yet(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("import sys\nsys.executing.set()\nsys.go_on.wait(60)\nvalue = 1\n")
+    assert (
+        run(
+            "import sys, threading\n"
+            f"sys.path.insert(0, {str(tmp_path)!r})\n"
+            "sys.executing, sys.go_on = threading.Event(), threading.Event()\n"
+            "make_lazy('slow')\n"
+            "import slow\n"
+            "thread = threading.Thread(target=lambda: slow.value)\n"
+            "thread.start()\n"
+            "sys.executing.wait(60)\n"
+            "before = is_loaded('slow')\n"
+            "sys.go_on.set()\n"
+            "thread.join()\n"
+            "print(before, is_loaded('slow'))\n"
+        )
+        == "False True"
     )
