@@ -202,8 +202,8 @@ def default_dtype() -> str:
     """Torch's default dtype, which a script may have set; torch is not loaded to find out."""
     if not is_loaded("torch"):
         return "float32"
-    torch: Any = sys.modules["torch"]
-    return str(torch.get_default_dtype()).removeprefix("torch.")
+    get: Any = getattr(sys.modules["torch"], "get_default_dtype", None)  # None while another thread of ours imports it
+    return "float32" if get is None else str(get()).removeprefix("torch.")
 
 
 def _concerning(environment: Mapping[str, str]) -> dict[str, str]:
