@@ -13,25 +13,33 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ormo_rpc.runtimes.distributed.memory import SERVER, WORKER
+from ormo_rpc.runtimes.distributed.memory import PRELOADER, SERVER, WORKER
 from tests.support.cgroups import Group, group, needs_memory_groups
 from tests.support.processes import PATIENCE_SECONDS, QUIET, events, launched, processes, summary, wait_until
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(180)]
 EATER = """
 import pathlib, sys
-pathlib.Path(sys.argv[1], "cgroup.procs").write_text("0")
-taken = bytearray(int(sys.argv[2]))
+group = pathlib.Path(sys.argv[1])
+(group / "cgroup.procs").write_text("0")
+before, taken = (group / "memory.oom_control").read_text(), []
+while (group / "memory.oom_control").read_text() == before:
+    taken.append(bytearray(1 << 20))
 """
-"""A process that takes memory of a control group; it is no worker, so it is not killed first."""
+"""A process that takes memory of a control group until the kernel kills one there; it is no worker, so others come first."""
 
 
-def take(limited: Group, size: int) -> None:
-    """Take memory of a control group until the kernel has killed one of its processes, or all of it is taken."""
-    free = 16 << 20
-    limited.set("memory.limit_in_bytes", int(limited.get("memory.usage_in_bytes")) + free)
-    subprocess.run([sys.executable, "-c", EATER, str(limited.path), str(free + size)], check=True, timeout=PATIENCE_SECONDS)
+def take_all_memory(limited: Group) -> None:
+    """Take the memory of a control group, which is a little more than it uses, until one of its processes is killed."""
+    limited.set("memory.limit_in_bytes", int(limited.get("memory.usage_in_bytes")) + (16 << 20))
+    subprocess.run([sys.executable, "-c", EATER, str(limited.path)], check=True, timeout=PATIENCE_SECONDS)
     limited.set("memory.limit_in_bytes", -1)
+
+
+def oom_score(pid: int, launcher: psutil.Process) -> int:
+    """What a process adds to the score of the launcher."""
+    own, inherited = (int(Path(f"/proc/{number}/oom_score_adj").read_text()) for number in (pid, launcher.pid))
+    return own - inherited
 
 
 @needs_memory_groups
@@ -52,10 +60,8 @@ def test_a_run_outlives_a_launcher_without_descriptors_and_a_worker_that_is_kill
         reader.start()
         pids = processes(tmp_path)
         launcher = psutil.Process(process.pid)
-        scores = [
-            int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in (process.pid, pids["server"], pids["workers"]["1"])
-        ]
-        assert [score - scores[0] for score in scores] == [0, SERVER, WORKER]
+        assert [oom_score(pids["server"], launcher), oom_score(pids["workers"]["1"], launcher)] == [SERVER, WORKER]
+        assert {oom_score(child.pid, launcher) for child in launcher.children()} == {SERVER, PRELOADER, WORKER}
 
         descriptors = launcher.rlimit(resource.RLIMIT_NOFILE)
         launcher.rlimit(resource.RLIMIT_NOFILE, (3, descriptors[1]))
@@ -64,7 +70,7 @@ def test_a_run_outlives_a_launcher_without_descriptors_and_a_worker_that_is_kill
         launcher.rlimit(resource.RLIMIT_NOFILE, descriptors)
         wait_until(lambda: [event["worker"] for event in events(tmp_path, "join")].count(1) == 1, "its replacement")
 
-        take(limited, 64 << 20)
+        take_all_memory(limited)
         told(r"^launch\.py: worker \d \(pid \d+\) was killed by SIGKILL, by the kernel for lack of memory \(see .*; use fewer")
         wait_until(lambda: len(events(tmp_path, "join")) > 1, "the replacement of the one that was killed")
         process.send_signal(signal.SIGINT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-WORKER, PRELOADER, SERVER = 600, 400, 200
+WORKER, PRELOADER, SERVER = 900, 400, 200
 """Added by each process to its ``oom_score_adj`` of Linux, in thousandths of the memory: workers, which are replaced at once,
 are killed before the server, which goes back to a checkpoint, and all of them before the launcher."""
 _MOST = 1000

@@ -25,7 +25,7 @@ def adj(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("inherited", "by", "raised"),
-    [(0, WORKER, 600), (0, SERVER, 200), (-900, WORKER, -300), (700, WORKER, 1000), (1000, SERVER, 1000)],
+    [(0, WORKER, 900), (0, SERVER, 200), (-900, WORKER, 0), (700, WORKER, 1000), (1000, SERVER, 1000)],
 )
 def test_a_role_is_added_to_the_inherited_score(inherited: int, by: int, raised: int, adj: Path, tmp_path: Path) -> None:
     adj.write_text(f"{inherited}\n")
