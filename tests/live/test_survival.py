@@ -16,7 +16,19 @@ import psutil
 import pytest
 
 from tests.support import changing
-from tests.support.processes import QUIET, descendants, events, gone, launch, launched, processes, replayed, summary, wait_until
+from tests.support.processes import (
+    QUIET,
+    ROOT,
+    descendants,
+    events,
+    gone,
+    launch,
+    launched,
+    processes,
+    replayed,
+    summary,
+    wait_until,
+)
 
 HAS_IPV6 = any(address.family == socket.AF_INET6 for address in psutil.net_if_addrs().get("lo", ()))
 """True where the loopback interface has an IPv6 address."""
@@ -76,8 +88,13 @@ def test_a_killed_worker_is_replaced_and_a_run_with_too_few_workers_pauses(tmp_p
 
 
 def test_a_run_whose_output_nobody_reads_goes_on_and_keeps_what_it_could_not_say(tmp_path: Path) -> None:
+    (tmp_path / "talking.py").write_text(
+        "from tests.support import changing\n\ndef data():\n    print('reads')\n    return changing.data()\n"
+    )
+    job = ("dataset._target_=talking.data", "model._target_=tests.support.changing.net", "train.lr=0.01", "train.epochs=99")
     options = ("workers=2", "train.max_iterations=600", "runtime.faults=[kill@1:5]")
-    with launched("launch.py", f"hydra.run.dir={tmp_path}", *QUIET, *options) as launcher:
+    path = os.pathsep.join([str(ROOT), str(tmp_path)])
+    with launched("launch.py", f"hydra.run.dir={tmp_path}", *QUIET, *job, *options, env={"PYTHONPATH": path}) as launcher:
         for stream in (launcher.stdout, launcher.stderr):
             assert stream is not None
             stream.close()

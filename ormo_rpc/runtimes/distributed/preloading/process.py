@@ -21,6 +21,7 @@ _THREADS_BEFORE = len(os.listdir("/proc/self/task")) if sys.platform.startswith(
 
 import torch  # noqa: E402
 
+from ormo_rpc import console  # noqa: E402
 from ormo_rpc.errors import one_line  # noqa: E402
 from ormo_rpc.runtimes.distributed import entry_point, memory  # noqa: E402
 from ormo_rpc.runtimes.distributed.linux import set_title  # noqa: E402
@@ -111,6 +112,7 @@ def serve(number: int, baseline: Baseline, refusal: str) -> NoReturn:
 
 def main() -> NoReturn:
     """Serve as a process of its own."""
+    console.install()  # for whatever a user's data or model prints
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--socket-fd", type=int, required=True, help="of the connection with the launcher")
     parser.add_argument("--room", help="room for the command lines of forks")
