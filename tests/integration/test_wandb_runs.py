@@ -7,6 +7,7 @@ import os
 import queue
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -46,6 +47,23 @@ def home(folder: Path) -> dict[str, str]:
     """Variables with which nobody is logged in."""
     quiet = {"WANDB_ERROR_REPORTING": "false"}  # of errors to wandb itself, which takes another dozen seconds
     return {"HOME": str(folder), "NETRC": str(folder / "no_netrc"), "WANDB_CONFIG_DIR": str(folder), **quiet}
+
+
+NOBODY = ("unshare", "--user", "--map-user=54321", "--map-group=54321", "env", "-u", "HOME")
+"""Runs a command without a home directory, as a user whom the system does not know."""
+
+
+@pytest.mark.skipif(
+    shutil.which("unshare") is None or subprocess.run([*NOBODY, "true"], capture_output=True).returncode != 0,
+    reason="there are no namespaces of users",
+)
+def test_nobody_without_a_home_directory_trains_without_wandb(tmp_path: Path) -> None:
+    command = [*NOBODY, sys.executable, "launch.py", f"hydra.run.dir={tmp_path}", *SMALL]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2 * PATIENCE_SECONDS)
+    assert (ended.returncode, ended.stdout[:11]) == (0, "completed: "), ended.stderr
+    (warning,) = ended.stderr.splitlines()
+    assert warning.startswith("wandb is left out, metrics.jsonl has every row: RuntimeError: ")
+    assert read_metrics(tmp_path)
 
 
 def test_wandbs_variables_reach_the_run_and_options_win(tmp_path: Path) -> None:
