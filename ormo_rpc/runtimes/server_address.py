@@ -41,7 +41,7 @@ def check(config: Config, ranks: Ranks | None) -> None:
     host, port = _given(address)
     if host is not None:
         _check_host(str(address), host, ranks, interface)
-    elif interface is not None or not ranks.one_machine:
+    elif interface is not None or (ranks.agent_store and not ranks.one_machine):
         _check_interface(interface, ranks)
     if address is not None and port == 0 and not ranks.agent_store:
         raise ConfigError(f"server.address: got {address}, expected a port other than 0, by which all ranks find the server")
@@ -50,7 +50,7 @@ def check(config: Config, ranks: Ranks | None) -> None:
 def of_rank_0(config: Config, ranks: Ranks) -> str:
     """HOST:PORT where rank 0 listens.
 
-    Without a store of torchrun's agents it is the port that all ranks were told, where `torch.distributed` would have one.
+    Without a store of torchrun's agents it is the address that all ranks were told, where `torch.distributed` would have one.
 
     Raises:
         ConfigError: the interface is not there, or has no address.
@@ -58,18 +58,18 @@ def of_rank_0(config: Config, ranks: Ranks) -> str:
     host, port = _given(config.server.address)
     if port is None:
         port = 0 if ranks.agent_store else parse_address(ranks.master)[1]
-    if host is None:
-        on_loopback = ranks.one_machine and config.rpc.interface is None
-        host = LOOPBACK if on_loopback else interface_address(config.rpc.interface)
-    return written(host, port)
+    if host is None and config.rpc.interface is None and not (ranks.agent_store and not ranks.one_machine):
+        host = _told_host(ranks)
+    return written(host or interface_address(config.rpc.interface), port)
 
 
 def without_store(config: Config, ranks: Ranks) -> str:
     """HOST:PORT where the other ranks look for rank 0's server if torchrun's agents share no store."""
     host, port = _given(config.server.address)
-    chosen_host, chosen_port = parse_address(ranks.master)
-    on_loopback = ranks.one_machine and config.rpc.interface is None
-    return written(host or (LOOPBACK if on_loopback else chosen_host), chosen_port if port is None else port)
+    told_host, told_port = parse_address(ranks.master)
+    if host is None:
+        host = _told_host(ranks) if config.rpc.interface is None else told_host
+    return written(host, told_port if port is None else port)
 
 
 def check_reachable(host: str, ranks: Ranks) -> None:
@@ -80,6 +80,11 @@ def check_reachable(host: str, ranks: Ranks) -> None:
     """
     if parsed(host).is_loopback and not ranks.one_machine:
         raise ConfigError(f"server.address: got {host}, which other nodes cannot reach, expected an address of the network")
+
+
+def _told_host(ranks: Ranks) -> str:
+    """The host of rank 0 without a word from the keys."""
+    return LOOPBACK if ranks.one_machine else parse_address(ranks.master)[0]
 
 
 def _given(address: str | None) -> tuple[str | None, int | None]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ormo_rpc.errors import ConfigError
+from ormo_rpc.rendezvous.addresses import written
 
 STEP = "SLURM_STEP_ID"
 """The variable of a step, without which a process is alone."""
@@ -58,6 +59,8 @@ def step(env: Mapping[str, str]) -> Step | None:
     nodes = _number(env, "SLURM_STEP_NUM_NODES", "SLURM_NNODES")
     job = env.get("SLURM_JOB_ID", "0")
     port = env.get("MASTER_PORT") or str(_FIRST_PORT + (int(job) + 101 * int(number)) % _PORTS)
+    if not port.isdecimal():
+        raise ConfigError(f"MASTER_PORT: got {port!r} in the environment of srun, expected a port of rank 0's host; unset it")
     host = env.get("MASTER_ADDR") or ("127.0.0.1" if nodes == 1 else _first_host(env))
     return Step(
         variables=("SLURM_PROCID", size),
@@ -65,7 +68,7 @@ def step(env: Mapping[str, str]) -> Step | None:
         rank=int(rank),
         tasks=int(tasks),
         nodes=nodes,
-        master=f"{host}:{port}",
+        master=written(host, int(port)),
         attempt=int(env.get("SLURM_RESTART_COUNT", "0")),
     )
 

@@ -122,6 +122,7 @@ def without(env: Mapping[str, str], *names: str) -> dict[str, str]:
         ({**TASK, "SLURM_STEP_ID": "3"}, replace(BY_SRUN, master="gpu08:19870")),  # two steps at once
         ({**TASK, "SLURM_RESTART_COUNT": "2"}, replace(BY_SRUN, attempt=2)),
         ({**TASK, **MASTER}, replace(BY_SRUN, master="node1:29400")),
+        ({**TASK, "MASTER_ADDR": "fd00::5"}, replace(BY_SRUN, master="[fd00::5]:19567")),
         ({**TASK, "SLURM_STEP_NUM_NODES": "1"}, replace(BY_SRUN, master="127.0.0.1:19567", one_machine=True)),
         (without(TASK, "SLURM_STEP_NODELIST"), replace(BY_SRUN, master="gpu07:19567")),
         (without(TASK, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"), replace(BY_SRUN, master="10.1.0.1:19567")),
@@ -168,6 +169,7 @@ def test_the_ranks_are_read_from_the_environment(
         ({"HOROVOD_RANK": "0", "HOROVOD_SIZE": "2"}, ("MASTER_ADDR: got nothing", "HOROVOD_RANK")),
         ({**TASK, "SLURM_STEP_NODELIST": "gpu[1-"}, ("SLURM_STEP_NODELIST: got 'gpu[1-'", "set MASTER_ADDR")),
         ({"PET_NNODES": "2", "PET_NODE_RANK": "0"}, ("PET_NNODES: got 2", "torchrun launch.py")),  # Kubeflow's Trainer
+        ({**TASK, "MASTER_PORT": "http"}, ("MASTER_PORT: got 'http'", "srun")),
         ({"PET_NNODES": "1:4"}, ("PET_NNODES: got 1:4",)),
     ],
     ids=str,

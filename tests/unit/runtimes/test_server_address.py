@@ -127,6 +127,13 @@ def test_a_port_that_is_to_be_chosen_needs_a_store_to_tell_it() -> None:
         server_address.check(config("10.0.0.5:0"), dataclasses.replace(SEVERAL, agent_store=False))
 
 
+@pytest.mark.parametrize("master", ["gpu08:19567", "[fd00::5]:29400"])
+def test_ranks_without_a_store_meet_at_the_address_that_they_were_told(master: str) -> None:
+    told = dataclasses.replace(SEVERAL, launcher="srun", agent_store=False, master=master)
+    server_address.check(config(), told)
+    assert server_address.of_rank_0(config(), told) == server_address.without_store(config(), told) == master
+
+
 def test_loopback_is_enough_on_one_machine() -> None:
     for address, interface in ((None, "lo"), ("127.0.0.1:29600", None), ("localhost:29600", None)):
         server_address.check(config(address, interface), ONE)
