@@ -35,7 +35,16 @@ _log = logging.getLogger(__name__)
 
 
 class NoConnection(ConnectionError):
-    """A connection cannot be opened; the message says why."""
+    """A connection cannot be opened; the message says why.
+
+    Args:
+        message: The reason.
+        refused: The other machine has answered, and nothing listens there.
+    """
+
+    def __init__(self, message: str, *, refused: bool = False) -> None:
+        super().__init__(message)
+        self.refused = refused
 
 
 class NothingListens(NoConnection):
@@ -54,7 +63,8 @@ def open_connection(address: tuple[str, int], timeout_seconds: float) -> socket.
     except ConnectionRefusedError:
         raise NothingListens("refused: nothing listens there") from None
     except OSError as error:
-        raise NoConnection(_reason(error, address[0], limit)) from None
+        refused = isinstance(error, ConnectionRefusedError)
+        raise NoConnection(_reason(error, address[0], limit), refused=refused) from None
 
 
 def _reason(error: OSError, host: str, seconds: float) -> str:

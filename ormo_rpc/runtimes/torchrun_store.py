@@ -31,7 +31,7 @@ CONNECT_SECONDS = 10.0
 
 
 def connect(address: str, timeout_seconds: float, *, silent: bool = False) -> PrefixStore:
-    """Connect to the store at HOST:PORT, trying again for as long as it cannot be reached.
+    """Connect to the store at HOST:PORT, trying again while it does not answer; where nothing listens, its agent has ended.
 
     Args:
         address: Of the store.
@@ -52,7 +52,7 @@ def connect(address: str, timeout_seconds: float, *, silent: bool = False) -> Pr
                 break
             except NoConnection as error:
                 patience.failed(error)
-                if patience.left_seconds <= 0:
+                if patience.left_seconds <= 0 or (error.refused and patience.seconds > CONNECT_SECONDS):
                     raise ServerLost(patience.given_up()) from None
             time.sleep(RETRY_SECONDS)
         timeout = timedelta(seconds=timeout_seconds)

@@ -129,9 +129,9 @@ class Nodes:
         command("ip", "-n", self._switch, "link", "set", _port(node, 0), "up" if up else "down")
 
     def drop(self, node: Node, ports: tuple[int, int] | None) -> None:
-        """Drop what comes to a range of a node's ports, as its firewall would, in place of the range before; None for no range.
+        """Drop all that comes to a range of a node's ports, in place of the range before; None for no range.
 
-        Connections that are open stay open. It is done by a rule for routes, since these need no further program.
+        It is done by a rule for routes, since these need no further program.
         """
         rules = ("ip", f"-{self._networks[0].version}", "-n", node.namespace, "rule")
         with contextlib.suppress(OSError):  # there was none
