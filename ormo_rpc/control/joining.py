@@ -100,8 +100,7 @@ def _attempt(
     stack: contextlib.ExitStack, address: tuple[str, int], secret: Secret, request: JoinRequest, patience: Patience
 ) -> Joined:
     """Make one attempt; what is to be closed goes onto the stack, also where it fails."""
-    left = max(patience.left_seconds, 0.01)
-    lease = connect(address, secret, timeout_seconds=left, waits_for=patience.waits_for)
+    lease = connect(address, secret, timeout_seconds=patience.attempt_seconds, waits_for=patience.waits_for)
     control = _control(stack, lease)
     patience.waits_for("admitted, and not a member yet")
     try:

@@ -35,16 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 class NoConnection(ConnectionError):
-    """A connection cannot be opened; the message says why.
-
-    Args:
-        message: The reason.
-        refused: The other machine has answered, and nothing listens there.
-    """
-
-    def __init__(self, message: str, *, refused: bool = False) -> None:
-        super().__init__(message)
-        self.refused = refused
+    """A connection cannot be opened; the message says why."""
 
 
 class NothingListens(NoConnection):
@@ -63,8 +54,7 @@ def open_connection(address: tuple[str, int], timeout_seconds: float) -> socket.
     except ConnectionRefusedError:
         raise NothingListens("refused: nothing listens there") from None
     except OSError as error:
-        refused = isinstance(error, ConnectionRefusedError)
-        raise NoConnection(_reason(error, address[0], limit), refused=refused) from None
+        raise NoConnection(_reason(error, address[0], limit)) from None
 
 
 def _reason(error: OSError, host: str, seconds: float) -> str:
@@ -131,6 +121,11 @@ class Patience:
     def left_seconds(self) -> float:
         """The time that is left; negative once it is over."""
         return self._timeout_seconds - self.seconds
+
+    @property
+    def attempt_seconds(self) -> float:
+        """The time for one more attempt, which is not cut so short that it fails for that alone."""
+        return max(self.left_seconds, CONNECT_SECONDS)
 
     def waits_for(self, text: str) -> None:
         """Note what is waited for, which is no failure yet."""

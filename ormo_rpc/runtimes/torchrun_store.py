@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ormo_rpc.errors import ServerLost
 from ormo_rpc.rendezvous.addresses import parse_address
-from ormo_rpc.rendezvous.connecting import NoConnection, Patience, open_connection
+from ormo_rpc.rendezvous.connecting import NoConnection, NothingListens, Patience, open_connection
 from ormo_rpc.runtimes.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -48,11 +48,11 @@ def connect(address: str, timeout_seconds: float, *, silent: bool = False) -> Pr
         # torch's own attempts would take long, and would not say why they fail.
         while True:
             try:
-                open_connection((host, port), max(patience.left_seconds, 0.01)).close()
+                open_connection((host, port), patience.attempt_seconds).close()
                 break
             except NoConnection as error:
                 patience.failed(error)
-                if patience.left_seconds <= 0 or (error.refused and patience.seconds > CONNECT_SECONDS):
+                if patience.left_seconds <= 0 or (isinstance(error, NothingListens) and patience.seconds > CONNECT_SECONDS):
                     raise ServerLost(patience.given_up()) from None
             time.sleep(RETRY_SECONDS)
         timeout = timedelta(seconds=timeout_seconds)

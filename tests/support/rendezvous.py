@@ -46,3 +46,18 @@ def connected_sockets() -> Generator[tuple[socket.socket, socket.socket]]:
     near, far = socket.socketpair()
     with near, far:
         yield near, far
+
+
+@contextmanager
+def silent_port() -> Generator[tuple[str, int]]:
+    """A port that does not answer, like one behind a firewall: the queue of its listener is full."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
+        waiting: list[socket.socket] = []
+        try:
+            while True:
+                waiting.append(socket.create_connection(listener.getsockname(), 0.1))
+        except TimeoutError:
+            yield listener.getsockname()
+        finally:
+            for each in waiting:
+                each.close()

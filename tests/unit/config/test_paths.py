@@ -105,6 +105,13 @@ def test_a_list_of_paths_in_a_sweep_is_quoted_one_by_one() -> None:
     ]
 
 
+@pytest.mark.parametrize("address", ["[::1]:5", "[fd00::1]:29600", "[fe80::1%eth0]:5", "[::ffff:10.0.0.5]:5"])
+@pytest.mark.parametrize("plus", ["", "++"])
+def test_an_address_of_ipv6_is_no_list(plus: str, address: str) -> None:
+    assert compose([f"{plus}server.address={address}"]).server.address == address
+    assert compose([f"server.address='{address}'"]).server.address == address
+
+
 @pytest.mark.parametrize(
     "word",
     [
@@ -114,6 +121,8 @@ def test_a_list_of_paths_in_a_sweep_is_quoted_one_by_one() -> None:
         "dataset.root=${oc.env:HOME}",
         "~logger",
         "seed=",
+        "server.address=10.0.0.5:29600",
+        "server.address=:29600",
     ],
 )
 def test_what_hydra_can_read_stays_as_it_is(word: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import threading
 import time
@@ -19,12 +20,14 @@ from ormo_rpc.control.memberships import Membership
 from ormo_rpc.control.messages import JoinRequest
 from ormo_rpc.control.torch_rpc.dispatch import WAITING_THREADS
 from ormo_rpc.errors import Refused, RunEnded, ServerLost
+from ormo_rpc.rendezvous import connecting
+from ormo_rpc.rendezvous.lease import connect
 from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.runtimes.distributed.server_process import serving as serving_module
 from ormo_rpc.runtimes.distributed.server_process.serving import served
 from ormo_rpc.transports.stream.server import StreamServerSide
 from tests.support.processes import PATIENCE_SECONDS, wait_until
-from tests.support.rendezvous import join_request, serving
+from tests.support.rendezvous import join_request, serving, silent_port
 from tests.support.transport_peers import RecordingService
 
 SECRET = Secret("a secret that only we two know")
@@ -164,6 +167,24 @@ def test_joining_a_server_that_is_not_there_times_out(caplog: pytest.LogCaptureF
     ):
         pass
     assert "trying for" not in caplog.text  # which is logged after a longer time
+
+
+def test_a_server_behind_a_firewall_is_tried_again_and_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What came first was dropped; with time for all of it in one attempt, nobody would hear of it."""
+    monkeypatch.setattr(connecting, "CONNECT_SECONDS", 0.1)
+    monkeypatch.setattr(connecting, "TELL_AFTER_SECONDS", 0.3)
+    attempts: list[float] = []
+    monkeypatch.setattr(joining, "connect", lambda *args, **more: attempts.append(0) or connect(*args, **more))
+    with silent_port() as (host, port):
+        with pytest.raises(ServerLost, match=r"no answer within 0\.1 s, as behind a firewall; gave up after \d\.\d s\Z"):
+            join((host, port), timeout_seconds=1.5).__enter__()
+        line = (
+            rf"no server can be joined at {host}:{port}: no answer within 0\.1 s, as behind a firewall; trying for another 1 s"
+        )
+        assert re.fullmatch(line, caplog.messages[0])
+    assert len(attempts) >= 3
 
 
 def test_a_server_with_agents_refuses_a_process_without_torchs_rpc(monkeypatch: pytest.MonkeyPatch) -> None:

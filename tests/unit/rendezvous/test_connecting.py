@@ -8,29 +8,13 @@ import os
 import re
 import socket
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
 
 import pytest
 
 from ormo_rpc.rendezvous import connecting
 from ormo_rpc.rendezvous.connecting import NoConnection, Patience, is_unanswered, open_connection
 from tests.support.processes import wait_until
-
-
-@contextmanager
-def silent_port() -> Generator[tuple[str, int]]:
-    """A port that does not answer, like one behind a firewall: the queue of its listener is full."""
-    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
-        waiting: list[socket.socket] = []
-        try:
-            while True:
-                waiting.append(socket.create_connection(listener.getsockname(), 0.1))
-        except TimeoutError:
-            yield listener.getsockname()
-        finally:
-            for each in waiting:
-                each.close()
+from tests.support.rendezvous import silent_port
 
 
 def test_a_port_that_does_not_answer_is_given_up_soon_however_much_time_there_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,14 +13,17 @@ import pytest
 
 from ormo_rpc.cli import compose
 from ormo_rpc.control.joining import Joined, joined
-from ormo_rpc.errors import ConfigError, Refused
+from ormo_rpc.errors import ConfigError, Refused, ServerLost
 from ormo_rpc.models.fingerprint import Fingerprint
+from ormo_rpc.rendezvous import connecting
 from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.runtimes.distributed.server_process.service import Service
 from ormo_rpc.runtimes.distributed.server_process.serving import served as served_at
 from ormo_rpc.runtimes.distributed.worker_process import worker_process
 from ormo_rpc.runtimes.distributed.worker_process.worker_process import WorkerArgs, WorkerProcess
 from ormo_rpc.runtimes.job import Job
+from ormo_rpc.transports.gloo import client as gloo
+from ormo_rpc.transports.gloo.pair import PairLost
 from ormo_rpc.worker.worker import Worker
 from tests.support import changing
 from tests.support.processes import PATIENCE_SECONDS, wait_until
@@ -167,3 +171,20 @@ def test_a_first_gradient_that_fails_is_not_tried_again(
     with served() as (_, work), pytest.raises(raised) as caught:
         work.run()
     assert (type(caught.value), str(caught.value)) == (raised, message)
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_that_can_open_no_path_for_pushes_says_so_and_gives_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It reaches the server and joins, again and again, where a firewall drops all but the rendezvous."""
+
+    def make_pair(*_: object) -> None:
+        raise PairLost("no connection within 10 s")
+
+    monkeypatch.setattr(gloo, "make_pair", make_pair)
+    monkeypatch.setattr(connecting, "TELL_AFTER_SECONDS", 0.2)
+    failed = r"no path for pushes can be opened: gloo: no connection within 10 s; "
+    with served("transport=gloo") as (_, work), pytest.raises(ServerLost, match=rf"\A{failed}gave up after \d\.\d s\Z"):
+        WorkerProcess(replace(work.args, timeout_seconds=0.8)).run()
+    assert any(re.fullmatch(rf"{failed}trying for another 1 s", line) for line in caplog.messages)
