@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from signal import Signals
 from typing import Any
 
 import hydra
@@ -27,14 +26,14 @@ from ormo_rpc.config.help import help_text, list_of_keys
 from ormo_rpc.config.parsing import parse_config, refused_value, unknown_key
 from ormo_rpc.config.schema import GROUPS, Config
 from ormo_rpc.config.write_conf import conf_dir
-from ormo_rpc.errors import ConfigError, Interrupted, RunFailed, one_line
+from ormo_rpc.errors import ConfigError, RunFailed, one_line
 from ormo_rpc.options import parts
 from ormo_rpc.overrides import keys_of, prepared
 from ormo_rpc.runtimes.attempts import former_run
 from ormo_rpc.runtimes.distributed.launcher.agent import end_with_agent
 from ormo_rpc.runtimes.distributed.preloading.preloading import Preloading
 from ormo_rpc.runtimes.ranks import TORCHRUN, Ranks
-from ormo_rpc.signals import SignalWatch, interrupting
+from ormo_rpc.signals import SignalWatch, interrupting, interrupting_signal
 from ormo_rpc.storage.launch import Launch
 from ormo_rpc.storage.sweep_directory import SweepDirectory
 from ormo_rpc.sweeps import JobFailed, SweepStart
@@ -135,8 +134,8 @@ def _end(ended: BaseException, began: bool, full_error: bool) -> int:
         BaseException: it is a fault of this program.
     """
     if isinstance(ended, KeyboardInterrupt):
-        _say(f"interrupted by {_signal_of(ended).name}; there is nothing to resume")
-        return 128 + _signal_of(ended)
+        _say(f"interrupted by {interrupting_signal(ended).name}; there is nothing to resume")
+        return 128 + interrupting_signal(ended)
     if isinstance(ended, SystemExit):
         if isinstance(ended.code, str):
             _say(ended.code)
@@ -165,13 +164,8 @@ def _end_sweep(sweep: SweepDirectory, ended: BaseException | None, full_error: b
     if full_error and isinstance(ended, Exception):
         raise ended
     if isinstance(ended, KeyboardInterrupt):
-        return 128 + _signal_of(ended)
+        return 128 + interrupting_signal(ended)
     return 0 if fine and ended is None else 1
-
-
-def _signal_of(ended: KeyboardInterrupt) -> Signals:
-    """The signal that has ended this program; Python's own exception is that of Ctrl-C."""
-    return Signals(ended.number) if isinstance(ended, Interrupted) else Signals.SIGINT
 
 
 def _hydra_main(job: Callable[[DictConfig], float | None]) -> None:

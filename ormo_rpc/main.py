@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from ormo_rpc.lazy_import import make_lazy
 from ormo_rpc.runtimes.distributed.preloading.preloading import Preloading
+from ormo_rpc.signals import interrupting, interrupting_signal
 
 _NO_PROCESSES = (
     *("--help", "-h", "--help-all", "--version", "-c", "--hydra-help", "--shell-completion", "-sc"),
@@ -20,6 +21,7 @@ _NO_PROCESSES = (
 """Words with which no run, or none of processes, is started."""
 
 
+@interrupting()
 def main() -> None:
     """Run ``launch.py`` with this process's arguments."""
     for number in range(3):  # a closed standard stream would give its number to the next file that is opened
@@ -34,8 +36,10 @@ def main() -> None:
             preloading.begin(_threads(sys.argv[1:]))
         else:
             preloading = None
-        from ormo_rpc import cli  # while the preloader has its own imports
-
+        try:
+            from ormo_rpc import cli  # while the preloader has its own imports
+        except KeyboardInterrupt as error:
+            sys.exit(128 + interrupting_signal(error))
         cli.main(preloading)
 
 

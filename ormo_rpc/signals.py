@@ -170,6 +170,11 @@ def interrupting() -> Generator[None]:
                 signal.signal(number, handler)
 
 
+def interrupting_signal(error: KeyboardInterrupt) -> Signals:
+    """The signal that has ended this program; Python's own exception is that of Ctrl-C."""
+    return Signals(error.number) if isinstance(error, Interrupted) else signal.SIGINT
+
+
 def raise_interrupted() -> None:
     """Set the handlers of `interrupting`, for as long as this process; SIGUSR1 then has no effect where there is no run."""
     if not _in_main_thread():

@@ -162,3 +162,22 @@ def test_a_started_child_has_the_signals_blocked_and_the_parent_has_not() -> Non
     assert all(masked >> (number - 1) & 1 for number in (*signals.ENDING, signal.SIGUSR1))
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
     wait_until(lambda: child.poll() is not None, "the end of the child")
+
+
+@pytest.mark.parametrize("number", signals.ENDING)
+def test_a_launcher_that_still_imports_ends_on_a_signal_with_its_status_and_without_a_traceback(number: signal.Signals) -> None:
+    script = f"""
+import os, signal, sys
+from ormo_rpc.main import main
+class Finder:
+    @staticmethod
+    def find_spec(name, path, target=None):
+        if name == "ormo_rpc.cli":
+            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), {int(number)})
+sys.meta_path.insert(0, Finder)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "")
