@@ -33,7 +33,8 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         if not any(map(_needs_no_processes, sys.argv[1:])):
             preloading = stack.enter_context(Preloading())
-            preloading.begin(_threads(sys.argv[1:]))
+            with contextlib.suppress(OSError):  # the run tries again, and says why where it fails
+                preloading.begin(_threads(sys.argv[1:]))
         else:
             preloading = None
         try:

@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from ormo_rpc.runtimes.distributed.launcher.oom_kills import OomKills
 from ormo_rpc.runtimes.distributed.launcher.starter import Command, Process, spawn
 from ormo_rpc.runtimes.distributed.preloading import messages
+from ormo_rpc.runtimes.distributed.shortages import MEMORY
 from ormo_rpc.signals import blocked
 
 PROGRAM = "ormo_rpc.runtimes.distributed.preloading.process"
@@ -26,6 +28,8 @@ FORK_SECONDS = 30.0
 """A preloader has forked by then."""
 END_SECONDS = 5.0
 """A process that was killed has ended by then."""
+LAST_SECONDS = 1.0
+"""A process whose connection has ended is gone by then."""
 _ROOM = 1500
 """Bytes for the command lines of forks, as `linux.set_title` shows them."""
 
@@ -94,6 +98,7 @@ class Preloader:
         self.environment = environment
         self.refusal: str | None = None
         self._sock = sock
+        self._oom_kills = OomKills()
 
     @classmethod
     def spawned(cls, environment: Mapping[str, str]) -> Self:
@@ -140,7 +145,7 @@ class Preloader:
             except (TimeoutError, BlockingIOError):
                 return False
             except OSError as error:
-                raise PreloaderLost(str(error)) from None
+                raise PreloaderLost(self._end() or str(error)) from None
         return True
 
     def ask(self, request: Mapping[str, Any], descriptors: Sequence[int] = (), timeout_seconds: float | None = None) -> Any:
@@ -162,7 +167,7 @@ class Preloader:
         except TimeoutError:
             raise PreloaderLost("it does not answer") from None
         except OSError as error:
-            raise PreloaderLost(str(error)) from None
+            raise PreloaderLost(self._end() or str(error)) from None
 
     def fork(self, command: Command) -> Process:
         """Fork a child that runs `entry_point.main`.
@@ -218,10 +223,19 @@ class Preloader:
         try:
             answer, descriptors = messages.receive(self._sock)
         except EOFError:
-            status = self.process.poll()
-            raise PreloaderLost(f"it has ended{'' if status is None else f' with status {status}'}") from None
+            raise PreloaderLost(self._end() or "it has closed the connection") from None
         messages.close_all(descriptors)
         return answer
+
+    def _end(self) -> str:
+        """Describe how it has ended, which it may be about to; empty where it has not."""
+        deadline = time.monotonic() + LAST_SECONDS
+        while (status := self.process.poll()) is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if status is None:
+            return ""
+        cause = self._oom_kills.cause(1) if status == -signal.SIGKILL else ""
+        return f"it was killed {cause}; {MEMORY}" if cause else f"it has ended with status {status}"
 
 
 def module_path() -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
@@ -16,8 +17,10 @@ from typing_extensions import override
 from ormo_rpc.config.parsing import parse_text
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.runtimes import prepare
+from ormo_rpc.runtimes.distributed.launcher.oom_kills import OomKills
 from ormo_rpc.runtimes.distributed.preloading.forking import apart
 from ormo_rpc.runtimes.distributed.preloading.safety import gpu_is_lost
+from ormo_rpc.runtimes.distributed.shortages import MEMORY
 from ormo_rpc.runtimes.job import Job, LoadedJob
 
 
@@ -73,10 +76,13 @@ class Loading:
             function()
 
         def in_fork(function: Callable[[], None]) -> None:
+            kills = OomKills()
             try:
                 answer = apart(lambda: _answer(function, records))
             except ChildProcessError as error:
-                raise ConfigError(f"model: the process that tried a batch {error}") from None
+                cause = kills.cause(1) if str(error).endswith(signal.SIGKILL.name) else ""
+                why = f", {cause}; {MEMORY}" if cause else ""
+                raise ConfigError(f"model: the process that tried a batch {error}{why}") from None
             self.gpu_in_use = answer["gpu_is_lost"]
             records.rows += answer["log"]
             if answer["refused"] is not None:

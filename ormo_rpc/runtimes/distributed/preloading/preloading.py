@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import logging
 import os
 import sys
@@ -21,6 +22,7 @@ from ormo_rpc.lazy_import import is_loaded
 from ormo_rpc.runtimes.distributed.launcher.starter import Command, Process, spawn
 from ormo_rpc.runtimes.distributed.linux import adopting
 from ormo_rpc.runtimes.distributed.preloading.client import ENTRY_POINT, Preloader, PreloaderLost, module_path
+from ormo_rpc.runtimes.distributed.shortages import reason_of_start
 
 if TYPE_CHECKING:
     from ormo_rpc.config.schema import Config
@@ -73,11 +75,13 @@ class Preloading:
 
         Raises:
             ConfigError: it cannot be run; nothing was started.
-            RunFailed: no preloader lives long enough.
+            RunFailed: no preloader can be started, or lives long enough.
         """
         self.end_job()
         try:
             return self._load(config, starts_server)
+        except OSError as error:
+            raise RunFailed(f"the process that loads data and model could not be started: {reason_of_start(error)}") from None
         except PreloaderLost as error:
             self._end_imports()
             raise RunFailed(f"the process that loads data and model was lost: {error}") from None
@@ -93,6 +97,8 @@ class Preloading:
         except PreloaderLost as error:
             self._end_imports()
             self.way = f"spawn: a preloader was lost: {error}"
+        except OSError as error:
+            self.way = f"spawn: a preloader could not be started: {reason_of_start(error)}"
 
     def __call__(self, command: Command) -> Process:
         """Start a child that runs `entry_point.main`, in the best way that there is at the moment.
@@ -106,6 +112,9 @@ class Preloading:
                     return preloader.fork(command)
             except PreloaderLost as error:
                 self._replace(preloader, error)
+            except OSError as error:
+                if error.errno != errno.ENOMEM:  # a smaller process may be forked yet, or started
+                    raise
         program = (sys.executable, "-P", "-m", ENTRY_POINT)
         return spawn(dataclasses.replace(command, arguments=[*program, *command.arguments]))
 

@@ -22,12 +22,12 @@ _THREADS_BEFORE = len(os.listdir("/proc/self/task")) if sys.platform.startswith(
 import torch  # noqa: E402
 
 from ormo_rpc import console  # noqa: E402
-from ormo_rpc.errors import one_line  # noqa: E402
 from ormo_rpc.runtimes.distributed import entry_point, memory  # noqa: E402
 from ormo_rpc.runtimes.distributed.linux import set_title  # noqa: E402
 from ormo_rpc.runtimes.distributed.preloading import forking, messages  # noqa: E402
 from ormo_rpc.runtimes.distributed.preloading.load import Loading  # noqa: E402
 from ormo_rpc.runtimes.distributed.preloading.safety import Baseline, open_descriptors  # noqa: E402
+from ormo_rpc.runtimes.distributed.shortages import limit_reached, reason_of_end  # noqa: E402
 from ormo_rpc.runtimes.job import LoadedJob  # noqa: E402
 from ormo_rpc.signals import withstand  # noqa: E402
 
@@ -58,8 +58,9 @@ class PreloaderProcess:
             try:
                 answer = self._answer(request, descriptors)
             except Exception as error:  # told to the launcher; this process stays as it was
-                traceback.print_exc()
-                answer = {"failed": one_line(error)}
+                if not limit_reached(error):
+                    traceback.print_exc()
+                answer = {"failed": reason_of_end(error)}
             finally:
                 messages.close_all(descriptors)
             messages.send(self.sock, answer)

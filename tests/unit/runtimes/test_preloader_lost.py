@@ -1,0 +1,94 @@
+"""Preloaders that cannot be started, or are killed; none of them is real."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from ormo_rpc.config.schema import Config
+from ormo_rpc.errors import RunFailed
+from ormo_rpc.runtimes.distributed.launcher.oom_kills import OomKills
+from ormo_rpc.runtimes.distributed.launcher.starter import Command, Process
+from ormo_rpc.runtimes.distributed.preloading import client, preloading
+from ormo_rpc.runtimes.distributed.preloading.client import ForkedProcess, Preloader, PreloaderLost
+from ormo_rpc.runtimes.distributed.preloading.preloading import Preloading
+from ormo_rpc.runtimes.distributed.shortages import MEMORY
+
+
+class Ended(ForkedProcess):
+    """A process that has ended with a status."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(0)
+        self.returncode = status
+
+
+COMMAND = Command(name="worker 0", arguments=[], environment={}, output=None, descriptors={})
+
+
+@pytest.mark.parametrize(
+    ("status", "cause", "text"),
+    [
+        (-signal.SIGKILL, "by the kernel for lack of memory", f"it was killed by the kernel for lack of memory; {MEMORY}"),
+        (-signal.SIGKILL, "", "it has ended with status -9"),
+        (1, "by the kernel for lack of memory", "it has ended with status 1"),
+    ],
+)
+@pytest.mark.parametrize("closed", ["before", "meanwhile"])
+def test_a_preloader_that_was_killed_for_memory_is_named(
+    closed: str, status: int, cause: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(_: OomKills, killed: int) -> str:
+        assert killed == 1
+        return cause
+
+    monkeypatch.setattr(OomKills, "cause", told)
+    ours, theirs = socket.socketpair()
+    with ours:
+        preloader = Preloader(Ended(status), ours, {})
+        preloader.refusal = "" if closed == "before" else None  # a request, or the first answer, finds it gone
+        theirs.close()
+        with pytest.raises(PreloaderLost) as lost:
+            preloader.fork(COMMAND)
+    assert str(lost.value) == text
+
+
+def test_a_run_whose_preloader_cannot_be_started_ends_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spawn(_: Command) -> Process:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(client, "spawn", spawn)
+    before = set(Path("/proc/self/fd").iterdir())
+    with Preloading() as starts, pytest.raises(RunFailed) as failed:
+        starts.load(Config(), starts_server=True)
+    assert str(failed.value) == (
+        "the process that loads data and model could not be started: Resource temporarily unavailable (no further process or "
+        "thread is allowed: raise ulimit -u, or pids.max of the control group)"
+    )
+    assert set(Path("/proc/self/fd").iterdir()) == before
+
+
+@pytest.mark.parametrize(("number", "spawned"), [(errno.ENOMEM, True), (errno.EAGAIN, False)])
+def test_a_preloader_too_large_to_be_forked_leaves_the_start_to_a_smaller_process(
+    number: int, spawned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fork may need as much memory as the preloader has; a limit on processes is reached in every way."""
+    child = Ended(0)
+    monkeypatch.setattr(preloading, "spawn", lambda _: child)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        preloader = Preloader(Ended(0), ours, {})
+        preloader.refusal = ""
+        client.messages.send(theirs, {"errno": number})
+        with Preloading() as starts:
+            starts._imports = preloader  # pyright: ignore[reportPrivateUsage] # without a process
+            if spawned:
+                assert starts(COMMAND) is child
+            else:
+                with pytest.raises(BlockingIOError):
+                    starts(COMMAND)
