@@ -38,17 +38,19 @@ class BestEffort:
 
     def write(self, text: str) -> int:
         """Write a text as far as that is possible; return its length."""
+        failed = False
         try:
             self._stream.write(text)
             if "\n" in text:
                 self._stream.flush()
         except FAULTS:
-            self._failed = True
-        self._line = (self._line + text).rpartition("\r")[2]  # of a progress bar, its last state
-        if "\n" in text:
+            failed = self._failed = True
+        *lines, self._line = (self._line + text).split("\n")
+        self._line = _last_state(self._line)
+        if lines:
             if self._failed:
-                _keep(self._line)
-            self._line, self._failed = "", False
+                _keep(filter(None, map(_last_state, lines)))
+            self._failed = failed and bool(self._line)
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -103,12 +105,17 @@ def keep_unsaid(log: Path) -> None:
     _unsaid_log = log
 
 
-def _keep(text: str) -> None:
+def _last_state(line: str) -> str:
+    """The end of a line that a progress bar writes again and again."""
+    return line.rpartition("\r")[2]
+
+
+def _keep(lines: Iterable[str]) -> None:
     if _unsaid_log is not None:
         with contextlib.suppress(OSError):
             _unsaid_log.parent.mkdir(exist_ok=True)
             with _unsaid_log.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
+                file.writelines(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n" for line in lines)
 
 
 def _standard_error() -> TextIO | None:

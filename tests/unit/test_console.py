@@ -82,7 +82,10 @@ def test_a_line_that_cannot_be_written_is_kept_in_the_log(broken: TextIO, log: P
     monkeypatch.setattr(sys, "stderr", broken)
     console.say("launch.py: worker 1 was killed \N{SKULL}")
     console.say("launch.py: restarting it \N{SKULL}")
-    assert kept(log) == ["launch.py: worker 1 was killed \N{SKULL}", "launch.py: restarting it \N{SKULL}"]
+    console.say("completed: \N{SKULL}\nrun directory: /d")
+    print("\r10% \N{SKULL}\r20% \N{SKULL}", end="\n\n", file=console.best_effort(broken))
+    said = ["launch.py: worker 1 was killed \N{SKULL}", "launch.py: restarting it \N{SKULL}"]
+    assert kept(log) == [*said, "completed: \N{SKULL}", "run directory: /d", "20% \N{SKULL}"]
 
 
 def test_whatever_writes_to_the_standard_streams_meets_no_fault(
