@@ -43,4 +43,12 @@ class RequestedCheckpoint:
                 self._asked.clear()
                 self._session.copy_state()
         if written:
-            _log.warning("wrote the checkpoint that was asked for: %s", checkpoints.newest)
+            self._say()
+
+    def finish(self) -> None:
+        """Say that the last checkpoint of the run is the one that was asked for, unless that was said; called after it."""
+        if self._begun or self._asked.is_set():
+            self._say()
+
+    def _say(self) -> None:
+        _log.warning("wrote the checkpoint that was asked for: %s", self._session.checkpoints.newest)

@@ -243,9 +243,11 @@ class ServerProcess:
     def _shut_down(self) -> dict[str, Any]:
         timeout_seconds = self.options.stop_timeout_seconds
         try:
-            return shut_down(
+            summary = shut_down(
                 self.session, self.service, self.watchdog, status=self.stop_status, timeout_seconds=timeout_seconds
             )
+            self.requested.finish()
+            return summary
         finally:
             for executor in self._executors:
                 executor.shutdown(wait=False, cancel_futures=True)
