@@ -45,7 +45,7 @@ class ControlServer(LeaseHandler):
         dispatcher: Does the work of the calls.
 
     Attributes:
-        agent: The address of this process's agent, set before any process is admitted; None without one.
+        agent: Returns the address of this process's agent, set before any process is admitted; None without one.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class ControlServer(LeaseHandler):
         self.answer = answer
         self.admission = admission
         self.dispatcher = dispatcher
-        self.agent: str | None = None
+        self.agent: Callable[[], str | None] = lambda: None
         self._calls: Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = {
             "join": self._join,
             "ask": self._ask,
@@ -75,7 +75,7 @@ class ControlServer(LeaseHandler):
 
     @override
     def admit(self, holder: str) -> Admission:
-        admission = replace(self.admission, admission_id=secrets.token_hex(16), agent=self.agent)
+        admission = replace(self.admission, admission_id=secrets.token_hex(16), agent=self.agent())
         with self._lock:
             self._admitted[admission.admission_id] = _Admitted(holder)
         return admission

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import socket
@@ -21,9 +20,9 @@ TELL_WAITING_SECONDS = 30.0
 """The time after which it is told, too, that nothing has failed and nothing has come."""
 WIDENING = 3
 NO_ANSWER = "no answer within {:g} s, as behind a firewall"
-_CONNECTIONS = {socket.AF_INET: Path("/proc/self/net/tcp"), socket.AF_INET6: Path("/proc/self/net/tcp6")}
-"""Linux: the tables of all connections, with the other end in column 2 and the state in column 3."""
-_UNANSWERED = "02"
+_TABLES = {socket.AF_INET: Path("/proc/self/net/tcp"), socket.AF_INET6: Path("/proc/self/net/tcp6")}
+"""Linux: the tables of all connections: in column 1 the own end, in 2 the other one, in 3 the state."""
+_UNANSWERED, _LISTENS = "02", "0A"
 _NO_WAY = {
     errno.ENETUNREACH: "no route",
     errno.EHOSTUNREACH: "no route",
@@ -73,15 +72,34 @@ def is_unanswered(address: tuple[str, int]) -> bool:
 
     False where the system does not tell.
     """
+    rows = _connections(address)
+    return rows is not None and (_in_table(address), _UNANSWERED) in ((row[2], row[3]) for row in rows)
+
+
+def listens(address: tuple[str, int]) -> bool:
+    """Tell whether anybody on this machine listens at an address in digits; True where the system does not tell.
+
+    A connection is no way to find out: torch's agents cannot bear one that ends at once.
+    """
+    rows = _connections(address)
+    return rows is None or (_in_table(address), _LISTENS) in ((row[1], row[3]) for row in rows)
+
+
+def _connections(address: tuple[str, int]) -> list[list[str]] | None:
+    """The rows of the table of connections of an address's kind; None where the system has none."""
+    table = _TABLES[socket.AF_INET6 if ":" in address[0] else socket.AF_INET]
+    try:
+        return [line.split() for line in table.read_text(encoding="ascii").splitlines()[1:]]
+    except OSError:
+        return None
+
+
+def _in_table(address: tuple[str, int]) -> str:
+    """An address as it stands there: each word of 32 bits has the byte order of the machine."""
     host, port = address
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    packed = socket.inet_pton(family, host)
+    packed = socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
     words = struct.unpack(f"={len(packed) // 4}I", packed)
-    wanted = f"{''.join(f'{word:08X}' for word in words)}:{port:04X}"
-    with contextlib.suppress(OSError):
-        rows = [line.split() for line in _CONNECTIONS[family].read_text(encoding="ascii").splitlines()[1:]]
-        return any((row[2], row[3]) == (wanted, _UNANSWERED) for row in rows)
-    return False
+    return f"{''.join(f'{word:08X}' for word in words)}:{port:04X}"
 
 
 class Patience:

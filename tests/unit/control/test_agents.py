@@ -12,6 +12,10 @@ from typing import Any
 import pytest
 from typing_extensions import override
 
+from ormo_rpc.control.torch_rpc.agent import agent_address
+from ormo_rpc.rendezvous.addresses import parse_address, written
+from ormo_rpc.rendezvous.connecting import listens
+from ormo_rpc.rendezvous.lease import connect
 from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.runtimes.distributed.server_process.serving import served
 from ormo_rpc.transports.rpc.server import TorchRpcServerSide
@@ -80,6 +84,24 @@ def test_a_worker_sees_an_rref_that_the_server_owns_and_peers_of_one_number_do_n
             peer.tell(address)  # its agent ends, and it joins again
             assert peer.says()["owner"] == "server"
         assert len(service.memberships) == 2
+
+
+def test_a_connection_to_the_agent_that_ends_at_once_keeps_nobody_out(caplog: pytest.LogCaptureFixture) -> None:
+    """As a port scanner makes it, or a worker that dies at that moment: torch's agent then closes its port for good."""
+    service = RecordingService(3)
+    with server(service) as address, Peer("rejoin", address) as first, Peer("rejoin", address) as second:
+        assert first.says()["owner"] == second.says()["owner"] == "server"
+        with connect(parse_address(address), Secret(SECRET_TEXT), timeout_seconds=PATIENCE_SECONDS) as lease:
+            agent = agent_address(str(lease.admission.agent))
+        socket.create_connection(agent).close()
+        wait_until(lambda: not listens(agent), "the end of its port")
+        first.tell(address)  # whose agent has a connection still
+        assert first.says()["answer"] == {}
+        second.tell(address)
+        assert second.says()["answer"] == {}
+        assert len(service.memberships) == 2
+    (warning,) = caplog.messages
+    assert f"the agent of torch.distributed.rpc at {written(*agent)} has ceased to listen" in warning
 
 
 def test_a_process_joins_servers_one_after_the_other_as_another_worker_each_time() -> None:

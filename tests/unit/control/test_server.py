@@ -69,7 +69,7 @@ class Control:
         self.handler = Handler()
         self.dispatcher = Dispatcher()
         self.server = ControlServer(self.handler, self.respond, self.answer, ADMISSION, self.dispatcher)
-        self.server.agent = "uv://127.0.0.1:9"
+        self.server.agent = lambda: "uv://127.0.0.1:9"
 
     def respond(self, membership: Membership) -> JoinResponse:
         """Respond with a short configuration."""

@@ -110,12 +110,10 @@ def served(
 def _agent(control: ControlServer, service: Service, side: ServerSide, host: str) -> Generator[None]:
     """Run this process's agent of torch.distributed.rpc, and publish the RRef of the server."""
     from ormo_rpc.control.torch_rpc import server
-    from ormo_rpc.control.torch_rpc.agent import SERVER, rpc_agent
+    from ormo_rpc.control.torch_rpc.listening import ServersAgent
 
     functions = (*server.CALLED_BY_WORKERS, *side.functions)
-    timeout_seconds = control.admission.call_timeout_seconds
-    with rpc_agent(SERVER, host=host, server=None, timeout_seconds=timeout_seconds, functions=functions) as address:
-        server.publish(server.Published(control, service, control.dispatcher))
-        control.agent = address
-        _log.info("agent of torch.distributed.rpc at %s", address)
+    published = server.Published(control, service, control.dispatcher)
+    with ServersAgent(published, functions, host=host, timeout_seconds=control.admission.call_timeout_seconds) as agent:
+        control.agent = agent.address
         yield
