@@ -6,6 +6,7 @@ PyTorch is made lazy before anything imports it, so that wrong words are refused
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -37,11 +38,16 @@ def main() -> None:
                 preloading.begin(_threads(sys.argv[1:]))
         else:
             preloading = None
+        gc.disable()  # nothing of what is imported is garbage, and a collection takes its time
         try:
             from ormo_rpc import cli  # while the preloader has its own imports
         except KeyboardInterrupt as error:
             sys.exit(128 + interrupting_signal(error))
-        cli.main(preloading)
+        gc.enable()
+        try:
+            cli.main(preloading)
+        finally:
+            gc.freeze()  # so that the interpreter does not look for garbage before it ends
 
 
 def _needs_no_processes(word: str) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
+import select
 import signal
 import sys
 import threading
@@ -48,6 +50,37 @@ def adopting() -> Generator[None]:
             _reaping[0] -= 1
             if _reaping[0] == 0 and outermost:
                 _prctl(_SET_SUBREAPER, 0)
+
+
+class Endings:
+    """Tells that one of several children has ended, at that moment; use it in one thread.
+
+    Without pidfd_open(2) a wait takes all of its time.
+    """
+
+    def __init__(self) -> None:
+        self._poll = select.poll()
+        self._pids: dict[int, int] = {}
+        """Process numbers by descriptor, of children that may be running."""
+
+    def add(self, pid: int) -> None:
+        """Look after a child that has not been waited for."""
+        with contextlib.suppress(OSError, AttributeError):  # not Linux, an old one, or no descriptor is left
+            descriptor = os.pidfd_open(pid)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType, reportUnknownMemberType] # on Linux alone
+            self._pids[descriptor] = pid
+            self._poll.register(descriptor, select.POLLIN)
+
+    def forget(self, pid: int) -> None:
+        """Look after a child no more."""
+        for descriptor in [descriptor for descriptor, each in self._pids.items() if each == pid]:
+            del self._pids[descriptor]
+            self._poll.unregister(descriptor)
+            os.close(descriptor)
+
+    def wait(self, seconds: float) -> None:
+        """Wait until a further child has ended, for this time at most."""
+        for descriptor, _ in self._poll.poll(1000 * seconds):
+            self.forget(self._pids[descriptor])
 
 
 def set_title(name: str, words: list[str]) -> None:

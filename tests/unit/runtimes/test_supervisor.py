@@ -358,6 +358,14 @@ def test_a_wait_times_out() -> None:
         assert supervisor.wait(lambda: True, 0.0) is True
 
 
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="this system does not tell of the end of a process")
+def test_the_end_of_a_child_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor_module, "POLL_SECONDS", PATIENCE_SECONDS)
+    with Supervisor() as supervisor:
+        children = [start(supervisor, f"import time; time.sleep({seconds})", None) for seconds in (0.0, 0.2)]
+        assert supervisor.wait(lambda: not any(child.running for child in children), PATIENCE_SECONDS / 2)
+
+
 def test_outside_of_the_main_thread_signal_handlers_stay() -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     inside: list[Any] = []

@@ -22,10 +22,11 @@ from typing import Any, Self
 
 from ormo_rpc.runtimes.distributed.launcher.child import MAX_EXIT_REASON_CHARACTERS
 from ormo_rpc.runtimes.distributed.launcher.starter import Command, Process, Starter, spawn
+from ormo_rpc.runtimes.distributed.linux import Endings
 from ormo_rpc.signals import SignalWatch, blocked
 
 POLL_SECONDS = 0.02
-"""The interval at which the supervisor looks at its children."""
+"""The interval at which the supervisor looks at its children, unless one of them ends."""
 KILL_TIMEOUT_SECONDS = 5.0
 """A child that was killed has ended by then."""
 OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
@@ -154,6 +155,7 @@ class Supervisor:
 
     def __init__(self, report: Callable[[str], None] = lambda _: None) -> None:
         self.children: list[ChildProcess] = []
+        self._endings = Endings()
         self.report = report
         self.watch = SignalWatch()
         self.signals = self.watch.ends
@@ -224,11 +226,13 @@ class Supervisor:
             ours.pop_all()
         child = ChildProcess(name, process, control_writer, report_reader, log, timeout_seconds, start_timeout_seconds)
         self.children.append(child)
+        self._endings.add(process.pid)
         return child
 
     def reap(self, child: ChildProcess) -> None:
         """Read the last reports of a child that has ended, and forget it."""
         self._receive_from(child)
+        self._endings.forget(child.process.pid)
         os.close(child.control_fd)
         os.close(child.report_fd)
         self.children.remove(child)
@@ -244,7 +248,7 @@ class Supervisor:
             self._watch_children()
             if len(self.signals) > signals or (deadline is not None and time.monotonic() > deadline):
                 return False
-            time.sleep(POLL_SECONDS)
+            self._endings.wait(POLL_SECONDS)
         return True
 
     def _watch_children(self) -> None:

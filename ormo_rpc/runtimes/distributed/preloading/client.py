@@ -127,10 +127,14 @@ class Preloader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close(self) -> None:
-        """End it."""
+    def kill(self) -> None:
+        """Kill it; `close` has yet to be called."""
         self._sock.close()
         self.process.kill()
+
+    def close(self) -> None:
+        """End it."""
+        self.kill()
         self.process.wait(END_SECONDS)
 
     def ready(self, timeout_seconds: float = READY_SECONDS) -> bool:

@@ -47,6 +47,8 @@ class Preloading:
         self.report: Callable[[str], None] = lambda text: _log.warning("%s", text)
         self._imports: Preloader | None = None
         self._job: Preloader | None = None
+        self._killed: list[Preloader] = []
+        """Preloaders whose end has yet to be waited for: that of large processes takes its time."""
         self._contexts = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -55,6 +57,9 @@ class Preloading:
 
     def __exit__(self, *_: object) -> None:
         self.end_job()
+        if self._imports is not None:
+            self._imports.kill()
+        self._await_killed()
         self._end_imports()
         self._contexts.close()
 
@@ -78,6 +83,7 @@ class Preloading:
             RunFailed: no preloader can be started, or lives long enough.
         """
         self.end_job()
+        self._await_killed()
         try:
             return self._load(config, starts_server)
         except OSError as error:
@@ -119,10 +125,15 @@ class Preloading:
         return spawn(dataclasses.replace(command, arguments=[*program, *command.arguments]))
 
     def end_job(self) -> None:
-        """End the preloader with the job of the last run."""
+        """End the preloader with the job of the last run; its end is waited for later."""
         job, self._job = self._job, None
         if job is not None:
-            job.close()
+            job.kill()
+            self._killed.append(job)
+
+    def _await_killed(self) -> None:
+        while self._killed:
+            self._killed.pop().close()
 
     def _load(self, config: Config, starts_server: bool) -> Config:
         from ormo_rpc.config.parsing import parse_text  # not before the preloader has begun
