@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import mmap
+import os
 import struct
+import sys
 from pathlib import Path
 
 
@@ -15,6 +17,9 @@ class RunCounters:
 
     Args:
         run_dir: The run directory.
+
+    Raises:
+        OSError: the disk is full or read-only.
 
     Attributes:
         iterations: Gradients applied.
@@ -29,6 +34,8 @@ class RunCounters:
     def __init__(self, run_dir: Path) -> None:
         with (run_dir / self._FILE).open("a+b") as file:
             file.truncate(self._COUNTS.size)
+            if sys.platform.startswith("linux"):  # else a store to memory without room on the disk would end the process
+                os.posix_fallocate(file.fileno(), 0, self._COUNTS.size)
             self._memory = mmap.mmap(file.fileno(), self._COUNTS.size)
         self.iterations, self.incarnations, self.rolled_back, self.start_seconds = self._COUNTS.unpack(self._memory)
 

@@ -8,6 +8,8 @@ import math
 import os
 import resource
 import shutil
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +26,7 @@ from ormo_rpc.storage.counters import RunCounters
 from ormo_rpc.storage.launch import Launch
 from ormo_rpc.storage.run_directory import RunDirectory, read_trace, rows_so_far, write_json
 from ormo_rpc.storage.summary import Summary, extend_summary, identity, read_summary, unfinished_summary, write_summary
-from tests.support.processes import PATIENCE_SECONDS
+from tests.support.processes import PATIENCE_SECONDS, ROOT
 
 
 def test_a_directory_is_used_once(tmp_path: Path) -> None:
@@ -103,6 +105,25 @@ def test_a_file_that_the_disk_has_no_room_for_leaves_nothing(tmp_path: Path) -> 
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / "plan.json").read_bytes() == former
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == [tmp_path / "plan.json"]
+
+
+OWN_MOUNTS = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c")
+"""Runs a command that may mount file systems, which nobody else sees."""
+
+
+@pytest.mark.skipif(
+    shutil.which("unshare") is None
+    or subprocess.run([*OWN_MOUNTS, "mount -t tmpfs none /mnt"], capture_output=True).returncode != 0,
+    reason="there are no namespaces of users, or no file system can be mounted in one",
+)
+def test_counters_on_a_full_disk_are_an_error_and_no_death(tmp_path: Path) -> None:
+    """The server was killed by SIGBUS at its first update, and so was each of its replacements."""
+    begin = f"RunCounters(pathlib.Path({str(tmp_path)!r})).begin(0)"
+    script = f"import pathlib; from ormo_rpc.storage.counters import RunCounters; {begin}"
+    disk = f"mount -t tmpfs -o size=16k none {tmp_path} && head -c 16384 /dev/zero > {tmp_path}/full"
+    command = [*OWN_MOUNTS, f'{disk} && exec "$0" -c "$1"', sys.executable, script]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    assert (ended.returncode, ended.stderr.splitlines()[-1]) == (1, "OSError: [Errno 28] No space left on device")
 
 
 def test_one_of_two_processes_that_claim_a_directory_at_once_gets_it(tmp_path: Path) -> None:
