@@ -15,6 +15,7 @@ from ormo_rpc.errors import ConfigError
 from ormo_rpc.runtimes.ranks import Ranks
 from ormo_rpc.runtimes.running import run
 from ormo_rpc.runtimes.slurm import hosts
+from ormo_rpc.runtimes.workers import check_elastic_worker
 
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "none",
@@ -248,6 +249,15 @@ def test_configurations_that_ranks_cannot_run_are_refused(
         run(parse_config(values), tmp_path / "run")
     assert str(caught.value) == message
     assert not (tmp_path / "run").exists()
+
+
+def test_tasks_of_srun_may_be_workers_of_a_run_elsewhere_and_ranks_of_torchrun_may_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parse_config({"role": "worker", "server": {"address": "10.0.0.5:29400"}})
+    within(monkeypatch, TASK)
+    check_elastic_worker(config, Ranks.from_environment())
+    within(monkeypatch, TORCHRUN)
+    with pytest.raises(ConfigError, match=r"^role: got worker under torchrun"):
+        check_elastic_worker(config, Ranks.from_environment())
 
 
 @pytest.mark.parametrize("rank", [0, 1])
