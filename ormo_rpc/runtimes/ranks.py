@@ -138,7 +138,8 @@ class Ranks:
 def _torchrun(env: Mapping[str, str]) -> Ranks:
     beside = "TORCHELASTIC_RUN_ID"
     rank, size = _rank_and_size(env, _HAND, beside, f"start it with torchrun, or unset {beside}")
-    error_file = env.get("TORCHELASTIC_ERROR_FILE")  # FOLDER/attempt_0/0/error.json
+    restarts = env.get("TORCHELASTIC_RESTART_COUNT", "")
+    above_error_file = Path(env.get("TORCHELASTIC_ERROR_FILE", "")).parents  # of FOLDER/attempt_0/0/error.json
     name = env[beside]
     return Ranks(
         launcher=TORCHRUN,
@@ -147,9 +148,9 @@ def _torchrun(env: Mapping[str, str]) -> Ranks:
         rank=rank,
         world_size=size,
         master=_master(env, beside, f"unset {beside}"),
-        attempt=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        attempt=int(restarts) if restarts.isdecimal() else 0,
         agent_store=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-        agent_folder=Path(error_file).parents[2] if error_file else None,
+        agent_folder=above_error_file[2] if len(above_error_file) > 2 else None,
         one_machine=env.get("LOCAL_WORLD_SIZE") == str(size),
     )
 

@@ -57,19 +57,19 @@ def step(env: Mapping[str, str]) -> Step | None:
     if not (tasks.isdecimal() and rank.isdecimal() and int(tasks) > 1):
         return None
     nodes = _number(env, "SLURM_STEP_NUM_NODES", "SLURM_NNODES")
-    job = env.get("SLURM_JOB_ID", "0")
-    port = env.get("MASTER_PORT") or str(_FIRST_PORT + (int(job) + 101 * int(number)) % _PORTS)
+    job = _number(env, "SLURM_JOB_ID")
+    port = env.get("MASTER_PORT") or str(_FIRST_PORT + (job + 101 * int(number)) % _PORTS)
     if not port.isdecimal():
         raise ConfigError(f"MASTER_PORT: got {port!r} in the environment of srun, expected a port of rank 0's host; unset it")
     host = env.get("MASTER_ADDR") or ("127.0.0.1" if nodes == 1 else _first_host(env))
     return Step(
         variables=("SLURM_PROCID", size),
-        job=job,
+        job=str(job),
         rank=int(rank),
         tasks=int(tasks),
         nodes=nodes,
         master=written(host, int(port)),
-        attempt=int(env.get("SLURM_RESTART_COUNT", "0")),
+        attempt=_number(env, "SLURM_RESTART_COUNT"),
     )
 
 

@@ -44,7 +44,6 @@ def test_an_agent_has_ended_with_its_process_and_not_with_its_number(child: subp
     assert not found.alive
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("shell", [False, True])
 def test_the_agent_of_a_rank_is_the_ancestor_without_a_rank(shell: bool) -> None:
     command = [sys.executable, "-c", FIND]

@@ -103,7 +103,9 @@ def without(env: Mapping[str, str], *names: str) -> dict[str, str]:
         ({**TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE": "False"}, replace(UNDER_TORCHRUN, agent_store=False)),
         (without(TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE"), replace(UNDER_TORCHRUN, agent_store=False)),
         ({**TORCHRUN, "TORCHELASTIC_ERROR_FILE": ""}, replace(UNDER_TORCHRUN, agent_folder=None)),
+        ({**TORCHRUN, "TORCHELASTIC_ERROR_FILE": "error.json"}, replace(UNDER_TORCHRUN, agent_folder=None)),
         (without(TORCHRUN, "TORCHELASTIC_RESTART_COUNT"), replace(UNDER_TORCHRUN, attempt=0)),
+        ({**TORCHRUN, "TORCHELASTIC_RESTART_COUNT": "x"}, replace(UNDER_TORCHRUN, attempt=0)),
         ({**TASK, **TORCHRUN}, UNDER_TORCHRUN),  # srun started the agents
         (HAND, BY_HAND),
         ({**HAND, "LOCAL_WORLD_SIZE": "4"}, replace(BY_HAND, one_machine=True)),
@@ -122,6 +124,8 @@ def without(env: Mapping[str, str], *names: str) -> dict[str, str]:
         (TASK, BY_SRUN),
         ({**TASK, "SLURM_STEP_ID": "3"}, replace(BY_SRUN, master="gpu08:19870")),  # two steps at once
         ({**TASK, "SLURM_RESTART_COUNT": "2"}, replace(BY_SRUN, attempt=2)),
+        ({**TASK, "SLURM_RESTART_COUNT": "x"}, BY_SRUN),
+        ({**TASK, "SLURM_JOB_ID": "x"}, replace(BY_SRUN, job="0", master="gpu08:15000")),
         ({**TASK, **MASTER}, replace(BY_SRUN, master="node1:29400")),
         ({**TASK, "MASTER_ADDR": "fd00::5"}, replace(BY_SRUN, master="[fd00::5]:19567")),
         ({**TASK, "SLURM_STEP_NUM_NODES": "1"}, replace(BY_SRUN, master="127.0.0.1:19567", one_machine=True)),
