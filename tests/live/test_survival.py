@@ -294,9 +294,9 @@ def test_an_elastic_worker_joins_works_and_leaves_on_sigterm(tmp_path: Path) -> 
 def test_workers_whose_initial_values_are_not_the_servers_end_the_run(
     model: str, differs: str, reason: str, tmp_path: Path
 ) -> None:
-    """They are drawn from the process number, so that the launcher's two models agree."""
+    """They are drawn from the process number; forked processes would have the ones of the process that loaded the job."""
     run_dir = tmp_path / "run"
-    drawn = (f"model._target_={changing.HERE}.{model}", f"dataset._target_={changing.HERE}.data")
+    drawn = (f"model._target_={changing.HERE}.{model}", f"dataset._target_={changing.HERE}.data", "runtime.start=spawn")
     status, _, err = launch(run_dir, *QUIET, *drawn, "workers=2", "train.batch_size=8")
     assert status == 1, err
     said = rf"Refused: model: {re.escape(differs)}; every process must make the same: .*"
