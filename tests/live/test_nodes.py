@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ormo_rpc.rendezvous.addresses import written
 from tests.support.namespaces import Nodes, why_none
 from tests.support.processes import events, processes, replayed, summary, wait_until
 from tests.support.torchrun_job import TorchrunJob, sockets_of
@@ -36,11 +37,11 @@ def check_lineage(run_dir: Path, total: int) -> None:
 # Torchrun numbers the nodes of c10d in the order of their addresses: rank 0 is on the first node by eth0, on the last by eth1.
 @pytest.mark.parametrize(
     ("rendezvous", "host", "ranks", "interface", "port", "nodes"),
-    [("c10d", 1, [1, 1], 0, None, 4), ("c10d", 0, [1, 1, 1], 1, None, 4), ("static", 0, [2, 2], 0, 41600, 6)],
+    [("c10d", 1, [1, 1], 0, None, 4), ("c10d", 0, [1, 1, 1], 1, None, 4), ("static", 0, [2, 2], 0, PORTS[1], 6)],
     ids=[
         "c10d, store not on the node of rank 0",
         "c10d, rank 0 on the third node",
-        "static, two ranks a node, IPv6, fixed port",
+        "static, two ranks a node, IPv6, fixed port, the others closed at first",
     ],
     indirect=["nodes"],
 )
@@ -51,7 +52,16 @@ def test_nodes_train_together_over_the_wanted_interface_alone(
     options = (f"train.max_iterations={total}", *([] if port is None else [f"server.address=:{port}"]))
     used = nodes.nodes[: len(ranks)]
     nodes.set_port_range(*PORTS)
+    if port is not None:
+        nodes.drop(used[0], (PORTS[0], port - 1))
     with TorchrunJob(tmp_path, used, options, rendezvous=rendezvous, host=host, ranks=ranks, interface=interface) as job:
+        if port is not None:
+            agent = rf"{re.escape(written(used[0].address, 41))}\d\d\d"
+            closed = (
+                rf"worker 2: no server can be joined at .*: the server's agent of .* at {agent} does not answer \(no answer"
+            )
+            wait_until(lambda: re.search(closed, job.said(used[1])), "a line about the closed port")
+            nodes.drop(used[0], None)
         wait_until(lambda: events(job.run_dir, "apply"), "the first gradient")
         found = {node: sockets_of(node) for node in used}
         assert job.wait() == [0] * len(used)
@@ -85,26 +95,6 @@ def test_nodes_train_together_over_the_wanted_interface_alone(
         assert re.search(rf"worker {worker}: joined as worker {worker}; pushes by {took[str(worker)]}: \w", said), said
         pushed = result["pushes_per_worker"][str(worker)]
         assert re.search(rf"{who}the run completed: {total} gradients, {pushed} of them by worker {worker}$", said, re.M), said
-
-
-def test_a_dropped_port_of_the_servers_agent_is_named_while_it_is_tried_again(nodes: Nodes, tmp_path: Path) -> None:
-    """The listener, at a port of its own, can be reached, and so can torchrun's store, but nothing else on the first node."""
-    first, second = nodes.nodes[:2]
-    nodes.set_port_range(*PORTS)
-    nodes.drop(first, PORTS)
-    options = ("train.max_iterations=40", "server.address=:29600")
-    with TorchrunJob(tmp_path, [first, second], options, rendezvous="static", ranks=[1, 1]) as job:
-        server = rf"{re.escape(first.address)}:"
-        line = (
-            rf"launch\.py: worker 0: no server can be joined at {server}29600: the server's agent of torch\.distributed\.rpc "
-            rf"at {server}41\d\d\d does not answer \(no answer within 4 s, as behind a firewall\); its port has to be open to "
-            r"this machine, or start the run with runtime\.control=socket; trying for another 17\d s\n"
-        )
-        wait_until(lambda: re.search(line, job.said(second)), "a line about the port")
-        nodes.drop(first, None)
-        assert job.wait() == [0, 0]
-    assert summary(job.run_dir)["status"] == "completed"
-    check_lineage(job.run_dir, 40)
 
 
 def test_ranks_that_torchrun_starts_again_continue_their_run(nodes: Nodes, tmp_path: Path) -> None:
