@@ -23,7 +23,7 @@ class Step:
 
     Attributes:
         variables: The variables of the rank and of the number of tasks.
-        job: The number of the job.
+        job: The number of the job; None where it is not told.
         rank: The number of this task.
         tasks: The number of tasks, at least 2.
         nodes: The number of nodes.
@@ -32,7 +32,7 @@ class Step:
     """
 
     variables: tuple[str, str]
-    job: str
+    job: str | None
     rank: int
     tasks: int
     nodes: int
@@ -64,7 +64,7 @@ def step(env: Mapping[str, str]) -> Step | None:
     host = env.get("MASTER_ADDR") or ("127.0.0.1" if nodes == 1 else _first_host(env))
     return Step(
         variables=("SLURM_PROCID", size),
-        job=str(job),
+        job=str(job) if job else None,
         rank=int(rank),
         tasks=int(tasks),
         nodes=nodes,

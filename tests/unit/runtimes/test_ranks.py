@@ -125,7 +125,7 @@ def without(env: Mapping[str, str], *names: str) -> dict[str, str]:
         ({**TASK, "SLURM_STEP_ID": "3"}, replace(BY_SRUN, master="gpu08:19870")),  # two steps at once
         ({**TASK, "SLURM_RESTART_COUNT": "2"}, replace(BY_SRUN, attempt=2)),
         ({**TASK, "SLURM_RESTART_COUNT": "x"}, BY_SRUN),
-        ({**TASK, "SLURM_JOB_ID": "x"}, replace(BY_SRUN, job="0", master="gpu08:15000")),
+        ({**TASK, "SLURM_JOB_ID": "x"}, replace(BY_SRUN, job=None, master="gpu08:15000")),
         ({**TASK, **MASTER}, replace(BY_SRUN, master="node1:29400")),
         ({**TASK, "MASTER_ADDR": "fd00::5"}, replace(BY_SRUN, master="[fd00::5]:19567")),
         ({**TASK, "SLURM_STEP_NUM_NODES": "1"}, replace(BY_SRUN, master="127.0.0.1:19567", one_machine=True)),
