@@ -74,7 +74,6 @@ def run(
         check_elastic_worker(config, ranks)
         server_address.check(config, ranks)
         with _preloading(preloading) as preloader:
-            preloader.use_imports(config)
             importlib.import_module(MODULES["rpc"]).join(config, preloader)
         return {}
     config = decide_workers(config, ranks)

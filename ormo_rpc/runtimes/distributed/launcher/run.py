@@ -134,12 +134,14 @@ def join(config: Config, preloading: Preloading) -> None:
         preloading: Starts it.
 
     Raises:
+        ConfigError: its process was to be forked, and cannot be.
         RunFailed: the worker failed, or was refused or banned, or nothing listens at ``server.address``.
     """
     preloading.report = _report
     with Supervisor(_report) as supervisor:
         if not reach(config, supervisor, _report):
             return
+        preloading.use_imports(config)
         monitor = _monitor(supervisor, config)
         slot = _supervise_worker(monitor, elastic_worker_process(monitor, config, preloading, _report), config, _report)
     if slot.given_up:
