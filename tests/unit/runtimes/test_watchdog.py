@@ -35,7 +35,7 @@ def directory(tmp_path: Path) -> Generator[RunDirectory]:
 
 
 def watchdog(there: Owner, directory: RunDirectory) -> Watchdog:
-    return Watchdog(there.service, directory, RpcRuntime(), "127.0.0.1:9", "rpc")
+    return Watchdog(there.service, directory, RpcRuntime(), address="127.0.0.1:9", control="rpc", start="spawn")
 
 
 def evict(there: Owner, worker: int, host: str | None = None) -> int:
