@@ -9,24 +9,27 @@ from pathlib import Path
 import psutil
 import pytest
 
+from ormo_rpc.runtimes.distributed.linux import LINUX
+from ormo_rpc.storage.summary import read_summary
 from ormo_rpc.storage.sweep_directory import SweepDirectory
 from tests.support.processes import PATIENCE_SECONDS, descendants, launched, wait_until
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(180)]  # each starts up to six processes that import PyTorch
 
-SHORT = ("runtime=sim", "logger=none", "workers=2", "train.epochs=1", "checkpoint.every_seconds=0")
+LIVE = ("logger=none", "workers=1", "train.max_iterations=20")
+SIMULATED = ("runtime=sim", "logger=none", "workers=2", "train.epochs=1", "checkpoint.every_seconds=0")
 PLUGINS = {"parallel": "hydra_joblib_launcher", "local": "hydra_submitit_launcher"}
 
 
 def sweep(folder: Path, launcher: str, *arguments: str) -> tuple[str, ...]:
     """The command of a sweep; the test is skipped where the launcher is not installed."""
     pytest.importorskip(f"hydra_plugins.{PLUGINS[launcher]}", reason=f"{PLUGINS[launcher]} is not installed")
-    return ("launch.py", "-m", f"hydra/launcher={launcher}", f"hydra.sweep.dir={folder}", *SHORT, *arguments)
+    return ("launch.py", "-m", f"hydra/launcher={launcher}", f"hydra.sweep.dir={folder}", *arguments)
 
 
 @pytest.mark.parametrize("launcher", PLUGINS)
 def test_a_bad_job_does_not_end_the_others_in_other_processes(launcher: str, tmp_path: Path) -> None:
-    with launched(*sweep(tmp_path, launcher, "algorithm=asgd,rennala,ormo", "scheduler=sync")) as process:
+    with launched(*sweep(tmp_path, launcher, *LIVE, "algorithm=asgd,rennala,ormo", "scheduler=sync")) as process:
         _, err = process.communicate(timeout=2 * PATIENCE_SECONDS)
     assert process.returncode == 1
     records = SweepDirectory(tmp_path).records()
@@ -35,6 +38,8 @@ def test_a_bad_job_does_not_end_the_others_in_other_processes(launcher: str, tmp
         ("algorithm=rennala", "failed"),
         ("algorithm=ormo", "completed"),
     ]
+    for job in "02":  # each process of jobs has its own preloader
+        assert (read_summary(tmp_path / job) or {})["start"] == ("fork" if LINUX else "spawn")
     total, named = err.splitlines()[-2:]
     assert total == "launch.py: 1 of 3 jobs failed, 2 completed"
     assert named.startswith(
@@ -46,7 +51,7 @@ def test_a_bad_job_does_not_end_the_others_in_other_processes(launcher: str, tmp
 @pytest.mark.parametrize(("launcher", "by_terminal"), [("parallel", True), ("parallel", False), ("local", False)])
 def test_a_signal_ends_a_sweep_and_its_processes(launcher: str, by_terminal: bool, tmp_path: Path) -> None:
     seeds = "seed=0,1,2" if launcher == "parallel" else "seed=0,1"
-    with launched(*sweep(tmp_path, launcher, "train.epochs=100000", seeds)) as process:
+    with launched(*sweep(tmp_path, launcher, *SIMULATED, "train.epochs=100000", seeds)) as process:
         wait_until(lambda: len(list(tmp_path.glob("*/trace.jsonl"))) == 2, "two jobs have begun")
         family = descendants(process.pid)
         if by_terminal:  # which sends Ctrl-C to all of them
