@@ -297,7 +297,7 @@ def test_workers_whose_initial_values_are_not_the_servers_end_the_run(
     """They are drawn from the process number; forked processes would have the ones of the process that loaded the job."""
     run_dir = tmp_path / "run"
     drawn = (f"model._target_={changing.HERE}.{model}", f"dataset._target_={changing.HERE}.data", "runtime.start=spawn")
-    status, _, err = launch(run_dir, *QUIET, *drawn, "workers=2", "train.batch_size=8")
+    status, _, err = launch(run_dir, *QUIET, *drawn, "workers=2", "train.batch_size=8", "runtime.start=spawn")
     assert status == 1, err
     said = rf"Refused: model: {re.escape(differs)}; every process must make the same: .*"
     for worker in range(2):

@@ -114,12 +114,13 @@ def apart(function: Callable[[], Any]) -> Any:
     """
     sys.stdout.flush()
     sys.stderr.flush()
+    parent = os.getpid()
     with contextlib.ExitStack() as stack:
         result, given = _pipe(stack)
         with blocked():
             child = os.fork()
             if child == 0:
-                _answer(function, given)
+                _answer(function, given, parent)
         stack.pop_all()
         os.close(given)
         with os.fdopen(result, "rb") as file:
@@ -130,9 +131,12 @@ def apart(function: Callable[[], Any]) -> Any:
     return json.loads(answer)
 
 
-def _answer(function: Callable[[], Any], given: int) -> NoReturn:
+def _answer(function: Callable[[], Any], given: int, parent: int) -> NoReturn:
     """In a process that is thrown away: run the function, and write its result."""
     with _no_return():
+        die_with_parent()
+        if os.getppid() != parent:
+            os._exit(1)
         withstand()
         answer = json.dumps(function()).encode()
         sys.stdout.flush()

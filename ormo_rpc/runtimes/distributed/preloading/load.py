@@ -30,16 +30,17 @@ class Loading:
     Args:
         request: Its ``config`` is YAML; ``path``, ``directory``, ``environment`` and ``default_dtype`` are the launcher's, and
             ``starts_server`` tells that it starts the server.
-        may_fork: What may start threads is done in a process that is thrown away.
+        refusal: Returns the reason why this process must not be forked at the moment; where it is empty, what may start threads
+            is done in a process that is thrown away.
 
     Attributes:
         loaded: The job.
         gpu_in_use: The GPU has been looked at, so that no fork of this process can use it.
     """
 
-    def __init__(self, request: Mapping[str, Any], *, may_fork: bool) -> None:
+    def __init__(self, request: Mapping[str, Any], refusal: Callable[[], str]) -> None:
         self._request = request
-        self._may_fork = may_fork
+        self._refusal = refusal
         self.loaded: LoadedJob | None = None
         self.gpu_in_use = False
 
@@ -62,6 +63,7 @@ class Loading:
             assert isinstance(job, Job)
             job.fingerprint()  # once for all processes
             job.push_format()
+            job.prepare_models(1)  # a server has three: to evaluate, to export, and to compare
             self.loaded = LoadedJob(job.config.yaml, job)
             return {"config": self.loaded.text, "log": records.rows}
         except ConfigError as error:
@@ -72,10 +74,10 @@ class Loading:
     def _apart(self, records: _Records) -> Callable[[Callable[[], None]], None]:
         """What runs a function where it leaves nothing behind but its log, and raises its refusal."""
 
-        def here(function: Callable[[], None]) -> None:
-            function()
-
-        def in_fork(function: Callable[[], None]) -> None:
+        def run(function: Callable[[], None]) -> None:
+            if self._refusal():  # threads of OpenMP, say, which a fork would wait for without end
+                function()
+                return
             kills = OomKills()
             try:
                 answer = apart(lambda: _answer(function, records))
@@ -90,7 +92,7 @@ class Loading:
             if self.gpu_in_use:
                 function()
 
-        return in_fork if self._may_fork and not torch.cuda.is_initialized() else here
+        return run
 
 
 def _answer(function: Callable[[], None], records: _Records) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import socket
 import sys
 import traceback
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, NoReturn
 
 gc.disable()  # nothing of what is imported is garbage, and a collection takes its time
@@ -26,7 +25,7 @@ from ormo_rpc.runtimes.distributed import entry_point, memory  # noqa: E402
 from ormo_rpc.runtimes.distributed.linux import set_title  # noqa: E402
 from ormo_rpc.runtimes.distributed.preloading import forking, messages  # noqa: E402
 from ormo_rpc.runtimes.distributed.preloading.load import Loading  # noqa: E402
-from ormo_rpc.runtimes.distributed.preloading.safety import Baseline, open_descriptors  # noqa: E402
+from ormo_rpc.runtimes.distributed.preloading.safety import Baseline  # noqa: E402
 from ormo_rpc.runtimes.distributed.shortages import limit_reached, reason_of_end  # noqa: E402
 from ormo_rpc.runtimes.job import LoadedJob  # noqa: E402
 from ormo_rpc.signals import withstand  # noqa: E402
@@ -84,7 +83,7 @@ class PreloaderProcess:
         def run() -> NoReturn:
             self.sock.detach()  # it is closed already
             if request["arguments"] is None:
-                serve(own[0], self.baseline, self.refusal)
+                serve(own[0], self.refusal)
             numbers = [word for option, each in zip(request["options"], own, strict=True) for word in (option, str(each))]
             entry_point.main([*request["arguments"], *numbers], self.loaded)
             os._exit(0)
@@ -95,19 +94,19 @@ class PreloaderProcess:
             return {"errno": error.errno}
 
     def _load(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        loading = Loading(request, may_fork=not self.refusal)
+        loading = Loading(request, lambda: self.refusal or self.baseline.refusal())
         answer = loading.run()
         self.refusal = self.refusal or self.baseline.refusal(gpu_in_use=loading.gpu_in_use)
         self.loaded = loading.loaded
         return {**answer, "refusal": self.refusal}
 
 
-def serve(number: int, baseline: Baseline, refusal: str) -> NoReturn:
+def serve(number: int, refusal: str) -> NoReturn:
     """Serve the launcher at the other end of a socket, and end with the connection."""
     withstand()
     with socket.socket(fileno=number) as sock:
-        # The connection of this process belongs to it, not to what it loads.
-        PreloaderProcess(sock, replace(baseline, descriptors=open_descriptors()), refusal).run()
+        # A fork has neither the threads nor the descriptors of the process that it comes from.
+        PreloaderProcess(sock, Baseline.now(), refusal).run()
     os._exit(0)
 
 
@@ -121,9 +120,8 @@ def main() -> NoReturn:
     set_title("ormo preloader", [sys.executable, "-m", "ormo_rpc.runtimes.distributed.preloading.process"])
     memory.raise_oom_score(memory.PRELOADER)
     torch.set_num_threads(1)  # a pool of threads would not survive a fork
-    baseline = Baseline.now()
-    refusal = "threads were started before ours, at the start of Python" if _THREADS_BEFORE > 1 else baseline.refusal()
-    serve(arguments.socket_fd, baseline, refusal)
+    refusal = "threads were started before ours, at the start of Python" if _THREADS_BEFORE > 1 else Baseline.now().refusal()
+    serve(arguments.socket_fd, refusal)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class Baseline:
         if others:
             return f"a thread was started while it was loaded: {', '.join(others)}"
         if number_of_threads() > self.threads:
-            return f"{number_of_threads() - self.threads} threads were started while it was loaded"
+            return f"threads were started while it was loaded: {number_of_threads() - self.threads} that are none of Python's"
         if torch.cuda.is_initialized() or gpu_in_use:
             return "CUDA was initialised while it was loaded"
         opened = [target for number, target in open_descriptors().items() if self.descriptors.get(number) != target]
