@@ -63,7 +63,7 @@ class Runtime(Part):
 @register("rpc")
 @dataclass(frozen=True, kw_only=True)
 class RpcRuntime(Runtime):
-    """Processes on this machine, or under torchrun on many, connected as ``transport`` says."""
+    """Processes on this machine, or as ranks of torchrun or srun on many, connected as ``transport`` says."""
 
     start_timeout_seconds: float = option(
         180.0, "time for all processes to start and find one another", valid=positive, expected="a finite number > 0"

@@ -161,7 +161,10 @@ class Config(Section):
     """
 
     workers: int | None = option(
-        None, "number of workers; default 4, under torchrun WORLD_SIZE - 1", valid=at_least_one, expected="a whole number >= 1"
+        None,
+        "number of workers; default 4, of n ranks (torchrun, srun) n - 1",
+        valid=at_least_one,
+        expected="a whole number >= 1",
     )
     role: Role = option(Role.all, "all (server and workers), or worker: join the run at server.address and work for it")
     seed: int = option(0, "seed of all random draws", valid=not_negative, expected="a whole number >= 0")
