@@ -53,14 +53,18 @@ def of_rank_0(config: Config, ranks: Ranks) -> str:
     Without a store of torchrun's agents it is the address that all ranks were told, where `torch.distributed` would have one.
 
     Raises:
-        ConfigError: the interface is not there, or has no address.
+        ConfigError: the interface is not there, or has no address, or another one than the ranks were told.
     """
     host, port = _given(config.server.address)
     if port is None:
         port = 0 if ranks.agent_store else parse_address(ranks.master)[1]
     if host is None and config.rpc.interface is None and not (ranks.agent_store and not ranks.one_machine):
         host = _told_host(ranks)
-    return written(host or interface_address(config.rpc.interface), port)
+    if host is None:
+        host = interface_address(config.rpc.interface)
+        if not ranks.agent_store:
+            _check_master(host, config.rpc.interface, ranks)
+    return written(host, port)
 
 
 def without_store(config: Config, ranks: Ranks) -> str:
@@ -113,6 +117,20 @@ def _check_host(address: str, host: str, ranks: Ranks, interface: str | None) ->
             f"alone, :{port}, with runtime.interface"
         )
     check_reachable(host, ranks)
+
+
+def _check_master(host: str, interface: str | None, ranks: Ranks) -> None:
+    """Refuse an interface of rank 0's where the other ranks would not look for the server; a name may stand for any address."""
+    master = parse_address(ranks.master)[0]
+    try:
+        differs = parsed(master) != parsed(host)
+    except ValueError:
+        return
+    if differs:
+        raise ConfigError(
+            f"runtime.interface: got {interface}, whose address is {host}, and the other ranks look for the server at "
+            f"MASTER_ADDR={master}; name the interface that has it, or give both by server.address=HOST:PORT"
+        )
 
 
 def _check_interface(interface: str | None, ranks: Ranks) -> None:

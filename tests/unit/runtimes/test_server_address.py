@@ -134,6 +134,18 @@ def test_ranks_without_a_store_meet_at_the_address_that_they_were_told(master: s
     assert server_address.of_rank_0(config(), told) == server_address.without_store(config(), told) == master
 
 
+def test_an_interface_where_the_other_ranks_do_not_look_is_refused() -> None:
+    """Without a store they know MASTER_ADDR alone."""
+    given, elsewhere = config(None, "eth0"), dataclasses.replace(SEVERAL, agent_store=False, master="10.0.9.9:29400")
+    with pytest.raises(ConfigError) as caught:
+        server_address.of_rank_0(given, elsewhere)
+    assert str(caught.value).startswith(
+        "runtime.interface: got eth0, whose address is 10.0.0.5, and the other ranks look for the server at MASTER_ADDR="
+    )
+    for ranks in (dataclasses.replace(elsewhere, master="node-a:29400"), dataclasses.replace(elsewhere, agent_store=True)):
+        assert server_address.of_rank_0(given, ranks).startswith("10.0.0.5:")
+
+
 def test_loopback_is_enough_on_one_machine() -> None:
     for address, interface in ((None, "lo"), ("127.0.0.1:29600", None), ("localhost:29600", None)):
         server_address.check(config(address, interface), ONE)
