@@ -17,7 +17,7 @@ from ormo_rpc import console
 from ormo_rpc.config.paths import located
 from ormo_rpc.config.runtimes import RpcRuntime, SimRuntime
 from ormo_rpc.config.schema import Config, Role
-from ormo_rpc.errors import RunFailed
+from ormo_rpc.errors import ConfigError, RunFailed
 from ormo_rpc.options.imports import refuse_while_importing
 from ormo_rpc.runtimes import server_address
 from ormo_rpc.runtimes.attempts import claimed_by, continues
@@ -90,8 +90,13 @@ def run(
             console.keep_unsaid(run_dir.absolute() / "logs" / "launcher.log")
             claim = claimed_by(ranks)
             dataclasses.replace(launch or Launch(), job=claim.job, agent=claim.agent).write(run_dir)
-        with _kept(run_dir) if has_run_directory else contextlib.nullcontext():
-            return importlib.import_module(MODULES["rpc"]).run(config, run_dir, began, preloader)
+        try:
+            with _kept(run_dir) if has_run_directory else contextlib.nullcontext():
+                return importlib.import_module(MODULES["rpc"]).run(config, run_dir, began, preloader)
+        except ConfigError:  # such as a port that is in use
+            if has_run_directory:
+                RunDirectory.release(run_dir)
+            raise
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -56,6 +57,13 @@ class RunDirectory:
                 f"{path}: got the directory of an earlier run, expected a new one; continue that run with "
                 f"checkpoint.resume={path}"
             ) from None
+
+    @staticmethod
+    def release(path: Path) -> None:
+        """Undo `claim` for a run that was refused before it began, so that the same command can be typed again."""
+        with contextlib.suppress(OSError):
+            if (path / TRACE).stat().st_size == 0:
+                (path / TRACE).unlink()
 
     def write_header(self, **more: Any) -> None:
         """Write the first line of the trace: its version, and the environment that the bits of the run depend on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import socket
 import subprocess
 from collections.abc import Generator
 from pathlib import Path
@@ -11,12 +12,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from ormo_rpc.storage.run_directory import RunDirectory
 from tests.support.processes import (
     PATIENCE_SECONDS,
     QUIET,
     descendants,
     events,
     gone,
+    launch,
     launched,
     processes,
     summary,
@@ -117,3 +120,22 @@ def test_stale_variables_of_a_launcher_are_refused_in_a_line(tmp_path: Path) -> 
     assert err.startswith("launch.py: WORLD_SIZE: got nothing in the environment beside TORCHELASTIC_RUN_ID, ")
     assert err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_port_in_use_is_told_and_the_directory_stays_free_for_the_next_start(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        env = {
+            "RANK": "0",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "ORMO_RPC_SECRET": "of a test" * 2,
+        }
+        status, _, err = launch(tmp_path, *QUIET, env=env)
+    assert status == 2
+    assert err.startswith(
+        f"launch.py: server.address: got 127.0.0.1:{port}, where the server cannot listen: Address already in use"
+    )
+    assert err.endswith("; server.address or MASTER_PORT names another port\n")
+    RunDirectory.claim(tmp_path)

@@ -260,3 +260,14 @@ def test_a_torn_row_does_not_count_while_the_run_lasts(tmp_path: Path) -> None:
     assert rows_so_far(tmp_path) == [{"iteration": 1}, {"iteration": 2}]
     os.truncate(tmp_path / "metrics.jsonl", (tmp_path / "metrics.jsonl").stat().st_size - 3)
     assert rows_so_far(tmp_path) == [{"iteration": 1}]
+
+
+def test_a_directory_is_released_only_where_nothing_has_begun(tmp_path: Path) -> None:
+    RunDirectory.claim(tmp_path)
+    RunDirectory.release(tmp_path)
+    RunDirectory.release(tmp_path)
+    RunDirectory.claim(tmp_path)
+    (tmp_path / "trace.jsonl").write_text("{}\n")
+    RunDirectory.release(tmp_path)
+    with pytest.raises(ConfigError, match="the directory of an earlier run"):
+        RunDirectory.claim(tmp_path)

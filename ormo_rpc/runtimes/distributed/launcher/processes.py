@@ -174,7 +174,7 @@ def rank_process(
     secret_file = _run_secret(config, run_dir) if ranks.one_machine and ranks.agent_store else _shared_secret(config)
     former = former_run(ranks, run_dir) if ranks.agent_store else None
     wanted = server_address.of_rank_0(config, ranks)
-    with _listen_again(former and former.address, wanted, public=config.server.public) as listener:
+    with _listen_again(former and former.address, wanted, ranks, public=config.server.public) as listener:
         address, host = address_of(listener), str(listener.getsockname()[0])
         server_address.check_reachable(host, ranks)
         remember(ranks, FormerRun(run_dir, address))
@@ -183,7 +183,7 @@ def rank_process(
         yield monitor.add("server", start_server, should_restart=if_killed, essential=True)
 
 
-def _listen_again(former: str | None, address: str, *, public: bool) -> socket.socket:
+def _listen_again(former: str | None, address: str, ranks: Ranks, *, public: bool) -> socket.socket:
     """Listen at the former address, once the former server has closed it; where it stays in use, at the other one."""
     deadline = time.monotonic() + CLOSING_SECONDS
     while former is not None and time.monotonic() < deadline:
@@ -193,7 +193,8 @@ def _listen_again(former: str | None, address: str, *, public: bool) -> socket.s
     try:
         return listen_at(address, public=public)
     except ConfigError as error:
-        raise ConfigError(f"{error}; rank 0 is on {socket.gethostname()}") from None
+        other = "" if ranks.agent_store else "; server.address or MASTER_PORT names another port"
+        raise ConfigError(f"{error}; rank 0 is on {socket.gethostname()}{other}") from None
 
 
 @contextlib.contextmanager
