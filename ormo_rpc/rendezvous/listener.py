@@ -131,7 +131,9 @@ class Listener:
                         self.serve_stream(reader)
                 else:
                     self._hold_lease(connection, reader, admission)
-            except (WireError, ValueError, OSError, EOFError) as error:
+            except (EOFError, ConnectionError):  # as of a worker that has tried again while no server was there to answer
+                _log.info("a connection from %s has ended before its lease began", peer)
+            except (WireError, ValueError, OSError) as error:
                 _log.warning("refused a connection from %s: %s", peer, error)
                 if isinstance(error, ValueError):  # a refusal of ours; the peer knows of the others
                     with contextlib.suppress(OSError, EOFError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import re
@@ -85,6 +86,19 @@ def test_a_process_that_knows_the_secret_is_admitted_and_both_sides_exchange_mes
             assert answers.get(timeout=PATIENCE_SECONDS) == {"got": {"question": 7}, "by": "0"}
             assert not lease.lost.is_set()
         assert answers.get(timeout=PATIENCE_SECONDS) == {}  # the end
+
+
+def test_attempts_that_were_given_up_before_a_server_was_there_are_no_refusals(caplog: pytest.LogCaptureFixture) -> None:
+    """While a server is started again, its workers wait in the queue of the socket, give up, and try once more."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        for _ in range(3):
+            with pytest.raises(TimeoutError):
+                connect(sock.getsockname()[:2], SECRET, timeout_seconds=0.02)
+        handler = Handler()
+        with Listener(sock, SECRET, handler, handler.timeout_seconds), admitted(sock.getsockname()[:2]):
+            assert len(handler.holders) == 1
+        sock.shutdown(socket.SHUT_RDWR)
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 def test_a_refused_worker_and_the_log_get_the_reason(caplog: pytest.LogCaptureFixture) -> None:
