@@ -71,7 +71,7 @@ def workers_of(run_dir: Path) -> list[int]:
     return list(processes(run_dir)["workers"].values())
 
 
-def test_an_ignored_hangup_harms_nobody_and_a_server_that_gets_sigterm_alone_ends_the_run(tmp_path: Path) -> None:
+def test_an_ignored_hangup_harms_nobody_and_of_sigterm_a_worker_leaves_and_a_server_ends_the_run(tmp_path: Path) -> None:
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
         with launched("launch.py", f"hydra.run.dir={tmp_path}", *LONG) as launcher:
@@ -81,13 +81,19 @@ def test_an_ignored_hangup_harms_nobody_and_a_server_that_gets_sigterm_alone_end
             seen = len(events(tmp_path, "apply"))
             wait_until(lambda: len(events(tmp_path, "apply")) > seen + 20, "further updates")
             assert not any(gone([process]) for process in family)
+            psutil.Process(workers_of(tmp_path)[1]).send_signal(signal.SIGTERM)
+            (left,) = wait_until(lambda: events(tmp_path, "leave"), "one worker leaves")
+            assert left["worker"] == 1
+            seen = len(events(tmp_path, "apply"))
+            wait_until(lambda: len(events(tmp_path, "apply")) > seen + 20, "updates by the other one")
             psutil.Process(server).send_signal(signal.SIGTERM)
             _, err = launcher.communicate(timeout=30)
             assert launcher.returncode == 128 + signal.SIGTERM
             wait_until(lambda: gone(family), "the end of all of them")
     finally:
         signal.signal(signal.SIGHUP, former)
-    assert re.fullmatch(r"launch\.py: interrupted by SIGTERM; iteration \d+ is kept: resume with \S+\n", err), err
+    said = r"(launch\.py: worker 1 left the run on SIGTERM\n)?launch\.py: interrupted by SIGTERM; iteration \d+ is kept: .*\n"
+    assert re.fullmatch(said, err), err
     kept = summary(tmp_path)
     assert (kept["status"], kept["reason"], kept["incarnations"]) == ("interrupted", "SIGTERM", 1)
     assert kept["iterations"] == len(events(tmp_path, "apply"))
