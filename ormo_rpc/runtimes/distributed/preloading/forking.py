@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import numpy as np
+import numpy.random
 import torch
 
 from ormo_rpc.runtimes.distributed.linux import die_with_parent, set_title
@@ -26,7 +26,7 @@ from ormo_rpc.runtimes.distributed.preloading.safety import open_descriptors
 from ormo_rpc.signals import blocked, withstand
 
 _GO = b"g"
-_SEED = torch.initial_seed()
+_SEED = torch.Generator().initial_seed()
 """That of a process in which nobody has seeded torch."""
 
 
@@ -71,7 +71,7 @@ class ForkRequest:
         sys.path[:] = self.path
         os.chdir(self.directory)
         set_title(self.name, list(self.title))
-        np.random.seed()  # random's own was seeded at the fork, by Python
+        numpy.random.seed()  # random's own was seeded at the fork, by Python
         torch.default_generator.manual_seed(_SEED)
         gc.enable()
 

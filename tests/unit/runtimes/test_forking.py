@@ -1,0 +1,306 @@
+"""Forks of a preloader: whose child each is, what it has of its own, and when none may be made. The processes are real."""
+
+from __future__ import annotations
+
+import _thread
+import ctypes
+import errno
+import gc
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from tqdm import tqdm
+
+from ormo_rpc.runtimes.distributed.linux import LINUX, adopting
+from ormo_rpc.runtimes.distributed.preloading import messages
+from ormo_rpc.runtimes.distributed.preloading.client import ForkedProcess, Preloader, PreloaderLost
+from ormo_rpc.runtimes.distributed.preloading.forking import ForkRequest, apart, fork
+from ormo_rpc.runtimes.distributed.preloading.safety import Baseline
+from tests.support.processes import PATIENCE_SECONDS
+
+pytestmark = pytest.mark.skipif(not LINUX, reason="processes are forked on Linux alone")
+PR_GET_PDEATHSIG = 2
+
+
+@pytest.fixture(autouse=True)
+def adopted() -> Generator[None]:
+    """The forks of a test are children of pytest's process."""
+    with adopting():
+        yield
+    gc.unfreeze()  # which a preloader never does
+    gc.enable()
+
+
+def request(**changes: Any) -> ForkRequest:
+    """A request of this process."""
+    values: dict[str, Any] = {
+        "launcher": os.getpid(),
+        "name": "ormo test",
+        "title": ["python", "-m", "something", "--flag"],
+        "environment": {"ONLY": "this"},
+        "path": ["/of/the/launcher"],
+        "directory": "/",
+        "output": None,
+    }
+    return ForkRequest(**{**values, **changes})
+
+
+def told(what: Callable[[], Any], **changes: Any) -> tuple[Any, ForkedProcess]:
+    """Fork, and return what the fork finds out about itself."""
+    reader, writer = os.pipe()
+
+    def run() -> NoReturn:
+        os.write(writer, json.dumps(what()).encode())
+        os._exit(7)
+
+    process = ForkedProcess(fork(request(**changes), [writer], run))
+    os.close(writer)
+    with os.fdopen(reader) as answer:
+        text = answer.read()
+    assert process.wait(PATIENCE_SECONDS) == 7
+    return json.loads(text), process
+
+
+def test_a_fork_is_a_child_of_the_launcher_with_a_session_and_descriptors_of_its_own() -> None:
+    listener = socket.socket()
+
+    def look() -> dict[str, Any]:
+        death = ctypes.c_int()
+        ctypes.CDLL(None).prctl(PR_GET_PDEATHSIG, ctypes.byref(death))
+        return {
+            "parent": os.getppid(),
+            "leads its session": os.getsid(0) == os.getpid(),
+            "descriptors": sorted(int(each.name) for each in Path("/proc/self/fd").iterdir())[:-1],
+            "death of the parent": death.value,
+            "environment": dict(os.environ),
+            "path": sys.path,
+            "directory": str(Path.cwd()),
+            "name": Path("/proc/self/comm").read_text().strip(),
+            "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
+            "threads": len(list(Path("/proc/self/task").iterdir())),
+        }
+
+    with listener:
+        found, _ = told(look)
+    descriptors = found.pop("descriptors")
+    assert descriptors[:3] == [0, 1, 2]
+    assert len(descriptors) == 4  # and the one to tell by
+    assert {signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1} <= set(found.pop("blocked"))  # until it follows them
+    assert found == {
+        "parent": os.getpid(),
+        "leads its session": True,
+        "death of the parent": signal.SIGKILL,
+        "environment": {"ONLY": "this"},
+        "path": ["/of/the/launcher"],
+        "directory": "/",
+        "name": "ormo test",
+        "threads": 1,
+    }
+
+
+def test_a_fork_draws_numbers_of_its_own_and_those_of_torch_as_a_new_process_does() -> None:
+    def draw() -> list[Any]:
+        return [random.random(), float(np.random.random()), torch.rand(3).tolist(), torch.initial_seed()]
+
+    torch.rand(5)
+    (one, _), (other, _) = told(draw), told(draw)
+    here = draw()
+    fresh = torch.Generator()  # seeded as torch seeds a new process
+    assert one[2:] == other[2:] == [torch.rand(3, generator=fresh).tolist(), fresh.initial_seed()]
+    assert len({one[0], other[0], here[0]}) == len({one[1], other[1], here[1]}) == 3
+
+
+def test_the_output_of_a_fork_goes_to_its_log(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("wb") as log:
+        told(lambda: os.write(1, b"out ") + os.write(2, b"err"), output=log.fileno())
+    assert (tmp_path / "log").read_text() == "out err"
+
+
+def test_a_fork_whose_launcher_has_ended_does_not_begin(tmp_path: Path) -> None:
+    def run() -> NoReturn:
+        (tmp_path / "begun").touch()
+        os._exit(7)
+
+    process = ForkedProcess(fork(request(launcher=1), [], run))
+    assert process.wait(PATIENCE_SECONDS) == 1
+    assert not (tmp_path / "begun").exists()
+
+
+@pytest.mark.parametrize("failing", [1, 2], ids=["the first fork", "the second"])
+def test_a_fork_that_fails_is_an_error_of_the_launcher_s(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = os.fork, list[int]()
+
+    def limited() -> int:
+        calls.append(1)
+        if len(calls) == failing:
+            raise OSError(errno.EAGAIN, "no more processes")
+        return real()
+
+    monkeypatch.setattr(os, "fork", limited)
+    with pytest.raises(OSError) as caught:  # noqa: PT011 - the number says which
+        fork(request(), [], lambda: os._exit(0))
+    assert caught.value.errno == errno.EAGAIN
+
+
+def test_a_process_apart_gives_its_result_and_changes_nothing_here() -> None:
+    changed = list[int]()
+
+    def function() -> list[int]:
+        changed.append(1)
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+        return changed
+
+    assert apart(function) == [1]
+    assert changed == []
+
+
+@pytest.mark.parametrize(
+    ("end", "how"), [(lambda: os.kill(os.getpid(), signal.SIGKILL), "was killed by SIGKILL"), (lambda: 1 / 0, "exited with 1")]
+)
+def test_the_death_of_a_process_apart_is_told(end: Callable[[], Any], how: str) -> None:
+    with pytest.raises(ChildProcessError, match=how):
+        apart(end)
+
+
+def refusal_after(change: Callable[[], Any]) -> str:
+    """The reason not to fork a process that has done something since its baseline."""
+
+    def look() -> str:
+        baseline = Baseline.now()
+        kept = change()
+        reason = baseline.refusal()
+        del kept
+        return reason
+
+    return apart(look)
+
+
+def sleep_for_good() -> None:
+    threading.Event().wait()
+
+
+def start_thread() -> None:
+    threading.Thread(target=sleep_for_good, name="of the user", daemon=True).start()
+
+
+def end_thread() -> None:
+    thread = threading.Thread(target=int)
+    thread.start()
+    thread.join()
+
+
+def show_progress() -> None:
+    for _ in tqdm(range(2), disable=False, file=Path(os.devnull).open("w")):  # noqa: SIM115 - of a process that ends
+        pass
+    assert len(threading.enumerate()) == 2  # its monitor
+
+
+def pool_of_openmp() -> None:
+    torch.set_num_threads(2)
+    torch.ones(1 << 20).add_(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (int, ""),
+        (end_thread, ""),
+        (show_progress, ""),
+        (start_thread, "a thread was started while it was loaded: of the user"),
+        (lambda: _thread.start_new_thread(sleep_for_good, ()), "threads were started while it was loaded: 1 "),
+        (pool_of_openmp, "threads were started while it was loaded: 1 "),
+        (lambda: Path(__file__).open(), f"a file was left open while it was loaded: {__file__}"),  # noqa: SIM115 - left open
+        (socket.socket, "a file was left open while it was loaded: socket:"),
+    ],
+)
+def test_threads_and_open_files_forbid_a_fork(change: Callable[[], Any], reason: str) -> None:
+    found = refusal_after(change)
+    assert found.startswith(reason)
+    assert bool(found) == bool(reason)
+
+
+def test_a_gpu_in_use_forbids_a_fork() -> None:
+    assert apart(lambda: Baseline.now().refusal(gpu_in_use=True)) == "CUDA was initialised while it was loaded"
+
+
+def test_a_message_brings_descriptors(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    (tmp_path / "file").write_text("content")
+    with ours, theirs, (tmp_path / "file").open() as file:
+        message = {"long": "x" * 100_000}
+        sender = threading.Thread(target=messages.send, args=(ours, message, [file.fileno()]))
+        sender.start()
+        got, descriptors = messages.receive(theirs)
+        sender.join()
+        assert got == message
+        assert [os.get_inheritable(each) for each in descriptors] == [False]
+        with os.fdopen(descriptors[0]) as same:
+            assert same.read() == "content"
+        ours.close()
+        with pytest.raises(EOFError):
+            messages.receive(theirs)
+
+
+def test_a_forked_process_is_waited_for_and_killed_as_popen_does() -> None:
+    process = ForkedProcess(fork(request(), [], lambda: signal.pause() or os._exit(0)))
+    assert process.poll() is None
+    assert psutil.Process(process.pid).ppid() == os.getpid()
+    with pytest.raises(TimeoutError):
+        process.wait(0.01)
+    process.kill()
+    assert process.wait(PATIENCE_SECONDS) == process.returncode == -signal.SIGKILL
+    process.kill()  # nothing happens where it has ended
+
+
+class Answering:
+    """A preloader's process that gives answers which are set: a thread of this one."""
+
+    def __init__(self, *answers: dict[str, Any]) -> None:
+        ours, self.theirs = socket.socketpair()
+        self.process = ForkedProcess(fork(request(), [], lambda: signal.pause() or os._exit(0)))
+        self.preloader = Preloader(self.process, ours, {})
+        self.requests = list[dict[str, Any]]()
+        self._answers = answers
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        with self.theirs:
+            messages.send(self.theirs, {"refusal": ""})
+            for answer in self._answers:
+                got, descriptors = messages.receive(self.theirs)
+                messages.close_all(descriptors)
+                self.requests.append(got)
+                messages.send(self.theirs, answer)
+
+    def __enter__(self) -> Preloader:
+        return self.preloader
+
+    def __exit__(self, *_: object) -> None:
+        self.preloader.close()
+        self._thread.join(PATIENCE_SECONDS)
+
+
+def test_a_preloader_that_has_ended_is_lost() -> None:
+    with Answering() as preloader:
+        assert preloader.ready()
+        with pytest.raises(PreloaderLost):
+            preloader.ask({"config": ""})
+
+
+def test_a_preloader_that_cannot_fork_says_why() -> None:
+    with Answering({"errno": errno.EAGAIN}) as preloader, pytest.raises(OSError) as caught:  # noqa: PT011 - the number says which
+        preloader.fork_preloader()
+    assert caught.value.errno == errno.EAGAIN
