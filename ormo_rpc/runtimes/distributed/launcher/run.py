@@ -5,6 +5,8 @@
 
     launcher           processes.py: the command line of each role; process_monitor.py: restarts; supervisor.py: the parent's
                        side of the children's pipes, child.py: theirs; entry_point.py: the children's main
+    preloading         preloading.py: how children are started; client.py: the launcher's side of a preloader; process.py: a
+                       preloader's main; load.py: data and model; forking.py, safety.py: forks, and where none may be made
     rendezvous         listener.py: the server's side; lease.py: a worker's; protocol.py: the handshake
     control            joining.py: a worker's way into the run; server.py: the server's side; torch_rpc, lines.py: the carriers
     server_process     service.py: the lock around the parameter server, and memberships
