@@ -34,7 +34,10 @@ def measure(checkouts: Sequence[Checkout], parts: Sequence[str], rounds: int, fe
                 for checkout in checkouts if number % 2 == 0 else [*reversed(checkouts)]:
                     bar.set_description(f"round {number + 1} of {rounds}, {name}, {checkout.name}")
                     about = {"checkout": checkout.name, "round": number, "load": load()[0]}
-                    found.append({**about, "figures": figures_of(PARTS[name], checkout)})
+                    try:
+                        found.append({**about, "figures": figures_of(PARTS[name], checkout)})
+                    except RuntimeError as error:  # the others are measured all the same
+                        found.append({**about, "figures": {}, "failure": f"{name}: {error}"})
                     bar.update()
             yield found
 
@@ -60,6 +63,7 @@ def as_text(content: Mapping[str, Any]) -> str:
         *(in_words({**content["machine"], "torch": content["versions"]["torch"], **loads}), ""),
         "Seconds where nothing else is said, on the default data set (digits); of commands from their start to their end.",
         *("Interleaved: medians, with the lowest and the highest.", "", as_markdown(table)),
+        *(f"\nNot measured: {each['failure']}" for each in measurements if "failure" in each),
     ]
     return "\n".join(text) + "\n"
 

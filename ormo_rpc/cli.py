@@ -276,5 +276,7 @@ def _duration(summary: dict[str, Any]) -> str:
         return f"{virtual:.1f} virtual seconds ({wall} of real time)"
     if summary["runtime"] == "replay":
         return f"{'-' if training is None else f'{training:.1f}'} s (replayed in {wall})"
-    start, end = ("-" if each is None else f"{each:.1f} s" for each in (summary["start_seconds"], summary["end_seconds"]))
+    start, end = (
+        "-" if each is None else f"{each:.1f} s" for each in (summary.get("start_seconds"), summary.get("end_seconds"))
+    )
     return f"{training:.1f} s ({wall} in all: start {start}, end {end})"

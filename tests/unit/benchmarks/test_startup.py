@@ -59,7 +59,11 @@ def test_the_report_has_medians_and_how_many_times_faster() -> None:
         for name, times in (("before", (10.0, 12.0, 11.0)), ("after", (4.0, 5.5, 6.0)))
         for number, seconds in enumerate(times)
     ]
+    found.append({"checkout": "before", "round": 0, "load": 0.5, "figures": {}, "failure": "memory: before: no memory"})
     made = {**content(found, {}), "before": "abc", "after": "def+changes"}
     text = startup.as_text(made)
     assert "Before: abc. After: def+changes." in text
-    assert "| default run | 11.00 (10.00 - 12.00) | 5.50 (4.00 - 6.00) | 2.0 | 3 |" in text
+    assert (
+        "| default run | 11.00 (10.00 - 12.00) | 5.50 (4.00 - 6.00) | 2.0 | 3 |\n\nNot measured: memory: before: no memory\n"
+        in text
+    )
