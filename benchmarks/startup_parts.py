@@ -55,8 +55,8 @@ def figures_of(part: Part, checkout: Checkout) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="startup_") as folder:
         try:
             return part.measure(checkout, Path(folder))
-        except (TimeoutError, subprocess.TimeoutExpired) as error:
-            raise RuntimeError(f"{checkout.name}: {error}") from None
+        except (OSError, KeyError, psutil.Error, subprocess.TimeoutExpired) as error:  # such as of a run that has died
+            raise RuntimeError(f"{checkout.name}: {type(error).__name__}: {error}") from None
 
 
 def default_run(checkout: Checkout, folder: Path) -> dict[str, float]:
