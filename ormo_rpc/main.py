@@ -1,6 +1,7 @@
 """The entry of the command line, which loads little before it begins what takes long.
 
-PyTorch is made lazy before anything imports it, so that wrong words are refused at once; a preloader imports it meanwhile.
+PyTorch and numpy are made lazy before anything imports them, so that wrong words are refused at once; a preloader imports
+them meanwhile.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def main() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    make_lazy("torch")
+    for name in ("torch", "numpy"):
+        make_lazy(name)
     with contextlib.ExitStack() as stack:
         if not any(map(_needs_no_processes, sys.argv[1:])):
             preloading = stack.enter_context(Preloading())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,23 +87,25 @@ def _latin1(text: str, _encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-_RECONSTRUCT, _FROM_BUFFER = (np.zeros(1).__reduce_ex__(protocol)[0] for protocol in (2, 5))
+@functools.cache
+def _allowed() -> dict[tuple[str, str], Any]:
+    """All that numpy's pickles need, by module and name."""
+    reconstruct, from_buffer = (np.zeros(1).__reduce_ex__(protocol)[0] for protocol in (2, 5))
+    return {
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): _dtype,
+        ("_codecs", "encode"): _latin1,
+        **{(f"numpy.{core}.multiarray", "_reconstruct"): reconstruct for core in ("core", "_core")},
+        **{(f"numpy.{core}.numeric", "_frombuffer"): from_buffer for core in ("core", "_core")},
+    }
 
 
 class _ArrayUnpickler(pickle.Unpickler):
     """Knows only what numpy's pickles need, under the old and the new name of numpy's inner package."""
 
-    ALLOWED: ClassVar[dict[tuple[str, str], Any]] = {
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): _dtype,
-        ("_codecs", "encode"): _latin1,
-        **{(f"numpy.{core}.multiarray", "_reconstruct"): _RECONSTRUCT for core in ("core", "_core")},
-        **{(f"numpy.{core}.numeric", "_frombuffer"): _FROM_BUFFER for core in ("core", "_core")},
-    }
-
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         """Look up the function that the file asks for, if it is a harmless one."""
         try:
-            return self.ALLOWED[module_name, global_name]
+            return _allowed()[module_name, global_name]
         except KeyError:
             raise pickle.UnpicklingError(f"{module_name}.{global_name} is no part of an array: refused") from None

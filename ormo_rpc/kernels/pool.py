@@ -18,8 +18,8 @@ WORTH_POOLING = 256 << 10
 Memory = Any
 """Any writable object with the buffer protocol: a ``mmap``, a ``bytearray``."""
 
-_NUMPY: Mapping[str, Any] = {"torch.float32": numpy.float32, "torch.float64": numpy.float64, "torch.bfloat16": numpy.int16}
-"""A numpy type of the same size for the name of each dtype; numpy has no bfloat16."""
+_NUMPY: Mapping[str, str] = {"torch.float32": "float32", "torch.float64": "float64", "torch.bfloat16": "int16"}
+"""The name of numpy's type of the same size for that of each dtype; numpy has no bfloat16."""
 
 
 class Pool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-LAZY = "from ormo_rpc.lazy_import import is_loaded, make_lazy\nmake_lazy('torch')\n"
+LAZY = "from ormo_rpc.lazy_import import is_loaded, make_lazy\nmake_lazy('torch')\nmake_lazy('numpy')\n"
 
 
 def run(code: str) -> str:
@@ -31,7 +31,7 @@ def test_every_part_is_composed_and_checked_without_pytorch() -> None:
         "            compose([f'{group}={name}'])\n"
         "        except ConfigError as error:\n"
         "            assert 'expected' in str(error), error\n"
-        "        assert not is_loaded('torch'), (group, name)\n"
+        "        assert not is_loaded('torch') and not is_loaded('numpy'), (group, name)\n"
         "        tried += 1\n"
         "print(tried > 40)\n"
     )
@@ -46,13 +46,15 @@ def test_a_command_is_refused_or_explained_without_pytorch(words: list[str]) -> 
         f"sys.argv = ['launch.py', *{words}]\n"
         "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
         "    main()\n"
-        "print(is_loaded('torch'))\n"
+        "print(is_loaded('torch') or is_loaded('numpy'))\n"
     )
     assert printed == "False"
 
 
 def test_the_launcher_of_a_live_run_is_imported_without_pytorch() -> None:
-    assert run("import ormo_rpc.runtimes.distributed.launcher.run\nprint(is_loaded('torch'))\n") == "False"
+    assert (
+        run("import ormo_rpc.runtimes.distributed.launcher.run\nprint(is_loaded('torch') or is_loaded('numpy'))\n") == "False"
+    )
 
 
 @pytest.mark.parametrize(
@@ -63,6 +65,7 @@ def test_the_launcher_of_a_live_run_is_imported_without_pytorch() -> None:
         "import torch.nn as nn; import torch; assert torch.nn is nn",
         "from torch.nn import Linear; import torch; assert torch.nn.Linear is Linear",
         "import torch.utils.data as data; import torch; assert torch.utils.data is data",
+        "import numpy.random as random; import torch, numpy; torch.nn; assert numpy.random is random",
     ],
 )
 def test_each_form_of_import_gives_the_one_module(use: str) -> None:
