@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from ormo_rpc.errors import ServerLost
 from ormo_rpc.rendezvous.addresses import parse_address
 from ormo_rpc.rendezvous.connecting import NoConnection, NothingListens, Patience, open_connection
-from ormo_rpc.runtimes.ranks import Ranks
 
 if TYPE_CHECKING:
     from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage] # documented, not annotated as public
@@ -89,9 +88,8 @@ def read(store: PrefixStore, key: str) -> str | None:
     return store.get(key).decode() if store.check([key]) else None
 
 
-def tell_result(ranks: Ranks, summary: Mapping[str, Any]) -> None:
-    """Tell the other ranks how the run ended."""
-    if ranks.agent_store:
-        result = {key: summary.get(key) for key in ("status", "gradients_computed", "pushes_per_worker")}
-        with contextlib.suppress(RuntimeError):  # the store has ended with its agent, and nobody waits for the result
-            connect(ranks.master, CONNECT_SECONDS, silent=True).set(RESULT, json.dumps(result))
+def tell_result(address: str, summary: Mapping[str, Any]) -> None:
+    """Tell the other ranks by the store at HOST:PORT how the run ended."""
+    result = {key: summary.get(key) for key in ("status", "gradients_computed", "pushes_per_worker")}
+    with contextlib.suppress(RuntimeError):  # the store has ended with its agent, and nobody waits for the result
+        connect(address, CONNECT_SECONDS, silent=True).set(RESULT, json.dumps(result))

@@ -28,7 +28,7 @@ from ormo_rpc.runtimes.distributed.server_process import server_process
 from ormo_rpc.runtimes.distributed.shortages import reason_of_end
 from ormo_rpc.runtimes.distributed.worker_process.worker_process import WorkerArgs, WorkerProcess
 from ormo_rpc.runtimes.job import LoadedJob
-from ormo_rpc.runtimes.torchrun_store import ADDRESS, SECRET_FILE, connect, wait_for
+from ormo_rpc.runtimes.torchrun_store import ADDRESS, SECRET_FILE, connect, tell_result, wait_for
 from ormo_rpc.signals import follow
 
 EXPECTED_ERRORS = (WorkerBanned, ServerLost, WireError, ConfigError, OSError)
@@ -98,6 +98,8 @@ def _run_server(arguments: argparse.Namespace, reporter: Reporter) -> None:
     summary = server_process.serve(args, on_ready)
     if summary["status"] == "interrupted":
         raise Interrupted(Signals[summary["reason"]])
+    if arguments.store is not None:  # by this process, as the launcher would have to load torch for it
+        tell_result(arguments.store, summary)
 
 
 def _run_worker(arguments: argparse.Namespace, reporter: Reporter) -> None:

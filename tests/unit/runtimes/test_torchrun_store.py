@@ -13,7 +13,6 @@ from ormo_rpc.errors import ServerLost
 from ormo_rpc.rendezvous import connecting
 from ormo_rpc.rendezvous.addresses import written
 from ormo_rpc.runtimes import torchrun_store
-from ormo_rpc.runtimes.ranks import Ranks
 from ormo_rpc.runtimes.torchrun_store import ADDRESS, SECRET_FILE, connect, wait_for
 from tests.support.rendezvous import silent_port
 
@@ -24,21 +23,13 @@ def test_a_run_that_is_over_needs_no_store(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torchrun_store, "RETRY_SECONDS", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    ranks = Ranks(
-        launcher="torchrun",
-        variables=("RANK", "WORLD_SIZE"),
-        job="job",
-        rank=0,
-        world_size=2,
-        master=f"127.0.0.1:{port}",
-        agent_store=True,
-    )
+    address = f"127.0.0.1:{port}"
     said = (
         rf"\Atorchrun's store at 127\.0\.0\.1:{port} cannot be reached: refused: nothing listens there; gave up after 0\.\d s\Z"
     )
     with pytest.raises(ServerLost, match=said):
-        connect(ranks.master, 180.0)
-    torchrun_store.tell_result(ranks, {"status": "completed"})
+        connect(address, 180.0)
+    torchrun_store.tell_result(address, {"status": "completed"})
 
 
 def test_a_store_behind_a_firewall_is_tried_again_and_named(

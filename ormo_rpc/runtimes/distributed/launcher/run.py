@@ -67,7 +67,8 @@ def run(config: Config, run_dir: Path, began: float, preloading: Preloading) -> 
     run_dir.mkdir(parents=True, exist_ok=True)
     former = read_summary(run_dir)
     if former is not None and ranks is not None and former["status"] in TERMINAL_STATUSES:
-        tell_result(ranks, former)  # the ranks were started again after that
+        if ranks.agent_store:
+            tell_result(ranks.master, former)  # the ranks were started again after that
         return former
     forget_summary(run_dir)
     save_config(config, run_dir / "config.yaml")
@@ -87,7 +88,6 @@ def run(config: Config, run_dir: Path, began: float, preloading: Preloading) -> 
         summary = extend_summary(run_dir, summary, time.monotonic() - began)
     if failure is None or (summary is not None and summary["status"] in TERMINAL_STATUSES):
         if ranks is not None and summary is not None:
-            tell_result(ranks, summary)
             Rank(ranks, _report).say(f"the run {summary['status']}: {summary['gradients_computed']} gradients")
         return summary or {}
     if summary is None:
