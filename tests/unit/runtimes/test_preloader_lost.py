@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from ormo_rpc.config.runtimes import RpcRuntime, StartKind
 from ormo_rpc.config.schema import Config
-from ormo_rpc.errors import RunFailed
+from ormo_rpc.errors import ConfigError, RunFailed
 from ormo_rpc.runtimes.distributed.launcher.oom_kills import OomKills
 from ormo_rpc.runtimes.distributed.launcher.starter import Command, Process
 from ormo_rpc.runtimes.distributed.preloading import client, preloading
@@ -92,3 +93,33 @@ def test_a_preloader_too_large_to_be_forked_leaves_the_start_to_a_smaller_proces
             else:
                 with pytest.raises(BlockingIOError):
                     starts(COMMAND)
+
+
+def refusing(environment: dict[str, str]) -> Preloader:
+    """A preloader that is ready, and must not be forked."""
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    preloader = Preloader(Ended(0), ours, environment)
+    preloader.refusal = "threads were started before ours"
+    return preloader
+
+
+def test_where_no_fork_is_safe_processes_are_spawned_unless_the_run_asks_for_forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    spawned = list[Command]()
+
+    def spawn(command: Command) -> Process:
+        spawned.append(command)
+        return Ended(0)
+
+    monkeypatch.setattr(Preloader, "spawned", refusing)
+    monkeypatch.setattr(preloading, "spawn", spawn)
+    with Preloading() as starting:
+        starting.use_imports(Config())
+        assert starting.way == "spawn: threads were started before ours"
+        starting(COMMAND)
+        assert [command.name for command in spawned] == ["worker 0"]
+        forked = Config(runtime=RpcRuntime(start=StartKind.fork))
+        with pytest.raises(
+            ConfigError, match=r"^runtime\.start: got fork, expected auto or spawn: threads were started before ours$"
+        ):
+            starting.use_imports(forked)

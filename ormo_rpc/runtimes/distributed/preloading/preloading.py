@@ -114,7 +114,7 @@ class Preloading:
         """
         for preloader in (self._job, self._imports):
             try:
-                if preloader is not None and preloader.ready(0):
+                if preloader is not None and preloader.ready(0) and not preloader.refusal:
                     return preloader.fork(command)
             except PreloaderLost as error:
                 self._replace(preloader, error)
