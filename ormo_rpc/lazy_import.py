@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
+import threading
 import types
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -12,8 +14,14 @@ from typing import Any
 
 from typing_extensions import override
 
-_executing: set[str] = set()
-"""Lazy modules that a thread executes now: another one would find half of them."""
+_lock = threading.Lock()
+"""Guards `_unused` and `_begun`, and that a module of the former leaves `sys.modules` as it leaves them."""
+_unused: dict[str, types.ModuleType] = {}
+"""Lazy modules that nobody has used yet."""
+_begun: dict[str, types.ModuleType] = {}
+"""Lazy modules that are being executed, or are about to be."""
+_threads: dict[str, int] = {}
+"""The thread that executes each of the latter."""
 
 
 class _LazyModule(types.ModuleType):
@@ -23,17 +31,29 @@ class _LazyModule(types.ModuleType):
     """
 
     def __getattr__(self, name: str) -> Any:
-        load(self.__name__)
-        return getattr(self, name)
+        if _threads.get(self.__name__) != threading.get_ident():
+            load(self.__name__)
+            if not _is_lazy(self):
+                return getattr(self, name)
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r} yet: it is being imported")
 
 
-class _Submodules(MetaPathFinder):
-    """Loads a lazy package before a submodule of it is imported, and finds those that it has imported itself."""
+class _Finder(MetaPathFinder):
+    """Finds a lazy module that is to be executed.
+
+    It loads a lazy package before a submodule of it is imported, and finds those that it has imported itself.
+    """
 
     @override
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None) -> ModuleSpec | None:
         root = fullname.partition(".")[0]
-        if root == fullname or not isinstance(sys.modules.get(root), _LazyModule):
+        if root == fullname:
+            module = _begun.get(fullname)
+            if module is None or module.__spec__ is None:
+                return None
+            module.__spec__.loader = _Executing(module, module.__spec__)
+            return module.__spec__
+        if root not in _unused:  # what another thread executes is not waited for, as that may wait for this submodule
             return None
         load(root)
         module = sys.modules.get(fullname)
@@ -42,6 +62,30 @@ class _Submodules(MetaPathFinder):
         # The import system goes by the module's own spec where it finds the module there, and would execute it again.
         module.__spec__ = spec = ModuleSpec(fullname, _Loaded(module, module.__spec__))
         return spec
+
+
+class _Executing(Loader):
+    """Loader of a lazy module, which stays the same object."""
+
+    def __init__(self, module: types.ModuleType, spec: ModuleSpec) -> None:
+        self.module = module
+        self.spec = spec
+        self.loader = spec.loader
+
+    @override
+    def create_module(self, spec: ModuleSpec) -> types.ModuleType:
+        _threads[spec.name] = threading.get_ident()
+        return self.module
+
+    @override
+    def exec_module(self, module: types.ModuleType) -> None:
+        self.spec.loader = self.loader
+        assert self.loader is not None
+        try:
+            self.loader.exec_module(module)
+        finally:
+            module.__class__ = types.ModuleType  # pyright: ignore[reportAttributeAccessIssue] # Python allows it for modules
+            del _begun[module.__name__], _threads[module.__name__]
 
 
 class _Loaded(Loader):
@@ -75,30 +119,25 @@ def make_lazy(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
     module = importlib.util.module_from_spec(spec)
     module.__class__ = _LazyModule
-    sys.modules[name] = module
-    if not any(isinstance(finder, _Submodules) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Submodules())
+    _unused[name] = sys.modules[name] = module
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
 
 
 def is_loaded(name: str) -> bool:
     """Tell whether a module has been imported, to its end, and used where it is lazy."""
-    return name in sys.modules and name not in _executing and not isinstance(sys.modules[name], _LazyModule)
+    return name in sys.modules and name not in _begun and not _is_lazy(sys.modules[name])
 
 
 def load(name: str) -> None:
-    """Execute a lazy module now: a thread that uses it while another one does so would find half of it."""
-    module = sys.modules[name]
-    if not isinstance(module, _LazyModule):
-        return
-    spec = module.__spec__
-    assert spec is not None
-    assert spec.loader is not None
-    _executing.add(name)
-    module.__class__ = types.ModuleType  # pyright: ignore[reportAttributeAccessIssue] # Python allows it for modules
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    finally:
-        _executing.discard(name)
+    """Execute a lazy module now, or wait until another thread has, as for any import."""
+    with _lock:
+        module = _unused.pop(name, None)
+        if module is not None:
+            _begun[name] = module
+            sys.modules.pop(name, None)  # so that it is imported, with the locks of the import system
+    importlib.import_module(name)
+
+
+def _is_lazy(module: types.ModuleType) -> bool:
+    return isinstance(module, _LazyModule)

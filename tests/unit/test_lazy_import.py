@@ -110,3 +110,38 @@ def test_a_module_that_another_thread_executes_is_not_loaded_yet(tmp_path: Path)
         )
         == "False True"
     )
+
+
+def test_threads_that_use_a_lazy_package_at_once_find_all_of_it(tmp_path: Path) -> None:
+    package = tmp_path / "slow"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "import sys\nbegun = 1\nsys.executing.set()\nsys.others.wait(0.5)\nfrom slow import part\nvalue = part.value\n"
+        "def __getattr__(name):\n    if name == 'computed':\n        return 3\n    raise AttributeError(name)\n"
+    )
+    (package / "part.py").write_text("value = 2\n")
+    assert (
+        run(
+            "import sys, threading\n"
+            f"sys.path.insert(0, {str(tmp_path)!r})\n"
+            "sys.executing, sys.others = threading.Event(), threading.Event()\n"
+            "make_lazy('slow')\n"
+            "import slow\n"
+            "found = []\n"
+            "def use(code):\n"
+            "    names = {'slow': slow}\n"
+            "    exec(code, names)\n"
+            "    found.append(names['it'])\n"
+            "uses = ['it = slow.value', 'import slow; it = slow.value', 'from slow import value as it',\n"
+            "        'from slow.part import value as it', 'it = slow.computed - 1']\n"
+            "threads = [threading.Thread(target=use, args=(code,)) for code in uses]\n"
+            "threads[0].start()\n"
+            "sys.executing.wait(60)\n"
+            "for thread in threads[1:]:\n"
+            "    thread.start()\n"
+            "for thread in threads:\n"
+            "    thread.join(60)\n"
+            "print(found, type(slow).__name__, type(slow.__spec__.loader).__name__)\n"
+        )
+        == "[2, 2, 2, 2, 2] module SourceFileLoader"
+    )
