@@ -33,7 +33,7 @@ OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """Errors of opening a log that starting a process would meet as well."""
 
 
-def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[int, int]:
+def pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[int, int]:
     """Make a pipe, each end of which its owner closes."""
     ends = os.pipe()
     for end, owner in zip(ends, (reader, writer), strict=True):
@@ -202,8 +202,8 @@ class Supervisor:
             OSError: it cannot be started, such as for want of memory or descriptors.
         """
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as childs:  # a failed start leaves no descriptor
-            control_reader, control_writer = _pipe(childs, ours)
-            report_reader, report_writer = _pipe(ours, childs)
+            control_reader, control_writer = pipe(childs, ours)
+            report_reader, report_writer = pipe(ours, childs)
             os.set_blocking(report_reader, False)
             os.set_blocking(report_writer, False)  # a child never waits for a supervisor that does not read
             try:

@@ -8,6 +8,7 @@ concerns nobody. Only then the preloader tells the child to go on.
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import json
 import os
@@ -21,6 +22,7 @@ from typing import Any, NoReturn
 import numpy.random
 import torch
 
+from ormo_rpc.runtimes.distributed.launcher.supervisor import pipe
 from ormo_rpc.runtimes.distributed.linux import die_with_parent, set_title
 from ormo_rpc.runtimes.distributed.preloading.safety import open_descriptors
 from ormo_rpc.signals import blocked, withstand
@@ -89,20 +91,20 @@ def fork(request: ForkRequest, keep: Collection[int], run: Callable[[], NoReturn
     """
     gc.disable()
     gc.freeze()  # a collection in a fork would write to all memory that it shares, and so copy it
-    with contextlib.ExitStack() as stack:
-        number, told = _pipe(stack)
-        word, go = _pipe(stack)
+    with contextlib.ExitStack() as stack, contextlib.ExitStack() as tellers:
+        number, told = pipe(stack, tellers)
+        word, go = pipe(stack, stack)
         with blocked():  # as those that are spawned: what comes from now on is not lost
             intermediate = os.fork()
             if intermediate == 0:
                 _fork_again(told, lambda: _become(request, keep, word, go, run))
+        tellers.close()  # so that the pipe ends with them
         os.waitpid(intermediate, 0)
-        answer = os.read(number, 32).decode()
-        if not answer or int(answer) < 0:
-            code = -int(answer or "-1")
-            raise OSError(code, os.strerror(code))
+        answer = int(os.read(number, 32).decode() or -errno.ESRCH)  # empty where they were killed
+        if answer < 0:
+            raise OSError(-answer, os.strerror(-answer))
         os.write(go, _GO)
-        return int(answer)
+        return answer
 
 
 def apart(function: Callable[[], Any]) -> Any:
@@ -116,7 +118,7 @@ def apart(function: Callable[[], Any]) -> Any:
     sys.stderr.flush()
     parent = os.getpid()
     with contextlib.ExitStack() as stack:
-        result, given = _pipe(stack)
+        result, given = pipe(stack, stack)
         with blocked():
             child = os.fork()
             if child == 0:
@@ -145,23 +147,19 @@ def _answer(function: Callable[[], Any], given: int, parent: int) -> NoReturn:
         os._exit(0)
 
 
-def _pipe(stack: contextlib.ExitStack) -> tuple[int, int]:
-    ends = os.pipe()
-    for end in ends:
-        stack.callback(os.close, end)
-    return ends
-
-
 def _fork_again(told: int, run: Callable[[], NoReturn]) -> NoReturn:
-    """In the intermediate process: fork the child, and tell its number, or the error's as a negative one."""
+    """In the intermediate process: fork the child, which tells its number; an error's is told as a negative one."""
     with _no_return():
         try:
             child = os.fork()
         except OSError as error:
-            child = -(error.errno or 1)
-        if child == 0:
-            run()
-        os.write(told, str(child).encode())
+            os.write(told, str(-(error.errno or 1)).encode())
+        else:
+            if child == 0:
+                with contextlib.suppress(BrokenPipeError):  # the preloader has ended, and says no word
+                    os.write(told, str(os.getpid()).encode())
+                os.close(told)
+                run()
         os._exit(0)
 
 
