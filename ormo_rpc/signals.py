@@ -76,12 +76,29 @@ def follow(on_end: Callable[[Signals], None], on_checkpoint: Callable[[], None] 
     _forget_in_forked(followed)
 
 
+@contextlib.contextmanager
+def exit_statuses() -> Generator[None]:
+    """Learn the exit statuses of children, which the system forgets where SIGCHLD was inherited as ignored (a few daemons).
+
+    Python changes signals in the main thread only.
+    """
+    if not _in_main_thread() or signal.getsignal(signal.SIGCHLD) is not signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+
+
 def withstand() -> None:
     """Give the signals no effect on this process from now on, which ends with another one; those that it forks have them.
 
     Were they ignored, or blocked, a program that a user's module starts could not be terminated. A process that is forked
-    within `blocked`, and does not leave it, gets none until it calls `follow`.
+    within `blocked`, and does not leave it, gets none until it calls `follow`. It learns how those end (`exit_statuses`).
     """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     withstood = [number for number in (*ENDING, signal.SIGUSR1) if not _ignored(number)]
     for number in withstood:
         signal.signal(number, _no_effect)
@@ -176,13 +193,17 @@ def interrupting_signal(error: KeyboardInterrupt) -> Signals:
 
 
 def raise_interrupted() -> None:
-    """Set the handlers of `interrupting`, for as long as this process; SIGUSR1 then has no effect where there is no run."""
+    """Set the handlers of `interrupting`, for as long as this process; SIGUSR1 then has no effect where there is no run.
+
+    What has started this process may have had them blocked.
+    """
     if not _in_main_thread():
         return
     for number in ENDING[1:]:
         if not _ignored(number):
             signal.signal(number, _interrupt)
     signal.signal(signal.SIGUSR1, _no_effect)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (*ENDING, signal.SIGUSR1))
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature of a signal handler

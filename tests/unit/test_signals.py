@@ -103,6 +103,12 @@ if pid > 0:
     assert (status, sorted(out.split())) == (5, ["SIGHUP", "SIGTERM", "checkpoint"])
 
 
+@pytest.mark.usefixtures("handlers")
+def test_a_signal_that_was_blocked_at_the_start_interrupts_all_the_same() -> None:
+    with blocked(), pytest.raises(Interrupted), interrupting():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 @pytest.mark.parametrize(
     ("status", "expected"),
     [(None, None), (0, None), (1, None), (64, None), (143, 15), (129, 1), (130, 2), (-15, 15), (-9, None), (137, None)],

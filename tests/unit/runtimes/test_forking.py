@@ -27,6 +27,7 @@ from ormo_rpc.runtimes.distributed.linux import LINUX, adopting
 from ormo_rpc.runtimes.distributed.preloading import messages
 from ormo_rpc.runtimes.distributed.preloading.client import ForkedProcess, Preloader, PreloaderLost
 from ormo_rpc.runtimes.distributed.preloading.forking import ForkRequest, apart, fork
+from ormo_rpc.runtimes.distributed.preloading.preloading import Preloading
 from ormo_rpc.runtimes.distributed.preloading.safety import Baseline
 from tests.support.processes import PATIENCE_SECONDS
 
@@ -126,6 +127,37 @@ def test_the_output_of_a_fork_goes_to_its_log(tmp_path: Path) -> None:
     with (tmp_path / "log").open("wb") as log:
         told(lambda: os.write(1, b"out ") + os.write(2, b"err"), output=log.fileno())
     assert (tmp_path / "log").read_text() == "out err"
+
+
+@pytest.mark.parametrize("forks_before", [0, 1])
+def test_a_death_between_the_two_forks_is_an_error_at_once_or_has_no_effect(
+    forks_before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preloader, forks, fork_one = os.getpid(), iter(range(2)), os.fork
+
+    def fork_and_die() -> int:
+        if next(forks) == 0:
+            return fork_one()
+        if forks_before == 0 or fork_one() > 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+
+    monkeypatch.setattr(os, "fork", fork_and_die)
+    if forks_before:
+        assert told(os.getppid)[0] == preloader
+    else:
+        with pytest.raises(ProcessLookupError):
+            fork(request(), [], lambda: os._exit(7))
+
+
+def test_exit_statuses_are_learned_where_those_of_children_were_ignored() -> None:
+    former = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with Preloading():
+            assert told(os.getppid)[0] == os.getpid()
+        assert signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGCHLD, former)
 
 
 def test_a_fork_whose_launcher_has_ended_does_not_begin(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from ormo_rpc.runtimes.distributed.launcher.starter import Command, Process, spa
 from ormo_rpc.runtimes.distributed.linux import adopting
 from ormo_rpc.runtimes.distributed.preloading.client import ENTRY_POINT, Preloader, PreloaderLost, module_path
 from ormo_rpc.runtimes.distributed.shortages import reason_of_start
+from ormo_rpc.signals import exit_statuses
 
 if TYPE_CHECKING:
     from ormo_rpc.config.schema import Config
@@ -52,6 +53,7 @@ class Preloading:
         self._contexts = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
+        self._contexts.enter_context(exit_statuses())
         self._contexts.enter_context(adopting())
         return self
 
