@@ -18,6 +18,7 @@ def run(code: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_every_part_is_composed_and_checked_without_pytorch() -> None:
     printed = run(
         "from ormo_rpc.cli import compose\n"
@@ -57,6 +58,7 @@ def test_the_launcher_of_a_live_run_is_imported_without_pytorch() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "use",
     [
