@@ -50,8 +50,9 @@ def main(argv: Sequence[str] | None = None, loaded: LoadedJob | None = None) -> 
     os.set_inheritable(arguments.control_fd, False)
     reporter = Reporter(arguments.report_fd, arguments.heartbeat_seconds)
     _log_to(reporter, stderr=arguments.log)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    torch.set_default_dtype(getattr(torch, arguments.default_dtype))
+    if loaded is None:  # else they were set before it was loaded, and its modules may have set others
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        torch.set_default_dtype(getattr(torch, arguments.default_dtype))
     status = EXIT_DONE
     try:
         arguments.run(arguments, reporter)

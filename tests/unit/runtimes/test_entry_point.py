@@ -9,15 +9,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 
 from ormo_rpc.errors import ConfigError, Interrupted, Refused, ServerLost, WireError, WorkerBanned
 from ormo_rpc.runtimes.distributed import entry_point
 from ormo_rpc.runtimes.distributed.launcher.child import EXIT_DONE, EXIT_NO_RESTART, EXIT_SERVER_LOST
 from ormo_rpc.runtimes.distributed.launcher.supervisor import Supervisor
 from ormo_rpc.runtimes.distributed.server_process import server_process
+from ormo_rpc.runtimes.job import Job, LoadedJob
 from tests.support.processes import PATIENCE_SECONDS
 
 parse = entry_point._parse  # pyright: ignore[reportPrivateUsage] # without a process
@@ -128,6 +130,27 @@ def test_a_banned_or_refused_process_exits_with_the_status_that_forbids_a_restar
     def work(*_: object) -> None:
         raise error
 
+    reasons = [] if isinstance(error, Interrupted) else [f"{type(error).__name__}: {error}"]
+    assert run_worker(work, monkeypatch) == (status, reasons)
+
+
+@pytest.mark.parametrize(("loaded", "dtype"), [(None, torch.float32), (LoadedJob("", cast("Job", None)), torch.float64)])
+def test_a_process_that_was_forked_with_its_job_keeps_the_dtype_that_this_has_set(
+    loaded: LoadedJob | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[torch.dtype] = []
+    torch.set_default_dtype(torch.float64)
+    try:
+        run_worker(lambda *_: found.append(torch.get_default_dtype()), monkeypatch, loaded)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found == [dtype]
+
+
+def run_worker(
+    work: Callable[..., None], monkeypatch: pytest.MonkeyPatch, loaded: LoadedJob | None = None
+) -> tuple[object, list[str]]:
+    """Run the entry point of a worker that does this work; return its exit status and the reasons that it reported."""
     reporter = Reporter()
     monkeypatch.setattr(entry_point, "Reporter", lambda *_: reporter)  # pyright: ignore[reportUnknownArgumentType,reportUnknownLambdaType] # in place of it
     monkeypatch.setattr(entry_point, "_run_worker", work)
@@ -136,12 +159,11 @@ def test_a_banned_or_refused_process_exits_with_the_status_that_forbids_a_restar
     control_fd, report_fd = os.pipe()
     try:
         with pytest.raises(SystemExit) as ended:
-            entry_point.main(["worker", "--control-fd", str(control_fd), "--report-fd", str(report_fd)])
-        assert ended.value.code == status
-        assert reporter.reasons == ([] if isinstance(error, Interrupted) else [f"{type(error).__name__}: {error}"])
+            entry_point.main(["worker", "--control-fd", str(control_fd), "--report-fd", str(report_fd)], loaded)
     finally:
         os.close(control_fd)
         os.close(report_fd)
+    return ended.value.code, reporter.reasons
 
 
 @pytest.mark.live

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import ctypes
+import dataclasses
 import errno
 import gc
 import json
@@ -121,6 +122,35 @@ def test_a_fork_draws_numbers_of_its_own_and_those_of_torch_as_a_new_process_doe
     fresh = torch.Generator()  # seeded as torch seeds a new process
     assert one[2:] == other[2:] == [torch.rand(3, generator=fresh).tolist(), fresh.initial_seed()]
     assert len({one[0], other[0], here[0]}) == len({one[1], other[1], here[1]}) == 3
+
+
+def test_what_loading_a_job_changes_about_its_process_is_there_in_a_fork(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As in a process that loads the job by itself: a data set may set the variable that its model reads."""
+    monkeypatch.setenv("SCALE", "1")
+    monkeypatch.setenv("REMOVED", "1")
+    wanted = request(environment=dict(os.environ), path=list(sys.path), directory=str(Path.cwd()))
+    loading = {"environment": wanted.environment, "path": wanted.path, "directory": wanted.directory}
+    monkeypatch.setenv("SCALE", "2")
+    monkeypatch.setenv("ADDED", "3")
+    monkeypatch.delenv("REMOVED")
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    monkeypatch.chdir(tmp_path)
+    kept = wanted.beside(loading)
+    assert kept == dataclasses.replace(
+        wanted, environment=dict(os.environ), path=[str(tmp_path / "modules"), *wanted.path], directory=str(tmp_path)
+    )
+    assert kept.environment.items() >= {"SCALE": "2", "ADDED": "3"}.items()
+    assert "REMOVED" not in kept.environment
+
+
+def test_what_a_launcher_has_changed_since_the_loading_is_done_in_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCALE", "2")
+    monkeypatch.setenv("GONE", "1")
+    loading = {"environment": {**os.environ, "SCALE": "1"}, "path": sys.path, "directory": str(Path.cwd())}
+    later = request(environment={name: value for name, value in os.environ.items() if name != "GONE"} | {"SCALE": "3"})
+    assert later.beside(loading) == later
 
 
 def test_the_output_of_a_fork_goes_to_its_log(tmp_path: Path) -> None:

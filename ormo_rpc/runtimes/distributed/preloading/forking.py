@@ -8,6 +8,7 @@ concerns nobody. Only then the preloader tells the child to go on.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import gc
 import json
@@ -17,6 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy.random
@@ -53,6 +55,22 @@ class ForkRequest:
     path: Sequence[str]
     directory: str
     output: int | None
+
+    def beside(self, loading: Mapping[str, Any]) -> ForkRequest:
+        """Return the request with what this process has changed about itself, except where the launcher has since.
+
+        Args:
+            loading: The launcher's environment, path and directory when this process got them.
+        """
+        theirs = loading["environment"]
+        changed = {name: value for name, value in self.environment.items() if value != theirs.get(name)}
+        kept = {name: value for name, value in os.environ.items() if name in self.environment or name not in theirs}
+        return dataclasses.replace(
+            self,
+            environment={**kept, **changed},
+            path=list(sys.path) if self.path == loading["path"] else self.path,
+            directory=str(Path.cwd()) if self.directory == loading["directory"] else self.directory,
+        )
 
     def apply(self, keep: Collection[int]) -> None:
         """Make this process, which was just forked, the one that is wanted.

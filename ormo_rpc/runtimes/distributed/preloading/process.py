@@ -45,6 +45,8 @@ class PreloaderProcess:
         self.baseline = baseline
         self.refusal = refusal
         self.loaded: LoadedJob | None = None
+        self._loading: Mapping[str, Any] | None = None
+        """The request for the job; what loading it has changed about this process, such as a variable, is a part of the job."""
 
     def run(self) -> None:
         """Serve requests, to the end of the connection."""
@@ -78,6 +80,8 @@ class PreloaderProcess:
             directory=request["directory"],
             output=descriptors[0] if request["has_output"] else None,
         )
+        if self._loading is not None:
+            wanted = wanted.beside(self._loading)
         own = descriptors[1:] if request["has_output"] else descriptors
 
         def run() -> NoReturn:
@@ -97,7 +101,7 @@ class PreloaderProcess:
         loading = Loading(request, lambda: self.refusal or self.baseline.refusal())
         answer = loading.run()
         self.refusal = self.refusal or self.baseline.refusal(gpu_in_use=loading.gpu_in_use)
-        self.loaded = loading.loaded
+        self.loaded, self._loading = loading.loaded, request
         return {**answer, "refusal": self.refusal}
 
 
