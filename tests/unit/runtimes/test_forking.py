@@ -8,6 +8,8 @@ import dataclasses
 import errno
 import gc
 import json
+import mmap
+import multiprocessing
 import os
 import random
 import signal
@@ -23,13 +25,14 @@ import psutil
 import pytest
 import torch
 from tqdm import tqdm
+from tqdm.auto import tqdm as tqdm_auto
 
 from ormo_rpc.runtimes.distributed.linux import LINUX, adopting
 from ormo_rpc.runtimes.distributed.preloading import messages
 from ormo_rpc.runtimes.distributed.preloading.client import ForkedProcess, Preloader, PreloaderLost
 from ormo_rpc.runtimes.distributed.preloading.forking import ForkRequest, apart, fork
 from ormo_rpc.runtimes.distributed.preloading.preloading import Preloading
-from ormo_rpc.runtimes.distributed.preloading.safety import Baseline
+from ormo_rpc.runtimes.distributed.preloading.safety import Baseline, refusal_of_generators
 from tests.support.processes import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.skipif(not LINUX, reason="processes are forked on Linux alone")
@@ -263,8 +266,8 @@ def end_thread() -> None:
     thread.join()
 
 
-def show_progress() -> None:
-    for _ in tqdm(range(2), disable=False, file=Path(os.devnull).open("w")):  # noqa: SIM115 - of a process that ends
+def show_progress(bar: type[tqdm[int]] = tqdm) -> None:
+    for _ in bar(range(2), disable=False, file=Path(os.devnull).open("w")):  # noqa: SIM115 - of a process that ends
         pass
     assert len(threading.enumerate()) == 2  # its monitor
 
@@ -280,17 +283,45 @@ def pool_of_openmp() -> None:
         (int, ""),
         (end_thread, ""),
         (show_progress, ""),
+        (lambda: show_progress(tqdm_auto), ""),
+        (multiprocessing.Lock, ""),
         (start_thread, "a thread was started while it was loaded: of the user"),
         (lambda: _thread.start_new_thread(sleep_for_good, ()), "threads were started while it was loaded: 1 "),
         (pool_of_openmp, "threads were started while it was loaded: 1 "),
         (lambda: Path(__file__).open(), f"a file was left open while it was loaded: {__file__}"),  # noqa: SIM115 - left open
         (socket.socket, "a file was left open while it was loaded: socket:"),
+        (lambda: mmap.mmap(-1, 4096), "memory that processes share was made while it was loaded: /dev/zero (deleted)"),
     ],
 )
-def test_threads_and_open_files_forbid_a_fork(change: Callable[[], Any], reason: str) -> None:
+def test_threads_and_what_forks_would_share_forbid_a_fork(change: Callable[[], Any], reason: str) -> None:
     found = refusal_after(change)
     assert found.startswith(reason)
     assert bool(found) == bool(reason)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda: np.random.default_rng(), "numpy.random.Generator"),
+        (lambda: np.random.RandomState(), "numpy.random.RandomState"),
+        (lambda: random.Random(), "random.Random"),
+        (lambda: np.random.default_rng(0), ""),
+        (lambda: np.random.RandomState(0), ""),
+        (lambda: np.random.default_rng(np.random.PCG64(np.random.SeedSequence([1, 2]))), ""),
+        (lambda: random.SystemRandom(), ""),
+    ],
+)
+def test_a_generator_without_a_seed_is_not_shared(make: Callable[[], object], kind: str) -> None:
+    """Workers that draw noise from it would all draw the same."""
+
+    def look() -> str:
+        gc.freeze()
+        kept = make()
+        reason = refusal_of_generators()
+        del kept
+        return reason
+
+    assert apart(look) == (f"a random generator that may have no seed was made while it was loaded: {kind}" if kind else "")
 
 
 def test_a_gpu_in_use_forbids_a_fork() -> None:

@@ -25,7 +25,7 @@ from ormo_rpc.runtimes.distributed import entry_point, memory  # noqa: E402
 from ormo_rpc.runtimes.distributed.linux import set_title  # noqa: E402
 from ormo_rpc.runtimes.distributed.preloading import forking, messages  # noqa: E402
 from ormo_rpc.runtimes.distributed.preloading.load import Loading  # noqa: E402
-from ormo_rpc.runtimes.distributed.preloading.safety import Baseline  # noqa: E402
+from ormo_rpc.runtimes.distributed.preloading.safety import Baseline, refusal_of_generators  # noqa: E402
 from ormo_rpc.runtimes.distributed.shortages import limit_reached, reason_of_end  # noqa: E402
 from ormo_rpc.runtimes.job import LoadedJob  # noqa: E402
 from ormo_rpc.signals import withstand  # noqa: E402
@@ -100,7 +100,7 @@ class PreloaderProcess:
     def _load(self, request: Mapping[str, Any]) -> dict[str, Any]:
         loading = Loading(request, lambda: self.refusal or self.baseline.refusal())
         answer = loading.run()
-        self.refusal = self.refusal or self.baseline.refusal(gpu_in_use=loading.gpu_in_use)
+        self.refusal = self.refusal or self.baseline.refusal(gpu_in_use=loading.gpu_in_use) or refusal_of_generators()
         self.loaded, self._loading = loading.loaded, request
         return {**answer, "refusal": self.refusal}
 
