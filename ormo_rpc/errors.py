@@ -5,6 +5,8 @@ Those that cross to a worker (`BY_NAME`) are built from one string, so that they
 
 from __future__ import annotations
 
+from signal import Signals
+
 
 class ConfigError(ValueError):
     """The configuration is wrong; the message has the full key, the given value, and the expected one."""
@@ -31,12 +33,12 @@ class RunInterrupted(RunFailed):
     """A signal has ended the run.
 
     Args:
-        message: What happened, and where to look.
         number: The signal. The exit status is 128 and its number, as a shell says of a program that a signal has ended.
+        advice: What to do next.
     """
 
-    def __init__(self, message: str, number: int) -> None:
-        super().__init__(message)
+    def __init__(self, number: int, advice: str = "") -> None:
+        super().__init__(f"interrupted by {Signals(number).name}{f'; {advice}' if advice else ''}")
         self.number = number
         self.exit_status = 128 + number
 

@@ -11,8 +11,8 @@ from ormo_rpc.errors import ConfigError
 
 IP = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-_GETADDR, _NEWADDR, _DONE = 22, 20, 3
-"""Linux: the kinds of netlink's messages: a request for all addresses, an address, and the end of the answer."""
+_GETADDR, _NEWADDR = 22, 20
+"""Linux: the kinds of netlink's messages: a request for all addresses, and one of them; another kind ends the answer."""
 _REQUEST_ALL = 0x301
 """Linux: the flags of a request for all there are."""
 _FIELDS: dict[int, int] = {socket.AF_INET: 2, socket.AF_INET6: 1}
@@ -92,6 +92,14 @@ def parsed(host: str) -> IP:
     address = ipaddress.ip_address(host.partition("%")[0])
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return mapped or address
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a host is this machine alone, by its address or its usual name; False for any other name."""
+    try:
+        return host == "localhost" or parsed(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _first_addresses() -> dict[str, IP]:

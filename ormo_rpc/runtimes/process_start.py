@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
+
+from ormo_rpc.runtimes.distributed.linux import stat_fields
 
 _IMPORTED = time.monotonic()
 
@@ -12,9 +13,8 @@ _IMPORTED = time.monotonic()
 def process_began() -> float:
     """The start of this process on the monotonic clock; where the system does not tell, the import of this module."""
     try:
-        # The name of the program, in parentheses, may hold anything; the start is field 22, in ticks since the machine's start.
-        fields = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        ticks = int(stat_fields()[19])  # since the machine's start
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, AttributeError, ValueError, IndexError):
         return _IMPORTED
     began = time.monotonic() - age

@@ -6,7 +6,6 @@ a line that says what to type.
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.rendezvous.addresses import written
+from ormo_rpc.rendezvous.interfaces import is_loopback
 from ormo_rpc.runtimes import slurm
 
 TORCHRUN, SRUN, BY_HAND = "torchrun", "srun", "env://"
@@ -170,7 +170,7 @@ def _numbered(env: Mapping[str, str], variables: _Variables) -> Ranks | None:
         rank=rank,
         world_size=size,
         master=master,
-        one_machine=env.get(variables.here) == str(size) or _is_loopback(master.rpartition(":")[0]),
+        one_machine=env.get(variables.here) == str(size) or is_loopback(env["MASTER_ADDR"]),
     )
 
 
@@ -209,10 +209,3 @@ def _number(env: Mapping[str, str], name: str, expected: str, beside: str, advic
     if not (value.isascii() and value.isdigit()):
         raise ConfigError(f"{name}: got {value!r} in the environment, expected {expected}; {advice}")
     return int(value)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:  # a name
-        return False

@@ -17,7 +17,7 @@ from ormo_rpc import console
 from ormo_rpc.config.paths import located
 from ormo_rpc.config.runtimes import RpcRuntime, SimRuntime
 from ormo_rpc.config.schema import Config, Role
-from ormo_rpc.errors import ConfigError, RunFailed
+from ormo_rpc.errors import ConfigError
 from ormo_rpc.options.imports import refuse_while_importing
 from ormo_rpc.runtimes import server_address
 from ormo_rpc.runtimes.attempts import claimed_by, continues
@@ -26,8 +26,6 @@ from ormo_rpc.runtimes.ranks import Ranks
 from ormo_rpc.runtimes.workers import check_elastic_worker, check_secret, decide_workers
 from ormo_rpc.storage.launch import Launch
 from ormo_rpc.storage.run_directory import RunDirectory, check_present
-
-__all__ = ["RunFailed", "run"]
 
 MODULES = {
     "rpc": "ormo_rpc.runtimes.distributed.launcher.run",

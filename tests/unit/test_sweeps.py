@@ -128,7 +128,7 @@ def test_an_interruption_ends_a_sweep(
 
     def run(config: Config, *_: Any, **__: Any) -> dict[str, Any]:
         seeds.append(config.seed)
-        raise RunInterrupted("interrupted by SIGTERM", signal.SIGTERM)
+        raise RunInterrupted(signal.SIGTERM)
 
     monkeypatch.setattr(running, "run", run)
     assert launch("-m", *SHORT, "seed=0,1,2") == 128 + signal.SIGTERM

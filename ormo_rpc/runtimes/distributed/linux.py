@@ -1,4 +1,4 @@
-"""What processes ask of Linux for themselves; elsewhere nothing happens, or the answer is no."""
+"""Interfaces of Linux to its processes; elsewhere nothing happens, or there is no answer."""
 
 from __future__ import annotations
 
@@ -22,6 +22,16 @@ _reapers = threading.Lock()
 """Guards `_reaping`."""
 _reaping = [0]
 """Contexts of `adopting` that are open in this process."""
+
+
+def stat_fields(process: int | str = "self") -> list[str]:
+    """The fields of a process in Linux's table, from the third one on: its state, the number of its parent, and more.
+
+    Raises:
+        OSError: there is no such process, or this is not Linux.
+    """
+    # The second one is the name of the program, in parentheses, which may hold anything.
+    return Path(f"/proc/{process}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
 
 
 def die_with_parent() -> None:
@@ -94,9 +104,7 @@ def set_title(name: str, words: list[str]) -> None:
         return
     _prctl(_SET_NAME, name.encode()[:MAX_NAME_BYTES], 0, 0, 0)
     with contextlib.suppress(OSError, ValueError, IndexError):  # a title is worth no failure
-        # The name of the program, in parentheses, may hold anything; the arguments lie between the addresses in 48 and 49.
-        fields = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        begin, end = int(fields[45]), int(fields[46])
+        begin, end = (int(field) for field in stat_fields()[45:47])  # the addresses between which the arguments lie
         room = end - begin - 2
         if begin > 0 and room > 0:
             title = " ".join(words).encode()[:room].ljust(room + 1, b"\0")

@@ -111,7 +111,7 @@ def _run(config: Config, run_dir: Path, began: float, job: Job | SyntheticJob) -
         summary = session.close(last, wait=True, virtual_seconds=queue.now, **status, **_loads(cluster, queue.now))
         resume = f"iteration {last['iteration']} is kept: resume with checkpoint.resume={run_dir}"
         if interrupted is not None:
-            raise RunInterrupted(f"interrupted by {interrupted.name}; {resume}", interrupted)
+            raise RunInterrupted(interrupted, resume)
         if status:
             raise RunFailed(f"{status['reason']}; {resume}")
         return summary

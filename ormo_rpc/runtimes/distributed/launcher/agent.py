@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ormo_rpc import console
+from ormo_rpc.runtimes.distributed.linux import stat_fields
 
 POLL_SECONDS = 0.5
 """The interval at which a rank looks after its agent."""
@@ -34,8 +35,8 @@ class Agent:
         pid = os.getppid()
         try:
             while pid > 1 and any(each.startswith(_MARK) for each in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")):
-                pid = int(_stat(pid)[1])
-            return cls(pid, _stat(pid)[19])
+                pid = int(stat_fields(pid)[1])
+            return cls(pid, stat_fields(pid)[19])
         except (OSError, IndexError):  # it has ended, belongs to somebody else, or this is not Linux
             return None
 
@@ -48,7 +49,7 @@ class Agent:
     def alive(self) -> bool:
         """False once it has ended."""
         try:
-            fields = _stat(self.pid)
+            fields = stat_fields(self.pid)
         except OSError:
             return False
         return fields[19] == self.started and fields[0] not in _ENDED
@@ -67,8 +68,3 @@ def _watch(agent: Agent) -> None:
         time.sleep(POLL_SECONDS)
     console.say(f"launch.py: torchrun's agent (pid {agent.pid}) has ended, so this rank ends as well")
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _stat(pid: int) -> list[str]:
-    """The fields of Linux's table of processes that come after the command: the state, the parent, ..., the start."""
-    return Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -31,13 +30,12 @@ MAX_MESSAGE_CHARACTERS = 600
 def obey_supervisor(control_fd: int, on_message: Callable[[dict[str, Any]], None]) -> None:
     """Handle the messages of the control pipe in a thread, and end this process at once when the pipe ends.
 
-    The pipe ends with the supervisor, also by SIGKILL. SIGINT is ignored from now on: it is the supervisor's to handle.
+    The pipe ends with the supervisor, also by SIGKILL.
 
     Args:
         control_fd: The reading end.
         on_message: Called with each message.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def listen() -> None:
         try:

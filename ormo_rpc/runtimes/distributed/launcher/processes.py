@@ -17,12 +17,8 @@ from ormo_rpc.config.saving import to_tree
 from ormo_rpc.config.schema import Config
 from ormo_rpc.data import DataSource
 from ormo_rpc.errors import ConfigError
-from ormo_rpc.rendezvous.addresses import (
-    address_of,
-    listen_at,
-    parse_address,
-)
-from ormo_rpc.rendezvous.interfaces import interface_of, specific_address
+from ormo_rpc.rendezvous.addresses import address_of, listen_at, parse_address
+from ormo_rpc.rendezvous.interfaces import interface_of, is_loopback, specific_address
 from ormo_rpc.rendezvous.secret import new_secret, read_secret, require_secret, write_secret
 from ormo_rpc.runtimes import server_address
 from ormo_rpc.runtimes.attempts import FormerRun, former_run, remember
@@ -209,8 +205,7 @@ def elastic_worker_process(
     own = None if isinstance(config.transport, Auto) else json.dumps(to_tree(config)["transport"])
     server_args = ("--address", config.server.address, *_option("--secret-file", secret_file))
     own_args = (*_option("--data-root", root), *_option("--transport", own))
-    host, _ = parse_address(config.server.address)
-    elsewhere = host not in ("localhost", "::1") and not host.startswith("127.")
+    elsewhere = not is_loopback(parse_address(config.server.address)[0])
     if elsewhere:
         report(f"a worker on {socket.gethostname()}, for {server_over(config.server.address)}")
     slot = monitor.add("worker", launcher.worker(None, *server_args, *own_args), should_restart=if_killed, essential=True)

@@ -63,7 +63,7 @@ def reach(config: Config, supervisor: Supervisor, report: Callable[[str], None])
             report(f"nothing listens at {where}: the run has ended, or not begun; trying for another {timeout_seconds:.0f} s")
         supervisor.wait(lambda: False, RETRY_SECONDS)
         if supervisor.signals:
-            raise RunInterrupted(f"interrupted by {supervisor.signals[0].name}", supervisor.signals[0])
+            raise RunInterrupted(supervisor.signals[0])
     return True
 
 

@@ -198,7 +198,7 @@ def _supervise_server(monitor: ProcessMonitor, server: ProcessSlot, config: Conf
     if server.child is not None:
         server.child.send(stop={"status": "interrupted", "reason": number.name})
         _wait_for_exit(supervisor, server, timeout)
-    return RunInterrupted(f"interrupted by {number.name}", number)
+    return RunInterrupted(number)
 
 
 def _supervise_worker(
@@ -234,7 +234,7 @@ def _supervise_worker(
                 _wait_for_exit(supervisor, slot, config.rpc.stop_timeout_seconds)
                 monitor.poll()
             if not slot.done:
-                raise RunInterrupted(f"interrupted by {number.name}", number)
+                raise RunInterrupted(number)
             say(f"the worker left the run on {number.name}")
         elif slot.left_on is not None:  # it got the signal alone
             say(f"the worker left the run on {slot.left_on.name}")

@@ -72,7 +72,7 @@ class Loading:
             logger.removeHandler(records)
 
     def _apart(self, records: _Records) -> Callable[[Callable[[], None]], None]:
-        """What runs a function where it leaves nothing behind but its log, and raises its refusal."""
+        """Return a caller of functions, each where it leaves nothing behind but its log, and raises its refusal."""
 
         def run(function: Callable[[], None]) -> None:
             if self._refusal():  # threads of OpenMP, say, which a fork would wait for without end

@@ -7,6 +7,7 @@ Whatever is asked, this process stays as it is but for the job that it loads: a 
 from __future__ import annotations
 
 import argparse
+import errno
 import gc
 import os
 import socket
@@ -70,7 +71,7 @@ class PreloaderProcess:
         if "config" in request:
             return self._load(request)
         if "incomplete" in request:
-            return {"errno": 24}
+            return {"errno": errno.EMFILE}  # no descriptor was left for those of the request
         wanted = forking.ForkRequest(
             launcher=request["launcher"],
             name=request["name"],

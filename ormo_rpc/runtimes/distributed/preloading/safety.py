@@ -44,7 +44,7 @@ def _more_threads_than(number: int) -> int:
 
 
 def open_descriptors() -> dict[int, str]:
-    """What each open descriptor leads to."""
+    """The target of each open descriptor."""
     found: dict[int, str] = {}
     for file in _DESCRIPTORS.iterdir() if LINUX else ():
         try:

@@ -60,7 +60,7 @@ class Watchdog:
         self._evictions_written = len(service.evictions)
         self._unwritten_since: float | None = None
         self._causes: dict[int, str] = {}
-        """How processes of this machine have died, by process id."""
+        """Deaths of processes of this machine, by process id."""
         self._processes: dict[int, int] = {}
         """Process ids by worker number, at the last change before the end."""
         self.memory: dict[str, int] = {}
