@@ -7,6 +7,8 @@ import socket
 
 from ormo_rpc.errors import ConfigError
 
+MAX_PORT = 65535
+
 
 def listen_at(address: str, *, public: bool) -> socket.socket:
     """Listen at HOST:PORT; port 0 for any free one.
@@ -36,7 +38,7 @@ def parse_address(address: str) -> tuple[str, int]:
     """
     written, _, port = address.rpartition(":")
     host = written[1:-1] if written[:1] + written[-1:] == "[]" else written
-    if not host or not port.isdecimal() or int(port) > 65535 or set(host) & set("[]"):
+    if not host or not port.isdecimal() or int(port) > MAX_PORT or set(host) & set("[]"):
         raise ConfigError(f"server.address: got {address!r}, expected HOST:PORT")
     if host == written and ":" in host:
         raise ConfigError(f"server.address: got {address!r}, expected [HOST]:PORT, as a host of IPv6 has to be in brackets")
@@ -46,6 +48,25 @@ def parse_address(address: str) -> tuple[str, int]:
 def written(host: str, port: int) -> str:
     """HOST:PORT, as `parse_address` reads it."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def master_address(host: str, port: str, advice: str) -> str:
+    """HOST:PORT of rank 0's machine, by the variables MASTER_ADDR and MASTER_PORT that launchers set.
+
+    Args:
+        host: The value of the former.
+        port: The value of the latter.
+        advice: What to do where they are wrong.
+
+    Raises:
+        ConfigError: one of them is of another form.
+    """
+    if not host or set(host) & set("[]"):
+        expected = "a host, an address of IPv6 without brackets"
+        raise ConfigError(f"MASTER_ADDR: got {host!r} in the environment, expected {expected}; {advice}")
+    if not (port.isascii() and port.isdecimal() and 0 < int(port) <= MAX_PORT):
+        raise ConfigError(f"MASTER_PORT: got {port!r} in the environment, expected a port of rank 0's host; {advice}")
+    return written(host, int(port))
 
 
 def address_of(listener: socket.socket) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ormo_rpc.errors import ConfigError
-from ormo_rpc.rendezvous.addresses import written
+from ormo_rpc.rendezvous.addresses import master_address
 from ormo_rpc.rendezvous.interfaces import is_loopback
 from ormo_rpc.runtimes import slurm
 
@@ -196,16 +196,18 @@ def _rank_and_size(env: Mapping[str, str], variables: _Variables, beside: str, a
 
 def _master(env: Mapping[str, str], beside: str, advice: str) -> str:
     """HOST:PORT of rank 0's machine."""
-    if not env.get("MASTER_ADDR"):
-        raise ConfigError(f"MASTER_ADDR: got nothing in the environment beside {beside}, expected the host of rank 0; {advice}")
-    port = _number(env, "MASTER_PORT", "a port of rank 0's host", beside, advice)
-    return written(env["MASTER_ADDR"], port)
+    host = _given(env, "MASTER_ADDR", "the host of rank 0", beside, advice)
+    return master_address(host, _given(env, "MASTER_PORT", "a port of rank 0's host", beside, advice), advice)
+
+
+def _given(env: Mapping[str, str], name: str, expected: str, beside: str, advice: str) -> str:
+    if not env.get(name):
+        raise ConfigError(f"{name}: got nothing in the environment beside {beside}, expected {expected}; {advice}")
+    return env[name]
 
 
 def _number(env: Mapping[str, str], name: str, expected: str, beside: str, advice: str) -> int:
-    value = env.get(name)
-    if value is None:
-        raise ConfigError(f"{name}: got nothing in the environment beside {beside}, expected {expected}; {advice}")
+    value = _given(env, name, expected, beside, advice)
     if not (value.isascii() and value.isdigit()):
         raise ConfigError(f"{name}: got {value!r} in the environment, expected {expected}; {advice}")
     return int(value)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ormo_rpc.errors import ConfigError
-from ormo_rpc.rendezvous.addresses import written
+from ormo_rpc.rendezvous.addresses import master_address
 
 STEP = "SLURM_STEP_ID"
 """The variable of a step, without which a process is alone."""
@@ -59,8 +59,6 @@ def step(env: Mapping[str, str]) -> Step | None:
     nodes = _number(env, "SLURM_STEP_NUM_NODES", "SLURM_NNODES")
     job = _number(env, "SLURM_JOB_ID")
     port = env.get("MASTER_PORT") or str(_FIRST_PORT + (job + 101 * int(number)) % _PORTS)
-    if not port.isdecimal():
-        raise ConfigError(f"MASTER_PORT: got {port!r} in the environment of srun, expected a port of rank 0's host; unset it")
     host = env.get("MASTER_ADDR") or ("127.0.0.1" if nodes == 1 else _first_host(env))
     return Step(
         variables=("SLURM_PROCID", size),
@@ -68,7 +66,7 @@ def step(env: Mapping[str, str]) -> Step | None:
         rank=int(rank),
         tasks=int(tasks),
         nodes=nodes,
-        master=written(host, int(port)),
+        master=master_address(host, port, "unset it, as srun tells enough"),
         attempt=_number(env, "SLURM_RESTART_COUNT"),
     )
 

@@ -267,6 +267,7 @@ def end_thread() -> None:
 
 
 def show_progress(bar: type[tqdm[int]] = tqdm) -> None:
+    bar.monitor = None  # of another test, whose thread this forked process does not have
     for _ in bar(range(2), disable=False, file=Path(os.devnull).open("w")):  # noqa: SIM115 - of a process that ends
         pass
     assert len(threading.enumerate()) == 2  # its monitor
