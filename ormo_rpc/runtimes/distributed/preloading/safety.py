@@ -36,7 +36,7 @@ def number_of_threads() -> int:
 
 
 def _more_threads_than(number: int) -> int:
-    """How many more threads there are than this; one that was joined takes a moment to be gone."""
+    """The number of threads beyond this one; a thread that was joined takes a moment to be gone."""
     deadline = time.monotonic() + _JOINED_SECONDS
     while (more := number_of_threads() - number) > 0 and time.monotonic() < deadline:
         time.sleep(0.01)
