@@ -21,6 +21,7 @@ import psutil
 
 from benchmarks.before_after import Checkout
 from benchmarks.systems import started
+from ormo_rpc.runtimes.distributed.memory import proportional_bytes
 
 LIMIT_SECONDS = 240.0
 """Of each command, and of each wait for something to happen in a run."""
@@ -119,7 +120,7 @@ def memory(checkout: Checkout, folder: Path) -> dict[str, float]:
 
         def warm() -> bool:
             nonlocal largest
-            largest = max(largest, proportional_bytes(process.pid))
+            largest = max(largest, bytes_of_all(process.pid))
             time.sleep(0.5)
             return _progress(run_dir)[0] >= GRADIENTS_FOR_MEMORY
 
@@ -137,14 +138,10 @@ PARTS: Mapping[str, Part] = {
 }
 
 
-def proportional_bytes(pid: int) -> int:
+def bytes_of_all(pid: int) -> int:
     """The sum of the proportional set sizes of a process and all that it has started: shared pages count once in all."""
-    total = 0
-    for each in (pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))):
-        with contextlib.suppress(OSError):  # it has ended
-            lines = Path(f"/proc/{each}/smaps_rollup").read_text().splitlines()
-            total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-    return total
+    pids = (pid, *(child.pid for child in psutil.Process(pid).children(recursive=True)))
+    return sum(proportional_bytes(each) or 0 for each in pids)  # none of one that has ended
 
 
 def first_of_replacement(lines: Sequence[str], worker: int, applied: int) -> float | None:

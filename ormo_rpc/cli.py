@@ -30,7 +30,7 @@ from ormo_rpc.errors import ConfigError, RunFailed, one_line
 from ormo_rpc.options import parts
 from ormo_rpc.overrides import keys_of, prepared
 from ormo_rpc.runtimes.attempts import former_run
-from ormo_rpc.runtimes.distributed.launcher.agent import end_with_agent
+from ormo_rpc.runtimes.distributed.launcher.torchrun_agent import end_with_agent
 from ormo_rpc.runtimes.distributed.preloading.preloading import Preloading
 from ormo_rpc.runtimes.ranks import TORCHRUN, Ranks
 from ormo_rpc.signals import SignalWatch, interrupting, interrupting_signal

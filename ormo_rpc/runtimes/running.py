@@ -22,8 +22,8 @@ from ormo_rpc.options.imports import refuse_while_importing
 from ormo_rpc.runtimes import server_address
 from ormo_rpc.runtimes.attempts import claimed_by, continues
 from ormo_rpc.runtimes.distributed.preloading.preloading import Preloading
+from ormo_rpc.runtimes.rank_checks import check_elastic_worker, check_secret, decide_workers
 from ormo_rpc.runtimes.ranks import Ranks
-from ormo_rpc.runtimes.workers import check_elastic_worker, check_secret, decide_workers
 from ormo_rpc.storage.launch import Launch
 from ormo_rpc.storage.run_directory import RunDirectory, check_present
 

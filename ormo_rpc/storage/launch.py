@@ -22,7 +22,7 @@ class Launch:
         overrides: What was typed, such as ``train.lr=0.1``.
         sweep: The name of the sweep that the run belongs to.
         job: The name of the job whose ranks have begun it, such as torchrun's ``--rdzv-id``.
-        agent: The process that has started rank 0, as `ormo_rpc.runtimes.distributed.launcher.agent.Agent.name` has it.
+        agent: The agent of torchrun that has started rank 0, by its name among all machines.
     """
 
     overrides: Sequence[str] = ()

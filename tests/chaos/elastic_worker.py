@@ -26,7 +26,8 @@ import torch
 from ormo_rpc.rendezvous.addresses import parse_address
 from ormo_rpc.rendezvous.secret import read_secret
 from ormo_rpc.runtimes.distributed.worker_process import worker_process
-from ormo_rpc.runtimes.distributed.worker_process.worker_process import WorkerArgs, WorkerLoop, WorkerProcess
+from ormo_rpc.runtimes.distributed.worker_process.context import WorkerArgs
+from ormo_rpc.runtimes.distributed.worker_process.worker_process import WorkerLoop, WorkerProcess
 from ormo_rpc.signals import follow
 from ormo_rpc.transports.base import Endpoint
 

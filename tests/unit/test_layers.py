@@ -43,7 +43,7 @@ ONLY_IN = {
     "socket": ("rendezvous", "transports.gloo", "transports.stream", "runtimes.distributed"),
     "subprocess": ("kernels.compiled", "storage.environment", "runtimes.distributed.launcher"),
     "hydra": ("overrides", "sweeps", "cli"),
-    "omegaconf": ("sweeps", "cli", "config", "runtimes.distributed.worker_process"),
+    "omegaconf": ("sweeps", "cli", "config"),
     "wandb": ("loggers",),
     "tqdm": ("loggers", "runtimes.replay"),
     "matplotlib": ("report",),
@@ -100,6 +100,18 @@ def faults(sources: dict[str, str]) -> list[str]:
 
 def test_every_arrow_points_down() -> None:
     assert faults(SOURCES) == []
+
+
+def test_every_place_of_an_outside_library_uses_it() -> None:
+    used = {
+        (library, place)
+        for module, source in SOURCES.items()
+        for name in imports(source, module)
+        for library, places in ONLY_IN.items()
+        for place in places
+        if within(name, (library,)) and within(module.removeprefix("ormo_rpc."), (place,))
+    }
+    assert used == {(library, place) for library, places in ONLY_IN.items() for place in places}
 
 
 def test_every_package_has_its_layer() -> None:

@@ -26,7 +26,8 @@ from ormo_rpc.runtimes.distributed import memory
 from ormo_rpc.runtimes.distributed.launcher.child import EXIT_DONE, EXIT_NO_RESTART, EXIT_SERVER_LOST, Reporter, obey_supervisor
 from ormo_rpc.runtimes.distributed.server_process import server_process
 from ormo_rpc.runtimes.distributed.shortages import reason_of_end
-from ormo_rpc.runtimes.distributed.worker_process.worker_process import WorkerArgs, WorkerProcess
+from ormo_rpc.runtimes.distributed.worker_process.context import WorkerArgs
+from ormo_rpc.runtimes.distributed.worker_process.worker_process import WorkerProcess
 from ormo_rpc.runtimes.job import LoadedJob
 from ormo_rpc.runtimes.torchrun_store import ADDRESS, SECRET_FILE, connect, tell_result, wait_for
 from ormo_rpc.signals import follow

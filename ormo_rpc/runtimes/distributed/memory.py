@@ -26,7 +26,7 @@ def raise_oom_score(by: int, proc: Path = _PROC) -> None:
         file.write_text(str(min(_MOST, _inherited[0] + by)))
 
 
-def resident_bytes(pid: int, proc: Path = _PROC) -> int | None:
+def proportional_bytes(pid: int, proc: Path = _PROC) -> int | None:
     """The proportional set size of a process: a page that n processes share counts as its nth part.
 
     The kernel looks at each page for it, which takes 50 to 100 ms for 500 MB.

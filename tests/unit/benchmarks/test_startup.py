@@ -39,13 +39,13 @@ def test_a_replacement_is_timed_from_the_newest_gradient_at_the_kill_to_its_own_
 def test_memory_is_that_of_a_process_and_of_all_that_it_has_started() -> None:
     # A page counts in each process by its share: with a copy of this process all is about what it was before the copy.
     block = bytearray(os.urandom(1 << 16)) * 1024  # 64 MiB, written before the copy is made
-    alone = startup_parts.proportional_bytes(os.getpid())
+    alone = startup_parts.bytes_of_all(os.getpid())
     child = os.fork()
     if child == 0:
         time.sleep(30)
         os._exit(0)
     try:
-        together = startup_parts.proportional_bytes(os.getpid())
+        together = startup_parts.bytes_of_all(os.getpid())
     finally:
         os.kill(child, 9)
         os.waitpid(child, 0)

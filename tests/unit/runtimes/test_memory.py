@@ -52,9 +52,9 @@ def test_a_score_that_cannot_be_written_is_left(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_the_resident_memory_of_a_process_is_its_proportional_share() -> None:
-    own = memory.resident_bytes(os.getpid())
+    own = memory.proportional_bytes(os.getpid())
     assert own is not None
     measured = psutil.Process().memory_full_info()
     assert own == pytest.approx(measured.pss, rel=0.1)
     assert own <= measured.rss
-    assert memory.resident_bytes(2**30) is None
+    assert memory.proportional_bytes(2**30) is None

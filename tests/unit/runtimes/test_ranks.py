@@ -12,10 +12,10 @@ import pytest
 
 from ormo_rpc.config.parsing import parse_config
 from ormo_rpc.errors import ConfigError
+from ormo_rpc.runtimes.rank_checks import check_elastic_worker
 from ormo_rpc.runtimes.ranks import Ranks
 from ormo_rpc.runtimes.running import run
 from ormo_rpc.runtimes.slurm import hosts
-from ormo_rpc.runtimes.workers import check_elastic_worker
 
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "none",

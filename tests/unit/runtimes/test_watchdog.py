@@ -98,7 +98,7 @@ def test_memory_is_measured_a_while_after_the_start_and_the_largest_is_kept(
         replaced = replace(membership, host=socket.gethostname())
         there.service.memberships.by_worker[membership.worker] = replaced
     sizes = {os.getpid(): 500, 1001: 100, 1002: 200, 1003: None}  # the last one has just ended
-    monkeypatch.setattr(module, "resident_bytes", lambda pid: sizes[pid])
+    monkeypatch.setattr(module, "proportional_bytes", lambda pid: sizes[pid])
     watching = watchdog(there, directory)
     watching.check()
     now[0] += module.FIRST_MEASUREMENT_SECONDS - 0.1

@@ -20,7 +20,8 @@ from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.runtimes.distributed.server_process.service import Service
 from ormo_rpc.runtimes.distributed.server_process.serving import served as served_at
 from ormo_rpc.runtimes.distributed.worker_process import worker_process
-from ormo_rpc.runtimes.distributed.worker_process.worker_process import WorkerArgs, WorkerProcess
+from ormo_rpc.runtimes.distributed.worker_process.context import WorkerArgs
+from ormo_rpc.runtimes.distributed.worker_process.worker_process import WorkerProcess
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.transports.gloo import client as gloo
 from ormo_rpc.transports.gloo.pair import PairLost

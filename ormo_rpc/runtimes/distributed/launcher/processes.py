@@ -23,7 +23,7 @@ from ormo_rpc.rendezvous.secret import new_secret, read_secret, require_secret, 
 from ormo_rpc.runtimes import server_address
 from ormo_rpc.runtimes.attempts import FormerRun, former_run, remember
 from ormo_rpc.runtimes.distributed.launcher.process_monitor import ProcessMonitor, ProcessSlot, if_killed, unless_server_lost
-from ormo_rpc.runtimes.distributed.launcher.rank import Rank, server_over, with_interface
+from ormo_rpc.runtimes.distributed.launcher.rank_messages import Rank, server_over, with_interface
 from ormo_rpc.runtimes.distributed.launcher.supervisor import ChildProcess, Supervisor
 from ormo_rpc.runtimes.distributed.preloading.preloading import Preloading, child_environment, default_dtype
 from ormo_rpc.runtimes.ranks import Ranks

@@ -30,7 +30,7 @@ from ormo_rpc.errors import ConfigError, RunFailed, RunInterrupted
 from ormo_rpc.runtimes.distributed.launcher.child import EXIT_SERVER_LOST
 from ormo_rpc.runtimes.distributed.launcher.process_monitor import ProcessMonitor, ProcessSlot
 from ormo_rpc.runtimes.distributed.launcher.processes import elastic_worker_process, local_processes, rank_process
-from ormo_rpc.runtimes.distributed.launcher.rank import Rank, WorkerRank
+from ormo_rpc.runtimes.distributed.launcher.rank_messages import Rank, WorkerRank
 from ormo_rpc.runtimes.distributed.launcher.reaching import reach
 from ormo_rpc.runtimes.distributed.launcher.supervisor import Supervisor
 from ormo_rpc.runtimes.distributed.preloading.preloading import Preloading

@@ -8,7 +8,7 @@ import socket
 import time
 
 from ormo_rpc.config.runtimes import RpcRuntime
-from ormo_rpc.runtimes.distributed.memory import resident_bytes
+from ormo_rpc.runtimes.distributed.memory import proportional_bytes
 from ormo_rpc.runtimes.distributed.server_process.service import Service
 from ormo_rpc.storage.run_directory import RunDirectory
 
@@ -136,7 +136,7 @@ class Watchdog:
             members = list(self.service.memberships.by_worker.values())
         workers = sorted({member.pid for member in members if member.host == socket.gethostname()})[:MEASURED_WORKERS]
         for name, pids in (("server_memory_bytes", [os.getpid()]), ("worker_memory_bytes", workers)):
-            if sizes := [size for size in map(resident_bytes, pids) if size is not None]:
+            if sizes := [size for size in map(proportional_bytes, pids) if size is not None]:
                 self.memory[name] = max(self.memory.get(name, 0), sum(sizes) // len(sizes))
 
     def no_workers_reason(self) -> str:

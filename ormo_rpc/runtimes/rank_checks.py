@@ -1,4 +1,4 @@
-"""The number of workers, the secret and what an elastic worker needs, by the configuration and the environment alone."""
+"""The configuration beside the ranks of a run: the number of workers, the secret, and what an elastic worker needs."""
 
 from __future__ import annotations
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ormo_rpc.runtimes.distributed.launcher import agent
-from ormo_rpc.runtimes.distributed.launcher.agent import Agent
+from ormo_rpc.runtimes.distributed.launcher import torchrun_agent
+from ormo_rpc.runtimes.distributed.launcher.torchrun_agent import Agent
 from tests.support.processes import wait_until
 
-FIND = "from ormo_rpc.runtimes.distributed.launcher.agent import Agent; print(Agent.of_this_rank())"
+FIND = "from ormo_rpc.runtimes.distributed.launcher.torchrun_agent import Agent; print(Agent.of_this_rank())"
 
 
 @pytest.fixture
@@ -59,11 +59,11 @@ def test_a_rank_is_asked_to_end_when_its_agent_has(
     former = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
     try:
         monkeypatch.setattr(Agent, "of_this_rank", classmethod(lambda _: found))
-        monkeypatch.setattr(agent, "POLL_SECONDS", 0.01)
-        agent.end_with_agent()
+        monkeypatch.setattr(torchrun_agent, "POLL_SECONDS", 0.01)
+        torchrun_agent.end_with_agent()
         child.kill()
         wait_until(lambda: received, "SIGTERM")
     finally:
         signal.signal(signal.SIGTERM, former)
-        agent.end_with_agent.cache_clear()
+        torchrun_agent.end_with_agent.cache_clear()
     assert capsys.readouterr().err == f"launch.py: torchrun's agent (pid {child.pid}) has ended, so this rank ends as well\n"
