@@ -157,12 +157,12 @@ def _torchrun(env: Mapping[str, str]) -> Ranks:
 
 def _numbered(env: Mapping[str, str], variables: _Variables) -> Ranks | None:
     names = (variables.rank, variables.size)
-    found = " and ".join(names)
+    both, found = (" and ".join(each) for each in (names, filter(env.__contains__, names)))
     rank, size = _rank_and_size(env, variables, found, f"set both, or unset {found} for a run of this process alone")
     if size == 1:
         return None
-    how = f"{variables.passing} ... does; or unset {found}" if variables.passing else f"set it, or unset {found}"
-    master = _master(env, found, how)
+    how = f"{variables.passing} ... does; or unset {both}" if variables.passing else f"set it, or unset {both}"
+    master = _master(env, both, how)
     return Ranks(
         launcher=variables.launcher,
         variables=names,

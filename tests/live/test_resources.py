@@ -37,7 +37,7 @@ def take_all_memory(limited: Group) -> None:
 
 
 def oom_score(pid: int, launcher: psutil.Process) -> int:
-    """What a process adds to the score of the launcher."""
+    """The points that a process adds to the score of the launcher."""
     own, inherited = (int(Path(f"/proc/{number}/oom_score_adj").read_text()) for number in (pid, launcher.pid))
     return own - inherited
 

@@ -172,7 +172,7 @@ def test_joining_a_server_that_is_not_there_times_out(caplog: pytest.LogCaptureF
 def test_a_server_behind_a_firewall_is_tried_again_and_named(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What came first was dropped; with time for all of it in one attempt, nobody would hear of it."""
+    """The first packets were dropped; with time for all of it in one attempt, nobody would hear of it."""
     monkeypatch.setattr(connecting, "CONNECT_SECONDS", 0.1)
     monkeypatch.setattr(connecting, "TELL_AFTER_SECONDS", 0.3)
     attempts: list[float] = []

@@ -18,7 +18,7 @@ def test_a_malformed_address_is_refused(address: str) -> None:
 
 @pytest.mark.parametrize("address", ["::1:5", "fd00::1:29600"])
 def test_a_host_of_ipv6_without_brackets_is_refused(address: str) -> None:
-    """Where its host ends would be a guess."""
+    """The end of its host would be a guess."""
     with pytest.raises(ConfigError, match=rf"\Aserver\.address: got '{address}', expected \[HOST\]:PORT, .* in brackets\Z"):
         parse_address(address)
 
