@@ -204,6 +204,7 @@ class Job:
         """
         train = self.config.train
         kind = DummyWorker if self.config.worker.dummy else Worker
+        wire_format = self.push_format()  # before the worker takes the model that this may have to build
         return kind(
             self.model(),
             self.data.train,
@@ -213,7 +214,7 @@ class Job:
             momentum=train.momentum,
             weight_decay=train.weight_decay,
             clip_norm=train.clip_norm,
-            wire_format=self.push_format(),
+            wire_format=wire_format,
             allocate=allocate,
         )
 

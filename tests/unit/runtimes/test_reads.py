@@ -136,6 +136,11 @@ def test_models_are_built_for_those_alone_who_change_them(tmp_path: Path) -> Non
     assert len({id(each) for each in built}) == 4
 
 
+def test_a_worker_builds_one_model_of_its_own() -> None:
+    worker = Job(config("pair_of")).worker()
+    assert [worker.model.module] == built
+
+
 def test_the_files_of_a_data_set_are_read_once_in_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ormo_rpc.data import CIFAR10
 
