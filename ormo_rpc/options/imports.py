@@ -17,7 +17,7 @@ DOTTED_PATH = "a dotted path such as my_package.my_module.my_function"
 _SCRIPT = ("__main__", "__mp_main__")
 """The names of the module that Python was started with; in another process they are another module."""
 _MACHINERY = (__file__, importlib.__file__, "<frozen ")
-_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 """Folders whose files are hardly the user's own."""
 
 
@@ -102,7 +102,7 @@ def _fault(error: BaseException) -> str:
     if isinstance(error, SyntaxError) and error.filename is not None:
         return f"{error.filename}:{error.lineno}: {type(error).__name__}: {error.msg}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_MACHINERY)]
-    own = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)]
+    own = [frame for frame in frames if not frame.filename.startswith(LIBRARIES)]
     if frames:
         at = (own or frames)[-1]
         return f"{at.filename}:{at.lineno}: {one_line(error)}"

@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import threading
+import types
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -300,6 +301,12 @@ def test_threads_and_what_forks_would_share_forbid_a_fork(change: Callable[[], A
     assert bool(found) == bool(reason)
 
 
+def import_library(generator: random.Random) -> None:
+    """Import a module, installed beside torch, that has this generator."""
+    sys.modules["library"] = library = types.ModuleType("library")
+    vars(library).update(__file__=torch.__file__, generator=generator)
+
+
 @pytest.mark.parametrize(
     ("make", "kind"),
     [
@@ -310,6 +317,8 @@ def test_threads_and_what_forks_would_share_forbid_a_fork(change: Callable[[], A
         (lambda: np.random.RandomState(0), ""),
         (lambda: np.random.default_rng(np.random.PCG64(np.random.SeedSequence([1, 2]))), ""),
         (lambda: random.SystemRandom(), ""),
+        (multiprocessing.Lock, ""),  # has one for its name
+        (lambda: import_library(random.Random()), ""),
     ],
 )
 def test_a_generator_without_a_seed_is_not_shared(make: Callable[[], object], kind: str) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy.random
 import torch
 
+from ormo_rpc.options.imports import LIBRARIES
 from ormo_rpc.runtimes.distributed.linux import LINUX
 
 _TASKS, _DESCRIPTORS, _MAPPINGS = Path("/proc/self/task"), Path("/proc/self/fd"), Path("/proc/self/maps")
@@ -78,7 +79,7 @@ def refusal_of_generators() -> str:
     """
     for each in gc.get_objects():
         kind: type[Any] = type(each)
-        if kind is random.Random:
+        if kind is random.Random and not _is_of_a_library(each):
             return f"{_GENERATOR}: random.Random"
         if issubclass(kind, (numpy.random.Generator, numpy.random.RandomState)):
             source = each.bit_generator if issubclass(kind, numpy.random.Generator) else each._bit_generator
@@ -86,6 +87,18 @@ def refusal_of_generators() -> str:
             if isinstance(entropy, int) and entropy >> 64:
                 return f"{_GENERATOR}: numpy.random.{kind.__name__}"
     return ""
+
+
+def _is_of_a_library(generator: random.Random) -> bool:
+    """Tell that a module or class of a library has made it for itself, or `tempfile`, which makes another one in a fork."""
+    for owner in gc.get_referrers(generator):
+        if type(owner).__module__ == "tempfile":
+            return True
+        names: dict[str, Any] = owner if isinstance(owner, dict) else {}
+        module = sys.modules.get(str(names.get("__module__", names.get("__name__"))))
+        if str(getattr(module, "__file__", None)).startswith(LIBRARIES):
+            return True
+    return False
 
 
 @dataclass(frozen=True)
