@@ -26,9 +26,17 @@ os._exit(64)
 supervise_server = launcher._supervise_server  # pyright: ignore[reportPrivateUsage] # without the processes of a run
 
 
-def end_between_two_servers(log: Path, *overrides: str) -> list[str]:
-    """Interrupt a run while its server, which was killed, waits for its restart; return what the next one was told."""
-    scripts = ["import os, signal; os.kill(os.getpid(), signal.SIGKILL)", LISTENER]
+DEATH = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+DEATH_WHEN_TOLD = f"""
+import os, sys
+os.read(int(sys.argv[sys.argv.index("--control-fd") + 1]), 1)
+{DEATH}
+"""
+
+
+def end_when(killed: str, log: Path, *overrides: str) -> list[str]:
+    """Interrupt a run whose server is killed; return what the next one was told."""
+    scripts = [DEATH_WHEN_TOLD if killed == "when it is told" else DEATH, LISTENER]
 
     with Supervisor() as supervisor:
         monitor = ProcessMonitor(supervisor, max_restarts=5, backoff_seconds=1000.0, report=lambda _: None)
@@ -37,7 +45,12 @@ def end_between_two_servers(log: Path, *overrides: str) -> list[str]:
             return supervisor.start("server", [sys.executable, "-c", scripts[restart_count]], env=dict(os.environ), log=log)
 
         server = monitor.add("server", start, should_restart=if_killed, essential=True)
-        wait_until(lambda: _reaped(monitor, server), "the end of the first server")
+        child = server.child
+        assert child is not None
+        if killed == "before":
+            wait_until(lambda: _reaped(monitor, server), "the end of the first server")
+        elif killed == "just now":
+            os.waitid(os.P_PID, child.process.pid, os.WEXITED | os.WNOWAIT)
         supervisor.signals.append(signal.SIGTERM)
         failure = supervise_server(monitor, server, compose(["workers=2", *overrides]))
     assert isinstance(failure, RunInterrupted)
@@ -50,8 +63,11 @@ def _reaped(monitor: ProcessMonitor, server: ProcessSlot) -> bool:
     return server.child is None
 
 
+@pytest.mark.parametrize("killed", ["before", "just now", "when it is told"])
 @pytest.mark.parametrize("journal", [True, False])
-def test_a_run_interrupted_between_two_servers_has_what_its_journal_has_in_a_checkpoint(journal: bool, tmp_path: Path) -> None:
-    told = end_between_two_servers(tmp_path / "log", f"checkpoint.journal={str(journal).lower()}")
+def test_a_run_interrupted_between_two_servers_has_what_its_journal_has_in_a_checkpoint(
+    journal: bool, killed: str, tmp_path: Path
+) -> None:
+    told = end_when(killed, tmp_path / "log", f"checkpoint.journal={str(journal).lower()}")
     expected = [{"stop": {"status": "interrupted", "reason": "SIGTERM"}}] if journal else []
     assert [json.loads(line) for line in told] == expected

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 from ormo_rpc import console
@@ -193,12 +194,22 @@ def _supervise_server(monitor: ProcessMonitor, server: ProcessSlot, config: Conf
     if server.given_up:
         return RunFailed(f"{server.exit_reason}; the run has ended")
     number = server.left_on or supervisor.signals[0]  # the server may have got it alone
-    if server.child is None and not server.finished and config.checkpoint.journal:
-        monitor.refill(server)  # between two processes of it: the journal has pushes that are in no checkpoint
-    if server.child is not None:
-        server.child.send(stop={"status": "interrupted", "reason": number.name})
-        _wait_for_exit(supervisor, server, timeout)
+    _stop_server(monitor, server, config, number)
     return RunInterrupted(number)
+
+
+def _stop_server(monitor: ProcessMonitor, server: ProcessSlot, config: Config, number: Signals) -> None:
+    """Let the server write its checkpoint and end; one that was killed before has pushes in its journal that are in none."""
+    for _ in range(2):  # it may be killed meanwhile
+        monitor.poll()
+        if server.child is None and not server.finished and config.checkpoint.journal:
+            monitor.refill(server)
+        if server.child is None:
+            return
+        server.child.send(stop={"status": "interrupted", "reason": number.name})
+        _wait_for_exit(monitor.supervisor, server, config.rpc.stop_timeout_seconds)
+        if server.child.running:
+            return
 
 
 def _supervise_worker(
