@@ -23,8 +23,11 @@ class Gloo(Transport):
     @override
     @classmethod
     def unavailable(cls) -> str:
-        has_gloo = torch.distributed.is_available() and torch.distributed.is_gloo_available()
-        return "" if has_gloo else "torch was built without Gloo"
+        if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+            return "torch was built without Gloo"
+        from ormo_rpc.transports.gloo.pair import DESCRIPTORS
+
+        return "" if DESCRIPTORS.is_dir() else f"there is no {DESCRIPTORS}, in which a pair's connection is found"
 
     @override
     def server_side(self) -> ServerSide:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from tqdm.auto import tqdm as tqdm_auto
 
 from ormo_rpc.runtimes.distributed.linux import LINUX, adopting
-from ormo_rpc.runtimes.distributed.preloading import messages
+from ormo_rpc.runtimes.distributed.preloading import messages, safety
 from ormo_rpc.runtimes.distributed.preloading.client import ForkedProcess, Preloader, PreloaderLost
 from ormo_rpc.runtimes.distributed.preloading.forking import ForkRequest, apart, fork
 from ormo_rpc.runtimes.distributed.preloading.preloading import Preloading
@@ -334,8 +334,25 @@ def test_a_generator_without_a_seed_is_not_shared(make: Callable[[], object], ki
     assert apart(look) == (f"a random generator that may have no seed was made while it was loaded: {kind}" if kind else "")
 
 
+def test_a_system_that_does_not_tell_its_threads_forbids_a_fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safety, "_TASKS", tmp_path / "task")
+    monkeypatch.setattr(safety, "_DESCRIPTORS", tmp_path / "fd")
+    monkeypatch.setattr(safety, "_MAPPINGS", tmp_path / "maps")
+    expected = f"there is no {tmp_path / 'task'}, which tells what runs in a process"
+    assert apart(lambda: Baseline.now().refusal()) == expected
+
+
 def test_a_gpu_in_use_forbids_a_fork() -> None:
     assert apart(lambda: Baseline.now().refusal(gpu_in_use=True)) == "CUDA was initialised while it was loaded"
+
+
+def test_a_preloader_whose_launcher_is_gone_ends_without_a_word() -> None:
+    from ormo_rpc.runtimes.distributed.preloading.process import PreloaderProcess  # its import disables the collector
+
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    with ours:
+        PreloaderProcess(ours, Baseline.now(), "").run()
 
 
 def test_a_message_brings_descriptors(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ COMMAND = Command(name="worker 0", arguments=[], environment={}, output=None, de
     ("status", "cause", "text"),
     [
         (-signal.SIGKILL, "by the kernel for lack of memory", f"it was killed by the kernel for lack of memory; {MEMORY}"),
-        (-signal.SIGKILL, "", "it has ended with status -9"),
+        (-signal.SIGKILL, "", "it was killed by SIGKILL"),
         (1, "by the kernel for lack of memory", "it has ended with status 1"),
     ],
 )

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ormo_rpc.transports.gloo import Gloo, pair
 from ormo_rpc.transports.gloo.addresses import TOKEN_BYTES, Address
 from ormo_rpc.transports.gloo.pair import SERVER, WORKER, Pair, PairLost, make_pair
 from tests.support.processes import PATIENCE_SECONDS, wait_until
@@ -139,6 +140,11 @@ def answered(pair: Pair, message: Tensor) -> Tensor:
     pair.send(message, 0).wait(LONG)
     received.wait(LONG)
     return answer
+
+
+def test_without_a_list_of_its_descriptors_a_process_makes_no_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pair, "DESCRIPTORS", tmp_path / "fd")
+    assert Gloo.unavailable() == f"there is no {tmp_path / 'fd'}, in which a pair's connection is found"
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1"])

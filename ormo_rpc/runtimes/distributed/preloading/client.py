@@ -239,7 +239,9 @@ class Preloader:
         if status is None:
             return ""
         cause = self._oom_kills.cause(1) if status == -signal.SIGKILL else ""
-        return f"it was killed {cause}; {MEMORY}" if cause else f"it has ended with status {status}"
+        if cause:
+            return f"it was killed {cause}; {MEMORY}"
+        return f"it was killed by {signal.Signals(-status).name}" if status < 0 else f"it has ended with status {status}"
 
 
 def module_path() -> list[str]:

@@ -7,6 +7,7 @@ Whatever is asked, this process stays as it is but for the job that it loads: a 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import gc
 import os
@@ -17,7 +18,8 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 gc.disable()  # nothing of what is imported is garbage, and a collection takes its time
-_THREADS_BEFORE = len(os.listdir("/proc/self/task")) if sys.platform.startswith("linux") else 1  # noqa: PTH208 - before any import of ours
+_TASKS = "/proc/self/task"
+_THREADS_BEFORE = len(os.listdir(_TASKS)) if os.path.isdir(_TASKS) else 1  # noqa: PTH112, PTH208 - before any import of ours
 
 import torch  # noqa: E402
 
@@ -51,21 +53,19 @@ class PreloaderProcess:
 
     def run(self) -> None:
         """Serve requests, to the end of the connection."""
-        messages.send(self.sock, {"refusal": self.refusal})
-        while True:
-            try:
+        with contextlib.suppress(EOFError, OSError):  # the launcher has closed it, perhaps in the midst of an answer
+            messages.send(self.sock, {"refusal": self.refusal})
+            while True:
                 request, descriptors = messages.receive(self.sock)
-            except (EOFError, OSError):
-                return
-            try:
-                answer = self._answer(request, descriptors)
-            except Exception as error:  # told to the launcher; this process stays as it was
-                if not limit_reached(error):
-                    traceback.print_exc()
-                answer = {"failed": reason_of_end(error)}
-            finally:
-                messages.close_all(descriptors)
-            messages.send(self.sock, answer)
+                try:
+                    answer = self._answer(request, descriptors)
+                except Exception as error:  # told to the launcher; this process stays as it was
+                    if not limit_reached(error):
+                        traceback.print_exc()
+                    answer = {"failed": reason_of_end(error)}
+                finally:
+                    messages.close_all(descriptors)
+                messages.send(self.sock, answer)
 
     def _answer(self, request: Mapping[str, Any], descriptors: list[int]) -> dict[str, Any]:
         if "config" in request:

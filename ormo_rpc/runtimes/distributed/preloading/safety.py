@@ -33,7 +33,7 @@ _GPU_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 
 def number_of_threads() -> int:
     """Threads of this process, also those that are none of Python's."""
-    return len(list(_TASKS.iterdir())) if LINUX else threading.active_count()
+    return len(list(_TASKS.iterdir())) if _TASKS.is_dir() else threading.active_count()
 
 
 def _more_threads_than(number: int) -> int:
@@ -47,7 +47,7 @@ def _more_threads_than(number: int) -> int:
 def open_descriptors() -> dict[int, str]:
     """The target of each open descriptor."""
     found: dict[int, str] = {}
-    for file in _DESCRIPTORS.iterdir() if LINUX else ():
+    for file in _DESCRIPTORS.iterdir() if _DESCRIPTORS.is_dir() else ():
         try:
             found[int(file.name)] = str(file.readlink())
         except OSError:  # that of the look itself
@@ -58,7 +58,7 @@ def open_descriptors() -> dict[int, str]:
 def shared_memory() -> dict[str, str]:
     """The names of memory, by its addresses, that this process and its forks, but no other process, would write to together."""
     found: dict[str, str] = {}
-    for line in _MAPPINGS.read_text().splitlines() if LINUX else ():
+    for line in _MAPPINGS.read_text().splitlines() if _MAPPINGS.is_file() else ():
         addresses, flags, _, _, _, *name = line.split(maxsplit=5)
         target = "".join(name)
         if (
@@ -128,6 +128,8 @@ class Baseline:
         """
         if not LINUX:
             return f"{sys.platform} is not Linux"
+        if not _TASKS.is_dir():
+            return f"there is no {_TASKS}, which tells what runs in a process"
         _end_monitors_of_tqdm()
         others = [thread.name for thread in threading.enumerate() if thread is not threading.current_thread()]
         if others:
