@@ -148,7 +148,7 @@ def _end(ended: BaseException, began: bool, full_error: bool) -> int:
     if full_error or began or not isinstance(ended, (HydraException, OmegaConfBaseException, ValueError, OSError)):
         raise ended
     if isinstance(ended, OSError) and not isinstance(ended, HydraException):
-        _say(f"the run directory cannot be made: {ended.strerror}: {ended.filename}")
+        _say(f"the run directory cannot be made: {ended.strerror}: {ended.filename or 'the current directory'}")
     else:  # hydra lets some plain ones of its own through
         _say(str(_refused(ended)))
     return 2

@@ -213,6 +213,18 @@ def test_a_folder_that_is_not_there_is_refused_in_one_line(
     assert message in err, err
 
 
+def test_a_current_directory_that_was_deleted_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert launch(monkeypatch, f"hydra.run.dir={tmp_path / 'run'}") == 2
+    expected = "the run directory cannot be made: No such file or directory: the current directory\n"
+    assert capsys.readouterr().err.endswith(expected)
+
+
 def test_from_python_the_home_directory_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     config = dataclasses.replace(compose(SIM), replay=dataclasses.replace(Config().replay, run="~/one"))
