@@ -9,10 +9,12 @@ import socket
 from pathlib import Path
 
 import pytest
+from typing_extensions import override
 
 from ormo_rpc.config.runtimes import RpcRuntime, StartKind
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError, RunFailed
+from ormo_rpc.runtimes.distributed.launcher import starter
 from ormo_rpc.runtimes.distributed.launcher.oom_kills import OomKills
 from ormo_rpc.runtimes.distributed.launcher.starter import Command, Process
 from ormo_rpc.runtimes.distributed.preloading import client, preloading
@@ -27,6 +29,18 @@ class Ended(ForkedProcess):
     def __init__(self, status: int) -> None:
         super().__init__(0)
         self.returncode = status
+
+
+class Large(ForkedProcess):
+    """A process that the kernel takes long to end."""
+
+    @override
+    def poll(self) -> int | None:
+        return None
+
+    @override
+    def kill(self) -> None:
+        pass
 
 
 COMMAND = Command(name="worker 0", arguments=[], environment={}, output=None, descriptors={})
@@ -93,6 +107,13 @@ def test_a_preloader_too_large_to_be_forked_leaves_the_start_to_a_smaller_proces
             else:
                 with pytest.raises(BlockingIOError):
                     starts(COMMAND)
+
+
+def test_a_large_preloader_that_takes_long_to_end_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(starter, "KILLED_SECONDS", 0.01)
+    ours, theirs = socket.socketpair()
+    with ours, theirs, Preloading() as starts:
+        starts._imports = Preloader(Large(0), ours, {})  # pyright: ignore[reportPrivateUsage] # without a process
 
 
 def refusing(environment: dict[str, str]) -> Preloader:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from ormo_rpc.runtimes.distributed.linux import die_with_parent
+
+KILLED_SECONDS = 5.0
+"""A process that was killed has ended by then, unless it is a large one on a busy machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +48,22 @@ class Process(Protocol):
         ...
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end, and return its exit status."""
+        """Wait for its end, and return its exit status.
+
+        Raises:
+            TimeoutError, subprocess.TimeoutExpired: it has not ended in time.
+        """
         ...
 
     def kill(self) -> None:
         """Send it SIGKILL; nothing happens where it has ended."""
         ...
+
+
+def await_killed(process: Process) -> None:
+    """Wait for the end of a process that was killed; one that takes longer than `KILLED_SECONDS` ends by itself."""
+    with contextlib.suppress(TimeoutError, subprocess.TimeoutExpired):
+        process.wait(KILLED_SECONDS)
 
 
 class Starter(Protocol):

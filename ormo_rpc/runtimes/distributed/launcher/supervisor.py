@@ -21,14 +21,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from ormo_rpc.runtimes.distributed.launcher.child import MAX_EXIT_REASON_CHARACTERS
-from ormo_rpc.runtimes.distributed.launcher.starter import Command, Process, Starter, spawn
+from ormo_rpc.runtimes.distributed.launcher.starter import Command, Process, Starter, await_killed, spawn
 from ormo_rpc.runtimes.distributed.linux import Endings
 from ormo_rpc.signals import SignalWatch, blocked
 
 POLL_SECONDS = 0.02
 """The interval at which the supervisor looks at its children, unless one of them ends."""
-KILL_TIMEOUT_SECONDS = 5.0
-"""A child that was killed has ended by then."""
 OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """Errors of opening a log that starting a process would meet as well."""
 
@@ -170,7 +168,7 @@ class Supervisor:
             if child.running:
                 child.process.kill()
         for child in list(self.children):
-            child.process.wait(KILL_TIMEOUT_SECONDS)
+            await_killed(child.process)
             self.reap(child)
         self.watch.__exit__()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ormo_rpc.runtimes.distributed.launcher.oom_kills import OomKills
-from ormo_rpc.runtimes.distributed.launcher.starter import Command, Process, spawn
+from ormo_rpc.runtimes.distributed.launcher.starter import Command, Process, await_killed, spawn
 from ormo_rpc.runtimes.distributed.preloading import messages
 from ormo_rpc.runtimes.distributed.shortages import MEMORY
 from ormo_rpc.signals import blocked
@@ -26,8 +26,6 @@ READY_SECONDS = 120.0
 """A preloader has its imports by then; on a busy machine torch takes a while."""
 FORK_SECONDS = 30.0
 """A preloader has forked by then."""
-END_SECONDS = 5.0
-"""A process that was killed has ended by then."""
 LAST_SECONDS = 1.0
 """A process whose connection has ended is gone by then."""
 _ROOM = 1500
@@ -135,7 +133,7 @@ class Preloader:
     def close(self) -> None:
         """End it."""
         self.kill()
-        self.process.wait(END_SECONDS)
+        await_killed(self.process)
 
     def ready(self, timeout_seconds: float = READY_SECONDS) -> bool:
         """Wait until it has its imports; return False where it takes longer.
