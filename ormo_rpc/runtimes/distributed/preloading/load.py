@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ class Loading:
         torch.set_default_dtype(getattr(torch, request["default_dtype"]))
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         try:
-            with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            with _silence():
                 config = parse_text(request["config"])  # the launcher has shown what the user's modules print at import
             job = prepare.check(config, starts_server=request["starts_server"], apart=self._apart(records))
             assert isinstance(job, Job)
@@ -105,6 +105,20 @@ def _answer(function: Callable[[], None], records: _Records) -> dict[str, Any]:
     except ConfigError as error:
         refused = str(error)
     return {"refused": refused, "log": records.rows, "gpu_is_lost": lost}
+
+
+@contextlib.contextmanager
+def _silence() -> Generator[None]:
+    """Let nothing be seen that is printed; who has kept one of the streams, such as a logger, can go on with it afterwards."""
+    with contextlib.ExitStack() as stack, Path(os.devnull).open("wb") as nowhere:
+        for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+            stream.flush()
+            former = os.dup(number)
+            stack.callback(os.close, former)
+            stack.callback(os.dup2, former, number)
+            stack.callback(stream.flush)
+            os.dup2(nowhere.fileno(), number)
+        yield
 
 
 class _Records(logging.Handler):

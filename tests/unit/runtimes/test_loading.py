@@ -1,0 +1,51 @@
+"""The job of a run, loaded in a preloader's process: here in one that is thrown away."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ormo_rpc.config.parsing import parse_config
+from ormo_rpc.runtimes.distributed.linux import LINUX
+from ormo_rpc.runtimes.distributed.preloading.forking import apart
+from ormo_rpc.runtimes.distributed.preloading.load import Loading
+from tests.support import changing
+
+pytestmark = pytest.mark.skipif(not LINUX, reason="processes are forked on Linux alone")
+PRINTING = """
+import sys
+from tests.support import changing
+OUT = sys.stdout
+print("imported")
+def data():
+    print("made", file=OUT)
+    return changing.data()
+"""
+
+
+def test_a_module_that_keeps_a_standard_stream_at_its_import_can_write_to_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As `logging.basicConfig` does. What it prints at the import is not shown, since the launcher has."""
+    (tmp_path / "printing.py").write_text(PRINTING)
+    values = {**changing.CONFIG, "runtime": "rpc", "dataset": {"_target_": f"{changing.HERE}.data"}}
+    text = parse_config(values).yaml.replace(f"{changing.HERE}.data", "printing.data")
+
+    def load() -> dict[str, Any]:
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+        request = {
+            "config": text,
+            "starts_server": True,
+            "path": [str(tmp_path), *sys.path],
+            "directory": str(tmp_path),
+            "environment": {**os.environ, "OMP_NUM_THREADS": "1"},
+            "default_dtype": "float32",
+        }
+        return Loading(request, lambda: "").run()
+
+    assert "refused" not in apart(load)
+    assert capfd.readouterr().out == "made\n"
