@@ -21,17 +21,18 @@ gc.disable()  # nothing of what is imported is garbage, and a collection takes i
 _TASKS = "/proc/self/task"
 _THREADS_BEFORE = len(os.listdir(_TASKS)) if os.path.isdir(_TASKS) else 1  # noqa: PTH112, PTH208 - before any import of ours
 
-import torch  # noqa: E402
+import torch  # noqa: E402 - after the count
 
-from ormo_rpc import console  # noqa: E402
-from ormo_rpc.runtimes.distributed import entry_point, memory  # noqa: E402
-from ormo_rpc.runtimes.distributed.linux import set_title  # noqa: E402
-from ormo_rpc.runtimes.distributed.preloading import forking, messages  # noqa: E402
-from ormo_rpc.runtimes.distributed.preloading.load import Loading  # noqa: E402
-from ormo_rpc.runtimes.distributed.preloading.safety import Baseline, refusal_of_generators  # noqa: E402
-from ormo_rpc.runtimes.distributed.shortages import limit_reached, reason_of_end  # noqa: E402
-from ormo_rpc.runtimes.job import LoadedJob  # noqa: E402
-from ormo_rpc.signals import withstand  # noqa: E402
+from ormo_rpc import console  # noqa: E402 - after the count
+from ormo_rpc.runtimes.distributed import entry_point, memory  # noqa: E402 - after the count
+from ormo_rpc.runtimes.distributed.linux import set_title  # noqa: E402 - after the count
+from ormo_rpc.runtimes.distributed.preloading import forking, messages  # noqa: E402 - after the count
+from ormo_rpc.runtimes.distributed.preloading.client import PROGRAM  # noqa: E402 - after the count
+from ormo_rpc.runtimes.distributed.preloading.load import Loading  # noqa: E402 - after the count
+from ormo_rpc.runtimes.distributed.preloading.safety import Baseline, refusal_of_generators  # noqa: E402 - after the count
+from ormo_rpc.runtimes.distributed.shortages import limit_reached, reason_of_end  # noqa: E402 - after the count
+from ormo_rpc.runtimes.job import LoadedJob  # noqa: E402 - after the count
+from ormo_rpc.signals import withstand  # noqa: E402 - after the count
 
 
 class PreloaderProcess:
@@ -122,7 +123,7 @@ def main() -> NoReturn:
     parser.add_argument("--socket-fd", type=int, required=True, help="of the connection with the launcher")
     parser.add_argument("--room", help="room for the command lines of forks")
     arguments = parser.parse_args()
-    set_title("ormo preloader", [sys.executable, "-m", "ormo_rpc.runtimes.distributed.preloading.process"])
+    set_title("ormo preloader", [sys.executable, "-P", "-m", PROGRAM])
     memory.raise_oom_score(memory.PRELOADER)
     torch.set_num_threads(1)  # a pool of threads would not survive a fork
     refusal = "threads were started before ours, at the start of Python" if _THREADS_BEFORE > 1 else Baseline.now().refusal()
