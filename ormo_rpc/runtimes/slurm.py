@@ -47,7 +47,7 @@ def step(env: Mapping[str, str]) -> Step | None:
     on a terminal (``srun --pty``).
 
     Raises:
-        ConfigError: the host of rank 0 is not told.
+        ConfigError: the host of rank 0 is not told, or the numbers do not fit.
     """
     number = env.get(STEP, "")
     if not number.isdecimal() or int(number) >= _FIRST_RESERVED_STEP or "SLURM_PTY_PORT" in env:
@@ -56,6 +56,11 @@ def step(env: Mapping[str, str]) -> Step | None:
     tasks, rank = (env.get(name, "") for name in (size, "SLURM_PROCID"))
     if not (tasks.isdecimal() and rank.isdecimal() and int(tasks) > 1):
         return None
+    if int(rank) >= int(tasks):
+        raise ConfigError(
+            f"SLURM_PROCID: got {rank} in the environment of srun, expected a number below {size}={tasks}; for a run of this "
+            f"process alone unset {STEP}"
+        )
     nodes = _number(env, "SLURM_STEP_NUM_NODES", "SLURM_NNODES")
     job = _number(env, "SLURM_JOB_ID")
     port = env.get("MASTER_PORT") or str(_FIRST_PORT + (job + 101 * int(number)) % _PORTS)

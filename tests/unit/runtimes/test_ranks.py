@@ -169,6 +169,7 @@ def test_the_ranks_are_read_from_the_environment(
         ({**HAND, "RANK": "4"}, ("RANK: got 4", "below WORLD_SIZE=4")),
         ({**HAND, "WORLD_SIZE": "many"}, ("WORLD_SIZE: got 'many'",)),
         (without(HAND, "MASTER_ADDR"), ("MASTER_ADDR: got nothing", "RANK and WORLD_SIZE")),
+        ({**TASK, "SLURM_PROCID": "6"}, ("SLURM_PROCID: got 6", "SLURM_STEP_NUM_TASKS=", "unset SLURM_STEP_ID")),
         ({**HAND, "MASTER_PORT": "http"}, ("MASTER_PORT: got 'http'",)),
         ({**HAND, "MASTER_PORT": "65536"}, ("MASTER_PORT: got '65536'", "unset RANK and WORLD_SIZE")),
         ({**HAND, "MASTER_PORT": "0"}, ("MASTER_PORT: got '0'",)),
