@@ -6,8 +6,10 @@ import errno
 import os
 import signal
 import socket
+import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 from typing_extensions import override
 
@@ -17,7 +19,8 @@ from ormo_rpc.errors import ConfigError, RunFailed
 from ormo_rpc.runtimes.distributed.launcher import starter
 from ormo_rpc.runtimes.distributed.launcher.oom_kills import OomKills
 from ormo_rpc.runtimes.distributed.launcher.starter import Command, Process
-from ormo_rpc.runtimes.distributed.preloading import client, preloading
+from ormo_rpc.runtimes.distributed.linux import LINUX
+from ormo_rpc.runtimes.distributed.preloading import client, messages, preloading
 from ormo_rpc.runtimes.distributed.preloading.client import ForkedProcess, Preloader, PreloaderLost
 from ormo_rpc.runtimes.distributed.preloading.preloading import Preloading
 from ormo_rpc.runtimes.distributed.shortages import MEMORY
@@ -71,6 +74,29 @@ def test_a_preloader_that_was_killed_for_memory_is_named(
         with pytest.raises(PreloaderLost) as lost:
             preloader.fork(COMMAND)
     assert str(lost.value) == text
+
+
+@pytest.mark.skipif(not LINUX, reason="processes are adopted on Linux alone")
+def test_orphans_of_others_do_not_become_children_of_a_program_that_trains() -> None:
+    with Preloading():
+        orphan = subprocess.run(["sh", "-c", "sleep 60 >/dev/null & echo $!"], stdout=subprocess.PIPE, check=True)  # noqa: S607 - any shell
+        process = psutil.Process(int(orphan.stdout))
+        try:
+            assert process.ppid() != os.getpid()
+        finally:
+            process.kill()
+
+
+def test_a_fork_stays_where_it_is_if_the_current_directory_was_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        preloader = Preloader(Ended(0), ours, {})
+        preloader.refusal = ""
+        messages.send(theirs, {"pid": 1234})
+        assert preloader.fork(COMMAND).pid == 1234
+        assert messages.receive(theirs)[0]["directory"] == ""
 
 
 def test_a_run_whose_preloader_cannot_be_started_ends_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

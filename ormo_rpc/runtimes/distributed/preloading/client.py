@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from ormo_rpc.runtimes.distributed.launcher.oom_kills import OomKills
 from ormo_rpc.runtimes.distributed.launcher.starter import Command, Process, await_killed, spawn
+from ormo_rpc.runtimes.distributed.linux import adopting
 from ormo_rpc.runtimes.distributed.preloading import messages
 from ormo_rpc.runtimes.distributed.shortages import MEMORY
 from ormo_rpc.signals import blocked
@@ -212,8 +213,9 @@ class Preloader:
             raise
 
     def _fork(self, request: Mapping[str, Any], descriptors: Sequence[int]) -> ForkedProcess:
-        here = {"launcher": os.getpid(), "path": module_path(), "directory": str(Path.cwd())}
-        answer = self.ask({**here, **request}, descriptors, FORK_SECONDS)
+        here = {"launcher": os.getpid(), "path": module_path(), "directory": _directory()}
+        with adopting():  # no longer, as orphans that are not ours would stay zombies of this process
+            answer = self.ask({**here, **request}, descriptors, FORK_SECONDS)
         if "errno" in answer:
             raise OSError(answer["errno"], os.strerror(answer["errno"]))
         if "pid" not in answer:
@@ -240,6 +242,14 @@ class Preloader:
         if cause:
             return f"it was killed {cause}; {MEMORY}"
         return f"it was killed by {signal.Signals(-status).name}" if status < 0 else f"it has ended with status {status}"
+
+
+def _directory() -> str:
+    """The current directory; empty where it has been deleted, so that a fork stays where it is."""
+    try:
+        return str(Path.cwd())
+    except FileNotFoundError:
+        return ""
 
 
 def module_path() -> list[str]:

@@ -44,7 +44,7 @@ class ForkRequest:
         title: Its command line there.
         environment: Its environment.
         path: Its module path.
-        directory: Its current directory.
+        directory: Its current directory; empty for that of the preloader.
         output: Its standard output and error; None for those of the preloader.
     """
 
@@ -89,7 +89,8 @@ class ForkRequest:
         os.environ.clear()
         os.environ.update(self.environment)
         sys.path[:] = self.path
-        os.chdir(self.directory)
+        if self.directory:
+            os.chdir(self.directory)
         set_title(self.name, list(self.title))
         numpy.random.seed()  # random's own was seeded at the fork, by Python
         torch.default_generator.manual_seed(_SEED)

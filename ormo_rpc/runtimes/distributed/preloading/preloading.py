@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Self
 from ormo_rpc.errors import ConfigError, RunFailed
 from ormo_rpc.lazy_import import is_loaded
 from ormo_rpc.runtimes.distributed.launcher.starter import Command, Process, spawn
-from ormo_rpc.runtimes.distributed.linux import adopting
 from ormo_rpc.runtimes.distributed.preloading.client import ENTRY_POINT, Preloader, PreloaderLost, module_path
 from ormo_rpc.runtimes.distributed.shortages import reason_of_start
 from ormo_rpc.signals import exit_statuses
@@ -54,7 +53,6 @@ class Preloading:
 
     def __enter__(self) -> Self:
         self._contexts.enter_context(exit_statuses())
-        self._contexts.enter_context(adopting())
         return self
 
     def __exit__(self, *_: object) -> None:
