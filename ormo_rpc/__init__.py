@@ -53,7 +53,7 @@ _HOMES = {
     "server.parameter_server": ("ParameterServer",),
     "training": ("train",),
 }
-"""The modules of the public names, imported at the first use of one: the command line has yet to make PyTorch lazy."""
+"""The modules of the public names, imported at the first use of either: the command line has yet to make PyTorch lazy."""
 
 
 def __getattr__(name: str) -> Any:
@@ -61,6 +61,8 @@ def __getattr__(name: str) -> Any:
         if name in names:
             globals()[name] = getattr(importlib.import_module(f"ormo_rpc.{module}"), name)
             return globals()[name]
+    if name in {module.partition(".")[0] for module in _HOMES}:
+        return importlib.import_module(f"ormo_rpc.{name}")
     raise AttributeError(f"module 'ormo_rpc' has no attribute {name!r}")
 
 

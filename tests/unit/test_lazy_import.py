@@ -39,6 +39,11 @@ def test_every_part_is_composed_and_checked_without_pytorch() -> None:
     assert printed == "True"
 
 
+def test_public_names_and_their_modules_are_attributes_of_the_package() -> None:
+    uses = "ormo_rpc.errors.ConfigError is ormo_rpc.ConfigError, ormo_rpc.training.train is ormo_rpc.train"
+    assert run(f"import ormo_rpc\nprint({uses}, hasattr(ormo_rpc, 'nothing'))\n") == "True True False"
+
+
 @pytest.mark.parametrize("words", [["train.lr=-1"], ["nonsense=1"], ["algorithm=nonsense"], ["--help"], ["--help-all"]])
 def test_a_command_is_refused_or_explained_without_pytorch(words: list[str]) -> None:
     printed = run(
