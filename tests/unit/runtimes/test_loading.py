@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 
 from ormo_rpc.config.parsing import parse_config
 from ormo_rpc.runtimes.distributed.linux import LINUX
+from ormo_rpc.runtimes.distributed.preloading import process
 from ormo_rpc.runtimes.distributed.preloading.forking import apart
 from ormo_rpc.runtimes.distributed.preloading.load import Loading
 from tests.support import changing
@@ -49,3 +52,10 @@ def test_a_module_that_keeps_a_standard_stream_at_its_import_can_write_to_it(
 
     assert "refused" not in apart(load)
     assert capfd.readouterr().out == "made\n"
+
+
+def test_the_program_of_a_preloader_can_be_imported_without_effect() -> None:
+    """As multiprocessing does for a process that it spawns from a fork, for a data loader, say."""
+    gc.enable()
+    importlib.reload(process)
+    assert gc.isenabled()

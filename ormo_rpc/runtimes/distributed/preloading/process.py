@@ -17,7 +17,8 @@ import traceback
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-gc.disable()  # nothing of what is imported is garbage, and a collection takes its time
+if __name__ == "__main__":  # not where a user's multiprocessing imports the main module of a fork again
+    gc.disable()  # nothing of what is imported is garbage, and a collection takes its time
 _TASKS = "/proc/self/task"
 _THREADS_BEFORE = len(os.listdir(_TASKS)) if os.path.isdir(_TASKS) else 1  # noqa: PTH112, PTH208 - before any import of ours
 
