@@ -233,7 +233,8 @@ def test_a_process_apart_gives_its_result_and_changes_nothing_here() -> None:
 
 
 @pytest.mark.parametrize(
-    ("end", "how"), [(lambda: os.kill(os.getpid(), signal.SIGKILL), "was killed by SIGKILL"), (lambda: 1 / 0, "exited with 1")]
+    ("end", "how"),
+    [(lambda: os.kill(os.getpid(), signal.SIGKILL), "was killed by SIGKILL"), (lambda: 1 / 0, "exited with status 1")],
 )
 def test_the_death_of_a_process_apart_is_told(end: Callable[[], Any], how: str) -> None:
     with pytest.raises(ChildProcessError, match=how):

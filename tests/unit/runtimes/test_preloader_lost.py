@@ -54,7 +54,7 @@ COMMAND = Command(name="worker 0", arguments=[], environment={}, output=None, de
     [
         (-signal.SIGKILL, "by the kernel for lack of memory", f"it was killed by the kernel for lack of memory; {MEMORY}"),
         (-signal.SIGKILL, "", "it was killed by SIGKILL"),
-        (1, "by the kernel for lack of memory", "it has ended with status 1"),
+        (1, "by the kernel for lack of memory", "it exited with status 1"),
     ],
 )
 @pytest.mark.parametrize("closed", ["before", "meanwhile"])

@@ -85,6 +85,7 @@ def test_messages_arrive_in_order_and_the_exit_code_comes_back(tmp_path: Path) -
             r"was killed by SIGKILL \(see {log}\)",
         ),
         ("import os; os.kill(os.getpid(), 14)", False, r"was killed by SIGALRM"),
+        ("import os; os.kill(os.getpid(), 40)", False, r"was killed by signal 40"),  # of real time
         (
             "import os, sys; os.write(1, b'\\xff bad bytes'); sys.exit(6)",
             True,

@@ -6,6 +6,7 @@ import contextlib
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from signal import Signals
 from typing import Protocol
 
 from ormo_rpc.runtimes.distributed.linux import die_with_parent
@@ -58,6 +59,14 @@ class Process(Protocol):
     def kill(self) -> None:
         """Send it SIGKILL; nothing happens where it has ended."""
         ...
+
+
+def outcome(exit_status: int) -> str:
+    """Describe how a process has ended: "was killed by SIGKILL", or "exited with status 1"."""
+    if exit_status >= 0:
+        return f"exited with status {exit_status}"
+    known = -exit_status in [*Signals]  # those of real time have numbers alone
+    return f"was killed by {Signals(-exit_status).name if known else f'signal {-exit_status}'}"
 
 
 def await_killed(process: Process) -> None:

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ormo_rpc.runtimes.distributed.launcher.child import MAX_EXIT_REASON_CHARACTERS
-from ormo_rpc.runtimes.distributed.launcher.starter import Command, Process, Starter, await_killed, spawn
+from ormo_rpc.runtimes.distributed.launcher.starter import Command, Process, Starter, await_killed, outcome, spawn
 from ormo_rpc.runtimes.distributed.linux import Endings
 from ormo_rpc.signals import SignalWatch, blocked
 
@@ -127,12 +127,12 @@ class ChildProcess:
         """Describe how it ended, and why."""
         code = self.exit_code
         assert code is not None, "it has ended"
-        outcome = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+        words = outcome(code)
         if self._silent_seconds:
-            outcome = f"was killed after {self._silent_seconds:g} s without a heartbeat (stopped, or hung)"
+            words = f"was killed after {self._silent_seconds:g} s without a heartbeat (stopped, or hung)"
         reason = self._reported_reason()
         cause = f", {self.oom_cause}" if self.oom_cause else ""
-        return f"{outcome}{cause}{f': {reason}' if reason else ''}"
+        return f"{words}{cause}{f': {reason}' if reason else ''}"
 
     def _reported_reason(self) -> str:
         """The exit reason that it has sent; without one, the last line of its log if it ended by an error of its own."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ormo_rpc.runtimes.distributed.launcher.oom_kills import OomKills
-from ormo_rpc.runtimes.distributed.launcher.starter import Command, Process, await_killed, spawn
+from ormo_rpc.runtimes.distributed.launcher.starter import Command, Process, await_killed, outcome, spawn
 from ormo_rpc.runtimes.distributed.linux import adopting
 from ormo_rpc.runtimes.distributed.preloading import messages
 from ormo_rpc.runtimes.distributed.shortages import MEMORY
@@ -241,7 +241,7 @@ class Preloader:
         cause = self._oom_kills.cause(1) if status == -signal.SIGKILL else ""
         if cause:
             return f"it was killed {cause}; {MEMORY}"
-        return f"it was killed by {signal.Signals(-status).name}" if status < 0 else f"it has ended with status {status}"
+        return f"it {outcome(status)}"
 
 
 def _directory() -> str:

@@ -13,7 +13,6 @@ import errno
 import gc
 import json
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
@@ -24,6 +23,7 @@ from typing import Any, NoReturn
 import numpy.random
 import torch
 
+from ormo_rpc.runtimes.distributed.launcher.starter import outcome
 from ormo_rpc.runtimes.distributed.launcher.supervisor import pipe
 from ormo_rpc.runtimes.distributed.linux import die_with_parent, set_title
 from ormo_rpc.runtimes.distributed.preloading.safety import open_descriptors
@@ -148,7 +148,7 @@ def apart(function: Callable[[], Any]) -> Any:
             answer = file.read()
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if status != 0:
-        raise ChildProcessError(f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with {status}")
+        raise ChildProcessError(outcome(status))
     return json.loads(answer)
 
 
