@@ -258,9 +258,10 @@ def _say(message: str) -> None:
 def _result(summary: dict[str, Any], run_dir: Path) -> str:
     accuracy, validation, loss = summary["test_accuracy"], summary["val_accuracy"], summary["train_loss"]
     early = f"{summary['reason']}\n" if summary["status"] == "completed" and summary["reason"] else ""
+    workers = f"{summary['num_workers']} worker{'' if summary['num_workers'] == 1 else 's'}"
     identical = f"identical to {summary['replayed']}: every event, and each bit of the final parameters\n"
     return (
-        f"{summary['status']}: {summary['algorithm']} ({summary['scheduler']}), {summary['num_workers']} workers, "
+        f"{summary['status']}: {summary['algorithm']} ({summary['scheduler']}), {workers}, "
         f"{summary['dataset']}, {summary['model']}: {summary['iterations']} iterations in {_duration(summary)}, "
         f"mean delay {summary['delay_mean']:.1f}, training loss {'-' if loss is None else f'{loss:.4f}'}, "
         f"test accuracy {'-' if accuracy is None else f'{accuracy:.2%}'}"

@@ -198,6 +198,8 @@ def test_the_rate_is_over_the_time_of_training_and_the_rest_is_not_left_out(
     assert (summary["training_seconds"], summary["updates_per_second"]) == (pytest.approx(1.0), pytest.approx(40.0))
     assert [row["seconds"] for row in read_metrics(tmp_path / "run")][-1] == 1.0
     line = _result(summary, tmp_path)
+    assert ", 4 workers, " in line
+    assert ", 1 worker, " in _result(summary | {"num_workers": 1}, tmp_path)
     assert f"40 iterations in 1.0 virtual seconds ({summary['wall_seconds']:.1f} s of real time)" in line
 
 
