@@ -6,15 +6,20 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
 from ormo_rpc.cli import compose
 from ormo_rpc.errors import RunInterrupted
+from ormo_rpc.runtimes.distributed.launcher import processes
 from ormo_rpc.runtimes.distributed.launcher import run as launcher
+from ormo_rpc.runtimes.distributed.launcher.child import EXIT_DONE
 from ormo_rpc.runtimes.distributed.launcher.process_monitor import ProcessMonitor, ProcessSlot, if_killed
 from ormo_rpc.runtimes.distributed.launcher.supervisor import ChildProcess, Supervisor
+from ormo_rpc.runtimes.distributed.preloading.preloading import Preloading
 from tests.support.processes import wait_until
 
 LISTENER = """
@@ -71,3 +76,20 @@ def test_a_run_interrupted_between_two_servers_has_what_its_journal_has_in_a_che
     told = end_when(killed, tmp_path / "log", f"checkpoint.journal={str(journal).lower()}")
     expected = [{"stop": {"status": "interrupted", "reason": "SIGTERM"}}] if journal else []
     assert [json.loads(line) for line in told] == expected
+
+
+def test_an_elastic_worker_says_that_its_run_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def of_worker(supervisor: Supervisor, *_: object, **__: object) -> MagicMock:
+        words = [sys.executable, "-c", f"import os; os._exit({EXIT_DONE})"]
+        start: Callable[[int], ChildProcess] = lambda _: supervisor.start(  # noqa: E731 - one line
+            "worker", words, env=dict(os.environ), log=tmp_path / "log"
+        )
+        return MagicMock(**{"worker.return_value": start})
+
+    monkeypatch.setattr(launcher, "reach", lambda *_: True)
+    monkeypatch.setattr(processes, "Launcher", of_worker)
+    monkeypatch.setenv("ORMO_RPC_SECRET", "0" * 64)
+    launcher.join(compose(["role=worker", "server.address=127.0.0.1:7"]), MagicMock(spec=Preloading))
+    assert capsys.readouterr().err == "launch.py: the run at 127.0.0.1:7 has ended\n"

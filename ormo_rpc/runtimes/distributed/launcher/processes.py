@@ -210,7 +210,7 @@ def elastic_worker_process(
         report(f"a worker on {socket.gethostname()}, for {server_over(config.server.address)}")
     slot = monitor.add("worker", launcher.worker(None, *server_args, *own_args), should_restart=if_killed, essential=True)
     yield slot
-    if elsewhere and slot.done and slot.left_on is None and not monitor.supervisor.signals:
+    if slot.done and slot.left_on is None and not monitor.supervisor.signals:
         report(f"the run at {config.server.address} has ended")
 
 
