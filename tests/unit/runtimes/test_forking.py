@@ -289,8 +289,8 @@ def pool_of_openmp() -> None:
         (lambda: show_progress(tqdm_auto), ""),
         (multiprocessing.Lock, ""),
         (start_thread, "a thread was started while it was loaded: of the user"),
-        (lambda: _thread.start_new_thread(sleep_for_good, ()), "threads were started while it was loaded: 1 "),
-        (pool_of_openmp, "threads were started while it was loaded: 1 "),
+        (lambda: _thread.start_new_thread(sleep_for_good, ()), "threads were started while it was loaded: 1, by a library"),
+        (pool_of_openmp, "threads were started while it was loaded: 1, by a library"),
         (lambda: Path(__file__).open(), f"a file was left open while it was loaded: {__file__}"),  # noqa: SIM115 - left open
         (socket.socket, "a file was left open while it was loaded: socket:"),
         (lambda: mmap.mmap(-1, 4096), "memory that processes share was made while it was loaded: /dev/zero (deleted)"),

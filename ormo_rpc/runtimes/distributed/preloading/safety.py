@@ -135,7 +135,7 @@ class Baseline:
         if others:
             return f"a thread was started while it was loaded: {', '.join(others)}"
         if more := _more_threads_than(self.threads):
-            return f"threads were started while it was loaded: {more} that are none of Python's"
+            return f"threads were started while it was loaded: {more}, by a library such as OpenMP"
         if torch.cuda.is_initialized() or gpu_in_use:
             return "CUDA was initialised while it was loaded"
         opened = [target for number, target in open_descriptors().items() if self.descriptors.get(number) != target]
