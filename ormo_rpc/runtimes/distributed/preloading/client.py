@@ -25,7 +25,7 @@ ENTRY_POINT = "ormo_rpc.runtimes.distributed.entry_point"
 """The module of a child."""
 READY_SECONDS = 120.0
 """A preloader has its imports by then; on a busy machine torch takes a while."""
-FORK_SECONDS = 30.0
+FORK_SECONDS = 5.0
 """A preloader has forked by then."""
 LAST_SECONDS = 1.0
 """A process whose connection has ended is gone by then."""
