@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -93,3 +94,19 @@ def test_an_elastic_worker_says_that_its_run_has_ended(
     monkeypatch.setenv("ORMO_RPC_SECRET", "0" * 64)
     launcher.join(compose(["role=worker", "server.address=127.0.0.1:7"]), MagicMock(spec=Preloading))
     assert capsys.readouterr().err == "launch.py: the run at 127.0.0.1:7 has ended\n"
+
+
+def test_a_run_that_is_over_does_not_wait_for_a_worker_that_has_not_joined(tmp_path: Path) -> None:
+    """A replacement that comes too late looks for a server as long as it may."""
+    began = time.monotonic()
+    with Supervisor() as supervisor:
+        monitor = ProcessMonitor(supervisor, max_restarts=5, backoff_seconds=1.0, report=lambda _: None)
+
+        def start(name: str, script: str) -> ProcessSlot:
+            command = [sys.executable, "-S", "-c", script]
+            return monitor.add(name, lambda _: supervisor.start(name, command, env=dict(os.environ), log=tmp_path / name))
+
+        server = start("server", "import os; os._exit(64)")
+        start("worker 0", "import time; time.sleep(60)")
+        assert supervise_server(monitor, server, compose(["workers=1", "runtime.stop_timeout_seconds=50"])) is None
+    assert time.monotonic() - began < 40

@@ -188,8 +188,8 @@ def _supervise_server(monitor: ProcessMonitor, server: ProcessSlot, config: Conf
 
     supervisor.wait(finished)
     if server.done and server.left_on is None:
-        # The run is over; a worker that still computes a ticket that is not needed any more is killed.
-        supervisor.wait(lambda: all(slot.child is None or not slot.child.running for slot in workers), timeout)
+        # The run is over: a worker that computes a ticket that nobody needs has this time, one that has yet to join has none.
+        supervisor.wait(lambda: not any(slot.child and slot.child.joined and slot.child.running for slot in workers), timeout)
         return None
     if server.given_up:
         return RunFailed(f"{server.exit_reason}; the run has ended")
