@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Generator
 from pathlib import Path
 
@@ -23,6 +24,9 @@ settings.register_profile("search", parent=settings.get_profile("repeatable"), d
 settings.load_profile("repeatable")
 
 torch.set_num_threads(1)
+for _number in (signal.SIGINT, signal.SIGHUP):  # whoever started the tests may ignore them (nohup), and so would all of ours
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _number is signal.SIGINT else signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

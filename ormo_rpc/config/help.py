@@ -102,8 +102,8 @@ _MORE = [
 ]
 _FOOTER = """\
 A run directory, outputs/DATE/TIME, has config.yaml, metrics.jsonl, trace.jsonl, summary.json, checkpoints/.
-Exit status: 0 completed, 1 failed (of a sweep: any job), 2 refused, 3 diverged, 130 or 143 interrupted
-by Ctrl-C or SIGTERM (a checkpoint is left; resume with checkpoint.resume=RUN_DIRECTORY).
+Exit status: 0 completed, 1 failed (of a sweep: any job), 2 refused, 3 diverged, 130, 143 or 129 interrupted
+by Ctrl-C, SIGTERM or SIGHUP (a checkpoint is left; resume with checkpoint.resume=RUN_DIRECTORY).
 More in README.md and docs/: algorithms.md, your_code.md (what a model, data set or script may do),
 extending.md (your own parts), sweeps.md (parallel, Optuna, wandb), nodes.md (several machines),
 environments.md (Slurm, systemd, containers), comparing.md (the report), guarantees.md, glossary.md (words)."""

@@ -48,8 +48,8 @@ def check_lineage(run_dir: Path, total: int) -> None:
 def test_nodes_train_together_over_the_wanted_interface_alone(
     rendezvous: str, host: int, ranks: list[int], interface: int, port: int | None, nodes: Nodes, tmp_path: Path
 ) -> None:
-    total, workers = 400, sum(ranks) - 1
-    options = (f"train.max_iterations={total}", *([] if port is None else [f"server.address=:{port}"]))
+    total, workers = 3000, sum(ranks) - 1
+    options = (f"train.max_iterations={total}", "train.epochs=1000", *([] if port is None else [f"server.address=:{port}"]))
     used = nodes.nodes[: len(ranks)]
     nodes.set_port_range(*PORTS)
     if port is not None:

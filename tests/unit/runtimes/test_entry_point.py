@@ -155,6 +155,7 @@ def run_worker(
     monkeypatch.setattr(entry_point, "Reporter", lambda *_: reporter)  # pyright: ignore[reportUnknownArgumentType,reportUnknownLambdaType] # in place of it
     monkeypatch.setattr(entry_point, "_run_worker", work)
     monkeypatch.setattr(entry_point, "_log_to", lambda *_, **__: None)  # pyright: ignore[reportUnknownArgumentType,reportUnknownLambdaType] # in place of it
+    monkeypatch.setattr(entry_point.memory, "raise_oom_score", lambda _: None)  # pyright: ignore[reportUnknownArgumentType,reportUnknownLambdaType] # this process would keep it
     monkeypatch.setattr(os, "_exit", leave)
     control_fd, report_fd = os.pipe()
     try:

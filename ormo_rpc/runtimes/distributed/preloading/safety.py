@@ -92,9 +92,9 @@ def refusal_of_generators() -> str:
 def _is_of_a_library(generator: random.Random) -> bool:
     """Tell that a module or class of a library has made it for itself, or `tempfile`, which makes another one in a fork."""
     for owner in gc.get_referrers(generator):
-        if type(owner).__module__ == "tempfile":
-            return True
         names: dict[str, Any] = owner if isinstance(owner, dict) else {}
+        if type(owner).__module__ == "tempfile" or "_rng_pid" in names:  # its object, or the attributes of that
+            return True
         module = sys.modules.get(str(names.get("__module__", names.get("__name__"))))
         if str(getattr(module, "__file__", None)).startswith(LIBRARIES):
             return True
