@@ -77,7 +77,9 @@ def refusal_of_generators() -> str:
     All forks would draw the same from it, and so would a replacement again. Those of Python do not tell whether they were
     seeded; those of numpy have a number of 128 bits from the system where they were not.
     """
-    for each in gc.get_objects():
+    made = gc.get_objects()
+    gc.unfreeze()  # for those that a frozen object has
+    for each in made:
         kind: type[Any] = type(each)
         if kind is random.Random and not _is_of_a_library(each):
             return f"{_GENERATOR}: random.Random"
