@@ -27,13 +27,3 @@ def test_a_server_and_two_workers_in_one_process_reach_the_target(
     assert distances[-1] < 0.001
     # 60 gradients; worker 0 makes three in the time in which worker 1 makes one.
     assert last == "completed: worker 0 computed 45 gradients, worker 1 15"
-
-
-@pytest.mark.slow
-def test_an_algorithm_from_outside_trains_beside_ormo(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rows = [line.partition(": test accuracy ") for line in output_of("own_algorithm.py", monkeypatch, capsys)]
-    assert [name for name, _, _ in rows] == ["DampedMomentum", "ormo"]
-    # Ten epochs of digits in the simulator, the same everywhere but for rounding; chance is 10%.
-    assert all(float(rest.partition("%")[0]) > 90 for _, _, rest in rows)
