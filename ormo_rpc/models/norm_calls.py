@@ -50,8 +50,17 @@ class NormCalls:
             if called is norm:
                 self._after(failed=output is None)
 
-        norm.register_forward_pre_hook(before)
-        norm.register_forward_hook(after, prepend=True, always_call=True)  # so that hooks of the user's see its own statistics
+        self._hooks = [
+            norm.register_forward_pre_hook(before),
+            norm.register_forward_hook(
+                after, prepend=True, always_call=True
+            ),  # so that hooks of the user's see its own statistics
+        ]
+
+    def close(self) -> None:
+        """Take the hooks from the norm."""
+        for hook in self._hooks:
+            hook.remove()
 
     def begin(self) -> None:
         """Forget all calls, since the norm's buffers were loaded."""

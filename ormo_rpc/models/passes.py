@@ -65,10 +65,11 @@ class Passes:
     """Watches the passes of a module, ticket by ticket.
 
     Args:
-        model: The model, for these passes alone; it is put into training mode.
+        model: The model, for these passes alone.
+        own_modes: Put it into training mode, and undo switches of modes before each ticket; otherwise they are left alone.
     """
 
-    def __init__(self, model: FlatModel) -> None:
+    def __init__(self, model: FlatModel, *, own_modes: bool = True) -> None:
         self.model = model
         self._expected = model.buffers.initial.clone()
         expected = model.buffers.layout.views(self._expected)
@@ -88,8 +89,10 @@ class Passes:
         self._handed = model.buffers.initial.clone()
         self._values = model.buffers.layout.views(self._handed)
         self._before = model.buffers.layout.bytes_of(self._handed)
-        model.module.train()
-        self._modes = [(module, module.training) for module in model.module.modules()]
+        self._modes: list[tuple[torch.nn.Module, bool]] = []
+        if own_modes:
+            model.module.train()
+            self._modes = [(module, module.training) for module in model.module.modules()]
 
     def begin(self, handed: torch.Tensor) -> None:
         """Load the buffers that a reply hands out, as bytes, or the initial ones where it has none; undo switches of modes.
@@ -124,9 +127,18 @@ class Passes:
         Raises:
             ModelRefused: it has; the message has the name and what to do.
         """
-        for each in self._guarded:
-            if each.has_changed(values=self._compares_values):
-                raise changed(each.name, each.tensor, each.trained)
+        found = self.change()
+        if found is not None:
+            raise changed(found.name, found.tensor, found.trained)
+
+    def change(self) -> Guarded | None:
+        """Return the first tensor that was changed since `begin_pass` and must not be."""
+        return next((each for each in self._guarded if each.has_changed(values=self._compares_values)), None)
+
+    def close(self) -> None:
+        """Leave the module as it was, without hooks; nothing is watched any more."""
+        for norm in self._norms:
+            norm.close()
 
     @property
     def _compares_values(self) -> bool:

@@ -6,27 +6,23 @@ It keeps no state between tickets, but for the compression state of a lossy wire
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from ormo_rpc.algorithms.base import Algorithm, LocalWork
-from ormo_rpc.compression import Allocate, Encoder, PushFormat
+from ormo_rpc.compression import Allocate, PushFormat
 from ormo_rpc.data import Epochs, Split
 from ormo_rpc.messages import Push, Reply, no_buffers
 from ormo_rpc.models.flat import FlatModel
-from ormo_rpc.models.passes import Passes
 from ormo_rpc.seeding import generator, seeded
+from ormo_rpc.worker.base import BaseWorker
 from ormo_rpc.worker.objective import count, mean_loss
 
 
-class Worker:
+class Worker(BaseWorker):
     """Computes the push of a ticket; batches, augmentation and dropout are functions of (seed, ticket) alone.
 
-    The push and, behind it, the buffers that its passes have changed lie in one flat tensor, `payload`, which the next call
-    writes over: of the model's dtype where the wire format is exact, else the bytes of the wire form. `wire` is the same memory
-    as bytes.
+    `BaseWorker` has what it shares with loops of the user's own, `payload` among it.
 
     Args:
         model: The model, for this worker alone.
@@ -55,26 +51,15 @@ class Worker:
         wire_format: PushFormat | None = None,
         allocate: Allocate | None = None,
     ) -> None:
-        self.model = model
+        super().__init__(
+            model, algorithm, weight_decay=weight_decay, clip_norm=clip_norm, wire_format=wire_format, allocate=allocate
+        )
         self.data = data
         self.epochs = epochs
-        self.algorithm = algorithm
         self.seed = seed
         self.momentum = momentum
-        self.weight_decay = weight_decay
-        self.clip_norm = clip_norm
-        exact = PushFormat(
-            params=model.params, buffers=model.buffers.layout, dtype=model.dtype, vectors=algorithm.VECTORS_PUSHED
-        )
-        self._encoder = Encoder(wire_format or exact, allocate)
-        self.wire, self.payload = self._encoder.wire, self._encoder.payload
-        self.push = self._encoder.push
-        self._passes = Passes(model)
-        self._grad_bound = 0
         self._loaded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         """Batches made ahead by `load`, by their numbers in the run."""
-        self._sent = torch.empty(0, dtype=model.dtype)
-        """The sent parameters, where they had to be cast to the model's dtype."""
 
     def compute(self, reply: Reply) -> Push:
         """Compute the push for a reply, as the server will decode it; `payload` is its wire form.
@@ -104,16 +89,8 @@ class Worker:
             gradient=gradient,
         )
         self.algorithm.local(work, self.push)
-        return Push(
-            worker=reply.worker,
-            ticket=reply.ticket,
-            stamp=reply.stamp,
-            grad=self._encoder.encode(reply.worker),
-            loss=sum(losses) / len(losses) if losses else None,
-            samples=sum(len(indices) for _, indices in batches),
-            buffers=self._encoder.buffers.write(self._passes.collect()),
-            incarnation=reply.incarnation,
-        )
+        loss = sum(losses) / len(losses) if losses else None
+        return self._made(reply, loss=loss, samples=sum(len(indices) for _, indices in batches))
 
     def load(self, reply: Reply) -> None:
         """Make the batches of a ticket now, for `compute`, where they depend on nothing but their numbers.
@@ -123,26 +100,6 @@ class Worker:
         if reply.ticket is not None and self.data.PURE:
             batches = self.epochs.batches(reply.ticket, reply.steps)
             self._loaded = {number: self.data.batch(indices, self._augmentation(number)) for number, indices in batches}
-
-    def forget(self, worker: int | None = None) -> None:
-        """Reset the compression state of a worker, or of all workers, as when it joins again."""
-        self._encoder.reset(worker)
-
-    def state_dict(self) -> dict[int, dict[str, Any]]:
-        """Return the compression state of each worker, copied; empty where nothing is compressed or fed back."""
-        return self._encoder.state_dict()
-
-    def load_state_dict(self, state: Mapping[int, Mapping[str, Any]]) -> None:
-        """Restore what `state_dict` returned."""
-        self._encoder.load_state_dict(state)
-
-    def _cast(self, sent: torch.Tensor) -> torch.Tensor:
-        """Cast the sent parameters to the model's dtype."""
-        if sent.dtype == self.model.dtype:
-            return sent
-        if self._sent.shape != sent.shape:
-            self._sent = torch.empty_like(sent, dtype=self.model.dtype)
-        return self._sent.copy_(sent)
 
     def warm_up(self) -> None:
         """Compute a gradient and drop it, since a first pass is many times slower and would be measured as a delay."""
@@ -156,30 +113,14 @@ class Worker:
 
         ``number`` is that of the batch in the run, and seeds its random draws.
         """
-        self.model.bind(params)
-        if into.data_ptr() != self._grad_bound:
-            self.model.bind_grad(into)
-            self._grad_bound = into.data_ptr()
-        into.zero_()
-        self._passes.begin_pass()
+        self._begin_gradient(params, into)
         with seeded(self.seed, "forward", number):
             inputs, targets = self._loaded.pop(number, None) or self.data.batch(indices, self._augmentation(number))
             loss = mean_loss(self.model.module(inputs), targets)
             loss.backward()
-        self.model.collect_grad()
-        self._passes.end_pass()
-        self._regularise(into, params)
+        self._end_gradient(params, into)
         value = loss.item()
         return None if math.isnan(value) and count(targets) == 0 else value
 
     def _augmentation(self, number: int) -> torch.Generator:
         return generator(self.seed, "augment", number)
-
-    def _regularise(self, grad: torch.Tensor, params: torch.Tensor) -> None:
-        """Clip, then decay: torch's order."""
-        if self.clip_norm is not None:
-            norm = grad.norm().item()
-            if norm > self.clip_norm:
-                grad.mul_(self.clip_norm / norm)
-        if self.weight_decay:
-            grad.add_(params, alpha=self.weight_decay)

@@ -1,0 +1,123 @@
+"""The part of a worker that does not compute: from a reply into the model, and from gradients to a push.
+
+It is the same for `Worker`, which computes gradients of a data set, and for a loop of the user's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ormo_rpc.algorithms.base import Algorithm
+from ormo_rpc.compression import Allocate, Encoder, PushFormat
+from ormo_rpc.messages import Push, Reply
+from ormo_rpc.models.flat import FlatModel
+from ormo_rpc.models.passes import Passes
+
+
+class BaseWorker:
+    """Puts parameters and buffers into a model, and makes pushes of its gradients.
+
+    The push and, behind it, the buffers that its passes have changed lie in one flat tensor, `payload`, which the next push
+    writes over: of the model's dtype where the wire format is exact, else the bytes of the wire form. `wire` is the same memory
+    as bytes.
+
+    Args:
+        model: The model, for this worker alone.
+        algorithm: The server's algorithm.
+        weight_decay: ``lambda``; a gradient gets ``+ lambda w`` at the parameters where it is taken, after clipping.
+        clip_norm: The global norm to which the gradient of the loss is clipped first; None for no clipping.
+        wire_format: The wire form of pushes; exact by default.
+        allocate: Allocates the memory of `payload`, given its number of bytes.
+        passes: Watches the passes of the model.
+    """
+
+    def __init__(
+        self,
+        model: FlatModel,
+        algorithm: Algorithm,
+        *,
+        weight_decay: float = 0.0,
+        clip_norm: float | None = None,
+        wire_format: PushFormat | None = None,
+        allocate: Allocate | None = None,
+        passes: Passes | None = None,
+    ) -> None:
+        self.model = model
+        self.algorithm = algorithm
+        self.weight_decay = weight_decay
+        self.clip_norm = clip_norm
+        exact = PushFormat(
+            params=model.params, buffers=model.buffers.layout, dtype=model.dtype, vectors=algorithm.VECTORS_PUSHED
+        )
+        self._encoder = Encoder(wire_format or exact, allocate)
+        self.wire, self.payload = self._encoder.wire, self._encoder.payload
+        self.push = self._encoder.push
+        self._passes = passes or Passes(model)
+        self._grad_bound = 0
+        self._sent = torch.empty(0, dtype=model.dtype)
+        """The sent parameters, where they had to be cast to the model's dtype."""
+
+    def forget(self, worker: int | None = None) -> None:
+        """Reset the compression state of a worker, or of all workers, as when it joins again."""
+        self._encoder.reset(worker)
+
+    def state_dict(self) -> dict[int, dict[str, Any]]:
+        """Return the compression state of each worker, copied; empty where nothing is compressed or fed back."""
+        return self._encoder.state_dict()
+
+    def load_state_dict(self, state: Mapping[int, Mapping[str, Any]]) -> None:
+        """Restore what `state_dict` returned."""
+        self._encoder.load_state_dict(state)
+
+    def _begin_gradient(self, params: torch.Tensor, into: torch.Tensor) -> None:
+        """Put parameters, shape (D,), into the model, and have its gradients added up in ``into``, from zero."""
+        self.model.bind(params)
+        if into.data_ptr() != self._grad_bound:
+            self.model.bind_grad(into)
+            self._grad_bound = into.data_ptr()
+        into.zero_()
+        self._passes.begin_pass()
+
+    def _end_gradient(self, params: torch.Tensor, into: torch.Tensor) -> None:
+        """Complete the gradient in ``into``: what lies elsewhere is brought back, then it is clipped and decayed.
+
+        Raises:
+            ModelRefused: the passes have changed what they must not change.
+        """
+        self.model.collect_grad()
+        self._passes.end_pass()
+        self._regularise(into, params)
+
+    def _made(self, reply: Reply, *, loss: float | None, samples: int) -> Push:
+        """Encode the content of `push`, and the buffers that the passes have changed, as the answer to a reply."""
+        assert reply.ticket is not None, "a reply without a ticket ends the worker"
+        return Push(
+            worker=reply.worker,
+            ticket=reply.ticket,
+            stamp=reply.stamp,
+            grad=self._encoder.encode(reply.worker),
+            loss=loss,
+            samples=samples,
+            buffers=self._encoder.buffers.write(self._passes.collect()),
+            incarnation=reply.incarnation,
+        )
+
+    def _cast(self, sent: torch.Tensor) -> torch.Tensor:
+        """Cast the sent parameters to the model's dtype."""
+        if sent.dtype == self.model.dtype:
+            return sent
+        if self._sent.shape != sent.shape:
+            self._sent = torch.empty_like(sent, dtype=self.model.dtype)
+        return self._sent.copy_(sent)
+
+    def _regularise(self, grad: torch.Tensor, params: torch.Tensor) -> None:
+        """Clip, then decay: torch's order."""
+        if self.clip_norm is not None:
+            norm = grad.norm().item()
+            if norm > self.clip_norm:
+                grad.mul_(self.clip_norm / norm)
+        if self.weight_decay:
+            grad.add_(params, alpha=self.weight_decay)
