@@ -63,6 +63,8 @@ class Push:
         samples: The number of samples in the batch.
         buffers: What its passes have to report of the model's buffers by name (`Rule`); those that they left as they were are
             not in it.
+        metrics: What its process reports of the batch by name: a number, or the sum and the count of a mean. Only runs whose
+            wire form has room for them (`PushFormat`) have any.
         incarnation: That of the reply.
     """
 
@@ -73,6 +75,7 @@ class Push:
     loss: float | None = None
     samples: int = 1
     buffers: Mapping[str, torch.Tensor] = field(default_factory=dict[str, "torch.Tensor"])
+    metrics: Mapping[str, float | tuple[float, float]] = field(default_factory=dict[str, "float | tuple[float, float]"])
     incarnation: int = 0
 
 
@@ -113,5 +116,5 @@ _NUMBERS: Mapping[Any, tuple[type[int | float], bool]] = {
 
 
 def number_fields(message: type[Push] | type[Reply]) -> tuple[NumberField, ...]:
-    """The numbers of a class of messages, in the order of its fields; the other fields are tensors."""
+    """The numbers of a class of messages, in the order of its fields; the other fields are tensors and, of a push, metrics."""
     return tuple(NumberField(each.name, *_NUMBERS[each.type]) for each in fields(message) if each.type in _NUMBERS)

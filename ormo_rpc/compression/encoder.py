@@ -43,6 +43,7 @@ class Encoder:
         payload: The same, as it is sent: values of the model's dtype where the format is exact, else bytes.
         push: Buffer for the push to encode, shape (length,); the same memory where the format is exact.
         buffers: The buffers of the model among the bytes, which the next push writes over as well.
+        metrics: The metrics among the bytes, likewise; what was written stays until it is written over.
     """
 
     def __init__(self, format: PushFormat, allocate: Allocate | None = None) -> None:  # noqa: A002 - the word for it
@@ -51,6 +52,7 @@ class Encoder:
         assert self.wire.dtype == torch.uint8, "the memory of a wire form is bytes"
         assert self.wire.shape == (format.size,), "as many as were asked for"
         self.buffers = format.wire_buffers(self.wire)
+        self.metrics = format.wire_metrics(self.wire)
         self.push = format.whole(self.wire) if format.exact else torch.zeros(format.length, dtype=format.dtype)
         self.payload = self.wire.view(format.dtype) if format.exact else self.wire
         # A push is decoded here as on the server where it is compressed, or where errors are fed back.

@@ -10,6 +10,7 @@ from ormo_rpc.compression.base import Compressed, Compression, Compressor
 from ormo_rpc.compression.none import NoCompression
 from ormo_rpc.compression.rounding import round_into
 from ormo_rpc.compression.wire_buffers import WireBuffers
+from ormo_rpc.compression.wire_metrics import ROOM, WireMetrics
 from ormo_rpc.compression.wire_options import WireDtype
 from ormo_rpc.errors import PushRefused
 from ormo_rpc.models.flat import Layout
@@ -47,10 +48,11 @@ def pushed_dtype(compression: Compression, wire: WireDtype) -> torch.dtype | Non
 
 
 class PushFormat:
-    """The wire form of a push: for each vector the values that stand for it and their indices, then buffers (`WireBuffers`).
+    """The wire form of a push: for each vector the values that stand for it and their indices, then buffers, then metrics.
 
-    Every part begins at a multiple of its values' size, little-endian as the machines are, and the whole has always the same
-    number of bytes. Both sides build it of the same configuration and model. It has no state and may be used by any thread.
+    Buffers are those of the model (`WireBuffers`); only a form with room for metrics has any (`WireMetrics`). Each part begins
+    at a multiple of its values' size, little-endian as the machines are, and the whole has always the same number of bytes.
+    Both sides build it of the same configuration and model. It has no state and may be used by any thread.
 
     Args:
         params: Names and shapes of the parameters.
@@ -60,6 +62,7 @@ class PushFormat:
         compression: The choice of values that travel; all by default.
         wire: What they are rounded to.
         seed: The seed of the run, for the random draws of a compressor.
+        metrics: There is room for metrics (`Push.metrics`).
 
     Attributes:
         size: Bytes of the wire form.
@@ -68,6 +71,7 @@ class PushFormat:
         exact: Whether they are not rounded either, so that the wire form is the push itself.
         pushed_dtype: Of the push once it is unpacked; see the function of that name.
         buffer_region: The place of the buffers (`WireBuffers`).
+        metrics: There is room for metrics.
 
     Raises:
         ValueError: the compression does not support this number of parameters.
@@ -83,6 +87,7 @@ class PushFormat:
         compression: Compression | None = None,
         wire: WireDtype = WireDtype.float32,
         seed: int = 0,
+        metrics: bool = False,
     ) -> None:
         self.compression = compression or NoCompression()
         self.compressor: Compressor = self.compression.build(params)
@@ -92,6 +97,7 @@ class PushFormat:
         self.dimension = params.size
         self.length = vectors * params.size
         self.seed = seed
+        self.metrics = metrics
         value_dtype = wire.rounded or dtype
         self.plain = isinstance(self.compression, NoCompression)
         self.exact = self.plain and value_dtype == dtype
@@ -102,6 +108,7 @@ class PushFormat:
             for _ in range(vectors)
         ]
         self.buffer_region = self._region(WireBuffers.size(buffers), torch.uint8, ALIGNMENT)
+        self._metrics_region = self._region(ROOM if metrics else 0, torch.uint8, ALIGNMENT)
         self.size = self._end
 
     def _region(self, count: int, dtype: torch.dtype, alignment: int | None = None) -> Region:
@@ -122,6 +129,10 @@ class PushFormat:
     def wire_buffers(self, wire: torch.Tensor) -> WireBuffers:
         """The buffers among the bytes of a push."""
         return WireBuffers(self.buffers, self.buffer_region.of(wire))
+
+    def wire_metrics(self, wire: torch.Tensor) -> WireMetrics:
+        """The metrics among the bytes of a push; there are none where there is no room."""
+        return WireMetrics(self._metrics_region.of(wire))
 
     def write(self, number: int, compressed: Compressed, wire: torch.Tensor) -> None:
         """Put what stands for vector ``number`` at its place among the bytes."""

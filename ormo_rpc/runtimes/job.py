@@ -277,8 +277,10 @@ def time_generator(config: Config, worker: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed_for(config.seed, "time", worker))
 
 
-def configured_format(config: Config, params: Layout, buffers: BufferLayout, dtype: torch.dtype) -> PushFormat:
-    """Make the wire form of pushes of a configuration."""
+def configured_format(
+    config: Config, params: Layout, buffers: BufferLayout, dtype: torch.dtype, *, metrics: bool = False
+) -> PushFormat:
+    """Make the wire form of pushes of a configuration, with or without room for metrics."""
     return PushFormat(
         params=params,
         buffers=buffers,
@@ -287,6 +289,7 @@ def configured_format(config: Config, params: Layout, buffers: BufferLayout, dty
         compression=config.compression,
         wire=config.wire.dtype,
         seed=config.seed,
+        metrics=metrics,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from ormo_rpc.algorithms.base import PushContext
 from ormo_rpc.messages import Push
 from ormo_rpc.server.assignments import Assignment
+from ormo_rpc.server.push_metrics import as_json
 from ormo_rpc.server.validation import ValidatedPush
 
 
@@ -81,6 +82,7 @@ class EventLog:
             samples=push.samples,
             grad_sum=validated.grad_sum.hex(),
             **({} if validated.clipped_norm is None else {"clipped_norm": validated.clipped_norm.hex()}),
+            **({"metrics": as_json(push.metrics)} if push.metrics else {}),
         )
 
     def discarded(self, assignment: Assignment, iteration: int, grad_sum: float, reason: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from ormo_rpc.errors import GradientTooLarge, NonFiniteGradient, PushRefused
 from ormo_rpc.messages import Push
 from ormo_rpc.server.buffers import Rule, RuleKind, RunningBuffers
+from ormo_rpc.server.push_metrics import check_push_metrics
 
 LARGEST = 2**53
 """The largest whole number that JSON, a float64 and the counters of the server all hold exactly."""
@@ -157,6 +158,8 @@ def _check_fields(push: Push) -> None:
         check_whole(push.loss, "push: loss")
     if not isinstance(push.buffers, Mapping) or not all(type(name) is str for name in push.buffers):  # pyright: ignore[reportUnnecessaryIsInstance] # it came from elsewhere
         raise PushRefused(f"push: buffers: got a {type(push.buffers).__name__}, expected tensors by name")
+    if type(push.metrics) is not dict or push.metrics:
+        check_push_metrics(push.metrics, "push: metrics")
 
 
 def _check_like(

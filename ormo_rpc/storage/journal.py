@@ -169,7 +169,8 @@ class FileJournal(Journal):
             return
         tensors = [push.grad, *push.buffers.values()]
         layout = [(str(tensor.dtype).removeprefix("torch."), list(tensor.shape)) for tensor in tensors]
-        self._append({"do": "push", **numbers, "buffers": list(push.buffers), "layout": layout}, tensors)
+        call = {"do": "push", **numbers, "buffers": list(push.buffers), "layout": layout}
+        self._append({**call, "metrics": push.metrics} if push.metrics else call, tensors)
 
     @override
     def sync(self) -> None:
@@ -261,7 +262,11 @@ def _apply(server: ParameterServer, call: Mapping[str, Any], payload: memoryview
         else:
             grad, *buffers = _tensors(call["layout"], payload)
             named = dict(zip(call["buffers"], buffers, strict=True))
-            server.receive(Push(**numbers, grad=grad, buffers=named))
+            server.receive(Push(**numbers, grad=grad, buffers=named, metrics=_metrics(call.get("metrics", {}))))
+
+
+def _metrics(content: Mapping[str, Any]) -> dict[str, float | tuple[float, float]]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
 
 
 def _records(file: Path) -> Generator[tuple[dict[str, Any], memoryview]]:

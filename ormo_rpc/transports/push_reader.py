@@ -29,6 +29,7 @@ class PushReader:
         self._pushed = form.buffer_region.of(payload)
         self._buffers = torch.empty_like(self._pushed) if shared and self._pushed.numel() else self._pushed
         self._views = (form.whole(payload), WireBuffers(form.buffers, self._buffers)) if form.plain else None
+        self._metrics = form.wire_metrics(payload) if form.metrics else None
 
     def read(self, numbers: Mapping[str, Any]) -> Push:
         """The push; its tensors hold until the next one arrives.
@@ -42,4 +43,6 @@ class PushReader:
             grad, buffers = self._form.unpack(self._payload, self._decoded)
         else:
             grad, buffers = self._views[0], self._views[1].read()
-        return Push(**numbers, grad=grad, buffers=buffers)
+        if self._metrics is None:
+            return Push(**numbers, grad=grad, buffers=buffers)
+        return Push(**numbers, grad=grad, buffers=buffers, metrics=self._metrics.read())

@@ -60,7 +60,8 @@ def _unpacked(service: Service, header: bytes, payload: torch.Tensor) -> Push:
     if type(header) is not bytes or len(header) != PUSH.size:
         raise PushRefused(f"push: header: expected {PUSH.size} bytes; worker and server must have the same version")
     grad, buffers = service.push_format.unpack(payload)
-    return Push(**PUSH.unpack(header), grad=grad, buffers=buffers)
+    metrics = service.push_format.wire_metrics(payload).read()
+    return Push(**PUSH.unpack(header), grad=grad, buffers=buffers, metrics=metrics)
 
 
 def _packed(response: ServerResponse) -> Response:

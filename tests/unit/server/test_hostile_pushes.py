@@ -75,6 +75,14 @@ NO_BUFFERS: list[Bad] = [
     ({"buffers": {"mean": torch.ones(2).double().to_sparse()}}, PushRefused),
     ({"buffers": {"mean": torch.tensor([1, math.nan]).double()}}, NonFiniteGradient),
 ]
+NO_METRICS: list[Bad] = [
+    *(({"metrics": metrics}, PushRefused) for metrics in (None, 1, "tokens", [], (), [("tokens", 1.0)], {1: 1.0})),
+    *(
+        ({"metrics": {"tokens": value}}, PushRefused)
+        for value in (None, True, 1, "1", [1.0, 2.0], (1.0,), (1.0, 2.0, 3.0), (1.0, 2), (1.0, -1.0), {}, torch.tensor(1.0))
+    ),
+    *(({"metrics": {name: 1.0}}, PushRefused) for name in ("", "loss", "a b", "a\n", "x" * 61, "x" * 100_000)),
+]
 NO_LOSSES: list[Bad] = [
     *(({"loss": loss}, PushRefused) for loss in NO_NUMBERS if loss is not None and type(loss) is not float),
     *(({"loss": loss}, NonFiniteGradient) for loss in (math.nan, math.inf, -math.inf)),
@@ -135,7 +143,23 @@ class Attack:
         worker = pick(sorted(self.held))
         good = self.good(worker)
         other = pick([number for number in self.held if number != worker])
-        kind = pick(("number", "gradient", "gradient", "buffers", "loss", "place", "place", "norm", "join", "leave", "push"))
+        kind = pick(
+            (
+                "number",
+                "gradient",
+                "gradient",
+                "buffers",
+                "loss",
+                "loss",
+                "metrics",
+                "place",
+                "place",
+                "norm",
+                "join",
+                "leave",
+                "push",
+            )
+        )
         if kind in ("join", "leave"):
             numbers = [value for value in NO_NUMBERS if not (kind == "leave" and value is None)]
             number = pick([*numbers, -1, *(sorted(self.held) if kind == "join" else (4, 5, 2**53))])
@@ -158,6 +182,7 @@ class Attack:
                 "gradient": self.gradients,
                 "buffers": NO_BUFFERS,
                 "loss": NO_LOSSES,
+                "metrics": NO_METRICS,
                 "place": places,
                 "norm": [
                     ({"grad": torch.full((self.size,), value, dtype=torch.float64)}, GradientTooLarge)
@@ -215,6 +240,17 @@ ANYTHING = st.recursive(
 )
 
 
+def is_metric(name: object, value: object) -> bool:
+    pair = type(value) is tuple and [type(each) for each in value] == [float, float] and not value[1] < 0
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and name not in ("", "loss")
+        and " " not in name
+        and (pair or type(value) is float)
+    )
+
+
 @pytest.mark.slow
 @examples(60)
 @given(st.sampled_from([field.name for field in fields(Push)]), ANYTHING)
@@ -234,6 +270,7 @@ def test_any_value_in_a_field_is_accepted_or_refused_as_documented(name: str, va
         or (type(value) is float and math.isfinite(value))
         or (type(value) is int and abs(value) <= 2**53),
         "buffers": value == {},
+        "metrics": type(value) is dict and all(is_metric(*item) for item in value.items()),
         "grad": False,
     }[name]
     try:

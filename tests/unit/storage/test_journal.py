@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import threading
 from pathlib import Path
@@ -71,6 +72,7 @@ def push(reply: Reply, length: int, *, finite: bool = True) -> Push:
         loss=0.1 * reply.ticket,
         samples=3,
         buffers=reported(reply.ticket),
+        metrics={"tokens": float(reply.ticket), "hits": (0.1, 3.0), "norm": math.inf} if reply.ticket % 3 else {},
         incarnation=reply.incarnation,
     )
 

@@ -117,6 +117,7 @@ FORMS: Mapping[str, Callable[[], PushFormat]] = {
     "one parameter and no buffers": lambda: PushFormat(
         params=layout({"only": ()}), buffers=buffer_layout({}), dtype=torch.float32
     ),
+    "metrics": lambda: PushFormat(params=layout({"only": (3,)}), buffers=buffer_layout({}), dtype=torch.float32, metrics=True),
 }
 
 
@@ -129,11 +130,13 @@ def test_every_wire_form_crosses(form: str) -> None:
             encoder = Encoder(made, lambda _: payload)
             encoder.push.copy_(gradient)
             encoder.encode(0)
+            metrics = encoder.metrics.write({"tokens": number, "hits": (0.1, 3)} if made.metrics else {})
             there.service.replies = [reply(ticket=number)]
             assert client.push(push(payload)).ticket == number
             expected, buffers = made.unpack(payload.clone())
             assert torch.equal(there.service.pushes[-1].grad, expected)
             assert there.service.pushes[-1].buffers.keys() == buffers.keys()
+            assert there.service.pushes[-1].metrics == metrics
 
 
 def test_parameters_of_any_dtype_cross_and_buffers_only_when_they_change() -> None:
