@@ -38,11 +38,21 @@ def blocked() -> Generator[None]:
 
     So those that come while it imports and loads are not lost, and do not kill it.
     """
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, (*ENDING, signal.SIGUSR1))
+    former = block()
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+        restore(former)
+
+
+def block() -> set[Any]:
+    """Block the signals in this thread, for `restore`; return those that were blocked before."""
+    return signal.pthread_sigmask(signal.SIG_BLOCK, (*ENDING, signal.SIGUSR1))
+
+
+def restore(former: set[Any]) -> None:
+    """Block these signals alone, as before a `block`."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 def follow(on_end: Callable[[Signals], None], on_checkpoint: Callable[[], None] = lambda: None) -> None:

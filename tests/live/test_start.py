@@ -11,7 +11,7 @@ import pytest
 
 from ormo_rpc.config.parsing import parse_config
 from ormo_rpc.runtimes.distributed.linux import LINUX
-from ormo_rpc.runtimes.distributed.preloading.client import ENTRY_POINT, PROGRAM
+from ormo_rpc.runtimes.distributed.preloading.client import JOBS
 from ormo_rpc.runtimes.distributed.preloading.preloading import Preloading
 from tests.support import large_data
 from tests.support.processes import QUIET, descendants, events, launch, launched, processes, summary, wait_until
@@ -45,10 +45,10 @@ def test_the_death_of_the_preloaders_harms_nobody_and_nothing_outlives_the_launc
         found = processes(tmp_path)
         assert found["start"] == "fork"
         children = {child.pid: " ".join(child.cmdline()) for child in psutil.Process(launcher.pid).children()}
-        preloaders = [pid for pid, words in children.items() if PROGRAM in words]
+        preloaders = [pid for pid, words in children.items() if JOBS.preloader in words]
         assert len(preloaders) == 2
         for pid in (found["server"], *found["workers"].values()):  # named as if they had been spawned
-            assert ENTRY_POINT in children[pid]
+            assert JOBS.child in children[pid]
         for pid in preloaders:
             os.kill(pid, signal.SIGKILL)
         count = len(events(tmp_path, "apply"))

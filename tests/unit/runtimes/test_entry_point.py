@@ -8,7 +8,6 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -16,13 +15,12 @@ import torch
 
 from ormo_rpc.errors import ConfigError, Interrupted, Refused, ServerLost, WireError, WorkerBanned
 from ormo_rpc.runtimes.distributed import entry_point
+from ormo_rpc.runtimes.distributed.asking import ServerControl, WorkerControl
 from ormo_rpc.runtimes.distributed.launcher.child import EXIT_DONE, EXIT_NO_RESTART, EXIT_SERVER_LOST
 from ormo_rpc.runtimes.distributed.launcher.supervisor import Supervisor
 from ormo_rpc.runtimes.distributed.server_process import server_process
 from ormo_rpc.runtimes.job import Job, LoadedJob
 from tests.support.processes import PATIENCE_SECONDS
-
-parse = entry_point._parse  # pyright: ignore[reportPrivateUsage] # without a process
 
 
 class Server:
@@ -73,12 +71,15 @@ def test_a_server_handles_the_messages_that_came_before_it_was_ready(monkeypatch
     monkeypatch.setattr(entry_point, "obey_supervisor", obey_supervisor)
     monkeypatch.setattr(server_process, "serve", serve)
     monkeypatch.setenv("ORMO_RPC_SECRET", "0123456789abcdef" * 4)
+    monkeypatch.setattr(entry_point, "Reporter", lambda *_: Reporter())  # pyright: ignore[reportUnknownArgumentType,reportUnknownLambdaType] # in place of it
+    quiet(monkeypatch)
     supervisor_end, child_end = socket.socketpair()
-    with supervisor_end:
+    reader, writer = os.pipe()
+    with supervisor_end, os.fdopen(reader), os.fdopen(writer):
         command = ["server", "--run-dir", str(tmp_path), "--began", "0", "--listener-fd", str(child_end.detach())]
-        arguments = parse([*command, "--control-fd", "0", "--report-fd", "1"])
+        child = entry_point.Child([*command, "--control-fd", str(reader), "--report-fd", str(writer)])
         with pytest.raises(Interrupted) as ended:
-            arguments.run(arguments, SimpleNamespace(report=lambda _: None))
+            child.serve(server_process.serve)
     assert ended.value.number == signal.SIGTERM
     early = [{"checkpoint": True}, {"all_workers_ended": "all have left"}]
     assert server.messages == [*early, {"stop": {"status": "interrupted", "reason": "SIGTERM"}}]
@@ -89,14 +90,14 @@ def test_a_server_that_loads_ends_at_once_unless_it_has_something_to_save(
     incarnation: int, ends: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "_exit", leave)
-    server, control = Server(), entry_point._ServerControl(incarnation)  # pyright: ignore[reportPrivateUsage] # without a process
+    server, control = Server(), ServerControl(incarnation)
     if ends:
         with pytest.raises(SystemExit) as ended:
             control.stop(signal.SIGHUP)
         assert ended.value.code == 128 + signal.SIGHUP
     else:
         control.stop(signal.SIGHUP)
-        control.connect(server)  # pyright: ignore[reportArgumentType] # in place of one
+        control.connect(server)
         assert server.messages == [{"stop": {"status": "interrupted", "reason": "SIGHUP"}}]
 
 
@@ -106,7 +107,7 @@ def test_a_worker_that_has_not_begun_leaves_at_once(
 ) -> None:
     monkeypatch.setattr(os, "_exit", leave)
     with pytest.raises(SystemExit) as ended:
-        entry_point._WorkerControl().leave(number)  # pyright: ignore[reportPrivateUsage] # without a process
+        WorkerControl().leave(number)
     assert ended.value.code == status
 
 
@@ -147,15 +148,23 @@ def test_a_process_that_was_forked_with_its_job_keeps_the_dtype_that_this_has_se
     assert found == [dtype]
 
 
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a child change nothing about this process."""
+    monkeypatch.setattr(entry_point.console, "install", lambda: None)
+    monkeypatch.setattr(entry_point, "_log_to", lambda *_, **__: None)  # pyright: ignore[reportUnknownArgumentType,reportUnknownLambdaType] # in place of it
+    monkeypatch.setattr(entry_point.memory, "raise_oom_score", lambda _: None)  # pyright: ignore[reportUnknownArgumentType,reportUnknownLambdaType] # this process would keep it
+
+
 def run_worker(
     work: Callable[..., None], monkeypatch: pytest.MonkeyPatch, loaded: LoadedJob | None = None
 ) -> tuple[object, list[str]]:
     """Run the entry point of a worker that does this work; return its exit status and the reasons that it reported."""
     reporter = Reporter()
     monkeypatch.setattr(entry_point, "Reporter", lambda *_: reporter)  # pyright: ignore[reportUnknownArgumentType,reportUnknownLambdaType] # in place of it
-    monkeypatch.setattr(entry_point, "_run_worker", work)
-    monkeypatch.setattr(entry_point, "_log_to", lambda *_, **__: None)  # pyright: ignore[reportUnknownArgumentType,reportUnknownLambdaType] # in place of it
-    monkeypatch.setattr(entry_point.memory, "raise_oom_score", lambda _: None)  # pyright: ignore[reportUnknownArgumentType,reportUnknownLambdaType] # this process would keep it
+    monkeypatch.setattr(entry_point.Child, "working", work)
+    monkeypatch.setattr(entry_point, "follow", lambda *_: None)  # pyright: ignore[reportUnknownArgumentType,reportUnknownLambdaType] # this process would keep the handlers
+    monkeypatch.setattr(entry_point, "obey_supervisor", lambda *_: None)  # pyright: ignore[reportUnknownArgumentType,reportUnknownLambdaType] # this process would end
+    quiet(monkeypatch)
     monkeypatch.setattr(os, "_exit", leave)
     control_fd, report_fd = os.pipe()
     try:

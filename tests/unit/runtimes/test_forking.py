@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,7 +25,8 @@ import torch
 from ormo_rpc.runtimes.distributed.linux import LINUX, adopting
 from ormo_rpc.runtimes.distributed.preloading import messages
 from ormo_rpc.runtimes.distributed.preloading.client import ForkedProcess, Preloader, PreloaderLost
-from ormo_rpc.runtimes.distributed.preloading.forking import ForkRequest, apart, fork
+from ormo_rpc.runtimes.distributed.preloading.forking import ForkRequest, apart
+from ormo_rpc.runtimes.distributed.preloading.forking import fork as fork_once
 from ormo_rpc.runtimes.distributed.preloading.preloading import Preloading
 from ormo_rpc.runtimes.distributed.preloading.safety import Baseline
 from tests.support.processes import PATIENCE_SECONDS
@@ -55,6 +56,17 @@ def request(**changes: Any) -> ForkRequest:
         "output": None,
     }
     return ForkRequest(**{**values, **changes})
+
+
+def fork(wanted: ForkRequest, keep: Collection[int], run: Callable[[], NoReturn]) -> int:
+    """Fork a process that runs a function."""
+    number = fork_once(wanted, keep)
+    if number == 0:
+        try:
+            run()
+        finally:
+            os._exit(1)
+    return number
 
 
 def told(what: Callable[[], Any], **changes: Any) -> tuple[Any, ForkedProcess]:
@@ -120,6 +132,14 @@ def test_a_fork_draws_numbers_of_its_own_and_those_of_torch_as_a_new_process_doe
     fresh = torch.Generator()  # seeded as torch seeds a new process
     assert one[2:] == other[2:] == [torch.rand(3, generator=fresh).tolist(), fresh.initial_seed()]
     assert len({one[0], other[0], here[0]}) == len({one[1], other[1], here[1]}) == 3
+
+
+def test_a_fork_that_keeps_the_random_states_draws_what_its_preloader_would_draw_next() -> None:
+    def draw() -> list[float]:
+        return [random.random(), float(np.random.random()), float(torch.rand(()))]
+
+    one, other = told(draw, keeps_random=True)[0], told(draw, keeps_random=True)[0]
+    assert one == other == draw()
 
 
 def test_what_loading_a_job_changes_about_its_process_is_there_in_a_fork(
@@ -236,12 +256,12 @@ def test_the_death_of_a_process_apart_is_told(end: Callable[[], Any], how: str) 
 
 
 def test_a_preloader_whose_launcher_is_gone_ends_without_a_word() -> None:
-    from ormo_rpc.runtimes.distributed.preloading.process import PreloaderProcess  # its import disables the collector
+    from ormo_rpc.runtimes.distributed.preloading.process import Jobs, PreloaderProcess  # its import disables the collector
 
     ours, theirs = socket.socketpair()
     theirs.close()
     with ours:
-        PreloaderProcess(ours, Baseline.now(), "").run()
+        assert PreloaderProcess(ours, Baseline.now(), "", Jobs()).serve() is None
 
 
 def test_a_message_brings_descriptors(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from ormo_rpc.runtimes.distributed.launcher.oom_kills import OomKills
 from ormo_rpc.runtimes.distributed.launcher.starter import Command, Process
 from ormo_rpc.runtimes.distributed.linux import LINUX
 from ormo_rpc.runtimes.distributed.preloading import client, messages, preloading
-from ormo_rpc.runtimes.distributed.preloading.client import ForkedProcess, Preloader, PreloaderLost
+from ormo_rpc.runtimes.distributed.preloading.client import ForkedProcess, Preloader, PreloaderLost, Programs
 from ormo_rpc.runtimes.distributed.preloading.preloading import Preloading
 from ormo_rpc.runtimes.distributed.shortages import MEMORY
 
@@ -142,11 +142,11 @@ def test_a_large_preloader_that_takes_long_to_end_is_no_error(monkeypatch: pytes
         starts._imports = Preloader(Large(0), ours, {})  # pyright: ignore[reportPrivateUsage] # without a process
 
 
-def refusing(environment: dict[str, str]) -> Preloader:
+def refusing(environment: dict[str, str], programs: Programs) -> Preloader:
     """A preloader that is ready, and must not be forked."""
     ours, theirs = socket.socketpair()
     theirs.close()
-    preloader = Preloader(Ended(0), ours, environment)
+    preloader = Preloader(Ended(0), ours, environment, programs)
     preloader.refusal = "threads were started before ours"
     return preloader
 

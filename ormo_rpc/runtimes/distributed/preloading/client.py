@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,10 +20,6 @@ from ormo_rpc.runtimes.distributed.preloading import messages
 from ormo_rpc.runtimes.distributed.shortages import MEMORY
 from ormo_rpc.signals import blocked
 
-PROGRAM = "ormo_rpc.runtimes.distributed.preloading.process"
-"""The module of a preloader."""
-ENTRY_POINT = "ormo_rpc.runtimes.distributed.entry_point"
-"""The module of a child."""
 READY_SECONDS = 120.0
 """A preloader has its imports by then; on a busy machine torch takes a while."""
 FORK_SECONDS = 5.0
@@ -31,6 +28,25 @@ LAST_SECONDS = 1.0
 """A process whose connection has ended is gone by then."""
 _ROOM = 1500
 """Bytes for the command lines of forks, as `linux.set_title` shows them."""
+
+
+@dataclass(frozen=True)
+class Programs:
+    """The modules that the processes of a kind of run are started with.
+
+    Attributes:
+        preloader: Of a preloader.
+        child: Of a child.
+        words: In front of the arguments of a child, however it is started.
+    """
+
+    preloader: str
+    child: str
+    words: tuple[str, ...] = ()
+
+
+JOBS = Programs("ormo_rpc.runtimes.distributed.preloading.process", "ormo_rpc.runtimes.distributed.entry_point")
+"""Of runs whose data and model are parts of the configuration."""
 
 
 class PreloaderLost(Exception):
@@ -87,24 +103,28 @@ class Preloader:
         process: Its process.
         sock: The connection with it.
         environment: Its environment.
+        programs: Of its kind of run.
 
     Attributes:
         refusal: The reason why it must not be forked, empty where it may be; None before it has its imports.
     """
 
-    def __init__(self, process: Process, sock: socket.socket, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, process: Process, sock: socket.socket, environment: Mapping[str, str], programs: Programs = JOBS
+    ) -> None:
         self.process = process
         self.environment = environment
+        self.programs = programs
         self.refusal: str | None = None
         self._sock = sock
         self._oom_kills = OomKills()
 
     @classmethod
-    def spawned(cls, environment: Mapping[str, str]) -> Self:
+    def spawned(cls, environment: Mapping[str, str], programs: Programs = JOBS) -> Self:
         """Start one, without waiting for its imports."""
         ours, theirs = socket.socketpair()
         # -P: the working directory, which may hold anything, is on the module path only where it is on ours.
-        program = (sys.executable, "-P", "-m", PROGRAM, "--room", "." * _ROOM)
+        program = (sys.executable, "-P", "-m", programs.preloader, "--room", "." * _ROOM)
         with theirs:
             command = Command(
                 name="preloader",
@@ -115,7 +135,7 @@ class Preloader:
             )
             try:
                 with blocked():  # until it withstands them
-                    return cls(spawn(command), ours, environment)
+                    return cls(spawn(command), ours, environment, programs)
             except BaseException:
                 ours.close()
                 raise
@@ -173,7 +193,7 @@ class Preloader:
             raise PreloaderLost(self._end() or str(error)) from None
 
     def fork(self, command: Command) -> Process:
-        """Fork a child that runs `entry_point.main`.
+        """Fork a child.
 
         Raises:
             OSError: it cannot be forked now.
@@ -182,9 +202,9 @@ class Preloader:
         given = [] if command.output is None else [command.output]
         request = {
             "name": f"ormo {command.name}",
-            "title": [sys.executable, "-P", "-m", ENTRY_POINT, *command.arguments],
+            "title": [sys.executable, "-P", "-m", self.programs.child, *command.arguments],
             "environment": dict(command.environment),
-            "arguments": list(command.arguments),
+            "arguments": [*self.programs.words, *command.arguments],
             "options": list(command.descriptors),
             "has_output": bool(given),
         }
@@ -200,14 +220,14 @@ class Preloader:
         ours, theirs = socket.socketpair()
         request = {
             "name": "ormo job",
-            "title": [sys.executable, "-P", "-m", PROGRAM, "(with the job)"],
+            "title": [sys.executable, "-P", "-m", self.programs.preloader, "(with the job)"],
             "environment": dict(self.environment),
             "arguments": None,
             "has_output": False,
         }
         try:
             with theirs:
-                return Preloader(self._fork(request, [theirs.fileno()]), ours, self.environment)
+                return Preloader(self._fork(request, [theirs.fileno()]), ours, self.environment, self.programs)
         except BaseException:
             ours.close()
             raise

@@ -13,6 +13,7 @@ import errno
 import gc
 import json
 import os
+import random
 import sys
 import traceback
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
@@ -27,7 +28,7 @@ from ormo_rpc.runtimes.distributed.launcher.starter import outcome
 from ormo_rpc.runtimes.distributed.launcher.supervisor import pipe
 from ormo_rpc.runtimes.distributed.linux import die_with_parent, set_title
 from ormo_rpc.runtimes.distributed.preloading.safety import open_descriptors
-from ormo_rpc.signals import blocked, withstand
+from ormo_rpc.signals import block, blocked, restore, withstand
 
 _GO = b"g"
 _SEED = torch.Generator().initial_seed()
@@ -46,6 +47,7 @@ class ForkRequest:
         path: Its module path.
         directory: Its current directory; empty for that of the preloader.
         output: Its standard output and error; None for those of the preloader.
+        keeps_random: The next random numbers are those of the preloader.
     """
 
     launcher: int
@@ -55,6 +57,7 @@ class ForkRequest:
     path: Sequence[str]
     directory: str
     output: int | None
+    keeps_random: bool = False
 
     def beside(self, loading: Mapping[str, Any]) -> ForkRequest:
         """Return the request with what this process has changed about itself, except where the launcher has since.
@@ -92,31 +95,41 @@ class ForkRequest:
         if self.directory:
             os.chdir(self.directory)
         set_title(self.name, list(self.title))
-        numpy.random.seed()  # random's own was seeded at the fork, by Python
-        torch.default_generator.manual_seed(_SEED)
+        if not self.keeps_random:
+            numpy.random.seed()  # random's own was seeded at the fork, by Python
+            torch.default_generator.manual_seed(_SEED)
         gc.enable()
 
 
-def fork(request: ForkRequest, keep: Collection[int], run: Callable[[], NoReturn]) -> int:
-    """Fork a process that becomes a child of the launcher; return its number.
+def fork(request: ForkRequest, keep: Collection[int]) -> int:
+    """Fork a process that becomes a child of the launcher; return its number, and 0 in it, as `os.fork` does.
+
+    Signals that come are kept from it until it follows them (`signals.follow`), as from a process that is spawned.
 
     Args:
         request: The process.
         keep: Descriptors of this process that it has as well.
-        run: Called in it.
 
     Raises:
         OSError: it cannot be forked.
     """
     gc.disable()
     gc.freeze()  # a collection in a fork would write to all memory that it shares, and so copy it
-    with contextlib.ExitStack() as stack, contextlib.ExitStack() as tellers:
-        number, told = pipe(stack, tellers)
-        word, go = pipe(stack, stack)
-        with blocked():  # as those that are spawned: what comes from now on is not lost
-            intermediate = os.fork()
-            if intermediate == 0:
-                _fork_again(told, lambda: _become(request, keep, word, go, run))
+    drawn = random.getstate()
+    with contextlib.ExitStack() as ours, contextlib.ExitStack() as tellers:
+        ours.callback(restore, block())
+        number, told = pipe(ours, tellers)
+        word, go = pipe(ours, ours)
+        intermediate = os.fork()
+        if intermediate == 0:
+            with _or_end():
+                _fork_again(told)
+                _become(request, keep, word, go)
+                if request.keeps_random:
+                    random.setstate(drawn)
+            for stack in (ours, tellers):
+                stack.pop_all()  # its descriptors are closed, and it blocks signals
+            return 0
         tellers.close()  # so that the pipe ends with them
         os.waitpid(intermediate, 0)
         answer = int(os.read(number, 32).decode() or -errno.ESRCH)  # empty where they were killed
@@ -154,7 +167,7 @@ def apart(function: Callable[[], Any]) -> Any:
 
 def _answer(function: Callable[[], Any], given: int, parent: int) -> NoReturn:
     """In a process that is thrown away: run the function, and write its result."""
-    with _no_return():
+    with _or_end():
         die_with_parent()
         if os.getppid() != parent:
             os._exit(1)
@@ -163,27 +176,28 @@ def _answer(function: Callable[[], Any], given: int, parent: int) -> NoReturn:
         sys.stdout.flush()
         with os.fdopen(given, "wb") as file:
             file.write(answer)
+    os._exit(0)
+
+
+def _fork_again(told: int) -> None:
+    """In the intermediate process: fork the child, which tells its number; an error's is told as a negative one.
+
+    Returns in the child alone.
+    """
+    try:
+        child = os.fork()
+    except OSError as error:
+        os.write(told, str(-(error.errno or 1)).encode())
         os._exit(0)
-
-
-def _fork_again(told: int, run: Callable[[], NoReturn]) -> NoReturn:
-    """In the intermediate process: fork the child, which tells its number; an error's is told as a negative one."""
-    with _no_return():
-        try:
-            child = os.fork()
-        except OSError as error:
-            os.write(told, str(-(error.errno or 1)).encode())
-        else:
-            if child == 0:
-                with contextlib.suppress(BrokenPipeError):  # the preloader has ended, and says no word
-                    os.write(told, str(os.getpid()).encode())
-                os.close(told)
-                run()
+    if child > 0:
         os._exit(0)
+    with contextlib.suppress(BrokenPipeError):  # the preloader has ended, and says no word
+        os.write(told, str(os.getpid()).encode())
+    os.close(told)
 
 
-def _become(request: ForkRequest, keep: Collection[int], word: int, go: int, run: Callable[[], NoReturn]) -> NoReturn:
-    """In the child: wait to be the launcher's, and begin."""
+def _become(request: ForkRequest, keep: Collection[int], word: int, go: int) -> None:
+    """In the child: wait to be the launcher's, and become what is wanted."""
     os.close(go)
     if os.read(word, 1) != _GO:
         os._exit(1)
@@ -191,16 +205,14 @@ def _become(request: ForkRequest, keep: Collection[int], word: int, go: int, run
     if os.getppid() != request.launcher:  # it has ended meanwhile
         os._exit(1)
     request.apply(keep)
-    run()
 
 
 @contextlib.contextmanager
-def _no_return() -> Generator[None]:
-    """End this process, which was forked in the middle of the preloader's work, rather than return to that."""
+def _or_end() -> Generator[None]:
+    """End this process, which was forked in the middle of the preloader's work, where it fails."""
     try:
         yield
     except BaseException:
         with contextlib.suppress(BaseException):
             traceback.print_exc()
-    finally:
         os._exit(1)

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any, Self
 from ormo_rpc.errors import ConfigError, RunFailed
 from ormo_rpc.lazy_import import is_loaded
 from ormo_rpc.runtimes.distributed.launcher.starter import Command, Process, spawn
-from ormo_rpc.runtimes.distributed.preloading.client import ENTRY_POINT, Preloader, PreloaderLost, module_path
+from ormo_rpc.runtimes.distributed.preloading.client import JOBS, Preloader, PreloaderLost, Programs, module_path
 from ormo_rpc.runtimes.distributed.shortages import reason_of_start
 from ormo_rpc.signals import exit_statuses
 
 if TYPE_CHECKING:
+    from ormo_rpc.config.runtimes import StartKind
     from ormo_rpc.config.schema import Config
 
 _OF_NO_CONCERN = ("PYTHONPATH", "PWD", "OLDPWD", "HYDRA_FULL_ERROR")
@@ -37,12 +38,16 @@ class Preloading:
 
     Use it as a context, whose end ends the preloaders. It belongs to one thread.
 
+    Args:
+        programs: Of the runs.
+
     Attributes:
         way: The way in which children are started, for people, with the reason for it.
         report: Called with messages for people.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, programs: Programs = JOBS) -> None:
+        self.programs = programs
         self.way = "spawn"
         self.report: Callable[[str], None] = lambda text: _log.warning("%s", text)
         self._imports: Preloader | None = None
@@ -69,7 +74,7 @@ class Preloading:
         if self._imports is not None and _concerning(self._imports.environment) != _concerning(environment):
             self._end_imports()
         if self._imports is None:
-            self._imports = Preloader.spawned(environment)
+            self._imports = Preloader.spawned(environment, self.programs)
 
     def load(self, config: Config, *, starts_server: bool) -> Config:
         """Load and check the job of a run; return its configuration, with what the data set was read for.
@@ -82,15 +87,32 @@ class Preloading:
             ConfigError: it cannot be run; nothing was started.
             RunFailed: no preloader can be started, or lives long enough.
         """
+        request = {"config": config.yaml, "starts_server": starts_server, "default_dtype": default_dtype()}
+        return self.load_what(request, "data and model", threads=config.runtime.threads, start=config.rpc.start)
+
+    def load_what(self, request: Mapping[str, Any], what: str, *, threads: int, start: StartKind) -> Config:
+        """Load what a request asks for; return the configuration of the run.
+
+        Args:
+            request: To the preloader, without what is told to every one.
+            what: It, for messages.
+            threads: Of each process.
+            start: How children are to be started, as far as that is known; the configuration may know more.
+
+        Raises:
+            ConfigError: it cannot be run; nothing was started.
+            RunFailed: no preloader can be started, or lives long enough.
+            SystemExit: it has ended in order, and there is no run.
+        """
         self.end_job()
         self._await_killed()
         try:
-            return self._load(config, starts_server)
+            return self._load(request, what, threads, start)
         except OSError as error:
-            raise RunFailed(f"the process that loads data and model could not be started: {reason_of_start(error)}") from None
+            raise RunFailed(f"the process that loads {what} could not be started: {reason_of_start(error)}") from None
         except PreloaderLost as error:
             self._end_imports()
-            raise RunFailed(f"the process that loads data and model was lost: {error}") from None
+            raise RunFailed(f"the process that loads {what} was lost: {error}") from None
 
     def use_imports(self, config: Config) -> None:
         """Wait for the imports, from which the children of a run are forked whose job is not known here.
@@ -99,7 +121,7 @@ class Preloading:
             ConfigError: they were to be forked, and cannot be.
         """
         try:
-            self._ready_imports(config)
+            self._ready_imports(config.runtime.threads, config.rpc.start)
         except PreloaderLost as error:
             self._end_imports()
             self.way = f"spawn: a preloader was lost: {error}"
@@ -107,7 +129,7 @@ class Preloading:
             self.way = f"spawn: a preloader could not be started: {reason_of_start(error)}"
 
     def __call__(self, command: Command) -> Process:
-        """Start a child that runs `entry_point.main`, in the best way that there is at the moment.
+        """Start a child, in the best way that there is at the moment.
 
         Raises:
             OSError: it cannot be started now.
@@ -121,7 +143,7 @@ class Preloading:
             except OSError as error:
                 if error.errno != errno.ENOMEM:  # a smaller process may be forked yet, or started
                     raise
-        program = (sys.executable, "-P", "-m", ENTRY_POINT)
+        program = (sys.executable, "-P", "-m", self.programs.child, *self.programs.words)
         return spawn(dataclasses.replace(command, arguments=[*program, *command.arguments]))
 
     def end_job(self) -> None:
@@ -135,55 +157,61 @@ class Preloading:
         while self._killed:
             self._killed.pop().close()
 
-    def _load(self, config: Config, starts_server: bool) -> Config:
+    def _load(self, request: Mapping[str, Any], what: str, threads: int, start: StartKind) -> Config:
         from ormo_rpc.config.parsing import parse_text  # not before the preloader has begun
 
-        imports = self._ready_imports(config)
+        imports = self._ready_imports(threads, start)
         loader = imports
         if not imports.refusal:
             with contextlib.suppress(OSError):  # such as for want of memory
                 loader = imports.fork_preloader()
         try:
-            request = {
-                "config": config.yaml,
-                "starts_server": starts_server,
-                "path": module_path(),
-                "directory": str(Path.cwd()),
-                "environment": child_environment(config.runtime.threads),
-                "default_dtype": default_dtype(),
-            }
-            answer = loader.ask(request)
+            here = {"path": module_path(), "directory": str(Path.cwd()), "environment": child_environment(threads)}
+            answer = loader.ask({**here, **request})
             for name, level, message in answer.get("log", ()):
                 logging.getLogger(name).log(level, "%s", message)
             if "refused" in answer:
                 raise ConfigError(answer["refused"])
+            if "exited" in answer:
+                raise SystemExit(answer["exited"])
             if "config" not in answer:
-                raise RunFailed(f"data and model cannot be loaded: {answer.get('failed')}")
-            loader.refusal = answer["refusal"]
+                raise RunFailed(f"{what} cannot be loaded: {answer.get('failed')}")
+            config = parse_text(answer["config"])
+            self._heed(imports, config.rpc.start)
+            loader.refusal = imports.refusal or answer["refusal"]
             if loader is not imports and not loader.refusal:
                 self._job, self.way = loader, "fork"
-            elif loader is not imports:
+            elif loader is not imports and not imports.refusal:
                 self.way = f"fork, each process loads the job: {loader.refusal}"
-            return parse_text(answer["config"])
+            return config
         finally:
             if loader is imports:  # has a job of its own from now on
                 self._end_imports()
             elif self._job is not loader:
                 loader.close()
 
-    def _ready_imports(self, config: Config) -> Preloader:
+    def _ready_imports(self, threads: int, start: StartKind) -> Preloader:
         """Return the preloader with the imports, and note in which way it starts children."""
-        self.begin(config.runtime.threads)
-        imports, kind = self._imports, config.rpc.start.value
+        self.begin(threads)
+        imports = self._imports
         assert imports is not None
         if not imports.ready():
             raise PreloaderLost("its imports took too long")
+        self._heed(imports, start)
+        return imports
+
+    def _heed(self, imports: Preloader, start: StartKind) -> None:
+        """Note in which way children are started, as it is asked for.
+
+        Raises:
+            ConfigError: they were to be forked, and cannot be.
+        """
+        kind = start.value
         if kind == "spawn":
             imports.refusal = "runtime.start=spawn"
         elif imports.refusal and kind == "fork":
             raise ConfigError(f"runtime.start: got fork, expected auto or spawn: {imports.refusal}")
         self.way = f"spawn: {imports.refusal}" if imports.refusal else "fork, each process loads the job"
-        return imports
 
     def _replace(self, lost: Preloader | None, error: PreloaderLost) -> None:
         """End a preloader that does not answer; one with the imports is started again, and ready some time later."""
@@ -196,7 +224,7 @@ class Preloading:
             self.report(f"the preloader was lost: {error}; processes start without it until there is another one")
             if environment is not None:
                 with contextlib.suppress(OSError):
-                    self._imports = Preloader.spawned(environment)
+                    self._imports = Preloader.spawned(environment, self.programs)
 
     def _end_imports(self) -> None:
         imports, self._imports = self._imports, None

@@ -15,12 +15,13 @@ import socket
 import sys
 import traceback
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol
 
 if __name__ == "__main__":  # not where a user's multiprocessing imports the main module of a fork again
     gc.disable()  # nothing of what is imported is garbage, and a collection takes its time
 _TASKS = "/proc/self/task"
-_THREADS_BEFORE = len(os.listdir(_TASKS)) if os.path.isdir(_TASKS) else 1  # noqa: PTH112, PTH208 - before any import of ours
+THREADS_BEFORE = len(os.listdir(_TASKS)) if os.path.isdir(_TASKS) else 1  # noqa: PTH112, PTH208 - before any import of ours
 
 import torch  # noqa: E402 - after the count
 
@@ -28,12 +29,62 @@ from ormo_rpc import console  # noqa: E402 - after the count
 from ormo_rpc.runtimes.distributed import entry_point, memory  # noqa: E402 - after the count
 from ormo_rpc.runtimes.distributed.linux import set_title  # noqa: E402 - after the count
 from ormo_rpc.runtimes.distributed.preloading import forking, messages  # noqa: E402 - after the count
-from ormo_rpc.runtimes.distributed.preloading.client import PROGRAM  # noqa: E402 - after the count
+from ormo_rpc.runtimes.distributed.preloading.client import JOBS  # noqa: E402 - after the count
 from ormo_rpc.runtimes.distributed.preloading.load import Loading  # noqa: E402 - after the count
 from ormo_rpc.runtimes.distributed.preloading.safety import Baseline, refusal_of_generators  # noqa: E402 - after the count
 from ormo_rpc.runtimes.distributed.shortages import limit_reached, reason_of_end  # noqa: E402 - after the count
 from ormo_rpc.runtimes.job import LoadedJob  # noqa: E402 - after the count
 from ormo_rpc.signals import withstand  # noqa: E402 - after the count
+
+
+class Program(Protocol):
+    """What a preloader loads, and what its forks do with it."""
+
+    @property
+    def keeps_random(self) -> bool:
+        """True where forks draw the random numbers that this process would draw next."""
+        ...
+
+    def load(self, request: Mapping[str, Any], process: PreloaderProcess) -> Mapping[str, Any]:
+        """Load what is asked for, and return the answer (`PreloaderProcess.loaded`)."""
+        ...
+
+    def main(self, arguments: list[str]) -> NoReturn:
+        """Be the child with these arguments; called in a fork."""
+        ...
+
+
+class Jobs:
+    """Loads the data and the model of a configuration (`Program`)."""
+
+    keeps_random = False
+
+    def __init__(self) -> None:
+        self._loaded: LoadedJob | None = None
+
+    def load(self, request: Mapping[str, Any], process: PreloaderProcess) -> Mapping[str, Any]:
+        """Load a job."""
+        loading = Loading(request, process.refusal_now)
+        answer = loading.run()
+        self._loaded = loading.loaded
+        return process.loaded(request, answer, gpu_in_use=loading.gpu_in_use)
+
+    def main(self, arguments: list[str]) -> NoReturn:
+        """Run the server or a worker."""
+        entry_point.main(arguments, self._loaded)
+
+
+@dataclass(frozen=True)
+class Fork:
+    """What a process was forked for.
+
+    Attributes:
+        arguments: Of a child; None for a preloader.
+        socket: The descriptor of a preloader's connection.
+    """
+
+    arguments: list[str] | None
+    socket: int
 
 
 class PreloaderProcess:
@@ -43,20 +94,20 @@ class PreloaderProcess:
         sock: The connection.
         baseline: This process with its imports alone.
         refusal: The reason why it must not be forked, empty where it may be.
+        program: What it loads.
     """
 
-    def __init__(self, sock: socket.socket, baseline: Baseline, refusal: str) -> None:
+    def __init__(self, sock: socket.socket, baseline: Baseline, refusal: str, program: Program) -> None:
         self.sock = sock
         self.baseline = baseline
         self.refusal = refusal
-        self.loaded: LoadedJob | None = None
+        self.program = program
         self._loading: Mapping[str, Any] | None = None
         """The request for the job; what loading it has changed about this process, such as a variable, is a part of the job."""
 
-    def run(self) -> None:
-        """Serve requests, to the end of the connection."""
+    def serve(self) -> Fork | None:
+        """Serve requests to the end of the connection; return in each fork as well, with what it is for."""
         with contextlib.suppress(EOFError, OSError):  # the launcher has closed it, perhaps in the midst of an answer
-            messages.send(self.sock, {"refusal": self.refusal})
             while True:
                 request, descriptors = messages.receive(self.sock)
                 try:
@@ -65,13 +116,43 @@ class PreloaderProcess:
                     if not limit_reached(error):
                         traceback.print_exc()
                     answer = {"failed": reason_of_end(error)}
-                finally:
-                    messages.close_all(descriptors)
-                messages.send(self.sock, answer)
+                if isinstance(answer, Fork):
+                    self.sock.detach()  # it is closed already
+                    return answer
+                messages.close_all(descriptors)
+                self.tell(answer)
+        return None
 
-    def _answer(self, request: Mapping[str, Any], descriptors: list[int]) -> dict[str, Any]:
-        if "config" in request:
-            return self._load(request)
+    def tell(self, answer: Mapping[str, Any]) -> None:
+        """Send an answer.
+
+        Raises:
+            OSError: the launcher has closed the connection.
+        """
+        messages.send(self.sock, answer)
+
+    def refusal_now(self) -> str:
+        """The reason why this process must not be forked at the moment; empty where it may be."""
+        return self.refusal or self.baseline.refusal()
+
+    def loaded(
+        self, request: Mapping[str, Any], answer: Mapping[str, Any], *, gpu_in_use: bool = False, refusal: str = ""
+    ) -> Mapping[str, Any]:
+        """Note that what was asked for is loaded; return the answer with the reason not to fork this process.
+
+        Args:
+            request: What was asked for.
+            answer: The answer to it.
+            gpu_in_use: The GPU has been looked at.
+            refusal: A reason that is known already.
+        """
+        self._loading = request
+        self.refusal = self.refusal or refusal or self.baseline.refusal(gpu_in_use=gpu_in_use) or refusal_of_generators()
+        return {**answer, "refusal": self.refusal}
+
+    def _answer(self, request: Mapping[str, Any], descriptors: list[int]) -> Mapping[str, Any] | Fork:
+        if "launcher" not in request:
+            return self.program.load(request, self)
         if "incomplete" in request:
             return {"errno": errno.EMFILE}  # no descriptor was left for those of the request
         wanted = forking.ForkRequest(
@@ -82,54 +163,55 @@ class PreloaderProcess:
             path=request["path"],
             directory=request["directory"],
             output=descriptors[0] if request["has_output"] else None,
+            keeps_random=self._loading is not None and self.program.keeps_random,
         )
         if self._loading is not None:
             wanted = wanted.beside(self._loading)
         own = descriptors[1:] if request["has_output"] else descriptors
-
-        def run() -> NoReturn:
-            self.sock.detach()  # it is closed already
-            if request["arguments"] is None:
-                serve(own[0], self.refusal)
-            numbers = [word for option, each in zip(request["options"], own, strict=True) for word in (option, str(each))]
-            entry_point.main([*request["arguments"], *numbers], self.loaded)
-            os._exit(0)
-
+        sys.stdout.flush()  # what a fork has of it would be written twice
+        sys.stderr.flush()
         try:
-            return {"pid": forking.fork(wanted, own, run)}
+            number = forking.fork(wanted, own)
         except OSError as error:
             return {"errno": error.errno}
-
-    def _load(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        loading = Loading(request, lambda: self.refusal or self.baseline.refusal())
-        answer = loading.run()
-        self.refusal = self.refusal or self.baseline.refusal(gpu_in_use=loading.gpu_in_use) or refusal_of_generators()
-        self.loaded, self._loading = loading.loaded, request
-        return {**answer, "refusal": self.refusal}
-
-
-def serve(number: int, refusal: str) -> NoReturn:
-    """Serve the launcher at the other end of a socket, and end with the connection."""
-    withstand()
-    with socket.socket(fileno=number) as sock:
-        # A fork has neither the threads nor the descriptors of the process that it comes from.
-        PreloaderProcess(sock, Baseline.now(), refusal).run()
-    os._exit(0)
+        if number > 0:
+            return {"pid": number}
+        if request["arguments"] is None:
+            return Fork(None, own[0])
+        numbers = [word for option, each in zip(request["options"], own, strict=True) for word in (option, str(each))]
+        return Fork([*request["arguments"], *numbers], -1)
 
 
-def main() -> NoReturn:
-    """Serve as a process of its own."""
+def serve(number: int, refusal: str, program: Program) -> NoReturn:
+    """Serve the launcher at the other end of a socket, and end with the connection; be the child in a fork."""
+    while True:
+        withstand()
+        with socket.socket(fileno=number) as sock:
+            # A fork has neither the threads nor the descriptors of the process that it comes from.
+            process = PreloaderProcess(sock, Baseline.now(), refusal, program)
+            with contextlib.suppress(OSError):
+                process.tell({"refusal": refusal})
+            fork = process.serve()
+        if fork is None:
+            os._exit(0)
+        if fork.arguments is not None:
+            program.main(fork.arguments)
+        number, refusal = fork.socket, process.refusal
+
+
+def main(program: Program, module: str) -> NoReturn:
+    """Serve as a process of its own, which the module is the program of."""
     console.install()  # for whatever a user's data or model prints
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--socket-fd", type=int, required=True, help="of the connection with the launcher")
     parser.add_argument("--room", help="room for the command lines of forks")
     arguments = parser.parse_args()
-    set_title("ormo preloader", [sys.executable, "-P", "-m", PROGRAM])
+    set_title("ormo preloader", [sys.executable, "-P", "-m", module])
     memory.raise_oom_score(memory.PRELOADER)
     torch.set_num_threads(1)  # a pool of threads would not survive a fork
-    refusal = "threads were started before ours, at the start of Python" if _THREADS_BEFORE > 1 else Baseline.now().refusal()
-    serve(arguments.socket_fd, refusal)
+    refusal = "threads were started before ours, at the start of Python" if THREADS_BEFORE > 1 else Baseline.now().refusal()
+    serve(arguments.socket_fd, refusal, program)
 
 
 if __name__ == "__main__":
-    main()
+    main(Jobs(), JOBS.preloader)
