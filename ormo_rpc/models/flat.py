@@ -1,4 +1,9 @@
-"""A model as one flat vector: parameters and gradients are views of it; buffers are beside it."""
+"""A model as one flat vector: parameters and gradients are views of it; buffers are beside it.
+
+The vector has the widest of float32 and the parameters' dtypes, and is what the server trains (*masters*). A parameter of
+another dtype is computed with as a cast copy, which each ticket makes anew; its gradient is added up in the vector's dtype. So
+what is too small for a parameter of 16 bits is kept in its master, not lost.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +17,26 @@ import torch
 from ormo_rpc.models.buffers import ModelBuffers
 from ormo_rpc.models.shared_memory import refuse_shared
 from ormo_rpc.server.buffer_layout import as_bytes
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+"""The dtypes that a trainable parameter may have."""
+
+
+def vector_dtype(trainable: Mapping[str, torch.Tensor]) -> torch.dtype:
+    """The dtype of the vector that holds these parameters: float64 if any of them is, else float32.
+
+    Raises:
+        ValueError: there are none, or one is of no dtype that is trained.
+    """
+    if not trainable:
+        raise ValueError("model: got no trainable parameter, expected at least one")
+    for name, parameter in trainable.items():
+        if str(parameter.dtype).removeprefix("torch.") not in DTYPES:
+            raise ValueError(
+                f"model: {name}: got a trainable parameter of {parameter.dtype}, expected one of {', '.join(DTYPES)}; real "
+                "pairs take the place of complex numbers"
+            )
+    return torch.float64 if any(each.dtype is torch.float64 for each in trainable.values()) else torch.float32
 
 
 class Layout:
@@ -34,17 +59,21 @@ class Layout:
 class FlatModel:
     """A module whose trainable parameters and gradients are views of the flat vectors that it is bound to.
 
+    A parameter that is not of the vector's dtype is a cast copy in memory of its own, from the first `bind` on. That costs
+    these bytes once, and with each ticket a pass over both (below a millisecond for a million parameters).
+
     Args:
         module: The model; it belongs to this object from now on.
 
     Attributes:
         trainable: The parameters that are trained, by name.
         params: Names and shapes of the trainable ones.
+        dtype: Of the vector: float64 if any trainable parameter is, else float32.
         buffers: The buffers.
 
     Raises:
-        ValueError: it has no trainable parameter, they are not all of one dtype, another tensor lies in the memory of one, or a
-            tensor has no shape yet (lazy layers).
+        ValueError: it has no trainable parameter, one is not of a dtype of `DTYPES`, another tensor lies in the memory of one,
+            or a tensor has no shape yet (lazy layers).
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
@@ -57,28 +86,43 @@ class FlatModel:
         self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         everything = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         refuse_shared(self.trainable, {name: each for name, each in everything.items() if name not in self.trainable})
-        dtypes = sorted({p.dtype for p in self.trainable.values()}, key=str)
-        if len(dtypes) != 1:
-            raise ValueError(f"model: got trainable parameters of the dtypes {dtypes}, expected exactly one dtype")
-        self.dtype = dtypes[0]
+        self.dtype = vector_dtype(self.trainable)
         self.params = Layout(self.trainable)
         self.buffers = ModelBuffers(module)
+        self._copies: dict[str, torch.Tensor] = {}
+        """The memory of each parameter that is a cast copy, by name; made when it is needed."""
         self._grads: dict[str, torch.Tensor] = {}
         """The views that `bind_grad` has made."""
 
+    @property
+    def has_half(self) -> bool:
+        """True where a trainable parameter is float16, whose gradients need a loss scale."""
+        return any(parameter.dtype is torch.float16 for parameter in self.trainable.values())
+
     def flat_params(self) -> torch.Tensor:
-        """A copy of the present parameters, shape (D,)."""
-        return torch.cat([p.detach().reshape(-1) for p in self.trainable.values()])
+        """A copy of the present parameters, shape (D,), of the vector's dtype: after `bind`, cast copies have been rounded."""
+        return torch.cat([p.detach().reshape(-1).to(self.dtype) for p in self.trainable.values()])
 
     def bind(self, params: torch.Tensor) -> None:
-        """Make the parameters views of ``params``, shape (D,): nothing is copied, nothing is written to it."""
-        for parameter, view in zip(self.trainable.values(), self.params.views(params).values(), strict=True):
-            parameter.data = view
+        """Make the parameters views of ``params``, shape (D,), or cast copies of these; nothing is written to it."""
+        # Casts that autocast has kept are of the values before: it knows a parameter by its address alone.
+        torch.clear_autocast_cache()
+        for (name, parameter), view in zip(self.trainable.items(), self.params.views(params).values(), strict=True):
+            parameter.data = view if parameter.dtype == self.dtype else self._cast(name, view, parameter.dtype)
+
+    def _cast(self, name: str, view: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Round a part of the vector into the memory of its parameter."""
+        copied = self._copies.get(name)
+        if copied is None:
+            copied = self._copies[name] = torch.empty_like(view, dtype=dtype)
+        return copied.copy_(view)
 
     def bind_grad(self, grad: torch.Tensor) -> None:
-        """Make the gradients views of ``grad``, shape (D,): backward adds into it."""
+        """Make the gradients views of ``grad``, shape (D,), of the vector's dtype: backward adds into it."""
         self._grads = self.params.views(grad)
         for parameter, view in zip(self.trainable.values(), self._grads.values(), strict=True):
+            if parameter.dtype != self.dtype:
+                parameter.grad_dtype = None  # any: the view's, but a hook may put one of the parameter's dtype there
             parameter.grad = view
 
     def collect_grad(self) -> None:
@@ -97,7 +141,7 @@ class FlatModel:
             parameter.grad = view
 
     def state_dict(self, params: torch.Tensor, buffers: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """The module's ``state_dict`` in plain PyTorch, as a private copy.
+        """The module's ``state_dict`` in plain PyTorch, as a private copy; each parameter is rounded to its own dtype.
 
         Args:
             params: The parameters, shape (D,).

@@ -123,14 +123,13 @@ class Job:
         """
         return self._spare.pop() if self._spare else self._new_model()
 
-    def prepare_models(self, count: int) -> torch.dtype:
-        """Build this many models for those who ask for one next; return the dtype of their parameters.
+    def prepare_models(self, count: int) -> None:
+        """Build this many models for those who ask for one next.
 
         Raises:
             ValueError: as `model` does.
         """
         self._spare += [self._new_model() for _ in range(count)]
-        return self._spare[-1].dtype
 
     def _new_model(self) -> FlatModel:
         module = build_module(self.config, self.data)

@@ -18,7 +18,7 @@ from ormo_rpc.options.instantiate import values_of
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.runtimes.simulator.jobs import SyntheticJob
 from ormo_rpc.runtimes.trial import try_job
-from ormo_rpc.server.build import TRAINED_DTYPES, check_resumable
+from ormo_rpc.server.build import check_resumable
 from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.summary import refuse_metric
 
@@ -143,12 +143,7 @@ def check_data_and_model(config: Config) -> Job:
         config.dataset.prepare()
         job = Job(config)
     with _refused(config.model):
-        dtype = job.prepare_models(2)
-        if dtype not in TRAINED_DTYPES:
-            raise ValueError(
-                f"model: got trainable parameters of {dtype}, expected float32 or float64; lower precision belongs "
-                "into the forward pass (torch.autocast), and real pairs take the place of complex numbers"
-            )
+        job.prepare_models(2)
     for name, split in (("test set", job.data.test), ("validation split", job.data.validation)):
         if split is not None and len(split) == 0:
             raise ConfigError(f"dataset: got an empty {name}, expected at least one sample")

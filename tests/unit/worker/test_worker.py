@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 import threading
 from collections.abc import Callable
 
@@ -150,21 +149,6 @@ def test_frozen_parameters_stay_out() -> None:
     model.bind(torch.zeros(8))
     assert torch.equal(first.weight, frozen)
     assert not second.weight.any()
-
-
-@pytest.mark.parametrize(
-    ("net", "dtypes"),
-    [
-        (nn.ReLU(), r"\[\]"),
-        (nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double()), r"\[torch\.float32, torch\.float64\]"),
-    ],
-    ids=["none", "two dtypes"],
-)
-def test_a_model_without_one_dtype_is_refused(net: nn.Module, dtypes: str) -> None:
-    with pytest.raises(ValueError, match="model") as caught:
-        FlatModel(net)
-    expected = rf"model: got trainable parameters of the dtypes {dtypes}, expected exactly one dtype"
-    assert re.fullmatch(expected, str(caught.value))
 
 
 def test_a_layout_gives_views_in_order() -> None:
