@@ -16,6 +16,8 @@ from ormo_rpc.errors import ConfigError
 _HYDRA_PATHS = ("hydra.run.dir", "hydra.sweep.dir")
 _IPV6_ADDRESS = r"\[[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(%\w+)?\]:\d+"
 """One with a port, such as ``[::1]:29400``, which would be read as a list."""
+_OPEN = ("train.lr_schedule.",)
+"""Keys below which any key may stand: the keywords of a ``_target_``, in the place of a name."""
 _NO_NAMES = ("", "null", "true", "false")
 """Values that hydra does not take for the name of a file of a group."""
 
@@ -23,7 +25,8 @@ _NO_NAMES = ("", "null", "true", "false")
 def prepared(overrides: Sequence[str]) -> list[str]:
     """Bring overrides into the form that hydra wants.
 
-    A dictionary in the place of another one (``runtime.joins={4: 1.5}``) would be refused for its new keys; ``++`` allows them.
+    A dictionary in the place of another one (``runtime.joins={4: 1.5}``) would be refused for its new keys, as would keywords
+    in the place of a name (``train.lr_schedule.step_size=3``); ``++`` allows them.
 
     Raises:
         ConfigError: one uses a former name, chooses none of a group, or has a plus before a group.
@@ -38,8 +41,7 @@ def prepared(overrides: Sequence[str]) -> list[str]:
             raise ConfigError(f"{key}: got {value or 'nothing'}, expected one of {', '.join(names)}")
         if word.startswith("+") and not value.startswith("{"):
             raise ConfigError(f"{word}: got a plus before a group; write {key}={value}")
-    words = [_readable(word) for word in overrides]
-    return [f"++{word}" if word[:1].isalpha() and word.partition("=")[2].startswith("{") else word for word in words]
+    return [f"++{word.lstrip('+')}" if _is_new(word) else word for word in map(_readable, overrides)]
 
 
 def keys_of(overrides: Sequence[str]) -> set[str]:
@@ -54,6 +56,11 @@ def keys_of(overrides: Sequence[str]) -> set[str]:
         inner = value if isinstance(value, dict) else ()
         keys |= {override.key_or_group, *(f"{override.key_or_group}.{name}" for name in inner)}
     return keys
+
+
+def _is_new(word: str) -> bool:
+    """Tell whether an override may name keys that are not there yet."""
+    return (word[:1].isalpha() and word.partition("=")[2].startswith("{")) or word.lstrip("+").startswith(_OPEN)
 
 
 def _readable(word: str) -> str:

@@ -26,9 +26,11 @@ from ormo_rpc.loggers import Logger, WandbLogger
 from ormo_rpc.models import MLP, Model
 from ormo_rpc.options import Section, at_least_one, not_negative, option, positive
 from ormo_rpc.options.part import PACKAGES
+from ormo_rpc.options.target import Target
 from ormo_rpc.schedulers import Scheduler
 from ormo_rpc.schedulers.async_ import Async
-from ormo_rpc.server.lr_schedule import LearningRate, Shape
+from ormo_rpc.server.lr_schedule import LearningRate, Shape, Unit
+from ormo_rpc.server.own_lr_schedule import OwnSchedule
 from ormo_rpc.server.validation import NormLimit, NormPolicy
 from ormo_rpc.transports.auto import Auto
 from ormo_rpc.transports.base import Transport
@@ -74,7 +76,11 @@ class Train(Section):
     )
     batch_size: int = option(32, "samples per gradient", valid=at_least_one, expected="a whole number >= 1")
     lr: float = option(0.02, "learning rate eta, to be tuned per algorithm", valid=positive, expected="a finite number > 0")
-    lr_schedule: Shape = option(Shape.constant, "constant, step (times lr_gamma at each of lr_milestones) or cosine")
+    lr_schedule: Shape | Target = option(
+        Shape.constant,
+        "constant, step (times lr_gamma at each of lr_milestones), cosine, or _target_: a function or scheduler of torch",
+    )
+    lr_schedule_unit: Unit = option(Unit.iteration, "a step of lr_schedule._target_: iteration or epoch")
     lr_milestones: list[float] = option(
         [],
         "epochs at which step acts",
@@ -275,10 +281,17 @@ class Config(Section):
 
     def learning_rate(self, batches_per_epoch: int, total_tickets: int) -> LearningRate:
         """The scheduled learning rate of this run, in iterations."""
-        scale = 1 / self.num_workers if self.train.lr_scaling is LRScaling.mean else 1.0
+        train, scale = self.train, 1 / self.num_workers if self.train.lr_scaling is LRScaling.mean else 1.0
+        shape = train.lr_schedule
+        if isinstance(shape, Target):
+            per_epoch = train.lr_schedule_unit is Unit.epoch
+            shape = OwnSchedule(
+                target=shape, base=train.lr, total=total_tickets, batches_per_epoch=batches_per_epoch, per_epoch=per_epoch
+            )
         return LearningRate(
-            base=self.train.lr * scale,
-            shape=self.train.lr_schedule,
+            base=train.lr * scale,
+            shape=shape,
+            scale=scale,
             milestones=tuple(epoch * batches_per_epoch for epoch in self.train.lr_milestones),
             gamma=self.train.lr_gamma,
             warmup=round(self.train.warmup_epochs * batches_per_epoch),

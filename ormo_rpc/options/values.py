@@ -12,6 +12,7 @@ from pathlib import PurePath
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ormo_rpc.options.section import Section
+from ormo_rpc.options.target import TARGET, Target
 
 S = TypeVar("S", bound=Section)
 _ACCEPTED: Mapping[type, tuple[type, ...]] = {
@@ -116,6 +117,8 @@ def in_words(kind: Any) -> str:
         return "a list"
     if origin in (dict, Mapping):
         return "keys with their values"
+    if kind is Target:
+        return f"keys with a {TARGET} among them"
     if isinstance(kind, type) and issubclass(kind, Enum):
         return f"one of {', '.join(_written(member) for member in kind)}"
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "none"}
@@ -134,6 +137,8 @@ def plain(key: str, value: Any) -> Any:
         return value
     if isinstance(value, PurePath):
         return str(value)
+    if isinstance(value, Target):
+        return plain(key, value.values())
     if isinstance(value, Mapping):
         return {each if isinstance(each, int) else str(each): plain(key, item) for each, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -165,6 +170,8 @@ def _scalar(value: Any, kind: type) -> Any:
         return _member(kind, value)
     if issubclass(kind, PurePath):
         return kind(value)
+    if kind is Target:
+        return Target.of(value)
     if kind is bool and str(value).lower() in _BOOLEANS:
         return _BOOLEANS[str(value).lower()]
     if kind not in _ACCEPTED:

@@ -71,6 +71,11 @@ def check(
         raise ConfigError(str(error)) from None
     synthetic = isinstance(config.runtime, SimRuntime) and config.runtime.gradient is not GradientKind.real
     job = SyntheticJob(config) if synthetic else check_data_and_model(config)
+    if starts_server:
+        try:
+            job.lr.prepare()
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
     if resumed is not None:
         check_something_is_left(resumed, job.total_tickets)
     if starts_server and apart is not None:

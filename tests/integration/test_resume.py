@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import threading
@@ -91,6 +92,28 @@ def test_a_corrected_momentum_is_resumed_and_replayed_in_the_midst_of_a_schedule
     assert (again["identical"], again["final_params_sha256"]) == (True, whole["final_params_sha256"])
     other = train({**config, "algorithm": {"name": algorithm}}, run_dir=tmp_path / "other")
     assert other["final_params_sha256"] != whole["final_params_sha256"]
+
+
+def test_a_schedule_of_the_users_goes_on_where_it_was_and_is_replayed(tmp_path: Path) -> None:
+    schedule = {"_target_": "torch.optim.lr_scheduler.CosineAnnealingWarmRestarts", "T_0": 13}
+    config = changed(QUADRATIC, train={"lr_schedule": schedule}, checkpoint=EVERY)
+    whole = train(config, run_dir=tmp_path / "whole")
+    rates = {event["iteration"]: event["eta"] for event in changes_of(tmp_path / "whole") if event["event"] == "apply"}
+    # Half a cosine over 13 iterations, again and again; at the seventh of one it is (1 + cos(7 pi / 13)) / 2 of the base.
+    base = rates[0]
+    assert [rates[t] / base for t in (13, 26, 7, 20)] == pytest.approx([1, 1, *[(1 + math.cos(7 * math.pi / 13)) / 2] * 2])
+    check_resumed(tmp_path / "whole", whole, config, complete(tmp_path / "whole")[3], tmp_path / "again")
+    again = train(["runtime=replay", f"replay.run={tmp_path / 'again'}", "logger=none"], run_dir=tmp_path / "replayed")
+    assert (again["identical"], again["final_params_sha256"]) == (True, whole["final_params_sha256"])
+
+
+def test_a_schedule_that_is_too_short_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    schedule = {"_target_": "torch.optim.lr_scheduler.OneCycleLR", "max_lr": 0.01, "total_steps": 20, "cycle_momentum": False}
+    with pytest.raises(
+        ConfigError, match=r"^train\.lr_schedule: .*OneCycleLR, iteration 21 of 70: ValueError: Tried to step 21 "
+    ):
+        train(changed(QUADRATIC, train={"lr_schedule": schedule}), run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_joins_leaves_links_and_real_gradients_resume_exactly(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from ormo_rpc.runtimes.job import Evaluate, Exporter, configured_format, configu
 from ormo_rpc.runtimes.simulator.synthetic import Quadratic
 from ormo_rpc.server.buffer_layout import BufferLayout
 from ormo_rpc.server.events import Event
+from ormo_rpc.server.lr_schedule import LearningRate
 from ormo_rpc.server.parameter_server import ParameterServer
 
 BATCHES_PER_EPOCH = 1000
@@ -39,7 +40,7 @@ class SyntheticJob:
         self.config = config
         self.total_tickets = config.train.max_iterations
         self.batches_per_epoch = BATCHES_PER_EPOCH
-        self.lr: Callable[[int], float] = config.learning_rate(self.batches_per_epoch, self.total_tickets)
+        self.lr: LearningRate = config.learning_rate(self.batches_per_epoch, self.total_tickets)
         self.guessing_loss = 0.0
 
     def source(self) -> Quadratic:

@@ -19,6 +19,8 @@ from ormo_rpc.config.schema import GROUPS, Config
 from ormo_rpc.config.write_conf import conf_dir
 from ormo_rpc.models import CustomModel
 from ormo_rpc.options import parts
+from ormo_rpc.options.target import Target
+from ormo_rpc.server.lr_schedule import Shape
 
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
 TARGET = "torch.nn.Linear"
@@ -95,6 +97,21 @@ def test_every_value_comes_back_from_the_file(
 def test_a_dictionary_replaces_another_one() -> None:
     config = compose(["runtime=sim", "runtime.joins={4: 1.5, 5: 2}"])
     assert config.sim.joins == {4: 1.5, 5: 2.0}
+
+
+def test_the_keywords_of_a_schedule_stand_beside_its_target_with_a_plus_or_without() -> None:
+    assert compose(["train.lr_schedule=cosine"]).train.lr_schedule is Shape.cosine
+    expected = Target("torch.optim.lr_scheduler.StepLR", {"step_size": 30, "gamma": 0.5})
+    words = [f"train.lr_schedule._target_={expected.path}", "train.lr_schedule.step_size=30", "+train.lr_schedule.gamma=0.5"]
+    assert compose(words).train.lr_schedule == expected
+    assert compose(["experiment=cifar10_resnet20", *words]).train.lr_schedule == expected, "in the place of a name"
+    assert (
+        compose([f"train.lr_schedule={{_target_: {expected.path}, step_size: 30, gamma: 0.5}}"]).train.lr_schedule == expected
+    )
+    inner = "train.lr_schedule.schedulers=[{_target_: torch.optim.lr_scheduler.LinearLR, total_iters: 5}]"
+    nested = compose(["train.lr_schedule._target_=torch.optim.lr_scheduler.ChainedScheduler", inner]).train.lr_schedule
+    assert isinstance(nested, Target)
+    assert nested.keywords == {"schedulers": [{"_target_": "torch.optim.lr_scheduler.LinearLR", "total_iters": 5}]}
 
 
 def test_epochs_become_iterations_and_the_scale_divides_the_learning_rate() -> None:
