@@ -81,6 +81,14 @@ class JobLike(Protocol):
         ...
 
 
+class LiveJob(JobLike, Protocol):
+    """A job as the process of a live run's server uses it."""
+
+    def initial_digest(self) -> Callable[[], bytes] | None:
+        """Return a function, for any thread, that hashes the initial parameters; None where other processes may differ."""
+        ...
+
+
 class Job:
     """A job that trains a model on data.
 
@@ -98,6 +106,9 @@ class Job:
     Raises:
         ValueError: the data set is missing or damaged.
     """
+
+    SAME_MODEL: str = "draw from torch, random or numpy.random, which are seeded"
+    """What to do so that every process makes the same model and data set, for a message."""
 
     def __init__(self, config: Config) -> None:
         self.config = config

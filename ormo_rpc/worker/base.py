@@ -60,6 +60,9 @@ class BaseWorker:
         self._sent = torch.empty(0, dtype=model.dtype)
         """The sent parameters, where they had to be cast to the model's dtype."""
 
+    def warm_up(self) -> None:
+        """Do before the first ticket what would take longer in that than in later ones; nothing by default."""
+
     def forget(self, worker: int | None = None) -> None:
         """Reset the compression state of a worker, or of all workers, as when it joins again."""
         self._encoder.reset(worker)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
+from typing_extensions import override
 
 from ormo_rpc.algorithms.base import Algorithm, LocalWork
 from ormo_rpc.compression import Allocate, PushFormat
@@ -101,8 +102,9 @@ class Worker(BaseWorker):
             batches = self.epochs.batches(reply.ticket, reply.steps)
             self._loaded = {number: self.data.batch(indices, self._augmentation(number)) for number, indices in batches}
 
+    @override
     def warm_up(self) -> None:
-        """Compute a gradient and drop it, since a first pass is many times slower and would be measured as a delay."""
+        # A first pass is many times slower, and would be measured as a delay.
         self._passes.begin(no_buffers())
         scratch = torch.zeros(self.model.params.size, dtype=self.model.dtype)
         self._gradient(self.model.flat_params(), self.epochs.indices(0), 0, scratch)

@@ -27,7 +27,7 @@ from ormo_rpc.runtimes.distributed.server_process.serving import Serving, served
 from ormo_rpc.runtimes.distributed.server_process.shutdown import check_state, shut_down
 from ormo_rpc.runtimes.distributed.server_process.timers import Interval, Stopwatch
 from ormo_rpc.runtimes.distributed.server_process.watchdog import Watchdog
-from ormo_rpc.runtimes.job import Job, LoadedJob, job_of
+from ormo_rpc.runtimes.job import LiveJob, LoadedJob, job_of
 from ormo_rpc.runtimes.session import Session
 from ormo_rpc.runtimes.start_check import WAIT_SECONDS, StartCheck
 from ormo_rpc.server.parameter_server import ParameterServer
@@ -79,7 +79,7 @@ class ServerProcess:
         args: The arguments of the process.
     """
 
-    def __init__(self, job: Job, args: ServerArgs) -> None:
+    def __init__(self, job: LiveJob, args: ServerArgs) -> None:
         self.args = args
         self.config = job.config
         self.options = job.config.rpc
@@ -220,15 +220,17 @@ class ServerProcess:
                 )
         return True
 
-    def _begin_start_check(self, job: Job) -> StartCheck | None:
+    def _begin_start_check(self, job: LiveJob) -> StartCheck | None:
         """Take part in the check of the initial parameters; None where there is none."""
-        if self.args.incarnation > 0 or self.config.control != "rpc":
+        compared = self.args.incarnation == 0 and self.config.control == "rpc"
+        digest = job.initial_digest() if compared else None
+        if digest is None:
             self.shared_values.close()
             return None
         return StartCheck(
             0,
             self.config.num_processes + 1,
-            job.initial_digest(),
+            digest,
             self.shared_values.answer,
             host=specific_address(self.args.listening_socket.getsockname()[0]),
             timeout_seconds=self.options.start_timeout_seconds,
@@ -267,22 +269,24 @@ class ServerProcess:
         return {"lock_wait_seconds": self.service.lock_wait_seconds, "lock_held_seconds": self.service.lock_held_seconds}
 
 
-def serve(args: ServerArgs, on_ready: Callable[[ServerProcess], None]) -> dict[str, Any]:
+def serve(
+    args: ServerArgs, on_ready: Callable[[ServerProcess], None], make_job: Callable[[ServerArgs], LiveJob] | None = None
+) -> dict[str, Any]:
     """Run the server of a run from start to end, and return the summary.
 
     Args:
         args: The arguments of the process.
         on_ready: Called with the process as soon as it can be asked to stop.
+        make_job: Makes the run; by default that of the configuration in the run directory.
     """
-    text = (args.run_dir / "config.yaml").read_text()
-    job = job_of(text, args.loaded, lambda _: load_config(args.run_dir / "config.yaml"))
+    job = (make_job or _configured_job)(args)
     config = job.config
     process = ServerProcess(job, args)
     sys.setswitchinterval(SWITCH_SECONDS)
     serving = Serving(
         transport=config.transport.name,
         control=config.control,
-        config=text,
+        config=(args.run_dir / "config.yaml").read_text(),
         fingerprint=process.session.job.fingerprint().to_dict(),
         heartbeat_seconds=config.rpc.heartbeat_seconds,
         worker_timeout_seconds=config.rpc.worker_timeout_seconds,
@@ -297,3 +301,8 @@ def serve(args: ServerArgs, on_ready: Callable[[ServerProcess], None]) -> dict[s
         summary = process.run()
     end_service()
     return summary
+
+
+def _configured_job(args: ServerArgs) -> LiveJob:
+    file = args.run_dir / "config.yaml"
+    return job_of(file.read_text(), args.loaded, lambda _: load_config(file))

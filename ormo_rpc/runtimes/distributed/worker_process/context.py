@@ -5,15 +5,48 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
+from ormo_rpc.compression import Allocate
 from ormo_rpc.config.parsing import parse_text
 from ormo_rpc.config.schema import Config
 from ormo_rpc.control.joining import Joined
+from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.runtimes.collectives import COLLECTIVES
 from ormo_rpc.runtimes.job import Job, LoadedJob, job_of
 from ormo_rpc.runtimes.start_check import StartCheck
+from ormo_rpc.worker.base import BaseWorker
+
+W = TypeVar("W", bound=BaseWorker)
+W_co = TypeVar("W_co", bound=BaseWorker, covariant=True)
+
+
+class WorkerJob(Protocol[W_co]):
+    """The run as a worker's process sees it: that of a configuration, or a loop of the user's own.
+
+    Attributes:
+        SAME_MODEL: What to do so that every process makes the same model, for a message.
+    """
+
+    SAME_MODEL: str
+
+    @property
+    def config(self) -> Config:
+        """The configuration of the run."""
+        ...
+
+    def worker(self, allocate: Allocate | None = None) -> W_co:
+        """Make a worker; ``allocate`` makes the memory of its pushes."""
+        ...
+
+    def fingerprint(self) -> Fingerprint:
+        """Return what it must have in common with the server."""
+        ...
+
+    def initial_digest(self) -> Callable[[], bytes] | None:
+        """Return a function, for any thread, that hashes the initial parameters; None where these may differ."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +82,22 @@ class WorkerArgs:
     loaded: LoadedJob | None = None
 
 
-class WorkerContext:
+def configured_job(args: WorkerArgs, text: str) -> Job:
+    """Make the job of the server's configuration, given as YAML, or take the one that this process was forked with.
+
+    Raises:
+        ConfigError: this machine cannot run it.
+    """
+
+    def parse(text: str) -> Config:
+        config = parse_text(text, data_root=args.data_root, transport=args.transport)
+        config.refuse_unavailable()
+        return config
+
+    return job_of(text, args.loaded if args.data_root is None and args.transport is None else None, parse)
+
+
+class WorkerContext(Generic[W]):
     """State that the loops of one process share.
 
     `compute_lock` guards the processor and all that belongs to the process: the job, torch's random state, autograd. A loop
@@ -57,36 +105,30 @@ class WorkerContext:
 
     Args:
         args: The arguments of the process.
+        make_job: Makes the job of the server's configuration, given as YAML.
 
     Attributes:
         leaving: Set once this process has been asked to leave; read without a lock.
         start_check: The check of the initial parameters, once it has begun.
     """
 
-    def __init__(self, args: WorkerArgs) -> None:
+    def __init__(self, args: WorkerArgs, make_job: Callable[[str], WorkerJob[W]]) -> None:
         self.args = args
+        self._make_job = make_job
         self.compute_lock = threading.Lock()
         self.leaving = False
         self.start_check: StartCheck | None = None
         self._config_text = ""
-        self._job: Job | None = None
+        self._job: WorkerJob[W] | None = None
 
-    def job(self, config_text: str) -> Job:
-        """The job of a configuration, with its data loaded, which is done once; to be called with the lock."""
+    def job(self, config_text: str) -> WorkerJob[W]:
+        """The job of a configuration, which is made once; to be called with the lock."""
         if self._job is None or config_text != self._config_text:
-            args = self.args
-            loaded = args.loaded if args.data_root is None and args.transport is None else None
-
-            def parse(text: str) -> Config:
-                config = parse_text(text, data_root=args.data_root, transport=args.transport)
-                config.refuse_unavailable()
-                return config
-
-            self._job = job_of(config_text, loaded, parse)
+            self._job = self._make_job(config_text)
             self._config_text = config_text
         return self._job
 
-    def begin_start_check(self, membership: Joined, job: Job) -> None:
+    def begin_start_check(self, membership: Joined, job: WorkerJob[W]) -> None:
         """Begin to compare the initial parameters with those of all other processes, in the first one of an initial worker.
 
         To be called with the lock, and before parameters change.
@@ -94,12 +136,13 @@ class WorkerContext:
         args, worker = self.args, membership.response.worker
         if self.start_check is not None or args.restart_count > 0 or membership.lease.admission.control != "rpc":
             return
-        if worker == args.preferred_worker:
-            self.start_check = StartCheck(
-                1 + worker,
-                1 + job.config.num_processes,
-                job.initial_digest(),
-                lambda request: membership.control.ask(membership.response.session_id, COLLECTIVES, request),
-                host=membership.lease.local_host,
-                timeout_seconds=args.timeout_seconds,
-            )
+        if worker != args.preferred_worker or (digest := job.initial_digest()) is None:
+            return
+        self.start_check = StartCheck(
+            1 + worker,
+            1 + job.config.num_processes,
+            digest,
+            lambda request: membership.control.ask(membership.response.session_id, COLLECTIVES, request),
+            host=membership.lease.local_host,
+            timeout_seconds=args.timeout_seconds,
+        )

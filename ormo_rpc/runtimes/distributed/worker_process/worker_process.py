@@ -7,12 +7,14 @@ another one computes. To the server and the algorithm each is a worker, so K cou
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Generator
+from typing import Any, Generic
 
 import torch
 
@@ -20,11 +22,12 @@ from ormo_rpc.config.schema import Config
 from ormo_rpc.control.joining import Joined, joined
 from ormo_rpc.control.messages import JoinRequest
 from ormo_rpc.errors import ConfigError, Refused, RunEnded, ServerLost, StaleSession, one_line
+from ormo_rpc.messages import Push, Reply
 from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.rendezvous.connecting import Patience
 from ormo_rpc.runtimes.distributed.shortages import limit_reached
-from ormo_rpc.runtimes.distributed.worker_process.context import WorkerArgs, WorkerContext
-from ormo_rpc.runtimes.job import Job, time_generator
+from ormo_rpc.runtimes.distributed.worker_process.context import W, WorkerArgs, WorkerContext, WorkerJob, configured_job
+from ormo_rpc.runtimes.job import time_generator
 from ormo_rpc.transports.base import Endpoint, ServerClient, WorkerSide
 from ormo_rpc.worker.faults import CONNECT, JOIN, FaultInjector
 from ormo_rpc.worker.worker import Worker
@@ -36,28 +39,38 @@ class _JoinAgain(Exception):
     """The membership has ended before the run."""
 
 
-class WorkerLoop:
-    """One membership, and its worker.
+class WorkerLoop(Generic[W]):
+    """One membership, and its worker, across incarnations of the server.
 
     Args:
         context: Shared with the other loops of this process.
         preferred_worker: The worker number to have, if it is free.
     """
 
-    def __init__(self, context: WorkerContext, preferred_worker: int | None) -> None:
+    def __init__(self, context: WorkerContext[W], preferred_worker: int | None) -> None:
         self.context = context
         self._membership: Joined | None = None
         self._preferred_worker = preferred_worker
-        self._job: Job | None = None
-        self._worker: Worker | None = None
+        self._job: WorkerJob[W] | None = None
+        self._worker: W | None = None
         self._transport: WorkerSide | None = None
         self._injector: FaultInjector | None = None
+        self._slowdown: Callable[[], float] = lambda: 1.0
         self._paths = contextlib.ExitStack()
         self._patience: Patience | None = None
         """From the first path for pushes that could not be opened, until one is."""
 
-    def run(self, on_job: Callable[[Job], None] = lambda _: None) -> None:
-        """Work to the end of the run; join again where the server was lost or has evicted this worker.
+    @property
+    def worker(self) -> W:
+        """The worker that the newest reply is for."""
+        assert self._worker is not None, "it is made before the first reply"
+        return self._worker
+
+    def replies(self, on_job: Callable[[WorkerJob[W]], None] = lambda _: None) -> Generator[Reply, Push]:
+        """Yield the replies with a ticket, to the end of the run; join again where the server was lost or has evicted it.
+
+        Each is answered by sending the push (`Generator.send`), which brings the next reply: of another membership, where the
+        push came too late and is dropped. To close the generator is to leave; a ticket that is held then is issued again.
 
         Args:
             on_job: Called with the job whenever this worker has joined.
@@ -70,7 +83,7 @@ class WorkerLoop:
         with self._paths:
             while not context.leaving:
                 try:
-                    self._run_once(on_job)
+                    yield from self._membership_replies(on_job)
                     return
                 except RunEnded as end:
                     _log.info("%s", end)
@@ -82,8 +95,18 @@ class WorkerLoop:
                         return
                     raise
 
-    def _run_once(self, on_job: Callable[[Job], None]) -> None:
-        """Work as one member of the run, to its end.
+    def before_push(self, seconds: float) -> None:
+        """Take longer, as ``heterogeneity`` has it, and let faults happen; called when a push is made, and not sent yet.
+
+        Args:
+            seconds: The time that it took to make.
+        """
+        time.sleep((self._slowdown() - 1) * seconds)
+        assert self._injector is not None, "it is made before the first reply"
+        self._injector.before_push(self.worker.payload)
+
+    def _membership_replies(self, on_job: Callable[[WorkerJob[W]], None]) -> Generator[Reply, Push]:
+        """Yield the replies to one membership, to the end of the run.
 
         Raises:
             ServerLost: no server could be joined in time.
@@ -128,7 +151,7 @@ class WorkerLoop:
                     if args.announce:
                         args.report("joined as worker {}; pushes by {}: {}".format(number, *paths[-1]))
                     self._injector.joining(CONNECT)
-                    self._work(job.config, worker, server, number, self._injector)
+                    yield from self._work(job.config, server, number, self._injector)
                     server.leave()
             except (ServerLost, StaleSession) as error:
                 if not opened:
@@ -163,7 +186,7 @@ class WorkerLoop:
             membership.request_leave()
         return self.context.leaving
 
-    def _prepare(self, membership: Joined) -> tuple[Job, Worker, WorkerSide]:
+    def _prepare(self, membership: Joined) -> tuple[WorkerJob[W], W, WorkerSide]:
         """Make the worker, unless there is one from an earlier incarnation of the server.
 
         Raises:
@@ -186,22 +209,14 @@ class WorkerLoop:
             worker.forget()  # to the server, a worker that joins again is a new one
             return job, worker, transport
 
-    def _work(self, config: Config, worker: Worker, server: ServerClient, number: int, injector: FaultInjector) -> None:
-        compute_lock = self.context.compute_lock
+    def _work(self, config: Config, server: ServerClient, number: int, injector: FaultInjector) -> Generator[Reply, Push]:
         speed: torch.Generator = time_generator(config, number)
+        self._slowdown = lambda: config.slowdown(number, speed)
         reply = server.register()
         if self.context.start_check is not None:
             self.context.start_check.finish()
         while reply.ticket is not None:
-            began = time.monotonic()
-            worker.load(reply)
-            waited = time.monotonic()
-            with compute_lock:
-                began += time.monotonic() - waited
-                push = worker.compute(reply)
-                slowdown = config.slowdown(number, speed)
-                time.sleep((slowdown - 1) * (time.monotonic() - began))
-                injector.before_push(worker.payload)
+            push = yield reply
             reply = server.push(push)
             if injector.drops_reply():
                 reply = server.push(push)
@@ -224,7 +239,7 @@ def _final_errors() -> Generator[None]:
         raise ConfigError(f"before the first ticket: {one_line(error)}") from error
 
 
-def _check_fingerprint(membership: Joined, job: Job) -> None:
+def _check_fingerprint(membership: Joined, job: WorkerJob[Any]) -> None:
     """Leave where this process has built another model, or loaded another data set, than the server's process has.
 
     The initial values of buffers need not agree, since every reply has the server's.
@@ -236,13 +251,11 @@ def _check_fingerprint(membership: Joined, job: Job) -> None:
     difference = server.difference(job.fingerprint(), "the server", "this worker", buffer_values=False)
     if difference is not None:
         membership.request_leave()
-        raise Refused(
-            f"{difference}; every process must make the same: draw from torch, random or numpy.random, which are seeded"
-        )
+        raise Refused(f"{difference}; every process must make the same: {job.SAME_MODEL}")
 
 
 class WorkerProcess:
-    """The loops of a worker's process; the first one has the main thread.
+    """The loops of a process whose workers compute by themselves; the first one has the main thread.
 
     Args:
         args: The arguments of the process.
@@ -250,7 +263,7 @@ class WorkerProcess:
 
     def __init__(self, args: WorkerArgs) -> None:
         self.args = args
-        self.context = WorkerContext(args)
+        self.context = WorkerContext[Worker](args, functools.partial(configured_job, args))
         self.loops = [WorkerLoop(self.context, args.preferred_worker)]
         self._threads: list[threading.Thread] = []
         """Of the further loops."""
@@ -265,7 +278,7 @@ class WorkerProcess:
             ServerLost: the server did not come back in time.
             WorkerBanned: the server has banned this worker.
         """
-        self.loops[0].run(on_job=self._start_prefetching)
+        self._compute(self.loops[0], self._start_prefetching)
         for thread in self._threads:
             # The run has ended for it too; one that computes for longer than that is late for the server as well.
             thread.join(self._ticket_timeout_seconds)
@@ -278,7 +291,25 @@ class WorkerProcess:
         for loop in self.loops:
             loop.leave()
 
-    def _start_prefetching(self, job: Job) -> None:
+    def _compute(self, loop: WorkerLoop[Worker], on_job: Callable[[WorkerJob[Worker]], None] = lambda _: None) -> None:
+        """Answer the replies of a loop, to the end of the run."""
+        compute_lock = self.context.compute_lock
+        with contextlib.closing(loop.replies(on_job)) as replies:
+            reply = next(replies, None)
+            while reply is not None:
+                worker, began = loop.worker, time.monotonic()
+                worker.load(reply)
+                waited = time.monotonic()
+                with compute_lock:
+                    began += time.monotonic() - waited
+                    push = worker.compute(reply)
+                    loop.before_push(time.monotonic() - began)
+                try:
+                    reply = replies.send(push)
+                except StopIteration:
+                    return
+
+    def _start_prefetching(self, job: WorkerJob[Worker]) -> None:
         """Start further loops, once, as soon as their number is known."""
         config, preferred = job.config, self.args.preferred_worker
         self._ticket_timeout_seconds = config.rpc.ticket_timeout_seconds
@@ -288,9 +319,9 @@ class WorkerProcess:
             self._threads.append(threading.Thread(target=self._run, args=(loop,), name=f"prefetch {ahead}", daemon=True))
             self._threads[-1].start()
 
-    def _run(self, loop: WorkerLoop) -> None:
+    def _run(self, loop: WorkerLoop[Worker]) -> None:
         try:
-            loop.run()
+            self._compute(loop)
         except Exception as error:
             self._failures.append(error)
             self.leave()
