@@ -184,6 +184,11 @@ def measure(at: Measurements) -> dict[str, Any]:
     return {name: declared.measure(name, at) for name, declared in METRICS.items()}
 
 
+def measure_by_name(at: Measurements) -> dict[str, float]:
+    """Compute the metrics of the whole run that are declared nowhere, by their keys in the summary."""
+    return _named(at.statistics.metrics.means())
+
+
 def row_of(at: Measurements, rows: Rows) -> dict[str, Any]:
     """Compute the metrics of a row of metrics.jsonl, rounded, without those that were not measured."""
     row: dict[str, Any] = {}
@@ -192,4 +197,8 @@ def row_of(at: Measurements, rows: Rows) -> dict[str, Any]:
             value = declared.measure(name, at)
             if value is not None:
                 row[name] = value if declared.digits is None else round(value, declared.digits)
-    return row
+    return row | (_named(at.statistics.recent_metrics.means()) if rows is Rows.interval else {})
+
+
+def _named(means: Mapping[str, float]) -> dict[str, float]:
+    return {f"train_{name}": mean for name, mean in means.items()}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ormo_rpc.loggers.means import Means
 from ormo_rpc.server.events import Event, Kind
 
 LOSS_WINDOW = 50
@@ -32,6 +33,8 @@ class Statistics:
         start_losses: The number of these gradients.
         start_stamp: Their stamp.
         seconds: Time of the last applied gradient, on the run's clock.
+        metrics: Means of what was pushed beside the applied gradients.
+        recent_metrics: Those since the last row of metrics.jsonl.
     """
 
     iterations: int = 0
@@ -47,15 +50,17 @@ class Statistics:
     start_losses: int = 0
     start_stamp: int | None = None
     seconds: float = 0.0
+    metrics: Means = field(default_factory=Means)
+    recent_metrics: Means = field(default_factory=Means)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the statistics as plain values, copied."""
-        return {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()}
+        return {name: dict(value) if isinstance(value, (Counter, Means)) else value for name, value in vars(self).items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned, now or in an earlier version."""
         for name, value in state.items():
-            setattr(self, name, Counter(value) if isinstance(value, dict) else value)
+            setattr(self, name, type(getattr(self, name))(value) if isinstance(value, dict) else value)
         if self.loss is not None and "losses" not in state:
             self.losses = self.applied
 
@@ -74,6 +79,9 @@ class Statistics:
             self.seconds = max(self.seconds, event.seconds)
             if data["loss"] is not None:
                 self._observe_loss(data["loss"], data["stamp"])
+            if "metrics" in data:
+                self.metrics.add(data["metrics"])
+                self.recent_metrics.add(data["metrics"])
         if event.kind is Kind.discard:
             self.discarded += 1
         if event.kind in (Kind.apply, Kind.discard):

@@ -160,6 +160,7 @@ class Recorder:
         self._last_row = (seconds, applied)
         at = self.measurements(seconds - last_seconds, applied - last_applied)
         self._log({**self._coordinates(iteration, seconds), "lr": self.job.lr(iteration), **row_of(at, Rows.interval)})
+        self.statistics.recent_metrics.clear()
 
     def _coordinates(self, iteration: int, seconds: float) -> dict[str, Any]:
         return {"iteration": iteration, "epoch": round(self.job.epoch(iteration), 4), "seconds": round(seconds, 4)}

@@ -12,7 +12,7 @@ from ormo_rpc.config.saving import to_tree
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.loggers import RunInfo, start_logs
-from ormo_rpc.loggers.metrics import measure
+from ormo_rpc.loggers.metrics import measure, measure_by_name
 from ormo_rpc.models.flat import sha256
 from ormo_rpc.runtimes.checkpoints import CheckpointWriter
 from ormo_rpc.runtimes.ending import ending
@@ -228,8 +228,10 @@ class Session:
         statistics = self.recorder.statistics
         ended = ending(self.job, statistics, state["status"], state["iteration"])
         now, start_seconds = time.monotonic(), self.counters.start_seconds or None
+        measurements = self.recorder.measurements(statistics.seconds, statistics.applied)
         return {
-            **measure(self.recorder.measurements(statistics.seconds, statistics.applied)),
+            **measure(measurements),
+            "by_name": measure_by_name(measurements),
             **identity(self.job.config),
             **ended,
             "reason": "; ".join(filter(None, (ended["reason"], self.evaluations.failure))) or None,

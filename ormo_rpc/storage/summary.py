@@ -22,6 +22,11 @@ TERMINAL_STATUSES = ("completed", "diverged")
 RENAMED_KEYS: Mapping[str, str] = {"server_lives": "incarnations", "losses": "evictions"}
 """From a key of earlier versions to the present one."""
 
+BY_NAME = "by_name"
+"""The field of `Summary` that stands for several keys."""
+_PREFIXES = ("train_", "test_", "val_")
+"""The beginnings of these keys."""
+
 
 def entry(doc: str) -> Any:
     """Declare a key of the summary."""
@@ -88,17 +93,28 @@ class Summary(Metrics):
     identical: bool | None = entry("replay: whether every event and the final state are the recorded ones")
     environment_differences: dict[str, list[Any]] | None = entry("replay: recorded and present value of what bits depend on")
 
+    by_name: Mapping[str, float] = dataclasses.field(
+        default_factory=dict[str, float],
+        metadata={"doc": "train_NAME: mean of what an own loop has pushed by name, over all applied gradients"},
+    )
+    """Metrics that only this run has, each a key of its own in the file."""
+
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Summary:
         """Make a summary of the entries that were read; keys of other versions are dropped."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{key: value for key, value in content.items() if key in names})
+        names = {field.name for field in dataclasses.fields(cls)} - {BY_NAME}
+        by_name = {
+            key: value
+            for key, value in content.items()
+            if key not in names and key.startswith(_PREFIXES) and isinstance(value, (int, float))
+        }
+        return cls(**{key: value for key, value in content.items() if key in names}, by_name=by_name)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``summary.json``: kind and end of the run first, metrics last."""
         metrics = {field.name for field in dataclasses.fields(Metrics)}
-        names = [field.name for field in dataclasses.fields(self)]
-        return {name: getattr(self, name) for name in sorted(names, key=metrics.__contains__)}
+        names = [field.name for field in dataclasses.fields(self) if field.name != BY_NAME]
+        return {**{name: getattr(self, name) for name in sorted(names, key=metrics.__contains__)}, **self.by_name}
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -128,7 +144,7 @@ def refuse_metric(name: str | None, *, validation: bool = True) -> None:
     Raises:
         ConfigError: it is such a one.
     """
-    numbers = [key for key, kind in get_type_hints(Summary).items() if set(get_args(kind)) & {int, float}]
+    numbers = [key for key, kind in get_type_hints(Summary).items() if key != BY_NAME and set(get_args(kind)) & {int, float}]
     if name is not None and name not in numbers:
         raise ConfigError(f"optimized_metric: got {name!r}, expected one of {', '.join(sorted(numbers))}")
     if name is not None and name.startswith("val_") and not validation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from ormo_rpc import build_server, train
 from ormo_rpc.config.parsing import parse_config
 from ormo_rpc.config.schema import Config
 from ormo_rpc.loggers import RunLog
+from ormo_rpc.loggers.metrics import measure_by_name
 from ormo_rpc.loggers.statistics import Statistics
 from ormo_rpc.messages import Push
 from ormo_rpc.runtimes.job import JobLike
@@ -95,7 +97,7 @@ class Run:
         )
         self.pending = self.server.start()
 
-    def push(self, count: int, position: int = 0) -> None:
+    def push(self, count: int, position: int = 0, metrics: Mapping[str, Any] | None = None) -> None:
         """Push for the oldest pending reply, or the one at a position."""
         for _ in range(count):
             reply = self.pending.pop(position)
@@ -107,6 +109,7 @@ class Run:
                 grad=torch.ones(2),
                 loss=float(reply.ticket),
                 samples=10,
+                metrics={} if metrics is None else metrics,
             )
             self.pending += self.server.receive(push)
 
@@ -232,6 +235,33 @@ def test_the_first_rate_of_a_restarted_server_is_over_the_time_since_its_checkpo
     (row,) = again.lines("metrics.jsonl")
     assert (row["seconds"], row["updates_per_second"]) == (10.0, 2.0)  # 4 in 2 s, not 24 in 10 s
     again.directory.close()
+
+
+def test_rows_have_the_means_of_what_was_pushed_since_the_last_one_and_the_summary_those_of_the_run(run: Run) -> None:
+    for seconds, tokens in ((1.0, 10.0), (2.0, 20.0), (4.0, 60.0)):
+        run.now = seconds
+        run.push(1, metrics={"tokens": tokens, "hits": (tokens, 2 * tokens + 10)} | ({"norm": math.inf} if tokens > 10 else {}))
+        if seconds != 1.0:
+            run.recorder.flush()
+    run.now = 5.0
+    run.push(2)  # without any
+    run.recorder.flush(row=True)
+    rows = [
+        {key: row[key] for key in row if key in ("train_tokens", "train_hits", "train_norm")}
+        for row in run.lines("metrics.jsonl")
+    ]
+    # (10 + 20) / 2 and 60; (10 + 20) / (30 + 50) and 60 / 130.
+    assert rows == [{"train_tokens": 15.0, "train_hits": 0.375}, {"train_tokens": 60.0, "train_hits": 60 / 130}, {}]
+    assert [row for row in run.shown.rows if "train_tokens" in row]
+    trace = [line["metrics"] for line in run.lines("trace.jsonl") if "metrics" in line]
+    assert trace[1:] == [
+        {"tokens": 20.0, "hits": [20.0, 50.0], "norm": None},
+        {"tokens": 60.0, "hits": [60.0, 130.0], "norm": None},
+    ]
+    content = run.recorder.close(Summary(by_name=measure_by_name(run.recorder.measurements(5.0, 5))))
+    assert (content["train_tokens"], content["train_hits"]) == (30.0, 90 / 210)
+    assert "train_norm" not in content  # never finite
+    assert read_summary(run.folder) == content == Summary.from_dict(content).to_dict()
 
 
 def test_an_evaluation_is_a_row_of_the_iteration_whose_parameters_it_is_of(run: Run) -> None:
