@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
+from ormo_rpc.algorithms.groups import uniform
 from ormo_rpc.kernels.kernel import Kernel
 from ormo_rpc.options import Part
 
@@ -107,6 +108,7 @@ class Algorithm(Part, ABC):
         params: ``w``, shape (D,).
         momentum: ``beta``, in [0, 1); an algorithm without momentum does not read it.
         kernel: Makes new parameters and copies; chosen by the server's builder.
+        groups: Weight decay and learning-rate factor of each range of the parameters, for an algorithm that `DECAYS_ITSELF`.
         version: The number of changes of the parameters so far, for an algorithm that reads `PushContext.version`.
     """
 
@@ -121,6 +123,10 @@ class Algorithm(Part, ABC):
     OUT_OF_PLACE: ClassVar[bool] = False
     """`step` replaces `params` by what `kernel` makes, and never writes to it: the server hands it out as it is and
     copies nothing, and the gradient comes in the dtype that it had on the wire, which the kernel reads too."""
+    DECAYS_ITSELF: ClassVar[bool] = False
+    """`step` applies the weight decay and the learning-rate factors of `groups`; otherwise a worker's gradient has both."""
+    REFUSES_LR_FACTORS: ClassVar[str | None] = None
+    """The reason why a factor to the gradient would not be one to the learning rate of the parameters; None where it is."""
     NEEDS_IMMEDIATE_REPLIES: ClassVar[str | None] = None
     """The reason why only a scheduler that is `Scheduler.IMMEDIATE` will do; None where any will."""
     NEEDS_NO_BARRIER: ClassVar[str | None] = None
@@ -136,6 +142,7 @@ class Algorithm(Part, ABC):
         self.params = params
         self.momentum = momentum
         self.kernel = Kernel()
+        self.groups = uniform(params.numel())
         self.version = 0
 
     @property

@@ -33,6 +33,7 @@ class DCASGD(Algorithm):
     """
 
     READS_SENT = True
+    REFUSES_LR_FACTORS = "its compensation has the square of the gradient, so a scaled gradient is no scaled step"
 
     adaptive: bool = option(True, "divide the compensation by the running root mean square of the gradient (DC-ASGD-a)")
     compensation: float | None = option(

@@ -27,8 +27,9 @@ class GapAware(GradientMomentum):
     far: ``C = max_lr (sqrt(MS / (1 - 0.999^n)) + 1e-8)``, ``g <- g / (1 + |w - w_bak| / C)``, then
     ``v <- beta v + g; w <- w - eta v``, then ``MS <- 0.999 MS + 0.001 v*v``. ``v`` is in units of the gradient: ``eta`` is
     outside of the momentum, see `GradientMomentum`; ``max_lr`` is the largest learning rate so far. There is no gap before the
-    first gradient (``n = 0``) nor while ``max_lr`` is 0. Memory: ``w, v, MS``, three vectors of D; the copies that were sent
-    are kept by the server for every algorithm. K is not used, so it may change.
+    first gradient (``n = 0``) nor while ``max_lr`` is 0. Factors of ``train.lr_factors``, which multiply ``g``, are factors of
+    ``eta`` but for the 1e-8, as ``v`` and ``C`` scale with ``g``. Memory: ``w, v, MS``, three vectors of D; the copies that
+    were sent are kept by the server for every algorithm. K is not used, so it may change.
 
     Source: Barkai, Hakimi, Schuster, ICLR 2020, arXiv 1909.10802, with the constants of the public code. Departures: one
         momentum for all in order of arrival, as in `naive`, which it equals where every gap is zero and the learning rate

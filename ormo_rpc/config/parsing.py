@@ -171,6 +171,10 @@ def _refuse_together(config: Config) -> None:
     refused = incompatibility(config.algorithm, config.scheduler)
     if refused is not None:
         raise ConfigError(refused)
+    algorithm, factors = config.algorithm, config.train.lr_factors
+    if factors and algorithm.REFUSES_LR_FACTORS is not None:
+        with_it = f"expected none with algorithm={algorithm.known_as}"
+        raise ConfigError(f"train.lr_factors: got {factors}, {with_it}: {algorithm.REFUSES_LR_FACTORS}")
     prefetch = config.worker.prefetch
     if prefetch and config.scheduler.BARRIER:
         raise ConfigError(

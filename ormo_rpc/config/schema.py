@@ -94,7 +94,19 @@ class Train(Section):
         0.9, "momentum beta, for algorithms that have one", valid=lambda v: 0 <= v < 1, expected="a number in [0, 1)"
     )
     weight_decay: float = option(
-        0.0, "weight decay lambda, part of the worker's gradient", valid=not_negative, expected="a finite number >= 0"
+        0.0,
+        "weight decay lambda, part of the worker's gradient (algorithm=adamw: decoupled, on the server)",
+        valid=not_negative,
+        expected="a finite number >= 0",
+    )
+    decay_1d: bool = option(True, "false: no weight decay on parameters of fewer than two dimensions, as biases and norms")
+    no_decay: list[str] = option([], "patterns of names of parameters without weight decay: [*.embedding.*]")
+    lr_factors: dict[str, float] = option(
+        {},
+        "factors of the learning rate by patterns of parameter names, {head.*: 10}; where several match, their product; "
+        "0 keeps parameters as they are",
+        valid=lambda v: all(not_negative(factor) for factor in v.values()),
+        expected="finite factors >= 0",
     )
     clip_norm: float | None = option(
         None, "clip each gradient to this global norm, before weight decay", valid=positive, expected="a finite number > 0"

@@ -12,12 +12,14 @@ from typing import Any, Protocol
 
 import torch
 
+from ormo_rpc.algorithms.groups import Groups
 from ormo_rpc.compression import Allocate, PushFormat, pushed_dtype
-from ormo_rpc.config.schema import Config
+from ormo_rpc.config.schema import Config, Train
 from ormo_rpc.data import DataSet, Epochs
 from ormo_rpc.kernels.compiled import fastest_kernel
 from ormo_rpc.models.fingerprint import CHECKSUM, Fingerprint
 from ormo_rpc.models.flat import FlatModel, Layout, sha256
+from ormo_rpc.models.param_groups import param_groups
 from ormo_rpc.seeding import seed_for, seeded
 from ormo_rpc.server.buffer_layout import BufferLayout
 from ormo_rpc.server.buffers import RunningBuffers
@@ -123,6 +125,7 @@ class Job:
         """Of the first model that was built, without the data set."""
         self._fingerprint: Fingerprint | None = None
         self._push_format: PushFormat | None = None
+        self._groups: Groups | None = None
         self._spare: list[FlatModel] = []
         """Models that nobody has used, since a large one takes long to build."""
 
@@ -214,7 +217,10 @@ class Job:
         """
         train = self.config.train
         kind = DummyWorker if self.config.worker.dummy else Worker
-        wire_format = self.push_format()  # before the worker takes the model that this may have to build
+        wire_format, groups = (
+            self.push_format(),
+            self.groups(),
+        )  # before the worker takes the model that these may have to build
         return kind(
             self.model(),
             self.data.train,
@@ -222,7 +228,7 @@ class Job:
             self.config.algorithm,
             seed=self.config.seed,
             momentum=train.momentum,
-            weight_decay=train.weight_decay,
+            groups=groups,
             clip_norm=train.clip_norm,
             wire_format=wire_format,
             allocate=allocate,
@@ -232,7 +238,18 @@ class Job:
         """Build the parameter server at iteration 0; it calls ``record`` with each event, timed by ``clock``."""
         with self._unchanged_model() as model:
             params, buffers = model.flat_params(), RunningBuffers(model.buffers.tensors, model.buffers.rules)
-        return configured_server(self, params, buffers, record, clock)
+        return configured_server(self, params, buffers, record, clock, self.groups())
+
+    def groups(self) -> Groups:
+        """Return the parameter groups.
+
+        Raises:
+            ValueError: a pattern matches no parameter.
+        """
+        if self._groups is None:
+            with self._unchanged_model() as model:
+                self._groups = configured_groups(self.config.train, model.params)
+        return self._groups
 
     def epoch(self, iteration: int) -> float:
         """Return the number of epochs that this many applied gradients are."""
@@ -303,12 +320,28 @@ def configured_format(
     )
 
 
+def configured_groups(train: Train, params: Layout) -> Groups:
+    """Make the parameter groups of a configuration.
+
+    Raises:
+        ValueError: a pattern matches no parameter.
+    """
+    return param_groups(
+        params,
+        weight_decay=train.weight_decay,
+        decay_1d=train.decay_1d,
+        no_decay=train.no_decay,
+        lr_factors=train.lr_factors,
+    )
+
+
 def configured_server(
     job: JobLike,
     params: torch.Tensor,
     buffers: RunningBuffers | None,
     record: Callable[[Event], None],
     clock: Callable[[], float],
+    groups: Groups,
 ) -> ParameterServer:
     """Build the server of a job's configuration."""
     config = job.config
@@ -331,4 +364,5 @@ def configured_server(
         sent_dtype=config.wire.params.rounded,
         pushed_dtype=pushed_dtype(config.compression, config.wire.dtype),
         process_of=config.process_of,
+        groups=groups if config.algorithm.DECAYS_ITSELF else None,
     )

@@ -142,13 +142,15 @@ def check_data_and_model(config: Config) -> Job:
     """Load the data set and build the model twice, to find errors in one place instead of in every process.
 
     Raises:
-        ConfigError: the data set is missing or damaged, or the model does not fit it or differs the second time.
+        ConfigError: the data set is missing or damaged, the model does not fit it or differs the second time, or a pattern of
+            parameter names matches none.
     """
     with _refused(config.dataset):
         config.dataset.prepare()
         job = Job(config)
     with _refused(config.model):
         job.prepare_models(2)
+        job.groups()
     for name, split in (("test set", job.data.test), ("validation split", job.data.validation)):
         if split is not None and len(split) == 0:
             raise ConfigError(f"dataset: got an empty {name}, expected at least one sample")

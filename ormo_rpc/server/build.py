@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from ormo_rpc.algorithms import Algorithm
+from ormo_rpc.algorithms.groups import Groups, check_groups
 from ormo_rpc.kernels.kernel import Kernel
 from ormo_rpc.options import Part, find
 from ormo_rpc.options.instantiate import is_registered
@@ -52,6 +53,7 @@ def build_server(
     sent_dtype: torch.dtype | None = None,
     pushed_dtype: torch.dtype | None = None,
     process_of: Callable[[int], int] = lambda worker: worker,
+    groups: Groups | None = None,
     **options: Any,
 ) -> ParameterServer:
     """Build a parameter server in this process, without any network: the object that every runtime drives.
@@ -75,6 +77,8 @@ def build_server(
         sent_dtype: The dtype that parameters are rounded to when they are sent; by default they are not.
         pushed_dtype: The dtype of pushes, bfloat16 or float16; by default that of ``params``.
         process_of: From a worker to its process; by default each is its own. See `ParameterServer`.
+        groups: Weight decay and learning-rate factor of each range of ``params``, for an algorithm that `DECAYS_ITSELF`; by
+            default one group without decay.
         options: Options of the algorithm and of the scheduler, where these are given by name.
 
     Raises:
@@ -111,7 +115,15 @@ def build_server(
         raise ValueError(f"pushed_dtype: got {pushed_dtype}, expected torch.bfloat16 or torch.float16, or None")
     if norm_limit is not None and not (math.isfinite(norm_limit.limit) and norm_limit.limit > 0):
         raise ValueError(f"norm_limit: got the limit {norm_limit.limit}, expected a finite number > 0")
+    if groups is not None and not own_algorithm.DECAYS_ITSELF:
+        raise ValueError(
+            f"groups: got {len(groups)}, expected None with {own_algorithm.name}: weight decay and factors of the learning "
+            "rate are part of a worker's gradient"
+        )
     own_algorithm.init(params.detach().clone(), momentum)
+    if groups is not None:
+        check_groups(groups, params.numel())
+        own_algorithm.groups = groups
     # One of its own, as it remembers the newest parameters.
     own_algorithm.kernel = dataclasses.replace(kernel or Kernel(), rounds=sent_dtype is torch.bfloat16)
     own_scheduler.init(generator(seed, "scheduler", 0))

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from ormo_rpc.algorithms.base import Algorithm
+from ormo_rpc.algorithms.groups import Groups
 from ormo_rpc.compression import Allocate, Encoder, PushFormat
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.models.passes import Passes
+from ormo_rpc.worker.regularise import regularise
 
 
 class BaseWorker:
@@ -27,7 +29,8 @@ class BaseWorker:
     Args:
         model: The model, for this worker alone.
         algorithm: The server's algorithm.
-        weight_decay: ``lambda``; a gradient gets ``+ lambda w`` at the parameters where it is taken, after clipping.
+        groups: Weight decay and learning-rate factor of each range of the parameters: after clipping a gradient gets
+            ``+ lambda w`` at the parameters where it is taken, then the factor. Not used where the algorithm `DECAYS_ITSELF`.
         clip_norm: The global norm to which the gradient of the loss is clipped first; None for no clipping.
         wire_format: The wire form of pushes; exact by default.
         allocate: Allocates the memory of `payload`, given its number of bytes.
@@ -39,7 +42,7 @@ class BaseWorker:
         model: FlatModel,
         algorithm: Algorithm,
         *,
-        weight_decay: float = 0.0,
+        groups: Groups = (),
         clip_norm: float | None = None,
         wire_format: PushFormat | None = None,
         allocate: Allocate | None = None,
@@ -47,7 +50,7 @@ class BaseWorker:
     ) -> None:
         self.model = model
         self.algorithm = algorithm
-        self.weight_decay = weight_decay
+        self.groups: Groups = () if algorithm.DECAYS_ITSELF else groups
         self.clip_norm = clip_norm
         exact = PushFormat(
             params=model.params, buffers=model.buffers.layout, dtype=model.dtype, vectors=algorithm.VECTORS_PUSHED
@@ -85,14 +88,14 @@ class BaseWorker:
         self._passes.begin_pass()
 
     def _end_gradient(self, params: torch.Tensor, into: torch.Tensor) -> None:
-        """Complete the gradient in ``into``: what lies elsewhere is brought back, then it is clipped and decayed.
+        """Complete the gradient in ``into``: what lies elsewhere is brought back, then it is clipped, decayed and scaled.
 
         Raises:
             ModelRefused: the passes have changed what they must not change.
         """
         self.model.collect_grad()
         self._passes.end_pass()
-        self._regularise(into, params)
+        regularise(into, params, clip_norm=self.clip_norm, groups=self.groups)
 
     def _made(self, reply: Reply, *, loss: float | None, samples: int) -> Push:
         """Encode the content of `push`, and the buffers that the passes have changed, as the answer to a reply."""
@@ -115,12 +118,3 @@ class BaseWorker:
         if self._sent.shape != sent.shape:
             self._sent = torch.empty_like(sent, dtype=self.model.dtype)
         return self._sent.copy_(sent)
-
-    def _regularise(self, grad: torch.Tensor, params: torch.Tensor) -> None:
-        """Clip, then decay: torch's order."""
-        if self.clip_norm is not None:
-            norm = grad.norm().item()
-            if norm > self.clip_norm:
-                grad.mul_(self.clip_norm / norm)
-        if self.weight_decay:
-            grad.add_(params, alpha=self.weight_decay)

@@ -11,6 +11,7 @@ import torch
 from typing_extensions import override
 
 from ormo_rpc.algorithms.base import Algorithm, LocalWork
+from ormo_rpc.algorithms.groups import Groups
 from ormo_rpc.compression import Allocate, PushFormat
 from ormo_rpc.data import Epochs, Split
 from ormo_rpc.messages import Push, Reply, no_buffers
@@ -32,7 +33,7 @@ class Worker(BaseWorker):
         algorithm: The server's algorithm, which makes the push of the gradients (`Algorithm.local`).
         seed: The seed of the run.
         momentum: ``beta``, for algorithms with local steps.
-        weight_decay: ``lambda``; a gradient gets ``+ lambda w`` at the parameters where it is taken, after clipping.
+        groups: Weight decay and learning-rate factor of each range of the parameters; see `BaseWorker`.
         clip_norm: The global norm to which the gradient of the loss is clipped first; None for no clipping.
         wire_format: The wire form of pushes; exact by default.
         allocate: Allocates the memory of `payload`, given its number of bytes.
@@ -47,14 +48,12 @@ class Worker(BaseWorker):
         *,
         seed: int,
         momentum: float = 0.0,
-        weight_decay: float = 0.0,
+        groups: Groups = (),
         clip_norm: float | None = None,
         wire_format: PushFormat | None = None,
         allocate: Allocate | None = None,
     ) -> None:
-        super().__init__(
-            model, algorithm, weight_decay=weight_decay, clip_norm=clip_norm, wire_format=wire_format, allocate=allocate
-        )
+        super().__init__(model, algorithm, groups=groups, clip_norm=clip_norm, wire_format=wire_format, allocate=allocate)
         self.data = data
         self.epochs = epochs
         self.seed = seed

@@ -13,7 +13,7 @@ from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.models.flat import Layout
-from ormo_rpc.runtimes.job import Evaluate, Exporter, configured_format, configured_server
+from ormo_rpc.runtimes.job import Evaluate, Exporter, configured_format, configured_groups, configured_server
 from ormo_rpc.runtimes.simulator.synthetic import Quadratic
 from ormo_rpc.server.buffer_layout import BufferLayout
 from ormo_rpc.server.events import Event
@@ -31,12 +31,17 @@ class SyntheticJob:
         config: The configuration, with the number of workers decided.
 
     Raises:
-        ConfigError: ``train.max_iterations`` is not set.
+        ConfigError: ``train.max_iterations`` is not set, or names of parameters are given, which it has none of.
     """
 
     def __init__(self, config: Config) -> None:
         if config.train.max_iterations is None:
             raise ConfigError("train.max_iterations: got None, expected a number: the quadratic has no epochs")
+        for key in ("no_decay", "lr_factors"):
+            if getattr(config.train, key):
+                raise ConfigError(
+                    f"train.{key}: got {getattr(config.train, key)}, expected none: the quadratic has no named parameters"
+                )
         self.config = config
         self.total_tickets = config.train.max_iterations
         self.batches_per_epoch = BATCHES_PER_EPOCH
@@ -59,8 +64,10 @@ class SyntheticJob:
 
     def push_format(self) -> PushFormat:
         """Return the wire form of pushes; they have no matrix, so powersgd sends them as they are."""
-        params = Layout({"x": torch.empty(self.config.sim.dimension)})
-        return configured_format(self.config, params, BufferLayout({}), torch.float32)
+        return configured_format(self.config, self._layout(), BufferLayout({}), torch.float32)
+
+    def _layout(self) -> Layout:
+        return Layout({"x": torch.empty(self.config.sim.dimension)})
 
     def fingerprint(self) -> Fingerprint:
         """Return the fingerprint of a model that has the quadratic's vector as its only parameter."""
@@ -68,7 +75,8 @@ class SyntheticJob:
 
     def server(self, record: Callable[[Event], None], clock: Callable[[], float]) -> ParameterServer:
         """Build the parameter server at iteration 0; it calls ``record`` with each event, timed by ``clock``."""
-        return configured_server(self, self.source().start(), None, record, clock)
+        groups = configured_groups(self.config.train, self._layout())
+        return configured_server(self, self.source().start(), None, record, clock, groups)
 
     def epoch(self, iteration: int) -> float:
         """Return the number of epochs, of `BATCHES_PER_EPOCH` iterations each."""

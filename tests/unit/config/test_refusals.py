@@ -64,6 +64,10 @@ IN_RANGE: dict[str, tuple[list[Any], list[Any]]] = {
         [{}, {0: 0.0}, {7: 1e9, 2: 1.0}],
         [{0: -1e-300}, {-1: 1.0}, {0: 0.0, 1: math.inf}, {0: 0.0, 1: math.nan}],
     ),
+    "finite factors >= 0": (
+        [{}, {"*.bias": 0.0}, {"a": 1e9, "b": 1.0}],
+        [{"*": -1.0}, {"a": 1.0, "b": math.inf}, {"a": math.nan}],
+    ),
     "rising epochs > 0": ([[], [0.5, 1.0], [3.0, 3.0]], [[0.0], [2.0, 1.0], [math.nan]]),
 }
 WITH_RANGE = [key for key in KEYS if key[3].metadata["valid"] is not None]

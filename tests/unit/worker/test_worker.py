@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ormo_rpc.algorithms.groups import uniform
 from ormo_rpc.data import ArraySplit, Epochs, MapSplit
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.models import CNN, MLP, ResNet20
@@ -50,13 +51,14 @@ def module(name: str) -> nn.Module:
 
 
 def worker(name: str, *, seed: int = 0, weight_decay: float = 0.0, clip_norm: float | None = None) -> Worker:
+    model = FlatModel(module(name))
     return Worker(
-        FlatModel(module(name)),
+        model,
         data(),
         Epochs(SAMPLES, BATCH, seed),
         find("algorithm", "asgd")(),
         seed=seed,
-        weight_decay=weight_decay,
+        groups=uniform(model.params.size, weight_decay),
         clip_norm=clip_norm,
     )
 
@@ -178,7 +180,7 @@ def test_sha256_is_that_of_the_bytes() -> None:
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 def test_clipping_and_decay_make_the_step_of_torchs_sgd(clip_norm: float | None, weight_decay: float) -> None:
     made, params, lr = without_chance("mlp"), weights("mlp"), 0.5
-    made.clip_norm, made.weight_decay = clip_norm, weight_decay
+    made.clip_norm, made.groups = clip_norm, uniform(params.numel(), weight_decay)
     net, _ = plain("mlp", params, 2)
     if clip_norm is not None:
         norm = nn.utils.clip_grad_norm_(net.parameters(), clip_norm)

@@ -1,0 +1,28 @@
+"""What a worker does to the gradient of the loss before it is pushed."""
+
+from __future__ import annotations
+
+import torch
+
+from ormo_rpc.algorithms.groups import Groups
+
+
+def regularise(grad: torch.Tensor, params: torch.Tensor, *, clip_norm: float | None = None, groups: Groups = ()) -> None:
+    """Clip by the global norm, decay, then multiply by the groups' learning-rate factors: torch's order. In place.
+
+    Args:
+        grad: The gradient of the loss, shape (D,).
+        params: The parameters where it was taken; their first D elements are read.
+        clip_norm: The largest norm; None for no clipping.
+        groups: Weight decay and factor of each range; none to leave both out.
+    """
+    if clip_norm is not None:
+        norm = grad.norm().item()
+        if norm > clip_norm:
+            grad.mul_(clip_norm / norm)
+    for group in groups:
+        part = group.of(grad)
+        if group.weight_decay:
+            part.add_(params[group.start : group.stop], alpha=group.weight_decay)
+        if group.lr_factor != 1.0:
+            part.mul_(group.lr_factor)
