@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sysconfig
 import traceback
 from collections.abc import Callable
 from contextvars import ContextVar
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,8 +19,11 @@ DOTTED_PATH = "a dotted path such as my_package.my_module.my_function"
 _SCRIPT = ("__main__", "__mp_main__")
 """The names of the module that Python was started with; in another process they are another module."""
 _MACHINERY = (__file__, importlib.__file__, "<frozen ")
-LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
-"""Folders whose files are hardly the user's own."""
+LIBRARIES = (
+    *{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")},
+    os.fspath(Path(__file__).parent.parent),
+)
+"""Folders whose files are hardly the user's own; the last one is that of this package."""
 
 
 _importing = ContextVar("importing", default="")
@@ -59,7 +64,7 @@ def locate(path: str, target: str) -> Callable[..., Any]:
     except ConfigError as error:
         raise ConfigError(str(error)) from None
     except (Exception, SystemExit) as error:  # the user's module may raise anything while it is imported
-        raise ValueError(f"{path}._target_: {target!r} cannot be imported: {_fault(error)}") from error
+        raise ValueError(f"{path}._target_: {target!r} cannot be imported: {fault(error)}") from error
     finally:
         _importing.reset(token)
     if not callable(found):
@@ -97,17 +102,36 @@ def _refused_script(name: str) -> str:
     return f"{name} is defined in __main__, where other processes cannot import it; move it to a module"
 
 
-def _fault(error: BaseException) -> str:
-    """Type and message of what an import raised, with the line of the user's code that it comes from, if there is one."""
+def fault(error: BaseException) -> str:
+    """Type and message of what the user's code raised, with its line, if there is one."""
     if isinstance(error, SyntaxError) and error.filename is not None:
         return f"{error.filename}:{error.lineno}: {type(error).__name__}: {error.msg}"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_MACHINERY)]
-    own = [frame for frame in frames if not frame.filename.startswith(LIBRARIES)]
-    if frames:
-        at = (own or frames)[-1]
-        return f"{at.filename}:{at.lineno}: {one_line(error)}"
+    place = line_of(error)
+    if place:
+        return f"{place}: {one_line(error)}"
     hint = "; is its folder on PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else ""
     return f"{' '.join(str(error).split())}{hint}"
+
+
+def line_of(error: BaseException) -> str:
+    """File and line of the user's code that an error comes from; else of a library's; empty where there is neither."""
+    return _innermost(traceback.extract_tb(error.__traceback__))
+
+
+def users_line() -> str:
+    """File and line of the user's code that is being run by this thread."""
+    return _innermost(traceback.extract_stack())
+
+
+def is_users(file: str) -> bool:
+    """Tell whether a file of source is the user's own."""
+    return not file.startswith((*_MACHINERY, *LIBRARIES))
+
+
+def _innermost(stack: traceback.StackSummary) -> str:
+    frames = [frame for frame in stack if not frame.filename.startswith(_MACHINERY)]
+    own = [frame for frame in frames if is_users(frame.filename)]
+    return f"{(own or frames)[-1].filename}:{(own or frames)[-1].lineno}" if frames else ""
 
 
 def _import(target: str) -> Any:

@@ -48,6 +48,7 @@ class Child:
 
     Attributes:
         serves: It is the server, else a worker.
+        has_worked: The server has taken a gradient of this process's own loop, so that what ends it may not come again.
     """
 
     def __init__(self, argv: Sequence[str] | None = None) -> None:
@@ -57,6 +58,7 @@ class Child:
         os.set_inheritable(arguments.report_fd, False)
         os.set_inheritable(arguments.control_fd, False)
         self.serves = bool(arguments.serves)
+        self.has_worked = False
         self.reporter = Reporter(arguments.report_fd, arguments.heartbeat_seconds)
         _log_to(self.reporter, stderr=arguments.log)
         self._server_control = ServerControl(arguments.incarnation) if self.serves else None

@@ -46,16 +46,9 @@ class Loading:
 
     def run(self) -> dict[str, Any]:
         """Load the job, and return the answer: ``config`` or ``refused``, and the records of the ``log``."""
-        request, records = self._request, _Records()
-        logger = logging.getLogger("ormo_rpc")
-        logger.setLevel(logging.INFO)
-        logger.addHandler(records)
-        sys.path[:] = request["path"]
-        os.environ.clear()
-        os.environ.update(request["environment"])
-        os.chdir(request["directory"])
+        request, records = self._request, Records()
+        settle(request)
         torch.set_default_dtype(getattr(torch, request["default_dtype"]))
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         try:
             with _silence():
                 config = parse_text(request["config"])  # the launcher has shown what the user's modules print at import
@@ -69,9 +62,9 @@ class Loading:
         except ConfigError as error:
             return {"refused": str(error), "log": records.rows}
         finally:
-            logger.removeHandler(records)
+            records.close()
 
-    def _apart(self, records: _Records) -> Callable[[Callable[[], None]], None]:
+    def _apart(self, records: Records) -> Callable[[Callable[[], None]], None]:
         """Return a caller of functions, each where it leaves nothing behind but its log, and raises its refusal."""
 
         def run(function: Callable[[], None]) -> None:
@@ -95,7 +88,7 @@ class Loading:
         return run
 
 
-def _answer(function: Callable[[], None], records: _Records) -> dict[str, Any]:
+def _answer(function: Callable[[], None], records: Records) -> dict[str, Any]:
     """Run the function, unless that cannot tell anything about a process that is not forked."""
     records.rows.clear()
     refused, lost = None, gpu_is_lost()
@@ -105,6 +98,15 @@ def _answer(function: Callable[[], None], records: _Records) -> dict[str, Any]:
     except ConfigError as error:
         refused = str(error)
     return {"refused": refused, "log": records.rows, "gpu_is_lost": lost}
+
+
+def settle(request: Mapping[str, Any]) -> None:
+    """Take over the launcher's module path, environment, directory and number of threads."""
+    sys.path[:] = request["path"]
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["directory"])
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @contextlib.contextmanager
@@ -121,13 +123,21 @@ def _silence() -> Generator[None]:
         yield
 
 
-class _Records(logging.Handler):
-    """Keeps what is logged, for the launcher to log."""
+class Records(logging.Handler):
+    """Keeps what is logged until it is closed, for the launcher to log."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
         self.rows: list[tuple[str, int, str]] = []
+        logger = logging.getLogger("ormo_rpc")
+        logger.setLevel(logging.INFO)
+        logger.addHandler(self)
 
     @override
     def emit(self, record: logging.LogRecord) -> None:
         self.rows.append((record.name, record.levelno, record.getMessage()))
+
+    @override
+    def close(self) -> None:
+        logging.getLogger("ormo_rpc").removeHandler(self)
+        super().close()

@@ -1,0 +1,116 @@
+"""A process that runs a user's script for ``ormo-rpc launch``: its preloader, or a child that runs it from the beginning."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import os
+import runpy
+import sys
+import traceback
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, NoReturn
+
+if __name__ == "__main__":
+    gc.disable()  # nothing of what is imported is garbage, and a collection takes its time
+# First, as it counts the threads with which Python has started.
+from ormo_rpc.runtimes.distributed.preloading.process import PreloaderProcess, main  # isort: split
+
+from ormo_rpc.errors import ConfigError
+from ormo_rpc.options.imports import fault, is_users, line_of
+from ormo_rpc.own_loop.script import PROGRAM, Script
+from ormo_rpc.own_loop.script_preloading import Launched, launched
+from ormo_rpc.runtimes.distributed.entry_point import EXPECTED_ERRORS, Child
+from ormo_rpc.runtimes.distributed.preloading.load import Records, settle
+from ormo_rpc.runtimes.distributed.shortages import limit_reached
+
+
+class ScriptExit(Exception):
+    """The script has ended itself with a status other than 0."""
+
+
+class Scripts:
+    """Runs a script as far as `join` (`preloading.process.Program`); in forks it goes on."""
+
+    keeps_random = True
+
+    def load(self, request: Mapping[str, Any], process: PreloaderProcess) -> Mapping[str, Any]:
+        """Run a script; what it does not say by `join` is its end."""
+        settle(request)
+        script, records = Script.read(request["script"]), Records()
+        this = launched(Launched(os.getpid(), process, request, records))
+        ended = run(script)
+        if this.child is not None:  # this is a fork
+            end(this.child, ended)
+        records.close()
+        return process.loaded(request, {**_without_run(script, ended), "log": records.rows})
+
+    def main(self, arguments: list[str]) -> NoReturn:
+        """Be a child that runs its script from the beginning."""
+        split = Script.of_child(arguments)
+        assert split is not None, "a child is told its script"
+        script, words = split
+        child = Child(words)
+        child.set_up_torch()
+        launched(Launched(os.getpid(), child=child))
+        end(child, run(script))
+
+
+def run(script: Script) -> BaseException | None:
+    """Run a script as Python does; return how it has ended, None for at its end."""
+    sys.argv[:] = [script.name, *script.arguments]
+    gc.enable()
+    try:
+        if script.module:
+            runpy.run_module(script.name, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(script.name, run_name="__main__")
+    except BaseException as error:
+        return error
+    return None
+
+
+def end(child: Child, ended: BaseException | None) -> NoReturn:
+    """End a child whose script has ended, as Python ends a program, and as its launcher expects it."""
+    if isinstance(ended, SystemExit):
+        ended = None if ended.code in (None, 0) else ScriptExit(f"it has ended itself by sys.exit({ended.code!r})")
+    if ended is None:
+        gc.collect()  # closes the files of the script's variables
+        with contextlib.suppress(Exception):
+            atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage] # finalising the interpreter would stop the heartbeats
+    if ended is None or isinstance(ended, EXPECTED_ERRORS):
+        child.end(ended)
+    place, again = line_of(ended), child.serves or child.has_worked or bool(limit_reached(ended))
+    child.end(ended.with_traceback(_of_user(ended.__traceback__)), place=place, final=not again)
+
+
+def _without_run(script: Script, ended: BaseException | None) -> dict[str, Any]:
+    """The answer to a launcher whose script has ended before `join`."""
+    if isinstance(ended, SystemExit):
+        if ended.code is None or isinstance(ended.code, int):
+            return {"exited": ended.code or 0}
+        return {"refused": f"{line_of(ended)}: {ended.code}"}
+    if ended is None:
+        return {
+            "refused": f"{script.name}: it has ended without a call of ormo_rpc.join(model, ...), so there is nothing to run"
+        }
+    if isinstance(ended, ConfigError):
+        return {"refused": str(ended)}
+    traceback.print_exception(ended.with_traceback(_of_user(ended.__traceback__)))
+    return {"refused": fault(ended)}
+
+
+def _of_user(trace: TracebackType | None) -> TracebackType | None:
+    """A traceback from the first line of the user's on; all of it where there is none."""
+    found = trace
+    while found is not None and not is_users(found.tb_frame.f_code.co_filename):
+        found = found.tb_next
+    return found or trace
+
+
+if __name__ == "__main__":
+    if Script.of_child(sys.argv[1:]) is None:
+        main(Scripts(), PROGRAM)
+    Scripts().main(sys.argv[1:])
