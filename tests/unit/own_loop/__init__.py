@@ -1,0 +1,1 @@
+"""Own loops, apart from their processes."""
