@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from ormo_rpc.runtimes.distributed.observer import NotReadable, present_state
 from ormo_rpc.runtimes.job import build_module
 from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.run_directory import read_fingerprint
+from ormo_rpc.tasks.metrics import TaskMetric, metric_named
 from ormo_rpc.worker.evaluation import Evaluation, Evaluator
 
 
@@ -29,7 +31,7 @@ def evaluate_checkpoint(path: Path) -> tuple[Path, Evaluation]:
     """Evaluate a checkpoint, or the newest one of a run directory, on the splits that it was not trained on.
 
     Returns:
-        The checkpoint, and its loss and accuracy.
+        The checkpoint, and its metrics.
 
     Raises:
         ValueError: there is no checkpoint, it is damaged or of another model, or its data set is missing.
@@ -40,14 +42,14 @@ def evaluate_checkpoint(path: Path) -> tuple[Path, Evaluation]:
     module = build_module(config, data)  # with the run's seed, for what model.pt does not have
     model = FlatModel(module)
     buffers = _load(model, found)
-    return found, Evaluator(model, data, config.train.batch_size)(model.flat_params(), buffers)
+    return found, Evaluator(model, data, config.task, config.train.batch_size)(model.flat_params(), buffers)
 
 
 def evaluate_present(run_dir: Path) -> tuple[int, Evaluation] | None:
     """Evaluate the present parameters of a live run that goes on, as `evaluate_checkpoint` does.
 
     Returns:
-        The iteration, with loss and accuracy; None where no live run goes on there.
+        The iteration, with the metrics; None where no live run goes on there.
 
     Raises:
         NotReadable: its server cannot be asked.
@@ -67,7 +69,7 @@ def evaluate_present(run_dir: Path) -> tuple[int, Evaluation] | None:
     if difference:
         raise ConfigError(f"{run_dir}: {difference}; evaluate it with the model that is trained")
     buffers = model.buffers.layout.views(state.buffers)
-    return state.iteration, Evaluator(model, data, config.train.batch_size)(state.params, buffers)
+    return state.iteration, Evaluator(model, data, config.task, config.train.batch_size)(state.params, buffers)
 
 
 def _load(model: FlatModel, source: Path) -> dict[str, torch.Tensor]:
@@ -95,7 +97,8 @@ def main() -> None:
     """Run the command line."""
     console.install()
     parser = argparse.ArgumentParser(
-        prog="python -m ormo_rpc.evaluate", description="Print the test (and validation) accuracy of a run or checkpoint."
+        prog="python -m ormo_rpc.evaluate",
+        description="Print the metrics of a run or checkpoint on the test (and validation) split.",
     )
     parser.add_argument(
         "path",
@@ -104,7 +107,7 @@ def main() -> None:
     )
     path: Path = parser.parse_args().path
     try:
-        found, result = _evaluated(path)
+        found, result, metrics = _evaluated(path)
     except ValueError as error:
         kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
         console.say(f"evaluate: {kind}{error}")
@@ -112,21 +115,28 @@ def main() -> None:
     except Exception as error:  # a user's own model or data set may raise anything
         console.say(f"evaluate: {one_line(error)}")
         sys.exit(1)
-    print(f"{found}\ntest accuracy {result.accuracy:.2%}, test loss {result.loss:.4f}")
-    if result.val_accuracy is not None:
-        print(f"validation accuracy {result.val_accuracy:.2%}, validation loss {result.val_loss:.4f}")
+    print(f"{found}\n{_shown('test', result.test, metrics)}")
+    if result.validation is not None:
+        print(_shown("validation", result.validation, metrics))
 
 
-def _evaluated(path: Path) -> tuple[str, Evaluation]:
-    """Evaluate what there is; return what that is, too."""
+def _shown(split: str, values: Mapping[str, float], metrics: Sequence[TaskMetric]) -> str:
+    """Put the metrics of a split on one line, the loss last."""
+    names = sorted(values, key="loss".__eq__)
+    return ", ".join(f"{split} {name} {values[name]:{metric_named(name, metrics).form}}" for name in names)
+
+
+def _evaluated(path: Path) -> tuple[str, Evaluation, Sequence[TaskMetric]]:
+    """Evaluate what there is; return what that is, too, and the metrics of its task."""
     try:
         present = evaluate_present(path)
         if present is not None:
-            return f"{path}, iteration {present[0]}, while the run goes on", present[1]
+            what = f"{path}, iteration {present[0]}, while the run goes on"
+            return what, present[1], load_config(path / "config.yaml").task.metrics()
     except NotReadable as error:
         console.say(f"evaluate: {error}; its newest checkpoint is taken")
     found, result = evaluate_checkpoint(path)
-    return str(found), result
+    return str(found), result, load_config(found / "config.yaml").task.metrics()
 
 
 if __name__ == "__main__":

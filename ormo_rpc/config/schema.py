@@ -32,6 +32,7 @@ from ormo_rpc.schedulers.async_ import Async
 from ormo_rpc.server.lr_schedule import LearningRate, Shape, Unit
 from ormo_rpc.server.own_lr_schedule import OwnSchedule
 from ormo_rpc.server.validation import NormLimit, NormPolicy
+from ormo_rpc.tasks import Classification, Task
 from ormo_rpc.transports.auto import Auto
 from ormo_rpc.transports.base import Transport
 from ormo_rpc.worker.heterogeneity import Heterogeneity, NoHeterogeneity
@@ -194,6 +195,7 @@ class Config(Section):
     scheduler: Scheduler = field(default_factory=Async)
     dataset: DataSource = field(default_factory=Digits)
     model: Model = field(default_factory=MLP)
+    task: Task = field(default_factory=Classification)
     heterogeneity: Heterogeneity = field(default_factory=NoHeterogeneity)
     train: Train = field(default_factory=Train)
     runtime: Runtime = field(default_factory=RpcRuntime)

@@ -49,6 +49,13 @@ class Measurements:
     applied: int
     extra: Mapping[str, Any]
 
+    def evaluated(self, split: str, name: str) -> float | None:
+        """Return a metric of the newest evaluation, on the split ``test`` or ``val``; None where there is none."""
+        if self.evaluation is None:
+            return None
+        values = self.evaluation.test if split == "test" else self.evaluation.validation
+        return None if values is None else values.get(name)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
@@ -114,12 +121,12 @@ class Metrics:
     )
     test_loss: float | None = metric(
         "mean loss on the test split, over the targets that count",
-        lambda at: None if at.evaluation is None else at.evaluation.loss,
+        lambda at: at.evaluated("test", "loss"),
         in_rows=Rows.evaluation,
     )
     test_accuracy: float | None = metric(
         "accuracy on the test split, in [0, 1]",
-        lambda at: None if at.evaluation is None else at.evaluation.accuracy,
+        lambda at: at.evaluated("test", "accuracy"),
         in_rows=Rows.evaluation,
         bar="accuracy",
         column="test accuracy",
@@ -127,12 +134,12 @@ class Metrics:
     )
     val_loss: float | None = metric(
         "mean loss on the validation split, over the targets that count",
-        lambda at: None if at.evaluation is None else at.evaluation.val_loss,
+        lambda at: at.evaluated("val", "loss"),
         in_rows=Rows.evaluation,
     )
     val_accuracy: float | None = metric(
         "accuracy on the validation split, in [0, 1]",
-        lambda at: None if at.evaluation is None else at.evaluation.val_accuracy,
+        lambda at: at.evaluated("val", "accuracy"),
         in_rows=Rows.evaluation,
         bar="val accuracy",
         column="val accuracy",

@@ -25,6 +25,7 @@ PACKAGES: Mapping[str, str] = {
     "scheduler": "ormo_rpc.schedulers",
     "dataset": "ormo_rpc.data",
     "model": "ormo_rpc.models",
+    "task": "ormo_rpc.tasks",
     "compression": "ormo_rpc.compression",
     "heterogeneity": "ormo_rpc.worker",
     "transport": "ormo_rpc.transports",

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import time
 import zlib
 from collections.abc import Callable, Generator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
 from ormo_rpc.algorithms.groups import Groups
 from ormo_rpc.compression import Allocate, PushFormat, pushed_dtype
 from ormo_rpc.config.schema import Config, Train
-from ormo_rpc.data import DataSet, Epochs
+from ormo_rpc.data import DataSet, Epochs, trees
 from ormo_rpc.kernels.compiled import fastest_kernel
 from ormo_rpc.models.fingerprint import CHECKSUM, Fingerprint
 from ormo_rpc.models.flat import FlatModel, Layout, sha256
@@ -27,6 +26,7 @@ from ormo_rpc.server.build import build_server
 from ormo_rpc.server.events import Event
 from ormo_rpc.server.lr_schedule import LearningRate
 from ormo_rpc.server.parameter_server import ParameterServer
+from ormo_rpc.tasks.metrics import TaskMetric, metric_named
 from ormo_rpc.worker.dummy import DummyWorker
 from ormo_rpc.worker.evaluation import Evaluation, Evaluator
 from ormo_rpc.worker.worker import Worker
@@ -49,7 +49,7 @@ class JobLike(Protocol):
         total_tickets: T, the number of gradients that the run applies.
         batches_per_epoch: Tickets in an epoch.
         lr: The learning rate at an iteration.
-        guessing_loss: The mean loss of giving all classes the same probability; 0 where there are no classes.
+        guessing_loss: The mean loss of a model that has learnt nothing; 0 where it is unknown.
     """
 
     config: Config
@@ -78,6 +78,10 @@ class JobLike(Protocol):
         """Return a function that evaluates parameters; None where there is no test set."""
         ...
 
+    def metric(self, name: str) -> TaskMetric:
+        """Return the declaration of a metric in evaluations, by its name there; of an unknown one what its name tells."""
+        ...
+
     def exporter(self) -> Exporter:
         """Return a function that makes a ``state_dict`` of plain PyTorch."""
         ...
@@ -103,7 +107,7 @@ class Job:
         batches_per_epoch: Tickets in an epoch.
         total_tickets: T, the number of gradients that the run applies.
         lr: The scheduled learning rate.
-        guessing_loss: The mean loss of giving all classes the same probability.
+        guessing_loss: The mean loss of a model that has learnt nothing; 0 where it is unknown.
 
     Raises:
         ValueError: the data set is missing or damaged.
@@ -120,7 +124,7 @@ class Job:
         total = self.epochs.total_tickets(config.train.epochs)
         self.total_tickets = min(total, config.train.max_iterations or total)
         self.lr: LearningRate = config.learning_rate(self.batches_per_epoch, self.total_tickets)
-        self.guessing_loss = math.log(max(1, self.data.num_classes))
+        self.guessing_loss = config.task.guessing_loss(self.data)
         self._built: Fingerprint | None = None
         """Of the first model that was built, without the data set."""
         self._fingerprint: Fingerprint | None = None
@@ -180,7 +184,7 @@ class Job:
         train = self.data.train
         places = torch.linspace(0, len(train) - 1, min(len(train), LABELS_READ)).long()
         with seeded(self.config.seed, "fingerprint", 0):
-            targets = [train.batch(place.view(1), None)[1] for place in places]
+            targets = [leaf for place in places for leaf in _targets(train.batch(place.view(1), None))]
         numbers = [each for each in targets if each.numel() == 1 and not each.is_floating_point()]
         return zlib.crc32(torch.tensor([int(each) for each in numbers]).numpy().tobytes())
 
@@ -230,6 +234,7 @@ class Job:
             momentum=train.momentum,
             groups=groups,
             clip_norm=train.clip_norm,
+            task=self.config.task,
             wire_format=wire_format,
             allocate=allocate,
         )
@@ -257,7 +262,13 @@ class Job:
 
     def evaluator(self) -> Evaluator | None:
         """Return an evaluation on the splits that are not trained on, with a model of its own; None for dummy workers."""
-        return None if self.config.worker.dummy else Evaluator(self.model(), self.data, self.config.train.batch_size)
+        if self.config.worker.dummy:
+            return None
+        return Evaluator(self.model(), self.data, self.config.task, self.config.train.batch_size)
+
+    def metric(self, name: str) -> TaskMetric:
+        """Return the declaration of a metric in evaluations, by its name there; of an unknown one what its name tells."""
+        return metric_named(name, self.config.task.metrics())
 
     def exporter(self) -> Exporter:
         """Return a function that makes a ``state_dict``, with a model of its own."""
@@ -296,7 +307,13 @@ def job_of(text: str, loaded: LoadedJob | None, parse: Callable[[str], Config]) 
 def build_module(config: Config, data: DataSet) -> torch.nn.Module:
     """Build the configured model with the run's initial weights."""
     with seeded(config.seed, "initial weights", 0):
-        return config.model.build(data.input_shape, data.num_classes)
+        return config.model.build(data.input_shape, config.task.outputs(data))
+
+
+def _targets(batch: Any) -> list[torch.Tensor]:
+    """The tensors of a batch that are not inputs, as far as its form tells."""
+    found = trees.tensors(batch[1] if isinstance(batch, (tuple, list)) and len(cast("list[Any]", batch)) == 2 else batch)
+    return [leaf for _, leaf in found]
 
 
 def time_generator(config: Config, worker: int) -> torch.Generator:

@@ -23,7 +23,17 @@ from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.summary import refuse_metric
 
 RESUMED_KEYS = (
-    *("seed", "algorithm", "scheduler", "dataset.name", "dataset.validation", "model", "train.batch_size", "train.momentum"),
+    *(
+        "seed",
+        "algorithm",
+        "scheduler",
+        "dataset.name",
+        "dataset.validation",
+        "model",
+        "task",
+        "train.batch_size",
+        "train.momentum",
+    ),
     *("compression", "wire.dtype", "wire.params"),
 )
 """Keys that a resumed run must have in common with the checkpoint's: they give its tickets and its state their meaning."""

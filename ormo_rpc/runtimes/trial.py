@@ -6,11 +6,13 @@ import contextlib
 import copy
 import logging
 import math
+import re
 from collections.abc import Callable, Generator
+from typing import Any
 
 import torch
 
-from ormo_rpc.data import Split
+from ormo_rpc.data import Split, trees
 from ormo_rpc.errors import ConfigError, ModelRefused, one_line
 from ormo_rpc.messages import no_buffers
 from ormo_rpc.models.flat import FlatModel
@@ -18,8 +20,8 @@ from ormo_rpc.models.pass_checks import check_passes, warn_of_views
 from ormo_rpc.models.passes import Passes
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.seeding import generator, seeded
+from ormo_rpc.tasks import UnfitTargets
 from ormo_rpc.worker.evaluation import Evaluator
-from ormo_rpc.worker.objective import check_classes, check_fit, count, is_target, mean_loss
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ def try_job(job: Job) -> None:
         for ticket in _tickets(job):
             trial.train(*_smallest_batch(job, ticket))
         warn_of_views(model.module, former)
-        evaluator = Evaluator(model, job.data)
+        evaluator = Evaluator(model, job.data, job.config.task)
         trial.evaluate("test", job.data.test, evaluator, *initial)
         if job.data.validation is not None:
             trial.evaluate("validation", job.data.validation, evaluator, *initial)
@@ -58,6 +60,7 @@ class Trial:
     def __init__(self, job: Job, model: FlatModel) -> None:
         self.job = job
         self.model = model
+        self.task = job.config.task
         self.passes = Passes(model)
         self.data_name = job.config.dataset.known_as
         self.model_name = job.config.model.known_as
@@ -77,11 +80,11 @@ class Trial:
             where += " (a single sample; another train.batch_size makes it larger)"
         augmentation = generator(self.job.config.seed, "augment", number)
         with seeded(self.job.config.seed, "forward", number):
-            inputs, targets = self._batch(where, lambda: self.job.data.train.batch(indices, augmentation))
+            batch = self._batch(where, lambda: self.job.data.train.batch(indices, augmentation))
 
         def compute() -> None:
             with seeded(self.job.config.seed, "forward", number):
-                losses.append(self._train(where, copy.deepcopy(inputs), targets))
+                losses.append(self._train(where, copy.deepcopy(batch)))
 
         try:
             check_passes(self.model.module, compute)
@@ -90,26 +93,26 @@ class Trial:
         if not math.isfinite(losses[0]):
             _log.warning("%s: the loss is %s at the initial weights", self._place(where), losses[0])
 
-    def _train(self, where: str, inputs: torch.Tensor, targets: torch.Tensor) -> float:
+    def _train(self, where: str, batch: Any) -> float:
         """Return the loss; 0 where no target counts."""
         self.passes.begin(no_buffers())
         self.passes.begin_pass()
-        with self._refused(where, inputs, targets):
-            output = self.model.module.train()(inputs)
+        with self._refused(where, batch):
+            output = self.task.forward(self.model.module.train(), batch)
         self.passes.end_pass()
-        self._check(where, output, inputs, targets)
-        with self._refused(where, inputs, targets):
-            loss = mean_loss(output, targets)
+        self._check(where, output, batch)
+        with self._refused(where, batch):
+            loss = self.task.loss(output, batch)
         if not loss.requires_grad:
             raise ConfigError(
                 f"{self._place(where)}: the output does not depend on any trainable parameter; expected logits that gradients "
                 "flow from (is the forward pass under no_grad, or its result detached?)"
             )
-        with self._refused(where, inputs, targets):
+        with self._refused(where, batch):
             loss.backward()
         self.passes.end_pass()
         self.passes.collect()
-        return loss.item() if count(targets) else 0.0
+        return loss.item() if self.task.count(batch) else 0.0
 
     def evaluate(
         self, name: str, data: Split, evaluator: Evaluator, params: torch.Tensor, buffers: dict[str, torch.Tensor]
@@ -121,45 +124,42 @@ class Trial:
         """
         where = f"the first {name} batch, in eval mode"
         size = min(len(data), self.job.config.train.batch_size)
-        inputs, targets = self._batch(where, lambda: data.batch(torch.arange(size), None))
-        with self._refused(where, inputs, targets):
-            output = evaluator.output(inputs, params, buffers)
-        self._check(where, output, inputs, targets)
+        batch = self._batch(where, lambda: data.batch(torch.arange(size), None))
+        with self._refused(where, batch):
+            output = evaluator.output(batch, params, buffers)
+        self._check(where, output, batch)
+        with self._refused(where, batch), torch.no_grad():
+            self.task.sums(output, batch)
 
-    def _batch(self, where: str, make: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _batch(self, where: str, make: Callable[[], Any]) -> Any:
         try:
-            inputs, targets = make()
+            batch = make()
         except (Exception, SystemExit) as error:  # a user's own data set may raise anything
             raise ConfigError(f"dataset: {self.data_name}: {where} cannot be made: {one_line(error)}") from error
-        if not is_target(targets):
-            kind = getattr(targets, "dtype", type(targets).__name__)
-            raise ConfigError(
-                f"dataset: {self.data_name}: the targets of {where} are of type {kind}, "
-                "expected a tensor of class numbers or probabilities"
-            )
-        return inputs, targets
+        try:
+            self.task.check_batch(batch)
+        except ValueError as error:
+            raise ConfigError(f"dataset: {self.data_name}: in {where} {error}") from None
+        return batch
 
-    def _check(self, where: str, output: object, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-        """Refuse an output that does not fit the targets, and class numbers without a logit."""
+    def _check(self, where: str, output: object, batch: Any) -> None:
+        """Refuse an output that does not fit the targets, and targets that cannot be trained on."""
         try:
-            check_fit(output, targets)
-        except ValueError as error:
-            raise ConfigError(f"{self._place(where)}: {error}{_shown(inputs=inputs)}") from None
-        assert isinstance(output, torch.Tensor)
-        try:
-            check_classes(output, targets)
-        except ValueError as error:
+            self.task.check(output, batch)
+        except UnfitTargets as error:
             raise ConfigError(f"dataset: {self.data_name}, model {self.model_name}: in {where} {error}") from None
+        except ValueError as error:
+            raise ConfigError(f"{self._place(where)}: {error}{_shown(batch)}") from None
 
     @contextlib.contextmanager
-    def _refused(self, where: str, inputs: object, targets: object) -> Generator[None]:
+    def _refused(self, where: str, batch: Any) -> Generator[None]:
         """Refuse what a user's model raises."""
         try:
             yield
         except ModelRefused:
             raise  # it says all itself
         except (Exception, SystemExit) as error:
-            raise ConfigError(f"{self._place(where)}: {one_line(error)}{_shown(inputs=inputs, targets=targets)}") from error
+            raise ConfigError(f"{self._place(where)}: {one_line(error)}{_shown(batch)}") from error
 
     def _place(self, where: str) -> str:
         return f"model: {self.model_name} on {where} of {self.data_name}"
@@ -177,11 +177,16 @@ def _smallest_batch(job: Job, ticket: int) -> tuple[int, torch.Tensor]:
     return job.epochs.batches(ticket, job.config.algorithm.steps)[-1]
 
 
-def _shown(**tensors: object) -> str:
-    """Type and shape of tensors, in parentheses."""
+def _shown(batch: Any) -> str:
+    """Type and shape of a batch's tensors, in parentheses."""
+    pair = type(batch) in (tuple, list) and len(batch) == 2
     words = [
-        f"{name} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-        for name, tensor in tensors.items()
-        if isinstance(tensor, torch.Tensor)
+        f"{_name(place)} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+        for place, tensor in trees.tensors({"inputs": batch[0], "targets": batch[1]} if pair else batch)
     ]
     return f" ({', '.join(words)})" if words else ""
+
+
+def _name(place: str) -> str:
+    """Write a place in a tree without the brackets and quotes of its first key."""
+    return re.sub(r"^\['?(\w+)'?\]", r"\1", place) or "batch"

@@ -1,4 +1,4 @@
-"""Evaluation: loss and accuracy of given parameters on the splits that nothing is trained on."""
+"""Evaluation: a task's metrics of given parameters on the splits that nothing is trained on."""
 
 from __future__ import annotations
 
@@ -12,28 +12,24 @@ import torch
 from ormo_rpc.data import DataSet, Split
 from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.seeding import seeded
-from ormo_rpc.worker.objective import Tally, tally
+from ormo_rpc.tasks import Classification, Sums, Task
 
 BATCH_SIZE = 500
-"""Samples in a forward pass, where each has one target; the result depends on it where samples see each other."""
+"""Samples in a forward pass, where outputs are small; the result depends on it where samples see each other."""
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The result of an evaluation: means over the targets that count.
+    """The result of an evaluation.
 
     Attributes:
-        loss: Cross entropy on the test split.
-        accuracy: The fraction of the test split's targets whose largest logit is that of the correct class, in [0, 1].
-        val_loss: The loss on the validation split; None where there is none.
-        val_accuracy: The accuracy on the validation split; None where there is none.
+        test: The metrics of the test split by name, "loss" first.
+        validation: Those of the validation split; None where there is none.
     """
 
-    loss: float
-    accuracy: float
-    val_loss: float | None = None
-    val_accuracy: float | None = None
+    test: Mapping[str, float]
+    validation: Mapping[str, float] | None = None
 
 
 class Evaluator:
@@ -46,12 +42,14 @@ class Evaluator:
     Args:
         model: The model; it belongs to this object from now on.
         data: The data set.
-        dense_batch_size: Samples in a forward pass, where each has many targets, and logits take more memory than inputs.
+        task: The metrics; by default those of classification.
+        dense_batch_size: Samples in a forward pass, where outputs may take more memory than inputs.
     """
 
-    def __init__(self, model: FlatModel, data: DataSet, dense_batch_size: int = 32) -> None:
+    def __init__(self, model: FlatModel, data: DataSet, task: Task | None = None, dense_batch_size: int = 32) -> None:
         self.model = model
         self.data = data
+        self.task = task or Classification()
         self.dense_batch_size = dense_batch_size
         self._with_gradients: bool | None = None
         """True where forward passes record gradients; None until the first one."""
@@ -65,32 +63,33 @@ class Evaluator:
         with seeded(0, "evaluation", 0):
             return self._evaluate(params, buffers)
 
-    def output(self, inputs: torch.Tensor, params: torch.Tensor, buffers: Mapping[str, torch.Tensor]) -> Any:
-        """Return what the model makes of one batch at these parameters, which need not be logits."""
+    def output(self, batch: Any, params: torch.Tensor, buffers: Mapping[str, torch.Tensor]) -> Any:
+        """Return what the model makes of one batch at these parameters, which the task need not accept."""
         self._load(params, buffers)
-        return self._forward(inputs, params, buffers)
+        return self._forward(batch, params, buffers)
 
     def _evaluate(self, params: torch.Tensor, buffers: Mapping[str, torch.Tensor]) -> Evaluation:
-        loss, accuracy = self._means("test", self.data.test, params, buffers)
+        test = self._means("test", self.data.test, params, buffers)
         if self.data.validation is None:
-            return Evaluation(loss, accuracy)
-        return Evaluation(loss, accuracy, *self._means("validation", self.data.validation, params, buffers))
+            return Evaluation(test)
+        return Evaluation(test, self._means("validation", self.data.validation, params, buffers))
 
-    def _means(self, name: str, data: Split, params: torch.Tensor, buffers: Mapping[str, torch.Tensor]) -> tuple[float, float]:
+    def _means(self, name: str, data: Split, params: torch.Tensor, buffers: Mapping[str, torch.Tensor]) -> Mapping[str, float]:
         self._load(params, buffers)
-        total = Tally()
+        totals: dict[str, Sums] = {}
         for indices in torch.arange(len(data)).split(self._batch_size(data)):
-            inputs, targets = data.batch(indices, None)
-            output = self._forward(inputs, params, buffers)
+            batch = data.batch(indices, None)
+            output = self._forward(batch, params, buffers)
             with torch.no_grad():
-                total += tally(output, targets)
-        if not total.counted:
+                for metric, sums in self.task.sums(output, batch).items():
+                    totals[metric] = totals[metric] + sums if metric in totals else sums
+        if not totals["loss"].counts:
             raise ValueError(f"dataset: no target of the {name} split counts")
-        return total.loss / total.counted, total.correct / total.counted
+        return self.task.means(totals)
 
     def _batch_size(self, data: Split) -> int:
-        _, targets = data.batch(torch.zeros(1, dtype=torch.int64), None)
-        return self.dense_batch_size if targets.dim() > 1 + targets.is_floating_point() else BATCH_SIZE
+        one = data.batch(torch.zeros(1, dtype=torch.int64), None)
+        return self.dense_batch_size if self.task.is_dense(one) else BATCH_SIZE
 
     def _load(self, params: torch.Tensor, buffers: Mapping[str, torch.Tensor]) -> None:
         self.model.module.train()  # models that merge or cache weights in eval mode undo that, with the former parameters
@@ -98,20 +97,20 @@ class Evaluator:
         self.model.buffers.load(buffers)
         self.model.module.eval()
 
-    def _forward(self, inputs: torch.Tensor, params: torch.Tensor, buffers: Mapping[str, torch.Tensor]) -> Any:
+    def _forward(self, batch: Any, params: torch.Tensor, buffers: Mapping[str, torch.Tensor]) -> Any:
         if self._with_gradients is not None:
-            return self._pass(inputs, gradients=self._with_gradients)
+            return self._pass(batch, gradients=self._with_gradients)
         try:
-            output = self._pass(inputs, gradients=False)
+            output = self._pass(batch, gradients=False)
         except RuntimeError as error:
             self._load(params, buffers)  # the pass that failed may have changed a buffer
-            output = self._pass(inputs, gradients=True)
+            output = self._pass(batch, gradients=True)
             _log.info("evaluations record gradients, since the model fails without: %s", error)
             self._with_gradients = True
         else:
             self._with_gradients = False
         return output
 
-    def _pass(self, inputs: torch.Tensor, *, gradients: bool) -> Any:
+    def _pass(self, batch: Any, *, gradients: bool) -> Any:
         with torch.set_grad_enabled(gradients):
-            return self.model.module(inputs)
+            return self.task.forward(self.model.module, batch)

@@ -6,6 +6,7 @@ It keeps no state between tickets, but for the compression state of a lossy wire
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from typing_extensions import override
@@ -17,8 +18,8 @@ from ormo_rpc.data import Epochs, Split
 from ormo_rpc.messages import Push, Reply, no_buffers
 from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.seeding import generator, seeded
+from ormo_rpc.tasks import Classification, Task
 from ormo_rpc.worker.base import BaseWorker
-from ormo_rpc.worker.objective import count, mean_loss
 
 
 class Worker(BaseWorker):
@@ -35,6 +36,7 @@ class Worker(BaseWorker):
         momentum: ``beta``, for algorithms with local steps.
         groups: Weight decay and learning-rate factor of each range of the parameters; see `BaseWorker`.
         clip_norm: The global norm to which the gradient of the loss is clipped first; None for no clipping.
+        task: The loss; by default that of classification.
         wire_format: The wire form of pushes; exact by default.
         allocate: Allocates the memory of `payload`, given its number of bytes.
     """
@@ -50,6 +52,7 @@ class Worker(BaseWorker):
         momentum: float = 0.0,
         groups: Groups = (),
         clip_norm: float | None = None,
+        task: Task | None = None,
         wire_format: PushFormat | None = None,
         allocate: Allocate | None = None,
     ) -> None:
@@ -58,7 +61,8 @@ class Worker(BaseWorker):
         self.epochs = epochs
         self.seed = seed
         self.momentum = momentum
-        self._loaded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.task = task or Classification()
+        self._loaded: dict[int, Any] = {}
         """Batches made ahead by `load`, by their numbers in the run."""
 
     def compute(self, reply: Reply) -> Push:
@@ -116,12 +120,22 @@ class Worker(BaseWorker):
         """
         self._begin_gradient(params, into)
         with seeded(self.seed, "forward", number):
-            inputs, targets = self._loaded.pop(number, None) or self.data.batch(indices, self._augmentation(number))
-            loss = mean_loss(self.model.module(inputs), targets)
+            batch = self._batch(indices, number)
+            loss = self.task.loss(self.task.forward(self.model.module, batch), batch)
             loss.backward()
+        value: float | None = loss.item()
+        if math.isnan(value) and not self.task.count(batch):
+            value = None
+            for parameter in self.model.trainable.values():
+                parameter.grad = None  # the gradient of a mean of nothing may be NaN
         self._end_gradient(params, into)
-        value = loss.item()
-        return None if math.isnan(value) and count(targets) == 0 else value
+        return value
+
+    def _batch(self, indices: torch.Tensor, number: int) -> Any:
+        """Make a batch, or take the one that `load` has made."""
+        if number in self._loaded:
+            return self._loaded.pop(number)
+        return self.data.batch(indices, self._augmentation(number))
 
     def _augmentation(self, number: int) -> torch.Generator:
         return generator(self.seed, "augment", number)

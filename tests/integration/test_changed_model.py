@@ -282,8 +282,8 @@ def test_frozen_values_of_seeded_sources_are_those_that_are_evaluated(tmp_path: 
     config = {**changing.CONFIG, "model": {"_target_": f"{changing.HERE}.seeded_sources"}}
     summary = train(config, run_dir=tmp_path / "run")
     found, again = evaluate.evaluate_checkpoint(tmp_path / "run")
-    assert again.accuracy == summary["test_accuracy"]
-    assert again.loss == pytest.approx(summary["test_loss"], rel=1e-6)
+    assert again.test["accuracy"] == summary["test_accuracy"]
+    assert again.test["loss"] == pytest.approx(summary["test_loss"], rel=1e-6)
     state = torch.load(found / "model.pt", weights_only=True)
     fresh = Job(parse_config(config)).model().module.state_dict()
     assert torch.equal(state["backbone.weight"], fresh["backbone.weight"])

@@ -84,7 +84,7 @@ def check(run_dir: Path, tmp_path: Path, summary: dict[str, Any]) -> dict[str, T
     """Replay a run, evaluate what it exports, and return that."""
     again = train(["runtime=replay", f"replay.run={run_dir}", "logger=none"], run_dir=tmp_path / "again")
     assert again["identical"] is True
-    assert evaluate_checkpoint(run_dir)[1].accuracy == summary["test_accuracy"]
+    assert evaluate_checkpoint(run_dir)[1].test["accuracy"] == summary["test_accuracy"]
     return torch.load(checkpoint.locate(run_dir) / "model.pt", weights_only=True)
 
 
@@ -104,7 +104,7 @@ def test_modes_of_the_calling_program_change_nothing(mode: Callable[[], Abstract
 def test_state_that_is_not_saved_by_the_model_is_evaluated(tmp_path: Path) -> None:
     overrides = ["runtime=sim", "model=custom", f"model._target_={__name__}.Unsaved", *RUN[2:]]
     summary = train(overrides, run_dir=tmp_path / "run")
-    assert evaluate_checkpoint(tmp_path / "run")[1].loss == summary["test_loss"]
+    assert evaluate_checkpoint(tmp_path / "run")[1].test["loss"] == summary["test_loss"]
     state = checkpoint.read(checkpoint.locate(tmp_path / "run"), "model.pt")
     assert list(state) == ["_extra_state", "layer.weight", "layer.bias"]
     Unsaved().load_state_dict(state)

@@ -76,7 +76,7 @@ def test_the_default_run_trains_digits_and_writes_all_its_files(tmp_path: Path) 
     assert any((run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
 
     found, evaluation = evaluate_checkpoint(run_dir)
-    assert evaluation.accuracy == result["test_accuracy"]
+    assert evaluation.test["accuracy"] == result["test_accuracy"]
     model = Job(load_config(run_dir / "config.yaml")).model()
     model.module.load_state_dict(torch.load(found / "model.pt", weights_only=True))  # plain PyTorch
     assert sha256(model.flat_params()) == result["final_params_sha256"]

@@ -19,7 +19,7 @@ SOURCES = {
 
 LAYERS: Sequence[str] = (
     "lazy_import errors console messages seeding signals options kernels algorithms schedulers server data models compression "
-    "worker rendezvous control transports loggers config storage report runtimes own_loop overrides sweeps cli main "
+    "tasks worker rendezvous control transports loggers config storage report runtimes own_loop overrides sweeps cli main "
     "training evaluate"
 ).split()
 """Each imports from itself and from those before it."""

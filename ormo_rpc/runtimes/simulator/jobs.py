@@ -19,6 +19,7 @@ from ormo_rpc.server.buffer_layout import BufferLayout
 from ormo_rpc.server.events import Event
 from ormo_rpc.server.lr_schedule import LearningRate
 from ormo_rpc.server.parameter_server import ParameterServer
+from ormo_rpc.tasks.metrics import TaskMetric, metric_named
 
 BATCHES_PER_EPOCH = 1000
 """Iterations that count as an epoch, since there is no data."""
@@ -85,6 +86,10 @@ class SyntheticJob:
     def evaluator(self) -> Evaluate | None:
         """Return None: there is no test set."""
         return None
+
+    def metric(self, name: str) -> TaskMetric:
+        """Return what the name of a metric tells of it."""
+        return metric_named(name)
 
     def exporter(self) -> Exporter:
         """Return a function that makes a ``state_dict`` of the parameters under one name."""

@@ -99,7 +99,7 @@ def test_statistics_continue_from_their_state() -> None:
 
 AT = Measurements(
     statistics=observed(*(apply_event(n, 0, delay, loss=0.5) for n, delay in enumerate((0, 1, 2)))),
-    evaluation=Evaluation(loss=0.25, accuracy=0.875),
+    evaluation=Evaluation({"loss": 0.25, "accuracy": 0.875}),
     seconds=0.9,
     applied=3,
     extra={"lock_held_seconds": 0.12345678},

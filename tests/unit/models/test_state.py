@@ -12,8 +12,8 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
+from ormo_rpc.tasks import Classification
 from ormo_rpc.worker.evaluation import Evaluator
-from ormo_rpc.worker.objective import tally
 from tests.support.state import CLASSES, FEATURES, Body, Make, Training, made, plain, split
 
 STEPS = 10
@@ -240,10 +240,12 @@ def test_evaluations_see_the_buffers_of_the_server(name: str) -> None:
     net.load_state_dict(plain(MODELS[name], STEPS))
     inputs, targets = split().batch(torch.arange(40), None)
     evaluator = Evaluator(training.model, None)  # pyright: ignore[reportArgumentType] # only one batch is evaluated
-    found = tally(evaluator.output(inputs, training.server.params, training.server.buffers.copy()), targets)
+    batch = inputs, targets
+    output = evaluator.output(batch, training.server.params, training.server.buffers.copy())
+    found = Classification().sums(output, batch)["loss"]
     with torch.no_grad():
         expected = functional.cross_entropy(net.eval()(inputs), targets, reduction="sum").item()
-    assert found.loss == pytest.approx(expected, rel=1e-5)
+    assert found.total == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["norm never called", "frozen norm", "norm switched by forward"])

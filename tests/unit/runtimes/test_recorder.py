@@ -268,7 +268,7 @@ def test_an_evaluation_is_a_row_of_the_iteration_whose_parameters_it_is_of(run: 
     run.push(12)
     run.recorder.flush()
     run.now = 1.0
-    run.recorder.record_evaluation(10, 0.75, Evaluation(loss=0.25, accuracy=0.875))
+    run.recorder.record_evaluation(10, 0.75, Evaluation({"loss": 0.25, "accuracy": 0.875}))
     run.recorder.flush()
     (row,) = run.lines("metrics.jsonl")
     assert row == {"iteration": 10, "epoch": 1.0, "seconds": 0.75, "test_loss": 0.25, "test_accuracy": 0.875}

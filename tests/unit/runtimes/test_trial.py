@@ -20,7 +20,7 @@ from ormo_rpc.errors import ConfigError
 from ormo_rpc.runtimes import prepare
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.runtimes.trial import try_job
-from ormo_rpc.worker.objective import check_fit
+from ormo_rpc.tasks.cross_entropy import check_fit
 from tests.support import untrainable
 from tests.support.untrainable import (
     Decided,
@@ -116,8 +116,8 @@ def test_the_output_of_a_segmentation_does_not_fit_one_target_each() -> None:
             r"training batch 0 cannot be made: RuntimeError: stack expects each tensor to be equal size, .*",
         ),
         ("broken", Linear, {}, r"training batch 0 cannot be made: OSError: no file of item \d"),
-        ("complex_numbers", Linear, {}, r"the targets of training batch 0 are of type torch\.complex64, expected .*"),
-        ("a_list", Linear, {}, r"the targets of training batch 0 are of type list, expected a tensor of .*"),
+        ("complex_numbers", Linear, {}, r"in training batch 0 the targets are of type torch\.complex64, expected .*"),
+        ("a_list", Linear, {}, r"in training batch 0 the targets are of type list, expected a tensor of .*"),
         ("blobs", narrow, {}, r"in training batch 0 a target is 2, expected 0 to 1 \(the output has 2 classes\) or -100 .*"),
         ("several_classes_each", Linear, {}, r"in training batch 0 targets .* sum to 3 over the classes, expected .*"),
         ("beyond", Linear, {}, r"in training batch 0 a target is 156, expected 0 to 2 .*"),

@@ -215,7 +215,7 @@ def test_model_pt_is_a_state_dict_of_plain_pytorch_and_is_evaluated(tmp_path: Pa
     inputs, labels = job.data.test.batch(torch.arange(len(job.data.test)), None)
     with torch.no_grad():
         right = (net(inputs).argmax(1) == labels).float().mean().item()
-    assert evaluation.accuracy == pytest.approx(right)
+    assert evaluation.test["accuracy"] == pytest.approx(right)
 
 
 def test_a_server_resumes_from_its_checkpoint_with_the_same_bits(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from ormo_rpc.data import DataSet, Epochs, Split
 from ormo_rpc.messages import Reply
 from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.options import find
+from ormo_rpc.tasks.cross_entropy import IGNORED
 from ormo_rpc.worker import evaluation
 from ormo_rpc.worker.evaluation import Evaluation, Evaluator
-from ormo_rpc.worker.objective import IGNORED
 from ormo_rpc.worker.worker import Worker
 
 CLASSES, SAMPLES = 4, 23
@@ -131,8 +131,8 @@ def test_loss_and_accuracy_are_means_over_the_targets_that_count(name: str, size
     model, data = problem(name)
     loss, accuracy = plain(model.module, data)
     result = evaluated(model, data_set(data))
-    assert result.loss == pytest.approx(loss, rel=1e-5)
-    assert result.accuracy == pytest.approx(accuracy, abs=1e-12)
+    assert result.test["loss"] == pytest.approx(loss, rel=1e-5)
+    assert result.test["accuracy"] == pytest.approx(accuracy, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -178,10 +178,11 @@ def test_the_validation_split_is_evaluated_beside_the_test_split() -> None:
     model, data = problem("classes")
     other = Tensors(made(9, 6) + 1, numbers(9))
     result = evaluated(model, data_set(data, other))
-    assert (result.loss, result.accuracy) == pytest.approx(plain(model.module, data), rel=1e-5)
-    assert (result.val_loss, result.val_accuracy) == pytest.approx(plain(model.module, other), rel=1e-5)
+    assert tuple(result.test.values()) == pytest.approx(plain(model.module, data), rel=1e-5)
+    assert result.validation is not None
+    assert tuple(result.validation.values()) == pytest.approx(plain(model.module, other), rel=1e-5)
     without = evaluated(model, data_set(data))
-    assert without == Evaluation(result.loss, result.accuracy)
+    assert without == Evaluation(result.test)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -192,7 +193,7 @@ def test_losses_of_half_precision_are_added_up_in_double_precision(dtype: torch.
     with torch.no_grad():
         logits = model.module(data.inputs).double()
     result = evaluated(model, data_set(data))
-    assert result.loss == pytest.approx(functional.cross_entropy(logits, data.targets).item(), rel=1e-9)
+    assert result.test["loss"] == pytest.approx(functional.cross_entropy(logits, data.targets).item(), rel=1e-9)
 
 
 def test_an_evaluation_changes_neither_parameters_nor_buffers_nor_the_mode_of_another_model() -> None:
@@ -256,7 +257,7 @@ def test_a_model_that_differentiates_in_its_forward_pass_is_evaluated(kind: type
     module.passes = 0
     evaluator = Evaluator(model, data_set(data))
     result = evaluator(model.flat_params(), {})
-    assert result.loss == pytest.approx(functional.cross_entropy(logits, data.targets).item(), rel=1e-5)
+    assert result.test["loss"] == pytest.approx(functional.cross_entropy(logits, data.targets).item(), rel=1e-5)
     assert module.passes == 3 + extra  # batches of 500; the first is repeated once, where gradients turn out to be needed
     assert evaluator(model.flat_params(), {}) == result
     assert module.passes == 6 + extra
@@ -312,7 +313,8 @@ def test_what_a_model_makes_of_its_weights_in_eval_mode_is_made_anew(make: type[
     several = Evaluator(model, data)
     for step in range(3):
         params = model.flat_params() + torch.randn(24, generator=torch.Generator().manual_seed(step))
-        assert several(params, {}).loss == pytest.approx(Evaluator(FlatModel(make()), data)(params, {}).loss, rel=1e-5)
+        once = Evaluator(FlatModel(make()), data)(params, {})
+        assert several(params, {}).test["loss"] == pytest.approx(once.test["loss"], rel=1e-5)
 
 
 def test_an_ordinary_model_is_evaluated_to_the_bit_as_in_inference_mode() -> None:
@@ -321,7 +323,7 @@ def test_an_ordinary_model_is_evaluated_to_the_bit_as_in_inference_mode() -> Non
     with torch.inference_mode():
         logits = model.module(data.inputs)
         loss = functional.cross_entropy(logits, data.targets, reduction="sum").item()
-    assert result.loss == loss / int((data.targets != -100).sum())
+    assert result.test["loss"] == loss / int((data.targets != -100).sum())
 
 
 def test_a_model_that_fails_with_gradients_too_says_why() -> None:

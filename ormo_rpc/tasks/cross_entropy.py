@@ -1,4 +1,4 @@
-"""The objective: cross entropy and accuracy, means over the targets that count.
+"""Cross entropy and accuracy, means over the targets that count.
 
 Logits have the shape (N, C, ...). Targets are class numbers of the shape (N, ...), or class probabilities of the logits' shape.
 A class number of `IGNORED` does not count.
@@ -6,10 +6,10 @@ A class number of `IGNORED` does not count.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TypeGuard
-
 import torch
+
+from ormo_rpc.tasks.base import UnfitTargets
+from ormo_rpc.tasks.metrics import Sums
 
 IGNORED = -100
 """The class number of a target that does not count, as in ``torch.nn.functional.cross_entropy``."""
@@ -18,43 +18,20 @@ PROBABILITY_TOLERANCE = 0.01
 """The largest difference from 1 of the sum of probabilities, which may be of half precision."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tally:
-    """Sums over a batch, which are added up to the means of a whole split.
-
-    Attributes:
-        loss: The sum of the cross entropies.
-        correct: Targets whose largest logit is that of the correct class.
-        counted: Targets that count.
-    """
-
-    loss: float = 0.0
-    correct: int = 0
-    counted: int = 0
-
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(self.loss + other.loss, self.correct + other.correct, self.counted + other.counted)
-
-
 def mean_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The mean cross entropy of the targets that count, as torch computes it: NaN where none does."""
     return torch.nn.functional.cross_entropy(logits, _as_targets(targets))
 
 
-def tally(logits: object, targets: torch.Tensor) -> Tally:
-    """Sum up the losses and correct predictions of a batch, in at least single precision.
-
-    Raises:
-        ValueError: the logits do not fit the targets.
-    """
-    check_fit(logits, targets)
-    assert isinstance(logits, torch.Tensor)
+def sums(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, Sums]:
+    """Sum up the losses and correct predictions of a batch, in at least single precision."""
     if logits.dtype.itemsize < torch.float32.itemsize:
         logits = logits.double()
     targets = _as_targets(targets)
     loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
     classes = targets.argmax(1) if targets.is_floating_point() else targets
-    return Tally(loss.item(), int((logits.argmax(1) == classes).sum()), count(targets))
+    counted = count(targets)
+    return {"loss": Sums(loss.item(), counted), "accuracy": Sums(int((logits.argmax(1) == classes).sum()), counted)}
 
 
 def count(targets: torch.Tensor) -> int:
@@ -64,9 +41,15 @@ def count(targets: torch.Tensor) -> int:
     return int((targets.long() != IGNORED).sum())
 
 
-def is_target(targets: object) -> TypeGuard[torch.Tensor]:
-    """Tell whether a data set's targets can be class numbers or probabilities."""
-    return isinstance(targets, torch.Tensor) and not targets.is_complex()
+def check_targets(targets: object) -> None:
+    """Refuse targets that can be neither class numbers nor probabilities.
+
+    Raises:
+        ValueError: they are such ones.
+    """
+    if not isinstance(targets, torch.Tensor) or targets.is_complex():
+        kind = getattr(targets, "dtype", type(targets).__name__)
+        raise ValueError(f"the targets are of type {kind}, expected a tensor of class numbers or probabilities")
 
 
 def check_fit(output: object, targets: torch.Tensor) -> None:
@@ -93,16 +76,16 @@ def check_classes(logits: torch.Tensor, targets: torch.Tensor) -> None:
     """Refuse targets that cross entropy is no objective for, and class numbers that no logit belongs to.
 
     Raises:
-        ValueError: the message has the first of them.
+        UnfitTargets: the message has the first of them.
     """
     if logits.shape[1] < 2:
-        raise ValueError("there is one class, expected at least two: the cross entropy of one is always 0")
+        raise UnfitTargets("there is one class, expected at least two: the cross entropy of one is always 0")
     if targets.is_floating_point():
         sums = targets.sum(1)
         wrong = sums[(sums - 1).abs() > PROBABILITY_TOLERANCE]
         if wrong.numel() or (targets < 0).any():
             what = f"sum to {float(wrong[0]):g} over the classes" if wrong.numel() else "are negative"
-            raise ValueError(
+            raise UnfitTargets(
                 f"targets of floating point and of the output's shape are class probabilities, but some {what}, expected "
                 "numbers >= 0 whose sum is 1: the objective is cross entropy"
             )
@@ -110,7 +93,7 @@ def check_classes(logits: torch.Tensor, targets: torch.Tensor) -> None:
     targets = targets.long()
     wrong = targets[(targets != IGNORED) & ((targets < 0) | (targets >= logits.shape[1]))]
     if wrong.numel():
-        raise ValueError(
+        raise UnfitTargets(
             f"a target is {int(wrong[0])}, expected 0 to {logits.shape[1] - 1} (the output has {logits.shape[1]} classes) "
             f"or {IGNORED} for one that does not count"
         )

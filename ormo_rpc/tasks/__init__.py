@@ -1,0 +1,9 @@
+"""Tasks (one file each): what a batch is, the loss that is trained, and the metrics of an evaluation."""
+
+from __future__ import annotations
+
+from ormo_rpc.tasks.base import Task, UnfitTargets
+from ormo_rpc.tasks.classification import Classification
+from ormo_rpc.tasks.metrics import Sums, TaskMetric
+
+__all__ = ["Classification", "Sums", "Task", "TaskMetric", "UnfitTargets"]

@@ -1,0 +1,125 @@
+"""The contract of a task: from a batch and a model to a loss, and to the sums that metrics are means of."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from ormo_rpc.data import DataSet
+from ormo_rpc.options import Part
+from ormo_rpc.tasks.metrics import LOSS, Sums, TaskMetric
+
+TARGET_KEYS = ("labels", "label", "targets", "target")
+"""Keys of the targets in a batch that is a mapping, the first of them that there is."""
+
+
+class UnfitTargets(ValueError):
+    """Targets that the output fits in shape, but that cannot be trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(Part, ABC):
+    """What is trained: the loss of a batch, and the metrics of an evaluation.
+
+    A batch is any tree of tensors, as `Split.batch` returns it. `forward` and `targets` are for the two forms that need no
+    code: a pair (inputs, targets), and a mapping that has the targets under one of `TARGET_KEYS`. A task is a pure function: it
+    keeps nothing between batches.
+    """
+
+    PATH = "task"
+
+    def metrics(self) -> tuple[TaskMetric, ...]:
+        """Declare the metrics of an evaluation: "loss" first, then those that `means` returns beside it."""
+        return (LOSS,)
+
+    def forward(self, model: torch.nn.Module, batch: Any) -> Any:
+        """Return what the model makes of a batch.
+
+        Inputs that are a tuple or list are the arguments of the model, inputs with names its keywords.
+        """
+        if isinstance(batch, Mapping):
+            target = target_key(cast("Mapping[str, Any]", batch))
+            return model(**{key: value for key, value in cast("Mapping[str, Any]", batch).items() if key != target})
+        inputs, _ = batch
+        if isinstance(inputs, Mapping):
+            return model(**inputs)
+        return model(*inputs) if type(inputs) in (tuple, list) else model(inputs)
+
+    def targets(self, batch: Any) -> Any:
+        """Return the targets of a batch."""
+        if isinstance(batch, Mapping):
+            return batch[target_key(cast("Mapping[str, Any]", batch))]
+        _, targets = batch
+        return targets
+
+    @abstractmethod
+    def loss(self, output: Any, batch: Any) -> torch.Tensor:
+        """Return the loss of a batch, of no dimension: the mean over the targets that count."""
+
+    @abstractmethod
+    def count(self, batch: Any) -> float:
+        """Return the number, or weight, of the targets that count; 0 where the batch has no loss.
+
+        Parts of a batch are weighted by it, so that their losses make up that of the batch.
+        """
+
+    @abstractmethod
+    def sums(self, output: Any, batch: Any) -> Mapping[str, Sums]:
+        """Return the sums of a batch for an evaluation, "loss" among them."""
+
+    def means(self, sums: Mapping[str, Sums]) -> Mapping[str, float]:
+        """Return the metrics of a split, given the sums over all its batches."""
+        return {name: each.mean() for name, each in sums.items()}
+
+    def outputs(self, data: DataSet) -> int:
+        """Return the width of the model's output, which is passed to it as ``num_classes``."""
+        return data.num_classes
+
+    def guessing_loss(self, data: DataSet) -> float:  # noqa: ARG002 - unknown by default
+        """Return the loss of a model that has learnt nothing, from which a run counts as diverged; 0 where it is unknown."""
+        return 0.0
+
+    def is_dense(self, batch: Any) -> bool:  # noqa: ARG002 - the safe answer
+        """Tell if outputs may take more memory than inputs; evaluations then have batches of ``train.batch_size``."""
+        return True
+
+    def check_batch(self, batch: Any) -> None:
+        """Refuse a batch that is of no use for the task, before the model sees it.
+
+        Raises:
+            ValueError: the message says what came and what was expected.
+        """
+        if isinstance(batch, Mapping):
+            target_key(cast("Mapping[str, Any]", batch))
+        elif not isinstance(batch, (tuple, list)) or len(cast("list[Any]", batch)) != 2:
+            length = f" of {len(cast('list[Any]', batch))}" if isinstance(batch, (tuple, list)) else ""
+            raise ValueError(
+                f"the batch is of type {type(batch).__name__}{length}, expected a pair (inputs, targets), or a mapping with "
+                f"one of {', '.join(TARGET_KEYS)}"
+            )
+
+    def check(self, output: Any, batch: Any) -> None:
+        """Refuse an output that does not fit the targets.
+
+        Raises:
+            UnfitTargets: the targets are to blame.
+            ValueError: it does not fit; the message says what came and what was expected.
+        """
+
+
+def target_key(batch: Mapping[str, Any]) -> str:
+    """Return the key of the targets in a batch.
+
+    Raises:
+        ValueError: it has none of `TARGET_KEYS`.
+    """
+    for key in TARGET_KEYS:
+        if key in batch:
+            return key
+    raise ValueError(
+        f"the batch has the keys {', '.join(map(str, batch))}, expected one of {', '.join(TARGET_KEYS)} among them"
+    )

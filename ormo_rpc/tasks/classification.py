@@ -1,0 +1,69 @@
+"""Classification: one class for each target, of a whole sample or of each of its places."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from typing_extensions import override
+
+from ormo_rpc.data import DataSet
+from ormo_rpc.options import register
+from ormo_rpc.tasks import cross_entropy
+from ormo_rpc.tasks.base import Task
+from ormo_rpc.tasks.metrics import LOSS, Sums, TaskMetric
+
+ACCURACY = TaskMetric(
+    "accuracy",
+    "fraction of the targets whose largest logit is that of their class",
+    higher_is_better=True,
+    form=".2%",
+    bar="accuracy",
+)
+
+
+@register("classification")
+@dataclass(frozen=True, kw_only=True)
+class Classification(Task):
+    """Cross entropy of logits (N, C, ...) and class numbers (N, ...), of which -100 does not count, or class probabilities."""
+
+    @override
+    def metrics(self) -> tuple[TaskMetric, ...]:
+        return (LOSS, ACCURACY)
+
+    @override
+    def loss(self, output: torch.Tensor, batch: Any) -> torch.Tensor:
+        return cross_entropy.mean_loss(output, self.targets(batch))
+
+    @override
+    def count(self, batch: Any) -> int:
+        return cross_entropy.count(self.targets(batch))
+
+    @override
+    def sums(self, output: torch.Tensor, batch: Any) -> Mapping[str, Sums]:
+        targets = self.targets(batch)
+        cross_entropy.check_fit(output, targets)
+        return cross_entropy.sums(output, targets)
+
+    @override
+    def guessing_loss(self, data: DataSet) -> float:
+        return math.log(max(1, data.num_classes))
+
+    @override
+    def is_dense(self, batch: Any) -> bool:
+        targets = self.targets(batch)
+        return targets.dim() > 1 + targets.is_floating_point()
+
+    @override
+    def check_batch(self, batch: Any) -> None:
+        super().check_batch(batch)
+        cross_entropy.check_targets(self.targets(batch))
+
+    @override
+    def check(self, output: Any, batch: Any) -> None:
+        targets = self.targets(batch)
+        cross_entropy.check_fit(output, targets)
+        cross_entropy.check_classes(output, targets)
