@@ -17,6 +17,7 @@ from ormo_rpc.algorithms import Algorithm
 from ormo_rpc.algorithms.ormo import OrMo
 from ormo_rpc.compression import Compression, NoCompression
 from ormo_rpc.compression.wire_options import ParamsDtype, Wire, WireDtype
+from ormo_rpc.config.evaluating import Checkpoint, Evaluate
 from ormo_rpc.config.runtimes import ControlKind, RpcRuntime, Runtime, SimRuntime
 from ormo_rpc.config.saving import to_yaml
 from ormo_rpc.control import torch_rpc
@@ -129,25 +130,6 @@ class Train(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint(Section):
-    """The times of checkpoints, and the one to resume from."""
-
-    PATH = "checkpoint"
-    every: int = option(
-        0, "iterations between checkpoints; 0: by time alone", valid=not_negative, expected="a whole number >= 0"
-    )
-    every_seconds: float = option(
-        30.0,
-        "seconds (of the machine, not of a simulation) between checkpoints; 0: not by time",
-        valid=not_negative,
-        expected="a finite number >= 0",
-    )
-    journal: bool = option(False, "make each gradient durable before it is acknowledged: a crash then rolls nothing back")
-    keep: int = option(3, "checkpoints that are kept", valid=at_least_one, expected="a whole number >= 1")
-    resume: str | None = option(None, "a checkpoint or run directory to resume from", path=True)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Server(Section):
     """The server's address and secret."""
 
@@ -189,7 +171,8 @@ class Config(Section):
     seed: int = option(0, "seed of all random draws", valid=not_negative, expected="a whole number >= 0")
     optimized_metric: str | None = option(
         None,
-        "entry of summary.json that a sweep searches by; else val_loss, without dataset.validation test_loss",
+        "entry of summary.json that a sweep searches by, and by which an evaluation is better; else val_loss, without "
+        "dataset.validation test_loss",
     )
     algorithm: Algorithm = field(default_factory=OrMo)
     scheduler: Scheduler = field(default_factory=Async)
@@ -205,6 +188,7 @@ class Config(Section):
     compression: Compression = field(default_factory=NoCompression)
     transport: Transport = field(default_factory=Auto)
     replay: Replay = field(default_factory=Replay)
+    evaluate: Evaluate = field(default_factory=Evaluate)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     logger: Logger = field(default_factory=WandbLogger)
 
@@ -215,8 +199,13 @@ class Config(Section):
 
     @property
     def searched_metric(self) -> str:
-        """The entry of the summary that a sweep's job returns."""
+        """The entry of the summary that a sweep's job returns, and by which evaluations are compared."""
         return self.optimized_metric or ("val_loss" if self.dataset.validation else "test_loss")
+
+    @property
+    def keeps_best(self) -> bool:
+        """True where the model of the best evaluation is kept."""
+        return self.checkpoint.best or self.evaluate.patience is not None
 
     @property
     def num_processes(self) -> int:

@@ -108,9 +108,16 @@ class CheckpointWriter:
 
     def _write(self, state: Mapping[str, Any], segment: int) -> Path:
         """Write a checkpoint, and remove what only older ones needed; called in the executor."""
-        keep, model = self._config.checkpoint.keep, self._export(state)
+        keep, average = self._config.checkpoint.keep, state["ema"]
         written = checkpoint.write(
-            self._run_dir, state, model, self._config, keep=keep, segment=segment, fingerprint=self._fingerprint
+            self._run_dir,
+            state,
+            self._export(state),
+            self._config,
+            keep=keep,
+            segment=segment,
+            fingerprint=self._fingerprint,
+            ema=None if average is None else self._export({**state, "params": average["params"]}),
         )
         self.journal.forget(checkpoint.first_segment(self._run_dir))
         self._recorder.record(Event(Kind.checkpoint, self._clock(), {"iteration": state["iteration"]}))

@@ -49,7 +49,7 @@ class Evaluations:
     def request(self, server: ParameterServer, seconds: float) -> None:
         """Have the present parameters evaluated; called under the server's lock."""
         if self._evaluator is not None:
-            self._copies.put((server.iteration, seconds, server.snapshots.exact(), server.buffers.copy()))
+            self._copies.put((server.iteration, seconds, server.evaluated(), server.buffers.copy()))
 
     def flush(self) -> None:
         """Start the requested evaluations, and record those that are ready."""

@@ -373,6 +373,7 @@ def configured_server(
         min_workers=config.runtime.min_workers,
         seed=config.seed,
         buffers=buffers,
+        ema=config.evaluate.ema,
         record=record,
         clock=clock,
         norm_limit=config.train.norm_limit,

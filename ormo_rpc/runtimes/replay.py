@@ -149,9 +149,10 @@ class Replay:
         """Compare the final state with the recorded summary; return the difference, None where there is none."""
         for name, value in (
             ("final_params_sha256", sha256(self.server.params)),
+            ("final_ema_sha256", None if self.server.ema is None else sha256(self.server.ema.copy())),
             ("final_buffers_sha256", sha256(*self.server.buffers.current.values())),
         ):
-            if recorded[name] != value:
+            if recorded.get(name) != value:  # a run of an earlier version has no average
                 return f"{name}: was {recorded[name]}, now it is {value}"
         return None
 

@@ -247,6 +247,8 @@ class Session:
             "end_seconds": None if start_seconds is None else now - self._updated_at,
             "step_seconds": self.server.step_seconds,
             "final_params_sha256": sha256(state["params"]),
+            "final_ema_sha256": None if state["ema"] is None else sha256(state["ema"]["params"]),
+            "evaluated": "parameters" if state["ema"] is None else "ema",
             "final_buffers_sha256": sha256(*state["buffers"].values()),
             "checkpoint": None if self.checkpoints.newest is None else str(self.checkpoints.newest),
         }

@@ -20,6 +20,7 @@ from ormo_rpc.schedulers import Scheduler, incompatibility
 from ormo_rpc.seeding import generator
 from ormo_rpc.server.assignments import Assignments
 from ormo_rpc.server.buffers import RunningBuffers
+from ormo_rpc.server.ema import Ema
 from ormo_rpc.server.events import Event, EventLog
 from ormo_rpc.server.members import Members
 from ormo_rpc.server.parameter_server import ParameterServer
@@ -45,6 +46,7 @@ def build_server(
     min_workers: int = 1,
     seed: int = 0,
     buffers: RunningBuffers | None = None,
+    ema: float | None = None,
     record: Callable[[Event], None] = lambda _: None,
     clock: Callable[[], float] = lambda: 0.0,
     timer: Callable[[], float] = lambda: 0.0,
@@ -69,6 +71,7 @@ def build_server(
         min_workers: While fewer are members, no ticket is handed out.
         seed: The seed of a scheduler that draws.
         buffers: The buffers of the model; none by default.
+        ema: The decay of a moving average of the parameters, in (0, 1); by default there is none.
         record: Called with every event, in order.
         clock: Seconds since the start, for the events.
         timer: Monotonic seconds, to measure the steps; by default they are not measured.
@@ -111,6 +114,8 @@ def build_server(
         raise ValueError(f"total_tickets: got {total_tickets}, expected at least 1, or None for no end")
     if not callable(lr) and not (math.isfinite(lr) and lr >= 0):
         raise ValueError(f"lr: got {lr}, expected a finite number >= 0 or a function of the iteration")
+    if ema is not None and not 0 < ema < 1:
+        raise ValueError(f"ema: got {ema}, expected a number in (0, 1)")
     if pushed_dtype not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"pushed_dtype: got {pushed_dtype}, expected torch.bfloat16 or torch.float16, or None")
     if norm_limit is not None and not (math.isfinite(norm_limit.limit) and norm_limit.limit > 0):
@@ -136,6 +141,7 @@ def build_server(
         assignments=Assignments(total_tickets, process_of),
         snapshots=Snapshots(own_algorithm, sent_dtype),
         buffers=buffers or RunningBuffers({}),
+        ema=None if ema is None else Ema(ema, params),
         events=EventLog(record, clock),
         min_workers=min_workers,
         norm_limit=norm_limit,

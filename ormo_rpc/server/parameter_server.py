@@ -16,6 +16,7 @@ from ormo_rpc.schedulers.base import Scheduler
 from ormo_rpc.server.assignments import Assignment, Assignments
 from ormo_rpc.server.buckets import Buckets
 from ormo_rpc.server.buffers import RunningBuffers
+from ormo_rpc.server.ema import Ema
 from ormo_rpc.server.events import EventLog, Kind
 from ormo_rpc.server.members import Member, Members
 from ormo_rpc.server.snapshots import Snapshots
@@ -57,6 +58,8 @@ class ParameterServer:
     """The buffers of the model."""
     events: EventLog
     """The recorder of events."""
+    ema: Ema | None = None
+    """The moving average of the parameters, where there is one."""
     min_workers: int = 1
     """While fewer are members, no ticket is handed out; what is outstanding is applied."""
     norm_limit: NormLimit | None = None
@@ -80,7 +83,7 @@ class ParameterServer:
     """The largest bucket of an assignment."""
     started: bool = field(default=False, init=False)
     step_seconds: float = field(default=0.0, init=False)
-    """Time in the algorithm's steps and in making vectors for replies, by the timer; not saved."""
+    """Time in the algorithm's steps, the moving average and in making vectors for replies, by the timer; not saved."""
 
     @property
     def params(self) -> torch.Tensor:
@@ -96,6 +99,10 @@ class ParameterServer:
     def ended(self) -> bool:
         """True once no more gradient will be applied."""
         return self.status is not Status.running
+
+    def evaluated(self) -> torch.Tensor:
+        """Return what evaluations use, shape (D,), in memory that never changes: the moving average, or the parameters."""
+        return self.snapshots.exact() if self.ema is None else self.ema.copy()
 
     def state_dict(self, *, replies: bool = False) -> dict[str, Any]:
         """Return everything that the future of the run depends on, as a private copy of tensors and plain values.
@@ -307,6 +314,8 @@ class ParameterServer:
         lr = self.algorithm.learning_rate(context)
         began = self.timer()
         self.algorithm.step(validated.grad, lr, context)
+        if self.ema is not None:
+            self.ema.update(self.params)
         self.step_seconds += self.timer() - began
         self.buffers.update(push.buffers)
         self.assignments.commit(assignment)

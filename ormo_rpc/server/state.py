@@ -42,6 +42,7 @@ def save(server: ParameterServer, replies: bool = False) -> dict[str, Any]:
             k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in server.algorithm.state_dict().items()
         },
         "buffers": server.buffers.state_dict(),
+        "ema": None if server.ema is None else server.ema.state_dict(),
         "status": server.status.value,
         "iteration": server.iteration,
         "incarnation": server.incarnation,
@@ -79,6 +80,8 @@ def load(server: ParameterServer, state: Mapping[str, Any]) -> None:
     server.algorithm.params = server.algorithm.empty().copy_(state["params"])  # others may still read the former ones
     server.algorithm.load_state_dict(state["algorithm_state"])
     server.buffers.load_state_dict(state["buffers"])
+    if server.ema is not None:
+        server.ema.load_state_dict(state.get("ema"), state["params"])
     server.iteration = state["iteration"]
     server.incarnation = state["incarnation"]
     server.buckets = Buckets(*state["buckets"])

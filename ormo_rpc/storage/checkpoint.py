@@ -1,9 +1,10 @@
 """Checkpoints: folders that appear in one step, and that plain PyTorch can read.
 
 ``checkpoints/iteration_000001350/`` holds ``model.pt`` (the model's ``state_dict``: ``torch.load(..., weights_only=True)``),
-``server.pt`` (all that the run depends on), ``config.yaml``, and ``manifest.json`` with the SHA-256 of the others, so that a
-torn or damaged checkpoint is recognised before anything of it is used, and with the fingerprint of model and data, so that
-nothing is loaded into another model.
+``model_ema.pt`` (the same with the moving average in the place of the parameters, where there is one), ``server.pt`` (all that
+the run depends on), ``config.yaml``, and ``manifest.json`` with the SHA-256 of the others, so that a torn or damaged checkpoint
+is recognised before anything of it is used, and with the fingerprint of model and data, so that nothing is loaded into another
+model. Beside them ``best`` may be kept, see `ormo_rpc.storage.best`.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ from ormo_rpc.models.fingerprint import Fingerprint
 FOLDER = "checkpoints"
 FORMAT = 3
 """The format of the folder, in its manifest; another one is refused."""
+SERVER, MODEL, EMA = "server.pt", "model.pt", "model_ema.pt"
 _MANIFEST = "manifest.json"
 _PREFIX = "iteration_"
+BEST = "best"
 _log = logging.getLogger(__name__)
 
 
@@ -42,6 +45,7 @@ def write(
     keep: int,
     segment: int = 0,
     fingerprint: Fingerprint | None = None,
+    ema: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write a checkpoint of a run, then remove all but the newest ``keep``; return its folder.
 
@@ -55,26 +59,55 @@ def write(
         keep: The number of checkpoints to keep.
         segment: The journal's segment that begins with this state.
         fingerprint: Of the run; an empty one by default.
+        ema: Content of ``model_ema.pt``; there is none by default.
 
     Raises:
         OSError: the disk is full or read-only; earlier checkpoints are untouched.
     """
-    folder = run_dir / FOLDER
-    target = folder / f"{_PREFIX}{server['iteration']:09d}"
+    target = run_dir / FOLDER / f"{_PREFIX}{server['iteration']:09d}"
+    models = {MODEL: model} if ema is None else {MODEL: model, EMA: ema}
+    numbers = {"iteration": server["iteration"], "segment": segment}
+    write_folder(target, {SERVER: server, **models}, config, numbers, fingerprint or Fingerprint())
+    # A damaged newer checkpoint, which this run could not resume from, does not count.
+    for old in [each for each in complete(run_dir) if iteration_of(each) <= iteration_of(target)][:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def write_folder(
+    target: Path,
+    tensors: Mapping[str, Mapping[str, Any]],
+    config: Config,
+    entries: Mapping[str, Any],
+    fingerprint: Fingerprint,
+) -> None:
+    """Write a folder in one step, in the place of a former one, which is removed only once the new one is there.
+
+    Args:
+        target: Where it will be; the folder above is made where its own one is there.
+        tensors: What `torch.save` writes, by name of the file.
+        config: The run's configuration.
+        entries: Further entries of the manifest.
+        fingerprint: Of the run.
+
+    Raises:
+        OSError: the disk is full or read-only; the former folder is untouched.
+    """
+    folder = target.parent
     temporary = folder / f".{target.name}.{os.getpid()}"
     former = temporary.with_name(f"{temporary.name}.former")
-    _remove_leftovers(folder)
+    remove_leftovers(folder, target.name if target.name == BEST else _PREFIX)
     folder.mkdir(exist_ok=True)  # in the run directory, which is not made again where it was deleted
     temporary.mkdir()
     try:
-        for name, content in (("server.pt", server), ("model.pt", model)):
+        for name, content in tensors.items():
             with (temporary / name).open("wb") as file:
                 torch.save(content, file)
                 file.flush()
                 os.fsync(file.fileno())
         save_config(config, temporary / "config.yaml")
-        _write_manifest(temporary, server["iteration"], segment, fingerprint or Fingerprint())
-        if target.exists():  # a checkpoint of the same iteration: removed only once the new one is in its place
+        _write_manifest(temporary, entries, fingerprint)
+        if target.exists():
             target.rename(former)
         temporary.rename(target)
         _sync_folder(folder)
@@ -83,10 +116,6 @@ def write(
             former.rename(target)
         for leftover in (temporary, former):
             shutil.rmtree(leftover, ignore_errors=True)
-    # A damaged newer checkpoint, which this run could not resume from, does not count.
-    for old in [each for each in complete(run_dir) if iteration_of(each) <= iteration_of(target)][:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return target
 
 
 def locate(path: Path) -> Path:
@@ -189,7 +218,7 @@ def damage_of(checkpoint: Path) -> str | None:
 
 
 def read(checkpoint: Path, name: str) -> dict[str, Any]:
-    """Read ``server.pt`` or ``model.pt`` of a checkpoint; nothing but tensors and plain values is unpickled.
+    """Read a file of tensors of a checkpoint; nothing but tensors and plain values is unpickled.
 
     Raises:
         ConfigError: the file is missing or damaged.
@@ -201,9 +230,9 @@ def read(checkpoint: Path, name: str) -> dict[str, Any]:
         raise ConfigError(f"{checkpoint / name}: cannot be read: {reason}; take an older checkpoint") from None
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what a killed writer has left; a checkpoint that it had moved aside gets its name back."""
-    for leftover in folder.glob(f".{_PREFIX}*"):
+def remove_leftovers(folder: Path, prefix: str) -> None:
+    """Remove what a killed writer has left of folders with such names; one that it had moved aside gets its name back."""
+    for leftover in folder.glob(f".{prefix}*"):
         target = folder / leftover.name.removeprefix(".").split(".")[0]
         if leftover.suffix == ".former" and not target.exists():
             leftover.rename(target)
@@ -211,13 +240,12 @@ def _remove_leftovers(folder: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _write_manifest(folder: Path, iteration: int, segment: int, fingerprint: Fingerprint) -> None:
+def _write_manifest(folder: Path, entries: Mapping[str, Any], fingerprint: Fingerprint) -> None:
     content = {
         "format": FORMAT,
-        "iteration": iteration,
-        "segment": segment,
+        **entries,
         "fingerprint": fingerprint.to_dict(),
-        "sha256": {name: _sha256(folder / name) for name in ("server.pt", "model.pt", "config.yaml")},
+        "sha256": {file.name: _sha256(file) for file in sorted(folder.iterdir())},
     }
     with (folder / _MANIFEST).open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=2)

@@ -223,9 +223,9 @@ class Service:
             self.evict(membership, "it left before the end without being asked to")
 
     def present_state(self) -> tuple[int, torch.Tensor, torch.Tensor]:
-        """Return the iteration, the parameters and the bytes of the buffers as they are now, in memory that never changes."""
+        """Return iteration, parameters to evaluate and bytes of the buffers as they are now, in memory that never changes."""
         with self.lock:
-            return self.server.iteration, self.server.snapshots.exact(), self.server.buffers.snapshot()
+            return self.server.iteration, self.server.evaluated(), self.server.buffers.snapshot()
 
     # ------------------------------------------------------------------------------------- called by the server's process
 

@@ -1,0 +1,55 @@
+"""The sections about evaluations and checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ormo_rpc.options import Section, at_least_one, not_negative, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Section):
+    """The times of evaluations, and what follows from them."""
+
+    PATH = "evaluate"
+    every: int | None = option(
+        None, "iterations between evaluations; by default each epoch's end", valid=at_least_one, expected="a whole number >= 1"
+    )
+    ema: float | None = option(
+        None,
+        "evaluate a moving average of the parameters with this decay, such as 0.999, instead of the parameters themselves",
+        valid=lambda v: 0 < v < 1,
+        expected="a number in (0, 1), or null",
+    )
+    patience: int | None = option(
+        None,
+        "stop early after this many evaluations in a row without a better one (see optimized_metric); implies checkpoint.best",
+        valid=at_least_one,
+        expected="a whole number >= 1, or null",
+    )
+    min_delta: float = option(
+        0.0,
+        "what an evaluation must be better by to count as better, for patience",
+        valid=not_negative,
+        expected="a number >= 0",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(Section):
+    """The times of checkpoints, and the one to resume from."""
+
+    PATH = "checkpoint"
+    every: int = option(
+        0, "iterations between checkpoints; 0: by time alone", valid=not_negative, expected="a whole number >= 0"
+    )
+    every_seconds: float = option(
+        30.0,
+        "seconds (of the machine, not of a simulation) between checkpoints; 0: not by time",
+        valid=not_negative,
+        expected="a finite number >= 0",
+    )
+    journal: bool = option(False, "make each gradient durable before it is acknowledged: a crash then rolls nothing back")
+    keep: int = option(3, "checkpoints that are kept", valid=at_least_one, expected="a whole number >= 1")
+    best: bool = option(False, "keep the model of the best evaluation as well (see optimized_metric), in checkpoints/best")
+    resume: str | None = option(None, "a checkpoint or run directory to resume from", path=True)
