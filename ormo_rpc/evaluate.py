@@ -73,12 +73,12 @@ def evaluate_present(run_dir: Path) -> tuple[int, Evaluation] | None:
 
 
 def _load(model: FlatModel, source: Path) -> dict[str, torch.Tensor]:
-    """Load a checkpoint's ``model.pt``, by name; return all buffers, those too that it does not have.
+    """Load a checkpoint's model as the run evaluates it, by name; return all buffers, those too that it does not have.
 
     Raises:
         ConfigError: names or shapes differ.
     """
-    state = checkpoint.read(source, "model.pt")
+    state = checkpoint.read(source, checkpoint.evaluated_model(source))
     buffers: dict[str, torch.Tensor] = checkpoint.read(source, "server.pt")["buffers"]
     try:
         model.module.load_state_dict(state)
@@ -136,7 +136,8 @@ def _evaluated(path: Path) -> tuple[str, Evaluation, Sequence[TaskMetric]]:
     except NotReadable as error:
         console.say(f"evaluate: {error}; its newest checkpoint is taken")
     found, result = evaluate_checkpoint(path)
-    return str(found), result, load_config(found / "config.yaml").task.metrics()
+    what = " (its moving average)" if checkpoint.evaluated_model(found) == checkpoint.EMA else ""
+    return f"{found}{what}", result, load_config(found / "config.yaml").task.metrics()
 
 
 if __name__ == "__main__":

@@ -217,6 +217,11 @@ def damage_of(checkpoint: Path) -> str | None:
     return None
 
 
+def evaluated_model(checkpoint: Path) -> str:
+    """Return the file of the model as the run's evaluations use it: of the moving average, where there is one."""
+    return EMA if (checkpoint / EMA).exists() else MODEL
+
+
 def read(checkpoint: Path, name: str) -> dict[str, Any]:
     """Read a file of tensors of a checkpoint; nothing but tensors and plain values is unpickled.
 
