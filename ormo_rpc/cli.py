@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import sys
-import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.conf import HydraConf
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 import ormo_rpc
 from ormo_rpc import console, sweeps
+from ormo_rpc.composing import compose, refused
 from ormo_rpc.config.help import help_text, list_of_keys
-from ormo_rpc.config.parsing import parse_config, refused_value, unknown_key
-from ormo_rpc.config.schema import GROUPS, Config
+from ormo_rpc.config.parsing import parse_config
+from ormo_rpc.config.schema import Config
 from ormo_rpc.config.write_conf import conf_dir
 from ormo_rpc.errors import ConfigError, RunFailed, one_line
-from ormo_rpc.options import parts
 from ormo_rpc.overrides import keys_of, prepared
 from ormo_rpc.runtimes.attempts import former_run
 from ormo_rpc.runtimes.distributed.launcher.torchrun_agent import end_with_agent
@@ -40,41 +37,11 @@ from ormo_rpc.sweeps import JobFailed, SweepStart
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 """Environment variable at which hydra raises its errors instead of printing them over several lines."""
-_composing = threading.Lock()
-EXTRA = "pip install 'ormo-rpc[sweeps]'"
-"""Installs hydra's plugins for sweeps."""
-_PLUGINS = {"hydra/sweeper": ("optuna",), "hydra/launcher": ("joblib", "submitit_local", "submitit_slurm")}
-"""Names that they add to hydra's groups."""
 _SWEEP = ("-m", "--multirun")
+__all__ = ["compose", "main"]
+
 _preloading: list[Preloading] = []
 """The argument of `main`; hydra's launchers of other processes leave it behind."""
-
-
-def compose(overrides: Sequence[str] = ()) -> Config:
-    """Compose the configuration that ``python launch.py`` would run with these overrides, for use from Python.
-
-    Raises:
-        ConfigError: an override is wrong.
-    """
-    try:
-        with _hydra_of_our_own(), hydra.initialize_config_dir(str(conf_dir().absolute()), version_base="1.3"):
-            words = prepared(overrides)
-            values = hydra.compose("config", words)
-        return parse_config(values, keys_of(words))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise _refused(error) from None
-
-
-@contextlib.contextmanager
-def _hydra_of_our_own() -> Generator[None]:
-    """Put hydra's one state in this process aside: the caller may be an application of hydra, or another thread."""
-    with _composing:
-        callers = GlobalHydra.instance().hydra
-        GlobalHydra.instance().clear()
-        try:
-            yield
-        finally:
-            GlobalHydra.instance().hydra = callers
 
 
 @interrupting()
@@ -150,7 +117,7 @@ def _end(ended: BaseException, began: bool, full_error: bool) -> int:
     if isinstance(ended, OSError) and not isinstance(ended, HydraException):
         _say(f"the run directory cannot be made: {ended.strerror}: {ended.filename or 'the current directory'}")
     else:  # hydra lets some plain ones of its own through
-        _say(str(_refused(ended)))
+        _say(str(refused(ended)))
     return 2
 
 
@@ -182,24 +149,6 @@ def _directory(arguments: Sequence[str], ranks: Ranks | None) -> list[str]:
         former = None if ranks is None else former_run(ranks)
         return [] if former is None else prepared([f"hydra.run.dir={former.run_dir}"])
     return ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
-
-
-def _refused(error: Exception) -> ConfigError:
-    """Turn an error of hydra, whose message has several lines, into one line."""
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
-        group, _, name = str(error.missing_cfg_file).rpartition("/")
-        if name in _PLUGINS.get(group, ()):
-            return ConfigError(f"{group}={name}: needs a plugin of hydra that is not installed; {EXTRA}")
-        if group in GROUPS and name in parts(group):
-            return ConfigError(f"{group}: {name!r} is registered, but conf/ has no file of it: run make conf")
-        if error.options:
-            return ConfigError(f"{group}: got {name!r}, expected one of {', '.join(error.options)}")
-    if isinstance(error, OverrideParseException) and "=" not in error.override:
-        return ConfigError(f"{error.override}: expected KEY=VALUE")
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    if isinstance(cause, OmegaConfBaseException):
-        return ConfigError(unknown_key(cause) or refused_value(cause))
-    return ConfigError(" ".join(f"{error}: {error.__cause__ or ''}".split()).removesuffix(":"))
 
 
 def _job(values: DictConfig) -> float | None:

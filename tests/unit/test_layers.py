@@ -19,8 +19,8 @@ SOURCES = {
 
 LAYERS: Sequence[str] = (
     "lazy_import errors console messages seeding signals options kernels algorithms schedulers server data models compression "
-    "tasks worker rendezvous control transports loggers config storage report runtimes own_loop overrides sweeps cli main "
-    "training evaluate"
+    "tasks worker rendezvous control transports loggers config storage report runtimes overrides composing own_loop sweeps "
+    "cli main training evaluate"
 ).split()
 """Each imports from itself and from those before it."""
 
@@ -43,8 +43,8 @@ ONLY_IN = {
     "torch.futures": ("control.torch_rpc", "transports.rpc"),
     "socket": ("rendezvous", "transports.gloo", "transports.stream", "runtimes.distributed"),
     "subprocess": ("kernels.compiled", "storage.environment", "runtimes.distributed.launcher"),
-    "hydra": ("overrides", "sweeps", "cli"),
-    "omegaconf": ("sweeps", "cli", "config"),
+    "hydra": ("overrides", "composing", "sweeps", "cli"),
+    "omegaconf": ("composing", "sweeps", "cli", "config"),
     "wandb": ("loggers",),
     "tqdm": ("loggers", "runtimes.replay"),
     "matplotlib": ("report",),

@@ -17,6 +17,7 @@ from ormo_rpc.models import (
     Shortcut,
     Torchvision,
 )
+from ormo_rpc.models.own_loop import OwnLoopModel
 from ormo_rpc.options import parts
 
 SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32)]
@@ -222,4 +223,4 @@ def test_a_custom_model_that_does_not_work_is_one_clear_error(path: str, kwargs:
 
 
 def test_every_registered_model_is_tested_here() -> None:
-    assert {type(model) for model in OURS} | {Torchvision, CustomModel} == set(parts("model").values())
+    assert {type(model) for model in OURS} | {Torchvision, CustomModel, OwnLoopModel} == set(parts("model").values())
