@@ -96,6 +96,10 @@ class GradientTooLarge(NonFiniteGradient):
     """The gradient is finite, but its norm exceeds the limit; it is treated like one that is not finite."""
 
 
+class GradientOverflow(NonFiniteGradient):
+    """The gradient of a scaled loss is not finite: the scale may be too large, and nobody is to blame."""
+
+
 class StaleSession(PushRefused):
     """The sender is not a member of this incarnation of the server; it must join again to get new work."""
 
@@ -111,6 +115,6 @@ def one_line(error: BaseException) -> str:
 
 BY_NAME: dict[str, type[Exception]] = {
     error.__name__: error
-    for error in (PushRefused, NonFiniteGradient, GradientTooLarge, StaleSession, WorkerBanned, TimeoutError)
+    for error in (PushRefused, NonFiniteGradient, GradientTooLarge, GradientOverflow, StaleSession, WorkerBanned, TimeoutError)
 }
 """The exceptions that cross to a worker, by name."""

@@ -34,6 +34,7 @@ class Reply:
         lr: The learning rate at the moment of issue, for algorithms that take local steps.
         steps: The number of local steps that the worker takes for this ticket.
         incarnation: The incarnation of the server that issued it; goes back with the push.
+        loss_scale: The factor by which the worker multiplies its loss, and divides the gradients, for float16; 1 for none.
         buffers: The server's buffers at that stamp as bytes (uint8), shape (B,), such as batch-norm statistics. Replies between
             two changes share them, and they never change.
     """
@@ -45,6 +46,7 @@ class Reply:
     lr: float
     steps: int
     incarnation: int
+    loss_scale: float = 1.0
     buffers: torch.Tensor = field(default_factory=no_buffers)
 
 
@@ -66,6 +68,7 @@ class Push:
         metrics: What its process reports of the batch by name: a number, or the sum and the count of a mean. Only runs whose
             wire form has room for them (`PushFormat`) have any.
         incarnation: That of the reply.
+        loss_scale: That of the reply; tells a push at a smaller scale from a repeat of the one that overflowed.
     """
 
     worker: int
@@ -77,6 +80,7 @@ class Push:
     buffers: Mapping[str, torch.Tensor] = field(default_factory=dict[str, "torch.Tensor"])
     metrics: Mapping[str, float | tuple[float, float]] = field(default_factory=dict[str, "float | tuple[float, float]"])
     incarnation: int = 0
+    loss_scale: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,6 +29,7 @@ from ormo_rpc.models.flat import sha256
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.runtimes.simulator.jobs import SyntheticJob
 from ormo_rpc.server.events import Event
+from ormo_rpc.server.parameter_server import OVERFLOW
 from ormo_rpc.server.validation import ValidatedPush
 from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.environment import environment
@@ -182,8 +183,9 @@ class Replay:
 
     def _push(self, push: Push, event: Mapping[str, Any]) -> list[Reply]:
         """Push to the server; one that was damaged on its way, as this one is not, is rejected as it was then."""
-        if str(event.get("reason", "")).startswith("not finite"):
-            return self.server.reject(push)
+        reason = str(event.get("reason", ""))
+        if reason.startswith(("not finite", OVERFLOW)):
+            return self.server.reject(push, overflow=reason.startswith(OVERFLOW))
         return self.server.receive(push)
 
     def _restart(self, event: Mapping[str, Any]) -> None:
@@ -201,7 +203,8 @@ class Replay:
         """Repeat a push; it is not applied, so its gradient does not matter."""
         numbers = {name: event[name] for name in ("worker", "ticket", "stamp")}
         nothing = torch.zeros(0)
-        push = Push(**numbers, grad=nothing, incarnation=self.server.incarnation)
+        scale = float(event.get("loss_scale", 1.0))
+        push = Push(**numbers, grad=nothing, incarnation=self.server.incarnation, loss_scale=scale)
         self._deliver(self.server.commit(push, ValidatedPush(nothing, 0.0)))
 
     def _deliver(self, replies: list[Reply]) -> None:

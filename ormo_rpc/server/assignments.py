@@ -21,6 +21,7 @@ class Assignment:
         stamp: The index of the parameters that were sent with it.
         bucket: The bucket of that index.
         version: `Algorithm.version` at that moment.
+        loss_scale: `Reply.loss_scale`.
     """
 
     ticket: int
@@ -28,6 +29,7 @@ class Assignment:
     stamp: int
     bucket: int
     version: int = 0
+    loss_scale: float = 1.0
 
 
 class Assignments:
@@ -69,7 +71,9 @@ class Assignments:
         """True while no ticket can be handed out."""
         return not self.returned and self.total is not None and self.issued >= self.total
 
-    def assign(self, worker: int, stamp: int, bucket: int, version: int, members: Collection[int]) -> Assignment | None:
+    def assign(
+        self, worker: int, stamp: int, bucket: int, version: int, members: Collection[int], loss_scale: float = 1.0
+    ) -> Assignment | None:
         """Hand out the next ticket; None if there is none for this worker now.
 
         A ticket whose gradient was not finite goes to a worker of another process, as long as there is one.
@@ -82,7 +86,7 @@ class Assignments:
             self.issued += 1
         else:
             return None
-        assignment = Assignment(ticket, worker, stamp, bucket, version)
+        assignment = Assignment(ticket, worker, stamp, bucket, version, loss_scale)
         self.outstanding[ticket] = assignment
         self.holding.setdefault(worker, set()).add(ticket)
         return assignment
@@ -96,7 +100,12 @@ class Assignments:
         ticket, worker, stamp = push.ticket, push.worker, push.stamp
         assignment = self.outstanding.get(ticket)
         if assignment is not None and assignment.worker == worker and assignment.stamp == stamp:
-            return assignment
+            if assignment.loss_scale == push.loss_scale:
+                return assignment
+            raise PushRefused(
+                f"push of worker {worker} for ticket {ticket}: loss_scale: got {push.loss_scale:g}, expected "
+                f"{assignment.loss_scale:g}, that of the reply"
+            )
         if (ticket, worker, stamp) in self.revoked:
             return None
         sender = f"push of worker {worker}"

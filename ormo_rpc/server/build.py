@@ -22,6 +22,7 @@ from ormo_rpc.server.assignments import Assignments
 from ormo_rpc.server.buffers import RunningBuffers
 from ormo_rpc.server.ema import Ema
 from ormo_rpc.server.events import Event, EventLog
+from ormo_rpc.server.loss_scale import LossScale
 from ormo_rpc.server.members import Members
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.server.resumable import DIMENSION, WORKERS, refuse_forgetful
@@ -54,6 +55,7 @@ def build_server(
     kernel: Kernel | None = None,
     sent_dtype: torch.dtype | None = None,
     pushed_dtype: torch.dtype | None = None,
+    loss_scale: LossScale | None = None,
     process_of: Callable[[int], int] = lambda worker: worker,
     groups: Groups | None = None,
     **options: Any,
@@ -79,6 +81,7 @@ def build_server(
         kernel: Implementation of the steps and copies; plain torch by default, `fastest_kernel` finds a faster one.
         sent_dtype: The dtype that parameters are rounded to when they are sent; by default they are not.
         pushed_dtype: The dtype of pushes, bfloat16 or float16; by default that of ``params``.
+        loss_scale: The first scale of the losses of workers that compute in float16; copied. None for no scale.
         process_of: From a worker to its process; by default each is its own. See `ParameterServer`.
         groups: Weight decay and learning-rate factor of each range of ``params``, for an algorithm that `DECAYS_ITSELF`; by
             default one group without decay.
@@ -146,6 +149,7 @@ def build_server(
         min_workers=min_workers,
         norm_limit=norm_limit,
         pushed_dtype=pushed_dtype,
+        loss_scale=None if loss_scale is None else dataclasses.replace(loss_scale),
         timer=timer,
         before_first_save=functools.partial(check_resumable, own_algorithm, own_scheduler),
     )

@@ -16,9 +16,9 @@ from ormo_rpc.server.validation import check_whole
 
 @dataclass(slots=True)
 class Member:
-    """The newest settled push of a worker, as (ticket, stamp), and its newest reply unless one is pending."""
+    """The newest settled push of a worker, as (ticket, stamp, loss scale), and its newest reply unless one is pending."""
 
-    answered: tuple[int, int] | None = None
+    answered: tuple[int, int, float] | None = None
     reply: Reply | None = None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ormo_rpc.algorithms.base import Algorithm, PullContext, PushContext
-from ormo_rpc.errors import NonFiniteGradient, PushRefused, StaleSession
+from ormo_rpc.errors import GradientOverflow, GradientTooLarge, NonFiniteGradient, PushRefused, StaleSession
 from ormo_rpc.messages import Push, Reply, no_buffers
 from ormo_rpc.schedulers.base import Scheduler
 from ormo_rpc.server.assignments import Assignment, Assignments
@@ -18,6 +18,7 @@ from ormo_rpc.server.buckets import Buckets
 from ormo_rpc.server.buffers import RunningBuffers
 from ormo_rpc.server.ema import Ema
 from ormo_rpc.server.events import EventLog, Kind
+from ormo_rpc.server.loss_scale import LossScale
 from ormo_rpc.server.members import Member, Members
 from ormo_rpc.server.snapshots import Snapshots
 from ormo_rpc.server.state import Status, load, save
@@ -25,6 +26,8 @@ from ormo_rpc.server.validation import NormLimit, NormPolicy, ValidatedPush, all
 
 FINITE_CHECK_INTERVAL = 64
 """Check the parameters for NaN and infinity every this many updates."""
+OVERFLOW = "overflow at loss scale"
+"""The beginning of the reason why the gradient of a scaled loss is discarded."""
 
 __all__ = ["ParameterServer", "Status"]
 
@@ -66,6 +69,8 @@ class ParameterServer:
     """The limit to the norm of a push."""
     pushed_dtype: torch.dtype | None = None
     """The dtype of pushes, bfloat16 or float16; None for that of the parameters."""
+    loss_scale: LossScale | None = None
+    """The scale of the losses of workers that compute in float16; None where none does."""
     timer: Callable[[], float] = lambda: 0.0
     """Real seconds, for `step_seconds`."""
     before_first_save: Callable[[], None] | None = None
@@ -153,6 +158,8 @@ class ParameterServer:
             self.events.add(Kind.resume, iteration=self.iteration, incarnation=self.incarnation, workers=present)
             if self.status is Status.diverged and all_finite(self.params) and not self.assignments.done:
                 self.status = Status.running  # gradients had gone astray, not the parameters: a lower rate may save them
+                if self.loss_scale is not None and self.loss_scale.exhausted:
+                    self.loss_scale.restart()
         self.started = True
         for worker in set(self.members) - set(present):
             self.algorithm.leave(worker)
@@ -193,8 +200,10 @@ class ParameterServer:
         """Settle a push, and return the replies that are due now: to its sender, to others, or to nobody.
 
         A gradient that is finite is applied. One that is not is discarded: its ticket goes to another worker, its sender gets
-        new work. A push that repeats its sender's newest one is not settled again and gets the identical reply, or none while
-        the scheduler holds that reply back.
+        new work. Where losses are scaled, it lowers the scale instead, and its ticket goes to anyone.
+
+        A push that repeats its sender's newest one is not settled again and gets the identical reply, or none while the
+        scheduler holds that reply back.
 
         Raises:
             PushRefused: the push does not fit; nothing has changed. `StaleSession` is a special case.
@@ -216,6 +225,8 @@ class ParameterServer:
                 push, self.params, self.buffers, algorithm.VECTORS_PUSHED, self.norm_limit, self.pushed_dtype
             )
         except NonFiniteGradient as error:
+            if self.loss_scale is not None and not isinstance(error, GradientTooLarge):
+                error = GradientOverflow(str(error))
             return ValidatedPush(push.grad, math.nan, rejected=error)
         if algorithm.OUT_OF_PLACE or validated.grad.dtype == self.params.dtype:
             return validated
@@ -235,7 +246,7 @@ class ParameterServer:
         if assignment is None:
             return self.members.newest_reply(push.worker)
         if validated.rejected is not None:
-            self._reject(push, member, assignment)
+            self._reject(push, member, assignment, overflow=isinstance(validated.rejected, GradientOverflow))
             return self._settled(push)
         sent = None if member.reply is None else member.reply.params
         if sent is None and self.algorithm.READS_SENT:
@@ -244,7 +255,7 @@ class ParameterServer:
             )
         if sent is not None and self.algorithm.READS_SENT:
             sent = sent.to(self.params.dtype)
-        member.answered, member.reply = (push.ticket, push.stamp), None
+        member.answered, member.reply = (push.ticket, push.stamp, push.loss_scale), None
         context = PushContext(
             worker=push.worker,
             ticket=push.ticket,
@@ -266,13 +277,18 @@ class ParameterServer:
             self._apply(push, assignment, context, validated)
         return self._settled(push)
 
-    def reject(self, push: Push) -> list[Reply]:
+    def reject(self, push: Push, *, overflow: bool = False) -> list[Reply]:
         """Settle a push like one whose gradient is not finite, for a caller that knows so without the gradient.
+
+        Args:
+            push: The push.
+            overflow: Lower the loss scale, and blame nobody.
 
         Raises:
             PushRefused: the push does not fit the assignments; nothing has changed.
         """
-        return self.commit(push, ValidatedPush(push.grad, math.nan, rejected=NonFiniteGradient("rejected by the caller")))
+        error = (GradientOverflow if overflow else NonFiniteGradient)("rejected by the caller")
+        return self.commit(push, ValidatedPush(push.grad, math.nan, rejected=error))
 
     def finish(self) -> list[Reply]:
         """Hand out no further ticket; the run is completed once the outstanding ones are committed."""
@@ -301,13 +317,16 @@ class ParameterServer:
         try:
             assignment = self.assignments.match(push, self.iteration)
         except PushRefused:
-            if member.answered != (push.ticket, push.stamp):
+            if member.answered != (push.ticket, push.stamp, push.loss_scale):
                 raise
             assignment = None
-        if assignment is None and member.answered == (push.ticket, push.stamp):
-            self.events.add(Kind.repeat, worker=push.worker, ticket=push.ticket, stamp=push.stamp)
+        place: dict[str, float] = {"worker": push.worker, "ticket": push.ticket, "stamp": push.stamp}
+        if self.loss_scale is not None:
+            place["loss_scale"] = push.loss_scale
+        if assignment is None and member.answered == (push.ticket, push.stamp, push.loss_scale):
+            self.events.add(Kind.repeat, **place)
         elif assignment is None:
-            self.events.add(Kind.discard, worker=push.worker, ticket=push.ticket, stamp=push.stamp, reason="taken away")
+            self.events.add(Kind.discard, **place, reason="taken away")
         return member, assignment
 
     def _apply(self, push: Push, assignment: Assignment, context: PushContext, validated: ValidatedPush) -> None:
@@ -322,6 +341,8 @@ class ParameterServer:
         self.iteration += 1
         self.buckets.advance(self.concurrency)
         self.snapshots.invalidate()
+        if self.loss_scale is not None:
+            self.loss_scale.applied(assignment.loss_scale)
         self.events.applied(push, context, validated, lr)
         # Not each time, as it costs a pass over memory; NaN in the parameters stays, and shows in the next gradients too.
         if self.iteration % FINITE_CHECK_INTERVAL == 0 and not all_finite(self.params):
@@ -332,13 +353,20 @@ class ParameterServer:
         self.assignments.requeue(assignment, refused=refused)
         self.events.discarded(assignment, self.iteration, grad_sum, reason)
 
-    def _reject(self, push: Push, member: Member, assignment: Assignment) -> None:
+    def _reject(self, push: Push, member: Member, assignment: Assignment, *, overflow: bool) -> None:
         """Requeue the ticket of a gradient that is not finite, for a worker of another process.
 
         The run ends as `diverged` if the parameters are not finite either, or if this is the second such gradient for the
-        ticket: it comes from another process, where there is one, so the worker is not to blame.
+        ticket: it comes from another process, where there is one, so the worker is not to blame. Where losses are scaled, the
+        ticket goes to anyone, at a smaller scale, and the run ends when that is exhausted.
         """
-        member.answered, member.reply = (push.ticket, push.stamp), None
+        member.answered, member.reply = (push.ticket, push.stamp, push.loss_scale), None
+        if overflow and self.loss_scale is not None:
+            self._discard(assignment, math.nan, reason=f"{OVERFLOW} {assignment.loss_scale:.17g}")
+            self.loss_scale.overflowed(assignment.loss_scale)
+            if self.loss_scale.exhausted or not all_finite(self.params):
+                self._end(Status.diverged)
+            return
         seen_before = push.ticket in self.assignments.refused_by
         limited = self.norm_limit is not None and self.norm_limit.policy is NormPolicy.refuse
         self._discard(assignment, math.nan, reason="not finite or too large" if limited else "not finite", refused=True)
@@ -364,11 +392,13 @@ class ParameterServer:
         return replies
 
     def _reply(self, worker: int) -> Reply | None:
-        ticket = None
+        ticket, loss_scale = None, 1.0
         if not self.ended:
+            if self.loss_scale is not None:
+                loss_scale = self.loss_scale.value
             fresh = self.assignments.issued
             assignment = self.assignments.assign(
-                worker, self.iteration, self.buckets.current, self.algorithm.version, self.members
+                worker, self.iteration, self.buckets.current, self.algorithm.version, self.members, loss_scale
             )
             if assignment is None:
                 return None
@@ -385,6 +415,7 @@ class ParameterServer:
             lr=lr,
             steps=self.algorithm.steps,
             incarnation=self.incarnation,
+            loss_scale=loss_scale,
             buffers=no_buffers() if ticket is None else self.buffers.snapshot(),
         )
 

@@ -43,6 +43,7 @@ def save(server: ParameterServer, replies: bool = False) -> dict[str, Any]:
         },
         "buffers": server.buffers.state_dict(),
         "ema": None if server.ema is None else server.ema.state_dict(),
+        "loss_scale": None if server.loss_scale is None else server.loss_scale.state_dict(),
         "status": server.status.value,
         "iteration": server.iteration,
         "incarnation": server.incarnation,
@@ -82,6 +83,8 @@ def load(server: ParameterServer, state: Mapping[str, Any]) -> None:
     server.buffers.load_state_dict(state["buffers"])
     if server.ema is not None:
         server.ema.load_state_dict(state.get("ema"), state["params"])
+    if server.loss_scale is not None and state.get("loss_scale") is not None:
+        server.loss_scale.load_state_dict(state["loss_scale"])
     server.iteration = state["iteration"]
     server.incarnation = state["incarnation"]
     server.buckets = Buckets(*state["buckets"])

@@ -154,6 +154,8 @@ def _check_fields(push: Push) -> None:
         value = getattr(push, name)
         if type(value) is not int or abs(value) > LARGEST:
             check_whole(value, f"push: {name}")
+    if type(push.loss_scale) is not float:
+        check_whole(push.loss_scale, "push: loss_scale")
     if push.loss is not None and type(push.loss) is not float:
         check_whole(push.loss, "push: loss")
     if not isinstance(push.buffers, Mapping) or not all(type(name) is str for name in push.buffers):  # pyright: ignore[reportUnnecessaryIsInstance] # it came from elsewhere

@@ -30,7 +30,7 @@ from ormo_rpc.server.parameter_server import ParameterServer
 FOLDER = "journal"
 _log = logging.getLogger(__name__)
 _PUSH_NUMBERS = tuple(field.name for field in number_fields(Push))
-_REJECTED = ("worker", "ticket", "stamp", "incarnation")
+_REJECTED = ("worker", "ticket", "stamp", "incarnation", "loss_scale")
 """The numbers of a push that is rejected which are kept."""
 _HEADER = struct.Struct("<QI")
 """Length of the rest of a record, and its CRC-32."""
@@ -59,8 +59,8 @@ class Journal(Protocol):
         """Record that a worker left or was evicted."""
         ...
 
-    def push(self, push: Push, *, rejected: bool) -> None:
-        """Record a push that was committed or, being not finite, rejected."""
+    def push(self, push: Push, *, rejected: bool, overflow: bool = False) -> None:
+        """Record a push that was committed or, being not finite, rejected; at an ``overflow``, the loss scale was lowered."""
         ...
 
     def finish(self) -> None:
@@ -100,7 +100,7 @@ class NoJournal(Journal):
     def leave(self, worker: int) -> None: ...
 
     @override
-    def push(self, push: Push, *, rejected: bool) -> None: ...
+    def push(self, push: Push, *, rejected: bool, overflow: bool = False) -> None: ...
 
     @override
     def finish(self) -> None: ...
@@ -162,10 +162,11 @@ class FileJournal(Journal):
         self._append({"do": "finish"})
 
     @override
-    def push(self, push: Push, *, rejected: bool) -> None:
+    def push(self, push: Push, *, rejected: bool, overflow: bool = False) -> None:
         numbers = {name: getattr(push, name) for name in _PUSH_NUMBERS}
         if rejected:  # the gradient is not kept, since none of it has entered the state
-            self._append({"do": "reject", **{name: numbers[name] for name in _REJECTED}})
+            kept = {name: numbers[name] for name in _REJECTED}
+            self._append({"do": "reject", **kept, **({"overflow": True} if overflow else {})})
             return
         tensors = [push.grad, *push.buffers.values()]
         layout = [(str(tensor.dtype).removeprefix("torch."), list(tensor.shape)) for tensor in tensors]
@@ -258,7 +259,7 @@ def _apply(server: ParameterServer, call: Mapping[str, Any], payload: memoryview
     else:
         numbers = {name: call[name] for name in _PUSH_NUMBERS if name in call}
         if kind == "reject":
-            server.reject(Push(**numbers, grad=torch.empty(0)))
+            server.reject(Push(**numbers, grad=torch.empty(0)), overflow=call.get("overflow", False))
         else:
             grad, *buffers = _tensors(call["layout"], payload)
             named = dict(zip(call["buffers"], buffers, strict=True))

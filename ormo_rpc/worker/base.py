@@ -109,6 +109,7 @@ class BaseWorker:
             samples=samples,
             buffers=self._encoder.buffers.write(self._passes.collect()),
             incarnation=reply.incarnation,
+            loss_scale=reply.loss_scale,
         )
 
     def _cast(self, sent: torch.Tensor) -> torch.Tensor:

@@ -37,6 +37,7 @@ class DummyWorker(Worker):
             samples=self.epochs.batch_size,
             buffers=self._encoder.buffers.write({}),  # a fault may have written over it
             incarnation=reply.incarnation,
+            loss_scale=reply.loss_scale,
         )
 
     @override

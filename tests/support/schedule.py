@@ -165,7 +165,14 @@ class Run(Generic[S]):
 def answer(reply: Reply, grad: Tensor) -> Push:
     """Return the push that a worker sends for a reply."""
     assert reply.ticket is not None, "the worker has stopped"
-    return Push(worker=reply.worker, ticket=reply.ticket, stamp=reply.stamp, grad=grad, incarnation=reply.incarnation)
+    return Push(
+        worker=reply.worker,
+        ticket=reply.ticket,
+        stamp=reply.stamp,
+        grad=grad,
+        incarnation=reply.incarnation,
+        loss_scale=reply.loss_scale,
+    )
 
 
 def schedules(*, changes: bool = False, max_size: int = 30) -> st.SearchStrategy[Schedule]:

@@ -87,6 +87,7 @@ class Owner:
             samples=8,
             buffers=buffers,
             incarnation=reply.incarnation,
+            loss_scale=reply.loss_scale,
         )
         answer = self.service.push(session_id or self.memberships[reply.worker].session_id, push)
         return ServerResponse(answer)

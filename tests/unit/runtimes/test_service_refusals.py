@@ -10,6 +10,7 @@ import torch
 
 from ormo_rpc.errors import PushRefused, StaleSession, WorkerBanned
 from ormo_rpc.messages import Reply
+from ormo_rpc.server.loss_scale import LossScale
 from tests.support.buffers import wire
 from tests.support.service import DIMENSION, begun, gradient, owner, total
 
@@ -99,3 +100,16 @@ def test_a_refused_push_is_no_failure_of_the_service() -> None:
         there.push(Reply(worker=0, ticket=1, stamp=0, params=first.params, lr=0.0, steps=1, incarnation=0))
     assert there.service.failure is None
     assert there.push(first).value().ticket == 2
+
+
+def test_a_worker_whose_gradients_overflow_is_not_banned(caplog: pytest.LogCaptureFixture) -> None:
+    there = owner(2, loss_scale=LossScale(initial=16.0))
+    there.service.max_not_finite = 2
+    reply, _ = begun(there)
+    nan = torch.full((DIMENSION,), math.nan, dtype=torch.float64)
+    for scale in (16.0, 8.0, 4.0, 2.0):
+        assert reply.loss_scale == scale
+        reply = there.push(reply, nan).value()
+    assert sorted(there.service.server.members) == [0, 1]
+    assert not there.service.evictions
+    assert not caplog.text

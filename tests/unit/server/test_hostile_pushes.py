@@ -269,6 +269,7 @@ def test_any_value_in_a_field_is_accepted_or_refused_as_documented(name: str, va
         "loss": value is None
         or (type(value) is float and math.isfinite(value))
         or (type(value) is int and abs(value) <= 2**53),
+        "loss_scale": type(value) in (int, float) and value == 1,  # that of the reply: losses are not scaled
         "buffers": value == {},
         "metrics": type(value) is dict and all(is_metric(*item) for item in value.items()),
         "grad": False,

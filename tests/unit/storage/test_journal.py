@@ -19,6 +19,7 @@ from ormo_rpc import build_server
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.server.buffers import Rule, RuleKind, RunningBuffers
 from ormo_rpc.server.events import Event, Kind
+from ormo_rpc.server.loss_scale import LossScale
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.storage.journal import FileJournal, recover
 from tests.support.examples import examples
@@ -36,7 +37,7 @@ ALGORITHMS = ("asgd", "ormo", "shifted", "smega2", "dc_asgd", "gap_aware", "fedb
 """Among them algorithms that read the parameters they sent, that have a state for each worker, and that buffer."""
 
 
-def server(algorithm: str, events: list[Event] | None = None) -> ParameterServer:
+def server(algorithm: str, events: list[Event] | None = None, loss_scale: LossScale | None = None) -> ParameterServer:
     return build_server(
         algorithm=algorithm,
         params=torch.linspace(-1, 1, DIMENSION, dtype=torch.float64),
@@ -46,6 +47,7 @@ def server(algorithm: str, events: list[Event] | None = None) -> ParameterServer
         total_tickets=60,
         buffers=RunningBuffers(BUFFERS, {"mean": Rule(RuleKind.average, None, "calls"), "calls": Rule(RuleKind.count)}),
         record=(lambda _: None) if events is None else events.append,
+        loss_scale=loss_scale,
     )
 
 
@@ -74,15 +76,16 @@ def push(reply: Reply, length: int, *, finite: bool = True) -> Push:
         buffers=reported(reply.ticket),
         metrics={"tokens": float(reply.ticket), "hits": (0.1, 3.0), "norm": math.inf} if reply.ticket % 3 else {},
         incarnation=reply.incarnation,
+        loss_scale=reply.loss_scale,
     )
 
 
 class Machine:
     """A server with its journal, driven as by the service, and the state after each input."""
 
-    def __init__(self, algorithm: str, run_dir: Path) -> None:
+    def __init__(self, algorithm: str, run_dir: Path, loss_scale: LossScale | None = None) -> None:
         self.events: list[Event] = []
-        self.server = server(algorithm, self.events)
+        self.server = server(algorithm, self.events, loss_scale)
         self.journal = FileJournal(run_dir)
         self.states: list[dict[str, Any]] = [self.server.state_dict(replies=True)]
         self.sizes: list[int] = [0]
@@ -108,7 +111,7 @@ class Machine:
             return
         made = push(reply, self.server.algorithm.VECTORS_PUSHED * DIMENSION, finite=finite)
         replies = self.server.receive(made)
-        self.journal.push(made, rejected=not finite)
+        self.journal.push(made, rejected=not finite, overflow=not finite and self.server.loss_scale is not None)
         self.held.pop(worker)
         self.did(replies)
 
@@ -149,12 +152,23 @@ STEPS = st.lists(
 
 
 @examples(6)
-@given(algorithm=st.sampled_from(ALGORITHMS), steps=STEPS, cut=st.integers(0, 10**9), damage=st.booleans())
+@given(
+    algorithm=st.sampled_from(ALGORITHMS),
+    loss_scale=st.sampled_from([None, LossScale(initial=4.0, interval=3)]),
+    steps=STEPS,
+    cut=st.integers(0, 10**9),
+    damage=st.booleans(),
+)
 def test_a_journal_cut_anywhere_recovers_the_state_of_its_last_complete_record(
-    tmp_path_factory: pytest.TempPathFactory, algorithm: str, steps: list[tuple[str, int]], cut: int, damage: bool
+    tmp_path_factory: pytest.TempPathFactory,
+    algorithm: str,
+    loss_scale: LossScale | None,
+    steps: list[tuple[str, int]],
+    cut: int,
+    damage: bool,
 ) -> None:
     run_dir = tmp_path_factory.mktemp("run")
-    machine = Machine(algorithm, run_dir)
+    machine = Machine(algorithm, run_dir, loss_scale)
     machine.start()
     for what, worker in steps:
         if what == "join or leave":
@@ -171,7 +185,7 @@ def test_a_journal_cut_anywhere_recovers_the_state_of_its_last_complete_record(
         machine.file.write_bytes(content[:at])
     whole = max(index for index, size in enumerate(machine.sizes) if size <= at)
     events: list[Event] = []
-    again = server(algorithm, events)
+    again = server(algorithm, events, loss_scale)
     assert recover(run_dir, 0, again) == whole
     assert same(again.state_dict(replies=True), machine.states[whole])
     assert [event.line() for event in events] == [event.line() for event in machine.events[: len(events)]]

@@ -71,6 +71,7 @@ def test_the_layout_does_not_depend_on_the_machine() -> None:
         "0000000000000000" "0100000000000000" "0200000000000000" "ffffffffffffffff"
         "000000000000e03f"  # 2^-1: sign 0, exponent 1022 = 0x3fe, fraction 0
         "0300000000000000" "0400000000000000"
+        "000000000000f03f"  # 2^0, the loss scale: sign 0, exponent 1023 = 0x3ff, fraction 0
     )  # fmt: skip
 
 

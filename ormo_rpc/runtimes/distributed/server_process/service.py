@@ -18,7 +18,7 @@ import torch
 from ormo_rpc.compression import PushFormat
 from ormo_rpc.control.memberships import Membership, Memberships
 from ormo_rpc.control.messages import JoinRequest
-from ormo_rpc.errors import PushRefused, RunEnded, StaleSession, WorkerBanned
+from ormo_rpc.errors import GradientOverflow, PushRefused, RunEnded, StaleSession, WorkerBanned
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.models.flat import Layout
 from ormo_rpc.runtimes.distributed.server_process.start_barrier import StartBarrier
@@ -296,7 +296,8 @@ class Service:
         journal = NoJournal() if self.server.ended else self.journal  # closed soon after the end
         try:
             replies = self.server.commit(push, validated)
-            journal.push(push, rejected=validated.rejected is not None)
+            overflow = isinstance(validated.rejected, GradientOverflow)
+            journal.push(push, rejected=validated.rejected is not None, overflow=overflow)
             self.observe(self.server)
         except PushRefused:
             raise
@@ -304,7 +305,8 @@ class Service:
             self.failure = error
             return []
         due = self.pending.expect(membership.worker, future) + self.pending.due(replies)
-        membership.not_finite = membership.not_finite + 1 if validated.rejected is not None else 0
+        if not overflow:  # for which the loss scale is to blame
+            membership.not_finite = membership.not_finite + 1 if validated.rejected is not None else 0
         if membership.not_finite >= self.max_not_finite and len(self.server.members) > 1:
             reason = f"{membership.not_finite} gradients in a row were not finite (runtime.max_not_finite)"
             self._record_eviction(membership, reason, [])
