@@ -53,11 +53,20 @@ def seeded(seed: int, purpose: str, number: int) -> Generator[None]:
     np.random.set_bit_generator(spare)  # pyright: ignore[reportAttributeAccessIssue] # as above
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(start)
-            random.seed(start)
-            np.random.seed(start % 2**32)
+            _seed_all(start)
             yield
     finally:
         random.setstate(python)
         np.random.set_bit_generator(numpy)  # pyright: ignore[reportAttributeAccessIssue] # as above
         _SPARE.append(spare)
+
+
+def reseed(seed: int, purpose: str, number: int) -> None:
+    """Set the global generators to the start of another stream, within `seeded`, which restores them; three times faster."""
+    _seed_all(seed_for(seed, purpose, number))
+
+
+def _seed_all(start: int) -> None:
+    torch.default_generator.manual_seed(start)
+    random.seed(start)
+    np.random.seed(start % 2**32)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from ormo_rpc.data.cifar import CIFAR10, CIFAR100
 from ormo_rpc.data.custom import CustomData
 from ormo_rpc.data.digits import Digits
+from ormo_rpc.data.iterables import IterableSplit
 from ormo_rpc.data.mnist import MNIST, FashionMNIST
+from ormo_rpc.data.padding import Pad
 from ormo_rpc.data.sources import DataSource
 from ormo_rpc.data.splits import ArraySplit, DataSet, MapSplit, MapStyle, Split
 from ormo_rpc.data.tickets import Epochs
@@ -21,7 +23,9 @@ __all__ = [
     "Digits",
     "Epochs",
     "FashionMNIST",
+    "IterableSplit",
     "MapSplit",
     "MapStyle",
+    "Pad",
     "Split",
 ]

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-from collections.abc import Sized
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
-import torch
 from typing_extensions import override
 
+from ormo_rpc.data.collate import Collate, default
+from ormo_rpc.data.findings import Classes, first_batch, input_shape
+from ormo_rpc.data.padding import Pad
 from ormo_rpc.data.sources import DataSource
-from ormo_rpc.data.splits import DataSet, MapSplit, MapStyle
+from ormo_rpc.data.splits import DataSet
+from ormo_rpc.data.user_sets import by_role, split_of
 from ormo_rpc.options import CallsTarget, at_least_one, option, register
+from ormo_rpc.options.imports import is_dotted_path, locate
 
-_log = logging.getLogger(__name__)
+COLLATES = ("default", "pad")
 
 
 @register("custom")
@@ -23,17 +26,19 @@ _log = logging.getLogger(__name__)
 class CustomData(DataSource, CallsTarget):
     """A data set of your own: the function that ``dataset._target_`` names, the keys beside it are its keywords.
 
-    It returns a `DataSet`, or a pair (train, test) of map-style datasets of torch, whose targets are class numbers: one for
-    each item, or an integer tensor of them; or class probabilities, a tensor (C, ...) for each item. Of a pair the input shape
-    is that of the first training item. The number of classes is the keyword ``num_classes`` if given, else the length of the
-    training set's attribute ``classes``, else that of the first item's probabilities or the largest training target plus one,
-    for which the launcher reads the whole set once; the log says which.
+    It returns a `DataSet`; a pair (train, test) or a triple (train, test, validation); or a mapping that has them under these
+    names, such as a ``DatasetDict`` of Hugging Face. Each of them is a map-style dataset of torch, a ``datasets.Dataset``, or
+    an iterable dataset that has a length. ``dataset.collate`` makes batches of their items; the task says what a batch must be.
 
-    ``dataset.validation`` holds out training samples, unless the function takes that keyword itself; a `DataSet` may have a
-    validation split of its own instead. What a map-style dataset does to its items at random it does to those held out as well.
+    The number of classes, where the task needs one, is the keyword ``num_classes`` if given, else the length of the training
+    set's attribute ``classes``, else that of the first item's probabilities or the largest training target plus one, for which
+    the launcher reads the whole set once; the log says which. The input shape is that of the first training item.
+
+    ``dataset.validation`` holds out training samples, unless the function takes that keyword itself; what a map-style dataset
+    does to its items at random it does to those held out as well.
     """
 
-    OWN: ClassVar[tuple[str, ...]] = ("validation", "counted_classes")
+    OWN: ClassVar[tuple[str, ...]] = ("validation", "counted_classes", "collate", "pad_values", "weights")
 
     counted_classes: int | None = option(
         None,
@@ -41,65 +46,68 @@ class CustomData(DataSource, CallsTarget):
         valid=at_least_one,
         expected="a whole number >= 1",
     )
+    collate: str = option(
+        "default",
+        "makes a batch of a list of items: default (torch's), pad (to the longest item), or the dotted path of your function",
+        valid=lambda v: v in COLLATES or is_dotted_path(v),
+        expected="default, pad, or a dotted path such as my_package.my_module.my_function",
+    )
+    pad_values: dict[str, float] = option(
+        {}, "padding by column where dataset.collate=pad, in place of -100 for labels and 0 for all else"
+    )
+    weights: str | None = option(
+        None,
+        "weights, shape (N,), by which each epoch draws N training samples with replacement: the dotted path of a function of "
+        "the training set, or the name of its attribute",
+        valid=lambda v: v.isidentifier() or is_dotted_path(v),
+        expected="a dotted path such as my_package.my_module.my_function, or the name of an attribute",
+    )
 
     @override
     def load(self) -> DataSet:
         made = self.call()
         if isinstance(made, DataSet):
-            return made
-        if not isinstance(made, (tuple, list)):
-            raise self._wrong(made)
-        match cast("list[Any]", made):
-            case [MapStyle() as train, MapStyle() as test]:
-                return self._from_pair(train, test)
-            case _:
-                raise self._wrong(cast("object", made))
+            weights = made.weights if self.weights is None else self._weights_of(made.train)
+            return made.training_on(made.train, made.validation, weights)
+        try:
+            datasets, collate = by_role(made), self._collate()
+            splits = {role: split_of(role, dataset, collate) for role, dataset in datasets.items()}
+        except ValueError as error:
+            raise self._refused(error) from None
+        batch = first_batch(splits["train"], self._target_)
+        number: int | Callable[[], int] = Classes(datasets["train"], splits["train"], self._target_)
+        if self.counted_classes is not None or "num_classes" in self.kwargs:
+            number = self.counted_classes or int(self.kwargs["num_classes"])
+        weights = None if self.weights is None else self._weights_of(datasets["train"])
+        data = DataSet(**splits, input_shape=input_shape(batch), num_classes=number, weights=weights)
+        data.close()  # what the first batch has opened is not for the processes that are forked from this one
+        return data
 
     @override
     def with_findings(self, data: DataSet) -> DataSource:
-        known = "num_classes" in self.kwargs or data.num_classes < 1
-        return self if known else dataclasses.replace(self, counted_classes=data.num_classes)
+        known = "num_classes" in self.kwargs or not data.known_classes
+        return self if known else dataclasses.replace(self, counted_classes=data.known_classes)
 
-    def _from_pair(self, train: MapStyle, test: MapStyle) -> DataSet:
-        if not len(train):
-            raise ValueError(f"dataset._target_: {self._target_} returned an empty training set")
+    def _collate(self) -> Collate:
+        if self.pad_values and self.collate != "pad":
+            raise ValueError(
+                f"dataset.pad_values: got values with dataset.collate={self.collate}, expected dataset.collate=pad"
+            )
+        named: dict[str, Collate] = {"default": default, "pad": Pad(self.pad_values)}
+        return named.get(self.collate) or locate("dataset", self.collate, "collate")
+
+    def _weights_of(self, train: Any) -> Any:
+        assert self.weights is not None
+        if is_dotted_path(self.weights):
+            return locate("dataset", self.weights, "weights")(train)
         try:
-            inputs, targets = torch.utils.data.default_collate([train[0]])
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{self._item_fault()}: {error}") from error
-        if not isinstance(inputs, torch.Tensor):
-            raise ValueError(f"{self._item_fault()}; the first has an input of type {type(inputs).__name__}")
-        if not isinstance(targets, torch.Tensor) or targets.is_complex() or (targets.is_floating_point() and targets.dim() < 2):
-            raise ValueError(f"{self._item_fault()}; the first has the target {targets!r}")
-        return DataSet(MapSplit(train), MapSplit(test), tuple(inputs.shape[1:]), self._num_classes(train, targets))
+            return getattr(train, self.weights)
+        except AttributeError:
+            raise ValueError(
+                f"dataset.weights: {type(train).__name__} has no attribute {self.weights!r}; expected the name of one that "
+                "holds a weight for each training sample, or the dotted path of a function that returns them"
+            ) from None
 
-    def _num_classes(self, train: MapStyle, first: torch.Tensor) -> int:
-        classes = getattr(train, "classes", None)
-        if self.counted_classes is not None:
-            return self.counted_classes
-        if "num_classes" in self.kwargs:
-            number, origin = int(self.kwargs["num_classes"]), "dataset.num_classes"
-        elif isinstance(classes, Sized):
-            number, origin = len(classes), "its attribute classes"
-        elif first.is_floating_point():
-            number, origin = first.shape[1], "its probabilities"
-        else:
-            number, origin = 1 + max(_largest(train[index][1]) for index in range(len(train))), "its largest target"
-        _log.info("%s: %d classes, from %s", self._target_, number, origin)
-        return number
-
-    def _wrong(self, made: object) -> ValueError:
-        return ValueError(
-            f"dataset._target_: {self._target_} returned {type(made).__name__}, "
-            "expected a DataSet or a pair (train, test) of map-style datasets"
-        )
-
-    def _item_fault(self) -> str:
-        expected = "pairs (input tensor, class number or tensor of them or of class probabilities)"
-        return f"dataset._target_: the items of {self._target_} must be {expected}"
-
-
-def _largest(target: Any) -> int:
-    """The largest class number in the target of one item; 0 at least, which also stands for targets that do not count."""
-    numbers = torch.as_tensor(target)
-    return max(0, int(numbers.max())) if numbers.numel() else 0
+    def _refused(self, error: ValueError) -> ValueError:
+        text = str(error)
+        return error if text.startswith("dataset.") else ValueError(f"dataset._target_: {self._target_} {text}")

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from typing_extensions import override
 
+from ormo_rpc.data.iterables import IterableSplit
 from ormo_rpc.data.splits import ArraySplit, DataSet, hold_out
 from ormo_rpc.options import Part, option
 from ormo_rpc.seeding import generator, seeded
@@ -58,6 +59,8 @@ class DataSource(Part, ABC):
         """
         with seeded(0, "data set", 0):
             data = self.load()
+        if isinstance(data.train, IterableSplit):
+            data.train.seed = seed
         return hold_out(data, self.validation, generator(seed, "validation", 0))
 
     def with_findings(self, data: DataSet) -> DataSource:  # noqa: ARG002 - there is nothing to find out by default

@@ -1,20 +1,25 @@
-"""Training, validation and test samples: a `Split` turns sample numbers into a batch and keeps nothing between two batches."""
+"""Training, validation and test samples: a `Split` turns sample numbers into a batch, which depends on these numbers alone."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
+
+from ormo_rpc.data.collate import Collate, default
+from ormo_rpc.data.weights import checked_weights
 
 PADDING = 4
 """Pixels that a random crop reaches beyond the image on each side."""
 
 
 class Split(Protocol):
-    """A numbered set of labelled samples.
+    """A numbered set of samples.
+
+    One that has an attribute ``IN_ORDER`` that is true is read in its own order: its samples are not shuffled, and
+    sample p of epoch e has the number ``e N + p``.
 
     Attributes:
         PURE: Whether a batch depends on its arguments alone and on no other randomness, so that it may be made in any
@@ -25,43 +30,95 @@ class Split(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: torch.Tensor, generator: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs, shape (B, ...), and targets of the samples numbered ``indices``, shape (B,).
+    def batch(self, indices: torch.Tensor, generator: torch.Generator | None) -> Any:
+        """The batch of the samples numbered ``indices``, shape (B,): any tree of tensors with B rows (`ormo_rpc.data.trees`).
 
-        Targets are class numbers, integers of shape (B, ...), of which -100 does not count; or class probabilities, floating
-        point of the shape of the logits (B, C, ...).
-
-        Training passes the generator of the augmentation; with None the samples come as they are, for evaluation.
+        Most tasks expect a pair (inputs, targets). Training passes the generator of the augmentation; with None the samples
+        come as they are, for evaluation.
         """
         ...
 
 
 @runtime_checkable
 class MapStyle(Protocol):
-    """A map-style dataset of torch: any object with a length and items ``(input, target)``."""
+    """A map-style dataset of torch: any object with a length and numbered items."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-@dataclass(frozen=True)
 class DataSet:
-    """A problem of classification.
+    """The samples of a run.
 
-    Attributes:
+    Args:
         train: The samples that gradients are computed on.
-        test: The samples that the accuracy is measured on.
+        test: The samples that the metrics are measured on.
+        input_shape: The shape of one sample's input, without the batch, for models that are built for it.
+        num_classes: Targets are 0 to ``num_classes - 1``, for tasks and models that need it; or a function that finds it out,
+            which is called once, where it is needed.
         validation: The samples for choices between runs, such as of a learning rate; None where there are none.
-        input_shape: The shape of one sample, without the batch.
-        num_classes: Targets are 0 to ``num_classes - 1``.
+        weights: Positive or zero, shape (N,): each epoch draws N training samples with replacement, in proportion to them;
+            None: each epoch has every sample once.
+
+    Raises:
+        ValueError: the weights cannot be such ones.
     """
 
-    train: Split
-    test: Split
-    input_shape: tuple[int, ...]
-    num_classes: int
-    validation: Split | None = None
+    def __init__(
+        self,
+        train: Split,
+        test: Split,
+        input_shape: tuple[int, ...] = (),
+        num_classes: int | Callable[[], int] = 0,
+        validation: Split | None = None,
+        weights: Any = None,
+    ) -> None:
+        self.train = train
+        self.test = test
+        self.input_shape = input_shape
+        self._num_classes = num_classes
+        self.validation = validation
+        self.weights = None if weights is None else checked_weights(weights, len(train))
+        if weights is not None and self.in_order:
+            raise ValueError("dataset.weights: got weights of an iterable set, expected none: it is read in its own order")
+
+    @functools.cached_property
+    def num_classes(self) -> int:
+        """The number of classes, which may have to be counted first."""
+        return self._num_classes() if callable(self._num_classes) else self._num_classes
+
+    @property
+    def known_classes(self) -> int | None:
+        """The number of classes, where it need not be found out; None where it must."""
+        return vars(self).get("num_classes", None if callable(self._num_classes) else self._num_classes)
+
+    def training_on(self, train: Split, validation: Split | None, weights: Any) -> DataSet:
+        """Return the same problem with other training and validation samples."""
+        number = self.known_classes
+        return DataSet(
+            train, self.test, self.input_shape, (lambda: self.num_classes) if number is None else number, validation, weights
+        )
+
+    @property
+    def in_order(self) -> bool:
+        """True where the training set is read in its own order."""
+        return getattr(self.train, "IN_ORDER", False)
+
+    def close(self) -> None:
+        """Close what the splits have open; they open it again where they need it."""
+        for split in (self.train, self.test, self.validation):
+            if isinstance(split, Closing):
+                split.close()
+
+
+@runtime_checkable
+class Closing(Protocol):
+    """A split that keeps something open between batches."""
+
+    def close(self) -> None:
+        """Close it."""
+        ...
 
 
 class ArraySplit:
@@ -107,7 +164,7 @@ class ArraySplit:
 
 
 class MapSplit:
-    """Any map-style dataset; its items are put together by torch's ``default_collate``.
+    """Any map-style dataset, with a function that makes a batch of its items; torch's ``default_collate`` by default.
 
     Augmentation is left to the dataset. Its randomness must come from the global generators of torch, numpy or Python, which
     the worker seeds for every batch: draws from elsewhere are not repeatable.
@@ -115,16 +172,18 @@ class MapSplit:
 
     PURE: ClassVar[bool] = False
 
-    def __init__(self, dataset: MapStyle) -> None:
+    def __init__(self, dataset: MapStyle, collate: Collate = default) -> None:
         self.dataset = dataset
+        self.collate = collate
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def batch(self, indices: torch.Tensor, generator: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ARG002 - see above
+    def batch(self, indices: torch.Tensor, generator: torch.Generator | None) -> Any:  # noqa: ARG002 - see above
         """The items of these numbers, collated."""
-        inputs, targets = torch.utils.data.default_collate([self.dataset[index] for index in indices.tolist()])
-        return inputs, targets
+        many = getattr(self.dataset, "__getitems__", None)  # faster, where there is one: torch's DataLoader prefers it too
+        numbers = indices.tolist()
+        return self.collate(many(numbers) if many is not None else [self.dataset[number] for number in numbers])
 
 
 class PartSplit:
@@ -146,7 +205,7 @@ class PartSplit:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def batch(self, indices: torch.Tensor, generator: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, indices: torch.Tensor, generator: torch.Generator | None) -> Any:
         """The batch of the split itself."""
         return self.split.batch(self.indices[indices], generator if self.augment else None)
 
@@ -166,10 +225,15 @@ def hold_out(data: DataSet, amount: float, generator: torch.Generator) -> DataSe
         generator: The only randomness.
 
     Raises:
-        ValueError: there is a validation split already, or no training sample would be left.
+        ValueError: there is a validation split already, no training sample would be left, or they are read in their own order.
     """
     if not amount:
         return data
+    if data.in_order:
+        raise ValueError(
+            f"dataset.validation: got {amount:g}, expected 0: an iterable set is read in its own order, and nothing can be "
+            "held out; return a triple (train, test, validation)"
+        )
     if data.validation is not None:
         raise ValueError(f"dataset.validation: got {amount:g}, expected 0: the data set has a validation split of its own")
     total = len(data.train)
@@ -180,7 +244,8 @@ def hold_out(data: DataSet, amount: float, generator: torch.Generator) -> DataSe
     held_out, rest = (part.sort().values for part in order.split([size, total - size]))
     kind = PurePartSplit if data.train.PURE else PartSplit
     train, validation = kind(data.train, rest, augment=True), kind(data.train, held_out, augment=False)
-    return dataclasses.replace(data, train=train, validation=validation)
+    weights = None if data.weights is None else data.weights[rest]
+    return data.training_on(train, validation, weights)
 
 
 def crop_and_flip(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

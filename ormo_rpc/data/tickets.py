@@ -12,25 +12,38 @@ from ormo_rpc.seeding import generator
 class Epochs:
     """The sequence of batches that tickets 0, 1, 2, ... stand for: epoch after epoch, each in an order of its own.
 
-    Every epoch covers every sample exactly once; its last batch is smaller where the batch size does not divide. The batch of a
-    ticket is a function of ``(seed, ticket)``: it depends neither on the worker nor on earlier tickets.
+    Every epoch covers every sample exactly once, unless they are weighted; its last batch is smaller where the batch size does
+    not divide. The batch of a ticket is a function of ``(seed, ticket)``: it depends neither on the worker nor on earlier
+    tickets.
 
     Args:
         num_samples: N, the size of the training set.
         batch_size: Samples per ticket.
         seed: The seed of the run.
+        weights: Draw the N samples of each epoch with replacement, in proportion to these, shape (N,).
+        in_order: Shuffle nothing: sample p of epoch e has the number ``e N + p``.
 
     Raises:
         ValueError: when there is no sample.
     """
 
-    def __init__(self, num_samples: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        seed: int,
+        *,
+        weights: torch.Tensor | None = None,
+        in_order: bool = False,
+    ) -> None:
         if num_samples < 1:
             raise ValueError("dataset: the training set is empty, expected at least one sample")
         self.batch_size = batch_size
         self.batches_per_epoch = -(-num_samples // batch_size)
-        # At the boundary of two epochs tickets of both are in flight, hence two permutations.
-        self._order = functools.lru_cache(maxsize=2)(functools.partial(_permutation, num_samples, seed))
+        order = _numbers if in_order else _permutation
+        draw = functools.partial(order, num_samples, seed) if weights is None else functools.partial(_sample, weights, seed)
+        # At the boundary of two epochs tickets of both are in flight, hence two orders.
+        self._order = functools.lru_cache(maxsize=2)(draw)
 
     def total_tickets(self, epochs: int) -> int:
         """The number of tickets in that many epochs."""
@@ -51,3 +64,13 @@ class Epochs:
 def _permutation(num_samples: int, seed: int, epoch: int) -> torch.Tensor:
     """The order of one epoch, shape (N,)."""
     return torch.randperm(num_samples, generator=generator(seed, "order", epoch))
+
+
+def _numbers(num_samples: int, _seed: int, epoch: int) -> torch.Tensor:
+    """The numbers of the samples of one epoch that is read in order, shape (N,)."""
+    return torch.arange(epoch * num_samples, (epoch + 1) * num_samples)
+
+
+def _sample(weights: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:
+    """The samples of one epoch in the order in which they were drawn, shape (N,), as ``WeightedRandomSampler`` draws them."""
+    return torch.multinomial(weights, len(weights), replacement=True, generator=generator(seed, "order", epoch))

@@ -48,27 +48,32 @@ def is_dotted_path(target: object) -> bool:
     return isinstance(target, str) and "." in target and all(part.isidentifier() for part in target.split("."))
 
 
-def locate(path: str, target: str) -> Callable[..., Any]:
+def locate(path: str, target: str, option: str = "_target_") -> Callable[..., Any]:
     """Import the function or class of a dotted path.
+
+    Args:
+        path: The section of the configuration where it stands, such as ``dataset``.
+        target: The dotted path.
+        option: Its key there.
 
     Raises:
         ValueError: there is none, or other processes would not find it.
     """
     if not is_dotted_path(target):
-        raise ValueError(f"{path}._target_: got {target!r}, expected {DOTTED_PATH}")
+        raise ValueError(f"{path}.{option}: got {target!r}, expected {DOTTED_PATH}")
     if target.split(".")[0] in _SCRIPT:
-        raise ValueError(f"{path}._target_: {_refused_script(target)}")
-    token = _importing.set(f"{path}._target_={target!r}")
+        raise ValueError(f"{path}.{option}: {_refused_script(target)}")
+    token = _importing.set(f"{path}.{option}={target!r}")
     try:
         found = _import(target)
     except ConfigError as error:
         raise ConfigError(str(error)) from None
     except (Exception, SystemExit) as error:  # the user's module may raise anything while it is imported
-        raise ValueError(f"{path}._target_: {target!r} cannot be imported: {fault(error)}") from error
+        raise ValueError(f"{path}.{option}: {target!r} cannot be imported: {fault(error)}") from error
     finally:
         _importing.reset(token)
     if not callable(found):
-        raise ValueError(f"{path}._target_: {target!r} is {found!r}, expected a function or class")
+        raise ValueError(f"{path}.{option}: {target!r} is {found!r}, expected a function or class")
     return found
 
 

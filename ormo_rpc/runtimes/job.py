@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-import zlib
 from collections.abc import Callable, Generator, Mapping
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 
 from ormo_rpc.algorithms.groups import Groups
 from ormo_rpc.compression import Allocate, PushFormat, pushed_dtype
 from ormo_rpc.config.schema import Config, Train
-from ormo_rpc.data import DataSet, Epochs, trees
+from ormo_rpc.data import DataSet, Epochs
+from ormo_rpc.data.checksum import checksum_of_labels
 from ormo_rpc.kernels.compiled import fastest_kernel
 from ormo_rpc.models.fingerprint import CHECKSUM, Fingerprint
 from ormo_rpc.models.flat import FlatModel, Layout, sha256
@@ -35,10 +35,6 @@ Evaluate = Callable[["torch.Tensor", Mapping[str, "torch.Tensor"]], Evaluation]
 """Evaluates parameters, shape (D,), and buffers by name."""
 Exporter = Callable[[Mapping[str, Any]], dict[str, "torch.Tensor"]]
 """Makes a ``state_dict`` of plain PyTorch from a server's state."""
-
-
-LABELS_READ = 16
-"""The number of labels that a fingerprint has a checksum of."""
 
 
 class JobLike(Protocol):
@@ -119,7 +115,13 @@ class Job:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.data = config.dataset.load_splits(config.seed)
-        self.epochs = Epochs(len(self.data.train), config.train.batch_size * config.algorithm.steps, config.seed)
+        self.epochs = Epochs(
+            len(self.data.train),
+            config.train.batch_size * config.algorithm.steps,
+            config.seed,
+            weights=self.data.weights,
+            in_order=self.data.in_order,
+        )
         self.batches_per_epoch = self.epochs.batches_per_epoch
         total = self.epochs.total_tickets(config.train.epochs)
         self.total_tickets = min(total, config.train.max_iterations or total)
@@ -171,22 +173,10 @@ class Job:
             data = {
                 "training samples": len(self.data.train),
                 "batches per epoch": self.batches_per_epoch,
-                CHECKSUM: self._checksum_of_labels(),
+                CHECKSUM: checksum_of_labels(self.data, self.config.seed),
             }
             self._fingerprint = dataclasses.replace(self._built, data=data)
         return self._fingerprint
-
-    def _checksum_of_labels(self) -> int:
-        """Return a checksum of some labels, which differs where samples were drawn, or listed, in another order.
-
-        Inputs are left out, as they may be augmented or decoded differently; so are targets that are not class numbers.
-        """
-        train = self.data.train
-        places = torch.linspace(0, len(train) - 1, min(len(train), LABELS_READ)).long()
-        with seeded(self.config.seed, "fingerprint", 0):
-            targets = [leaf for place in places for leaf in _targets(train.batch(place.view(1), None))]
-        numbers = [each for each in targets if each.numel() == 1 and not each.is_floating_point()]
-        return zlib.crc32(torch.tensor([int(each) for each in numbers]).numpy().tobytes())
 
     def _check_same(self, module: torch.nn.Module) -> None:
         """Refuse a model whose frozen parameters or buffers differ from one construction to the next."""
@@ -308,12 +298,6 @@ def build_module(config: Config, data: DataSet) -> torch.nn.Module:
     """Build the configured model with the run's initial weights."""
     with seeded(config.seed, "initial weights", 0):
         return config.model.build(data.input_shape, config.task.outputs(data))
-
-
-def _targets(batch: Any) -> list[torch.Tensor]:
-    """The tensors of a batch that are not inputs, as far as its form tells."""
-    found = trees.tensors(batch[1] if isinstance(batch, (tuple, list)) and len(cast("list[Any]", batch)) == 2 else batch)
-    return [leaf for _, leaf in found]
 
 
 def time_generator(config: Config, worker: int) -> torch.Generator:

@@ -10,11 +10,9 @@ from typing import Any, cast
 import torch
 
 from ormo_rpc.data import DataSet
+from ormo_rpc.data.collate import TARGET_KEYS
 from ormo_rpc.options import Part
 from ormo_rpc.tasks.metrics import LOSS, Sums, TaskMetric
-
-TARGET_KEYS = ("labels", "label", "targets", "target")
-"""Keys of the targets in a batch that is a mapping, the first of them that there is."""
 
 
 class UnfitTargets(ValueError):
@@ -76,8 +74,11 @@ class Task(Part, ABC):
         return {name: each.mean() for name, each in sums.items()}
 
     def outputs(self, data: DataSet) -> int:
-        """Return the width of the model's output, which is passed to it as ``num_classes``."""
-        return data.num_classes
+        """Return the width of the model's output, which is passed to it as ``num_classes``; 0 where it is unknown.
+
+        By default the number of classes, if the data set has one without counting.
+        """
+        return data.known_classes or 0
 
     def guessing_loss(self, data: DataSet) -> float:  # noqa: ARG002 - unknown by default
         """Return the loss of a model that has learnt nothing, from which a run counts as diverged; 0 where it is unknown."""

@@ -49,6 +49,10 @@ class Classification(Task):
         return cross_entropy.sums(output, targets)
 
     @override
+    def outputs(self, data: DataSet) -> int:
+        return data.num_classes
+
+    @override
     def guessing_loss(self, data: DataSet) -> float:
         return math.log(max(1, data.num_classes))
 

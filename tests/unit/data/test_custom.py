@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from ormo_rpc.data import CustomData, DataSet, MapSplit
 from tests.support.datasets import Noisy
@@ -42,9 +43,38 @@ SHARED = Path(__file__)  # neither a function nor a class
 
 make_nonsense = dict
 make_nothing = make_items()
+
+
+def make_number() -> int:
+    return 3
+
+
+def make_numbers() -> tuple[int, int]:
+    return 3, 4
+
+
+def make_four() -> tuple[Noisy, ...]:
+    return (Noisy(),) * 4
+
+
+def make_half() -> dict[str, Noisy]:
+    return {"train": Noisy(), "dev": Noisy()}
+
+
+def make_loader() -> tuple[DataLoader[Any], DataLoader[Any]]:
+    loader = DataLoader(Noisy())
+    return loader, loader
+
+
+def make_endless() -> tuple[Any, Any]:
+    return itertools.count(), itertools.count()
+
+
 make_bare_tensors = make_items(torch.zeros(3))
 make_named_inputs = make_items(({"pixels": torch.zeros(3)}, 1))
 make_fractions = make_items((torch.zeros(3), 0.5))
+make_unlabelled = make_items({"pixels": torch.zeros(3)})
+make_pictures = make_items((SHARED, 1))
 
 
 def custom(function: str, **kwargs: Any) -> CustomData:
@@ -61,7 +91,6 @@ def test_a_custom_function_may_return_a_whole_data_set() -> None:
     [
         ("make_pair", {"count": 6}, (2, 3), 4, "its largest target"),
         ("make_pair", {"count": 3}, (2, 3), 3, "its largest target"),
-        ("make_pair", {"num_classes": 9}, (2, 3), 9, "dataset.num_classes"),
         ("make_labelled_pair", {}, (5,), 7, "its attribute classes"),
     ],
 )
@@ -75,11 +104,17 @@ def test_of_a_pair_of_datasets_shape_and_classes_are_found_and_logged(
 ) -> None:
     caplog.set_level("INFO")
     data = custom(function, **kwargs).load()
+    assert data.known_classes is None  # nobody has asked
     assert (data.input_shape, data.num_classes) == (shape, num_classes)
+    assert data.known_classes == num_classes
     assert caplog.messages == [f"{__name__}.{function}: {num_classes} classes, from {origin}"]
     inputs, labels = data.train.batch(torch.tensor([2, 1]), None)
     assert inputs.shape == (2, *shape)
     assert labels.tolist() == [2, 1]
+
+
+def test_a_given_number_of_classes_needs_no_counting() -> None:
+    assert custom("make_pair", num_classes=9).load().known_classes == 9
 
 
 def make_masks() -> tuple[TensorDataset, TensorDataset]:
@@ -122,19 +157,47 @@ def test_the_target_of_an_item_may_be_class_probabilities() -> None:
 @pytest.mark.parametrize(
     ("function", "kwargs", "message"),
     [
-        ("make_nonsense", {}, r".*\.make_nonsense returned dict, expected a DataSet or a pair .*"),
+        ("make_nonsense", {}, r".*\.make_nonsense returned a dict of nothing, and train is missing; expected a DataSet, a .*"),
+        ("make_half", {}, r".*\.make_half returned a dict of train, dev, and test is missing; expected .*"),
+        ("make_four", {}, r".*\.make_four returned tuple of 4, expected a DataSet, a pair \(train, test\) or .*"),
+        ("make_number", {}, r".*\.make_number returned int, expected a DataSet, a pair .*"),
+        ("make_loader", {}, r".*\.make_loader returned DataLoader to train on, expected its dataset: batches are made .*"),
+        (
+            "make_numbers",
+            {},
+            r".*\.make_numbers returned int to train on, expected a map-style dataset .* or an iterable one .*",
+        ),
+        ("make_endless", {}, r".*\.make_endless returned count without a length to train on; give it a __len__, .*"),
         ("make_nothing", {}, r".*\.make_nothing returned an empty training set"),
-        ("make_bare_tensors", {}, r"the items of .*\.make_bare_tensors must be pairs \(input tensor, class number or .*\).*"),
-        ("make_fractions", {}, r"the items of .* must be pairs .*; the first has the target tensor\(\[0\.5.*"),
-        ("make_named_inputs", {}, r"the items of .* must be pairs .*; the first has an input of type dict"),
         ("make_pair", {"size": 6}, r"'.*\.make_pair' takes \(.*\).*, not dataset\.size=6: .* argument 'size'"),
         ("no_such", {}, r"'.*\.no_such' cannot be imported: .* has no attribute 'no_such'"),
         ("SHARED", {}, r"'.*\.SHARED' is .*, expected a function or class"),
+        (
+            "make_pictures",
+            {},
+            r"the first item of .*: item\[0\] is a PosixPath, expected a tensor or numbers; .* dataset\.collate=.*",
+        ),
     ],
 )
 def test_a_custom_function_that_does_not_work_is_one_clear_error(function: str, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=rf"^dataset\._target_: {message}$"):
         custom(function, **kwargs).load()
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("make_bare_tensors", "makes a batch of type Tensor"),
+        ("make_fractions", r"has the target tensor\(\[0\.5.*"),
+        ("make_unlabelled", "makes a batch of type dict"),
+    ],
+)
+def test_items_without_classes_are_refused_where_classes_are_wanted(function: str, message: str) -> None:
+    data = custom(function).load()
+    with pytest.raises(
+        ValueError, match=rf"^dataset\._target_: the items of .* must be pairs .* to be classified; the first {message}$"
+    ):
+        _ = data.num_classes
 
 
 @pytest.mark.parametrize("path", ["", "function", "my module.f", "module."])

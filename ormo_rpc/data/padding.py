@@ -1,0 +1,121 @@
+"""Batches of items of different lengths: all are padded to the longest one."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import numbers
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from ormo_rpc.data.collate import refuse_others, target_key
+
+IGNORED = -100
+"""The padding of targets, which does not count, as in ``torch.nn.functional.cross_entropy``."""
+MASK = "attention_mask"
+
+
+@dataclass(frozen=True)
+class Pad:
+    """Makes a batch of items of the same form, whose tensors or lists of numbers may have different sizes.
+
+    Each is padded at its end, along every dimension, to the largest of the batch: targets with `IGNORED`, all else with 0.
+    Targets are the columns named ``labels``, ``label``, ``targets`` or ``target`` (the first that there is); of tuples the
+    last of several. Dtypes stay. Items that are mappings without an ``attention_mask`` get one, int64 of shape (B, length):
+    1 where ``input_ids``, or else the first column that has a length, is no padding.
+
+    Args:
+        values: Other values than these by column; in tuples by place, such as ``"0"``.
+    """
+
+    values: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
+
+    def __call__(self, items: Sequence[Any]) -> Any:
+        """Make the batch.
+
+        Raises:
+            ValueError: the items have different forms, or hold something that is neither tensor nor number.
+        """
+        refuse_others(items[0])
+        batch = self._batch("0", items, target=None)
+        if isinstance(batch, dict) and MASK not in batch:
+            self._add_mask(cast("dict[str, Any]", batch), items)
+        return batch
+
+    def _batch(self, name: str, entries: Sequence[Any], *, target: bool | None) -> Any:
+        """Put the entries of all items at one place together; ``target`` is None for the items themselves."""
+        first = entries[0]
+        if isinstance(first, Mapping):
+            return self._columns(cast("Sequence[Mapping[str, Any]]", entries))
+        if dataclasses.is_dataclass(first) and not isinstance(first, type):
+            names = [field.name for field in dataclasses.fields(first)]
+            return dataclasses.replace(first, **self._columns([{key: getattr(each, key) for key in names} for each in entries]))
+        if isinstance(first, tuple) or (isinstance(first, list) and not _is_of_numbers(first)):
+            return self._parts(cast("Sequence[Sequence[Any]]", entries), target=target)
+        try:
+            tensors = [torch.as_tensor(entry) for entry in entries]
+            return padded(tensors, self.values.get(name, IGNORED if target else 0))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"no batch can be made of {name!r} of the items: {error}") from error
+
+    def _columns(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        first = items[0]
+        other = next((item for item in items if item.keys() != first.keys()), None)
+        if other is not None:
+            raise ValueError(f"items have the columns {list(first)} and {list(other)}, expected the same in all")
+        target = target_key(first)
+        return {name: self._batch(name, [item[name] for item in items], target=name == target) for name in first}
+
+    def _parts(self, items: Sequence[Sequence[Any]], *, target: bool | None) -> Any:
+        first = items[0]
+        other = next((item for item in items if len(item) != len(first)), None)
+        if other is not None:
+            raise ValueError(f"items have {len(first)} and {len(other)} parts, expected as many in all")
+        names: Sequence[str] = getattr(first, "_fields", [str(place) for place in range(len(first))])
+        last = len(names) - 1
+        parts = [
+            self._batch(name, [item[place] for item in items], target=target or (target is None and 0 < place == last))
+            for place, name in enumerate(names)
+        ]
+        return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
+
+    def _add_mask(self, batch: dict[str, Any], items: Sequence[Mapping[str, Any]]) -> None:
+        target = target_key(batch)
+        long = {name: each for name, each in batch.items() if name != target and getattr(each, "ndim", 0) > 1}
+        name = "input_ids" if "input_ids" in long else next(iter(long), None)
+        if name is not None:
+            lengths = torch.tensor([len(item[name]) for item in items])
+            batch[MASK] = (torch.arange(long[name].shape[1]) < lengths[:, None]).long()
+
+
+def padded(tensors: Sequence[torch.Tensor], value: float) -> torch.Tensor:
+    """Stack tensors, padded at their ends to the largest size along each dimension.
+
+    Args:
+        tensors: Each with the same number of dimensions; an empty list has any dtype.
+        value: The padding.
+    """
+    shapes = {tuple(each.shape) for each in tensors}
+    filled = [each for each in tensors if each.numel()] or tensors
+    dtype = functools.reduce(torch.promote_types, [each.dtype for each in filled])
+    if len(shapes) == 1:
+        return torch.stack([each.to(dtype) for each in tensors])
+    if len({len(shape) for shape in shapes}) > 1:
+        raise ValueError(f"the shapes are {sorted(shapes, key=len)}, expected as many dimensions in each")
+    if not dtype.is_floating_point and not dtype.is_complex and value != int(value):
+        raise ValueError(f"the padding is {value}, expected a whole number for {dtype}")
+    batch = torch.full((len(tensors), *map(max, zip(*shapes, strict=True))), value, dtype=dtype)
+    for row, each in zip(batch, tensors, strict=True):
+        row[tuple(slice(size) for size in each.shape)] = each
+    return batch
+
+
+def _is_of_numbers(entry: list[Any]) -> bool:
+    """Tell if a list is one tensor: of numbers, or of lists that are such ones."""
+    return all(isinstance(each, (numbers.Number, np.generic)) for each in entry) or all(
+        isinstance(each, list) and _is_of_numbers(cast("list[Any]", each)) for each in entry
+    )
