@@ -225,6 +225,7 @@ class Job:
             groups=groups,
             clip_norm=train.clip_norm,
             task=self.config.task,
+            accumulate=self.config.worker.accumulate,
             wire_format=wire_format,
             allocate=allocate,
         )

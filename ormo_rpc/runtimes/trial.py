@@ -7,7 +7,7 @@ import copy
 import logging
 import math
 import re
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import torch
@@ -20,9 +20,12 @@ from ormo_rpc.models.pass_checks import check_passes, warn_of_views
 from ormo_rpc.models.passes import Passes
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.seeding import generator, seeded
-from ormo_rpc.tasks import UnfitTargets
+from ormo_rpc.tasks import Sums, UnfitTargets
+from ormo_rpc.worker.accumulation import micro_batches
 from ormo_rpc.worker.evaluation import Evaluator
 
+PARTS_TOLERANCE = 1e-3
+"""The difference, relative and absolute, from which the loss of a batch is not that of its parts."""
 _log = logging.getLogger(__name__)
 
 
@@ -34,6 +37,9 @@ def try_job(job: Job) -> None:
     Raises:
         ConfigError: a batch cannot be made, the model cannot be trained or evaluated on it, or its output does not fit.
     """
+    accumulate, size = job.config.worker.accumulate, job.config.train.batch_size
+    if accumulate > size:
+        raise ConfigError(f"worker.accumulate: got {accumulate}, expected at most train.batch_size={size}: a part has a sample")
     with seeded(job.config.seed, "trial", 0), torch.enable_grad():
         model = job.model()
         initial = model.flat_params(), model.buffers.copy()
@@ -61,6 +67,7 @@ class Trial:
         self.job = job
         self.model = model
         self.task = job.config.task
+        self.accumulate = job.config.worker.accumulate
         self.passes = Passes(model)
         self.data_name = job.config.dataset.known_as
         self.model_name = job.config.model.known_as
@@ -90,29 +97,84 @@ class Trial:
             check_passes(self.model.module, compute)
         except ModelRefused as error:
             raise ConfigError(f"{self._place(where)}: {str(error).removeprefix('model: ')}") from None
+        if self.accumulate > 1:
+            self._check_parts(where, number, batch)
         if not math.isfinite(losses[0]):
             _log.warning("%s: the loss is %s at the initial weights", self._place(where), losses[0])
 
     def _train(self, where: str, batch: Any) -> float:
         """Return the loss; 0 where no target counts."""
         self.passes.begin(no_buffers())
+        if self.accumulate == 1:
+            loss, counted = self._train_part(where, batch), self._count(where, batch)
+            value = loss if counted else 0.0
+        else:
+            value = sum(self._train_part(where, part) * weight for part, weight in self._parts(where, batch))
+        self.passes.collect()
+        return value
+
+    def _train_part(self, where: str, batch: Any) -> float:
+        """Compute the gradient of a batch, or of a part of it; return the loss."""
         self.passes.begin_pass()
         with self._refused(where, batch):
             output = self.task.forward(self.model.module.train(), batch)
         self.passes.end_pass()
         self._check(where, output, batch)
-        with self._refused(where, batch):
-            loss = self.task.loss(output, batch)
-        if not loss.requires_grad:
-            raise ConfigError(
-                f"{self._place(where)}: the output does not depend on any trainable parameter; expected logits that gradients "
-                "flow from (is the forward pass under no_grad, or its result detached?)"
-            )
+        with self._refused(where, batch, of_task=True):
+            loss: Any = self.task.loss(output, batch)
+        self._check_loss(where, loss)
         with self._refused(where, batch):
             loss.backward()
         self.passes.end_pass()
-        self.passes.collect()
-        return loss.item() if self.task.count(batch) else 0.0
+        return loss.item()
+
+    def _parts(self, where: str, batch: Any) -> list[tuple[Any, float]]:
+        """Cut a batch as a worker that accumulates does."""
+        try:
+            return [(part, weight) for _, part, weight in micro_batches(self.task, batch, self.accumulate)]
+        except (Exception, SystemExit) as error:  # a task of the user's own counts
+            reason = str(error) if type(error) is ValueError else one_line(error)
+            raise ConfigError(
+                f"worker.accumulate: got {self.accumulate}, expected 1, as {where} of {self.data_name} cannot be cut: {reason}"
+            ) from error
+
+    def _check_parts(self, where: str, number: int, batch: Any) -> None:
+        """Refuse to accumulate where the losses of the parts do not make up that of the batch.
+
+        Compared in eval mode, since batch norms and dropout have their own draws and statistics in each part; not at all where
+        the loss depends on draws in that mode, too.
+        """
+        self.model.module.eval()
+        with torch.no_grad(), self._refused(where, batch):
+            whole, again = (self._loss(batch, number + shift) for shift in (0, 1))
+            parts = sum(self._loss(part, number) * weight for part, weight in self._parts(where, batch))
+        if whole == again and not math.isclose(whole, parts, rel_tol=PARTS_TOLERANCE, abs_tol=PARTS_TOLERANCE):
+            raise ConfigError(
+                f"worker.accumulate: got {self.accumulate}, expected 1: the loss of {where} of {self.data_name} is {whole:g}, "
+                f"and that of its parts {parts:g}; it is no mean over targets that each belong to one sample"
+            )
+
+    def _loss(self, batch: Any, number: int) -> float:
+        with seeded(self.job.config.seed, "forward", number):
+            return self.task.loss(self.task.forward(self.model.module, batch), batch).item()
+
+    def _count(self, where: str, batch: Any) -> float:
+        with self._refused(where, batch, of_task=True):
+            return float(self.task.count(batch))
+
+    def _check_loss(self, where: str, loss: object) -> None:
+        """Refuse what is no loss, or has no gradient."""
+        place = self._place(where, of_task=True)
+        if not isinstance(loss, torch.Tensor):
+            raise ConfigError(f"{place}: the loss is of type {type(loss).__name__}, expected a tensor of no dimension")
+        if loss.dim() or not loss.is_floating_point():
+            got = f"has the shape {tuple(loss.shape)}" if loss.dim() else f"is of {loss.dtype}"
+            raise ConfigError(f"{place}: the loss {got}, expected one number of floating point: the mean over the targets")
+        if not loss.requires_grad:
+            raise ConfigError(
+                f"{self._place(where)}: the loss does not depend on any trainable parameter; expected one that gradients flow "
+                "from (is the forward pass under no_grad, or its output detached?)"
+            )
 
     def evaluate(
         self, name: str, data: Split, evaluator: Evaluator, params: torch.Tensor, buffers: dict[str, torch.Tensor]
@@ -128,8 +190,11 @@ class Trial:
         with self._refused(where, batch):
             output = evaluator.output(batch, params, buffers)
         self._check(where, output, batch)
-        with self._refused(where, batch), torch.no_grad():
-            self.task.sums(output, batch)
+        with self._refused(where, batch, of_task=True), torch.no_grad():
+            sums: Any = self.task.sums(output, batch)
+            if not isinstance(sums, Mapping) or not all(isinstance(each, Sums) for each in sums.values()) or "loss" not in sums:
+                raise ValueError("sums() must return Sums by name, one of them named loss")
+            self.task.means(sums)
 
     def _batch(self, where: str, make: Callable[[], Any]) -> Any:
         try:
@@ -152,17 +217,18 @@ class Trial:
             raise ConfigError(f"{self._place(where)}: {error}{_shown(batch)}") from None
 
     @contextlib.contextmanager
-    def _refused(self, where: str, batch: Any) -> Generator[None]:
-        """Refuse what a user's model raises."""
+    def _refused(self, where: str, batch: Any, *, of_task: bool = False) -> Generator[None]:
+        """Refuse what a user's model, or task, raises."""
         try:
             yield
         except ModelRefused:
             raise  # it says all itself
         except (Exception, SystemExit) as error:
-            raise ConfigError(f"{self._place(where)}: {one_line(error)}{_shown(batch)}") from error
+            raise ConfigError(f"{self._place(where, of_task=of_task)}: {one_line(error)}{_shown(batch)}") from error
 
-    def _place(self, where: str) -> str:
-        return f"model: {self.model_name} on {where} of {self.data_name}"
+    def _place(self, where: str, *, of_task: bool = False) -> str:
+        culprit = f"task: {self.task.known_as}" if of_task else f"model: {self.model_name}"
+        return f"{culprit} on {where} of {self.data_name}"
 
 
 def _tickets(job: Job) -> list[int]:

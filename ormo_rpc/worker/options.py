@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ormo_rpc.options import Section, option
+from ormo_rpc.options import Section, at_least_one, option
 
 MAX_PREFETCH = 100
 """Each ticket ahead costs a model, a thread and two connections, and no network is slow enough for more to be of use."""
@@ -24,4 +24,11 @@ class WorkerOptions(Section):
         "workers x (1 + this)",
         valid=lambda v: 0 <= v <= MAX_PREFETCH,
         expected=f"a whole number from 0 to {MAX_PREFETCH}",
+    )
+    accumulate: int = option(
+        1,
+        "parts in which the batch of a ticket goes through the model, to save memory; the gradient is that of the whole batch, "
+        "but for batch norms, which see each part by itself",
+        valid=at_least_one,
+        expected="a whole number >= 1",
     )

@@ -19,6 +19,7 @@ from ormo_rpc.messages import Push, Reply, no_buffers
 from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.seeding import generator, seeded
 from ormo_rpc.tasks import Classification, Task
+from ormo_rpc.worker.accumulation import micro_batches
 from ormo_rpc.worker.base import BaseWorker
 
 
@@ -37,6 +38,7 @@ class Worker(BaseWorker):
         groups: Weight decay and learning-rate factor of each range of the parameters; see `BaseWorker`.
         clip_norm: The global norm to which the gradient of the loss is clipped first; None for no clipping.
         task: The loss; by default that of classification.
+        accumulate: The number of parts in which each batch goes through the model; see `micro_batches`.
         wire_format: The wire form of pushes; exact by default.
         allocate: Allocates the memory of `payload`, given its number of bytes.
     """
@@ -53,6 +55,7 @@ class Worker(BaseWorker):
         groups: Groups = (),
         clip_norm: float | None = None,
         task: Task | None = None,
+        accumulate: int = 1,
         wire_format: PushFormat | None = None,
         allocate: Allocate | None = None,
     ) -> None:
@@ -62,6 +65,7 @@ class Worker(BaseWorker):
         self.seed = seed
         self.momentum = momentum
         self.task = task or Classification()
+        self.accumulate = accumulate
         self._loaded: dict[int, Any] = {}
         """Batches made ahead by `load`, by their numbers in the run."""
 
@@ -121,15 +125,35 @@ class Worker(BaseWorker):
         self._begin_gradient(params, into)
         with seeded(self.seed, "forward", number):
             batch = self._batch(indices, number)
-            loss = self.task.loss(self.task.forward(self.model.module, batch), batch)
-            loss.backward()
-        value: float | None = loss.item()
-        if math.isnan(value) and not self.task.count(batch):
-            value = None
+            value = self._backward(batch) if self.accumulate == 1 else None
+        if self.accumulate > 1:
+            value = self._backward_in_parts(batch, number)
+        if value is None:
             for parameter in self.model.trainable.values():
                 parameter.grad = None  # the gradient of a mean of nothing may be NaN
         self._end_gradient(params, into)
         return value
+
+    def _backward(self, batch: Any) -> float | None:
+        """Add the gradient of a batch's loss to the model's; return the loss, None where no target counts."""
+        loss = self._loss(batch)
+        loss.backward()
+        value = loss.item()
+        return None if math.isnan(value) and not self.task.count(batch) else value
+
+    def _backward_in_parts(self, batch: Any, number: int) -> float | None:
+        """Do the same part by part; the random draws of each are a function of (seed, number of the batch, part)."""
+        value: float | None = None
+        for part, samples, weight in micro_batches(self.task, batch, self.accumulate):
+            with seeded(self.seed, f"forward of part {part}", number):
+                loss = self._loss(samples) * weight
+                loss.backward()
+            value = (value or 0.0) + loss.item()
+        return value
+
+    def _loss(self, batch: Any) -> torch.Tensor:
+        """Compute the loss of a batch, or of a part of it."""
+        return self.task.loss(self.task.forward(self.model.module, batch), batch)
 
     def _batch(self, indices: torch.Tensor, number: int) -> Any:
         """Make a batch, or take the one that `load` has made."""

@@ -74,7 +74,7 @@ EVAL = "the first {split} batch, in eval mode"
         ("blobs", Named, {}, EVAL.format(split="test"), r"the output is of type dict, expected a tensor of logits .*"),
         ("one_float_each", Linear, {}, FIRST, r"the output \(4, 3\) does not fit targets \(4,\): .*probabilities.*"),
         # the backward pass
-        ("blobs", Detached, {}, FIRST, r"the output does not depend on any trainable parameter; expected logits .*"),
+        ("blobs", Detached, {}, FIRST, r"the loss does not depend on any trainable parameter; expected one .*"),
         ("blobs", InPlace, {}, FIRST, r"RuntimeError: one of the variables .* modified by an inplace operation.*"),
         # the last batch of an epoch
         ("blobs", normed, {}, ALONE, r"ValueError: Expected more than 1 value per channel when training.*"),
