@@ -113,7 +113,7 @@ def test_the_output_of_a_segmentation_does_not_fit_one_target_each() -> None:
             "ragged",
             Linear,
             {},
-            r"training batch 0 cannot be made: RuntimeError: stack expects each tensor to be equal size, .*",
+            r"training batch 0 cannot be made: ValueError: items have different shapes .stack expects .*",
         ),
         ("broken", Linear, {}, r"training batch 0 cannot be made: OSError: no file of item \d"),
         ("complex_numbers", Linear, {}, r"in training batch 0 the targets are of type torch\.complex64, expected .*"),
