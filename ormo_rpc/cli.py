@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,11 +165,17 @@ def _job(values: DictConfig) -> float | None:
     except (ConfigError, RunFailed) as error:
         _say(str(error))
         sys.exit(error.exit_status if isinstance(error, RunFailed) else 2)
-    if summary.get("status") == "diverged":
-        _say(f"{summary['reason'] or 'the run diverged'}; lower train.lr or train.momentum, or set train.clip_norm")
-        if "WANDB_SWEEP_ID" not in os.environ:  # whose agent stops after three failures, and a rate too high is a result
-            sys.exit(3)
+    if status := status_of(summary):
+        sys.exit(status)
     return None
+
+
+def status_of(summary: Mapping[str, Any]) -> int:
+    """Return the exit status of a run that has ended by itself; say that it has diverged."""
+    if summary.get("status") != "diverged":
+        return 0
+    _say(f"{summary['reason'] or 'the run diverged'}; lower train.lr or train.momentum, or set train.clip_norm")
+    return 0 if "WANDB_SWEEP_ID" in os.environ else 3  # its agent stops after three failures, and a rate too high is a result
 
 
 def _run(values: DictConfig, mode: HydraConf) -> tuple[Config, dict[str, Any]]:
@@ -189,7 +195,7 @@ def _run(values: DictConfig, mode: HydraConf) -> tuple[Config, dict[str, Any]]:
         config, run_dir, _launch(mode), start=Path(mode.runtime.cwd), began=began, preloading=next(iter(_preloading), None)
     )
     if summary:
-        print(_result(summary, run_dir))
+        print_result(summary, run_dir)
     return config, summary
 
 
@@ -202,6 +208,11 @@ def _launch(mode: HydraConf) -> Launch:
 def _say(message: str) -> None:
     """Print a line on standard error, with the name of the command in front."""
     console.say(f"{Path(sys.argv[0]).name}: {message}")
+
+
+def print_result(summary: dict[str, Any], run_dir: Path) -> None:
+    """Print how a run has ended."""
+    print(_result(summary, run_dir))
 
 
 def _result(summary: dict[str, Any], run_dir: Path) -> str:

@@ -17,6 +17,8 @@ from typing import Any, TextIO, cast
 FAULTS = (OSError, ValueError)
 """Raised by a stream that cannot be written; `ValueError` by one that is closed, or that lacks a character."""
 _unsaid_log: Path | None = None
+_command = "launch.py"
+"""In front of what a launcher reports."""
 
 
 class BestEffort:
@@ -89,6 +91,17 @@ def say(line: str) -> None:
     """Print a line on standard error."""
     if _standard_error() is not None:
         print(line, file=best_effort(sys.stderr), flush=True)
+
+
+def name_command(name: str) -> None:
+    """Let what is reported begin with another name than that of ``launch.py``."""
+    global _command
+    _command = name
+
+
+def report(text: str) -> None:
+    """Print a line of a launcher on standard error."""
+    say(f"{_command}: {text}")
 
 
 def on_terminal() -> bool:

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
+from ormo_rpc import console
+from ormo_rpc.errors import ConfigError
 from ormo_rpc.lazy_import import make_lazy
+from ormo_rpc.own_loop.command import HELP, OVERRIDES, parse
 from ormo_rpc.runtimes.distributed.preloading.preloading import Preloading
 from ormo_rpc.signals import interrupting, interrupting_signal
 
@@ -33,6 +37,8 @@ def main() -> None:
             os.open(os.devnull, os.O_RDWR)
     for name in ("torch", "numpy"):
         make_lazy(name)
+    if sys.argv[1:2] == ["launch"]:
+        sys.exit(_launch(sys.argv[2:]))
     with contextlib.ExitStack() as stack:
         if not any(map(_needs_no_processes, sys.argv[1:])):
             preloading = stack.enter_context(Preloading())
@@ -40,16 +46,48 @@ def main() -> None:
                 preloading.begin(_threads(sys.argv[1:]))
         else:
             preloading = None
-        gc.disable()  # nothing of what is imported is garbage, and a collection takes its time
-        try:
+        with _meanwhile():
             from ormo_rpc import cli  # while the preloader has its own imports
-        except KeyboardInterrupt as error:
-            sys.exit(128 + interrupting_signal(error))
-        gc.enable()
         try:
             cli.main(preloading)
         finally:
             gc.freeze()  # so that the interpreter does not look for garbage before it ends
+
+
+def _launch(words: Sequence[str]) -> int:
+    """Run ``ormo-rpc launch`` with the words behind it; return the exit status."""
+    console.install()
+    console.name_command("ormo-rpc launch")
+    if not words or words[0] in ("--help", "-h"):
+        sys.stdout.write(f"{HELP}\n")
+        return 0
+    try:
+        command = parse(words)
+    except ConfigError as error:
+        console.report(str(error))
+        return 2
+    command.script.set_module_path()
+    os.environ[OVERRIDES] = json.dumps(command.overrides)  # for the script in each process
+    with Preloading(command.script.programs) as preloading:
+        with contextlib.suppress(OSError):  # the run tries again, and says why where it fails
+            preloading.begin(command.threads)
+        with _meanwhile():
+            from ormo_rpc import launch
+        try:
+            return launch.main(command, preloading)
+        finally:
+            gc.freeze()
+
+
+@contextlib.contextmanager
+def _meanwhile() -> Generator[None]:
+    """Import what the command needs while a preloader has its own imports."""
+    gc.disable()  # nothing of what is imported is garbage, and a collection takes its time
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        sys.exit(128 + interrupting_signal(error))
+    gc.enable()
 
 
 def _needs_no_processes(word: str) -> bool:

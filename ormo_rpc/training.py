@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from ormo_rpc.config.schema import Config
 from ormo_rpc.options.imports import refuse_while_importing
 from ormo_rpc.runtimes.running import run
 from ormo_rpc.storage.launch import Launch
+from ormo_rpc.storage.run_directory import new_path
 
 
 def train(config: Config | Mapping[str, Any] | Sequence[str] = (), *, run_dir: str | Path | None = None) -> dict[str, Any]:
@@ -39,9 +39,7 @@ def train(config: Config | Mapping[str, Any] | Sequence[str] = (), *, run_dir: s
         from ormo_rpc.cli import compose  # hydra is needed for overrides alone
 
         launch, config = Launch(overrides=tuple(config)), compose(config)
-    if run_dir is None:
-        run_dir = Path("outputs") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S-%f")
-    return run(config, Path(run_dir).expanduser().absolute(), launch)
+    return run(config, Path(run_dir or new_path()).expanduser().absolute(), launch)
 
 
 def _typed(values: Mapping[str, Any], path: str = "") -> Iterator[str]:

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 from ormo_rpc.errors import ConfigError, one_line
@@ -123,9 +123,14 @@ def line_of(error: BaseException) -> str:
     return _innermost(traceback.extract_tb(error.__traceback__))
 
 
-def users_line() -> str:
-    """File and line of the user's code that is being run by this thread."""
-    return _innermost(traceback.extract_stack())
+def users_line(frame: FrameType | None = None) -> str:
+    """File and line of the user's code that is being run; empty where it is none.
+
+    Args:
+        frame: Of the thread; by default this one's.
+    """
+    own = [each for each in traceback.extract_stack(frame) if is_users(each.filename)]
+    return f"{own[-1].filename}:{own[-1].lineno}" if own else ""
 
 
 def is_users(file: str) -> bool:

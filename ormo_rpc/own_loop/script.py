@@ -36,7 +36,7 @@ class Script:
     @property
     def programs(self) -> Programs:
         """The programs of its processes."""
-        return Programs(preloader=PROGRAM, child=PROGRAM, words=(_OPTION, self.text))
+        return Programs(preloader=PROGRAM, child=PROGRAM, does="runs the script", words=(_OPTION, self.text))
 
     @property
     def text(self) -> str:

@@ -7,7 +7,7 @@ import dataclasses
 import importlib
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -69,32 +69,74 @@ def run(
     config = located(config, start or Path.cwd())
     ranks = Ranks.from_environment()
     if config.role is Role.worker:
-        check_elastic_worker(config, ranks)
-        server_address.check(config, ranks)
         with _preloading(preloading) as preloader:
-            importlib.import_module(MODULES["rpc"]).join(config, preloader)
+            _join(config, ranks, preloader)
         return {}
+    config = _decided(config, ranks)
+    if not isinstance(config.runtime, RpcRuntime):
+        return _run_in_this_process(config, run_dir, launch, began)
+    with _preloading(preloading) as preloader:
+        config = preloader.load(config, starts_server=ranks is None or ranks.rank == 0)
+        return _run_processes(config, run_dir, launch, began, preloader, ranks)
+
+
+def run_loaded(
+    load: Callable[[Preloading], Config], run_dir: Path, launch: Launch, *, began: float, preloading: Preloading
+) -> dict[str, Any]:
+    """Run what has a configuration once it is loaded, such as a user's script; else as `run`.
+
+    Args:
+        load: Loads it by the preloaders.
+        run_dir: As for `run`.
+        launch: As for `run`.
+        began: As for `run`.
+        preloading: As for `run`.
+    """
+    ranks = Ranks.from_environment()
+    with _preloading(preloading) as preloader:
+        config = located(load(preloader), Path.cwd())
+        if config.role is Role.worker:
+            _join(config, ranks, preloader)
+            return {}
+        config = _decided(config, ranks)
+        if not isinstance(config.runtime, RpcRuntime):
+            raise ConfigError(f"runtime: got {config.runtime.name} for an own loop, expected rpc")
+        return _run_processes(config, run_dir, launch, began, preloader, ranks)
+
+
+def _decided(config: Config, ranks: Ranks | None) -> Config:
+    """Decide the number of workers, and check what belongs to the run's processes and machines."""
     config = decide_workers(config, ranks)
     check_secret(config, ranks)
     server_address.check(config, ranks)
-    if not isinstance(config.runtime, RpcRuntime):
-        return _run_in_this_process(config, run_dir, launch, began)
+    return config
+
+
+def _join(config: Config, ranks: Ranks | None, preloader: Preloading) -> None:
+    """Work for a run elsewhere."""
+    check_elastic_worker(config, ranks)
+    server_address.check(config, ranks)
+    importlib.import_module(MODULES["rpc"]).join(config, preloader)
+
+
+def _run_processes(
+    config: Config, run_dir: Path, launch: Launch | None, began: float, preloader: Preloading, ranks: Ranks | None
+) -> dict[str, Any]:
+    """Run a live run, whose job is loaded."""
     has_run_directory = ranks is None or ranks.rank == 0
-    with _preloading(preloading) as preloader:
-        config = preloader.load(config, starts_server=has_run_directory)
+    if has_run_directory:
+        if ranks is None or not continues(ranks, run_dir):
+            RunDirectory.claim(run_dir)
+        console.keep_unsaid(run_dir.absolute() / "logs" / "launcher.log")
+        claim = claimed_by(ranks)
+        dataclasses.replace(launch or Launch(), job=claim.job, agent=claim.agent).write(run_dir)
+    try:
+        with _kept(run_dir) if has_run_directory else contextlib.nullcontext():
+            return importlib.import_module(MODULES["rpc"]).run(config, run_dir, began, preloader)
+    except ConfigError:  # such as a port that is in use
         if has_run_directory:
-            if ranks is None or not continues(ranks, run_dir):
-                RunDirectory.claim(run_dir)
-            console.keep_unsaid(run_dir.absolute() / "logs" / "launcher.log")
-            claim = claimed_by(ranks)
-            dataclasses.replace(launch or Launch(), job=claim.job, agent=claim.agent).write(run_dir)
-        try:
-            with _kept(run_dir) if has_run_directory else contextlib.nullcontext():
-                return importlib.import_module(MODULES["rpc"]).run(config, run_dir, began, preloader)
-        except ConfigError:  # such as a port that is in use
-            if has_run_directory:
-                RunDirectory.release(run_dir)
-            raise
+            RunDirectory.release(run_dir)
+        raise
 
 
 @contextlib.contextmanager

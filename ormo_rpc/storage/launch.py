@@ -23,12 +23,16 @@ class Launch:
         sweep: The name of the sweep that the run belongs to.
         job: The name of the job whose ranks have begun it, such as torchrun's ``--rdzv-id``.
         agent: The agent of torchrun that has started rank 0, by its name among all machines.
+        script: The script, or with ``-m`` the module, of an own loop.
+        arguments: Those of the script.
     """
 
     overrides: Sequence[str] = ()
     sweep: str | None = None
     job: str | None = None
     agent: str | None = None
+    script: str | None = None
+    arguments: Sequence[str] = ()
 
     def write(self, run_dir: Path) -> None:
         """Write it into the run directory, where there is something to say."""

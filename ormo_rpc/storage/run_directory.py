@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,6 +28,11 @@ _PROCESSES = "processes.json"
 _FORMER_EVICTIONS = "losses.jsonl"
 """The name of ``evictions.jsonl`` in run directories of earlier versions."""
 _JSON = json.JSONEncoder(allow_nan=False, check_circular=False)  # json.dumps would make one for every line
+
+
+def new_path() -> Path:
+    """A path for a run directory that nobody has named, as hydra makes it for ``launch.py``."""
+    return Path("outputs") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S-%f")
 
 
 class RunDirectory:
@@ -53,10 +59,17 @@ class RunDirectory:
         try:
             (path / TRACE).open("x").close()
         except FileExistsError:
-            raise ConfigError(
-                f"{path}: got the directory of an earlier run, expected a new one; continue that run with "
-                f"checkpoint.resume={path}"
-            ) from None
+            raise _taken(path) from None
+
+    @staticmethod
+    def refuse_taken(path: Path) -> None:
+        """Refuse early what `claim` would refuse.
+
+        Raises:
+            ConfigError: it holds a run.
+        """
+        if (path / TRACE).exists():
+            raise _taken(path)
 
     @staticmethod
     def release(path: Path) -> None:
@@ -269,3 +282,9 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 def _finite(content: Mapping[str, Any]) -> dict[str, Any]:
     """Replace NaN and infinity, which JSON does not have, by null."""
     return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in content.items()}
+
+
+def _taken(path: Path) -> ConfigError:
+    return ConfigError(
+        f"{path}: got the directory of an earlier run, expected a new one; continue that run with checkpoint.resume={path}"
+    )

@@ -20,7 +20,7 @@ SOURCES = {
 LAYERS: Sequence[str] = (
     "lazy_import errors console messages seeding signals options kernels algorithms schedulers server data models compression "
     "tasks worker rendezvous control transports loggers config storage report runtimes overrides composing own_loop sweeps "
-    "cli main training evaluate"
+    "cli launch main __main__ training evaluate"
 ).split()
 """Each imports from itself and from those before it."""
 

@@ -73,15 +73,15 @@ def run(config: Config, run_dir: Path, began: float, preloading: Preloading) -> 
         return former
     forget_summary(run_dir)
     save_config(config, run_dir / "config.yaml")
-    preloading.report = _report
-    with Supervisor(_report) as supervisor:
+    preloading.report = console.report
+    with Supervisor(console.report) as supervisor:
         monitor = _monitor(supervisor, config)
         if ranks is None:
             processes = local_processes(monitor, config, preloading, run_dir, began)
         else:
             if ranks.attempt > 0 and RunCounters.incarnations_of(run_dir) == 0:
-                _report(_nothing_to_continue(config, ranks))
-            processes = rank_process(monitor, config, preloading, run_dir, ranks, began, _report)
+                console.report(_nothing_to_continue(config, ranks))
+            processes = rank_process(monitor, config, preloading, run_dir, ranks, began, console.report)
         with processes as server:
             failure = _supervise_server(monitor, server, config)
     summary = read_summary(run_dir)
@@ -89,14 +89,14 @@ def run(config: Config, run_dir: Path, began: float, preloading: Preloading) -> 
         summary = extend_summary(run_dir, summary, time.monotonic() - began)
     if failure is None or (summary is not None and summary["status"] in TERMINAL_STATUSES):
         if ranks is not None and summary is not None:
-            Rank(ranks, _report).say(f"the run {summary['status']}: {summary['gradients_computed']} gradients")
+            Rank(ranks, console.report).say(f"the run {summary['status']}: {summary['gradients_computed']} gradients")
         return summary or {}
     if summary is None:
         status = "interrupted" if isinstance(failure, RunInterrupted) else "failed"
         try:
             write_summary(run_dir, unfinished_summary(config, status, str(failure), time.monotonic() - began))
         except OSError as error:  # such as a full disk, which may be the cause of the failure
-            _report(f"summary.json cannot be written: {error}")
+            console.report(f"summary.json cannot be written: {error}")
     failure.args = (f"{failure}; {_how_to_resume(run_dir)}",)
     raise failure
 
@@ -107,9 +107,9 @@ def _run_worker_rank(config: Config, run_dir: Path, ranks: Ranks, began: float, 
     Raises:
         RunFailed: the server is lost, or has never let this worker in, so that the ranks are started again, or the job ends.
     """
-    with Supervisor(_report) as supervisor, WorkerRank(ranks, _report, config) as rank:
+    with Supervisor(console.report) as supervisor, WorkerRank(ranks, console.report, config) as rank:
         monitor = _monitor(supervisor, config)
-        process = rank_process(monitor, config, preloading, run_dir, ranks, began, _report)
+        process = rank_process(monitor, config, preloading, run_dir, ranks, began, console.report)
         slot = _supervise_worker(monitor, process, config, rank.say, rank.ended.is_set)
         if supervisor.signals or slot.left_on is not None:
             return
@@ -118,7 +118,7 @@ def _run_worker_rank(config: Config, run_dir: Path, ranks: Ranks, began: float, 
         elif slot.exit_code == EXIT_SERVER_LOST or not slot.joined:
             raise RunFailed(slot.exit_reason)
         else:
-            _report(f"{slot.exit_reason}; the run continues without it")
+            console.report(f"{slot.exit_reason}; the run continues without it")
 
 
 def _nothing_to_continue(config: Config, ranks: Ranks) -> str:
@@ -140,13 +140,15 @@ def join(config: Config, preloading: Preloading) -> None:
         ConfigError: its process was to be forked, and cannot be.
         RunFailed: the worker failed, or was refused or banned, or nothing listens at ``server.address``.
     """
-    preloading.report = _report
-    with Supervisor(_report) as supervisor:
-        if not reach(config, supervisor, _report):
+    preloading.report = console.report
+    with Supervisor(console.report) as supervisor:
+        if not reach(config, supervisor, console.report):
             return
         preloading.use_imports(config)
         monitor = _monitor(supervisor, config)
-        slot = _supervise_worker(monitor, elastic_worker_process(monitor, config, preloading, _report), config, _report)
+        slot = _supervise_worker(
+            monitor, elastic_worker_process(monitor, config, preloading, console.report), config, console.report
+        )
     if slot.given_up:
         raise RunFailed(slot.exit_reason)
 
@@ -154,7 +156,7 @@ def join(config: Config, preloading: Preloading) -> None:
 def _monitor(supervisor: Supervisor, config: Config) -> ProcessMonitor:
     options = config.rpc
     return ProcessMonitor(
-        supervisor, max_restarts=options.max_restarts, backoff_seconds=options.restart_backoff_seconds, report=_report
+        supervisor, max_restarts=options.max_restarts, backoff_seconds=options.restart_backoff_seconds, report=console.report
     )
 
 
@@ -174,7 +176,7 @@ def _supervise_server(monitor: ProcessMonitor, server: ProcessSlot, config: Conf
         monitor.poll()
         if supervisor.watch.take_checkpoint():
             if server.child is None:
-                _report("no checkpoint now: the server is being restarted, from the newest one")
+                console.report("no checkpoint now: the server is being restarted, from the newest one")
             else:
                 server.child.send(checkpoint=True)
         for slot in workers:
@@ -257,10 +259,6 @@ def _wait_for_exit(supervisor: Supervisor, slot: ProcessSlot, timeout_seconds: f
     """Wait until a child that was asked to end has ended; one more signal ends the wait."""
     child = slot.child
     supervisor.wait(lambda: child is None or not child.running, timeout_seconds, signals=len(supervisor.signals))
-
-
-def _report(text: str) -> None:
-    console.say(f"launch.py: {text}")
 
 
 def _how_to_resume(run_dir: Path) -> str:

@@ -66,5 +66,5 @@ def end_with_agent() -> None:
 def _watch(agent: Agent) -> None:
     while agent.alive:
         time.sleep(POLL_SECONDS)
-    console.say(f"launch.py: torchrun's agent (pid {agent.pid}) has ended, so this rank ends as well")
+    console.report(f"torchrun's agent (pid {agent.pid}) has ended, so this rank ends as well")
     os.kill(os.getpid(), signal.SIGTERM)

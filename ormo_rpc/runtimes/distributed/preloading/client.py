@@ -37,15 +37,21 @@ class Programs:
     Attributes:
         preloader: Of a preloader.
         child: Of a child.
+        does: What a child does that was not forked with it, for messages.
         words: In front of the arguments of a child, however it is started.
     """
 
     preloader: str
     child: str
+    does: str
     words: tuple[str, ...] = ()
 
 
-JOBS = Programs("ormo_rpc.runtimes.distributed.preloading.process", "ormo_rpc.runtimes.distributed.entry_point")
+JOBS = Programs(
+    preloader="ormo_rpc.runtimes.distributed.preloading.process",
+    child="ormo_rpc.runtimes.distributed.entry_point",
+    does="loads the job",
+)
 """Of runs whose data and model are parts of the configuration."""
 
 

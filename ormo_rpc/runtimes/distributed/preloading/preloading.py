@@ -56,6 +56,10 @@ class Preloading:
         """Preloaders whose end has yet to be waited for: that of large processes takes its time."""
         self._contexts = contextlib.ExitStack()
 
+    @property
+    def _way_of_imports(self) -> str:
+        return f"fork, each process {self.programs.does}"
+
     def __enter__(self) -> Self:
         self._contexts.enter_context(exit_statuses())
         return self
@@ -117,9 +121,13 @@ class Preloading:
     def use_imports(self, config: Config) -> None:
         """Wait for the imports, from which the children of a run are forked whose job is not known here.
 
+        Where what they run is loaded all the same, as a script is, they are forked with that.
+
         Raises:
             ConfigError: they were to be forked, and cannot be.
         """
+        if self._job is not None:
+            return
         try:
             self._ready_imports(config.runtime.threads, config.rpc.start)
         except PreloaderLost as error:
@@ -182,7 +190,7 @@ class Preloading:
             if loader is not imports and not loader.refusal:
                 self._job, self.way = loader, "fork"
             elif loader is not imports and not imports.refusal:
-                self.way = f"fork, each process loads the job: {loader.refusal}"
+                self.way = f"{self._way_of_imports}: {loader.refusal}"
             return config
         finally:
             if loader is imports:  # has a job of its own from now on
@@ -211,13 +219,13 @@ class Preloading:
             imports.refusal = "runtime.start=spawn"
         elif imports.refusal and kind == "fork":
             raise ConfigError(f"runtime.start: got fork, expected auto or spawn: {imports.refusal}")
-        self.way = f"spawn: {imports.refusal}" if imports.refusal else "fork, each process loads the job"
+        self.way = f"spawn: {imports.refusal}" if imports.refusal else self._way_of_imports
 
     def _replace(self, lost: Preloader | None, error: PreloaderLost) -> None:
         """End a preloader that does not answer; one with the imports is started again, and ready some time later."""
         if lost is self._job:
             self.end_job()
-            self.report(f"the preloader with the job was lost: {error}; processes load the job themselves from now on")
+            self.report(f"the preloader with the job was lost: {error}; each process {self.programs.does} from now on")
         else:
             environment = None if lost is None else lost.environment
             self._end_imports()

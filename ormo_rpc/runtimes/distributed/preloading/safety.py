@@ -19,7 +19,7 @@ from typing import Any
 import numpy.random
 import torch
 
-from ormo_rpc.options.imports import LIBRARIES
+from ormo_rpc.options.imports import LIBRARIES, users_line
 from ormo_rpc.runtimes.distributed.linux import LINUX
 
 _TASKS, _DESCRIPTORS, _MAPPINGS = Path("/proc/self/task"), Path("/proc/self/fd"), Path("/proc/self/maps")
@@ -133,7 +133,7 @@ class Baseline:
         if not _TASKS.is_dir():
             return f"there is no {_TASKS}, which tells what runs in a process"
         _end_monitors_of_tqdm()
-        others = [thread.name for thread in threading.enumerate() if thread is not threading.current_thread()]
+        others = [_named(thread) for thread in threading.enumerate() if thread is not threading.current_thread()]
         if others:
             return f"a thread was started while it was loaded: {', '.join(others)}"
         if more := _more_threads_than(self.threads):
@@ -146,6 +146,13 @@ class Baseline:
         if shared := [name for addresses, name in shared_memory().items() if addresses not in self.shared]:
             return f"memory that processes share was made while it was loaded: {', '.join(shared[:3])}"
         return ""
+
+
+def _named(thread: threading.Thread) -> str:
+    """The name of a thread, and the line of the user's that it is at."""
+    frame = sys._current_frames().get(thread.ident or 0)  # pyright: ignore[reportPrivateUsage] # documented by Python
+    place = "" if frame is None else users_line(frame)
+    return f"{thread.name} at {place}" if place else thread.name
 
 
 def gpu_is_lost() -> bool:
