@@ -15,6 +15,7 @@ from ormo_rpc.cli import compose
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.options.part import PACKAGES, parts
+from ormo_rpc.own_loop.command import parse
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("ormo_rpc", "tests", "benchmarks", "experiments", "examples", "conf", "docs", "results")
@@ -189,6 +190,8 @@ def refusal(command: Sequence[str]) -> str | None:
     program = words[0].rpartition("/")[2]
     if program == "make":
         return next((f"no target {word}" for word in words[1:] if word not in _make_targets()), None)
+    if "launch" in words and {"ormo-rpc", "ormo_rpc"} & {program, *words}:  # the script is the reader's own
+        return _refused_launch(words[words.index("launch") + 1 :])
     if words[1:2] == ["-m"]:
         return None if words[2].split(".")[0] not in FOLDERS or _is_module(words[2]) else f"no module {words[2]}"
     script = next((word for word in words[1:] if word.endswith(".py")), None)
@@ -208,6 +211,16 @@ def _make_targets() -> set[str]:
 def _is_module(name: str) -> bool:
     path = ROOT / _CAPITALS.sub("*", name).replace(".", "/")
     return any(map(_exists, (f"{path.relative_to(ROOT)}.py", f"{path.relative_to(ROOT)}/__main__.py")))
+
+
+def _refused_launch(words: Sequence[str]) -> str | None:
+    """Read what stands before the script, and compose the overrides."""
+    end = next((at for at, word in enumerate(words) if word.endswith(".py")), len(words))
+    try:
+        command = parse([*words[:end], str(ROOT / "launch.py")])
+    except ConfigError as error:
+        return None if "--help" in words else str(error)
+    return _refused_overrides(command.overrides)
 
 
 def _refused_overrides(words: Sequence[str]) -> str | None:
