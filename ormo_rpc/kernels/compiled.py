@@ -49,7 +49,8 @@ _PAIRS = (
 class CompiledSteps(Steps):
     """`Steps` in C: each element is read and written once.
 
-    Falls back to `TorchSteps` for vectors that are strided or not on the CPU, and for pairs of dtypes without a function.
+    Falls back to `TorchSteps` for vectors that are strided or not on the CPU, and for pairs of dtypes without a function; for
+    `AdamWStep` too, as the square root of torch (that of MKL) is not rounded as the processor rounds it.
 
     Args:
         library: The compiled ``steps.c``.
@@ -76,12 +77,13 @@ class CompiledSteps(Steps):
         w: torch.Tensor,
         out: torch.Tensor,
         out_16bit: torch.Tensor | None = None,
+        v: torch.Tensor | None = None,
     ) -> None:
         function = self._functions.get((type(step), w.dtype, grad.dtype))
         vectors = (grad, u, w, out, out_16bit)
         present = [vector for vector in vectors if vector is not None]
         if function is None or not all(map(_readable, present)):
-            self._otherwise(step, grad, u, w, out, out_16bit)
+            self._otherwise(step, grad, u, w, out, out_16bit, v)
             return
         # C knows nothing of lengths and dtypes, so whatever would make it read or write elsewhere is refused here.
         length = w.numel()

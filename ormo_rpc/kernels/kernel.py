@@ -41,11 +41,16 @@ class Kernel:
         Returns:
             The new parameters, shape (D,), in a vector of their own that nobody may write to.
         """
+        out, out_16bit = self.new(w)
+        self.steps(step, grad, u, w, out, out_16bit)
+        return out
+
+    def new(self, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return memory for the next parameters and, where each step rounds, for their copy; both are to be written at once."""
         out = self.empty(w)
         out_16bit = self.empty(_like(w, torch.bfloat16)) if self.rounds else None
-        self.steps(step, grad, u, w, out, out_16bit)
         self._newest = None if out_16bit is None else (out, out_16bit)
-        return out
+        return out, out_16bit
 
     def reserve(self, w: torch.Tensor, snapshots: int) -> None:
         """Allocate memory for vectors like ``w`` now, so that no step has to.

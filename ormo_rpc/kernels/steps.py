@@ -38,7 +38,23 @@ class OrMoStep(NamedTuple):
     w_scale: float
 
 
-Step = SGDStep | HeavyBallStep | OrMoStep
+class AdamWStep(NamedTuple):
+    """``u <- u + weight1 (g / divisor - u); v <- beta2 v + weight2 (g / divisor)^2``, then the move of the parameters.
+
+    ``out <- decay w - size u / (sqrt(v) / root + eps)``, in the operations of ``torch.optim.AdamW``.
+    """
+
+    divisor: float
+    weight1: float
+    beta2: float
+    weight2: float
+    decay: float
+    size: float
+    root: float
+    eps: float
+
+
+Step = SGDStep | HeavyBallStep | OrMoStep | AdamWStep
 """A recursion with its numbers."""
 
 
@@ -53,6 +69,7 @@ class Steps(Protocol):
         w: torch.Tensor,
         out: torch.Tensor,
         out_16bit: torch.Tensor | None = None,
+        v: torch.Tensor | None = None,
     ) -> None:
         """Take a step.
 
@@ -61,9 +78,10 @@ class Steps(Protocol):
             grad: ``g``, shape (D,), of the dtype of ``w``, or bfloat16 or float16, which are widened first.
             u: The momentum, shape (D,), of the dtype of ``w``, updated in place; None for `SGDStep`.
             w: The parameters, shape (D,), float32 or float64. They are only read, and so serve others as a snapshot without
-                a copy.
+                a copy; they may be ``out`` itself.
             out: Receives the new parameters, shape (D,), of the dtype of ``w``.
             out_16bit: Receives them rounded to bfloat16, shape (D,), if given.
+            v: The second moment, shape (D,), of the dtype of ``w``, updated in place; for `AdamWStep` alone.
         """
         ...
 
@@ -80,14 +98,17 @@ class TorchSteps(Steps):
         w: torch.Tensor,
         out: torch.Tensor,
         out_16bit: torch.Tensor | None = None,
+        v: torch.Tensor | None = None,
     ) -> None:
-        for grad_c, u_c, w_c, out_c, out_16bit_c in _chunks(grad, u, w, out, out_16bit):
-            _take(step, grad_c.to(w.dtype), u_c, w_c, out_c)
+        for grad_c, u_c, w_c, out_c, out_16bit_c, v_c in _chunks(grad, u, w, out, out_16bit, v):
+            _take(step, grad_c.to(w.dtype), u_c, w_c, out_c, v_c)
             if out_16bit_c is not None:
                 out_16bit_c.copy_(out_c)
 
 
-def _take(step: Step, grad: torch.Tensor, u: torch.Tensor | None, w: torch.Tensor, out: torch.Tensor) -> None:
+def _take(
+    step: Step, grad: torch.Tensor, u: torch.Tensor | None, w: torch.Tensor, out: torch.Tensor, v: torch.Tensor | None
+) -> None:
     if isinstance(step, SGDStep):
         torch.sub(w, grad, alpha=step.w_scale, out=out)
         return
@@ -95,6 +116,15 @@ def _take(step: Step, grad: torch.Tensor, u: torch.Tensor | None, w: torch.Tenso
     if isinstance(step, HeavyBallStep):
         u.mul_(step.beta).add_(grad, alpha=step.u_scale)
         torch.sub(w, u, out=out)
+        return
+    if isinstance(step, AdamWStep):
+        assert v is not None, f"{step} has a second moment"
+        if step.divisor != 1.0:
+            grad = grad / step.divisor
+        u.lerp_(grad, step.weight1)
+        v.mul_(step.beta2).addcmul_(grad, grad, value=step.weight2)
+        torch.mul(w, step.decay, out=out)
+        out.addcdiv_(u, v.sqrt().div_(step.root).add_(step.eps), value=-step.size)
         return
     if step.scale != 1.0:
         u.mul_(step.scale)
@@ -107,16 +137,24 @@ def _take(step: Step, grad: torch.Tensor, u: torch.Tensor | None, w: torch.Tenso
     torch.sub(before, grad, alpha=step.w_scale, out=out)
 
 
-Operands: TypeAlias = "tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor | None]"
-"""The vectors of a step: ``grad, u, w, out, out_16bit``."""
+Operands: TypeAlias = (
+    "tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]"
+)
+"""The vectors of a step: ``grad, u, w, out, out_16bit, v``."""
 
 
 def _chunks(
-    grad: torch.Tensor, u: torch.Tensor | None, w: torch.Tensor, out: torch.Tensor, out_16bit: torch.Tensor | None
+    grad: torch.Tensor,
+    u: torch.Tensor | None,
+    w: torch.Tensor,
+    out: torch.Tensor,
+    out_16bit: torch.Tensor | None,
+    v: torch.Tensor | None,
 ) -> Iterable[Operands]:
     """Divide the operands into chunks; short ones are a single chunk."""
     if w.numel() < WORTH_CUTTING:
-        return [(grad, u, w, out, out_16bit)]
+        return [(grad, u, w, out, out_16bit, v)]
     absent = itertools.repeat(None)
-    us, outs_16bit = (absent if vector is None else vector.split(CHUNK) for vector in (u, out_16bit))
-    return zip(grad.split(CHUNK), us, w.split(CHUNK), out.split(CHUNK), outs_16bit, strict=False)  # what is absent has no end
+    us, outs_16bit, vs = (absent if vector is None else vector.split(CHUNK) for vector in (u, out_16bit, v))
+    # What is absent has no end.
+    return zip(grad.split(CHUNK), us, w.split(CHUNK), out.split(CHUNK), outs_16bit, vs, strict=False)

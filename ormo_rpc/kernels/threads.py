@@ -36,11 +36,12 @@ class Threaded(Steps):
         w: torch.Tensor,
         out: torch.Tensor,
         out_16bit: torch.Tensor | None = None,
+        v: torch.Tensor | None = None,
     ) -> None:
         length = w.numel()
         parts = min(self.threads, length // LEAST)
         if self._pool is None or parts < 2:
-            self.steps(step, grad, u, w, out, out_16bit)
+            self.steps(step, grad, u, w, out, out_16bit, v)
             return
 
         def take(start: int, end: int) -> None:
@@ -52,6 +53,7 @@ class Threaded(Steps):
                 w[part],
                 out[part],
                 None if out_16bit is None else out_16bit[part],
+                None if v is None else v[part],
             )
 
         bounds = [part * length // parts // CHUNK * CHUNK for part in range(parts)] + [length]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +58,56 @@ def test_a_run_of_one_worker_is_plain_pytorch(case: str, tmp_path: Path) -> None
     assert summary["test_accuracy"] == pytest.approx(accuracy, abs=0.005)
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "optimizer"),
+    [("asgd", "SGD"), ("adamw", "AdamW"), ("adamw_da", "AdamW"), ("ormo_adamw", "AdamW")],
+)
+def test_parameter_groups_are_those_of_torchs_optimizer(algorithm: str, optimizer: str, tmp_path: Path) -> None:
+    # Biases do not decay, nor does the first weight, which learns at half the rate, the last bias at a quarter.
+    names = ["layers.1.weight", "layers.1.bias", "layers.4.weight", "layers.4.bias"]
+    decays, factors = (0.0, 0.0, 0.1, 0.0), (0.5, 1.0, 1.0, 0.25)
+    groups = {"weight_decay": 0.1, "decay_1d": False, "no_decay": ["layers.1.*"]}
+    rates = {"lr_factors": {"*.weight": 0.5, "layers.4.weight": 2.0, "layers.4.bias": 0.25}}
+    train(
+        {
+            "workers": 1,
+            "algorithm": algorithm,
+            "runtime": "sim",
+            "logger": "none",
+            "train": {"max_iterations": ITERATIONS, "batch_size": 32, "lr": 0.01, "momentum": MOMENTUM, **groups, **rates},
+        },
+        run_dir=tmp_path / "run",
+    )
+    job = Job(load_config(tmp_path / "run" / "config.yaml"))
+    exported: dict[str, Tensor] = checkpoint.read(checkpoint.locate(tmp_path / "run"), "model.pt")
+
+    def made(module: nn.Module) -> torch.optim.Optimizer:
+        parameters = dict(module.named_parameters())
+        assert list(parameters) == names
+        each = zip(names, decays, factors, strict=True)
+        own = [{"params": [parameters[name]], "weight_decay": decay, "lr": 0.01 * factor} for name, decay, factor in each]
+        return torch.optim.AdamW(own, betas=(MOMENTUM, 0.999)) if optimizer == "AdamW" else torch.optim.SGD(own)
+
+    module, _, _ = plain_pytorch(job, made)
+    for name, value in module.state_dict().items():
+        assert torch.equal(exported[name], value), name
+
+
 def test_a_norm_whose_statistics_are_changed_outside_of_its_calls_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"norm: its statistics were changed outside of its calls"):
         train({"runtime": "sim", "model": {"_target_": f"{MODELS}.FunctionalNorm"}}, run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def plain_pytorch(job: Job) -> tuple[nn.Module, float, float]:
-    """Train with `torch.optim.SGD` on the batches of a job; return the model, and its loss and accuracy over the test set."""
+def heavy_ball(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=LR, momentum=MOMENTUM)
+
+
+def plain_pytorch(job: Job, make: Callable[[nn.Module], torch.optim.Optimizer] = heavy_ball) -> tuple[nn.Module, float, float]:
+    """Train with an optimizer of torch on the batches of a job; return the model, and its loss and accuracy on the test set."""
     module, seed = job.model().module, job.config.seed
     module.train()
-    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=LR, momentum=MOMENTUM)
+    optimizer = make(module)
     for ticket in range(ITERATIONS):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(seed, "forward", ticket))

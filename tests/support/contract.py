@@ -15,7 +15,7 @@ from ormo_rpc.algorithms.orlomo import Combine
 from ormo_rpc.server.build import build_server
 from ormo_rpc.server.events import Event
 from ormo_rpc.server.parameter_server import ParameterServer
-from tests.support import reference, reference_batching, reference_peers
+from tests.support import reference, reference_adamw, reference_batching, reference_peers
 from tests.support.schedule import Run, Schedule, noise, schedules
 
 SCHEDULERS = ("async", "sync", "partial", "ssp")
@@ -63,7 +63,7 @@ class Row:
         more_vectors: The number of further vectors with given options.
         lr: A learning rate at which it converges on the quadratic of the convergence test, whose largest curvature is 1.
         remaining: The share of the distance to the minimum that may be left after that test: more for an algorithm that stays
-            at a distance from it at a constant learning rate, such as one that steps by the sign of the gradient.
+            at a distance from it at a constant learning rate, such as one whose steps have nearly the size of that rate.
         variants: Its options; every test draws one.
         schedulers: The schedulers that it runs under.
         reductions: Settings with which it equals another algorithm.
@@ -289,6 +289,37 @@ ROWS = (
         lr=0.01,
         reductions=(Reduction(to="asgd", momentum=0.0, num_workers=1),),
         torch_sgd={},
+    ),
+    Row(
+        name="adamw",
+        reference=reference_adamw.AdamW,
+        vectors=lambda _: 3,
+        lr=0.005,
+        remaining=0.01,
+        variants=({}, {"beta2": 0.9, "eps": 1e-3}, {"beta2": 0.0}),
+    ),
+    Row(
+        name="adamw_da",
+        reference=reference_adamw.AdamWDA,
+        vectors=lambda _: 3,
+        lr=0.005,
+        remaining=0.01,
+        variants=DELAY_ADAPTIVE,
+        reductions=(
+            Reduction(to="adamw", options={"threshold": 1000}),
+            Reduction(to="adamw", options={"rule": DelayRule.drop, "threshold": 1000}),
+            Reduction(to="adamw", num_workers=1),
+            Reduction(to="adamw", options={"rule": DelayRule.mishchenko}, num_workers=3, schedulers=("sync",)),
+        ),
+    ),
+    Row(
+        name="ormo_adamw",
+        reference=reference_adamw.OrMoAdamW,
+        vectors=lambda _: 6,
+        more_vectors=lambda options: options.get("window", 1) - 1,
+        lr=0.1,
+        variants=({}, {"window": 0}, {"window": 3}, {"beta2": 0.9, "eps": 1e-3}),
+        reductions=(Reduction(to="adamw", num_workers=1), Reduction(to="adamw", options={"window": 0}, num_workers=1)),
     ),
 )
 

@@ -26,7 +26,10 @@ with_momentum = pytest.mark.parametrize(
 )
 LOOK_AHEAD = ("dana", "smega2")
 """Algorithms whose workers do not work at ``w``."""
-NOT_PROPORTIONAL = {"gap_aware": "compares how far w moved with the largest rate so far"}
+NOT_PROPORTIONAL = {
+    "gap_aware": "compares how far w moved with the largest rate so far",
+    "ormo_adamw": "takes the steps of its window again, each at its bucket's rate",
+}
 """Algorithms whose step is not the present learning rate times something that no rate changes, and why."""
 
 

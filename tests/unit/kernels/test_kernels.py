@@ -14,7 +14,7 @@ from typing_extensions import override
 from ormo_rpc.kernels import compiled, threads
 from ormo_rpc.kernels import steps as torch_steps
 from ormo_rpc.kernels.compiled import agrees, compiled_steps, fastest_kernel
-from ormo_rpc.kernels.steps import CHUNK, HeavyBallStep, OrMoStep, SGDStep, Step, Steps, TorchSteps
+from ormo_rpc.kernels.steps import CHUNK, AdamWStep, HeavyBallStep, OrMoStep, SGDStep, Step, Steps, TorchSteps
 from ormo_rpc.kernels.threads import Threaded
 
 LENGTHS = [1, 17, 1_000, 3 * CHUNK + 5, 13 * CHUNK + 5]  # the last one is so long that C stores past the caches
@@ -138,6 +138,34 @@ def test_a_plain_step_is_that_of_the_algorithm_and_of_an_ordered_one_without_mom
     check(ordered, plain, dtypes, length=length, offset=offset)
 
 
+@pytest.mark.parametrize(("length", "dtypes", "offset"), [case[:3] for case in CASES])
+def test_a_step_of_adamw_is_that_of_torch_to_the_bit(
+    steps: Steps, length: int, dtypes: tuple[torch.dtype, torch.dtype], offset: int
+) -> None:
+    first_v = vectors(length + 1, dtypes[0], 0)[0][:length].abs()
+    after: list[Tensor] = []
+
+    def plain(grad: Tensor, u: Tensor, w: Tensor) -> None:
+        """Take the step of ``torch.optim.AdamW`` in its operations, on the third part of a gradient."""
+        v, grad = first_v.clone(), grad / 3.0
+        w.mul_(0.99)
+        u.lerp_(grad, 0.1)
+        v.mul_(0.9).addcmul_(grad, grad, value=0.1)
+        w.addcdiv_(u, (v.sqrt() / 0.7).add_(1e-8), value=-0.03)
+        after.append(v)
+
+    def run(grad: Tensor, u: Tensor, w: Tensor, out: Tensor, out_16bit: Tensor | None) -> None:
+        step = AdamWStep(divisor=3.0, weight1=0.1, beta2=0.9, weight2=0.1, decay=0.99, size=0.03, root=0.7, eps=1e-8)
+        v, before = first_v.clone(), u.clone()
+        steps(step, grad, u, w, out, out_16bit, v)
+        assert torch.equal(v, after[0])
+        in_place = w.clone()
+        steps(step, grad, before, in_place, in_place, None, first_v.clone())
+        assert torch.equal(in_place, out)
+
+    check(run, plain, dtypes, length=length, offset=offset)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_16_bit_value_is_widened_exactly(steps: Steps, dtype: torch.dtype) -> None:
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
@@ -228,9 +256,16 @@ class Wrong(TorchSteps):
 
     @override
     def __call__(
-        self, step: Step, grad: Tensor, u: Tensor | None, w: Tensor, out: Tensor, out_16bit: Tensor | None = None
+        self,
+        step: Step,
+        grad: Tensor,
+        u: Tensor | None,
+        w: Tensor,
+        out: Tensor,
+        out_16bit: Tensor | None = None,
+        v: Tensor | None = None,
     ) -> None:
-        super().__call__(step, grad, u, w, out, out_16bit)
+        super().__call__(step, grad, u, w, out, out_16bit, v)
         if self.fault == "twice" and isinstance(step, SGDStep):
             torch.sub(w, grad * step.w_scale, out=out)
         elif self.fault == "widened" and grad.dtype == torch.bfloat16:
