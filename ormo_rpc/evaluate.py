@@ -79,7 +79,7 @@ def _load(model: FlatModel, source: Path) -> dict[str, torch.Tensor]:
         ConfigError: names or shapes differ.
     """
     state = checkpoint.read(source, checkpoint.evaluated_model(source))
-    buffers: dict[str, torch.Tensor] = checkpoint.read(source, "server.pt")["buffers"]
+    buffers = checkpoint.buffers_of(source)
     try:
         model.module.load_state_dict(state)
         same = {name: each.shape for name, each in buffers.items()} == model.buffers.layout.shapes

@@ -10,6 +10,7 @@ from typing import Any
 from ormo_rpc.config.schema import Config
 from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.runtimes.job import Exporter
+from ormo_rpc.runtimes.ranking import Ranking
 from ormo_rpc.runtimes.recorder import Offsets, Recorder
 from ormo_rpc.server.events import Event, Kind
 from ormo_rpc.storage import checkpoint
@@ -27,6 +28,7 @@ class CheckpointWriter:
         executor: Writes to disk.
         recorder: Calls back when the events that led to a state are written.
         clock: The run's seconds.
+        ranking: Of the evaluations, which a resumed run goes on with.
 
     Attributes:
         journal: Begins a segment with each checkpoint.
@@ -42,6 +44,7 @@ class CheckpointWriter:
         executor: Executor,
         recorder: Recorder,
         clock: Callable[[], float],
+        ranking: Ranking,
     ) -> None:
         self.journal: Journal = NoJournal()
         self.newest: Path | None = None
@@ -52,6 +55,7 @@ class CheckpointWriter:
         self._executor = executor
         self._recorder = recorder
         self._clock = clock
+        self._ranking = ranking
         self._pending = False
         """A state was copied, and waits for the events before it to be written."""
         self._writing: Future[Path] | None = None
@@ -73,6 +77,7 @@ class CheckpointWriter:
                 "trace_bytes": offsets.trace_bytes,
                 "metrics_bytes": offsets.metrics_bytes,
                 "statistics": offsets.statistics,
+                "ranking": self._ranking.state_dict(),
             }
             self._writing = self._executor.submit(self._write, {**state, "session": records}, segment)
             self._pending = False

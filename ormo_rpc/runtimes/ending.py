@@ -12,7 +12,9 @@ NOT_FINITE = "the parameters, or the gradients of two workers for one ticket, ar
 """The reason where the server itself says that the run diverged."""
 
 
-def ending(job: JobLike, statistics: Statistics, status: str, iteration: int) -> dict[str, str | None]:
+def ending(
+    job: JobLike, statistics: Statistics, status: str, iteration: int, *, stopped: str | None = None
+) -> dict[str, str | None]:
     """Return the entries ``status`` and ``reason`` of a summary.
 
     Args:
@@ -20,12 +22,13 @@ def ending(job: JobLike, statistics: Statistics, status: str, iteration: int) ->
         statistics: Of all its events.
         status: The server's status.
         iteration: Gradients applied.
+        stopped: The reason why it was stopped early, where it was.
     """
     if status == Status.diverged.value:
         return {"status": status, "reason": NOT_FINITE}
     if status != Status.completed.value:
         return {"status": status, "reason": None}
-    diverged, early = _divergence(job, statistics), _early(job, iteration)
+    diverged, early = _divergence(job, statistics), _early(job, iteration, stopped)
     return {
         "status": status if diverged is None else Status.diverged.value,
         "reason": "; ".join(filter(None, (diverged, early))) or None,
@@ -53,10 +56,10 @@ def _divergence(job: JobLike, statistics: Statistics) -> str | None:
     )
 
 
-def _early(job: JobLike, iteration: int) -> str | None:
+def _early(job: JobLike, iteration: int, stopped: str | None) -> str | None:
     """Say that a run was finished before all its gradients were applied."""
     if iteration >= job.total_tickets:
         return None
     limit, epochs, total = job.config.train.max_seconds, job.epoch(iteration), job.epoch(job.total_tickets)
-    cause = "finished early" if limit is None else f"train.max_seconds={limit:g}"
+    cause = stopped or ("finished early" if limit is None else f"train.max_seconds={limit:g}")
     return f"{cause}: ended after {epochs:.2f} of {total:g} epochs, {iteration} of {job.total_tickets} iterations"

@@ -15,11 +15,12 @@ from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError, one_line
 from ormo_rpc.options import Part
 from ormo_rpc.options.instantiate import values_of
-from ormo_rpc.runtimes.job import Job
+from ormo_rpc.runtimes.job import Job, JobLike
+from ormo_rpc.runtimes.ranking import Ranking, check_choice
 from ormo_rpc.runtimes.simulator.jobs import SyntheticJob
 from ormo_rpc.runtimes.trial import try_job
 from ormo_rpc.server.build import check_resumable
-from ormo_rpc.storage import checkpoint
+from ormo_rpc.storage import best, checkpoint
 from ormo_rpc.storage.summary import refuse_metric
 
 RESUMED_KEYS = (
@@ -66,6 +67,7 @@ def check(
         raise ConfigError(f"checkpoint.resume: got {given} with runtime=replay, expected None: a replay begins as its run did")
     if starts_server and config.checkpoint.resume is not None:
         resumed = checkpoint.locate(Path(config.checkpoint.resume))
+        best.refuse(resumed)
         check_resume(config, resumed)
     try:
         config.heterogeneity.prepare()
@@ -81,6 +83,7 @@ def check(
         raise ConfigError(str(error)) from None
     synthetic = isinstance(config.runtime, SimRuntime) and config.runtime.gradient is not GradientKind.real
     job = SyntheticJob(config) if synthetic else check_data_and_model(config)
+    check_choice(config, evaluated=not synthetic and not config.worker.dummy)
     if starts_server:
         try:
             job.lr.prepare()
@@ -88,6 +91,7 @@ def check(
             raise ConfigError(str(error)) from None
     if resumed is not None:
         check_something_is_left(resumed, job.total_tickets)
+        check_patience_is_left(config, resumed, job)
     if starts_server and apart is not None:
         apart(lambda: _try(config, job))
     elif starts_server:
@@ -146,6 +150,19 @@ def check_something_is_left(path: Path, total: int) -> None:
     if done >= total:
         what = f"iteration {done} of {total} is done" if done == total else f"got iteration {done}, and the run ends at {total}"
         raise ConfigError(f"checkpoint.resume: {what}; raise train.epochs (or train.max_iterations)")
+
+
+def check_patience_is_left(config: Config, path: Path, job: JobLike) -> None:
+    """Refuse to resume a run that would stop at once.
+
+    Raises:
+        ConfigError: it had stopped early by the checkpoint, or would have with this configuration.
+    """
+    if config.evaluate.patience is not None:
+        ranking, state = Ranking(config, job.metric), checkpoint.read(path, checkpoint.SERVER)
+        ranking.load_state_dict(state["session"].get("ranking"), state["iteration"])
+        if ranking.reason is not None:
+            raise ConfigError(f"checkpoint.resume: nothing is left to do: {ranking.reason}; raise it, or set it to null")
 
 
 def check_data_and_model(config: Config) -> Job:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
@@ -14,10 +15,12 @@ from ormo_rpc.errors import ConfigError
 from ormo_rpc.loggers import RunInfo, start_logs
 from ormo_rpc.loggers.metrics import measure, measure_by_name
 from ormo_rpc.models.flat import sha256
+from ormo_rpc.runtimes.best_model import BestModel
 from ormo_rpc.runtimes.checkpoints import CheckpointWriter
 from ormo_rpc.runtimes.ending import ending
-from ormo_rpc.runtimes.evaluations import Evaluations
+from ormo_rpc.runtimes.evaluations import MAX_WAITING, Evaluations
 from ormo_rpc.runtimes.job import JobLike
+from ormo_rpc.runtimes.ranking import OWN_LOOP, Ranking
 from ormo_rpc.runtimes.recorder import Recorder
 from ormo_rpc.server.parameter_server import ParameterServer, Status
 from ormo_rpc.storage import checkpoint
@@ -26,6 +29,8 @@ from ormo_rpc.storage.journal import FileJournal, Journal, recover
 from ormo_rpc.storage.launch import Launch
 from ormo_rpc.storage.run_directory import RunDirectory, read_fingerprint, rows_so_far
 from ormo_rpc.storage.summary import Summary, identity
+
+_log = logging.getLogger(__name__)
 
 
 class Session:
@@ -45,6 +50,7 @@ class Session:
         extra_metrics: Returns metrics by name that the runtime measures itself.
         state: Copies the state for a checkpoint, where it is more than that of the server.
         terminal: A file descriptor for the progress bar, where there is a terminal.
+        inline: The evaluation executor computes at once, and all is one thread: an early stop is then decided at the iteration.
 
     Attributes:
         seconds_before: The run's seconds when this process took over.
@@ -65,6 +71,7 @@ class Session:
         extra_metrics: Callable[[], Mapping[str, float]] = dict,
         state: Callable[[], dict[str, Any]] | None = None,
         terminal: int | None = None,
+        inline: bool = False,
     ) -> None:
         config = job.config
         self.job = job
@@ -74,9 +81,29 @@ class Session:
         logs = evaluation_executor.submit(start_logs, config.logger, info, terminal)  # wandb's takes a second or more
         self.recorder = Recorder(job, self.directory, logs, clock, extra_metrics)
         self.server = job.server(self.recorder.record, clock)
-        self.evaluations = Evaluations(job.evaluator(), evaluation_executor, self.recorder)
+        self.ranking = Ranking(config, job.metric)
+        self._best = BestModel(job, run_dir, self.ranking) if config.keeps_best else None
+        if config.keeps_best and self.ranking.name.startswith("test_") and config.task.name != OWN_LOOP:
+            _log.warning(
+                "the best evaluation is chosen by the test split (%s), whose metrics no longer tell what the model does with "
+                "other data; with dataset.validation it is chosen by that",
+                self.ranking.name,
+            )
+        every = config.evaluate.every
+        self.evaluations = Evaluations(
+            job.evaluator(),
+            evaluation_executor,
+            self.recorder,
+            ranking=self.ranking if config.keeps_best else None,
+            best=self._best,
+            max_waiting=None if every is None else MAX_WAITING,
+        )
+        self._evaluates_every = every or job.batches_per_epoch
+        self._evaluates_at_once = inline and (every is not None or config.keeps_best)
+        self._stopped: str | None = None
+        """The reason to stop early, once `stops_early` has told it."""
         self.checkpoints = CheckpointWriter(
-            run_dir, config, job.fingerprint(), job.exporter(), checkpoint_executor, self.recorder, clock
+            run_dir, config, job.fingerprint(), job.exporter(), checkpoint_executor, self.recorder, clock, self.ranking
         )
         self.counters = RunCounters(run_dir)
         self.seconds_before = 0.0
@@ -130,6 +157,11 @@ class Session:
             )
         if config.checkpoint.journal:
             self.checkpoints.journal = FileJournal(path)
+        if self._best is not None:
+            resumes = source is not None and incarnation == 0
+            self._best.begin(
+                checkpoint.run_directory_of(source) if source is not None and resumes else None, self.server.iteration
+            )
         self._seen = self.server.iteration
         self.counters.begin(self._seen)
         if incarnation > 0 and self.server.ended:  # the former process died before it could evaluate the final parameters
@@ -144,6 +176,9 @@ class Session:
         except ValueError as error:
             raise ConfigError(f"checkpoint.resume: {source}: {error}") from None
         records = state["session"]
+        self.ranking.load_state_dict(records.get("ranking"), state["iteration"])
+        if self.server.ema is not None and state.get("ema") is None:
+            _log.warning("evaluate.ema: %s has no moving average; it begins here", source)
         if self.job.config.runtime.name == "sim" and state["status"] == Status.running.value:
             self.resumed_state = state.get("cluster")
         if in_place or self.resumed_state is not None:
@@ -180,11 +215,20 @@ class Session:
         self._seen = server.iteration
         self._updated_at = time.monotonic()
         self.counters.set_iterations(self._seen)
-        if self._seen % self.job.batches_per_epoch == 0 or server.ended:
+        if self._seen % self._evaluates_every == 0 or server.ended:
             self.evaluations.request(server, self.clock())
+            if self._evaluates_at_once:
+                self.evaluations.flush()
         every = self.job.config.checkpoint.every
         if every and self._seen % every == 0:
             self.copy_state()
+
+    def stops_early(self) -> bool:
+        """Tell, once, that the run is to be finished as no evaluation is better any more; called by the one thread."""
+        if self._stopped is not None or self.server.ended:
+            return False
+        self._stopped = self.ranking.reason
+        return self._stopped is not None
 
     def copy_state(self) -> None:
         """Copy the state for a checkpoint, unless another one is under way."""
@@ -226,7 +270,9 @@ class Session:
 
     def _summary_entries(self, state: Mapping[str, Any]) -> dict[str, Any]:
         statistics = self.recorder.statistics
-        ended = ending(self.job, statistics, state["status"], state["iteration"])
+        # One that was recovered from the journal may have been finished by the process before.
+        stopped = self._stopped or (self.ranking.reason if self.job.config.train.max_seconds is None else None)
+        ended = ending(self.job, statistics, state["status"], state["iteration"], stopped=stopped)
         now, start_seconds = time.monotonic(), self.counters.start_seconds or None
         measurements = self.recorder.measurements(statistics.seconds, statistics.applied)
         return {
@@ -247,6 +293,7 @@ class Session:
             "end_seconds": None if start_seconds is None else now - self._updated_at,
             "step_seconds": self.server.step_seconds,
             "final_params_sha256": sha256(state["params"]),
+            "best": None if self._best is None else self._best.summary_entry(),
             "final_ema_sha256": None if state["ema"] is None else sha256(state["ema"]["params"]),
             "evaluated": "parameters" if state["ema"] is None else "ema",
             "final_buffers_sha256": sha256(*state["buffers"].values()),

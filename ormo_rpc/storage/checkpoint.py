@@ -29,8 +29,8 @@ from ormo_rpc.models.fingerprint import Fingerprint
 FOLDER = "checkpoints"
 FORMAT = 3
 """The format of the folder, in its manifest; another one is refused."""
-SERVER, MODEL, EMA = "server.pt", "model.pt", "model_ema.pt"
-_MANIFEST = "manifest.json"
+SERVER, MODEL, EMA, BUFFERS = "server.pt", "model.pt", "model_ema.pt", "buffers.pt"
+MANIFEST = "manifest.json"
 _PREFIX = "iteration_"
 BEST = "best"
 _log = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ def locate(path: Path) -> Path:
     Raises:
         ConfigError: there is none, or the path is that of a damaged checkpoint.
     """
-    if (path / "server.pt").exists() or (path / _MANIFEST).exists():
+    if (path / "server.pt").exists() or (path / MANIFEST).exists():
         damage = damage_of(path)
         if damage is not None:
             raise ConfigError(f"{damage}; take another checkpoint")
@@ -167,17 +167,17 @@ def iteration_of(checkpoint: Path) -> int:
 
 def segment_of(checkpoint: Path) -> int:
     """Return the number of the journal's segment that begins with an intact checkpoint."""
-    return json.loads((checkpoint / _MANIFEST).read_bytes())["segment"]
+    return json.loads((checkpoint / MANIFEST).read_bytes())["segment"]
 
 
 def gradients_in(checkpoint: Path) -> int:
     """Return the number of gradients that an intact checkpoint's state has, whatever its folder is called."""
-    return json.loads((checkpoint / _MANIFEST).read_bytes())["iteration"]
+    return json.loads((checkpoint / MANIFEST).read_bytes())["iteration"]
 
 
 def fingerprint_of(checkpoint: Path) -> Fingerprint:
     """Return the fingerprint of the run that wrote an intact checkpoint."""
-    return Fingerprint.from_dict(json.loads((checkpoint / _MANIFEST).read_bytes())["fingerprint"])
+    return Fingerprint.from_dict(json.loads((checkpoint / MANIFEST).read_bytes())["fingerprint"])
 
 
 def check_fingerprint(checkpoint: Path, fingerprint: Fingerprint) -> None:
@@ -204,22 +204,32 @@ def first_segment(run_dir: Path) -> int:
 def damage_of(checkpoint: Path) -> str | None:
     """Describe the damage to a checkpoint's files; None where they are as they were written."""
     try:
-        manifest = json.loads((checkpoint / _MANIFEST).read_bytes())
+        manifest = json.loads((checkpoint / MANIFEST).read_bytes())
         if manifest["format"] != FORMAT:
             return f"{checkpoint}: format: got {manifest['format']}, expected {FORMAT}; another version of ormo_rpc wrote it"
         for name, expected in manifest["sha256"].items():
             if _sha256(checkpoint / name) != expected:
-                return f"{checkpoint / name}: is damaged: its SHA-256 is not the one in {_MANIFEST}"
+                return f"{checkpoint / name}: is damaged: its SHA-256 is not the one in {MANIFEST}"
     except OSError as error:
         return f"{checkpoint}: is incomplete: {error.strerror}: {Path(error.filename or '').name}"
     except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{checkpoint / _MANIFEST}: is damaged: it is not a manifest of this format"
+        return f"{checkpoint / MANIFEST}: is damaged: it is not a manifest of this format"
     return None
 
 
 def evaluated_model(checkpoint: Path) -> str:
     """Return the file of the model as the run's evaluations use it: of the moving average, where there is one."""
     return EMA if (checkpoint / EMA).exists() else MODEL
+
+
+def buffers_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Read all buffers by name, also those that a ``state_dict`` leaves out.
+
+    Raises:
+        ConfigError: the file is missing or damaged.
+    """
+    kept = (checkpoint / BUFFERS).exists()  # of a best model, which has no server
+    return read(checkpoint, BUFFERS) if kept else read(checkpoint, SERVER)["buffers"]
 
 
 def read(checkpoint: Path, name: str) -> dict[str, Any]:
@@ -252,7 +262,7 @@ def _write_manifest(folder: Path, entries: Mapping[str, Any], fingerprint: Finge
         "fingerprint": fingerprint.to_dict(),
         "sha256": {file.name: _sha256(file) for file in sorted(folder.iterdir())},
     }
-    with (folder / _MANIFEST).open("w", encoding="utf-8") as file:
+    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=2)
         file.flush()
         os.fsync(file.fileno())

@@ -82,6 +82,7 @@ class Summary(Metrics):
     worker_memory_bytes: int | None = entry("the same of a worker's process: the mean of up to three on the server's machine")
 
     final_params_sha256: str | None = entry("SHA-256 of the final parameters")
+    best: dict[str, Any] | None = entry("model of the best evaluation that is kept: metric, value, iteration, path")
     final_ema_sha256: str | None = entry("SHA-256 of their final moving average, with evaluate.ema")
     evaluated: str | None = entry("the parameters that evaluations use: parameters, or ema (their moving average)")
     final_buffers_sha256: str | None = entry("SHA-256 of the model's final buffers, such as batch-norm statistics")

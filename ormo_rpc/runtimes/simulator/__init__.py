@@ -80,7 +80,12 @@ def _run(config: Config, run_dir: Path, began: float, job: Job | SyntheticJob) -
     def state() -> dict[str, Any]:
         return {**session.server.state_dict(replies=True), "cluster": cluster.state_dict()}
 
-    session = Session(job, run_dir, inline, inline, lambda: queue.now, began=began, state=state, terminal=terminal)
+    def observe() -> None:
+        session.observe(session.server)
+        if session.stops_early():
+            cluster.finish()
+
+    session = Session(job, run_dir, inline, inline, lambda: queue.now, began=began, state=state, terminal=terminal, inline=True)
     with contextlib.closing(session.directory):
         cluster = Cluster(
             session.server,
@@ -88,7 +93,7 @@ def _run(config: Config, run_dir: Path, began: float, job: Job | SyntheticJob) -
             queue,
             _links(config, session, job.push_format().size),
             _compute_seconds(config),
-            lambda: session.observe(session.server),
+            observe,
             processes=config.num_processes if config.worker.prefetch else None,
         )
         session.open()

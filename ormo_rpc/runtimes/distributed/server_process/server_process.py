@@ -163,6 +163,8 @@ class ServerProcess:
                 limit = None
                 self.service.finish()
             self.session.flush()
+            if self.session.stops_early():
+                self.service.finish()
             cause = self.all_workers_ended if not self.service.memberships else ""
             cause = cause or self.watchdog.no_workers_reason()
             if cause:
