@@ -113,6 +113,10 @@ def test_a_collate_function_is_named_by_its_path() -> None:
     assert data.test.batch(torch.arange(5), None).tolist() == [3, 1, 2, 2, 1]
 
 
+def test_functions_may_be_given_as_they_are() -> None:
+    assert custom("make_rows", collate=by_length) == custom("make_rows", collate=f"{__name__}.by_length")
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
