@@ -39,6 +39,7 @@ class Incarnation:
         start: bool = True,
         writer: Executor | None = None,
         algorithm: Mapping[str, Any] | None = None,
+        evaluate: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         run_dir.mkdir(exist_ok=True)
@@ -48,6 +49,8 @@ class Incarnation:
                 "model": {"hidden": 4},
                 "train": {"max_iterations": 60, "lr": 0.01, "lr_schedule": "cosine"},
                 "algorithm": algorithm or {},
+                "evaluate": evaluate or {},
+                "dataset": {"validation": 0.2 if evaluate else 0.0},
                 "logger": {"name": "none"},
                 "checkpoint": {"every_seconds": 0, **options},
             }
@@ -89,6 +92,47 @@ class Incarnation:
     def sha(self) -> bytes:
         """Return the bytes of the parameters."""
         return self.server.params.numpy().tobytes()
+
+
+def test_a_journal_restores_the_moving_average(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"every": 10, "journal": True, "evaluate": {"ema": 0.9}}
+    first = Incarnation(tmp_path, 0, **options)
+    first.push(25)
+    average = first.server.evaluated()
+    first.die()
+    second = Incarnation(tmp_path, 1, start=False, **options)
+    assert second.server.iteration == 25
+    assert torch.equal(second.server.evaluated(), average)
+    assert not torch.equal(second.server.params, average)
+    second.die()
+
+
+@pytest.mark.parametrize("journal", [False, True])
+def test_a_restarted_server_counts_the_evaluations_of_the_one_before(journal: bool, tmp_path: Path) -> None:
+    evaluate = {"every": 4, "patience": 3, "min_delta": 100}
+    first = Incarnation(tmp_path, 0, every=10, journal=journal, evaluate=evaluate)
+    first.push(14)  # evaluated at 4, 8 and 12; the checkpoint of iteration 10 has the first two
+    kept = first.session.ranking.state_dict()["values"]
+    assert [iteration for iteration, _ in kept] == [4, 8, 12]
+    assert not first.session.stops_early()
+    first.die()
+    second = Incarnation(tmp_path, 1, every=10, journal=journal, evaluate=evaluate)
+    assert second.server.iteration == (14 if journal else 10)
+    assert second.session.ranking.state_dict()["values"] == kept[:2]
+    best = second.session.directory.path / "checkpoints" / "best" / "manifest.json"
+    record = json.loads(best.read_text())["best"]
+    assert record["iteration"] == 12, "the loss falls; what was better stays, also where it was rolled back"
+    evaluations = 0
+    while not second.session.stops_early():
+        second.push(4 if evaluations or not journal else 2)
+        evaluations += 1
+    assert evaluations == 2
+    second.server.finish()
+    second.push(2)
+    assert second.server.ended
+    summary = second.session.close(second.server.state_dict(), wait=True)
+    assert summary["reason"].startswith("evaluate.patience=3: for 3 evaluations no val_loss was better than the ")
+    assert f" of iteration {kept[0][0]} by more than" in summary["reason"]
 
 
 @pytest.mark.parametrize("every", [0, 10])
