@@ -9,9 +9,11 @@ if TYPE_CHECKING:
     from ormo_rpc.algorithms import Algorithm, PullContext, PushContext
     from ormo_rpc.algorithms.ormo import OrMo
     from ormo_rpc.config.schema import Config
+    from ormo_rpc.data.tickets import Epochs
     from ormo_rpc.errors import ConfigError, NonFiniteGradient, PushRefused, RunFailed, StaleSession
     from ormo_rpc.messages import Push, Reply
     from ormo_rpc.options import option, register
+    from ormo_rpc.own_loop.join import join
     from ormo_rpc.schedulers import Scheduler
     from ormo_rpc.server.build import build_server
     from ormo_rpc.server.parameter_server import ParameterServer
@@ -23,6 +25,7 @@ __all__ = [
     "Algorithm",
     "Config",
     "ConfigError",
+    "Epochs",
     "NonFiniteGradient",
     "OrMo",
     "ParameterServer",
@@ -36,6 +39,7 @@ __all__ = [
     "StaleSession",
     "__version__",
     "build_server",
+    "join",
     "option",
     "register",
     "train",
@@ -45,9 +49,11 @@ _HOMES = {
     "algorithms": ("Algorithm", "PullContext", "PushContext"),
     "algorithms.ormo": ("OrMo",),
     "config.schema": ("Config",),
+    "data.tickets": ("Epochs",),
     "errors": ("ConfigError", "NonFiniteGradient", "PushRefused", "RunFailed", "StaleSession"),
     "messages": ("Push", "Reply"),
     "options": ("option", "register"),
+    "own_loop.join": ("join",),
     "schedulers": ("Scheduler",),
     "server.build": ("build_server",),
     "server.parameter_server": ("ParameterServer",),

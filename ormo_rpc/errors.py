@@ -16,6 +16,14 @@ class ModelRefused(ConfigError):
     """A forward pass changes what it must not change; the message has its name and what to do. It would come again."""
 
 
+class LoopMisused(ConfigError):
+    """A script's own loop does what it must not do; the message has its line and what to do. It would come again."""
+
+
+class EvaluationFailed(RuntimeError):
+    """A script's own evaluation has failed; the message has its line."""
+
+
 class RunFailed(RuntimeError):
     """The run did not complete; the message is one line that says why.
 

@@ -47,7 +47,8 @@ def _divergence(job: JobLike, statistics: Statistics) -> str | None:
         return None
     if not math.isfinite(last):
         return f"the training loss is not finite in the end; at the start it was {start:.4g}"
-    if last <= factor * max(start, job.guessing_loss):
+    reference = max(start, job.guessing_loss)
+    if reference <= 0 or last <= factor * reference:  # a loss of any sign has no factor that tells
         return None
     guessing = f" (and of the {job.guessing_loss:.4g} of guessing)" if job.guessing_loss else ""
     return (

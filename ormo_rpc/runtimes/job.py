@@ -90,6 +90,14 @@ class LiveJob(JobLike, Protocol):
         """Return a function, for any thread, that hashes the initial parameters; None where other processes may differ."""
         ...
 
+    def groups(self) -> Groups:
+        """Return the parameter groups.
+
+        Raises:
+            ValueError: a pattern matches no parameter.
+        """
+        ...
+
 
 class Job:
     """A job that trains a model on data.

@@ -15,11 +15,12 @@ from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError, one_line
 from ormo_rpc.options import Part
 from ormo_rpc.options.instantiate import values_of
-from ormo_rpc.runtimes.job import Job, JobLike
+from ormo_rpc.runtimes.job import Job, JobLike, LiveJob
 from ormo_rpc.runtimes.ranking import Ranking, check_choice
 from ormo_rpc.runtimes.simulator.jobs import SyntheticJob
 from ormo_rpc.runtimes.trial import try_job
 from ormo_rpc.server.build import check_resumable
+from ormo_rpc.server.lr_schedule import LearningRate
 from ormo_rpc.storage import best, checkpoint
 from ormo_rpc.storage.summary import refuse_metric
 
@@ -69,26 +70,20 @@ def check(
         resumed = checkpoint.locate(Path(config.checkpoint.resume))
         best.refuse(resumed)
         check_resume(config, resumed)
-    try:
+    with _as_config_error():
         config.heterogeneity.prepare()
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
     if not isinstance(config.runtime, (RpcRuntime, SimRuntime)):
         if starts_server:
             _try(config, None)
         return None
-    try:
+    with _as_config_error():
         check_resumable(config.algorithm, config.scheduler)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
     synthetic = isinstance(config.runtime, SimRuntime) and config.runtime.gradient is not GradientKind.real
     job = SyntheticJob(config) if synthetic else check_data_and_model(config)
     check_choice(config, evaluated=not synthetic and not config.worker.dummy)
     if starts_server:
-        try:
+        with _as_config_error():
             job.lr.prepare()
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
     if resumed is not None:
         check_something_is_left(resumed, job.total_tickets)
         check_patience_is_left(config, resumed, job)
@@ -101,16 +96,54 @@ def check(
     return job
 
 
+def check_own_loop(job: LiveJob, *, starts_server: bool) -> None:
+    """Refuse a loop of the user's own as `check` does; its model was checked as the job was made.
+
+    Raises:
+        ConfigError: it cannot be run; the message has the key to change.
+    """
+    config = job.config
+    config.refuse_unavailable()
+    with _as_config_error():
+        config.heterogeneity.prepare()
+        check_resumable(config.algorithm, config.scheduler)
+        job.push_format()
+        job.groups()
+    check_choice(config, evaluated=True)
+    if not starts_server:
+        return
+    with _as_config_error():
+        config.logger.prepare()
+        if isinstance(job.lr, LearningRate):
+            job.lr.prepare()
+    if config.checkpoint.resume is not None:
+        resumed = checkpoint.locate(Path(config.checkpoint.resume))
+        best.refuse(resumed)
+        check_resume(config, resumed)
+        check_something_is_left(resumed, job.total_tickets)
+        check_patience_is_left(config, resumed, job)
+        checkpoint.check_fingerprint(resumed, job.fingerprint())
+
+
+@contextlib.contextmanager
+def _as_config_error() -> Generator[None]:
+    """Refuse what raises a ValueError that says all."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
 def _try(config: Config, job: Job | SyntheticJob | None) -> None:
     """Prepare the logger, and try one batch of a job that trains.
 
     Raises:
         ConfigError: the run cannot be logged, or the batch cannot be computed.
     """
-    try:
+    with _as_config_error():
         config.logger.prepare()
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
     if isinstance(job, Job) and not config.worker.dummy:
         try_job(job)
 

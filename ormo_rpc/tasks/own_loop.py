@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from typing_extensions import override
 
-from ormo_rpc.options import option, register
+from ormo_rpc.options import register
 from ormo_rpc.tasks.base import Task
 from ormo_rpc.tasks.metrics import TaskMetric
 
-HIGHER_IS_BETTER = ("accuracy", "f1", "iou", "auc", "r2", "bleu")
+_HIGHER_IS_BETTER = ("accuracy", "f1", "iou", "auc", "r2", "bleu")
 """Parts of the names of metrics that are better higher, where nobody has said which are."""
+
+
+def own_metric(name: str, higher_is_better: Sequence[str] = ()) -> TaskMetric:
+    """Return the declaration of a metric of which only the name is known.
+
+    Args:
+        name: It.
+        higher_is_better: The names of those that are better higher; where there are none, the name itself tells.
+    """
+    higher = name in higher_is_better if higher_is_better else any(part in name.lower() for part in _HIGHER_IS_BETTER)
+    form = ".2%" if "accuracy" in name else ".4f"
+    return TaskMetric(name, name, higher_is_better=higher, form=form, bar="" if name == "loss" else name)
 
 
 @register("own_loop")
 @dataclass(frozen=True, kw_only=True)
 class OwnLoopTask(Task):
     """The loss of a script that calls `ormo_rpc.join`, which computes it and evaluates by itself."""
-
-    higher_is_better: list[str] = option(
-        [], "metrics that are better higher; default: those whose names have accuracy, f1, iou, auc, r2 or bleu in them"
-    )
-
-    def metric(self, name: str) -> TaskMetric:
-        """Return the declaration of a metric, of which only the name is known."""
-        parts = self.higher_is_better or HIGHER_IS_BETTER
-        higher = name in parts if self.higher_is_better else any(part in name.lower() for part in parts)
-        form = ".2%" if "accuracy" in name else ".4f"
-        return TaskMetric(name, name, higher_is_better=higher, form=form, bar="" if name == "loss" else name)
 
     @override
     def loss(self, output: Any, batch: Any) -> NoReturn:

@@ -94,12 +94,28 @@ class BaseWorker:
             ModelRefused: the passes have changed what they must not change.
         """
         self.model.collect_grad()
-        self._passes.end_pass()
+        self._check_passes()
         regularise(into, params, clip_norm=self.clip_norm, groups=self.groups)
 
-    def _made(self, reply: Reply, *, loss: float | None, samples: int) -> Push:
-        """Encode the content of `push`, and the buffers that the passes have changed, as the answer to a reply."""
+    def _check_passes(self) -> None:
+        """Check that the passes have not changed what they must not change."""
+        self._passes.end_pass()
+
+    def _made(
+        self,
+        reply: Reply,
+        *,
+        loss: float | None,
+        samples: int,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> Push:
+        """Encode the content of `push`, and the buffers that the passes have changed, as the answer to a reply.
+
+        Raises:
+            ValueError: the metrics cannot be pushed (`WireMetrics.write`).
+        """
         assert reply.ticket is not None, "a reply without a ticket ends the worker"
+        measured = {} if metrics is None else self._encoder.metrics.write(metrics)
         return Push(
             worker=reply.worker,
             ticket=reply.ticket,
@@ -108,6 +124,7 @@ class BaseWorker:
             loss=loss,
             samples=samples,
             buffers=self._encoder.buffers.write(self._passes.collect()),
+            metrics=measured,
             incarnation=reply.incarnation,
             loss_scale=reply.loss_scale,
         )

@@ -167,6 +167,26 @@ def rank_process(
         name = f"worker {ranks.rank - 1}"
         yield monitor.add(name, start_worker, should_restart=unless_server_lost, essential=True)
         return
+    with rank_0_listener(config, run_dir, ranks, report) as (listener, address, secret_file):
+        start_server = launcher.server(run_dir, began, listener, secret_file, "--address", address, *store)
+        yield monitor.add("server", start_server, should_restart=if_killed, essential=True)
+
+
+@contextlib.contextmanager
+def rank_0_listener(
+    config: Config, run_dir: Path, ranks: Ranks, report: Callable[[str], None]
+) -> Generator[tuple[socket.socket, str, Path | None]]:
+    """Listen where the other ranks look for the server, or will be told; the value is the socket, its address, the secret file.
+
+    Args:
+        config: The configuration.
+        run_dir: The run directory.
+        ranks: The ranks, of which this is the first.
+        report: Called with messages for people.
+
+    Raises:
+        ConfigError: this machine cannot listen there.
+    """
     secret_file = _run_secret(config, run_dir) if ranks.one_machine and ranks.agent_store else _shared_secret(config)
     former = former_run(ranks, run_dir) if ranks.agent_store else None
     wanted = server_address.of_rank_0(config, ranks)
@@ -175,8 +195,7 @@ def rank_process(
         server_address.check_reachable(host, ranks)
         remember(ranks, FormerRun(run_dir, address))
         Rank(ranks, report).say(f"the server at {address} on {with_interface(host)}, run directory {run_dir}")
-        start_server = launcher.server(run_dir, began, listener, secret_file, "--address", address, *store)
-        yield monitor.add("server", start_server, should_restart=if_killed, essential=True)
+        yield listener, address, secret_file
 
 
 def _listen_again(former: str | None, address: str, ranks: Ranks, *, public: bool) -> socket.socket:

@@ -1,0 +1,151 @@
+"""The configuration of a loop of the user's own: defaults, then the overrides of `join`, then those of the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+from collections.abc import Sequence
+
+from ormo_rpc.algorithms import Algorithm
+from ormo_rpc.composing import compose
+from ormo_rpc.config.runtimes import RpcRuntime
+from ormo_rpc.config.schema import Config
+from ormo_rpc.errors import ConfigError
+from ormo_rpc.overrides import keys_of, prepared
+
+OVERRIDES = "ORMO_RPC_OVERRIDES"
+"""The variable with overrides that are stronger than those of `join`: a list as JSON, or words as in a shell."""
+EVALUATIONS = 10
+"""Evaluations of a run where nobody has said how often, nor how long an epoch is."""
+_SCRIPTS = ("model", "dataset", "task")
+"""Groups whose parts are the script's."""
+_NO_MEANING = {
+    "train.epochs": "the length of the run is total_tickets, or train.max_iterations",
+    "train.batch_size": "a batch is what the script makes of a ticket",
+    "worker.accumulate": "a script adds up gradients by itself: each backward() adds to the ticket's",
+    "worker.dummy": "gradients are the script's",
+    "worker.compile": "a script compiles its model by itself: join(torch.compile(model), ...)",
+}
+_RATES = ("train.lr", "train.lr_schedule", "train.warmup_epochs", "train.lr_milestones", "train.lr_gamma", "train.lr_scaling")
+"""Keys in whose place a function of the script's stands."""
+
+
+def overrides_of_command() -> list[str]:
+    """Return the overrides of the command line, as the environment has them.
+
+    Raises:
+        ConfigError: it has something else.
+    """
+    text = os.environ.get(OVERRIDES, "").strip()
+    if not text.startswith("["):
+        return shlex.split(text)
+    try:
+        words = json.loads(text)
+    except ValueError:
+        words = None
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ConfigError(f'{OVERRIDES}: got {text!r} in the environment, expected a list such as ["workers=8"], or words')
+    return words
+
+
+@dataclasses.dataclass(frozen=True)
+class Composed:
+    """A configuration, and what it does not tell.
+
+    Attributes:
+        config: It; the number of workers may still be undecided.
+        words: The overrides that were typed, those of the command line last.
+        keeps_lr: The script's function of the iteration is the learning rate.
+    """
+
+    config: Config
+    words: Sequence[str]
+    keeps_lr: bool
+
+
+def compose_own_loop(
+    overrides: Sequence[str],
+    *,
+    class_name: str,
+    total_tickets: int,
+    tickets_per_epoch: int | None,
+    lr: float | None,
+    lr_is_function: bool,
+) -> Composed:
+    """Compose the configuration of a loop of the user's own.
+
+    Args:
+        overrides: Those of `join`.
+        class_name: Of the model.
+        total_tickets: T, as `join` has it.
+        tickets_per_epoch: As `join` has it.
+        lr: The learning rate, as `join` has it.
+        lr_is_function: It is a function, and ``lr`` its first value.
+
+    Raises:
+        ConfigError: it is no configuration of such a loop.
+    """
+    commands = overrides_of_command()
+    own = [
+        *("model=own_loop", "dataset=own_loop", "task=own_loop", f"model.class_name='{class_name}'"),
+        f"train.max_iterations={_whole('total_tickets', total_tickets)}",
+        *([] if tickets_per_epoch is None else [f"dataset.tickets_per_epoch={_whole('tickets_per_epoch', tickets_per_epoch)}"]),
+        *([] if lr is None else [f"train.lr={lr!r}"]),
+    ]
+    in_join, typed = keys_of(prepared(overrides)), keys_of(prepared(commands))
+    for key in sorted(in_join | typed):
+        group = key.partition(".")[0]
+        if group in _SCRIPTS:
+            raise ConfigError(f"{key}: got a value in a loop of your own, expected none: its {group} is the script's")
+        if key in _NO_MEANING:
+            raise ConfigError(f"{key}: got a value in a loop of your own, expected none: {_NO_MEANING[key]}")
+    twice = in_join & set(_RATES) if lr_is_function else in_join & {"train.lr"} if lr is not None else set[str]()
+    if twice:
+        raise ConfigError(f"{min(twice)}: got a value beside lr= in join(), expected one of the two")
+    config = compose([*own, *overrides, *commands])
+    if config.evaluate.every is None and tickets_per_epoch is None:
+        every = max(1, (config.train.max_iterations or total_tickets) // EVALUATIONS)
+        config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, every=every))
+    refuse(config)
+    return Composed(config, [*overrides, *commands], lr_is_function and not typed & set(_RATES))
+
+
+def refuse(config: Config) -> None:
+    """Refuse what a loop of the user's own cannot be trained by.
+
+    Raises:
+        ConfigError: it has such a thing; the message has the key.
+    """
+    algorithm = config.algorithm
+    if not isinstance(config.runtime, RpcRuntime):
+        why = (
+            "a simulation computes gradients when their pushes are due, which a script's loop does not wait for"
+            if config.runtime.name == "sim"
+            else NO_REPLAY
+        )
+        raise ConfigError(f"runtime: got {config.runtime.name} in a loop of your own, expected rpc: {why}")
+    if algorithm.steps > 1 or type(algorithm).local is not Algorithm.local:
+        raise ConfigError(
+            f"algorithm: got {algorithm.name} in a loop of your own, expected one without local steps, which a script's loop "
+            "does not take"
+        )
+    if config.worker.prefetch:
+        raise ConfigError(
+            f"worker.prefetch: got {config.worker.prefetch} in a loop of your own, expected 0: a script has one model, and so "
+            "one ticket at a time; more workers have the same effect"
+        )
+
+
+NO_REPLAY = (
+    "its gradients come from a script, where nothing ensures that they are functions of the parameters and the ticket, so the "
+    "run cannot be computed again to the bit"
+)
+"""Why there is no replay of such a run."""
+
+
+def _whole(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name}: got {value!r} in join(), expected a whole number >= 1")
+    return value

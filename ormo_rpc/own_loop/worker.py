@@ -1,0 +1,133 @@
+"""The worker of a loop of the user's own: takes over the gradients that the script's passes have left in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from typing_extensions import override
+
+from ormo_rpc.algorithms.base import Algorithm
+from ormo_rpc.algorithms.groups import Groups
+from ormo_rpc.compression import Allocate, PushFormat
+from ormo_rpc.errors import LoopMisused
+from ormo_rpc.messages import Push, Reply
+from ormo_rpc.models.flat import FlatModel
+from ormo_rpc.models.passes import Guarded, Passes
+from ormo_rpc.options.imports import users_line
+from ormo_rpc.worker.base import BaseWorker
+
+PRIVATE_TICKETS = 2
+"""The first tickets of a process, for which its parameters are a private copy.
+
+Later they may be the server's own memory, mapped for reading: there the system ends a process that writes to it, and nobody
+can say why.
+"""
+
+
+class OwnWorker(BaseWorker):
+    """Puts the parameters of a reply into the script's model, and makes a push of the gradients that are there later.
+
+    Args:
+        model: The script's model, in its own train or eval mode.
+        algorithm: The server's algorithm.
+        groups: As for `BaseWorker`.
+        clip_norm: As for `BaseWorker`.
+        wire_format: The wire form of pushes.
+        allocate: Allocates the memory of `payload`, given its number of bytes.
+    """
+
+    def __init__(
+        self,
+        model: FlatModel,
+        algorithm: Algorithm,
+        *,
+        groups: Groups,
+        clip_norm: float | None,
+        wire_format: PushFormat,
+        allocate: Allocate | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            algorithm,
+            groups=groups,
+            clip_norm=clip_norm,
+            wire_format=wire_format,
+            allocate=allocate,
+            passes=Passes(model, own_modes=False),
+        )
+        self._params = torch.empty(0)
+        """Those of the ticket that is held."""
+        self._tickets = 0
+        """Tickets so far, up to `PRIVATE_TICKETS`."""
+        self._names = {id(parameter): name for name, parameter in model.trainable.items()}
+        self._step_hook = _before_steps(self._refuse_step)
+
+    def begin(self, reply: Reply) -> None:
+        """Put the parameters and buffers of a reply into the model, and its gradients to zero."""
+        self._passes.begin(reply.buffers)
+        self._params = self._cast(reply.params)
+        if self._tickets < PRIVATE_TICKETS:
+            self._params = self._params.clone()
+            self._tickets += 1
+        self._begin_gradient(self._params, self.push)
+
+    def finish(self, reply: Reply, *, loss: float | None, samples: int, metrics: Mapping[str, Any]) -> Push:
+        """Make a push of the gradients that the model has now.
+
+        Raises:
+            LoopMisused: something was changed that must not be.
+            ValueError: the metrics are none.
+        """
+        self._end_gradient(self._params, self.push)
+        return self._made(reply, loss=loss, samples=samples, metrics=metrics)
+
+    def close(self) -> None:
+        """Leave the model without hooks, and let optimizers step again."""
+        self._step_hook()
+        self._passes.close()
+
+    @override
+    def _check_passes(self) -> None:
+        found = self._passes.change()
+        if found is not None:
+            raise LoopMisused(f"{users_line()}: {_changed(found)}")
+
+    def _refuse_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse a step of an optimizer that would change a parameter of the model."""
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) in self._names:
+                    raise LoopMisused(
+                        f"{users_line()}: {type(optimizer).__name__}.step() would change the parameter "
+                        f"{self._names[id(parameter)]}; in the loop of ormo_rpc.join the server does the step, so leave it out"
+                    )
+
+
+def _changed(found: Guarded) -> str:
+    """Say what was done to a parameter, or to a buffer that is no state, between two tickets."""
+    tensor, name = found.tensor, found.name
+    if tensor.requires_grad != found.trained:
+        got, expected = (str(each).lower() for each in (tensor.requires_grad, found.trained))
+        return (
+            f"model: {name}: got requires_grad={got} in the loop, expected {expected}, as at join(), where what is trained is "
+            "decided"
+        )
+    if not isinstance(tensor, torch.nn.Parameter) or not found.trained:
+        kind = "parameter" if isinstance(tensor, torch.nn.Parameter) else "buffer"
+        return f"model: {name}: this {kind}, which is not trained, was changed in the loop, expected its value at join()"
+    return (
+        f"model: the parameter {name} was changed in the loop, expected what the server has sent: leave out optimizer.step() "
+        "and whatever else writes to parameters (nn.Embedding: no max_norm); the server does the steps"
+    )
+
+
+def _before_steps(hook: Callable[[torch.optim.Optimizer], None]) -> Callable[[], None]:
+    """Call a function before each step of any optimizer; return the function that ends this."""
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG001 - the signature of torch's hook
+        hook(optimizer)
+
+    return register_optimizer_step_pre_hook(before).remove
