@@ -37,6 +37,11 @@ def main() -> None:
             os.open(os.devnull, os.O_RDWR)
     for name in ("torch", "numpy"):
         make_lazy(name)
+    if sys.argv[1:2] == ["export"]:
+        from ormo_rpc import export
+
+        export.main(sys.argv[2:], "ormo-rpc export")
+        return
     if sys.argv[1:2] == ["launch"]:
         sys.exit(_launch(sys.argv[2:]))
     with contextlib.ExitStack() as stack:

@@ -149,12 +149,25 @@ class FlatModel:
         """
         self.bind(params)
         self.buffers.load(buffers)
-        return {name: _copied(value) for name, value in self.module.state_dict().items()}
+        copies: dict[tuple[Any, ...], torch.Tensor] = {}
+        return {name: _copied(value, copies) for name, value in self.module.state_dict().items()}
 
 
-def _copied(value: Any) -> Any:
-    """A private copy of a tensor, or of a module's extra state, which may be anything."""
-    return value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
+def _copied(value: Any, copies: dict[tuple[Any, ...], torch.Tensor]) -> Any:
+    """A private copy of a tensor, or of a module's extra state, which may be anything.
+
+    Args:
+        value: It.
+        copies: Those so far, by place and form: tied tensors stay so, which a file then holds once.
+    """
+    if not isinstance(value, torch.Tensor):
+        return copy.deepcopy(value)
+    if not value.numel():
+        return value.detach().clone()
+    place = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+    if place not in copies:
+        copies[place] = value.detach().clone()
+    return copies[place]
 
 
 def sha256(*tensors: torch.Tensor) -> str:

@@ -20,7 +20,7 @@ SOURCES = {
 LAYERS: Sequence[str] = (
     "lazy_import errors console messages seeding signals options kernels algorithms schedulers server data models compression "
     "tasks worker rendezvous control transports loggers config storage report runtimes overrides composing own_loop sweeps "
-    "cli launch main __main__ training evaluate"
+    "cli launch export main __main__ training evaluate"
 ).split()
 """Each imports from itself and from those before it."""
 
@@ -50,6 +50,7 @@ ONLY_IN = {
     "matplotlib": ("report",),
     "sklearn": ("data",),
     "torchvision": ("data", "models"),
+    "safetensors": ("export",),
 }
 """The only places of outside libraries."""
 
