@@ -120,9 +120,10 @@ class OwnJob:
         self.built: ParameterServer | None = None
         """The server, once there is one."""
         self._evaluate = evaluate
-        self._trains_here = trains_here
         self._push_format: PushFormat | None = None
         self._worker: OwnWorker | None = None
+        self._lends_model = not trains_here
+        """Nobody in this process uses the script's own model so far."""
 
     def server(self, record: Callable[[Event], None], clock: Callable[[], float]) -> ParameterServer:
         """Build the parameter server at iteration 0; it calls ``record`` with each event, timed by ``clock``."""
@@ -187,7 +188,8 @@ class OwnJob:
 
     def exporter(self) -> Exporter:
         """Return a function that makes a ``state_dict``, with the names of the script's model."""
-        model = self.model.copy() if self._trains_here else self.model.flat
+        model = self.model.flat if self._lends_model else self.model.copy()  # threads of this process may export at a time
+        self._lends_model = False
 
         def export(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
             return model.state_dict(state["params"], state["buffers"])

@@ -73,6 +73,8 @@ class Evaluations:
             return
         waiting = self._copies.qsize() + len(self._running)
         if self._max_waiting is not None and waiting >= self._max_waiting and not server.ended:
+            if not self.skipped:
+                _log.warning("evaluations take longer than evaluate.every iterations; some are skipped")
             self.skipped += 1
         else:
             self._copies.put((server.iteration, seconds, server.evaluated(), server.buffers.copy()))

@@ -56,6 +56,9 @@ class Session:
         seconds_before: The run's seconds when this process took over.
         counters: Counters that survive this process.
         resumed_state: The checkpoint's state of the simulator, where a simulation continues exactly.
+
+    Raises:
+        ConfigError: a best evaluation is asked for, and there are none.
     """
 
     def __init__(
@@ -73,7 +76,9 @@ class Session:
         terminal: int | None = None,
         inline: bool = False,
     ) -> None:
-        config = job.config
+        config, evaluator = job.config, job.evaluator()
+        if config.keeps_best and evaluator is None:
+            raise ConfigError("evaluate.patience, checkpoint.best: nothing is evaluated; call worker.evaluate_with(FUNCTION)")
         self.job = job
         self.directory = RunDirectory(run_dir)
         self.clock = clock
@@ -91,7 +96,7 @@ class Session:
             )
         every = config.evaluate.every
         self.evaluations = Evaluations(
-            job.evaluator(),
+            evaluator,
             evaluation_executor,
             self.recorder,
             ranking=self.ranking if config.keeps_best else None,
