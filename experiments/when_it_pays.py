@@ -60,8 +60,8 @@ def run(setting: str, scheduler: str, lr: float, seed: int) -> dict[str, Any]:
         summary = train(overrides, run_dir=Path(folder) / "run")
         recorded = Run.load(Path(folder) / "run")
     reached = {
-        time: next((when for _, when, accuracy in zip(*recorded.accuracies(split), strict=True) if accuracy >= TARGET), None)
-        for time, split in ((TIME, "test"), (TUNING_TIME, "val"))
+        time: next((when for _, when, accuracy in zip(*recorded.evaluated(key), strict=True) if accuracy >= TARGET), None)
+        for time, key in ((TIME, "test_accuracy"), (TUNING_TIME, "val_accuracy"))
     }
     return {"lr": lr, "seed": seed, **reached, **common.select(summary, KEYS)}
 

@@ -25,6 +25,7 @@ from ormo_rpc.config.parsing import parse_config
 from ormo_rpc.config.schema import Config
 from ormo_rpc.config.write_conf import conf_dir
 from ormo_rpc.errors import ConfigError, RunFailed, one_line
+from ormo_rpc.loggers.metrics import key_of
 from ormo_rpc.overrides import keys_of, prepared
 from ormo_rpc.runtimes.attempts import former_run
 from ormo_rpc.runtimes.distributed.launcher.torchrun_agent import end_with_agent
@@ -32,8 +33,10 @@ from ormo_rpc.runtimes.distributed.preloading.preloading import Preloading
 from ormo_rpc.runtimes.ranks import TORCHRUN, Ranks
 from ormo_rpc.signals import SignalWatch, interrupting, interrupting_signal
 from ormo_rpc.storage.launch import Launch
+from ormo_rpc.storage.summary import described, metrics_of
 from ormo_rpc.storage.sweep_directory import SweepDirectory
 from ormo_rpc.sweeps import JobFailed, SweepStart
+from ormo_rpc.tasks.metrics import LOSS, main_metric
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 """Environment variable at which hydra raises its errors instead of printing them over several lines."""
@@ -216,18 +219,24 @@ def print_result(summary: dict[str, Any], run_dir: Path) -> None:
 
 
 def _result(summary: dict[str, Any], run_dir: Path) -> str:
-    accuracy, validation, loss = summary["test_accuracy"], summary["val_accuracy"], summary["train_loss"]
+    loss = summary["train_loss"]
     early = f"{summary['reason']}\n" if summary["status"] == "completed" and summary["reason"] else ""
-    workers = f"{summary['num_workers']} worker{'' if summary['num_workers'] == 1 else 's'}"
     identical = f"identical to {summary['replayed']}: every event, and each bit of the final parameters\n"
     return (
-        f"{summary['status']}: {summary['algorithm']} ({summary['scheduler']}), {workers}, "
-        f"{summary['dataset']}, {summary['model']}: {summary['iterations']} iterations in {_duration(summary)}, "
-        f"mean delay {summary['delay_mean']:.1f}, training loss {'-' if loss is None else f'{loss:.4f}'}, "
-        f"test accuracy {'-' if accuracy is None else f'{accuracy:.2%}'}"
-        f"{'' if validation is None else f', validation accuracy {validation:.2%}'}\n"
+        f"{summary['status']}: {described(summary)}: {summary['iterations']} iterations in {_duration(summary)}, "
+        f"mean delay {summary['delay_mean']:.1f}, training loss {LOSS.shown(loss)}{_evaluated(summary)}\n"
         f"{early}{identical if summary.get('identical') else ''}run directory: {run_dir}"
     )
+
+
+def _evaluated(summary: dict[str, Any]) -> str:
+    """Write the metrics that are on the progress bar, else the main one, on the test and validation splits."""
+    metrics = metrics_of(summary)
+    shown = [each for each in metrics if each.bar] or [main_metric(metrics)]
+    words = [f"test {each.name} {each.shown(summary.get(key_of('test', each.name)))}" for each in shown]
+    found = [(each, summary.get(key_of("val", each.name))) for each in shown]
+    words += [f"validation {each.name} {each.shown(value)}" for each, value in found if value is not None]
+    return "".join(f", {word}" for word in words)
 
 
 def _duration(summary: dict[str, Any]) -> str:

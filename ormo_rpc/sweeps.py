@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 import os
 import shlex
@@ -11,7 +12,7 @@ import signal
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,23 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
 
 from ormo_rpc.config.schema import GROUPS, Config
 from ormo_rpc.errors import ConfigError, Interrupted, RunFailed, RunInterrupted, one_line
+from ormo_rpc.loggers.metrics import key_of, metric_of
 from ormo_rpc.options.imports import locate
+from ormo_rpc.options.instantiate import part
 from ormo_rpc.signals import raise_interrupted
-from ormo_rpc.storage.summary import refuse_metric
+from ormo_rpc.storage.optimized_metric import higher_is_better, refuse_metric
+from ormo_rpc.storage.summary import metrics_of
 from ormo_rpc.storage.sweep_directory import FAILED, INTERRUPTED, RUNNING, JobRecord, Plan, SweepDirectory
+from ormo_rpc.tasks import Classification, Task
+from ormo_rpc.tasks.metrics import LOSS, metric_named
 
+_log = logging.getLogger(__name__)
 Run = Callable[[], tuple[Config, dict[str, Any]]]
 """Runs a job; its configuration and its summary."""
 
@@ -51,7 +59,7 @@ class SweepStart(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         plan = _plan(config.hydra)
         try:
-            _refuse_direction(config)
+            _refuse_direction(config, None if {"task", "task._target_"} & {*plan.keys} else _task(config))
             _refuse_run_id(config, plan)
             _refuse_targets(config)
         except ValueError as error:
@@ -91,12 +99,15 @@ def run_job(hydra: HydraConf, run: Run, say: Callable[[str], None]) -> float | N
     value, status, reason = None, FAILED, None
     try:
         config, summary = run()
-        status = str(summary.get("status"))
+        status, metric = str(summary.get("status")), config.searched_metric
         value = _value(config, summary, hydra)
-        if value is None and searches:
-            status, reason = FAILED, f"optimized_metric: the run has no {config.searched_metric}"
+        if value is None and (searches or config.optimized_metric is not None):
+            entries = ", ".join(key for key in summary if metric_of(key) is not None)
+            status, reason = FAILED, f"optimized_metric: the run has no {metric}, only {entries}"
         elif searches:
-            print(f"{_name(record, plan)}: {config.searched_metric} {value}")
+            print(f"{_name(record, plan)}: {metric} {value}")
+        if value is not None and math.isfinite(value):
+            record = dataclasses.replace(record, metric=metric, value=value, higher_is_better=_higher(metric, summary, hydra))
     except RunInterrupted as error:
         directory.write(dataclasses.replace(record, status=INTERRUPTED))
         raise Interrupted(error.number) from None
@@ -135,6 +146,8 @@ def end(directory: SweepDirectory, say: Callable[[str], None], *, interrupted: b
         if record.status == FAILED or (record.status == RUNNING and not interrupted):
             reason = record.reason or "its process ended without a word, or runs on"
             say(f"{_name(record, plan)} ({record.settings}): {reason}; {record.directory}")
+    if (best := _best(records)) is not None:
+        print(f"best: {_name(best, plan)} ({best.settings}): {best.metric} {best.value:.6g}; {best.directory}")
     print(f"sweep directory: {directory.path}")
     if counted["completed"]:
         print(f"compare its runs: python -m ormo_rpc.report {shlex.quote(str(directory.path))}")
@@ -195,6 +208,22 @@ def _value(config: Config, summary: dict[str, Any], hydra: HydraConf) -> float |
     return None if value is None or not math.isfinite(value) else float(value)
 
 
+def _higher(metric: str, summary: Mapping[str, Any], hydra: HydraConf) -> bool | None:
+    """Tell if a larger value is better: of what no run says, the sweeper's direction does."""
+    found = higher_is_better(metric, lambda name: metric_named(name, metrics_of(summary)))
+    return _maximizes(hydra.sweeper) if found is None and "direction" in hydra.sweeper else found
+
+
+def _best(records: Sequence[JobRecord]) -> JobRecord | None:
+    """The best of several jobs that completed; None where they are not to be compared."""
+    measured = [record for record in records if record.value is not None and record.status == "completed"]
+    if len(measured) < 2 or len({(record.metric, record.higher_is_better) for record in measured}) > 1:
+        return None
+    if measured[0].higher_is_better is None:
+        return None
+    return (max if measured[0].higher_is_better else min)(measured, key=lambda record: record.value or 0.0)
+
+
 def _maximizes(sweeper: Any) -> bool:
     direction = sweeper.get("direction")
     return getattr(direction, "name", direction) == "maximize"
@@ -212,25 +241,40 @@ def _refuse_targets(config: DictConfig) -> None:
             locate(group, target)
 
 
-def _refuse_direction(config: DictConfig) -> None:
+def _task(config: DictConfig) -> Task | None:
+    """The task of all jobs; None where it cannot be made, which the jobs tell."""
+    try:
+        made = part("task", OmegaConf.to_container(config.task, resolve=True), Classification)
+    except (ValueError, OmegaConfBaseException):
+        return None
+    assert isinstance(made, Task)
+    return made
+
+
+def _refuse_direction(config: DictConfig, task: Task | None) -> None:
     """Refuse an unknown metric, and a direction that would look for the worst value.
 
     Raises:
         ConfigError: it is such a one.
     """
     name = config.get("optimized_metric")
-    refuse_metric(name)
+    refuse_metric(name, task)
     sweeper = config.hydra.sweeper
     if "direction" not in sweeper:
         return
     if isinstance(sweeper.direction, ListConfig):
         raise ConfigError(f"hydra.sweeper.direction: got {sweeper.direction}, expected minimize or maximize, for one metric")
-    for ending, maximizes in (("_loss", False), ("_accuracy", True)):
-        if str(name or "test_loss").endswith(ending) and _maximizes(sweeper) != maximizes:
-            given, expected = ("minimize", "maximize") if maximizes else ("maximize", "minimize")
-            raise ConfigError(
-                f"hydra.sweeper.direction: got {given}, expected {expected} with optimized_metric={name or 'null (a loss)'}"
-            )
+    maximizes = higher_is_better(name or key_of("test", LOSS.name), metric_named if task is None else task.metric)
+    if maximizes is None or _maximizes(sweeper) == maximizes:
+        return
+    given, expected = ("minimize", "maximize") if maximizes else ("maximize", "minimize")
+    said = f"hydra.sweeper.direction: got {given}, expected {expected} with optimized_metric={name or 'null (a loss)'}"
+    found = metric_of(name or "")
+    declared = (LOSS, *([] if task is None else task.metrics()))
+    if found is not None and found[1] not in [each.name for each in declared]:
+        _log.warning("%s, as far as its name tells", said)
+        return
+    raise ConfigError(said)
 
 
 def _refuse_run_id(config: DictConfig, plan: Plan) -> None:

@@ -18,5 +18,5 @@ def start_logs(logger: Logger, run: RunInfo, terminal: int | None) -> list[RunLo
         run: The run to be logged.
         terminal: A file descriptor of the terminal, if there is one.
     """
-    bar = [ProgressBar(run.total_iterations, terminal)] if logger.progress and terminal is not None else []
+    bar = [ProgressBar(run.total_iterations, terminal, run.metric)] if logger.progress and terminal is not None else []
     return [logger.start(run), *bar]

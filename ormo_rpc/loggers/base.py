@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ormo_rpc.loggers.statistics import Statistics
 from ormo_rpc.options import Part, at_least_one, option, positive
+from ormo_rpc.tasks.metrics import TaskMetric, metric_named
 
 _SAID_BY_NAME = ("algorithm", "scheduler", "workers", "seed")
 _NO_SETTING = ("logger", "checkpoint", "server", "hydra")
@@ -29,6 +30,7 @@ class RunInfo:
         sweep: The name of the sweep that the run belongs to.
         continues: The run directory that ``checkpoint.resume`` names.
         rows: Those of metrics.jsonl so far, where an earlier server process of this run has died.
+        metric: Declares a metric of its evaluations (without ``test_`` or ``val_``).
     """
 
     name: str
@@ -39,6 +41,7 @@ class RunInfo:
     sweep: str | None = None
     continues: Path | None = None
     rows: Sequence[Mapping[str, Any]] = ()
+    metric: Callable[[str], TaskMetric] = metric_named
 
     @property
     def title(self) -> str:

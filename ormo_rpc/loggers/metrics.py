@@ -1,6 +1,7 @@
 """Metrics: one declaration each drives metrics.jsonl, wandb, the progress bar, summary.json and the table of the report.
 
-A metric is a field of `Metrics`; to add one, add a field::
+Those of evaluations are the task's (`TaskMetric`), and those that an own loop pushes have but a name. Any other one is a field
+of `Metrics`; to add one, add a field::
 
     delay_90_percent: int | None = metric(
         "90% of the applied gradients have at most this delay",
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from ormo_rpc.loggers.means import Means
 from ormo_rpc.loggers.statistics import Statistics
 from ormo_rpc.worker.evaluation import Evaluation
 
@@ -125,12 +127,9 @@ class Metrics:
         in_rows=Rows.evaluation,
     )
     test_accuracy: float | None = metric(
-        "accuracy on the test split, in [0, 1]",
+        "accuracy on the test split, in [0, 1]; of tasks that have one",
         lambda at: at.evaluated("test", "accuracy"),
         in_rows=Rows.evaluation,
-        bar="accuracy",
-        column="test accuracy",
-        form=".2%",
     )
     val_loss: float | None = metric(
         "mean loss on the validation split, over the targets that count",
@@ -138,12 +137,9 @@ class Metrics:
         in_rows=Rows.evaluation,
     )
     val_accuracy: float | None = metric(
-        "accuracy on the validation split, in [0, 1]",
+        "accuracy on the validation split, in [0, 1]; of tasks that have one",
         lambda at: at.evaluated("val", "accuracy"),
         in_rows=Rows.evaluation,
-        bar="val accuracy",
-        column="val accuracy",
-        form=".2%",
     )
     updates_per_second: float | None = metric(
         "gradients applied per second, from the first ticket to the last applied gradient",
@@ -184,6 +180,8 @@ class Metrics:
 
 METRICS: Mapping[str, Metric] = {field.name: field.metadata["metric"] for field in dataclasses.fields(Metrics)}
 """The declarations by name."""
+SPLITS = ("test", "val")
+"""The splits of an evaluation, as keys have them."""
 
 
 def measure(at: Measurements) -> dict[str, Any]:
@@ -192,8 +190,8 @@ def measure(at: Measurements) -> dict[str, Any]:
 
 
 def measure_by_name(at: Measurements) -> dict[str, float]:
-    """Compute the metrics of the whole run that are declared nowhere, by their keys in the summary."""
-    return _named(at.statistics.metrics.means())
+    """Compute the metrics of the whole run that are declared nowhere here, by their keys in the summary."""
+    return _pushed(at.statistics.metrics) | _evaluated(at)
 
 
 def row_of(at: Measurements, rows: Rows) -> dict[str, Any]:
@@ -204,8 +202,29 @@ def row_of(at: Measurements, rows: Rows) -> dict[str, Any]:
             value = declared.measure(name, at)
             if value is not None:
                 row[name] = value if declared.digits is None else round(value, declared.digits)
-    return row | (_named(at.statistics.recent_metrics.means()) if rows is Rows.interval else {})
+    if rows is Rows.interval:
+        return row | _pushed(at.statistics.recent_metrics)
+    return row | _evaluated(at)
 
 
-def _named(means: Mapping[str, float]) -> dict[str, float]:
-    return {f"train_{name}": mean for name, mean in means.items()}
+def key_of(split: str, name: str) -> str:
+    """The key of a metric of evaluations on the split ``test`` or ``val``."""
+    return f"{split}_{name}"
+
+
+def metric_of(key: str) -> tuple[str, str] | None:
+    """Split ``test`` or ``val``, and name, of a metric of evaluations; None for a key of anything else."""
+    split, _, name = key.partition("_")
+    return (split, name) if split in SPLITS and name else None
+
+
+def _pushed(metrics: Means) -> dict[str, float]:
+    return {f"train_{name}": mean for name, mean in metrics.means().items()}
+
+
+def _evaluated(at: Measurements) -> dict[str, float]:
+    if at.evaluation is None:
+        return {}
+    found = zip(SPLITS, (at.evaluation.test, at.evaluation.validation or {}), strict=True)
+    named = {key_of(split, name): value for split, values in found for name, value in values.items()}
+    return {key: value for key, value in named.items() if key not in METRICS}

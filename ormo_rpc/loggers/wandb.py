@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -17,8 +17,10 @@ from typing_extensions import override
 
 from ormo_rpc.errors import one_line
 from ormo_rpc.loggers.base import Logger, RunInfo, RunLog
+from ormo_rpc.loggers.metrics import metric_of
 from ormo_rpc.loggers.statistics import Statistics
 from ormo_rpc.options import option, positive, register
+from ormo_rpc.tasks.metrics import TaskMetric, metric_named
 
 ENVIRONMENT: Mapping[str, str] = {
     "mode": "WANDB_MODE",
@@ -172,10 +174,11 @@ class WandbLogger(Logger):
         if not started.disabled:
             (run.directory / ID_FILE).write_text(started.id)
         started.define_metric("*", step_metric="iteration")
-        if started.offline:
-            for row in run.rows:  # wandb's process may have died with the server before it wrote them
-                started.log(dict(row))
-        return WandbRunLog(started, wandb.Histogram)
+        log = WandbRunLog(started, wandb.Histogram, run.metric)
+        for row in run.rows if started.offline else ():  # wandb's process may have died with the server before it wrote them
+            log.define(row)
+            started.log(dict(row))
+        return log
 
     def _arguments(self, run: RunInfo, run_id: str | None) -> dict[str, Any]:
         """The arguments of ``wandb.init``; None where the environment says it, or wandb's own default counts."""
@@ -220,12 +223,16 @@ class WandbRunLog(RunLog):
     Args:
         run: As ``wandb.init`` returns it.
         histogram: The class ``wandb.Histogram``.
+        metric: Declares a metric of evaluations.
     """
 
-    def __init__(self, run: Any, histogram: Any) -> None:
+    def __init__(self, run: Any, histogram: Any, metric: Callable[[str], TaskMetric] = metric_named) -> None:
         self.run = run
         self.histogram = histogram
+        self.metric = metric
         self._broken = False
+        self._defined: set[str] = set()
+        """The metrics whose best value wandb keeps."""
 
     @override
     def log(self, row: Mapping[str, Any], statistics: Statistics) -> None:
@@ -233,9 +240,10 @@ class WandbRunLog(RunLog):
             return
         pushes = statistics.pushes_per_worker
         per_worker = {f"delay/worker_{w}": statistics.delay_sum_per_worker[w] / n for w, n in sorted(pushes.items())}
-        with_histogram = "test_accuracy" in row and statistics.applied > 0  # large, so with evaluations only
+        with_histogram = "test_loss" in row and statistics.applied > 0  # large, so with evaluations only
         delays = {"delay/histogram": self._histogram(statistics.delay_counts())} if with_histogram else {}
         try:
+            self.define(row)
             self.run.log({**row, **per_worker, **delays})
         except Exception as error:  # its process may be gone, which it tells by errors of many kinds
             self._broken = True
@@ -243,8 +251,18 @@ class WandbRunLog(RunLog):
 
     @override
     def finish(self, summary: Mapping[str, Any]) -> None:
-        self.run.summary.update(dict(summary))
+        # Of these wandb has the last value, too; one number would take the place of both.
+        self.run.summary.update({key: value for key, value in summary.items() if key not in self._defined})
         self.run.finish()
+
+    def define(self, row: Mapping[str, Any]) -> None:
+        """Have wandb keep the best value of each metric of evaluations in a row, beside the last one."""
+        for key in row:
+            found = metric_of(key)
+            if found is not None and key not in self._defined:
+                best = "max" if self.metric(found[1]).higher_is_better else "min"
+                self.run.define_metric(key, step_metric="iteration", summary=f"{best},last")
+                self._defined.add(key)
 
     def _histogram(self, counts: list[int]) -> Any:
         """Make a histogram of delays 0, 1, ..., with bins as wide as wandb's limit on their number asks for."""

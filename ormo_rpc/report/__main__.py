@@ -14,7 +14,7 @@ from ormo_rpc.errors import ConfigError
 from ormo_rpc.report import pictures
 from ormo_rpc.report.page import page
 from ormo_rpc.report.runs import differing_keys, group_by_setting, load_runs
-from ormo_rpc.report.table import as_text, in_common, notes, rows
+from ormo_rpc.report.table import BEST, BEST_NOTE, as_text, in_common, notes, rows
 
 MAX_SINGLE_RUNS = 12
 """Groups whose first run the page shows with delays and timeline."""
@@ -39,8 +39,9 @@ def main() -> None:
         sys.exit(2)
     groups = group_by_setting(runs)
     table, keys = rows(groups), differing_keys(groups)
-    above, below = in_common(groups), [*notes(groups), *left_out]
-    figures = {"Loss and accuracy": pictures.comparison(groups)}
+    marks = [BEST_NOTE] if any(cell.endswith(f" {BEST}") for row in table for cell in row) else []
+    above, below = in_common(groups), [*marks, *notes(groups), *left_out]
+    figures = {"Losses and metrics": pictures.comparison(groups)}
     figures |= {
         f"{group.label(keys)}: delays and timeline": pictures.single(group.runs[0]) for group in groups[:MAX_SINGLE_RUNS]
     }

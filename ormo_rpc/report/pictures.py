@@ -10,55 +10,72 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ormo_rpc.loggers.metrics import key_of
 from ormo_rpc.report.runs import Group, Run, differing_keys
+from ormo_rpc.storage.summary import described
+from ormo_rpc.tasks.metrics import TaskMetric
 
 TIMELINE_TICKETS = 80
 """Updates that the timeline covers."""
 
 
 def comparison(groups: Sequence[Group]) -> Figure:
-    """Plot loss and accuracy of each group over epochs and seconds, with a line per seed and a colour per group."""
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    axes = figure.subplots(2, 2)
+    """Plot losses and the main metric over epochs and seconds, for each task: a line per seed and a colour per group."""
+    kinds = [*dict.fromkeys((group.setting.get("task"), group.runs[0].main_metric.name) for group in groups)]
+    figure = Figure(figsize=(11, 8 * len(kinds)), layout="constrained")
+    axes = figure.subplots(2 * len(kinds), 2)
     keys = differing_keys(groups)
     colours = matplotlib.colormaps["tab20"]
     for number, group in enumerate(groups):
+        metric = group.runs[0].main_metric
+        first = 2 * kinds.index((group.setting.get("task"), metric.name))
         style = {"color": colours(number % 20), "linewidth": 1.0}
         for run in group.runs:
             label = group.label(keys) if run is group.runs[0] else None
-            for row, (epochs, seconds, values) in enumerate((run.losses(), run.accuracies())):
+            for row, (epochs, seconds, values) in enumerate((run.losses(), run.evaluated(key_of("test", metric.name)))):
                 marker = "." if row else ""
-                axes[row][0].plot(epochs, values, label=label, marker=marker, **style)
-                axes[row][1].plot(seconds, values, marker=marker, **style)
-    for column, unit in enumerate(("epochs", _seconds(groups))):
-        axes[0][column].set(xlabel=unit, ylabel="training loss", yscale="log")
-        axes[1][column].set(xlabel=unit, ylabel="test accuracy")
+                axes[first + row][0].plot(epochs, values, label=label, marker=marker, **style)
+                axes[first + row][1].plot(seconds, values, marker=marker, **style)
+        for column, unit in enumerate(("epochs", _seconds(groups))):
+            axes[first][column].set(xlabel=unit, ylabel="training loss")
+            axes[first + 1][column].set(xlabel=unit, ylabel=_name(metric))
     for each in axes.flat:
         each.grid(alpha=0.3)
-    axes[0][0].legend(fontsize="small")
+    for each in axes[::2].flat:
+        _logarithmic(each)
+    for each in axes[::2, 0]:
+        each.legend(fontsize="small")
     return figure
 
 
 def single(run: Run) -> Figure:
-    """Plot loss and accuracy over seconds, the histogram of delays, and the timeline of the workers."""
+    """Plot loss and main metric over seconds, the histogram of delays, and the timeline of the workers."""
     figure = Figure(figsize=(10, 6), layout="constrained")
-    loss_axes, accuracy_axes, delay_axes, timeline_axes = figure.subplots(2, 2).flat
-    summary = run.summary
-    figure.suptitle(
-        f"{summary['algorithm']} ({summary['scheduler']}), {summary['num_workers']} workers, "
-        f"{summary['dataset']}, {summary['model']}: {summary['status']}"
-    )
+    loss_axes, metric_axes, delay_axes, timeline_axes = figure.subplots(2, 2).flat
+    summary, metric = run.summary, run.main_metric
+    figure.suptitle(f"{described(summary)}: {summary['status']}")
     for axes, (_, seconds, values), name in (
         (loss_axes, run.losses(), "training loss"),
-        (accuracy_axes, run.accuracies(), "test accuracy"),
+        (metric_axes, run.evaluated(key_of("test", metric.name)), _name(metric)),
     ):
-        axes.plot(seconds, values, marker="." if axes is accuracy_axes else "")
+        axes.plot(seconds, values, marker="." if axes is metric_axes else "")
         axes.set(xlabel="seconds", ylabel=name)
         axes.grid(alpha=0.3)
-    loss_axes.set_yscale("log")
+    _logarithmic(loss_axes)
     _delays(delay_axes, run)
     _timeline(timeline_axes, run)
     return figure
+
+
+def _name(metric: TaskMetric) -> str:
+    return f"test {metric.name} ({'higher' if metric.higher_is_better else 'lower'} is better)"
+
+
+def _logarithmic(axes: Axes) -> None:
+    """Have a logarithmic axis of losses, unless one is negative or all are 0: a loss of the user's own may be anything."""
+    values = [float(value) for line in axes.lines for value in np.asarray(line.get_ydata())]
+    if not any(value < 0 for value in values) and any(value > 0 for value in values):
+        axes.set_yscale("log")
 
 
 def _seconds(groups: Sequence[Group]) -> str:

@@ -12,8 +12,9 @@ from ormo_rpc.errors import ConfigError
 from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.report.settings import MISSING, differing, identity, read_setting, shown
 from ormo_rpc.storage.run_directory import TRACE, read_fingerprint, read_metrics, read_trace
-from ormo_rpc.storage.summary import FILE, read_summary
+from ormo_rpc.storage.summary import FILE, metrics_of, read_summary
 from ormo_rpc.storage.sweep_directory import SweepDirectory
+from ormo_rpc.tasks.metrics import TaskMetric, main_metric
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,20 @@ class Run:
                 seconds.append(event["seconds"])
         return epochs, seconds, averages
 
-    def accuracies(self, split: str = "test") -> tuple[list[float], list[float], list[float]]:
-        """Return epochs, seconds and accuracy on a split, ``test`` or ``val``, of every evaluation."""
-        name = f"{split}_accuracy"
-        rows = [row for row in self.metrics if row.get(name) is not None]
-        return [row["epoch"] for row in rows], [row["seconds"] for row in rows], [row[name] for row in rows]
+    def evaluated(self, key: str) -> tuple[list[float], list[float], list[float]]:
+        """Return epochs, seconds and values of a metric such as ``test_accuracy`` in every evaluation."""
+        rows = [row for row in self.metrics if row.get(key) is not None]
+        return [row["epoch"] for row in rows], [row["seconds"] for row in rows], [row[key] for row in rows]
+
+    @property
+    def task_metrics(self) -> tuple[TaskMetric, ...]:
+        """The metrics of its evaluations, the loss first."""
+        return metrics_of(self.summary)
+
+    @property
+    def main_metric(self) -> TaskMetric:
+        """The metric that its curve is of."""
+        return main_metric(self.task_metrics)
 
 
 @dataclass(frozen=True)

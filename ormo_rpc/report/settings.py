@@ -120,10 +120,10 @@ def _plain(value: Any) -> Any:
 
 
 def _effective(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out the seed and what has no effect, of a simulation without a model also model and data."""
+    """Leave out the seed and what has no effect, of a simulation without a model also model, data and task."""
     found = {key: value for key, value in options.items() if not _without_effect(key, options)}
     if options.get("runtime") == "sim" and options.get("runtime.gradient", "real") != "real":
-        found = {key: value for key, value in found.items() if key.partition(".")[0] not in ("dataset", "model")}
+        found = {key: value for key, value in found.items() if key.partition(".")[0] not in ("dataset", "model", "task")}
         found["model"] = options["runtime.gradient"]
     return found
 

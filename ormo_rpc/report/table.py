@@ -4,29 +4,69 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from ormo_rpc.loggers.metrics import METRICS
+from ormo_rpc.loggers.metrics import METRICS, SPLITS, key_of
 from ormo_rpc.report.runs import Group, Run, differing_keys
-from ormo_rpc.report.settings import MISSING, shared, shown
+from ormo_rpc.report.settings import MISSING, identity, shared, shown
+from ormo_rpc.tasks.metrics import LOSS, TaskMetric
 
-COLUMNS = {name: metric for name, metric in METRICS.items() if metric.column}
-"""The metrics that have a column."""
 ENVIRONMENT = ("commit", "torch", "cpu", "capability")
 """Entries of a trace's header in which runs of one comparison should agree."""
+
+
+BEST = "*"
+"""Marks the best mean of a column, among settings of one task and data set."""
+BEST_NOTE = f"{BEST} the best mean of its column"
+
+
+@dataclass(frozen=True)
+class Column:
+    """The column of a metric.
+
+    Attributes:
+        heading: Its heading.
+        key: The entry of the summary.
+        form: The format of a value.
+        higher_is_better: The direction in which a mean is better; None: none is marked.
+    """
+
+    heading: str
+    key: str
+    form: str
+    higher_is_better: bool | None = None
+
+
+def columns(groups: Sequence[Group]) -> list[Column]:
+    """List the columns of metrics: those of evaluations behind the training loss; their loss only where there is no other."""
+    declared = [Column(metric.column, name, metric.form) for name, metric in METRICS.items() if metric.column]
+    at = 1 + next(n for n, column in enumerate(declared) if column.key == "train_loss")
+    metrics: dict[str, TaskMetric] = {}
+    for run in (run for group in groups for run in group.runs):
+        others = [metric for metric in run.task_metrics if metric.name != LOSS.name]
+        for metric in others or [LOSS]:
+            metrics.setdefault(metric.name, metric)
+    evaluated = [
+        Column(f"{split} {name}", key_of(split, name), metric.form, metric.higher_is_better)
+        for name, metric in metrics.items()
+        for split in SPLITS
+    ]
+    return [*declared[:at], *evaluated, *declared[at:]]
 
 
 def rows(groups: Sequence[Group]) -> list[tuple[str, ...]]:
     """Return the header and a row for each group: mean and standard deviation over the runs that completed.
 
-    A column that no run has a value for is left out.
+    A column that no run has a value for is left out. The best mean of a metric of evaluations is marked (`BEST`).
     """
-    keys = differing_keys(groups)
+    keys, metrics = differing_keys(groups), columns(groups)
     seconds = ("virtual seconds", "seconds", "start and end")
-    header = (*keys, "seeds", *(metric.column for metric in COLUMNS.values()), *seconds, "diverged")
-    body = [(*(group.cell(key) for key in keys), *_figures(group)) for group in groups]
+    header = (*keys, "seeds", *(column.heading for column in metrics), *seconds, "diverged")
+    marked = {(id(group), column.key) for column in metrics for group in _best(groups, column)}
+    body = [(*(group.cell(key) for key in keys), *_figures(group, metrics, marked)) for group in groups]
     kept = [n for n, column in enumerate(zip(*body, strict=True)) if set(column) != {MISSING}]
     return [tuple(row[n] for n in kept) for row in (header, *body)]
 
@@ -84,9 +124,29 @@ def _different(entry: str, runs: Sequence[Run]) -> str:
     return f"Runs of different {entry}: {values}" if len(counts) > 1 else ""
 
 
-def _figures(group: Group) -> tuple[str, ...]:
+def _completed(group: Group) -> list[dict[str, Any]]:
+    return [run.summary for run in group.runs if run.completed]
+
+
+def _best(groups: Sequence[Group], column: Column) -> Iterator[Group]:
+    """Yield the groups with the best mean of a column, of each task and data set of which there are several."""
+    if column.higher_is_better is None:
+        return
+    metric = TaskMetric(column.key, "", higher_is_better=column.higher_is_better)
+    alike: dict[str, list[tuple[Group, float]]] = {}
+    for group in groups:
+        values = _values(_completed(group), column.key)
+        if values:
+            of = identity([group.setting.get("task"), group.setting.get("dataset")])
+            alike.setdefault(of, []).append((group, statistics.fmean(values)))
+    for found in alike.values():
+        if len(found) > 1:
+            yield from (group for group, mean in found if not any(metric.is_better(other, mean) for _, other in found))
+
+
+def _figures(group: Group, metrics: Sequence[Column], marked: Collection[tuple[int, str]]) -> tuple[str, ...]:
     """The cells of a group behind its setting."""
-    completed = [run.summary for run in group.runs if run.completed]
+    completed = _completed(group)
     diverged = sum(run.summary["status"] == "diverged" for run in group.runs)
     simulated = group.setting.get("runtime") == "sim"
     # Earlier versions measured the time of training as wall_seconds.
@@ -95,7 +155,10 @@ def _figures(group: Group) -> tuple[str, ...]:
     besides = [start + end for start, end in others if start is not None and end is not None]
     return (
         str(len(group.runs)),
-        *(spread(_values(completed, name), metric.form) for name, metric in COLUMNS.items()),
+        *(
+            spread(_values(completed, column.key), column.form) + f" {BEST}" * ((id(group), column.key) in marked)
+            for column in metrics
+        ),
         spread(_values(completed, "virtual_seconds"), ".1f"),
         spread(_values(real, "seconds"), ".1f"),
         spread(besides, ".1f"),

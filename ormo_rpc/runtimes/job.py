@@ -26,7 +26,7 @@ from ormo_rpc.server.build import build_server
 from ormo_rpc.server.events import Event
 from ormo_rpc.server.lr_schedule import LearningRate
 from ormo_rpc.server.parameter_server import ParameterServer
-from ormo_rpc.tasks.metrics import TaskMetric, metric_named
+from ormo_rpc.tasks.metrics import TaskMetric
 from ormo_rpc.worker.dummy import DummyWorker
 from ormo_rpc.worker.evaluation import Evaluation, Evaluator
 from ormo_rpc.worker.worker import Worker
@@ -267,7 +267,7 @@ class Job:
 
     def metric(self, name: str) -> TaskMetric:
         """Return the declaration of a metric in evaluations, by its name there; of an unknown one what its name tells."""
-        return metric_named(name, self.config.task.metrics())
+        return self.config.task.metric(name)
 
     def exporter(self) -> Exporter:
         """Return a function that makes a ``state_dict``, with a model of its own."""

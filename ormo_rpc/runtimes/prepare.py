@@ -22,7 +22,7 @@ from ormo_rpc.runtimes.trial import try_job
 from ormo_rpc.server.build import check_resumable
 from ormo_rpc.server.lr_schedule import LearningRate
 from ormo_rpc.storage import best, checkpoint
-from ormo_rpc.storage.summary import refuse_metric
+from ormo_rpc.storage.optimized_metric import refuse_metric
 
 RESUMED_KEYS = (
     *(
@@ -60,7 +60,7 @@ def check(
     Raises:
         ConfigError: it cannot be run; the message has the key to change.
     """
-    refuse_metric(config.optimized_metric, validation=config.dataset.validation > 0)
+    refuse_metric(config.optimized_metric, config.task, validation=config.dataset.validation > 0)
     config.refuse_unavailable()
     resumed = None
     if config.checkpoint.resume is not None and isinstance(config.runtime, ReplayRuntime):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from ormo_rpc.config.saving import to_tree
-from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.loggers import RunInfo, start_logs
 from ormo_rpc.loggers.metrics import measure, measure_by_name
@@ -28,7 +27,7 @@ from ormo_rpc.storage.counters import RunCounters
 from ormo_rpc.storage.journal import FileJournal, Journal, recover
 from ormo_rpc.storage.launch import Launch
 from ormo_rpc.storage.run_directory import RunDirectory, read_fingerprint, rows_so_far
-from ormo_rpc.storage.summary import Summary, identity
+from ormo_rpc.storage.summary import Summary, identity, metrics_as_dict
 
 _log = logging.getLogger(__name__)
 
@@ -82,7 +81,7 @@ class Session:
         self.job = job
         self.directory = RunDirectory(run_dir)
         self.clock = clock
-        info = _run_info(config, run_dir, job.total_tickets)
+        info = _run_info(job, run_dir)
         logs = evaluation_executor.submit(start_logs, config.logger, info, terminal)  # wandb's takes a second or more
         self.recorder = Recorder(job, self.directory, logs, clock, extra_metrics)
         self.server = job.server(self.recorder.record, clock)
@@ -273,6 +272,12 @@ class Session:
         self.journal.close()
         return self.recorder.close(Summary(**{**self._summary_entries(state), **entries}))
 
+    def _metrics(self) -> dict[str, dict[str, Any]]:
+        """The metrics of the evaluations, or of the task where there was none."""
+        evaluation, declared = self.recorder.evaluation, self.job.config.task.metrics()
+        names = [each.name for each in declared] if evaluation is None else evaluation.test
+        return metrics_as_dict(map(self.job.metric, names))
+
     def _summary_entries(self, state: Mapping[str, Any]) -> dict[str, Any]:
         statistics = self.recorder.statistics
         # One that was recovered from the journal may have been finished by the process before.
@@ -283,6 +288,7 @@ class Session:
         return {
             **measure(measurements),
             "by_name": measure_by_name(measurements),
+            "metrics": self._metrics(),
             **identity(self.job.config),
             **ended,
             "reason": "; ".join(filter(None, (ended["reason"], self.evaluations.failure))) or None,
@@ -306,15 +312,17 @@ class Session:
         }
 
 
-def _run_info(config: Config, run_dir: Path, total_iterations: int) -> RunInfo:
+def _run_info(job: JobLike, run_dir: Path) -> RunInfo:
+    config = job.config
     launch, resume = Launch.read(run_dir), config.checkpoint.resume
     return RunInfo(
         name=f"{config.algorithm.name}-{config.scheduler.name}-{config.num_workers}w-seed{config.seed}",
         config=to_tree(config),
         directory=run_dir,
-        total_iterations=total_iterations,
+        total_iterations=job.total_tickets,
         overrides=launch.overrides,
         sweep=launch.sweep,
         continues=None if resume is None else checkpoint.run_directory_of(Path(resume)),
         rows=rows_so_far(run_dir),
+        metric=job.metric,
     )

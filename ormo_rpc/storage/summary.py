@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from ormo_rpc.config.runtimes import GradientKind, SimRuntime
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.loggers.metrics import Metrics
 from ormo_rpc.storage.run_directory import check_present, write_json
+from ormo_rpc.tasks import Classification, TaskMetric
 
 FILE = "summary.json"
 TERMINAL_STATUSES = ("completed", "diverged")
@@ -70,6 +71,9 @@ class Summary(Metrics):
     virtual_seconds: float | None = entry("simulated seconds that the run took")
     rolled_back: int | None = entry("updates undone because a server process died")
     incarnations: int | None = entry("server processes that the run had")
+    metrics: dict[str, dict[str, Any]] | None = entry(
+        "by name, what the metrics of its evaluations mean, whether higher is better, and how a value is written"
+    )
     failed_evaluations: int | None = entry("evaluations that failed, see the server's log")
     evictions: list[dict[str, Any]] | None = entry(
         "evicted workers: worker, process, host, reason, cause where the server's launcher knows it, and the tickets they held"
@@ -98,7 +102,10 @@ class Summary(Metrics):
 
     by_name: Mapping[str, float] = dataclasses.field(
         default_factory=dict[str, float],
-        metadata={"doc": "train_NAME: mean of what an own loop has pushed by name, over all applied gradients"},
+        metadata={
+            "doc": "train_NAME: mean of what an own loop has pushed by name, over all applied gradients; "
+            "test_NAME and val_NAME: further metrics of the task"
+        },
     )
     """Metrics that only this run has, each a key of its own in the file."""
 
@@ -137,21 +144,26 @@ def identity(config: Config) -> dict[str, Any]:
     }
 
 
-def refuse_metric(name: str | None, *, validation: bool = True) -> None:
-    """Refuse a value of ``optimized_metric`` that no summary has as a number.
+def described(summary: Mapping[str, Any]) -> str:
+    """Write what ran in a few words, such as ``ormo (async), 1 worker, digits, mlp``."""
+    workers = f"{summary['num_workers']} worker{'' if summary['num_workers'] == 1 else 's'}"
+    return f"{summary['algorithm']} ({summary['scheduler']}), {workers}, {summary['dataset']}, {summary['model']}"
 
-    Args:
-        name: The value.
-        validation: There is a validation split.
 
-    Raises:
-        ConfigError: it is such a one.
-    """
-    numbers = [key for key, kind in get_type_hints(Summary).items() if key != BY_NAME and set(get_args(kind)) & {int, float}]
-    if name is not None and name not in numbers:
-        raise ConfigError(f"optimized_metric: got {name!r}, expected one of {', '.join(sorted(numbers))}")
-    if name is not None and name.startswith("val_") and not validation:
-        raise ConfigError(f"optimized_metric: got {name} without a validation split; set dataset.validation=0.1")
+def metrics_as_dict(metrics: Iterable[TaskMetric]) -> dict[str, dict[str, Any]]:
+    """Return the entry ``metrics`` of a summary, which `metrics_of` reads."""
+    return {each.name: {key: value for key, value in dataclasses.asdict(each).items() if key != "name"} for each in metrics}
+
+
+def metrics_of(summary: Mapping[str, Any]) -> tuple[TaskMetric, ...]:
+    """Return the metrics of a run's evaluations, the loss first; those of classification where an earlier version wrote it."""
+    found: Mapping[str, Mapping[str, Any]] | None = summary.get("metrics")
+    if found is None:
+        return Classification().metrics()
+    known = {field.name for field in dataclasses.fields(TaskMetric)}
+    return tuple(
+        TaskMetric(name=name, **{key: value for key, value in each.items() if key in known}) for name, each in found.items()
+    )
 
 
 def write_summary(run_dir: Path, summary: Summary) -> dict[str, Any]:

@@ -28,6 +28,9 @@ class JobRecord:
         directory: Its run directory.
         status: That of its summary; ``running`` until its end, ``failed`` also where it was refused.
         reason: Why it failed.
+        metric: The entry of its summary that is optimised.
+        value: Its value, where it is a finite number.
+        higher_is_better: Whether a larger one is better; None where there is no telling.
     """
 
     number: int
@@ -35,6 +38,9 @@ class JobRecord:
     directory: str
     status: str = RUNNING
     reason: str | None = None
+    metric: str | None = None
+    value: float | None = None
+    higher_is_better: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 
 from ormo_rpc.data import DataSet
 from ormo_rpc.data.collate import TARGET_KEYS
 from ormo_rpc.options import Part
-from ormo_rpc.tasks.metrics import LOSS, Sums, TaskMetric
+from ormo_rpc.tasks.metrics import LOSS, Sums, TaskMetric, metric_named
 
 
 class UnfitTargets(ValueError):
@@ -29,10 +29,16 @@ class Task(Part, ABC):
     """
 
     PATH = "task"
+    OPEN_METRICS: ClassVar[bool] = False
+    """Evaluations may have metrics that are not declared before."""
 
     def metrics(self) -> tuple[TaskMetric, ...]:
         """Declare the metrics of an evaluation: "loss" first, then those that `means` returns beside it."""
         return (LOSS,)
+
+    def metric(self, name: str) -> TaskMetric:
+        """Return the declaration of a metric; of one that is not declared before what its name tells."""
+        return metric_named(name, self.metrics())
 
     def forward(self, model: torch.nn.Module, batch: Any) -> Any:
         """Return what the model makes of a batch.

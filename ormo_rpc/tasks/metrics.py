@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,14 +30,35 @@ class TaskMetric:
     form: str = ".4f"
     bar: str = ""
 
+    def __post_init__(self) -> None:
+        try:
+            format(0.5, self.form)
+        except ValueError as error:
+            raise ValueError(f"metric {self.name}: form: got {self.form!r}, expected a format of numbers: {error}") from None
+
+    def is_better(self, value: float, other: float) -> bool:
+        """Tell if a value is better than another one; NaN is better than none, and any number better than NaN."""
+        if math.isnan(value) or math.isnan(other):
+            return math.isnan(other) and not math.isnan(value)
+        return value > other if self.higher_is_better else value < other
+
+    def shown(self, value: float | None) -> str:
+        """Format a value; a dash where there is none."""
+        return "-" if value is None else format(value, self.form)
+
 
 LOSS = TaskMetric("loss", "mean loss over the targets that count", higher_is_better=False)
 """The metric that every task has, and the first one of each."""
 
 
+def main_metric(declared: Sequence[TaskMetric]) -> TaskMetric:
+    """Return the first metric beside the loss, or the loss where there is none."""
+    return next((each for each in declared if each.name != LOSS.name), LOSS)
+
+
 def metric_named(name: str, declared: Iterable[TaskMetric] = ()) -> TaskMetric:
     """Return the declared metric of this name; of an unknown one tell by its name which direction is better."""
-    for each in declared:
+    for each in (*declared, LOSS):
         if each.name == name:
             return each
     words = name.lower().split("_")

@@ -17,12 +17,12 @@ class FakeRun:
         self.offline = offline
         self.logged: list[dict[str, Any]] = []
         self.summary: dict[str, Any] = {}
-        self.metrics: list[tuple[str, str]] = []
+        self.metrics: list[tuple[str, str, str | None]] = []
         self.finished = 0
 
-    def define_metric(self, name: str, *, step_metric: str) -> None:
-        """Note a metric and its x axis."""
-        self.metrics.append((name, step_metric))
+    def define_metric(self, name: str, *, step_metric: str, summary: str | None = None) -> None:
+        """Note a metric, its x axis, and what the summary has of it."""
+        self.metrics.append((name, step_metric, summary))
 
     def log(self, row: dict[str, Any]) -> None:
         """Note a row, which must be of plain values."""

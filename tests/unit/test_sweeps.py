@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from ormo_rpc.config.schema import Config
 from ormo_rpc.config.write_conf import conf_dir
 from ormo_rpc.errors import ConfigError, RunFailed, RunInterrupted
 from ormo_rpc.runtimes import running
+from ormo_rpc.storage.optimized_metric import higher_is_better, refuse_metric
+from ormo_rpc.tasks.own_loop import OwnLoopTask
 
 SHORT = ("runtime=sim", "logger=none", "workers=2", "train.epochs=1", "checkpoint.every_seconds=0")
 SILENT = ("hydra/hydra_logging=none", "hydra/job_logging=none")
@@ -279,12 +282,72 @@ def test_optuna_maximizes_an_accuracy_and_a_diverged_run_is_the_worst(launch: La
     assert found.best_params["train.lr"] == 0.001
 
 
+DISTANCE = "+task._target_=tests.support.error_task.Distance"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            [DISTANCE, "optimized_metric=test_accuracy"],
+            "optimized_metric: got 'test_accuracy', expected one of .*, test_mae, .*",
+        ),
+        (["optimized_metric=test_mae"], "optimized_metric: got 'test_mae', expected one of .*, test_accuracy, .*"),
+        (["optimized_metric=by_name"], "optimized_metric: got 'by_name', expected one of .*"),
+    ],
+)
+def test_the_metrics_of_the_task_can_be_searched_by_and_no_others(
+    arguments: list[str], message: str, launch: Launch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch("-m", *SHORT, "seed=0,1", *arguments) == 2
+    assert re.fullmatch(f"launch.py: {message}\n", capsys.readouterr().err)
+    assert statuses(tmp_path / "sweep") == {}
+
+
+@pytest.mark.parametrize(("metric", "best"), [("test_mae", min), ("test_hits", max)])
+def test_the_end_names_the_best_job_by_the_direction_of_its_metric(
+    metric: str, best: Callable[..., Any], launch: Launch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch("-m", *SHORT, "train.lr=0.0001,0.02,0.001", DISTANCE, f"optimized_metric={metric}") == 0
+    found = [json.loads((tmp_path / "sweep" / str(n) / "summary.json").read_text())[metric] for n in range(3)]
+    number = found.index(best(found))
+    assert len(set(found)) == 3
+    out = capsys.readouterr().out
+    (line,) = [line for line in out.splitlines() if line.startswith("best: ")]
+    settings = f"train.lr={(0.0001, 0.02, 0.001)[number]}"
+    assert line == f"best: job {number + 1} of 3 ({settings}): {metric} {found[number]:.6g}; {tmp_path / 'sweep' / str(number)}"
+
+
+def test_jobs_are_not_compared_by_what_has_no_direction(launch: Launch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch("-m", *SHORT, "seed=0,1", "optimized_metric=delay_max") == 0
+    assert "best: " not in capsys.readouterr().out
+
+
+def test_metrics_that_come_with_the_first_evaluation_are_looked_for_at_the_end() -> None:
+    own = OwnLoopTask()
+    refuse_metric("test_anything", own)
+    refuse_metric("train_tokens", own)
+    refuse_metric("test_anything", None)  # jobs of several tasks
+    with pytest.raises(
+        ConfigError, match=r"^optimized_metric: got 'anything', expected one of delay_99_percent, .*, test_loss, .*"
+    ):
+        refuse_metric("anything", own)
+    with pytest.raises(ConfigError, match=r"^optimized_metric: got val_x without a validation split"):
+        refuse_metric("val_x", own, validation=False)
+    assert higher_is_better("test_accuracy", own.metric) is True
+    assert higher_is_better("val_spread", own.metric) is False
+    assert higher_is_better("train_loss", own.metric) is False
+    assert [higher_is_better(name, own.metric) for name in ("train_tokens", "delay_max", "test_")] == [None] * 3
+
+
 @warns
 @pytest.mark.parametrize(
     ("metric", "direction", "message"),
     [
         ("test_accuracy", "minimize", "got minimize, expected maximize with optimized_metric=test_accuracy"),
         ("null", "maximize", "got maximize, expected minimize with optimized_metric=null (a loss)"),
+        (f"test_mae {DISTANCE}", "maximize", "got maximize, expected minimize with optimized_metric=test_mae"),
+        (f"test_hits {DISTANCE}", "minimize", "got minimize, expected maximize with optimized_metric=test_hits"),
         ("null", "[minimize,maximize]", "got ['minimize', 'maximize'], expected minimize or maximize, for one metric"),
     ],
 )
@@ -292,8 +355,8 @@ def test_a_search_for_the_worst_value_is_refused(
     metric: str, direction: str, message: str, launch: Launch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="hydra-optuna-sweeper is not installed")
-    search = ("hparams_search=digits_optuna", *SHORT, f"optimized_metric={metric}", f"hydra.sweeper.direction={direction}")
-    assert launch(*search) == 2
+    words = f"optimized_metric={metric}".split()
+    assert launch("hparams_search=digits_optuna", *SHORT, *words, f"hydra.sweeper.direction={direction}") == 2
     assert capsys.readouterr().err == f"launch.py: hydra.sweeper.direction: {message}\n"
 
 

@@ -17,6 +17,9 @@ from ormo_rpc.loggers.none import NoLogger
 from ormo_rpc.loggers.progress import ProgressBar
 from ormo_rpc.loggers.statistics import Statistics
 from ormo_rpc.loggers.wandb import WandbLogger, WandbRunLog
+from ormo_rpc.tasks import Classification
+from ormo_rpc.tasks.metrics import metric_named
+from tests.support.error_task import MAE
 from tests.support.events import apply_event
 from tests.support.fake_wandb import FakeWandb
 
@@ -38,9 +41,17 @@ def test_the_progress_bar_shows_iteration_epoch_and_the_metrics_with_a_label() -
     shown = b""
     try:
         termios.tcsetwinsize(terminal, (24, 200))
-        bar = ProgressBar(50, terminal)
+        bar = ProgressBar(50, terminal, lambda name: metric_named(name, [*Classification().metrics(), MAE]))
         bar.log({"iteration": 5, "epoch": 0.5, "train_loss": 1.23456, "delay_mean": 2.04, "delay_max": 6}, statistics())
-        bar.log({"iteration": 4, "epoch": 0.4, "test_loss": 1.5, "test_accuracy": 0.9125}, statistics())  # a late evaluation
+        late = {
+            "test_loss": 1.5,
+            "test_accuracy": 0.9125,
+            "test_mae": 0.25,
+            "val_mae": 0.375,
+            "test_odd": 3.0,
+            "train_odd": 2.0,
+        }
+        bar.log({"iteration": 4, "epoch": 0.4, **late}, statistics())  # an evaluation
         bar.finish({})
         os.close(terminal)
         with contextlib.suppress(OSError):  # the end of what a closed terminal has shown
@@ -49,7 +60,8 @@ def test_the_progress_bar_shows_iteration_epoch_and_the_metrics_with_a_label() -
     finally:
         os.close(reading)
     last = shown.decode().rstrip().split("\r")[-1]
-    pattern = r" *10%\|.* 5/50 \[.*it.*, epoch=0\.5, loss=1\.2346, delay=2\.0, accuracy=91\.25%\]"
+    fields = ("epoch=0.5", "loss=1.2346", "delay=2.0", "accuracy=91.25%", "error=0.2", "val error=0.4", "odd=3.0000")
+    pattern = rf" *10%\|.* 5/50 \[.*it.*, {', '.join(map(re.escape, fields))}\]"
     assert re.fullmatch(pattern, last), last
 
 

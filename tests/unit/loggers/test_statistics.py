@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from ormo_rpc.loggers.metrics import METRICS, Measurements, Metrics, Rows, measure, metric, row_of
+from ormo_rpc.loggers.metrics import METRICS, Measurements, Metrics, Rows, measure, measure_by_name, metric, row_of
 from ormo_rpc.loggers.statistics import Statistics
 from ormo_rpc.server.events import Event, Kind
 from ormo_rpc.worker.evaluation import Evaluation
@@ -120,6 +120,18 @@ def test_rows_have_the_metrics_that_are_declared_for_them_and_were_measured() ->
         "lock_held_seconds": 0.123457,
     }
     assert row_of(AT, Rows.evaluation) == {"test_loss": 0.25, "test_accuracy": 0.875}
+
+
+def test_metrics_of_any_task_are_in_rows_and_summary_under_their_names() -> None:
+    evaluation = Evaluation({"loss": 2.0, "mae": 0.5, "hits": 0.125}, {"loss": 3.0, "mae": 0.25})
+    at = dataclasses.replace(AT, evaluation=evaluation)
+    others = {"test_mae": 0.5, "test_hits": 0.125, "val_mae": 0.25}
+    assert row_of(at, Rows.evaluation) == {"test_loss": 2.0, "val_loss": 3.0, **others}
+    assert not row_of(at, Rows.interval).keys() & others
+    measured = measure(at)
+    assert [measured[f"{split}_{name}"] for split in ("test", "val") for name in ("loss", "accuracy")] == [2.0, None, 3.0, None]
+    assert measure_by_name(at) == others
+    assert measure_by_name(dataclasses.replace(AT, evaluation=None)) == {}
 
 
 def test_the_summary_has_every_metric_unrounded() -> None:

@@ -13,6 +13,8 @@ import pytest
 from ormo_rpc.loggers import RunInfo
 from ormo_rpc.loggers.statistics import Statistics
 from ormo_rpc.loggers.wandb import ENVIRONMENT, WandbLogger, WandbMode
+from ormo_rpc.tasks import Classification
+from tests.support.error_task import MAE
 from tests.support.events import apply_event
 from tests.support.fake_wandb import FakeAuthenticationError, FakeCommError, FakeError, FakeWandb
 
@@ -56,20 +58,37 @@ def test_wandb_gets_every_row_with_delays_by_worker_and_their_histogram(tmp_path
     log = WandbLogger().start(run_info(tmp_path))
     (run,) = fake.runs
     # Rows of a restarted server come again at earlier iterations: not steps, which wandb would drop, but values of the x axis.
-    assert run.metrics == [("*", "iteration")]
+    assert run.metrics == [("*", "iteration", None)]
     log.log({"iteration": 5, "train_loss": 1.5}, statistics())
-    log.log({"iteration": 5, "test_accuracy": 0.5}, statistics())
+    log.log({"iteration": 5, "test_loss": 0.5}, statistics())
     log.finish({"status": "completed"})
     # Worker 0 had the delays 0 and 0, worker 1 had 3 and 1, worker 2 had 6.
     per_worker = {"delay/worker_0": 0.0, "delay/worker_1": 2.0, "delay/worker_2": 6.0}
     first, second = run.logged
     assert first == {"iteration": 5, "train_loss": 1.5, **per_worker}
     histogram = second.pop("delay/histogram")
-    assert second == {"iteration": 5, "test_accuracy": 0.5, **per_worker}
+    assert second == {"iteration": 5, "test_loss": 0.5, **per_worker}
     # Delays 0, 0, 1, 3, 6 in at most four bins: seven values make bins of two.
     assert (histogram.counts, histogram.edges) == ([3, 1, 0, 1], [0, 2, 4, 6, 8])
     assert run.summary == {"status": "completed"}
     assert run.finished == 1
+
+
+def test_wandb_keeps_the_best_value_by_the_direction_of_each_metric(tmp_path: Path, fake: FakeWandb) -> None:
+    metrics = {metric.name: metric for metric in (*Classification().metrics(), MAE)}
+    rows = [{"iteration": 1, "test_accuracy": 0.25}]
+    log = WandbLogger().start(run_info(tmp_path, rows=rows, metric=metrics.__getitem__))
+    log.log({"iteration": 5, "train_loss": 1.5, "train_tokens": 3.0}, statistics())
+    for accuracy in (0.5, 0.25):
+        log.log({"iteration": 9, "test_loss": 1.0, "test_accuracy": accuracy, "val_mae": 2.0}, statistics())
+    log.finish({"status": "completed", "test_accuracy": 0.25, "val_mae": 2.0, "train_loss": 1.5, "val_loss": None})
+    assert fake.runs[0].metrics == [
+        ("*", "iteration", None),
+        ("test_accuracy", "iteration", "max,last"),
+        ("test_loss", "iteration", "min,last"),
+        ("val_mae", "iteration", "min,last"),
+    ]
+    assert fake.runs[0].summary == {"status": "completed", "train_loss": 1.5, "val_loss": None}
 
 
 def argument_of(name: str) -> str:

@@ -1,0 +1,45 @@
+"""The closing line of a command names the metrics of the task, and says their values as the task writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ormo_rpc import cli
+from ormo_rpc.config.parsing import parse_config
+from ormo_rpc.storage.summary import Summary, identity, metrics_as_dict
+from ormo_rpc.tasks import Classification, TaskMetric
+from ormo_rpc.tasks.metrics import LOSS
+from ormo_rpc.tasks.own_loop import OwnLoopTask
+from tests.support.error_task import Distance
+
+CLASSIFICATION, DISTANCE = Classification().metrics(), Distance().metrics()
+OWN = tuple(map(OwnLoopTask().metric, ("loss", "f1")))
+
+
+@pytest.mark.parametrize(
+    ("metrics", "figures", "said"),
+    [
+        (CLASSIFICATION, {"test_loss": 0.5, "test_accuracy": 0.97222}, "test accuracy 97.22%"),
+        (CLASSIFICATION, {"test_accuracy": 0.5, "val_accuracy": 0.25}, "test accuracy 50.00%, validation accuracy 25.00%"),
+        (CLASSIFICATION, {}, "test accuracy -"),
+        (None, {"test_accuracy": 0.5}, "test accuracy 50.00%"),  # of an earlier version
+        (DISTANCE, {"test_loss": 0.5, "test_mae": 1.26, "test_hits": 0.5, "val_mae": 2.0}, "test mae 1.3, validation mae 2.0"),
+        ((LOSS,), {"test_loss": 0.5, "val_loss": 0.25}, "test loss 0.5000, validation loss 0.2500"),
+        ((LOSS, TaskMetric("spread", "", higher_is_better=False)), {"test_spread": 3.0}, "test spread 3.0000"),
+        (OWN, {"test_loss": 0.5, "test_f1": 0.75}, "test f1 0.7500"),
+    ],
+)
+def test_the_closing_line_has_the_metrics_of_the_task(
+    metrics: tuple[TaskMetric, ...] | None, figures: dict[str, Any], said: str
+) -> None:
+    declared = None if metrics is None else metrics_as_dict(metrics)
+    given = {"status": "completed", "iterations": 9, "training_seconds": 1.0, "wall_seconds": 2.0, "delay_mean": 1.5}
+    summary = Summary.from_dict({**identity(parse_config({"workers": 1})), **given, **figures, "metrics": declared}).to_dict()
+    line, _ = cli._result(summary, Path("run")).splitlines()  # pyright: ignore[reportPrivateUsage] # what is printed
+    assert line == (
+        "completed: ormo (async), 1 worker, digits, mlp: 9 iterations in 1.0 s (2.0 s in all: start -, end -), mean delay 1.5, "
+        f"training loss -, {said}"
+    )
