@@ -5,13 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 
 from ormo_rpc.data import DataSet
-from ormo_rpc.data.collate import TARGET_KEYS
 from ormo_rpc.options import Part
+from ormo_rpc.tasks.batches import call_model, check_form, inputs_of, targets_of
 from ormo_rpc.tasks.metrics import LOSS, Sums, TaskMetric, metric_named
 
 
@@ -24,8 +24,8 @@ class Task(Part, ABC):
     """What is trained: the loss of a batch, and the metrics of an evaluation.
 
     A batch is any tree of tensors, as `Split.batch` returns it. `forward` and `targets` are for the two forms that need no
-    code: a pair (inputs, targets), and a mapping that has the targets under one of `TARGET_KEYS`. A task is a pure function: it
-    keeps nothing between batches.
+    code: a pair (inputs, targets), and a mapping that has the targets under ``labels``, ``label``, ``targets`` or ``target``. A
+    task keeps nothing between batches.
     """
 
     PATH = "task"
@@ -41,24 +41,12 @@ class Task(Part, ABC):
         return metric_named(name, self.metrics())
 
     def forward(self, model: torch.nn.Module, batch: Any) -> Any:
-        """Return what the model makes of a batch.
-
-        Inputs that are a tuple or list are the arguments of the model, inputs with names its keywords.
-        """
-        if isinstance(batch, Mapping):
-            target = target_key(cast("Mapping[str, Any]", batch))
-            return model(**{key: value for key, value in cast("Mapping[str, Any]", batch).items() if key != target})
-        inputs, _ = batch
-        if isinstance(inputs, Mapping):
-            return model(**inputs)
-        return model(*inputs) if type(inputs) in (tuple, list) else model(inputs)
+        """Return what the model makes of a batch; `call_model` says which arguments it gets."""
+        return call_model(model, inputs_of(batch))
 
     def targets(self, batch: Any) -> Any:
         """Return the targets of a batch."""
-        if isinstance(batch, Mapping):
-            return batch[target_key(cast("Mapping[str, Any]", batch))]
-        _, targets = batch
-        return targets
+        return targets_of(batch)
 
     @abstractmethod
     def loss(self, output: Any, batch: Any) -> torch.Tensor:
@@ -100,14 +88,7 @@ class Task(Part, ABC):
         Raises:
             ValueError: the message says what came and what was expected.
         """
-        if isinstance(batch, Mapping):
-            target_key(cast("Mapping[str, Any]", batch))
-        elif not isinstance(batch, (tuple, list)) or len(cast("list[Any]", batch)) != 2:
-            length = f" of {len(cast('list[Any]', batch))}" if isinstance(batch, (tuple, list)) else ""
-            raise ValueError(
-                f"the batch is of type {type(batch).__name__}{length}, expected a pair (inputs, targets), or a mapping with "
-                f"one of {', '.join(TARGET_KEYS)}"
-            )
+        check_form(batch)
 
     def check(self, output: Any, batch: Any) -> None:
         """Refuse an output that does not fit the targets.
@@ -116,17 +97,3 @@ class Task(Part, ABC):
             UnfitTargets: the targets are to blame.
             ValueError: it does not fit; the message says what came and what was expected.
         """
-
-
-def target_key(batch: Mapping[str, Any]) -> str:
-    """Return the key of the targets in a batch.
-
-    Raises:
-        ValueError: it has none of `TARGET_KEYS`.
-    """
-    for key in TARGET_KEYS:
-        if key in batch:
-            return key
-    raise ValueError(
-        f"the batch has the keys {', '.join(map(str, batch))}, expected one of {', '.join(TARGET_KEYS)} among them"
-    )

@@ -14,6 +14,7 @@ from ormo_rpc.data import DataSet
 from ormo_rpc.options import register
 from ormo_rpc.tasks import cross_entropy
 from ormo_rpc.tasks.base import Task
+from ormo_rpc.tasks.batches import logits_of
 from ormo_rpc.tasks.metrics import LOSS, Sums, TaskMetric
 
 ACCURACY = TaskMetric(
@@ -28,25 +29,28 @@ ACCURACY = TaskMetric(
 @register("classification")
 @dataclass(frozen=True, kw_only=True)
 class Classification(Task):
-    """Cross entropy of logits (N, C, ...) and class numbers (N, ...), of which -100 does not count, or class probabilities."""
+    """Cross entropy of logits (N, C, ...) and class numbers (N, ...), of which -100 does not count, or class probabilities.
+
+    The logits are the output, or what it has under the name ``logits``.
+    """
 
     @override
     def metrics(self) -> tuple[TaskMetric, ...]:
         return (LOSS, ACCURACY)
 
     @override
-    def loss(self, output: torch.Tensor, batch: Any) -> torch.Tensor:
-        return cross_entropy.mean_loss(output, self.targets(batch))
+    def loss(self, output: Any, batch: Any) -> torch.Tensor:
+        return cross_entropy.mean_loss(logits_of(output), self.targets(batch))
 
     @override
     def count(self, batch: Any) -> int:
         return cross_entropy.count(self.targets(batch))
 
     @override
-    def sums(self, output: torch.Tensor, batch: Any) -> Mapping[str, Sums]:
-        targets = self.targets(batch)
-        cross_entropy.check_fit(output, targets)
-        return cross_entropy.sums(output, targets)
+    def sums(self, output: Any, batch: Any) -> Mapping[str, Sums]:
+        logits, targets = logits_of(output), self.targets(batch)
+        cross_entropy.check_fit(logits, targets)
+        return cross_entropy.sums(logits, targets)
 
     @override
     def outputs(self, data: DataSet) -> int:
@@ -68,6 +72,6 @@ class Classification(Task):
 
     @override
     def check(self, output: Any, batch: Any) -> None:
-        targets = self.targets(batch)
-        cross_entropy.check_fit(output, targets)
-        cross_entropy.check_classes(output, targets)
+        logits, targets = logits_of(output), self.targets(batch)
+        cross_entropy.check_fit(logits, targets)
+        cross_entropy.check_classes(logits, targets)

@@ -1,7 +1,7 @@
 """Cross entropy and accuracy, means over the targets that count.
 
 Logits have the shape (N, C, ...). Targets are class numbers of the shape (N, ...), or class probabilities of the logits' shape.
-A class number of `IGNORED` does not count.
+One class number does not count, by default `IGNORED`.
 """
 
 from __future__ import annotations
@@ -18,27 +18,31 @@ PROBABILITY_TOLERANCE = 0.01
 """The largest difference from 1 of the sum of probabilities, which may be of half precision."""
 
 
-def mean_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def mean_loss(logits: torch.Tensor, targets: torch.Tensor, ignored: int = IGNORED) -> torch.Tensor:
     """The mean cross entropy of the targets that count, as torch computes it: NaN where none does."""
-    return torch.nn.functional.cross_entropy(logits, _as_targets(targets))
+    return torch.nn.functional.cross_entropy(logits, as_targets(targets), ignore_index=ignored)
+
+
+def loss_sum(logits: torch.Tensor, targets: torch.Tensor, ignored: int = IGNORED) -> Sums:
+    """Sum up the losses of a batch, in at least single precision."""
+    if logits.dtype.itemsize < torch.float32.itemsize:
+        logits = logits.double()
+    loss = torch.nn.functional.cross_entropy(logits, as_targets(targets), reduction="sum", ignore_index=ignored)
+    return Sums(loss.item(), count(targets, ignored))
 
 
 def sums(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, Sums]:
-    """Sum up the losses and correct predictions of a batch, in at least single precision."""
-    if logits.dtype.itemsize < torch.float32.itemsize:
-        logits = logits.double()
-    targets = _as_targets(targets)
-    loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-    classes = targets.argmax(1) if targets.is_floating_point() else targets
-    counted = count(targets)
-    return {"loss": Sums(loss.item(), counted), "accuracy": Sums(int((logits.argmax(1) == classes).sum()), counted)}
+    """Sum up the losses and correct predictions of a batch."""
+    loss = loss_sum(logits, targets)
+    classes = targets.argmax(1) if targets.is_floating_point() else targets.long()
+    return {"loss": loss, "accuracy": Sums(int((logits.argmax(1) == classes).sum()), loss.count)}
 
 
-def count(targets: torch.Tensor) -> int:
+def count(targets: torch.Tensor, ignored: int = IGNORED) -> int:
     """The number of targets that count."""
     if targets.is_floating_point():
         return targets.numel() // targets.shape[1]
-    return int((targets.long() != IGNORED).sum())
+    return int((targets.long() != ignored).sum())
 
 
 def check_targets(targets: object) -> None:
@@ -72,7 +76,7 @@ def check_fit(output: object, targets: torch.Tensor) -> None:
         )
 
 
-def check_classes(logits: torch.Tensor, targets: torch.Tensor) -> None:
+def check_classes(logits: torch.Tensor, targets: torch.Tensor, ignored: int = IGNORED) -> None:
     """Refuse targets that cross entropy is no objective for, and class numbers that no logit belongs to.
 
     Raises:
@@ -91,13 +95,14 @@ def check_classes(logits: torch.Tensor, targets: torch.Tensor) -> None:
             )
         return
     targets = targets.long()
-    wrong = targets[(targets != IGNORED) & ((targets < 0) | (targets >= logits.shape[1]))]
+    wrong = targets[(targets != ignored) & ((targets < 0) | (targets >= logits.shape[1]))]
     if wrong.numel():
         raise UnfitTargets(
             f"a target is {int(wrong[0])}, expected 0 to {logits.shape[1] - 1} (the output has {logits.shape[1]} classes) "
-            f"or {IGNORED} for one that does not count"
+            f"or {ignored} for one that does not count"
         )
 
 
-def _as_targets(targets: torch.Tensor) -> torch.Tensor:
-    return targets if targets.is_floating_point() else targets.long()  # cross entropy takes no other integers
+def as_targets(targets: torch.Tensor) -> torch.Tensor:
+    """Return targets of a dtype that torch takes: of integers only int64."""
+    return targets if targets.is_floating_point() else targets.long()

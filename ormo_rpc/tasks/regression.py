@@ -1,0 +1,147 @@
+"""Regression: one or more numbers for each sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from typing_extensions import override
+
+from ormo_rpc.data import DataSet
+from ormo_rpc.options import option, positive, register
+from ormo_rpc.seeding import seeded
+from ormo_rpc.tasks.base import Task, UnfitTargets
+from ormo_rpc.tasks.batches import logits_of
+from ormo_rpc.tasks.metrics import LOSS, Sums, TaskMetric
+
+
+class ErrorKind(Enum):
+    """The loss of one number."""
+
+    mse = "mse"
+    l1 = "l1"
+    huber = "huber"
+
+
+@register("regression")
+@dataclass(frozen=True, kw_only=True)
+class Regression(Task):
+    """The error of predicted numbers: an output and targets of the same shape (N, ...), or (N, 1) and (N,).
+
+    All means are over single numbers. ``r2`` is ``1 - sum (y - p)^2 / sum (y - mean y)^2`` of each column, and their mean over
+    the columns that are not constant; as in scikit-learn the mean is that of the split itself.
+    """
+
+    error: ErrorKind = option(ErrorKind.mse, "mse (squared error), l1 (absolute error) or huber")
+    delta: float = option(
+        1.0, "error at which huber turns from squared to linear", valid=positive, expected="a finite number > 0"
+    )
+    ignore_nan: bool = option(False, "targets that are NaN are missing, and do not count")
+
+    @override
+    def metrics(self) -> tuple[TaskMetric, ...]:
+        return (
+            LOSS,
+            TaskMetric("mae", "mean absolute error", higher_is_better=False),
+            TaskMetric("rmse", "root of the mean squared error", higher_is_better=False, bar="rmse"),
+            TaskMetric("r2", "coefficient of determination, at most 1", higher_is_better=True, bar="R2"),
+        )
+
+    @override
+    def loss(self, output: Any, batch: Any) -> torch.Tensor:
+        predicted, targets = self._aligned(output, batch)
+        if self.ignore_nan:
+            counted = ~targets.isnan()
+            predicted, targets = predicted[counted], targets[counted]
+        return self._loss(predicted, targets, "mean")
+
+    @override
+    def count(self, batch: Any) -> int:
+        targets = self.targets(batch)
+        return int((~targets.isnan()).sum()) if self.ignore_nan else targets.numel()
+
+    @override
+    def sums(self, output: Any, batch: Any) -> Mapping[str, Sums]:
+        predicted, targets = (each.double() for each in self._aligned(output, batch))
+        counted = ~targets.isnan() if self.ignore_nan else torch.ones_like(targets, dtype=torch.bool)
+        # Columns, with zeros in place of what does not count.
+        size, number = len(targets), counted.double().reshape(len(targets), -1).sum(0)
+        known = torch.where(counted, targets, 0.0).reshape(size, -1)
+        error = torch.where(counted, predicted - targets, 0.0).reshape(size, -1)
+        total = int(number.sum())
+        loss = self._loss(predicted[counted], targets[counted], "sum")
+        return {
+            "loss": Sums(loss.item(), total),
+            "mae": Sums(error.abs().sum().item(), total),
+            "squared error": Sums(error.square().sum(0), number),
+            "target": Sums(known.sum(0), number),
+            "squared target": Sums(known.square().sum(0), number),
+        }
+
+    @override
+    def means(self, sums: Mapping[str, Sums]) -> Mapping[str, float]:
+        squared, number = (torch.as_tensor(each) for each in (sums["squared error"].total, sums["squared error"].count))
+        total, squares = (torch.as_tensor(sums[name].total) for name in ("target", "squared target"))
+        spread = squares - total.square() / number
+        varies = spread > 1e-12 * squares
+        means = {name: sums[name].mean() for name in ("loss", "mae")}
+        means["rmse"] = math.sqrt(squared.sum().item() / number.sum().item())
+        if varies.any():
+            means["r2"] = float((1 - squared[varies] / spread[varies]).mean())
+        return means
+
+    @override
+    def outputs(self, data: DataSet) -> int:
+        """Return the number of target columns of the first sample, or of channels where each has more dimensions."""
+        with seeded(0, "width of the targets", 0):
+            targets = self.targets(data.train.batch(torch.zeros(1, dtype=torch.int64), None))
+        return 1 if targets.dim() < 2 else targets.shape[1]
+
+    @override
+    def is_dense(self, batch: Any) -> bool:
+        return self.targets(batch).dim() > 2
+
+    @override
+    def check_batch(self, batch: Any) -> None:
+        super().check_batch(batch)
+        targets = self.targets(batch)
+        if not isinstance(targets, torch.Tensor) or targets.is_complex() or targets.dim() == 0:
+            kind = getattr(targets, "dtype", type(targets).__name__)
+            raise ValueError(f"the targets are of type {kind}, expected a tensor of numbers (N, ...)")
+        if not self.ignore_nan and targets.isnan().any():
+            raise ValueError("a target is NaN, expected a number; task.ignore_nan=true leaves such ones out")
+
+    @override
+    def check(self, output: Any, batch: Any) -> None:
+        predicted, targets = logits_of(output), self.targets(batch)
+        if not isinstance(predicted, torch.Tensor) or not predicted.is_floating_point():
+            kind = predicted.dtype if isinstance(predicted, torch.Tensor) else type(predicted).__name__
+            raise ValueError(f"the output is of type {kind}, expected a tensor of numbers")
+        if predicted.shape not in (targets.shape, (*targets.shape, 1)) and (*predicted.shape, 1) != targets.shape:
+            raise ValueError(
+                f"the output {tuple(predicted.shape)} does not fit targets {tuple(targets.shape)}: expected the same shape, or "
+                "(N, 1) for (N,)"
+            )
+        if not targets.isfinite().logical_or(targets.isnan()).all():
+            raise UnfitTargets("a target is infinite, expected finite numbers")
+
+    def _aligned(self, output: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Predictions and targets of one shape and dtype; without it (N, 1) and (N,) would be broadcast to (N, N)."""
+        predicted, targets = logits_of(output), self.targets(batch)
+        if predicted.shape != targets.shape:
+            if predicted.numel() != targets.numel():
+                raise ValueError(f"the output {tuple(predicted.shape)} does not fit targets {tuple(targets.shape)}")
+            predicted = predicted.reshape(targets.shape)
+        return predicted, targets.to(predicted.dtype)
+
+    def _loss(self, predicted: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
+        functional = torch.nn.functional
+        if self.error is ErrorKind.l1:
+            return functional.l1_loss(predicted, targets, reduction=reduction)
+        if self.error is ErrorKind.huber:
+            return functional.huber_loss(predicted, targets, reduction=reduction, delta=self.delta)
+        return functional.mse_loss(predicted, targets, reduction=reduction)
