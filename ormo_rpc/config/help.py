@@ -93,7 +93,7 @@ _EXAMPLES = [
     ),
     ("{command} runtime=replay replay.run=RUN_DIRECTORY", "a recorded run again, compared bit for bit"),
     ("python -m ormo_rpc.report RUN_DIRECTORY", "picture of a run; of several: table, curves, page"),
-    ("python -m ormo_rpc.evaluate RUN_DIRECTORY", "test accuracy of a run or checkpoint"),
+    ("python -m ormo_rpc.evaluate RUN_DIRECTORY", "metrics of a run or checkpoint"),
 ]
 _MORE = [
     ("{command} --help-all", "every key with its meaning and default; also in conf/"),

@@ -14,6 +14,15 @@ from ormo_rpc.tasks.metrics import Sums
 IGNORED = -100
 """The class number of a target that does not count, as in ``torch.nn.functional.cross_entropy``."""
 
+
+def is_class_number(value: int) -> bool:
+    """Tell if a number can be that of a class, or of what does not count."""
+    return -(2**31) <= value < 2**31
+
+
+CLASS_NUMBER = "a whole number of 32 bits"
+"""The range of `is_class_number` in words."""
+
 PROBABILITY_TOLERANCE = 0.01
 """The largest difference from 1 of the sum of probabilities, which may be of half precision."""
 

@@ -35,7 +35,10 @@ class LanguageModelling(Task):
     """
 
     ignore_index: int = option(
-        cross_entropy.IGNORED, "token number, as a target, that does not count, such as that of the padding"
+        cross_entropy.IGNORED,
+        "token number, as a target, that does not count, such as that of the padding",
+        valid=cross_entropy.is_class_number,
+        expected=cross_entropy.CLASS_NUMBER,
     )
     shift: bool | None = option(
         None, "targets lie where their tokens are, and are those of the places before; default: unless the batch is a pair"

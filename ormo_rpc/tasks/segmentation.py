@@ -27,7 +27,12 @@ class Segmentation(Task):
     that of its pixels in the whole split; ``mean_iou`` is the mean over the classes that occur, in targets or predictions.
     """
 
-    ignore_index: int = option(cross_entropy.IGNORED, "class number of a pixel that does not count, such as 255")
+    ignore_index: int = option(
+        cross_entropy.IGNORED,
+        "class number of a pixel that does not count, such as 255",
+        valid=cross_entropy.is_class_number,
+        expected=cross_entropy.CLASS_NUMBER,
+    )
 
     @override
     def metrics(self) -> tuple[TaskMetric, ...]:

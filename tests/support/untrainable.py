@@ -146,15 +146,15 @@ class Named(Linear):
     @override
     def forward(self, inputs: Tensor) -> Any:
         logits = self.layer(inputs)
-        return logits if self.training else {"logits": logits}
+        return logits if self.training else {"scores": logits}
 
 
 class Output(Linear):
-    """Returns an object with the logits in it, as transformers do."""
+    """Returns an object with the logits in it under a name that nobody knows."""
 
     @override
     def forward(self, inputs: Tensor) -> Any:
-        return SimpleNamespace(logits=self.layer(inputs))
+        return SimpleNamespace(scores=self.layer(inputs))
 
 
 class Decided(Linear):

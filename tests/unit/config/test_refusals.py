@@ -57,6 +57,7 @@ IN_RANGE: dict[str, tuple[list[Any], list[Any]]] = {
         [0.0, 1e-300, 0.999, 1.0, 360],
         [-1e-300, -1.0, 1.5, math.inf, math.nan],
     ),
+    "a whole number of 32 bits": ([-100, 0, 255], [2**31, -(2**31) - 1]),
     "a number in (0, 1]": ([1e-300, 1.0], [0.0, 1.001, math.nan]),
     "finite numbers > 0": ([[], [1e-300], [1e9, 1.0]], [[0.0], [1.0, -1.0], [math.inf], [1.0, math.nan]]),
     "at least one finite number >= 0": ([[0.0], [1e9, 0.0]], [[], [-1e-300], [0.0, math.inf], [0.0, math.nan]]),
