@@ -20,11 +20,11 @@ from ormo_rpc.errors import ConfigError, one_line
 from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.runtimes.distributed.observer import NotReadable, present_state
-from ormo_rpc.runtimes.job import build_module
+from ormo_rpc.runtimes.job import build_module, configured_evaluator
 from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.run_directory import read_fingerprint
 from ormo_rpc.tasks.metrics import TaskMetric, metric_named
-from ormo_rpc.worker.evaluation import Evaluation, Evaluator
+from ormo_rpc.worker.evaluation import Evaluation
 
 
 def evaluate_checkpoint(path: Path) -> tuple[Path, Evaluation]:
@@ -42,7 +42,7 @@ def evaluate_checkpoint(path: Path) -> tuple[Path, Evaluation]:
     module = build_module(config, data)  # with the run's seed, for what model.pt does not have
     model = FlatModel(module)
     buffers = _load(model, found)
-    return found, Evaluator(model, data, config.task, config.train.batch_size)(model.flat_params(), buffers)
+    return found, configured_evaluator(config, model, data)(model.flat_params(), buffers)
 
 
 def evaluate_present(run_dir: Path) -> tuple[int, Evaluation] | None:
@@ -69,7 +69,7 @@ def evaluate_present(run_dir: Path) -> tuple[int, Evaluation] | None:
     if difference:
         raise ConfigError(f"{run_dir}: {difference}; evaluate it with the model that is trained")
     buffers = model.buffers.layout.views(state.buffers)
-    return state.iteration, Evaluator(model, data, config.task, config.train.batch_size)(state.params, buffers)
+    return state.iteration, configured_evaluator(config, model, data)(state.params, buffers)
 
 
 def _load(model: FlatModel, source: Path) -> dict[str, torch.Tensor]:

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from ormo_rpc.loggers.statistics import Statistics
 from ormo_rpc.runtimes.job import JobLike
+from ormo_rpc.server.loss_scale import SMALLEST
 from ormo_rpc.server.parameter_server import Status
 
+OVERFLOWED = f"gradients overflow float16 at every loss scale down to {SMALLEST:.17g}"
+"""The reason where that is why."""
 NOT_FINITE = "the parameters, or the gradients of two workers for one ticket, are not finite or too large"
 """The reason where the server itself says that the run diverged."""
 
 
 def ending(
-    job: JobLike, statistics: Statistics, status: str, iteration: int, *, stopped: str | None = None
+    job: JobLike,
+    statistics: Statistics,
+    status: str,
+    iteration: int,
+    *,
+    stopped: str | None = None,
+    loss_scale: Mapping[str, Any] | None = None,
 ) -> dict[str, str | None]:
     """Return the entries ``status`` and ``reason`` of a summary.
 
@@ -23,9 +34,11 @@ def ending(
         status: The server's status.
         iteration: Gradients applied.
         stopped: The reason why it was stopped early, where it was.
+        loss_scale: The state of the loss scale, where there is one.
     """
     if status == Status.diverged.value:
-        return {"status": status, "reason": NOT_FINITE}
+        overflowed = loss_scale is not None and loss_scale["value"] < SMALLEST
+        return {"status": status, "reason": OVERFLOWED if overflowed else NOT_FINITE}
     if status != Status.completed.value:
         return {"status": status, "reason": None}
     diverged, early = _divergence(job, statistics), _early(job, iteration, stopped)

@@ -24,11 +24,13 @@ from ormo_rpc.server.buffer_layout import BufferLayout
 from ormo_rpc.server.buffers import RunningBuffers
 from ormo_rpc.server.build import build_server
 from ormo_rpc.server.events import Event
+from ormo_rpc.server.loss_scale import LossScale
 from ormo_rpc.server.lr_schedule import LearningRate
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.tasks.metrics import TaskMetric
 from ormo_rpc.worker.dummy import DummyWorker
 from ormo_rpc.worker.evaluation import Evaluation, Evaluator
+from ormo_rpc.worker.options import Autocast
 from ormo_rpc.worker.worker import Worker
 
 Evaluate = Callable[["torch.Tensor", Mapping[str, "torch.Tensor"]], Evaluation]
@@ -234,6 +236,8 @@ class Job:
             clip_norm=train.clip_norm,
             task=self.config.task,
             accumulate=self.config.worker.accumulate,
+            autocast=self.config.worker.autocast.dtype,
+            compile=self.config.worker.compile,
             wire_format=wire_format,
             allocate=allocate,
         )
@@ -242,7 +246,8 @@ class Job:
         """Build the parameter server at iteration 0; it calls ``record`` with each event, timed by ``clock``."""
         with self._unchanged_model() as model:
             params, buffers = model.flat_params(), RunningBuffers(model.buffers.tensors, model.buffers.rules)
-        return configured_server(self, params, buffers, record, clock, self.groups())
+            loss_scale = configured_scale(self.config, model)
+        return configured_server(self, params, buffers, record, clock, self.groups(), loss_scale)
 
     def groups(self) -> Groups:
         """Return the parameter groups.
@@ -263,7 +268,7 @@ class Job:
         """Return an evaluation on the splits that are not trained on, with a model of its own; None for dummy workers."""
         if self.config.worker.dummy:
             return None
-        return Evaluator(self.model(), self.data, self.config.task, self.config.train.batch_size)
+        return configured_evaluator(self.config, self.model(), self.data)
 
     def metric(self, name: str) -> TaskMetric:
         """Return the declaration of a metric in evaluations, by its name there; of an unknown one what its name tells."""
@@ -309,6 +314,19 @@ def build_module(config: Config, data: DataSet) -> torch.nn.Module:
         return config.model.build(data.input_shape, config.task.outputs(data))
 
 
+def configured_evaluator(config: Config, model: FlatModel, data: DataSet) -> Evaluator:
+    """Build the evaluation of a configuration; the model belongs to it from now on."""
+    return Evaluator(model, data, config.task, config.train.batch_size, config.worker.autocast.dtype)
+
+
+def configured_scale(config: Config, model: FlatModel) -> LossScale | None:
+    """Make the first scale of the losses of a configuration; None where nothing is computed in float16."""
+    options = config.worker
+    if options.autocast is not Autocast.fp16 and not model.has_half:
+        return None
+    return LossScale(initial=options.loss_scale, interval=options.loss_scale_interval)
+
+
 def time_generator(config: Config, worker: int) -> torch.Generator:
     """Return the random generator of one worker's compute times, the same for any number of workers."""
     return torch.Generator().manual_seed(seed_for(config.seed, "time", worker))
@@ -352,6 +370,7 @@ def configured_server(
     record: Callable[[Event], None],
     clock: Callable[[], float],
     groups: Groups,
+    loss_scale: LossScale | None = None,
 ) -> ParameterServer:
     """Build the server of a job's configuration."""
     config = job.config
@@ -374,6 +393,7 @@ def configured_server(
         kernel=fastest_kernel(params.numel()),
         sent_dtype=config.wire.params.rounded,
         pushed_dtype=pushed_dtype(config.compression, config.wire.dtype),
+        loss_scale=loss_scale,
         process_of=config.process_of,
         groups=groups if config.algorithm.DECAYS_ITSELF else None,
     )

@@ -282,7 +282,9 @@ class Session:
         statistics = self.recorder.statistics
         # One that was recovered from the journal may have been finished by the process before.
         stopped = self._stopped or (self.ranking.reason if self.job.config.train.max_seconds is None else None)
-        ended = ending(self.job, statistics, state["status"], state["iteration"], stopped=stopped)
+        ended = ending(
+            self.job, statistics, state["status"], state["iteration"], stopped=stopped, loss_scale=state["loss_scale"]
+        )
         now, start_seconds = time.monotonic(), self.counters.start_seconds or None
         measurements = self.recorder.measurements(statistics.seconds, statistics.applied)
         return {

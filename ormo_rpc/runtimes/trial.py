@@ -23,9 +23,10 @@ from ormo_rpc.seeding import generator, seeded
 from ormo_rpc.tasks import Sums, UnfitTargets
 from ormo_rpc.worker.accumulation import micro_batches
 from ormo_rpc.worker.evaluation import Evaluator
+from ormo_rpc.worker.forward import autocast, compiled, compiler_failure
 
 PARTS_TOLERANCE = 1e-3
-"""The difference, relative and absolute, from which the loss of a batch is not that of its parts."""
+"""The difference, relative and absolute, from which the loss of a batch is not that of its parts; at 16 bits it is larger."""
 _log = logging.getLogger(__name__)
 
 
@@ -46,10 +47,11 @@ def try_job(job: Job) -> None:
         former = [parameter.detach() for parameter in model.trainable.values()]
         model.bind(initial[0])
         trial = Trial(job, model)
-        for ticket in _tickets(job):
-            trial.train(*_smallest_batch(job, ticket))
+        with compiled(model.module, job.config.worker.compile):
+            for ticket in _tickets(job):
+                trial.train(*_smallest_batch(job, ticket))
         warn_of_views(model.module, former)
-        evaluator = Evaluator(model, job.data, job.config.task)
+        evaluator = Evaluator(model, job.data, job.config.task, autocast=trial.autocast)
         trial.evaluate("test", job.data.test, evaluator, *initial)
         if job.data.validation is not None:
             trial.evaluate("validation", job.data.validation, evaluator, *initial)
@@ -68,6 +70,7 @@ class Trial:
         self.model = model
         self.task = job.config.task
         self.accumulate = job.config.worker.accumulate
+        self.autocast = job.config.worker.autocast.dtype
         self.passes = Passes(model)
         self.data_name = job.config.dataset.known_as
         self.model_name = job.config.model.known_as
@@ -116,11 +119,11 @@ class Trial:
     def _train_part(self, where: str, batch: Any) -> float:
         """Compute the gradient of a batch, or of a part of it; return the loss."""
         self.passes.begin_pass()
-        with self._refused(where, batch):
+        with self._refused(where, batch), autocast(self.autocast):
             output = self.task.forward(self.model.module.train(), batch)
         self.passes.end_pass()
         self._check(where, output, batch)
-        with self._refused(where, batch, of_task=True):
+        with self._refused(where, batch, of_task=True), autocast(self.autocast):
             loss: Any = self.task.loss(output, batch)
         self._check_loss(where, loss)
         with self._refused(where, batch):
@@ -148,14 +151,15 @@ class Trial:
         with torch.no_grad(), self._refused(where, batch):
             whole, again = (self._loss(batch, number + shift) for shift in (0, 1))
             parts = sum(self._loss(part, number) * weight for part, weight in self._parts(where, batch))
-        if whole == again and not math.isclose(whole, parts, rel_tol=PARTS_TOLERANCE, abs_tol=PARTS_TOLERANCE):
+        tolerance = max(PARTS_TOLERANCE, 4 * max(torch.finfo(each.dtype).eps for each in self.model.trainable.values()))
+        if whole == again and not math.isclose(whole, parts, rel_tol=tolerance, abs_tol=tolerance):
             raise ConfigError(
                 f"worker.accumulate: got {self.accumulate}, expected 1: the loss of {where} of {self.data_name} is {whole:g}, "
                 f"and that of its parts {parts:g}; it is no mean over targets that each belong to one sample"
             )
 
     def _loss(self, batch: Any, number: int) -> float:
-        with seeded(self.job.config.seed, "forward", number):
+        with seeded(self.job.config.seed, "forward", number), autocast(self.autocast):
             return self.task.loss(self.task.forward(self.model.module, batch), batch).item()
 
     def _count(self, where: str, batch: Any) -> float:
@@ -224,7 +228,8 @@ class Trial:
         except ModelRefused:
             raise  # it says all itself
         except (Exception, SystemExit) as error:
-            raise ConfigError(f"{self._place(where, of_task=of_task)}: {one_line(error)}{_shown(batch)}") from error
+            failure = compiler_failure(error, self.job.config.worker.compile) or one_line(error)
+            raise ConfigError(f"{self._place(where, of_task=of_task)}: {failure}{_shown(batch)}") from error
 
     def _place(self, where: str, *, of_task: bool = False) -> str:
         culprit = f"task: {self.task.known_as}" if of_task else f"model: {self.model_name}"

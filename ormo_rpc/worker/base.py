@@ -60,6 +60,8 @@ class BaseWorker:
         self.push = self._encoder.push
         self._passes = passes or Passes(model)
         self._grad_bound = 0
+        self.loss_scale = 1.0
+        """The scale of the losses of this ticket (`scaled`), which its gradients are divided by."""
         self._sent = torch.empty(0, dtype=model.dtype)
         """The sent parameters, where they had to be cast to the model's dtype."""
 
@@ -87,14 +89,22 @@ class BaseWorker:
         into.zero_()
         self._passes.begin_pass()
 
+    def scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        """Multiply a loss by the ticket's scale, in at least float32."""
+        return loss if self.loss_scale == 1.0 else loss * torch.tensor(self.loss_scale, dtype=torch.float32)
+
     def _end_gradient(self, params: torch.Tensor, into: torch.Tensor) -> None:
-        """Complete the gradient in ``into``: what lies elsewhere is brought back, then it is clipped, decayed and scaled.
+        """Complete the gradient in ``into``: what lies elsewhere is brought back, then it is regularised.
+
+        It is divided by the scale of the loss first, so that what clips and decays sees it as it is.
 
         Raises:
             ModelRefused: the passes have changed what they must not change.
         """
         self.model.collect_grad()
         self._check_passes()
+        if self.loss_scale != 1.0:
+            into.mul_(1.0 / self.loss_scale)
         regularise(into, params, clip_norm=self.clip_norm, groups=self.groups)
 
     def _check_passes(self) -> None:

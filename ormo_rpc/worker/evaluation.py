@@ -13,6 +13,7 @@ from ormo_rpc.data import DataSet, Split
 from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.seeding import seeded
 from ormo_rpc.tasks import Classification, Sums, Task
+from ormo_rpc.worker.forward import autocast as under_autocast
 
 BATCH_SIZE = 500
 """Samples in a forward pass, where outputs are small; the result depends on it where samples see each other."""
@@ -44,13 +45,22 @@ class Evaluator:
         data: The data set.
         task: The metrics; by default those of classification.
         dense_batch_size: Samples in a forward pass, where outputs may take more memory than inputs.
+        autocast: The dtype of passes under ``torch.autocast``, that of training; None for none.
     """
 
-    def __init__(self, model: FlatModel, data: DataSet, task: Task | None = None, dense_batch_size: int = 32) -> None:
+    def __init__(
+        self,
+        model: FlatModel,
+        data: DataSet,
+        task: Task | None = None,
+        dense_batch_size: int = 32,
+        autocast: torch.dtype | None = None,
+    ) -> None:
         self.model = model
         self.data = data
         self.task = task or Classification()
         self.dense_batch_size = dense_batch_size
+        self._autocast = autocast
         self._with_gradients: bool | None = None
         """True where forward passes record gradients; None until the first one."""
 
@@ -112,5 +122,5 @@ class Evaluator:
         return output
 
     def _pass(self, batch: Any, *, gradients: bool) -> Any:
-        with torch.set_grad_enabled(gradients):
+        with torch.set_grad_enabled(gradients), under_autocast(self._autocast):
             return self.task.forward(self.model.module, batch)

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from enum import Enum
+
+import torch
 
 from ormo_rpc.options import Section, at_least_one, option
 
 MAX_PREFETCH = 100
 """Each ticket ahead costs a model, a thread and two connections, and no network is slow enough for more to be of use."""
+
+
+class Autocast(Enum):
+    """The dtype of a pass where torch.autocast lowers it: matrix products and convolutions."""
+
+    none = "none"
+    """The dtypes of parameters and data."""
+    bf16 = "bf16"
+    """8 bits of precision, the range of float32."""
+    fp16 = "fp16"
+    """11 bits of precision, up to 65,504: the server scales the loss."""
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype; None for no autocast."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +49,24 @@ class WorkerOptions(Section):
         1,
         "parts in which the batch of a ticket goes through the model, to save memory; the gradient is that of the whole batch, "
         "but for batch norms, which see each part by itself",
+        valid=at_least_one,
+        expected="a whole number >= 1",
+    )
+    autocast: Autocast = option(
+        Autocast.none, "compute passes and losses under torch.autocast: none, bf16 or fp16; evaluations too"
+    )
+    compile: str | None = option(
+        None, "backend of torch.compile for the passes of training, such as inductor; null: they are not compiled"
+    )
+    loss_scale: float = option(
+        65536.0,
+        "first scale of the loss where autocast is fp16 or parameters are float16; the server adapts it as GradScaler does",
+        valid=lambda v: 2**-10 <= v < math.inf,
+        expected="a finite number >= 2^-10",
+    )
+    loss_scale_interval: int = option(
+        2000,
+        "applied gradients in a row without an overflow after which the loss scale doubles",
         valid=at_least_one,
         expected="a whole number >= 1",
     )

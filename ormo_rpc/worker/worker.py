@@ -21,6 +21,8 @@ from ormo_rpc.seeding import generator, seeded
 from ormo_rpc.tasks import Classification, Task
 from ormo_rpc.worker.accumulation import micro_batches
 from ormo_rpc.worker.base import BaseWorker
+from ormo_rpc.worker.forward import autocast as under_autocast
+from ormo_rpc.worker.forward import compile_forward
 
 
 class Worker(BaseWorker):
@@ -39,6 +41,8 @@ class Worker(BaseWorker):
         clip_norm: The global norm to which the gradient of the loss is clipped first; None for no clipping.
         task: The loss; by default that of classification.
         accumulate: The number of parts in which each batch goes through the model; see `micro_batches`.
+        autocast: The dtype of passes under ``torch.autocast``; None for none.
+        compile: The backend of ``torch.compile`` that compiles the passes; None for none.
         wire_format: The wire form of pushes; exact by default.
         allocate: Allocates the memory of `payload`, given its number of bytes.
     """
@@ -56,6 +60,8 @@ class Worker(BaseWorker):
         clip_norm: float | None = None,
         task: Task | None = None,
         accumulate: int = 1,
+        autocast: torch.dtype | None = None,
+        compile: str | None = None,  # noqa: A002 - the word for it
         wire_format: PushFormat | None = None,
         allocate: Allocate | None = None,
     ) -> None:
@@ -66,6 +72,9 @@ class Worker(BaseWorker):
         self.momentum = momentum
         self.task = task or Classification()
         self.accumulate = accumulate
+        self._autocast = autocast
+        if compile is not None:
+            compile_forward(model.module, compile)
         self._loaded: dict[int, Any] = {}
         """Batches made ahead by `load`, by their numbers in the run."""
 
@@ -81,6 +90,7 @@ class Worker(BaseWorker):
         assert reply.ticket is not None, "a reply without a ticket ends the worker"
         batches, losses = self.epochs.batches(reply.ticket, reply.steps), list[float]()
         self._passes.begin(reply.buffers)
+        self.loss_scale = reply.loss_scale
 
         def gradient(params: torch.Tensor, step: int, into: torch.Tensor) -> None:
             number, indices = batches[step]
@@ -137,7 +147,7 @@ class Worker(BaseWorker):
     def _backward(self, batch: Any) -> float | None:
         """Add the gradient of a batch's loss to the model's; return the loss, None where no target counts."""
         loss = self._loss(batch)
-        loss.backward()
+        self.scaled(loss).backward()
         value = loss.item()
         return None if math.isnan(value) and not self.task.count(batch) else value
 
@@ -147,13 +157,14 @@ class Worker(BaseWorker):
         for part, samples, weight in micro_batches(self.task, batch, self.accumulate):
             with seeded(self.seed, f"forward of part {part}", number):
                 loss = self._loss(samples) * weight
-                loss.backward()
+                self.scaled(loss).backward()
             value = (value or 0.0) + loss.item()
         return value
 
     def _loss(self, batch: Any) -> torch.Tensor:
         """Compute the loss of a batch, or of a part of it."""
-        return self.task.loss(self.task.forward(self.model.module, batch), batch)
+        with under_autocast(self._autocast):
+            return self.task.loss(self.task.forward(self.model.module, batch), batch)
 
     def _batch(self, indices: torch.Tensor, number: int) -> Any:
         """Make a batch, or take the one that `load` has made."""

@@ -82,7 +82,7 @@ def test_a_run_of_one_worker_is_a_plain_loop_with_masters_to_the_bit(case: str, 
     with torch.no_grad():
         logits: Tensor = module.eval()(inputs)
     assert summary["test_loss"] == pytest.approx(F.cross_entropy(logits.float(), targets).item(), rel=1e-3)
-    assert evaluate_checkpoint(run)[1].loss == summary["test_loss"]
+    assert evaluate_checkpoint(run)[1].test["loss"] == summary["test_loss"]
 
 
 def test_a_run_continues_from_its_masters_and_not_from_what_is_exported(tmp_path: Path) -> None:
