@@ -123,7 +123,8 @@ def test_two_runs_of_a_seed_are_identical_and_another_seed_differs(tmp_path: Pat
 
 @pytest.mark.parametrize("algorithm", parts("algorithm"))
 def test_every_algorithm_is_replayed_bit_for_bit(algorithm: str, tmp_path: Path) -> None:
-    options = ("model.dropout=0.3", "heterogeneity=one_slow", "train.weight_decay=0.01", "train.lr=0.01")
+    decay = ("train.weight_decay=0.01", "train.decay_1d=false")
+    options = ("model.dropout=0.3", "heterogeneity=one_slow", "train.lr=0.01", *decay)
     recorded = train([*DIGITS, f"algorithm={algorithm}", *options], run_dir=tmp_path / "run")
     assert (recorded["status"], recorded["iterations"], recorded["algorithm"]) == ("completed", 60, algorithm)
     again = replay(tmp_path / "again", tmp_path / "run")
