@@ -5,12 +5,14 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import io
 import os
 import runpy
 import sys
 import traceback
 from collections.abc import Mapping
-from types import TracebackType
+from pathlib import Path
+from types import ModuleType, TracebackType
 from typing import Any, NoReturn
 
 if __name__ == "__main__":
@@ -65,25 +67,41 @@ def run(script: Script) -> BaseException | None:
     try:
         if script.module:
             runpy.run_module(script.name, run_name="__main__", alter_sys=True)
-        else:
+        elif Path(script.name).is_dir():
             runpy.run_path(script.name, run_name="__main__")
+        else:
+            _run_file(os.path.abspath(script.name))  # noqa: PTH100 - without following links
     except BaseException as error:
         return error
     return None
 
 
+def _run_file(path: str) -> None:
+    """Run a file as Python does, which `runpy` does not to the word: ``sys.argv[0]`` stays as it was typed."""
+    module = sys.modules["__main__"] = ModuleType("__main__")
+    module.__file__ = path
+    with io.open_code(path) as file:
+        code = compile(file.read(), path, "exec")
+    exec(code, vars(module))  # noqa: S102 - the user's own program
+
+
 def end(child: Child, ended: BaseException | None) -> NoReturn:
     """End a child whose script has ended, as Python ends a program, and as its launcher expects it."""
     if isinstance(ended, SystemExit):
-        ended = None if ended.code in (None, 0) else ScriptExit(f"it has ended itself by sys.exit({ended.code!r})")
+        exited = ScriptExit(f"it has ended itself by sys.exit({ended.code!r})").with_traceback(ended.__traceback__)
+        ended = None if ended.code in (None, 0) else exited
     if ended is None:
-        gc.collect()  # closes the files of the script's variables
         with contextlib.suppress(Exception):
             atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage] # finalising the interpreter would stop the heartbeats
-    if ended is None or isinstance(ended, EXPECTED_ERRORS):
+        if vars(sys.modules["__main__"]) is not globals():
+            vars(sys.modules["__main__"]).clear()
+        gc.collect()  # closes the files of the script's variables
+        child.end()
+    ended.__traceback__ = _of_user(ended.__traceback__)
+    if isinstance(ended, EXPECTED_ERRORS):
         child.end(ended)
-    place, again = line_of(ended), child.serves or child.has_worked or bool(limit_reached(ended))
-    child.end(ended.with_traceback(_of_user(ended.__traceback__)), place=place, final=not again)
+    again = child.serves or child.has_worked or bool(limit_reached(ended))
+    child.end(ended, place=line_of(ended), final=not again)
 
 
 def _without_run(script: Script, ended: BaseException | None) -> dict[str, Any]:
