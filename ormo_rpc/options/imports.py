@@ -19,11 +19,9 @@ DOTTED_PATH = "a dotted path such as my_package.my_module.my_function"
 _SCRIPT = ("__main__", "__mp_main__")
 """The names of the module that Python was started with; in another process they are another module."""
 _MACHINERY = (__file__, importlib.__file__, "<frozen ")
-LIBRARIES = (
-    *{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")},
-    os.fspath(Path(__file__).parent.parent),
-)
-"""Folders whose files are hardly the user's own; the last one is that of this package."""
+_OURS = os.path.join(Path(__file__).parent.parent, "")  # noqa: PTH118 - with a slash at the end
+LIBRARIES = (*{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}, _OURS)
+"""Folders whose files are hardly the user's own."""
 
 
 _importing = ContextVar("importing", default="")
@@ -121,6 +119,17 @@ def fault(error: BaseException) -> str:
 def line_of(error: BaseException) -> str:
     """File and line of the user's code that an error comes from; else of a library's; empty where there is neither."""
     return _innermost(traceback.extract_tb(error.__traceback__))
+
+
+def raised_in(error: BaseException) -> str:
+    """File and line of the user's code that has raised an error, itself or by a library; empty where this package has."""
+    own = ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        if is_users(frame.filename):
+            own = f"{frame.filename}:{frame.lineno}"
+        elif frame.filename.startswith(_OURS):
+            own = ""
+    return own
 
 
 def users_line(frame: FrameType | None = None) -> str:

@@ -194,6 +194,8 @@ class JoinedWorker:
             held.following = replies.send(push)
         except StopIteration:
             held.following = None
+        if self._role.child is not None:
+            self._role.child.has_worked = True
 
     def _work(self, source: Source) -> Generator[Work]:
         """Give a `Work` for each reply, to the end of the run; then the model has memory of its own again."""

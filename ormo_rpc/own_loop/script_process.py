@@ -21,7 +21,7 @@ if __name__ == "__main__":
 from ormo_rpc.runtimes.distributed.preloading.process import PreloaderProcess, main  # isort: split
 
 from ormo_rpc.errors import ConfigError
-from ormo_rpc.options.imports import fault, is_users, line_of
+from ormo_rpc.options.imports import fault, is_users, line_of, raised_in
 from ormo_rpc.own_loop.script import PROGRAM, Script
 from ormo_rpc.own_loop.script_preloading import Launched, launched
 from ormo_rpc.runtimes.distributed.entry_point import EXPECTED_ERRORS, Child
@@ -101,7 +101,7 @@ def end(child: Child, ended: BaseException | None) -> NoReturn:
     if isinstance(ended, EXPECTED_ERRORS):
         child.end(ended)
     again = child.serves or child.has_worked or bool(limit_reached(ended))
-    child.end(ended, place=line_of(ended), final=not again)
+    child.end(ended, place=raised_in(ended), final=not again)
 
 
 def _without_run(script: Script, ended: BaseException | None) -> dict[str, Any]:

@@ -44,7 +44,13 @@ def test_public_names_and_their_modules_are_attributes_of_the_package() -> None:
     assert run(f"import ormo_rpc\nprint({uses}, hasattr(ormo_rpc, 'nothing'))\n") == "True True False"
 
 
-@pytest.mark.parametrize("words", [["train.lr=-1"], ["nonsense=1"], ["algorithm=nonsense"], ["--help"], ["--help-all"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["train.lr=-1"], ["nonsense=1"], ["algorithm=nonsense"], ["--help"], ["--help-all"]),
+        *(["launch", "--help"], ["launch", "missing.py"], ["launch", "train.lr=-1", __file__]),
+    ],
+)
 def test_a_command_is_refused_or_explained_without_pytorch(words: list[str]) -> None:
     printed = run(
         "import contextlib, io, sys\n"

@@ -172,6 +172,9 @@ def test_a_script_whose_process_dies_is_told() -> None:
         ("import sys; sys.exit(3)", EXIT_NO_RESTART, "train.py:6: ScriptExit: it has ended itself by sys.exit(3)"),
         ("import sys; sys.exit()", EXIT_DONE, ""),
         ("from ormo_rpc.errors import ServerLost; raise ServerLost('gone')", 66, "ServerLost: gone"),
+        ("import json; json.loads('{')", EXIT_NO_RESTART, "train.py:6: JSONDecodeError: "),
+        ("from ormo_rpc.server.build import build_server as f; f()", EXIT_NO_RESTART, "train.py:6: TypeError: "),
+        ("from ormo_rpc.options.imports import locate; locate('a', 'b')", EXIT_NO_RESTART, "ValueError: a._target_: "),
         (
             "child_of_launcher(Config(workers=2))",
             EXIT_NO_RESTART,
