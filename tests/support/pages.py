@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("ormo_rpc", "tests", "benchmarks", "experiments", "examples", "conf", "docs", "results")
 RUN_FILES = (
     "config.yaml launch.json metrics.jsonl trace.jsonl trace.rolled_back.jsonl processes.json summary.json evictions.jsonl "
-    "fingerprint.json model.pt"
+    "fingerprint.json model.pt model_ema.pt buffers.pt manifest.json"
 ).split()
 """Files that a run writes."""
 FILE_ENDINGS = "py md json jsonl yaml toml pt png c gz cff".split()
@@ -192,6 +192,8 @@ def refusal(command: Sequence[str]) -> str | None:
         return next((f"no target {word}" for word in words[1:] if word not in _make_targets()), None)
     if "launch" in words and {"ormo-rpc", "ormo_rpc"} & {program, *words}:  # the script is the reader's own
         return _refused_launch(words[words.index("launch") + 1 :])
+    if program == "ormo-rpc" and words[1:2] == ["export"]:
+        return None
     if words[1:2] == ["-m"]:
         return None if words[2].split(".")[0] not in FOLDERS or _is_module(words[2]) else f"no module {words[2]}"
     script = next((word for word in words[1:] if word.endswith(".py")), None)
