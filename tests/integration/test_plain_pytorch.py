@@ -93,6 +93,33 @@ def test_parameter_groups_are_those_of_torchs_optimizer(algorithm: str, optimize
         assert torch.equal(exported[name], value), name
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"train": {"no_decay": ["*.gamma"]}},
+            r"train\.no_decay: got '\*\.gamma', which matches no trainable parameter, expected a pattern of names such as "
+            r"layers\.1\.weight, layers\.1\.bias, .*",
+        ),
+        (
+            {"train": {"lr_factors": {"*.bias": 2.0}}, "algorithm": "dc_asgd"},
+            r"train\.lr_factors: got \{'\*\.bias': 2\.0\}, expected none with algorithm=dc_asgd: its compensation .*",
+        ),
+        (
+            {"train": {"lr_factors": {"*": 2.0}, "max_iterations": 3}, "runtime": {"name": "sim", "gradient": "quadratic"}},
+            r"train\.lr_factors: got \{'\*': 2\.0\}, expected none: the quadratic has no named parameters",
+        ),
+    ],
+    ids=["matches none", "not linear", "no names"],
+)
+def test_groups_that_cannot_be_are_refused_before_anything_starts(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=rf"\A{message}\Z"):
+        train({"runtime": "sim", "logger": "none", **options}, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_norm_whose_statistics_are_changed_outside_of_its_calls_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"norm: its statistics were changed outside of its calls"):
         train({"runtime": "sim", "model": {"_target_": f"{MODELS}.FunctionalNorm"}}, run_dir=tmp_path / "run")
