@@ -174,7 +174,7 @@ class WandbLogger(Logger):
         if not started.disabled:
             (run.directory / ID_FILE).write_text(started.id)
         started.define_metric("*", step_metric="iteration")
-        log = WandbRunLog(started, wandb.Histogram, run.metric)
+        log = WandbRunLog(started, wandb.Histogram, run.metric, keep_best=_wandb_sweep() is None)
         for row in run.rows if started.offline else ():  # wandb's process may have died with the server before it wrote them
             log.define(row)
             started.log(dict(row))
@@ -224,10 +224,20 @@ class WandbRunLog(RunLog):
         run: As ``wandb.init`` returns it.
         histogram: The class ``wandb.Histogram``.
         metric: Declares a metric of evaluations.
+        keep_best: Have wandb keep the best value of each metric of evaluations beside the last one. Not in a sweep of wandb's,
+            which searches by numbers of the summary, and this makes pairs of them.
     """
 
-    def __init__(self, run: Any, histogram: Any, metric: Callable[[str], TaskMetric] = metric_named) -> None:
+    def __init__(
+        self,
+        run: Any,
+        histogram: Any,
+        metric: Callable[[str], TaskMetric] = metric_named,
+        *,
+        keep_best: bool = True,
+    ) -> None:
         self.run = run
+        self.keep_best = keep_best
         self.histogram = histogram
         self.metric = metric
         self._broken = False
@@ -256,8 +266,8 @@ class WandbRunLog(RunLog):
         self.run.finish()
 
     def define(self, row: Mapping[str, Any]) -> None:
-        """Have wandb keep the best value of each metric of evaluations in a row, beside the last one."""
-        for key in row:
+        """Have wandb keep the best value of each metric of evaluations in a row, if that is wanted."""
+        for key in row if self.keep_best else ():
             found = metric_of(key)
             if found is not None and key not in self._defined:
                 best = "max" if self.metric(found[1]).higher_is_better else "min"

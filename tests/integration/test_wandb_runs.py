@@ -159,6 +159,9 @@ own.finish()
         (made,) = offline_runs(tmp_path / f"run{number}")
         assert (made.config["seed"], made.summary["status"]) == (number, "completed")
         assert {row["iteration"] for row in made.rows} >= {1, 60}
+        for key, name, best in (("test_accuracy", "max", max), ("test_loss", "min", min)):
+            values = [row[key] for row in made.rows if key in row]
+            assert made.summary[key] == {name: best(values), "last": values[-1]}
     (own,) = offline_runs(tmp_path / "wandb")
     assert (own.run.project, [row["mine"] for row in own.rows]) == ("own", [1])
 

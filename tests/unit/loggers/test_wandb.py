@@ -91,6 +91,17 @@ def test_wandb_keeps_the_best_value_by_the_direction_of_each_metric(tmp_path: Pa
     assert fake.runs[0].summary == {"status": "completed", "train_loss": 1.5, "val_loss": None}
 
 
+def test_in_a_sweep_of_wandbs_each_metric_is_one_number(
+    tmp_path: Path, fake: FakeWandb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
+    log = WandbLogger().start(run_info(tmp_path))
+    log.log({"iteration": 9, "test_loss": 1.0}, statistics())
+    log.finish({"test_loss": 0.5})
+    assert fake.runs[0].metrics == [("*", "iteration", None)]
+    assert fake.runs[0].summary == {"test_loss": 0.5}
+
+
 def argument_of(name: str) -> str:
     return {"run_name": "name", "run_id": "id", "directory": "dir"}.get(name, name)
 
