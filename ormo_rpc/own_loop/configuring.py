@@ -14,6 +14,7 @@ from ormo_rpc.config.runtimes import RpcRuntime
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.overrides import keys_of, prepared
+from ormo_rpc.worker.options import Autocast
 
 OVERRIDES = "ORMO_RPC_OVERRIDES"
 """The variable with overrides that are stronger than those of `join`: a list as JSON, or words as in a shell."""
@@ -130,6 +131,11 @@ def refuse(config: Config) -> None:
         raise ConfigError(
             f"algorithm: got {algorithm.name} in a loop of your own, expected one without local steps, which a script's loop "
             "does not take"
+        )
+    if config.worker.autocast is Autocast.bf16:
+        raise ConfigError(
+            "worker.autocast: got bf16 in a loop of your own, expected none, or fp16 for worker.scaled(loss): a script opens "
+            "torch.autocast by itself"
         )
     if config.worker.prefetch:
         raise ConfigError(

@@ -18,12 +18,13 @@ from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.own_loop.evaluation import OwnEvaluator, OwnFunction
 from ormo_rpc.own_loop.worker import OwnWorker
-from ormo_rpc.runtimes.job import Exporter, configured_format, configured_groups, configured_server
+from ormo_rpc.runtimes.job import Exporter, configured_format, configured_groups, configured_scale, configured_server
 from ormo_rpc.server.buffers import RunningBuffers
 from ormo_rpc.server.events import Event
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.tasks.metrics import TaskMetric
 from ormo_rpc.tasks.own_loop import own_metric
+from ormo_rpc.worker.options import Autocast
 
 
 class OwnModel:
@@ -129,7 +130,9 @@ class OwnJob:
         """Build the parameter server at iteration 0; it calls ``record`` with each event, timed by ``clock``."""
         model = self.model
         buffers = RunningBuffers(model.initial_buffers, model.flat.buffers.rules)
-        self.built = configured_server(self, model.initial, buffers, record, clock, self.groups())
+        # Of float16 alone nothing is scaled: the script does not say that its losses are.
+        loss_scale = configured_scale(self.config, model.flat) if self.config.worker.autocast is Autocast.fp16 else None
+        self.built = configured_server(self, model.initial, buffers, record, clock, self.groups(), loss_scale)
         return self.built
 
     def groups(self) -> Groups:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
+import torch
+
 from ormo_rpc.data.own_loop import OwnLoopData
 from ormo_rpc.errors import LoopMisused
 from ormo_rpc.messages import Push, Reply
@@ -196,6 +198,19 @@ class JoinedWorker:
             held.following = None
         if self._role.child is not None:
             self._role.child.has_worked = True
+
+    def scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        """Multiply a loss by the server's scale, for ``worker.scaled(loss).backward()`` with ``worker.autocast=fp16``.
+
+        Without it the loss is returned as it is. The gradients that are pushed are divided by the scale; where they have
+        overflowed, the server lowers it and issues the ticket again.
+
+        Raises:
+            LoopMisused: there is no ticket that it could be for.
+        """
+        if self._held is None:
+            raise LoopMisused(f"{users_line()}: scaled() is called outside of the loop, expected in one of its rounds")
+        return self._held.own.scaled(loss)
 
     def _work(self, source: Source) -> Generator[Work]:
         """Give a `Work` for each reply, to the end of the run; then the model has memory of its own again."""

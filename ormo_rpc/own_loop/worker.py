@@ -59,6 +59,8 @@ class OwnWorker(BaseWorker):
         )
         self._params = torch.empty(0)
         """Those of the ticket that is held."""
+        self._has_scaled = False
+        """A loss of this ticket was scaled."""
         self._tickets = 0
         """Tickets so far, up to `PRIVATE_TICKETS`."""
         self._names = {id(parameter): name for name, parameter in model.trainable.items()}
@@ -67,6 +69,7 @@ class OwnWorker(BaseWorker):
     def begin(self, reply: Reply) -> None:
         """Put the parameters and buffers of a reply into the model, and its gradients to zero."""
         self._passes.begin(reply.buffers)
+        self.loss_scale, self._has_scaled = reply.loss_scale, False
         self._params = self._cast(reply.params)
         if self._tickets < PRIVATE_TICKETS:
             self._params = self._params.clone()
@@ -81,7 +84,17 @@ class OwnWorker(BaseWorker):
             ValueError: the metrics are none.
         """
         self._end_gradient(self._params, self.push)
+        if self.loss_scale != 1.0 and not self._has_scaled and self.push.any():
+            raise LoopMisused(
+                f"{users_line()}: got gradients of a loss that was not scaled, expected worker.scaled(loss).backward(), as "
+                "worker.autocast=fp16 has the server scale losses"
+            )
         return self._made(reply, loss=loss, samples=samples, metrics=metrics)
+
+    @override
+    def scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        self._has_scaled = True
+        return super().scaled(loss)
 
     def close(self) -> None:
         """Leave the model without hooks, and let optimizers step again."""

@@ -119,7 +119,7 @@ def test_an_unknown_backend_is_refused_before_anything_starts(tmp_path: Path) ->
 
 
 def test_a_compiler_that_fails_is_one_line_before_anything_starts(tmp_path: Path) -> None:
-    def failing(*_: object) -> None:
+    def failing(*_: object) -> Any:
         raise RuntimeError("No working C++ compiler found\nin any of the usual places")
 
     dynamo.register_backend(failing, name="failing")
