@@ -131,8 +131,9 @@ def _evaluated(path: Path) -> tuple[str, Evaluation, Sequence[TaskMetric]]:
     try:
         present = evaluate_present(path)
         if present is not None:
-            what = f"{path}, iteration {present[0]}, while the run goes on"
-            return what, present[1], load_config(path / "config.yaml").task.metrics()
+            config = load_config(path / "config.yaml")
+            average = "" if config.evaluate.ema is None else " (its moving average)"
+            return f"{path}, iteration {present[0]}{average}, while the run goes on", present[1], config.task.metrics()
     except NotReadable as error:
         console.say(f"evaluate: {error}; its newest checkpoint is taken")
     found, result = evaluate_checkpoint(path)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from ormo_rpc.algorithms import Algorithm
 from ormo_rpc.composing import compose
@@ -29,8 +29,11 @@ _NO_MEANING = {
     "worker.dummy": "gradients are the script's",
     "worker.compile": "a script compiles its model by itself: join(torch.compile(model), ...)",
 }
-_RATES = ("train.lr", "train.lr_schedule", "train.warmup_epochs", "train.lr_milestones", "train.lr_gamma", "train.lr_scaling")
-"""Keys in whose place a function of the script's stands."""
+_RATES = (
+    *("train.lr", "train.lr_schedule", "train.lr_schedule_unit", "train.warmup_epochs", "train.lr_milestones"),
+    *("train.lr_gamma", "train.lr_scaling"),
+)
+"""Keys in whose place a function of the script's stands, with all below them."""
 
 
 def overrides_of_command() -> list[str]:
@@ -102,7 +105,7 @@ def compose_own_loop(
             raise ConfigError(f"{key}: got a value in a loop of your own, expected none: its {group} is the script's")
         if key in _NO_MEANING:
             raise ConfigError(f"{key}: got a value in a loop of your own, expected none: {_NO_MEANING[key]}")
-    twice = in_join & set(_RATES) if lr_is_function else in_join & {"train.lr"} if lr is not None else set[str]()
+    twice = _rates(in_join) if lr_is_function else in_join & {"train.lr"} if lr is not None else set[str]()
     if twice:
         raise ConfigError(f"{min(twice)}: got a value beside lr= in join(), expected one of the two")
     config = compose([*own, *overrides, *commands])
@@ -110,7 +113,11 @@ def compose_own_loop(
         every = max(1, (config.train.max_iterations or total_tickets) // EVALUATIONS)
         config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, every=every))
     refuse(config)
-    return Composed(config, [*overrides, *commands], lr_is_function and not typed & set(_RATES))
+    return Composed(config, [*overrides, *commands], lr_is_function and not _rates(typed))
+
+
+def _rates(keys: Collection[str]) -> set[str]:
+    return {key for key in keys if key in _RATES or key.startswith("train.lr_schedule.")}
 
 
 def refuse(config: Config) -> None:

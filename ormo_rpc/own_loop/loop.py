@@ -150,6 +150,11 @@ class JoinedWorker:
         if self._source is not None:
             raise LoopMisused(f"{users_line()}: the loop begins a second time, expected one loop for each join()")
         role = self._role
+        if self._evaluate is None and role.config.keeps_best:
+            raise LoopMisused(
+                f"{users_line()}: nothing is evaluated, expected evaluate_with() before the loop with evaluate.patience or "
+                "checkpoint.best"
+            )
         run = Run(
             role=role,
             model=self._model,

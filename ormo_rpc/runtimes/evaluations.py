@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import Executor, Future
+from pathlib import Path
 from queue import Empty, SimpleQueue
 
 import torch
 
 from ormo_rpc.errors import ConfigError, one_line
 from ormo_rpc.runtimes.best_model import BestModel
-from ormo_rpc.runtimes.job import Evaluate
-from ormo_rpc.runtimes.ranking import Ranking
+from ormo_rpc.runtimes.job import JobLike
+from ormo_rpc.runtimes.ranking import OWN_LOOP, Ranking
 from ormo_rpc.runtimes.recorder import Recorder
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.worker.evaluation import Evaluation
@@ -25,40 +26,43 @@ class Evaluations:
     """The evaluations of a run, in the order of their iterations.
 
     Args:
-        evaluator: Evaluates parameters; None where there is no test set, and nothing is evaluated.
-        executor: Runs it.
+        job: The run.
+        run_dir: Its directory.
+        executor: Runs them.
         recorder: Receives the results.
-        ranking: Compares the results; None where nobody asks which is the best.
-        best: Keeps the model of the best; None where it is not kept.
-        max_waiting: The number of copies that may wait; those that become due meanwhile are skipped, but for the last of a run.
+        inline: The executor computes at once, and all is one thread: an early stop is then decided at the iteration.
 
     Attributes:
+        ranking: Compares the results.
+        best: Keeps the model of the best one; None where it is not kept.
         failed: Evaluations that failed; training does not depend on them.
-        skipped: Evaluations that were skipped.
+        skipped: Evaluations that were skipped, as too many were waiting.
+        stopped: The reason to stop early, once `stops_early` has told it.
     """
 
-    def __init__(
-        self,
-        evaluator: Evaluate | None,
-        executor: Executor,
-        recorder: Recorder,
-        *,
-        ranking: Ranking | None = None,
-        best: BestModel | None = None,
-        max_waiting: int | None = None,
-    ) -> None:
-        self._evaluator = evaluator
+    def __init__(self, job: JobLike, run_dir: Path, executor: Executor, recorder: Recorder, *, inline: bool = False) -> None:
+        config = job.config
+        self._evaluator = job.evaluator()
         self._executor = executor
         self._recorder = recorder
         self._copies: SimpleQueue[tuple[int, float, torch.Tensor, dict[str, torch.Tensor]]] = SimpleQueue()
         self._running: list[tuple[int, float, Future[tuple[Evaluation, Exception | None]]]] = []
-        self._ranking = ranking
-        self._best = best
-        self._max_waiting = max_waiting
+        self.ranking = Ranking(config, job.metric)
+        self.best = BestModel(job, run_dir, self.ranking) if config.keeps_best else None
+        self._every = config.evaluate.every or job.batches_per_epoch
+        self._max_waiting = None if config.evaluate.every is None else MAX_WAITING
+        self._at_once = inline and (config.evaluate.every is not None or config.keeps_best)
         self.failed = 0
         self.skipped = 0
+        self.stopped: str | None = None
         self._cause = ""
         """Type and message of the newest failure."""
+        if self.best is not None and self.ranking.name.startswith("test_") and config.task.name != OWN_LOOP:
+            _log.warning(
+                "the best evaluation is chosen by the test split (%s), whose metrics no longer tell what the model does with "
+                "other data; with dataset.validation it is chosen by that",
+                self.ranking.name,
+            )
 
     @property
     def failure(self) -> str | None:
@@ -66,6 +70,20 @@ class Evaluations:
         if not self.failed or self._recorder.evaluation is not None:
             return None
         return f"every evaluation failed ({self.failed}), the last with {self._cause}"
+
+    def observe(self, server: ParameterServer, seconds: float) -> None:
+        """Have the parameters evaluated where that is due; called under the server's lock, after each gradient."""
+        if server.iteration % self._every == 0 or server.ended:
+            self.request(server, seconds)
+            if self._at_once:
+                self.flush()
+
+    def stops_early(self) -> bool:
+        """Tell, once, that the run is to be finished as no evaluation is better any more."""
+        if self.stopped is not None:
+            return False
+        self.stopped = self.ranking.reason
+        return self.stopped is not None
 
     def request(self, server: ParameterServer, seconds: float) -> None:
         """Have the present parameters evaluated; called under the server's lock."""
@@ -107,8 +125,8 @@ class Evaluations:
         assert self._evaluator is not None, "nothing is requested without"
         evaluation = self._evaluator(params, buffers)
         try:
-            if self._best is not None:
-                self._best.consider(iteration, evaluation, params, buffers)
+            if self.best is not None:
+                self.best.consider(iteration, evaluation, params, buffers)
         except (OSError, ConfigError) as error:
             return evaluation, error
         return evaluation, None
@@ -121,8 +139,8 @@ class Evaluations:
             self._recorder.record_evaluation(iteration, seconds, evaluation)
             if fault is not None:
                 raise fault
-            if self._ranking is not None:
-                self._ranking.add(iteration, evaluation)
+            if self.best is not None:
+                self.ranking.add(iteration, evaluation)
         else:
             self.failed += 1
             self._cause = one_line(failure)

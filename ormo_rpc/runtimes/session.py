@@ -14,12 +14,10 @@ from ormo_rpc.errors import ConfigError
 from ormo_rpc.loggers import RunInfo, start_logs
 from ormo_rpc.loggers.metrics import measure, measure_by_name
 from ormo_rpc.models.flat import sha256
-from ormo_rpc.runtimes.best_model import BestModel
 from ormo_rpc.runtimes.checkpoints import CheckpointWriter
 from ormo_rpc.runtimes.ending import ending
-from ormo_rpc.runtimes.evaluations import MAX_WAITING, Evaluations
+from ormo_rpc.runtimes.evaluations import Evaluations
 from ormo_rpc.runtimes.job import JobLike
-from ormo_rpc.runtimes.ranking import OWN_LOOP, Ranking
 from ormo_rpc.runtimes.recorder import Recorder
 from ormo_rpc.server.parameter_server import ParameterServer, Status
 from ormo_rpc.storage import checkpoint
@@ -55,9 +53,6 @@ class Session:
         seconds_before: The run's seconds when this process took over.
         counters: Counters that survive this process.
         resumed_state: The checkpoint's state of the simulator, where a simulation continues exactly.
-
-    Raises:
-        ConfigError: a best evaluation is asked for, and there are none.
     """
 
     def __init__(
@@ -75,9 +70,7 @@ class Session:
         terminal: int | None = None,
         inline: bool = False,
     ) -> None:
-        config, evaluator = job.config, job.evaluator()
-        if config.keeps_best and evaluator is None:
-            raise ConfigError("evaluate.patience, checkpoint.best: nothing is evaluated; call worker.evaluate_with(FUNCTION)")
+        config = job.config
         self.job = job
         self.directory = RunDirectory(run_dir)
         self.clock = clock
@@ -85,29 +78,16 @@ class Session:
         logs = evaluation_executor.submit(start_logs, config.logger, info, terminal)  # wandb's takes a second or more
         self.recorder = Recorder(job, self.directory, logs, clock, extra_metrics)
         self.server = job.server(self.recorder.record, clock)
-        self.ranking = Ranking(config, job.metric)
-        self._best = BestModel(job, run_dir, self.ranking) if config.keeps_best else None
-        if config.keeps_best and self.ranking.name.startswith("test_") and config.task.name != OWN_LOOP:
-            _log.warning(
-                "the best evaluation is chosen by the test split (%s), whose metrics no longer tell what the model does with "
-                "other data; with dataset.validation it is chosen by that",
-                self.ranking.name,
-            )
-        every = config.evaluate.every
-        self.evaluations = Evaluations(
-            evaluator,
-            evaluation_executor,
-            self.recorder,
-            ranking=self.ranking if config.keeps_best else None,
-            best=self._best,
-            max_waiting=None if every is None else MAX_WAITING,
-        )
-        self._evaluates_every = every or job.batches_per_epoch
-        self._evaluates_at_once = inline and (every is not None or config.keeps_best)
-        self._stopped: str | None = None
-        """The reason to stop early, once `stops_early` has told it."""
+        self.evaluations = Evaluations(job, run_dir, evaluation_executor, self.recorder, inline=inline)
         self.checkpoints = CheckpointWriter(
-            run_dir, config, job.fingerprint(), job.exporter(), checkpoint_executor, self.recorder, clock, self.ranking
+            run_dir,
+            config,
+            job.fingerprint(),
+            job.exporter(),
+            checkpoint_executor,
+            self.recorder,
+            clock,
+            self.evaluations.ranking,
         )
         self.counters = RunCounters(run_dir)
         self.seconds_before = 0.0
@@ -161,11 +141,9 @@ class Session:
             )
         if config.checkpoint.journal:
             self.checkpoints.journal = FileJournal(path)
-        if self._best is not None:
-            resumes = source is not None and incarnation == 0
-            self._best.begin(
-                checkpoint.run_directory_of(source) if source is not None and resumes else None, self.server.iteration
-            )
+        if self.evaluations.best is not None:
+            former = None if source is None or incarnation > 0 else checkpoint.run_directory_of(source)
+            self.evaluations.best.begin(former, self.server.iteration)
         self._seen = self.server.iteration
         self.counters.begin(self._seen)
         if incarnation > 0 and self.server.ended:  # the former process died before it could evaluate the final parameters
@@ -180,7 +158,7 @@ class Session:
         except ValueError as error:
             raise ConfigError(f"checkpoint.resume: {source}: {error}") from None
         records = state["session"]
-        self.ranking.load_state_dict(records.get("ranking"), state["iteration"])
+        self.evaluations.ranking.load_state_dict(records.get("ranking"), state["iteration"])
         if self.server.ema is not None and state.get("ema") is None:
             _log.warning("evaluate.ema: %s has no moving average; it begins here", source)
         if self.job.config.runtime.name == "sim" and state["status"] == Status.running.value:
@@ -219,20 +197,14 @@ class Session:
         self._seen = server.iteration
         self._updated_at = time.monotonic()
         self.counters.set_iterations(self._seen)
-        if self._seen % self._evaluates_every == 0 or server.ended:
-            self.evaluations.request(server, self.clock())
-            if self._evaluates_at_once:
-                self.evaluations.flush()
+        self.evaluations.observe(server, self.clock())
         every = self.job.config.checkpoint.every
         if every and self._seen % every == 0:
             self.copy_state()
 
     def stops_early(self) -> bool:
         """Tell, once, that the run is to be finished as no evaluation is better any more; called by the one thread."""
-        if self._stopped is not None or self.server.ended:
-            return False
-        self._stopped = self.ranking.reason
-        return self._stopped is not None
+        return not self.server.ended and self.evaluations.stops_early()
 
     def copy_state(self) -> None:
         """Copy the state for a checkpoint, unless another one is under way."""
@@ -281,7 +253,8 @@ class Session:
     def _summary_entries(self, state: Mapping[str, Any]) -> dict[str, Any]:
         statistics = self.recorder.statistics
         # One that was recovered from the journal may have been finished by the process before.
-        stopped = self._stopped or (self.ranking.reason if self.job.config.train.max_seconds is None else None)
+        limit, evaluations = self.job.config.train.max_seconds, self.evaluations
+        stopped = evaluations.stopped or (evaluations.ranking.reason if limit is None else None)
         ended = ending(
             self.job, statistics, state["status"], state["iteration"], stopped=stopped, loss_scale=state["loss_scale"]
         )
@@ -293,8 +266,8 @@ class Session:
             "metrics": self._metrics(),
             **identity(self.job.config),
             **ended,
-            "reason": "; ".join(filter(None, (ended["reason"], self.evaluations.failure))) or None,
-            "failed_evaluations": self.evaluations.failed,
+            "reason": "; ".join(filter(None, (ended["reason"], evaluations.failure))) or None,
+            "failed_evaluations": evaluations.failed,
             "parameters": state["params"].numel(),
             "iterations": state["iteration"],
             "epochs": self.job.epoch(state["iteration"]),
@@ -306,7 +279,7 @@ class Session:
             "end_seconds": None if start_seconds is None else now - self._updated_at,
             "step_seconds": self.server.step_seconds,
             "final_params_sha256": sha256(state["params"]),
-            "best": None if self._best is None else self._best.summary_entry(),
+            "best": None if evaluations.best is None else evaluations.best.summary_entry(),
             "final_ema_sha256": None if state["ema"] is None else sha256(state["ema"]["params"]),
             "evaluated": "parameters" if state["ema"] is None else "ema",
             "final_buffers_sha256": sha256(*state["buffers"].values()),

@@ -55,6 +55,21 @@ def test_a_run_stops_early_in_order_and_says_why(tmp_path: Path) -> None:
     assert (again["identical"], again["reason"], again["best"]) == (True, summary["reason"], summary["best"])
 
 
+@pytest.mark.parametrize("scheduler", ["async", "sync", "partial", "ssp"])
+def test_workers_that_wait_join_or_leave_are_no_obstacle(scheduler: str, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    membership = ("runtime.joins={9: 0.5}", "runtime.leaves={1: 0.7}", f"scheduler={scheduler}")
+    summary = train([*DIGITS, *OFTEN, *NEVER_BETTER, *membership, "runtime.compute_seconds=0.2"], run_dir=run_dir)
+    assert (summary["status"], summary["reason"][:19]) == ("completed", "evaluate.patience=2")
+    events = read_trace(run_dir)[1]
+    assert {"join", "leave", "finish"} <= {event["event"] for event in events}
+    assert 30 <= summary["iterations"] <= 33
+    tickets = [event["ticket"] for event in events if event["event"] == "apply"]
+    assert sorted(tickets) == sorted(set(tickets))
+    again = train(["runtime=replay", f"replay.run={run_dir}", "logger=none"], run_dir=tmp_path / "again")
+    assert again["identical"] is True
+
+
 @pytest.mark.parametrize("metric", [None, "val_accuracy", "test_loss"])
 def test_the_best_model_is_that_of_the_best_evaluation(metric: str | None, tmp_path: Path) -> None:
     run_dir, name = tmp_path / "run", metric or "val_loss"

@@ -112,13 +112,13 @@ def test_a_restarted_server_counts_the_evaluations_of_the_one_before(journal: bo
     evaluate = {"every": 4, "patience": 3, "min_delta": 100}
     first = Incarnation(tmp_path, 0, every=10, journal=journal, evaluate=evaluate)
     first.push(14)  # evaluated at 4, 8 and 12; the checkpoint of iteration 10 has the first two
-    kept = first.session.ranking.state_dict()["values"]
+    kept = first.session.evaluations.ranking.state_dict()["values"]
     assert [iteration for iteration, _ in kept] == [4, 8, 12]
     assert not first.session.stops_early()
     first.die()
     second = Incarnation(tmp_path, 1, every=10, journal=journal, evaluate=evaluate)
     assert second.server.iteration == (14 if journal else 10)
-    assert second.session.ranking.state_dict()["values"] == kept[:2]
+    assert second.session.evaluations.ranking.state_dict()["values"] == kept[:2]
     best = second.session.directory.path / "checkpoints" / "best" / "manifest.json"
     record = json.loads(best.read_text())["best"]
     assert record["iteration"] == 12, "the loss falls; what was better stays, also where it was rolled back"

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ormo_rpc
-from ormo_rpc.errors import ConfigError
+from ormo_rpc.errors import LoopMisused
 from ormo_rpc.export import export
 from ormo_rpc.storage import best
 
@@ -90,5 +90,5 @@ def test_it_stops_early_by_what_its_evaluation_returns(tmp_path: Path) -> None:
 
 def test_patience_without_an_evaluation_is_refused(tmp_path: Path) -> None:
     worker = ormo_rpc.join(net(), *QUIET, "evaluate.patience=2", total_tickets=5, run_dir=tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"nothing is evaluated; call worker\.evaluate_with"):
+    with pytest.raises(LoopMisused, match=r"nothing is evaluated, expected evaluate_with\(\) before the loop"):
         next(iter(worker))
