@@ -59,7 +59,7 @@ def _run(command: Command, preloading: Preloading) -> int:
     script, overrides = command.script, command.overrides
     run_dir = _run_dir(command.run_dir, ranks)
     if console.on_terminal():
-        console.report(f"starting {script.name}, for {run_dir}")
+        console.report(f"starting {script.name}")
 
     def load(starts: Preloading) -> Config:
         start = StartKind(_given("runtime.start", overrides) or StartKind.auto)

@@ -91,6 +91,7 @@ _EXAMPLES = [
         "{command} role=worker server.address=HOST:PORT server.secret_file=RUN_DIRECTORY/secret",
         "one more worker for a run in progress",
     ),
+    ("ormo-rpc launch --workers 4 script.py", "a training loop of your own: ormo-rpc launch --help"),
     ("{command} runtime=replay replay.run=RUN_DIRECTORY", "a recorded run again, compared bit for bit"),
     ("python -m ormo_rpc.report RUN_DIRECTORY", "picture of a run; of several: table, curves, page"),
     ("python -m ormo_rpc.evaluate RUN_DIRECTORY", "metrics of a run or checkpoint"),

@@ -20,7 +20,7 @@ if __name__ == "__main__":
 # First, as it counts the threads with which Python has started.
 from ormo_rpc.runtimes.distributed.preloading.process import PreloaderProcess, main  # isort: split
 
-from ormo_rpc.errors import ConfigError
+from ormo_rpc.errors import ConfigError, one_line
 from ormo_rpc.options.imports import fault, is_users, line_of, raised_in
 from ormo_rpc.own_loop.script import PROGRAM, Script
 from ormo_rpc.own_loop.script_preloading import Launched, launched
@@ -97,7 +97,7 @@ def end(child: Child, ended: BaseException | None) -> NoReturn:
             vars(sys.modules["__main__"]).clear()
         gc.collect()  # closes the files of the script's variables
         child.end()
-    ended.__traceback__ = _of_user(ended.__traceback__)
+    ended.__traceback__ = _of_user(ended.__traceback__) or ended.__traceback__
     if isinstance(ended, EXPECTED_ERRORS):
         child.end(ended)
     again = child.serves or child.has_worked or bool(limit_reached(ended))
@@ -116,16 +116,18 @@ def _without_run(script: Script, ended: BaseException | None) -> dict[str, Any]:
         }
     if isinstance(ended, ConfigError):
         return {"refused": str(ended)}
-    traceback.print_exception(ended.with_traceback(_of_user(ended.__traceback__)))
+    trace = _of_user(ended.__traceback__)
+    if trace is None and not isinstance(ended, SyntaxError):  # such as of a module that is not there
+        return {"refused": f"{script.name}: {one_line(ended)}"}
+    traceback.print_exception(ended.with_traceback(trace))
     return {"refused": fault(ended)}
 
 
 def _of_user(trace: TracebackType | None) -> TracebackType | None:
-    """A traceback from the first line of the user's on; all of it where there is none."""
-    found = trace
-    while found is not None and not is_users(found.tb_frame.f_code.co_filename):
-        found = found.tb_next
-    return found or trace
+    """A traceback from the first line of the user's on; None where there is none."""
+    while trace is not None and not is_users(trace.tb_frame.f_code.co_filename):
+        trace = trace.tb_next
+    return trace
 
 
 if __name__ == "__main__":

@@ -149,6 +149,16 @@ def test_a_script_that_does_not_join_is_refused_with_its_line(
         assert shown == ""
 
 
+def test_a_module_that_is_not_there_is_refused_without_lines_of_ours(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (here / "package").mkdir()
+    missing = Script(name="package.missing", module=True)
+    missing.set_module_path()
+    with launcher(missing, here) as launched, pytest.raises(ConfigError) as refused:
+        launched.load()
+    assert str(refused.value) == "package.missing: ImportError: No module named package.missing"
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("status", [0, 5])
 def test_a_script_that_ends_itself_gives_its_exit_status(status: int, capfd: pytest.CaptureFixture[str]) -> None:
     with started(f"import sys\nprint('usage')\nsys.exit({status})") as launched, pytest.raises(SystemExit) as ended:

@@ -34,6 +34,7 @@ from ormo_rpc.runtimes.distributed.launcher.processes import elastic_worker_proc
 from ormo_rpc.runtimes.distributed.launcher.rank_messages import Rank, WorkerRank
 from ormo_rpc.runtimes.distributed.launcher.reaching import reach
 from ormo_rpc.runtimes.distributed.launcher.supervisor import Supervisor
+from ormo_rpc.runtimes.distributed.preloading.client import JOBS
 from ormo_rpc.runtimes.distributed.preloading.preloading import Preloading
 from ormo_rpc.runtimes.ranks import Ranks
 from ormo_rpc.runtimes.torchrun_store import tell_result
@@ -87,6 +88,10 @@ def run(config: Config, run_dir: Path, began: float, preloading: Preloading) -> 
     summary = read_summary(run_dir)
     if summary is not None:
         summary = extend_summary(run_dir, summary, time.monotonic() - began)
+        ended = summary["status"] in TERMINAL_STATUSES
+        if ended and preloading.programs != JOBS and failure is not None and not isinstance(failure, RunInterrupted):
+            failure.args = (f"{server.exit_reason}; before that the run {summary['status']}",)  # by what its script does then
+            raise failure
     if failure is None or (summary is not None and summary["status"] in TERMINAL_STATUSES):
         if ranks is not None and summary is not None:
             Rank(ranks, console.report).say(f"the run {summary['status']}: {summary['gradients_computed']} gradients")
