@@ -323,6 +323,21 @@ def test_jobs_are_not_compared_by_what_has_no_direction(launch: Launch, capsys: 
     assert "best: " not in capsys.readouterr().out
 
 
+@warns
+def test_a_direction_that_only_a_name_speaks_against_is_a_warning(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="hydra-optuna-sweeper is not installed")
+    warned: list[str] = []
+    monkeypatch.setattr(logging.getLogger("ormo_rpc.sweeps"), "warning", lambda text, *words: warned.append(text % words))
+    search = ("hparams_search=digits_optuna", *SHORT, "task=own_loop", "hydra.sweeper.n_trials=1")
+    assert launch(*search, "optimized_metric=test_f1") == 1  # a loop of one's own needs its script
+    assert warned == [
+        "hydra.sweeper.direction: got minimize, expected maximize with optimized_metric=test_f1, as far as its name tells"
+    ]
+    assert "task: own_loop is that of a script" in capsys.readouterr().err
+
+
 def test_metrics_that_come_with_the_first_evaluation_are_looked_for_at_the_end() -> None:
     own = OwnLoopTask()
     refuse_metric("test_anything", own)
