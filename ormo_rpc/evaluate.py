@@ -133,12 +133,12 @@ def _evaluated(path: Path) -> tuple[str, Evaluation, Sequence[TaskMetric]]:
         if present is not None:
             config = load_config(path / "config.yaml")
             average = "" if config.evaluate.ema is None else " (its moving average)"
-            return f"{path}, iteration {present[0]}{average}, while the run goes on", present[1], config.task.metrics()
+            return f"{path}, iteration {present[0]}{average}, while the run goes on", present[1], config.task.all_metrics()
     except NotReadable as error:
         console.say(f"evaluate: {error}; its newest checkpoint is taken")
     found, result = evaluate_checkpoint(path)
     what = " (its moving average)" if checkpoint.evaluated_model(found) == checkpoint.EMA else ""
-    return f"{found}{what}", result, load_config(found / "config.yaml").task.metrics()
+    return f"{found}{what}", result, load_config(found / "config.yaml").task.all_metrics()
 
 
 if __name__ == "__main__":

@@ -270,7 +270,7 @@ def _refuse_direction(config: DictConfig, task: Task | None) -> None:
     given, expected = ("minimize", "maximize") if maximizes else ("maximize", "minimize")
     said = f"hydra.sweeper.direction: got {given}, expected {expected} with optimized_metric={name or 'null (a loss)'}"
     found = metric_of(name or "")
-    declared = (LOSS, *([] if task is None else task.metrics()))
+    declared = (LOSS, *([] if task is None else task.all_metrics()))
     if found is not None and found[1] not in [each.name for each in declared]:
         _log.warning("%s, as far as its name tells", said)
         return

@@ -23,6 +23,7 @@ from ormo_rpc.server.build import check_resumable
 from ormo_rpc.server.lr_schedule import LearningRate
 from ormo_rpc.storage import best, checkpoint
 from ormo_rpc.storage.optimized_metric import refuse_metric
+from ormo_rpc.tasks import Task
 
 RESUMED_KEYS = (
     *(
@@ -157,6 +158,8 @@ def check_resume(config: Config, path: Path) -> None:
     then = load_config(path / "config.yaml")
     for key in RESUMED_KEYS:
         expected, given = (functools.reduce(getattr, key.split("."), each) for each in (then, config))
+        if isinstance(expected, Task) and isinstance(given, Task):  # what is measured beside may change
+            expected, given = (dataclasses.replace(each, torchmetrics={}) for each in (expected, given))
         if expected != given:
             if key == "dataset.name":
                 given, expected = config.dataset.known_as, then.dataset.known_as

@@ -32,7 +32,7 @@ def check_choice(config: Config, *, evaluated: bool) -> None:
     if not evaluated:
         raise ConfigError(f"{asked}, but nothing is evaluated with synthetic gradients or worker.dummy=true; leave it out")
     split, _, metric = name.partition("_")
-    own_loop, metrics = config.task.name == OWN_LOOP, [each.name for each in config.task.metrics()]
+    own_loop, metrics = config.task.name == OWN_LOOP, [each.name for each in config.task.all_metrics()]
     if split not in ("test", "val") or (metric not in metrics and not own_loop):
         splits = ("val", "test") if config.dataset.validation else ("test",)
         known = ", ".join(f"{each}_{metric}" for each in splits for metric in metrics)

@@ -246,7 +246,7 @@ class Session:
 
     def _metrics(self) -> dict[str, dict[str, Any]]:
         """The metrics of the evaluations, or of the task where there was none."""
-        evaluation, declared = self.recorder.evaluation, self.job.config.task.metrics()
+        evaluation, declared = self.recorder.evaluation, self.job.config.task.all_metrics()
         names = [each.name for each in declared] if evaluation is None else evaluation.test
         return metrics_as_dict(map(self.job.metric, names))
 

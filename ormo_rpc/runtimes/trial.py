@@ -7,6 +7,7 @@ import copy
 import logging
 import math
 import re
+import warnings
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
@@ -71,6 +72,10 @@ class Trial:
         self.task = job.config.task
         self.accumulate = job.config.worker.accumulate
         self.autocast = job.config.worker.autocast.dtype
+        try:
+            self.stateful = self.task.stateful_metrics()
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         self.passes = Passes(model)
         self.data_name = job.config.dataset.known_as
         self.model_name = job.config.model.known_as
@@ -199,6 +204,19 @@ class Trial:
             if not isinstance(sums, Mapping) or not all(isinstance(each, Sums) for each in sums.values()) or "loss" not in sums:
                 raise ValueError("sums() must return Sums by name, one of them named loss")
             self.task.means(sums)
+        if self.stateful:
+            self._score(where, output, batch)
+
+    def _score(self, where: str, output: Any, batch: Any) -> None:
+        """Try the metrics of torchmetrics on a batch."""
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")  # of how few samples there are
+                self.stateful.begin()
+                self.stateful.update(*self.task.scored(output, batch))
+                self.stateful.compute()
+        except ValueError as error:
+            raise ConfigError(f"{error} (on {where} of {self.data_name})") from None
 
     def _batch(self, where: str, make: Callable[[], Any]) -> Any:
         try:

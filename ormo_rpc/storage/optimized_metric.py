@@ -28,7 +28,7 @@ def refuse_metric(name: str | None, task: Task | None, *, validation: bool = Tru
     """
     if name is None:
         return
-    names = [each.name for each in task.metrics()] if task is not None else []
+    names = [each.name for each in task.all_metrics()] if task is not None else []
     evaluated = [key_of(split, each) for split in SPLITS for each in names]
     hints = {key: kind for key, kind in get_type_hints(Summary).items() if key != BY_NAME and metric_of(key) is None}
     numbers = [key for key, kind in hints.items() if set(get_args(kind)) & {int, float}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from typing import Any, ClassVar
 import torch
 
 from ormo_rpc.data import DataSet
-from ormo_rpc.options import Part
-from ormo_rpc.tasks.batches import call_model, check_form, inputs_of, targets_of
+from ormo_rpc.options import Part, option
+from ormo_rpc.tasks.batches import call_model, check_form, inputs_of, logits_of, targets_of
 from ormo_rpc.tasks.metrics import LOSS, Sums, TaskMetric, metric_named
+from ormo_rpc.tasks.stateful_metrics import StatefulMetrics
 
 
 class UnfitTargets(ValueError):
@@ -32,13 +34,45 @@ class Task(Part, ABC):
     OPEN_METRICS: ClassVar[bool] = False
     """Evaluations may have metrics that are not declared before."""
 
+    torchmetrics: dict[str, Any] = option(
+        {},
+        "further metrics by name: _target_ of a class of torchmetrics (or any with reset, update, compute) and its keywords",
+    )
+
     def metrics(self) -> tuple[TaskMetric, ...]:
-        """Declare the metrics of an evaluation: "loss" first, then those that `means` returns beside it."""
+        """Declare the metrics that `means` returns, "loss" first."""
         return (LOSS,)
+
+    def all_metrics(self) -> tuple[TaskMetric, ...]:
+        """Declare the metrics of an evaluation: those of `metrics`, and of the option ``torchmetrics``.
+
+        Raises:
+            ValueError: an object of torchmetrics cannot be made.
+        """
+        return self._all_metrics
+
+    @functools.cached_property
+    def _all_metrics(self) -> tuple[TaskMetric, ...]:
+        return self.metrics() + self.stateful_metrics().declared()
+
+    def stateful_metrics(self) -> StatefulMetrics:
+        """Make the objects of the option ``torchmetrics``, which are given what `scored` returns.
+
+        Raises:
+            ValueError: one cannot be made, or has the name of another metric.
+        """
+        taken = [each.name for each in self.metrics() if each.name in self.torchmetrics]
+        if taken:
+            raise ValueError(f"task.torchmetrics.{taken[0]}: the task has a metric of this name, expected another one")
+        return StatefulMetrics(self.torchmetrics)
+
+    def scored(self, output: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return predictions and targets of a batch for torchmetrics: by default the output, or its logits, and the targets."""
+        return logits_of(output), self.targets(batch)
 
     def metric(self, name: str) -> TaskMetric:
         """Return the declaration of a metric; of one that is not declared before what its name tells."""
-        return metric_named(name, self.metrics())
+        return metric_named(name, self.all_metrics())
 
     def forward(self, model: torch.nn.Module, batch: Any) -> Any:
         """Return what the model makes of a batch; `call_model` says which arguments it gets."""

@@ -35,7 +35,8 @@ class CustomTask(Task, CallsTarget):
     over the samples too. A subclass of `Task` is more: sums and counts of any kind, and which metric is better higher.
     """
 
-    OWN: ClassVar[tuple[str, ...]] = ()
+    OPEN_METRICS = True
+    OWN: ClassVar[tuple[str, ...]] = ("torchmetrics",)
 
     @functools.cached_property
     def _function(self) -> Callable[..., Any]:
@@ -72,6 +73,12 @@ class CustomTask(Task, CallsTarget):
         size = self.count(batch)
         values = {LOSS.name: loss.item(), **{name: float(value) for name, value in metrics.items()}}
         return {name: Sums(value * size, size) for name, value in values.items()}
+
+    @override
+    def scored(self, output: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._computes_all:
+            raise ValueError(f"task.torchmetrics: {self._target_} of (model, batch) returns no predictions, expected none")
+        return super().scored(output, batch)
 
     @override
     def check_batch(self, batch: Any) -> None:

@@ -83,6 +83,10 @@ class LanguageModelling(Task):
         return {"loss": cross_entropy.loss_sum(*self._flat(output, batch), self.ignore_index)}
 
     @override
+    def scored(self, output: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._flat(output, batch)
+
+    @override
     def means(self, sums: Mapping[str, Sums]) -> Mapping[str, float]:
         loss = sums["loss"].mean()
         means = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # the largest float is about exp(709)

@@ -83,6 +83,10 @@ class Regression(Task):
         }
 
     @override
+    def scored(self, output: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._aligned(output, batch)
+
+    @override
     def means(self, sums: Mapping[str, Sums]) -> Mapping[str, float]:
         squared, number = (torch.as_tensor(each) for each in (sums["squared error"].total, sums["squared error"].count))
         total, squares = (torch.as_tensor(sums[name].total) for name in ("target", "squared target"))

@@ -59,6 +59,7 @@ class Evaluator:
         self.model = model
         self.data = data
         self.task = task or Classification()
+        self._stateful = self.task.stateful_metrics()
         self.dense_batch_size = dense_batch_size
         self._autocast = autocast
         self._with_gradients: bool | None = None
@@ -87,15 +88,18 @@ class Evaluator:
     def _means(self, name: str, data: Split, params: torch.Tensor, buffers: Mapping[str, torch.Tensor]) -> Mapping[str, float]:
         self._load(params, buffers)
         totals: dict[str, Sums] = {}
+        self._stateful.begin()
         for indices in torch.arange(len(data)).split(self._batch_size(data)):
             batch = data.batch(indices, None)
             output = self._forward(batch, params, buffers)
             with torch.no_grad():
                 for metric, sums in self.task.sums(output, batch).items():
                     totals[metric] = totals[metric] + sums if metric in totals else sums
+                if self._stateful:
+                    self._stateful.update(*self.task.scored(output, batch))
         if not totals["loss"].counts:
             raise ValueError(f"dataset: no target of the {name} split counts")
-        return self.task.means(totals)
+        return {**self.task.means(totals), **self._stateful.compute()}
 
     def _batch_size(self, data: Split) -> int:
         one = data.batch(torch.zeros(1, dtype=torch.int64), None)
