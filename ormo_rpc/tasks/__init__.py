@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from ormo_rpc.tasks.base import Task, UnfitTargets
 from ormo_rpc.tasks.classification import Classification
-from ormo_rpc.tasks.metrics import Sums, TaskMetric
+from ormo_rpc.tasks.metrics import LOSS, Sums, TaskMetric
 
-__all__ = ["Classification", "Sums", "Task", "TaskMetric", "UnfitTargets"]
+__all__ = ["LOSS", "Classification", "Sums", "Task", "TaskMetric", "UnfitTargets"]
