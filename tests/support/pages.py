@@ -27,6 +27,8 @@ RUN_FILES = (
 FILE_ENDINGS = "py md json jsonl yaml toml pt png c gz cff".split()
 STANDINS = {"RUN_DIRECTORY": "runs/one", "DIRECTORY": "data", "HOST:PORT": "127.0.0.1:29400", "DATE/TIME": "a/b"}
 """From each placeholder for a value of the reader's to one such value."""
+_READERS = ("train.py", "script.py")
+"""Scripts of the reader's own."""
 _CAPITALS = re.compile(r"\b[A-Z][A-Z_]*\b")
 _COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:python|torchrun|make|ormo-rpc) ")
 
@@ -99,7 +101,7 @@ def _stands_in(file: str, class_name: str, member: str) -> bool:
 
 def _known(name: str) -> bool:
     owner, _, rest = name.partition(".")
-    if name.rpartition(".")[2] in FILE_ENDINGS and name in {*RUN_FILES, *_file_names()}:
+    if name.rpartition(".")[2] in FILE_ENDINGS and name in {*RUN_FILES, *_READERS, *_file_names()}:
         return True
     if owner in _classes():
         return rest.split(".")[0] in _classes()[owner]
@@ -197,6 +199,8 @@ def refusal(command: Sequence[str]) -> str | None:
     if words[1:2] == ["-m"]:
         return None if words[2].split(".")[0] not in FOLDERS or _is_module(words[2]) else f"no module {words[2]}"
     script = next((word for word in words[1:] if word.endswith(".py")), None)
+    if script in _READERS:
+        return None
     if script is not None and not (ROOT / script).is_file():
         return f"no file {script}"
     if script == "launch.py" or program == "ormo-rpc":
