@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import dataclasses
 import os
 import platform
 import sys
+import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,11 @@ from typing_extensions import override
 from ormo_rpc import console
 from ormo_rpc.config.parsing import save_config
 from ormo_rpc.config.paths import located
+from ormo_rpc.config.schema import Config
 from ormo_rpc.control.messages import JoinRequest
-from ormo_rpc.errors import BY_NAME, RunFailed
+from ormo_rpc.errors import BY_NAME, RunFailed, one_line
 from ormo_rpc.messages import ErrorReply, Push, Reply
+from ormo_rpc.options.imports import fault
 from ormo_rpc.own_loop.interrupts import Interrupts
 from ormo_rpc.own_loop.run import Run, Source
 from ormo_rpc.own_loop.worker import OwnWorker
@@ -29,6 +34,7 @@ from ormo_rpc.runtimes.simulator import InlineExecutor
 from ormo_rpc.server.parameter_server import ParameterServer, Status
 from ormo_rpc.storage.launch import Launch
 from ormo_rpc.storage.run_directory import RunDirectory
+from ormo_rpc.storage.summary import Summary, read_summary, unfinished_summary, write_summary
 from ormo_rpc.transports.pending_replies import ReplyFuture
 
 FLUSH_SECONDS = 0.1
@@ -88,10 +94,32 @@ class AloneSource(Source):
                 yield from served.replies()
             except GeneratorExit:
                 served.end("failed", f"the script left its loop at iteration {session.server.iteration}, before the end")
+                atexit.register(_explain, run_dir)
                 raise
+            except BaseException as error:
+                self._end_failed(served, config, error)
+                raise
+            else:
+                served.end()
+                run.model.release(session.server.params, session.server.buffers.copy())
             finally:
-                self.summary = served.summary or served.end()
-            run.model.release(session.server.params, session.server.buffers.copy())
+                self.summary = served.summary
+
+    def _end_failed(self, served: _Served, config: Config, error: BaseException) -> None:
+        """End a run that a signal or a fault of the server has ended; its state may be beyond saving then."""
+        try:
+            served.end("failed", one_line(error))
+        except Exception:
+            seconds = time.monotonic() - self._run.began
+            summary = unfinished_summary(config, "failed", one_line(error), seconds)
+            served.summary = write_summary(served.session.directory.path, summary)
+
+
+def _explain(run_dir: Path) -> None:
+    """At the end of the program: name the error that has ended the script, which its loop does not get to know."""
+    error, summary = getattr(sys, "last_value", None), read_summary(run_dir)
+    if isinstance(error, BaseException) and summary is not None and summary["status"] == "failed":
+        write_summary(run_dir, dataclasses.replace(Summary.from_dict(summary), reason=fault(error)))
 
 
 class _Served:

@@ -13,6 +13,7 @@ import torch
 from ormo_rpc.algorithms.base import Algorithm
 from ormo_rpc.algorithms.groups import Groups
 from ormo_rpc.compression import Allocate, Encoder, PushFormat
+from ormo_rpc.compression.wire_metrics import ROOM
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.models.passes import Passes
@@ -67,6 +68,12 @@ class BaseWorker:
 
     def warm_up(self) -> None:
         """Do before the first ticket what would take longer in that than in later ones; nothing by default."""
+
+    @property
+    def corruptible(self) -> torch.Tensor:
+        """The bytes of a push but for its metrics, which stay readable where a fault writes over all else."""
+        form = self._encoder.format
+        return self.wire[: form.size - (ROOM if form.metrics else 0)]
 
     def forget(self, worker: int | None = None) -> None:
         """Reset the compression state of a worker, or of all workers, as when it joins again."""

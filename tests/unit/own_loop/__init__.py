@@ -1,1 +1,1 @@
-"""Own loops, apart from their processes."""
+"""Loops of a user's own."""

@@ -103,7 +103,7 @@ class WorkerLoop(Generic[W]):
         """
         time.sleep((self._slowdown() - 1) * seconds)
         assert self._injector is not None, "it is made before the first reply"
-        self._injector.before_push(self.worker.payload)
+        self._injector.before_push(self.worker.corruptible)
 
     def _membership_replies(self, on_job: Callable[[WorkerJob[W]], None]) -> Generator[Reply, Push]:
         """Yield the replies to one membership, to the end of the run.

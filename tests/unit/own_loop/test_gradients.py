@@ -1,0 +1,158 @@
+"""The gradients that a script leaves in its model, of any kind, against plain PyTorch with the same passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from typing_extensions import override
+
+from tests.support.own_loops import Normed, assert_same, batch, joined, loss_of, net, plain
+
+Backward = Callable[[torch.nn.Module, int], None]
+
+
+class Odd(torch.nn.Module):
+    """A network with a sparse embedding, a parameter that no pass uses, a frozen one, and tied weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.embedding = torch.nn.Embedding(5, 4, sparse=True)
+            self.unused = torch.nn.Parameter(torch.ones(3))
+            self.frozen = torch.nn.Parameter(torch.ones(4), requires_grad=False)
+            self.first = torch.nn.Linear(4, 4)
+            self.second = torch.nn.Linear(4, 4)
+            self.second.weight = self.first.weight
+
+    @override
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        rows = self.embedding((inputs[:, 0] > 0).long())
+        return self.second(self.first(inputs * self.frozen + rows).tanh())[:, :3]
+
+
+def in_two_passes(model: torch.nn.Module, ticket: int) -> None:
+    """Two passes, whose gradients add up."""
+    inputs, targets = batch(ticket)
+    for part in (slice(0, 2), slice(2, 5)):
+        (torch.nn.functional.cross_entropy(model(inputs[part]), targets[part], reduction="sum") / 5).backward()
+
+
+def after_zeroing(model: torch.nn.Module, ticket: int) -> None:
+    """A script that drops the gradients first, as most do."""
+    model.zero_grad(set_to_none=True)
+    loss_of(model, ticket).backward()
+
+
+def after_zeroing_in_place(model: torch.nn.Module, ticket: int) -> None:
+    """An optimizer that sets gradients to zero, and that is not asked to step."""
+    torch.optim.SGD(model.parameters(), 0.1).zero_grad(set_to_none=False)
+    loss_of(model, ticket).backward()
+
+
+def clipped(model: torch.nn.Module, ticket: int) -> None:
+    """Gradients that are changed before they are pushed."""
+    loss_of(model, ticket).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+
+
+def assigned(model: torch.nn.Module, ticket: int) -> None:
+    """Gradients that are assigned, as by an own backward pass."""
+    parameters = [each for each in model.parameters() if each.requires_grad]
+    found = torch.autograd.grad(loss_of(model, ticket), parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, found, strict=True):
+        parameter.grad = gradient
+
+
+@pytest.mark.parametrize("backward", [in_two_passes, after_zeroing, after_zeroing_in_place, clipped, assigned])
+@pytest.mark.parametrize("make", [net, Odd])
+def test_gradients_of_any_kind_are_those_of_plain_pytorch(
+    make: Callable[[], torch.nn.Module], backward: Backward, tmp_path: Path
+) -> None:
+    if make is Odd and backward is clipped:
+        pytest.skip("torch does not clip sparse gradients")
+    model = make()
+    worker = joined(model, tmp_path, tickets=4)
+    for work in worker:
+        backward(model, work.ticket)
+        worker.push()
+    assert_same(model, plain(make(), backward, range(4)))
+
+
+def test_gradients_from_before_the_loop_and_from_between_do_not_leak_in(tmp_path: Path) -> None:
+    model = net()
+    loss_of(model, 99).backward()
+    worker = joined(model, tmp_path, tickets=4)
+    loss_of(model, 98).backward()
+    for work in worker:
+        loss_of(model, work.ticket).backward()
+        worker.push()
+        loss_of(model, 97).backward()
+    assert_same(model, plain(net(), lambda model, ticket: loss_of(model, ticket).backward(), range(4)))
+
+
+def test_a_push_without_a_backward_pass_is_a_gradient_of_zero(tmp_path: Path) -> None:
+    model = net()
+    worker = joined(model, tmp_path, tickets=4)
+    for work in worker:
+        if work.ticket % 2:
+            loss_of(model, work.ticket).backward()
+        worker.push()
+    assert_same(model, plain(net(), lambda model, ticket: loss_of(model, ticket).backward(), [1, 3]))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_buffers_travel_and_the_mode_is_the_scripts(training: bool, tmp_path: Path) -> None:
+    def backward(model: torch.nn.Module, ticket: int) -> None:
+        model.train(training or ticket == 2)
+        loss_of(model, ticket).backward()
+
+    model = Normed()
+    worker = joined(model, tmp_path, tickets=4)
+    for work in worker:
+        assert model.training == (work.ticket == 0 or training or work.ticket == 3), "as the script has left it"
+        backward(model, work.ticket)
+        worker.push()
+    assert_same(model, plain(Normed(), backward, range(4)))
+    assert not model.norm._forward_hooks, "the loop is over"  # pyright: ignore[reportPrivateUsage] # torch has no other way to look
+
+
+def test_a_compiled_model_has_the_names_of_the_one_inside(tmp_path: Path) -> None:
+    model = net()
+    compiled: torch.nn.Module = torch.compile(model, backend="eager")  # pyright: ignore[reportAssignmentType] # its stub says a callable
+    worker = joined(compiled, tmp_path, tickets=4)
+    for work in worker:
+        loss_of(compiled, work.ticket).backward()
+        worker.push()
+    expected = plain(net(), lambda model, ticket: loss_of(model, ticket).backward(), range(4))
+    assert_same(model, expected)
+    saved = torch.load(next((tmp_path / "run").glob("checkpoints/*/model.pt")))
+    assert saved.keys() == expected.state_dict().keys()
+
+
+def test_parameter_groups_clipping_and_decay_of_the_configuration_hold(tmp_path: Path) -> None:
+    model = net()
+    words = ("train.weight_decay=0.1", "train.decay_1d=false", "train.clip_norm=0.05", "train.lr_factors={2.*: 0.5}")
+    worker = joined(model, tmp_path, *words, tickets=4)
+    for work in worker:
+        loss_of(model, work.ticket).backward()
+        worker.push()
+    other = net()
+    groups = [
+        {
+            "params": [parameter],
+            "lr": 0.05 if name.startswith("2.") else 0.1,
+            "weight_decay": 0.1 if parameter.dim() > 1 else 0.0,
+        }
+        for name, parameter in other.named_parameters()
+    ]
+    optimizer = torch.optim.SGD(groups, 0.1)
+    for ticket in range(4):
+        optimizer.zero_grad()
+        loss_of(other, ticket).backward()
+        torch.nn.utils.clip_grad_norm_(other.parameters(), 0.05)
+        optimizer.step()
+    assert_same(model, other)
