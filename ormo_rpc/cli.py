@@ -225,7 +225,15 @@ def _result(summary: dict[str, Any], run_dir: Path) -> str:
     return (
         f"{summary['status']}: {described(summary)}: {summary['iterations']} iterations in {_duration(summary)}, "
         f"mean delay {summary['delay_mean']:.1f}, training loss {LOSS.shown(loss)}{_evaluated(summary)}\n"
-        f"{early}{identical if summary.get('identical') else ''}run directory: {run_dir}"
+        f"{early}{_best(summary)}{identical if summary.get('identical') else ''}run directory: {run_dir}"
+    )
+
+
+def _best(summary: dict[str, Any]) -> str:
+    """Say which model is the best that was kept; nothing where none was."""
+    best = summary.get("best")
+    return (
+        "" if best is None else f"best {best['metric']} {best['value']:.6g} at iteration {best['iteration']}: {best['path']}\n"
     )
 
 

@@ -204,7 +204,8 @@ def _choices(word: Override) -> int | None:
 def _value(config: Config, summary: dict[str, Any], hydra: HydraConf) -> float | None:
     if summary.get("status") == "diverged":
         return -math.inf if _maximizes(hydra.sweeper) else math.inf
-    value = summary.get(config.searched_metric)
+    best = summary.get("best")  # by the same metric
+    value = summary.get(config.searched_metric) if best is None else best["value"]
     return None if value is None or not math.isfinite(value) else float(value)
 
 

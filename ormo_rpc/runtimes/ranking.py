@@ -33,7 +33,7 @@ def check_choice(config: Config, *, evaluated: bool) -> None:
         raise ConfigError(f"{asked}, but nothing is evaluated with synthetic gradients or worker.dummy=true; leave it out")
     split, _, metric = name.partition("_")
     own_loop, metrics = config.task.name == OWN_LOOP, [each.name for each in config.task.all_metrics()]
-    if split not in ("test", "val") or (metric not in metrics and not own_loop):
+    if split not in ("test", "val") or (metric not in metrics and not config.task.OPEN_METRICS):
         splits = ("val", "test") if config.dataset.validation else ("test",)
         known = ", ".join(f"{each}_{metric}" for each in splits for metric in metrics)
         raise ConfigError(f"optimized_metric: got {name} with {asked.split(':')[0]}, expected a metric of evaluations: {known}")

@@ -29,6 +29,7 @@ def test_a_run_stops_early_although_its_server_was_killed_meanwhile(tmp_path: Pa
     assert (found["status"], found["incarnations"], found["rolled_back"], found["evaluated"]) == ("completed", 2, 0, "ema")
     assert found["reason"].startswith("evaluate.patience=4: for ")
     assert found["reason"] in out
+    assert f"at iteration {found['best']['iteration']}: {run_dir / 'checkpoints' / 'best'}\n" in out
     # The first evaluation that was remembered is the best, and the fourth after it ends the run.
     assert 100 < found["iterations"] < 5000
     applied = events(run_dir, "apply")

@@ -189,6 +189,18 @@ def test_a_job_returns_its_validation_loss_else_its_test_loss(
     assert returned[0] is not None
 
 
+def test_a_job_that_keeps_its_best_model_returns_that_value(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    returned: list[float | None] = []
+    job = sweeps.run_job
+    monkeypatch.setattr(sweeps, "run_job", lambda *arguments: returned.append(job(*arguments)))
+    assert launch("-m", *SHORT, "checkpoint.best=true", "train.lr=0.5", "evaluate.every=1", "seed=3") == 0
+    summary = json.loads((tmp_path / "sweep" / "0" / "summary.json").read_text())
+    assert returned == [summary["best"]["value"]]
+    assert summary["best"]["value"] < summary["test_loss"]
+
+
 def test_a_metric_is_refused_in_a_single_run_too(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"^optimized_metric: got val_loss without a validation split; set dataset.validation"
