@@ -52,8 +52,9 @@ LOSS = TaskMetric("loss", "mean loss over the targets that count", higher_is_bet
 
 
 def main_metric(declared: Sequence[TaskMetric]) -> TaskMetric:
-    """Return the first metric beside the loss, or the loss where there is none."""
-    return next((each for each in declared if each.name != LOSS.name), LOSS)
+    """Return the first metric beside the loss, rather one that the progress bar shows; the loss where there is none."""
+    others = [each for each in declared if each.name != LOSS.name]
+    return next((each for each in (*(each for each in others if each.bar), *others)), LOSS)
 
 
 def metric_named(name: str, declared: Iterable[TaskMetric] = ()) -> TaskMetric:

@@ -145,7 +145,7 @@ def test_an_interruption_ends_a_sweep(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["algorithm=asgd,asgdd"], "algorithm: got 'asgdd', expected one of asgd, "),
+        (["algorithm=asgd,asgdd"], "algorithm: got 'asgdd', expected one of adamw, "),
         (["seed=0,1", "train.lerning=3"], "train.lerning: got an unknown key"),
         (["seed=0,1", "model._target_=no_such_module.net"], "model._target_: 'no_such_module.net' cannot be imported: "),
         (["seed=0,1", "optimized_metric=loss"], "optimized_metric: got 'loss', expected one of delay_99_percent, "),

@@ -148,7 +148,8 @@ def test_a_form_that_is_none_of_a_number_is_refused() -> None:
         TaskMetric("mae", "", higher_is_better=False, form=".2x")
 
 
-def test_the_main_metric_is_the_first_beside_the_loss() -> None:
-    assert main_metric(Distance().metrics()) == MAE
+def test_the_main_metric_is_the_first_beside_the_loss_and_rather_one_on_the_progress_bar() -> None:
+    assert main_metric(Distance().metrics()) == main_metric((LOSS, HITS, MAE)) == MAE
+    assert main_metric((LOSS, HITS)) == HITS  # which has no label
     assert main_metric((LOSS,)) == LOSS
     assert metric_named("loss") == LOSS
