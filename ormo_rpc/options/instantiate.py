@@ -114,7 +114,7 @@ def values_of(made: Part) -> dict[str, Any]:
     """
     cls = type(made)
     if isinstance(made, CallsTarget):
-        own = {name: getattr(made, name) for name in made.OWN if getattr(made, name) != cls.declared()[name].default}
+        own = {name: getattr(made, name) for name in made.OWN if getattr(made, name) != _default(cls.declared()[name])}
         return {"_target_": made.known_as, **{key: plain(made.key(key), each) for key, each in (own | made.kwargs).items()}}
     options = {name: plain(made.key(name), getattr(made, name)) for name in cls.declared()}
     return {"name": cls.name, **options} if is_registered(cls) else {"_target_": path_of(cls.PATH, cls), **options}
@@ -196,11 +196,13 @@ def _without_defaults(group: str, options: dict[str, Any], given: Collection[str
     }
 
 
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 def _is_default(field: dataclasses.Field[Any], kind: Any, value: Any) -> bool:
-    factory = field.default_factory
-    default = field.default if factory is dataclasses.MISSING else factory()
     try:
-        return convert(value, kind) == default
+        return convert(value, kind) == _default(field)
     except (TypeError, ValueError):
         return False
 

@@ -296,3 +296,10 @@ def test_keywords_in_their_former_place_are_refused() -> None:
 def test_a_target_means_what_it_means_to_hydra(node: dict[str, Any]) -> None:
     keywords = {key: value for key, value in node.items() if key != "_target_"}
     assert instantiate("model", node["_target_"], keywords) == hydra.utils.instantiate(node)
+
+
+def test_options_beside_a_target_are_saved_where_they_are_not_the_defaults() -> None:
+    target = {"_target_": "torch.utils.data.TensorDataset"}
+    assert to_tree(parse_config({"dataset": target}))["dataset"] == target
+    given = {**target, "collate": "pad", "pad_values": {"input": 1.0}}
+    assert to_tree(parse_config({"dataset": given}))["dataset"] == given
