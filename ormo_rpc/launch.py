@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from typing_extensions import override
 
 from ormo_rpc import console
 from ormo_rpc.cli import print_result, status_of
@@ -34,6 +37,8 @@ def main(command: Command, preloading: Preloading) -> int:
         command: It.
         preloading: Starts the processes.
     """
+    logger, reports = logging.getLogger("ormo_rpc"), _Reports(logging.WARNING)
+    logger.addHandler(reports)
     try:
         return _run(command, preloading)
     except ConfigError as error:
@@ -46,6 +51,7 @@ def main(command: Command, preloading: Preloading) -> int:
     except OSError as error:
         status, last = 2, f"the run directory cannot be made: {error.strerror}: {error.filename or 'the current directory'}"
     finally:
+        logger.removeHandler(reports)
         SignalWatch.answered = True  # a repeated signal must not end this program in the midst of its last words
     console.report(last)
     return status
@@ -77,6 +83,14 @@ def _run(command: Command, preloading: Preloading) -> int:
         return 0
     print_result(summary, run_dir)
     return status_of(summary)
+
+
+class _Reports(logging.Handler):
+    """Reports warnings, such as those about a script's model."""
+
+    @override
+    def emit(self, record: logging.LogRecord) -> None:
+        console.report(record.getMessage())
 
 
 def _check(overrides: Sequence[str]) -> None:

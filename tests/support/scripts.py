@@ -74,12 +74,12 @@ class Launcher:
         """Run the script as far as it joins."""
         return self.starts.load_what({"script": self.script.text}, self.script.name, threads=1, start=start)
 
-    def worker(self, name: str = "worker 0") -> ChildProcess:
-        """Run a worker to its end."""
+    def worker(self, name: str = "worker 0", *, threads: int = 1) -> ChildProcess:
+        """Run a worker to its end, in an environment for a number of threads."""
         child = self.supervisor.start(
             name,
             ["worker", "--log", "--slot-id", "x"],
-            env=child_environment(1),
+            env=child_environment(threads),
             log=self.logs / name,
             starter=self.starts,
         )

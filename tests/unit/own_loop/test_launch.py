@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,21 @@ def test_the_end_of_a_script_before_its_run_is_the_end_of_the_command(
 ) -> None:
     assert typed(end) == status
     assert capsys.readouterr().err == (f"ormo-rpc launch: {line}\n" if line else "")
+
+
+def test_what_is_logged_about_a_script_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    class Warns(Loads):
+        """Warns while it loads."""
+
+        @override
+        def load_what(self, request: Mapping[str, Any], what: str, *, threads: int, start: StartKind) -> Config:
+            logging.getLogger("ormo_rpc.models").warning("the model has %d views", 2)
+            return super().load_what(request, what, threads=threads, start=start)
+
+    with Warns(SystemExit(0)) as loads:
+        launch.main(Command(script=SCRIPT), loads)
+    logging.getLogger("ormo_rpc.models").warning("later")
+    assert capsys.readouterr().err == "ormo-rpc launch: the model has 2 views\n"
 
 
 def test_a_script_is_run_with_the_threads_and_the_start_that_were_typed() -> None:

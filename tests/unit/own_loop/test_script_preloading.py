@@ -97,6 +97,14 @@ def test_forked_and_spawned_processes_find_what_python_would_give_the_script(
     assert plain[:2] == [["train.py", "--width", "4"], "__main__"]
 
 
+@pytest.mark.parametrize(("threads", "found"), [(1, 3), (2, 2)])
+def test_a_number_of_threads_that_join_asks_for_is_stronger_than_the_script_s(threads: int, found: int) -> None:
+    with started(f"import torch\ntorch.set_num_threads(3)\n{JOIN}\nprint(torch.get_num_threads())") as launched:
+        launched.load()
+        assert launched.worker(threads=threads).exit_code == EXIT_DONE
+    assert Path("worker 0").read_text() == f"{found}\n"
+
+
 PREVENTED = {
     "import threading, time\nthreading.Thread(target=lambda: time.sleep(60), daemon=True, name='mine').start()": (
         "a thread was started while it was loaded: mine at train.py:2"
