@@ -1,6 +1,6 @@
 """Learning-rate schedules of the user's: a function of the iteration, or a scheduler of torch, as a table of rates.
 
-The table is made once, for all steps of the run, before anything starts: about 2 microseconds and 8 bytes a step for the
+The table is made once, for all steps of the run, before anything starts: about 3 microseconds and 8 bytes a step for the
 schedulers of torch. So whatever cannot be right is refused then, and the rate is a pure function of the iteration on the
 server, in a resumed run and in a replay, although a scheduler of torch can only be stepped forwards.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import warnings
 from array import array
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 KEY = "train.lr_schedule"
 MAX_STEPS = 20_000_000
-"""Steps of the longest table: 160 MB, and less than a minute for a scheduler of torch."""
+"""Steps of the longest table: 160 MB, and about a minute for a scheduler of torch."""
 _LENGTHS = ("T_max", "total_steps")
 """Keywords of torch's schedulers that are the length of the run, where they are not given."""
 _MOMENTUM = 0.9
@@ -75,7 +76,15 @@ class OwnSchedule:
             rates = array("d")
             source = self._source()
             for step in range(self._steps):
-                rates.append(self._checked(source, step))
+                try:
+                    rate = float(next(source))
+                except _Refused:
+                    raise
+                except Exception as error:  # the user's own may raise anything
+                    raise ValueError(f"{self._place(step)}: {one_line(error)}") from error
+                if not 0 <= rate < math.inf:
+                    raise ValueError(f"{self._place(step)}: got the learning rate {rate:g}, expected a finite number >= 0")
+                rates.append(rate)
         return rates
 
     @property
@@ -87,19 +96,8 @@ class OwnSchedule:
     def _steps(self) -> int:
         return -(-self.total // self._iterations)
 
-    def _checked(self, source: Iterator[Any], step: int) -> float:
-        """Take the next rate, that of a step."""
-        place = f"{KEY}: {self.target.path}, {'epoch' if self.per_epoch else 'iteration'} {step} of {self._steps}"
-        try:
-            given = next(source)
-            rate = float(given)
-        except _Refused:
-            raise
-        except Exception as error:  # the user's own may raise anything
-            raise ValueError(f"{place}: {one_line(error)}") from error
-        if not 0 <= rate < math.inf:
-            raise ValueError(f"{place}: got the learning rate {rate:g}, expected a finite number >= 0")
-        return rate
+    def _place(self, step: int) -> str:
+        return f"{KEY}: {self.target.path}, {'epoch' if self.per_epoch else 'iteration'} {step} of {self._steps}"
 
     def _source(self) -> Iterator[Any]:
         """Make the schedule, and the rates of its steps, one after the other."""
@@ -165,16 +163,18 @@ class OwnSchedule:
             )
         (group,) = optimizer.param_groups
         others = {key: value for key, value in optimizer.defaults.items() if key != "lr"}
+        values_of = operator.itemgetter(*others)
+        expected = values_of(others)
         optimizer.step()
         for step in range(self._steps):
             if step:
                 scheduler.step()
-            for key, value in others.items():
-                if group[key] != value:
-                    raise _Refused(
-                        f"{KEY}: {self.target.path} changes the {key}, expected the learning rate alone, as the server's "
-                        f"{key} stays{'; set train.lr_schedule.cycle_momentum=false' * (key == 'momentum')}"
-                    )
+            if values_of(group) != expected:
+                key = next(key for key, value in others.items() if group[key] != value)
+                raise _Refused(
+                    f"{KEY}: {self.target.path} changes the {key}, expected the learning rate alone, as the server's "
+                    f"{key} stays{'; set train.lr_schedule.cycle_momentum=false' * (key == 'momentum')}"
+                )
             yield group["lr"]
 
 
