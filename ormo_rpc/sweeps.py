@@ -102,8 +102,8 @@ def run_job(hydra: HydraConf, run: Run, say: Callable[[str], None]) -> float | N
         status, metric = str(summary.get("status")), config.searched_metric
         value = _value(config, summary, hydra)
         if value is None and (searches or config.optimized_metric is not None):
-            entries = ", ".join(key for key in summary if metric_of(key) is not None)
-            status, reason = FAILED, f"optimized_metric: the run has no {metric}, only {entries}"
+            entries = ", ".join(key for key, each in summary.items() if metric_of(key) is not None and each is not None)
+            status, reason = FAILED, f"optimized_metric: the run has no {metric}, only {entries or 'no evaluation'}"
         elif searches:
             print(f"{_name(record, plan)}: {metric} {value}")
         if value is not None and math.isfinite(value):

@@ -27,7 +27,7 @@ for work in worker:
     x = torch.randn(8, 4)
     loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
     loss.backward()
-    worker.push(loss)
+    worker.push(loss, metrics={"ticket": work.ticket, "share": (work.ticket % 3, 1 + work.ticket % 5)})
 if worker.serves:
     print("error of the weights", float((model.weight - 1).abs().max()) < 0.05)
 """
@@ -54,6 +54,8 @@ def test_the_deaths_of_a_worker_and_of_the_server_lose_and_repeat_no_ticket(tmp_
     found = summary(tmp_path / "run")
     assert (found["status"], found["start"], found["iterations"]) == ("completed", "fork", 800)
     assert applied(tmp_path / "run") == list(range(800))
+    # Each counts once, also those that are in the journal alone: (0 + ... + 799) / 800, and 799 / (160 * 15).
+    assert (found["train_ticket"], found["train_share"]) == (399.5, 799 / 2400)
     assert out.startswith("before join\ncompleted: ormo (async), 2 workers, ")  # said once, by the preloader
     for name in ("worker 0", "server"):
         assert f"was killed by SIGKILL (see {tmp_path / 'run' / 'logs' / name.replace(' ', '_')}.log)" in err

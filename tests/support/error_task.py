@@ -39,3 +39,10 @@ class Distance(Task):
         off = (output.argmax(1) - targets).abs()
         found = {"loss": cross_entropy(output, targets, reduction="sum"), "mae": off.sum(), "hits": (off == 0).sum()}
         return {name: Sums(torch.as_tensor(total, dtype=torch.float64).item(), len(targets)) for name, total in found.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Open(Distance):
+    """One that may bring others with its evaluations."""
+
+    OPEN_METRICS = True

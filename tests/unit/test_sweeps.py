@@ -330,6 +330,13 @@ def test_the_end_names_the_best_job_by_the_direction_of_its_metric(
     assert line == f"best: job {number + 1} of 3 ({settings}): {metric} {found[number]:.6g}; {tmp_path / 'sweep' / str(number)}"
 
 
+def test_a_metric_that_no_evaluation_has_brought_fails_its_job(launch: Launch, capsys: pytest.CaptureFixture[str]) -> None:
+    task = "+task._target_=tests.support.error_task.Open"
+    assert launch("-m", *SHORT, "seed=0", task, "optimized_metric=test_odd") == 1
+    said = "job 1 of 1 failed: optimized_metric: the run has no test_odd, only test_loss, test_mae, test_hits"
+    assert f"launch.py: {said}\n" in capsys.readouterr().err
+
+
 def test_jobs_are_not_compared_by_what_has_no_direction(launch: Launch, capsys: pytest.CaptureFixture[str]) -> None:
     assert launch("-m", *SHORT, "seed=0,1", "optimized_metric=delay_max") == 0
     assert "best: " not in capsys.readouterr().out
