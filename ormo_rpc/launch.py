@@ -26,6 +26,8 @@ from ormo_rpc.signals import SignalWatch, interrupting_signal
 from ormo_rpc.storage.launch import Launch
 from ormo_rpc.storage.run_directory import RunDirectory, new_path
 
+_SEVERAL = "Ambiguous value for argument"
+"""Hydra's refusal of a sweep where it was asked for none."""
 _SCRIPTS = ("dataset", "model", "task")
 """Groups that the script stands for."""
 
@@ -106,7 +108,13 @@ def _check(overrides: Sequence[str]) -> None:
     chosen = {key for key in keys if key in GROUPS}
     open_groups = set(GROUPS) - chosen
     known = [word for key, word in zip(keys, overrides, strict=True) if key.partition(".")[0] not in open_groups]
-    config = compose(known)
+    try:
+        config = compose(known)
+    except ConfigError as error:
+        if not str(error).startswith(_SEVERAL):
+            raise
+        word = next((word for word in known if f"'{word}'" in str(error)), "the command")
+        raise ConfigError(f"{word}: got several values, expected one: there are no sweeps of own loops") from None
     if not isinstance(config.runtime, RpcRuntime):
         raise ConfigError(f"runtime: got {config.runtime.name} for an own loop, expected rpc")
 

@@ -33,11 +33,12 @@ Options:
   KEY=VALUE        any key of ormo-rpc --help-all but model, dataset and task, which the script has; stronger than
                    what join says. What stands behind the script belongs to the script.
 
-  ormo-rpc launch --workers 8 train.py --width 64          eight workers; --width is the script's own
+  ormo-rpc launch --workers 8 train.py --width 64           eight workers; --width is the script's own
   ormo-rpc launch checkpoint.resume=RUN_DIRECTORY train.py  go on from a checkpoint
   ormo-rpc launch role=worker server.address=HOST:PORT server.secret_file=RUN_DIRECTORY/secret train.py
-                                                           one more worker for a run in progress
-  torchrun --nproc-per-node=4 -m ormo_rpc launch train.py  each rank supervises one process; rank 0 the server
+                                                            one more worker for a run in progress
+  torchrun --standalone --nproc-per-node=4 -m ormo_rpc launch train.py
+                                                            each rank watches one process, rank 0 the server
 
 What the script prints before join is shown once; from then on what each process prints is in RUN_DIRECTORY/logs/.
 Exit status: 0 completed, 1 failed, 2 refused, 3 diverged, 130, 143 or 129 interrupted by Ctrl-C, SIGTERM or SIGHUP

@@ -63,6 +63,7 @@ def typed(result: Config | BaseException, *overrides: str, run_dir: str | None =
     [
         ("model=cnn", "model=cnn: the script has its own model; leave it out"),
         ("dataset.validation=0.1", "dataset.validation=0.1: the script has its own dataset; leave it out"),
+        ("seed=1,2", "seed=1,2: got several values, expected one: there are no sweeps of own loops"),
         ("runtime=sim", "runtime: got sim for an own loop, expected rpc"),
         ("trian.lr=1", "trian: got an unknown key; did you mean train?"),
         ("train.lr=-1", "train.lr: got -1.0, expected a finite number > 0"),
