@@ -102,7 +102,12 @@ class Regression(Task):
     def outputs(self, data: DataSet) -> int:
         """Return the number of target columns of the first sample, or of channels where each has more dimensions."""
         with seeded(0, "width of the targets", 0):
-            targets = self.targets(data.train.batch(torch.zeros(1, dtype=torch.int64), None))
+            batch = data.train.batch(torch.zeros(1, dtype=torch.int64), None)
+        try:
+            self.check_batch(batch)
+        except ValueError:
+            return 1  # the trial batch says what is wrong
+        targets = self.targets(batch)
         return 1 if targets.dim() < 2 else targets.shape[1]
 
     @override

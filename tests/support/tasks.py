@@ -160,6 +160,22 @@ def distance(model: nn.Module, batch: Any, power: float = 2.0) -> tuple[Tensor, 
     return (apart**power).mean(), {"apart": apart.mean()}
 
 
+class Largest:
+    """An object of the user's own: the largest absolute target."""
+
+    higher_is_better = False
+
+    def reset(self) -> None:
+        self.value = 0.0
+
+    def update(self, predicted: Tensor, targets: Tensor) -> None:
+        assert predicted.shape == targets.shape
+        self.value = max(self.value, float(targets.abs().max()))
+
+    def compute(self) -> float:
+        return self.value
+
+
 # -- plain PyTorch and hand-computed metrics -----------------------------------------------------------------------------
 
 

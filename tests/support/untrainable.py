@@ -274,3 +274,79 @@ class Remembering(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         self.fresh = self.weight.detach()
         return self.layer(inputs) + inputs @ self.stale.t()
+
+
+# -- losses --------------------------------------------------------------------------------------------------------------
+
+
+def a_number(output: Tensor, targets: Tensor) -> Any:
+    return nn.functional.cross_entropy(output, targets).item()
+
+
+def one_each(output: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(output, targets, reduction="none")
+
+
+def whole_number(output: Tensor, targets: Tensor) -> Tensor:
+    return (output.argmax(1) != targets).sum()
+
+
+def without_gradient(output: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(output.detach(), targets)
+
+
+def failing(output: Tensor, targets: Tensor) -> Tensor:
+    raise KeyError(f"no\nsuch as {tuple(output.shape)} and {tuple(targets.shape)}")
+
+
+def three_parameters(output: Tensor, targets: Tensor, weight: float) -> Tensor:
+    return weight * nn.functional.cross_entropy(output, targets)
+
+
+def rows_of(kind: str, num_classes: int = CLASSES) -> tuple[Any, Any]:
+    """Return items that make batches of another form."""
+    assert num_classes == CLASSES
+    made: dict[str, Any] = {
+        "tensor": [torch.zeros(2) for _ in range(8)],
+        "triple": [(torch.zeros(2), 0, 0) for _ in range(8)],
+        "no targets": [{"inputs": torch.zeros(2)} for _ in range(8)],
+        "floats": [(torch.zeros(2), float(number)) for number in range(8)],
+        "not finite": [(torch.zeros(2), float("nan")) for _ in range(8)],
+        "tokens": [(torch.zeros(2).long(), torch.zeros(2).long()) for _ in range(8)],
+        "single tokens": [{"input_ids": torch.zeros(1).long()} for _ in range(8)],
+    }
+    return made[kind], made[kind]
+
+
+@dataclass
+class Uneven(Tensors):
+    """Its batches have a table beside the rows of the samples."""
+
+    def batch(self, indices: Tensor, generator: torch.Generator | None) -> tuple[Any, Any]:
+        inputs, targets = super().batch(indices, generator)
+        return (inputs, torch.zeros(7)), targets
+
+
+def uneven() -> DataSet:
+    split = Uneven(torch.randn(8, 2), torch.arange(8) % CLASSES)
+    return DataSet(split, split, (2,), CLASSES)
+
+
+class WithTable(Linear):
+    """Takes a table beside its inputs."""
+
+    @override
+    def forward(self, inputs: Tensor, table: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] # it has two inputs
+        return self.layer(inputs) + table.sum()
+
+
+class Tokens(nn.Module):
+    """Returns logits of tokens, the classes second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, CLASSES)
+
+    @override
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.embed(inputs.long()).transpose(1, 2)

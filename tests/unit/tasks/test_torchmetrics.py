@@ -21,28 +21,13 @@ from ormo_rpc.runtimes import prepare
 from ormo_rpc.tasks import Classification, TaskMetric
 from ormo_rpc.tasks.regression import Regression
 from ormo_rpc.worker.evaluation import Evaluator
-from tests.support.tasks import CLASSES, SAMPLES, Trees, dense, normal, numbers
+from tests.support.tasks import CLASSES, SAMPLES, Largest, Trees, dense, normal, numbers
 
 HERE = __name__
+LARGEST = "tests.support.tasks.Largest"
 F1 = {"_target_": "torchmetrics.classification.MulticlassF1Score", "num_classes": CLASSES, "average": "macro"}
 INSTALLED = importlib.util.find_spec("torchmetrics") is not None
 with_torchmetrics = pytest.mark.skipif(not INSTALLED, reason="torchmetrics is not installed")
-
-
-class Largest:
-    """An object of the user's own: the largest absolute target."""
-
-    higher_is_better = False
-
-    def reset(self) -> None:
-        self.value = 0.0
-
-    def update(self, predicted: Tensor, targets: Tensor) -> None:
-        assert predicted.shape == targets.shape
-        self.value = max(self.value, float(targets.abs().max()))
-
-    def compute(self) -> float:
-        return self.value
 
 
 class Several(Largest):
@@ -84,7 +69,7 @@ def test_the_value_is_that_of_the_whole_split_for_each_split(monkeypatch: pytest
 
 def test_an_object_of_ones_own_is_given_predictions_in_the_shape_of_the_targets() -> None:
     targets = normal(7)[:, 6]
-    task = Regression(torchmetrics={"largest": {"_target_": f"{HERE}.Largest"}})
+    task = Regression(torchmetrics={"largest": {"_target_": LARGEST}})
     result, _ = evaluated(task, Trees((normal(6), targets)), outputs=1)
     assert result.test["largest"] == pytest.approx(float(targets.abs().max()))
     assert len(targets) == SAMPLES
@@ -92,7 +77,7 @@ def test_an_object_of_ones_own_is_given_predictions_in_the_shape_of_the_targets(
 
 @with_torchmetrics
 def test_the_direction_is_that_of_the_object() -> None:
-    task = Classification(torchmetrics={"f1": F1, "largest": {"_target_": f"{HERE}.Largest"}})
+    task = Classification(torchmetrics={"f1": F1, "largest": {"_target_": LARGEST}})
     assert task.metric("f1") == TaskMetric("f1", "MulticlassF1Score", higher_is_better=True, bar="f1")
     assert not task.metric("largest").higher_is_better
     assert [each.name for each in task.all_metrics()] == ["loss", "accuracy", "f1", "largest"]
@@ -145,7 +130,7 @@ def test_what_cannot_measure_is_refused_in_one_line(spec: Any, message: str, mon
 
 def test_a_name_that_is_taken_is_refused() -> None:
     message = "task.torchmetrics.accuracy: the task has a metric of this name, expected another one"
-    assert refusal({"accuracy": {"_target_": f"{HERE}.Largest"}}) == message
+    assert refusal({"accuracy": {"_target_": LARGEST}}) == message
 
 
 def test_a_library_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
