@@ -37,6 +37,7 @@ class BestModel:
             source: The directory of that run; None where there is none, or this process continues in its own.
             iteration: Gradients applied so far.
         """
+        best.recover(self._run_dir)
         if source is not None:
             best.copy(source, self._run_dir, metric=self._ranking.name, iteration=iteration)
         self._record = best.read(self._run_dir)

@@ -65,9 +65,13 @@ def write(
     return target
 
 
+def recover(run_dir: Path) -> None:
+    """Put in order what a killed writer of this run has left; called where no other process writes."""
+    checkpoint.remove_leftovers(run_dir / FOLDER, BEST)
+
+
 def read(run_dir: Path) -> Record | None:
     """Read the record of a run's best model; None where it has none, or a damaged one."""
-    checkpoint.remove_leftovers(run_dir / FOLDER, BEST)
     folder = run_dir / FOLDER / BEST
     if not folder.is_dir() or checkpoint.damage_of(folder) is not None:
         return None

@@ -63,7 +63,11 @@ def test_what_a_killed_writer_has_left_is_put_in_order(tmp_path: Path) -> None:
     folder = write(tmp_path, 3)
     (folder.parent / ".best.1").mkdir()
     assert best.read(tmp_path) == record(3)
+    assert names(tmp_path) == [".best.1", "best"], "others may read while it is written"
+    best.recover(tmp_path)
+    assert names(tmp_path) == ["best"]
     folder.rename(folder.parent / ".best.1.former")  # killed right before the new one got its name
+    best.recover(tmp_path)
     assert best.read(tmp_path) == record(3)
     assert names(tmp_path) == ["best"]
 
