@@ -171,6 +171,7 @@ class Metrics:
         "gradients applied or discarded, by worker",
         lambda at: {str(worker): count for worker, count in sorted(at.statistics.pushes_per_worker.items())},
     )
+    loss_scale: float | None = metric("scale of the losses, where something is computed in float16", in_rows=Rows.interval)
     lock_wait_seconds: float | None = metric(
         "seconds that pushes waited for the server's lock", in_rows=Rows.interval, digits=6
     )

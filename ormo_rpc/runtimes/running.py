@@ -182,7 +182,7 @@ def _kept(run_dir: Path) -> Generator[None]:
 def _alone() -> Generator[None]:
     """Compute alone among the threads of this process, and outside of the calling program's modes, which other processes lack.
 
-    In one that has autocast on, weights would be trained by the casts of former ones, as it keeps these until it ends.
+    In one that has autocast on, passes would be computed in another dtype than elsewhere.
     """
     with _draws, torch.inference_mode(mode=False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
         yield

@@ -76,7 +76,7 @@ class Session:
         self.clock = clock
         info = _run_info(job, run_dir)
         logs = evaluation_executor.submit(start_logs, config.logger, info, terminal)  # wandb's takes a second or more
-        self.recorder = Recorder(job, self.directory, logs, clock, extra_metrics)
+        self.recorder = Recorder(job, self.directory, logs, clock, lambda: {**self._measured(), **extra_metrics()})
         self.server = job.server(self.recorder.record, clock)
         self.evaluations = Evaluations(job, run_dir, evaluation_executor, self.recorder, inline=inline)
         self.checkpoints = CheckpointWriter(
@@ -249,6 +249,10 @@ class Session:
         evaluation, declared = self.recorder.evaluation, self.job.config.task.all_metrics()
         names = [each.name for each in declared] if evaluation is None else evaluation.test
         return metrics_as_dict(map(self.job.metric, names))
+
+    def _measured(self) -> dict[str, float]:
+        scale = self.server.loss_scale
+        return {} if scale is None else {"loss_scale": scale.value}
 
     def _summary_entries(self, state: Mapping[str, Any]) -> dict[str, Any]:
         statistics = self.recorder.statistics

@@ -86,7 +86,7 @@ def test_a_run_of_one_worker_under_autocast_is_plain_pytorch_to_the_bit(name: st
 
 
 def test_a_run_of_one_worker_in_float16_is_grad_scaler_to_the_bit(tmp_path: Path) -> None:
-    train(options(worker=fp16()), run_dir=tmp_path / "run")
+    summary = train(options(worker=fp16()), run_dir=tmp_path / "run")
     job = Job(load_config(tmp_path / "run" / "config.yaml"))
     module, batch = job.model().module.train(), batches(job)
     optimizer = torch.optim.SGD(module.parameters(), lr=LR, momentum=MOMENTUM)
@@ -97,6 +97,8 @@ def test_a_run_of_one_worker_in_float16_is_grad_scaler_to_the_bit(tmp_path: Path
     assert overflows(tmp_path / "run") == skipped
     for name, value in saved_params(tmp_path / "run").items():
         assert torch.equal(value, module.get_parameter(name)), name
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["loss_scale"] for row in rows if "loss_scale" in row][-1] == summary["loss_scale"] == scaler.get_scale()
     state = checkpoint.read(checkpoint.locate(tmp_path / "run"), "server.pt")["loss_scale"]
     assert state == {"value": scaler.get_scale(), "finite": scaler.state_dict()["_growth_tracker"]}
 

@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ormo_rpc.algorithms.base import LocalWork
 from ormo_rpc.errors import GradientOverflow, PushRefused
 from ormo_rpc.messages import Reply
+from ormo_rpc.options import find, parts
 from ormo_rpc.server.events import Kind
 from ormo_rpc.server.loss_scale import INITIAL, INTERVAL, SMALLEST, LossScale
 from ormo_rpc.server.parameter_server import OVERFLOW, Status
@@ -240,3 +242,16 @@ def test_validation_alone_tells_an_overflow() -> None:
 def test_without_a_scale_replies_have_one_of_1() -> None:
     replies: list[Reply] = list(begin().held.values())
     assert {reply.loss_scale for reply in replies} == {1.0}
+
+
+@pytest.mark.parametrize("name", ["asgd", *(name for name, part in parts("algorithm").items() if "local" in vars(part))])
+def test_one_overflow_among_local_steps_makes_the_push_one(name: str) -> None:
+    algorithm = find("algorithm", name)()
+
+    def gradient(params: Tensor, step: int, into: Tensor) -> None:
+        into.copy_(params[:3] if step else params[:3] + math.inf)
+
+    push = torch.zeros(algorithm.VECTORS_PUSHED * 3)
+    sent = torch.ones(algorithm.VECTORS_PUSHED * 3)
+    algorithm.local(LocalWork(sent=sent, dimension=3, lr=0.1, momentum=0.5, steps=3, gradient=gradient), push)
+    assert not torch.isfinite(push).all()

@@ -15,6 +15,7 @@ from ormo_rpc.errors import PushRefused, StaleSession
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.server.build import build_server
 from ormo_rpc.server.events import Event, Kind
+from ormo_rpc.server.loss_scale import LossScale
 from ormo_rpc.server.parameter_server import ParameterServer, Status
 from tests.support.contract import same
 from tests.support.examples import examples
@@ -42,9 +43,11 @@ class ServerMachine(RuleBasedStateMachine):
         tickets=st.integers(1, 12),
         scheduler=st.sampled_from(["async", "sync"]),
         algorithm=st.sampled_from(["ormo", "ormo_da"]),
+        loss_scale=st.sampled_from([None, LossScale(initial=4.0, interval=2)]),
     )
-    def begin(self, workers: int, tickets: int, scheduler: str, algorithm: str) -> None:
+    def begin(self, workers: int, tickets: int, scheduler: str, algorithm: str, loss_scale: LossScale | None) -> None:
         self.options = {"num_workers": workers, "total_tickets": tickets, "scheduler": scheduler, "algorithm": algorithm}
+        self.options |= {"loss_scale": loss_scale}
         if algorithm == "ormo_da":
             self.options |= {"rule": "drop", "threshold": 1}
         self.working: dict[int, Reply] = {}
