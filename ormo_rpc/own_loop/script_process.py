@@ -24,7 +24,7 @@ from ormo_rpc.errors import ConfigError, one_line
 from ormo_rpc.options.imports import fault, is_users, line_of, raised_in
 from ormo_rpc.own_loop.script import PROGRAM, Script
 from ormo_rpc.own_loop.script_preloading import Launched, launched
-from ormo_rpc.runtimes.distributed.entry_point import EXPECTED_ERRORS, Child
+from ormo_rpc.runtimes.distributed.entry_point import Child
 from ormo_rpc.runtimes.distributed.preloading.load import Records, settle
 from ormo_rpc.runtimes.distributed.shortages import limit_reached
 
@@ -43,7 +43,7 @@ class Scripts:
         settle(request)
         script, records = Script.read(request["script"]), Records()
         this = launched(Launched(os.getpid(), process, request, records))
-        ended = run(script)
+        ended = run(script, this)
         if this.child is not None:  # this is a fork
             end(this.child, ended)
         records.close()
@@ -56,12 +56,28 @@ class Scripts:
         script, words = split
         child = Child(words)
         child.set_up_torch()
-        launched(Launched(os.getpid(), child=child))
-        end(child, run(script))
+        this = launched(Launched(os.getpid(), child=child))
+        end(child, run(script, this))
 
 
-def run(script: Script) -> BaseException | None:
-    """Run a script as Python does; return how it has ended, None for at its end."""
+def run(script: Script, this: Launched) -> BaseException | None:
+    """Run a script as Python does; return how it has ended, None for at its end.
+
+    A process that the script itself has forked ends with it.
+
+    Args:
+        script: The script.
+        this: This process.
+    """
+    ended = _run(script)
+    if os.getpid() != this.pid:
+        if ended is not None and not isinstance(ended, SystemExit):
+            traceback.print_exception(ended)
+        os._exit(0 if ended is None else ended.code if isinstance(ended, SystemExit) and isinstance(ended.code, int) else 1)
+    return ended
+
+
+def _run(script: Script) -> BaseException | None:
     sys.argv[:] = [script.name, *script.arguments]
     gc.enable()
     try:
@@ -81,7 +97,7 @@ def _run_file(path: str) -> None:
     module = sys.modules["__main__"] = ModuleType("__main__")
     module.__file__ = path
     with io.open_code(path) as file:
-        code = compile(file.read(), path, "exec")
+        code = compile(file.read(), path, "exec", dont_inherit=True)  # else with the annotations of this module
     exec(code, vars(module))  # noqa: S102 - the user's own program
 
 
@@ -98,9 +114,7 @@ def end(child: Child, ended: BaseException | None) -> NoReturn:
         gc.collect()  # closes the files of the script's variables
         child.end()
     ended.__traceback__ = _of_user(ended.__traceback__) or ended.__traceback__
-    if isinstance(ended, EXPECTED_ERRORS):
-        child.end(ended)
-    again = child.serves or child.has_worked or bool(limit_reached(ended))
+    again = child.serves or child.has_worked or isinstance(ended, OSError) or bool(limit_reached(ended))
     child.end(ended, place=raised_in(ended), final=not again)
 
 

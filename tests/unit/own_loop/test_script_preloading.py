@@ -32,10 +32,12 @@ random.seed(1), np.random.seed(2), torch.manual_seed(3), random.random()
 os.environ["SCALE"] = "2"
 torch.set_default_dtype(torch.float64)
 {JOIN}
-class Own: pass
+class Own:
+    def number(self, value: int): ...
 facts = [
     sys.argv, __name__, __file__, os.getcwd(), sys.path[0], beside.VALUE, sys.modules["__main__"].Own is Own, Own.__module__,
     random.random(), float(np.random.random()), float(torch.rand(())), os.environ["SCALE"], torch.get_num_threads(),
+    Own.number.__annotations__["value"] is int,
 ]
 Path(os.environ["FACTS"], str(os.getpid())).write_text(json.dumps(facts))
 """
@@ -189,7 +191,8 @@ def test_a_script_whose_process_dies_is_told() -> None:
         ("raise MemoryError", 1, "train.py:6: MemoryError (use fewer workers"),
         ("import sys; sys.exit(3)", EXIT_NO_RESTART, "train.py:6: ScriptExit: it has ended itself by sys.exit(3)"),
         ("import sys; sys.exit()", EXIT_DONE, ""),
-        ("from ormo_rpc.errors import ServerLost; raise ServerLost('gone')", 66, "ServerLost: gone"),
+        ("from ormo_rpc.errors import ServerLost; raise ServerLost('gone')", 66, "train.py:6: ServerLost: gone"),
+        ("open('missing')", 1, "train.py:6: FileNotFoundError: [Errno 2] No such file or directory: 'missing'"),
         ("import json; json.loads('{')", EXIT_NO_RESTART, "train.py:6: JSONDecodeError: "),
         ("from ormo_rpc.server.build import build_server as f; f()", EXIT_NO_RESTART, "train.py:6: TypeError: "),
         ("from ormo_rpc.options.imports import locate; locate('a', 'b')", EXIT_NO_RESTART, "ValueError: a._target_: "),
@@ -208,6 +211,14 @@ def test_the_reason_of_an_end_behind_join_has_the_line_of_the_script(behind: str
     assert (code, words.startswith(f"exited with status {status}{f': {how}' if how else ''}")) == (status, True), words
     log = short(Path("worker 0").read_text())
     assert log == "" if status == EXIT_DONE else log.startswith('Traceback (most recent call last):\n  File "train.py", line 6')
+
+
+def test_a_process_that_the_script_forks_may_run_to_its_end() -> None:
+    text = f"import os\nif os.fork() > 0:\n    assert os.wait()[1] == 0\n    {JOIN.strip().replace(chr(10), chr(10) + '    ')}"
+    with started(text) as launched:
+        launched.load()
+        assert launched.starts.way == "fork"
+        assert outcome(launched)[0] == EXIT_DONE
 
 
 def test_join_in_a_process_that_the_script_forks_is_refused() -> None:
