@@ -56,6 +56,7 @@ def evaluated(task: Any, test: Trees, validation: Trees | None = None, outputs: 
 
 
 @with_torchmetrics
+@pytest.mark.slow  # importing it takes seconds
 def test_the_value_is_that_of_the_whole_split_for_each_split(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ormo_rpc.worker.evaluation.BATCH_SIZE", 4)
     test, validation = Trees((normal(6), numbers())), Trees((normal(6) + 1, numbers(seed=5)))
@@ -76,6 +77,7 @@ def test_an_object_of_ones_own_is_given_predictions_in_the_shape_of_the_targets(
 
 
 @with_torchmetrics
+@pytest.mark.slow  # importing it takes seconds
 def test_the_direction_is_that_of_the_object() -> None:
     task = Classification(torchmetrics={"f1": F1, "largest": {"_target_": LARGEST}})
     assert task.metric("f1") == TaskMetric("f1", "MulticlassF1Score", higher_is_better=True, bar="f1")
@@ -84,6 +86,7 @@ def test_the_direction_is_that_of_the_object() -> None:
 
 
 @with_torchmetrics
+@pytest.mark.slow  # importing it takes seconds
 def test_a_run_has_it_in_its_summary_and_may_be_searched_by_it(tmp_path: Path) -> None:
     f1 = {**F1, "num_classes": 10}
     summary = train(
@@ -140,5 +143,6 @@ def test_a_library_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
 
 
 @with_torchmetrics
+@pytest.mark.slow  # importing it takes seconds
 def test_keywords_that_it_does_not_take_are_named() -> None:
     assert refusal({"f1": {**F1, "nonsense": 1}}).startswith("task.torchmetrics.f1")
