@@ -39,7 +39,12 @@ class Example:
         return got >= self.value if self.higher_is_better else got <= self.value
 
 
-EXAMPLES = [Example("own_rule.py", "test accuracy", 0.95)]
+EXAMPLES = [
+    Example("own_rule.py", "test accuracy", 0.95),
+    Example("regression.py", "test rmse", 0.8, higher_is_better=False),
+    Example("segmentation.py", "test mean IoU", 0.65),
+    Example("language_model.py", "test perplexity", 10, higher_is_better=False),
+]
 
 
 def run(file: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -62,6 +67,7 @@ def run(file: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_an_example_reaches_its_value_with_a_killed_worker_as_plain_pytorch_does(example: Example) -> None:
     live = run(example.file, "--kill")
     assert len(re.findall(KILLED, live.stderr)) == 1, live.stderr
+    assert len(re.findall(r"^evicted: worker 1, ", live.stdout, re.MULTILINE)) == 1, live.stdout
     assert example.reached(live.stdout)
     assert example.reached(run(example.file, "--plain").stdout)
 
