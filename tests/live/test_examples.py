@@ -62,6 +62,7 @@ def run(file: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.live
+@pytest.mark.timeout(120)
 @pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.file)
 def test_an_example_reaches_its_value_with_a_killed_worker_as_plain_pytorch_does(example: Example) -> None:
