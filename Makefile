@@ -1,6 +1,6 @@
 # Every target that needs an environment makes it first.
 .DEFAULT_GOAL := help
-.PHONY: help setup train quick test check conf format bench bench-nodes bench-step bench-startup bench-ray bench-tensorflow live-scale server-memory
+.PHONY: help setup train quick test check conf format bench bench-nodes bench-step bench-startup bench-own-loop bench-ray bench-tensorflow live-scale server-memory
 .PHONY: compression replays methods adamw when-it-pays scale chaos nodes journal clean
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
@@ -57,6 +57,9 @@ bench-step: .venv/ready  ## The server's step: memory bandwidth, and each algori
 
 bench-startup: .venv/ready  ## Start, recovery, end of live runs of two checkouts, into results/ (a quarter of an hour; ARGS="BEFORE")
 	$(BIN)/python -m benchmarks.startup $(ARGS)
+
+bench-own-loop: .venv/ready  ## A loop of one's own against the built-in task, time per update, into results/ (minutes)
+	$(BIN)/python -m benchmarks.own_loop $(ARGS)
 
 bench-ray: .venv-ray/ready  ## Make the environment of the peer Ray, in .venv-ray
 bench-tensorflow: .venv-tensorflow/ready  ## Make the environment of the peer TensorFlow, in .venv-tensorflow
