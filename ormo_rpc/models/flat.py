@@ -1,8 +1,8 @@
 """A model as one flat vector: parameters and gradients are views of it; buffers are beside it.
 
 The vector has the widest of float32 and the parameters' dtypes, and is what the server trains (*masters*). A parameter of
-another dtype is computed with as a cast copy, which each ticket makes anew; its gradient is added up in the vector's dtype. So
-what is too small for a parameter of 16 bits is kept in its master, not lost.
+another dtype is computed with as a cast copy, which each ticket makes anew. So what is too small for a parameter of 16 bits is
+kept in its master, not lost.
 """
 
 from __future__ import annotations
@@ -91,6 +91,9 @@ class FlatModel:
         self.buffers = ModelBuffers(module)
         self._copies: dict[str, torch.Tensor] = {}
         """The memory of each parameter that is a cast copy, by name; made when it is needed."""
+        self._cast = [parameter for parameter in self.trainable.values() if parameter.dtype != self.dtype]
+        self._grad = torch.empty(0)
+        """What `bind_grad` was given."""
         self._grads: dict[str, torch.Tensor] = {}
         """The views that `bind_grad` has made."""
 
@@ -108,9 +111,9 @@ class FlatModel:
         # Casts that autocast has kept are of the values before: it knows a parameter by its address alone.
         torch.clear_autocast_cache()
         for (name, parameter), view in zip(self.trainable.items(), self.params.views(params).values(), strict=True):
-            parameter.data = view if parameter.dtype == self.dtype else self._cast(name, view, parameter.dtype)
+            parameter.data = view if parameter.dtype == self.dtype else self._rounded(name, view, parameter.dtype)
 
-    def _cast(self, name: str, view: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def _rounded(self, name: str, view: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Round a part of the vector into the memory of its parameter."""
         copied = self._copies.get(name)
         if copied is None:
@@ -118,21 +121,33 @@ class FlatModel:
         return copied.copy_(view)
 
     def bind_grad(self, grad: torch.Tensor) -> None:
-        """Make the gradients views of ``grad``, shape (D,), of the vector's dtype: backward adds into it."""
-        self._grads = self.params.views(grad)
+        """Make the gradients views of ``grad``, shape (D,), of the vector's dtype: backward adds into it.
+
+        Cast copies get gradients of their own dtype, as in plain PyTorch, which `collect_grad` adds to ``grad``.
+        """
+        self._grad, self._grads = grad, self.params.views(grad)
         for parameter, view in zip(self.trainable.values(), self._grads.values(), strict=True):
-            if parameter.dtype != self.dtype:
-                parameter.grad_dtype = None  # any: the view's, but a hook may put one of the parameter's dtype there
-            parameter.grad = view
+            parameter.grad = view if parameter.dtype == self.dtype else None
+
+    def zero_grad(self) -> None:
+        """Set the gradients, which are bound, to zero."""
+        self._grad.zero_()
+        for parameter in self._cast:
+            parameter.grad = None
 
     def collect_grad(self) -> None:
-        """Bring gradients back that a pass or a hook has put elsewhere, by `zero_grad` or an assignment to ``.grad``.
+        """Add the gradients of cast copies to the vector, and bring back what a pass or a hook has put elsewhere.
 
-        None counts as zero.
+        That is done by `zero_grad` of a module, or an assignment to ``.grad``. None counts as zero.
         """
         for parameter, view in zip(self.trainable.values(), self._grads.values(), strict=True):
             grad = parameter.grad
             if grad is view:
+                continue
+            if parameter.dtype != self.dtype:
+                if grad is not None:
+                    view.add_(grad.to(self.dtype).to_dense())
+                    parameter.grad = None
                 continue
             if grad is None:
                 view.zero_()

@@ -93,7 +93,7 @@ class BaseWorker:
         if into.data_ptr() != self._grad_bound:
             self.model.bind_grad(into)
             self._grad_bound = into.data_ptr()
-        into.zero_()
+        self.model.zero_grad()
         self._passes.begin_pass()
 
     def scaled(self, loss: torch.Tensor) -> torch.Tensor:

@@ -158,6 +158,7 @@ class Worker(BaseWorker):
             with seeded(self.seed, f"forward of part {part}", number):
                 loss = self._loss(samples) * weight
                 self.scaled(loss).backward()
+            self.model.collect_grad()  # gradients of 16 bits add up in the vector's dtype
             value = (value or 0.0) + loss.item()
         return value
 

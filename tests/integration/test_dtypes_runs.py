@@ -109,3 +109,23 @@ def test_another_dtype_of_a_parameter_is_another_model(tmp_path: Path) -> None:
     then = checkpoint.fingerprint_of(checkpoint.locate(tmp_path / "run"))
     now = Fingerprint.of(Job(load_config(tmp_path / "run" / "config.yaml")).model().module.float())
     assert "net.1.weight bfloat16 (16, 64)" in str(then.layout_difference(now, "the checkpoint", "now"))
+
+
+def test_gradients_of_the_parts_of_a_batch_add_up_in_float32(tmp_path: Path) -> None:
+    train(options("bf16", worker={"accumulate": 2}), run_dir=tmp_path / "run")
+    job = Job(load_config(tmp_path / "run" / "config.yaml"))
+    model, seed = job.model(), job.config.seed
+    module = model.module.train()
+    masters = Masters(module, LR, MOMENTUM)
+    for ticket in range(ITERATIONS):
+        total = {name: torch.zeros_like(value) for name, value in masters.values.items()}
+        inputs, targets = job.data.train.batch(job.epochs.indices(ticket), generator(seed, "augment", ticket))
+        for part in range(2):
+            torch.manual_seed(seed_for(seed, f"forward of part {part}", ticket))
+            x, y = (each[16 * part : 16 * (part + 1)] for each in (inputs, targets))
+            for name, grad in masters.gradients(lambda: (F.cross_entropy(module(x), y) * 0.5).backward()).items():  # noqa: B023 - called at once
+                total[name] += grad
+        masters.step(total)
+    params: Tensor = checkpoint.read(checkpoint.locate(tmp_path / "run"), "server.pt")["params"]
+    for name, value in model.params.views(params).items():
+        assert torch.equal(value, masters.values[name]), name

@@ -25,7 +25,7 @@ class Homogeneous(nn.Module):
 
 
 class Mixed(nn.Module):
-    """A norm and a head in float32 around layers of 16 bits: one tied, one with a sparse gradient, one frozen.
+    """A norm and a head in float32 around layers of 16 bits: one tied, one with a sparse gradient, one frozen, one promoted.
 
     Args:
         low: The dtype of these layers.
@@ -43,6 +43,7 @@ class Mixed(nn.Module):
         self.frozen = nn.Parameter(torch.full((WIDTH,), 0.5, dtype=torch.float16), requires_grad=False)
         self.norm = nn.BatchNorm1d(WIDTH)
         self.shift = nn.Parameter(torch.zeros(WIDTH, dtype=getattr(torch, shift)))
+        self.scale = nn.Parameter(torch.ones(WIDTH, dtype=self.low))
         self.head = nn.Linear(WIDTH, 10)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ class Mixed(nn.Module):
         hidden = self.first(pixels).to(self.low)
         hidden = self.third(torch.tanh(self.second(hidden))) * self.frozen.to(self.low)
         hidden = hidden + self.table((pixels.sum(1) % 4).long())
-        return self.head(self.norm(hidden.float() + self.shift.float()))
+        return self.head(self.norm(hidden.float() * self.scale + self.shift.float()))
 
 
 class Masters:

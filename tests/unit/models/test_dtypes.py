@@ -81,7 +81,7 @@ def test_a_tied_parameter_stays_one_and_frozen_ones_keep_dtype_and_value() -> No
     assert (module.frozen.dtype, module.frozen[0].item()) == (torch.float16, 0.5)
 
 
-def test_gradients_are_added_up_in_the_vectors_dtype() -> None:
+def test_gradients_have_the_parameters_dtype_and_add_up_in_the_vectors_where_they_are_collected() -> None:
     layer = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
     model = FlatModel(layer)
     model.bind(torch.ones(1))
@@ -89,8 +89,14 @@ def test_gradients_are_added_up_in_the_vectors_dtype() -> None:
     model.bind_grad(grad)
     for value in (256.0, 1.0, 1.0):  # 257 and 258 need more than the 8 bits of bfloat16
         layer(torch.full((1, 1), value, dtype=torch.bfloat16)).sum().backward()
-    model.collect_grad()
+        assert layer.weight.grad is not None
+        assert layer.weight.grad.dtype == torch.bfloat16
+        model.collect_grad()
     assert grad.tolist() == [258.0]
+    layer(torch.ones(1, 1, dtype=torch.bfloat16)).sum().backward()
+    model.zero_grad()
+    model.collect_grad()
+    assert grad.tolist() == [0.0]
 
 
 def test_gradients_that_were_put_elsewhere_or_are_none_or_sparse_are_collected() -> None:
