@@ -14,6 +14,7 @@ from ormo_rpc.config.runtimes import RpcRuntime
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.overrides import keys_of, prepared
+from ormo_rpc.tasks.own_loop import NO_REPLAY
 from ormo_rpc.worker.options import Autocast
 
 OVERRIDES = "ORMO_RPC_OVERRIDES"
@@ -149,13 +150,6 @@ def refuse(config: Config) -> None:
             f"worker.prefetch: got {config.worker.prefetch} in a loop of your own, expected 0: a script has one model, and so "
             "one ticket at a time; more workers have the same effect"
         )
-
-
-NO_REPLAY = (
-    "its gradients come from a script, where nothing ensures that they are functions of the parameters and the ticket, so the "
-    "run cannot be computed again to the bit"
-)
-"""Why there is no replay of such a run."""
 
 
 def _whole(name: str, value: object) -> int:

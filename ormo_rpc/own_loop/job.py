@@ -50,8 +50,6 @@ class OwnModel:
         except ValueError as error:
             raise ConfigError(str(error)) from None
         self.fingerprint = Fingerprint.of(original)
-        self.initial = self.flat.flat_params()
-        self.initial_buffers = self.flat.buffers.copy()
 
     @property
     def class_name(self) -> str:
@@ -129,10 +127,10 @@ class OwnJob:
     def server(self, record: Callable[[Event], None], clock: Callable[[], float]) -> ParameterServer:
         """Build the parameter server at iteration 0; it calls ``record`` with each event, timed by ``clock``."""
         model = self.model
-        buffers = RunningBuffers(model.initial_buffers, model.flat.buffers.rules)
+        buffers = RunningBuffers(model.flat.buffers.tensors, model.flat.buffers.rules)
         # Of float16 alone nothing is scaled: the script does not say that its losses are.
         loss_scale = configured_scale(self.config, model.flat) if self.config.worker.autocast is Autocast.fp16 else None
-        self.built = configured_server(self, model.initial, buffers, record, clock, self.groups(), loss_scale)
+        self.built = configured_server(self, model.flat.flat_params(), buffers, record, clock, self.groups(), loss_scale)
         return self.built
 
     def groups(self) -> Groups:

@@ -35,6 +35,7 @@ from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.environment import environment
 from ormo_rpc.storage.run_directory import read_fingerprint, read_trace
 from ormo_rpc.storage.summary import Summary, read_summary, write_summary
+from ormo_rpc.tasks.own_loop import NO_REPLAY, OwnLoopTask
 
 BITS_DEPEND_ON = ("torch", "cpu", "capability", "threads")
 """Entries of the trace's header that decide about the bits of a gradient."""
@@ -56,6 +57,8 @@ def run(config: Config, run_dir: Path, began: float) -> dict[str, Any]:
     header, events = read_trace(source)
     events = [event for event in events if event["event"] != "checkpoint"]  # checkpoints do not change the server
     original = load_config(source / "config.yaml")
+    if isinstance(original.task, OwnLoopTask):
+        raise ConfigError(f"replay.run: {source} is a run of a loop of the user's own: {NO_REPLAY}")
     run_dir.mkdir(parents=True, exist_ok=True)
     save_config(config, run_dir / "config.yaml")
     torch.set_num_threads(header["threads"])

@@ -14,6 +14,11 @@ from ormo_rpc.tasks.metrics import TaskMetric
 
 _HIGHER_IS_BETTER = ("accuracy", "f1", "iou", "auc", "r2", "bleu")
 """Parts of the names of metrics that are better higher, where nobody has said which are."""
+NO_REPLAY = (
+    "its gradients come from a script, where nothing ensures that they are functions of the parameters and the ticket, so the "
+    "run cannot be computed again to the bit"
+)
+"""Why there is no replay of such a run."""
 
 
 def own_metric(name: str, higher_is_better: Sequence[str] = ()) -> TaskMetric:
