@@ -26,8 +26,8 @@ from experiments import common
 from ormo_rpc.report.table import as_markdown, spread
 from ormo_rpc.storage.environment import environment
 
-ADAMW_GRID = (0.001, 0.003, 0.01, 0.03)
-SGD_GRID = (0.003, 0.01, 0.03, 0.1)
+ADAMW_GRID = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
+SGD_GRID = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 METHODS: Mapping[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
     "adamw": (("algorithm=adamw",), ADAMW_GRID),
     "adamw_da": (("algorithm=adamw_da",), ADAMW_GRID),
