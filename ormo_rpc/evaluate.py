@@ -19,8 +19,8 @@ from ormo_rpc.config.paths import typed
 from ormo_rpc.errors import ConfigError, one_line
 from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.models.flat import FlatModel
+from ormo_rpc.runtimes.configured import build_module, configured_evaluator
 from ormo_rpc.runtimes.distributed.observer import NotReadable, present_state
-from ormo_rpc.runtimes.job import build_module, configured_evaluator
 from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.run_directory import read_fingerprint
 from ormo_rpc.tasks.metrics import TaskMetric, metric_named

@@ -18,7 +18,8 @@ from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.own_loop.evaluation import OwnEvaluator, OwnFunction
 from ormo_rpc.own_loop.worker import OwnWorker
-from ormo_rpc.runtimes.job import Exporter, configured_format, configured_groups, configured_scale, configured_server
+from ormo_rpc.runtimes.configured import configured_format, configured_groups, configured_scale, configured_server
+from ormo_rpc.runtimes.job_like import Exporter
 from ormo_rpc.server.buffers import RunningBuffers
 from ormo_rpc.server.events import Event
 from ormo_rpc.server.parameter_server import ParameterServer

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ormo_rpc.runtimes.job import JobLike
+from ormo_rpc.runtimes.job_like import JobLike
 from ormo_rpc.runtimes.ranking import Ranking
 from ormo_rpc.storage import best
 from ormo_rpc.worker.evaluation import Evaluation

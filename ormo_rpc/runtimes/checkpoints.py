@@ -9,7 +9,7 @@ from typing import Any
 
 from ormo_rpc.config.schema import Config
 from ormo_rpc.models.fingerprint import Fingerprint
-from ormo_rpc.runtimes.job import Exporter
+from ormo_rpc.runtimes.job_like import Exporter
 from ormo_rpc.runtimes.ranking import Ranking
 from ormo_rpc.runtimes.recorder import Offsets, Recorder
 from ormo_rpc.server.events import Event, Kind

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ormo_rpc.loggers.statistics import Statistics
-from ormo_rpc.runtimes.job import JobLike
+from ormo_rpc.runtimes.job_like import JobLike
 from ormo_rpc.server.loss_scale import SMALLEST
 from ormo_rpc.server.parameter_server import Status
 

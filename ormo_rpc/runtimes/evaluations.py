@@ -11,7 +11,7 @@ import torch
 
 from ormo_rpc.errors import ConfigError, one_line
 from ormo_rpc.runtimes.best_model import BestModel
-from ormo_rpc.runtimes.job import JobLike
+from ormo_rpc.runtimes.job_like import JobLike
 from ormo_rpc.runtimes.ranking import OWN_LOOP, Ranking
 from ormo_rpc.runtimes.recorder import Recorder
 from ormo_rpc.server.parameter_server import ParameterServer

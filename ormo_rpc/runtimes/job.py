@@ -4,101 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
 from collections.abc import Callable, Generator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from ormo_rpc.algorithms.groups import Groups
-from ormo_rpc.compression import Allocate, PushFormat, pushed_dtype
-from ormo_rpc.config.schema import Config, Train
-from ormo_rpc.data import DataSet, Epochs
+from ormo_rpc.compression import Allocate, PushFormat
+from ormo_rpc.config.schema import Config
+from ormo_rpc.data import Epochs
 from ormo_rpc.data.checksum import checksum_of_labels
-from ormo_rpc.kernels.compiled import fastest_kernel
 from ormo_rpc.models.fingerprint import CHECKSUM, Fingerprint
-from ormo_rpc.models.flat import FlatModel, Layout, sha256
-from ormo_rpc.models.param_groups import param_groups
-from ormo_rpc.seeding import seed_for, seeded
-from ormo_rpc.server.buffer_layout import BufferLayout
+from ormo_rpc.models.flat import FlatModel, sha256
+from ormo_rpc.runtimes.configured import (
+    build_module,
+    configured_evaluator,
+    configured_format,
+    configured_groups,
+    configured_scale,
+    configured_server,
+)
+from ormo_rpc.runtimes.job_like import Exporter
 from ormo_rpc.server.buffers import RunningBuffers
-from ormo_rpc.server.build import build_server
 from ormo_rpc.server.events import Event
-from ormo_rpc.server.loss_scale import LossScale
 from ormo_rpc.server.lr_schedule import LearningRate
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.tasks.metrics import TaskMetric
 from ormo_rpc.worker.dummy import DummyWorker
-from ormo_rpc.worker.evaluation import Evaluation, Evaluator
-from ormo_rpc.worker.options import Autocast
+from ormo_rpc.worker.evaluation import Evaluator
 from ormo_rpc.worker.worker import Worker
-
-Evaluate = Callable[["torch.Tensor", Mapping[str, "torch.Tensor"]], Evaluation]
-"""Evaluates parameters, shape (D,), and buffers by name."""
-Exporter = Callable[[Mapping[str, Any]], dict[str, "torch.Tensor"]]
-"""Makes a ``state_dict`` of plain PyTorch from a server's state."""
-
-
-class JobLike(Protocol):
-    """A job as a session uses it: training on data, or a synthetic one.
-
-    Attributes:
-        config: The configuration, with the number of workers decided.
-        total_tickets: T, the number of gradients that the run applies.
-        batches_per_epoch: Tickets in an epoch.
-        lr: The learning rate at an iteration.
-        guessing_loss: The mean loss of a model that has learnt nothing; 0 where it is unknown.
-    """
-
-    config: Config
-    total_tickets: int
-    batches_per_epoch: int
-    lr: Callable[[int], float]
-    guessing_loss: float
-
-    def server(self, record: Callable[[Event], None], clock: Callable[[], float]) -> ParameterServer:
-        """Build the parameter server at iteration 0; it calls ``record`` with each event, timed by ``clock``."""
-        ...
-
-    def push_format(self) -> PushFormat:
-        """Return the wire form of its pushes."""
-        ...
-
-    def fingerprint(self) -> Fingerprint:
-        """Return what other processes, checkpoints and a replay must have in common with it."""
-        ...
-
-    def epoch(self, iteration: int) -> float:
-        """Return the number of epochs that this many applied gradients are."""
-        ...
-
-    def evaluator(self) -> Evaluate | None:
-        """Return a function that evaluates parameters; None where there is no test set."""
-        ...
-
-    def metric(self, name: str) -> TaskMetric:
-        """Return the declaration of a metric in evaluations, by its name there; of an unknown one what its name tells."""
-        ...
-
-    def exporter(self) -> Exporter:
-        """Return a function that makes a ``state_dict`` of plain PyTorch."""
-        ...
-
-
-class LiveJob(JobLike, Protocol):
-    """A job as the process of a live run's server uses it."""
-
-    def initial_digest(self) -> Callable[[], bytes] | None:
-        """Return a function, for any thread, that hashes the initial parameters; None where other processes may differ."""
-        ...
-
-    def groups(self) -> Groups:
-        """Return the parameter groups.
-
-        Raises:
-            ValueError: a pattern matches no parameter.
-        """
-        ...
 
 
 class Job:
@@ -306,94 +240,3 @@ def job_of(text: str, loaded: LoadedJob | None, parse: Callable[[str], Config]) 
         parse: Reads the text.
     """
     return loaded.job if loaded is not None and loaded.text == text else Job(parse(text))
-
-
-def build_module(config: Config, data: DataSet) -> torch.nn.Module:
-    """Build the configured model with the run's initial weights."""
-    with seeded(config.seed, "initial weights", 0):
-        return config.model.build(data.input_shape, config.task.outputs(data))
-
-
-def configured_evaluator(config: Config, model: FlatModel, data: DataSet) -> Evaluator:
-    """Build the evaluation of a configuration; the model belongs to it from now on."""
-    return Evaluator(model, data, config.task, config.train.batch_size, config.worker.autocast.dtype)
-
-
-def configured_scale(config: Config, model: FlatModel) -> LossScale | None:
-    """Make the first scale of the losses of a configuration; None where nothing is computed in float16."""
-    options = config.worker
-    if options.autocast is not Autocast.fp16 and not model.has_half:
-        return None
-    return LossScale(initial=options.loss_scale, interval=options.loss_scale_interval)
-
-
-def time_generator(config: Config, worker: int) -> torch.Generator:
-    """Return the random generator of one worker's compute times, the same for any number of workers."""
-    return torch.Generator().manual_seed(seed_for(config.seed, "time", worker))
-
-
-def configured_format(
-    config: Config, params: Layout, buffers: BufferLayout, dtype: torch.dtype, *, metrics: bool = False
-) -> PushFormat:
-    """Make the wire form of pushes of a configuration, with or without room for metrics."""
-    return PushFormat(
-        params=params,
-        buffers=buffers,
-        dtype=dtype,
-        vectors=config.algorithm.VECTORS_PUSHED,
-        compression=config.compression,
-        wire=config.wire.dtype,
-        seed=config.seed,
-        metrics=metrics,
-    )
-
-
-def configured_groups(train: Train, params: Layout) -> Groups:
-    """Make the parameter groups of a configuration.
-
-    Raises:
-        ValueError: a pattern matches no parameter.
-    """
-    return param_groups(
-        params,
-        weight_decay=train.weight_decay,
-        decay_1d=train.decay_1d,
-        no_decay=train.no_decay,
-        lr_factors=train.lr_factors,
-    )
-
-
-def configured_server(
-    job: JobLike,
-    params: torch.Tensor,
-    buffers: RunningBuffers | None,
-    record: Callable[[Event], None],
-    clock: Callable[[], float],
-    groups: Groups,
-    loss_scale: LossScale | None = None,
-) -> ParameterServer:
-    """Build the server of a job's configuration."""
-    config = job.config
-    return build_server(
-        algorithm=config.algorithm,
-        scheduler=config.scheduler,
-        params=params,
-        num_workers=config.num_workers,
-        lr=job.lr,
-        momentum=config.train.momentum,
-        total_tickets=job.total_tickets,
-        min_workers=config.runtime.min_workers,
-        seed=config.seed,
-        buffers=buffers,
-        ema=config.evaluate.ema,
-        record=record,
-        clock=clock,
-        norm_limit=config.train.norm_limit,
-        timer=time.perf_counter,
-        kernel=fastest_kernel(params.numel()),
-        sent_dtype=config.wire.params.rounded,
-        pushed_dtype=pushed_dtype(config.compression, config.wire.dtype),
-        loss_scale=loss_scale,
-        process_of=config.process_of,
-        groups=groups if config.algorithm.DECAYS_ITSELF else None,
-    )

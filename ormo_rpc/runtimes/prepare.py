@@ -15,7 +15,8 @@ from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError, one_line
 from ormo_rpc.options import Part
 from ormo_rpc.options.instantiate import values_of
-from ormo_rpc.runtimes.job import Job, JobLike, LiveJob
+from ormo_rpc.runtimes.job import Job
+from ormo_rpc.runtimes.job_like import JobLike, LiveJob
 from ormo_rpc.runtimes.ranking import Ranking, check_choice
 from ormo_rpc.runtimes.simulator.jobs import SyntheticJob
 from ormo_rpc.runtimes.trial import try_job

@@ -13,7 +13,7 @@ from ormo_rpc.errors import one_line
 from ormo_rpc.loggers import RunLog
 from ormo_rpc.loggers.metrics import Measurements, Rows, row_of
 from ormo_rpc.loggers.statistics import Statistics
-from ormo_rpc.runtimes.job import JobLike
+from ormo_rpc.runtimes.job_like import JobLike
 from ormo_rpc.server.events import Event, Kind
 from ormo_rpc.storage.run_directory import RunDirectory
 from ormo_rpc.storage.summary import Summary, write_summary

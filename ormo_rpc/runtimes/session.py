@@ -17,7 +17,7 @@ from ormo_rpc.models.flat import sha256
 from ormo_rpc.runtimes.checkpoints import CheckpointWriter
 from ormo_rpc.runtimes.ending import ending
 from ormo_rpc.runtimes.evaluations import Evaluations
-from ormo_rpc.runtimes.job import JobLike
+from ormo_rpc.runtimes.job_like import JobLike
 from ormo_rpc.runtimes.recorder import Recorder
 from ormo_rpc.server.parameter_server import ParameterServer, Status
 from ormo_rpc.storage import checkpoint

@@ -13,7 +13,8 @@ from ormo_rpc import ConfigError, train
 from ormo_rpc.config.parsing import load_config
 from ormo_rpc.errors import one_line
 from ormo_rpc.evaluate import evaluate_checkpoint
-from ormo_rpc.runtimes.job import Job, build_module
+from ormo_rpc.runtimes.configured import build_module
+from ormo_rpc.runtimes.job import Job
 from ormo_rpc.storage import best, checkpoint
 from ormo_rpc.storage.checkpoint import complete
 from ormo_rpc.storage.run_directory import read_metrics, read_trace

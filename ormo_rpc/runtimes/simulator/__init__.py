@@ -19,7 +19,8 @@ from ormo_rpc import console
 from ormo_rpc.config.parsing import save_config
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError, RunFailed, RunInterrupted, one_line
-from ormo_rpc.runtimes.job import Job, time_generator
+from ormo_rpc.runtimes.configured import time_generator
+from ormo_rpc.runtimes.job import Job
 from ormo_rpc.runtimes.session import Session
 from ormo_rpc.runtimes.simulator.clock import EventQueue
 from ormo_rpc.runtimes.simulator.cluster import Cluster, GradientSource, Links, Speeds

@@ -13,7 +13,8 @@ from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.models.flat import Layout
-from ormo_rpc.runtimes.job import Evaluate, Exporter, configured_format, configured_groups, configured_server
+from ormo_rpc.runtimes.configured import configured_format, configured_groups, configured_server
+from ormo_rpc.runtimes.job_like import Evaluate, Exporter
 from ormo_rpc.runtimes.simulator.synthetic import Quadratic
 from ormo_rpc.server.buffer_layout import BufferLayout
 from ormo_rpc.server.events import Event

@@ -13,7 +13,7 @@ import torch
 
 import ormo_rpc
 from ormo_rpc.errors import ConfigError, Interrupted
-from ormo_rpc.runtimes.job import build_module
+from ormo_rpc.runtimes.configured import build_module
 from ormo_rpc.seeding import seed_for
 from ormo_rpc.training import train
 from tests.support.own_loops import QUIET, TICKETS, assert_same, joined, loss_of, net, plain, work_through

@@ -22,7 +22,7 @@ from ormo_rpc.loggers.statistics import Statistics
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.runtimes import evaluations
 from ormo_rpc.runtimes.ending import NOT_FINITE, ending
-from ormo_rpc.runtimes.job import JobLike
+from ormo_rpc.runtimes.job_like import JobLike
 from ormo_rpc.runtimes.process_start import process_began
 from ormo_rpc.runtimes.running import run
 from ormo_rpc.runtimes.simulator.synthetic import Quadratic

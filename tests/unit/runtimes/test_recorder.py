@@ -24,7 +24,7 @@ from ormo_rpc.loggers import RunLog
 from ormo_rpc.loggers.metrics import measure_by_name
 from ormo_rpc.loggers.statistics import Statistics
 from ormo_rpc.messages import Push
-from ormo_rpc.runtimes.job import JobLike
+from ormo_rpc.runtimes.job_like import JobLike
 from ormo_rpc.runtimes.recorder import Recorder
 from ormo_rpc.storage.run_directory import RunDirectory
 from ormo_rpc.storage.summary import Summary, read_summary

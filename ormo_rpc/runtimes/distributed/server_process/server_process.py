@@ -27,7 +27,8 @@ from ormo_rpc.runtimes.distributed.server_process.serving import Serving, served
 from ormo_rpc.runtimes.distributed.server_process.shutdown import check_state, shut_down
 from ormo_rpc.runtimes.distributed.server_process.timers import Interval, Stopwatch
 from ormo_rpc.runtimes.distributed.server_process.watchdog import Watchdog
-from ormo_rpc.runtimes.job import LiveJob, LoadedJob, job_of
+from ormo_rpc.runtimes.job import LoadedJob, job_of
+from ormo_rpc.runtimes.job_like import LiveJob
 from ormo_rpc.runtimes.session import Session
 from ormo_rpc.runtimes.start_check import WAIT_SECONDS, StartCheck
 from ormo_rpc.server.parameter_server import ParameterServer

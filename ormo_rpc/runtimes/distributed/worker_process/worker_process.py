@@ -25,9 +25,9 @@ from ormo_rpc.errors import ConfigError, Refused, RunEnded, ServerLost, StaleSes
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.rendezvous.connecting import Patience
+from ormo_rpc.runtimes.configured import time_generator
 from ormo_rpc.runtimes.distributed.shortages import limit_reached
 from ormo_rpc.runtimes.distributed.worker_process.context import W, WorkerArgs, WorkerContext, WorkerJob, configured_job
-from ormo_rpc.runtimes.job import time_generator
 from ormo_rpc.transports.base import Endpoint, ServerClient, WorkerSide
 from ormo_rpc.worker.faults import CONNECT, JOIN, FaultInjector
 from ormo_rpc.worker.worker import Worker
