@@ -85,7 +85,7 @@ class OwnModel:
 
 
 class OwnJob:
-    """A run whose gradients come from a script (`runtimes.job.LiveJob`).
+    """A run whose gradients come from a script (`LiveJob`).
 
     Args:
         config: The configuration, with the number of workers decided.

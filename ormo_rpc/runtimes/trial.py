@@ -117,7 +117,8 @@ class Trial:
             loss, counted = self._train_part(where, batch), self._count(where, batch)
             value = loss if counted else 0.0
         else:
-            value = sum(self._train_part(where, part) * weight for part, weight in self._parts(where, batch))
+            of_part = f"a part of {where}, as worker.accumulate={self.accumulate},"
+            value = sum(self._train_part(of_part, part) * weight for part, weight in self._parts(where, batch))
         self.passes.collect()
         return value
 

@@ -288,6 +288,20 @@ ROWS: Mapping[str, Row] = {
         dense(2),
         *MISSING,
     ),
+    "regression of two inputs": Row(
+        {"name": "regression"},
+        lambda: ((normal(6), normal(2)), normal(3)),
+        Two,
+        lambda model, batch: functional.mse_loss(model(*batch[0]), batch[1]),
+        lambda model, batch: errors(model(*batch[0]), batch[1]),
+    ),
+    "regression of named inputs": Row(
+        {"name": "regression"},
+        lambda: ({"right": normal(2), "left": normal(6)}, normal(3)),
+        Two,
+        lambda model, batch: functional.mse_loss(model(**batch[0]), batch[1]),
+        lambda model, batch: errors(model(**batch[0]), batch[1]),
+    ),
     "segmentation": Row(
         {"name": "segmentation", "ignore_index": 255},
         lambda: (normal(1, 5, 6), with_some(numbers(5, 6), 255).to(torch.uint8)),

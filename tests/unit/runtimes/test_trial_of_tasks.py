@@ -112,3 +112,9 @@ def test_a_batch_that_cannot_be_cut_is_refused_where_it_would_be() -> None:
     found = refusal("classification", {"_target_": "uneven"}, "WithTable", worker={"accumulate": 2})
     expected = "worker.accumulate: got 2, expected 1, as training batch 0 of tests.support.untrainable.uneven cannot be cut: "
     assert found.startswith(f"{expected}batch[0][0] has 4 rows and batch[0][1] has 7")
+
+
+def test_a_part_that_is_too_small_names_what_has_cut_it() -> None:
+    found = refusal("classification", {"_target_": "blobs"}, "normed", worker={"accumulate": 4})
+    place = "model: tests.support.untrainable.normed on a part of training batch 0, as worker.accumulate=4, of tests.support."
+    assert found.startswith(f"{place}untrainable.blobs: ValueError: Expected more than 1 value per channel when training")
