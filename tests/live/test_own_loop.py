@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ormo_rpc.runtimes.distributed.linux import LINUX
+from ormo_rpc.training import train
 from tests.support.processes import PATIENCE_SECONDS, ROOT, events, launched, summary
 
 pytestmark = [
@@ -68,6 +69,35 @@ def test_ranks_of_torchrun_go_on_after_the_death_of_one(tmp_path: Path) -> None:
     check(run)
     assert summary(run)["incarnations"] == 2
     assert accuracy(out) >= VALUE
+
+
+DIGITS = """
+import torch
+import ormo_rpc
+from ormo_rpc.cli import compose
+from ormo_rpc.runtimes.job import build_module
+config = compose(["model.hidden=16", "model.dropout=0.2"])
+data = config.dataset.load_splits(config.seed)
+model = build_module(config, data)
+epochs = ormo_rpc.Epochs(len(data.train), config.train.batch_size, config.seed)
+worker = ormo_rpc.join(model, "logger=none", total_tickets=100)
+for work in worker:
+    inputs, targets = data.train.batch(epochs.indices(work.ticket), None)
+    loss = torch.nn.functional.cross_entropy(model(inputs), targets)
+    loss.backward()
+    worker.push(loss)
+"""
+
+
+def test_a_live_loop_of_one_worker_has_the_bits_of_the_built_in_task(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(DIGITS)
+    words = ("--workers", "1", "--run-dir", "run", "train.py")
+    with launched("-m", "ormo_rpc", "launch", *words, cwd=tmp_path, env=ENVIRONMENT) as process:
+        _, err = process.communicate(timeout=2 * PATIENCE_SECONDS)
+    assert process.returncode == 0, err
+    built_in = ("runtime=sim", "workers=1", "model.hidden=16", "model.dropout=0.2", "train.max_iterations=100", "logger=none")
+    expected = train([*built_in, "logger.progress=false"], run_dir=tmp_path / "built_in")
+    assert summary(tmp_path / "run")["final_params_sha256"] == expected["final_params_sha256"]
 
 
 def test_an_error_of_the_script_names_its_line(tmp_path: Path) -> None:
