@@ -75,7 +75,7 @@ class CustomData(DataSource, CallsTarget):
         except ValueError as error:
             raise self._refused(error) from None
         batch = first_batch(splits["train"], self._target_)
-        number: int | Callable[[], int] = Classes(datasets["train"], splits["train"], self._target_)
+        number: int | Callable[[], int] = Classes(datasets["train"], splits["train"], batch, self._target_)
         if self.counted_classes is not None or "num_classes" in self.kwargs:
             number = self.counted_classes or int(self.kwargs["num_classes"])
         weights = None if self.weights is None else self._weights_of(datasets["train"])

@@ -47,12 +47,14 @@ class Classes:
     Args:
         dataset: What the user's function has returned to train on.
         split: The split of it.
+        first: The batch of its first sample.
         described: The function, for messages.
     """
 
-    def __init__(self, dataset: Any, split: Split, described: str) -> None:
+    def __init__(self, dataset: Any, split: Split, first: Any, described: str) -> None:
         self._dataset = dataset
         self._split = split
+        self._first = first
         self._described = described
 
     def __call__(self) -> int:
@@ -68,7 +70,7 @@ class Classes:
 
     def _found(self) -> tuple[int, str]:
         classes = getattr(self._dataset, "classes", None)
-        batch = self._batch(0)
+        batch = self._first
         targets = self._targets(batch)
         if isinstance(classes, Sized):
             return len(classes), "its attribute classes"
