@@ -96,6 +96,8 @@ class FlatModel:
         """What `bind_grad` was given."""
         self._grads: dict[str, torch.Tensor] = {}
         """The views that `bind_grad` has made."""
+        self._addresses: list[int] = []
+        """Those of their memory; a view has another one when its ``.data`` was assigned."""
 
     @property
     def has_half(self) -> bool:
@@ -126,6 +128,7 @@ class FlatModel:
         Cast copies get gradients of their own dtype, as in plain PyTorch, which `collect_grad` adds to ``grad``.
         """
         self._grad, self._grads = grad, self.params.views(grad)
+        self._addresses = [view.data_ptr() for view in self._grads.values()]
         for parameter, view in zip(self.trainable.values(), self._grads.values(), strict=True):
             parameter.grad = view if parameter.dtype == self.dtype else None
 
@@ -135,15 +138,20 @@ class FlatModel:
         for parameter in self._cast:
             parameter.grad = None
 
+    @torch.no_grad()
     def collect_grad(self) -> None:
         """Add the gradients of cast copies to the vector, and bring back what a pass or a hook has put elsewhere.
 
-        That is done by `zero_grad` of a module, or an assignment to ``.grad``. None counts as zero.
+        That is done by `zero_grad` of a module, an assignment to ``.grad`` or ``.grad.data``, or a backward pass with
+        ``create_graph``. None counts as zero.
         """
-        for parameter, view in zip(self.trainable.values(), self._grads.values(), strict=True):
-            grad = parameter.grad
-            if grad is view:
+        for (name, parameter), address in zip(self.trainable.items(), self._addresses, strict=True):
+            grad, view = parameter.grad, self._grads[name]
+            moved = view.data_ptr() != address
+            if grad is view and not moved:
                 continue
+            if moved:
+                view = self._grads[name] = self.params.views(self._grad)[name]
             if parameter.dtype != self.dtype:
                 if grad is not None:
                     view.add_(grad.to(self.dtype).to_dense())

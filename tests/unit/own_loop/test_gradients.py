@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,7 +68,25 @@ def assigned(model: torch.nn.Module, ticket: int) -> None:
         parameter.grad = gradient
 
 
-@pytest.mark.parametrize("backward", [in_two_passes, after_zeroing, after_zeroing_in_place, clipped, assigned])
+def assigned_by_data(model: torch.nn.Module, ticket: int) -> None:
+    """Gradients whose memory is replaced."""
+    loss_of(model, ticket).backward()
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.data = 2 * parameter.grad.data
+
+
+def with_graph(model: torch.nn.Module, ticket: int) -> None:
+    """Gradients that could be differentiated again."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, as gradients and parameters refer to each other
+        loss_of(model, ticket).backward(create_graph=True)
+
+
+@pytest.mark.parametrize(
+    "backward",
+    [in_two_passes, after_zeroing, after_zeroing_in_place, clipped, assigned, assigned_by_data, with_graph],
+)
 @pytest.mark.parametrize("make", [net, Odd])
 def test_gradients_of_any_kind_are_those_of_plain_pytorch(
     make: Callable[[], torch.nn.Module], backward: Backward, tmp_path: Path
