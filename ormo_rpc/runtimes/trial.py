@@ -200,7 +200,7 @@ class Trial:
         with self._refused(where, batch):
             output = evaluator.output(batch, params, buffers)
         self._check(where, output, batch)
-        with self._refused(where, batch, of_task=True), torch.no_grad():
+        with self._refused(where, batch, of_task=True), torch.no_grad(), autocast(self.autocast):
             sums: Any = self.task.sums(output, batch)
             if not isinstance(sums, Mapping) or not all(isinstance(each, Sums) for each in sums.values()) or "loss" not in sums:
                 raise ValueError("sums() must return Sums by name, one of them named loss")

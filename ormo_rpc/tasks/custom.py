@@ -92,7 +92,8 @@ class CustomTask(Task, CallsTarget):
         targets = None if self._computes_all else self.targets(batch)
         if not isinstance(output, torch.Tensor) or not isinstance(targets, torch.Tensor) or not targets.is_floating_point():
             return
-        if self._target_.startswith("torch.") and (*targets.shape, 1) == output.shape:
+        one_more = (*targets.shape, 1) == output.shape or (*output.shape, 1) == targets.shape
+        if self._target_.startswith("torch.") and one_more:
             raise ValueError(
                 f"the output {tuple(output.shape)} and the targets {tuple(targets.shape)} would be broadcast against each "
                 "other; expected the same shape"

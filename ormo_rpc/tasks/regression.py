@@ -139,13 +139,17 @@ class Regression(Task):
             raise UnfitTargets("a target is infinite, expected finite numbers")
 
     def _aligned(self, output: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Predictions and targets of one shape and dtype; without it (N, 1) and (N,) would be broadcast to (N, N)."""
+        """Predictions and targets of one shape and dtype; without it (N, 1) and (N,) would be broadcast to (N, N).
+
+        The dtype is that of the predictions, or float32: targets are not rounded to 16 bits where a pass computes in them.
+        """
         predicted, targets = logits_of(output), self.targets(batch)
         if predicted.shape != targets.shape:
             if predicted.numel() != targets.numel():
                 raise ValueError(f"the output {tuple(predicted.shape)} does not fit targets {tuple(targets.shape)}")
             predicted = predicted.reshape(targets.shape)
-        return predicted, targets.to(predicted.dtype)
+        dtype = torch.promote_types(predicted.dtype, torch.float32)
+        return predicted.to(dtype), targets.to(dtype)
 
     def _loss(self, predicted: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
         functional = torch.nn.functional

@@ -92,7 +92,7 @@ class Evaluator:
         for indices in torch.arange(len(data)).split(self._batch_size(data)):
             batch = data.batch(indices, None)
             output = self._forward(batch, params, buffers)
-            with torch.no_grad():
+            with torch.no_grad(), under_autocast(self._autocast):  # a loss of the user's own computes in what it trains in
                 for metric, sums in self.task.sums(output, batch).items():
                     totals[metric] = totals[metric] + sums if metric in totals else sums
                 if self._stateful:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from ormo_rpc import train
 from ormo_rpc.config.parsing import parse_config
@@ -129,3 +131,35 @@ def test_a_run_of_one_worker_is_plain_sgd(row: str, tmp_path: Path) -> None:
         loss = ROWS[row].loss(module.eval(), split.batch(torch.arange(SAMPLES), None)).item()
     assert summary["status"] == "completed"
     assert summary["test_loss"] == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("keys", "targets", "loss"),
+    [
+        ({"name": "regression"}, "far", functional.mse_loss),
+        ({"_target_": "torch.nn.functional.mse_loss"}, "far", functional.mse_loss),
+        ({"_target_": "torch.nn.CrossEntropyLoss"}, "classes", functional.cross_entropy),
+    ],
+)
+def test_under_autocast_losses_and_targets_are_float32(keys: dict[str, Any], targets: str, loss: Any) -> None:
+    torch.manual_seed(3)
+    inputs = torch.randn(SAMPLES, 6)
+    batch = (inputs, inputs[:, :4] + 1000.3 if targets == "far" else torch.arange(SAMPLES) % 4)
+    made, split, module = parse_config({"task": keys}).task, Trees(batch), nn.Linear(6, 4)
+    model = FlatModel(copy.deepcopy(module))
+    evaluator = Evaluator(model, DataSet(split, split, (6,), 4), made, 5, torch.bfloat16)
+    found = evaluator(model.flat_params(), {}).test["loss"]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        output = module(inputs)
+        expected = loss(output, batch[1]).item()
+        trained = made.loss(output, batch).item()
+    assert output.dtype is torch.bfloat16
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert trained == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("shapes", [((5,), (5, 1)), ((5, 1), (5,))])
+def test_a_loss_of_torch_never_broadcasts_targets(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    made = parse_config({"task": {"_target_": "torch.nn.functional.mse_loss"}}).task
+    with pytest.raises(ValueError, match="would be broadcast"):
+        made.check(torch.zeros(shapes[0]), (torch.zeros(5, 6), torch.zeros(shapes[1])))
