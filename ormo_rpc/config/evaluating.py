@@ -31,7 +31,7 @@ class Evaluate(Section):
         0.0,
         "what an evaluation must be better by to count as better, for patience",
         valid=not_negative,
-        expected="a number >= 0",
+        expected="a finite number >= 0",
     )
 
 

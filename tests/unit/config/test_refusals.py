@@ -32,6 +32,7 @@ TEXTS = {
     "runtime.interface",
     "server.address",
     "server.secret_file",
+    "worker.compile",
 } | {f"logger.{name}" for name in ENVIRONMENT if name != "tags"}
 """Keys of a text or none."""
 
@@ -45,11 +46,13 @@ IN_RANGE: dict[str, tuple[list[Any], list[Any]]] = {
     PROJECT: (["a", "p" * 128, "my project"], ["", "p" * 129, *(f"a{sign}" for sign in "/\\#?%:")]),
     ID: (["a", "i" * 128], ["", "i" * 129, *(f"a{sign}" for sign in ":;,#?/'")]),
     TAGS: ([[], ["a", "t" * 64]], [[""], ["a", "t" * 65]]),
+    "a whole number >= 1, or null": ([1, 10**9], [0, -1]),
     "a whole number >= 0": ([0, 10**9], [-1]),
     "a whole number from 0 to 100": ([0, 1, 100], [-1, 101]),
     "a number > 0": ([1e-300, 1e9], [0.0, -1.0, math.nan]),
     "a finite number > 0": ([1e-300, 1e9], [0.0, -1.0, math.inf, math.nan]),
     "a finite number >= 0": ([0.0, 1e9], [-1e-300, math.inf, math.nan]),
+    "a finite number >= 2^-10": ([2**-10, 65536.0], [2**-11, 0.0, math.inf, math.nan]),
     "a finite number >= 1": ([1.0, 1e9], [0.999, -1.0, math.inf, math.nan]),
     "a finite number > 1, or null": ([1.000001, 1e9, None], [1.0, 0.5, -2.0, math.inf, math.nan]),
     "a number in [0, 1)": ([0.0, 0.999], [-1e-300, 1.0, math.nan]),
@@ -58,6 +61,7 @@ IN_RANGE: dict[str, tuple[list[Any], list[Any]]] = {
         [-1e-300, -1.0, 1.5, math.inf, math.nan],
     ),
     "a whole number of 32 bits": ([-100, 0, 255], [2**31, -(2**31) - 1]),
+    "a number in (0, 1), or null": ([1e-300, 0.999], [0.0, 1.0, math.nan]),
     "a number in (0, 1]": ([1e-300, 1.0], [0.0, 1.001, math.nan]),
     "finite numbers > 0": ([[], [1e-300], [1e9, 1.0]], [[0.0], [1.0, -1.0], [math.inf], [1.0, math.nan]]),
     "at least one finite number >= 0": ([[0.0], [1e9, 0.0]], [[], [-1e-300], [0.0, math.inf], [0.0, math.nan]]),
