@@ -33,6 +33,7 @@ class _Reading:
 
     Attributes:
         epoch: Its epoch.
+        sets: The set, and what its ``skip`` has returned, to be told the epoch.
         iterator: What yields the samples.
         position: The number of the next one in the epoch.
         pid: The process that began it; one that was forked from that must not go on with it.
@@ -41,18 +42,25 @@ class _Reading:
     """
 
     epoch: int
+    sets: tuple[Any, ...]
     iterator: Iterator[Any]
     position: int
     pid: int
     last: Any = None
     fresh: bool = True
 
+    def tell_epoch(self) -> None:
+        """Set the epoch, which another pass may have set since."""
+        for each in self.sets:
+            if hasattr(each, "set_epoch"):
+                each.set_epoch(self.epoch)
+
 
 class IterableSplit:
     """An iterable set, whose sample p of epoch e has the number ``e N + p``: each pass is read in the set's own order.
 
-    A batch is the same whatever was read before. A set that has ``set_epoch`` is told the epoch before each pass, and what it
-    draws from the global generators is seeded by the seed, the epoch and the position. Samples that other processes train
+    A batch is the same whatever was read before. A set that has ``set_epoch`` is told the epoch before each pass, and
+    again where passes of two epochs are open; what it draws from the global generators is seeded by the seed, the epoch and the position. Samples that other processes train
     on are read and dropped; a set that has ``skip(n)``, which returns it without its first n samples, begins behind them, and
     an iterator that has ``skip(n)`` passes over them. A pass is begun again for a sample that lies behind.
 
@@ -74,6 +82,8 @@ class IterableSplit:
         self._size = len(dataset)
         self._readings: list[_Reading] = []
         """The one used last comes last."""
+        self._told: int | None = None
+        """The epoch that the set was told in this batch."""
 
     def __len__(self) -> int:
         return self._size
@@ -84,6 +94,7 @@ class IterableSplit:
         Raises:
             ConfigError: the set has not as many samples as its length says, or cannot be read more than once.
         """
+        self._told = None
         with seeded(self.seed, "pass", 0):
             items = [self._sample(*divmod(number, self._size)) for number in indices.tolist()]
         return self.collate(items)
@@ -118,24 +129,25 @@ class IterableSplit:
             if len(self._readings) == READINGS:
                 self._end(self._readings.pop(0))
             found = self._begin(epoch, position)
+        if self._told != epoch:
+            found.tell_epoch()
+            self._told = epoch
         self._readings.append(found)
         return found
 
     def _begin(self, epoch: int, position: int) -> _Reading:
         reseed(self.seed, "pass", epoch * self._size)
         whole: Any = self.dataset
-        begun = [whole]
-        if position and hasattr(whole, "skip"):
-            begun.append(whole.skip(position))
-        for each in begun:
-            if hasattr(each, "set_epoch"):
-                each.set_epoch(epoch)
-        iterator = iter(begun[-1])
-        if iterator is whole:
+        skips = position > 0 and hasattr(whole, "skip")
+        sets = (whole, whole.skip(position)) if skips else (whole,)
+        reading = _Reading(epoch, sets, iter(()), position if skips else 0, os.getpid())
+        reading.tell_epoch()
+        reading.iterator = iter(sets[-1])
+        if reading.iterator is whole:
             raise ConfigError(
                 f"dataset: {_name(whole)} is an iterator, which is read once; expected a set whose __iter__ returns a new one"
             )
-        return _Reading(epoch, iterator, position if len(begun) > 1 else 0, os.getpid())
+        return reading
 
     def _read(self, reading: _Reading) -> None:
         # What comes before the first yield belongs to the beginning of the pass.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
+from typing_extensions import override
 
 from ormo_rpc.data import DataSet, Epochs, IterableSplit, MapSplit
 from ormo_rpc.data.checksum import checksum_of_labels
@@ -49,6 +51,25 @@ def test_the_samples_of_a_ticket_do_not_depend_on_what_was_read_before(asked: li
         inputs, targets = batch(split, ticket)
         assert torch.equal(inputs, EXPECTED[ticket][0])
         assert torch.equal(targets, EXPECTED[ticket][1])
+
+
+class InShards(Counting):
+    """A set that looks up its epoch at each of its shards."""
+
+    @override
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
+        for shard in range(0, self.length, 4):
+            numbers = list(range(shard, min(shard + 4, self.length)))
+            random.Random(self.epoch).shuffle(numbers)
+            for number in numbers:
+                yield torch.tensor([float(number)]), 100 * self.epoch + number
+
+
+def test_a_pass_keeps_its_epoch_where_another_one_has_begun() -> None:
+    split = IterableSplit(InShards(LENGTH))
+    for ticket in [0, 1, 4, 2, 5, 8, 3, 6, 9, 7, 0]:  # as several workers ask, four tickets to an epoch
+        found, alone = batch(split, ticket), batch(IterableSplit(InShards(LENGTH)), ticket)
+        assert [each.tolist() for each in found] == [each.tolist() for each in alone]
 
 
 def test_each_epoch_has_every_sample_once_and_an_order_of_its_own() -> None:
