@@ -73,7 +73,7 @@ class FlatModel:
 
     Raises:
         ValueError: it has no trainable parameter, one is not of a dtype of `DTYPES`, another tensor lies in the memory of one,
-            or a tensor has no shape yet (lazy layers).
+            or a tensor has no shape yet (lazy layers), is not on the CPU, or was made in `torch.inference_mode`.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
@@ -85,6 +85,8 @@ class FlatModel:
                 )
         self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         everything = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        for name, tensor in everything.items():
+            _refuse_place(name, tensor)
         refuse_shared(self.trainable, {name: each for name, each in everything.items() if name not in self.trainable})
         self.dtype = vector_dtype(self.trainable)
         self.params = Layout(self.trainable)
@@ -174,6 +176,20 @@ class FlatModel:
         self.buffers.load(buffers)
         copies: dict[tuple[Any, ...], torch.Tensor] = {}
         return {name: _copied(value, copies) for name, value in self.module.state_dict().items()}
+
+
+def _refuse_place(name: str, tensor: torch.Tensor) -> None:
+    """Refuse a tensor that is not on the CPU, or that can have no gradients."""
+    if tensor.device.type != "cpu":
+        raise ValueError(
+            f"model: {name}: got a tensor on {tensor.device}, expected all on the CPU, where workers compute and the server's "
+            "values are"
+        )
+    if tensor.is_inference():
+        raise ValueError(
+            f"model: {name}: got a tensor made in torch.inference_mode(), expected one made outside, as there are no gradients "
+            "of these"
+        )
 
 
 def _copied(value: Any, copies: dict[tuple[Any, ...], torch.Tensor]) -> Any:

@@ -142,6 +142,12 @@ def users_line(frame: FrameType | None = None) -> str:
     return f"{own[-1].filename}:{own[-1].lineno}" if own else ""
 
 
+def place_of(function: object) -> str:
+    """File and line of a function, and a colon, for the beginning of a message; empty where it is none of Python's."""
+    code = getattr(function, "__code__", None)
+    return "" if code is None else f"{code.co_filename}:{code.co_firstlineno}: "
+
+
 def is_users(file: str) -> bool:
     """Tell whether a file of source is the user's own."""
     return not file.startswith((*_MACHINERY, *LIBRARIES))

@@ -89,15 +89,18 @@ class AloneSource(Source):
             session.open()
             self._worker = job.worker()
             interrupts = stack.enter_context(Interrupts())
-            served = _Served(session, clock, interrupts)
+            served, pid = _Served(session, clock, interrupts), os.getpid()
             try:
                 yield from served.replies()
-            except GeneratorExit:
+            except BaseException as error:
+                if os.getpid() != pid:  # a process that the script has forked has ended: the run and its files are not its own
+                    stack.pop_all()
+                    raise
+                if not isinstance(error, GeneratorExit):
+                    self._end_failed(served, config, error)
+                    raise
                 served.end("failed", f"the script left its loop at iteration {session.server.iteration}, before the end")
                 atexit.register(_explain, run_dir)
-                raise
-            except BaseException as error:
-                self._end_failed(served, config, error)
                 raise
             else:
                 served.end()
@@ -160,12 +163,11 @@ class _Served:
         """
         request = JoinRequest(preferred_worker=0, pid=os.getpid(), host=platform.node(), slot_id="")
         session_id = self.service.join(request).session_id
-        reply = _of(self.service.register(session_id))
+        reply = self._of(self.service.register(session_id))
         while reply.ticket is not None:
             with self.interrupts.at_once():
                 push = yield reply
-            reply = _of(self.service.push(session_id, push))
-            check_state(self.service)
+            reply = self._of(self.service.push(session_id, push))
             self._attend()
 
     def end(self, status: str = "", reason: str = "") -> dict[str, Any]:
@@ -198,6 +200,20 @@ class _Served:
             _say(f"the run {self.summary['status']}: {done}")
         return self.summary
 
+    def _of(self, future: ReplyFuture) -> Reply:
+        """The reply that a future has, as there is no other worker to wait for.
+
+        Raises:
+            PushRefused, RunFailed: the server refuses, or has failed.
+        """
+        check_state(self.service)
+        if not future.done():
+            raise RunFailed("the server has no work for the only worker there is")
+        answer = future.value()
+        if isinstance(answer, ErrorReply):
+            raise BY_NAME[answer.error](answer.text)
+        return answer
+
     def _attend(self) -> None:
         """Do what is due between two tickets."""
         session = self.session
@@ -215,20 +231,6 @@ class _Served:
     def _on_start(self) -> None:
         self._clock.start()
         self.session.training_begins()
-
-
-def _of(future: ReplyFuture) -> Reply:
-    """The reply that a future has, as there is no other worker to wait for.
-
-    Raises:
-        PushRefused, RunFailed: the server refuses, or has failed.
-    """
-    if not future.done():
-        raise RunFailed("the server has no work for the only worker there is")
-    answer = future.value()
-    if isinstance(answer, ErrorReply):
-        raise BY_NAME[answer.error](answer.text)
-    return answer
 
 
 def _say(text: str) -> None:

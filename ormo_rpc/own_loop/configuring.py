@@ -92,6 +92,9 @@ def compose_own_loop(
     Raises:
         ConfigError: it is no configuration of such a loop.
     """
+    wrong = [each for each in overrides if type(each) is not str]
+    if wrong:
+        raise ConfigError(f"got {wrong[0]!r} in join(), expected texts KEY=VALUE, such as join(model, 'train.lr=0.1', ...)")
     commands = overrides_of_command()
     own = [
         *("model=own_loop", "dataset=own_loop", "task=own_loop", f"model.class_name='{class_name}'"),

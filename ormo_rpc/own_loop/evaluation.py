@@ -10,7 +10,7 @@ import torch
 
 from ormo_rpc.errors import EvaluationFailed
 from ormo_rpc.models.flat import FlatModel
-from ormo_rpc.options.imports import fault
+from ormo_rpc.options.imports import fault, place_of
 from ormo_rpc.seeding import seeded
 from ormo_rpc.worker.evaluation import Evaluation
 
@@ -60,9 +60,13 @@ class OwnEvaluator:
         model.module.eval()
         try:
             with seeded(0, "evaluation", 0), torch.no_grad():
-                return Evaluation(numbers(self.function(model.module)))
+                result = self.function(model.module)
         except (Exception, SystemExit) as error:  # a script's function may raise anything
             raise EvaluationFailed(fault(error)) from error
+        try:
+            return Evaluation(numbers(result))
+        except TypeError as error:
+            raise EvaluationFailed(f"{place_of(self.function)}{error}") from error
 
 
 def numbers(result: object) -> dict[str, float]:

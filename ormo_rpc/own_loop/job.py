@@ -13,9 +13,10 @@ from ormo_rpc.algorithms.groups import Groups
 from ormo_rpc.compression import Allocate, PushFormat
 from ormo_rpc.config.schema import Config
 from ormo_rpc.data.own_loop import OwnLoopData
-from ormo_rpc.errors import ConfigError, one_line
+from ormo_rpc.errors import ConfigError, LoopMisused, one_line
 from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.models.flat import FlatModel
+from ormo_rpc.options.imports import users_line
 from ormo_rpc.own_loop.evaluation import OwnEvaluator, OwnFunction
 from ormo_rpc.own_loop.worker import OwnWorker
 from ormo_rpc.runtimes.configured import configured_format, configured_groups, configured_scale, configured_server
@@ -51,11 +52,26 @@ class OwnModel:
         except ValueError as error:
             raise ConfigError(str(error)) from None
         self.fingerprint = Fingerprint.of(original)
+        self._parameters = _parameters(original)
 
     @property
     def class_name(self) -> str:
         """The name of its class."""
         return type(self.flat.module).__name__
+
+    def refuse_changed(self) -> None:
+        """Refuse to begin with other parameters than at `join`; their values may be others.
+
+        Raises:
+            LoopMisused: some have come, gone, or have another form; the message has the script's line.
+        """
+        now, then = _parameters(self.flat.module), self._parameters
+        changed = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
+        if changed:
+            raise LoopMisused(
+                f"{users_line()}: model: the parameter {changed[0]} is another one than at join(), or has another dtype or "
+                "requires_grad, expected the same to the end of the loop: do all that makes the model before join()"
+            )
 
     def copy(self) -> FlatModel:
         """Make a copy, which nothing else uses.
@@ -82,6 +98,12 @@ class OwnModel:
         for parameter in self.flat.trainable.values():
             parameter.data = parameter.data.clone()
             parameter.grad = None
+
+
+def _parameters(module: torch.nn.Module) -> dict[str, tuple[Any, ...]]:
+    """What there is to know of each parameter but its values, by name."""
+    named = module.named_parameters(remove_duplicate=False)
+    return {name: (id(each), each.shape, each.dtype, each.requires_grad) for name, each in named}
 
 
 class OwnJob:

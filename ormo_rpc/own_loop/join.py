@@ -7,13 +7,15 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ormo_rpc.config.schema import Role
 from ormo_rpc.errors import ConfigError
-from ormo_rpc.options.imports import refuse_while_importing
+from ormo_rpc.options.imports import place_of, refuse_while_importing
 from ormo_rpc.own_loop.configuring import compose_own_loop
+from ormo_rpc.own_loop.evaluation import number
 from ormo_rpc.own_loop.job import OwnJob, OwnModel
 from ormo_rpc.own_loop.loop import JoinedWorker
 from ormo_rpc.own_loop.roles import role
@@ -50,8 +52,10 @@ def join(
     refuse_while_importing()
     began = time.monotonic()
     own = OwnModel(model)
+    lr = _checked(lr) if callable(lr) else lr
     first = lr(0) if callable(lr) else lr
-    if first is not None and not (math.isfinite(first) and first > 0):
+    is_rate = isinstance(first, (int, float)) and math.isfinite(first) and first > 0  # pyright: ignore[reportUnnecessaryIsInstance] # a script gives anything
+    if first is not None and not is_rate:
         raise ConfigError(
             f"lr: got {first!r} in join(), expected a number > 0, or a function of the iteration that returns one"
         )
@@ -71,3 +75,21 @@ def join(
     return JoinedWorker(
         role(config), own, lr=function, run_dir=None if run_dir is None else Path(run_dir), words=composed.words, began=began
     )
+
+
+def _checked(lr: Callable[[int], Any]) -> Callable[[int], float]:
+    """A script's learning rate, whose values are checked as they come."""
+
+    def rate(iteration: int) -> float:
+        value = lr(iteration)
+        try:
+            found = number("lr", value)
+        except (TypeError, ValueError):
+            found = math.nan
+        if not (math.isfinite(found) and found >= 0):
+            raise ConfigError(
+                f"{place_of(lr)}lr: got {value!r} at iteration {iteration} from the function in join(), expected a number >= 0"
+            )
+        return found
+
+    return rate

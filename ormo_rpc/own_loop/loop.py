@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from ormo_rpc.own_loop.run import Run, Source
 from ormo_rpc.own_loop.serving import ServerSource
 from ormo_rpc.own_loop.worker import OwnWorker
 from ormo_rpc.seeding import seed_for, seeded
+from ormo_rpc.server.validation import check_whole
 
 F = TypeVar("F", bound=EvaluateFunction)
 
@@ -107,6 +109,9 @@ class JoinedWorker:
         self._source: Source | None = None
         self._replies: Generator[Reply, Push] | None = None
         self._held: _Held | None = None
+        self._pid = os.getpid()
+        if role.child is not None:
+            role.child.joined_at = users_line()
         self.summary: dict[str, Any] | None = None
 
     @property
@@ -137,10 +142,14 @@ class JoinedWorker:
         """
         if self._source is not None:
             raise LoopMisused(f"{users_line()}: evaluate_with() is called in or after the loop, expected before it")
-        if every is not None and (isinstance(every, bool) or every < 1):
+        if every is not None and (type(every) is not int or every < 1):
             raise LoopMisused(f"{users_line()}: every: got {every!r} in evaluate_with(), expected a whole number >= 1")
 
         def register(function: F) -> F:
+            if not callable(function):
+                raise LoopMisused(
+                    f"{users_line()}: got {type(function).__name__} in evaluate_with(), expected a function of the model"
+                )
             self._evaluate = OwnFunction(function, every, tuple(higher_is_better))
             return function
 
@@ -149,7 +158,11 @@ class JoinedWorker:
     def __iter__(self) -> Iterator[Work]:
         if self._source is not None:
             raise LoopMisused(f"{users_line()}: the loop begins a second time, expected one loop for each join()")
-        role = self._role
+        _refuse_inference()
+        self._model.refuse_changed()
+        self._pid, role = os.getpid(), self._role
+        if role.child is not None:
+            role.child.joined_at = ""
         if self._evaluate is None and role.config.keeps_best:
             raise LoopMisused(
                 f"{users_line()}: nothing is evaluated, expected evaluate_with() before the loop with evaluate.patience or "
@@ -188,8 +201,14 @@ class JoinedWorker:
             raise LoopMisused(f"{users_line()}: push() is called outside of the loop, expected once in each of its rounds")
         if held.pushed:
             raise LoopMisused(f"{users_line()}: push() is called again for ticket {held.reply.ticket}, expected once for each")
+        _refuse_inference()
+        if os.getpid() != self._pid:
+            raise LoopMisused(f"{users_line()}: push() is called in a process that the script has forked, expected in its own")
         try:
             value = None if loss is None else number("the loss", loss)
+            check_whole(samples, "samples", ValueError)
+            if samples < 1:
+                raise ValueError(f"samples: got {samples}, expected at least 1")
             push = held.own.finish(held.reply, loss=value, samples=samples, metrics=metrics or {})
         except LoopMisused:
             raise
@@ -251,3 +270,11 @@ class JoinedWorker:
         finally:
             self._held = self._replies = None
             self.summary = source.summary
+
+
+def _refuse_inference() -> None:
+    """Refuse to make tensors that no gradient can be computed with."""
+    if torch.is_inference_mode_enabled():
+        raise LoopMisused(
+            f"{users_line()}: the loop is in torch.inference_mode(), where nothing has gradients, expected to be outside of it"
+        )

@@ -106,6 +106,9 @@ def end(child: Child, ended: BaseException | None) -> NoReturn:
     if isinstance(ended, SystemExit):
         exited = ScriptExit(f"it has ended itself by sys.exit({ended.code!r})").with_traceback(ended.__traceback__)
         ended = None if ended.code in (None, 0) else exited
+    if ended is None and child.joined_at:
+        missing = "the script has ended without a loop over what ormo_rpc.join() returns, expected one in each process"
+        child.end(ConfigError(missing), place=child.joined_at)
     if ended is None:
         with contextlib.suppress(Exception):
             atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage] # finalising the interpreter would stop the heartbeats

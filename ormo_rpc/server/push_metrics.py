@@ -50,6 +50,8 @@ def as_push_metrics(metrics: Mapping[str, Any]) -> dict[str, float | tuple[float
         ValueError: a name or value cannot be taken.
     """
     what = "push: metrics"
+    if not isinstance(metrics, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance] # a script gives anything
+        raise ValueError(f"{what}: got a {type(metrics).__name__}, expected numbers by name")
     found = {name: _as_floats(value, f"{what}: {name}") for name, value in metrics.items()}
     check_push_metrics(found, what, ValueError)
     return found
@@ -59,8 +61,8 @@ def _as_floats(value: Any, what: str) -> float | tuple[float, float]:
     try:
         if isinstance(value, (tuple, list)):
             total, count = value
-            return float(total), float(count)
-        return float(value)
+            return _as_float(total), _as_float(count)
+        return _as_float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # the last one is torch's, of a tensor of many values
         raise ValueError(f"{what}: got {str(value)[:100]!r}, expected a number, or a pair (sum, count)") from None
 
@@ -72,3 +74,7 @@ def as_json(metrics: PushMetrics) -> dict[str, Any]:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _as_float(value: Any) -> float:
+    return float(value.detach() if hasattr(value, "detach") else value)

@@ -48,6 +48,7 @@ class Child:
 
     Attributes:
         serves: It is the server, else a worker.
+        joined_at: File and line of the call of `join` in a script whose loop has not begun; else empty.
         has_worked: The server has taken a gradient of this process's own loop, so that what ends it may not come again.
     """
 
@@ -58,6 +59,7 @@ class Child:
         os.set_inheritable(arguments.report_fd, False)
         os.set_inheritable(arguments.control_fd, False)
         self.serves = bool(arguments.serves)
+        self.joined_at = ""
         self.has_worked = False
         self.reporter = Reporter(arguments.report_fd, arguments.heartbeat_seconds)
         _log_to(self.reporter, stderr=arguments.log)

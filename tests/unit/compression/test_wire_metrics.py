@@ -17,6 +17,7 @@ from ormo_rpc.compression.wire_metrics import ROOM, WireMetrics
 from ormo_rpc.compression.wire_options import WireDtype
 from ormo_rpc.errors import PushRefused
 from ormo_rpc.messages import Push
+from ormo_rpc.server.push_metrics import as_push_metrics
 from ormo_rpc.transports.codec import PUSH
 from ormo_rpc.transports.push_reader import PushReader
 from tests.support.compression import CASES, COMPRESSIONS, SHAPES, STATISTICS, buffer_layout, encoded, gradients, layout
@@ -177,3 +178,10 @@ def test_bytes_that_are_no_metrics_are_refused(content: bytes) -> None:
     region[: len(content)] = torch.tensor(list(content), dtype=torch.uint8)
     with pytest.raises(PushRefused, match=r"^push: metrics: got .*"):
         WireMetrics(region).read()
+
+
+def test_metrics_may_be_tensors_that_have_gradients(recwarn: pytest.WarningsRecorder) -> None:
+    """As parts of a loss are."""
+    value = torch.tensor(2.0, requires_grad=True)
+    assert as_push_metrics({"part": value, "mean": (value * 3, 2)}) == {"part": 2.0, "mean": (6.0, 2.0)}
+    assert not list(recwarn)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
 import json
+import os
+import re
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +17,7 @@ import pytest
 import torch
 
 import ormo_rpc
-from ormo_rpc.errors import ConfigError, Interrupted
+from ormo_rpc.errors import ConfigError, Interrupted, LoopMisused
 from ormo_rpc.runtimes.configured import build_module
 from ormo_rpc.seeding import seed_for
 from ormo_rpc.training import train
@@ -127,14 +132,21 @@ def test_an_evaluation_may_do_what_it_likes_with_its_model_and_may_fail(tmp_path
     assert (worker.summary["status"], worker.summary["failed_evaluations"]) == ("completed", 2)
 
 
-def test_the_reason_of_a_failed_evaluation_has_the_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda _: 1 / 0, "ZeroDivisionError: division by zero"),
+        (lambda _: {"loss": "low"}, "the evaluation's 'loss' is of type str, expected a number"),
+        (lambda _: {"top-5": 1.0}, r"the evaluation returned \['top-5'\], expected metrics by names such as 'loss'"),
+    ],
+)
+def test_the_reason_of_a_failed_evaluation_has_the_line(function: Callable[[Any], Any], message: str, tmp_path: Path) -> None:
     model = net()
     worker = joined(model, tmp_path, tickets=2)
-    worker.evaluate_with(lambda _: 1 / 0)
+    worker.evaluate_with(function)
     work_through(worker, model)
     assert worker.summary is not None
-    assert "test_alone.py:" in worker.summary["reason"]
-    assert "ZeroDivisionError: division by zero" in worker.summary["reason"]
+    assert re.search(rf"test_alone\.py:\d+: {message}", worker.summary["reason"])
 
 
 def test_a_learning_rate_may_be_a_function_of_the_iteration(tmp_path: Path) -> None:
@@ -228,3 +240,54 @@ def test_a_script_may_stop_early_by_its_evaluation(tmp_path: Path) -> None:
     assert worker.summary is not None
     assert (worker.summary["status"], worker.summary["iterations"]) == ("completed", 7), "one was handed out before"
     assert "evaluate.patience=2" in worker.summary["reason"]
+
+
+@pytest.mark.parametrize(
+    ("later", "message"),
+    [
+        (lambda: 1 / 0, "ZeroDivisionError: division by zero"),
+        (lambda: float("nan"), r"lr: got nan at iteration 3 from the function "),
+    ],
+)
+def test_a_learning_rate_that_fails_later_is_the_reason_of_the_end(
+    later: Callable[[], float], message: str, tmp_path: Path
+) -> None:
+    model = net()
+    worker = joined(model, tmp_path, lr=lambda iteration: 0.1 if iteration < 3 else later())
+    with pytest.raises(RuntimeError, match=message):
+        work_through(worker, model)
+    assert worker.summary is not None
+    assert worker.summary["status"] == "failed"
+
+
+def test_a_learning_rate_may_be_a_tensor(tmp_path: Path) -> None:
+    model = net()
+    worker = joined(model, tmp_path, lr=lambda _: torch.tensor(0.25))  # pyright: ignore[reportArgumentType] # as schedulers have
+    work_through(worker, model)
+    assert {row["eta"] for row in read(tmp_path / "run" / "trace.jsonl") if row["event"] == "apply"} == {0.25}
+
+
+def test_a_process_that_the_script_forks_leaves_the_run_alone_when_it_ends(tmp_path: Path) -> None:
+    model = net()
+    worker = joined(model, tmp_path)
+    work = iter(worker)
+    ticket = next(work).ticket
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(LoopMisused):
+            worker.push()
+            os._exit(1)
+        del work
+        worker.__dict__.clear()
+        gc.collect()
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert '"end"' not in (tmp_path / "run" / "trace.jsonl").read_text()
+    loss_of(model, ticket).backward()
+    worker.push()
+    for each in work:
+        loss_of(model, each.ticket).backward()
+        worker.push()
+    assert worker.summary is not None
+    assert worker.summary["status"] == "completed"

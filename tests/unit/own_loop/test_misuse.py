@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import ormo_rpc
-from ormo_rpc.errors import ConfigError, LoopMisused
-from ormo_rpc.own_loop.configuring import OVERRIDES
+from ormo_rpc.errors import LoopMisused
 from ormo_rpc.own_loop.loop import JoinedWorker
-from tests.support.own_loops import QUIET, joined, loss_of, net, work_through
+from tests.support.own_loops import joined, loss_of, net, work_through
 
 HERE = re.escape(__file__)
 Misuse = Callable[[JoinedWorker, torch.nn.Module], None]
@@ -65,6 +62,24 @@ def bad_metric(worker: JoinedWorker, _: torch.nn.Module) -> None:
         worker.push(1.0, metrics={"name": "a"})
 
 
+def listed_metrics(worker: JoinedWorker, _: torch.nn.Module) -> None:
+    """Push metrics without names."""
+    for _work in worker:
+        worker.push(1.0, metrics=[1.0])  # pyright: ignore[reportArgumentType] # wrong on purpose
+
+
+def half_a_sample(worker: JoinedWorker, _: torch.nn.Module) -> None:
+    """Push a number of samples that is none."""
+    for _work in worker:
+        worker.push(1.0, samples=2.5)  # pyright: ignore[reportArgumentType] # wrong on purpose
+
+
+def no_samples(worker: JoinedWorker, _: torch.nn.Module) -> None:
+    """Push a batch of nothing."""
+    for _work in worker:
+        worker.push(1.0, samples=0)
+
+
 def late_evaluation(worker: JoinedWorker, _: torch.nn.Module) -> None:
     """Register an evaluation when the server has begun."""
     for _work in worker:
@@ -107,8 +122,63 @@ def freeze(worker: JoinedWorker, model: torch.nn.Module) -> None:
         worker.push()
 
 
+def push_without_gradients(worker: JoinedWorker, _: torch.nn.Module) -> None:
+    """Push in a mode in which nothing has gradients."""
+    for _work in worker:
+        with torch.inference_mode():
+            worker.push()
+
+
+def begin_without_gradients(worker: JoinedWorker, _: torch.nn.Module) -> None:
+    """Begin the loop in such a mode."""
+    with torch.inference_mode():
+        next(iter(worker))
+
+
+def freeze_before(worker: JoinedWorker, model: torch.nn.Module) -> None:
+    """Freeze a layer too late."""
+    model.get_parameter("0.bias").requires_grad_(False)
+    work_through(worker, model)
+
+
+def replace_before(worker: JoinedWorker, model: torch.nn.Module) -> None:
+    """Replace a parameter, which the run would not have."""
+    model.get_submodule("0").weight = torch.nn.Parameter(torch.zeros(8, 4))
+    work_through(worker, model)
+
+
+def widen_before(worker: JoinedWorker, model: torch.nn.Module) -> None:
+    """Change the dtype too late."""
+    work_through(worker, model.double())
+
+
+def add_before(worker: JoinedWorker, model: torch.nn.Module) -> None:
+    """Add a layer too late."""
+    model.add_module("head", torch.nn.Linear(3, 3))
+    work_through(worker, model)
+
+
+def no_evaluation(worker: JoinedWorker, _: torch.nn.Module) -> None:
+    """Give a number for a function."""
+    worker.evaluate_with(1.0)  # pyright: ignore[reportCallIssue, reportArgumentType] # wrong on purpose
+
+
+def half_an_interval(worker: JoinedWorker, _: torch.nn.Module) -> None:
+    """Give an interval that is no whole number."""
+    worker.evaluate_with(lambda _: 1.0, every=2.5)  # pyright: ignore[reportCallIssue, reportArgumentType] # wrong on purpose
+
+
 LAST_PUSH = (two_pushes, push_before, push_after, many_losses, bad_metric, write, write_past_torch, freeze)
+OTHER = "is another one than at join(), or has another dtype or requires_grad, expected the same to the end of the loop"
 MESSAGES: dict[Misuse, str] = {
+    push_without_gradients: "the loop is in torch.inference_mode(), where nothing has gradients, expected to be outside of it",
+    begin_without_gradients: "the loop is in torch.inference_mode(), where nothing has gradients, expected to be outside of it",
+    freeze_before: f"model: the parameter 0.bias {OTHER}",
+    replace_before: f"model: the parameter 0.weight {OTHER}",
+    widen_before: f"model: the parameter 0.bias {OTHER}",
+    add_before: f"model: the parameter head.bias {OTHER}",
+    no_evaluation: "got float in evaluate_with(), expected a function of the model",
+    half_an_interval: "every: got 2.5 in evaluate_with(), expected a whole number >= 1",
     no_push: "the loop goes on without push() for ticket 1, expected one in each of its rounds; ",
     two_pushes: "push() is called again for ticket 0, expected once for each",
     push_before: "push() is called outside of the loop, expected once in each of its rounds",
@@ -116,6 +186,9 @@ MESSAGES: dict[Misuse, str] = {
     second_loop: "the loop begins a second time, expected one loop for each join()",
     many_losses: "the loss is of type Tensor of shape (3,), expected a number",
     bad_metric: "push: metrics: name: got 'a', expected a number, or a pair (sum, count)",
+    listed_metrics: "push: metrics: got a list, expected numbers by name",
+    half_a_sample: "samples: got a float, expected a whole number",
+    no_samples: "samples: got 0, expected at least 1",
     late_evaluation: "evaluate_with() is called in or after the loop, expected before it",
     step: "Adam.step() would change the parameter 0.weight; in the loop of ormo_rpc.join the server does the step",
     write: "model: the parameter 0.weight was changed in the loop, expected what the server has sent: leave out ",
@@ -169,81 +242,3 @@ def test_an_error_of_the_script_is_its_own_and_the_summary_has_no_success(tmp_pa
     assert (worker.summary["status"], worker.summary["iterations"]) == ("failed", 3)
     loss_of(model, 0).backward()  # the model is the script's again
     torch.optim.SGD(model.parameters(), 0.1).step()
-
-
-REFUSED: dict[tuple[str, ...], str] = {
-    ("train.epochs=3",): r"train.epochs: got a value in a loop of your own, expected none: the length of the run is ",
-    ("train.batch_size=3",): r"train.batch_size: got a value in a loop of your own, expected none: ",
-    ("dataset=mnist",): r"dataset: got a value in a loop of your own, expected none: its dataset is the script's",
-    ("model.hidden=3",): r"model.hidden: got a value in a loop of your own, expected none: its model is the script's",
-    ("task=regression",): r"task: got a value in a loop of your own, expected none: its task is the script's",
-    ("runtime=sim",): r"runtime: got sim in a loop of your own, expected rpc: a simulation ",
-    ("runtime=replay", "replay.run=x"): r"runtime: got replay in a loop of your own, expected rpc: its gradients come from ",
-    ("algorithm=orlomo",): r"algorithm: got orlomo in a loop of your own, expected one without local steps, ",
-    ("algorithm=easgd",): r"algorithm: got easgd in a loop of your own, expected one without local steps, ",
-    ("worker.prefetch=1",): r"worker.prefetch: got 1 in a loop of your own, expected 0: ",
-    ("worker.dummy=true",): r"worker.dummy: got a value in a loop of your own, expected none: gradients are the script's",
-    ("workers=4",): r"workers: got 4 in a script that runs alone, in one process; start it with ormo-rpc launch --workers N ",
-    ("runtime.min_workers=2",): r"runtime.min_workers: got 2 in a script that runs alone, in one process; ",
-    ("runtime.faults=[kill@0:1]",): r"runtime.faults: got \['kill@0:1'\] in a script that runs alone, in one process; ",
-    ("role=worker",): r"server.address: got None with role=worker, expected HOST:PORT of the running server",
-    ("train.no_decay=[nothing.*]",): r"train.no_decay: ",
-    ("train.lr=0.1",): r"train.lr: got a value beside lr= in join\(\), expected one of the two",
-    ("no.such=1",): r"no: ",
-    ("checkpoint.resume=/nowhere",): r"/nowhere: got a path without an intact checkpoint",
-}
-
-
-@pytest.mark.parametrize("words", REFUSED, ids=" ".join)
-def test_what_a_loop_of_ones_own_cannot_have_is_refused_in_one_line(words: tuple[str, ...], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as caught:
-        joined(net(), tmp_path, *words)
-    assert re.match(REFUSED[words], str(caught.value)), str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"total_tickets": 0}, r"total_tickets: got 0 in join\(\), expected a whole number >= 1"),
-        ({"total_tickets": 1.5}, r"total_tickets: got 1.5 in join\(\), expected a whole number >= 1"),
-        ({"total_tickets": 3, "tickets_per_epoch": 0}, r"tickets_per_epoch: got 0 in join\(\), expected a whole number >= 1"),
-        ({"total_tickets": 3, "lr": 0.0}, r"lr: got 0.0 in join\(\), expected a number > 0, or a function "),
-    ],
-)
-def test_arguments_out_of_range_are_refused(arguments: dict[str, float], message: str) -> None:
-    with pytest.raises(ConfigError, match=rf"\A{message}"):
-        ormo_rpc.join(net(), *QUIET, **arguments)  # pyright: ignore[reportArgumentType] # wrong ones on purpose
-
-
-def test_a_model_that_cannot_be_trained_is_refused() -> None:
-    model = net().requires_grad_(False)
-    with pytest.raises(ConfigError, match=r"\Amodel: got no trainable parameter, expected at least one\Z"):
-        ormo_rpc.join(model, *QUIET, total_tickets=1)
-
-
-@pytest.mark.parametrize("form", [json.dumps, " ".join])
-def test_the_command_line_is_stronger_than_join(
-    form: Callable[[list[str]], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(OVERRIDES, form(["train.max_iterations=3", "train.lr=0.5", "seed=7"]))
-    model, rates = net(), list[float]()
-    worker = joined(model, tmp_path, "seed=1", lr=lambda _: 0.1)
-    for work in worker:
-        rates.append(work.lr)
-        worker.push()
-    assert rates == [0.5] * 3
-    assert "seed: 7" in (tmp_path / "run" / "config.yaml").read_text()
-    monkeypatch.setenv(OVERRIDES, "[1]")
-    with pytest.raises(ConfigError, match=rf"\A{OVERRIDES}: got '\[1\]' in the environment, expected a list such as "):
-        joined(net(), tmp_path)
-
-
-def test_a_run_directory_is_for_one_run(tmp_path: Path) -> None:
-    model = net()
-    work_through(joined(model, tmp_path, tickets=1), model)
-    model = net()
-    worker = joined(model, tmp_path, tickets=1)
-    with pytest.raises(ConfigError, match=r"got the directory of an earlier run, expected a new one"):
-        work_through(worker, model)

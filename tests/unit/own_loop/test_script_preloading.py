@@ -266,3 +266,14 @@ def test_a_child_runs_the_script_itself_once_its_preloader_has_died() -> None:
     assert reports == [
         "the preloader with the job was lost: it was killed by SIGKILL; each process runs the script from now on"
     ]
+
+
+def test_a_script_that_forgets_its_loop_is_no_success() -> None:
+    """The launcher would take it for the end of the run."""
+    join = "ormo_rpc.join(torch.nn.Linear(1, 1), 'workers=2', total_tickets=3)"
+    with started(f"import torch\nimport ormo_rpc\nworker = {join}") as launched:
+        launched.load()
+        expected = (
+            "exited with status 65: train.py:3: ConfigError: the script has ended without a loop over what ormo_rpc.join() "
+        )
+        assert outcome(launched)[1].startswith(expected)
