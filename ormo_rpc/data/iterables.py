@@ -59,10 +59,11 @@ class _Reading:
 class IterableSplit:
     """An iterable set, whose sample p of epoch e has the number ``e N + p``: each pass is read in the set's own order.
 
-    A batch is the same whatever was read before. A set that has ``set_epoch`` is told the epoch before each pass, and
-    again where passes of two epochs are open; what it draws from the global generators is seeded by the seed, the epoch and the position. Samples that other processes train
-    on are read and dropped; a set that has ``skip(n)``, which returns it without its first n samples, begins behind them, and
-    an iterator that has ``skip(n)`` passes over them. A pass is begun again for a sample that lies behind.
+    A batch is the same whatever was read before. A set that has ``set_epoch`` is told the epoch before each pass, and again
+    where passes of two epochs are open; what it draws from the global generators is seeded by the seed, the epoch and the
+    position. Samples that other processes train on are read and dropped; a set that has ``skip(n)``, which returns it without
+    its first n samples, begins behind them, and an iterator that has ``skip(n)`` passes over them. A pass is begun again for a
+    sample that lies behind.
 
     Args:
         dataset: The set; each pass begins with a new iterator, in each process.
