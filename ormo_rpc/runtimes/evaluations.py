@@ -12,7 +12,7 @@ import torch
 from ormo_rpc.errors import ConfigError, one_line
 from ormo_rpc.runtimes.best_model import BestModel
 from ormo_rpc.runtimes.job_like import JobLike
-from ormo_rpc.runtimes.ranking import OWN_LOOP, Ranking
+from ormo_rpc.runtimes.ranking import Ranking
 from ormo_rpc.runtimes.recorder import Recorder
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.worker.evaluation import Evaluation
@@ -57,7 +57,7 @@ class Evaluations:
         self.stopped: str | None = None
         self._cause = ""
         """Type and message of the newest failure."""
-        if self.best is not None and self.ranking.name.startswith("test_") and config.task.name != OWN_LOOP:
+        if self.best is not None and self.ranking.name.startswith("test_") and not config.task.CHOOSES_DATA:
             _log.warning(
                 "the best evaluation is chosen by the test split (%s), whose metrics no longer tell what the model does with "
                 "other data; with dataset.validation it is chosen by that",

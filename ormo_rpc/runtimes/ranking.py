@@ -11,19 +11,16 @@ from ormo_rpc.errors import ConfigError
 from ormo_rpc.tasks.metrics import TaskMetric
 from ormo_rpc.worker.evaluation import Evaluation
 
-OWN_LOOP = "own_loop"
-"""The name of the task of a script, whose evaluation may have any metric."""
-
 
 def check_choice(config: Config, *, evaluated: bool) -> None:
     """Refuse to choose by a metric that evaluations do not have, and to stop by the test split where nobody has said so.
 
     Args:
-        config: Of the run.
+        config: The configuration of the run.
         evaluated: There are evaluations.
 
     Raises:
-        ConfigError: it is such a configuration.
+        ConfigError: the metric cannot be used.
     """
     if not config.keeps_best:
         return
@@ -32,12 +29,12 @@ def check_choice(config: Config, *, evaluated: bool) -> None:
     if not evaluated:
         raise ConfigError(f"{asked}, but nothing is evaluated with synthetic gradients or worker.dummy=true; leave it out")
     split, _, metric = name.partition("_")
-    own_loop, metrics = config.task.name == OWN_LOOP, [each.name for each in config.task.all_metrics()]
+    metrics = [each.name for each in config.task.all_metrics()]
     if split not in ("test", "val") or (metric not in metrics and not config.task.OPEN_METRICS):
         splits = ("val", "test") if config.dataset.validation else ("test",)
         known = ", ".join(f"{each}_{metric}" for each in splits for metric in metrics)
         raise ConfigError(f"optimized_metric: got {name} with {asked.split(':')[0]}, expected a metric of evaluations: {known}")
-    if patience is not None and split == "test" and config.optimized_metric is None and not own_loop:
+    if patience is not None and split == "test" and config.optimized_metric is None and not config.task.CHOOSES_DATA:
         raise ConfigError(
             f"{asked} without a validation split; set dataset.validation=0.1, or optimized_metric=test_loss to stop by the "
             "test split, which then no longer tells what the model does with data that nothing was chosen by"
@@ -45,10 +42,10 @@ def check_choice(config: Config, *, evaluated: bool) -> None:
 
 
 class Ranking:
-    """Compares evaluations by `Config.searched_metric`; those that are no numbers are never better.
+    """Compares evaluations by `Config.searched_metric`; NaN is never better.
 
     Args:
-        config: Of the run.
+        config: The configuration of the run.
         metric: Returns the declaration of a metric, by its name in evaluations.
 
     Attributes:

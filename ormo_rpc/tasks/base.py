@@ -23,7 +23,7 @@ class UnfitTargets(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Task(Part, ABC):
-    """What is trained: the loss of a batch, and the metrics of an evaluation.
+    """The loss of a batch, which is trained, and the metrics of an evaluation.
 
     A batch is any tree of tensors, as `Split.batch` returns it. `forward` and `targets` are for the two forms that need no
     code: a pair (inputs, targets), and a mapping that has the targets under ``labels``, ``label``, ``targets`` or ``target``. A
@@ -33,6 +33,8 @@ class Task(Part, ABC):
     PATH = "task"
     OPEN_METRICS: ClassVar[bool] = False
     """Evaluations may have metrics that are not declared before."""
+    CHOOSES_DATA: ClassVar[bool] = False
+    """A script evaluates on data of its own choice, so that "test" is only a name."""
 
     torchmetrics: dict[str, Any] = option(
         {},
@@ -71,7 +73,7 @@ class Task(Part, ABC):
         return logits_of(output), self.targets(batch)
 
     def metric(self, name: str) -> TaskMetric:
-        """Return the declaration of a metric; of one that is not declared before what its name tells."""
+        """Return the declaration of a metric; that of an unknown one is guessed from its name."""
         return metric_named(name, self.all_metrics())
 
     def forward(self, model: torch.nn.Module, batch: Any) -> Any:

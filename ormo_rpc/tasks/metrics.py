@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-_LOWER_IS_BETTER = ("loss", "error", "perplexity", "entropy", "mae", "mse", "rmse", "bits", "distance", "divergence")
-"""Parts of the names of metrics that are better lower, as far as a name can tell."""
+_LOWER_IS_BETTER = frozenset(
+    "loss error err perplexity ppl entropy nll mae mse rmse mape wer cer fid bits distance divergence".split()
+)
+"""Words, between underscores, in the names of metrics that are better lower, as far as a name can tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ def metric_named(name: str, declared: Iterable[TaskMetric] = ()) -> TaskMetric:
         if each.name == name:
             return each
     words = name.lower().split("_")
-    return TaskMetric(name, name, higher_is_better=not any(word in words for word in _LOWER_IS_BETTER), bar=name)
+    return TaskMetric(name, name, higher_is_better=_LOWER_IS_BETTER.isdisjoint(words), bar=name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -10,27 +11,28 @@ from typing_extensions import override
 
 from ormo_rpc.options import register
 from ormo_rpc.tasks.base import Task
-from ormo_rpc.tasks.metrics import TaskMetric
+from ormo_rpc.tasks.metrics import TaskMetric, metric_named
 
-_HIGHER_IS_BETTER = ("accuracy", "f1", "iou", "auc", "r2", "bleu")
-"""Parts of the names of metrics that are better higher, where nobody has said which are."""
 NO_REPLAY = (
     "its gradients come from a script, where nothing ensures that they are functions of the parameters and the ticket, so the "
     "run cannot be computed again to the bit"
 )
-"""Why there is no replay of such a run."""
+"""The reason why such a run cannot be replayed, for messages."""
 
 
 def own_metric(name: str, higher_is_better: Sequence[str] = ()) -> TaskMetric:
     """Return the declaration of a metric of which only the name is known.
 
     Args:
-        name: It.
-        higher_is_better: The names of those that are better higher; where there are none, the name itself tells.
+        name: The name.
+        higher_is_better: All metrics that are better higher; where it is empty, names tell (`metric_named`).
     """
-    higher = name in higher_is_better if higher_is_better else any(part in name.lower() for part in _HIGHER_IS_BETTER)
-    form = ".2%" if "accuracy" in name else ".4f"
-    return TaskMetric(name, name, higher_is_better=higher, form=form, bar="" if name == "loss" else name)
+    guessed = metric_named(name)
+    return dataclasses.replace(
+        guessed,
+        higher_is_better=name in higher_is_better if higher_is_better else guessed.higher_is_better,
+        form=".2%" if "accuracy" in name else guessed.form,
+    )
 
 
 @register("own_loop")
@@ -39,6 +41,7 @@ class OwnLoopTask(Task):
     """The loss of a script that calls `ormo_rpc.join`, which computes it and evaluates by itself."""
 
     OPEN_METRICS = True
+    CHOOSES_DATA = True
 
     @override
     def metric(self, name: str) -> TaskMetric:

@@ -20,6 +20,7 @@ from ormo_rpc.tasks import Sums, Task
 from ormo_rpc.tasks.language_modelling import LanguageModelling
 from ormo_rpc.tasks.metrics import metric_named
 from ormo_rpc.tasks.model_loss import ModelLoss
+from ormo_rpc.tasks.own_loop import own_metric
 from ormo_rpc.tasks.regression import Regression
 from ormo_rpc.tasks.segmentation import Segmentation
 from ormo_rpc.worker.evaluation import Evaluator
@@ -123,6 +124,12 @@ def test_the_loss_of_a_model_is_found_in_each_form_of_output(form: Any) -> None:
     task.check(form(loss), batch)
 
 
-@pytest.mark.parametrize(("name", "higher"), [("coverage", True), ("f1", True), ("mean_error", False), ("wave_loss", False)])
+@pytest.mark.parametrize(
+    ("name", "higher"),
+    [("coverage", True), ("f1", True), ("dice", True), ("mean_error", False), ("wave_loss", False), ("test_NLL", False)],
+)
 def test_the_direction_of_an_unknown_metric_is_told_by_its_name(name: str, higher: bool) -> None:
     assert metric_named(name).higher_is_better is higher
+    assert own_metric(name).higher_is_better is higher
+    assert own_metric(name, [name]).higher_is_better
+    assert not own_metric(name, ["another"]).higher_is_better
