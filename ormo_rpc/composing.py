@@ -19,6 +19,7 @@ from ormo_rpc.options import parts
 from ormo_rpc.overrides import keys_of, prepared
 
 _composing = threading.Lock()
+"""Guards hydra's state in this process, which is one for all threads."""
 EXTRA = "pip install 'ormo-rpc[sweeps]'"
 """Installs hydra's plugins for sweeps."""
 _PLUGINS = {"hydra/sweeper": ("optuna",), "hydra/launcher": ("joblib", "submitit_local", "submitit_slurm")}

@@ -24,12 +24,12 @@ from ormo_rpc.storage import best, checkpoint
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What was exported.
+    """A model that was exported.
 
     Attributes:
         source: The checkpoint, or the folder of the best model.
         iteration: Gradients applied to it.
-        averaged: It is the moving average of the parameters.
+        averaged: The model has the moving average of the parameters.
         tensors: The number of tensors in the file.
         elements: Their elements.
     """

@@ -15,7 +15,7 @@ from ormo_rpc.composing import compose
 from ormo_rpc.config.runtimes import RpcRuntime, StartKind
 from ormo_rpc.config.schema import GROUPS, Config
 from ormo_rpc.errors import ConfigError, RunFailed
-from ormo_rpc.own_loop.command import Command
+from ormo_rpc.own_loop.command import SCRIPTS, Command
 from ormo_rpc.runtimes.attempts import former_run
 from ormo_rpc.runtimes.distributed.launcher.torchrun_agent import end_with_agent
 from ormo_rpc.runtimes.distributed.preloading.preloading import Preloading
@@ -28,15 +28,13 @@ from ormo_rpc.storage.run_directory import RunDirectory, new_path
 
 _SEVERAL = "Ambiguous value for argument"
 """Hydra's refusal of a sweep where it was asked for none."""
-_SCRIPTS = ("dataset", "model", "task")
-"""Groups that the script stands for."""
 
 
 def main(command: Command, preloading: Preloading) -> int:
     """Run what was typed; return the exit status.
 
     Args:
-        command: It.
+        command: The command line.
         preloading: Starts the processes.
     """
     logger, reports = logging.getLogger("ormo_rpc"), _Reports(logging.WARNING)
@@ -103,7 +101,7 @@ def _check(overrides: Sequence[str]) -> None:
     """
     keys = [word.lstrip("+~").partition("=")[0] for word in overrides]
     for key, word in zip(keys, overrides, strict=True):
-        if key.partition(".")[0] in _SCRIPTS:
+        if key.partition(".")[0] in SCRIPTS:
             raise ConfigError(f"{word}: the script has its own {key.partition('.')[0]}; leave it out")
     chosen = {key for key in keys if key in GROUPS}
     open_groups = set(GROUPS) - chosen

@@ -42,7 +42,7 @@ def refuse_others(item: object) -> None:
     """Refuse an item that holds anything but tensors and numbers.
 
     Raises:
-        ValueError: the message has the first place of such a thing, and what to do.
+        ValueError: the message has the place of the first one, and what to do.
     """
     for place, leaf in leaves(item):
         if not is_numeric(leaf):

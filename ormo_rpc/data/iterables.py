@@ -36,7 +36,7 @@ class _Reading:
         sets: The set, and what its ``skip`` has returned, to be told the epoch.
         iterator: What yields the samples.
         position: The number of the next one in the epoch.
-        pid: The process that began it; one that was forked from that must not go on with it.
+        pid: The process that began it; a process forked from that one begins a pass of its own.
         last: The sample before.
         fresh: Nothing was read yet.
     """
@@ -82,7 +82,7 @@ class IterableSplit:
         self.seed = 0
         self._size = len(dataset)
         self._readings: list[_Reading] = []
-        """The one used last comes last."""
+        """In the order of their last use."""
         self._told: int | None = None
         """The epoch that the set was told in this batch."""
 

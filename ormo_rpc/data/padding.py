@@ -15,7 +15,7 @@ import torch
 from ormo_rpc.data.collate import refuse_others, target_key
 
 IGNORED = -100
-"""The padding of targets, which does not count, as in ``torch.nn.functional.cross_entropy``."""
+"""The padding of targets: the class number that does not count in ``torch.nn.functional.cross_entropy``."""
 MASK = "attention_mask"
 
 
@@ -115,7 +115,7 @@ def padded(tensors: Sequence[torch.Tensor], value: float) -> torch.Tensor:
 
 
 def _is_of_numbers(entry: list[Any]) -> bool:
-    """Tell if a list is one tensor: of numbers, or of lists that are such ones."""
+    """Tell if a list is one tensor: numbers, or lists of numbers at any depth."""
     return all(isinstance(each, (numbers.Number, np.generic)) for each in entry) or all(
         isinstance(each, list) and _is_of_numbers(cast("list[Any]", each)) for each in entry
     )

@@ -62,7 +62,7 @@ class DataSet:
             None: each epoch has every sample once.
 
     Raises:
-        ValueError: the weights cannot be such ones.
+        ValueError: the weights do not fit the training set.
     """
 
     def __init__(

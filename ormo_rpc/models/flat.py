@@ -95,7 +95,7 @@ class FlatModel:
         """The memory of each parameter that is a cast copy, by name; made when it is needed."""
         self._cast = [parameter for parameter in self.trainable.values() if parameter.dtype != self.dtype]
         self._grad = torch.empty(0)
-        """What `bind_grad` was given."""
+        """The vector that `bind_grad` was given."""
         self._grads: dict[str, torch.Tensor] = {}
         """The views that `bind_grad` has made."""
         self._addresses: list[int] = []
@@ -196,7 +196,7 @@ def _copied(value: Any, copies: dict[tuple[Any, ...], torch.Tensor]) -> Any:
     """A private copy of a tensor, or of a module's extra state, which may be anything.
 
     Args:
-        value: It.
+        value: The value.
         copies: Those so far, by place and form: tied tensors stay so, which a file then holds once.
     """
     if not isinstance(value, torch.Tensor):

@@ -14,11 +14,11 @@ TARGET = "_target_"
 
 @dataclass(frozen=True)
 class Target:
-    """What is called, and with which keywords; it is not imported here.
+    """A callable by its dotted path, with the keywords of its call; it is not imported here.
 
     Attributes:
         path: The dotted path.
-        keywords: Plain values; one that has a ``_target_`` itself is instantiated first.
+        keywords: Plain values; a mapping with a ``_target_`` of its own is instantiated first.
     """
 
     path: str

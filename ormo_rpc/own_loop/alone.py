@@ -24,7 +24,7 @@ from ormo_rpc.errors import BY_NAME, RunFailed, one_line
 from ormo_rpc.messages import ErrorReply, Push, Reply
 from ormo_rpc.options.imports import fault
 from ormo_rpc.own_loop.interrupts import Interrupts
-from ormo_rpc.own_loop.run import Run, Source
+from ormo_rpc.own_loop.run import Run, Source, say
 from ormo_rpc.own_loop.worker import OwnWorker
 from ormo_rpc.runtimes.distributed.server_process.service import Service
 from ormo_rpc.runtimes.distributed.server_process.shutdown import check_state
@@ -134,7 +134,7 @@ class _Served:
         interrupts: The signals that end it.
 
     Attributes:
-        summary: That of the run; None before its end.
+        summary: The summary of the run; None before its end.
     """
 
     def __init__(self, session: Session, clock: Stopwatch, interrupts: Interrupts) -> None:
@@ -195,9 +195,9 @@ class _Served:
         path = session.directory.path
         done = f"{state['iteration']} of {session.job.total_tickets} iterations, run directory {path}"
         if unfinished:
-            _say(f"{entries['reason']}: {done}; resume with checkpoint.resume={path}")
+            say(f"{entries['reason']}: {done}; resume with checkpoint.resume={path}")
         else:
-            _say(f"the run {self.summary['status']}: {done}")
+            say(f"the run {self.summary['status']}: {done}")
         return self.summary
 
     def _of(self, future: ReplyFuture) -> Reply:
@@ -231,7 +231,3 @@ class _Served:
     def _on_start(self) -> None:
         self._clock.start()
         self.session.training_begins()
-
-
-def _say(text: str) -> None:
-    console.say(f"ormo_rpc: {text}")

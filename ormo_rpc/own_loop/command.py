@@ -44,7 +44,9 @@ What the script prints before join is shown once; from then on what each process
 Exit status: 0 completed, 1 failed, 2 refused, 3 diverged, 130, 143 or 129 interrupted by Ctrl-C, SIGTERM or SIGHUP
 (a checkpoint is left). More in docs/own_loop.md."""
 OVERRIDES = "ORMO_RPC_OVERRIDES"
-"""Environment variable with the keys that were typed, as JSON, which are stronger than those of the script."""
+"""The variable with overrides that are stronger than those of `join`: a list as JSON, or words as in a shell."""
+SCRIPTS = ("model", "dataset", "task")
+"""Groups of the configuration whose parts are the script's."""
 _KEY = re.compile(r"[+~]{0,2}[A-Za-z_][\w./@-]*=")
 _RUN_DIR = "hydra.run.dir"
 _SWEEPS = ("--multirun", "-m")
@@ -53,11 +55,11 @@ _THREADS = "runtime.threads="
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """What was typed.
+    """The command line, as it was typed.
 
     Attributes:
         script: The script.
-        overrides: Those of the configuration.
+        overrides: Overrides of the configuration.
         run_dir: The run directory; None for a new one.
     """
 

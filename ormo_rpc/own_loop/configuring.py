@@ -14,15 +14,12 @@ from ormo_rpc.config.runtimes import RpcRuntime
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.overrides import keys_of, prepared
+from ormo_rpc.own_loop.command import OVERRIDES, SCRIPTS
 from ormo_rpc.tasks.own_loop import NO_REPLAY
 from ormo_rpc.worker.options import Autocast
 
-OVERRIDES = "ORMO_RPC_OVERRIDES"
-"""The variable with overrides that are stronger than those of `join`: a list as JSON, or words as in a shell."""
 EVALUATIONS = 10
 """Evaluations of a run where nobody has said how often, nor how long an epoch is."""
-_SCRIPTS = ("model", "dataset", "task")
-"""Groups whose parts are the script's."""
 _NO_MEANING = {
     "train.epochs": "the length of the run is total_tickets, or train.max_iterations",
     "train.batch_size": "a batch is what the script makes of a ticket",
@@ -34,7 +31,7 @@ _RATES = (
     *("train.lr", "train.lr_schedule", "train.lr_schedule_unit", "train.warmup_epochs", "train.lr_milestones"),
     *("train.lr_gamma", "train.lr_scaling"),
 )
-"""Keys in whose place a function of the script's stands, with all below them."""
+"""Keys, with all below them, that a function of the script's takes the place of."""
 
 
 def overrides_of_command() -> list[str]:
@@ -57,12 +54,12 @@ def overrides_of_command() -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Composed:
-    """A configuration, and what it does not tell.
+    """A configuration, with the words that it was made of.
 
     Attributes:
-        config: It; the number of workers may still be undecided.
+        config: The configuration; the number of workers may still be undecided.
         words: The overrides that were typed, those of the command line last.
-        keeps_lr: The script's function of the iteration is the learning rate.
+        keeps_lr: The learning rate is the script's function, which the command line has not replaced.
     """
 
     config: Config
@@ -82,12 +79,12 @@ def compose_own_loop(
     """Compose the configuration of a loop of the user's own.
 
     Args:
-        overrides: Those of `join`.
-        class_name: Of the model.
+        overrides: The overrides of `join`.
+        class_name: The class of the model.
         total_tickets: T, as `join` has it.
         tickets_per_epoch: As `join` has it.
         lr: The learning rate, as `join` has it.
-        lr_is_function: It is a function, and ``lr`` its first value.
+        lr_is_function: The script gives a function, and ``lr`` is its first value.
 
     Raises:
         ConfigError: it is no configuration of such a loop.
@@ -105,7 +102,7 @@ def compose_own_loop(
     in_join, typed = keys_of(prepared(overrides)), keys_of(prepared(commands))
     for key in sorted(in_join | typed):
         group = key.partition(".")[0]
-        if group in _SCRIPTS:
+        if group in SCRIPTS:
             raise ConfigError(f"{key}: got a value in a loop of your own, expected none: its {group} is the script's")
         if key in _NO_MEANING:
             raise ConfigError(f"{key}: got a value in a loop of your own, expected none: {_NO_MEANING[key]}")
@@ -125,10 +122,10 @@ def _rates(keys: Collection[str]) -> set[str]:
 
 
 def refuse(config: Config) -> None:
-    """Refuse what a loop of the user's own cannot be trained by.
+    """Refuse a configuration that a loop of the user's own cannot be trained by.
 
     Raises:
-        ConfigError: it has such a thing; the message has the key.
+        ConfigError: a key has a value that does not fit; the message has the key.
     """
     algorithm = config.algorithm
     if not isinstance(config.runtime, RpcRuntime):

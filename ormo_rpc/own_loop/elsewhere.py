@@ -11,12 +11,11 @@ from typing import Any
 
 from typing_extensions import override
 
-from ormo_rpc import console
 from ormo_rpc.config.parsing import parse_text
 from ormo_rpc.config.saving import to_tree
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.own_loop.job import OwnJob
-from ormo_rpc.own_loop.run import Run, Source
+from ormo_rpc.own_loop.run import Run, Source, say
 from ormo_rpc.own_loop.worker import OwnWorker
 from ormo_rpc.rendezvous.addresses import parse_address
 from ormo_rpc.rendezvous.secret import read_secret, require_secret
@@ -113,7 +112,7 @@ class WorkerSource(Source):
         address = config.server.address
         assert address is not None, "it was checked"
         require_secret(config.server.secret_file)
-        _say(f"a worker on {platform.node()}, for {server_over(address)}")
+        say(f"a worker on {platform.node()}, for {server_over(address)}")
         yield self._made(self._args(address, config.server.secret_file, None, 0))
 
     @contextlib.contextmanager
@@ -123,7 +122,7 @@ class WorkerSource(Source):
         timeout_seconds = config.rpc.start_timeout_seconds
         if ranks.launcher == TORCHRUN:
             end_with_agent()
-        with WorkerRank(ranks, _say, config) as rank:
+        with WorkerRank(ranks, say, config) as rank:
             if ranks.agent_store:
                 store = connect(ranks.master, timeout_seconds)
                 address, secret_file = wait_for(store, (ADDRESS, SECRET_FILE), timeout_seconds)
@@ -153,11 +152,7 @@ class WorkerSource(Source):
             if isinstance(config.transport, Auto) or preferred_worker is not None
             else to_tree(config)["transport"],
             timeout_seconds=config.rpc.start_timeout_seconds,
-            report=_say,
+            report=say,
             on_joined=lambda: None,
             announce=preferred_worker is None,
         )
-
-
-def _say(text: str) -> None:
-    console.say(f"ormo_rpc: {text}")

@@ -23,7 +23,7 @@ class OwnFunction:
     """An evaluation as the script has registered it.
 
     Attributes:
-        function: It.
+        function: The script's function.
         every: Iterations between two evaluations; None for the configured number.
         higher_is_better: Metrics that are better higher; where it is empty, names tell.
     """

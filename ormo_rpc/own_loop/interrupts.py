@@ -41,7 +41,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def at_once(self) -> Generator[None]:
-        """Raise at once, also for one that came before.
+        """Raise at once in this context, also for a signal that came before it.
 
         Raises:
             Interrupted, KeyboardInterrupt: by a signal.

@@ -36,8 +36,8 @@ class OwnModel:
         module: The model, maybe compiled; then the module inside of it, which has the user's names, is what is trained.
 
     Attributes:
-        flat: It as a flat vector.
-        fingerprint: Of it at the beginning.
+        flat: The model as a flat vector.
+        fingerprint: The fingerprint of the model at the beginning.
 
     Raises:
         ConfigError: it cannot be trained.
@@ -88,8 +88,8 @@ class OwnModel:
         """Give the parameters memory of their own again, and take the gradients away.
 
         Args:
-            params: What they are to be, shape (D,); by default what they are.
-            buffers: What the buffers are to be.
+            params: The new parameters, shape (D,); by default the present ones.
+            buffers: The new buffers; by default the present ones.
         """
         if params is not None:
             self.flat.bind(params)
@@ -114,7 +114,7 @@ class OwnJob:
         model: The script's model.
         lr: The script's learning rate, a function of the iteration; by default that of the configuration.
         evaluate: The script's evaluation; None for none.
-        trains_here: The script's loop uses the model in this process, so that whatever else needs one has a copy.
+        trains_here: The script's loop uses the model in this process, so that everything else works on a copy.
     """
 
     SAME_MODEL: str = "make the model from a seed (torch.manual_seed) or from a file before join()"

@@ -57,10 +57,10 @@ class _Held:
     """The ticket that the loop's body works for.
 
     Attributes:
-        reply: With the ticket.
+        reply: The reply that has the ticket.
         own: The worker that has put it into the model.
         began: Time at which the body began, on the monotonic clock.
-        pushed: It is answered.
+        pushed: The ticket is answered.
         following: The next reply with a ticket; None at the end.
     """
 
@@ -74,8 +74,8 @@ class _Held:
 class JoinedWorker:
     """This process's part in a run; see `join`.
 
-    Iterating over it gives a `Work` after another, each to be answered by one `push`. In the process of the server it serves to
-    the end of the run, and gives none; the model then has the final parameters. Elsewhere it has those of the last ticket.
+    Iterating over it gives one `Work` after another, each to be answered by one `push`. In the process of the server it serves
+    to the end of the run, and gives none; the model then has the final parameters. Elsewhere it has those of the last ticket.
 
     Args:
         role: The part of this process.
@@ -135,10 +135,10 @@ class JoinedWorker:
         loss, or metrics by name. Where it fails, that is counted and logged, and training goes on.
 
         Args:
-            function: It.
+            function: The evaluation, a function of a model.
             every: Iterations between two evaluations; by default ``evaluate.every``.
-            higher_is_better: The metrics that are better higher; by default those with accuracy, f1, iou, auc, r2 or bleu in
-                their names.
+            higher_is_better: All metrics that are better higher; by default those whose names have no word such as loss,
+                error, perplexity, nll, mae or rmse.
         """
         if self._source is not None:
             raise LoopMisused(f"{users_line()}: evaluate_with() is called in or after the loop, expected before it")
@@ -246,7 +246,7 @@ class JoinedWorker:
                 self._replies = replies
                 reply = next(replies, None)
                 while reply is not None:
-                    assert reply.ticket is not None, "a reply without a ticket is none of these"
+                    assert reply.ticket is not None, "replies without a ticket end the loop"
                     held = _Held(reply, source.worker, time.monotonic())
                     held.own.begin(reply)
                     work = Work(

@@ -24,9 +24,9 @@ class Role:
 
     Attributes:
         config: The configuration, with the number of workers decided.
-        child: It, as a child of ``ormo-rpc launch``.
+        child: This process as a child of ``ormo-rpc launch``.
         ranks: The ranks of torchrun, srun or the like, and this one.
-        elastic: It was started by hand, as a worker of a run in progress.
+        elastic: This process was started by hand, as a worker of a run in progress.
     """
 
     config: Config

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+from ormo_rpc import console
 from ormo_rpc.config.schema import Config
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.own_loop.evaluation import OwnFunction
@@ -48,11 +49,16 @@ class Run:
         return given.expanduser().absolute()
 
 
+def say(text: str) -> None:
+    """Print a line of this package on standard error of the script's process."""
+    console.say(f"ormo_rpc: {text}")
+
+
 class Source(Protocol):
     """Gives the replies that the loop works for.
 
     Attributes:
-        summary: That of the run, at its end, where this process has it.
+        summary: The summary of the run, once it has ended, where this process has it.
     """
 
     summary: dict[str, Any] | None
@@ -67,5 +73,5 @@ class Source(Protocol):
         ...
 
     def before_push(self, seconds: float) -> None:
-        """Take note that a push is made, and took so long."""
+        """Note that a push is about to be sent, for a ticket that took this many seconds."""
         ...

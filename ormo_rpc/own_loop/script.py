@@ -25,8 +25,8 @@ class Script:
 
     Attributes:
         name: The file, or with ``module`` the dotted name.
-        module: It is a module, as after ``python -m``.
-        arguments: Its own.
+        module: The name is that of a module, as after ``python -m``.
+        arguments: The script's own arguments.
     """
 
     name: str
@@ -40,12 +40,12 @@ class Script:
 
     @property
     def text(self) -> str:
-        """It as JSON."""
+        """The script as JSON, for `read`."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def read(cls, text: str) -> Self:
-        """Read the text."""
+        """Read what `text` has written."""
         values = json.loads(text)
         return cls(name=values["name"], module=values["module"], arguments=tuple(values["arguments"]))
 

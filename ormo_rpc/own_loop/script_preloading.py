@@ -32,11 +32,11 @@ class Launched:
     """This process, which a launcher has started for a script.
 
     Attributes:
-        pid: Its process number; in a process that the script has forked another one is found.
-        preloader: It serves the launcher; None in a child that has run the script from the beginning.
+        pid: Its process number, which differs in a process that the script has forked.
+        preloader: The part that serves the launcher; None in a child that has run the script from the beginning.
         request: The launcher's request for the script.
         records: What is logged until the script joins.
-        child: It, as a child.
+        child: This process as a child; None in a preloader.
         joined_at: File and line of the call of `join`; empty before.
     """
 

@@ -20,7 +20,7 @@ from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import Interrupted, RunFailed
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.own_loop.job import OwnJob
-from ormo_rpc.own_loop.run import Run, Source
+from ormo_rpc.own_loop.run import Run, Source, say
 from ormo_rpc.rendezvous.secret import read_secret
 from ormo_rpc.runtimes.attempts import claimed_by, continues, former_run
 from ormo_rpc.runtimes.distributed.launcher.processes import rank_0_listener
@@ -125,11 +125,11 @@ class ServerSource(Source):
             raise Interrupted(Signals[summary["reason"]])
         if ranks.agent_store:
             tell_result(ranks.master, summary)
-        Rank(ranks, _say).say(f"the run {summary['status']}: {summary['gradients_computed']} gradients")
+        Rank(ranks, say).say(f"the run {summary['status']}: {summary['gradients_computed']} gradients")
         return summary
 
     def _listen(self, config: Config, run_dir: Path, ranks: Ranks) -> dict[str, Any]:
-        with rank_0_listener(config, run_dir, ranks, _say) as (listener, address, secret_file):
+        with rank_0_listener(config, run_dir, ranks, say) as (listener, address, secret_file):
             secret = read_secret(None if secret_file is None else str(secret_file))
             assert secret is not None, "it was checked, or made"
             args = ServerArgs(
@@ -140,7 +140,7 @@ class ServerSource(Source):
                 incarnation=RunCounters.incarnations_of(run_dir),
                 terminal_fd=2 if console.on_terminal() else None,
                 start=f"by {ranks.launcher}",
-                report=_say,
+                report=say,
             )
             with SignalWatch() as watch, contextlib.ExitStack() as stack:
 
@@ -184,7 +184,3 @@ def _handed_on(watch: SignalWatch, process: ServerProcess) -> Generator[None]:
     finally:
         over.set()
         thread.join()
-
-
-def _say(text: str) -> None:
-    console.say(f"ormo_rpc: {text}")

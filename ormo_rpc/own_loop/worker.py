@@ -58,7 +58,7 @@ class OwnWorker(BaseWorker):
             passes=Passes(model, own_modes=False),
         )
         self._params = torch.empty(0)
-        """Those of the ticket that is held."""
+        """The parameters of the present ticket."""
         self._has_scaled = False
         """A loss of this ticket was scaled."""
         self._tickets = 0
@@ -81,7 +81,7 @@ class OwnWorker(BaseWorker):
 
         Raises:
             LoopMisused: something was changed that must not be.
-            ValueError: the metrics are none.
+            ValueError: a metric has a wrong name, or is not a number.
         """
         self._end_gradient(self._params, self.push)
         if self.loss_scale != 1.0 and not self._has_scaled and self.push.any():
@@ -132,7 +132,7 @@ def _changed(found: Guarded) -> str:
         return f"model: {name}: this {kind}, which is not trained, was changed in the loop, expected its value at join()"
     return (
         f"model: the parameter {name} was changed in the loop, expected what the server has sent: leave out optimizer.step() "
-        "and whatever else writes to parameters (nn.Embedding: no max_norm); the server does the steps"
+        "and everything else that writes to parameters (nn.Embedding: no max_norm); the server does the steps"
     )
 
 

@@ -54,7 +54,7 @@ class Job:
     """
 
     SAME_MODEL: str = "draw from torch, random or numpy.random, which are seeded"
-    """What to do so that every process makes the same model and data set, for a message."""
+    """The remedy where processes do not make the same model and data set, for messages."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -129,8 +129,7 @@ class Job:
         difference = self._built.difference(fingerprint, "the first model", "the second", buffer_values=True)
         if difference is not None:
             raise ValueError(
-                f"{difference}, although both were built with the same seed; "
-                "draw from torch, random or numpy.random, which are seeded, or load them from a file"
+                f"{difference}, although both were built with the same seed; {self.SAME_MODEL}, or load them from a file"
             )
 
     def initial_digest(self) -> Callable[[], bytes]:
@@ -155,10 +154,8 @@ class Job:
         """
         train = self.config.train
         kind = DummyWorker if self.config.worker.dummy else Worker
-        wire_format, groups = (
-            self.push_format(),
-            self.groups(),
-        )  # before the worker takes the model that these may have to build
+        # These may have to build a model, which the worker then takes.
+        wire_format, groups = self.push_format(), self.groups()
         return kind(
             self.model(),
             self.data.train,
@@ -205,7 +202,7 @@ class Job:
         return configured_evaluator(self.config, self.model(), self.data)
 
     def metric(self, name: str) -> TaskMetric:
-        """Return the declaration of a metric in evaluations, by its name there; of an unknown one what its name tells."""
+        """Return the declaration of a metric by its name in evaluations, from which that of an unknown one is guessed."""
         return self.config.task.metric(name)
 
     def exporter(self) -> Exporter:

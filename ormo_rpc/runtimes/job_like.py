@@ -60,7 +60,7 @@ class JobLike(Protocol):
         ...
 
     def metric(self, name: str) -> TaskMetric:
-        """Return the declaration of a metric in evaluations, by its name there; of an unknown one what its name tells."""
+        """Return the declaration of a metric by its name in evaluations, from which that of an unknown one is guessed."""
         ...
 
     def exporter(self) -> Exporter:

@@ -22,7 +22,7 @@ def check(config: Config, ranks: Ranks | None) -> None:
     Every rank comes to the same conclusion by itself where the keys alone tell, so that none waits for another.
 
     Raises:
-        ConfigError: they are such ones.
+        ConfigError: the message says what came and what was expected.
     """
     if not isinstance(config.runtime, RpcRuntime):
         return

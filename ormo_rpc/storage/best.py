@@ -85,7 +85,7 @@ def copy(source: Path, run_dir: Path, *, metric: str, iteration: int) -> None:
 
     Args:
         source: The run directory that it is in.
-        run_dir: That of the run that resumes.
+        run_dir: The directory of the run that resumes.
         metric: The metric by which the run compares.
         iteration: Where it resumes.
 
@@ -106,7 +106,7 @@ def refuse(found: Path) -> None:
     """Refuse to resume from a folder that has a model, but no state of the server.
 
     Raises:
-        ConfigError: it is such a one.
+        ConfigError: the folder has no state of the server.
     """
     if not (found / checkpoint.SERVER).exists():
         run = checkpoint.run_directory_of(found)

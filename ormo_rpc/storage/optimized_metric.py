@@ -1,4 +1,4 @@
-"""The entry of a summary that a sweep searches by (``optimized_metric``): if there is such a one, and which way is better."""
+"""The entry of a summary that a sweep searches by (``optimized_metric``): whether it exists, and which direction is better."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def refuse_metric(name: str | None, task: Task | None, *, validation: bool = Tru
 
     Args:
         name: The value.
-        task: That of the run; None where it is not known yet.
+        task: The task of the run; None where it is not known yet.
         validation: There is a validation split.
 
     Raises:
-        ConfigError: it is such a one.
+        ConfigError: no summary has it.
     """
     if name is None:
         return

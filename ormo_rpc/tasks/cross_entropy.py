@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from ormo_rpc.data.padding import IGNORED
 from ormo_rpc.tasks.base import UnfitTargets
 from ormo_rpc.tasks.metrics import Sums
-
-IGNORED = -100
-"""The class number of a target that does not count, as in ``torch.nn.functional.cross_entropy``."""
 
 
 def is_class_number(value: int) -> bool:
@@ -58,7 +56,7 @@ def check_targets(targets: object) -> None:
     """Refuse targets that can be neither class numbers nor probabilities.
 
     Raises:
-        ValueError: they are such ones.
+        ValueError: the message says what came and what was expected.
     """
     if not isinstance(targets, torch.Tensor) or targets.is_complex():
         kind = getattr(targets, "dtype", type(targets).__name__)

@@ -66,7 +66,6 @@ class LanguageModelling(Task):
 
     @override
     def targets(self, batch: Any) -> torch.Tensor:
-        """Return the targets in the places of the logits: without the first column where they are shifted."""
         targets = self._labels(batch)
         return targets[:, 1:] if self._shifts(batch) else targets
 

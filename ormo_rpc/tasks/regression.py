@@ -100,7 +100,6 @@ class Regression(Task):
 
     @override
     def outputs(self, data: DataSet) -> int:
-        """Return the number of target columns of the first sample, or of channels where each has more dimensions."""
         with seeded(0, "width of the targets", 0):
             batch = data.train.batch(torch.zeros(1, dtype=torch.int64), None)
         try:
@@ -122,7 +121,7 @@ class Regression(Task):
             kind = getattr(targets, "dtype", type(targets).__name__)
             raise ValueError(f"the targets are of type {kind}, expected a tensor of numbers (N, ...)")
         if not self.ignore_nan and targets.isnan().any():
-            raise ValueError("a target is NaN, expected a number; task.ignore_nan=true leaves such ones out")
+            raise ValueError("a target is NaN, expected a number; task.ignore_nan=true leaves it out")
 
     @override
     def check(self, output: Any, batch: Any) -> None:

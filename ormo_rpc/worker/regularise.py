@@ -1,4 +1,4 @@
-"""What a worker does to the gradient of the loss before it is pushed."""
+"""Clipping, weight decay and learning-rate factors, applied by a worker to the gradient that it pushes."""
 
 from __future__ import annotations
 

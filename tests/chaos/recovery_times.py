@@ -38,7 +38,7 @@ def as_rows(times: dict[str, list[float]]) -> list[tuple[str, ...]]:
 
 
 def _recovery(trace: TraceFollower, eviction: ExpectedEviction) -> list[float]:
-    """When the worker was evicted, its replacement joined, and that one's first gradient was applied, as far as it came."""
+    """Return the times of eviction, of the replacement's join, and of its first applied gradient, as far as it came."""
     moments: list[float] = []
     later: Sequence[TraceEvent] = [
         event for event in trace.events if event.incarnation == eviction.incarnation and event.read_at >= eviction.hit_at

@@ -19,7 +19,7 @@ HITS = TaskMetric("hits", "fraction of exact digits", higher_is_better=True, for
 
 @dataclass(frozen=True, kw_only=True)
 class Distance(Task):
-    """How far off the largest logit is."""
+    """The distance of the digit with the largest logit from the target."""
 
     @override
     def metrics(self) -> tuple[TaskMetric, ...]:
@@ -43,6 +43,6 @@ class Distance(Task):
 
 @dataclass(frozen=True, kw_only=True)
 class Open(Distance):
-    """One that may bring others with its evaluations."""
+    """The same task, whose evaluations may have metrics that are not declared."""
 
     OPEN_METRICS = True

@@ -47,7 +47,7 @@ class Child:
         argv: The command line; by default this process's.
 
     Attributes:
-        serves: It is the server, else a worker.
+        serves: The process is the server's, else a worker's.
         joined_at: File and line of the call of `join` in a script whose loop has not begun; else empty.
         has_worked: The server has taken a gradient of this process's own loop, so that what ends it may not come again.
     """

@@ -83,7 +83,7 @@ class AddressExchange(Store):
 
     @override
     def wait(self, keys: Any, timeout: Any = None) -> None:
-        """Return at once: `get` waits."""
+        pass  # `get` waits
 
     @override
     def get(self, key: str) -> bytes:

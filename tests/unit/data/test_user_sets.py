@@ -1,4 +1,4 @@
-"""What a user's function may return: pairs, triples and mappings, rows as Hugging Face has them, iterable sets."""
+"""The forms that a user's function may return: pairs, triples and mappings, rows as Hugging Face has them, iterable sets."""
 
 from __future__ import annotations
 

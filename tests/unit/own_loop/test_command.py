@@ -80,7 +80,7 @@ def test_the_module_path_is_that_of_the_script(here: Path, monkeypatch: pytest.M
 
 
 def test_the_package_stays_on_the_module_path(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where ``python -m ormo_rpc`` was typed in its folder, and it is installed nowhere."""
+    """``python -m ormo_rpc`` may be typed in the checkout of a package that is installed nowhere."""
     monkeypatch.setattr(sys, "path", [""])
     Script(name="train.py").set_module_path()
     root = str(Path(__file__).resolve().parents[3])

@@ -12,7 +12,7 @@ import torch
 
 import ormo_rpc
 from ormo_rpc.errors import ConfigError
-from ormo_rpc.own_loop.configuring import OVERRIDES
+from ormo_rpc.own_loop.command import OVERRIDES
 from tests.support.own_loops import QUIET, joined, net, work_through
 
 REFUSED: dict[tuple[str, ...], str] = {

@@ -204,7 +204,7 @@ def test_a_script_whose_process_dies_is_told() -> None:
     ],
 )
 def test_the_reason_of_an_end_behind_join_has_the_line_of_the_script(behind: str, status: int, how: str) -> None:
-    """What ends a worker before its first gradient would end its replacement too, unless it is a limit of the machine."""
+    """A fault before the first gradient would end a replacement too, unless it is a limit of the machine."""
     with started(f"{JOIN}\n{behind}") as launched:
         launched.load()
         code, words = outcome(launched)

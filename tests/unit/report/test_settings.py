@@ -1,4 +1,4 @@
-"""Which runs are seeds of one setting: the whole configuration decides, but for what cannot change a result."""
+"""Grouping of runs as seeds of one setting, by the whole configuration but for what cannot change a result."""
 
 from __future__ import annotations
 

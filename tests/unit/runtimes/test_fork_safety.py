@@ -1,4 +1,4 @@
-"""When no fork may be made: threads, open files, shared memory and random generators, each in a process that is thrown away."""
+"""Obstacles to a fork: threads, open files, shared memory and random generators, each in a process that is thrown away."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ class Preloading:
 
         Args:
             request: To the preloader, without what is told to every one.
-            what: It, for messages.
+            what: The name of the preloader in messages.
             threads: Of each process.
             start: How children are to be started, as far as that is known; the configuration may know more.
 

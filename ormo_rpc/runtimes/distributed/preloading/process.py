@@ -38,7 +38,7 @@ from ormo_rpc.signals import withstand  # noqa: E402 - after the count
 
 
 class Program(Protocol):
-    """What a preloader loads, and what its forks do with it."""
+    """Loads what the forks of a preloader are to have, and is their main function."""
 
     @property
     def keeps_random(self) -> bool:
@@ -76,10 +76,10 @@ class Jobs:
 
 @dataclass(frozen=True)
 class Fork:
-    """What a process was forked for.
+    """The purpose of a forked process.
 
     Attributes:
-        arguments: Of a child; None for a preloader.
+        arguments: The command line of a child; None for a preloader.
         socket: The descriptor of a preloader's connection.
     """
 
