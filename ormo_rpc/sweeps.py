@@ -99,8 +99,8 @@ def run_job(hydra: HydraConf, run: Run, say: Callable[[str], None]) -> float | N
     value, status, reason = None, FAILED, None
     try:
         config, summary = run()
-        status, metric = str(summary.get("status")), config.searched_metric
-        value = _value(config, summary, hydra)
+        status, metric = str(summary.get("status")), _searched_metric(config, summary)
+        value = _value(metric, summary, hydra)
         if value is None and (searches or config.optimized_metric is not None):
             entries = ", ".join(key for key, each in summary.items() if metric_of(key) is not None and each is not None)
             status, reason = FAILED, f"optimized_metric: the run has no {metric}, only {entries or 'no evaluation'}"
@@ -201,11 +201,17 @@ def _choices(word: Override) -> int | None:
         return None
 
 
-def _value(config: Config, summary: dict[str, Any], hydra: HydraConf) -> float | None:
+def _searched_metric(config: Config, summary: Mapping[str, Any]) -> str:
+    """The metric of a job, whose data set may have a validation split that the configuration does not tell of."""
+    validated = config.optimized_metric is None and summary.get("val_loss") is not None
+    return "val_loss" if validated else config.searched_metric
+
+
+def _value(metric: str, summary: dict[str, Any], hydra: HydraConf) -> float | None:
     if summary.get("status") == "diverged":
         return -math.inf if _maximizes(hydra.sweeper) else math.inf
     best = summary.get("best")  # by the same metric
-    value = summary.get(config.searched_metric) if best is None else best["value"]
+    value = summary.get(metric) if best is None else best["value"]
     return None if value is None or not math.isfinite(value) else float(value)
 
 

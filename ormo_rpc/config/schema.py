@@ -200,7 +200,7 @@ class Config(Section):
     @property
     def searched_metric(self) -> str:
         """The entry of the summary that a sweep's job returns, and by which evaluations are compared."""
-        return self.optimized_metric or ("val_loss" if self.dataset.validation else "test_loss")
+        return self.optimized_metric or ("val_loss" if self.dataset.has_validation else "test_loss")
 
     @property
     def keeps_best(self) -> bool:

@@ -38,7 +38,7 @@ class CustomData(DataSource, CallsTarget):
     does to its items at random it does to those held out as well.
     """
 
-    OWN: ClassVar[tuple[str, ...]] = ("validation", "counted_classes", "collate", "pad_values", "weights")
+    OWN: ClassVar[tuple[str, ...]] = ("validation", "counted_classes", "own_validation", "collate", "pad_values", "weights")
 
     counted_classes: int | None = option(
         None,
@@ -46,6 +46,7 @@ class CustomData(DataSource, CallsTarget):
         valid=at_least_one,
         expected="a whole number >= 1",
     )
+    own_validation: bool = option(False, "the function returns a validation split, as the launcher has found")
     collate: str = option(
         "default",
         "makes a batch of a list of items: default (torch's), pad (to the longest item), or the dotted path of your function",
@@ -86,7 +87,14 @@ class CustomData(DataSource, CallsTarget):
     @override
     def with_findings(self, data: DataSet) -> DataSource:
         known = "num_classes" in self.kwargs or not data.known_classes
-        return self if known else dataclasses.replace(self, counted_classes=data.known_classes)
+        classes = self.counted_classes if known else data.known_classes
+        own_validation = data.validation is not None and not self.validation
+        return dataclasses.replace(self, counted_classes=classes, own_validation=own_validation)
+
+    @property
+    @override
+    def has_validation(self) -> bool:
+        return self.own_validation or super().has_validation
 
     def _collate(self) -> Collate:
         if self.pad_values and self.collate != "pad":

@@ -63,6 +63,11 @@ class DataSource(Part, ABC):
             data.train.seed = seed
         return hold_out(data, self.validation, generator(seed, "validation", 0))
 
+    @property
+    def has_validation(self) -> bool:
+        """True where there is a validation split, as far as is known before the data set is loaded."""
+        return self.validation > 0
+
     def with_findings(self, data: DataSet) -> DataSource:  # noqa: ARG002 - there is nothing to find out by default
         """Return this part with what reading the whole data set has found out, which other processes need not do again."""
         return self

@@ -60,7 +60,7 @@ class Evaluations:
         if self.best is not None and self.ranking.name.startswith("test_") and not config.task.CHOOSES_DATA:
             _log.warning(
                 "the best evaluation is chosen by the test split (%s), whose metrics no longer tell what the model does with "
-                "other data; with dataset.validation it is chosen by that",
+                "other data; with a validation split (dataset.validation=0.1) it is chosen by that",
                 self.ranking.name,
             )
 

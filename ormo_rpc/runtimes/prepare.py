@@ -12,6 +12,7 @@ from pathlib import Path
 from ormo_rpc.config.parsing import load_config
 from ormo_rpc.config.runtimes import GradientKind, ReplayRuntime, RpcRuntime, SimRuntime
 from ormo_rpc.config.schema import Config
+from ormo_rpc.data import CustomData
 from ormo_rpc.errors import ConfigError, one_line
 from ormo_rpc.options import Part
 from ormo_rpc.options.instantiate import values_of
@@ -62,7 +63,8 @@ def check(
     Raises:
         ConfigError: it cannot be run; the message has the key to change.
     """
-    refuse_metric(config.optimized_metric, config.task, validation=config.dataset.validation > 0)
+    later = isinstance(config.dataset, CustomData)  # that has a validation split, or none, is known once it is loaded
+    refuse_metric(config.optimized_metric, config.task, validation=later or config.dataset.has_validation)
     config.refuse_unavailable()
     resumed = None
     if config.checkpoint.resume is not None and isinstance(config.runtime, ReplayRuntime):
@@ -82,7 +84,8 @@ def check(
         check_resumable(config.algorithm, config.scheduler)
     synthetic = isinstance(config.runtime, SimRuntime) and config.runtime.gradient is not GradientKind.real
     job = SyntheticJob(config) if synthetic else check_data_and_model(config)
-    check_choice(config, evaluated=not synthetic and not config.worker.dummy)
+    refuse_metric(job.config.optimized_metric, config.task, validation=job.config.dataset.has_validation)
+    check_choice(job.config, evaluated=not synthetic and not config.worker.dummy)
     if starts_server:
         with _as_config_error():
             job.lr.prepare()
@@ -196,7 +199,7 @@ def check_patience_is_left(config: Config, path: Path, job: JobLike) -> None:
         ConfigError: it had stopped early by the checkpoint, or would have with this configuration.
     """
     if config.evaluate.patience is not None:
-        ranking, state = Ranking(config, job.metric), checkpoint.read(path, checkpoint.SERVER)
+        ranking, state = Ranking(job.config, job.metric), checkpoint.read(path, checkpoint.SERVER)
         ranking.load_state_dict(state["session"].get("ranking"), state["iteration"])
         if ranking.reason is not None:
             raise ConfigError(f"checkpoint.resume: nothing is left to do: {ranking.reason}; raise it, or set it to null")

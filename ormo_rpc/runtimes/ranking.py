@@ -31,13 +31,14 @@ def check_choice(config: Config, *, evaluated: bool) -> None:
     split, _, metric = name.partition("_")
     metrics = [each.name for each in config.task.all_metrics()]
     if split not in ("test", "val") or (metric not in metrics and not config.task.OPEN_METRICS):
-        splits = ("val", "test") if config.dataset.validation else ("test",)
+        splits = ("val", "test") if config.dataset.has_validation else ("test",)
         known = ", ".join(f"{each}_{metric}" for each in splits for metric in metrics)
         raise ConfigError(f"optimized_metric: got {name} with {asked.split(':')[0]}, expected a metric of evaluations: {known}")
     if patience is not None and split == "test" and config.optimized_metric is None and not config.task.CHOOSES_DATA:
         raise ConfigError(
-            f"{asked} without a validation split; set dataset.validation=0.1, or optimized_metric=test_loss to stop by the "
-            "test split, which then no longer tells what the model does with data that nothing was chosen by"
+            f"{asked} without a validation split; set dataset.validation=0.1, return one beside train and test, or set "
+            "optimized_metric=test_loss to stop by the test split, which then no longer tells what the model does with data "
+            "that nothing was chosen by"
         )
 
 

@@ -36,7 +36,10 @@ def refuse_metric(name: str | None, task: Task | None, *, validation: bool = Tru
     if name not in (*numbers, *evaluated) and not later:
         raise ConfigError(f"optimized_metric: got {name!r}, expected one of {', '.join(sorted((*numbers, *evaluated)))}")
     if name.startswith("val_") and not validation:
-        raise ConfigError(f"optimized_metric: got {name} without a validation split; set dataset.validation=0.1")
+        raise ConfigError(
+            f"optimized_metric: got {name} without a validation split; set dataset.validation=0.1, "
+            "or return one beside train and test"
+        )
 
 
 def higher_is_better(name: str, metric: Callable[[str], TaskMetric]) -> bool | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 from ormo_rpc import ConfigError, train
 from ormo_rpc.config.parsing import load_config
@@ -23,6 +24,12 @@ DIGITS = ("runtime=sim", "logger=none", "model.hidden=8", "train.max_iterations=
 OFTEN = ("evaluate.every=10", "dataset.validation=0.2")
 NEVER_BETTER = ("evaluate.patience=2", "evaluate.min_delta=100")
 """The first evaluation is the best, so that it ends at the third one."""
+
+
+def three_splits(splits: int = 3) -> tuple[TensorDataset, ...]:
+    """Train and test, and with three a validation split of its own."""
+    data = TensorDataset(torch.randn(80, 3, generator=torch.Generator().manual_seed(0)), torch.arange(80) % 2)
+    return (data, data, TensorDataset(*data[:20]))[:splits]
 
 
 def values(run_dir: Path, metric: str) -> list[tuple[int, float]]:
@@ -168,3 +175,23 @@ def test_without_a_validation_split_the_choice_by_the_test_split_is_said(
     train([*DIGITS, "checkpoint.best=true", "train.max_iterations=10"], run_dir=tmp_path / "run")
     assert [record.getMessage() for record in caplog.records if "chosen by the test split (test_loss)" in record.getMessage()]
     assert math.isfinite(values(tmp_path / "run", "test_loss")[0][1])
+
+
+@pytest.mark.parametrize("metric", ["val_loss", "val_accuracy"])
+def test_a_validation_split_of_the_users_own_decides(metric: str, tmp_path: Path) -> None:
+    keys = [*DIGITS, f"dataset._target_={__name__}.three_splits", "evaluate.every=10", *NEVER_BETTER]
+    chosen = [] if metric == "val_loss" else [f"optimized_metric={metric}"]
+    summary = train([*keys, *chosen], run_dir=tmp_path / "run")
+    assert summary["best"]["metric"] == metric
+    assert f"no {metric} was better" in summary["reason"]
+    again = train(["runtime=replay", f"replay.run={tmp_path / 'run'}", "logger=none"], run_dir=tmp_path / "again")
+    assert (again["identical"], again["best"]) == (True, summary["best"])
+    with pytest.raises(ConfigError, match=rf"^checkpoint\.resume: nothing is left to do: .* no {metric} was better"):
+        train([*keys, *chosen, f"checkpoint.resume={tmp_path / 'run'}"], run_dir=tmp_path / "resumed")
+
+
+@pytest.mark.parametrize("keys", [["evaluate.patience=2"], ["optimized_metric=val_accuracy"]])
+def test_a_data_set_of_the_users_own_without_a_validation_split_is_told_so(keys: list[str], tmp_path: Path) -> None:
+    data = [f"dataset._target_={__name__}.three_splits", "+dataset.splits=2"]
+    with pytest.raises(ConfigError, match=r"without a validation split; set dataset\.validation=0\.1, (or )?return one beside"):
+        train([*DIGITS, *data, *keys], run_dir=tmp_path / "run")

@@ -14,9 +14,11 @@ from typing import Any
 
 import hydra
 import pytest
+import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from ormo_rpc import cli, sweeps
 from ormo_rpc.cli import compose, main
@@ -38,6 +40,12 @@ Launch = Callable[..., int]
 def linear(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     """A model."""
     return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), num_classes))
+
+
+def with_validation() -> tuple[TensorDataset, TensorDataset, TensorDataset]:
+    """A data set with a validation split of its own."""
+    data = TensorDataset(torch.randn(80, 3, generator=torch.Generator().manual_seed(0)), torch.arange(80) % 2)
+    return data, data, TensorDataset(*data[:20])
 
 
 def ends_the_process() -> nn.Module:
@@ -171,6 +179,7 @@ def test_a_sweep_is_refused_before_anything_starts(
         (["dataset.validation=0.1"], "val_loss"),
         (["dataset.validation=100"], "val_loss"),
         (["dataset.validation=0.1", "optimized_metric=test_accuracy"], "test_accuracy"),
+        ([f"dataset._target_={__name__}.with_validation"], "val_loss"),
     ],
 )
 def test_a_job_returns_its_validation_loss_else_its_test_loss(

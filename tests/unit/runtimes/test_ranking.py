@@ -123,7 +123,8 @@ def _with_metric(name: str) -> Config:
     [
         (
             {"evaluate": {"patience": 3}},
-            r"evaluate\.patience: got 3 without a validation split; set dataset\.validation=0\.1, or optimized_metric=test_",
+            r"evaluate\.patience: got 3 without a validation split; set dataset\.validation=0\.1, return one beside train "
+            r"and test, or set optimized_metric=test_",
         ),
         (
             {"evaluate": {"patience": 3}, "dataset": VALIDATION, "optimized_metric": "train_loss"},
