@@ -140,30 +140,33 @@ class FlatModel:
         for parameter in self._cast:
             parameter.grad = None
 
-    @torch.no_grad()
     def collect_grad(self) -> None:
         """Add the gradients of cast copies to the vector, and bring back what a pass or a hook has put elsewhere.
 
         That is done by `zero_grad` of a module, an assignment to ``.grad`` or ``.grad.data``, or a backward pass with
         ``create_graph``. None counts as zero.
         """
-        for (name, parameter), address in zip(self.trainable.items(), self._addresses, strict=True):
-            grad, view = parameter.grad, self._grads[name]
-            moved = view.data_ptr() != address
-            if grad is view and not moved:
-                continue
-            if moved:
-                view = self._grads[name] = self.params.views(self._grad)[name]
-            if parameter.dtype != self.dtype:
-                if grad is not None:
-                    view.add_(grad.to(self.dtype).to_dense())
-                    parameter.grad = None
-                continue
-            if grad is None:
-                view.zero_()
-            else:
-                view.copy_(grad.to_dense())
-            parameter.grad = view
+        with torch.no_grad():
+            for (name, parameter), address in zip(self.trainable.items(), self._addresses, strict=True):
+                self._collect(name, parameter, address)
+
+    def _collect(self, name: str, parameter: torch.nn.Parameter, address: int) -> None:
+        grad, view = parameter.grad, self._grads[name]
+        moved = view.data_ptr() != address
+        if grad is view and not moved:
+            return
+        if moved:
+            view = self._grads[name] = self.params.views(self._grad)[name]
+        if parameter.dtype != self.dtype:
+            if grad is not None:
+                view.add_(grad.to(self.dtype).to_dense())
+                parameter.grad = None
+            return
+        if grad is None:
+            view.zero_()
+        else:
+            view.copy_(grad.to_dense())
+        parameter.grad = view
 
     def state_dict(self, params: torch.Tensor, buffers: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """The module's ``state_dict`` in plain PyTorch, as a private copy; each parameter is rounded to its own dtype.

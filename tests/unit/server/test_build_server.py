@@ -15,8 +15,8 @@ from tests.support.trial import begin, tensor
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"algorithm": "sgd"}, r"algorithm: got 'sgd', expected one of asgd, .*ormo.*"),
-        ({"algorithm": "base"}, r"algorithm: got 'base', expected one of asgd, .*ormo.*"),
+        ({"algorithm": "sgd"}, r"algorithm: got 'sgd', expected one of adamw, .*ormo.*"),
+        ({"algorithm": "base"}, r"algorithm: got 'base', expected one of adamw, .*ormo.*"),
         ({"scheduler": "random"}, f"scheduler: got 'random', expected one of {', '.join(parts('scheduler'))}"),
         ({"lr": -0.1}, r"lr: got -0\.1, expected a finite number >= 0 or a function of the iteration"),
         ({"lr": math.nan}, r"lr: got nan, expected a finite number >= 0 or a function of the iteration"),

@@ -79,7 +79,7 @@ def test_a_push_that_timed_out_is_repeated_unchanged_while_the_server_lives(monk
     assert (reply.worker, reply.ticket, reply.stamp, reply.lr, reply.params) == (3, None, 6, 0.5, REPLIED.params)
     assert wire.called == ["published", "push", "published", "push", "published", "push"]
     pushes = wire.arguments[1::2]
-    numbers = {"worker": 3, "ticket": 7, "stamp": 5, "loss": 0.5, "samples": 8, "incarnation": 2}
+    numbers = {"worker": 3, "ticket": 7, "stamp": 5, "loss": 0.5, "samples": 8, "incarnation": 2, "loss_scale": 1.0}
     assert all((push[0], PUSH.unpack(push[1]), push[3]) == ("session_id", numbers, 9.0) for push in pushes)
     assert all(torch.equal(push[2], torch.arange(4.0)) for push in pushes)
 
