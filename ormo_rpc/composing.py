@@ -41,6 +41,18 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         raise refused(error) from None
 
 
+def keys_typed(overrides: Sequence[str]) -> set[str]:
+    """Return the keys that overrides name.
+
+    Raises:
+        ConfigError: one cannot be parsed.
+    """
+    try:
+        return keys_of(prepared(overrides))
+    except HydraException as error:
+        raise refused(error) from None
+
+
 @contextlib.contextmanager
 def _hydra_of_our_own() -> Generator[None]:
     """Put hydra's one state in this process aside: the caller may be an application of hydra, or another thread."""

@@ -16,6 +16,7 @@ import torch
 from ormo_rpc import console
 from ormo_rpc.config.parsing import load_config
 from ormo_rpc.config.paths import typed
+from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError, one_line
 from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.models.flat import FlatModel
@@ -38,6 +39,7 @@ def evaluate_checkpoint(path: Path) -> tuple[Path, Evaluation]:
     """
     found = checkpoint.locate(path)
     config = load_config(found / "config.yaml")
+    _refuse_own_loop(path, config)
     data = config.dataset.load_splits(config.seed)
     module = build_module(config, data)  # with the run's seed, for what model.pt does not have
     model = FlatModel(module)
@@ -59,6 +61,7 @@ def evaluate_present(run_dir: Path) -> tuple[int, Evaluation] | None:
     if not file.is_file():
         return None
     config = load_config(file)
+    _refuse_own_loop(run_dir, config)
     state = present_state(run_dir, config)
     if state is None:
         return None
@@ -70,6 +73,19 @@ def evaluate_present(run_dir: Path) -> tuple[int, Evaluation] | None:
         raise ConfigError(f"{run_dir}: {difference}; evaluate it with the model that is trained")
     buffers = model.buffers.layout.views(state.buffers)
     return state.iteration, configured_evaluator(config, model, data)(state.params, buffers)
+
+
+def _refuse_own_loop(path: Path, config: Config) -> None:
+    """Refuse a run whose model and data are a script's.
+
+    Raises:
+        ConfigError: it is such a one.
+    """
+    if config.task.CHOOSES_DATA:
+        raise ConfigError(
+            f"{path}: got a run of a script's own loop, expected one whose model and data the configuration names; "
+            f"summary.json has the metrics of its evaluations, and python -m ormo_rpc.export {path} --output model.pt writes its model"
+        )
 
 
 def _load(model: FlatModel, source: Path) -> dict[str, torch.Tensor]:

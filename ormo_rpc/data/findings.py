@@ -103,7 +103,7 @@ class Classes:
             raise ValueError(f"{expected}; the first makes a batch of type {type(batch).__name__}")
         wrong = not isinstance(targets, torch.Tensor) or targets.is_complex()
         if wrong or (targets.is_floating_point() and targets.dim() < 2):
-            raise ValueError(f"{expected}; the first has the target {targets!r}")
+            raise ValueError(f"{expected}; the first has the target {targets!r}; for numbers: task=regression")
         return targets
 
 

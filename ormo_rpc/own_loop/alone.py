@@ -89,18 +89,15 @@ class AloneSource(Source):
             session.open()
             self._worker = job.worker()
             interrupts = stack.enter_context(Interrupts())
-            served, pid = _Served(session, clock, interrupts), os.getpid()
+            served = _Served(session, clock, interrupts)
             try:
                 yield from served.replies()
-            except BaseException as error:
-                if os.getpid() != pid:  # a process that the script has forked has ended: the run and its files are not its own
-                    stack.pop_all()
-                    raise
-                if not isinstance(error, GeneratorExit):
-                    self._end_failed(served, config, error)
-                    raise
+            except GeneratorExit:
                 served.end("failed", f"the script left its loop at iteration {session.server.iteration}, before the end")
                 atexit.register(_explain, run_dir)
+                raise
+            except BaseException as error:
+                self._end_failed(served, config, error)
                 raise
             else:
                 served.end()

@@ -9,11 +9,10 @@ import shlex
 from collections.abc import Collection, Sequence
 
 from ormo_rpc.algorithms import Algorithm
-from ormo_rpc.composing import compose
+from ormo_rpc.composing import compose, keys_typed
 from ormo_rpc.config.runtimes import RpcRuntime
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
-from ormo_rpc.overrides import keys_of, prepared
 from ormo_rpc.own_loop.command import OVERRIDES, SCRIPTS
 from ormo_rpc.tasks.own_loop import NO_REPLAY
 from ormo_rpc.worker.options import Autocast
@@ -99,7 +98,7 @@ def compose_own_loop(
         *([] if tickets_per_epoch is None else [f"dataset.tickets_per_epoch={_whole('tickets_per_epoch', tickets_per_epoch)}"]),
         *([] if lr is None else [f"train.lr={lr!r}"]),
     ]
-    in_join, typed = keys_of(prepared(overrides)), keys_of(prepared(commands))
+    in_join, typed = keys_typed(overrides), keys_typed(commands)
     for key in sorted(in_join | typed):
         group = key.partition(".")[0]
         if group in SCRIPTS:

@@ -54,7 +54,8 @@ def join(
     own = OwnModel(model)
     lr = _checked(lr) if callable(lr) else lr
     first = lr(0) if callable(lr) else lr
-    is_rate = isinstance(first, (int, float)) and math.isfinite(first) and first > 0  # pyright: ignore[reportUnnecessaryIsInstance] # a script gives anything
+    # A warm-up may begin at 0.
+    is_rate = isinstance(first, (int, float)) and math.isfinite(first) and (first > 0 or callable(lr))  # pyright: ignore[reportUnnecessaryIsInstance] # a script gives anything
     if first is not None and not is_rate:
         raise ConfigError(
             f"lr: got {first!r} in join(), expected a number > 0, or a function of the iteration that returns one"
@@ -64,7 +65,7 @@ def join(
         class_name=own.class_name,
         total_tickets=total_tickets,
         tickets_per_epoch=tickets_per_epoch,
-        lr=None if first is None else float(first),
+        lr=float(first) if first else None,
         lr_is_function=callable(lr),
     )
     function, config = lr if callable(lr) and composed.keeps_lr else None, composed.config

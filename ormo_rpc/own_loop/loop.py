@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -241,34 +241,37 @@ class JoinedWorker:
         config, data = self._role.config, self._role.config.dataset
         assert isinstance(data, OwnLoopData), "a loop of the user's own has it"
         seed, per_epoch = config.seed, data.tickets_per_epoch or config.train.max_iterations or 1
+        replies = self._replies = source.replies()
         try:
-            with contextlib.closing(source.replies()) as replies:
-                self._replies = replies
-                reply = next(replies, None)
-                while reply is not None:
-                    assert reply.ticket is not None, "replies without a ticket end the loop"
-                    held = _Held(reply, source.worker, time.monotonic())
-                    held.own.begin(reply)
-                    work = Work(
-                        ticket=reply.ticket,
-                        stamp=reply.stamp,
-                        epoch=reply.ticket // per_epoch,
-                        seed=seed_for(seed, "forward", reply.ticket),
-                        lr=reply.lr,
-                        worker=reply.worker,
+            reply = next(replies, None)
+            while reply is not None:
+                assert reply.ticket is not None, "replies without a ticket end the loop"
+                held = _Held(reply, source.worker, time.monotonic())
+                held.own.begin(reply)
+                work = Work(
+                    ticket=reply.ticket,
+                    stamp=reply.stamp,
+                    epoch=reply.ticket // per_epoch,
+                    seed=seed_for(seed, "forward", reply.ticket),
+                    lr=reply.lr,
+                    worker=reply.worker,
+                )
+                self._held = held
+                with seeded(seed, "forward", reply.ticket):
+                    yield work
+                self._held = None
+                if not held.pushed:
+                    raise LoopMisused(
+                        f"{users_line()}: the loop goes on without push() for ticket {reply.ticket}, expected one in "
+                        "each of its rounds; a batch that is to count for nothing is pushed without backward()"
                     )
-                    self._held = held
-                    with seeded(seed, "forward", reply.ticket):
-                        yield work
-                    self._held = None
-                    if not held.pushed:
-                        raise LoopMisused(
-                            f"{users_line()}: the loop goes on without push() for ticket {reply.ticket}, expected one in "
-                            "each of its rounds; a batch that is to count for nothing is pushed without backward()"
-                        )
-                    reply = held.following
+                reply = held.following
         finally:
             self._held = self._replies = None
+            if os.getpid() == self._pid:
+                replies.close()
+            else:  # a process that the script has forked ends: connections and files of the run are not its own to close
+                _never_close(replies)
             self.summary = source.summary
 
 
@@ -278,3 +281,8 @@ def _refuse_inference() -> None:
         raise LoopMisused(
             f"{users_line()}: the loop is in torch.inference_mode(), where nothing has gradients, expected to be outside of it"
         )
+
+
+def _never_close(generator: Generator[Any, Any]) -> None:
+    """Hold a reference beyond the end of the interpreter, which would close the generator."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(generator))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +25,9 @@ PRIVATE_TICKETS = 2
 Later they may be the server's own memory, mapped for reading: there the system ends a process that writes to it, and nobody
 can say why.
 """
+EMPTY_TICKETS = 3
+"""The first tickets of a process, after which it warns where none had a gradient."""
+_log = logging.getLogger(__name__)
 
 
 class OwnWorker(BaseWorker):
@@ -63,6 +67,8 @@ class OwnWorker(BaseWorker):
         """A loss of this ticket was scaled."""
         self._tickets = 0
         """Tickets so far, up to `PRIVATE_TICKETS`."""
+        self._empty: int | None = 0
+        """Tickets so far, none of which had a gradient; None once there was one, or the warning."""
         self._names = {id(parameter): name for name, parameter in model.trainable.items()}
         self._step_hook = _before_steps(self._refuse_step)
 
@@ -106,6 +112,21 @@ class OwnWorker(BaseWorker):
         found = self._passes.change()
         if found is not None:
             raise LoopMisused(f"{users_line()}: {_changed(found)}")
+        self._look_for_gradients()
+
+    def _look_for_gradients(self) -> None:
+        """Warn where the first tickets have none: a loop that computes with another model would train nothing."""
+        if self._empty is None:
+            return
+        self._empty = None if self.push.any() else self._empty + 1
+        if self._empty == EMPTY_TICKETS:
+            self._empty = None
+            _log.warning(
+                "%s: the first %d tickets of this process have left no gradient in the model of join(); is backward() called "
+                "on a loss of this very model, and are its gradients kept until push()?",
+                users_line(),
+                EMPTY_TICKETS,
+            )
 
     def _refuse_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuse a step of an optimizer that would change a parameter of the model."""

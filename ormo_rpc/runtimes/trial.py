@@ -170,7 +170,10 @@ class Trial:
 
     def _count(self, where: str, batch: Any) -> float:
         with self._refused(where, batch, of_task=True):
-            return float(self.task.count(batch))
+            counted = float(self.task.count(batch))
+            if not 0 <= counted < math.inf:
+                raise ValueError(f"count: got {counted:g} targets that count, expected a finite number >= 0")
+            return counted
 
     def _check_loss(self, where: str, loss: object) -> None:
         """Refuse what is no loss, or has no gradient."""

@@ -70,6 +70,8 @@ class CustomTask(Task, CallsTarget):
     @override
     def sums(self, output: Any, batch: Any) -> Mapping[str, Sums]:
         loss, metrics = self._result(output, batch)
+        if LOSS.name in metrics:
+            raise ValueError(f"task._target_: {self._target_} returned a metric of the name {LOSS.name}, expected another name")
         size = self.count(batch)
         values = {LOSS.name: loss.item(), **{name: float(value) for name, value in metrics.items()}}
         return {name: Sums(value * size, size) for name, value in values.items()}

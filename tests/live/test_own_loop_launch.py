@@ -16,6 +16,7 @@ pytestmark = [
     pytest.mark.skipif(not LINUX, reason="processes are forked on Linux alone"),
 ]
 SCRIPT = """
+import os
 import sys
 import torch
 import ormo_rpc
@@ -24,6 +25,11 @@ model = torch.nn.Linear(4, 1)
 print("before join")
 worker = ormo_rpc.join(model, "logger=none", "train.lr=0.01", "checkpoint.journal=true", total_tickets=int(sys.argv[1]))
 for work in worker:
+    if work.ticket == 5:  # its end is none of the worker's
+        pid = os.fork()
+        if pid == 0:
+            sys.exit(0)
+        os.waitpid(pid, 0)
     x = torch.randn(8, 4)
     loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
     loss.backward()

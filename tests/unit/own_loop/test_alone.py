@@ -151,17 +151,17 @@ def test_the_reason_of_a_failed_evaluation_has_the_line(function: Callable[[Any]
 
 def test_a_learning_rate_may_be_a_function_of_the_iteration(tmp_path: Path) -> None:
     model, rates = net(), list[float]()
-    worker = joined(model, tmp_path, lr=lambda iteration: 0.1 / (1 + iteration))
+    worker = joined(model, tmp_path, lr=lambda iteration: 0.1 * iteration)  # a warm-up begins at 0
     for work in worker:
         rates.append(work.lr)
         loss_of(model, work.ticket).backward()
         worker.push()
-    assert rates == [0.1 / (1 + iteration) for iteration in range(TICKETS)]
+    assert rates == [0.1 * iteration for iteration in range(TICKETS)]
     other = net()
     for iteration in range(TICKETS):
         other.zero_grad()
         loss_of(other, iteration).backward()
-        torch.optim.SGD(other.parameters(), 0.1 / (1 + iteration)).step()
+        torch.optim.SGD(other.parameters(), 0.1 * iteration).step()
     assert_same(model, other)
 
 

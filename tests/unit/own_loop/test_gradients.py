@@ -123,6 +123,20 @@ def test_a_push_without_a_backward_pass_is_a_gradient_of_zero(tmp_path: Path) ->
     assert_same(model, plain(net(), lambda model, ticket: loss_of(model, ticket).backward(), [1, 3]))
 
 
+@pytest.mark.parametrize(("trained", "warnings"), [(True, 0), (False, 1)])
+def test_a_loop_that_trains_another_model_is_warned_of(
+    trained: bool, warnings: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, other = net(), net()
+    worker = joined(model, tmp_path, "train.weight_decay=0.1", tickets=8)
+    for work in worker:
+        loss_of(model if trained and work.ticket == 2 else other, work.ticket).backward()
+        worker.push()
+    found = [record.getMessage() for record in caplog.records if "no gradient" in record.getMessage()]
+    assert len(found) == warnings
+    assert all(f"{Path(__file__).name}:" in text for text in found)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_buffers_travel_and_the_mode_is_the_scripts(training: bool, tmp_path: Path) -> None:
     def backward(model: torch.nn.Module, ticket: int) -> None:

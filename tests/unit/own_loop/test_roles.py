@@ -10,6 +10,7 @@ import torch
 
 from ormo_rpc.cli import compose
 from ormo_rpc.errors import ConfigError
+from ormo_rpc.evaluate import evaluate_checkpoint
 from ormo_rpc.own_loop import alone
 from ormo_rpc.own_loop.roles import role
 from ormo_rpc.runtimes.prepare import check
@@ -48,6 +49,8 @@ def test_a_run_of_a_script_is_not_replayed_and_no_run_is_made_of_its_parts(tmp_p
     work_through(joined(model, tmp_path, tickets=2), model)
     with pytest.raises(ConfigError, match=r"\Areplay\.run: .*run is a run of a loop of the user's own: its gradients "):
         train(["runtime=replay", f"replay.run={tmp_path / 'run'}"], run_dir=tmp_path / "replay")
+    with pytest.raises(ConfigError, match=r"run: got a run of a script's own loop, expected one whose model and data "):
+        evaluate_checkpoint(tmp_path / "run")
     for group in ("model", "dataset"):
         with pytest.raises(ConfigError, match=rf"{group}: own_loop is that of a script which calls ormo_rpc\.join"):
             check(compose([f"{group}=own_loop", "workers=1"]), starts_server=False)
@@ -78,3 +81,8 @@ def test_weights_that_are_loaded_between_join_and_loop_count(tmp_path: Path) -> 
     for _ in worker:
         assert all(map(torch.equal, model.parameters(), other.parameters()))
         worker.push()
+
+
+def test_an_override_that_cannot_be_parsed_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"\Ano viable alternative at input '\{'a\.\*''"):
+        joined(net(), tmp_path, "train.lr_factors={'a.*': 0.3}")
