@@ -84,7 +84,8 @@ def _refuse_own_loop(path: Path, config: Config) -> None:
     if config.task.CHOOSES_DATA:
         raise ConfigError(
             f"{path}: got a run of a script's own loop, expected one whose model and data the configuration names; "
-            f"summary.json has the metrics of its evaluations, and python -m ormo_rpc.export {path} --output model.pt writes its model"
+            f"summary.json has the metrics of its evaluations, and python -m ormo_rpc.export {path} --output model.pt writes "
+            "its model"
         )
 
 
