@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import socket
-import sys
+import dataclasses
 from collections.abc import Generator
 from pathlib import Path
 
@@ -13,9 +11,7 @@ from ormo_rpc.config.runtimes import StartKind
 from ormo_rpc.config.schema import Config
 from ormo_rpc.own_loop.script import Script
 from ormo_rpc.runtimes.distributed.launcher.supervisor import ChildProcess, Supervisor
-from ormo_rpc.runtimes.distributed.linux import adopting
-from ormo_rpc.runtimes.distributed.preloading.client import ForkedProcess, Preloader, module_path
-from ormo_rpc.runtimes.distributed.preloading.forking import ForkRequest, fork
+from ormo_rpc.runtimes.distributed.preloading.client import Preloader
 from ormo_rpc.runtimes.distributed.preloading.preloading import Preloading, child_environment
 from tests.support.processes import PATIENCE_SECONDS
 
@@ -27,31 +23,30 @@ child = child_of_launcher(Config(workers=2))
 """In place of `ormo_rpc.join`: no model, no data, no server."""
 
 
-def preloader(script: Script) -> Preloader:
-    """A preloader with the imports: a fork of this process, which has them."""
-    from ormo_rpc.own_loop.script_process import Scripts
-    from ormo_rpc.runtimes.distributed.preloading.process import serve  # its import disables the collector
+_imports: list[Preloader] = []
+"""The preloader of `shared_imports`."""
 
-    ours, theirs = socket.socketpair()
-    environment = child_environment(1)
-    request = ForkRequest(
-        launcher=os.getpid(),
-        name="ormo test",
-        title=["python"],
-        environment=environment,
-        path=module_path(),
-        directory=str(Path.cwd()),
-        output=None,
-    )
-    with theirs, adopting():
-        number = fork(request, [theirs.fileno()])
-        if number == 0:
-            try:
-                sys.stdout, sys.stderr = (os.fdopen(each, "w", 1, closefd=False) for each in (1, 2))  # not pytest's
-                serve(theirs.fileno(), "", Scripts())
-            finally:
-                os._exit(1)
-    return Preloader(ForkedProcess(number), ours, environment, script.programs)
+
+@contextlib.contextmanager
+def shared_imports() -> Generator[None]:
+    """Have a preloader with the imports, once for many tests.
+
+    A fork of this process itself would have what other tests leave behind, such as objects that close descriptors in forks.
+    """
+    programs = dataclasses.replace(Script(name="train.py").programs, words=())
+    with Preloader.spawned(child_environment(1), programs) as spawned:
+        _imports.append(spawned)
+        try:
+            yield
+        finally:
+            _imports.remove(spawned)
+
+
+def preloader(script: Script) -> Preloader:
+    """A preloader with the imports, for a script; only within `shared_imports`."""
+    forked = _imports[-1].fork_preloader()
+    forked.programs = script.programs
+    return forked
 
 
 class Launcher:

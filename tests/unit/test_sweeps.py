@@ -378,7 +378,7 @@ def test_metrics_that_come_with_the_first_evaluation_are_looked_for_at_the_end()
     with pytest.raises(ConfigError, match=r"^optimized_metric: got val_x without a validation split"):
         refuse_metric("val_x", own, validation=False)
     assert higher_is_better("test_accuracy", own.metric) is True
-    assert higher_is_better("val_spread", own.metric) is False
+    assert higher_is_better("val_nll", own.metric) is False
     assert higher_is_better("train_loss", own.metric) is False
     assert [higher_is_better(name, own.metric) for name in ("train_tokens", "delay_max", "test_")] == [None] * 3
 

@@ -19,7 +19,7 @@ from ormo_rpc.errors import ConfigError, RunFailed
 from ormo_rpc.own_loop.script import Script
 from ormo_rpc.runtimes.distributed.launcher.child import EXIT_DONE, EXIT_NO_RESTART
 from ormo_rpc.runtimes.distributed.linux import LINUX
-from tests.support.scripts import JOIN, Launcher, launcher
+from tests.support.scripts import JOIN, Launcher, launcher, shared_imports
 
 pytestmark = pytest.mark.skipif(not LINUX, reason="processes are forked on Linux alone")
 
@@ -41,6 +41,12 @@ facts = [
 ]
 Path(os.environ["FACTS"], str(os.getpid())).write_text(json.dumps(facts))
 """
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imports() -> Generator[None]:
+    with shared_imports():
+        yield
 
 
 @pytest.fixture(autouse=True)
