@@ -56,6 +56,7 @@ reporter.exit_reason("banned")
                 "child", [sys.executable, "-c", script], env={**os.environ, "JOINS": str(int(joins))}, log=tmp_path / "log"
             )
             ended(supervisor, child)
+            supervisor.reap(child)  # its last words may have come after the last look
             assert (child.joined, "banned" in child.exit_reason()) == (joins, True)
 
 
