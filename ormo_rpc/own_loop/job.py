@@ -101,7 +101,7 @@ class OwnModel:
 
 
 def _parameters(module: torch.nn.Module) -> dict[str, tuple[Any, ...]]:
-    """What there is to know of each parameter but its values, by name."""
+    """Identity, shape, dtype and requires_grad of each parameter, by name."""
     named = module.named_parameters(remove_duplicate=False)
     return {name: (id(each), each.shape, each.dtype, each.requires_grad) for name, each in named}
 

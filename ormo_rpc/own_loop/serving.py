@@ -44,6 +44,8 @@ from ormo_rpc.storage.summary import (
 
 POLL_SECONDS = 0.1
 """The interval at which signals are handed on."""
+HAND_ON_SECONDS = 5.0
+"""A signal is handed on by then; the thread ends with the process anyway."""
 OnReady = Callable[[ServerProcess], None]
 
 
@@ -183,4 +185,4 @@ def _handed_on(watch: SignalWatch, process: ServerProcess) -> Generator[None]:
         yield
     finally:
         over.set()
-        thread.join()
+        thread.join(HAND_ON_SECONDS)

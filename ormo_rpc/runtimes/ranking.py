@@ -75,10 +75,7 @@ class Ranking:
 
     def better(self, value: float, than: float | None, by: float = 0.0) -> bool:
         """Tell whether one value is better than another one, or the first that is a number."""
-        if math.isnan(value) or than is None:
-            return not math.isnan(value)
-        gain = value - than if self._metric(self.name.partition("_")[2]).higher_is_better else than - value
-        return gain > by
+        return self._metric(self.name.partition("_")[2]).is_better(value, math.nan if than is None else than, by)
 
     def add(self, iteration: int, evaluation: Evaluation) -> None:
         """Take note of an evaluation; it replaces those of later iterations, which a crash has undone.

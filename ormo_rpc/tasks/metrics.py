@@ -38,11 +38,11 @@ class TaskMetric:
         except ValueError as error:
             raise ValueError(f"metric {self.name}: form: got {self.form!r}, expected a format of numbers: {error}") from None
 
-    def is_better(self, value: float, other: float) -> bool:
-        """Tell if a value is better than another one; NaN is better than none, and any number better than NaN."""
+    def is_better(self, value: float, other: float, by: float = 0.0) -> bool:
+        """Tell if a value is better than another one by more than ``by``; any number is better than NaN."""
         if math.isnan(value) or math.isnan(other):
             return math.isnan(other) and not math.isnan(value)
-        return value > other if self.higher_is_better else value < other
+        return (value - other if self.higher_is_better else other - value) > by
 
     def shown(self, value: float | None) -> str:
         """Format a value; a dash where there is none."""

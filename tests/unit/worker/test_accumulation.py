@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -21,29 +20,12 @@ from ormo_rpc.runtimes import prepare
 from ormo_rpc.tasks import Classification
 from ormo_rpc.worker.accumulation import micro_batches
 from ormo_rpc.worker.worker import Worker
+from tests.support.own_splits import Tensors
 
 SAMPLES, CLASSES, IGNORED = 11, 4, -100
 
 
-@dataclass
-class Rows:
-    """A split of rows."""
-
-    PURE: ClassVar[bool] = True
-
-    inputs: Tensor
-    targets: Tensor
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def batch(self, indices: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Return the rows."""
-        del generator
-        return self.inputs[indices], self.targets[indices]
-
-
-def rows(*shape: int, ignored: str = "none") -> Rows:
+def rows(*shape: int, ignored: str = "none") -> Tensors:
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(SAMPLES, 6, *shape, generator=generator, dtype=torch.float64)
     targets = torch.randint(CLASSES, (SAMPLES, *shape), generator=generator)
@@ -52,10 +34,10 @@ def rows(*shape: int, ignored: str = "none") -> Rows:
         targets.view(-1)[::4] = IGNORED
     if ignored == "all":
         targets.fill_(IGNORED)
-    return Rows(inputs, targets)
+    return Tensors(inputs, targets)
 
 
-def pushed(module: nn.Module, data: Rows, accumulate: int, ticket: int = 0, size: int = SAMPLES) -> Push:
+def pushed(module: nn.Module, data: Tensors, accumulate: int, ticket: int = 0, size: int = SAMPLES) -> Push:
     model = FlatModel(module)
     epochs = Epochs(SAMPLES, size, seed=0)
     worker = Worker(model, data, epochs, find("algorithm", "asgd")(), seed=0, accumulate=accumulate)
@@ -129,7 +111,7 @@ def test_batch_norms_see_each_part_by_itself() -> None:
 
 
 def test_dropout_is_a_function_of_seed_ticket_and_part() -> None:
-    data = Rows(torch.ones(SAMPLES, 6, dtype=torch.float64), torch.zeros(SAMPLES).long())  # equal samples
+    data = Tensors(torch.ones(SAMPLES, 6, dtype=torch.float64), torch.zeros(SAMPLES).long())  # equal samples
 
     def grads(parts: int, ticket: int) -> Tensor:
         return pushed(network(nn.Dropout()), data, parts, ticket).grad

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar
 
 import pytest
 import torch
@@ -21,26 +19,9 @@ from ormo_rpc.tasks.cross_entropy import IGNORED
 from ormo_rpc.worker import evaluation
 from ormo_rpc.worker.evaluation import Evaluation, Evaluator
 from ormo_rpc.worker.worker import Worker
+from tests.support.own_splits import Tensors
 
 CLASSES, SAMPLES = 4, 23
-
-
-@dataclass
-class Tensors:
-    """A user's own split: two tensors."""
-
-    PURE: ClassVar[bool] = True
-
-    inputs: Tensor
-    targets: Tensor
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def batch(self, indices: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Return the rows."""
-        del generator
-        return self.inputs[indices], self.targets[indices]
 
 
 def made(*shape: int) -> Tensor:
