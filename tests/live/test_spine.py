@@ -94,7 +94,9 @@ def test_a_run_over_gloo_survives_deaths_in_the_check_at_the_start_and_with_two_
         "a process that dies takes all its tickets with it"
     )
     log = (run_dir / "logs" / "server.log").read_text()
-    assert log.count("the initial parameters of all processes were not compared: ") == 1, log
+    # The thread of the worker that dies may have done its part of the check before.
+    ends = ("the initial parameters of all processes were not compared: ", "all 3 processes have the same initial parameters")
+    assert sum(log.count(end) for end in ends) == 1, log
     result = summary(run_dir)
     assert result["control"] == "rpc"
     assert result["transports"] == {str(worker): {"transport": "gloo", "reason": "asked for"} for worker in range(4)}

@@ -172,6 +172,8 @@ def _answer(function: Callable[[], Any], given: int, parent: int) -> NoReturn:
         if os.getppid() != parent:
             os._exit(1)
         withstand()
+        # Replaces torch's pool of threads, which the fork has lost, before two threads of this process try to at once.
+        torch.set_num_threads(torch.get_num_threads())
         answer = json.dumps(function()).encode()
         sys.stdout.flush()
         with os.fdopen(given, "wb") as file:
