@@ -229,6 +229,10 @@ class Config(Section):
         """The factor by which a worker's next ticket takes longer than its computation: that of its process."""
         return self.heterogeneity.slowdown(worker % self.num_processes, self.num_processes, generator)
 
+    def mean_slowdown(self, worker: int) -> float:
+        """The expected factor of a worker's tickets, that of its process: 1 over its lasting speed."""
+        return self.heterogeneity.mean_slowdown(worker % self.num_processes, self.num_processes)
+
     @property
     def wire_form(self) -> str:
         """The form of pushes and parameters on the wire in a few words; ``exact`` where nothing is changed."""

@@ -17,6 +17,10 @@ import torch
 from typing_extensions import override
 
 from ormo_rpc.options import Part, at_least_one, option, positive, register
+from ormo_rpc.seeding import generator as generator_of
+
+ESTIMATE_DRAWS = 1000
+"""Draws from which the mean slowdown of a part from outside of the package is estimated, unless it states its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,32 +40,66 @@ class Heterogeneity(Part, ABC):
     def slowdown(self, worker: int, num_workers: int, generator: torch.Generator) -> float:
         """The factor >= 1 by which the worker's next ticket takes longer; random draws come from ``generator`` alone."""
 
+    def mean_slowdown(self, worker: int, num_workers: int) -> float:
+        """The expected factor of the worker's tickets: in the long run its speed is that of its machine divided by this.
 
-@register("none")
+        Exact in each part of the package; a part from outside has an estimate, the mean of `ESTIMATE_DRAWS` draws of
+        `slowdown`, unless it overrides this.
+        """
+        source = generator_of(0, "mean slowdown", worker)
+        return sum(self.slowdown(worker, num_workers, source) for _ in range(ESTIMATE_DRAWS)) / ESTIMATE_DRAWS
+
+
 @dataclass(frozen=True, kw_only=True)
-class NoHeterogeneity(Heterogeneity):
-    """No slowdown: each worker is as fast as its machine."""
+class LastingSlowdown(Heterogeneity):
+    """A slowdown that is the same for all tickets of a worker."""
+
+    @abstractmethod
+    @override
+    def mean_slowdown(self, worker: int, num_workers: int) -> float: ...
 
     @override
     def slowdown(self, worker: int, num_workers: int, generator: torch.Generator) -> float:
+        return self.mean_slowdown(worker, num_workers)
+
+
+@register("none")
+@dataclass(frozen=True, kw_only=True)
+class NoHeterogeneity(LastingSlowdown):
+    """No slowdown: each worker is as fast as its machine."""
+
+    @override
+    def mean_slowdown(self, worker: int, num_workers: int) -> float:
         return 1.0
 
 
 @register("one_slow")
 @dataclass(frozen=True, kw_only=True)
-class OneSlow(Heterogeneity):
+class OneSlow(LastingSlowdown):
     """The last worker is slower than the others, ten times by default."""
 
     factor: float = option(10.0, "slowdown, 1 for none", valid=at_least_one, expected="a finite number >= 1")
 
     @override
-    def slowdown(self, worker: int, num_workers: int, generator: torch.Generator) -> float:
+    def mean_slowdown(self, worker: int, num_workers: int) -> float:
         return self.factor if worker == num_workers - 1 else 1.0
+
+
+@register("half_slow")
+@dataclass(frozen=True, kw_only=True)
+class HalfSlow(LastingSlowdown):
+    """The upper half of the workers, ``floor(K / 2)`` of them, is slower than the others, three times by default."""
+
+    factor: float = option(3.0, "slowdown, 1 for none", valid=at_least_one, expected="a finite number >= 1")
+
+    @override
+    def mean_slowdown(self, worker: int, num_workers: int) -> float:
+        return self.factor if worker >= num_workers - num_workers // 2 else 1.0
 
 
 @register("slow_tail")
 @dataclass(frozen=True, kw_only=True)
-class SlowTail(Heterogeneity):
+class SlowTail(LastingSlowdown):
     """A fraction of the workers, at least one, is slower than the others.
 
     1/16 of them as in the experiments of arXiv 2407.19234.
@@ -76,7 +114,7 @@ class SlowTail(Heterogeneity):
     )
 
     @override
-    def slowdown(self, worker: int, num_workers: int, generator: torch.Generator) -> float:
+    def mean_slowdown(self, worker: int, num_workers: int) -> float:
         slow = max(1, math.ceil(self.fraction * num_workers))
         return self.factor if worker >= num_workers - slow else 1.0
 
@@ -101,6 +139,10 @@ class GammaDelays(Heterogeneity):
         draw = torch._standard_gamma(torch.tensor(shape, dtype=torch.float64), generator=generator)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] # see above
         return 1 + self.mean / shape * draw.item()
 
+    @override
+    def mean_slowdown(self, worker: int, num_workers: int) -> float:
+        return 1 + self.mean
+
 
 @register("exponential")
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +155,10 @@ class ExponentialDelays(Heterogeneity):
     def slowdown(self, worker: int, num_workers: int, generator: torch.Generator) -> float:
         draw = torch.empty((), dtype=torch.float64).exponential_(1 / self.mean, generator=generator)
         return 1 + draw.item()
+
+    @override
+    def mean_slowdown(self, worker: int, num_workers: int) -> float:
+        return 1 + self.mean
 
 
 @register("lognormal")
@@ -127,6 +173,10 @@ class LognormalDelays(Heterogeneity):
     def slowdown(self, worker: int, num_workers: int, generator: torch.Generator) -> float:
         normal = torch.empty((), dtype=torch.float64).normal_(generator=generator).item()
         return 1 + self.median * math.exp(self.sigma * normal)
+
+    @override
+    def mean_slowdown(self, worker: int, num_workers: int) -> float:
+        return 1 + self.median * math.exp(self.sigma**2 / 2)
 
 
 @register("recorded")
@@ -149,10 +199,18 @@ class RecordedDelays(Heterogeneity):
 
     @override
     def slowdown(self, worker: int, num_workers: int, generator: torch.Generator) -> float:
+        slowdowns = self._slowdowns(worker)
+        return slowdowns[int(torch.randint(len(slowdowns), (), generator=generator))]
+
+    @override
+    def mean_slowdown(self, worker: int, num_workers: int) -> float:
+        slowdowns = self._slowdowns(worker)
+        return sum(slowdowns) / len(slowdowns)
+
+    def _slowdowns(self, worker: int) -> list[float]:
         assert self.run is not None, "prepare has been called"
         recorded = _recorded_slowdowns(self.run)
-        slowdowns = recorded[worker % len(recorded)]
-        return slowdowns[int(torch.randint(len(slowdowns), (), generator=generator))]
+        return recorded[worker % len(recorded)]
 
 
 @functools.lru_cache(maxsize=1)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typing_extensions import override
 
 from ormo_rpc.options import parts
 from ormo_rpc.worker.heterogeneity import (
     ExponentialDelays,
     GammaDelays,
+    HalfSlow,
     Heterogeneity,
     LognormalDelays,
     NoHeterogeneity,
@@ -41,6 +44,12 @@ def test_no_worker_is_slowed_by_default() -> None:
 @pytest.mark.parametrize("num_workers", [1, 2, 7])
 def test_one_slow_is_the_last_worker(num_workers: int) -> None:
     assert slow(OneSlow(factor=4.0), num_workers) == [1.0] * (num_workers - 1) + [4.0]
+
+
+@pytest.mark.parametrize(("num_workers", "number"), [(1, 0), (2, 1), (3, 1), (4, 2), (16, 8), (17, 8)])
+def test_half_slow_is_the_upper_half_rounded_down(num_workers: int, number: int) -> None:
+    assert slow(HalfSlow(), num_workers) == [1.0] * (num_workers - number) + [3.0] * number
+    assert slow(HalfSlow(factor=7.0), num_workers)[-1] == (7.0 if number else 1.0)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +111,7 @@ def test_slowdowns_are_drawn_from_the_given_generator_alone(law: Heterogeneity) 
 LAWS: list[Heterogeneity] = [
     NoHeterogeneity(),
     OneSlow(),
+    HalfSlow(),
     SlowTail(),
     GammaDelays(),
     ExponentialDelays(),
@@ -111,6 +121,31 @@ LAWS: list[Heterogeneity] = [
 
 def test_every_registered_heterogeneity_is_tested_here() -> None:
     assert {type(law) for law in LAWS} | {RecordedDelays} == set(parts("heterogeneity").values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromOutside(Heterogeneity):
+    """Of a user: every second ticket of worker 1 is three times slower, on average."""
+
+    @override
+    def slowdown(self, worker: int, num_workers: int, generator: torch.Generator) -> float:
+        return 1.0 + 2.0 * worker * (torch.rand((), generator=generator).item() < 0.5)
+
+
+@pytest.mark.parametrize("law", [*LAWS, GammaDelays(mean=2.0, variation=1.5), LognormalDelays(median=1.0, sigma=0.5)], ids=repr)
+@pytest.mark.parametrize("worker", [0, 3])
+def test_the_mean_slowdown_is_the_mean_of_the_draws(law: Heterogeneity, worker: int) -> None:
+    source = torch.Generator().manual_seed(11)
+    drawn = torch.tensor([law.slowdown(worker, 4, source) for _ in range(DRAWS)], dtype=torch.float64)
+    # 4 standard errors of the mean; 0 where the slowdown lasts.
+    assert abs(drawn.mean().item() - law.mean_slowdown(worker, 4)) <= 4 * drawn.std().item() / math.sqrt(DRAWS) + 1e-12
+
+
+def test_the_mean_slowdown_of_a_part_from_outside_is_estimated() -> None:
+    assert FromOutside().mean_slowdown(0, 4) == 1.0
+    # The mean of 1000 draws of 1 or 3: standard error 1 / sqrt(1000) = 0.032.
+    assert abs(FromOutside().mean_slowdown(1, 4) - 2.0) < 4 * 0.032
+    assert FromOutside().mean_slowdown(1, 4) == FromOutside().mean_slowdown(1, 4)
 
 
 @pytest.mark.parametrize("law", LAWS, ids=repr)
@@ -143,6 +178,7 @@ def test_recorded_delays_are_those_of_the_trace(tmp_path: Path) -> None:
     assert {model.slowdown(0, 3, source) for _ in range(50)} == {1.0, 2.0}
     assert {model.slowdown(1, 3, source) for _ in range(50)} == {5.0, 10.0}
     assert {model.slowdown(2, 3, source) for _ in range(50)} == {1.0, 2.0}
+    assert [model.mean_slowdown(worker, 3) for worker in range(3)] == [1.5, 7.5, 1.5]
 
 
 @pytest.mark.parametrize("run", [None, "/nowhere"])
