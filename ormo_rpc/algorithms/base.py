@@ -2,14 +2,14 @@
 
 An algorithm is one file: a registered dataclass that derives from `Algorithm`, with its options as fields. On the server, for
 every push and in this order, `Algorithm.accepts`, `Algorithm.learning_rate` and `Algorithm.step` are called, then
-`Algorithm.outgoing` for every worker that is answered; between them nothing else touches the algorithm. On the worker
-`Algorithm.local` makes the push from what was sent. An algorithm never asks which scheduler it runs under.
+`Algorithm.held`, and `Algorithm.outgoing` for every worker that is answered; between them nothing else touches the algorithm.
+On the worker `Algorithm.local` makes the push from what was sent. An algorithm never asks which scheduler it runs under.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -131,6 +131,8 @@ class Algorithm(Part, ABC):
     """The reason why only a scheduler that is `Scheduler.IMMEDIATE` will do; None where any will."""
     NEEDS_NO_BARRIER: ClassVar[str | None] = None
     """The reason why a scheduler that is a `Scheduler.BARRIER` will not do; None where it will."""
+    REFUSES_PREFETCH: ClassVar[str | None] = None
+    """The reason why no process may hold several tickets; None where it may."""
 
     def init(self, params: torch.Tensor, momentum: float) -> None:
         """Set the state at iteration 0.
@@ -162,8 +164,32 @@ class Algorithm(Part, ABC):
     def step(self, grad: torch.Tensor, lr: float, context: PushContext) -> None:
         """Apply one gradient, shape (D,), of the dtype of `params` (but see `OUT_OF_PLACE`), which is not modified."""
 
+    def held(self) -> Collection[int]:
+        """Return the workers that are not to be answered yet, whatever the scheduler releases; asked before every answer.
+
+        Where no worker computes, although there is work, as all that wait are held, the server calls `flush`, and then nobody
+        may be held: a round waits for no one who does not come. An algorithm that holds workers `NEEDS_IMMEDIATE_REPLIES`.
+        """
+        return ()
+
+    @property
+    def cancels(self) -> bool:
+        """True if `cancelled` may return anybody: for simulated workers only, as a live one cannot be interrupted."""
+        return False
+
+    def cancelled(self) -> Collection[int]:
+        """Return the workers whose tickets are void by now; asked after every push where the algorithm `cancels`.
+
+        The server takes the tickets back, and answers these workers at once. One without a ticket is passed over.
+        """
+        return ()
+
     def flush(self, lr: float) -> None:
-        """Apply the rest of an unfinished round; called once, when all gradients of the run are in."""
+        """Apply the rest of an unfinished round: when all gradients of the run are in, or where `held` says more.
+
+        Args:
+            lr: The scheduled learning rate of the newest gradient.
+        """
 
     def leave(self, worker: int) -> None:
         """Forget a worker that has left or was evicted, where the algorithm keeps something for each."""

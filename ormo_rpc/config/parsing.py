@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ormo_rpc.config.renamed import translate_renamed
-from ormo_rpc.config.runtimes import ControlKind, RpcRuntime
+from ormo_rpc.config.runtimes import ControlKind, RpcRuntime, SimRuntime
 from ormo_rpc.config.saving import to_tree
 from ormo_rpc.config.schema import GROUPS, Config
 from ormo_rpc.errors import ConfigError
@@ -181,8 +181,32 @@ def _refuse_together(config: Config) -> None:
             f"worker.prefetch: got {prefetch} with scheduler={config.scheduler.name}, whose barrier waits for all tickets, "
             f"those ahead as well; expected 0, or a scheduler without a barrier: {', '.join(_without_barrier())}"
         )
+    if prefetch and algorithm.REFUSES_PREFETCH is not None:
+        with_it = f"expected 0 with algorithm={algorithm.known_as}"
+        raise ConfigError(f"worker.prefetch: got {prefetch}, {with_it}: {algorithm.REFUSES_PREFETCH}")
+    if algorithm.cancels:
+        _refuse_cancelling(config)
     if isinstance(config.runtime, RpcRuntime):
         _refuse_control(config)
+
+
+def _refuse_cancelling(config: Config) -> None:
+    """Refuse an algorithm that cancels computations where that cannot be done.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    algorithm = config.algorithm.known_as
+    if not isinstance(config.runtime, SimRuntime):
+        raise ConfigError(
+            f"runtime: got {config.runtime.name}, expected sim with algorithm={algorithm}, which cancels what slow workers "
+            f"compute: a live worker cannot be interrupted in a backward pass"
+        )
+    if config.worker.prefetch:
+        raise ConfigError(
+            f"worker.prefetch: got {config.worker.prefetch}, expected 0 with algorithm={algorithm}, which cancels what slow "
+            f"workers compute"
+        )
 
 
 def _refuse_control(config: Config) -> None:

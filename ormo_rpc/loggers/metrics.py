@@ -112,6 +112,9 @@ class Metrics:
     iterations: int | None = metric("gradients applied", column="iterations", form=".0f")
     gradients_computed: int | None = metric("gradients applied or discarded", lambda at: at.statistics.gradients_computed)
     discarded: int | None = metric("gradients not applied", lambda at: at.statistics.discarded)
+    cancelled: int | None = metric(
+        "gradients that the algorithm cancelled, not computed to the end", lambda at: at.statistics.cancelled
+    )
     repeated: int | None = metric("pushes that came again after a lost reply", lambda at: at.statistics.repeated)
     train_loss: float | None = metric(
         "mean batch loss, averaged over about the last 50 gradients",

@@ -22,6 +22,7 @@ class Statistics:
         iterations: Gradients applied, those before a resumed run's checkpoint included.
         gradients_computed: Gradients applied or discarded.
         discarded: Gradients that the server did not apply.
+        cancelled: Gradients that were not computed to the end, as the algorithm cancelled them.
         repeated: Pushes that arrived again after their reply was lost.
         pushes_per_worker: Gradients applied or discarded, by worker.
         delays: Applied gradients, by delay.
@@ -40,6 +41,7 @@ class Statistics:
     iterations: int = 0
     gradients_computed: int = 0
     discarded: int = 0
+    cancelled: int = 0
     repeated: int = 0
     pushes_per_worker: Counter[int] = field(default_factory=Counter[int])
     delays: Counter[int] = field(default_factory=Counter[int])
@@ -84,6 +86,8 @@ class Statistics:
                 self.recent_metrics.add(data["metrics"])
         if event.kind is Kind.discard:
             self.discarded += 1
+        if event.kind is Kind.cancel:
+            self.cancelled += 1
         if event.kind in (Kind.apply, Kind.discard):
             self.gradients_computed += 1
             self.pushes_per_worker[data["worker"]] += 1

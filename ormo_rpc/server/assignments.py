@@ -36,7 +36,7 @@ class Assignments:
     """Hands out the tickets 0, 1, ..., total - 1, each to be committed exactly once.
 
     A ticket is *new*, then *outstanding* with one worker, then *committed*; or it comes back (its holder left, its gradient was
-    discarded or refused) and is handed out again before any new one.
+    discarded, refused or cancelled) and is handed out again before any new one.
 
     Args:
         total: The number of tickets; None for no end.
@@ -138,12 +138,17 @@ class Assignments:
         if refused:
             self.refused_by.setdefault(assignment.ticket, set()).add(assignment.worker)
 
-    def revoke(self, worker: int) -> list[Assignment]:
-        """Requeue all tickets of a worker that has left; a late push for one of them will be dropped."""
+    def take_back(self, worker: int) -> list[Assignment]:
+        """Requeue all tickets of a worker, which will not push for them any more."""
         issues = [self.outstanding[ticket] for ticket in sorted(self.holding.get(worker, ()))]
         for assignment in issues:
             self.requeue(assignment)
-            self.revoked.add((assignment.ticket, worker, assignment.stamp))
+        return issues
+
+    def revoke(self, worker: int) -> list[Assignment]:
+        """Requeue all tickets of a worker that has left; a late push for one of them will be dropped."""
+        issues = self.take_back(worker)
+        self.revoked.update((assignment.ticket, worker, assignment.stamp) for assignment in issues)
         return issues
 
     def close(self) -> None:

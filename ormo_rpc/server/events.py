@@ -21,6 +21,7 @@ class Kind(Enum):
     reissue = "reissue"
     apply = "apply"
     discard = "discard"
+    cancel = "cancel"
     repeat = "repeat"
     join = "join"
     leave = "leave"

@@ -26,7 +26,7 @@ class Members(Mapping[int, Member]):
     """The workers by number. Each one computes or waits in one of two queues.
 
     A worker that has joined or pushed is *blocked* until the scheduler releases it, and then *idle* until there is a ticket for
-    it or the run ends.
+    it and the algorithm does not hold it, or the run ends.
 
     Args:
         scheduler: Decides when a worker is released; it is told who joins, pushes and leaves.
@@ -95,8 +95,13 @@ class Members(Mapping[int, Member]):
         self.blocked.append(worker)
         self.scheduler.settle(worker)
 
-    def release(self, holding: Collection[int], *, everyone: bool) -> list[int]:
-        """Move the workers that are due, or everyone, from blocked to idle; return all idle ones in order.
+    def take_back(self, worker: int) -> None:
+        """Block a worker whose ticket was taken back."""
+        self.blocked.append(worker)
+        self._members[worker].reply = None
+
+    def release(self, holding: Collection[int], *, everyone: bool) -> None:
+        """Move the workers that are due, or everyone, from blocked to idle.
 
         Args:
             holding: Workers that hold a ticket.
@@ -120,7 +125,6 @@ class Members(Mapping[int, Member]):
                 f"scheduler {self.scheduler.name}: due returned nobody although no worker computes, expected at least one of "
                 f"{self.blocked}"
             )
-        return list(self.idle)
 
     def answer(self, reply: Reply) -> None:
         """Take an idle worker out of its queue, and remember its reply."""

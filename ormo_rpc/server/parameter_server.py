@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from ormo_rpc.algorithms.base import Algorithm, PullContext, PushContext
+from ormo_rpc.algorithms.base import Algorithm, PushContext
 from ormo_rpc.errors import GradientOverflow, GradientTooLarge, NonFiniteGradient, PushRefused, StaleSession
-from ormo_rpc.messages import Push, Reply, no_buffers
+from ormo_rpc.messages import Push, Reply
 from ormo_rpc.schedulers.base import Scheduler
+from ormo_rpc.server.answering import answer, cancel
 from ormo_rpc.server.assignments import Assignment, Assignments
 from ormo_rpc.server.buckets import Buckets
 from ormo_rpc.server.buffers import RunningBuffers
@@ -37,7 +38,7 @@ class ParameterServer:
     """The server core: hands out tickets, applies each gradient once, and replies to the workers that the scheduler releases.
 
     A push takes this way: `receive` = `validate` (no lock needed) and `commit`, which matches it to its assignment, applies or
-    discards its gradient, and replies to all released workers (`_match`, `_apply` or `_discard`, `_answer`).
+    discards its gradient (`_match`, `_apply` or `_discard`), and replies to all released workers (`answering.answer`).
 
     Made by `build_server`. Every public method runs to its end before the next one is called; a runtime with threads holds one
     lock around them. `validate` alone may run beside anything.
@@ -75,6 +76,8 @@ class ParameterServer:
     """Real seconds, for `step_seconds`."""
     before_first_save: Callable[[], None] | None = None
     """Refuses a state that would not continue as it should; called once."""
+    on_cancel: Callable[[Collection[int]], None] = lambda _: None
+    """Called with workers whose tickets were taken back: what they compute for them must not be pushed any more."""
 
     status: Status = field(default=Status.running, init=False)
     iteration: int = field(default=0, init=False)
@@ -165,7 +168,7 @@ class ParameterServer:
             self.algorithm.leave(worker)
         self.members.start(present)
         self.paused = False
-        return self._answer()
+        return answer(self)
 
     def resume_as(self, incarnation: int) -> None:
         """Take the place of a server process that died: `start` begins this incarnation, or a later one that is new."""
@@ -180,7 +183,7 @@ class ParameterServer:
         """
         self.members.join(worker)
         self.events.add(Kind.join, worker=worker, concurrency=self.concurrency)
-        return self._answer()
+        return answer(self)
 
     def leave(self, worker: int) -> list[Reply]:
         """Remove a worker: its tickets are issued again to others, and no barrier waits for it any more.
@@ -192,7 +195,7 @@ class ParameterServer:
         self.algorithm.leave(worker)
         lost = [assignment.ticket for assignment in self.assignments.revoke(worker)]
         self.events.add(Kind.leave, worker=worker, concurrency=self.concurrency, tickets=lost)
-        return self._answer()
+        return answer(self)
 
     # ----------------------------------------------------------------------------------------------------------- pushes
 
@@ -295,12 +298,17 @@ class ParameterServer:
         self.assignments.close()
         self.events.add(Kind.finish, iteration=self.iteration)
         self._end_if_done()
-        return self._answer()
+        return answer(self)
 
     def stop(self) -> list[Reply]:
         """End now: waiting workers are told to stop, the others with their next push, which is not applied."""
         self._end(Status.stopped)
-        return self._answer()
+        return answer(self)
+
+    def end_round(self) -> None:
+        """Apply the rest of a round that no further gradient will complete."""
+        self.algorithm.flush(self.lr(max(self.iteration - 1, 0)))
+        self.snapshots.invalidate()
 
     # ---------------------------------------------------------------------------------------------------------- inside
 
@@ -376,71 +384,13 @@ class ParameterServer:
     def _settled(self, push: Push) -> list[Reply]:
         """Queue the sender of a settled push for its next ticket, and return the replies that are due."""
         self.members.settle(push.worker)
-        return self._answer()
-
-    def _answer(self) -> list[Reply]:
-        """Reply to all released workers, with a ticket while there is one, or to stop at the end."""
-        enough = self._enough()
-        replies: list[Reply] = []
-        for worker in self.members.release(self.assignments.holding, everyone=self.ended):
-            if not self.ended and (self.assignments.exhausted or not enough):
-                break
-            reply = self._reply(worker)
-            if reply is not None:
-                self.members.answer(reply)
-                replies.append(reply)
-        return replies
-
-    def _reply(self, worker: int) -> Reply | None:
-        ticket, loss_scale = None, 1.0
-        if not self.ended:
-            if self.loss_scale is not None:
-                loss_scale = self.loss_scale.value
-            fresh = self.assignments.issued
-            assignment = self.assignments.assign(
-                worker, self.iteration, self.buckets.current, self.algorithm.version, self.members, loss_scale
-            )
-            if assignment is None:
-                return None
-            ticket = assignment.ticket
-            self.newest_bucket = max(self.newest_bucket, assignment.bucket)
-            kind = Kind.issue if ticket >= fresh else Kind.reissue
-            self.events.add(kind, worker=worker, ticket=ticket, stamp=assignment.stamp, bucket=assignment.bucket)
-        lr = 0.0 if ticket is None else self.lr(self.iteration)  # a schedule need not know the iteration T
-        return Reply(
-            worker=worker,
-            ticket=ticket,
-            stamp=self.iteration,
-            params=self.snapshots.sent() if ticket is None else self._params_for(worker, lr),
-            lr=lr,
-            steps=self.algorithm.steps,
-            incarnation=self.incarnation,
-            loss_scale=loss_scale,
-            buffers=no_buffers() if ticket is None else self.buffers.snapshot(),
-        )
-
-    def _params_for(self, worker: int, lr: float) -> torch.Tensor:
-        """Return what the algorithm sends this worker: the snapshot that replies of one stamp share, or its own vectors."""
-        context = PullContext(worker=worker, concurrency=self.concurrency, lr=lr, bucket=self.buckets.current)
-        began = self.timer()
-        outgoing = self.algorithm.outgoing(context)
-        params = self.snapshots.sent() if outgoing is self.params else self.snapshots.copy(outgoing)
-        self.step_seconds += self.timer() - began
-        return params
-
-    def _enough(self) -> bool:
-        """Tell if there are ``min_workers``, and record when that changes."""
-        enough = len(self.members) >= self.min_workers
-        if enough == self.paused and not self.ended:
-            self.paused = not enough
-            kind = Kind.proceed if enough else Kind.pause
-            self.events.add(kind, concurrency=len(self.members), minimum=self.min_workers)
-        return enough
+        if self.algorithm.cancels:
+            cancel(self)
+        return answer(self)
 
     def _end_if_done(self) -> None:
         if self.assignments.done and not self.ended:
-            self.algorithm.flush(self.lr(max(self.iteration - 1, 0)))
-            self.snapshots.invalidate()
+            self.end_round()
             self._end(Status.completed if all_finite(self.params) else Status.diverged)
 
     def _end(self, status: Status) -> None:

@@ -126,6 +126,8 @@ class _Trial:
             reply = self.outstanding.pop(self.pushes * 7 % len(self.outstanding))
             for answer in self.server.receive(self._push(reply)):
                 sent.write(repr((answer.worker, answer.ticket, answer.stamp)).encode() + _bytes(answer.params))
+                # What this worker still has was cancelled.
+                self.outstanding = [reply for reply in self.outstanding if reply.worker != answer.worker]
                 if answer.ticket is not None:
                     self.outstanding.append(answer)
         return sent.getvalue() + _bytes(self.server.params)

@@ -7,7 +7,7 @@ the snapshot in its reply, so a thousand workers need no memory but that of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Protocol
 
@@ -149,6 +149,9 @@ class Cluster:
         self.processes = processes
         self._computing_until: dict[int, float] = {}
         """Time at which each machine is free, where workers share machines."""
+        self._ends: dict[int, float] = {}
+        """Time at which each worker has computed its newest ticket."""
+        server.on_cancel = self._cancel
         self.load = Load()
         self._since: dict[int, float] = {}
         self._free_at = 0.0
@@ -181,6 +184,7 @@ class Cluster:
             "since": dict(self._since),
             "free_at": self._free_at,
             "computing_until": dict(self._computing_until),
+            "ends": dict(self._ends),
             "source": self.source.state_dict(),
         }
 
@@ -192,8 +196,9 @@ class Cluster:
         self.compute_seconds.load_state_dict(state["speeds"])
         self.load = Load(**state["load"])
         self._since, self._free_at = dict(state["since"]), state["free_at"]
-        # Older checkpoints do not have these two.
+        # Older checkpoints do not have these three.
         self._computing_until = dict(state.get("computing_until", {}))
+        self._ends = dict(state.get("ends", {}))
         self.source.load_state_dict(state.get("source", {}))
 
     def start(self) -> None:
@@ -239,6 +244,7 @@ class Cluster:
             self._computing_until[machine] = begin + seconds
         if reply.worker in self._since:
             self.load.computing[reply.worker] = self.load.computing.get(reply.worker, 0.0) + seconds
+        self._ends[reply.worker] = begin + seconds
         self.queue.at(begin + seconds + self.links.push_seconds(reply.worker), "arrive", reply)
 
     def _arrive(self, reply: Reply) -> None:
@@ -255,6 +261,17 @@ class Cluster:
         push = self.source.compute(reply)
         self._send(self.server.receive(push))
         self.observe()
+
+    def _cancel(self, workers: Collection[int]) -> None:
+        """Drop what these workers compute or have under way; they have computed until now.
+
+        A push that waits for the server has taken its time there.
+        """
+        self.queue.drop(lambda argument: isinstance(argument, Reply) and argument.worker in workers)
+        for worker in workers:
+            if worker in self._since:
+                left = max(0.0, self._ends.get(worker, 0.0) - self.queue.now)
+                self.load.computing[worker] = self.load.computing.get(worker, 0.0) - left
 
     def _count_membership(self, worker: int) -> None:
         seconds = self.queue.now - self._since.pop(worker)
