@@ -1,7 +1,7 @@
 # Every target that needs an environment makes it first.
 .DEFAULT_GOAL := help
 .PHONY: help setup train quick test check conf format bench bench-nodes bench-step bench-startup bench-own-loop bench-ray bench-tensorflow live-scale server-memory
-.PHONY: compression replays methods adamw when-it-pays scale chaos nodes journal clean
+.PHONY: compression replays methods reproduce reproduce-full adamw when-it-pays scale chaos nodes journal clean
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
@@ -81,6 +81,12 @@ replays: .venv/ready  ## Replay live runs and compare them bit for bit, into res
 
 methods: .venv/ready  ## The paper's six methods, simulated, into results/ (a quarter of an hour; ARGS="--root DIRECTORY")
 	$(BIN)/python -m experiments.paper_methods $(ARGS)
+
+reproduce: .venv/ready  ## The paper's methods with ResNet-20, 15 epochs, into results/ (half a day; goes on where it was; ARGS="--root DIRECTORY --plan")
+	$(BIN)/python -m experiments.reproduce $(ARGS)
+
+reproduce-full: .venv/ready  ## The same in all settings and at whole length, into results/ (weeks; ARGS="--root DIRECTORY --force")
+	$(BIN)/python -m experiments.reproduce --full $(ARGS)
 
 adamw: .venv/ready  ## AdamW in order of arrival and in order, simulated, into results/ (a quarter of an hour)
 	$(BIN)/python -m experiments.adamw $(ARGS)

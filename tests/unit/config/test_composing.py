@@ -54,11 +54,30 @@ def test_the_command_line_wins_over_an_experiment(experiment: str, tmp_path: Pat
         set_to = getattr(config.train, key)
         assert (set_to.value if isinstance(set_to, Enum) else set_to) == (7 if key == "epochs" else value)
     for override in values.defaults:
+        if isinstance(override, str):
+            continue  # an experiment that this one builds on
         ((group, name),) = override.items()
         assert getattr(config, group.removeprefix("override /")).name == name
     assert config.algorithm.name == "asgd"
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
+
+
+PAPER = {f"paper_{data}_k{k}_{speeds}" for data in ("cifar10", "cifar100") for k in (16, 64) for speeds in ("hom", "het")}
+
+
+def test_the_settings_of_the_paper_are_its_schedule_in_each_of_its_combinations() -> None:
+    assert {name for name in EXPERIMENTS if name.startswith("paper_")} == PAPER
+    for name in PAPER:
+        _, data, k, speeds = name.split("_")
+        config = compose([f"experiment={name}"])
+        heterogeneity = "slow_tail" if speeds == "het" else "none"
+        found = (config.dataset.name, config.model.name, f"k{config.workers}", config.heterogeneity.name)
+        assert found == (data, "resnet20", k, heterogeneity), name
+        train = config.train
+        assert (train.epochs, train.batch_size, train.momentum, train.weight_decay) == (160, 64, 0.9, 1e-4), name
+        assert (train.lr_schedule, train.lr_milestones, train.lr_gamma) == (Shape.step, [80, 120], 0.1), name
+        assert train.warmup_epochs == 5, name
 
 
 plain_values = st.recursive(

@@ -1,0 +1,220 @@
+"""Train ResNet-20 on CIFAR by the methods of arXiv 2407.19234: ``python -m experiments.reproduce --root DIRECTORY``.
+
+Runs are simulated, in the settings of ``conf/experiment/paper_*.yaml``: ``het`` has slow workers, ``hom`` none. Without
+``--full``: CIFAR-10, K = 16, 15 epochs with milestones and warm-up scaled alike, 2 seeds. With ``--full``: both data sets,
+K = 16 and 64, all 160 epochs, 3 seeds; refused where it would take longer than a week, unless ``--force`` is given. Gradients
+are computed on the CPU, one run at a time.
+
+Every run has a folder under ``--work``, with checkpoints: a command that was killed goes on where it was when it is started
+again, and finished runs are kept. The first runs are the comparison of OrMo with synchronous SGD among slow workers.
+``--plan`` prints runs, estimated hours and what is done; ``--report`` writes ``reproduce.json``, ``.md`` and ``.png`` from what
+is finished, as does the end of the last run.
+
+Each method has one learning rate, which was not tuned: with these a gradient moves the parameters by the same amount in all,
+``eta`` without momentum and ``eta / (1 - beta)`` with it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from experiments import common, reproduce_report
+from experiments.resumable import ResumableRun, alone
+from ormo_rpc.composing import compose
+from ormo_rpc.errors import ConfigError, RunFailed
+from ormo_rpc.report.table import as_text
+from ormo_rpc.runtimes.job import Job
+
+METHODS = ("ormo", "ssgdm", "asgd", "naive", "shifted", "smega2", "ormo_da")
+"""The six of the paper's table, and the synchronous method of its figures; those that are run first come first."""
+RATES = {"asgd": 0.1}
+RATE = 0.01
+"""The learning rate of a method that `RATES` does not have."""
+EPOCHS = 15
+ALL_EPOCHS = 160
+MILESTONES = (80, 120)
+WARMUP = 5
+"""The schedule of the paper, in epochs of `ALL_EPOCHS`."""
+TOO_LONG = 7 * 24
+"""Hours above which a plan is refused without ``--force``."""
+CHECKPOINT_EVERY = 200
+"""Gradients between checkpoints: what a killed command loses at most, half a minute of an idle core."""
+TIMED_GRADIENTS = 8
+EVALUATION = 1 / 3
+"""The cost of evaluating a sample, in that of its gradient: the forward pass alone."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of the plan.
+
+    Attributes:
+        experiment: The name of its file in ``conf/experiment``.
+        method: One of `METHODS`.
+        seed: Its seed.
+        epochs: Its length.
+        work: The folder of all runs.
+    """
+
+    experiment: str
+    method: str
+    seed: int
+    epochs: int
+    work: Path
+
+    @property
+    def lr(self) -> float:
+        """Its learning rate."""
+        return RATES.get(self.method, RATE)
+
+    @property
+    def run(self) -> ResumableRun:
+        """Its run."""
+        scale = self.epochs / ALL_EPOCHS
+        algorithm, scheduler = ("ormo", "sync") if self.method == "ssgdm" else (self.method, "async")
+        overrides = (
+            *(*common.SIMULATED, f"experiment={self.experiment}", f"algorithm={algorithm}", f"scheduler={scheduler}"),
+            *(f"train.epochs={self.epochs}", f"train.warmup_epochs={WARMUP * scale:g}"),
+            f"train.lr_milestones=[{','.join(f'{epoch * scale:g}' for epoch in MILESTONES)}]",
+            *(f"train.lr={self.lr}", f"seed={self.seed}", "worker.autocast=bf16"),
+        )
+        return ResumableRun(self.work / self.experiment / f"{self.method}_seed{self.seed}", overrides)
+
+
+def planned(a: Namespace) -> list[Planned]:
+    """The runs in their order: seed by seed, slow workers first."""
+    datasets, numbers = (("cifar10", "cifar100"), (16, 64)) if a.full else (("cifar10",), (16,))
+    experiments = [f"paper_{data}_k{k}_{setting}" for data in datasets for k in numbers for setting in ("het", "hom")]
+    epochs = a.epochs or (ALL_EPOCHS if a.full else EPOCHS)
+    return [
+        Planned(experiment, method, seed, epochs, a.work)
+        for seed in a.seeds or ((0, 1, 2) if a.full else (0, 1))
+        for experiment in experiments
+        for method in a.methods
+    ]
+
+
+def gradient_seconds(run: ResumableRun, where: Sequence[str]) -> tuple[float, float]:
+    """Measure the time of a gradient here, and compute that of an epoch with its evaluation: the median of a few.
+
+    Raises:
+        ConfigError: the data cannot be read.
+    """
+    torch.set_num_threads(1)
+    try:
+        job = Job(compose([*run.overrides, *where]))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    worker, reply = job.worker(), job.server(lambda _: None, lambda: 0.0).start()[0]
+    worker.compute(reply)  # the first one is slower
+    seconds: list[float] = []
+    for _ in range(TIMED_GRADIENTS):
+        began = time.perf_counter()
+        worker.compute(reply)
+        seconds.append(time.perf_counter() - began)
+    gradient = statistics.median(seconds)
+    evaluations = EVALUATION * len(job.data.test) / job.config.train.batch_size
+    return gradient, gradient * (job.batches_per_epoch + evaluations)
+
+
+def hours(plan: Sequence[Planned], epoch_seconds: float) -> float:
+    """The hours that what is left of a plan takes."""
+    left = sum(each.epochs - reproduce_report.epochs_done(each.run) for each in plan if each.run.summary is None)
+    return left * epoch_seconds / 3600
+
+
+def show(plan: Sequence[Planned], gradient: float, epoch_seconds: float) -> None:
+    """Print the runs, what is done, and the time that is left."""
+    rows = [("setting", "method", "seed", "lr", "epochs", "done")]
+    for each in plan:
+        summary = each.run.summary
+        done = f"{reproduce_report.epochs_done(each.run):.1f} epochs" if summary is None else str(summary["status"])
+        rows.append((each.experiment, each.method, str(each.seed), f"{each.lr:g}", str(each.epochs), done))
+    print(as_text(rows))
+    print(
+        f"{len(plan)} runs; {gradient * 1000:.0f} ms a gradient here and now: {hours(plan, epoch_seconds):.1f} hours are left"
+    )
+
+
+def arguments() -> Namespace:
+    """The arguments of the command line."""
+    parser = common.parser(__doc__)
+    parser.add_argument("--root", default="data", metavar="DIRECTORY", help="folder that holds cifar-10-batches-py")
+    parser.add_argument("--repackaged", action="store_true", help="take files that differ from the original ones")
+    parser.add_argument("--work", type=Path, metavar="DIRECTORY", help="folder of the runs; by default in outputs/")
+    parser.add_argument("--full", action="store_true", help="the whole length, both data sets, K = 16 and 64, 3 seeds")
+    parser.add_argument("--force", action="store_true", help="also where it takes longer than a week")
+    parser.add_argument("--plan", action="store_true", help="print runs, estimated hours and what is done; run nothing")
+    parser.add_argument("--report", action="store_true", help="write the results of what is finished; run nothing")
+    parser.add_argument("--epochs", type=int, help="length of each run; milestones and warm-up are scaled")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED")
+    a = parser.parse_args()
+    a.work = a.work or Path("outputs") / ("reproduce-full" if a.full else "reproduce")
+    return a
+
+
+def work_through(plan: Sequence[Planned], where: Sequence[str], a: Namespace) -> None:
+    """Run what is left.
+
+    Raises:
+        ConfigError: it takes too long, or a folder is another run's.
+        RunFailed: it was interrupted.
+    """
+    left = [each for each in plan if each.run.summary is None]
+    if left:
+        gradient, epoch_seconds = gradient_seconds(left[0].run, where)
+        estimate = hours(plan, epoch_seconds)
+        if estimate > TOO_LONG and not a.force:
+            raise ConfigError(
+                f"--full: {len(left)} runs at {gradient * 1000:.0f} ms a gradient would take {estimate / 24 / 7:.1f} weeks "
+                "here, expected at most one; gradients are computed on the CPU, one run at a time: take fewer --methods or "
+                "--seeds, shorter runs with --epochs, or --force"
+            )
+        print(f"{len(left)} of {len(plan)} runs are left: about {estimate:.1f} hours", flush=True)
+    for each in left:
+        began = time.monotonic()
+        summary = each.run.go_on(*where)
+        accuracy = "no accuracy" if summary["test_accuracy"] is None else f"{summary['test_accuracy']:.2%}"
+        print(
+            f"{each.experiment} {each.method} seed {each.seed}: {summary['status']}, {accuracy}, "
+            f"{(time.monotonic() - began) / 60:.0f} minutes",
+            flush=True,
+        )
+
+
+def main() -> None:
+    """Plan, run, and write the results."""
+    a = arguments()
+    plan = planned(a)
+    where = (
+        f"checkpoint.every={CHECKPOINT_EVERY}",
+        f"dataset.root={Path(a.root).absolute()}",
+        *(["dataset.verify=false"] if a.repackaged else []),
+    )
+    try:
+        if a.plan:
+            show(plan, *gradient_seconds(plan[0].run, where))
+            return
+        if not a.report:
+            with alone(a.work):
+                work_through(plan, where, a)
+        reproduce_report.write(plan, a)
+    except ConfigError as error:
+        print(f"experiments.reproduce: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RunFailed as error:
+        print(f"experiments.reproduce: {error}; the same command goes on from there", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Runs that survive the death of the command that makes them: each has a folder with its attempts, ``0``, ``1``, and so on.
+
+An attempt is a run directory. One that was interrupted, or killed, is continued by the next one from its newest checkpoint; a
+simulation then goes on exactly as it would have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ormo_rpc import train
+from ormo_rpc.errors import ConfigError
+from ormo_rpc.storage import checkpoint
+from ormo_rpc.storage.launch import Launch
+from ormo_rpc.storage.run_directory import read_metrics
+from ormo_rpc.storage.summary import TERMINAL_STATUSES, read_summary
+
+SETTINGS = "overrides.json"
+"""The overrides of a run, in its folder."""
+_RESUME = "checkpoint.resume="
+
+
+@dataclass(frozen=True)
+class ResumableRun:
+    """A run, finished or not.
+
+    Attributes:
+        folder: Its folder.
+        overrides: Those that determine its result.
+    """
+
+    folder: Path
+    overrides: Sequence[str]
+
+    @property
+    def attempts(self) -> list[Path]:
+        """The run directories of its attempts, oldest first."""
+        found = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted((path for path in found if path.name.isdigit()), key=lambda path: int(path.name))
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """The content of ``summary.json``; None while the run has not ended by itself."""
+        for attempt in self.attempts[-1:]:
+            found = read_summary(attempt)
+            if found is not None and found["status"] in TERMINAL_STATUSES:
+                return found
+        return None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl over all attempts; what an attempt computed again replaces what was lost."""
+        rows: list[dict[str, Any]] = []
+        for attempt in self.attempts:
+            source = next((word for word in Launch.read(attempt).overrides if word.startswith(_RESUME)), None)
+            begin = 0 if source is None else checkpoint.iteration_of(Path(source.removeprefix(_RESUME)))
+            rows = [row for row in rows if row["iteration"] <= begin] + read_metrics(attempt)
+        return rows
+
+    def go_on(self, *more: str) -> dict[str, Any]:
+        """Begin the run, or go on where its last attempt was, and return the summary.
+
+        Args:
+            more: Overrides that do not matter for the result, such as the folder of the data.
+
+        Raises:
+            ConfigError: its folder has a run with other overrides, or these are wrong.
+            RunFailed: it was interrupted.
+        """
+        attempts = self.attempts
+        self._claim()
+        source = next((found for path in reversed(attempts) if (found := checkpoint.newest(path)) is not None), None)
+        resume = () if source is None else (f"{_RESUME}{source.absolute()}",)
+        number = int(attempts[-1].name) + 1 if attempts else 0
+        return train([*self.overrides, *more, *resume], run_dir=self.folder / str(number))
+
+    def _claim(self) -> None:
+        """Write the overrides, or compare with those that the folder was made with."""
+        file = self.folder / SETTINGS
+        if not file.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps([*self.overrides], indent=1) + "\n", encoding="utf-8")
+        former: list[str] = json.loads(file.read_text(encoding="utf-8"))
+        differing = sorted({*former} ^ {*self.overrides})
+        if differing:
+            raise ConfigError(
+                f"{self.folder}: got a run that differs in {', '.join(differing)}, expected one with the same settings; "
+                "remove the folder, or work in another one"
+            )
+
+
+@contextlib.contextmanager
+def alone(work: Path) -> Generator[None]:
+    """Refuse to work in a folder in which another command works; the lock ends with the process.
+
+    Raises:
+        ConfigError: one does.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{work}: got a folder in which another command works; wait for its end, or end it") from None
+        yield

@@ -1,0 +1,65 @@
+"""Runs of an experiment that goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from experiments import reproduce
+from experiments.reproduce_report import epochs_done, table, unfinished
+from experiments.resumable import ResumableRun, alone
+from ormo_rpc.errors import ConfigError
+from ormo_rpc.storage.summary import FILE
+
+SHORT = ("runtime=sim", "logger=none", "logger.progress=false", "logger.log_iterations=10", "workers=3", "checkpoint.every=20")
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    settings = (*SHORT, "train.max_iterations=60")
+    whole = ResumableRun(tmp_path / "whole", settings)
+    expected = whole.go_on()
+    killed = ResumableRun(tmp_path / "killed", settings)
+    killed.folder.mkdir()
+    shutil.copytree(tmp_path / "whole" / "0", killed.folder / "0")
+    (killed.folder / "0" / FILE).unlink()
+    shutil.rmtree(max((killed.folder / "0" / "checkpoints").glob("iteration_*")))  # the end is lost
+    assert killed.summary is None
+    found = killed.go_on()
+    assert [path.name for path in killed.attempts] == ["0", "1"]
+    assert found["final_params_sha256"] == expected["final_params_sha256"]
+    assert found["test_accuracy"] == expected["test_accuracy"] == (killed.summary or {})["test_accuracy"]
+    evaluated = [[row["iteration"] for row in run.rows() if "test_accuracy" in row] for run in (whole, killed)]
+    assert evaluated[0] == evaluated[1] == [45, 60]
+    assert epochs_done(killed) == epochs_done(whole) > 0
+    with pytest.raises(ConfigError, match="differs in workers=2, workers=3"):
+        ResumableRun(killed.folder, [each.replace("workers=3", "workers=2") for each in settings]).go_on()
+
+
+def test_two_commands_do_not_work_in_one_folder(tmp_path: Path) -> None:
+    with alone(tmp_path), pytest.raises(ConfigError, match="another command works"), alone(tmp_path):
+        raise AssertionError("this is never reached")
+    with alone(tmp_path):
+        pass
+
+
+def test_results_are_of_finished_runs_and_name_the_others(tmp_path: Path) -> None:
+    plan = [reproduce.Planned("paper_cifar10_k16_het", "ormo", seed, 15, tmp_path) for seed in (0, 1)]
+    attempt = plan[0].run.folder / "0"
+    attempt.mkdir(parents=True)
+    ended = {"status": "completed", "test_accuracy": 0.875, "train_loss": 0.5, "training_seconds": 90.0, "delay_mean": 15.0}
+    (attempt / FILE).write_text(json.dumps(ended))
+    assert table(plan)[1:] == [
+        ("paper_cifar10_k16_het", "ormo", "0.01", "1 of 2", "0 of 1", "87.50%", "0.500", "90", "15.0"),
+    ]
+    assert unfinished(plan) == ["paper_cifar10_k16_het, ormo, seed 1: 0.0 of 15 epochs"]
+
+
+def test_the_schedule_of_a_shorter_run_is_scaled() -> None:
+    overrides = reproduce.Planned("paper_cifar10_k16_het", "ssgdm", 0, 15, Path()).run.overrides
+    assert {"train.lr_milestones=[7.5,11.25]", "train.warmup_epochs=0.46875", "algorithm=ormo", "scheduler=sync"} <= {
+        *overrides
+    }
