@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ormo_rpc.options import Section, at_least_one, not_negative, option
+
+
+def _are_targets(values: Sequence[float]) -> bool:
+    return all(map(math.isfinite, values)) and len(set(values)) == len(values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +21,13 @@ class Evaluate(Section):
     every: int | None = option(
         None, "iterations between evaluations; by default each epoch's end", valid=at_least_one, expected="a whole number >= 1"
     )
+    targets: list[float] = option(
+        [],
+        "values of the task's main metric, such as [0.85, 0.88]; the summary has the seconds and gradients to each of them",
+        valid=_are_targets,
+        expected="finite numbers, each once",
+    )
+    smooth: int = option(1, "evaluations whose mean has to reach a target", valid=at_least_one, expected="a whole number >= 1")
     ema: float | None = option(
         None,
         "evaluate a moving average of the parameters with this decay, such as 0.999, instead of the parameters themselves",

@@ -54,7 +54,14 @@ def columns(groups: Sequence[Group]) -> list[Column]:
         for name, metric in metrics.items()
         for split in SPLITS
     ]
-    return [*declared[:at], *evaluated, *declared[at:]]
+    return [*declared[:at], *evaluated, *declared[at:], *_to_targets(groups)]
+
+
+def _to_targets(groups: Sequence[Group]) -> list[Column]:
+    """List the columns of the times at which targets (``evaluate.targets``) were reached, on the test split."""
+    summaries = [run.summary for group in groups for run in group.runs]
+    targets = sorted({(float(target), each["target_metric"]) for each in summaries for target in each.get("seconds_to") or ()})
+    return [Column(f"s to {name} {target:g}", f"seconds_to/{target!r}", ".1f") for target, name in targets]
 
 
 def rows(groups: Sequence[Group]) -> list[tuple[str, ...]]:
@@ -156,7 +163,9 @@ def _figures(group: Group, metrics: Sequence[Column], marked: Collection[tuple[i
     return (
         str(len(group.runs)),
         *(
-            spread(_values(completed, column.key), column.form) + f" {BEST}" * ((id(group), column.key) in marked)
+            spread(_values(completed, column.key), column.form)
+            + f" {BEST}" * ((id(group), column.key) in marked)
+            + _reached(completed, column.key)
             for column in metrics
         ),
         spread(_values(completed, "virtual_seconds"), ".1f"),
@@ -166,8 +175,17 @@ def _figures(group: Group, metrics: Sequence[Column], marked: Collection[tuple[i
     )
 
 
+def _reached(completed: Sequence[Mapping[str, Any]], key: str) -> str:
+    """Say how many runs have reached a target, where others have not; empty for other columns."""
+    reached = len(_values(completed, key))
+    return f" ({reached} of {len(completed)})" if "/" in key and 0 < reached < len(completed) else ""
+
+
 def _values(summaries: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    return [summary[name] for summary in summaries if summary.get(name) is not None]
+    """The values of an entry that runs have; of one of a mapping, ``entry/key``."""
+    entry, _, key = name.partition("/")
+    found = [(summary.get(entry) or {}).get(key) if key else summary.get(entry) for summary in summaries]
+    return [value for value in found if value is not None]
 
 
 def spread(values: Sequence[float], form: str) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 from ormo_rpc.config.schema import Config
 from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.runtimes.job_like import Exporter
-from ormo_rpc.runtimes.ranking import Ranking
 from ormo_rpc.runtimes.recorder import Offsets, Recorder
 from ormo_rpc.server.events import Event, Kind
 from ormo_rpc.storage import checkpoint
@@ -28,7 +27,7 @@ class CheckpointWriter:
         executor: Writes to disk.
         recorder: Calls back when the events that led to a state are written.
         clock: The run's seconds.
-        ranking: Of the evaluations, which a resumed run goes on with.
+        evaluations: Returns what a resumed run has to know of the evaluations so far.
 
     Attributes:
         journal: Begins a segment with each checkpoint.
@@ -44,7 +43,7 @@ class CheckpointWriter:
         executor: Executor,
         recorder: Recorder,
         clock: Callable[[], float],
-        ranking: Ranking,
+        evaluations: Callable[[], Mapping[str, Any]],
     ) -> None:
         self.journal: Journal = NoJournal()
         self.newest: Path | None = None
@@ -55,7 +54,7 @@ class CheckpointWriter:
         self._executor = executor
         self._recorder = recorder
         self._clock = clock
-        self._ranking = ranking
+        self._evaluations = evaluations
         self._pending = False
         """A state was copied, and waits for the events before it to be written."""
         self._writing: Future[Path] | None = None
@@ -77,7 +76,7 @@ class CheckpointWriter:
                 "trace_bytes": offsets.trace_bytes,
                 "metrics_bytes": offsets.metrics_bytes,
                 "statistics": offsets.statistics,
-                "ranking": self._ranking.state_dict(),
+                **self._evaluations(),
             }
             self._writing = self._executor.submit(self._write, {**state, "session": records}, segment)
             self._pending = False

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from typing import Any
 
 import torch
 
@@ -14,6 +16,7 @@ from ormo_rpc.runtimes.best_model import BestModel
 from ormo_rpc.runtimes.job_like import JobLike
 from ormo_rpc.runtimes.ranking import Ranking
 from ormo_rpc.runtimes.recorder import Recorder
+from ormo_rpc.runtimes.targets import Targets
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.worker.evaluation import Evaluation
 
@@ -34,6 +37,7 @@ class Evaluations:
 
     Attributes:
         ranking: Compares the results.
+        targets: When they reached which target.
         best: Keeps the model of the best one; None where it is not kept.
         failed: Evaluations that failed; training does not depend on them.
         skipped: Evaluations that were skipped, as too many were waiting.
@@ -48,10 +52,12 @@ class Evaluations:
         self._copies: SimpleQueue[tuple[int, float, torch.Tensor, dict[str, torch.Tensor]]] = SimpleQueue()
         self._running: list[tuple[int, float, Future[tuple[Evaluation, Exception | None]]]] = []
         self.ranking = Ranking(config, job.metric)
+        self.targets = Targets(config, job.metric)
         self.best = BestModel(job, run_dir, self.ranking) if config.keeps_best else None
         self._every = config.evaluate.every or job.batches_per_epoch
         self._max_waiting = None if config.evaluate.every is None else MAX_WAITING
-        self._at_once = inline and (config.evaluate.every is not None or config.keeps_best)
+        noted = config.keeps_best or bool(config.evaluate.targets)
+        self._at_once = inline and (config.evaluate.every is not None or noted)
         self.failed = 0
         self.skipped = 0
         self.stopped: str | None = None
@@ -118,6 +124,21 @@ class Evaluations:
         while self._running:
             self._record_first()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a run that goes on from a checkpoint has to know of the evaluations so far, as plain values."""
+        return {"ranking": self.ranking.state_dict(), "targets": self.targets.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any], iteration: int, *, seconds: float) -> None:
+        """Restore what `state_dict` returned, now or in an earlier version.
+
+        Args:
+            state: As in the checkpoint.
+            iteration: That of the checkpoint.
+            seconds: The seconds of the former run, where this one has a clock of its own; else 0.
+        """
+        self.ranking.load_state_dict(state.get("ranking"), iteration)
+        self.targets.load_state_dict(state.get("targets"), iteration, seconds=seconds)
+
     def _evaluate(
         self, iteration: int, params: torch.Tensor, buffers: dict[str, torch.Tensor]
     ) -> tuple[Evaluation, Exception | None]:
@@ -137,6 +158,7 @@ class Evaluations:
         if failure is None:
             evaluation, fault = future.result()
             self._recorder.record_evaluation(iteration, seconds, evaluation)
+            self.targets.add(iteration, seconds, evaluation)
             if fault is not None:
                 raise fault
             if self.best is not None:

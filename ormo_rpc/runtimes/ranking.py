@@ -11,6 +11,9 @@ from ormo_rpc.errors import ConfigError
 from ormo_rpc.tasks.metrics import TaskMetric
 from ormo_rpc.worker.evaluation import Evaluation
 
+NOT_EVALUATED = "but nothing is evaluated with synthetic gradients or worker.dummy=true; leave it out"
+"""The reason why there is nothing to choose by."""
+
 
 def check_choice(config: Config, *, evaluated: bool) -> None:
     """Refuse to choose by a metric that evaluations do not have, and to stop by the test split where nobody has said so.
@@ -22,12 +25,14 @@ def check_choice(config: Config, *, evaluated: bool) -> None:
     Raises:
         ConfigError: the metric cannot be used.
     """
+    if not evaluated and config.evaluate.targets:
+        raise ConfigError(f"evaluate.targets: got {config.evaluate.targets}, {NOT_EVALUATED}")
     if not config.keeps_best:
         return
     patience, name = config.evaluate.patience, config.searched_metric
     asked = "checkpoint.best: got true" if patience is None else f"evaluate.patience: got {patience}"
     if not evaluated:
-        raise ConfigError(f"{asked}, but nothing is evaluated with synthetic gradients or worker.dummy=true; leave it out")
+        raise ConfigError(f"{asked}, {NOT_EVALUATED}")
     split, _, metric = name.partition("_")
     metrics = [each.name for each in config.task.all_metrics()]
     if split not in ("test", "val") or (metric not in metrics and not config.task.OPEN_METRICS):

@@ -87,7 +87,7 @@ class Session:
             checkpoint_executor,
             self.recorder,
             clock,
-            self.evaluations.ranking,
+            self.evaluations.state_dict,
         )
         self.counters = RunCounters(run_dir)
         self.seconds_before = 0.0
@@ -158,12 +158,14 @@ class Session:
         except ValueError as error:
             raise ConfigError(f"checkpoint.resume: {source}: {error}") from None
         records = state["session"]
-        self.evaluations.ranking.load_state_dict(records.get("ranking"), state["iteration"])
         if self.server.ema is not None and state.get("ema") is None:
             _log.warning("evaluate.ema: %s has no moving average; it begins here", source)
         if self.job.config.runtime.name == "sim" and state["status"] == Status.running.value:
             self.resumed_state = state.get("cluster")
-        if in_place or self.resumed_state is not None:
+        same_clock = in_place or self.resumed_state is not None
+        former_seconds = 0.0 if same_clock else records["seconds"]
+        self.evaluations.load_state_dict(records, state["iteration"], seconds=former_seconds)
+        if same_clock:
             # Statistics of an earlier version have no time of their own.
             self.recorder.continue_from({"seconds": records["seconds"], **records["statistics"]})
             self.seconds_before = records["seconds"]
@@ -272,6 +274,7 @@ class Session:
             **ended,
             "reason": "; ".join(filter(None, (ended["reason"], evaluations.failure))) or None,
             "failed_evaluations": evaluations.failed,
+            **evaluations.targets.summary_entries(),
             "parameters": state["params"].numel(),
             "iterations": state["iteration"],
             "epochs": self.job.epoch(state["iteration"]),

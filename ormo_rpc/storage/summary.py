@@ -74,6 +74,15 @@ class Summary(Metrics):
     metrics: dict[str, dict[str, Any]] | None = entry(
         "by name, what the metrics of its evaluations mean, whether higher is better, and how a value is written"
     )
+    target_metric: str | None = entry("name of the metric that evaluate.targets are values of")
+    seconds_to: dict[str, float | None] | None = entry(
+        "by target (evaluate.targets), seconds of the run's clock, virtual ones of a simulation, from the first ticket to the "
+        "parameters at which the mean of the last evaluate.smooth evaluations on the test split first was as good; null: "
+        "never. Of a resumed run from the first ticket of the first run"
+    )
+    gradients_to: dict[str, int | None] | None = entry("by target, the gradients applied by then")
+    val_seconds_to: dict[str, float | None] | None = entry("seconds_to on the validation split, where there is one")
+    val_gradients_to: dict[str, int | None] | None = entry("gradients_to on the validation split, where there is one")
     failed_evaluations: int | None = entry("evaluations that failed, see the server's log")
     evictions: list[dict[str, Any]] | None = entry(
         "evicted workers: worker, process, host, reason, cause where the server's launcher knows it, and the tickets they held"
