@@ -50,6 +50,10 @@ class DelayedNesterov(GradientMomentum):
 
     @override
     def step(self, grad: torch.Tensor, lr: float, context: PushContext) -> None:
+        self.add(grad, lr)
+
+    def add(self, grad: torch.Tensor, lr: float) -> None:
+        """Apply one gradient, or a displacement in its place."""
         self.collected.add_(grad)
         self.count += 1
         if self.count == self.period:

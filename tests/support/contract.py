@@ -15,7 +15,7 @@ from ormo_rpc.algorithms.orlomo import Combine
 from ormo_rpc.server.build import build_server
 from ormo_rpc.server.events import Event
 from ormo_rpc.server.parameter_server import ParameterServer
-from tests.support import reference, reference_adamw, reference_batching, reference_peers
+from tests.support import reference, reference_adamw, reference_batching, reference_levels, reference_peers
 from tests.support.schedule import Run, Schedule, noise, schedules
 
 SCHEDULERS = ("async", "sync", "partial", "ssp")
@@ -186,6 +186,18 @@ ROWS = (
         vectors=lambda workers: 1 + workers,
         lr=0.1,
         variants=({}, {"elasticity": 0.3}, {"elasticity": 1.0}),
+    ),
+    Row(
+        name="halos",
+        reference=reference_levels.HALoS,
+        vectors=lambda _: 11,
+        lr=0.2,
+        remaining=1e-6,  # a region goes a quarter of the way at each of its 66 exchanges
+        variants=(
+            {},
+            {"exchange": 2, "region_period": 3, "merge_weight": 0.6},
+            {"exchange": 1, "region_period": 1, "global_period": 1, "merge_weight": 1.0},
+        ),
     ),
     Row(
         name="orlomo",

@@ -165,7 +165,7 @@ class EASGD(Reference):
         return {"w": w, **{f"own/{worker}": value for worker, value in own.items()}}
 
     def scale(self, history: Sequence[Step]) -> float:
-        return _scale_of_moves(self.start, history)
+        return scale_of_moves(self.start, history)
 
 
 class OrLoMo(Reference):
@@ -211,10 +211,10 @@ class OrLoMo(Reference):
         rates = [self.lr(t) or 1.0 for t, step in enumerate(history) if step.push is not None]
         # A corrected push is multiplied by the ratio of two rates.
         ratio = max(rates, default=1.0) / min(rates, default=1.0) if self.corrected else 1.0
-        return _scale_of_moves(self.start, history) * ratio / (1 - self.beta)
+        return scale_of_moves(self.start, history) * ratio / (1 - self.beta)
 
 
-def _scale_of_moves(start: Tensor, history: Sequence[Step]) -> float:
+def scale_of_moves(start: Tensor, history: Sequence[Step]) -> float:
     """Return `Reference.scale` for pushes that are in units of the parameters."""
     pushes: list[Any] = [step.push for step in history if step.push is not None]
     return 1 + float(start.abs().max()) + sum(float(push.grad.abs().max()) for push in pushes)

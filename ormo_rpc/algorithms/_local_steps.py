@@ -1,0 +1,30 @@
+"""Local steps of SGD on a worker, for algorithms whose push is how far they lead."""
+
+from __future__ import annotations
+
+import torch
+
+from ormo_rpc.algorithms.base import LocalWork
+
+
+def sgd_steps(work: LocalWork, push: torch.Tensor, *, momentum: float = 0.0, rate: float | None = None) -> None:
+    """Take the steps ``v <- momentum v + g; x <- x - eta v`` of a ticket from the first vector that was sent and ``v = 0``.
+
+    What is pushed is the sum of their moves, start minus end, without the rounding of a difference. A ticket of fewer than H
+    batches has fewer steps.
+
+    Args:
+        work: The ticket.
+        push: Set to the sum, shape (D,).
+        momentum: That of the local steps, from 0 at each ticket.
+        rate: The learning rate of the sum where it differs from that of the steps.
+    """
+    grad, here = torch.empty_like(push), work.sent[: work.dimension].clone()
+    velocity = torch.zeros_like(push) if momentum else grad
+    push.zero_()
+    for step in range(work.steps):
+        work.gradient(here, step, grad)
+        if momentum:
+            velocity.mul_(momentum).add_(grad)
+        push.add_(velocity, alpha=work.lr if rate is None else rate)
+        here.sub_(velocity, alpha=work.lr)
