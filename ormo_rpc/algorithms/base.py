@@ -8,8 +8,9 @@ On the worker `Algorithm.local` makes the push from what was sent. An algorithm 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -109,6 +110,8 @@ class Algorithm(Part, ABC):
         momentum: ``beta``, in [0, 1); an algorithm without momentum does not read it.
         kernel: Makes new parameters and copies; chosen by the server's builder.
         groups: Weight decay and learning-rate factor of each range of the parameters, for an algorithm that `DECAYS_ITSELF`.
+        shapes: The shapes of the tensors that lie contiguous in a vector of D, for an algorithm that works on each of them
+            (see `tensors`); set by the server's builder after `init`, one of shape (D,) where it knows none.
         version: The number of changes of the parameters so far, for an algorithm that reads `PushContext.version`.
     """
 
@@ -145,6 +148,7 @@ class Algorithm(Part, ABC):
         self.momentum = momentum
         self.kernel = Kernel()
         self.groups = uniform(params.numel())
+        self.shapes: Sequence[Sequence[int]] = (params.shape,)
         self.version = 0
 
     @property
@@ -234,6 +238,11 @@ class Algorithm(Part, ABC):
         They keep the attribute's order, on which the rounding of a sum over it depends.
         """
         return {f"{attribute}/{worker}": value for worker, value in kept.items()}
+
+    def tensors(self, vector: torch.Tensor) -> list[torch.Tensor]:
+        """Return the model's tensors in a vector of D, such as the parameters or a gradient, as views in their order."""
+        parts = vector.split([math.prod(shape) for shape in self.shapes])
+        return [part.view(tuple(shape)) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def empty(self) -> torch.Tensor:
         """Return an uninitialised vector of D for new parameters, which nothing else shares."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from typing_extensions import override
 
+from ormo_rpc.algorithms._local_steps import sgd_steps
 from ormo_rpc.algorithms.base import Algorithm, LocalWork, PullContext, PushContext
 from ormo_rpc.options import at_least_one, option, register
 
@@ -68,12 +69,7 @@ class EASGD(Algorithm):
 
     @override
     def local(self, work: LocalWork, push: torch.Tensor) -> None:
-        grad, here = torch.empty_like(push), work.sent.clone()
-        push.zero_()
-        for step in range(work.steps):
-            work.gradient(here, step, grad)
-            push.add_(grad, alpha=work.lr)
-            here.sub_(grad, alpha=work.lr)
+        sgd_steps(work, push)
 
     @override
     def state_dict(self) -> Mapping[str, torch.Tensor | int | float]:

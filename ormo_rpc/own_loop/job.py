@@ -153,7 +153,8 @@ class OwnJob:
         buffers = RunningBuffers(model.flat.buffers.tensors, model.flat.buffers.rules)
         # Of float16 alone nothing is scaled: the script does not say that its losses are.
         loss_scale = configured_scale(self.config, model.flat) if self.config.worker.autocast is Autocast.fp16 else None
-        self.built = configured_server(self, model.flat.flat_params(), buffers, record, clock, self.groups(), loss_scale)
+        flat, groups = model.flat, self.groups()
+        self.built = configured_server(self, flat.flat_params(), buffers, record, clock, groups, flat.params, loss_scale)
         return self.built
 
     def groups(self) -> Groups:

@@ -88,6 +88,7 @@ def configured_server(
     record: Callable[[Event], None],
     clock: Callable[[], float],
     groups: Groups,
+    layout: Layout,
     loss_scale: LossScale | None = None,
 ) -> ParameterServer:
     """Build the server of a job's configuration."""
@@ -114,4 +115,5 @@ def configured_server(
         loss_scale=loss_scale,
         process_of=config.process_of,
         groups=groups if config.algorithm.DECAYS_ITSELF else None,
+        shapes=list(layout.shapes.values()),
     )

@@ -177,8 +177,8 @@ class Job:
         """Build the parameter server at iteration 0; it calls ``record`` with each event, timed by ``clock``."""
         with self._unchanged_model() as model:
             params, buffers = model.flat_params(), RunningBuffers(model.buffers.tensors, model.buffers.rules)
-            loss_scale = configured_scale(self.config, model)
-        return configured_server(self, params, buffers, record, clock, self.groups(), loss_scale)
+            layout, loss_scale = model.params, configured_scale(self.config, model)
+        return configured_server(self, params, buffers, record, clock, self.groups(), layout, loss_scale)
 
     def groups(self) -> Groups:
         """Return the parameter groups.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -25,7 +25,7 @@ from ormo_rpc.server.events import Event, EventLog
 from ormo_rpc.server.loss_scale import LossScale
 from ormo_rpc.server.members import Members
 from ormo_rpc.server.parameter_server import ParameterServer
-from ormo_rpc.server.resumable import DIMENSION, WORKERS, refuse_forgetful
+from ormo_rpc.server.resumable import DIMENSION, SHAPES, WORKERS, refuse_forgetful
 from ormo_rpc.server.snapshots import Snapshots
 from ormo_rpc.server.validation import NormLimit, all_finite
 
@@ -58,6 +58,7 @@ def build_server(
     loss_scale: LossScale | None = None,
     process_of: Callable[[int], int] = lambda worker: worker,
     groups: Groups | None = None,
+    shapes: Sequence[Sequence[int]] | None = None,
     **options: Any,
 ) -> ParameterServer:
     """Build a parameter server in this process, without any network: the object that every runtime drives.
@@ -85,6 +86,8 @@ def build_server(
         process_of: From a worker to its process; by default each is its own. See `ParameterServer`.
         groups: Weight decay and learning-rate factor of each range of ``params``, for an algorithm that `DECAYS_ITSELF`; by
             default one group without decay.
+        shapes: The shapes of the tensors that lie contiguous in ``params``, for an algorithm that works on each of them; by
+            default it is one tensor.
         options: Options of the algorithm and of the scheduler, where these are given by name.
 
     Raises:
@@ -128,7 +131,14 @@ def build_server(
             f"groups: got {len(groups)}, expected None with {own_algorithm.name}: weight decay and factors of the learning "
             "rate are part of a worker's gradient"
         )
+    if shapes is not None and sum(math.prod(shape) for shape in shapes) != params.numel():
+        raise ValueError(
+            f"shapes: got {sum(math.prod(shape) for shape in shapes)} elements in {len(shapes)} tensors, expected "
+            f"{params.numel()}, those of params"
+        )
     own_algorithm.init(params.detach().clone(), momentum)
+    if shapes is not None:
+        own_algorithm.shapes = tuple(tuple(shape) for shape in shapes)
     if groups is not None:
         check_groups(groups, params.numel())
         own_algorithm.groups = groups
@@ -171,6 +181,7 @@ def check_resumable(algorithm: Algorithm, scheduler: Scheduler) -> None:
             algorithm=algorithm,
             scheduler=scheduler,
             params=torch.zeros(DIMENSION),
+            shapes=SHAPES,
             num_workers=WORKERS,
             lr=lambda iteration: 0.1 / (1 + iteration % 3),
         )

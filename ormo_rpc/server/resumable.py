@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 DIMENSION = 8
 """Elements of the trial's parameters."""
+SHAPES = ((2, 3), (2,))
+"""Their tensors."""
 WORKERS = 4
 POINTS = (0, 3, 10, 25)
 """Numbers of pushes after which the trial saves."""

@@ -15,14 +15,23 @@ from ormo_rpc.algorithms.orlomo import Combine
 from ormo_rpc.server.build import build_server
 from ormo_rpc.server.events import Event
 from ormo_rpc.server.parameter_server import ParameterServer
-from tests.support import reference, reference_adamw, reference_batching, reference_levels, reference_peers
+from tests.support import (
+    reference,
+    reference_adamw,
+    reference_batching,
+    reference_levels,
+    reference_local_steps,
+    reference_peers,
+)
 from tests.support.schedule import Run, Schedule, noise, schedules
 
 SCHEDULERS = ("async", "sync", "partial", "ssp")
 """Every registered scheduler; `test_every_algorithm_and_scheduler_has_its_row` compares."""
 SCHEDULER_OPTIONS: Mapping[str, Mapping[str, Any]] = {"partial": {"k": 2}, "ssp": {"s": 1}}
 """Options with which a scheduler holds workers back although these tests have few."""
-DIMENSION = 4
+DIMENSION = 6
+SHAPES = ((2, 2), (), (1,))
+"""The tensors of the parameters."""
 LEARNING_RATES: Mapping[str, Callable[[int], float]] = {
     "constant": lambda _: 0.1,
     "decay": lambda t: 0.1 / (1 + t),
@@ -214,6 +223,21 @@ ROWS = (
         torch_sgd=CORRECTED,
     ),
     Row(
+        name="mla",
+        reference=reference_local_steps.MLA,
+        vectors=lambda _: 2,
+        lr=0.02,
+        variants=({}, {"outer_lr": 1.0, "look_ahead": False}, CORRECTED),
+    ),
+    Row(
+        name="heloco",
+        reference=reference_local_steps.HeLoCo,
+        vectors=lambda _: 2,
+        lr=0.02,
+        variants=({}, {"cosine_ok": 0.9, "shrink": 2.0, "momentum_weight": 0.5}, CORRECTED),
+        reductions=(Reduction(to="mla", options={"cosine_ok": -1.0}),),
+    ),
+    Row(
         name="pnm",
         reference=reference_batching.PNM,
         vectors=lambda _: 3,
@@ -373,6 +397,7 @@ class Case:
             num_workers=self.num_workers,
             lr=LEARNING_RATES[self.lr],
             momentum=self.momentum,
+            shapes=SHAPES,
             **self.options(row),
         )
 
@@ -388,6 +413,7 @@ class Case:
             lr=LEARNING_RATES[self.lr],
             momentum=self.momentum,
             total_tickets=self.tickets,
+            shapes=SHAPES,
             record=(lambda _: None) if record is None else record.append,
             **SCHEDULER_OPTIONS.get(scheduler, {}),
             **options,

@@ -85,11 +85,22 @@ class Reference(ABC):
         num_workers: The workers at the start.
         lr: The learning rate as a function of t.
         momentum: beta.
+        shapes: The shapes of the tensors in a vector of D.
         options: The options of the algorithm, by name.
     """
 
-    def __init__(self, start: Tensor, *, num_workers: int, lr: Callable[[int], float], momentum: float, **options: Any) -> None:
+    def __init__(
+        self,
+        start: Tensor,
+        *,
+        num_workers: int,
+        lr: Callable[[int], float],
+        momentum: float,
+        shapes: Sequence[tuple[int, ...]] = (),
+        **options: Any,
+    ) -> None:
         self.start = start.clone()
+        self.shapes = shapes
         self.num_workers = num_workers
         self.lr = lr
         self.beta = momentum

@@ -168,7 +168,17 @@ class EASGD(Reference):
         return scale_of_moves(self.start, history)
 
 
-class OrLoMo(Reference):
+class LocalMoves(Reference):
+    """An algorithm whose pushes are in units of the parameters, and whose momentum may be corrected."""
+
+    def scale(self, history: Sequence[Step]) -> float:
+        rates = [self.lr(t) or 1.0 for t, step in enumerate(history) if step.push is not None]
+        # A corrected push is multiplied by the ratio of two rates.
+        ratio = max(rates, default=1.0) / min(rates, default=1.0) if self.corrected else 1.0
+        return scale_of_moves(self.start, history) * ratio / (1 - self.beta)
+
+
+class OrLoMo(LocalMoves):
     """``u = sum of beta^(H(I-b)) m``, ``w = w_0 - sum of (p + (beta + ... + beta^(H(I-b))) m)``.
 
     Corrected, a push is brought from the rate of its stamp to that of its arrival, and each later round of ``m`` to the rate of
@@ -206,12 +216,6 @@ class OrLoMo(Reference):
                 drifted = now
             w = w - g.eta * p
         return {"w": w, "u": kept_at(gradients) * u, "index": index}
-
-    def scale(self, history: Sequence[Step]) -> float:
-        rates = [self.lr(t) or 1.0 for t, step in enumerate(history) if step.push is not None]
-        # A corrected push is multiplied by the ratio of two rates.
-        ratio = max(rates, default=1.0) / min(rates, default=1.0) if self.corrected else 1.0
-        return scale_of_moves(self.start, history) * ratio / (1 - self.beta)
 
 
 def scale_of_moves(start: Tensor, history: Sequence[Step]) -> float:

@@ -77,8 +77,9 @@ class SyntheticJob:
 
     def server(self, record: Callable[[Event], None], clock: Callable[[], float]) -> ParameterServer:
         """Build the parameter server at iteration 0; it calls ``record`` with each event, timed by ``clock``."""
-        groups = configured_groups(self.config.train, self._layout())
-        return configured_server(self, self.source().start(), None, record, clock, groups)
+        layout = self._layout()
+        groups = configured_groups(self.config.train, layout)
+        return configured_server(self, self.source().start(), None, record, clock, groups, layout)
 
     def epoch(self, iteration: int) -> float:
         """Return the number of epochs, of `BATCHES_PER_EPOCH` iterations each."""

@@ -55,6 +55,8 @@ IN_RANGE: dict[str, tuple[list[Any], list[Any]]] = {
     "a finite number >= 2^-10": ([2**-10, 65536.0], [2**-11, 0.0, math.inf, math.nan]),
     "a finite number >= 1": ([1.0, 1e9], [0.999, -1.0, math.inf, math.nan]),
     "a finite number > 1, or null": ([1.000001, 1e9, None], [1.0, 0.5, -2.0, math.inf, math.nan]),
+    "a number in [0, 1]": ([0.0, 0.5, 1.0], [-1e-300, 1.001, math.nan]),
+    "a number in [-1, 1]": ([-1.0, 0.0, 1.0], [-1.001, 1.001, math.nan]),
     "a number in [0, 1)": ([0.0, 0.999], [-1e-300, 1.0, math.nan]),
     "a fraction in [0, 1) or a whole number of samples": (
         [0.0, 1e-300, 0.999, 1.0, 360],
