@@ -60,7 +60,7 @@ class OrMo(StepMomentum):
         )
         self.params = self.kernel.apply(step, grad, self.params, self.u)
 
-    def _reach(self, exponent: int) -> float:
+    def _reach(self, exponent: float) -> float:
         """Return ``1 + beta + ... + beta^exponent``: the weight in the parameters of a gradient that is so many buckets old."""
         return (1 - self.momentum ** (exponent + 1)) / (1 - self.momentum)
 

@@ -22,5 +22,5 @@ class OrMoVanilla(OrMo):
     """
 
     @override
-    def _reach(self, exponent: int) -> float:
+    def _reach(self, exponent: float) -> float:
         return 1.0

@@ -141,6 +141,27 @@ ROWS = (
         torch_sgd=CORRECTED,
     ),
     Row(
+        name="ormo_la",
+        reference=reference.OrMoLA,
+        vectors=lambda _: 2,
+        lr=0.01,
+        variants=({}, CORRECTED),
+        reductions=(Reduction(to="asgd", momentum=0.0), Reduction(to="asgd", momentum=0.0, options=CORRECTED)),
+        torch_sgd=CORRECTED,
+    ),
+    Row(
+        name="ormo_la_da",
+        reference=reference.OrMoLADA,
+        vectors=lambda _: 2,
+        lr=0.01,
+        variants=({}, {"rule": DelayRule.drop, "threshold": 1}, {"threshold": 1, **CORRECTED}),
+        reductions=(
+            Reduction(to="ormo_la", options={"threshold": 1000}),
+            Reduction(to="asgd_da", momentum=0.0),
+        ),
+        torch_sgd=CORRECTED,
+    ),
+    Row(
         name="ormo_vanilla",
         reference=reference.OrMoVanilla,
         vectors=lambda _: 2,

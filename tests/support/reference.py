@@ -164,7 +164,7 @@ class Reference(ABC):
             result = result + weight * gradient.value_D
         return result
 
-    def geometric(self, terms: int) -> float:
+    def geometric(self, terms: float) -> float:
         """``1 + beta + ... + beta^(terms - 1) = (1 - beta^terms) / (1 - beta)``."""
         return (1 - self.beta**terms) / (1 - self.beta)
 
@@ -300,3 +300,36 @@ class OrMoDA(OrMo):
         if chosen is not None:
             return chosen
         return {"ormo": 2 * K, "koloskova": K, "drop": K}[self.rule]
+
+
+class OrMoLA(OrMo):
+    """`OrMo`; what a worker is sent, ``w`` after ``n + 1`` more shifts, weighs each gradient like an index that much larger."""
+
+    def state(self, history: Sequence[Step]) -> Values:
+        late = self.lateness(history)
+        sums = {f"late/{worker}": sum(buckets) for worker, buckets in late.items()}
+        return {**super().state(history), **sums, **{f"applied/{worker}": len(buckets) for worker, buckets in late.items()}}
+
+    def sent(self, history: Sequence[Step], worker: int) -> Tensor:
+        """Return what a worker is sent that is answered after these calls, shape (D,), without ``momentum_correction``."""
+        gradients, late = self.gradients(history), self.lateness(history).get(worker, [0])
+        if not gradients:
+            return self.start
+        ahead = gradients[-1].I + (sum(late) / len(late) + 1 if self.beta > 0 else 0)
+        return self.start - self.total(gradients, [self.rate(g) * self.geometric(ahead - g.b + 1) for g in gradients])
+
+    def lateness(self, history: Sequence[Step]) -> dict[int, list[int]]:
+        """Return, by worker, the buckets by which each of its gradients since it last left was late."""
+        found: dict[int, list[int]] = {}
+        gradients = self.gradients(history)
+        for n, step in enumerate(history):
+            if step.kind == "leave":
+                found.pop(step.worker, None)
+            elif step.push is not None and len(self.gradients(history[: n + 1])) > len(self.gradients(history[:n])):
+                gradient = gradients[len(self.gradients(history[:n]))]
+                found.setdefault(step.worker, []).append(gradient.I - gradient.b)
+        return found
+
+
+class OrMoLADA(OrMoLA, OrMoDA):
+    """OrMo with look-ahead and a learning rate that follows the delay."""

@@ -24,7 +24,7 @@ from tests.support.schedule import Quadratic, Run, normal, pushed
 with_momentum = pytest.mark.parametrize(
     "row", [row for row in ROWS if issubclass(find("algorithm", row.name), Momentum)], ids=lambda row: row.name
 )
-LOOK_AHEAD = ("dana", "smega2")
+LOOK_AHEAD = ("dana", "smega2", "ormo_la", "ormo_la_da")
 """Algorithms whose workers do not work at ``w``."""
 NOT_PROPORTIONAL = {
     "gap_aware": "compares how far w moved with the largest rate so far",
