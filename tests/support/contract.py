@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ormo_rpc.algorithms._delay_adaptive import DelayRule
 from ormo_rpc.algorithms.orlomo import Combine
+from ormo_rpc.algorithms.ringmaster_lmo import Lmo
 from ormo_rpc.server.build import build_server
 from ormo_rpc.server.events import Event
 from ormo_rpc.server.parameter_server import ParameterServer
@@ -19,6 +20,7 @@ from tests.support import (
     reference,
     reference_adamw,
     reference_batching,
+    reference_directions,
     reference_levels,
     reference_local_steps,
     reference_peers,
@@ -191,6 +193,17 @@ ROWS = (
         variants=({}, {"delay_threshold": 1}, {"delay_threshold": 3}),
         schedulers=("async",),
         reductions=(Reduction(to="asgd", options={"delay_threshold": 1000}, schedulers=("async",)),),
+    ),
+    Row(
+        name="ringmaster_lmo",
+        reference=reference_directions.RingmasterLMO,
+        vectors=lambda _: 2,
+        lr=0.1,
+        variants=({}, {"delay_threshold": 3, "newton_schulz_steps": 1}, {"lmo": Lmo.identity}),
+        schedulers=("async",),
+        reductions=(
+            Reduction(to="asgd", options={"lmo": Lmo.identity, "delay_threshold": 1000}, momentum=0.0, schedulers=("async",)),
+        ),
     ),
     Row(
         name="fedbuff",

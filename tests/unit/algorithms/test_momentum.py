@@ -99,6 +99,7 @@ def test_each_step_is_the_present_rate_times_that_of_a_run_at_rate_1(
     options: dict[str, Any] = {**case.options(row), "momentum_correction": True}
     if row.name in NOT_PROPORTIONAL or "smoothness" in options:
         return
+    scheduler = scheduler if scheduler in row.schedulers else row.schedulers[0]
     runs = list[Run[ParameterServer]]()
     for lr in (lambda t: rates[t % len(rates)], lambda _: 1.0):
         server = build_server(
