@@ -1,0 +1,126 @@
+"""The command: run what is missing, collect what there is, report it."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import experiments.race
+from experiments.common import RESULTS
+from experiments.race import report
+from experiments.race.contenders import CONTENDERS
+from experiments.race.runs import Missing, Store
+from experiments.race.setup import CELLS, SETTINGS, Setup
+from experiments.race.units import Unit, collected, outcome, planned_runs, units
+from ormo_rpc.storage.environment import environment
+
+MINUTES_OF_A_RUN = 0.17
+"""Processor time of a run of 6,000 gradients and its evaluations, before any has been made."""
+
+
+def parser() -> ArgumentParser:
+    """The command line."""
+    made = ArgumentParser(
+        prog="python -m experiments.race", description=experiments.race.__doc__, formatter_class=RawDescriptionHelpFormatter
+    )
+    made.add_argument("--root", default="data", help="folder that holds FashionMNIST/raw")
+    made.add_argument("--store", type=Path, default=Path("outputs/race"), metavar="FOLDER", help="folder of the finished runs")
+    made.add_argument("--into", type=Path, default=RESULTS, metavar="FOLDER", help="folder of the results")
+    made.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS], metavar="SETTING")
+    made.add_argument("--workers", type=int, nargs="+", choices=(4, 16, 64), default=[4, 16, 64], metavar="K")
+    made.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=[*CONTENDERS], metavar="NAME")
+    made.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many minutes, and collect")
+    made.add_argument("--processes", type=int, default=1, help="units that are run at the same time")
+    made.add_argument("--plan", action="store_true", help="print what is still to be run, and how long it takes")
+    made.add_argument("--collect", action="store_true", help="run nothing: results of what is finished")
+    made.add_argument("--report", action="store_true", help="run and collect nothing: tables and picture of the results")
+    return made
+
+
+def main() -> None:
+    """Run, collect and report."""
+    a = parser().parse_args()
+    if a.report:
+        report.write(json.loads((a.into / "race.json").read_text()), a.into)
+        return
+    setup = Setup()
+    cells = [(setting, workers) for setting, workers in CELLS if setting in a.settings and workers in a.workers]
+    if a.plan:
+        print(plan(cells, a.contenders, setup, a.store))
+        return
+    if not a.collect:
+        print(plan(cells, a.contenders, setup, a.store))
+        race([*units(cells, a.contenders)], setup, a)
+    content = collect(setup, a.store)
+    a.into.mkdir(exist_ok=True)
+    (a.into / "race.json").write_text(json.dumps(content, separators=(",", ":")).replace('{"setting"', '\n{"setting"') + "\n")
+    report.write(content, a.into)
+
+
+def race(chosen: list[Unit], setup: Setup, a: Any) -> None:
+    """Run the units, several at a time."""
+    until = time.monotonic() + 60 * a.minutes
+    total = sum(planned_runs(unit, setup) for unit in chosen)
+    with tqdm(total=total, unit=" runs") as bar, ProcessPoolExecutor(a.processes) as pool:
+        running = {pool.submit(run_unit, unit, setup, a.store, a.root, until): unit for unit in chosen}
+        for done in as_completed(running):
+            unit = running[done]
+            bar.update(planned_runs(unit, setup))
+            bar.set_postfix_str(f"{unit.setting} K={unit.workers} {unit.contender}: {done.result()}")
+
+
+def run_unit(unit: Unit, setup: Setup, folder: Path, root: str, until: float) -> str:
+    """Run a unit in a process of its own, and say how it went."""
+    store = Store(folder, root, until)
+    try:
+        found = outcome(unit, setup, store)
+    except Missing:
+        return "time is over"
+    return f"{store.made} new runs, rate {found['rate']:g}"
+
+
+def collect(setup: Setup, folder: Path) -> dict[str, Any]:
+    """The content of the results, of all units that are finished."""
+    rows, missing = collected(units(CELLS, CONTENDERS), setup, Store(folder, None))
+    absent = [name for name, contender in CONTENDERS.items() if not contender.available(4)]
+    return {
+        "environment": environment(),
+        "epochs": setup.epochs,
+        "batch_size": setup.batch_size,
+        "targets": setup.targets,
+        "tuning_target": setup.target,
+        "smooth": setup.smooth,
+        "tuning_seeds": setup.tuning_seeds,
+        "rates": {workers: sorted(rates) for workers, rates in setup.rates.items()},
+        "job": setup.job,
+        "not_run": [[unit.setting, unit.workers, unit.contender] for unit in missing],
+        "absent": absent,
+        "rows": rows,
+    }
+
+
+def plan(cells: list[tuple[str, int]], contenders: list[str], setup: Setup, folder: Path) -> str:
+    """The units that are not finished, and an estimate of the processor time that they take."""
+    _, missing = collected(units(cells, contenders), setup, Store(folder, None))
+    records = [json.loads(file.read_text())["record"]["cpu_seconds"] for file in folder.glob("*.json")]
+    minutes = sum(records) / len(records) / 60 if records else MINUTES_OF_A_RUN
+    lines: list[str] = []
+    for setting, workers in cells:
+        left = [unit for unit in missing if (unit.setting, unit.workers) == (setting, workers)]
+        if left:
+            names = ", ".join(unit.contender for unit in left)
+            needed = sum(planned_runs(unit, setup) for unit in left) * minutes
+            lines.append(f"{setting}, K = {workers}: at most about {needed:.0f} minutes of a core for {names}")
+    lines.append(f"{len(missing)} units; a run takes {60 * minutes:.1f} s; runs that units have in common are made once")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

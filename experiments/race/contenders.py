@@ -1,0 +1,214 @@
+"""The contenders: what each is run as, and how its rounds take their time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from experiments.race.clocks import Clock, Draw, first, in_local_steps, mean_slowdowns, proportional
+from experiments.race.runs import QUIET, Record, Store, configuration
+from experiments.race.setup import Setup
+from ormo_rpc.config.schema import Config
+from ormo_rpc.errors import ConfigError
+from ormo_rpc.runtimes.configured import time_generator
+
+COMPUTE_SECONDS = 0.1
+"""Virtual seconds of a gradient that nothing slows down: the default of the simulator."""
+LOCAL_STEPS = (4, 16)
+"""Local steps of local SGD."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A contender with its options, for one number of workers.
+
+    Attributes:
+        name: Its options in words; empty where there is one variant.
+        overrides: The rule.
+        members: The virtual workers of its run.
+        divisor: The learning rate of the run is the rate divided by this.
+        steps: Gradients in a ticket.
+        clock: Makes the times of its rounds in a setting; None: it is run in the setting itself.
+    """
+
+    name: str = ""
+    overrides: tuple[str, ...]
+    members: int
+    divisor: int = 1
+    steps: int = 1
+    clock: Callable[[str], Clock] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A rule that somebody would pick.
+
+    Attributes:
+        label: Its name in tables and pictures.
+        variants: Its variants for a number of workers.
+    """
+
+    label: str
+    variants: Callable[[int], tuple[Variant, ...]]
+
+    def available(self, workers: int) -> tuple[Variant, ...]:
+        """The variants whose rule there is."""
+        return tuple(variant for variant in self.variants(workers) if exists(variant.overrides))
+
+
+@functools.cache
+def exists(overrides: tuple[str, ...]) -> bool:
+    """Tell whether a rule is there to be run."""
+    try:
+        configuration(overrides)
+    except ConfigError:
+        return False
+    return True
+
+
+def record(
+    variant: Variant,
+    setup: Setup,
+    store: Store,
+    *,
+    setting: str,
+    workers: int,
+    rate: float,
+    seed: int,
+    split: str,
+    limit: float,
+) -> Record:
+    """A run of a variant in a cell, with its times there.
+
+    Args:
+        variant: The variant.
+        setup: The job.
+        store: Has the runs, and makes those that are missing.
+        setting: The speeds.
+        workers: K.
+        rate: The learning rate of a step with a mean.
+        seed: The seed.
+        split: ``test`` or ``validation``.
+        limit: Virtual seconds after which the run may end; infinite for none. A synchronous run is always complete, as all
+            settings have it in common.
+    """
+    per_round = variant.members * variant.steps
+    every = variant.members * max(1, round(setup.every / per_round))
+    heterogeneity = setting if variant.clock is None else "none"
+    overrides = [
+        *(*setup.job, f"train.epochs={setup.epochs}", f"train.batch_size={setup.batch_size}", f"evaluate.every={every}"),
+        *(*variant.overrides, f"workers={variant.members}", f"heterogeneity={heterogeneity}"),
+        *(f"train.lr={rate / variant.divisor:.8g}", f"seed={seed}"),
+    ]
+    if variant.clock is None:
+        if limit < float("inf"):
+            overrides.append(f"train.max_seconds={limit:.4f}")
+        return store.run(overrides, split)
+    found = store.run(overrides, split)
+    ends = round_ends(variant, setting, workers, seed, -(-found.iterations[-1] // variant.members) if found.iterations else 0)
+    seconds = [ends[-(-iteration // variant.members) - 1] for iteration in found.iterations]
+    return Record(
+        status=found.status,
+        iterations=[iteration * variant.steps for iteration in found.iterations],
+        seconds=seconds,
+        accuracy=found.accuracy,
+        cpu_seconds=found.cpu_seconds,
+    )
+
+
+def round_ends(variant: Variant, setting: str, workers: int, seed: int, rounds: int) -> list[float]:
+    """The virtual seconds at which a synchronous variant's rounds end in a setting, from the simulator's own draws."""
+    assert variant.clock is not None, "of rounds"
+    draw = in_local_steps(draws(setting, workers, seed), variant.steps)
+    return variant.clock(setting)(draw, workers, rounds)
+
+
+def draws(setting: str, workers: int, seed: int) -> Draw:
+    """The times that the simulator draws for each worker's tickets, in its order."""
+    config = _cell(setting, workers, seed)
+    generators = [time_generator(config, worker) for worker in range(workers)]
+    return lambda worker: COMPUTE_SECONDS * config.slowdown(worker, generators[worker])
+
+
+@functools.lru_cache(maxsize=64)
+def _cell(setting: str, workers: int, seed: int) -> Config:
+    return configuration((*QUIET, f"workers={workers}", f"heterogeneity={setting}", f"seed={seed}"))
+
+
+def _rounds(*, nesterov: bool = False) -> tuple[str, ...]:
+    """The rule of rounds of all members, a step with the mean: heavy ball, or Nesterov."""
+    if nesterov:
+        return ("algorithm=m_sync", "algorithm.nesterov=true")
+    # The same updates as m_sync, bit for bit, and DistributedDataParallel's (tests/unit/experiments/test_race.py).
+    return ("algorithm=ormo", "scheduler=sync", "train.lr_scaling=mean")
+
+
+def _ddp(*, nesterov: bool = False) -> Callable[[int], tuple[Variant, ...]]:
+    return lambda workers: (
+        Variant(overrides=_rounds(nesterov=nesterov), members=workers, clock=lambda _: first(workers, cancel=False)),
+    )
+
+
+def _ddp_proportional(workers: int) -> tuple[Variant, ...]:
+    def clock(setting: str) -> Clock:
+        return proportional(mean_slowdowns(setting, workers), 64)
+
+    return (Variant(overrides=_rounds(), members=workers, clock=clock),)
+
+
+def _m_sync(*, cancel: bool, nesterov: bool = False) -> Callable[[int], tuple[Variant, ...]]:
+    def variants(workers: int) -> tuple[Variant, ...]:
+        counts = sorted({workers - 1, 3 * workers // 4, workers // 2}, reverse=True)
+
+        def variant(m: int) -> Variant:
+            return Variant(
+                name=f"m = {m}",
+                overrides=_rounds(nesterov=nesterov),
+                members=m,
+                clock=lambda _: first(m, cancel=cancel),
+            )
+
+        return tuple(map(variant, counts))
+
+    return variants
+
+
+def _local_sgd(*options: str) -> Callable[[int], tuple[Variant, ...]]:
+    def variants(workers: int) -> tuple[Variant, ...]:
+        return tuple(
+            Variant(
+                name=f"H = {steps}",
+                overrides=("algorithm=local_sgd", f"algorithm.steps={steps}", *options),
+                members=workers,
+                steps=steps,
+                clock=lambda _: first(workers, cancel=False),
+            )
+            for steps in LOCAL_STEPS
+        )
+
+    return variants
+
+
+def _asynchronous(*rule: str, mean: bool = False) -> Callable[[int], tuple[Variant, ...]]:
+    """A rule that applies each gradient as it comes; ``mean``: its step is with a mean, not with a sum."""
+    return lambda workers: (Variant(overrides=rule, members=workers, divisor=1 if mean else workers),)
+
+
+CONTENDERS: dict[str, Contender] = {
+    "ddp": Contender(label="DDP", variants=_ddp()),
+    "ormo": Contender(label="ormo", variants=_asynchronous("algorithm=ormo")),
+    "ormo_la": Contender(label="ormo_la", variants=_asynchronous("algorithm=ormo_la")),
+    "m_sync": Contender(label="m-sync", variants=_m_sync(cancel=False)),
+    "m_sync_cancel": Contender(label="m-sync, cancelling", variants=_m_sync(cancel=True)),
+    "ddp_nesterov": Contender(label="DDP, Nesterov", variants=_ddp(nesterov=True)),
+    "ddp_proportional": Contender(label="DDP, proportional", variants=_ddp_proportional),
+    "m_sync_nesterov": Contender(label="m-sync, cancelling, Nesterov", variants=_m_sync(cancel=True, nesterov=True)),
+    "local_sgd": Contender(label="local SGD", variants=_local_sgd()),
+    "diloco": Contender(label="DiLoCo", variants=_local_sgd("algorithm.outer_lr=0.7", "algorithm.outer_momentum=0.9")),
+    "ormo_da": Contender(label="ormo_da", variants=_asynchronous("algorithm=ormo_da")),
+    "ormo_la_da": Contender(label="ormo_la_da", variants=_asynchronous("algorithm=ormo_la_da")),
+}
+"""Contenders in the order in which they are run; one whose rule there is not is left out."""
+M_SYNC = ("m_sync", "m_sync_cancel", "m_sync_nesterov")
+ASYNCHRONOUS = ("ormo", "ormo_da", "ormo_la", "ormo_la_da")

@@ -1,0 +1,90 @@
+"""Figures of the results: times to targets, medians over seeds, ratios between contenders."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from experiments.race.contenders import ASYNCHRONOUS
+
+Row = Mapping[str, Any]
+"""A contender in a cell, as the results have it."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """The content of ``results/race.json``."""
+
+    content: Mapping[str, Any]
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        """All contenders in all cells."""
+        return self.content["rows"]
+
+    @property
+    def smooth(self) -> int:
+        """Evaluations in a row whose mean must reach a target."""
+        return self.content["smooth"]
+
+    @property
+    def tuning_target(self) -> float:
+        """The target by whose time rates were chosen, and contenders are compared."""
+        return self.content["tuning_target"]
+
+    def cell(self, setting: str, workers: int) -> dict[str, Row]:
+        """The contenders of a cell by name."""
+        return {row["contender"]: row for row in self.rows if (row["setting"], row["workers"]) == (setting, workers)}
+
+    def times(self, row: Row, target: float) -> list[float]:
+        """The time to a target of each seed; infinite where it was not reached."""
+        return [time_to(run, target, self.smooth) for run in row["runs"]]
+
+    def time(self, row: Row, target: float) -> float:
+        """The median time to a target; infinite where most seeds did not reach it."""
+        return median(self.times(row, target))
+
+    def last(self, row: Row) -> list[float]:
+        """The last accuracy of each seed, the mean of the last evaluations."""
+        return [statistics.fmean(run["accuracy"][-self.smooth :]) / 10_000 for run in row["runs"] if run["accuracy"]]
+
+    def ratio(self, row: Row | None, other: Row | None, target: float) -> float:
+        """A contender's median time to a target over another one's; NaN where neither reached it, or one is missing."""
+        if row is None or other is None:
+            return math.nan
+        mine, others = self.time(row, target), self.time(other, target)
+        return math.nan if math.isinf(mine) and math.isinf(others) else mine / others
+
+
+def time_to(run: Mapping[str, Any], target: float, smooth: int) -> float:
+    """The time at which the mean of that many evaluations in a row reaches a target; infinite: never."""
+    accuracy = run["accuracy"]
+    for end in range(smooth, len(accuracy) + 1):
+        if sum(accuracy[end - smooth : end]) >= smooth * target * 10_000:
+            return run["seconds"][end - 1]
+    return math.inf
+
+
+def median(values: Iterable[float]) -> float:
+    """The median; not a number where there is no value."""
+    found = [*values]
+    return statistics.median(found) if found else math.nan
+
+
+def best_of(cell: Mapping[str, Row], names: Iterable[str]) -> Row | None:
+    """The contender that validation puts first: by the time to the tuning target, and where none has one, the first of them."""
+    found = [cell[name] for name in names if name in cell]
+    return min(found, key=lambda row: math.inf if row["validation_time"] is None else row["validation_time"], default=None)
+
+
+def best_asynchronous(cell: Mapping[str, Row]) -> Row | None:
+    """The best asynchronous rule of a cell."""
+    return best_of(cell, ASYNCHRONOUS)
+
+
+def best_m_sync(cell: Mapping[str, Row]) -> Row | None:
+    """The best m-synchronous SGD of a cell, with or without cancelling, with heavy ball."""
+    return best_of(cell, ("m_sync", "m_sync_cancel"))

@@ -1,0 +1,119 @@
+"""The picture of the race: ratios to DDP in every setting, and curves of two."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.race import clocks
+from experiments.race.contenders import CONTENDERS
+from experiments.race.figures import Results, Row, best_m_sync, best_of
+from experiments.race.setup import SETTINGS
+
+SHOWN: Sequence[tuple[str, str]] = (
+    ("ddp", "#333333"),
+    ("ddp_nesterov", "#999999"),
+    ("best m-sync", "#e69f00"),
+    ("ddp_proportional", "#cc79a7"),
+    ("local SGD", "#56b4e9"),
+    ("ormo", "#7fbf7b"),
+    ("ormo_la", "#1b7837"),
+)
+"""What is drawn, and its colour."""
+CURVES = ("one_slow", "exponential")
+"""The settings whose curves are drawn, with 16 workers."""
+SHORT = {
+    "one_slow": "one 10x slower",
+    "exponential": "random",
+    "none": "all alike",
+    "half_slow": "half 3x slower",
+    "gamma": "gamma",
+}
+
+
+def picture(results: Results) -> Figure:
+    """Ratios for K = 4 and 16 above, curves for K = 16 below."""
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    (first, second), curves = figure.subplots(2, 2)
+    for axes, workers in ((first, 4), (second, 16)):
+        _ratios(axes, results, workers)
+    for axes, setting in zip(curves, CURVES, strict=True):
+        _curves(axes, results, setting)
+    handles, labels = first.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=8, frameon=False, fontsize="small")
+    return figure
+
+
+def shown(results: Results, setting: str, workers: int, name: str) -> Row | None:
+    """The row of a contender, or the best of several, in a cell."""
+    cell = results.cell(setting, workers)
+    if name == "best m-sync":
+        return best_m_sync(cell)
+    return best_of(cell, ("local_sgd", "diloco")) if name == "local SGD" else cell.get(name)
+
+
+def _label(name: str) -> str:
+    return CONTENDERS[name].label if name in CONTENDERS else name
+
+
+def _ratios(axes: Axes, results: Results, workers: int) -> None:
+    """Bars of the time to the target over DDP's; a cross where it is not reached, a line at the ideal from the speeds."""
+    settings = [setting for setting in SETTINGS if "ddp" in results.cell(setting, workers)]
+    width = 0.8 / len(SHOWN)
+    for number, (name, colour) in enumerate(SHOWN):
+        places = [place + width * (number - (len(SHOWN) - 1) / 2) for place in range(len(settings))]
+        ratios = [
+            results.ratio(
+                shown(results, setting, workers, name), shown(results, setting, workers, "ddp"), results.tuning_target
+            )
+            for setting in settings
+        ]
+        reached = [ratio if math.isfinite(ratio) else math.nan for ratio in ratios]
+        axes.bar(places, reached, width=0.92 * width, color=colour, label=_label(name))
+        missed = [place for place, ratio in zip(places, ratios, strict=True) if math.isinf(ratio)]
+        axes.plot(missed, [1.0] * len(missed), "x", color=colour)
+    for place, setting in enumerate(settings):
+        label = "ideal from speeds" if place == 0 else ""
+        axes.hlines(clocks.ideal(setting, workers), place - 0.45, place + 0.45, "#d62728", linestyles="--", lw=1.2, label=label)
+    axes.set_yscale("log")
+    axes.set_yticks([0.1, 0.2, 0.5, 1.0, 1.5], ["0.1", "0.2", "0.5", "1", "1.5"])
+    axes.minorticks_off()
+    axes.axhline(1.0, color="#333333", lw=0.6)
+    axes.set_xticks(range(len(settings)), [SHORT[setting] for setting in settings], fontsize="small")
+    axes.set_ylabel(f"time to {results.tuning_target:.0%} over DDP's")
+    axes.set_title(f"{workers} workers (less is better)", fontsize="medium")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _curves(axes: Axes, results: Results, setting: str) -> None:
+    """Median accuracy over time of each contender, with the band from the lowest to the highest seed."""
+    reference = shown(results, setting, 16, "ddp")
+    end = max((run["seconds"][-1] for run in reference["runs"]), default=1.0) if reference is not None else 1.0
+    for name, colour in SHOWN:
+        row = shown(results, setting, 16, name)
+        if row is None:
+            continue
+        seconds = np.linspace(0.0, min(end, max(run["seconds"][-1] for run in row["runs"])), 400)[1:]
+        values = np.array(
+            [np.interp(seconds, run["seconds"], _smoothed(run["accuracy"], results.smooth)) for run in row["runs"]]
+        )
+        axes.plot(seconds, np.median(values, axis=0), color=colour, lw=1.3)
+        axes.fill_between(seconds, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, lw=0)
+    axes.set_xscale("log")
+    axes.set_ylim(0.8, 0.895)
+    axes.axhline(results.tuning_target, color="#999999", lw=0.6, ls=":")
+    axes.set(xlabel="virtual seconds", ylabel="test accuracy")
+    axes.set_title(f"{SETTINGS[setting]}, 16 workers", fontsize="medium")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _smoothed(accuracy: Sequence[int], smooth: int) -> list[float]:
+    """The mean of each evaluation and those before it."""
+    return [
+        sum(accuracy[max(0, n + 1 - smooth) : n + 1]) / len(accuracy[max(0, n + 1 - smooth) : n + 1]) / 10_000
+        for n in range(len(accuracy))
+    ]

@@ -1,0 +1,213 @@
+"""The tables of the race, ``results/race.md``, from ``results/race.json``."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.common import RESULTS
+from experiments.race import clocks
+from experiments.race.contenders import CONTENDERS
+from experiments.race.figures import Results, Row, best_asynchronous, best_m_sync
+from experiments.race.picture import picture
+from experiments.race.setup import CELLS, SETTINGS
+from ormo_rpc.report.table import MISSING, as_markdown, spread
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A ratio of times to the tuning target that the best asynchronous rule is to reach.
+
+    Attributes:
+        setting: The speeds.
+        workers: K.
+        against: The rival in words.
+        rival: Chooses it from a cell.
+        ideal: The ratio by the speeds alone.
+        bound: The ratio to reach.
+    """
+
+    setting: str
+    workers: int
+    against: str
+    rival: Callable[[Mapping[str, Row]], Row | None]
+    ideal: float
+    bound: float
+
+
+def _goals() -> Iterator[Goal]:
+    def ddp(cell: Mapping[str, Row]) -> Row | None:
+        return cell.get("ddp")
+
+    def nesterov(cell: Mapping[str, Row]) -> Row | None:
+        return cell.get("ddp_nesterov")
+
+    def goal(setting: str, workers: int, against: str, rival: Callable[[Mapping[str, Row]], Row | None], bound: float) -> Goal:
+        ideal = clocks.ideal_of_best_m if rival is best_m_sync else clocks.ideal
+        return Goal(setting, workers, against, rival, ideal(setting, workers), bound)
+
+    for setting, bounds in (("one_slow", (0.13, 0.12)), ("exponential", (0.5, 0.46)), ("none", (1.0, 1.1))):
+        yield from (goal(setting, workers, "DDP", ddp, bound) for workers, bound in zip((4, 16), bounds, strict=True))
+    yield goal("half_slow", 4, "DDP", ddp, 0.5)
+    for workers, bound in ((4, 0.65), (16, 0.5)):
+        yield goal("exponential", workers, "DDP, Nesterov", nesterov, bound)
+    for setting, bounds in (("one_slow", (0.97, 1.0)), ("exponential", (0.65, 0.65))):
+        yield from (
+            goal(setting, workers, "best m-sync", best_m_sync, bound) for workers, bound in zip((4, 16), bounds, strict=True)
+        )
+    yield goal("half_slow", 4, "best m-sync", best_m_sync, 0.75)
+
+
+GOALS: Sequence[Goal] = tuple(_goals())
+ACCURACY_BOUND = -0.001
+"""Last accuracy of the best asynchronous rule minus that of DDP, at equal epochs and K = 16, that is to be reached."""
+
+
+def write(content: Mapping[str, Any], into: Path) -> None:
+    """Write tables and picture beside the results; the picture of the results of the repository goes to ``docs/``."""
+    results = Results(content)
+    (into / "race.md").write_text(page(results))
+    picture(results).savefig((DOCS if into == RESULTS else into) / "race.png", dpi=110)
+
+
+def page(results: Results) -> str:
+    """The page: what was run, the goals, and a table for each cell."""
+    parts = ["# The race", _stated(results), "## Goals", as_markdown(goals(results)), _accuracy(results), _lost(results)]
+    for setting, workers in CELLS:
+        cell = results.cell(setting, workers)
+        if cell:
+            heading = f"## {SETTINGS[setting][0].upper()}{SETTINGS[setting][1:]} (`{setting}`), K = {workers}"
+            parts += [heading, _ideals(setting, workers), as_markdown(table(results, setting, workers))]
+    return "\n\n".join(filter(None, [*parts, _not_run(results)])) + "\n"
+
+
+def goals(results: Results) -> list[tuple[str, ...]]:
+    """A row for each goal: the best asynchronous rule by validation, its ratio, and whether that is reached."""
+    found = [("setting", "K", "against", "ideal from speeds", "goal", "measured", "best asynchronous rule", "rival", "reached")]
+    for goal in GOALS:
+        cell = results.cell(goal.setting, goal.workers)
+        mine, rival = best_asynchronous(cell), goal.rival(cell)
+        ratio = results.ratio(mine, rival, results.tuning_target)
+        found.append(
+            (
+                *(goal.setting, str(goal.workers), goal.against, f"{goal.ideal:.3g}", f"<= {goal.bound:g}", shown(ratio)),
+                *(_name(mine), _name(rival)),
+                MISSING if math.isnan(ratio) else "yes" if ratio <= goal.bound else "no",
+            )
+        )
+    return found
+
+
+def table(results: Results, setting: str, workers: int) -> list[tuple[str, ...]]:
+    """A row for each contender of a cell."""
+    cell, targets = results.cell(setting, workers), results.content["targets"]
+    ddp, m_sync = cell.get("ddp"), best_m_sync(cell)
+    header = (
+        *("contender", "rate", "runs tuned", "reached"),
+        *(f"s to {target:.0%}" for target in targets),
+        *(f"of DDP, {target:.0%}" for target in targets),
+        *(f"of best m-sync, {results.tuning_target:.0%}", "accuracy in the end", "seconds in all"),
+    )
+    found = [header]
+    for row in cell.values():
+        reached = sum(map(math.isfinite, results.times(row, results.tuning_target)))
+        tuned = sum(1 if times == "cut" else len(times) for rates in row["tuning"].values() for times in rates.values())
+        found.append(
+            (
+                *(_name(row), f"{row['rate']:g}", str(tuned), f"{reached} of {len(row['runs'])}"),
+                *(shown(results.time(row, target), ".1f") for target in targets),
+                *(shown(results.ratio(row, ddp, target)) for target in targets),
+                shown(results.ratio(row, m_sync, results.tuning_target)),
+                spread(results.last(row), ".2%"),
+                spread([run["seconds"][-1] for run in row["runs"] if run["seconds"]], ".1f"),
+            )
+        )
+    return found
+
+
+def shown(value: float, form: str = ".3g") -> str:
+    """A number for a table; not reached, or missing."""
+    return MISSING if math.isnan(value) else "not reached" if math.isinf(value) else format(value, form)
+
+
+def _name(row: Row | None) -> str:
+    if row is None:
+        return MISSING
+    return ", ".join(filter(None, (CONTENDERS[row["contender"]].label, row["variant"])))
+
+
+def _ideals(setting: str, workers: int) -> str:
+    return (
+        f"From the speeds alone asynchrony would need {clocks.ideal(setting, workers):.3g} of DDP's time, and "
+        f"{clocks.ideal_of_best_m(setting, workers):.3g} of that of the best m-synchronous SGD that cancels."
+    )
+
+
+def _accuracy(results: Results) -> str:
+    """The last accuracies at equal epochs."""
+    found = [("setting", "K", "best asynchronous rule", "DDP", "difference", f"at least {ACCURACY_BOUND:.1%}")]
+    for setting, workers in CELLS:
+        cell = results.cell(setting, workers)
+        mine, ddp = best_asynchronous(cell), cell.get("ddp")
+        if mine is not None and ddp is not None and results.last(mine) and results.last(ddp):
+            difference = statistics.fmean(results.last(mine)) - statistics.fmean(results.last(ddp))
+            told = "yes" if difference >= ACCURACY_BOUND else "no"
+            accuracies = f"{_name(mine)}: {spread(results.last(mine), '.2%')}", spread(results.last(ddp), ".2%")
+            found.append((setting, str(workers), *accuracies, f"{difference:+.2%}", told))
+    return f"Accuracy in the end, at equal epochs, with the rate that was chosen by time:\n\n{as_markdown(found)}"
+
+
+def _lost(results: Results) -> str:
+    """The cells in which no asynchronous rule is the fastest."""
+    found: list[str] = []
+    for setting, workers in CELLS:
+        cell = results.cell(setting, workers)
+        mine = best_asynchronous(cell)
+        if mine is None:
+            continue
+        target = results.tuning_target
+        rivals = [row for row in cell.values() if row["contender"] not in ("ormo", "ormo_da", "ormo_la", "ormo_la_da")]
+        faster = sorted((results.time(row, target), _name(row)) for row in rivals)
+        if faster and faster[0][0] < results.time(mine, target):
+            time, name = faster[0]
+            own = shown(results.time(mine, target), ".1f")
+            found.append(f"* {setting}, K = {workers}: {name} needs {time:.1f} s, {_name(mine)} {own} s")
+    if not found:
+        return ""
+    return f"Where a synchronous rule reaches {results.tuning_target:.0%} before any asynchronous one:\n\n" + "\n".join(found)
+
+
+def _not_run(results: Results) -> str:
+    """The units that are missing."""
+    lines = [f"* {setting}, K = {workers}: {CONTENDERS[name].label}" for setting, workers, name in results.content["not_run"]]
+    lines += [f"* {CONTENDERS[name].label}, anywhere: there was no such rule" for name in results.content["absent"]]
+    return "## Not run\n\n" + "\n".join(lines) if lines else ""
+
+
+def _stated(results: Results) -> str:
+    content, machine = results.content, results.content["environment"]
+    seeds = sorted({run["seed"] for row in results.rows for run in row["runs"]})
+    grids = "; ".join(
+        f"K = {workers}: {', '.join(f'{rate:g}' for rate in rates)}" for workers, rates in content["rates"].items()
+    )
+    lines = (
+        f"`python -m experiments.race`, simulated: {', '.join(content['job'])}, {content['epochs']} epochs of batches of",
+        f"{content['batch_size']}, constant rate, momentum 0.9. Virtual seconds; a gradient takes 0.1 where nothing slows it",
+        "down, network and server nothing. Each variant of each contender in each cell has the same budget: the rates of a",
+        f"grid ({grids}), and while the best is at an edge the next one, up to three, each with",
+        f"{len(content['tuning_seeds'])} seeds of their own, judged by the time to",
+        f"{content['tuning_target']:.0%} on a validation split; where that is not reached,",
+        "by the last accuracy. Rates are those of a step with the mean of a round; ormo and its kin run with the K-th part.",
+        f"Times are medians over seeds {', '.join(map(str, seeds))} on the test split, at which the mean of",
+        f"{content['smooth']} evaluations in a row, about every 100 gradients, reaches the target;",
+        "accuracies in the end are the mean of the last",
+        f"{content['smooth']}, with mean and standard deviation over seeds.",
+        f"torch {machine['torch']}, {machine['cpu']}, 1 thread.",
+    )
+    return " ".join(lines)

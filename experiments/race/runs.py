@@ -1,0 +1,215 @@
+"""One simulated run of the race, and the folder of those that have finished."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import hashlib
+import inspect
+import json
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from typing_extensions import override
+
+from experiments import common
+from ormo_rpc.algorithms import base
+from ormo_rpc.cli import compose
+from ormo_rpc.config.schema import Config
+from ormo_rpc.data import DataSet
+from ormo_rpc.data.sources import DataSource
+from ormo_rpc.data.splits import ArraySplit, PurePartSplit, Split
+from ormo_rpc.runtimes import simulator
+from ormo_rpc.runtimes.job import Job
+from ormo_rpc.storage.run_directory import read_metrics
+from ormo_rpc.worker.evaluation import Evaluator
+
+QUIET = (*common.SIMULATED, "checkpoint.every_seconds=0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What is kept of a run.
+
+    Attributes:
+        status: ``completed`` or ``diverged``.
+        iterations: Tickets that were applied at each evaluation.
+        seconds: Virtual time of each evaluation.
+        accuracy: The accuracy on the split of the run, at each evaluation.
+        cpu_seconds: Time that the run took here.
+    """
+
+    status: str
+    iterations: list[int]
+    seconds: list[float]
+    accuracy: list[float]
+    cpu_seconds: float
+
+    def last(self, smooth: int) -> float:
+        """The mean of the last evaluations; 0 for a run that diverged or ended before the first."""
+        found = [each for each in self.accuracy[-smooth:] if each == each]
+        return sum(found) / len(found) if found and self.status == "completed" else 0.0
+
+    def time_to(self, target: float, smooth: int) -> float | None:
+        """The time at which the mean of that many evaluations in a row reaches a target; None: never."""
+        for end in range(smooth, len(self.accuracy) + 1):
+            if sum(self.accuracy[end - smooth : end]) / smooth >= target:
+                return self.seconds[end - 1]
+        return None
+
+
+class Missing(Exception):
+    """A run has not been made, and must not be made now."""
+
+
+class Store:
+    """Finished runs, one file each, by what determines them.
+
+    Args:
+        folder: Where they are.
+        root: The folder of the data sets; None: nothing is run, and what is missing raises `Missing`.
+        until: Time on the monotonic clock after which no run is begun.
+    """
+
+    def __init__(self, folder: Path, root: str | None, until: float = float("inf")) -> None:
+        self.folder = folder
+        self.root = root
+        self.until = until
+        self.made = 0
+        """Runs that were made by this object."""
+
+    def run(self, overrides: Sequence[str], split: str) -> Record:
+        """Return a run's record; run it where there is none yet.
+
+        Args:
+            overrides: Of the run, without the folder of the data.
+            split: What is evaluated: ``test`` or ``validation``.
+
+        Raises:
+            Missing: it must not be run now.
+        """
+        key = {
+            "overrides": [*overrides],
+            "split": split,
+            "rule": rule_version(tuple(each for each in overrides if each.startswith("algorithm"))),
+        }
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+        file = self.folder / f"{name}.json"
+        if file.is_file():
+            return Record(**json.loads(file.read_text())["record"])
+        if self.root is None or time.monotonic() > self.until:
+            raise Missing(" ".join(overrides))
+        record = simulate((*overrides, f"dataset.root={self.root}"), split)
+        self.made += 1
+        self.folder.mkdir(parents=True, exist_ok=True)
+        written = file.with_suffix(f".{hash(self)}.part")
+        written.write_text(json.dumps({"key": key, "record": asdict(record)}))
+        written.replace(file)  # another process may make the same one: either is complete
+        return record
+
+
+def simulate(overrides: Sequence[str], split: str) -> Record:
+    """Simulate a run, evaluated on one split alone."""
+    config = configuration((*QUIET, *overrides))
+    began = time.process_time()
+    with tempfile.TemporaryDirectory(prefix="race_") as folder:
+        run_dir = Path(folder) / "run"
+        summary = simulator.run(config, run_dir, time.monotonic(), OneSplitJob(config, split))
+        rows = [row for row in read_metrics(run_dir) if row.get("test_accuracy") is not None]
+    return Record(
+        status=summary["status"],
+        iterations=[row["iteration"] for row in rows],
+        seconds=[row["seconds"] for row in rows],
+        accuracy=[row["test_accuracy"] for row in rows],
+        cpu_seconds=time.process_time() - began,
+    )
+
+
+def configuration(overrides: Sequence[str]) -> Config:
+    """The configuration of overrides, with the number of workers decided.
+
+    Raises:
+        ConfigError: one of them is wrong, such as a rule that there is not.
+    """
+    return compose(overrides)
+
+
+class OneSplitJob(Job):
+    """A job whose images are normalised once for all runs, and whose evaluations cover one split.
+
+    Args:
+        config: The configuration.
+        split: ``test`` or ``validation``; its metrics are those of the job's test split.
+    """
+
+    def __init__(self, config: Config, split: str) -> None:
+        super().__init__(config)
+        data, whole = self.data, normalised(dataclasses.replace(config.dataset, validation=0.0))
+        assert isinstance(data.train, PurePartSplit), "some samples are held out"
+        assert isinstance(data.validation, PurePartSplit), "some samples are held out"
+        parts: dict[str, Split] = {
+            "test": whole["test"],
+            "validation": PurePartSplit(whole["train"], data.validation.indices, augment=False),
+        }
+        train = PurePartSplit(whole["train"], data.train.indices, augment=False)
+        self.data = DataSet(train, parts[split], data.input_shape, data.num_classes)
+
+    @override
+    def evaluator(self) -> Evaluator | None:
+        return Evaluator(self.model(), self.data, self.config.task)
+
+
+class NormalisedSplit:
+    """The images of an `ArraySplit` as it would make them, made once."""
+
+    PURE: ClassVar[bool] = True
+
+    def __init__(self, split: ArraySplit) -> None:
+        assert not split.augment, "augmented images are new each time"
+        self.images, self.labels = split.batch(torch.arange(len(split)), None)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: torch.Tensor, generator: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ARG002 - of augmentation, of which there is none
+        """The images and labels of these numbers."""
+        return self.images[indices], self.labels[indices]
+
+
+@functools.lru_cache(maxsize=1)
+def normalised(dataset: DataSource) -> Mapping[str, NormalisedSplit]:
+    """The training and test images of a data set; the last one is kept, as each process runs one job alone."""
+    data = dataset.load()
+    assert isinstance(data.train, ArraySplit), "images in memory"
+    assert isinstance(data.test, ArraySplit), "images in memory"
+    return {"train": NormalisedSplit(data.train), "test": NormalisedSplit(data.test)}
+
+
+@functools.cache
+def rule_version(overrides: tuple[str, ...]) -> str:
+    """A digest of the source of the rule that these overrides name: a changed rule's former runs do not count.
+
+    Docstrings and comments do not matter. It covers the modules of the rule's class and its bases, except for the contract in
+    ``algorithms/base.py``, which changes nothing that a rule computes.
+    """
+    rule = type(configuration(overrides).algorithm)
+    modules = {kind.__module__: kind for kind in rule.__mro__ if kind.__module__.startswith("ormo_rpc.algorithms.")}
+    sources = [source_of(kind) for module, kind in sorted(modules.items()) if module != base.__name__]
+    return hashlib.sha256("\n".join(sources).encode()).hexdigest()[:16]
+
+
+def source_of(kind: type[Any]) -> str:
+    """The syntax tree of a class's module, without docstrings."""
+    tree = ast.parse(Path(inspect.getfile(kind)).read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            node.body = [
+                each for each in node.body if not (isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant))
+            ]
+    return ast.dump(tree)

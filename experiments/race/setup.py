@@ -1,0 +1,61 @@
+"""What all contenders of the race have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+SETTINGS: Mapping[str, str] = {
+    "one_slow": "one worker 10 times slower",
+    "exponential": "random times",
+    "none": "all workers alike",
+    "half_slow": "half of the workers 3 times slower",
+    "gamma": "random times, less spread",
+}
+"""The distributions of speeds, and what a picture calls them."""
+
+CELLS: Sequence[tuple[str, int]] = (
+    *((setting, workers) for setting in ("one_slow", "exponential", "none", "half_slow") for workers in (4, 16)),
+    ("exponential", 64),
+    *(("gamma", workers) for workers in (4, 16)),
+    *((setting, 64) for setting in ("one_slow", "none", "half_slow", "gamma")),
+)
+"""Setting and number of workers, in the order in which they are run."""
+
+
+def _rates() -> dict[int, tuple[float, ...]]:
+    return {
+        workers: tuple(lowest * 2**power for power in (2, 1, 3, 0, 4))
+        for workers, lowest in ((4, 0.02), (16, 0.04), (64, 0.08))
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """The job, how often it is evaluated, and how a rate is chosen.
+
+    Attributes:
+        job: Overrides of the data set, the model and the held-out samples.
+        epochs: Length of a run.
+        batch_size: Samples of a gradient.
+        every: Gradients between evaluations, about: whole rounds of the synchronous rules.
+        smooth: Evaluations in a row whose mean must reach a target.
+        targets: Test accuracies whose times are reported.
+        target: Validation accuracy by whose time a rate is chosen.
+        rates: The grid for each number of workers, in the order in which it is tried; each is twice the next lower one.
+        beyond: Rates that are tried beyond an edge of the grid, at most.
+        tuning_seeds: Seeds of the runs by which a rate is chosen.
+        seeds: Seeds of the runs that are reported.
+    """
+
+    job: tuple[str, ...] = ("dataset=fashion_mnist", "model=mlp", "dataset.validation=0.2")
+    epochs: int = 8
+    batch_size: int = 64
+    every: int = 100
+    smooth: int = 3
+    targets: tuple[float, ...] = (0.85, 0.87, 0.88)
+    target: float = 0.87
+    rates: Mapping[int, tuple[float, ...]] = field(default_factory=_rates)
+    beyond: int = 3
+    tuning_seeds: tuple[int, ...] = (1000, 1001)
+    seeds: tuple[int, ...] = (0, 1, 2)

@@ -1,0 +1,106 @@
+"""Units of the race: one contender in one cell, tuned and run with the reported seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from experiments.race.contenders import CONTENDERS, Variant, record
+from experiments.race.runs import Missing, Record, Store
+from experiments.race.setup import Setup
+from experiments.race.tuning import best_variant, described, tune
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One contender in one cell."""
+
+    setting: str
+    workers: int
+    contender: str
+
+
+def units(cells: Iterable[tuple[str, int]], contenders: Iterable[str]) -> Iterator[Unit]:
+    """The units of cells, in their order, of the contenders whose rule there is."""
+    names = [name for name in CONTENDERS if name in set(contenders)]
+    for setting, workers in cells:
+        yield from (Unit(setting, workers, name) for name in names if CONTENDERS[name].available(workers))
+
+
+def outcome(unit: Unit, setup: Setup, store: Store, finished: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Tune a contender, run it with the reported seeds, and return its entry in the results.
+
+    Args:
+        unit: The contender and its cell.
+        setup: The job.
+        store: Has the runs, and makes those that are missing.
+        finished: Called after each run.
+
+    Raises:
+        Missing: a run is missing that must not be made now.
+    """
+
+    def run(variant: Variant, rate: float, seed: int, split: str, limit: float = math.inf) -> Record:
+        found = record(
+            variant,
+            setup,
+            store,
+            setting=unit.setting,
+            workers=unit.workers,
+            rate=rate,
+            seed=seed,
+            split=split,
+            limit=limit,
+        )
+        finished()
+        return found
+
+    variants = {variant.name: variant for variant in CONTENDERS[unit.contender].available(unit.workers)}
+    tuned = {
+        name: tune(
+            lambda rate, seed, limit, variant=variant: run(variant, rate, seed, "validation", limit), setup, unit.workers
+        )
+        for name, variant in variants.items()
+    }
+    chosen = best_variant(tuned)
+    rate = tuned[chosen].best
+    return {
+        "setting": unit.setting,
+        "workers": unit.workers,
+        "contender": unit.contender,
+        "variant": chosen,
+        "rate": rate,
+        "tuning": {name: described(each) for name, each in tuned.items()},
+        "validation_time": None if math.isinf(tuned[chosen].rank[0]) else tuned[chosen].rank[0] / len(setup.tuning_seeds),
+        "runs": [shortened(seed, run(variants[chosen], rate, seed, "test")) for seed in setup.seeds],
+    }
+
+
+def collected(chosen: Iterable[Unit], setup: Setup, store: Store) -> tuple[list[dict[str, Any]], list[Unit]]:
+    """The entries of the units all of whose runs are in the store, and the other units."""
+    rows, missing = list[dict[str, Any]](), list[Unit]()
+    for unit in chosen:
+        try:
+            rows.append(outcome(unit, setup, store))
+        except Missing:
+            missing.append(unit)
+    return rows, missing
+
+
+def shortened(seed: int, found: Record) -> dict[str, Any]:
+    """A run for the results: seconds to a hundredth, accuracies in ten-thousandths."""
+    return {
+        "seed": seed,
+        "status": found.status,
+        "gradients": found.iterations[-1] if found.iterations else 0,
+        "seconds": [round(each, 2) for each in found.seconds],
+        "accuracy": [round(each * 10_000) for each in found.accuracy],
+    }
+
+
+def planned_runs(unit: Unit, setup: Setup) -> int:
+    """The runs of a unit, as if none were there and no rate beyond the grid were tried."""
+    variants = len(CONTENDERS[unit.contender].available(unit.workers))
+    return variants * len(setup.rates[unit.workers]) * len(setup.tuning_seeds) + len(setup.seeds)
