@@ -140,7 +140,7 @@ def _rounds(*, nesterov: bool = False) -> tuple[str, ...]:
     """The rule of rounds of all members, a step with the mean: heavy ball, or Nesterov."""
     if nesterov:
         return ("algorithm=m_sync", "algorithm.nesterov=true")
-    # The same updates as m_sync, bit for bit, and DistributedDataParallel's (tests/unit/experiments/test_race.py).
+    # The parameters of algorithm=m_sync, up to rounding, by the rule of the asynchronous contenders.
     return ("algorithm=ormo", "scheduler=sync", "train.lr_scaling=mean")
 
 
@@ -179,7 +179,7 @@ def _local_sgd(*options: str) -> Callable[[int], tuple[Variant, ...]]:
         return tuple(
             Variant(
                 name=f"H = {steps}",
-                overrides=("algorithm=local_sgd", f"algorithm.steps={steps}", *options),
+                overrides=("algorithm=local_sgd", f"algorithm.local_steps={steps}", *options),
                 members=workers,
                 steps=steps,
                 clock=lambda _: first(workers, cancel=False),
@@ -190,25 +190,26 @@ def _local_sgd(*options: str) -> Callable[[int], tuple[Variant, ...]]:
     return variants
 
 
-def _asynchronous(*rule: str, mean: bool = False) -> Callable[[int], tuple[Variant, ...]]:
-    """A rule that applies each gradient as it comes; ``mean``: its step is with a mean, not with a sum."""
-    return lambda workers: (Variant(overrides=rule, members=workers, divisor=1 if mean else workers),)
+def _asynchronous(*rule: str) -> Callable[[int], tuple[Variant, ...]]:
+    """A rule that applies each gradient as it comes."""
+    return lambda workers: (Variant(overrides=rule, members=workers, divisor=workers),)
 
 
 CONTENDERS: dict[str, Contender] = {
     "ddp": Contender(label="DDP", variants=_ddp()),
-    "ormo": Contender(label="ormo", variants=_asynchronous("algorithm=ormo")),
-    "ormo_la": Contender(label="ormo_la", variants=_asynchronous("algorithm=ormo_la")),
-    "m_sync": Contender(label="m-sync", variants=_m_sync(cancel=False)),
-    "m_sync_cancel": Contender(label="m-sync, cancelling", variants=_m_sync(cancel=True)),
     "ddp_nesterov": Contender(label="DDP, Nesterov", variants=_ddp(nesterov=True)),
     "ddp_proportional": Contender(label="DDP, proportional", variants=_ddp_proportional),
+    "m_sync": Contender(label="m-sync", variants=_m_sync(cancel=False)),
+    "m_sync_cancel": Contender(label="m-sync, cancelling", variants=_m_sync(cancel=True)),
     "m_sync_nesterov": Contender(label="m-sync, cancelling, Nesterov", variants=_m_sync(cancel=True, nesterov=True)),
     "local_sgd": Contender(label="local SGD", variants=_local_sgd()),
     "diloco": Contender(label="DiLoCo", variants=_local_sgd("algorithm.outer_lr=0.7", "algorithm.outer_momentum=0.9")),
+    "ormo": Contender(label="ormo", variants=_asynchronous("algorithm=ormo")),
     "ormo_da": Contender(label="ormo_da", variants=_asynchronous("algorithm=ormo_da")),
+    "ormo_la": Contender(label="ormo_la", variants=_asynchronous("algorithm=ormo_la")),
     "ormo_la_da": Contender(label="ormo_la_da", variants=_asynchronous("algorithm=ormo_la_da")),
 }
-"""Contenders in the order in which they are run; one whose rule there is not is left out."""
-M_SYNC = ("m_sync", "m_sync_cancel", "m_sync_nesterov")
+"""Contenders in the order of the tables; one whose rule there is not is left out."""
+FIRST = ("ddp", "ormo", "ormo_la", "m_sync", "m_sync_cancel", "ddp_nesterov", "ddp_proportional", "local_sgd")
+"""Those that are run first, in this order."""
 ASYNCHRONOUS = ("ormo", "ormo_da", "ormo_la", "ormo_la_da")

@@ -11,7 +11,7 @@ from typing import Any
 
 from experiments.common import RESULTS
 from experiments.race import clocks
-from experiments.race.contenders import CONTENDERS
+from experiments.race.contenders import ASYNCHRONOUS, CONTENDERS
 from experiments.race.figures import Results, Row, best_asynchronous, best_m_sync
 from experiments.race.picture import picture
 from experiments.race.setup import CELLS, SETTINGS
@@ -109,18 +109,18 @@ def table(results: Results, setting: str, workers: int) -> list[tuple[str, ...]]
     cell, targets = results.cell(setting, workers), results.content["targets"]
     ddp, m_sync = cell.get("ddp"), best_m_sync(cell)
     header = (
-        *("contender", "rate", "runs tuned", "reached"),
+        *("contender", "rate", "rates tried", "reached"),
         *(f"s to {target:.0%}" for target in targets),
         *(f"of DDP, {target:.0%}" for target in targets),
         *(f"of best m-sync, {results.tuning_target:.0%}", "accuracy in the end", "seconds in all"),
     )
     found = [header]
-    for row in cell.values():
+    for row in sorted(cell.values(), key=lambda row: [*CONTENDERS].index(row["contender"])):
         reached = sum(map(math.isfinite, results.times(row, results.tuning_target)))
-        tuned = sum(1 if times == "cut" else len(times) for rates in row["tuning"].values() for times in rates.values())
+        tried = sum(map(len, row["tuning"].values()))
         found.append(
             (
-                *(_name(row), f"{row['rate']:g}", str(tuned), f"{reached} of {len(row['runs'])}"),
+                *(_name(row), f"{row['rate']:g}", str(tried), f"{reached} of {len(row['runs'])}"),
                 *(shown(results.time(row, target), ".1f") for target in targets),
                 *(shown(results.ratio(row, ddp, target)) for target in targets),
                 shown(results.ratio(row, m_sync, results.tuning_target)),
@@ -172,7 +172,7 @@ def _lost(results: Results) -> str:
         if mine is None:
             continue
         target = results.tuning_target
-        rivals = [row for row in cell.values() if row["contender"] not in ("ormo", "ormo_da", "ormo_la", "ormo_la_da")]
+        rivals = [row for row in cell.values() if row["contender"] not in ASYNCHRONOUS]
         faster = sorted((results.time(row, target), _name(row)) for row in rivals)
         if faster and faster[0][0] < results.time(mine, target):
             time, name = faster[0]

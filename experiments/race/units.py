@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.race.contenders import CONTENDERS, Variant, record
+from experiments.race.contenders import CONTENDERS, FIRST, Variant, record
 from experiments.race.runs import Missing, Record, Store
 from experiments.race.setup import Setup
 from experiments.race.tuning import best_variant, described, tune
@@ -23,10 +23,11 @@ class Unit:
 
 
 def units(cells: Iterable[tuple[str, int]], contenders: Iterable[str]) -> Iterator[Unit]:
-    """The units of cells, in their order, of the contenders whose rule there is."""
-    names = [name for name in CONTENDERS if name in set(contenders)]
-    for setting, workers in cells:
-        yield from (Unit(setting, workers, name) for name in names if CONTENDERS[name].available(workers))
+    """The units of cells, in their order, of the contenders whose rule there is: first those that goals and picture need."""
+    cells, asked = [*cells], set(contenders)
+    for names in (FIRST, [name for name in CONTENDERS if name not in FIRST]):
+        for setting, workers in cells:
+            yield from (Unit(setting, workers, name) for name in names if name in asked and CONTENDERS[name].available(workers))
 
 
 def outcome(unit: Unit, setup: Setup, store: Store, finished: Callable[[], None] = lambda: None) -> dict[str, Any]:
