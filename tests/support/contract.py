@@ -243,6 +243,14 @@ ROWS = (
         ),
     ),
     Row(
+        name="hiermo",
+        reference=reference_levels.HierMo,
+        vectors=lambda _: 11,
+        lr=0.02,
+        variants=({}, {"edge_rounds": 1}, {"edge_rounds": 3, "edge_momentum": 0.4}),
+        schedulers=("async",),
+    ),
+    Row(
         name="orlomo",
         reference=reference_batching.OrLoMo,
         vectors=lambda _: 2,

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ormo_rpc.algorithms.delayed_nesterov import DelayedNesterov
-from tests.support.quadratic import PROBLEM, D, begin, close
-from tests.support.schedule import Schedule, schedules
+from ormo_rpc.messages import Reply
+from ormo_rpc.server.parameter_server import Status
+from tests.support.quadratic import BETA, PROBLEM, D, begin, close, torch_sgd
+from tests.support.schedule import Schedule, pushed, schedules
 
 PASSES_ON: dict[str, Any] = {"global_lr": 1.0, "global_momentum": 0.0, "global_period": 1}
 """A global level that takes over what a region sends."""
@@ -101,3 +103,116 @@ def test_what_a_region_has_not_sent_is_sent_at_the_end_though_its_workers_have_l
     first, second = (0.2 * (push + 0.9 * push) for push in moved)  # the round of a region closes with its momentum
     # and each of the two sent makes a step of Nesterov, m <- m / 2 + sent; w <- w - sent - m / 2.
     close(start - run.server.params, 1.5 * first + 1.5 * second + 0.25 * first)
+
+
+def nesterov(x: Tensor, y: Tensor, steps: int, lr: float, gamma: float) -> tuple[Tensor, Tensor]:
+    """Take steps ``y' = x - eta g; x = y' + gamma (y' - y)`` on the quadratic."""
+    for _ in range(steps):
+        ahead = x - lr * PROBLEM.gradient_at(x)
+        x, y = ahead + gamma * (ahead - y), ahead
+    return x, y
+
+
+@pytest.mark.parametrize("pi", [1, 3])
+@pytest.mark.parametrize("tau", [1, 4])
+def test_hiermo_with_one_worker_is_nesterov_momentum_of_torch(tau: int, pi: int) -> None:
+    run = begin("hiermo", num_workers=1, tickets=24, lr=0.05, local_steps=tau, edge_rounds=pi, edge_momentum=0.0)
+    path = torch_sgd(run.server.params, 24 * tau, lr=0.05, nesterov=True)
+    for number, _ in enumerate(run.steps([]), start=1):
+        if number % pi == 0:
+            close(run.server.params, path[number * tau])
+
+
+@pytest.mark.parametrize(("K", "R"), [(4, 2), (5, 2), (3, 3), (4, 1)])
+@given(schedule=schedules())
+def test_hiermo_without_local_steps_is_nesterov_momentum_on_the_mean(K: int, R: int, schedule: Schedule) -> None:
+    # Each worker has a shift of its own in the gradient, so the mean matters; edges of unequal size count by their workers.
+    lr, shifts = 0.05, torch.randn(K, D, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    def push(reply: Reply) -> Tensor:
+        return pushed(run.server.algorithm, lambda x: PROBLEM.gradient_at(x) + shifts[reply.worker])(reply)
+
+    options: dict[str, Any] = {"regions": R, "local_steps": 1, "edge_rounds": 1, "edge_momentum": 0.0}
+    run = begin("hiermo", num_workers=K, tickets=6 * K, lr=lr, gradient=push, **options)
+    parameter = nn.Parameter(run.server.params.clone())
+    optimizer = torch.optim.SGD([parameter], lr=lr, momentum=BETA, nesterov=True)
+    for number, _ in enumerate(run.steps(schedule), start=1):
+        if number % K == 0:
+            parameter.grad = PROBLEM.gradient_at(parameter.detach()) + shifts.mean(0)
+            optimizer.step()
+            close(run.server.params, parameter.detach())
+
+
+@pytest.mark.parametrize("pi", [1, 3])
+@given(schedule=schedules())
+def test_hiermo_without_momentum_is_hierarchical_averaging(pi: int, schedule: Schedule) -> None:
+    K, R, tau, lr = 4, 2, 3, 0.05
+    matrices = [PROBLEM.matrix * (1 + worker / 2) for worker in range(K)]
+
+    def push(reply: Reply) -> Tensor:
+        return pushed(run.server.algorithm, lambda x: matrices[reply.worker] @ x)(reply)
+
+    options: dict[str, Any] = {"local_steps": tau, "edge_rounds": pi, "edge_momentum": 0.0, "momentum": 0.0}
+    run = begin("hiermo", num_workers=K, tickets=4 * K * pi, lr=lr, gradient=push, **options)
+    x = run.server.params.clone()
+    for number, _ in enumerate(run.steps(schedule), start=1):
+        if number % (K * pi) == 0:
+            edges = list[Tensor]()
+            for e in range(R):
+                edge = x
+                for _ in range(pi):
+                    # The quadratics are linear, so tau steps are a power of a matrix.
+                    ends = [
+                        torch.linalg.matrix_power(torch.eye(D, dtype=torch.float64) - lr * matrices[worker], tau) @ edge
+                        for worker in range(e, K, R)
+                    ]
+                    edge = torch.stack(ends).mean(0)
+                edges.append(edge)
+            x = torch.stack(edges).mean(0)
+            close(run.server.params, x)
+
+
+def test_an_edge_goes_on_by_its_own_momentum_after_its_round() -> None:
+    # tau = 2, pi = 2, one worker: X = Y' + gamma_a (Y' - Y), and the worker goes on from (X, y_e).
+    lr, gamma, gamma_a = 0.05, 0.6, 0.3
+    options: dict[str, Any] = {"local_steps": 2, "edge_rounds": 2, "edge_momentum": gamma_a, "momentum": gamma}
+    run = begin("hiermo", num_workers=1, tickets=12, lr=lr, **options)
+    x = y = mean = run.server.params.clone()
+    for number, _ in enumerate(run.steps([]), start=1):
+        end, y = nesterov(x, y, 2, lr, gamma)
+        x, mean = end + gamma_a * (end - mean), end
+        if number % 2 == 0:
+            close(run.server.params, x)
+
+
+def test_edges_do_not_wait_for_one_another_between_two_rounds_of_the_cloud() -> None:
+    run = begin("hiermo", num_workers=4, tickets=40, edge_rounds=2)  # edge 0: workers 0 and 2, edge 1: workers 1 and 3
+
+    def push(worker: int) -> list[int]:
+        step = run.push(next(reply for reply in run.outstanding.values() if reply.worker == worker))
+        return sorted(reply.worker for reply in step.replies)
+
+    assert [push(0), push(2)] == [[], [0, 2]]
+    assert [push(2), push(0)] == [[], []]  # two rounds done: edge 0 waits for the cloud
+    assert [push(1), push(3), push(3), push(1)] == [[], [1, 3], [], [0, 1, 2, 3]]
+
+
+@given(schedule=schedules(changes=True), num_workers=st.integers(1, 6), regions=st.integers(1, 4), pi=st.integers(1, 3))
+def test_no_edge_waits_for_workers_that_leave_join_or_fail(schedule: Schedule, num_workers: int, regions: int, pi: int) -> None:
+    # Every third push is not finite: its ticket goes to another worker, though all others may be held.
+    run = begin("hiermo", num_workers=num_workers, tickets=30, regions=regions, edge_rounds=pi, record=lambda _: None)
+    work = run.gradient
+    refused = set[int]()
+
+    def push(reply: Reply) -> Tensor:
+        assert reply.ticket is not None
+        if reply.ticket % 3 == 0 and reply.ticket not in refused:
+            refused.add(reply.ticket)
+            return work(reply) * float("nan")
+        return work(reply)
+
+    run.gradient = push
+    run.finish(schedule)
+    assert (run.server.status, run.server.iteration) == (Status.completed, 30)
+    assert run.stopped == run.members
+    assert run.server.algorithm.held() == []

@@ -1,0 +1,190 @@
+"""HierMo: Nesterov momentum on workers and on edges, averaged by edges and by a cloud."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from typing_extensions import override
+
+from ormo_rpc.algorithms.base import Algorithm, LocalWork, PullContext, PushContext
+from ormo_rpc.options import at_least_one, option, register
+
+RELEASED, WORKING, PUSHED = 0, 1, 2
+"""The state of a worker: free for a ticket of the next round, at work for the present one, or done with it."""
+
+
+@register("hiermo")
+@dataclass(kw_only=True)
+class HierMo(Algorithm):
+    """HierMo: edges average parameters and momenta of their workers every tau steps, a cloud those of the edges.
+
+    Worker k belongs to edge k modulo R. A ticket is tau steps ``y' = x - eta g; x = y' + gamma (y' - y); y = y'`` from the
+    edge's ``(X, y_e)``, with ``eta`` that of the ticket's issue and ``gamma`` the momentum; the worker pushes how far both
+    moved. A worker that has pushed waits until nobody of its edge works any more. Then ``y_e`` is the mean of the ``y``, ``Y'``
+    that of the ``x``, and ``X = Y' + gamma_a (Y' - Y); Y = Y'``. After pi such rounds an edge waits for the others, until the
+    cloud averages ``X`` and ``y_e``, by the number of pushes, for all edges; ``w`` is that ``X``.
+
+    With a constant gradient a round moves all by ``tau eta g / (1 - gamma - gamma_a)``: ``gamma_a`` has to be less than
+    ``1 - gamma``, or it diverges. Whoever holds no ticket is not waited for: a worker that leaves, or finds no more work, ends
+    its edge's round, and an edge without workers takes no part. One that joins takes part in its edge's present round. Memory:
+    ``w``, and five vectors of D for each edge; a worker needs four more. Messages carry two vectors both ways.
+
+    Source: Yang et al., IEEE TPDS 2023, arXiv 2210.14560. Reconstructed: the full text could not be read here; the bound on
+        ``gamma_a`` is derived. Departure: when the run ends, rounds end with those that have pushed.
+    """
+
+    VECTORS_PUSHED = 2
+    VECTORS_SENT = 2
+    NEEDS_IMMEDIATE_REPLIES = "it decides itself who waits for whom, edge by edge; use async"
+    REFUSES_PREFETCH = "a round waits for all tickets, those ahead as well"
+
+    regions: int = option(
+        2, "R, edges; worker k belongs to edge k modulo R", valid=at_least_one, expected="a whole number >= 1"
+    )
+    local_steps: int = option(
+        4, "tau, local steps for each ticket, each on a batch", valid=at_least_one, expected="a whole number >= 1"
+    )
+    edge_rounds: int = option(
+        2, "pi, rounds of each edge between two of the cloud", valid=at_least_one, expected="a whole number >= 1"
+    )
+    edge_momentum: float = option(
+        0.05,
+        "gamma_a, the momentum of an edge; it diverges unless it is below 1 - train.momentum",
+        valid=lambda v: 0 <= v < 1,
+        expected="a number in [0, 1)",
+    )
+
+    @property
+    @override
+    def steps(self) -> int:
+        return self.local_steps
+
+    @override
+    def init(self, params: torch.Tensor, momentum: float) -> None:
+        super().init(params, momentum)
+        edges = range(self.regions)
+        self.x = {edge: params.clone() for edge in edges}
+        """``X``."""
+        self.y = {edge: params.clone() for edge in edges}
+        """``y_e``."""
+        self.mean = {edge: params.clone() for edge in edges}
+        """``Y``, the mean of the workers' ``x`` before the newest step of the edge's momentum."""
+        self.moved_x = {edge: self.zeros() for edge in edges}
+        """The sum of what was pushed in the present round."""
+        self.moved_y = {edge: self.zeros() for edge in edges}
+        self.arrived = dict.fromkeys(edges, 0)
+        """Pushes in the present round."""
+        self.rounds = dict.fromkeys(edges, 0)
+        """Rounds since the cloud's newest one; with pi of them the edge waits."""
+        self.weight = dict.fromkeys(edges, 0)
+        """Pushes in those rounds."""
+        self.place: dict[int, int] = {}
+        """The state of each worker that has had a ticket."""
+
+    @override
+    def step(self, grad: torch.Tensor, lr: float, context: PushContext) -> None:
+        edge = context.worker % self.regions
+        moved_x, moved_y = grad.split(self.params.numel())
+        self.moved_x[edge].add_(moved_x)
+        self.moved_y[edge].add_(moved_y)
+        self.arrived[edge] += 1
+        self.place[context.worker] = PUSHED
+        self._end_rounds()
+        if all(self.rounds[worker % self.regions] == self.edge_rounds for worker in self.place):
+            self._average()
+
+    @override
+    def held(self) -> Collection[int]:
+        return [worker for worker, place in self.place.items() if place == PUSHED]
+
+    @override
+    def flush(self, lr: float) -> None:
+        for edge in range(self.regions):
+            self._end_round(edge)
+        self._average()
+
+    @override
+    def leave(self, worker: int) -> None:
+        self.place.pop(worker, None)
+        self._end_rounds()  # the cloud's waits for the next push, as it changes w
+
+    def _end_rounds(self) -> None:
+        """End the round of each edge of which nobody works any more, unless it waits for the cloud."""
+        working = {worker % self.regions for worker, place in self.place.items() if place == WORKING}
+        for edge in range(self.regions):
+            if edge not in working and self.rounds[edge] < self.edge_rounds:
+                self._end_round(edge)
+                if self.rounds[edge] < self.edge_rounds:
+                    self._release(edge)
+
+    def _end_round(self, edge: int) -> None:
+        pushes = self.arrived[edge]
+        if pushes == 0:
+            return
+        mean = self.x[edge].sub_(self.moved_x[edge], alpha=1 / pushes)
+        former = self.mean[edge]
+        self.mean[edge] = mean.clone()
+        mean.add_(mean - former, alpha=self.edge_momentum)
+        self.y[edge].sub_(self.moved_y[edge], alpha=1 / pushes)
+        self.moved_x[edge].zero_()
+        self.moved_y[edge].zero_()
+        self.weight[edge] += pushes
+        self.arrived[edge] = 0
+        self.rounds[edge] += 1
+
+    def _average(self) -> None:
+        """Make the cloud's round, and release everybody."""
+        total = sum(self.weight.values())
+        if total == 0:
+            return
+        x, y = self.zeros(), self.zeros()
+        for edge, weight in self.weight.items():
+            x.add_(self.x[edge], alpha=weight / total)
+            y.add_(self.y[edge], alpha=weight / total)
+        for edge in range(self.regions):
+            self.x[edge].copy_(x)
+            self.y[edge].copy_(y)
+            if self.weight[edge] == 0:
+                self.mean[edge].copy_(x)
+            self.rounds[edge] = self.weight[edge] = 0
+            self._release(edge)
+        self.params.copy_(x)
+
+    def _release(self, edge: int) -> None:
+        for worker, place in self.place.items():
+            if worker % self.regions == edge and place == PUSHED:
+                self.place[worker] = RELEASED
+
+    @override
+    def outgoing(self, context: PullContext) -> torch.Tensor:
+        edge = context.worker % self.regions
+        self.place[context.worker] = WORKING
+        return torch.cat([self.x[edge], self.y[edge]])
+
+    @override
+    def local(self, work: LocalWork, push: torch.Tensor) -> None:
+        x, y = work.sent.clone().split(work.dimension)
+        grad, ahead = torch.empty_like(x), torch.empty_like(x)
+        for step in range(work.steps):
+            work.gradient(x, step, grad)
+            torch.sub(x, grad, alpha=work.lr, out=ahead)
+            x.copy_(ahead).add_(ahead - y, alpha=work.momentum)
+            y.copy_(ahead)
+        push.copy_(work.sent)
+        push.sub_(torch.cat([x, y]))
+
+    @override
+    def state_dict(self) -> Mapping[str, torch.Tensor | int | float]:
+        return {
+            **self.by_worker("x", self.x),
+            **self.by_worker("y", self.y),
+            **self.by_worker("mean", self.mean),
+            **self.by_worker("moved_x", self.moved_x),
+            **self.by_worker("moved_y", self.moved_y),
+            **self.by_worker("arrived", self.arrived),
+            **self.by_worker("rounds", self.rounds),
+            **self.by_worker("weight", self.weight),
+            **self.by_worker("place", self.place),
+        }
