@@ -12,8 +12,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ormo_rpc.config.ddp_refusals import refuse_with_ddp
 from ormo_rpc.config.renamed import translate_renamed
-from ormo_rpc.config.runtimes import ControlKind, RpcRuntime, SimRuntime
+from ormo_rpc.config.runtimes import ControlKind, DdpRuntime, RpcRuntime, SimRuntime
 from ormo_rpc.config.saving import to_tree
 from ormo_rpc.config.schema import GROUPS, Config
 from ormo_rpc.errors import ConfigError
@@ -188,6 +189,8 @@ def _refuse_together(config: Config) -> None:
         _refuse_cancelling(config)
     if isinstance(config.runtime, RpcRuntime):
         _refuse_control(config)
+    if isinstance(config.runtime, DdpRuntime):
+        refuse_with_ddp(config, config.runtime)
 
 
 def _refuse_cancelling(config: Config) -> None:

@@ -36,6 +36,15 @@ class StartKind(Enum):
     """Each by itself."""
 
 
+class Shares(Enum):
+    """The division of the samples of a synchronous round."""
+
+    equal = "equal"
+    """Each worker has the samples of one ticket."""
+    proportional = "proportional"
+    """Each worker has as many as its lasting speed allows."""
+
+
 class GradientKind(Enum):
     """The gradients of virtual workers."""
 
@@ -60,14 +69,44 @@ class Runtime(Part):
     )
 
 
-@register("rpc")
 @dataclass(frozen=True, kw_only=True)
-class RpcRuntime(Runtime):
-    """Processes on this machine, or as ranks of torchrun or srun on many, connected as ``transport`` says."""
+class LiveRuntime(Runtime):
+    """The options of runtimes whose runs are processes."""
 
     start_timeout_seconds: float = option(
         180.0, "time for all processes to start and find one another", valid=positive, expected="a finite number > 0"
     )
+    stop_timeout_seconds: float = option(
+        10.0, "time for a run to shut down when it is interrupted", valid=positive, expected="a finite number > 0"
+    )
+    worker_timeout_seconds: float = option(
+        15.0,
+        "silence after which a process counts as dead; it sends ten heartbeats in that time",
+        valid=positive,
+        expected="a finite number > 0",
+    )
+    start: StartKind = option(
+        StartKind.auto,
+        "processes are forked from one that has all imports, data and model (fork) or started by themselves (spawn); auto: "
+        "fork where that is safe",
+    )
+    interface: str | None = option(
+        None,
+        "under torchrun and the like: network interface between the nodes, such as eth0, in place of a host in server.address; "
+        "loopback when all is on one machine",
+    )
+
+    @property
+    def heartbeat_seconds(self) -> float:
+        """The time between two heartbeats: ten of them have to be missed before a process counts as dead."""
+        return self.worker_timeout_seconds / 10
+
+
+@register("rpc")
+@dataclass(frozen=True, kw_only=True)
+class RpcRuntime(LiveRuntime):
+    """Processes on this machine, or as ranks of torchrun or srun on many, connected as ``transport`` says."""
+
     rpc_timeout_seconds: float = option(
         30.0,
         "time for each call of the control plane, and for opening a connection; with transport=rpc, until an unanswered push "
@@ -78,15 +117,6 @@ class RpcRuntime(Runtime):
     ticket_timeout_seconds: float = option(
         900.0,
         "time after which a worker that has not pushed for its ticket is evicted",
-        valid=positive,
-        expected="a finite number > 0",
-    )
-    stop_timeout_seconds: float = option(
-        10.0, "time for a run to shut down when it is interrupted", valid=positive, expected="a finite number > 0"
-    )
-    worker_timeout_seconds: float = option(
-        15.0,
-        "silence after which a process counts as dead; it sends ten heartbeats in that time",
         valid=positive,
         expected="a finite number > 0",
     )
@@ -114,16 +144,6 @@ class RpcRuntime(Runtime):
         "carrier of joining, leaving and opening data paths: rpc (torch.distributed.rpc), socket (without any agent of "
         "torch's), or auto, which is socket with transport=tcp or where torch has no RPC, else rpc",
     )
-    start: StartKind = option(
-        StartKind.auto,
-        "processes are forked from one that has all imports, data and model (fork) or started by themselves (spawn); auto: "
-        "fork where that is safe",
-    )
-    interface: str | None = option(
-        None,
-        "under torchrun and the like: network interface between the nodes, such as eth0, in place of a host in server.address; "
-        "loopback when all is on one machine",
-    )
     faults: list[str] = option(
         [],
         "for tests: faults to inject, such as kill@1:20 or stop@server:100 (see ormo_rpc/worker/faults.py)",
@@ -131,10 +151,28 @@ class RpcRuntime(Runtime):
         expected="words KIND@WORKER:PUSH[:AMOUNT], kinds kill, stop, delay, drop_reply, corrupt",
     )
 
-    @property
-    def heartbeat_seconds(self) -> float:
-        """The time between two heartbeats: ten of them have to be missed before a process counts as dead."""
-        return self.worker_timeout_seconds / 10
+
+@register("ddp")
+@dataclass(frozen=True, kw_only=True)
+class DdpRuntime(LiveRuntime):
+    """One process for each worker, torch's DistributedDataParallel over Gloo: synchronous training without a server.
+
+    ``algorithm`` and ``scheduler`` do not count: the update is that of torch.optim.SGD on the mean of a round's gradients.
+    """
+
+    nesterov: bool = option(False, "Nesterov momentum in place of heavy ball")
+    shares: Shares = option(
+        Shares.equal,
+        "equal: a rank has the samples of one ticket in each round; proportional: the samples of a round are divided by the "
+        "lasting speeds that heterogeneity gives the ranks",
+    )
+    find_unused_parameters: bool = option(False, "for models that do not use each of their parameters in every pass")
+    round_timeout_seconds: float = option(
+        900.0,
+        "time after which ranks give up one that does not come to a round; a rank that has died is noticed at once",
+        valid=positive,
+        expected="a finite number > 0",
+    )
 
 
 @register("sim")

@@ -18,7 +18,7 @@ from ormo_rpc.algorithms.ormo import OrMo
 from ormo_rpc.compression import Compression, NoCompression
 from ormo_rpc.compression.wire_options import ParamsDtype, Wire, WireDtype
 from ormo_rpc.config.evaluating import Checkpoint, Evaluate
-from ormo_rpc.config.runtimes import ControlKind, RpcRuntime, Runtime, SimRuntime
+from ormo_rpc.config.runtimes import ControlKind, DdpRuntime, LiveRuntime, RpcRuntime, Runtime, SimRuntime
 from ormo_rpc.config.saving import to_yaml
 from ormo_rpc.control import torch_rpc
 from ormo_rpc.data import DataSource, Digits
@@ -242,6 +242,25 @@ class Config(Section):
         words += [self.wire.dtype.value] * (self.wire.dtype is not WireDtype.float32)
         words += [f"params={self.wire.params.value}"] * (self.wire.params is not ParamsDtype.float32)
         return " ".join(words) or "exact"
+
+    @property
+    def live(self) -> LiveRuntime:
+        """The options of a runtime of processes; only with one."""
+        assert isinstance(self.runtime, LiveRuntime)
+        return self.runtime
+
+    @property
+    def ddp(self) -> DdpRuntime:
+        """The options of the runtime of torch's DistributedDataParallel; only with ``runtime=ddp``."""
+        assert isinstance(self.runtime, DdpRuntime)
+        return self.runtime
+
+    @property
+    def update_rule(self) -> tuple[str, str]:
+        """The names of algorithm and scheduler, as runs are described by them; ``runtime=ddp`` is both by itself."""
+        if isinstance(self.runtime, DdpRuntime):
+            return "ddp_nesterov" if self.runtime.nesterov else "ddp", "sync"
+        return self.algorithm.name, self.scheduler.name
 
     @property
     def rpc(self) -> RpcRuntime:

@@ -77,9 +77,15 @@ class Evaluations:
             return None
         return f"every evaluation failed ({self.failed}), the last with {self._cause}"
 
-    def observe(self, server: ParameterServer, seconds: float) -> None:
-        """Have the parameters evaluated where that is due; called under the server's lock, after each gradient."""
-        if server.iteration % self._every == 0 or server.ended:
+    def observe(self, server: ParameterServer, seconds: float, before: int) -> None:
+        """Have the parameters evaluated where that is due; called under the server's lock.
+
+        Args:
+            server: The server.
+            seconds: The run's clock.
+            before: The iteration at the last call; gradients of one round may come together.
+        """
+        if server.iteration // self._every > before // self._every or server.ended:
             self.request(server, seconds)
             if self._at_once:
                 self.flush()

@@ -102,7 +102,7 @@ class Job:
         return model
 
     @contextlib.contextmanager
-    def _unchanged_model(self) -> Generator[FlatModel]:
+    def reading_model(self) -> Generator[FlatModel]:
         """Lend a model for reading; the next one who asks gets it."""
         model = self.model()
         yield model
@@ -134,14 +134,14 @@ class Job:
 
     def initial_digest(self) -> Callable[[], bytes]:
         """Return a function, for any thread, that hashes the trainable parameters of a newly built model, in 32 bytes."""
-        with self._unchanged_model() as model:
+        with self.reading_model() as model:
             params = [each.detach() for each in model.trainable.values()]  # whoever takes the model binds it to other memory
         return lambda: bytes.fromhex(sha256(*params))
 
     def push_format(self) -> PushFormat:
         """Return the wire form of pushes, the same on the server as on its workers."""
         if self._push_format is None:
-            with self._unchanged_model() as model:
+            with self.reading_model() as model:
                 self._push_format = configured_format(self.config, model.params, model.buffers.layout, model.dtype)
         return self._push_format
 
@@ -175,7 +175,7 @@ class Job:
 
     def server(self, record: Callable[[Event], None], clock: Callable[[], float]) -> ParameterServer:
         """Build the parameter server at iteration 0; it calls ``record`` with each event, timed by ``clock``."""
-        with self._unchanged_model() as model:
+        with self.reading_model() as model:
             params, buffers = model.flat_params(), RunningBuffers(model.buffers.tensors, model.buffers.rules)
             layout, loss_scale = model.params, configured_scale(self.config, model)
         return configured_server(self, params, buffers, record, clock, self.groups(), layout, loss_scale)
@@ -187,7 +187,7 @@ class Job:
             ValueError: a pattern matches no parameter.
         """
         if self._groups is None:
-            with self._unchanged_model() as model:
+            with self.reading_model() as model:
                 self._groups = configured_groups(self.config.train, model.params)
         return self._groups
 

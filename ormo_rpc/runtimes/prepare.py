@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 
 from ormo_rpc.config.parsing import load_config
-from ormo_rpc.config.runtimes import GradientKind, ReplayRuntime, RpcRuntime, SimRuntime
+from ormo_rpc.config.runtimes import DdpRuntime, GradientKind, ReplayRuntime, SimRuntime
 from ormo_rpc.config.schema import Config
 from ormo_rpc.data import CustomData
 from ormo_rpc.errors import ConfigError, one_line
@@ -76,7 +76,7 @@ def check(
         check_resume(config, resumed)
     with _as_config_error():
         config.heterogeneity.prepare()
-    if not isinstance(config.runtime, (RpcRuntime, SimRuntime)):
+    if isinstance(config.runtime, ReplayRuntime):
         if starts_server:
             _try(config, None)
         return None
@@ -85,6 +85,8 @@ def check(
     synthetic = isinstance(config.runtime, SimRuntime) and config.runtime.gradient is not GradientKind.real
     job = SyntheticJob(config) if synthetic else check_data_and_model(config)
     refuse_metric(job.config.optimized_metric, config.task, validation=job.config.dataset.has_validation)
+    if isinstance(config.runtime, DdpRuntime) and isinstance(job, Job):
+        _refuse_16_bits(job)
     check_choice(job.config, evaluated=not synthetic and not config.worker.dummy)
     if starts_server:
         with _as_config_error():
@@ -153,13 +155,34 @@ def _try(config: Config, job: Job | SyntheticJob | None) -> None:
         try_job(job)
 
 
+def _refuse_16_bits(job: Job) -> None:
+    """Refuse parameters that the vector of all parameters is wider than, which torch.optim.SGD would step in their own dtype.
+
+    Raises:
+        ConfigError: there are some.
+    """
+    with job.reading_model() as model:
+        found = [name for name, parameter in model.trainable.items() if parameter.dtype != model.dtype]
+        expected = str(model.dtype).removeprefix("torch.")
+    if found:
+        raise ConfigError(
+            f"model: {found[0]}: got a trainable parameter of other than {expected} with runtime=ddp, expected all of one "
+            "dtype of at least 32 bits; worker.autocast=bf16 computes in 16"
+        )
+
+
 def check_resume(config: Config, path: Path) -> None:
     """Refuse to resume from the checkpoint of a different run.
 
     Raises:
-        ConfigError: a key of `RESUMED_KEYS` differs.
+        ConfigError: a key of `RESUMED_KEYS` differs, or its run was one of ``runtime=ddp``.
     """
     then = load_config(path / "config.yaml")
+    if isinstance(then.runtime, DdpRuntime):
+        raise ConfigError(
+            f"checkpoint.resume: got {path} of a run with runtime=ddp, whose momentum is in no checkpoint, expected one of "
+            "another runtime"
+        )
     for key in RESUMED_KEYS:
         expected, given = (functools.reduce(getattr, key.split("."), each) for each in (then, config))
         if isinstance(expected, Task) and isinstance(given, Task):  # what is measured beside may change

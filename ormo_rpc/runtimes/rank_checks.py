@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from ormo_rpc.config.runtimes import RpcRuntime
+from ormo_rpc.config.runtimes import DdpRuntime, RpcRuntime
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.rendezvous.secret import require_secret
@@ -23,8 +23,10 @@ def decide_workers(config: Config, ranks: Ranks | None) -> Config:
     if ranks is None:
         return dataclasses.replace(config, workers=config.workers or DEFAULT_WORKERS)
     count = ranks.world_size
+    if isinstance(config.runtime, DdpRuntime):
+        return _decide_ranks(config, ranks)
     if not isinstance(config.runtime, RpcRuntime):
-        raise ConfigError(f"runtime: got {config.runtime.name} {ranks.under}, expected rpc; {ranks.alone}")
+        raise ConfigError(f"runtime: got {config.runtime.name} {ranks.under}, expected rpc or ddp; {ranks.alone}")
     if count < 2:
         raise ConfigError(f"{ranks.launcher}: got {count} process, expected at least 2; rank 0 serves and the others work")
     if config.workers not in (None, count - 1):
@@ -34,13 +36,29 @@ def decide_workers(config: Config, ranks: Ranks | None) -> Config:
     return dataclasses.replace(config, workers=count - 1)
 
 
+def _decide_ranks(config: Config, ranks: Ranks) -> Config:
+    """Fill in the number of workers of ``runtime=ddp``, where each rank is one.
+
+    Raises:
+        ConfigError: the ranks have no store, or are not the configured number.
+    """
+    if not ranks.agent_store:
+        raise ConfigError(f"runtime: got ddp {ranks.under}, expected torchrun, whose store the ranks meet by; {ranks.alone}")
+    if config.workers not in (None, ranks.world_size):
+        raise ConfigError(
+            f"workers: got {config.workers}, expected {ranks.world_size} {ranks.under} with as many processes and runtime=ddp; "
+            "leave it out"
+        )
+    return dataclasses.replace(config, workers=ranks.world_size)
+
+
 def check_secret(config: Config, ranks: Ranks | None) -> None:
     """Refuse ranks that cannot tell one another a secret, and have none in common.
 
     Raises:
         ConfigError: there is none.
     """
-    if ranks is not None and not (ranks.one_machine and ranks.agent_store):
+    if isinstance(config.runtime, RpcRuntime) and ranks is not None and not (ranks.one_machine and ranks.agent_store):
         require_secret(config.server.secret_file)
 
 

@@ -15,7 +15,7 @@ import torch
 
 from ormo_rpc import console
 from ormo_rpc.config.paths import located
-from ormo_rpc.config.runtimes import RpcRuntime, SimRuntime
+from ormo_rpc.config.runtimes import LiveRuntime, RpcRuntime, SimRuntime
 from ormo_rpc.config.schema import Config, Role
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.options.imports import refuse_while_importing
@@ -29,6 +29,7 @@ from ormo_rpc.storage.run_directory import RunDirectory, check_present
 
 MODULES = {
     "rpc": "ormo_rpc.runtimes.distributed.launcher.run",
+    "ddp": "ormo_rpc.runtimes.ddp.launcher",
     "sim": "ormo_rpc.runtimes.simulator",
     "replay": "ormo_rpc.runtimes.replay",
 }
@@ -73,7 +74,7 @@ def run(
             _join(config, ranks, preloader)
         return {}
     config = _decided(config, ranks)
-    if not isinstance(config.runtime, RpcRuntime):
+    if not isinstance(config.runtime, LiveRuntime):
         return _run_in_this_process(config, run_dir, launch, began)
     with _preloading(preloading) as preloader:
         config = preloader.load(config, starts_server=ranks is None or ranks.rank == 0)
@@ -132,7 +133,7 @@ def _run_processes(
         dataclasses.replace(launch or Launch(), job=claim.job, agent=claim.agent).write(run_dir)
     try:
         with _kept(run_dir) if has_run_directory else contextlib.nullcontext():
-            return importlib.import_module(MODULES["rpc"]).run(config, run_dir, began, preloader)
+            return importlib.import_module(MODULES[config.runtime.name]).run(config, run_dir, began, preloader)
     except ConfigError:  # such as a port that is in use
         if has_run_directory:
             RunDirectory.release(run_dir)

@@ -130,9 +130,10 @@ class Session:
             self.server.resume_as(incarnation)
         if self.directory.header_bytes() == 0:
             self.directory.write_fingerprint(self.job.fingerprint())
+            algorithm, scheduler = config.update_rule
             self.directory.write_header(
-                algorithm=config.algorithm.name,
-                scheduler=config.scheduler.name,
+                algorithm=algorithm,
+                scheduler=scheduler,
                 num_workers=config.num_workers,
                 seed=config.seed,
                 resumed=None if source is None else str(source.absolute()),
@@ -196,10 +197,10 @@ class Session:
         """Copy what an evaluation or a checkpoint needs, at the end of an epoch or when one is due."""
         if server.iteration == self._seen:
             return
-        self._seen = server.iteration
+        before, self._seen = self._seen, server.iteration
         self._updated_at = time.monotonic()
         self.counters.set_iterations(self._seen)
-        self.evaluations.observe(server, self.clock())
+        self.evaluations.observe(server, self.clock(), before)
         every = self.job.config.checkpoint.every
         if every and self._seen % every == 0:
             self.copy_state()
@@ -298,7 +299,7 @@ def _run_info(job: JobLike, run_dir: Path) -> RunInfo:
     config = job.config
     launch, resume = Launch.read(run_dir), config.checkpoint.resume
     return RunInfo(
-        name=f"{config.algorithm.name}-{config.scheduler.name}-{config.num_workers}w-seed{config.seed}",
+        name="-".join((*config.update_rule, f"{config.num_workers}w", f"seed{config.seed}")),
         config=to_tree(config),
         directory=run_dir,
         total_iterations=job.total_tickets,

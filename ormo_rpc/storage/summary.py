@@ -45,7 +45,7 @@ class Summary(Metrics):
 
     algorithm: str | None = entry("name of the algorithm")
     scheduler: str | None = entry("name of the scheduler")
-    runtime: str | None = entry("rpc, sim or replay")
+    runtime: str | None = entry("rpc, ddp, sim or replay")
     dataset: str | None = entry("name of the data set; - for synthetic gradients")
     model: str | None = entry("name of the model, or the kind of synthetic gradients")
     heterogeneity: str | None = entry("name of the heterogeneity")
@@ -139,9 +139,10 @@ class Summary(Metrics):
 def identity(config: Config) -> dict[str, Any]:
     """Return the entries of a summary that the configuration determines."""
     synthetic = isinstance(config.runtime, SimRuntime) and config.runtime.gradient is not GradientKind.real
+    algorithm, scheduler = config.update_rule
     return {
-        "algorithm": config.algorithm.name,
-        "scheduler": config.scheduler.name,
+        "algorithm": algorithm,
+        "scheduler": scheduler,
         "runtime": config.runtime.name,
         "dataset": "-" if synthetic else config.dataset.known_as,
         "model": config.sim.gradient.value if synthetic else config.model.known_as,

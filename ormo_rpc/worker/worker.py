@@ -5,8 +5,8 @@ It keeps no state between tickets, but for the compression state of a lossy wire
 
 from __future__ import annotations
 
-import math
-from typing import Any
+import contextlib
+from collections.abc import Generator
 
 import torch
 from typing_extensions import override
@@ -17,11 +17,9 @@ from ormo_rpc.compression import Allocate, PushFormat
 from ormo_rpc.data import Epochs, Split
 from ormo_rpc.messages import Push, Reply, no_buffers
 from ormo_rpc.models.flat import FlatModel
-from ormo_rpc.seeding import generator, seeded
 from ormo_rpc.tasks import Classification, Task
-from ormo_rpc.worker.accumulation import micro_batches
+from ormo_rpc.worker.backward import Backward
 from ormo_rpc.worker.base import BaseWorker
-from ormo_rpc.worker.forward import autocast as under_autocast
 from ormo_rpc.worker.forward import compile_forward
 
 
@@ -70,13 +68,18 @@ class Worker(BaseWorker):
         self.epochs = epochs
         self.seed = seed
         self.momentum = momentum
-        self.task = task or Classification()
-        self.accumulate = accumulate
-        self._autocast = autocast
+        self._backward = Backward(
+            model.module,
+            data,
+            task or Classification(),
+            seed=seed,
+            accumulate=accumulate,
+            autocast=autocast,
+            scaled=self.scaled,
+            around=self._around_part if accumulate > 1 else None,
+        )
         if compile is not None:
             compile_forward(model.module, compile)
-        self._loaded: dict[int, Any] = {}
-        """Batches made ahead by `load`, by their numbers in the run."""
 
     def compute(self, reply: Reply) -> Push:
         """Compute the push for a reply, as the server will decode it; `payload` is its wire form.
@@ -115,9 +118,8 @@ class Worker(BaseWorker):
 
         It may run while another worker of this process computes.
         """
-        if reply.ticket is not None and self.data.PURE:
-            batches = self.epochs.batches(reply.ticket, reply.steps)
-            self._loaded = {number: self.data.batch(indices, self._augmentation(number)) for number, indices in batches}
+        if reply.ticket is not None:
+            self._backward.load(self.epochs.batches(reply.ticket, reply.steps))
 
     @override
     def warm_up(self) -> None:
@@ -133,45 +135,14 @@ class Worker(BaseWorker):
         ``number`` is that of the batch in the run, and seeds its random draws.
         """
         self._begin_gradient(params, into)
-        with seeded(self.seed, "forward", number):
-            batch = self._batch(indices, number)
-            value = self._backward(batch) if self.accumulate == 1 else None
-        if self.accumulate > 1:
-            value = self._backward_in_parts(batch, number)
+        value = self._backward(indices, number)
         if value is None:
             for parameter in self.model.trainable.values():
                 parameter.grad = None  # the gradient of a mean of nothing may be NaN
         self._end_gradient(params, into)
         return value
 
-    def _backward(self, batch: Any) -> float | None:
-        """Add the gradient of a batch's loss to the model's; return the loss, None where no target counts."""
-        loss = self._loss(batch)
-        self.scaled(loss).backward()
-        value = loss.item()
-        return None if math.isnan(value) and not self.task.count(batch) else value
-
-    def _backward_in_parts(self, batch: Any, number: int) -> float | None:
-        """Do the same part by part; the random draws of each are a function of (seed, number of the batch, part)."""
-        value: float | None = None
-        for part, samples, weight in micro_batches(self.task, batch, self.accumulate):
-            with seeded(self.seed, f"forward of part {part}", number):
-                loss = self._loss(samples) * weight
-                self.scaled(loss).backward()
-            self.model.collect_grad()  # gradients of 16 bits add up in the vector's dtype
-            value = (value or 0.0) + loss.item()
-        return value
-
-    def _loss(self, batch: Any) -> torch.Tensor:
-        """Compute the loss of a batch, or of a part of it."""
-        with under_autocast(self._autocast):
-            return self.task.loss(self.task.forward(self.model.module, batch), batch)
-
-    def _batch(self, indices: torch.Tensor, number: int) -> Any:
-        """Make a batch, or take the one that `load` has made."""
-        if number in self._loaded:
-            return self._loaded.pop(number)
-        return self.data.batch(indices, self._augmentation(number))
-
-    def _augmentation(self, number: int) -> torch.Generator:
-        return generator(self.seed, "augment", number)
+    @contextlib.contextmanager
+    def _around_part(self, _: bool) -> Generator[None]:
+        yield
+        self.model.collect_grad()  # gradients of 16 bits add up in the vector's dtype

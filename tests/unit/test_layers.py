@@ -38,6 +38,7 @@ ONLY_IN = {
         "transports.gloo",
         "runtimes.collectives",
         "runtimes.torchrun_store",
+        "runtimes.ddp",
     ),
     "torch.distributed.rpc": ("control.torch_rpc", "transports.rpc"),
     "torch.futures": ("control.torch_rpc", "transports.rpc"),

@@ -1,4 +1,4 @@
-"""The entry point of the launcher's children: ``python -m ormo_rpc.runtimes.distributed.entry_point server|worker ...``."""
+"""The entry point of the launcher's children: ``python -m ormo_rpc.runtimes.distributed.entry_point ROLE ...``."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from ormo_rpc import console
 from ormo_rpc.errors import ConfigError, Interrupted, Refused, ServerLost, WireError, WorkerBanned
 from ormo_rpc.rendezvous.addresses import parse_address
 from ormo_rpc.rendezvous.secret import Secret, read_secret
+from ormo_rpc.runtimes.ddp.rank_process import RankArgs, RankProcess
 from ormo_rpc.runtimes.distributed import memory
 from ormo_rpc.runtimes.distributed.asking import ServerControl, WorkerControl, Working
 from ormo_rpc.runtimes.distributed.launcher.child import EXIT_DONE, EXIT_NO_RESTART, EXIT_SERVER_LOST, Reporter, obey_supervisor
@@ -47,7 +48,8 @@ class Child:
         argv: The command line; by default this process's.
 
     Attributes:
-        serves: The process is the server's, else a worker's.
+        serves: The process is the server's, else a worker's or a rank's of ``runtime=ddp``.
+        takes_part: The process is such a rank's.
         joined_at: File and line of the call of `join` in a script whose loop has not begun; else empty.
         has_worked: The server has taken a gradient of this process's own loop, so that what ends it may not come again.
     """
@@ -58,13 +60,14 @@ class Child:
         memory.raise_oom_score(arguments.oom_score)
         os.set_inheritable(arguments.report_fd, False)
         os.set_inheritable(arguments.control_fd, False)
-        self.serves = bool(arguments.serves)
+        self.serves = arguments.role == "server"
+        self.takes_part = arguments.role == "rank"
         self.joined_at = ""
         self.has_worked = False
         self.reporter = Reporter(arguments.report_fd, arguments.heartbeat_seconds)
         _log_to(self.reporter, stderr=arguments.log)
-        self._server_control = ServerControl(arguments.incarnation) if self.serves else None
-        self._worker_control = None if self.serves else WorkerControl()
+        self._worker_control = WorkerControl() if arguments.role == "worker" else None
+        self._server_control = None if self._worker_control is not None else ServerControl(arguments.incarnation)
         if self._server_control is not None:
             control = self._server_control
             obey_supervisor(arguments.control_fd, control.handle)
@@ -116,6 +119,37 @@ class Child:
         if arguments.store is not None:  # by this process, as the launcher would have to load torch for it
             tell_result(arguments.store, summary)
         return summary
+
+    def take_part(self, loaded: LoadedJob | None = None) -> None:
+        """Train to the end of a run of ``runtime=ddp``.
+
+        Args:
+            loaded: The job that this process was forked with.
+
+        Raises:
+            Interrupted: by a signal.
+        """
+        arguments, control = self._arguments, self._server_control
+        assert control is not None, "it is asked to stop as a server is"
+        process = RankProcess(
+            RankArgs(
+                rank=arguments.rank,
+                size=arguments.size,
+                run_dir=arguments.run_dir,
+                began=arguments.began,
+                store_file=arguments.store_file,
+                store=arguments.store,
+                interface=arguments.interface,
+                one_machine=arguments.one_machine,
+                timeout_seconds=arguments.start_timeout_seconds,
+                round_timeout_seconds=arguments.round_timeout_seconds,
+                start=arguments.start,
+                terminal_fd=arguments.terminal_fd,
+                loaded=loaded,
+            )
+        )
+        control.connect(process)
+        process.run()
 
     @contextlib.contextmanager
     def working(self, make: Callable[[WorkerArgs], W], loaded: LoadedJob | None = None) -> Generator[W]:
@@ -184,7 +218,7 @@ Serve = Callable[[server_process.ServerArgs, Callable[[server_process.ServerProc
 
 
 def main(argv: Sequence[str] | None = None, loaded: LoadedJob | None = None) -> NoReturn:
-    """Run the server or a worker, as the command line says; report the reason of a failure to the supervisor.
+    """Run the server, a worker or a rank, as the command line says; report the reason of a failure to the supervisor.
 
     Args:
         argv: The command line; by default this process's.
@@ -196,6 +230,8 @@ def main(argv: Sequence[str] | None = None, loaded: LoadedJob | None = None) -> 
     try:
         if child.serves:
             child.serve(server_process.serve, loaded)
+        elif child.takes_part:
+            child.take_part(loaded)
         else:
             with child.working(WorkerProcess, loaded) as worker:
                 worker.run()
@@ -246,9 +282,9 @@ def _parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     common.add_argument("--start-timeout-seconds", type=float, default=180.0, help="to reach the server, or the store")
 
     parser = argparse.ArgumentParser(description=__doc__)
-    roles = parser.add_subparsers(required=True)
+    roles = parser.add_subparsers(required=True, dest="role")
     server = roles.add_parser("server", parents=[common])
-    server.set_defaults(serves=True, oom_score=memory.SERVER)
+    server.set_defaults(oom_score=memory.SERVER)
     server.add_argument("--incarnation", type=int, default=0, help="earlier processes of this server")
     server.add_argument("--run-dir", type=Path, required=True, help="with the run's config.yaml")
     server.add_argument("--began", type=float, required=True, help="start of the run on the monotonic clock")
@@ -257,12 +293,25 @@ def _parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     server.add_argument("--terminal-fd", type=int, help="terminal for the progress bar, where there is one")
 
     worker = roles.add_parser("worker", parents=[common])
-    worker.set_defaults(serves=False, oom_score=memory.WORKER)
+    worker.set_defaults(oom_score=memory.WORKER)
     worker.add_argument("--restart-count", type=int, default=0, help="earlier processes in this slot")
     worker.add_argument("--preferred-worker", type=int, help="worker number to have, if it is free")
     worker.add_argument("--slot-id", default="", help="process slot, which a replacement has as well")
     worker.add_argument("--data-root", help="folder of the data set on this machine")
     worker.add_argument("--transport", type=json.loads, help="its own transport, as JSON; by default the one of the run")
+
+    rank = roles.add_parser("rank", parents=[common])
+    rank.set_defaults(oom_score=memory.WORKER, incarnation=0)
+    rank.add_argument("--rank", type=int, required=True, help="number of this rank")
+    rank.add_argument("--size", type=int, required=True, help="number of ranks")
+    rank.add_argument("--run-dir", type=Path, required=True, help="of rank 0, with the run's config.yaml")
+    rank.add_argument("--began", type=float, required=True, help="start of the run on the monotonic clock")
+    rank.add_argument("--store-file", type=Path, help="of the ranks' store, where it is not torchrun's")
+    rank.add_argument("--interface", help="network interface between the nodes")
+    rank.add_argument("--one-machine", action="store_true", help="all ranks are on this machine")
+    rank.add_argument("--round-timeout-seconds", type=float, default=900.0, help="for each operation of the process group")
+    rank.add_argument("--start", default="spawn", help="the way in which processes are started, for the summary")
+    rank.add_argument("--terminal-fd", type=int, help="terminal for the progress bar, where there is one")
     return parser.parse_args(argv)
 
 

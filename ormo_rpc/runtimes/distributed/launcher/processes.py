@@ -102,8 +102,33 @@ class Launcher:
 
         return start
 
+    def rank(self, rank: int, run_dir: Path, began: float, *more: str) -> Callable[[int], ChildProcess]:
+        """Return the function that starts a rank of ``runtime=ddp`` (`ProcessSlot.start`).
+
+        Args:
+            rank: Its number.
+            run_dir: The run directory, of rank 0.
+            began: Time at which the run began, on the monotonic clock.
+            more: Further arguments of its command line.
+        """
+        options = self.config.ddp
+
+        def start(_: int) -> ChildProcess:
+            with _terminal() if rank == 0 else contextlib.nullcontext() as terminal:
+                return self._start(
+                    f"rank {rank}",
+                    [
+                        *("rank", "--rank", str(rank), "--size", str(self.config.num_workers), "--run-dir", str(run_dir)),
+                        *("--began", repr(began), "--start", self.preloading.way, *_option("--interface", options.interface)),
+                        *("--round-timeout-seconds", str(options.round_timeout_seconds), *more),
+                    ],
+                    {} if terminal is None else {"--terminal-fd": terminal},
+                )
+
+        return start
+
     def _start(self, name: str, command: list[str], descriptors: Mapping[str, int]) -> ChildProcess:
-        options = self.config.rpc
+        options = self.config.live
         log = None if self.logs is None else self.logs / f"{name.replace(' ', '_')}.log"
         return self.supervisor.start(
             name,

@@ -92,7 +92,7 @@ class Preloading:
             RunFailed: no preloader can be started, or lives long enough.
         """
         request = {"config": config.yaml, "starts_server": starts_server, "default_dtype": default_dtype()}
-        return self.load_what(request, "data and model", threads=config.runtime.threads, start=config.rpc.start)
+        return self.load_what(request, "data and model", threads=config.runtime.threads, start=config.live.start)
 
     def load_what(self, request: Mapping[str, Any], what: str, *, threads: int, start: StartKind) -> Config:
         """Load what a request asks for; return the configuration of the run.
@@ -129,7 +129,7 @@ class Preloading:
         if self._job is not None:
             return
         try:
-            self._ready_imports(config.runtime.threads, config.rpc.start)
+            self._ready_imports(config.runtime.threads, config.live.start)
         except PreloaderLost as error:
             self._end_imports()
             self.way = f"spawn: a preloader was lost: {error}"
@@ -185,7 +185,7 @@ class Preloading:
             if "config" not in answer:
                 raise RunFailed(f"{what} cannot be loaded: {answer.get('failed')}")
             config = parse_text(answer["config"])
-            self._heed(imports, config.rpc.start)
+            self._heed(imports, config.live.start)
             loader.refusal = imports.refusal or answer["refusal"]
             if loader is not imports and not loader.refusal:
                 self._job, self.way = loader, "fork"

@@ -1,0 +1,109 @@
+"""Forward and backward of a ticket's batch: its draws are functions of (seed, number) alone, wherever it is computed."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from ormo_rpc.data import Split
+from ormo_rpc.seeding import generator, seeded
+from ormo_rpc.tasks import Task
+from ormo_rpc.worker.accumulation import micro_batches
+from ormo_rpc.worker.forward import autocast as under_autocast
+
+
+def _unscaled(loss: torch.Tensor) -> torch.Tensor:
+    return loss
+
+
+class Backward:
+    """Adds the gradients of batches' losses to those of a module.
+
+    Args:
+        module: The module, or what wraps it.
+        data: The training split.
+        task: The loss.
+        seed: The seed of the run.
+        accumulate: The number of parts in which each batch goes through the module; see `micro_batches`.
+        autocast: The dtype of passes under ``torch.autocast``; None for none.
+        scaled: Scales a loss before its backward pass.
+        around: Makes the context of a pass; called with True for the last one of a batch. None for no context.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        data: Split,
+        task: Task,
+        *,
+        seed: int,
+        accumulate: int = 1,
+        autocast: torch.dtype | None = None,
+        scaled: Callable[[torch.Tensor], torch.Tensor] = _unscaled,
+        around: Callable[[bool], AbstractContextManager[None]] | None = None,
+    ) -> None:
+        self.module = module
+        self.data = data
+        self.task = task
+        self.seed = seed
+        self.accumulate = accumulate
+        self._autocast = autocast
+        self._scaled = scaled
+        self._around = around or (lambda _: contextlib.nullcontext())
+        self._loaded: dict[int, Any] = {}
+        """Batches made ahead by `load`, by their numbers in the run."""
+
+    def load(self, batches: list[tuple[int, torch.Tensor]]) -> None:
+        """Make batches now, given by number and sample numbers, where they depend on nothing else."""
+        if self.data.PURE:
+            self._loaded = {number: self.data.batch(indices, self._augmentation(number)) for number, indices in batches}
+
+    def __call__(self, indices: torch.Tensor, number: int) -> float | None:
+        """Add the gradient of the targets' mean loss; return that loss, None where no target counts.
+
+        Args:
+            indices: The numbers of the batch's samples.
+            number: That of the batch in the run, which seeds its random draws.
+        """
+        with seeded(self.seed, "forward", number):
+            batch = self._batch(indices, number)
+            if self.accumulate == 1:
+                return self._whole(batch)
+        return self._in_parts(batch, number)
+
+    def _whole(self, batch: Any) -> float | None:
+        with self._around(True):
+            loss = self._loss(batch)
+            self._scaled(loss).backward()
+        value = loss.item()
+        return None if math.isnan(value) and not self.task.count(batch) else value
+
+    def _in_parts(self, batch: Any, number: int) -> float | None:
+        """Do the same part by part; the random draws of each are a function of (seed, number of the batch, part)."""
+        value: float | None = None
+        parts = list(micro_batches(self.task, batch, self.accumulate))
+        for part, samples, weight in parts:
+            with seeded(self.seed, f"forward of part {part}", number), self._around(part == parts[-1][0]):
+                loss = self._loss(samples) * weight
+                self._scaled(loss).backward()
+            value = (value or 0.0) + loss.item()
+        return value
+
+    def _loss(self, batch: Any) -> torch.Tensor:
+        """Compute the loss of a batch, or of a part of it."""
+        with under_autocast(self._autocast):
+            return self.task.loss(self.task.forward(self.module, batch), batch)
+
+    def _batch(self, indices: torch.Tensor, number: int) -> Any:
+        """Make a batch, or take the one that `load` has made."""
+        if number in self._loaded:
+            return self._loaded.pop(number)
+        return self.data.batch(indices, self._augmentation(number))
+
+    def _augmentation(self, number: int) -> torch.Generator:
+        return generator(self.seed, "augment", number)
