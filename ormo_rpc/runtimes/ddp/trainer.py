@@ -70,7 +70,8 @@ class Trainer:
             module, find_unused_parameters=options.find_unused_parameters, gradient_as_bucket_view=True
         )
         if shared or config.heterogeneity.name != "none":
-            self._ddp.register_comm_hook(None, self._reduce)
+            # A lambda, as torch looks at annotations, which are strings here.
+            self._ddp.register_comm_hook(None, lambda _, bucket: self._reduce(bucket))
         of_all: dict[str, Any] = {
             "data": job.data.train,
             "task": config.task,
@@ -131,7 +132,7 @@ class Trainer:
             parameter.grad = grad.view_as(parameter)
         return loss
 
-    def _reduce(self, _: object, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+    def _reduce(self, bucket: Any) -> torch.futures.Future[torch.Tensor]:
         """Weigh this rank's gradients and add up those of all ranks: a communication hook of DistributedDataParallel."""
         self._slowdown.catch_up()
         work: Any = dist.all_reduce(bucket.buffer().mul_(self._weight), async_op=True)

@@ -1,0 +1,64 @@
+"""A single rank of ``runtime=ddp``, in this process, is a loop in plain PyTorch, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ormo_rpc.composing import compose
+from ormo_rpc.runtimes.ddp.trainer import Trainer
+from ormo_rpc.runtimes.job import Job
+from tests.support.plain_rounds import plain_rounds
+
+ALL = ["runtime=ddp", "workers=1", "logger=none", "train.max_iterations=12", "model.dropout=0.3"]
+
+
+@pytest.fixture(scope="module")
+def group() -> Generator[None]:
+    """This process as the only rank of torch's default process group."""
+    store: Any = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage] # documented, not annotated as public
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train.weight_decay=0.01", "train.warmup_epochs=0.1"],
+        ["runtime.nesterov=true", "train.lr_schedule=cosine", "train.clip_norm=0.5"],
+        ["runtime.shares=proportional"],
+        ["heterogeneity=one_slow", "heterogeneity.factor=2"],
+    ],
+    ids=["decay", "nesterov, clipped", "by the hook", "hook, heterogeneity"],
+)
+def test_one_rank_is_plain_pytorch(words: list[str]) -> None:
+    job = Job(compose([*ALL, *words]))
+    trainer = Trainer(job, 0, 1)
+    trainer.warm_up()
+    for number in range(trainer.rounds.count):
+        trainer.round(number)
+    expected = plain_rounds(job, 1).state_dict()
+    assert list(expected) == list(trainer.model.module.state_dict())
+    for name, value in trainer.model.module.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.usefixtures("group")
+def test_parameter_groups_and_parts_of_a_batch_are_those_of_the_worker() -> None:
+    words = ["train.weight_decay=0.01", "train.decay_1d=false", "train.lr_factors={layers.1.*: 0.5}", "worker.accumulate=3"]
+    job = Job(compose([*ALL, *words]))
+    trainer = Trainer(job, 0, 1)
+    for number in range(trainer.rounds.count):
+        trainer.round(number)
+    worker, server = job.worker(), job.server(lambda _: None, lambda: 0.0)
+    (reply,) = server.start()
+    while reply.ticket is not None:
+        (reply,) = server.receive(worker.compute(reply))
+    # The factor and the decay are in the gradient there, and of the optimizer here; ormo with one worker is heavy ball.
+    torch.testing.assert_close(trainer.model.flat_params(), server.params, rtol=1e-5, atol=1e-7)
