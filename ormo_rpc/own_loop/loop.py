@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from ormo_rpc.own_loop.serving import ServerSource
 from ormo_rpc.own_loop.worker import OwnWorker
 from ormo_rpc.seeding import seed_for, seeded
 from ormo_rpc.server.validation import check_whole
+from ormo_rpc.worker.heterogeneity import cpu_seconds
 
 F = TypeVar("F", bound=EvaluateFunction)
 
@@ -59,7 +59,7 @@ class _Held:
     Attributes:
         reply: The reply that has the ticket.
         own: The worker that has put it into the model.
-        began: Time at which the body began, on the monotonic clock.
+        began: `cpu_seconds` as the body began.
         pushed: The ticket is answered.
         following: The next reply with a ticket; None at the end.
     """
@@ -215,7 +215,7 @@ class JoinedWorker:
         except (TypeError, ValueError) as error:
             raise LoopMisused(f"{users_line()}: {error}") from error
         held.pushed = True
-        source.before_push(time.monotonic() - held.began)
+        source.before_push(max(0.0, cpu_seconds() - held.began))  # 0 where another thread pushes
         try:
             held.following = replies.send(push)
         except StopIteration:
@@ -246,7 +246,7 @@ class JoinedWorker:
             reply = next(replies, None)
             while reply is not None:
                 assert reply.ticket is not None, "replies without a ticket end the loop"
-                held = _Held(reply, source.worker, time.monotonic())
+                held = _Held(reply, source.worker, cpu_seconds())
                 held.own.begin(reply)
                 work = Work(
                     ticket=reply.ticket,

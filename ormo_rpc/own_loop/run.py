@@ -73,5 +73,5 @@ class Source(Protocol):
         ...
 
     def before_push(self, seconds: float) -> None:
-        """Note that a push is about to be sent, for a ticket that took this many seconds."""
+        """Note that a push is about to be sent, for a ticket that took this much processor time."""
         ...

@@ -1,7 +1,9 @@
 """Machines that differ in speed: the factor by which a worker takes longer than its computation alone.
 
 A live worker sleeps for the difference; a simulated one adds it to its virtual time. A factor is never below 1, because a live
-worker cannot be made faster than it is.
+worker cannot be made faster than it is. A live computation is measured in processor time (`cpu_seconds`), so that where
+processes share cores a slow worker does not sleep for what it waited for one: its wait is no work that a slower machine would
+take longer for.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,16 @@ from ormo_rpc.seeding import generator as generator_of
 
 ESTIMATE_DRAWS = 1000
 """Draws from which the mean slowdown of a part from outside of the package is estimated, unless it states its own."""
+
+
+def cpu_seconds() -> float:
+    """The processor time that this thread has taken so far; the difference of two is what it computed in between.
+
+    The calling thread takes part in all that torch computes with several threads, backward passes included, so that its time is
+    that of the pass on cores of its own, where the process's would be several times as much. Threads that wait for one another
+    spin, which counts: with ``runtime.threads`` above 1, and more threads than cores, it is more.
+    """
+    return time.thread_time()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import threading
+import time
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -104,6 +106,24 @@ def test_the_parameters_are_those_of_plain_pytorch(transport: str) -> None:
     before = plain(net(), lambda model, ticket: loss_of(model, ticket).backward(), range(TICKETS - 1))
     assert_same(model, before)  # those of the last ticket, in memory of its own
     model.get_parameter("0.weight").data.zero_()
+
+
+def test_a_slow_loop_sleeps_for_its_own_processor_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept = list[float]()
+
+    def before(_: int) -> None:
+        until = time.thread_time() + 0.02
+        while time.thread_time() < until:
+            pass
+        threading.Event().wait(0.05)  # as for data, or for a core that others have
+
+    with server(net(), "heterogeneity=one_slow", "heterogeneity.factor=3") as (_, config):
+        model = net()
+        monkeypatch.setattr(time, "sleep", slept.append)
+        work_through(worker_of(config, model), model, before)
+    of_tickets = [each for each in slept if each >= 2 * 0.02]
+    assert len(of_tickets) == TICKETS
+    assert sum(of_tickets) < TICKETS * 2 * (0.02 + 0.015)
 
 
 def test_a_loop_that_is_left_gives_its_ticket_back() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import socket
+import threading
+import time
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -14,6 +16,7 @@ import pytest
 from ormo_rpc.cli import compose
 from ormo_rpc.control.joining import Joined, joined
 from ormo_rpc.errors import ConfigError, Refused, ServerLost
+from ormo_rpc.messages import Push, Reply
 from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.rendezvous import connecting
 from ormo_rpc.rendezvous.secret import Secret
@@ -189,3 +192,49 @@ def test_a_worker_that_can_open_no_path_for_pushes_says_so_and_gives_up(
     with served("transport=gloo") as (_, work), pytest.raises(ServerLost, match=rf"\A{failed}gave up after \d\.\d s\Z"):
         WorkerProcess(replace(work.args, timeout_seconds=0.8)).run()
     assert any(re.fullmatch(rf"{failed}trying for another 1 s", line) for line in caplog.messages)
+
+
+def _burn(seconds: float) -> None:
+    """Take this much processor time of the calling thread."""
+    until = time.thread_time() + seconds
+    while time.thread_time() < until:
+        pass
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("prefetch", [0, 1])
+def test_a_slow_worker_sleeps_for_what_it_computed_and_not_for_what_it_waited(
+    prefetch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where others have the processor, and where data is waited for: the wall time of a ticket is several times its own."""
+    burnt, compute, slept = 0.02, Worker.compute, list[float]()
+    over = threading.Event()
+
+    def spin() -> None:
+        while not over.is_set():
+            pass
+
+    def slowly(worker: Worker, reply: Reply) -> Push:
+        began = time.thread_time()
+        push = compute(worker, reply)
+        over.wait(0.05)
+        _burn(burnt - (time.thread_time() - began))
+        return push
+
+    others = [threading.Thread(target=spin) for _ in range(2)]
+    slow = ("heterogeneity=one_slow", "heterogeneity.factor=3", f"worker.prefetch={prefetch}")
+    with served(*slow) as (service, work):
+        monkeypatch.setattr(Worker, "compute", slowly)
+        monkeypatch.setattr(time, "sleep", slept.append)
+        for thread in others:
+            thread.start()
+        try:
+            work.run()
+        finally:
+            over.set()
+            for thread in others:
+                thread.join()
+        assert service.server.iteration == TICKETS
+    of_tickets = [each for each in slept if each >= 2 * burnt]  # others of this process sleep as well
+    assert len(of_tickets) == TICKETS
+    assert sum(of_tickets) < TICKETS * 2 * (burnt + 0.015), "(f - 1) times what was computed, and not 0.05 s more"

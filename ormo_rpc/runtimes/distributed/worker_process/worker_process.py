@@ -30,6 +30,7 @@ from ormo_rpc.runtimes.distributed.shortages import limit_reached
 from ormo_rpc.runtimes.distributed.worker_process.context import W, WorkerArgs, WorkerContext, WorkerJob, configured_job
 from ormo_rpc.transports.base import Endpoint, ServerClient, WorkerSide
 from ormo_rpc.worker.faults import CONNECT, JOIN, FaultInjector
+from ormo_rpc.worker.heterogeneity import cpu_seconds
 from ormo_rpc.worker.worker import Worker
 
 _log = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ class WorkerLoop(Generic[W]):
         """Take longer, as ``heterogeneity`` has it, and let faults happen; called when a push is made, and not sent yet.
 
         Args:
-            seconds: The time that it took to make.
+            seconds: The processor time that it took to make (`cpu_seconds`).
         """
         time.sleep((self._slowdown() - 1) * seconds)
         assert self._injector is not None, "it is made before the first reply"
@@ -297,13 +298,11 @@ class WorkerProcess:
         with contextlib.closing(loop.replies(on_job)) as replies:
             reply = next(replies, None)
             while reply is not None:
-                worker, began = loop.worker, time.monotonic()
+                worker, began = loop.worker, cpu_seconds()
                 worker.load(reply)
-                waited = time.monotonic()
                 with compute_lock:
-                    began += time.monotonic() - waited
                     push = worker.compute(reply)
-                    loop.before_push(time.monotonic() - began)
+                    loop.before_push(cpu_seconds() - began)
                 try:
                     reply = replies.send(push)
                 except StopIteration:
