@@ -24,6 +24,7 @@ from tests.support import (
     reference_levels,
     reference_local_steps,
     reference_peers,
+    reference_ringleader,
 )
 from tests.support.schedule import Run, Schedule, noise, schedules
 
@@ -193,6 +194,13 @@ ROWS = (
         variants=({}, {"delay_threshold": 1}, {"delay_threshold": 3}),
         schedulers=("async",),
         reductions=(Reduction(to="asgd", options={"delay_threshold": 1000}, schedulers=("async",)),),
+    ),
+    Row(
+        name="ringleader",
+        reference=reference_ringleader.Ringleader,
+        vectors=lambda workers: 2 + 2 * workers,
+        lr=0.15,
+        reductions=(Reduction(to="asgd", num_workers=1),),
     ),
     Row(
         name="ringmaster_lmo",
