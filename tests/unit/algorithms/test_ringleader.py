@@ -25,14 +25,14 @@ def push_of(run: Run[ParameterServer], worker: int) -> float:
     return float((before - run.server.params)[0])
 
 
-@given(schedule=schedules(max_size=60), n=st.integers(1, 5))
+@given(schedule=schedules(max_size=40), n=st.integers(1, 5))
 def test_cycles_of_n_steps_of_old_gradients_in_closed_form(schedule: Schedule, n: int) -> None:
-    run = begin("ringleader", num_workers=n, tickets=80, lr=decaying, gradient=noise(D))
+    run = begin("ringleader", num_workers=n, tickets=50, lr=decaying, gradient=noise(D))
     w = run.server.params.clone()
     points = dict.fromkeys(run.outstanding, 0)
     cycles: dict[int, dict[int, list[tuple[Tensor, int]]]] = defaultdict(lambda: defaultdict(list))
     steppers = list[int]()
-    for t, step in zip(range(79), run.steps(schedule), strict=False):  # the last push ends the run and flushes
+    for t, step in zip(range(49), run.steps(schedule), strict=False):  # the last push ends the run and flushes
         assert step.push is not None
         done, point = len(steppers), points.pop((step.worker, step.push.ticket))
         stepped = not torch.equal(run.server.params, w)
@@ -141,4 +141,4 @@ def test_it_converges_where_one_worker_is_slow() -> None:
         slow = next((reply for reply in run.outstanding.values() if reply.worker == 3), None)
         others = [reply for reply in run.outstanding.values() if reply.worker != 3]
         run.push(slow if slow is not None and (len(run.pushes) % 10 == 0 or not others) else others[0])
-    assert PROBLEM.distance(run.server.params) < 1e-3
+    assert PROBLEM.distance(run.server.params) < 1e-2
