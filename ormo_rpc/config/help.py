@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Iterator, Sequence
 
@@ -10,6 +11,8 @@ from ormo_rpc.config.write_conf import conf_dir, options_of, sections, summary_o
 from ormo_rpc.options import Section, parts
 
 WIDTH = 110
+LARGEST_SHOWN = 4
+"""The size of the largest family of files whose names are listed one by one."""
 
 
 def help_text(command: str = "python launch.py") -> str:
@@ -51,9 +54,16 @@ def _groups() -> Iterator[str]:
     names = {group: ", ".join(parts(group)) for group in GROUPS}
     extra = {path.name for path in conf_dir().iterdir() if path.is_dir()} - {*GROUPS, "hydra"}
     for group in sorted(extra):
-        names[group] = ", ".join(sorted(path.stem for path in (conf_dir() / group).glob("*.yaml")))
+        names[group] = ", ".join(_families(sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))))
     for group, text in names.items():
         yield textwrap.fill(text, WIDTH, initial_indent=f"  {group:<15}", subsequent_indent=" " * 17)
+
+
+def _families(names: Sequence[str]) -> Iterator[str]:
+    """Yield sorted names, one entry in place of those of a large family: ``paper_*`` for more than four that begin so."""
+    for family, members in itertools.groupby(names, key=lambda name: name.partition("_")[0]):
+        several = list(members)
+        yield from [f"{family}_*"] if len(several) > LARGEST_SHOWN else several
 
 
 def _keys() -> Iterator[str]:

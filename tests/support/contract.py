@@ -25,6 +25,7 @@ from tests.support import (
     reference_local_steps,
     reference_peers,
     reference_ringleader,
+    reference_rounds,
 )
 from tests.support.schedule import Run, Schedule, noise, schedules
 
@@ -212,6 +213,23 @@ ROWS = (
         reductions=(
             Reduction(to="asgd", options={"lmo": Lmo.identity, "delay_threshold": 1000}, momentum=0.0, schedulers=("async",)),
         ),
+    ),
+    Row(
+        name="m_sync",
+        reference=reference_rounds.MSync,
+        vectors=lambda _: 3,
+        lr=0.04,
+        variants=({}, {"m": 2}, {"nesterov": True, "m": 3}, {"m": 2, "cancel": True}),
+        schedulers=("async",),
+        torch_sgd={},
+    ),
+    Row(
+        name="local_sgd",
+        reference=reference_rounds.LocalSGD,
+        vectors=lambda _: 3,
+        lr=0.04,
+        variants=({}, {"outer_lr": 0.7, "outer_momentum": 0.9}, {"outer_momentum": 0.5, "outer_nesterov": False}),
+        schedulers=("async",),
     ),
     Row(
         name="fedbuff",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Generic, Literal, Protocol, TypeVar
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ormo_rpc.algorithms.base import Algorithm, LocalWork
 from ormo_rpc.messages import Push, Reply
+from ormo_rpc.server.parameter_server import ParameterServer
 
 
 class Server(Protocol):
@@ -64,6 +65,10 @@ class Run(Generic[S]):
     stopped: set[int] = field(default_factory=set[int])
     issued: list[tuple[Tensor, Tensor]] = field(default_factory=list[tuple[Tensor, Tensor]])
 
+    def __post_init__(self) -> None:
+        if isinstance(self.server, ParameterServer):
+            self.server.on_cancel = self.drop
+
     def start(self) -> Run[S]:
         """Start the server."""
         self.members = set(range(self.num_workers))
@@ -90,9 +95,13 @@ class Run(Generic[S]):
         self.members.remove(worker)
         self.gone.append(worker)
         self.stopped.discard(worker)
-        for key in [key for key in self.outstanding if key[0] == worker]:
-            del self.outstanding[key]
+        self.drop([worker])
         return self._note("leave", worker, None, replies)
+
+    def drop(self, workers: Collection[int]) -> None:
+        """Drop the outstanding replies of workers whose tickets were taken back."""
+        for key in [key for key in self.outstanding if key[0] in workers]:
+            del self.outstanding[key]
 
     def restart(self) -> Step:
         """Start a new incarnation with the workers of the start; all outstanding replies are void."""
