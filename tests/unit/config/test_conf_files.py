@@ -41,8 +41,9 @@ def test_the_help_fits_on_a_screen_and_names_every_group_and_part(command: str) 
     assert max(map(len, lines)) <= 110
     text = " ".join(help_text().split())
     for group in (*GROUPS, "experiment"):
-        names = parts(group) if group in GROUPS else sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
-        assert re.search(rf" {group} {', '.join(names)} ", text), group
+        names = list(parts(group)) if group in GROUPS else sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+        shown = list(dict.fromkeys("paper_*" if name.startswith("paper_") else name for name in names))  # a large family
+        assert f" {group} {', '.join(shown)} " in text, group
     assert "--help-all" in text
 
 
