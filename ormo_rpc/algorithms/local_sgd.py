@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from typing_extensions import override
 
-from ormo_rpc.algorithms._momentum import GradientMomentum
 from ormo_rpc.algorithms._rounds import Rounds
 from ormo_rpc.algorithms.base import LocalWork
 from ormo_rpc.options import at_least_one, option, register
@@ -16,7 +15,7 @@ from ormo_rpc.options import at_least_one, option, register
 
 @register("local_sgd")
 @dataclass(kw_only=True)
-class LocalSGD(Rounds, GradientMomentum):
+class LocalSGD(Rounds):
     """Local SGD: each worker takes H steps of momentum SGD from the same parameters, and their mean is the next step.
 
     A ticket is H steps ``v <- beta v + g; x <- x - eta v`` from ``x = w, v = 0``, with the ``eta`` that it came with; its push
