@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ormo_rpc.loggers.statistics import Statistics
-from ormo_rpc.options import Part, at_least_one, option, positive
+from ormo_rpc.options import Part, at_least_one, not_negative, option, positive
 from ormo_rpc.tasks.metrics import TaskMetric, metric_named
 
 _SAID_BY_NAME = ("algorithm", "scheduler", "workers", "seed")
@@ -78,6 +78,13 @@ class Logger(Part, ABC):
         "iterations between such rows, whichever comes first; a hundredth of the run by default",
         valid=at_least_one,
         expected="a whole number >= 1",
+    )
+
+    elastic_iterations: int = option(
+        61,
+        "iterations between measurements of elastic consistency (elastic_mean, elastic_max); 0: none",
+        valid=not_negative,
+        expected="a whole number >= 0",
     )
 
     def iterations_between_rows(self, total_iterations: int) -> int:

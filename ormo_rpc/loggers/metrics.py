@@ -170,6 +170,13 @@ class Metrics:
     delay_99_percent: int | None = metric(
         "delay that 99% of the applied gradients do not exceed", lambda at: at.statistics.delay_quantile(0.99)
     )
+    elastic_mean: float | None = metric(
+        "elastic consistency: squared distance between the parameters and what was sent with the ticket, in units of the "
+        "squared learning rate, at every logger.elastic_iterations-th applied gradient: their mean",
+        lambda at: at.statistics.elastic_mean,
+        in_rows=Rows.interval,
+    )
+    elastic_max: float | None = metric("the largest of these", lambda at: at.statistics.elastic_max, in_rows=Rows.interval)
     pushes_per_worker: dict[str, int] | None = metric(
         "gradients applied or discarded, by worker",
         lambda at: {str(worker): count for worker, count in sorted(at.statistics.pushes_per_worker.items())},

@@ -33,6 +33,9 @@ class Statistics:
         start_loss: Mean batch loss of the applied gradients with the smallest stamp, those at the initial parameters.
         start_losses: The number of these gradients.
         start_stamp: Their stamp.
+        elastic_count: Applied gradients at which elastic consistency was measured.
+        elastic_sum: Sum of these measurements.
+        elastic_max: The largest of them.
         seconds: Time of the last applied gradient, on the run's clock.
         metrics: Means of what was pushed beside the applied gradients.
         recent_metrics: Those since the last row of metrics.jsonl.
@@ -51,6 +54,9 @@ class Statistics:
     start_loss: float | None = None
     start_losses: int = 0
     start_stamp: int | None = None
+    elastic_count: int = 0
+    elastic_sum: float = 0.0
+    elastic_max: float | None = None
     seconds: float = 0.0
     metrics: Means = field(default_factory=Means)
     recent_metrics: Means = field(default_factory=Means)
@@ -81,6 +87,10 @@ class Statistics:
             self.seconds = max(self.seconds, event.seconds)
             if data["loss"] is not None:
                 self._observe_loss(data["loss"], data["stamp"])
+            if event.elastic is not None:
+                self.elastic_count += 1
+                self.elastic_sum += event.elastic
+                self.elastic_max = max(self.elastic_max or 0.0, event.elastic)
             if "metrics" in data:
                 self.metrics.add(data["metrics"])
                 self.recent_metrics.add(data["metrics"])
@@ -117,6 +127,11 @@ class Statistics:
     def delay_max(self) -> int:
         """Largest delay of an applied gradient, in iterations."""
         return max(self.delays, default=0)
+
+    @property
+    def elastic_mean(self) -> float | None:
+        """Mean of the measurements of elastic consistency; None where there is none."""
+        return self.elastic_sum / self.elastic_count if self.elastic_count else None
 
     def delay_counts(self) -> list[int]:
         """Count the applied gradients with the delays 0, 1, ..., `delay_max`."""

@@ -105,6 +105,7 @@ def configured_server(
         seed=config.seed,
         buffers=buffers,
         ema=config.evaluate.ema,
+        elastic_every=config.logger.elastic_iterations,
         record=record,
         clock=clock,
         norm_limit=config.train.norm_limit,

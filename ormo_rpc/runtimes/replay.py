@@ -23,6 +23,7 @@ from ormo_rpc.config.parsing import load_config, save_config
 from ormo_rpc.config.runtimes import GradientKind, SimRuntime
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError, RunFailed
+from ormo_rpc.loggers.statistics import Statistics
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.models.flat import sha256
@@ -76,6 +77,8 @@ def run(config: Config, run_dir: Path, began: float) -> dict[str, Any]:
         start_seconds=started_at - began,
         end_seconds=None,
         replayed=str(source.absolute()),
+        elastic_mean=replay.statistics.elastic_mean,
+        elastic_max=replay.statistics.elastic_max,
         identical=failure is None,
         environment_differences=differences,
     )
@@ -118,6 +121,7 @@ class Replay:
         self.worker = job.source() if isinstance(job, SyntheticJob) else job.worker()
         self.events: list[Event] = []
         """Events of the server that were not compared yet."""
+        self.statistics = Statistics()
         self.server = job.server(self.events.append, lambda: 0.0)
         self.started = bool(header["started"])
         """True where the run began with a start, unlike a simulation that was resumed exactly."""
@@ -142,7 +146,9 @@ class Replay:
                 self._reproduce(event)
             if not self.events:
                 return f"event {number} of the trace, {_shown(event)}: the server did nothing"
-            again = json.loads(json.dumps(self.events.pop(0).line()))
+            happened = self.events.pop(0)
+            self.statistics.observe(happened)
+            again = json.loads(json.dumps(happened.line()))
             if {**again, "seconds": None} != {**event, "seconds": None}:
                 return f"event {number} of the trace, {_shown(event)}: now it is {_shown(again)}"
         if self.events:

@@ -20,6 +20,7 @@ from ormo_rpc.schedulers import Scheduler, incompatibility
 from ormo_rpc.seeding import generator
 from ormo_rpc.server.assignments import Assignments
 from ormo_rpc.server.buffers import RunningBuffers
+from ormo_rpc.server.elastic import ElasticConsistency
 from ormo_rpc.server.ema import Ema
 from ormo_rpc.server.events import Event, EventLog
 from ormo_rpc.server.loss_scale import LossScale
@@ -59,6 +60,7 @@ def build_server(
     process_of: Callable[[int], int] = lambda worker: worker,
     groups: Groups | None = None,
     shapes: Sequence[Sequence[int]] | None = None,
+    elastic_every: int = 0,
     **options: Any,
 ) -> ParameterServer:
     """Build a parameter server in this process, without any network: the object that every runtime drives.
@@ -88,6 +90,7 @@ def build_server(
             default one group without decay.
         shapes: The shapes of the tensors that lie contiguous in ``params``, for an algorithm that works on each of them; by
             default it is one tensor.
+        elastic_every: Measure `ElasticConsistency` at every so many applied gradients; 0: never.
         options: Options of the algorithm and of the scheduler, where these are given by name.
 
     Raises:
@@ -160,6 +163,7 @@ def build_server(
         norm_limit=norm_limit,
         pushed_dtype=pushed_dtype,
         loss_scale=None if loss_scale is None else dataclasses.replace(loss_scale),
+        elastic=ElasticConsistency(elastic_every) if elastic_every else None,
         timer=timer,
         before_first_save=functools.partial(check_resumable, own_algorithm, own_scheduler),
     )

@@ -41,11 +41,13 @@ class Event:
         kind: Its kind.
         seconds: Its time on the server's clock, which begins at 0.
         data: Its further fields, of plain JSON types.
+        elastic: `ElasticConsistency` at an applied gradient, where it was measured; not in the trace.
     """
 
     kind: Kind
     seconds: float
     data: Mapping[str, Any]
+    elastic: float | None = None
 
     def line(self) -> dict[str, Any]:
         """Return the event as one JSON object of ``trace.jsonl``."""
@@ -68,10 +70,11 @@ class EventLog:
         """Record an event that happens now."""
         self.record(Event(kind, self.clock(), data))
 
-    def applied(self, push: Push, context: PushContext, validated: ValidatedPush, lr: float) -> None:
+    def applied(
+        self, push: Push, context: PushContext, validated: ValidatedPush, lr: float, elastic: float | None = None
+    ) -> None:
         """Record that a gradient was applied with the learning rate ``lr``; its sum is kept as evidence."""
-        self.add(
-            Kind.apply,
+        data = dict(
             iteration=context.iteration,
             worker=push.worker,
             ticket=push.ticket,
@@ -85,6 +88,7 @@ class EventLog:
             **({} if validated.clipped_norm is None else {"clipped_norm": validated.clipped_norm.hex()}),
             **({"metrics": as_json(push.metrics)} if push.metrics else {}),
         )
+        self.record(Event(Kind.apply, self.clock(), data, elastic))
 
     def discarded(self, assignment: Assignment, iteration: int, grad_sum: float, reason: str) -> None:
         """Record that the gradient of an assignment was not applied, at an iteration and for a reason."""

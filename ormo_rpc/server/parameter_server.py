@@ -17,6 +17,7 @@ from ormo_rpc.server.answering import answer, cancel
 from ormo_rpc.server.assignments import Assignment, Assignments
 from ormo_rpc.server.buckets import Buckets
 from ormo_rpc.server.buffers import RunningBuffers
+from ormo_rpc.server.elastic import ElasticConsistency
 from ormo_rpc.server.ema import Ema
 from ormo_rpc.server.events import EventLog, Kind
 from ormo_rpc.server.loss_scale import LossScale
@@ -72,6 +73,8 @@ class ParameterServer:
     """The dtype of pushes, bfloat16 or float16; None for that of the parameters."""
     loss_scale: LossScale | None = None
     """The scale of the losses of workers that compute in float16; None where none does."""
+    elastic: ElasticConsistency | None = None
+    """Measures how far parameters move between a reply and its push; None for not at all."""
     timer: Callable[[], float] = lambda: 0.0
     """Real seconds, for `step_seconds`."""
     before_first_save: Callable[[], None] | None = None
@@ -339,6 +342,7 @@ class ParameterServer:
 
     def _apply(self, push: Push, assignment: Assignment, context: PushContext, validated: ValidatedPush) -> None:
         lr = self.algorithm.learning_rate(context)
+        elastic = None if self.elastic is None else self.elastic.measure(self.params, context)
         began = self.timer()
         self.algorithm.step(validated.grad, lr, context)
         if self.ema is not None:
@@ -351,7 +355,7 @@ class ParameterServer:
         self.snapshots.invalidate()
         if self.loss_scale is not None:
             self.loss_scale.applied(assignment.loss_scale)
-        self.events.applied(push, context, validated, lr)
+        self.events.applied(push, context, validated, lr, elastic)
         # Not each time, as it costs a pass over memory; NaN in the parameters stays, and shows in the next gradients too.
         if self.iteration % FINITE_CHECK_INTERVAL == 0 and not all_finite(self.params):
             self._end(Status.diverged)

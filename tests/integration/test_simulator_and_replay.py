@@ -124,12 +124,14 @@ def test_two_runs_of_a_seed_are_identical_and_another_seed_differs(tmp_path: Pat
 @pytest.mark.parametrize("algorithm", parts("algorithm"))
 def test_every_algorithm_is_replayed_bit_for_bit(algorithm: str, tmp_path: Path) -> None:
     decay = ("train.weight_decay=0.01", "train.decay_1d=false")
-    options = ("model.dropout=0.3", "heterogeneity=one_slow", "train.lr=0.01", *decay)
+    options = ("model.dropout=0.3", "heterogeneity=one_slow", "train.lr=0.01", "logger.elastic_iterations=7", *decay)
     recorded = train([*DIGITS, f"algorithm={algorithm}", *options], run_dir=tmp_path / "run")
     assert (recorded["status"], recorded["iterations"], recorded["algorithm"]) == ("completed", 60, algorithm)
     again = replay(tmp_path / "again", tmp_path / "run")
     assert again["identical"] is True
     assert again["final_params_sha256"] == recorded["final_params_sha256"]
+    assert (again["elastic_mean"], again["elastic_max"]) == (recorded["elastic_mean"], recorded["elastic_max"])
+    assert 0 <= recorded["elastic_mean"] <= recorded["elastic_max"]  # 0 where gradients are taken at the present parameters
 
 
 @pytest.mark.parametrize("algorithm", ["ormo", "asgd", "naive", "shifted"])

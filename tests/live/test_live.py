@@ -34,7 +34,7 @@ ENDLESS = ("logger=none", "train.epochs=100000", "workers=2")
 SUMMARY_KEYS = set(
     "status algorithm scheduler runtime num_workers iterations gradients_computed epochs train_loss test_accuracy wall_seconds "
     "virtual_seconds updates_per_second delay_mean delay_max pushes_per_worker lock_wait_seconds lock_held_seconds "
-    "final_params_sha256 final_buffers_sha256".split()
+    "elastic_mean elastic_max final_params_sha256 final_buffers_sha256".split()
 )
 
 
@@ -51,6 +51,7 @@ def test_the_default_run_trains_digits_and_writes_all_its_files(tmp_path: Path) 
     assert result["test_accuracy"] >= 0.95
     assert result["wall_seconds"] < 60
     assert sum(result["pushes_per_worker"].values()) == 1350
+    assert 0 < result["elastic_mean"] <= result["elastic_max"]
 
     applied = events(run_dir, "apply")
     assert [event["iteration"] for event in applied] == list(range(1350))

@@ -37,7 +37,11 @@ def test_statistics_of_a_resumed_run_by_hand() -> None:
     assert statistics.delay_mean == pytest.approx(7 / 3)  # (2 + 0 + 5) / 3
     assert statistics.delay_max == 5
     assert statistics.delay_counts() == [1, 0, 1, 0, 0, 1]
+    assert (statistics.elastic_mean, statistics.elastic_max) == (None, None)
     assert [statistics.delay_quantile(fraction) for fraction in (0.3, 0.5, 0.99)] == [0, 2, 5]
+    for elastic in (0.5, None, 0.25):
+        statistics.observe(dataclasses.replace(apply_event(7, 0, 1), elastic=elastic))
+    assert (statistics.elastic_mean, statistics.elastic_max) == (0.375, 0.5)
     assert statistics.loss == pytest.approx(28.0)  # (3 + 53) / 2: all, as there are fewer than 50
 
 

@@ -1,0 +1,46 @@
+"""Elastic consistency: how far the parameters have moved since they were sent, in units of the learning rate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ormo_rpc.algorithms.base import PushContext
+
+CHUNK = 1 << 16
+"""Elements that are compared at a time, so that their difference stays in the cache and costs no pass over memory."""
+
+
+@dataclass(frozen=True)
+class ElasticConsistency:
+    """Measures ``||w_t - w_i||^2 / eta^2`` at every n-th applied gradient, before its step.
+
+    ``w_t`` are the parameters as they stand, ``w_i`` the first D values that were sent with the ticket, in the parameters'
+    dtype: of an algorithm that sends an estimate, that estimate. ``eta`` is the scheduled learning rate of iteration t. Memory:
+    two chunks; what was sent is kept for the worker's push anyway.
+
+    Source: the quantity that Nadiradze et al. 2021, arXiv 2001.05918, assume to be bounded.
+
+    Attributes:
+        every: n. With a divisor or multiple of K it may always meet the same worker, or the same place in a round.
+    """
+
+    every: int
+
+    def measure(self, params: torch.Tensor, context: PushContext) -> float | None:
+        """Return the value for a gradient that is about to be applied.
+
+        None between measurements, where what was sent is not known, with a learning rate of 0, and where it is not finite.
+        """
+        if context.iteration % self.every or context.sent is None or context.lr == 0:
+            return None
+        with torch.no_grad():
+            sent = context.sent[: params.numel()]
+            total = 0.0
+            for ours, theirs in zip(params.split(CHUNK), sent.split(CHUNK), strict=True):
+                moved = ours - theirs.to(params.dtype)
+                total += torch.dot(moved, moved).item()
+        value = total / context.lr**2
+        return value if math.isfinite(value) else None
