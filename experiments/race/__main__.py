@@ -19,6 +19,7 @@ from experiments.race.contenders import CONTENDERS
 from experiments.race.runs import Missing, Store
 from experiments.race.setup import CELLS, SETTINGS, Setup
 from experiments.race.units import Unit, collected, outcome, planned_runs, units
+from ormo_rpc.runtimes.distributed.linux import die_with_parent
 from ormo_rpc.storage.environment import environment
 
 MINUTES_OF_A_RUN = 0.17
@@ -68,12 +69,16 @@ def race(chosen: list[Unit], setup: Setup, a: Any) -> None:
     """Run the units, several at a time."""
     until = time.monotonic() + 60 * a.minutes
     total = sum(planned_runs(unit, setup) for unit in chosen)
-    with tqdm(total=total, unit=" runs") as bar, ProcessPoolExecutor(a.processes) as pool:
+    with tqdm(total=total, unit=" runs") as bar, ProcessPoolExecutor(a.processes, initializer=die_with_parent) as pool:
         running = {pool.submit(run_unit, unit, setup, a.store, a.root, until): unit for unit in chosen}
-        for done in as_completed(running):
-            unit = running[done]
-            bar.update(planned_runs(unit, setup))
-            bar.set_postfix_str(f"{unit.setting} K={unit.workers} {unit.contender}: {done.result()}")
+        try:
+            for done in as_completed(running):
+                unit = running[done]
+                bar.update(planned_runs(unit, setup))
+                bar.set_postfix_str(f"{unit.setting} K={unit.workers} {unit.contender}: {done.result()}")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def run_unit(unit: Unit, setup: Setup, folder: Path, root: str, until: float) -> str:

@@ -21,6 +21,7 @@ from experiments.race.setup import CELLS, SETTINGS, Setup
 from experiments.race.tuning import Tried, Tuned, tune
 from experiments.race.units import Unit, collected, outcome, units
 from ormo_rpc import train
+from ormo_rpc.storage.run_directory import read_trace
 
 DIGITS = ("dataset=digits", "model=mlp", "model.hidden=8", "dataset.validation=0.2")
 SMALL = Setup(
@@ -93,6 +94,27 @@ def test_rounds_end_when_they_do_in_the_simulator(setting: str, tmp_path: Path) 
         tmp_path, *variant.overrides, "workers=4", f"heterogeneity={setting}", "seed=5", "train.max_iterations=80"
     )
     assert round_ends(variant, setting, 4, 5, 20)[-1] == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("cancel", [False, True])
+@pytest.mark.parametrize("setting", ["one_slow", "exponential", "half_slow"])
+def test_rounds_of_the_first_workers_end_when_they_do_in_the_simulator(setting: str, cancel: bool, tmp_path: Path) -> None:
+    rule = ("algorithm=m_sync", "algorithm.m=3", f"algorithm.cancel={cancel}", "train.max_iterations=120")
+    simulated(tmp_path, *rule, "workers=5", f"heterogeneity={setting}", "seed=5")
+    applied = [event["seconds"] for event in read_trace(tmp_path / "run")[1] if event["event"] == "apply"]
+    # The last rounds are others: there are no tickets left for all workers. A trace has microseconds.
+    ends = clocks.first(3, cancel=cancel)(draws(setting, 5, 5), 5, 36)
+    assert ends == pytest.approx(applied[2:108:3], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_rounds_have_the_updates_of_m_sync() -> None:
+    job = (*DIGITS, "train.epochs=2", "evaluate.every=16", "train.lr=0.2", "workers=4")
+    (variant,) = CONTENDERS["ddp"].variants(4)
+    first, second = (simulate((*job, *rule), "test") for rule in (variant.overrides, ("algorithm=m_sync",)))
+    assert first.iterations == second.iterations
+    assert first.accuracy == pytest.approx(second.accuracy, abs=2 / 360)  # scans at a boundary fall to either side by rounding
+    assert len(set(first.accuracy)) > 3, "it learns"
 
 
 def test_shares_are_whole_and_in_proportion() -> None:
