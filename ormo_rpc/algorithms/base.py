@@ -152,6 +152,11 @@ class Algorithm(Part, ABC):
         self.version = 0
 
     @property
+    def whole_rounds(self) -> bool:
+        """True if each step is with the gradients of all workers at the same parameters, whatever the scheduler is."""
+        return False
+
+    @property
     def steps(self) -> int:
         """H, the local steps of a worker for each ticket, each on a batch of its own."""
         return 1

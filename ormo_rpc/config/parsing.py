@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ormo_rpc.config.ddp_refusals import refuse_with_ddp
 from ormo_rpc.config.renamed import translate_renamed
-from ormo_rpc.config.runtimes import ControlKind, DdpRuntime, RpcRuntime, SimRuntime
+from ormo_rpc.config.runtimes import ControlKind, DdpRuntime, RpcRuntime, Shares, SimRuntime
 from ormo_rpc.config.saving import to_tree
 from ormo_rpc.config.schema import GROUPS, Config
 from ormo_rpc.errors import ConfigError
@@ -189,6 +189,8 @@ def _refuse_together(config: Config) -> None:
         _refuse_cancelling(config)
     if isinstance(config.runtime, RpcRuntime):
         _refuse_control(config)
+    if isinstance(config.runtime, SimRuntime) and config.runtime.shares is Shares.proportional:
+        _refuse_shares(config, config.runtime)
     if isinstance(config.runtime, DdpRuntime):
         refuse_with_ddp(config, config.runtime)
 
@@ -210,6 +212,22 @@ def _refuse_cancelling(config: Config) -> None:
             f"worker.prefetch: got {config.worker.prefetch}, expected 0 with algorithm={algorithm}, which cancels what slow "
             f"workers compute"
         )
+
+
+def _refuse_shares(config: Config, runtime: SimRuntime) -> None:
+    """Refuse to divide the samples of a round where there is none of all workers.
+
+    Raises:
+        ConfigError: there is none, or the workers change.
+    """
+    algorithm, scheduler = config.algorithm, config.scheduler
+    if not (algorithm.whole_rounds or scheduler.WHOLE_ROUNDS) or algorithm.steps > 1:
+        raise ConfigError(
+            f"runtime.shares: got proportional with algorithm={algorithm.known_as} scheduler={scheduler.known_as}, expected "
+            "equal: only the samples of a step with the gradients of all workers can be divided, as under scheduler=sync"
+        )
+    if runtime.joins or runtime.leaves:
+        raise ConfigError("runtime.shares: got proportional with runtime.joins or runtime.leaves, expected equal, or neither")
 
 
 def _refuse_control(config: Config) -> None:

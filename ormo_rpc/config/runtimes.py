@@ -201,6 +201,11 @@ class SimRuntime(Runtime):
     service_seconds: float = option(
         0.0, "virtual seconds that the server takes for a push", valid=not_negative, expected="a finite number >= 0"
     )
+    shares: Shares = option(
+        Shares.equal,
+        "equal: each worker computes the samples of a ticket; proportional: times are those of rounds of all workers whose "
+        "samples are divided by the lasting speeds that heterogeneity gives them",
+    )
     joins: dict[int, float] = option(
         {},
         "further workers and when they join, in virtual seconds",

@@ -27,6 +27,8 @@ class Scheduler(Part, ABC):
 
     BARRIER: ClassVar[bool] = False
     """Workers are released in rounds: one that has pushed waits for others to push as well."""
+    WHOLE_ROUNDS: ClassVar[bool] = False
+    """Its rounds are of all workers, who then have the same parameters."""
     IMMEDIATE: ClassVar[bool] = False
     """`due` always releases every blocked worker at once."""
 

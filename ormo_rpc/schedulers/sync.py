@@ -17,6 +17,7 @@ class Sync(Scheduler):
     """All workers are answered together, when all have pushed, as in synchronous data-parallel SGD (with ormo: SSGDm)."""
 
     BARRIER = True
+    WHOLE_ROUNDS = True
 
     @override
     def due(self, blocked: Collection[int], holding: Collection[int]) -> list[int]:

@@ -13,6 +13,7 @@ import json
 import math
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,17 @@ def cpu_seconds() -> float:
     spin, which counts: with ``runtime.threads`` above 1, and more threads than cores, it is more.
     """
     return time.thread_time()
+
+
+def shares_of(total: int, slowdowns: Sequence[float]) -> list[int]:
+    """Divide samples in proportion to speeds, the inverses of the slowdowns: whole numbers, by the largest remainders."""
+    speeds = [1 / slowdown for slowdown in slowdowns]
+    exact = [total * speed / sum(speeds) for speed in speeds]
+    sizes = [int(share) for share in exact]
+    rest = sorted(range(len(exact)), key=lambda worker: sizes[worker] - exact[worker])
+    for worker in rest[: total - sum(sizes)]:
+        sizes[worker] += 1
+    return sizes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ormo_rpc.data import Epochs
+from ormo_rpc.worker.heterogeneity import shares_of
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,6 @@ class Rounds:
             indices = self._epochs.indices(ticket) if mine else torch.empty(0, dtype=torch.int64)
             return Part(ticket, indices, 1 / len(tickets) if mine else 0.0, len(tickets) == self.size)
         samples = torch.cat([self._epochs.indices(each) for each in tickets])
-        sizes = divided(len(samples), self._slowdowns)
+        sizes = shares_of(len(samples), self._slowdowns)
         start = sum(sizes[:rank])
         return Part(ticket, samples[start : start + sizes[rank]], sizes[rank] / len(samples), all(sizes))
-
-
-def divided(total: int, slowdowns: Sequence[float]) -> list[int]:
-    """Divide samples in proportion to speeds, the inverses of the slowdowns: whole numbers, by the largest remainders."""
-    speeds = [1 / slowdown for slowdown in slowdowns]
-    exact = [total * speed / sum(speeds) for speed in speeds]
-    sizes = [int(share) for share in exact]
-    rest = sorted(range(len(exact)), key=lambda rank: sizes[rank] - exact[rank])
-    for rank in rest[: total - sum(sizes)]:
-        sizes[rank] += 1
-    return sizes

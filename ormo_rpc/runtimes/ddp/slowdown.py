@@ -6,6 +6,7 @@ import time
 
 from ormo_rpc.config.schema import Config
 from ormo_rpc.runtimes.configured import time_generator
+from ormo_rpc.worker.heterogeneity import cpu_seconds
 
 
 class Slowdown:
@@ -20,18 +21,16 @@ class Slowdown:
         self._config = config
         self._rank = rank
         self._generator = time_generator(config, rank)
-        # The time of further threads of torch's is the process's; with one, that of the group's own threads does not count.
-        self._cpu_seconds = time.thread_time if config.runtime.threads == 1 else time.process_time
         self._factor = 1.0
         self._since = 0.0
 
     def begin(self) -> None:
         """Draw the factor of a round, and begin to measure."""
         self._factor = self._config.slowdown(self._rank, self._generator)
-        self._since = self._cpu_seconds()
+        self._since = cpu_seconds()
 
     def catch_up(self) -> None:
         """Sleep (f - 1) times the CPU time since the last call or the beginning; before gradients are reduced."""
         if self._factor > 1:
-            time.sleep((self._factor - 1) * (self._cpu_seconds() - self._since))
-        self._since = self._cpu_seconds()
+            time.sleep((self._factor - 1) * (cpu_seconds() - self._since))
+        self._since = cpu_seconds()

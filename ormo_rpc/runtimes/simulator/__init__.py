@@ -6,7 +6,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from signal import Signals
@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from ormo_rpc import console
 from ormo_rpc.config.parsing import save_config
+from ormo_rpc.config.runtimes import Shares
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError, RunFailed, RunInterrupted, one_line
 from ormo_rpc.runtimes.configured import time_generator
@@ -27,6 +28,7 @@ from ormo_rpc.runtimes.simulator.cluster import Cluster, GradientSource, Links, 
 from ormo_rpc.runtimes.simulator.jobs import SyntheticJob
 from ormo_rpc.signals import SignalWatch
 from ormo_rpc.storage.summary import unfinished_summary, write_summary
+from ormo_rpc.worker.heterogeneity import shares_of
 
 EVENTS_PER_FLUSH = 32
 """Events of the cluster between two flushes of the records."""
@@ -164,11 +166,25 @@ def _links(config: Config, session: Session, push_bytes: int) -> Links:
 
 def _compute_seconds(config: Config) -> Speeds:
     """Make the generator of compute times, as `heterogeneity` has them."""
+    parts = _parts(config)
 
     def seconds(worker: int, generator: torch.Generator) -> float:
-        return config.sim.compute_seconds * config.slowdown(worker, generator)
+        return config.sim.compute_seconds * config.slowdown(worker, generator) * parts.get(worker, 1.0)
 
     return Speeds(seconds, lambda worker: time_generator(config, worker))
+
+
+def _parts(config: Config) -> Mapping[int, float]:
+    """Return each worker's part of a synchronous round, in units of a ticket, where its samples are divided by speed.
+
+    Gradients are computed ticket by ticket all the same: their sum over a round does not depend on who computes which samples,
+    but for its rounding where they arrive in another order.
+    """
+    if config.sim.shares is Shares.equal:
+        return {}
+    workers, samples = range(config.num_workers), config.train.batch_size
+    shares = shares_of(samples * len(workers), [config.mean_slowdown(worker) for worker in workers])
+    return {worker: share / samples for worker, share in zip(workers, shares, strict=True)}
 
 
 def _loads(cluster: Cluster, seconds: float) -> dict[str, Any]:

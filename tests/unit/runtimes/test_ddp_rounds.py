@@ -7,12 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ormo_rpc.data import Epochs
-from ormo_rpc.runtimes.ddp.rounds import Rounds, divided
+from ormo_rpc.runtimes.ddp.rounds import Rounds
+from ormo_rpc.worker.heterogeneity import shares_of
 
 
 @given(st.integers(0, 400), st.lists(st.floats(1.0, 20.0), min_size=1, max_size=8))
 def test_samples_are_divided_by_the_largest_remainders(total: int, slowdowns: list[float]) -> None:
-    sizes = divided(total, slowdowns)
+    sizes = shares_of(total, slowdowns)
     exact = [total / slowdown / sum(1 / each for each in slowdowns) for slowdown in slowdowns]
     assert sum(sizes) == total
     assert all(size in (int(share), int(share) + 1) for size, share in zip(sizes, exact, strict=True))
@@ -23,7 +24,7 @@ def test_samples_are_divided_by_the_largest_remainders(total: int, slowdowns: li
 
 def test_one_rank_that_is_ten_times_slower_has_a_tenth_of_the_samples_of_each_other_one() -> None:
     # 256 samples at speeds 1, 1, 1, 0.1: 82.58 for each fast one and 8.26 for the slow one; 82 + 82 + 82 + 8 leave two.
-    assert divided(256, [1.0, 1.0, 1.0, 10.0]) == [83, 83, 82, 8]
+    assert shares_of(256, [1.0, 1.0, 1.0, 10.0]) == [83, 83, 82, 8]
 
 
 @given(

@@ -1,0 +1,61 @@
+"""Simulated synchronous rounds whose samples are divided by speed: times in closed form, and the updates of equal shares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ormo_rpc import ConfigError, train
+
+QUADRATIC = ("runtime=sim", "runtime.gradient=quadratic", "runtime.dimension=5", "train.lr=0.01", "logger=none")
+SYNC = ("algorithm=ormo", "scheduler=sync", "train.lr_scaling=mean")
+
+
+@pytest.mark.parametrize(
+    ("heterogeneity", "workers", "equal", "proportional"),
+    [
+        # 10 rounds of 0.1 s x the slowest worker's factor; or of 0.1 s x K / (the sum of 1 / factor), with whole samples.
+        (("half_slow", "heterogeneity.factor=3"), 4, 3.0, 4 / (2 + 2 / 3)),
+        (("one_slow", "heterogeneity.factor=4", "train.batch_size=13"), 4, 4.0, 4 / (3 + 1 / 4)),
+        (("none",), 3, 1.0, 1.0),
+        # 40 samples at speeds 1 and 1/10: 36.36 and 3.64, so 36 and 4: the slow one needs 10 x 4 / 20 of 0.1 s.
+        (("one_slow", "train.batch_size=20"), 2, 10.0, 2.0),
+    ],
+)
+def test_a_round_takes_as_long_as_the_sum_of_the_speeds_allows(
+    heterogeneity: tuple[str, ...], workers: int, equal: float, proportional: float, tmp_path: Path
+) -> None:
+    keys = (*QUADRATIC, *SYNC, f"workers={workers}", f"train.max_iterations={10 * workers}")
+    keys = (*keys, "heterogeneity=" + heterogeneity[0], *heterogeneity[1:])
+    runs = {
+        shares: train([*keys, f"runtime.shares={shares}"], run_dir=tmp_path / shares) for shares in ("equal", "proportional")
+    }
+    assert runs["equal"]["virtual_seconds"] == pytest.approx(equal)
+    assert runs["proportional"]["virtual_seconds"] == pytest.approx(proportional)
+    assert runs["equal"]["final_params_sha256"] == runs["proportional"]["final_params_sha256"]
+    again = train(["runtime=replay", f"replay.run={tmp_path / 'proportional'}", "logger=none"], run_dir=tmp_path / "again")
+    assert again["identical"] is True
+
+
+def test_random_times_have_equal_shares(tmp_path: Path) -> None:
+    keys = (*QUADRATIC, *SYNC, "workers=3", "train.max_iterations=30", "heterogeneity=exponential")
+    runs = [train([*keys, f"runtime.shares={shares}"], run_dir=tmp_path / shares) for shares in ("equal", "proportional")]
+    assert runs[0]["virtual_seconds"] == runs[1]["virtual_seconds"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (("scheduler=async",), r"got proportional with algorithm=ormo scheduler=async, expected equal: only the samples"),
+        (("scheduler=partial",), r"got proportional with algorithm=ormo scheduler=partial, expected equal"),
+        (("scheduler=sync", "algorithm=orlomo"), r"got proportional with algorithm=orlomo scheduler=sync, expected equal"),
+        (
+            ("scheduler=sync", "runtime.leaves={0: 1.0}"),
+            r"got proportional with runtime.joins or runtime.leaves, expected equal",
+        ),
+    ],
+)
+def test_what_has_no_rounds_of_all_workers_cannot_divide_them(keys: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"^runtime\.shares: {message}"):
+        train([*QUADRATIC, "train.max_iterations=4", *keys, "runtime.shares=proportional"], run_dir=tmp_path / "run")
