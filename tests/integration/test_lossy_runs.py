@@ -178,7 +178,7 @@ def test_a_smaller_push_takes_a_link_less_time(tmp_path: Path) -> None:
 # -- one job, both sides -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("algorithm", ["ormo", "orlomo"])
+@pytest.mark.parametrize("algorithm", ["ormo", "orlomo", "heloco", "ringleader", "ringmaster_lmo"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_server_of_a_job_reads_what_its_worker_sends(name: str, algorithm: str) -> None:
     job = Job(parse_config(changed(BASE, algorithm={"name": algorithm}, **FORMATS[name])))

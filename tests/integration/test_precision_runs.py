@@ -159,7 +159,7 @@ def test_parameters_of_float16_have_masters_and_a_loss_scale(tmp_path: Path) -> 
         assert torch.equal(value, masters[name]), name
 
 
-@pytest.mark.parametrize("algorithm", ["ormo", "fedbuff", "orlomo", "easgd"])
+@pytest.mark.parametrize("algorithm", ["ormo", "fedbuff", "orlomo", "easgd", "heloco", "ringleader", "ringmaster_lmo"])
 def test_runs_in_float16_are_replayed_and_resumed_to_the_bit(algorithm: str, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"workers": 3, "algorithm": algorithm, "worker": fp16(), "train": {"lr": 0.01, "clip_norm": 1.0}}
     whole = train(options(**settings), run_dir=tmp_path / "whole")

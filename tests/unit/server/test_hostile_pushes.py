@@ -28,7 +28,21 @@ from tests.support.contract import same
 from tests.support.examples import examples
 from tests.support.schedule import answer, normal
 
-RULES = ("ormo", "ormo_da", "ringmaster", "fedbuff", "easgd", "orlomo", "dc_asgd", "shifted", "rennala", "smega2", "asgd")
+RULES = (
+    "ormo",
+    "ormo_da",
+    "ringmaster",
+    "fedbuff",
+    "easgd",
+    "orlomo",
+    "dc_asgd",
+    "shifted",
+    "rennala",
+    "smega2",
+    "asgd",
+    "mla",
+    "ringleader",
+)
 DIMENSION = 3
 PUSHES_PER_RULE = 1000
 """Together 11,000 pushes, joins and leaves."""

@@ -33,7 +33,7 @@ BUFFERS = {
     "least": torch.full((2,), float("inf")),
     "constant": torch.arange(3),
 }
-ALGORITHMS = ("asgd", "ormo", "shifted", "smega2", "dc_asgd", "gap_aware", "fedbuff", "easgd")
+ALGORITHMS = ("asgd", "ormo", "shifted", "smega2", "dc_asgd", "gap_aware", "fedbuff", "easgd", "heloco", "ringleader")
 """Among them algorithms that read the parameters they sent, that have a state for each worker, and that buffer."""
 
 
