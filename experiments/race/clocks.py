@@ -27,6 +27,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from ormo_rpc.worker.heterogeneity import shares_of
+
 Draw = Callable[[int], float]
 """``draw(worker)``: the virtual seconds of the worker's next gradient."""
 
@@ -75,13 +77,13 @@ def first(m: int, *, cancel: bool) -> Clock:
 
 
 def proportional(means: Sequence[float], batch: int) -> Clock:
-    """Rounds of all workers, each with samples in proportion to its lasting speed.
+    """Rounds of all workers, each with samples in proportion to its lasting speed, as ``runtime.shares=proportional`` has them.
 
     Args:
         means: The mean slowdown of each worker.
         batch: The samples of one gradient; a round has as many for each worker, on average.
     """
-    shares = [samples / batch for samples in whole_shares([1 / mean for mean in means], batch * len(means))]
+    shares = [samples / batch for samples in shares_of(batch * len(means), means)]
 
     def ends(draw: Draw, workers: int, rounds: int) -> list[float]:
         now, found = 0.0, list[float]()
@@ -91,15 +93,6 @@ def proportional(means: Sequence[float], batch: int) -> Clock:
         return found
 
     return ends
-
-
-def whole_shares(speeds: Sequence[float], total: int) -> list[int]:
-    """Divide samples in proportion to speeds: whole numbers, those with the largest fractions rounded up."""
-    exact = [total * speed / sum(speeds) for speed in speeds]
-    found = [math.floor(each) for each in exact]
-    for worker in sorted(range(len(exact)), key=lambda worker: found[worker] - exact[worker])[: total - sum(found)]:
-        found[worker] += 1
-    return found
 
 
 def in_local_steps(draw: Draw, steps: int) -> Draw:

@@ -117,12 +117,12 @@ def test_rounds_have_the_updates_of_m_sync() -> None:
     assert len(set(first.accuracy)) > 3, "it learns"
 
 
-def test_shares_are_whole_and_in_proportion() -> None:
-    # 256 samples at speeds 1, 1, 1, 0.1: 82.58, 82.58, 82.58, 8.26; two of the three largest fractions are rounded up.
-    assert clocks.whole_shares([1, 1, 1, 0.1], 256) == [83, 83, 82, 8]
-    assert clocks.whole_shares([1.0] * 4, 10) == [3, 3, 2, 2]
-    ends = clocks.proportional([1, 1, 1, 10], 64)(lambda worker: 1.0 if worker == 3 else 0.1, 4, 2)
-    assert ends == pytest.approx([83 / 64 * 0.1, 83 / 64 * 0.2])
+@pytest.mark.parametrize("setting", ["one_slow", "exponential", "half_slow"])
+def test_rounds_of_proportional_parts_end_when_they_do_in_the_simulator(setting: str, tmp_path: Path) -> None:
+    (variant,) = CONTENDERS["ddp_proportional"].variants(4)
+    job = ("workers=4", "train.batch_size=64", "runtime.shares=proportional", "train.max_iterations=80")
+    expected = simulated(tmp_path, *variant.overrides, *job, f"heterogeneity={setting}", "seed=5")
+    assert round_ends(variant, setting, 4, 5, 20)[-1] == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.slow
