@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from typing_extensions import override
 
+from ormo_rpc.algorithms._local_steps import sgd_steps
 from ormo_rpc.algorithms._rounds import Rounds
 from ormo_rpc.algorithms.base import LocalWork
 from ormo_rpc.options import at_least_one, option, register
@@ -62,14 +63,7 @@ class LocalSGD(Rounds):
 
     @override
     def local(self, work: LocalWork, push: torch.Tensor) -> None:
-        here, grad = work.sent.clone(), torch.empty_like(push)
-        momentum = torch.zeros_like(push)
-        push.zero_()
-        for step in range(work.steps):
-            work.gradient(here, step, grad)
-            momentum.mul_(work.momentum).add_(grad)
-            push.add_(momentum, alpha=work.lr)
-            here.sub_(momentum, alpha=work.lr)
+        sgd_steps(work, push, momentum=work.momentum)
 
     @override
     def state_dict(self) -> Mapping[str, torch.Tensor | int | float]:

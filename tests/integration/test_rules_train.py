@@ -11,6 +11,10 @@ from ormo_rpc import train
 pytestmark = pytest.mark.slow
 
 SETTINGS: dict[str, tuple[str, ...]] = {
+    "m_sync": ("train.lr=0.1",),
+    "local_sgd": ("train.lr=0.1",),
+    "ormo_la": ("train.lr=0.01",),
+    "ormo_la_da": ("train.lr=0.01",),
     "mla": ("train.lr=0.1",),
     "heloco": ("train.lr=0.1",),
     "halos": ("train.lr=0.1",),

@@ -87,6 +87,15 @@ def test_local_steps_are_those_of_torch(beta: float) -> None:
         close(push.grad, reply.params - parameter.detach())
 
 
+def test_synchronous_rounds_without_momentum_are_local_sgd() -> None:
+    K = 3
+    rounds = begin("mla", num_workers=K, tickets=30, scheduler="sync", momentum=0.0, outer_lr=1 / K)
+    averaged = begin("local_sgd", num_workers=K, tickets=30, momentum=0.0)
+    for number, _ in enumerate(zip(rounds.steps([]), averaged.steps([]), strict=True), start=1):
+        if number % K == 0:
+            close(rounds.server.params, averaged.server.params)
+
+
 # ----------------------------------------------------------------------------------------------------- the correction
 
 
