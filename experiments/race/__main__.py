@@ -68,13 +68,12 @@ def main() -> None:
 def race(chosen: list[Unit], setup: Setup, a: Any) -> None:
     """Run the units, several at a time."""
     until = time.monotonic() + 60 * a.minutes
-    total = sum(planned_runs(unit, setup) for unit in chosen)
-    with tqdm(total=total, unit=" runs") as bar, ProcessPoolExecutor(a.processes, initializer=die_with_parent) as pool:
+    with tqdm(total=len(chosen), unit=" units") as bar, ProcessPoolExecutor(a.processes, initializer=die_with_parent) as pool:
         running = {pool.submit(run_unit, unit, setup, a.store, a.root, until): unit for unit in chosen}
         try:
             for done in as_completed(running):
                 unit = running[done]
-                bar.update(planned_runs(unit, setup))
+                bar.update()
                 bar.set_postfix_str(f"{unit.setting} K={unit.workers} {unit.contender}: {done.result()}")
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -116,14 +115,20 @@ def plan(cells: list[tuple[str, int]], contenders: list[str], setup: Setup, fold
     _, missing = collected(units(cells, contenders), setup, Store(folder, None))
     records = [json.loads(file.read_text())["record"]["cpu_seconds"] for file in folder.glob("*.json")]
     minutes = sum(records) / len(records) / 60 if records else MINUTES_OF_A_RUN
-    lines: list[str] = []
+    lines, counted = list[str](), set[tuple[object, ...]]()
     for setting, workers in cells:
         left = [unit for unit in missing if (unit.setting, unit.workers) == (setting, workers)]
         if left:
+            runs = set[tuple[object, ...]]().union(*(planned_runs(unit, setup) for unit in left)) - counted
+            counted |= runs
             names = ", ".join(unit.contender for unit in left)
-            needed = sum(planned_runs(unit, setup) for unit in left) * minutes
-            lines.append(f"{setting}, K = {workers}: at most about {needed:.0f} minutes of a core for {names}")
-    lines.append(f"{len(missing)} units; a run takes {60 * minutes:.1f} s; runs that units have in common are made once")
+            lines.append(
+                f"{setting}, K = {workers}: {len(runs)} further runs, {len(runs) * minutes:.0f} minutes of a core: {names}"
+            )
+    lines.append(
+        f"{len(missing)} units, at most about {len(counted) * minutes:.0f} minutes of a core, {60 * minutes:.1f} s for a run; "
+        "runs of them that are finished count as well"
+    )
     return "\n".join(lines)
 
 

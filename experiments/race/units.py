@@ -101,7 +101,14 @@ def shortened(seed: int, found: Record) -> dict[str, Any]:
     }
 
 
-def planned_runs(unit: Unit, setup: Setup) -> int:
-    """The runs of a unit, as if none were there and no rate beyond the grid were tried."""
-    variants = len(CONTENDERS[unit.contender].available(unit.workers))
-    return variants * len(setup.rates[unit.workers]) * len(setup.tuning_seeds) + len(setup.seeds)
+def planned_runs(unit: Unit, setup: Setup) -> set[tuple[object, ...]]:
+    """The runs of a unit, as if no rate beyond the grid were tried; those that units have in common are equal."""
+    found: set[tuple[object, ...]] = set()
+    variants = CONTENDERS[unit.contender].available(unit.workers)
+    for variant in variants:
+        setting = unit.setting if variant.clock is None else ""
+        run = (setting, unit.workers, variant.overrides, variant.members)
+        found |= {(*run, rate, seed) for rate in setup.rates[unit.workers] for seed in setup.tuning_seeds}
+    # The rate and the variant that are chosen may be the same in every setting, or not.
+    found |= {(unit.setting, unit.workers, variants[0].overrides, variants[0].members, "test", seed) for seed in setup.seeds}
+    return found

@@ -19,7 +19,7 @@ from experiments.race.figures import Results, best_asynchronous, best_m_sync, ti
 from experiments.race.runs import Missing, Record, Store, configuration, rule_version, simulate
 from experiments.race.setup import CELLS, SETTINGS, Setup
 from experiments.race.tuning import Tried, Tuned, tune
-from experiments.race.units import Unit, collected, outcome, units
+from experiments.race.units import Unit, collected, outcome, planned_runs, units
 from ormo_rpc import train
 from ormo_rpc.storage.run_directory import read_trace
 
@@ -239,6 +239,14 @@ def test_every_cell_has_every_contender_whose_rule_there_is() -> None:
     assert len(CELLS) == len(set(CELLS))
     found = [unit.contender for unit in units([("none", 4), ("gamma", 4)], ["ormo_da", "ormo", "ddp"])]
     assert found == ["ddp", "ormo", "ddp", "ormo", "ormo_da", "ormo_da"]
+
+
+def test_runs_that_settings_have_in_common_are_planned_once() -> None:
+    ddp, alike, ormo = (
+        planned_runs(Unit(*each), SMALL) for each in (("none", 4, "ddp"), ("gamma", 4, "ddp"), ("none", 4, "ormo"))
+    )
+    # Two rates with one tuning seed, and three reported seeds.
+    assert [len(each) for each in (ddp, ddp | alike, ddp | ormo)] == [5, 8, 10]
 
 
 def row(contender: str, *times: float, validation: float, setting: str = "one_slow", workers: int = 4) -> dict[str, Any]:
