@@ -43,7 +43,7 @@ class Ringleader(Algorithm):
     def init(self, params: torch.Tensor, momentum: float) -> None:
         super().init(params, momentum)
         self.total = torch.zeros_like(params)
-        """The sum of the means in CUR."""
+        """The sum of the means in CUR in phase 2, and zero in phase 1."""
         self.means: dict[int, torch.Tensor] = {}
         """CUR, by worker; zero where it has no entry."""
         self.counts: dict[int, int] = {}
@@ -59,34 +59,33 @@ class Ringleader(Algorithm):
         worker = context.worker
         stepping = any(self.due.values())
         if stepping and not self.due[worker]:
-            self.next_counts[worker] += 1
-            self.next_means[worker].add_((grad - self.next_means[worker]).div_(self.next_counts[worker]))
+            _fold(grad, worker, self.next_means, self.next_counts)
             return
-        self.counts[worker] += 1
-        change = (grad - self.means[worker]).div_(self.counts[worker])
-        self.means[worker].add_(change)
-        self.total.add_(change)
-        if not stepping:
-            if not all(self.counts.values()):
-                return
+        change = _fold(grad, worker, self.means, self.counts)
+        if stepping:
+            self.total.add_(change)
+        elif all(self.counts.values()):
             self.due = dict.fromkeys(self.due, 1)
+            self._sum()
+        else:
+            return
         self.params.sub_(self.total, alpha=lr / sum(count > 0 for count in self.counts.values()))
         self.due[worker] = 0
         if not any(self.due.values()):
             self._next_cycle()
 
-    def _next_cycle(self) -> None:
-        """Make NEXT the present table. The sum is made anew, and so loses the rounding that it had gathered."""
-        self.means, self.next_means = self.next_means, self.means
-        self.counts, self.next_counts = self.next_counts, dict.fromkeys(self.counts, 0)
-        for mean in self.next_means.values():
-            mean.zero_()
-        self._sum()
-
     def _sum(self) -> None:
+        """Make the sum anew, without the rounding that it has gathered."""
         self.total.zero_()
         for mean in self.means.values():
             self.total.add_(mean)
+
+    def _next_cycle(self) -> None:
+        """Make NEXT the present table."""
+        self.means, self.next_means = self.next_means, self.means
+        self.counts, self.next_counts = self.next_counts, dict.fromkeys(self.counts, 0)
+        for each in (self.total, *self.next_means.values()):
+            each.zero_()
 
     @override
     def flush(self, lr: float) -> None:
@@ -94,8 +93,8 @@ class Ringleader(Algorithm):
             self.due = dict.fromkeys(self.due, 0)
             self._next_cycle()
         if any(self.counts.values()):
+            self._sum()
             self.params.sub_(self.total, alpha=lr / len(self.counts))
-            self.next_counts = dict.fromkeys(self.counts, 0)
             self._next_cycle()
 
     @override
@@ -103,8 +102,11 @@ class Ringleader(Algorithm):
         stepping = any(self.due.values())
         for table in (self.means, self.counts, self.next_means, self.next_counts, self.due):
             table.pop(worker, None)
-        self._sum()
-        if stepping and not any(self.due.values()):
+        if not stepping:
+            return
+        if any(self.due.values()):
+            self._sum()
+        else:
             self._next_cycle()
 
     @override
@@ -126,3 +128,11 @@ class Ringleader(Algorithm):
             **self.by_worker("next_counts", self.next_counts),
             **self.by_worker("due", self.due),
         }
+
+
+def _fold(grad: torch.Tensor, worker: int, means: dict[int, torch.Tensor], counts: dict[int, int]) -> torch.Tensor:
+    """Take a gradient into the mean of its worker in a table; return the change of the mean, shape (D,)."""
+    counts[worker] += 1
+    change = (grad - means[worker]).div_(counts[worker])
+    means[worker].add_(change)
+    return change

@@ -53,7 +53,7 @@ class Ringleader(Reference):
                     present[reply.worker], following[reply.worker] = [], []
         return {
             "w": w,
-            "total": mean(present) + torch.zeros_like(w),
+            "total": (mean(present) if waiting else torch.zeros(())) + torch.zeros_like(w),
             **self.entries("means", "counts", present),
             **self.entries("next_means", "next_counts", following),
             **{f"due/{worker}": int(worker in waiting) for worker in present},
