@@ -37,6 +37,7 @@ def parser() -> ArgumentParser:
     made.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS], metavar="SETTING")
     made.add_argument("--workers", type=int, nargs="+", choices=(4, 16, 64), default=[4, 16, 64], metavar="K")
     made.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=[*CONTENDERS], metavar="NAME")
+    made.add_argument("--seeds", type=int, default=3, metavar="N", help="reported seeds; results have as many as were run")
     made.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many minutes, and collect")
     made.add_argument("--processes", type=int, default=1, help="units that are run at the same time")
     made.add_argument("--plan", action="store_true", help="print what is still to be run, and how long it takes")
@@ -51,7 +52,7 @@ def main() -> None:
     if a.report:
         report.write(json.loads((a.into / "race.json").read_text()), a.into)
         return
-    setup = Setup()
+    setup = Setup(seeds=tuple(range(a.seeds)))
     cells = [(setting, workers) for setting, workers in CELLS if setting in a.settings and workers in a.workers]
     if a.plan:
         print(plan(cells, a.contenders, setup, a.store))
@@ -59,7 +60,7 @@ def main() -> None:
     if not a.collect:
         print(plan(cells, a.contenders, setup, a.store))
         race([*units(cells, a.contenders)], setup, a)
-    content = collect(setup, a.store)
+    content = collect(Setup(), a.store)
     a.into.mkdir(exist_ok=True)
     (a.into / "race.json").write_text(json.dumps(content, separators=(",", ":")).replace('{"setting"', '\n{"setting"') + "\n")
     report.write(content, a.into)
@@ -99,7 +100,8 @@ def collect(setup: Setup, folder: Path) -> dict[str, Any]:
         "epochs": setup.epochs,
         "batch_size": setup.batch_size,
         "targets": setup.targets,
-        "tuning_target": setup.target,
+        "target": setup.target,
+        "tuning_target": setup.tuning_target,
         "smooth": setup.smooth,
         "tuning_seeds": setup.tuning_seeds,
         "rates": {workers: sorted(rates) for workers, rates in setup.rates.items()},

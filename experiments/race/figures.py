@@ -31,9 +31,9 @@ class Results:
         return self.content["smooth"]
 
     @property
-    def tuning_target(self) -> float:
-        """The target by whose time rates were chosen, and contenders are compared."""
-        return self.content["tuning_target"]
+    def target(self) -> float:
+        """The target by whose time contenders are compared."""
+        return self.content["target"]
 
     def cell(self, setting: str, workers: int) -> dict[str, Row]:
         """The contenders of a cell by name."""
@@ -57,6 +57,12 @@ class Results:
             return math.nan
         mine, others = self.time(row, target), self.time(other, target)
         return math.nan if math.isinf(mine) and math.isinf(others) else mine / others
+
+    def ratios(self, row: Row | None, other: Row | None, target: float) -> list[float]:
+        """The ratio for each seed that both have: the same initial parameters, and the same batches in the same order."""
+        if row is None or other is None:
+            return []
+        return [mine / others for mine, others in zip(self.times(row, target), self.times(other, target), strict=False)]
 
 
 def time_to(run: Mapping[str, Any], target: float, smooth: int) -> float:

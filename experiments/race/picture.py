@@ -67,9 +67,7 @@ def _ratios(axes: Axes, results: Results, workers: int) -> None:
     for number, (name, colour) in enumerate(SHOWN):
         places = [place + width * (number - (len(SHOWN) - 1) / 2) for place in range(len(settings))]
         ratios = [
-            results.ratio(
-                shown(results, setting, workers, name), shown(results, setting, workers, "ddp"), results.tuning_target
-            )
+            results.ratio(shown(results, setting, workers, name), shown(results, setting, workers, "ddp"), results.target)
             for setting in settings
         ]
         reached = [ratio if math.isfinite(ratio) else math.nan for ratio in ratios]
@@ -85,7 +83,7 @@ def _ratios(axes: Axes, results: Results, workers: int) -> None:
     axes.set_ylim(bottom=0.08)
     axes.axhline(1.0, color="#333333", lw=0.6)
     axes.set_xticks(range(len(settings)), [SHORT[setting] for setting in settings], fontsize="small")
-    axes.set_ylabel(f"time to {results.tuning_target:.0%} over DDP's")
+    axes.set_ylabel(f"time to {results.target:.0%} over DDP's")
     axes.set_title(f"{workers} workers (less is better)", fontsize="medium")
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -107,7 +105,7 @@ def _curves(axes: Axes, results: Results, setting: str) -> None:
     axes.set_xscale("log")
     axes.set_xlim(end / 60, end)
     axes.set_ylim(0.8, 0.895)
-    axes.axhline(results.tuning_target, color="#999999", lw=0.6, ls=":")
+    axes.axhline(results.target, color="#999999", lw=0.6, ls=":")
     axes.set(xlabel="virtual seconds", ylabel="test accuracy")
     axes.set_title(f"{SETTINGS[setting]}, 16 workers", fontsize="medium")
     axes.spines[["top", "right"]].set_visible(False)

@@ -76,7 +76,7 @@ def _try(run: Try, setup: Setup, rate: float, so_far: Tuned) -> Tried:
     times, accuracy, spent = list[float | None](), list[float](), 0.0
     for seed in setup.tuning_seeds:
         found = run(rate, seed, best - spent)
-        time = found.time_to(setup.target, setup.smooth)
+        time = found.time_to(setup.tuning_target, setup.smooth)
         times.append(time)
         accuracy.append(found.last(setup.smooth))
         spent += math.inf if time is None else time

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -11,6 +13,9 @@ from experiments.race.contenders import CONTENDERS, FIRST, Variant, record
 from experiments.race.runs import Missing, Record, Store
 from experiments.race.setup import Setup
 from experiments.race.tuning import best_variant, described, tune
+
+MOST_SEEDS = 20
+"""Reported seeds, at most."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +85,17 @@ def outcome(unit: Unit, setup: Setup, store: Store, finished: Callable[[], None]
 
 
 def collected(chosen: Iterable[Unit], setup: Setup, store: Store) -> tuple[list[dict[str, Any]], list[Unit]]:
-    """The entries of the units all of whose runs are in the store, and the other units."""
+    """The entries of the units all of whose runs are in the store, with as many seeds as it has, and the other units."""
     rows, missing = list[dict[str, Any]](), list[Unit]()
     for unit in chosen:
-        try:
-            rows.append(outcome(unit, setup, store))
-        except Missing:
+        row = None
+        with contextlib.suppress(Missing):
+            for count in range(len(setup.seeds), MOST_SEEDS + 1):
+                row = outcome(unit, dataclasses.replace(setup, seeds=tuple(range(count))), store)
+        if row is None:
             missing.append(unit)
+        else:
+            rows.append(row)
     return rows, missing
 
 

@@ -32,6 +32,7 @@ SMALL = Setup(
     smooth=1,
     targets=(0.2, 0.5),
     target=0.5,
+    tuning_target=0.5,
     rates={4: (0.08, 0.16)},
     beyond=0,
     tuning_seeds=(7,),
@@ -168,14 +169,14 @@ def test_a_target_is_reached_by_the_mean_of_evaluations_in_a_row() -> None:
 
 
 def test_a_rate_beyond_the_edge_is_tried_while_the_best_is_there() -> None:
-    setup = dataclasses.replace(SMALL, rates={4: (0.04, 0.02, 0.08)}, beyond=3, target=0.87, smooth=1)
+    setup = dataclasses.replace(SMALL, rates={4: (0.04, 0.02, 0.08)}, beyond=3, tuning_target=0.87, smooth=1)
     tuned = tune(lambda rate, _seed, _limit: made(abs(math.log2(rate / 0.16)) + 1), setup, 4)
     assert sorted(tuned.tried) == pytest.approx([0.02, 0.04, 0.08, 0.16, 0.32])
     assert tuned.best == pytest.approx(0.16)
 
 
 def test_without_a_time_the_last_accuracy_chooses() -> None:
-    setup = dataclasses.replace(SMALL, rates={4: (0.04, 0.02, 0.08)}, target=0.87, smooth=1)
+    setup = dataclasses.replace(SMALL, rates={4: (0.04, 0.02, 0.08)}, tuning_target=0.87, smooth=1)
     assert tune(lambda rate, _seed, _limit: made(accuracy=0.8 - abs(rate - 0.04)), setup, 4).best == 0.04
 
 
@@ -186,7 +187,7 @@ def test_without_a_time_the_last_accuracy_chooses() -> None:
 )
 def test_cutting_off_what_cannot_win_changes_no_choice(times: list[tuple[int | None, int | None]]) -> None:
     setup = dataclasses.replace(
-        SMALL, rates={4: tuple(map(float, range(len(times))))}, beyond=0, target=0.87, smooth=1, tuning_seeds=(0, 1)
+        SMALL, rates={4: tuple(map(float, range(len(times))))}, beyond=0, tuning_target=0.87, smooth=1, tuning_seeds=(0, 1)
     )
 
     def run(rate: float, seed: int, limit: float) -> Record:
@@ -228,6 +229,10 @@ def test_a_unit_is_tuned_run_and_reported_and_not_run_again(tmp_path: Path) -> N
     assert {run["seed"] for run in row["runs"]} == {0, 1, 2}
     rows, missing = collected([unit, Unit("one_slow", 4, "ormo")], SMALL, Store(tmp_path, None))
     assert (rows, [each.contender for each in missing]) == ([row], ["ormo"])
+    # A fourth seed that was run is reported as well.
+    outcome(unit, dataclasses.replace(SMALL, seeds=(0, 1, 2, 3)), store)
+    assert [run["seed"] for run in collected([unit], SMALL, Store(tmp_path, None))[0][0]["runs"]] == [0, 1, 2, 3]
+    store.made -= 1
     # Another setting has the same updates: nothing is run.
     outcome(Unit("exponential", 4, "ddp"), SMALL, store)
     outcome(Unit("one_slow", 4, "ddp_proportional"), SMALL, store)
@@ -285,7 +290,8 @@ def results() -> Results:
             "batch_size": 64,
             "smooth": 1,
             "targets": [0.85, 0.87, 0.88],
-            "tuning_target": 0.87,
+            "target": 0.87,
+            "tuning_target": 0.875,
             "tuning_seeds": [1000],
             "rates": {"4": [0.1, 0.2]},
             "rows": rows,
@@ -304,10 +310,10 @@ def test_goals_compare_medians_of_the_rule_that_validation_puts_first(results: R
     assert (best["contender"], m_sync["contender"]) == ("ormo", "m_sync_cancel")
     goals = {(row[0], row[1], row[2]): row for row in report.goals(results)}
     # Medians: 9 of ormo, 90 of DDP, 10 of m-sync.
-    assert goals["one_slow", "4", "DDP"][3:] == ("0.129", "<= 0.13", "0.1", "ormo", "DDP", "yes")
-    assert goals["one_slow", "4", "best m-sync"][5:] == ("0.9", "ormo", "m-sync, cancelling", "yes")
-    assert goals["none", "16", "DDP"][5:] == ("1.5", "ormo", "DDP", "no")
-    assert goals["exponential", "4", "DDP"][5:] == ("-", "-", "-", "-")
+    assert goals["one_slow", "4", "DDP"][3:] == ("0.129", "<= 0.13", "0.1", "0.09 0.225 0.0889", "ormo", "DDP", "yes")
+    assert goals["one_slow", "4", "best m-sync"][5:] == ("0.9", "0.9 1.8 0.8", "ormo", "m-sync, cancelling", "yes")
+    assert goals["none", "16", "DDP"][5:] == ("1.5", "1.5 1.5 1.5", "ormo", "DDP", "no")
+    assert goals["exponential", "4", "DDP"][5:] == ("-", "-", "-", "-", "-")
 
 
 def test_the_page_says_where_asynchrony_loses_and_what_was_not_run(results: Results) -> None:
