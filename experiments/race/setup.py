@@ -42,7 +42,7 @@ class Setup:
         smooth: Evaluations in a row whose mean must reach a target.
         targets: Test accuracies whose times are reported.
         target: Test accuracy by whose time contenders are compared.
-        tuning_target: Validation accuracy by whose time a rate is chosen; validation accuracies are somewhat higher than test ones.
+        tuning_target: Validation accuracy by whose time a rate is chosen; validation is somewhat easier than test.
         rates: The grid for each number of workers, in the order in which it is tried; each is twice the next lower one.
         beyond: Rates that are tried beyond an edge of the grid, at most.
         tuning_seeds: Seeds of the runs by which a rate is chosen.
