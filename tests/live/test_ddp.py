@@ -24,14 +24,12 @@ from tests.support.processes import PATIENCE_SECONDS, QUIET, ROOT, descendants, 
 pytestmark = pytest.mark.live
 RANKS = 3
 DECAY = ["model.dropout=0.3", "train.weight_decay=0.01", "train.max_iterations=24"]
-SHORT = ["model=cnn", "model.dropout=0.3", "train.warmup_epochs=0.3", "train.lr_schedule=cosine", "train.max_iterations=25"]
+SHORT = [
+    *("model=cnn", "model.dropout=0.3", "train.batch_size=8", "train.max_iterations=25"),
+    *("train.warmup_epochs=0.1", "train.lr_schedule=cosine"),
+]
 SHARED = ["train.max_iterations=24", "model.dropout=0.3", "heterogeneity=one_slow", "runtime.shares=proportional"]
-CASES = {
-    "decay": DECAY,
-    "short": SHORT,
-    "short_nesterov": [*SHORT, "runtime.nesterov=true"],
-    "shared": SHARED,
-}
+CASES = {"decay": DECAY, "short": [*SHORT, "runtime.nesterov=true"], "shared": SHARED}
 
 
 def trained_by_ranks(folder: Path, configs: dict[str, Config]) -> dict[str, torch.Tensor]:
@@ -55,26 +53,24 @@ def simulated(folder: Path, *words: str) -> torch.Tensor:
     return checkpoint.read(checkpoint.locate(folder), checkpoint.SERVER)["params"]
 
 
+@pytest.mark.timeout(180)  # processes and simulations, on a busy machine
 def test_ranks_make_the_updates_of_synchronous_rounds_in_the_simulator_and_in_plain_pytorch(tmp_path: Path) -> None:
     """Up to float32 rounding: Gloo adds the gradients of three ranks in another order, and weighs them before.
 
-    That is an error of a few units in the last place (6e-8) of each gradient, in at most 24 tickets' steps; 1e-5 leaves room for
-    what the passes make of it.
+    That is an error of a few units in the last place (6e-8) of each gradient, in at most 9 steps; 1e-5 leaves room for what the
+    passes make of it. The last round of 25 tickets has one.
     """
     (tmp_path / "ranks").mkdir()
     configs = {name: compose(["runtime=ddp", f"workers={RANKS}", *QUIET, *words]) for name, words in CASES.items()}
     found = trained_by_ranks(tmp_path / "ranks", configs)
-    shared = plain_rounds(Job(configs["shared"]), RANKS, sizes=[46, 45, 5])  # 96 samples at speeds 1, 1, 0.1: 45.7, 45.7, 4.6
-    nesterov = ["algorithm=m_sync", "algorithm.nesterov=true"]
+    shared = plain_rounds(Job(configs["shared"]), RANKS, sizes=[46, 46, 4])  # 96 samples at speeds 1, 1, 0.1: 45.7, 45.7, 4.6
     expected = {
         "decay": simulated(tmp_path / "ormo", *DECAY, "scheduler=sync", "train.lr_scaling=mean"),
-        "short": simulated(tmp_path / "m_sync", *SHORT, "algorithm=m_sync"),
-        "short_nesterov": simulated(tmp_path / "nesterov", *SHORT, *nesterov),
+        "short": simulated(tmp_path / "m_sync", *SHORT, "algorithm=m_sync", "algorithm.nesterov=true"),
         "shared": torch.cat([each.detach().reshape(-1) for each in shared.parameters()]),
     }
     for name, params in expected.items():
         torch.testing.assert_close(found[name], params, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
-    assert not torch.allclose(found["short"], found["short_nesterov"], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
@@ -99,7 +95,12 @@ def test_a_run_ends_with_any_of_its_ranks_and_in_order_on_a_signal(number: signa
     else:
         assert launcher.returncode == 128 + number
         assert re.search(r"\Alaunch\.py: interrupted by SIGINT; " + reason, said), said
-        assert (ended["status"], ended["reason"], ended["algorithm"], ended["runtime"]) == ("interrupted", "SIGINT", "ddp", "ddp")
+        assert (ended["status"], ended["reason"], ended["algorithm"], ended["runtime"]) == (
+            "interrupted",
+            "SIGINT",
+            "ddp",
+            "ddp",
+        )
         assert ended["iterations"] == len(events(run_dir, "apply")) > 60
         assert ended["pushes_per_worker"] == {str(rank): ended["iterations"] // RANKS for rank in range(RANKS)}
         assert ended["test_accuracy"] > 0.3

@@ -10,7 +10,7 @@ from ormo_rpc.worker.heterogeneity import cpu_seconds
 
 
 class Slowdown:
-    """Lets a rank take f times its own CPU time for a round: f is drawn as for the worker of that number.
+    """Lets a rank take f times its own processor time for a round: f is drawn as for the worker of that number.
 
     Args:
         config: Of the run.
@@ -30,7 +30,7 @@ class Slowdown:
         self._since = cpu_seconds()
 
     def catch_up(self) -> None:
-        """Sleep (f - 1) times the CPU time since the last call or the beginning; before gradients are reduced."""
+        """Sleep (f - 1) times the processor time since the last call or the beginning; before gradients are reduced."""
         if self._factor > 1:
             time.sleep((self._factor - 1) * (cpu_seconds() - self._since))
         self._since = cpu_seconds()

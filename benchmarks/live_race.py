@@ -1,0 +1,251 @@
+"""Race live asynchronous training against torch's DistributedDataParallel: ``make live-race``.
+
+Both have the same data, model, seeds, tickets, processes of this machine, and slow worker, which sleeps (f - 1) times its own
+processor time. In each round every contender trains once, and the order alternates. What counts is the time to a test accuracy,
+as the mean of some evaluations in a row, on the run's clock: from the first ticket to the last gradient of the parameters that
+reach it. Evaluations are off that clock: DistributedDataParallel stands still for them (`runtime=ddp`); a parameter server leaves
+checkpoints, which are evaluated when the run is over. Writes ``results/live_race.json`` and ``.md`` after every run.
+
+Learning rates are those of ``--lr``. With several for a contender the best is chosen before, by the gradients to the target on
+held-out samples in the simulator, where `m_sync` stands for DistributedDataParallel, as its updates are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import in_words, load
+from benchmarks.measuring import RESULTS, conditions, exit_on_sigterm, spread
+from ormo_rpc import train
+from ormo_rpc.config.parsing import load_config
+from ormo_rpc.report.table import as_markdown
+from ormo_rpc.runtimes.job import Job
+from ormo_rpc.runtimes.targets import Targets
+from ormo_rpc.storage import checkpoint
+from ormo_rpc.storage.run_directory import read_trace
+
+TUNING_SEED = 1000
+"""Of the simulations that choose a learning rate; the races have the seeds 0, 1, ..."""
+NEVER = 10**9
+"""Iterations between evaluations that there are to be none of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One side of the race.
+
+    Attributes:
+        live: Its overrides.
+        simulated: Those of simulations with the same updates.
+        lr: Learning rates to choose from.
+    """
+
+    live: Sequence[str]
+    simulated: Sequence[str]
+    lr: Sequence[float]
+
+    @property
+    def evaluates(self) -> bool:
+        """True where evaluations of the run itself are off its clock."""
+        return "runtime=ddp" in self.live
+
+
+_RATES = (0.02, 0.04, 0.08)
+_RATES_OF_SUMS = (0.005, 0.01, 0.02)
+"""A quarter of them: with K = 4 gradients each, where DistributedDataParallel has their mean."""
+CONTENDERS: Mapping[str, Contender] = {
+    "ddp": Contender(live=["runtime=ddp"], simulated=["algorithm=m_sync"], lr=_RATES),
+    "ddp_nesterov": Contender(
+        live=["runtime=ddp", "runtime.nesterov=true"], simulated=["algorithm=m_sync", "algorithm.nesterov=true"], lr=_RATES
+    ),
+    "ddp_proportional": Contender(
+        live=["runtime=ddp", "runtime.shares=proportional"], simulated=["algorithm=m_sync"], lr=_RATES
+    ),
+    "ormo": Contender(live=["algorithm=ormo"], simulated=["algorithm=ormo"], lr=_RATES_OF_SUMS),
+    "ormo_la": Contender(live=["algorithm=ormo_la"], simulated=["algorithm=ormo_la"], lr=_RATES_OF_SUMS),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Race:
+    """The setting.
+
+    Attributes:
+        overrides: Of every run.
+        target: The test accuracy.
+        every: Gradients from one evaluation to the next.
+        smooth: Evaluations of which the mean counts.
+    """
+
+    overrides: Sequence[str]
+    target: float
+    every: int
+    smooth: int
+
+    def run(self, contender: Contender, lr: float, seed: int) -> dict[str, Any]:
+        """Train live once; return seconds and gradients to the target, None where it was not reached, and rates."""
+        words = [*self._all(lr, seed), *contender.live]
+        with tempfile.TemporaryDirectory(prefix="live_race_") as folder:
+            run_dir = Path(folder) / "run"
+            if contender.evaluates:
+                found = train([*words, f"evaluate.every={self.every}"], run_dir=run_dir)
+                reached = found
+            else:
+                kept = [f"checkpoint.every={self.every}", "checkpoint.every_seconds=0", f"checkpoint.keep={NEVER}"]
+                found = train([*words, *kept, f"evaluate.every={NEVER}"], run_dir=run_dir)
+                reached = evaluated(run_dir)
+        return {
+            "seconds": reached["seconds_to"][repr(self.target)],
+            "gradients": reached["gradients_to"][repr(self.target)],
+            "updates_per_second": found["updates_per_second"],
+            "test_accuracy": found["test_accuracy"],
+            "status": found["status"],
+        }
+
+    def tuned(self, contender: Contender, validation: float) -> tuple[float, dict[str, int | None]]:
+        """Return the learning rate with the fewest gradients to the target on held-out samples, and those of all rates."""
+        if len(contender.lr) == 1:
+            return contender.lr[0], {}
+        gradients: dict[str, int | None] = {}
+        for lr in contender.lr:
+            words = [*self._all(lr, TUNING_SEED), *contender.simulated, "runtime=sim", f"dataset.validation={validation}"]
+            with tempfile.TemporaryDirectory(prefix="live_race_") as folder:
+                found = train([*words, f"evaluate.every={self.every}"], run_dir=Path(folder) / "run")
+            gradients[str(lr)] = found["val_gradients_to"][repr(self.target)]
+            print(f"{' '.join(contender.simulated)}, lr {lr}: {gradients[str(lr)]} gradients", file=sys.stderr, flush=True)
+        return min(contender.lr, key=lambda lr: gradients[str(lr)] or NEVER), gradients
+
+    def _all(self, lr: float, seed: int) -> list[str]:
+        targets = [f"evaluate.targets=[{self.target}]", f"evaluate.smooth={self.smooth}"]
+        return [*self.overrides, *targets, f"train.lr={lr}", f"seed={seed}", "logger=none", "logger.progress=false"]
+
+
+def evaluated(run_dir: Path) -> dict[str, Any]:
+    """Evaluate the checkpoints of a run that is over; return when its targets were reached."""
+    config = load_config(run_dir / "config.yaml")
+    job = Job(config)
+    evaluator, targets = job.evaluator(), Targets(config, job.metric)
+    assert evaluator is not None, "its workers compute"
+    seconds = {event["iteration"] + 1: event["seconds"] for event in read_trace(run_dir)[1] if event["event"] == "apply"}
+    for each in sorted(checkpoint.complete(run_dir), key=checkpoint.iteration_of):
+        state = checkpoint.read(each, checkpoint.SERVER)
+        targets.add(state["iteration"], seconds[state["iteration"]], evaluator(state["params"], state["buffers"]))
+    return targets.summary_entries()
+
+
+def ratios(runs: Sequence[Mapping[str, Any]], name: str, other: str) -> list[float]:
+    """The time of one contender over that of another, in each round in which both have reached the target."""
+    by_round: dict[int, dict[str, float | None]] = {}
+    for run in runs:
+        by_round.setdefault(run["round"], {})[run["contender"]] = run["seconds"]
+    return [mine / its for each in by_round.values() if (mine := each.get(name)) and (its := each.get(other))]
+
+
+def as_text(content: Mapping[str, Any]) -> str:
+    """The report as Markdown."""
+    runs: Sequence[Mapping[str, Any]] = content["runs"]
+    names = list(dict.fromkeys(run["contender"] for run in runs))
+    rows: list[tuple[str, ...]] = [
+        ("contender", "learning rate", "seconds to the target", f"ratio to {names[0]}", "gradients", "gradients/s", "reached")
+    ]
+    for name in names:
+        own = [run for run in runs if run["contender"] == name]
+        reached = [run for run in own if run["seconds"] is not None]
+        rows.append(
+            (
+                *(name, f"{own[0]['lr']:g}", spread([run["seconds"] for run in reached], ".1f")),
+                spread(ratios(runs, name, names[0]), ".3f"),
+                spread([run["gradients"] for run in reached], ",.0f"),
+                spread([run["updates_per_second"] for run in own], ",.0f"),
+                f"{len(reached)} of {len(own)}",
+            )
+        )
+    about = {**content["machine"], **content["versions"], "load at start": content["load_at_start"]}
+    text = [
+        *(f"# Live race to a test accuracy of {content['target']:g}, {content['date'][:10]}", ""),
+        *(in_words({**about, "load at end": content["load_at_end"]}), ""),
+        f"All runs: `{' '.join(content['overrides'])}`.",
+        f"An evaluation every {content['every']} gradients, off the clock, and the mean of {content['smooth']} counts. Medians",
+        "over rounds, with the lowest and the highest; ratios are within a round.",
+        *("", as_markdown(rows)),
+    ]
+    return "\n".join(text) + "\n"
+
+
+def write(content: Mapping[str, Any], folder: Path) -> None:
+    """Write both files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "live_race.json").write_text(json.dumps(content, indent=1) + "\n")
+    (folder / "live_race.md").write_text(as_text(content))
+
+
+def rates(words: Sequence[str]) -> dict[str, list[float]]:
+    """The learning rates by contender, of words such as ``ormo=0.01,0.02``.
+
+    Raises:
+        ValueError: a word names no contender, or no numbers.
+    """
+    found = {name: [float(each) for each in values.split(",")] for name, _, values in (word.partition("=") for word in words)}
+    for name in found:
+        if name not in CONTENDERS:
+            raise ValueError(f"--lr: got {name!r}, expected one of {', '.join(CONTENDERS)}, as in ormo=0.01,0.02")
+    return found
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", metavar="DIRECTORY", help="with the data sets; by default they are fetched")
+    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=["ddp", "ormo"], metavar="NAME")
+    parser.add_argument("--lr", nargs="+", default=[], metavar="NAME=LR,LR", help="learning rates to choose from, by contender")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--target", type=float, default=0.885, help="test accuracy")
+    parser.add_argument("--iterations", type=int, default=3000, help="gradients of a run at most")
+    parser.add_argument("--every", type=int, default=100, help="gradients between evaluations")
+    parser.add_argument("--smooth", type=int, default=3, help="evaluations in a row whose mean counts")
+    parser.add_argument("--workers", type=int, default=4, metavar="K")
+    parser.add_argument("--heterogeneity", default="one_slow")
+    parser.add_argument("--dataset", default="fashion_mnist")
+    parser.add_argument("--model", default="cnn")
+    parser.add_argument("--validation", type=float, default=0.1, help="part of the training samples that rates are chosen by")
+    parser.add_argument("--into", type=Path, default=RESULTS, metavar="FOLDER")
+    a = parser.parse_args()
+    exit_on_sigterm()
+    overrides = [f"dataset={a.dataset}", f"model={a.model}", f"heterogeneity={a.heterogeneity}", f"workers={a.workers}"]
+    overrides += ["train.batch_size=64", "train.epochs=100", f"train.max_iterations={a.iterations}"]
+    data = [] if a.root is None else [f"dataset.root={a.root}"]
+    race = Race(overrides=[*overrides, *data], target=a.target, every=a.every, smooth=a.smooth)
+    given = rates(a.lr)
+    content: dict[str, Any] = {**conditions(), "overrides": overrides, "target": a.target, "every": a.every, "smooth": a.smooth}
+    content |= {"tuning": {}, "runs": []}
+    chosen: dict[str, tuple[Contender, float]] = {}
+    for name in a.contenders:
+        contender = CONTENDERS[name]
+        contender = Contender(live=contender.live, simulated=contender.simulated, lr=given.get(name, contender.lr))
+        lr, content["tuning"][name] = race.tuned(contender, a.validation)
+        chosen[name] = contender, lr
+    for number in range(a.rounds):
+        for name in a.contenders if number % 2 == 0 else reversed(a.contenders):
+            contender, lr = chosen[name]
+            found = {"round": number, "contender": name, "lr": lr, **race.run(contender, lr, number)}
+            content["runs"] = sorted(
+                [*content["runs"], found], key=lambda run: (run["round"], a.contenders.index(run["contender"]))
+            )
+            content["load_at_end"] = load()
+            write(content, a.into)
+            print(f"round {number}, {name}: {found['seconds']} s, {found['gradients']} gradients", file=sys.stderr, flush=True)
+    print(as_text(content))
+    missed = [name for name in a.contenders if not any(r["seconds"] for r in content["runs"] if r["contender"] == name)]
+    if missed:
+        sys.exit(f"live_race: {', '.join(missed)} never reached {a.target}; --iterations, or other rates (--lr)")
+
+
+if __name__ == "__main__":
+    main()
