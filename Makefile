@@ -1,6 +1,6 @@
 # Every target that needs an environment makes it first.
 .DEFAULT_GOAL := help
-.PHONY: help setup train quick test check conf format bench bench-nodes bench-step bench-startup bench-own-loop bench-ray bench-tensorflow live-scale server-memory
+.PHONY: help setup train quick test check conf format bench bench-nodes bench-step bench-startup bench-own-loop bench-ray bench-tensorflow live-scale live-race server-memory
 .PHONY: compression replays methods reproduce reproduce-full adamw when-it-pays scale chaos nodes journal clean race
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
@@ -72,6 +72,9 @@ bench-tensorflow: .venv-tensorflow/ready  ## Make the environment of the peer Te
 
 live-scale: .venv/ready  ## The live server against the number of workers, 1 to 32, into results/ (minutes)
 	$(BIN)/python -m benchmarks.live_scale $(ARGS)
+
+live-race: .venv/ready  ## Time to an accuracy, live OrMo against DistributedDataParallel, into results/ (minutes; ARGS="--root DIRECTORY")
+	$(BIN)/python -m benchmarks.live_race $(ARGS)
 
 server-memory: .venv/ready  ## The live server's peak memory, and that it does not grow, into results/ (minutes)
 	$(BIN)/python -m benchmarks.server_memory $(ARGS)

@@ -3,8 +3,8 @@
 Both have the same data, model, seeds, tickets, processes of this machine, and slow worker, which sleeps (f - 1) times its own
 processor time. In each round every contender trains once, and the order alternates. What counts is the time to a test accuracy,
 as the mean of some evaluations in a row, on the run's clock: from the first ticket to the last gradient of the parameters that
-reach it. Evaluations are off that clock: DistributedDataParallel stands still for them (`runtime=ddp`); a parameter server leaves
-checkpoints, which are evaluated when the run is over. Writes ``results/live_race.json`` and ``.md`` after every run.
+reach it. Evaluations are off that clock: DistributedDataParallel stands still for them (`runtime=ddp`); a parameter server
+leaves checkpoints, which are evaluated when the run is over. Writes ``results/live_race.json`` and ``.md`` after every run.
 
 Learning rates are those of ``--lr``. With several for a contender the best is chosen before, by the gradients to the target on
 held-out samples in the simulator, where `m_sync` stands for DistributedDataParallel, as its updates are the same.

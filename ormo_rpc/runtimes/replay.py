@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ormo_rpc import console
 from ormo_rpc.config.parsing import load_config, save_config
-from ormo_rpc.config.runtimes import GradientKind, SimRuntime
+from ormo_rpc.config.runtimes import DdpRuntime, GradientKind, SimRuntime
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError, RunFailed
 from ormo_rpc.loggers.statistics import Statistics
@@ -58,6 +58,10 @@ def run(config: Config, run_dir: Path, began: float) -> dict[str, Any]:
     header, events = read_trace(source)
     events = [event for event in events if event["event"] != "checkpoint"]  # checkpoints do not change the server
     original = load_config(source / "config.yaml")
+    if isinstance(original.runtime, DdpRuntime):
+        raise ConfigError(
+            f"replay.run: got {source} of a run with runtime=ddp, expected one with a server, whose steps are replayed"
+        )
     if isinstance(original.task, OwnLoopTask):
         raise ConfigError(f"replay.run: {source} is a run of a loop of the user's own: {NO_REPLAY}")
     run_dir.mkdir(parents=True, exist_ok=True)

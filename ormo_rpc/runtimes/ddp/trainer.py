@@ -57,7 +57,7 @@ class Trainer:
         self.model = job.model()
         self.rank = rank
         shared = options.shares is Shares.proportional
-        slowdowns = [config.heterogeneity.mean_slowdown(each, size) for each in range(size)] if shared else None
+        slowdowns = [config.mean_slowdown(each) for each in range(size)] if shared else None
         self.rounds = Rounds(job.epochs, job.total_tickets, size, slowdowns)
         self._lr = job.lr
         self._clip_norm = train.clip_norm

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
+from ormo_rpc import train
 from ormo_rpc.composing import compose
+from ormo_rpc.config.parsing import save_config
 from ormo_rpc.errors import ConfigError
+from ormo_rpc.runtimes.prepare import check_resume
 
 
 @pytest.mark.parametrize(
@@ -49,3 +53,16 @@ def test_a_run_is_described_by_its_own_update() -> None:
     assert compose(["runtime=ddp"]).update_rule == ("ddp", "sync")
     assert compose(["runtime=ddp", "runtime.nesterov=true", "scheduler=sync"]).update_rule == ("ddp_nesterov", "sync")
     assert compose(["algorithm=asgd"]).update_rule == ("asgd", "async")
+
+
+def test_its_runs_are_neither_replayed_nor_resumed(tmp_path: Path) -> None:
+    save_config(compose(["runtime=ddp"]), tmp_path / "config.yaml")
+    (tmp_path / "trace.jsonl").write_text('{"event": "header", "version": 1}\n')
+    (tmp_path / "summary.json").write_text('{"final_params_sha256": "0"}')
+    got = re.escape(f"got {tmp_path} of a run with runtime=ddp")
+    with pytest.raises(ConfigError, match=rf"\Areplay\.run: {got}, expected one with a server, whose steps are replayed\Z"):
+        train(["runtime=replay", f"replay.run={tmp_path}", "logger=none"], run_dir=tmp_path / "again")
+    with pytest.raises(
+        ConfigError, match=rf"\Acheckpoint\.resume: {got}, whose momentum is in no checkpoint, expected one of .*"
+    ):
+        check_resume(compose(["runtime=sim"]), tmp_path)
