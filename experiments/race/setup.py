@@ -49,7 +49,7 @@ class Setup:
         seeds: Seeds of the runs that are reported.
     """
 
-    job: tuple[str, ...] = ("dataset=fashion_mnist", "model=mlp", "dataset.validation=0.2")
+    job: tuple[str, ...] = ("dataset=fashion_mnist", "model=mlp", "dataset.validation=0.1")
     epochs: int = 8
     batch_size: int = 64
     every: int = 100
