@@ -151,7 +151,7 @@ class Metrics:
         digits=2,
     )
     delay_mean: float | None = metric(
-        "mean delay of the applied gradients, in iterations",
+        "mean delay of the applied gradients, in iterations; of synchronous rounds within a round",
         lambda at: at.statistics.delay_mean,
         in_rows=Rows.interval,
         digits=4,
@@ -160,7 +160,7 @@ class Metrics:
         form=".1f",
     )
     delay_max: int | None = metric(
-        "largest delay, in iterations",
+        "largest delay, in iterations; of synchronous rounds within a round",
         lambda at: at.statistics.delay_max,
         in_rows=Rows.interval,
         column="max delay",

@@ -185,6 +185,28 @@ def test_with_the_journal_a_killed_server_loses_no_acknowledged_push(tmp_path: P
     assert replayed(run_dir, tmp_path / "again") == summary(run_dir)["final_params_sha256"]
 
 
+def test_rounds_of_two_out_of_three_outlive_the_deaths_of_a_worker_and_of_the_server(tmp_path: Path) -> None:
+    run_dir, total = tmp_path / "run", 300
+    rule = ("workers=3", "algorithm=m_sync", "algorithm.m=2", f"train.max_iterations={total}")
+    faults = ("kill@1:20", "kill@server:151")  # with 151 applied, a round is half full unless a death has made one short
+    durable = ("checkpoint.every=50", "checkpoint.journal=true")
+    status, _, err = launch(run_dir, *QUIET, *rule, *durable, f"runtime.faults=[{','.join(faults)}]")
+    assert status == 0, err
+    assert sorted(fired(err)) == sorted(faults)
+    check_lineage(run_dir, total)
+    found = events(run_dir)
+    assert first(found, event="leave", worker=1)
+    (resume,) = events(run_dir, "resume")
+    assert resume["iteration"] in (150, 151)
+    # A gradient's parameters are those of its round: two of the same stamp at most, of two workers.
+    stamps: dict[int, list[int]] = {}
+    for event in events(run_dir, "apply"):
+        stamps.setdefault(event["stamp"], []).append(event["worker"])
+        assert event["delay"] <= 1
+    assert all(len(workers) == len(set(workers)) <= 2 for workers in stamps.values())
+    assert replayed(run_dir, tmp_path / "again") == summary(run_dir)["final_params_sha256"]
+
+
 def test_a_torn_newest_checkpoint_is_skipped(tmp_path: Path) -> None:
     total = 1_000_000
     options = ("workers=1", f"train.max_iterations={total}", "train.epochs=100000", "checkpoint.every=150")

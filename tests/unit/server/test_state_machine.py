@@ -41,15 +41,19 @@ class ServerMachine(RuleBasedStateMachine):
     @initialize(
         workers=st.integers(1, 4),
         tickets=st.integers(1, 12),
-        scheduler=st.sampled_from(["async", "sync"]),
-        algorithm=st.sampled_from(["ormo", "ormo_da"]),
+        rule=st.sampled_from(
+            [("ormo", "async"), ("ormo", "sync"), ("ormo_da", "async"), ("ormo_da", "sync"), ("m_sync", "async")]
+        ),
         loss_scale=st.sampled_from([None, LossScale(initial=4.0, interval=2)]),
     )
-    def begin(self, workers: int, tickets: int, scheduler: str, algorithm: str, loss_scale: LossScale | None) -> None:
+    def begin(self, workers: int, tickets: int, rule: tuple[str, str], loss_scale: LossScale | None) -> None:
+        algorithm, scheduler = rule
         self.options = {"num_workers": workers, "total_tickets": tickets, "scheduler": scheduler, "algorithm": algorithm}
         self.options |= {"loss_scale": loss_scale}
         if algorithm == "ormo_da":
             self.options |= {"rule": "drop", "threshold": 1}
+        if algorithm == "m_sync":  # which holds workers, and discards what comes late
+            self.options |= {"m": 2}
         self.working: dict[int, Reply] = {}
         self.members = set(range(workers))
         self.answered: dict[int, tuple[Push, Reply | None]] = {}

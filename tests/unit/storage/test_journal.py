@@ -33,8 +33,8 @@ BUFFERS = {
     "least": torch.full((2,), float("inf")),
     "constant": torch.arange(3),
 }
-ALGORITHMS = ("asgd", "ormo", "shifted", "smega2", "dc_asgd", "gap_aware", "fedbuff", "easgd", "heloco", "ringleader")
-"""Among them algorithms that read the parameters they sent, that have a state for each worker, and that buffer."""
+ALGORITHMS = ("asgd", "ormo", "shifted", "smega2", "dc_asgd", "gap_aware", "fedbuff", "easgd", "heloco", "ringleader", "m_sync")
+"""Among them algorithms that read what they sent, that have a state for each worker, that buffer, and that hold workers."""
 
 
 def server(algorithm: str, events: list[Event] | None = None, loss_scale: LossScale | None = None) -> ParameterServer:
