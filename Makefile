@@ -1,7 +1,7 @@
 # Every target that needs an environment makes it first.
 .DEFAULT_GOAL := help
 .PHONY: help setup train quick test check conf format bench bench-nodes bench-step bench-startup bench-own-loop bench-ray bench-tensorflow live-scale live-race server-memory
-.PHONY: compression replays methods reproduce reproduce-full adamw when-it-pays scale chaos nodes journal clean race
+.PHONY: compression replays methods reproduce reproduce-full adamw look-ahead when-it-pays scale chaos nodes journal clean race
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
@@ -93,6 +93,9 @@ reproduce-full: .venv/ready  ## The same in all settings and at whole length, in
 
 adamw: .venv/ready  ## AdamW in order of arrival and in order, simulated, into results/ (a quarter of an hour)
 	$(BIN)/python -m experiments.adamw $(ARGS)
+
+look-ahead: .venv/ready  ## Look-aheads of ordered momentum on noisy quadratics, simulated, into results/ (minutes)
+	$(BIN)/python -m experiments.look_ahead $(ARGS)
 
 when-it-pays: .venv/ready  ## Time to a target accuracy, asynchronous against synchronous, simulated, into results/ and docs/ (minutes)
 	$(BIN)/python -m experiments.when_it_pays $(ARGS)

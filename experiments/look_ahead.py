@@ -37,7 +37,7 @@ from ormo_rpc.storage.environment import environment
 from ormo_rpc.worker.heterogeneity import ExponentialDelays, Heterogeneity, NoHeterogeneity, OneSlow
 
 CURVATURES = torch.logspace(0, -2, 24, dtype=torch.float64)
-RATES = torch.logspace(-1.6, 0, 9, dtype=torch.float64)
+RATES = torch.logspace(-1.6, 0.4, 11, dtype=torch.float64)
 """Learning rates, times K: those of a synchronous round's mean gradient."""
 SEEDS, TUNING_SEEDS = range(8), range(8, 16)
 BUCKETS = 200
@@ -148,9 +148,9 @@ def main() -> None:
         for noise in NOISES
     ]
     stated = (
-        "`python -m experiments.look_ahead`: noisy quadratics of 24 parameters, condition 100, beta = 0.9; virtual time, in units "
-        "of an undisturbed gradient, until the mean of three evaluations of the loss is below 3% of that at the start; mean and "
-        "standard deviation over 8 seeds, in brackets the learning rate times K, tuned for each with 8 other seeds. "
+        "`python -m experiments.look_ahead`: noisy quadratics of 24 parameters, condition 100, beta = 0.9; virtual time, in "
+        "units of an undisturbed gradient, until the mean of three evaluations of the loss is below 3% of that at the start; "
+        "mean and standard deviation over 8 seeds, in brackets the learning rate times K, tuned for each with 8 other seeds. "
         f"torch {machine['torch']}, float64."
     )
     into.mkdir(exist_ok=True)
