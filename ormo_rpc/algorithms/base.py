@@ -161,6 +161,11 @@ class Algorithm(Part, ABC):
         """H, the local steps of a worker for each ticket, each on a batch of its own."""
         return 1
 
+    @property
+    def workers_are_regions(self) -> bool:
+        """True if each worker has to be a region with a server of its own, which only the simulator has."""
+        return False
+
     def accepts(self, context: PushContext) -> bool:  # noqa: ARG002 - the common answer needs no look at it
         """Decide if the gradient is applied; the ticket of one that is not goes back into the queue."""
         return True

@@ -15,6 +15,35 @@ from ormo_rpc.algorithms.delayed_nesterov import DelayedNesterov
 from ormo_rpc.options import at_least_one, not_negative, option, positive, register
 
 
+@dataclass(kw_only=True)
+class RegionOptions(Algorithm):
+    """The options of a region, and what its workers do."""
+
+    local_steps: int = option(
+        4, "H, local steps for each ticket, each on a batch", valid=at_least_one, expected="a whole number >= 1"
+    )
+    region_lr: float = option(0.2, "l, of a worker's displacement", valid=positive, expected="a finite number > 0")
+    region_momentum: float = option(0.9, "beta, of a region", valid=lambda v: 0 <= v < 1, expected="a number in [0, 1)")
+    region_period: int = option(
+        4, "N, pushes for each change of a region's momentum", valid=at_least_one, expected="a whole number >= 1"
+    )
+    merge_weight: float = option(
+        0.25,
+        "a, the part of the way to the global parameters that a region goes when it gets them",
+        valid=lambda v: 0 <= v <= 1,
+        expected="a number in [0, 1]",
+    )
+
+    @property
+    @override
+    def steps(self) -> int:
+        return self.local_steps
+
+    @override
+    def local(self, work: LocalWork, push: torch.Tensor) -> None:
+        sgd_steps(work, push)
+
+
 class Region:
     """A region's parameters ``th``, those of its newest merge, and its delayed Nesterov momentum; four vectors of D.
 
@@ -23,8 +52,9 @@ class Region:
         options: Those of the algorithm.
     """
 
-    def __init__(self, start: torch.Tensor, options: HALoS) -> None:
+    def __init__(self, start: torch.Tensor, options: RegionOptions) -> None:
         self.lr = options.region_lr * options.region_period
+        self.merge_weight = options.merge_weight
         self.rule = DelayedNesterov(period=options.region_period)
         self.rule.init(start.clone(), options.region_momentum)
         self.merged = start.clone()
@@ -44,13 +74,18 @@ class Region:
 
     def displacement(self) -> torch.Tensor:
         """Return ``D``, newest merge minus present parameters, and count from here."""
-        self.unsent = 0
-        return self.merged - self.rule.params
-
-    def merge(self, params: torch.Tensor, weight: float) -> None:
-        """Go that part of the way to the global parameters."""
-        self.rule.params.mul_(1 - weight).add_(params, alpha=weight)
+        moved = self.merged - self.rule.params
         self.merged.copy_(self.rule.params)
+        self.unsent = 0
+        return moved
+
+    def merge(self, params: torch.Tensor) -> None:
+        """Go a part of the way to the global parameters; what is unsent stays so."""
+        unsent = self.merged - self.rule.params if self.unsent else None
+        self.rule.params.mul_(1 - self.merge_weight).add_(params, alpha=self.merge_weight)
+        self.merged.copy_(self.rule.params)
+        if unsent is not None:
+            self.merged.add_(unsent)
 
     def state_dict(self) -> dict[str, torch.Tensor | int | float]:
         """Return everything that the next step depends on, live."""
@@ -64,9 +99,33 @@ class Region:
         self.unsent = state["unsent"]
 
 
+@dataclass(kw_only=True)
+class HALoSRegion(RegionOptions):
+    """The rule of a region's own server; `RegionServer` says when it sends and merges."""
+
+    @override
+    def init(self, params: torch.Tensor, momentum: float) -> None:
+        super().init(params, momentum)
+        self.region = Region(params, self)
+        self.params = self.region.rule.params
+
+    @override
+    def step(self, grad: torch.Tensor, lr: float, context: PushContext) -> None:
+        self.region.add(grad)
+
+    @override
+    def state_dict(self) -> Mapping[str, torch.Tensor | int | float]:
+        return self.region.state_dict()
+
+    @override
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.region.load_state_dict(state)
+        self.params = self.region.rule.params
+
+
 @register("halos")
 @dataclass(kw_only=True)
-class HALoS(Algorithm):
+class HALoS(RegionOptions):
     """HALoS: workers take H steps from their region's parameters, and regions send what came of them to the global ones.
 
     Worker k belongs to region k modulo R. A ticket is H steps ``x <- x - eta g`` from the region's ``th``, of which the worker
@@ -79,29 +138,27 @@ class HALoS(Algorithm):
     ticket, for any R, J and a. Memory: ``w`` and two more for the global momentum, four for each region, ``3 + 4 R`` vectors of
     D; a worker needs two more while it works. ``train.momentum`` is not read, as each level has its own.
 
+    With ``region_workers`` each worker of the server is a region: a server of its own with that many workers (`RegionServer`),
+    simulated. A ticket is then J tickets of its workers, and its push is ``D``. The region merges when it gets the next one;
+    with ``worker.prefetch=1`` it has that before it is done, and goes on while ``D`` and the reply travel. What it has done
+    since it sent is not lost in a merge, but is part of the next ``D``: here the authors' code drops it. ``th`` and the
+    momentum of a region are lost with it, and one that joins begins at ``w``.
+
     Source: Kim et al., ICML 2025, arXiv 2506.04531, and the authors' public code, whose l, L, beta, beta_g, N_g and a are the
-        defaults; theirs are H = 8, J = 32, N = 16. Departures: all regions live on one server, so the exchange takes no time
-        and a region whose workers have left keeps its state; plain steps on the workers in place of AdamW; when the run ends,
-        the regions close their rounds and send what they have not sent, in order, and the global round is closed.
+        defaults; theirs are H = 8, J = 32, N = 16. Departures: without ``region_workers`` the exchange takes no time, and a
+        region whose workers have left keeps its state; plain steps on the workers in place of AdamW; when the run ends, the
+        regions close their rounds and send what they have not sent, in order, and the global round is closed.
     """
 
     regions: int = option(2, "R; worker k belongs to region k modulo R", valid=at_least_one, expected="a whole number >= 1")
-    local_steps: int = option(
-        4, "H, local steps for each ticket, each on a batch", valid=at_least_one, expected="a whole number >= 1"
+    region_workers: int | None = option(
+        None,
+        "every worker is a region, with a server and this many workers of its own; default: regions live on the one server",
+        valid=at_least_one,
+        expected="a whole number >= 1",
     )
     exchange: int = option(
         12, "J, pushes in a region after which it sends what came of them", valid=at_least_one, expected="a whole number >= 1"
-    )
-    merge_weight: float = option(
-        0.25,
-        "a, the part of the way to the global parameters that a region goes when it gets them",
-        valid=lambda v: 0 <= v <= 1,
-        expected="a number in [0, 1]",
-    )
-    region_lr: float = option(0.2, "l, of a worker's displacement", valid=positive, expected="a finite number > 0")
-    region_momentum: float = option(0.9, "beta, of a region", valid=lambda v: 0 <= v < 1, expected="a number in [0, 1)")
-    region_period: int = option(
-        4, "N, pushes for each change of a region's momentum", valid=at_least_one, expected="a whole number >= 1"
     )
     global_lr: float = option(0.15, "L, of a region's displacement", valid=not_negative, expected="a finite number >= 0")
     global_momentum: float = option(
@@ -114,17 +171,29 @@ class HALoS(Algorithm):
     @property
     @override
     def steps(self) -> int:
-        return self.local_steps
+        return self.local_steps * (1 if self.region_workers is None else self.exchange)
+
+    @property
+    @override
+    def workers_are_regions(self) -> bool:
+        return self.region_workers is not None
+
+    def region_rule(self) -> HALoSRegion:
+        """Return the algorithm of a region's own server."""
+        return HALoSRegion(**{name: getattr(self, name) for name in HALoSRegion.declared()})
 
     @override
     def init(self, params: torch.Tensor, momentum: float) -> None:
         super().init(params, momentum)
         self.outer = DelayedNesterov(period=self.global_period)
         self.outer.init(params, self.global_momentum)
-        self.areas = [Region(params, self) for _ in range(self.regions)]
+        self.areas = [Region(params, self) for _ in range(self.regions if self.region_workers is None else 0)]
 
     @override
     def step(self, grad: torch.Tensor, lr: float, context: PushContext) -> None:
+        if not self.areas:
+            self._send(grad)
+            return
         region = self.areas[context.worker % self.regions]
         region.add(grad)
         if region.unsent == self.exchange:
@@ -139,17 +208,17 @@ class HALoS(Algorithm):
 
     def _exchange(self, region: Region) -> None:
         """Let a region send what is unsent, and merge with what comes of it."""
+        self._send(region.displacement())
+        region.merge(self.params)
+
+    def _send(self, moved: torch.Tensor) -> None:
+        """Apply a region's displacement."""
         self.outer.params = self.params  # those of a loaded state are another tensor
-        self.outer.add(region.displacement(), self.global_lr * self.global_period)
-        region.merge(self.params, self.merge_weight)
+        self.outer.add(moved, self.global_lr * self.global_period)
 
     @override
     def outgoing(self, context: PullContext) -> torch.Tensor:
-        return self.areas[context.worker % self.regions].rule.params
-
-    @override
-    def local(self, work: LocalWork, push: torch.Tensor) -> None:
-        sgd_steps(work, push)
+        return self.areas[context.worker % self.regions].rule.params if self.areas else self.params
 
     @override
     def state_dict(self) -> Mapping[str, torch.Tensor | int | float]:

@@ -187,6 +187,8 @@ def _refuse_together(config: Config) -> None:
         raise ConfigError(f"worker.prefetch: got {prefetch}, {with_it}: {algorithm.REFUSES_PREFETCH}")
     if algorithm.cancels:
         _refuse_cancelling(config)
+    if algorithm.workers_are_regions:
+        _refuse_regions(config)
     if isinstance(config.runtime, RpcRuntime):
         _refuse_control(config)
     if isinstance(config.runtime, SimRuntime) and config.runtime.shares is Shares.proportional:
@@ -228,6 +230,21 @@ def _refuse_shares(config: Config, runtime: SimRuntime) -> None:
         )
     if runtime.joins or runtime.leaves:
         raise ConfigError("runtime.shares: got proportional with runtime.joins or runtime.leaves, expected equal, or neither")
+
+
+def _refuse_regions(config: Config) -> None:
+    """Refuse workers that are regions where they cannot be.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if not isinstance(config.runtime, SimRuntime):
+        raise ConfigError(
+            f"runtime: got {config.runtime.name}, expected sim with algorithm.region_workers, which gives regions servers of "
+            f"their own; live, leave it at null: regions are then kept on the one server"
+        )
+    if config.wire_form != "exact":
+        raise ConfigError(f"wire, compression: got {config.wire_form}, expected exact with algorithm.region_workers")
 
 
 def _refuse_control(config: Config) -> None:

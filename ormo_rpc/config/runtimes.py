@@ -192,6 +192,12 @@ class SimRuntime(Runtime):
         valid=lambda v: bool(v) and all(map(not_negative, v)),
         expected="at least one finite number >= 0",
     )
+    region_latency_seconds: float = option(
+        0.0,
+        "one way, between a region's server and its workers, where workers are regions",
+        valid=not_negative,
+        expected="a finite number >= 0",
+    )
     bandwidth: list[float] = option(
         [],
         "bytes per second, per worker in the same way; empty: no limit",

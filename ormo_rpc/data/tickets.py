@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
+from typing_extensions import override
 
 from ormo_rpc.seeding import generator
 
@@ -59,6 +60,34 @@ class Epochs:
         indices = self.indices(ticket)
         parts = indices.tensor_split(min(steps, len(indices)))  # the last ticket of an epoch may be a small one
         return [(ticket * steps + step, part) for step, part in enumerate(parts)]
+
+
+class TicketParts(Epochs):
+    """The batches of the tickets in which a region divides those of the server: part p of ticket t has the number t n + p.
+
+    Args:
+        whole: The tickets of the server.
+        parts: n.
+    """
+
+    def __init__(self, whole: Epochs, parts: int) -> None:
+        self.whole = whole
+        self.parts = parts
+        self.batch_size = whole.batch_size // parts
+        self.batches_per_epoch = whole.batches_per_epoch * parts
+
+    @override
+    def indices(self, ticket: int) -> torch.Tensor:
+        return torch.cat([samples for _, samples in self.batches(ticket, 1)])
+
+    @override
+    def batches(self, ticket: int, steps: int) -> list[tuple[int, torch.Tensor]]:
+        number, part = divmod(ticket, self.parts)
+        return self.whole.batches(number, self.parts * steps)[part * steps : (part + 1) * steps]
+
+    def count(self, number: int, steps: int) -> int:
+        """Return the parts of a ticket of the server that have any batch; the last one of an epoch may have few."""
+        return -(-len(self.whole.batches(number, self.parts * steps)) // steps)
 
 
 def _permutation(num_samples: int, seed: int, epoch: int) -> torch.Tensor:

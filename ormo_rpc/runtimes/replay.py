@@ -64,6 +64,11 @@ def run(config: Config, run_dir: Path, began: float) -> dict[str, Any]:
         )
     if isinstance(original.task, OwnLoopTask):
         raise ConfigError(f"replay.run: {source} is a run of a loop of the user's own: {NO_REPLAY}")
+    if original.algorithm.workers_are_regions:
+        raise ConfigError(
+            f"replay.run: {source} had regions with servers of their own (algorithm.region_workers), expected a run "
+            f"without: the trace does not have what these did"
+        )
     run_dir.mkdir(parents=True, exist_ok=True)
     save_config(config, run_dir / "config.yaml")
     torch.set_num_threads(header["threads"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -90,6 +90,10 @@ class Assignments:
         self.outstanding[ticket] = assignment
         self.holding.setdefault(worker, set()).add(ticket)
         return assignment
+
+    def grant(self, tickets: Iterable[int]) -> None:
+        """Queue tickets of another server's, for one that issues none of its own."""
+        self.returned.extend(tickets)
 
     def match(self, push: Push, iteration: int) -> Assignment | None:
         """Return the assignment that a push answers; None when it was revoked, and the push is to be dropped.

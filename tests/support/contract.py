@@ -266,7 +266,9 @@ ROWS = (
             {},
             {"exchange": 2, "region_period": 3, "merge_weight": 0.6},
             {"exchange": 1, "region_period": 1, "global_period": 1, "merge_weight": 1.0},
+            {"region_workers": 3, "global_period": 3},
         ),
+        more_vectors=lambda options: -8 if options.get("region_workers") else 0,
     ),
     Row(
         name="hiermo",

@@ -25,6 +25,11 @@ def delayed(pushes: Sequence[Tensor], N: int, beta: float, *, closed: bool = Fal
     return sum(pushes) + N * beta * sum(momenta), momenta[-1] if momenta else 0.0
 
 
+def open_round(pushes: Sequence[Tensor], N: int, done: bool) -> Sequence[Tensor]:
+    """Return the pushes of a round that is not over."""
+    return [] if done else pushes[len(pushes) - len(pushes) % N :]
+
+
 class HALoS(Reference):
     """Every region's moves and the global ones as sums over all pushes; a merge is a mean of two."""
 
@@ -56,14 +61,17 @@ class HALoS(Reference):
             if unsent[r] == J:
                 exchange(r)
         done = ended(history)
-        for r in range(R if done else 0):
+        areas = range(R)
+        if get("region_workers"):  # what regions send is all that there is
+            sent, areas = [gradient.value_D for gradient in self.gradients(history)], range(0)
+        for r in areas if done else ():
             if unsent[r] or len(pushed[r]) % N:
                 exchange(r, closed=True)
         moved_w, m_w = delayed(sent, N_g, beta_g, closed=done)
-        open_w = [] if done else sent[len(sent) - len(sent) % N_g :]
+        open_w = open_round(sent, N_g, done)
         found: Values = {"w": self.start - L * moved_w, "m": zero + m_w, "collected": sum(open_w, zero), "count": len(open_w)}
-        for r in range(R):
-            open_r = [] if done else pushed[r][len(pushed[r]) - len(pushed[r]) % N :]
+        for r in areas:
+            open_r = open_round(pushed[r], N, done)
             found |= {
                 f"region_th/{r}": merged[r] - (moved(r, closed=done) - sent_at[r]),
                 f"region_merged/{r}": merged[r],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import sys
 import time
@@ -16,9 +17,11 @@ import torch
 from typing_extensions import override
 
 from ormo_rpc import console
+from ormo_rpc.algorithms.halos import HALoS
 from ormo_rpc.config.parsing import save_config
 from ormo_rpc.config.runtimes import Shares
 from ormo_rpc.config.schema import Config
+from ormo_rpc.data.tickets import TicketParts
 from ormo_rpc.errors import ConfigError, RunFailed, RunInterrupted, one_line
 from ormo_rpc.runtimes.configured import time_generator
 from ormo_rpc.runtimes.job import Job
@@ -26,9 +29,12 @@ from ormo_rpc.runtimes.session import Session
 from ormo_rpc.runtimes.simulator.clock import EventQueue
 from ormo_rpc.runtimes.simulator.cluster import Cluster, GradientSource, Links, Speeds
 from ormo_rpc.runtimes.simulator.jobs import SyntheticJob
+from ormo_rpc.runtimes.simulator.regions import RegionalCluster
+from ormo_rpc.server.region import RegionServer
 from ormo_rpc.signals import SignalWatch
 from ormo_rpc.storage.summary import unfinished_summary, write_summary
 from ormo_rpc.worker.heterogeneity import shares_of
+from ormo_rpc.worker.worker import Worker
 
 EVENTS_PER_FLUSH = 32
 """Events of the cluster between two flushes of the records."""
@@ -76,7 +82,6 @@ def _run(config: Config, run_dir: Path, began: float, job: Job | SyntheticJob) -
     run_dir.mkdir(parents=True, exist_ok=True)
     save_config(config, run_dir / "config.yaml")
     queue = EventQueue()
-    source: GradientSource = job.worker() if isinstance(job, Job) else job.source()
     terminal = sys.stderr.fileno() if console.on_terminal() else None
     inline = InlineExecutor()
 
@@ -90,15 +95,7 @@ def _run(config: Config, run_dir: Path, began: float, job: Job | SyntheticJob) -
 
     session = Session(job, run_dir, inline, inline, lambda: queue.now, began=began, state=state, terminal=terminal, inline=True)
     with contextlib.closing(session.directory):
-        cluster = Cluster(
-            session.server,
-            source,
-            queue,
-            _links(config, session, job.push_format().size),
-            _compute_seconds(config),
-            observe,
-            processes=config.num_processes if config.worker.prefetch else None,
-        )
+        cluster = _cluster(config, job, session, queue, observe)
         session.open()
         session.training_begins()
         if session.resumed_state is None:
@@ -123,6 +120,35 @@ def _run(config: Config, run_dir: Path, began: float, job: Job | SyntheticJob) -
         if status:
             raise RunFailed(f"{status['reason']}; {resume}")
         return summary
+
+
+def _cluster(
+    config: Config, job: Job | SyntheticJob, session: Session, queue: EventQueue, observe: Callable[[], None]
+) -> Cluster:
+    """Make the virtual cluster: of workers, or of regions that have workers of their own."""
+    source: GradientSource = job.worker() if isinstance(job, Job) else job.source()
+    links, seconds = _links(config, session, job.push_format().size), _compute_seconds(config)
+    algorithm = config.algorithm
+    if not isinstance(algorithm, HALoS) or algorithm.region_workers is None:
+        processes = config.num_processes if config.worker.prefetch else None
+        return Cluster(session.server, source, queue, links, seconds, observe, processes=processes)
+    rule, num_workers, parts = algorithm.region_rule(), algorithm.region_workers, algorithm.exchange
+    count = None
+    if isinstance(source, Worker) and isinstance(job, Job):
+        source.epochs = of_parts = TicketParts(job.epochs, parts)
+        count = functools.partial(of_parts.count, steps=rule.steps)
+
+    return RegionalCluster(
+        session.server,
+        source,
+        queue,
+        links,
+        seconds,
+        observe,
+        regions=config.num_processes,
+        local_seconds=config.sim.region_latency_seconds,
+        new_region=lambda params: RegionServer(rule, params, num_workers, parts, count),
+    )
 
 
 def _schedule(config: Config, queue: EventQueue, cluster: Cluster) -> None:

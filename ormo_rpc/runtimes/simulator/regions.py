@@ -1,0 +1,148 @@
+"""A virtual cluster of two levels: each worker of the server is a region, a server with virtual workers of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from typing_extensions import override
+
+from ormo_rpc.messages import Push, Reply
+from ormo_rpc.runtimes.simulator.clock import EventQueue
+from ormo_rpc.runtimes.simulator.cluster import Cluster, GradientSource, Links, Speeds
+from ormo_rpc.server.parameter_server import ParameterServer
+from ormo_rpc.server.region import RegionServer
+
+KEPT_EVENTS = ("join", "leave", "finish")
+"""Events of a saved queue: those of the configuration. All others hang on a region, whose state is not saved."""
+
+
+class Made:
+    """The pushes that regions have made and that are on their way."""
+
+    def __init__(self) -> None:
+        self.pushes: dict[tuple[int, int], Push] = {}
+        """By worker and ticket."""
+
+    def compute(self, reply: Reply) -> Push:
+        """Return the push for a reply."""
+        assert reply.ticket is not None
+        return self.pushes.pop((reply.worker, reply.ticket))
+
+    def forget(self, worker: int | None = None) -> None:
+        """Forget what a worker, or all, had on the way."""
+        self.pushes = {key: push for key, push in self.pushes.items() if worker is not None and key[0] != worker}
+
+    def state_dict(self) -> dict[int, dict[str, Any]]:
+        """Return nothing: what is on the way is not saved."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[int, Mapping[str, Any]]) -> None:  # noqa: ARG002 - there is nothing in it
+        """Begin with nothing on the way."""
+        self.pushes.clear()
+
+
+class RegionalCluster(Cluster):
+    """A global server, and regions on the same event queue, each a `RegionServer` with virtual workers.
+
+    Worker w of the global server is region ``w`` modulo ``regions``: with tickets ahead a region has several memberships. Local
+    worker j of region r has the number ``r + j regions`` for compute times and the load.
+
+    Args:
+        server: The global server.
+        source: Computes the gradients of all local workers.
+        queue: Virtual time.
+        links: Network between regions and the global server, and its speed.
+        compute_seconds: Draws the compute time of a local worker's next ticket.
+        observe: Called after every push to the global server.
+        regions: The number of regions.
+        local_seconds: The time of a message between a region's server and its workers.
+        new_region: Makes a region at the given parameters.
+    """
+
+    def __init__(
+        self,
+        server: ParameterServer,
+        source: GradientSource,
+        queue: EventQueue,
+        links: Links,
+        compute_seconds: Speeds,
+        observe: Callable[[], None],
+        *,
+        regions: int,
+        local_seconds: float,
+        new_region: Callable[[torch.Tensor], RegionServer],
+    ) -> None:
+        self._made = Made()
+        super().__init__(server, self._made, queue, links, compute_seconds, observe)
+        self.local_source = source
+        self.num_regions = regions
+        self.local_seconds = local_seconds
+        self.new_region = new_region
+        self.regions: dict[int, RegionServer] = {}
+        self._events |= {"local begin": self._local_begin, "local push": self._local_push}
+
+    @override
+    def leave(self, worker: int) -> None:
+        super().leave(worker)
+        number = worker % self.num_regions
+        if number in self.regions:
+            self.regions[number].drop(worker)
+            if all(other % self.num_regions != number for other in self._since):
+                del self.regions[number]
+
+    @override
+    def _begin(self, reply: Reply) -> None:
+        if reply.worker not in self._since:
+            return  # it has left while the reply was on its way
+        number = reply.worker % self.num_regions
+        region = self.regions.get(number)
+        if region is None or region.ended:
+            region = self.regions[number] = self.new_region(reply.params)
+        self._send_locally(number, region, region.grant(reply))
+
+    def _send_locally(self, number: int, region: RegionServer, replies: Iterable[Reply]) -> None:
+        for reply in replies:
+            self.queue.at(self.queue.now + self.local_seconds, "local begin", (number, region, reply))
+
+    def _local_begin(self, argument: tuple[int, RegionServer, Reply]) -> None:
+        number, _, reply = argument
+        worker = number + self.num_regions * reply.worker
+        seconds = self.compute_seconds(worker)
+        self.load.computing[worker] = self.load.computing.get(worker, 0.0) + seconds
+        self.queue.at(self.queue.now + seconds + self.local_seconds, "local push", argument)
+
+    def _local_push(self, argument: tuple[int, RegionServer, Reply]) -> None:
+        number, region, reply = argument
+        if self.regions.get(number) is not region:
+            return  # it has died, and its workers with it
+        worker = number + self.num_regions * reply.worker
+        push = self.local_source.compute(replace(reply, worker=worker))
+        replies, pushes = region.receive(replace(push, worker=reply.worker))
+        self._send_locally(number, region, replies)
+        for made in pushes:
+            self._made.pushes[made.worker, made.ticket] = made
+            answered = replace(reply, worker=made.worker, ticket=made.ticket)
+            self.queue.at(self.queue.now + self.links.push_seconds(made.worker), "arrive", answered)
+
+    @override
+    def close(self) -> None:
+        super().close()
+        regions = dict(self.load.member)
+        self.load.member = {worker: regions.get(worker % self.num_regions, 0.0) for worker in self.load.computing}
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `Cluster.state_dict` does, without the regions: they are begun anew from it."""
+        state = super().state_dict()
+        state["queue"]["events"] = [event for event in state["queue"]["events"] if event[2] in KEPT_EVENTS]
+        return {**state, "local_source": self.local_source.state_dict()}
+
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.local_source.load_state_dict(state["local_source"])
+        self._free_at = self.queue.now
+        self._send(self.server.start(list(self.server.members)))

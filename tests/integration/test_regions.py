@@ -1,0 +1,87 @@
+"""Simulations whose workers are regions, each a server with workers of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ormo_rpc import ConfigError, train
+from ormo_rpc.storage.run_directory import read_trace
+
+HALOS = ("runtime=sim", "logger=none", "algorithm=halos", "train.lr=0.1")
+QUADRATIC = (*HALOS, "runtime.gradient=quadratic", "runtime.dimension=20")
+REGIONS = ("workers=2", "algorithm.region_workers=4", "algorithm.exchange=12")
+SLOW_LINK = "runtime.latency_seconds=[1.0]"
+
+
+def simulate(run_dir: Path, *overrides: str) -> dict[str, Any]:
+    return train([*QUADRATIC, *overrides], run_dir=run_dir)
+
+
+def applied(run_dir: Path) -> list[int]:
+    """Return the tickets in the order in which they were applied."""
+    return [event["ticket"] for event in read_trace(run_dir)[1] if event["event"] == "apply"]
+
+
+def test_over_a_slow_link_regions_take_a_fraction_of_the_time_of_a_single_level(tmp_path: Path) -> None:
+    # 240 tickets of H steps, 0.1 s each, over 8 workers. Flat: each of 30 in a row is there, 0.1 s, and back: 2.1 s.
+    flat = simulate(tmp_path / "flat", "workers=8", "train.max_iterations=240", SLOW_LINK)
+    assert flat["virtual_seconds"] == pytest.approx(30 * 2.1)
+    # Two regions of 4: 10 exchanges each, of 12 pushes: there, 3 in a row of 0.1 s, and back.
+    waiting = simulate(tmp_path / "regions", *REGIONS, "train.max_iterations=20", SLOW_LINK)
+    assert waiting["virtual_seconds"] == pytest.approx(10 * 2.3)
+    # With as many tickets ahead as the link takes they never wait: there, 10 times 0.3 s, and back.
+    ahead = simulate(tmp_path / "ahead", *REGIONS, "train.max_iterations=20", SLOW_LINK, "worker.prefetch=9")
+    assert ahead["virtual_seconds"] == pytest.approx(1 + 10 * 0.3 + 1)
+    assert ahead["utilisation_per_worker"] == pytest.approx(dict.fromkeys(map(str, range(8)), 3 / 5))
+
+
+def test_messages_within_a_region_take_their_time(tmp_path: Path) -> None:
+    summary = simulate(tmp_path, *REGIONS, "train.max_iterations=4", "runtime.region_latency_seconds=0.05")
+    assert summary["virtual_seconds"] == pytest.approx(2 * 3 * (0.05 + 0.1 + 0.05))
+
+
+def test_the_tickets_of_a_region_that_dies_are_done_by_others_once(tmp_path: Path) -> None:
+    summary = simulate(tmp_path, *REGIONS, "train.max_iterations=12", "runtime.leaves={1: 0.5}", "runtime.joins={2: 1.0}")
+    assert sorted(applied(tmp_path)) == list(range(12))
+    assert summary["status"] == "completed"
+    assert summary["pushes_per_worker"]["1"] == 1
+
+
+@pytest.mark.slow
+def test_regions_learn_as_regions_on_one_server_do(tmp_path: Path) -> None:
+    digits = (*HALOS, "train.epochs=12", "train.batch_size=8")
+    apart = train([*digits, "workers=2", "algorithm.region_workers=3"], run_dir=tmp_path / "apart")
+    together = train([*digits, "workers=6"], run_dir=tmp_path / "together")
+    assert apart["test_accuracy"] == pytest.approx(together["test_accuracy"], abs=0.03)
+
+
+def test_a_resumed_simulation_begins_its_regions_anew_and_does_the_rest_once(tmp_path: Path) -> None:
+    first = simulate(tmp_path / "first", *REGIONS, "train.max_iterations=30", "train.max_seconds=2.0")
+    assert 0 < first["iterations"] < 30
+    resume = f"checkpoint.resume={tmp_path / 'first'}"
+    rest = simulate(tmp_path / "rest", *REGIONS, "train.max_iterations=30", resume)
+    assert (rest["status"], rest["iterations"]) == ("completed", 30)
+    assert sorted(applied(tmp_path / "first") + applied(tmp_path / "rest")) == list(range(30))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("runtime=rpc", r"^runtime: got rpc, expected sim with algorithm\.region_workers, .*; live, leave it at null: "),
+        ("wire.dtype=bf16", r"^wire, compression: got bf16, expected exact with algorithm\.region_workers$"),
+    ],
+)
+def test_regions_with_servers_of_their_own_are_refused_where_they_cannot_be(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(["algorithm=halos", "runtime=sim", "algorithm.region_workers=2", "logger=none", override], run_dir=tmp_path)
+
+
+def test_their_runs_are_not_replayed(tmp_path: Path) -> None:
+    simulate(tmp_path / "run", *REGIONS, "train.max_iterations=4")
+    with pytest.raises(ConfigError, match=r"had regions with servers of their own \(algorithm\.region_workers\), expected"):
+        train(["runtime=replay", f"replay.run={tmp_path / 'run'}", "logger=none"], run_dir=tmp_path / "replay")
