@@ -221,10 +221,11 @@ def print_result(summary: dict[str, Any], run_dir: Path) -> None:
 def _result(summary: dict[str, Any], run_dir: Path) -> str:
     loss = summary["train_loss"]
     early = f"{summary['reason']}\n" if summary["status"] == "completed" and summary["reason"] else ""
+    within = " within a round" if summary.get("delay_within_round") else ""
     identical = f"identical to {summary['replayed']}: every event, and each bit of the final parameters\n"
     return (
         f"{summary['status']}: {described(summary)}: {summary['iterations']} iterations in {_duration(summary)}, "
-        f"mean delay {summary['delay_mean']:.1f}, training loss {LOSS.shown(loss)}{_evaluated(summary)}\n"
+        f"mean delay {summary['delay_mean']:.1f}{within}, training loss {LOSS.shown(loss)}{_evaluated(summary)}\n"
         f"{early}{_best(summary)}{identical if summary.get('identical') else ''}run directory: {run_dir}"
     )
 

@@ -26,6 +26,7 @@ class Rounds(Algorithm):
         brought: Present workers that have brought one.
     """
 
+    FRESH = True
     NEEDS_IMMEDIATE_REPLIES = "its rounds decide themselves who waits for whom; use async"
     REFUSES_PREFETCH = "its rounds wait for all tickets, those ahead as well"
 

@@ -50,6 +50,11 @@ class MSync(Rounds, GradientMomentum):
 
     @property
     @override
+    def whole_rounds(self) -> bool:
+        return self.m is None
+
+    @property
+    @override
     def cancels(self) -> bool:
         return self.cancel
 

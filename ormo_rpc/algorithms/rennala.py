@@ -25,6 +25,7 @@ class Rennala(Algorithm):
         B gradients is applied with the weight ``eta / B`` that each would have had.
     """
 
+    FRESH = True
     NEEDS_IMMEDIATE_REPLIES = (
         "it decides itself whose gradients make up a step, and a worker that is held back adds none to it; use async"
     )

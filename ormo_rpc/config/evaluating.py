@@ -5,12 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 from ormo_rpc.options import Section, at_least_one, not_negative, option
 
 
 def _are_targets(values: Sequence[float]) -> bool:
     return all(map(math.isfinite, values)) and len(set(values)) == len(values)
+
+
+class When(Enum):
+    """The times at which snapshots of a live run are evaluated."""
+
+    during = "during"
+    """Beside training, in the server's process."""
+    after = "after"
+    """After the last update; until then they are on disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +30,11 @@ class Evaluate(Section):
     PATH = "evaluate"
     every: int | None = option(
         None, "iterations between evaluations; by default each epoch's end", valid=at_least_one, expected="a whole number >= 1"
+    )
+    when: When = option(
+        When.during,
+        "during: live runs evaluate beside training, which takes processor time from workers on the same cores; after: they "
+        "write snapshots (4 bytes per parameter each), and evaluate these after the last update",
     )
     targets: list[float] = option(
         [],

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ormo_rpc.config.ddp_refusals import refuse_with_ddp
+from ormo_rpc.config.evaluating import When
 from ormo_rpc.config.renamed import translate_renamed
 from ormo_rpc.config.runtimes import ControlKind, DdpRuntime, RpcRuntime, Shares, SimRuntime
 from ormo_rpc.config.saving import to_tree
@@ -185,6 +186,11 @@ def _refuse_together(config: Config) -> None:
     if prefetch and algorithm.REFUSES_PREFETCH is not None:
         with_it = f"expected 0 with algorithm={algorithm.known_as}"
         raise ConfigError(f"worker.prefetch: got {prefetch}, {with_it}: {algorithm.REFUSES_PREFETCH}")
+    if config.evaluate.patience is not None and config.evaluate.when is When.after:
+        raise ConfigError(
+            f"evaluate.when: got after with evaluate.patience={config.evaluate.patience}, expected during: nothing can stop a "
+            "run early that is evaluated after its end"
+        )
     if algorithm.cancels:
         _refuse_cancelling(config)
     if algorithm.workers_are_regions:

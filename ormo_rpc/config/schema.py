@@ -221,6 +221,11 @@ class Config(Section):
         """
         return self.num_processes * (1 + self.worker.prefetch)
 
+    @property
+    def delay_within_round(self) -> bool:
+        """True where all gradients of a step were taken at the same parameters, so that delays are places within a round."""
+        return self.scheduler.WHOLE_ROUNDS or self.algorithm.FRESH or isinstance(self.runtime, DdpRuntime)
+
     def process_of(self, worker: int) -> int:
         """The process of a worker; an elastic one, whose number is K or more, has one of its own."""
         return worker % self.num_processes if worker < self.num_workers else worker

@@ -9,7 +9,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ class AloneSource(Source):
         with contextlib.ExitStack() as stack:
             stack.callback(run.model.release)
             stack.callback(job.close)
-            clock, inline = Stopwatch(), InlineExecutor()
+            clock = Stopwatch()
+            inline = _PausingExecutor(clock)
             session = Session(
                 job,
                 run_dir,
@@ -120,6 +122,18 @@ def _explain(run_dir: Path) -> None:
     error, summary = getattr(sys, "last_value", None), read_summary(run_dir)
     if isinstance(error, BaseException) and summary is not None and summary["status"] == "failed":
         write_summary(run_dir, dataclasses.replace(Summary.from_dict(summary), reason=fault(error)))
+
+
+class _PausingExecutor(InlineExecutor):
+    """Calls submitted functions at once, as evaluations between two tickets, and stops the clock of training meanwhile."""
+
+    def __init__(self, clock: Stopwatch) -> None:
+        self._clock = clock
+
+    @override
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        with self._clock.paused():
+            return super().submit(fn, *args, **kwargs)
 
 
 class _Served:

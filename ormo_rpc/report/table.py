@@ -94,6 +94,10 @@ def notes(groups: Sequence[Group]) -> list[str]:
                 f"{group.label(keys)}: seed {repeated.seed} occurs twice: {counted.path} counts, {repeated.path} does not"
             )
         said += filter(None, [_no_seeds(group, keys)])
+        if any(run.summary.get("delay_within_round") for run in group.runs):
+            said.append(
+                f"{group.label(keys)}: delays are places within a round, whose gradients are all of the same parameters"
+            )
         for run in group.runs:
             if run.summary["status"] not in ("completed", "diverged"):
                 said.append(f"{run.path}: {run.summary['status']} ({run.summary.get('reason')}), not in the means")

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-import torch
-
+from ormo_rpc.config.evaluating import When
 from ormo_rpc.errors import ConfigError, one_line
 from ormo_rpc.runtimes.best_model import BestModel
 from ormo_rpc.runtimes.job_like import JobLike
+from ormo_rpc.runtimes.later_snapshots import LaterSnapshots, Snapshot
 from ormo_rpc.runtimes.ranking import Ranking
 from ormo_rpc.runtimes.recorder import Recorder
 from ormo_rpc.runtimes.targets import Targets
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.worker.evaluation import Evaluation
+from ormo_rpc.worker.heterogeneity import cpu_seconds
 
 MAX_WAITING = 8
-"""Copies that wait for their evaluation, where they are made more often than once an epoch."""
+"""Copies that wait for their evaluation, or to be written, where they are made more often than once an epoch."""
 _log = logging.getLogger(__name__)
 
 
@@ -41,6 +42,8 @@ class Evaluations:
         best: Keeps the model of the best one; None where it is not kept.
         failed: Evaluations that failed; training does not depend on them.
         skipped: Evaluations that were skipped, as too many were waiting.
+        seconds: The processor time of the thread that evaluates; it alone writes it.
+        ends_now: Returns True where evaluations after the last update are to be left out, as the process has to end.
         stopped: The reason to stop early, once `stops_early` has told it.
     """
 
@@ -49,8 +52,11 @@ class Evaluations:
         self._evaluator = job.evaluator()
         self._executor = executor
         self._recorder = recorder
-        self._copies: SimpleQueue[tuple[int, float, torch.Tensor, dict[str, torch.Tensor]]] = SimpleQueue()
-        self._running: list[tuple[int, float, Future[tuple[Evaluation, Exception | None]]]] = []
+        self._copies: SimpleQueue[Snapshot] = SimpleQueue()
+        self._running: list[tuple[Snapshot, Future[tuple[Evaluation, Exception | None] | None]]] = []
+        """Snapshots that are evaluated, or written."""
+        # A simulation's clock, and one that is stopped meanwhile, do not count evaluations anyway.
+        self._later = LaterSnapshots(run_dir) if config.evaluate.when is When.after and not inline else None
         self.ranking = Ranking(config, job.metric)
         self.targets = Targets(config, job.metric)
         self.best = BestModel(job, run_dir, self.ranking) if config.keeps_best else None
@@ -59,6 +65,8 @@ class Evaluations:
         noted = config.keeps_best or bool(config.evaluate.targets)
         self._at_once = inline and (config.evaluate.every is not None or noted)
         self.failed = 0
+        self.seconds = 0.0
+        self.ends_now: Callable[[], bool] = lambda: False
         self.skipped = 0
         self.stopped: str | None = None
         self._cause = ""
@@ -107,7 +115,21 @@ class Evaluations:
                 _log.warning("evaluations take longer than evaluate.every iterations; some are skipped")
             self.skipped += 1
         else:
-            self._copies.put((server.iteration, seconds, server.evaluated(), server.buffers.copy()))
+            self._copies.put(
+                Snapshot(iteration=server.iteration, seconds=seconds, params=server.evaluated(), buffers=server.buffers.copy())
+            )
+
+    def begin(self, iteration: int, former: Path | None) -> None:
+        """Forget what an earlier server process of this run was going to evaluate, but which a crash has undone.
+
+        Args:
+            iteration: Gradients applied so far.
+            former: The directory of the run that is resumed in another one.
+        """
+        if self._later is not None:
+            self._later.begin(iteration)
+        if former is not None and (left := len(LaterSnapshots(former))):
+            _log.warning("%d snapshots in %s were not evaluated, and do not count towards targets", left, former)
 
     def flush(self) -> None:
         """Start the requested evaluations, and record those that are ready.
@@ -118,16 +140,30 @@ class Evaluations:
         """
         while self._evaluator is not None:
             try:
-                iteration, seconds, params, statistics = self._copies.get_nowait()
+                snapshot = self._copies.get_nowait()
             except Empty:
                 break
-            self._running.append((iteration, seconds, self._executor.submit(self._evaluate, iteration, params, statistics)))
+            do = self._evaluate if self._later is None else self._later.write
+            self._running.append((snapshot, self._executor.submit(do, snapshot)))
         while self._running and self._running[0][-1].done():
             self._record_first()
 
     def wait(self) -> None:
-        """Record all started evaluations, waiting for those that are not ready; raises what `flush` does."""
+        """Record all started evaluations, waiting for those that are not ready, and make those that are due after training.
+
+        Raises:
+            OSError, ConfigError: as `flush` does.
+        """
         while self._running:
+            self._record_first()
+        if self._later is None:
+            return
+        _log.info("evaluating %d snapshots after the last update", len(self._later))
+        for snapshot in self._later.taken():
+            if self.ends_now():
+                _log.warning("evaluations from iteration %d on are left out, as the process is to end", snapshot.iteration)
+                break
+            self._running.append((snapshot, self._executor.submit(self._evaluate, snapshot)))
             self._record_first()
 
     def state_dict(self) -> dict[str, Any]:
@@ -145,24 +181,30 @@ class Evaluations:
         self.ranking.load_state_dict(state.get("ranking"), iteration)
         self.targets.load_state_dict(state.get("targets"), iteration, seconds=seconds)
 
-    def _evaluate(
-        self, iteration: int, params: torch.Tensor, buffers: dict[str, torch.Tensor]
-    ) -> tuple[Evaluation, Exception | None]:
+    def _evaluate(self, snapshot: Snapshot) -> tuple[Evaluation, Exception | None]:
         """Evaluate, and keep the best model; return the reason why that failed, too; called in the executor."""
         assert self._evaluator is not None, "nothing is requested without"
-        evaluation = self._evaluator(params, buffers)
+        began = cpu_seconds()
         try:
+            evaluation = self._evaluator(snapshot.params, snapshot.buffers)
             if self.best is not None:
-                self.best.consider(iteration, evaluation, params, buffers)
-        except (OSError, ConfigError) as error:
-            return evaluation, error
-        return evaluation, None
+                try:
+                    self.best.consider(snapshot.iteration, evaluation, snapshot.params, snapshot.buffers)
+                except (OSError, ConfigError) as error:
+                    return evaluation, error
+            return evaluation, None
+        finally:
+            self.seconds += cpu_seconds() - began
 
     def _record_first(self) -> None:
-        iteration, seconds, future = self._running.pop(0)
+        snapshot, future = self._running.pop(0)
+        iteration, seconds = snapshot.iteration, snapshot.seconds
         failure = future.exception()
         if failure is None:
-            evaluation, fault = future.result()
+            result = future.result()
+            if result is None:  # written
+                return
+            evaluation, fault = result
             self._recorder.record_evaluation(iteration, seconds, evaluation)
             self.targets.add(iteration, seconds, evaluation)
             if fault is not None:

@@ -142,8 +142,9 @@ class Session:
             )
         if config.checkpoint.journal:
             self.checkpoints.journal = FileJournal(path)
+        former = None if source is None or incarnation > 0 else checkpoint.run_directory_of(source)
+        self.evaluations.begin(self.server.iteration, former)
         if self.evaluations.best is not None:
-            former = None if source is None or incarnation > 0 else checkpoint.run_directory_of(source)
             self.evaluations.best.begin(former, self.server.iteration)
         self._seen = self.server.iteration
         self.counters.begin(self._seen)
@@ -275,6 +276,7 @@ class Session:
             **ended,
             "reason": "; ".join(filter(None, (ended["reason"], evaluations.failure))) or None,
             "failed_evaluations": evaluations.failed,
+            "evaluation_seconds": evaluations.seconds,
             **evaluations.targets.summary_entries(),
             "parameters": state["params"].numel(),
             "iterations": state["iteration"],

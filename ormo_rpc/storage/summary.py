@@ -75,6 +75,9 @@ class Summary(Metrics):
         "by name, what the metrics of its evaluations mean, whether higher is better, and how a value is written"
     )
     target_metric: str | None = entry("name of the metric that evaluate.targets are values of")
+    delay_within_round: bool | None = entry(
+        "true where delays are but places within a round, whose gradients were all taken at the same parameters"
+    )
     seconds_to: dict[str, float | None] | None = entry(
         "by target (evaluate.targets), seconds of the run's clock, virtual ones of a simulation, from the first ticket to the "
         "parameters at which the mean of the last evaluate.smooth evaluations on the test split first was as good; null: "
@@ -84,6 +87,10 @@ class Summary(Metrics):
     val_seconds_to: dict[str, float | None] | None = entry("seconds_to on the validation split, where there is one")
     val_gradients_to: dict[str, int | None] | None = entry("gradients_to on the validation split, where there is one")
     failed_evaluations: int | None = entry("evaluations that failed, see the server's log")
+    evaluation_seconds: float | None = entry(
+        "processor seconds that evaluations took in the last server process: in live runs beside training, unless "
+        "evaluate.when=after; no time of training in simulations"
+    )
     evictions: list[dict[str, Any]] | None = entry(
         "evicted workers: worker, process, host, reason, cause where the server's launcher knows it, and the tickets they held"
     )
@@ -147,6 +154,7 @@ def identity(config: Config) -> dict[str, Any]:
         "dataset": "-" if synthetic else config.dataset.known_as,
         "model": config.sim.gradient.value if synthetic else config.model.known_as,
         "heterogeneity": config.heterogeneity.name,
+        "delay_within_round": config.delay_within_round,
         "wire": config.wire_form,
         "lr": config.train.lr,
         "seed": config.seed,

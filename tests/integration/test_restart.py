@@ -135,6 +135,25 @@ def test_a_restarted_server_counts_the_evaluations_of_the_one_before(journal: bo
     assert f" of iteration {kept[0][0]} by more than" in summary["reason"]
 
 
+def test_targets_and_waiting_snapshots_outlive_a_server(tmp_path: Path) -> None:
+    evaluate = {"every": 4, "smooth": 2, "targets": [0.05, 0.9]}
+    found: list[Any] = []
+    for when in ("during", "after"):
+        run_dir = tmp_path / when
+        run = Incarnation(run_dir, 0, every=10, evaluate={**evaluate, "when": when})
+        run.push(14)
+        run.die()  # the checkpoint has iteration 10, and what was evaluated at 4 and 8
+        run = Incarnation(run_dir, 1, every=10, evaluate={**evaluate, "when": when})
+        assert run.server.iteration == 10
+        run.push(60 - run.server.iteration)
+        summary = run.session.close(run.server.state_dict(), wait=True)
+        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        assert [row["iteration"] for row in rows if "test_loss" in row] == list(range(4, 61, 4))
+        found.append([summary[entry] for entry in ("gradients_to", "val_gradients_to", "test_accuracy")])
+    assert found[0] == found[1]
+    assert found[0][0] == {"0.05": 8, "0.9": None}, "by the mean of the evaluations at 4 and 8, before the crash"
+
+
 @pytest.mark.parametrize("every", [0, 10])
 @pytest.mark.parametrize(
     "options", [{"name": "ormo"}, {"name": "shifted"}, {"name": "spa"}, {"name": "orlomo", "combine": "mean"}], ids=str

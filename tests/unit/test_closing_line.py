@@ -20,6 +20,26 @@ OWN = tuple(map(OwnLoopTask().metric, ("loss", "f1")))
 
 
 @pytest.mark.parametrize(
+    ("keys", "within"),
+    [
+        ({}, False),
+        ({"scheduler": {"name": "sync"}}, True),
+        ({"scheduler": {"name": "partial"}}, False),
+        ({"algorithm": {"name": "m_sync", "m": 2}}, True),
+        ({"algorithm": {"name": "rennala"}}, True),
+        ({"algorithm": {"name": "ringmaster"}}, False),
+        ({"runtime": {"name": "ddp"}}, True),
+    ],
+    ids=str,
+)
+def test_delays_of_rounds_are_said_to_be_within_a_round(keys: dict[str, Any], within: bool) -> None:
+    figures: dict[str, Any] = {"status": "completed", "iterations": 9, "virtual_seconds": 3.25, "delay_mean": 1.5}
+    known = {**identity(parse_config({"workers": 4, **keys})), **figures, "wall_seconds": 2.0, "training_seconds": 3.25}
+    line = cli._result(Summary.from_dict(known).to_dict(), Path("run"))  # pyright: ignore[reportPrivateUsage] # what is printed
+    assert f" in 3.2 virtual seconds (2.0 s of real time), mean delay 1.5{' within a round' * within}, training loss" in line
+
+
+@pytest.mark.parametrize(
     ("metrics", "figures", "said"),
     [
         (CLASSIFICATION, {"test_loss": 0.5, "test_accuracy": 0.97222}, "test accuracy 97.22%"),

@@ -9,6 +9,8 @@ import json
 import os
 import re
 import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,30 @@ def test_evaluations_come_when_they_are_due(every: int | None, tmp_path: Path) -
     expected = [at[5], at[10], next(model.parameters())] if every else [at[4], at[8], next(model.parameters())]
     assert all(map(torch.equal, seen, expected))
     assert len(seen) == 3
+
+
+def test_the_clock_of_training_stands_still_during_evaluations(tmp_path: Path) -> None:
+    model, evaluated = net(), list[float]()
+    words = ("evaluate.every=1", "evaluate.targets=[0.5]")
+    worker = ormo_rpc.join(model, *QUIET, *words, total_tickets=6, run_dir=tmp_path / "run")
+
+    @worker.evaluate_with
+    def evaluate(_: torch.nn.Module) -> float:
+        began = time.monotonic()
+        threading.Event().wait(0.5)
+        evaluated.append(time.monotonic() - began)
+        return 1.0 if len(evaluated) < 4 else 0.0
+
+    assert callable(evaluate)
+    work_through(worker, model)
+    summary = worker.summary
+    assert summary is not None
+    assert len(evaluated) == 6
+    # Of the wall time to the fourth update three evaluations, 1.5 s, are no time of training.
+    assert summary["gradients_to"] == {"0.5": 4}
+    assert summary["seconds_to"]["0.5"] < 1.5
+    assert summary["training_seconds"] < 2.5
+    assert summary["training_seconds"] > 0
 
 
 def test_an_evaluation_may_do_what_it_likes_with_its_model_and_may_fail(tmp_path: Path) -> None:

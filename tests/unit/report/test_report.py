@@ -13,7 +13,7 @@ from ormo_rpc.errors import ConfigError
 from ormo_rpc.loggers.metrics import METRICS
 from ormo_rpc.report import __main__ as command
 from ormo_rpc.report.runs import Run, differing_keys, group_by_setting, load_runs, run_directories
-from ormo_rpc.report.table import as_markdown, as_text, rows, spread
+from ormo_rpc.report.table import as_markdown, as_text, notes, rows, spread
 from ormo_rpc.storage.sweep_directory import JobRecord, Plan, SweepDirectory
 
 OPTIONS = ("runtime=sim", "runtime.gradient=quadratic", "runtime.dimension=4", "train.max_iterations=20", "logger=none")
@@ -52,6 +52,13 @@ def test_the_table_has_the_columns_that_metrics_declare(sweep: Path) -> None:
     assert (row["iterations"], row["seeds"], row["diverged"]) == ("20", "2", "0 of 2")
     # 20 tickets of 0.1 virtual seconds over two workers.
     assert row["virtual seconds"] == "1.0"
+
+
+def test_delays_of_synchronous_rounds_are_said_to_be_places(tmp_path: Path) -> None:
+    for scheduler in ("async", "sync"):
+        train([*OPTIONS, "workers=2", "train.lr=0.01", f"scheduler={scheduler}"], run_dir=tmp_path / scheduler)
+    said = notes(group_by_setting(Run.load(path) for path in run_directories([tmp_path])))
+    assert said == ["sync: delays are places within a round, whose gradients are all of the same parameters"]
 
 
 def test_mean_and_spread_are_formatted_by_hand() -> None:

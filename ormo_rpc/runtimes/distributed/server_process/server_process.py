@@ -105,6 +105,7 @@ class ServerProcess:
             extra_metrics=self._lock_times,
             terminal=args.terminal_fd,
         )
+        self.session.evaluations.ends_now = self.stop_asked.is_set
         server = self.session.server
         self.transport = job.config.transport.server_side()
         if self.transport.memory is not None:

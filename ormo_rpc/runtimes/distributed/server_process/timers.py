@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Generator
 
 
 class Stopwatch:
@@ -19,6 +21,16 @@ class Stopwatch:
     def start(self) -> None:
         """Begin to count."""
         self._since = time.monotonic()
+
+    @contextlib.contextmanager
+    def paused(self) -> Generator[None]:
+        """Stop counting meanwhile; called by the one thread that there is."""
+        self._before, self._since, counting = self(), None, self._since is not None
+        try:
+            yield
+        finally:
+            if counting:
+                self.start()
 
     def __call__(self) -> float:
         """Return the seconds."""
