@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from ormo_rpc import ConfigError, train
 
@@ -38,6 +39,19 @@ def test_a_round_takes_as_long_as_the_sum_of_the_speeds_allows(
     assert again["identical"] is True
 
 
+def test_m_sync_of_all_workers_has_the_times_and_the_updates_of_the_mean_of_a_round(tmp_path: Path) -> None:
+    keys = (*QUADRATIC, "workers=4", "train.max_iterations=40", "heterogeneity=half_slow", "heterogeneity.factor=3")
+    runs = [
+        train([*keys, *rule, "runtime.shares=proportional"], run_dir=tmp_path / name)
+        for name, rule in {"ormo": SYNC, "m_sync": ("algorithm=m_sync",)}.items()
+    ]
+    assert [run["virtual_seconds"] for run in runs] == pytest.approx([4 / (2 + 2 / 3)] * 2)
+    equal = train([*keys, "algorithm=m_sync"], run_dir=tmp_path / "equal")
+    assert equal["final_params_sha256"] == runs[1]["final_params_sha256"]
+    ormo, m_sync = (torch.load(Path(run["checkpoint"]) / "model.pt")["x"] for run in runs)
+    torch.testing.assert_close(ormo, m_sync, rtol=1e-5, atol=1e-6)
+
+
 def test_random_times_have_equal_shares(tmp_path: Path) -> None:
     keys = (*QUADRATIC, *SYNC, "workers=3", "train.max_iterations=30", "heterogeneity=exponential")
     runs = [train([*keys, f"runtime.shares={shares}"], run_dir=tmp_path / shares) for shares in ("equal", "proportional")]
@@ -49,6 +63,8 @@ def test_random_times_have_equal_shares(tmp_path: Path) -> None:
     [
         (("scheduler=async",), r"got proportional with algorithm=ormo scheduler=async, expected equal: only the samples"),
         (("scheduler=partial",), r"got proportional with algorithm=ormo scheduler=partial, expected equal"),
+        (("algorithm=m_sync", "algorithm.m=3"), r"got proportional with algorithm=m_sync scheduler=async, expected equal"),
+        (("algorithm=local_sgd",), r"got proportional with algorithm=local_sgd scheduler=async, expected equal"),
         (("scheduler=sync", "algorithm=orlomo"), r"got proportional with algorithm=orlomo scheduler=sync, expected equal"),
         (
             ("scheduler=sync", "runtime.leaves={0: 1.0}"),
