@@ -182,7 +182,7 @@ class SimRuntime(Runtime):
 
     compute_seconds: float = option(
         0.1,
-        "virtual seconds that a worker computes for a ticket, before heterogeneity",
+        "virtual seconds that a worker computes for a batch, before heterogeneity; a ticket of H local steps has H",
         valid=positive,
         expected="a finite number > 0",
     )

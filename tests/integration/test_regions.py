@@ -11,7 +11,8 @@ from ormo_rpc import ConfigError, train
 from ormo_rpc.storage.run_directory import read_trace
 
 HALOS = ("runtime=sim", "logger=none", "algorithm=halos", "train.lr=0.1")
-QUADRATIC = (*HALOS, "runtime.gradient=quadratic", "runtime.dimension=20")
+QUADRATIC = (*HALOS, "runtime.gradient=quadratic", "runtime.dimension=20", "runtime.compute_seconds=0.025")
+"""A ticket takes 0.1 s, as H = 4."""
 REGIONS = ("workers=2", "algorithm.region_workers=4", "algorithm.exchange=12")
 SLOW_LINK = "runtime.latency_seconds=[1.0]"
 

@@ -138,6 +138,23 @@ def test_rounds_are_resumed_and_replayed_to_the_bit(algorithm: str, tmp_path: Pa
         assert rest[key] == whole[key], key
 
 
+@pytest.mark.parametrize("algorithm", ["local_sgd", "easgd"])
+def test_local_steps_take_their_time(algorithm: str, tmp_path: Path) -> None:
+    options = ("workers=4", "runtime.compute_seconds=0.5", "train.max_iterations=12", f"algorithm={algorithm}")
+    summary = simulate(tmp_path, *options, "algorithm.local_steps=3")
+    assert summary["virtual_seconds"] == pytest.approx(3 * 3 * 0.5), "three tickets of three steps in a row"
+
+
+@pytest.mark.parametrize("cancel", [False, True])
+def test_a_rule_from_outside_that_cancels_is_refused_with_prefetch(cancel: bool) -> None:
+    rule = ("runtime=sim", "algorithm._target_=tests.unit.server.test_held_workers.Rounds", f"+algorithm.cancel={cancel}")
+    if not cancel:
+        compose([*rule, "worker.prefetch=1"])
+        return
+    with pytest.raises(ConfigError, match=r"^worker\.prefetch: got 1, expected 0 with algorithm=.*Rounds, which cancels what "):
+        compose([*rule, "worker.prefetch=1"])
+
+
 def test_a_simulation_whose_workers_all_leave_but_the_held_one_goes_on(tmp_path: Path) -> None:
     # Worker 0 brings its gradient at 1 s, and waits for the others, which take 10 s and leave after 2 s.
     slow = ("workers=2", "heterogeneity=one_slow", "heterogeneity.factor=10", "runtime.compute_seconds=1.0")

@@ -70,7 +70,7 @@ class Links:
 
 
 class Speeds:
-    """Compute times of tickets, drawn from a random generator for each worker.
+    """Compute times, drawn from a random generator for each worker.
 
     Args:
         seconds: ``seconds(worker, generator)`` draws the next time.
@@ -83,7 +83,7 @@ class Speeds:
         self.generators: dict[int, torch.Generator] = {}
 
     def __call__(self, worker: int) -> float:
-        """Draw the compute time of a worker's next ticket."""
+        """Draw the compute time of a batch for the next ticket of a worker."""
         if worker not in self.generators:
             self.generators[worker] = self._generator(worker)
         return self._seconds(worker, self.generators[worker])
@@ -124,7 +124,7 @@ class Cluster:
         source: Computes the gradients of all workers.
         queue: Virtual time.
         links: Network and server speed.
-        compute_seconds: Draws the compute time of a worker's next ticket.
+        compute_seconds: Draws the time of a batch for a worker's next ticket.
         observe: Called after every push, once its replies are scheduled.
         processes: The number of machines, where workers share them: worker k computes on machine k modulo that number, which
             computes for one worker at a time.
@@ -236,7 +236,7 @@ class Cluster:
 
     def _begin(self, reply: Reply) -> None:
         """Begin to compute: the reply has reached its worker."""
-        seconds = self.compute_seconds(reply.worker)
+        seconds = self.compute_seconds(reply.worker) * reply.steps
         begin = self.queue.now
         if self.processes is not None:
             machine = reply.worker % self.processes

@@ -55,7 +55,7 @@ class RegionalCluster(Cluster):
         source: Computes the gradients of all local workers.
         queue: Virtual time.
         links: Network between regions and the global server, and its speed.
-        compute_seconds: Draws the compute time of a local worker's next ticket.
+        compute_seconds: Draws the time of a batch for a local worker's next ticket.
         observe: Called after every push to the global server.
         regions: The number of regions.
         local_seconds: The time of a message between a region's server and its workers.
@@ -110,7 +110,7 @@ class RegionalCluster(Cluster):
     def _local_begin(self, argument: tuple[int, RegionServer, Reply]) -> None:
         number, _, reply = argument
         worker = number + self.num_regions * reply.worker
-        seconds = self.compute_seconds(worker)
+        seconds = self.compute_seconds(worker) * reply.steps
         self.load.computing[worker] = self.load.computing.get(worker, 0.0) + seconds
         self.queue.at(self.queue.now + seconds + self.local_seconds, "local push", argument)
 

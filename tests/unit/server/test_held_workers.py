@@ -211,6 +211,21 @@ def test_an_algorithm_that_holds_everybody_for_ever_fails_the_run() -> None:
         server.start()
 
 
+@dataclass(kw_only=True)
+class Forgetful(Rounds):
+    """A mistake: who is held is no part of the state."""
+
+    @override
+    def state_dict(self) -> Mapping[str, Tensor | int | float]:
+        return {"total": self.total, "rounds": self.rounds}
+
+
+def test_an_algorithm_that_forgets_whom_it_holds_is_refused() -> None:
+    server = build_server(algorithm=Forgetful(), params=torch.zeros(3), num_workers=3)
+    with pytest.raises(ValueError, match=r"^algorithm: the state_dict of .*Forgetful leaves out brought; expected all that "):
+        server.state_dict()
+
+
 # ---------------------------------------------------------------------------------------------------------- cancelled
 
 
