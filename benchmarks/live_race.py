@@ -6,13 +6,15 @@ as the mean of some evaluations in a row, on the run's clock: from the first tic
 reach it. Evaluations are off that clock: DistributedDataParallel stands still for them (`runtime=ddp`); a parameter server
 leaves checkpoints, which are evaluated when the run is over. Writes ``results/live_race.json`` and ``.md`` after every run.
 
-Learning rates are those of ``--lr``. With several for a contender the best is chosen before, by the gradients to the target on
-held-out samples in the simulator, where `m_sync` stands for DistributedDataParallel, as its updates are the same.
+Learning rates are those of ``--lr``. With several for a contender the best is chosen before, by the accuracy on held-out
+samples after ``--tuning-iterations`` in the simulator, where `m_sync` stands for DistributedDataParallel, as its updates are the
+same. With ``--resume`` the runs and learning rates in the results are kept, and what is missing is run: a round at a time, say.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import tempfile
@@ -33,6 +35,8 @@ from ormo_rpc.storage.run_directory import read_trace
 
 TUNING_SEED = 1000
 """Of the simulations that choose a learning rate; the races have the seeds 0, 1, ..."""
+VALIDATION = 0.1
+"""The part of the training samples by which it is chosen."""
 NEVER = 10**9
 """Iterations between evaluations that there are to be none of."""
 
@@ -109,18 +113,19 @@ class Race:
             "status": found["status"],
         }
 
-    def tuned(self, contender: Contender, validation: float) -> tuple[float, dict[str, int | None]]:
-        """Return the learning rate with the fewest gradients to the target on held-out samples, and those of all rates."""
+    def tuned(self, contender: Contender, iterations: int) -> tuple[float, dict[str, float]]:
+        """Return the learning rate with the best accuracy on held-out samples after so many gradients, and those of all."""
         if len(contender.lr) == 1:
             return contender.lr[0], {}
-        gradients: dict[str, int | None] = {}
+        accuracy: dict[str, float] = {}
         for lr in contender.lr:
-            words = [*self._all(lr, TUNING_SEED), *contender.simulated, "runtime=sim", f"dataset.validation={validation}"]
+            held_out = [f"dataset.validation={VALIDATION}", f"evaluate.every={NEVER}", f"train.max_iterations={iterations}"]
             with tempfile.TemporaryDirectory(prefix="live_race_") as folder:
-                found = train([*words, f"evaluate.every={self.every}"], run_dir=Path(folder) / "run")
-            gradients[str(lr)] = found["val_gradients_to"][repr(self.target)]
-            print(f"{' '.join(contender.simulated)}, lr {lr}: {gradients[str(lr)]} gradients", file=sys.stderr, flush=True)
-        return min(contender.lr, key=lambda lr: gradients[str(lr)] or NEVER), gradients
+                words = [*self._all(lr, TUNING_SEED), *contender.simulated, "runtime=sim", *held_out]
+                found = train(words, run_dir=Path(folder) / "run")
+            accuracy[str(lr)] = found["val_accuracy"] if found["status"] == "completed" else 0.0
+            print(f"{' '.join(contender.simulated)}, lr {lr}: {accuracy[str(lr)]:.4f}", file=sys.stderr, flush=True)
+        return max(contender.lr, key=lambda lr: accuracy[str(lr)]), accuracy
 
     def _all(self, lr: float, seed: int) -> list[str]:
         targets = [f"evaluate.targets=[{self.target}]", f"evaluate.smooth={self.smooth}"]
@@ -128,7 +133,7 @@ class Race:
 
 
 def evaluated(run_dir: Path) -> dict[str, Any]:
-    """Evaluate the checkpoints of a run that is over; return when its targets were reached."""
+    """Evaluate the checkpoints of a run that is over until its targets are reached; return when they were."""
     config = load_config(run_dir / "config.yaml")
     job = Job(config)
     evaluator, targets = job.evaluator(), Targets(config, job.metric)
@@ -137,6 +142,8 @@ def evaluated(run_dir: Path) -> dict[str, Any]:
     for each in sorted(checkpoint.complete(run_dir), key=checkpoint.iteration_of):
         state = checkpoint.read(each, checkpoint.SERVER)
         targets.add(state["iteration"], seconds[state["iteration"]], evaluator(state["params"], state["buffers"]))
+        if None not in targets.summary_entries()["seconds_to"].values():
+            break
     return targets.summary_entries()
 
 
@@ -151,7 +158,7 @@ def ratios(runs: Sequence[Mapping[str, Any]], name: str, other: str) -> list[flo
 def as_text(content: Mapping[str, Any]) -> str:
     """The report as Markdown."""
     runs: Sequence[Mapping[str, Any]] = content["runs"]
-    names = list(dict.fromkeys(run["contender"] for run in runs))
+    names = list(dict.fromkeys(run["contender"] for run in runs))  # the first one in the order of `CONTENDERS` is compared with
     rows: list[tuple[str, ...]] = [
         ("contender", "learning rate", "seconds to the target", f"ratio to {names[0]}", "gradients", "gradients/s", "reached")
     ]
@@ -186,6 +193,14 @@ def write(content: Mapping[str, Any], folder: Path) -> None:
     (folder / "live_race.md").write_text(as_text(content))
 
 
+def kept(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The runs of the results in a folder, and how their rates were chosen; nothing where they are of another setting."""
+    file = folder / "live_race.json"
+    former: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    same = all(former.get(key) == content[key] for key in ("overrides", "target", "every", "smooth", "machine"))
+    return {key: former[key] for key in ("tuning", "runs")} if same else {}
+
+
 def rates(words: Sequence[str]) -> dict[str, list[float]]:
     """The learning rates by contender, of words such as ``ormo=0.01,0.02``.
 
@@ -199,6 +214,32 @@ def rates(words: Sequence[str]) -> dict[str, list[float]]:
     return found
 
 
+def run_rounds(
+    race: Race, chosen: Mapping[str, tuple[Contender, float]], rounds: int, content: dict[str, Any], folder: Path
+) -> None:
+    """Run what is missing, the contenders in another order in every second round, and write the results after each run.
+
+    Args:
+        race: The setting.
+        chosen: The contenders by name, with their learning rates.
+        rounds: The number of rounds.
+        content: The results, to which runs are added.
+        folder: Receives them.
+    """
+    names, runs = list(CONTENDERS), content["runs"]
+    for number in range(rounds):
+        for name in chosen if number % 2 == 0 else reversed(list(chosen)):
+            contender, lr = chosen[name]
+            if any((run["round"], run["contender"]) == (number, name) for run in runs):
+                continue
+            found = {"round": number, "contender": name, "lr": lr, **race.run(contender, lr, number)}
+            runs.append(found)
+            runs.sort(key=lambda run: (run["round"], names.index(run["contender"])))
+            content["load_at_end"] = load()
+            write(content, folder)
+            print(f"round {number}, {name}: {found['seconds']} s, {found['gradients']} gradients", file=sys.stderr, flush=True)
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -207,14 +248,15 @@ def main() -> None:
     parser.add_argument("--lr", nargs="+", default=[], metavar="NAME=LR,LR", help="learning rates to choose from, by contender")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--target", type=float, default=0.885, help="test accuracy")
-    parser.add_argument("--iterations", type=int, default=3000, help="gradients of a run at most")
-    parser.add_argument("--every", type=int, default=100, help="gradients between evaluations")
+    parser.add_argument("--iterations", type=int, default=4000, help="gradients of a run")
+    parser.add_argument("--every", type=int, default=200, help="gradients between evaluations")
     parser.add_argument("--smooth", type=int, default=3, help="evaluations in a row whose mean counts")
     parser.add_argument("--workers", type=int, default=4, metavar="K")
     parser.add_argument("--heterogeneity", default="one_slow")
     parser.add_argument("--dataset", default="fashion_mnist")
     parser.add_argument("--model", default="cnn")
-    parser.add_argument("--validation", type=float, default=0.1, help="part of the training samples that rates are chosen by")
+    parser.add_argument("--tuning-iterations", type=int, default=1200, help="gradients of a simulation that tries a rate")
+    parser.add_argument("--resume", action="store_true", help="keep the runs that there are")
     parser.add_argument("--into", type=Path, default=RESULTS, metavar="FOLDER")
     a = parser.parse_args()
     exit_on_sigterm()
@@ -224,23 +266,17 @@ def main() -> None:
     race = Race(overrides=[*overrides, *data], target=a.target, every=a.every, smooth=a.smooth)
     given = rates(a.lr)
     content: dict[str, Any] = {**conditions(), "overrides": overrides, "target": a.target, "every": a.every, "smooth": a.smooth}
-    content |= {"tuning": {}, "runs": []}
+    content |= {"tuning": {}, "runs": [], "load_at_end": load()}
+    if a.resume:
+        content |= kept(content, a.into)
     chosen: dict[str, tuple[Contender, float]] = {}
     for name in a.contenders:
-        contender = CONTENDERS[name]
-        contender = Contender(live=contender.live, simulated=contender.simulated, lr=given.get(name, contender.lr))
-        lr, content["tuning"][name] = race.tuned(contender, a.validation)
-        chosen[name] = contender, lr
-    for number in range(a.rounds):
-        for name in a.contenders if number % 2 == 0 else reversed(a.contenders):
-            contender, lr = chosen[name]
-            found = {"round": number, "contender": name, "lr": lr, **race.run(contender, lr, number)}
-            content["runs"] = sorted(
-                [*content["runs"], found], key=lambda run: (run["round"], a.contenders.index(run["contender"]))
-            )
-            content["load_at_end"] = load()
-            write(content, a.into)
-            print(f"round {number}, {name}: {found['seconds']} s, {found['gradients']} gradients", file=sys.stderr, flush=True)
+        contender = dataclasses.replace(CONTENDERS[name], lr=given.get(name, CONTENDERS[name].lr))
+        before = next((run["lr"] for run in content["runs"] if run["contender"] == name), None)
+        if before is None:
+            before, content["tuning"][name] = race.tuned(contender, a.tuning_iterations)
+        chosen[name] = contender, before
+    run_rounds(race, chosen, a.rounds, content, a.into)
     print(as_text(content))
     missed = [name for name in a.contenders if not any(r["seconds"] for r in content["runs"] if r["contender"] == name)]
     if missed:

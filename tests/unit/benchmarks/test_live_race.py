@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +33,34 @@ def test_ratios_are_within_rounds_in_which_both_have_reached_the_target() -> Non
     text = live_race.as_text({**content, "load_at_end": content["load_at_start"]})
     assert "| ddp | 0.01 | 35.0 (30.0 - 40.0) | 1.000 (1.000 - 1.000) | 500 (500 - 500) | 100 (100 - 100) | 2 of 3 |" in text
     assert "| ormo | 0.01 | 9.0 (6.0 - 10.0) | 0.225 (0.200 - 0.250) | 500 (500 - 500) | 100 (100 - 100) | 3 of 3 |" in text
+
+
+def test_runs_of_the_same_setting_are_kept(tmp_path: Path) -> None:
+    content = {**conditions(), "overrides": ["model=cnn"], "target": 0.9, "every": 50, "smooth": 3, "tuning": {"ddp": {}}}
+    content |= {"runs": [run(0, "ddp", 40.0)], "load_at_end": content["load_at_start"]}
+    assert live_race.kept(content, tmp_path) == {}
+    live_race.write(content, tmp_path)
+    assert live_race.kept(content, tmp_path) == {"tuning": {"ddp": {}}, "runs": content["runs"]}
+    assert live_race.kept({**content, "target": 0.8}, tmp_path) == {}
+
+
+def test_missing_runs_are_run_and_the_order_alternates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[tuple[str, float, int]] = []
+
+    def made(self: live_race.Race, contender: live_race.Contender, lr: float, seed: int) -> dict[str, Any]:
+        order.append((self.overrides[0], lr, seed))
+        return run(seed, "ddp" if contender.evaluates else "ormo", 1.0)
+
+    monkeypatch.setattr(live_race.Race, "run", made)
+    race = live_race.Race(overrides=["model=cnn"], target=0.9, every=50, smooth=3)
+    content = {**conditions(), "overrides": ["model=cnn"], "target": 0.9, "every": 50, "smooth": 3, "tuning": {}}
+    content |= {"runs": [run(0, "ddp", 40.0)]}
+    chosen = {"ddp": (live_race.CONTENDERS["ddp"], 0.04), "ormo": (live_race.CONTENDERS["ormo"], 0.01)}
+    live_race.run_rounds(race, chosen, 3, content, tmp_path)
+    words = "model=cnn"
+    assert order == [(words, 0.01, 0), (words, 0.01, 1), (words, 0.04, 1), (words, 0.04, 2), (words, 0.01, 2)]
+    expected = [(number, name) for number in range(3) for name in ("ddp", "ormo")]
+    assert [(each["round"], each["contender"]) for each in live_race.kept(content, tmp_path)["runs"]] == expected
 
 
 def test_learning_rates_are_given_by_contender() -> None:
