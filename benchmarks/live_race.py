@@ -7,7 +7,7 @@ reach it. Evaluations are off that clock: DistributedDataParallel stands still f
 leaves checkpoints, which are evaluated when the run is over. Writes ``results/live_race.json`` and ``.md`` after every run.
 
 Learning rates are those of ``--lr``. With several for a contender the best is chosen before, by the accuracy on held-out
-samples after ``--tuning-iterations`` in the simulator, where `m_sync` stands for DistributedDataParallel, as its updates are the
+samples after ``--tuning-iterations`` in the simulator, where `m_sync` stands for DistributedDataParallel: its updates are the
 same. With ``--resume`` the runs and learning rates in the results are kept, and what is missing is run: a round at a time, say.
 """
 

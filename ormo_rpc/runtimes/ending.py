@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ormo_rpc.config.runtimes import DdpRuntime
 from ormo_rpc.loggers.statistics import Statistics
 from ormo_rpc.runtimes.job_like import JobLike
 from ormo_rpc.server.loss_scale import SMALLEST
@@ -15,6 +16,8 @@ OVERFLOWED = f"gradients overflow float16 at every loss scale down to {SMALLEST:
 """The reason where that is why."""
 NOT_FINITE = "the parameters, or the gradients of two workers for one ticket, are not finite or too large"
 """The reason where the server itself says that the run diverged."""
+NOT_FINITE_IN_RANKS = "the parameters, or the loss of a rank, are not finite"
+"""The same of a run without a server."""
 
 
 def ending(
@@ -38,7 +41,8 @@ def ending(
     """
     if status == Status.diverged.value:
         overflowed = loss_scale is not None and loss_scale["value"] < SMALLEST
-        return {"status": status, "reason": OVERFLOWED if overflowed else NOT_FINITE}
+        not_finite = NOT_FINITE_IN_RANKS if isinstance(job.config.runtime, DdpRuntime) else NOT_FINITE
+        return {"status": status, "reason": OVERFLOWED if overflowed else not_finite}
     if status != Status.completed.value:
         return {"status": status, "reason": None}
     diverged, early = _divergence(job, statistics), _early(job, iteration, stopped)
