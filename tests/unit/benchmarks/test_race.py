@@ -126,6 +126,19 @@ def test_rounds_of_proportional_parts_end_when_they_do_in_the_simulator(setting:
     assert round_ends(variant, setting, 4, 5, 20)[-1] == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.parametrize("setting", ["one_slow", "exponential"])
+def test_rounds_of_local_steps_take_a_time_for_each(setting: str, tmp_path: Path) -> None:
+    variant = CONTENDERS["local_sgd"].variants(4)[0]
+    expected = simulated(
+        tmp_path, *variant.overrides, "workers=4", f"heterogeneity={setting}", "seed=5", "train.max_iterations=80"
+    )
+    found = round_ends(variant, setting, 4, 5, 20)[-1]
+    if setting == "one_slow":
+        assert found == pytest.approx(expected, abs=1e-9)
+    else:
+        assert found < expected, "four draws for a ticket, where the simulator makes one"
+
+
 @pytest.mark.slow
 def test_an_accuracy_that_is_shared_between_settings_is_that_of_the_simulator(tmp_path: Path) -> None:
     (variant,) = CONTENDERS["ddp"].variants(4)
