@@ -165,7 +165,7 @@ class Algorithm(Part, ABC):
 
     @property
     def workers_are_regions(self) -> bool:
-        """True if each worker has to be a region with a server of its own, which only the simulator has."""
+        """True if each worker is a region, with a server and workers of its own."""
         return False
 
     def accepts(self, context: PushContext) -> bool:  # noqa: ARG002 - the common answer needs no look at it

@@ -138,8 +138,8 @@ class HALoS(RegionOptions):
     ticket, for any R, J and a. Memory: ``w`` and two more for the global momentum, four for each region, ``3 + 4 R`` vectors of
     D; a worker needs two more while it works. ``train.momentum`` is not read, as each level has its own.
 
-    With ``region_workers`` each worker of the server is a region: a server of its own with that many workers (`RegionServer`),
-    simulated. A ticket is then J tickets of its workers, and its push is ``D``. The region merges when it gets the next one;
+    With ``region_workers`` each worker of the server is a region: a server of its own with that many workers (`RegionServer`).
+    A ticket is then J tickets of its workers, and its push is ``D``. The region merges when it gets the next one;
     with ``worker.prefetch=1`` it has that before it is done, and goes on while ``D`` and the reply travel. What it has done
     since it sent is not lost in a merge, but is part of the next ``D``: here the authors' code drops it. ``th`` and the
     momentum of a region are lost with it, and one that joins begins at ``w``.

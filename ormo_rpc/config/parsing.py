@@ -244,10 +244,12 @@ def _refuse_regions(config: Config) -> None:
     Raises:
         ConfigError: they cannot.
     """
-    if not isinstance(config.runtime, SimRuntime):
+    if not isinstance(config.runtime, (SimRuntime, RpcRuntime)):
+        raise ConfigError(f"runtime: got {config.runtime.name}, expected rpc or sim with algorithm.region_workers")
+    if isinstance(config.runtime, RpcRuntime) and config.worker.prefetch:
         raise ConfigError(
-            f"runtime: got {config.runtime.name}, expected sim with algorithm.region_workers, which gives regions servers of "
-            f"their own; live, leave it at null: regions are then kept on the one server"
+            f"worker.prefetch: got {config.worker.prefetch}, expected 0 with algorithm.region_workers: a live region works for "
+            f"one ticket at a time"
         )
     if config.wire_form != "exact":
         raise ConfigError(f"wire, compression: got {config.wire_form}, expected exact with algorithm.region_workers")

@@ -6,6 +6,7 @@ It is the same for `Worker`, which computes gradients of a data set, and for a l
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -117,6 +118,11 @@ class BaseWorker:
     def _check_passes(self) -> None:
         """Check that the passes have not changed what they must not change."""
         self._passes.end_pass()
+
+    def relay(self, push: Push) -> Push:
+        """Encode a push that others have made."""
+        self.push.copy_(push.grad)
+        return replace(push, grad=self._encoder.encode(push.worker), buffers=self._encoder.buffers.write(push.buffers))
 
     def _made(
         self,

@@ -71,7 +71,7 @@ def test_a_resumed_simulation_begins_its_regions_anew_and_does_the_rest_once(tmp
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("runtime=rpc", r"^runtime: got rpc, expected sim with algorithm\.region_workers, .*; live, leave it at null: "),
+        ("runtime=ddp", r"^runtime: got ddp, expected "),
         ("wire.dtype=bf16", r"^wire, compression: got bf16, expected exact with algorithm\.region_workers$"),
     ],
 )
@@ -79,7 +79,12 @@ def test_regions_with_servers_of_their_own_are_refused_where_they_cannot_be(
     tmp_path: Path, override: str, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        train(["algorithm=halos", "runtime=sim", "algorithm.region_workers=2", "logger=none", override], run_dir=tmp_path)
+        train([*HALOS, "algorithm.region_workers=2", override], run_dir=tmp_path)
+
+
+def test_a_live_region_has_no_tickets_ahead(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^worker\.prefetch: got 1, expected 0 with algorithm\.region_workers: a live"):
+        train([*HALOS, "runtime=rpc", "algorithm.region_workers=2", "worker.prefetch=1"], run_dir=tmp_path)
 
 
 def test_their_runs_are_not_replayed(tmp_path: Path) -> None:

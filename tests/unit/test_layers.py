@@ -43,7 +43,12 @@ ONLY_IN = {
     "torch.distributed.rpc": ("control.torch_rpc", "transports.rpc"),
     "torch.futures": ("control.torch_rpc", "transports.rpc"),
     "socket": ("rendezvous", "transports.gloo", "transports.stream", "runtimes.distributed"),
-    "subprocess": ("kernels.compiled", "storage.environment", "runtimes.distributed.launcher"),
+    "subprocess": (
+        "kernels.compiled",
+        "storage.environment",
+        "runtimes.distributed.launcher",
+        "runtimes.distributed.worker_process.region",
+    ),
     "hydra": ("overrides", "composing", "sweeps", "cli"),
     "omegaconf": ("composing", "sweeps", "cli", "config"),
     "wandb": ("loggers",),

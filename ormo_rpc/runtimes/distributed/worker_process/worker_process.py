@@ -28,6 +28,8 @@ from ormo_rpc.rendezvous.connecting import Patience
 from ormo_rpc.runtimes.configured import time_generator
 from ormo_rpc.runtimes.distributed.shortages import limit_reached
 from ormo_rpc.runtimes.distributed.worker_process.context import W, WorkerArgs, WorkerContext, WorkerJob, configured_job
+from ormo_rpc.runtimes.distributed.worker_process.region import Region
+from ormo_rpc.runtimes.job import Job
 from ormo_rpc.transports.base import Endpoint, ServerClient, WorkerSide
 from ormo_rpc.worker.faults import CONNECT, JOIN, FaultInjector
 from ormo_rpc.worker.heterogeneity import cpu_seconds
@@ -269,6 +271,8 @@ class WorkerProcess:
         self._threads: list[threading.Thread] = []
         """Of the further loops."""
         self._ticket_timeout_seconds = 0.0
+        self._region: Region | None = None
+        """The region that this process is, where workers are regions."""
         self._failures: list[Exception] = []
         """Errors that ended further loops."""
 
@@ -279,7 +283,11 @@ class WorkerProcess:
             ServerLost: the server did not come back in time.
             WorkerBanned: the server has banned this worker.
         """
-        self._compute(self.loops[0], self._start_prefetching)
+        try:
+            self._compute(self.loops[0], self._prepare)
+        finally:
+            if self._region is not None:
+                self._region.close()
         for thread in self._threads:
             # The run has ended for it too; one that computes for longer than that is late for the server as well.
             thread.join(self._ticket_timeout_seconds)
@@ -301,12 +309,19 @@ class WorkerProcess:
                 worker, began = loop.worker, cpu_seconds()
                 worker.load(reply)
                 with compute_lock:
-                    push = worker.compute(reply)
+                    push = worker.compute(reply) if self._region is None else worker.relay(self._region.compute(reply))
                     loop.before_push(cpu_seconds() - began)
                 try:
                     reply = replies.send(push)
                 except StopIteration:
                     return
+
+    def _prepare(self, job: WorkerJob[Worker]) -> None:
+        """Make the region, where this process is one, and start prefetching."""
+        if job.config.algorithm.workers_are_regions and self._region is None:
+            assert isinstance(job, Job)
+            self._region = Region(job, self.args.data_root)
+        self._start_prefetching(job)
 
     def _start_prefetching(self, job: WorkerJob[Worker]) -> None:
         """Start further loops, once, as soon as their number is known."""

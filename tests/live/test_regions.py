@@ -1,0 +1,48 @@
+"""A live run of two levels: regions with servers and worker processes of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.processes import QUIET, descendants, events, gone, launched, processes, summary, wait_until
+
+pytestmark = [pytest.mark.live, pytest.mark.timeout(180)]
+MODULE = "ormo_rpc.runtimes.distributed.worker_process.region_worker"
+
+
+def workers_of_regions(launcher: int) -> list[psutil.Process]:
+    """Return the processes of the regions' workers."""
+    found = list[psutil.Process]()
+    for process in descendants(launcher):
+        try:
+            found += [process] if MODULE in process.cmdline() else []
+        except psutil.Error:  # it has ended meanwhile
+            continue
+    return found
+
+
+def test_the_tickets_of_a_killed_region_and_of_a_killed_worker_of_one_count_once(tmp_path: Path) -> None:
+    total = 120
+    options = ("algorithm=halos", "algorithm.region_workers=2", "algorithm.exchange=4", "workers=2", "train.lr=0.05")
+    batches = ("train.batch_size=8", "train.epochs=1000", f"train.max_iterations={total}")
+    with launched("launch.py", f"hydra.run.dir={tmp_path}", *QUIET, *options, *batches) as launcher:
+        wait_until(lambda: len(events(tmp_path, "apply")) > 5, "the first updates of both levels")
+        found = workers_of_regions(launcher.pid)
+        assert len(found) == 4
+        regions = processes(tmp_path)["workers"]
+        of_first = [process for process in found if process.ppid() == regions["0"]]
+        of_first[0].kill()
+        psutil.Process(regions["1"]).kill()
+        _, err = launcher.communicate(timeout=120)
+        assert launcher.returncode == 0, err
+    applied = events(tmp_path, "apply")
+    assert [event["iteration"] for event in applied] == list(range(total))
+    assert sorted(event["ticket"] for event in applied) == list(range(total))
+    # The global server has lost region 1 and its ticket; of the worker of region 0 that region has taken care.
+    assert [loss["worker"] for loss in summary(tmp_path)["evictions"]] == [1]
+    assert [event["worker"] for event in events(tmp_path, "leave")][:1] == [1]
+    assert err.count("of this region ended with -9; another one is started") == 1, err
+    assert gone(found)
