@@ -28,10 +28,10 @@ OPERATORS = ("read", "read, remote", "write", "write, remote", "write, by its na
 Outcomes = Mapping[str, Mapping[str, str]]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def private_folder(tmp_path: Path) -> Path:
     """A folder with a private file and, where there is a compiler, the stranger's client in C++; files of each kind beside."""
-    folder = tmp_path_factory.mktemp("strangers")
+    folder = tmp_path / "strangers"
+    folder.mkdir()
     (folder / "private").write_text("private")
     compiler, torch_folder = shutil.which("g++"), Path(torch.__file__).parent
     if compiler is not None:
@@ -41,7 +41,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
 def outcomes(folder: Path) -> Outcomes:
     """The outcome of every attempt, by kind of agent; the stranger ends when it has tried them all."""
     with launched("-m", "tests.support.peer", "serve", *peer.KINDS) as serving:
@@ -63,8 +62,23 @@ def outcomes(folder: Path) -> Outcomes:
     return found
 
 
-def test_other_functions_are_refused_and_the_server_continues_to_serve(outcomes: Outcomes, folder: Path) -> None:
-    attempts, refused = outcomes["server"], LISTED.format(0)
+def test_a_stranger_runs_and_writes_nothing_and_ends_an_agent_with_one_line(tmp_path: Path) -> None:
+    """All in one, as the attempts are dear, and as each process of pytest that had a part of them would make them again."""
+    folder = private_folder(tmp_path)
+    found = outcomes(folder)
+    check_that_other_functions_are_refused_and_the_server_continues_to_serve(found, folder)
+    check_that_a_worker_runs_no_function(found)
+    for kind in ("server", "worker", "override"):
+        check_that_operators_by_name_neither_read_nor_write_files(found, kind)
+    if (folder / peer.CLIENT).exists():  # there is a C++ compiler
+        check_that_no_operator_with_a_text_among_its_arguments_makes_a_file(found, folder)
+    check_that_the_same_stranger_runs_any_code_without_these_protections(found, folder)
+    # A failure means that torch has closed a hole, and that SECURITY.md can be shortened.
+    assert found["victim"]["rubbish"] == str(-signal.SIGABRT)
+
+
+def check_that_other_functions_are_refused_and_the_server_continues_to_serve(found: Outcomes, folder: Path) -> None:
+    attempts, refused = found["server"], LISTED.format(0)
     assert attempts["permitted"] == attempts["add"] == "[2.0, 2.0]"
     assert attempts["permitted, raises"] == "ValueError: PushRefused: On WorkerInfo(id=0, name=server):"  # torch's way
     expected = {
@@ -78,48 +92,40 @@ def test_other_functions_are_refused_and_the_server_continues_to_serve(outcomes:
         "asynchronous": f"{refused}posix.system",
     }
     assert {name: attempts[name] for name in expected} == expected
-    assert {name: outcomes["override"][name] for name in expected} == expected
+    assert {name: found["override"][name] for name in expected} == expected
     assert list(folder.glob("[!o]*/marker*")) == []
 
 
-def test_a_worker_runs_no_function_for_a_stranger(outcomes: Outcomes) -> None:
-    attempts = outcomes["worker"]
+def check_that_a_worker_runs_no_function(found: Outcomes) -> None:
+    attempts = found["worker"]
     functions = {name: outcome for name, outcome in attempts.items() if not name.startswith(("schema", *OPERATORS, "add"))}
     assert len(functions) == 10
     assert all(": UnpicklingError: refused: " in outcome for outcome in functions.values())
     assert attempts["add"] == "[2.0, 2.0]", "it still answers"
 
 
-@pytest.mark.parametrize("kind", ["server", "worker", "override"])
-def test_operators_by_name_neither_read_nor_write_files(outcomes: Outcomes, kind: str) -> None:
-    attempts = outcomes[kind]
+def check_that_operators_by_name_neither_read_nor_write_files(found: Outcomes, kind: str) -> None:
+    attempts = found[kind]
     refusal = "PermissionError: from_file is refused" if kind == "override" else "Permission denied"
     assert {name: refusal in attempts[name] for name in OPERATORS} == dict.fromkeys(OPERATORS, True)
     assert attempts["add"] == "[2.0, 2.0]", "it still answers"
 
 
-def test_no_operator_with_a_text_among_its_arguments_makes_a_file(outcomes: Outcomes, folder: Path) -> None:
-    if not (folder / peer.CLIENT).exists():
-        pytest.skip("without a C++ compiler")
-    names = {name for name in outcomes["server"] if name.startswith("schema ")}
+def check_that_no_operator_with_a_text_among_its_arguments_makes_a_file(found: Outcomes, folder: Path) -> None:
+    names = {name for name in found["server"] if name.startswith("schema ")}
     # Here are more where a test has imported torchvision, say.
     assert names <= {f"schema {name}.{overload}" for name, overload in peer.schemas()}
     assert len(names) > 250
-    assert {name for name in names if outcomes["server"][name] == "no such operator"} == set()
+    assert {name for name in names if found["server"][name] == "no such operator"} == set()
     files = {kind: sorted(path.name for path in (folder / kind).iterdir()) for kind in ("server", "worker", "override")}
     # If this changes, SECURITY.md has to say so.
     assert files == {"server": [], "worker": [], "override": ["aten-save."]}
 
 
-def test_without_these_protections_the_same_stranger_runs_any_code(outcomes: Outcomes, folder: Path) -> None:
-    attempts = outcomes["open"]
+def check_that_the_same_stranger_runs_any_code_without_these_protections(found: Outcomes, folder: Path) -> None:
+    attempts = found["open"]
     assert (attempts["os.system"], attempts["eval"], attempts["read"], attempts["write"]) == ("0", "2", "b'private'", "[0, 0]")
     files = {path.name for path in (folder / "open").iterdir()}
     assert files >= {"marker-system", "marker-argument", "marker-asynchronous", "write", "remote", "name"}
     if (folder / peer.CLIENT).exists():
         assert files >= {"aten-save.", "aten-from_file.out"}
-
-
-def test_a_stranger_ends_an_agent_with_one_line(outcomes: Outcomes) -> None:
-    """A failure means that torch has closed a hole, and that SECURITY.md can be shortened."""
-    assert outcomes["victim"]["rubbish"] == str(-signal.SIGABRT)
