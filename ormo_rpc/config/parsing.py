@@ -229,7 +229,8 @@ def _refuse_shares(config: Config, runtime: SimRuntime) -> None:
         ConfigError: there is none, or the workers change.
     """
     algorithm, scheduler = config.algorithm, config.scheduler
-    if not (algorithm.whole_rounds or scheduler.WHOLE_ROUNDS) or algorithm.steps > 1:
+    whole = (algorithm.whole_rounds or scheduler.WHOLE_ROUNDS) and not algorithm.workers_are_regions
+    if not whole or algorithm.steps > 1:
         raise ConfigError(
             f"runtime.shares: got proportional with algorithm={algorithm.known_as} scheduler={scheduler.known_as}, expected "
             "equal: only the samples of a step with the gradients of all workers can be divided, as under scheduler=sync"

@@ -74,6 +74,20 @@ def test_the_moments_are_those_of_the_rows_and_last_over_resuming_and_replays(tm
 
 
 @pytest.mark.slow
+def test_a_run_that_goes_on_from_one_that_has_ended_counts_from_the_beginning(tmp_path: Path) -> None:
+    """Its clock is its own, unlike that of a simulation that was interrupted; one more target is known from before."""
+    keys = (*DIGITS[:-1], "dataset.validation=0.2", "evaluate.every=10")
+    first = train([*keys, "train.max_iterations=65", "evaluate.targets=[0.85]"], run_dir=tmp_path / "first")
+    more = ("train.max_iterations=205", "evaluate.targets=[0.3, 0.85]", f"checkpoint.resume={tmp_path / 'first'}")
+    second = train([*keys, *more], run_dir=tmp_path / "second")
+    assert first["seconds_to"] == {"0.85": None}
+    (before, _), (after, iterations) = (by_hand(tmp_path / run, "test_accuracy", (0.3, 0.85), 1) for run in ("first", "second"))
+    assert second["seconds_to"]["0.3"] == pytest.approx(before["0.3"], abs=1e-4)
+    assert second["seconds_to"]["0.85"] == pytest.approx(first["training_seconds"] + after["0.85"], abs=1e-4)
+    assert second["gradients_to"]["0.85"] == iterations["0.85"] > 65
+
+
+@pytest.mark.slow
 def test_the_report_has_a_column_for_each_target_and_says_how_many_runs_reached_it(tmp_path: Path) -> None:
     keys = (*DIGITS, *TARGETS[:1], "evaluate.targets=[0.3, 0.99]")
     runs = [train([*keys, f"seed={seed}"], run_dir=tmp_path / str(seed)) for seed in (0, 1)]
