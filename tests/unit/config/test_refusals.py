@@ -75,6 +75,7 @@ IN_RANGE: dict[str, tuple[list[Any], list[Any]]] = {
         [{}, {"*.bias": 0.0}, {"a": 1e9, "b": 1.0}],
         [{"*": -1.0}, {"a": 1.0, "b": math.inf}, {"a": math.nan}],
     ),
+    "finite numbers, each once": ([[], [-1.0, 0.0], [0.5]], [[0.5, 0.5], [math.inf], [0.5, math.nan]]),
     "rising epochs > 0": ([[], [0.5, 1.0], [3.0, 3.0]], [[0.0], [2.0, 1.0], [math.nan]]),
 }
 WITH_RANGE = [key for key in KEYS if key[3].metadata["valid"] is not None]
