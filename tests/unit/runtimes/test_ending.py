@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from ormo_rpc import RunFailed, train
 from ormo_rpc.cli import _result  # pyright: ignore[reportPrivateUsage] # the line is built nowhere else
+from ormo_rpc.config.runtimes import RpcRuntime
 from ormo_rpc.loggers.statistics import Statistics
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.runtimes import evaluations
@@ -41,7 +42,7 @@ def job(factor: float | None = 3.0, guessing: float = math.log(10), total: int =
     """The part of a job that decides about its end: ten iterations an epoch."""
     options = SimpleNamespace(divergence_factor=factor, max_seconds=limit)
     made = SimpleNamespace(
-        config=SimpleNamespace(train=options),
+        config=SimpleNamespace(train=options, runtime=RpcRuntime()),
         guessing_loss=guessing,
         total_tickets=total,
         epoch=lambda iteration: iteration / 10,
