@@ -48,7 +48,7 @@ def test_a_bad_job_does_not_end_the_others_in_other_processes(launcher: str, tmp
     assert named.endswith(f"; {tmp_path / '1'}")
 
 
-@pytest.mark.parametrize(("launcher", "by_terminal"), [("parallel", True), ("parallel", False), ("local", False)])
+@pytest.mark.parametrize(("launcher", "by_terminal"), [("parallel", True), ("local", False)])
 def test_a_signal_ends_a_sweep_and_its_processes(launcher: str, by_terminal: bool, tmp_path: Path) -> None:
     seeds = "seed=0,1,2" if launcher == "parallel" else "seed=0,1"
     with launched(*sweep(tmp_path, launcher, *SIMULATED, "train.epochs=100000", seeds)) as process:

@@ -234,6 +234,12 @@ def _refused_overrides(words: Sequence[str]) -> str | None:
     overrides = [word for word in words if not word.startswith(("-", "hydra", "job"))]
     if "-m" in words:
         overrides = [re.sub(r"=([^\[{,]*),.*", r"=\1", word) for word in overrides]
+    return _refused(tuple(overrides))
+
+
+@functools.cache
+def _refused(overrides: tuple[str, ...]) -> str | None:
+    """Compose overrides, which many pages have in common."""
     try:
         compose(overrides)
     except ConfigError as error:

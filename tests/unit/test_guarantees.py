@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -18,6 +19,7 @@ def named(text: str) -> set[str]:
     return set(re.findall(r"`(test_\w+)`", text))
 
 
+@functools.cache
 def defined() -> set[str]:
     """Find the functions of all tests."""
     trees = [ast.parse(file.read_text(encoding="utf-8")) for file in TESTS.rglob("test_*.py")]
