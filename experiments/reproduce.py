@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 from experiments import common, reproduce_report
+from experiments.reproduce_report import ALL_EPOCHS
 from experiments.resumable import ResumableRun, alone
 from ormo_rpc.composing import compose
 from ormo_rpc.errors import ConfigError, RunFailed
@@ -39,7 +40,6 @@ RATES = {"asgd": 0.1}
 RATE = 0.01
 """The learning rate of a method that `RATES` does not have."""
 EPOCHS = 15
-ALL_EPOCHS = 160
 MILESTONES = (80, 120)
 WARMUP = 5
 """The schedule of the paper, in epochs of `ALL_EPOCHS`."""

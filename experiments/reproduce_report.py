@@ -23,6 +23,8 @@ KEYS = (
     *("status", "test_accuracy", "test_loss", "train_loss", "training_seconds", "delay_mean", "delay_max"),
     *("iterations", "final_params_sha256"),
 )
+ALL_EPOCHS = 160
+"""The length of the paper's runs."""
 DEPARTURES = (
     "The clock is virtual: an undisturbed gradient takes 0.1 s, and the network nothing.",
     "Passes are computed under bfloat16 autocast; parameters, momentum and gradients are float32.",
@@ -134,7 +136,15 @@ def content(plan: Sequence[Planned], a: Namespace) -> dict[str, Any]:
         run = {key: getattr(each, key) for key in ("experiment", "method", "seed", "lr", "epochs")}
         at = {"epoch": epochs, "virtual_seconds": seconds, "value": values}
         runs.append({**run, "finished": summary is not None, **end, "test_accuracy_at": at})
-    return {"environment": environment(), "repackaged_data": a.repackaged, "departures": DEPARTURES, "runs": runs}
+    return {"environment": environment(), "departures": departures(plan, a), "runs": runs}
+
+
+def departures(plan: Sequence[Planned], a: Namespace) -> list[str]:
+    """What differs from the paper's setting."""
+    found = [*DEPARTURES, *(["The files of the data set are a repackaged copy."] if a.repackaged else [])]
+    if any(each.epochs != ALL_EPOCHS for each in plan):
+        found.insert(0, f"{plan[0].epochs} epochs in place of {ALL_EPOCHS}, milestones and warm-up scaled alike.")
+    return found
 
 
 def write(plan: Sequence[Planned], a: Namespace) -> None:
@@ -144,9 +154,6 @@ def write(plan: Sequence[Planned], a: Namespace) -> None:
     data, left = content(plan, a), unfinished(plan)
     machine, rows = data["environment"], table(plan)
     finished = f"{len(plan) - len(left)} of {len(plan)} runs are finished"
-    departures = [*DEPARTURES, *(["The files of the data set are a repackaged copy."] if a.repackaged else [])]
-    if any(each.epochs != 160 for each in plan):
-        departures.insert(0, f"{plan[0].epochs} epochs in place of 160, milestones and warm-up scaled alike.")
     parts = [
         "# The experiments of arXiv 2407.19234",
         f"`python -m experiments.reproduce{' --full' if a.full else ''}`: ResNet-20, batch 64, momentum 0.9, weight decay "
@@ -155,7 +162,7 @@ def write(plan: Sequence[Planned], a: Namespace) -> None:
         as_markdown(rows) if len(rows) > 1 else "No run is finished.",
         f"![Test accuracy]({name}.png)",
         "## What differs from the paper's setting",
-        "\n".join(f"* {each}" for each in departures),
+        "\n".join(f"* {each}" for each in data["departures"]),
     ]
     if left:
         parts += ["## Not finished", "\n".join(f"* {line}" for line in left)]
