@@ -208,8 +208,10 @@ CONTENDERS: dict[str, Contender] = {
     "ormo_da": Contender(label="ormo_da", variants=_asynchronous("algorithm=ormo_da")),
     "ormo_la": Contender(label="ormo_la", variants=_asynchronous("algorithm=ormo_la")),
     "ormo_la_da": Contender(label="ormo_la_da", variants=_asynchronous("algorithm=ormo_la_da")),
+    "smega2": Contender(label="smega2", variants=_asynchronous("algorithm=smega2")),
+    "dana": Contender(label="dana", variants=_asynchronous("algorithm=dana")),
 }
 """Contenders in the order of the tables; one whose rule there is not is left out."""
-FIRST = ("ddp", "ormo", "ormo_la", "m_sync", "m_sync_cancel", "ddp_nesterov", "ddp_proportional", "local_sgd")
+FIRST = ("ddp", "ormo", "ormo_la", "m_sync", "m_sync_cancel", "ddp_nesterov", "ddp_proportional", "local_sgd", "smega2")
 """Those that are run first, in this order."""
-ASYNCHRONOUS = ("ormo", "ormo_da", "ormo_la", "ormo_la_da")
+ASYNCHRONOUS = ("ormo", "ormo_da", "ormo_la", "ormo_la_da", "smega2", "dana")
