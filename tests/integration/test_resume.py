@@ -49,7 +49,9 @@ PAIRS = [
 ]
 """Each algorithm with two of its schedulers, in turn: the contract of algorithms continues a saved state under all of them."""
 EVERY = {"every": 7, "keep": 100}
-OF_THIS_MACHINE = {"wall_seconds", "start_seconds", "end_seconds", "step_seconds", "checkpoint", "updates_per_second"}
+OF_THIS_MACHINE = set(
+    "wall_seconds start_seconds end_seconds step_seconds evaluation_seconds checkpoint updates_per_second".split()
+)
 """Entries of a summary that depend on the machine."""
 
 
