@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from experiments.race import clocks
 from experiments.race.contenders import CONTENDERS
@@ -24,6 +26,7 @@ SHOWN: Sequence[tuple[str, str]] = (
     ("ormo_la", "#1b7837"),
 )
 """What is drawn, and its colour."""
+IDEAL = "#d62728"
 CURVES = ("one_slow", "exponential")
 """The settings whose curves are drawn, with 16 workers."""
 SHORT = {
@@ -43,8 +46,14 @@ def picture(results: Results) -> Figure:
         _ratios(axes, results, workers)
     for axes, setting in zip(curves, CURVES, strict=True):
         _curves(axes, results, setting)
-    handles, labels = first.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=8, frameon=False, fontsize="small")
+    patches = [Patch(color=colour, label=_label(name)) for name, colour in SHOWN]
+    figure.legend(
+        handles=[*patches, Line2D([], [], color=IDEAL, ls="--", label="ideal from speeds")],
+        loc="outside upper center",
+        ncols=8,
+        frameon=False,
+        fontsize="small",
+    )
     return figure
 
 
@@ -71,12 +80,11 @@ def _ratios(axes: Axes, results: Results, workers: int) -> None:
             for setting in settings
         ]
         reached = [ratio if math.isfinite(ratio) else math.nan for ratio in ratios]
-        axes.bar(places, reached, width=0.92 * width, color=colour, label=_label(name))
+        axes.bar(places, reached, width=0.92 * width, color=colour)
         missed = [place for place, ratio in zip(places, ratios, strict=True) if math.isinf(ratio)]
         axes.plot(missed, [1.0] * len(missed), "x", color=colour)
     for place, setting in enumerate(settings):
-        label = "ideal from speeds" if place == 0 else ""
-        axes.hlines(clocks.ideal(setting, workers), place - 0.45, place + 0.45, "#d62728", linestyles="--", lw=1.2, label=label)
+        axes.hlines(clocks.ideal(setting, workers), place - 0.45, place + 0.45, IDEAL, linestyles="--", lw=1.2)
     axes.set_yscale("log")
     axes.set_yticks([0.1, 0.2, 0.5, 1.0, 1.5], ["0.1", "0.2", "0.5", "1", "1.5"])
     axes.minorticks_off()
