@@ -21,7 +21,6 @@ _UNUSED: dict[str, str] = {
     "transport": "gradients are reduced over Gloo",
     "server.address": _NO_SERVER,
     "server.secret_file": _NO_SERVER,
-    "runtime.min_workers": "every rank takes part in each round",
     "worker.dummy": "each rank computes gradients",
     "worker.prefetch": "the next round needs the step of this one",
     "train.grad_norm_limit": f"{_NO_SERVER}; train.clip_norm clips the mean gradient",

@@ -24,7 +24,6 @@ from ormo_rpc.runtimes.prepare import check_resume
         ("wire.params=bf16", "wire.params: got bf16 with runtime=ddp, expected float32: "),
         ("transport=tcp", "transport: got tcp with runtime=ddp, expected auto: "),
         ("server.address=127.0.0.1:9", "server.address: got 127.0.0.1:9 with runtime=ddp, expected None: there is no server"),
-        ("runtime.min_workers=2", "runtime.min_workers: got 2 with runtime=ddp, expected 1: "),
         ("worker.dummy=true", "worker.dummy: got True with runtime=ddp, expected False: "),
         ("worker.prefetch=1", "worker.prefetch: got 1 with runtime=ddp, expected 0: "),
         ("train.grad_norm_limit=1", "train.grad_norm_limit: got 1.0 with runtime=ddp, expected None: "),

@@ -229,17 +229,18 @@ def test_a_list_of_hosts_of_another_form_is_refused(text: str) -> None:
         (
             {**TORCHRUN, "RANK": "0"},
             {"runtime": {"name": "sim"}},
-            "runtime: got sim under torchrun, expected rpc; start it with python launch.py",
+            "runtime: got sim under torchrun, expected rpc or ddp; start it with python launch.py",
         ),
         (
             TASK,
             {"runtime": {"name": "sim"}},
-            "runtime: got sim under srun, expected rpc; for a run of its own in each process unset SLURM_STEP_ID",
+            "runtime: got sim under srun, expected rpc or ddp; for a run of its own in each process unset SLURM_STEP_ID",
         ),
         (
             HAND,
             {"runtime": {"name": "sim"}},
-            "runtime: got sim under env://, expected rpc; for a run of its own in each process unset RANK and WORLD_SIZE",
+            "runtime: got sim under env://, expected rpc or ddp; for a run of its own in each process unset RANK and "
+            "WORLD_SIZE",
         ),
         (
             {**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"},
