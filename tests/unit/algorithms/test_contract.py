@@ -18,7 +18,8 @@ from ormo_rpc.schedulers import incompatibility
 from ormo_rpc.server.build import build_server
 from ormo_rpc.server.events import Event, Kind
 from ormo_rpc.server.parameter_server import Status
-from tests.support.contract import ROWS, SCHEDULER_OPTIONS, SCHEDULERS, Case, Reduction, Row, cases, same, tensors, values
+from tests.support.contract import ROWS, SCHEDULER_OPTIONS, Case, cases, same, tensors, values
+from tests.support.contract_row import SCHEDULERS, Reduction, Row
 from tests.support.schedule import Quadratic, Run, Schedule, noise, normal, pushed, schedules
 
 ROUNDING = 1e-14

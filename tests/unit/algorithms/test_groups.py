@@ -16,7 +16,8 @@ from ormo_rpc.messages import Push, Reply
 from ormo_rpc.options import find
 from ormo_rpc.server.build import build_server
 from ormo_rpc.worker.regularise import regularise
-from tests.support.contract import DIMENSION, ROWS, SCHEDULER_OPTIONS, Case, Row, cases
+from tests.support.contract import DIMENSION, ROWS, SCHEDULER_OPTIONS, Case, cases
+from tests.support.contract_row import Row
 from tests.support.schedule import Run, normal, pushed
 
 GROUPS = (

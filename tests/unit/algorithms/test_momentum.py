@@ -18,7 +18,8 @@ from ormo_rpc.messages import Reply
 from ormo_rpc.options import find
 from ormo_rpc.server.build import build_server
 from ormo_rpc.server.parameter_server import ParameterServer
-from tests.support.contract import DIMENSION, ROWS, SCHEDULER_OPTIONS, Case, Row, cases
+from tests.support.contract import DIMENSION, ROWS, SCHEDULER_OPTIONS, Case, cases
+from tests.support.contract_row import Row
 from tests.support.schedule import Quadratic, Run, normal, pushed
 
 with_momentum = pytest.mark.parametrize(
