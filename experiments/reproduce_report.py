@@ -140,7 +140,7 @@ def content(plan: Sequence[Planned], a: Namespace) -> dict[str, Any]:
 
 
 def departures(plan: Sequence[Planned], a: Namespace) -> list[str]:
-    """What differs from the paper's setting."""
+    """Return the differences from the paper's setting, a sentence each."""
     found = [*DEPARTURES, *(["The files of the data set are a repackaged copy."] if a.repackaged else [])]
     if any(each.epochs != ALL_EPOCHS for each in plan):
         found.insert(0, f"{plan[0].epochs} epochs in place of {ALL_EPOCHS}, milestones and warm-up scaled alike.")

@@ -25,7 +25,7 @@ SHOWN: Sequence[tuple[str, str]] = (
     ("ormo", "#7fbf7b"),
     ("ormo_la", "#1b7837"),
 )
-"""What is drawn, and its colour."""
+"""The contenders that are drawn, and their colours."""
 IDEAL = "#d62728"
 CURVES = ("one_slow", "exponential")
 """The settings whose curves are drawn, with 16 workers."""

@@ -35,7 +35,7 @@ QUIET = (*common.SIMULATED, "checkpoint.every_seconds=0")
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What is kept of a run.
+    """The figures of a run that are kept.
 
     Attributes:
         status: ``completed`` or ``diverged``.

@@ -1,4 +1,4 @@
-"""What all contenders of the race have in common."""
+"""Settings of the race, and the targets and sizes that all of its contenders share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SETTINGS: Mapping[str, str] = {
     "half_slow": "half of the workers 3 times slower",
     "gamma": "random times, less spread",
 }
-"""The distributions of speeds, and what a picture calls them."""
+"""The distributions of speeds, with their titles in pictures."""
 
 CELLS: Sequence[tuple[str, int]] = (
     *((setting, workers) for setting in ("one_slow", "exponential", "none", "half_slow") for workers in (4, 16)),
@@ -32,7 +32,7 @@ def _rates() -> dict[int, tuple[float, ...]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """The job, how often it is evaluated, and how a rate is chosen.
+    """The job, its evaluations, and the choice of a rate.
 
     Attributes:
         job: Overrides of the data set, the model and the held-out samples.

@@ -16,7 +16,7 @@ Try = Callable[[float, int, float], Record]
 
 @dataclass(frozen=True)
 class Tried:
-    """What the tuning seeds did with a rate.
+    """The results of the tuning seeds at one rate.
 
     Attributes:
         times: Virtual seconds to the tuning target of each seed that was run; None: it was not reached, or not in time to win.

@@ -21,7 +21,7 @@ MAX_ROUNDS = 64
 
 
 class Verdict(IntEnum):
-    """What rank 0 has decided."""
+    """The decision of rank 0 at a meeting."""
 
     go_on = 0
     end = 1
@@ -32,10 +32,10 @@ class Verdict(IntEnum):
 
 @dataclass(frozen=True)
 class Heard:
-    """What rank 0 hears at a meeting.
+    """The message of all ranks to rank 0 at a meeting.
 
     Attributes:
-        computed: What each rank has computed, by round and rank.
+        computed: The results of each rank, by round and rank.
         signal: The number of a signal that asks one of the ranks to end; 0 for none.
     """
 
@@ -45,10 +45,10 @@ class Heard:
 
 @dataclass(frozen=True)
 class Decision:
-    """What all ranks hear at a meeting.
+    """The answer of rank 0 to all ranks at a meeting.
 
     Attributes:
-        verdict: Whether they go on.
+        verdict: The decision.
         rounds: The number of rounds to the next meeting.
         signal: The signal that interrupts them; 0 for none.
     """

@@ -1,4 +1,4 @@
-"""What ``runtime=ddp`` does not have is refused in one line before anything starts."""
+"""Refusals of ``runtime=ddp``: options that it does not have end a run in one line before anything starts."""
 
 from __future__ import annotations
 

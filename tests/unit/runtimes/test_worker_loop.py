@@ -206,7 +206,7 @@ def _burn(seconds: float) -> None:
 def test_a_slow_worker_sleeps_for_what_it_computed_and_not_for_what_it_waited(
     prefetch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where others have the processor, and where data is waited for: the wall time of a ticket is several times its own."""
+    """The processor is busy and data is waited for, so the wall time of a ticket is several times its own processor time."""
     burnt, compute, slept = 0.02, Worker.compute, list[float]()
     over = threading.Event()
 
