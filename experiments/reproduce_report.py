@@ -150,7 +150,7 @@ def departures(plan: Sequence[Planned], a: Namespace) -> list[str]:
 def write(plan: Sequence[Planned], a: Namespace) -> None:
     """Write ``reproduce.json``, ``.md`` and ``.png``, with ``--full`` ``reproduce_full``, and print the table."""
     name, folder = "reproduce_full" if a.full else "reproduce", Path(a.into)
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     data, left = content(plan, a), unfinished(plan)
     machine, rows = data["environment"], table(plan)
     finished = f"{len(plan) - len(left)} of {len(plan)} runs are finished"

@@ -18,7 +18,7 @@ from ormo_rpc import train
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.launch import Launch
-from ormo_rpc.storage.run_directory import read_metrics
+from ormo_rpc.storage.run_directory import rows_so_far
 from ormo_rpc.storage.summary import TERMINAL_STATUSES, read_summary
 
 SETTINGS = "overrides.json"
@@ -54,12 +54,19 @@ class ResumableRun:
         return None
 
     def rows(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl over all attempts; what an attempt computed again replaces what was lost."""
+        """The rows of metrics.jsonl over all attempts; what an attempt computed again replaces what was lost.
+
+        An attempt that was killed may have none, and half a line at the end.
+        """
         rows: list[dict[str, Any]] = []
         for attempt in self.attempts:
+            try:
+                own = rows_so_far(attempt)
+            except FileNotFoundError:
+                continue
             source = next((word for word in Launch.read(attempt).overrides if word.startswith(_RESUME)), None)
             begin = 0 if source is None else checkpoint.iteration_of(Path(source.removeprefix(_RESUME)))
-            rows = [row for row in rows if row["iteration"] <= begin] + read_metrics(attempt)
+            rows = [row for row in rows if row["iteration"] <= begin] + own
         return rows
 
     def go_on(self, *more: str) -> dict[str, Any]:
@@ -84,7 +91,9 @@ class ResumableRun:
         file = self.folder / SETTINGS
         if not file.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps([*self.overrides], indent=1) + "\n", encoding="utf-8")
+            begun = file.with_suffix(".part")
+            begun.write_text(json.dumps([*self.overrides], indent=1) + "\n", encoding="utf-8")
+            begun.replace(file)
         former: list[str] = json.loads(file.read_text(encoding="utf-8"))
         differing = sorted({*former} ^ {*self.overrides})
         if differing:

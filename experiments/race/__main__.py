@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -16,9 +17,10 @@ import experiments.race
 from experiments.common import RESULTS
 from experiments.race import report
 from experiments.race.contenders import CONTENDERS
-from experiments.race.runs import Missing, Store
+from experiments.race.runs import Missing, Store, finished
 from experiments.race.setup import CELLS, SETTINGS, Setup
 from experiments.race.units import Unit, collected, outcome, planned_runs, units
+from ormo_rpc.errors import ConfigError
 from ormo_rpc.runtimes.distributed.linux import die_with_parent
 from ormo_rpc.storage.environment import environment
 
@@ -47,10 +49,22 @@ def parser() -> ArgumentParser:
 
 
 def main() -> None:
-    """Run, collect and report."""
-    a = parser().parse_args()
+    """Run, collect and report; a clear line where that cannot be done."""
+    try:
+        perform(parser().parse_args())
+    except ConfigError as error:
+        print(f"experiments.race: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def perform(a: Any) -> None:
+    """Do what the arguments ask for.
+
+    Raises:
+        ConfigError: there are no results to report, or no data.
+    """
     if a.report:
-        report.write(json.loads((a.into / "race.json").read_text()), a.into)
+        report.write(results(a.into / "race.json"), a.into)
         return
     setup = Setup(seeds=tuple(range(a.seeds)))
     cells = [(setting, workers) for setting, workers in CELLS if setting in a.settings and workers in a.workers]
@@ -61,9 +75,23 @@ def main() -> None:
         print(plan(cells, a.contenders, setup, a.store))
         race([*units(cells, a.contenders)], setup, a)
     content = collect(Setup(), a.store)
-    a.into.mkdir(exist_ok=True)
+    a.into.mkdir(parents=True, exist_ok=True)
     (a.into / "race.json").write_text(json.dumps(content, separators=(",", ":")).replace('{"setting"', '\n{"setting"') + "\n")
     report.write(content, a.into)
+
+
+def results(file: Path) -> dict[str, Any]:
+    """The results of an earlier command.
+
+    Raises:
+        ConfigError: there are none, or they cannot be read.
+    """
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--report: {file} cannot be read ({error}); make it by --collect, or name its folder by --into"
+        ) from None
 
 
 def race(chosen: list[Unit], setup: Setup, a: Any) -> None:
@@ -115,8 +143,8 @@ def collect(setup: Setup, folder: Path) -> dict[str, Any]:
 def plan(cells: list[tuple[str, int]], contenders: list[str], setup: Setup, folder: Path) -> str:
     """The units that are not finished, and an estimate of the processor time that they take."""
     _, missing = collected(units(cells, contenders), setup, Store(folder, None))
-    records = [json.loads(file.read_text())["record"]["cpu_seconds"] for file in folder.glob("*.json")]
-    minutes = sum(records) / len(records) / 60 if records else MINUTES_OF_A_RUN
+    seconds = [record.cpu_seconds for file in folder.glob("*.json") if (record := finished(file)) is not None]
+    minutes = sum(seconds) / len(seconds) / 60 if seconds else MINUTES_OF_A_RUN
     lines, counted = list[str](), set[tuple[object, ...]]()
     for setting, workers in cells:
         left = [unit for unit in missing if (unit.setting, unit.workers) == (setting, workers)]

@@ -25,6 +25,7 @@ from ormo_rpc.config.schema import Config
 from ormo_rpc.data import DataSet
 from ormo_rpc.data.sources import DataSource
 from ormo_rpc.data.splits import ArraySplit, PurePartSplit, Split
+from ormo_rpc.errors import ConfigError
 from ormo_rpc.runtimes import simulator
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.storage.run_directory import read_metrics
@@ -101,8 +102,8 @@ class Store:
         }
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
         file = self.folder / f"{name}.json"
-        if file.is_file():
-            return Record(**json.loads(file.read_text())["record"])
+        if (former := finished(file)) is not None:
+            return former
         if self.root is None or time.monotonic() > self.until:
             raise Missing(" ".join(overrides))
         record = simulate((*overrides, f"dataset.root={self.root}"), split)
@@ -114,13 +115,29 @@ class Store:
         return record
 
 
+def finished(file: Path) -> Record | None:
+    """The record of a finished run; None where there is none, or only what a machine's crash has left of it."""
+    try:
+        return Record(**json.loads(file.read_text())["record"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def simulate(overrides: Sequence[str], split: str) -> Record:
-    """Simulate a run, evaluated on one split alone."""
+    """Simulate a run, evaluated on one split alone.
+
+    Raises:
+        ConfigError: the data cannot be read.
+    """
     config = configuration((*QUIET, *overrides))
+    try:
+        job = OneSplitJob(config, split)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     began = time.process_time()
     with tempfile.TemporaryDirectory(prefix="race_") as folder:
         run_dir = Path(folder) / "run"
-        summary = simulator.run(config, run_dir, time.monotonic(), OneSplitJob(config, split))
+        summary = simulator.run(config, run_dir, time.monotonic(), job)
         rows = [row for row in read_metrics(run_dir) if row.get("test_accuracy") is not None]
     return Record(
         status=summary["status"],

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments.race import __main__ as command
 from experiments.race import clocks, report
 from experiments.race.contenders import CONTENDERS, draws, record, round_ends
 from experiments.race.figures import Results, best_asynchronous, best_m_sync, time_to
@@ -21,6 +22,7 @@ from experiments.race.setup import CELLS, SETTINGS, Setup
 from experiments.race.tuning import Tried, Tuned, tune
 from experiments.race.units import Unit, collected, outcome, planned_runs, units
 from ormo_rpc import train
+from ormo_rpc.errors import ConfigError
 from ormo_rpc.storage.run_directory import read_trace
 
 DIGITS = ("dataset=digits", "model=mlp", "model.hidden=8", "dataset.validation=0.2")
@@ -250,6 +252,39 @@ def test_a_unit_is_tuned_run_and_reported_and_not_run_again(tmp_path: Path) -> N
     outcome(Unit("exponential", 4, "ddp"), SMALL, store)
     outcome(Unit("one_slow", 4, "ddp_proportional"), SMALL, store)
     assert store.made == 5
+
+
+def test_a_record_of_which_a_crash_has_left_a_part_is_made_again(tmp_path: Path) -> None:
+    overrides = (*DIGITS, "workers=4", "train.max_iterations=2")
+    store = Store(tmp_path / "store", str(tmp_path))
+    expected = store.run(overrides, "test")
+    (file,) = store.folder.iterdir()
+    for content in ("", file.read_text()[:-20], "{}"):
+        file.write_text(content)
+        with pytest.raises(Missing):
+            Store(store.folder, None).run(overrides, "test")
+    assert store.run(overrides, "test").accuracy == expected.accuracy
+    assert store.made == 2
+
+
+@pytest.mark.parametrize(("content", "expected"), [(None, "No such file"), ("{", "Expecting")])
+def test_a_report_without_results_is_one_clear_line(
+    content: str | None, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (tmp_path / "race.json").write_text(content)
+    monkeypatch.setattr("sys.argv", ["race", "--report", "--into", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("experiments.race: --report: ")
+    assert expected in line
+
+
+def test_a_race_without_data_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"dataset\.root: FashionMNIST is not in"):
+        Store(tmp_path / "store", str(tmp_path)).run((*SMALL.job[1:], "dataset=fashion_mnist"), "test")
 
 
 def test_every_cell_has_every_contender_whose_rule_there_is() -> None:

@@ -58,6 +58,18 @@ def test_results_are_of_finished_runs_and_name_the_others(tmp_path: Path) -> Non
     assert unfinished(plan) == ["paper_cifar10_k16_het, ormo, seed 1: 0.0 of 15 epochs"]
 
 
+def test_attempts_that_were_killed_early_or_in_a_line_keep_nobody_from_going_on(tmp_path: Path) -> None:
+    run = ResumableRun(tmp_path, SHORT)
+    for attempt in range(3):
+        (tmp_path / str(attempt)).mkdir()
+    (tmp_path / "0" / "metrics.jsonl").write_text('{"iteration": 10, "epoch": 0.5}\n{"iteration": 20, "ep')
+    (tmp_path / "2" / "metrics.jsonl").write_text('{"iteration": 20, "epoch": 1.0}\n')
+    began = tmp_path / "0" / "checkpoints" / "iteration_000000000010"
+    (tmp_path / "2" / "launch.json").write_text(json.dumps({"overrides": [f"checkpoint.resume={began}"]}))
+    assert [row["iteration"] for row in run.rows()] == [10, 20]
+    assert epochs_done(run) == 1.0
+
+
 def test_the_schedule_of_a_shorter_run_is_scaled() -> None:
     overrides = reproduce.Planned("paper_cifar10_k16_het", "ssgdm", 0, 15, Path()).run.overrides
     assert {"train.lr_milestones=[7.5,11.25]", "train.warmup_epochs=0.46875", "algorithm=ormo", "scheduler=sync"} <= {
