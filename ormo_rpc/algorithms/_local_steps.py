@@ -1,10 +1,28 @@
-"""Local steps of SGD on a worker, for algorithms whose push is how far they lead."""
+"""Local steps of a worker, for algorithms whose push is how far they lead."""
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
 
-from ormo_rpc.algorithms.base import LocalWork
+import torch
+from typing_extensions import override
+
+from ormo_rpc.algorithms.base import Algorithm, LocalWork
+from ormo_rpc.options import at_least_one, option
+
+
+@dataclass(kw_only=True)
+class LocalSteps(Algorithm):
+    """An algorithm whose workers take H local steps for each ticket."""
+
+    local_steps: int = option(
+        4, "H, local steps for each ticket, each on a batch", valid=at_least_one, expected="a whole number >= 1"
+    )
+
+    @property
+    @override
+    def steps(self) -> int:
+        return self.local_steps
 
 
 def sgd_steps(work: LocalWork, push: torch.Tensor, *, momentum: float = 0.0, rate: float | None = None) -> None:

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from typing_extensions import override
 
-from ormo_rpc.algorithms._local_steps import sgd_steps
+from ormo_rpc.algorithms._local_steps import LocalSteps, sgd_steps
 from ormo_rpc.algorithms._momentum import StepMomentum
 from ormo_rpc.algorithms.base import LocalWork, PullContext, PushContext
-from ormo_rpc.options import at_least_one, option, positive
+from ormo_rpc.options import option, positive
 
 
 @dataclass(kw_only=True)
-class MomentumLookAhead(StepMomentum):
+class MomentumLookAhead(LocalSteps, StepMomentum):
     """``m <- mu m + (1 - mu) G; w <- w - gamma (G + mu m)`` for a push ``G``; workers are sent ``w - gamma mu m``.
 
     ``mu`` is ``train.momentum`` and ``gamma`` ``outer_lr``. ``G``, start minus end of H local steps, and so ``m`` have the
@@ -23,9 +23,6 @@ class MomentumLookAhead(StepMomentum):
     its ticket's issue to the present one, and ``m`` goes with the rate.
     """
 
-    local_steps: int = option(
-        4, "H, local steps for each ticket, each on a batch", valid=at_least_one, expected="a whole number >= 1"
-    )
     local_momentum: float = option(
         0.0,
         "momentum of the local steps, from 0 at each ticket (train.momentum is mu, the server's)",
@@ -37,11 +34,6 @@ class MomentumLookAhead(StepMomentum):
     )
     look_ahead: bool = option(True, "workers are sent w - gamma mu m; false: w")
 
-    @property
-    @override
-    def steps(self) -> int:
-        return self.local_steps
-
     @override
     def init(self, params: torch.Tensor, momentum: float) -> None:
         super().init(params, momentum)
@@ -52,11 +44,11 @@ class MomentumLookAhead(StepMomentum):
         if scale != 1.0:
             self.m.mul_(scale)
         moved = grad * (lr / (context.sent_lr or 1.0)) if self.momentum_correction else grad
-        moved = self.in_place_of(moved)
+        moved = self.corrected(moved)
         self.m.mul_(self.momentum).add_(moved, alpha=1 - self.momentum)
         self.params.sub_(moved, alpha=self.outer_lr).sub_(self.m, alpha=self.outer_lr * self.momentum)
 
-    def in_place_of(self, moved: torch.Tensor) -> torch.Tensor:
+    def corrected(self, moved: torch.Tensor) -> torch.Tensor:
         """Return what enters the recursion for a push, shape (D,), in units of the parameters; ``moved`` is not modified."""
         return moved
 

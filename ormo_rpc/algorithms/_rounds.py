@@ -17,8 +17,9 @@ class Rounds(Algorithm):
     """Synchronous rounds: a push that was taken at the present parameters is accepted, and its worker held until the step.
 
     A round ends with the m-th push, or when every member has brought one, or none computes any more. Joining workers take part
-    in the present round. What a worker brought that leaves counts; one of its number that joins is a new worker. A server that
-    restarts goes on with the round as it was: who has brought a push is still held. Buffers are those of the accepted pushes.
+    in the present round. The push of a worker that leaves counts; one that joins under its number is a new worker. A server
+    that restarts goes on with the round as it was: workers that have brought a push are still held. Buffers are those of the
+    accepted pushes.
 
     Attributes:
         collected: The sum of the pushes of this round, shape (D,).
@@ -31,7 +32,7 @@ class Rounds(Algorithm):
     REFUSES_PREFETCH = "its rounds wait for all tickets, those ahead as well"
 
     @property
-    def most(self) -> int | None:
+    def round_size(self) -> int | None:
         """m, the pushes that make a round; None for those of all workers."""
         return None
 
@@ -59,7 +60,7 @@ class Rounds(Algorithm):
         self.collected.add_(grad)
         self.count += 1
         self.brought[context.worker] = 1
-        if self.count == self.most or len(self.brought) >= context.concurrency:
+        if self.count == self.round_size or len(self.brought) >= context.concurrency:
             self.flush(lr)
 
     @override

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from typing_extensions import override
 
-from ormo_rpc.algorithms._local_steps import sgd_steps
-from ormo_rpc.algorithms.base import Algorithm, LocalWork, PullContext, PushContext
-from ormo_rpc.options import at_least_one, option, register
+from ormo_rpc.algorithms._local_steps import LocalSteps, sgd_steps
+from ormo_rpc.algorithms.base import LocalWork, PullContext, PushContext
+from ormo_rpc.options import option, register
 
 
 @register("easgd")
 @dataclass(kw_only=True)
-class EASGD(Algorithm):
+class EASGD(LocalSteps):
     """Elastic averaging SGD: each worker follows parameters of its own, tied to the centre by a spring.
 
     Recursion: a ticket is H steps ``w_k <- w_k - eta g`` of worker k from its own ``w_k``. Then, on the server,
@@ -29,20 +29,12 @@ class EASGD(Algorithm):
         taken after it; the paper takes that one before the exchange.
     """
 
-    local_steps: int = option(
-        4, "H, local steps for each ticket, each on a batch", valid=at_least_one, expected="a whole number >= 1"
-    )
     elasticity: float | None = option(
         None,
         "a, the part of the way to each other that centre and worker go; default 0.9 / K, K being the gradients in flight",
         valid=lambda v: 0 < v <= 1,
         expected="a number in (0, 1]",
     )
-
-    @property
-    @override
-    def steps(self) -> int:
-        return self.local_steps
 
     @override
     def init(self, params: torch.Tensor, momentum: float) -> None:

@@ -9,19 +9,16 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from ormo_rpc.algorithms._local_steps import sgd_steps
-from ormo_rpc.algorithms.base import Algorithm, LocalWork, PullContext, PushContext
+from ormo_rpc.algorithms._local_steps import LocalSteps, sgd_steps
+from ormo_rpc.algorithms.base import LocalWork, PullContext, PushContext
 from ormo_rpc.algorithms.delayed_nesterov import DelayedNesterov
 from ormo_rpc.options import at_least_one, not_negative, option, positive, register
 
 
 @dataclass(kw_only=True)
-class RegionOptions(Algorithm):
+class RegionOptions(LocalSteps):
     """The options of a region, and what its workers do."""
 
-    local_steps: int = option(
-        4, "H, local steps for each ticket, each on a batch", valid=at_least_one, expected="a whole number >= 1"
-    )
     region_lr: float = option(0.2, "l, of a worker's displacement", valid=positive, expected="a finite number > 0")
     region_momentum: float = option(0.9, "beta, of a region", valid=lambda v: 0 <= v < 1, expected="a number in [0, 1)")
     region_period: int = option(
@@ -33,11 +30,6 @@ class RegionOptions(Algorithm):
         valid=lambda v: 0 <= v <= 1,
         expected="a number in [0, 1]",
     )
-
-    @property
-    @override
-    def steps(self) -> int:
-        return self.local_steps
 
     @override
     def local(self, work: LocalWork, push: torch.Tensor) -> None:

@@ -58,7 +58,7 @@ class HeLoCo(MomentumLookAhead):
     )
 
     @override
-    def in_place_of(self, moved: torch.Tensor) -> torch.Tensor:
+    def corrected(self, moved: torch.Tensor) -> torch.Tensor:
         corrected = moved.clone()
         for part, momentum in zip(self.tensors(corrected), self.tensors(self.m), strict=True):
             self._correct(part.view(-1), momentum.view(-1))

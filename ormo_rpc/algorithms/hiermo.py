@@ -8,16 +8,17 @@ from dataclasses import dataclass
 import torch
 from typing_extensions import override
 
-from ormo_rpc.algorithms.base import Algorithm, LocalWork, PullContext, PushContext
+from ormo_rpc.algorithms._local_steps import LocalSteps
+from ormo_rpc.algorithms.base import LocalWork, PullContext, PushContext
 from ormo_rpc.options import at_least_one, option, register
 
 RELEASED, WORKING, PUSHED = 0, 1, 2
-"""The state of a worker: free for a ticket of the next round, at work for the present one, or done with it."""
+"""The phase of a worker: free for a ticket of the next round, at work for the present one, or done with it."""
 
 
 @register("hiermo")
 @dataclass(kw_only=True)
-class HierMo(Algorithm):
+class HierMo(LocalSteps):
     """HierMo: edges average parameters and momenta of their workers every tau steps, a cloud those of the edges.
 
     Worker k belongs to edge k modulo R. A ticket is tau steps ``y' = x - eta g; x = y' + gamma (y' - y); y = y'`` from the
@@ -56,11 +57,6 @@ class HierMo(Algorithm):
         expected="a number in [0, 1)",
     )
 
-    @property
-    @override
-    def steps(self) -> int:
-        return self.local_steps
-
     @override
     def init(self, params: torch.Tensor, momentum: float) -> None:
         super().init(params, momentum)
@@ -80,8 +76,8 @@ class HierMo(Algorithm):
         """Rounds since the cloud's newest one; with pi of them the edge waits."""
         self.weight = dict.fromkeys(edges, 0)
         """Pushes in those rounds."""
-        self.place: dict[int, int] = {}
-        """The state of each worker that has had a ticket."""
+        self.phase: dict[int, int] = {}
+        """The phase of each worker that has had a ticket."""
 
     @override
     def step(self, grad: torch.Tensor, lr: float, context: PushContext) -> None:
@@ -90,14 +86,14 @@ class HierMo(Algorithm):
         self.moved_x[edge].add_(moved_x)
         self.moved_y[edge].add_(moved_y)
         self.arrived[edge] += 1
-        self.place[context.worker] = PUSHED
+        self.phase[context.worker] = PUSHED
         self._end_rounds()
-        if all(self.rounds[worker % self.regions] == self.edge_rounds for worker in self.place):
+        if all(self.rounds[worker % self.regions] == self.edge_rounds for worker in self.phase):
             self._average()
 
     @override
     def held(self) -> Collection[int]:
-        return [worker for worker, place in self.place.items() if place == PUSHED]
+        return [worker for worker, phase in self.phase.items() if phase == PUSHED]
 
     @override
     def flush(self, lr: float) -> None:
@@ -107,12 +103,12 @@ class HierMo(Algorithm):
 
     @override
     def leave(self, worker: int) -> None:
-        self.place.pop(worker, None)
+        self.phase.pop(worker, None)
         self._end_rounds()  # the cloud's waits for the next push, as it changes w
 
     def _end_rounds(self) -> None:
         """End the round of each edge of which nobody works any more, unless it waits for the cloud."""
-        working = {worker % self.regions for worker, place in self.place.items() if place == WORKING}
+        working = {worker % self.regions for worker, phase in self.phase.items() if phase == WORKING}
         for edge in range(self.regions):
             if edge not in working and self.rounds[edge] < self.edge_rounds:
                 self._end_round(edge)
@@ -153,14 +149,14 @@ class HierMo(Algorithm):
         self.params.copy_(x)
 
     def _release(self, edge: int) -> None:
-        for worker, place in self.place.items():
-            if worker % self.regions == edge and place == PUSHED:
-                self.place[worker] = RELEASED
+        for worker, phase in self.phase.items():
+            if worker % self.regions == edge and phase == PUSHED:
+                self.phase[worker] = RELEASED
 
     @override
     def outgoing(self, context: PullContext) -> torch.Tensor:
         edge = context.worker % self.regions
-        self.place[context.worker] = WORKING
+        self.phase[context.worker] = WORKING
         return torch.cat([self.x[edge], self.y[edge]])
 
     @override
@@ -186,5 +182,5 @@ class HierMo(Algorithm):
             **self.by_worker("arrived", self.arrived),
             **self.by_worker("rounds", self.rounds),
             **self.by_worker("weight", self.weight),
-            **self.by_worker("place", self.place),
+            **self.by_worker("phase", self.phase),
         }

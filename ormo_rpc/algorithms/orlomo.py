@@ -9,9 +9,10 @@ from enum import Enum
 import torch
 from typing_extensions import override
 
+from ormo_rpc.algorithms._local_steps import LocalSteps
 from ormo_rpc.algorithms._momentum import StepMomentum
 from ormo_rpc.algorithms.base import LocalWork, PullContext, PushContext
-from ormo_rpc.options import at_least_one, option, register
+from ormo_rpc.options import option, register
 
 
 class Combine(Enum):
@@ -25,7 +26,7 @@ class Combine(Enum):
 
 @register("orlomo")
 @dataclass(kw_only=True)
-class OrLoMo(StepMomentum):
+class OrLoMo(LocalSteps, StepMomentum):
     """OrLoMo: workers take H steps of momentum SGD; their local momenta enter the server's in the order of iterations.
 
     A ticket is H steps ``v <- beta v + eta g; x <- x - v`` from ``x = w``, ``v = u``. They are linear in ``u`` and the worker's
@@ -55,15 +56,7 @@ class OrLoMo(StepMomentum):
     VECTORS_PUSHED = 2
     VECTORS_SENT = 2
 
-    local_steps: int = option(
-        4, "H, local steps for each ticket, each on a batch", valid=at_least_one, expected="a whole number >= 1"
-    )
     combine: Combine = option(Combine.sum, "what the workers of a round bring: sum, or mean (as in PRSGDm)")
-
-    @property
-    @override
-    def steps(self) -> int:
-        return self.local_steps
 
     @override
     def init(self, params: torch.Tensor, momentum: float) -> None:

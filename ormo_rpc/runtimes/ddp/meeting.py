@@ -31,8 +31,8 @@ class Verdict(IntEnum):
 
 
 @dataclass(frozen=True)
-class Heard:
-    """The message of all ranks to rank 0 at a meeting.
+class Reports:
+    """The reports of all ranks to rank 0 at a meeting.
 
     Attributes:
         computed: The results of each rank, by round and rank.
@@ -58,7 +58,7 @@ class Decision:
     signal: int = 0
 
 
-def meet(mine: Sequence[Computed], signal: int, decide: Callable[[Heard], Decision] | None) -> Decision:
+def meet(mine: Sequence[Computed], signal: int, decide: Callable[[Reports], Decision] | None) -> Decision:
     """Tell what this rank has computed since the last meeting; return what rank 0 decides.
 
     Args:
@@ -71,20 +71,20 @@ def meet(mine: Sequence[Computed], signal: int, decide: Callable[[Heard], Decisi
     """
     losses = [math.nan if each.loss is None else each.loss for each in mine]
     told = torch.tensor([float(signal), *losses, *(float(each.samples) for each in mine)], dtype=torch.float64)
-    heard = [torch.empty_like(told) for _ in range(dist.get_world_size())]
-    dist.all_gather(heard, told)
+    reports = [torch.empty_like(told) for _ in range(dist.get_world_size())]
+    dist.all_gather(reports, told)
     answer = torch.zeros(3, dtype=torch.int64)
     if decide is not None:
-        decision = decide(_understood([each.tolist() for each in heard], len(mine)))
+        decision = decide(_parsed([each.tolist() for each in reports], len(mine)))
         answer = torch.tensor([decision.verdict, decision.rounds, decision.signal])
     dist.broadcast(answer, 0)
     verdict, rounds, number = answer.tolist()
     return Decision(Verdict(verdict), rounds, number)
 
 
-def _understood(heard: Sequence[Sequence[float]], rounds: int) -> Heard:
+def _parsed(reports: Sequence[Sequence[float]], rounds: int) -> Reports:
     computed = [
-        [Computed(each[1 + number] if each[1 + rounds + number] else None, int(each[1 + rounds + number])) for each in heard]
+        [Computed(each[1 + number] if each[1 + rounds + number] else None, int(each[1 + rounds + number])) for each in reports]
         for number in range(rounds)
     ]
-    return Heard(computed, max(int(each[0]) for each in heard))
+    return Reports(computed, max(int(each[0]) for each in reports))

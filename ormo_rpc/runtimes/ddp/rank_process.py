@@ -90,7 +90,7 @@ class RankProcess:
             Interrupted: by a signal.
         """
         args = self.args
-        with _losses_of_ranks_named(), _process_group(args) as store:
+        with _lost_ranks_reported(), _process_group(args) as store:
             job = _same_job(args, store)
             dist.barrier()
             trainer = Trainer(job, args.rank, args.size)
@@ -177,8 +177,8 @@ def _same_job(args: RankArgs, store: Store) -> Job:
     if args.rank == 0:
         store.set("config", (args.run_dir / "config.yaml").read_text(encoding="utf-8"))
     job = job_of(store.get("config").decode(), args.loaded, parse_text)
-    print_of_job = json.dumps(job.fingerprint().to_dict(), sort_keys=True)
-    digest = hashlib.sha256(print_of_job.encode()).hexdigest()
+    fingerprint = json.dumps(job.fingerprint().to_dict(), sort_keys=True)
+    digest = hashlib.sha256(fingerprint.encode()).hexdigest()
     if args.rank == 0:
         store.set("fingerprint", digest)
     elif store.get("fingerprint").decode() != digest:
@@ -189,8 +189,8 @@ def _same_job(args: RankArgs, store: Store) -> Job:
 
 
 @contextlib.contextmanager
-def _losses_of_ranks_named() -> Generator[None]:
-    """Tell the loss of another rank from a fault of this one; Gloo's errors are known by their text alone.
+def _lost_ranks_reported() -> Generator[None]:
+    """Report a rank that was lost, which Gloo raises as an error that is known by its text alone.
 
     Raises:
         ServerLost: another rank was lost.

@@ -14,7 +14,7 @@ from signal import Signals
 from typing import Any
 
 from ormo_rpc.models.flat import FlatModel
-from ormo_rpc.runtimes.ddp.meeting import MAX_ROUNDS, Decision, Heard, Verdict
+from ormo_rpc.runtimes.ddp.meeting import MAX_ROUNDS, Decision, Reports, Verdict
 from ormo_rpc.runtimes.ddp.rounds import Rounds
 from ormo_rpc.runtimes.ddp.trainer import Computed
 from ormo_rpc.runtimes.job import Job
@@ -100,7 +100,7 @@ class Recording:
         """Note the end of a round."""
         self._times.append(Timed(began, self.clock()))
 
-    def decide(self, heard: Heard) -> Decision:
+    def decide(self, reports: Reports) -> Decision:
         """Record what was computed since the last meeting, evaluate where that is due, and decide what all ranks do next.
 
         Raises:
@@ -108,9 +108,9 @@ class Recording:
         """
         self.clock.pause()
         server, times, self._times = self._session.server, self._times, []
-        finite = all(math.isfinite(each.loss) for row in heard.computed for each in row if each.loss is not None)
+        finite = all(math.isfinite(each.loss) for row in reports.computed for each in row if each.loss is not None)
         if finite:
-            for number, (row, timed) in enumerate(zip(heard.computed, times, strict=True), self._done):
+            for number, (row, timed) in enumerate(zip(reports.computed, times, strict=True), self._done):
                 self._record(number, row, timed)
             self._done += len(times)
             server.iteration = server.assignments.issued = server.assignments.committed = self._rounds.tickets(
@@ -130,9 +130,9 @@ class Recording:
             self._end(Status.completed)
         if server.ended:
             return Decision(Verdict.end)
-        if heard.signal:
-            self._status = {"status": "interrupted", "reason": Signals(heard.signal).name}
-            return Decision(Verdict.interrupt, signal=heard.signal)
+        if reports.signal:
+            self._status = {"status": "interrupted", "reason": Signals(reports.signal).name}
+            return Decision(Verdict.interrupt, signal=reports.signal)
         return Decision(Verdict.go_on, self._rounds_to_next(times))
 
     def close(self) -> dict[str, Any]:

@@ -19,8 +19,8 @@ KEPT_EVENTS = ("join", "leave", "finish")
 """Events of a saved queue: those of the configuration. All others hang on a region, whose state is not saved."""
 
 
-class Made:
-    """The pushes that regions have made and that are on their way."""
+class PushesInFlight:
+    """The pushes of regions that have not arrived yet."""
 
     def __init__(self) -> None:
         self.pushes: dict[tuple[int, int], Push] = {}
@@ -75,8 +75,8 @@ class RegionalCluster(Cluster):
         local_seconds: float,
         new_region: Callable[[torch.Tensor], RegionServer],
     ) -> None:
-        self._made = Made()
-        super().__init__(server, self._made, queue, links, compute_seconds, observe)
+        self._in_flight = PushesInFlight()
+        super().__init__(server, self._in_flight, queue, links, compute_seconds, observe)
         self.local_source = source
         self.num_regions = regions
         self.local_seconds = local_seconds
@@ -123,7 +123,7 @@ class RegionalCluster(Cluster):
         replies, pushes = region.receive(replace(push, worker=reply.worker))
         self._send_locally(number, region, replies)
         for made in pushes:
-            self._made.pushes[made.worker, made.ticket] = made
+            self._in_flight.pushes[made.worker, made.ticket] = made
             answered = replace(reply, worker=made.worker, ticket=made.ticket)
             self.queue.at(self.queue.now + self.links.push_seconds(made.worker), "arrive", answered)
 

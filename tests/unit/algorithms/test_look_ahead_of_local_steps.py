@@ -104,7 +104,7 @@ def corrected(push: Tensor, momentum: Tensor, *shapes: tuple[int, ...], dtype: t
     server = build_server(algorithm="heloco", params=torch.zeros(len(push), dtype=dtype), num_workers=1, shapes=shapes or None)
     assert isinstance(server.algorithm, HeLoCo)
     server.algorithm.m.copy_(momentum)
-    return server.algorithm.in_place_of(push.to(dtype))
+    return server.algorithm.corrected(push.to(dtype))
 
 
 def test_a_part_opposed_to_the_momentum_is_cut_and_the_rest_stays() -> None:
@@ -150,7 +150,7 @@ def test_cosine_minus_one_is_mla_although_it_is_rounded() -> None:
         server = build_server(algorithm="heloco", params=torch.zeros(7), num_workers=1, cosine_ok=-1.0)
         assert isinstance(server.algorithm, HeLoCo)
         server.algorithm.m.copy_(-3 * push)
-        assert torch.equal(server.algorithm.in_place_of(push.float()), push.float())
+        assert torch.equal(server.algorithm.corrected(push.float()), push.float())
 
 
 # -------------------------------------------------------------------------------------------------------- the layout

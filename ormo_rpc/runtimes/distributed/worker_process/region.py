@@ -38,7 +38,7 @@ class _Worker:
     ready: bool = False
 
 
-class Region:
+class RegionProcesses:
     """The region of one membership: computes the push for a ticket by the processes of its own workers.
 
     One that dies is replaced, at most ``runtime.max_restarts`` times each; meanwhile others do its tickets. Each loads the job

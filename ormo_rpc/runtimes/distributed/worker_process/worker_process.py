@@ -28,7 +28,7 @@ from ormo_rpc.rendezvous.connecting import Patience
 from ormo_rpc.runtimes.configured import time_generator
 from ormo_rpc.runtimes.distributed.shortages import limit_reached
 from ormo_rpc.runtimes.distributed.worker_process.context import W, WorkerArgs, WorkerContext, WorkerJob, configured_job
-from ormo_rpc.runtimes.distributed.worker_process.region import Region
+from ormo_rpc.runtimes.distributed.worker_process.region import RegionProcesses
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.transports.base import Endpoint, ServerClient, WorkerSide
 from ormo_rpc.worker.faults import CONNECT, JOIN, FaultInjector
@@ -271,7 +271,7 @@ class WorkerProcess:
         self._threads: list[threading.Thread] = []
         """Of the further loops."""
         self._ticket_timeout_seconds = 0.0
-        self._region: Region | None = None
+        self._region: RegionProcesses | None = None
         """The region that this process is, where workers are regions."""
         self._failures: list[Exception] = []
         """Errors that ended further loops."""
@@ -320,7 +320,7 @@ class WorkerProcess:
         """Make the region, where this process is one, and start prefetching."""
         if job.config.algorithm.workers_are_regions and self._region is None:
             assert isinstance(job, Job)
-            self._region = Region(job, self.args.data_root)
+            self._region = RegionProcesses(job, self.args.data_root)
         self._start_prefetching(job)
 
     def _start_prefetching(self, job: WorkerJob[Worker]) -> None:
