@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import torch
 from typing_extensions import override
 
-from ormo_rpc.algorithms._local_steps import LocalSteps, sgd_steps
+from ormo_rpc.algorithms._local_steps import sgd_steps
 from ormo_rpc.algorithms._rounds import Rounds
 from ormo_rpc.algorithms.base import LocalWork
-from ormo_rpc.options import option, positive, register
+from ormo_rpc.options import at_least_one, option, register
 
 
 @register("local_sgd")
 @dataclass(kw_only=True)
-class LocalSGD(LocalSteps, Rounds):
+class LocalSGD(Rounds):
     """Local SGD: each worker takes H steps of momentum SGD from the same parameters, and their mean is the next step.
 
     A ticket is H steps ``v <- beta v + g; x <- x - eta v`` from ``x = w, v = 0``, with the ``eta`` that it came with; its push
@@ -32,16 +32,24 @@ class LocalSGD(LocalSteps, Rounds):
         DiLoCo's workers take AdamW steps, and keep their inner state from round to round; here a worker keeps nothing.
     """
 
+    local_steps: int = option(
+        4, "H, local steps for each ticket, each on a batch", valid=at_least_one, expected="a whole number >= 1"
+    )
     outer_lr: float = option(
         1.0,
         "a, the part of the way to the workers' mean that the parameters go",
-        valid=positive,
+        valid=lambda v: 0 < v < float("inf"),
         expected="a finite number > 0",
     )
     outer_momentum: float = option(
         0.0, "mu, the momentum of the means", valid=lambda v: 0 <= v < 1, expected="a number in [0, 1)"
     )
     outer_nesterov: bool = option(True, "Nesterov momentum of the means in place of heavy ball")
+
+    @property
+    @override
+    def steps(self) -> int:
+        return self.local_steps
 
     @override
     def init(self, params: torch.Tensor, momentum: float) -> None:

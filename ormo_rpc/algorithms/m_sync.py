@@ -11,7 +11,7 @@ from typing_extensions import override
 from ormo_rpc.algorithms._momentum import GradientMomentum
 from ormo_rpc.algorithms._rounds import Rounds
 from ormo_rpc.algorithms.base import PullContext, PushContext
-from ormo_rpc.options import at_least_one, option, register
+from ormo_rpc.options import option, register
 
 
 @register("m_sync")
@@ -37,7 +37,7 @@ class MSync(Rounds, GradientMomentum):
     m: int | None = option(
         None,
         "gradients that make a step, each of another worker; default: those of all workers",
-        valid=at_least_one,
+        valid=lambda v: v >= 1,
         expected="a whole number >= 1, or null",
     )
     nesterov: bool = option(False, "Nesterov momentum in place of heavy ball")
@@ -45,7 +45,7 @@ class MSync(Rounds, GradientMomentum):
 
     @property
     @override
-    def round_size(self) -> int | None:
+    def most(self) -> int | None:
         return self.m
 
     @property
