@@ -35,6 +35,7 @@ def test_the_tickets_of_a_killed_region_and_of_a_killed_worker_of_one_count_once
         regions = processes(tmp_path)["workers"]
         of_first = [process for process in found if process.ppid() == regions["0"]]
         of_first[0].kill()
+        next(process for process in found if process.ppid() == regions["1"]).suspend()  # and it ends with its region
         psutil.Process(regions["1"]).kill()
         _, err = launcher.communicate(timeout=120)
         assert launcher.returncode == 0, err

@@ -16,6 +16,7 @@ from ormo_rpc.config.schema import Config
 from ormo_rpc.data.tickets import TicketParts
 from ormo_rpc.errors import RunFailed
 from ormo_rpc.messages import Push, Reply
+from ormo_rpc.runtimes.distributed.linux import die_with_parent
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.server.region import RegionServer
 
@@ -42,7 +43,7 @@ class RegionProcesses:
     """The region of one membership: computes the push for a ticket by the processes of its own workers.
 
     One that dies is replaced, at most ``runtime.max_restarts`` times each; meanwhile others do its tickets. Each loads the job
-    by itself, and ends with this process, as its pipe does. To be used by one thread at a time.
+    by itself, and ends with this process, even while it is stopped. To be used by one thread at a time.
 
     Args:
         job: The run.
@@ -106,7 +107,9 @@ class RegionProcesses:
         ours, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-m", MODULE, str(theirs.fileno())]
-            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+            process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, preexec_fn=die_with_parent
+            )
         worker = self._workers[number] = _Worker(process, Connection(ours.detach()))
         speed = region + number * self.config.num_processes
         worker.pipe.send_bytes(pickle.dumps((self.config.yaml, self.data_root, speed)))
