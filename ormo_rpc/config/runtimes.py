@@ -9,6 +9,9 @@ from enum import Enum
 from ormo_rpc.options import Part, at_least_one, not_negative, option, positive, register
 from ormo_rpc.worker.faults import are_faults
 
+MAX_ROUND_SECONDS = 1e6
+"""Nearly twelve days: a longer wait is none that anybody wants, and at some length none that Gloo can count."""
+
 
 def _are_times(value: Mapping[int, float]) -> bool:
     return all(worker >= 0 and not_negative(seconds) for worker, seconds in value.items())
@@ -170,8 +173,8 @@ class DdpRuntime(LiveRuntime):
     round_timeout_seconds: float = option(
         900.0,
         "time after which ranks give up one that does not come to a round; a rank that has died is noticed at once",
-        valid=positive,
-        expected="a finite number > 0",
+        valid=lambda v: 0 < v <= MAX_ROUND_SECONDS,
+        expected=f"a number > 0, at most {MAX_ROUND_SECONDS:g}",
     )
 
 

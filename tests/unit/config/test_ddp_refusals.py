@@ -48,6 +48,12 @@ def test_nesterov_needs_a_momentum() -> None:
         compose(["runtime=ddp", "runtime.nesterov=true", "train.momentum=0"])
 
 
+@pytest.mark.parametrize("seconds", ["0", "nan", "1e300"])
+def test_a_time_out_that_gloo_cannot_count_is_refused(seconds: str) -> None:
+    with pytest.raises(ConfigError, match=r"\Aruntime\.round_timeout_seconds: got .*, expected a number > 0, at most 1e\+06"):
+        compose(["runtime=ddp", f"runtime.round_timeout_seconds={seconds}"])
+
+
 def test_a_run_is_described_by_its_own_update() -> None:
     assert compose(["runtime=ddp"]).update_rule == ("ddp", "sync")
     assert compose(["runtime=ddp", "runtime.nesterov=true", "scheduler=sync"]).update_rule == ("ddp_nesterov", "sync")
