@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ormo_rpc.algorithms.groups import Groups
 from ormo_rpc.config.runtimes import Shares
+from ormo_rpc.errors import ConfigError
 from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.runtimes.ddp.rounds import Part, Rounds
 from ormo_rpc.runtimes.ddp.slowdown import Slowdown
@@ -97,13 +98,22 @@ class Trainer:
 
         Raises:
             RuntimeError: a rank was lost, or the model cannot be trained so.
+            ConfigError: it did not use each of its parameters in the round before.
             ValueError: no target of this rank's samples counts.
         """
         part = self.rounds.part(number, self.rank)
         self._slowdown.begin()
         self._weight = part.weight
         self._optimizer.zero_grad()
-        loss = self._together(part) if part.complete else self._apart(part)
+        try:
+            loss = self._together(part) if part.complete else self._apart(part)
+        except RuntimeError as error:
+            if "find_unused_parameters" not in str(error):
+                raise
+            raise ConfigError(
+                "model: got parameters that a pass did not use, expected a gradient for each; with runtime=ddp such a model "
+                "needs runtime.find_unused_parameters=true"
+            ) from error
         if self._clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.model.trainable.values(), self._clip_norm)
         lr = self._lr(self.rounds.tickets(number)[-1])

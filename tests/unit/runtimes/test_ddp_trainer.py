@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from typing_extensions import override
 
 from ormo_rpc.composing import compose
+from ormo_rpc.errors import ConfigError
 from ormo_rpc.runtimes.ddp.trainer import Trainer
 from ormo_rpc.runtimes.job import Job
 from tests.support.plain_rounds import plain_rounds
 
 ALL = ["runtime=ddp", "workers=1", "logger=none", "train.max_iterations=12", "model.dropout=0.3"]
+
+
+class HalfUsed(torch.nn.Linear):
+    """A model one of whose parameters is never used."""
+
+    def __init__(self) -> None:
+        super().__init__(64, 10)
+        self.idle = torch.nn.Parameter(torch.zeros(3))
+
+    @override
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input.flatten(1))
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +77,15 @@ def test_parameter_groups_and_parts_of_a_batch_are_those_of_the_worker() -> None
         (reply,) = server.receive(worker.compute(reply))
     # The factor and the decay are in the gradient there, and of the optimizer here; ormo with one worker is heavy ball.
     torch.testing.assert_close(trainer.model.flat_params(), server.params, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.usefixtures("group")
+def test_parameters_that_a_pass_does_not_use_are_named_with_the_key_that_allows_them() -> None:
+    words = [word for word in ALL if not word.startswith("model.")]
+    model = ["model=custom", f"model._target_={__name__}.HalfUsed"]
+    for option in ("false", "true"):
+        trainer = Trainer(Job(compose([*words, *model, f"runtime.find_unused_parameters={option}"])), 0, 1)
+        trainer.round(0)
+        refused = pytest.raises(ConfigError, match=r"model: got parameters that .* needs runtime\.find_unused")
+        with contextlib.nullcontext() if option == "true" else refused:
+            trainer.round(1)
