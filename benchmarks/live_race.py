@@ -38,7 +38,7 @@ TUNING_SEED = 1000
 VALIDATION = 0.1
 """The part of the training samples by which it is chosen."""
 NEVER = 10**9
-"""Iterations between evaluations that there are to be none of."""
+"""More iterations than a run has: the interval of evaluations that are not to take place, and the checkpoints that are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)

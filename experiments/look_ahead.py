@@ -57,8 +57,6 @@ PEERS: Mapping[str, tuple[Callable[[], Algorithm], str]] = {
     "dana": (DANA, "async"),
 }
 RULES = {**PEERS, **{name: (make, "async") for name, make in TRIED.items()}}
-
-
 MEASURED: Mapping[int, Sequence[str]] = {4: tuple(SETTINGS), 16: tuple(SETTINGS), 64: ("exponential",)}
 """By K, the settings."""
 

@@ -122,7 +122,6 @@ def run_unit(unit: Unit, setup: Setup, folder: Path, root: str, until: float) ->
 def collect(setup: Setup, folder: Path) -> dict[str, Any]:
     """The content of the results, of all units that are finished."""
     rows, missing = collected(units(CELLS, CONTENDERS), setup, Store(folder, None))
-    absent = [name for name, contender in CONTENDERS.items() if not contender.available(4)]
     return {
         "environment": environment(),
         "epochs": setup.epochs,
@@ -135,7 +134,6 @@ def collect(setup: Setup, folder: Path) -> dict[str, Any]:
         "rates": {workers: sorted(rates) for workers, rates in setup.rates.items()},
         "job": setup.job,
         "not_run": [[unit.setting, unit.workers, unit.contender] for unit in missing],
-        "absent": absent,
         "rows": rows,
     }
 

@@ -1,4 +1,4 @@
-"""The contenders: what each is run as, and how its rounds take their time."""
+"""The contenders: their rules and variants, and the times of their rounds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from experiments.race.clocks import Clock, Draw, first, in_local_steps, mean_slo
 from experiments.race.runs import QUIET, Record, Store, configuration
 from experiments.race.setup import Setup
 from ormo_rpc.config.schema import Config
-from ormo_rpc.errors import ConfigError
 from ormo_rpc.runtimes.configured import time_generator
 
 COMPUTE_SECONDS = 0.1
@@ -51,20 +50,6 @@ class Contender:
 
     label: str
     variants: Callable[[int], tuple[Variant, ...]]
-
-    def available(self, workers: int) -> tuple[Variant, ...]:
-        """The variants whose rule there is."""
-        return tuple(variant for variant in self.variants(workers) if exists(variant.overrides))
-
-
-@functools.cache
-def exists(overrides: tuple[str, ...]) -> bool:
-    """Tell whether a rule is there to be run."""
-    try:
-        configuration(overrides)
-    except ConfigError:
-        return False
-    return True
 
 
 def record(
@@ -211,7 +196,7 @@ CONTENDERS: dict[str, Contender] = {
     "smega2": Contender(label="smega2", variants=_asynchronous("algorithm=smega2")),
     "dana": Contender(label="dana", variants=_asynchronous("algorithm=dana")),
 }
-"""Contenders in the order of the tables; one whose rule there is not is left out."""
+"""Contenders in the order of the tables."""
 FIRST = ("ddp", "ormo", "ormo_la", "m_sync", "m_sync_cancel", "ddp_nesterov", "ddp_proportional", "local_sgd", "smega2")
 """Those that are run first, in this order."""
 ASYNCHRONOUS = ("ormo", "ormo_da", "ormo_la", "ormo_la_da", "smega2", "dana")

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from experiments.race import runs
 from experiments.race.contenders import ASYNCHRONOUS
 
 Row = Mapping[str, Any]
@@ -66,12 +67,9 @@ class Results:
 
 
 def time_to(run: Mapping[str, Any], target: float, smooth: int) -> float:
-    """The time at which the mean of that many evaluations in a row reaches a target; infinite: never."""
-    accuracy = run["accuracy"]
-    for end in range(smooth, len(accuracy) + 1):
-        if sum(accuracy[end - smooth : end]) >= smooth * target * 10_000:
-            return run["seconds"][end - 1]
-    return math.inf
+    """The time at which a run of the results, whose accuracies are in ten-thousandths, reaches a target; infinite: never."""
+    found = runs.time_to(run["seconds"], run["accuracy"], target * 10_000, smooth)
+    return math.inf if found is None else found
 
 
 def median(values: Iterable[float]) -> float:

@@ -206,7 +206,6 @@ def _not_run(results: Results) -> str:
     for setting, workers, name in results.content["not_run"]:
         missing.setdefault(f"{setting}, K = {workers}", []).append(CONTENDERS[name].label)
     lines = [f"* {cell}: {'; '.join(names)}" for cell, names in missing.items()]
-    lines += [f"* {CONTENDERS[name].label}, anywhere: there was no such rule" for name in results.content["absent"]]
     return "## Not run\n\n" + "\n".join(lines) if lines else ""
 
 

@@ -58,11 +58,16 @@ class Record:
         return sum(found) / len(found) if found and self.status == "completed" else 0.0
 
     def time_to(self, target: float, smooth: int) -> float | None:
-        """The time at which the mean of that many evaluations in a row reaches a target; None: never."""
-        for end in range(smooth, len(self.accuracy) + 1):
-            if sum(self.accuracy[end - smooth : end]) / smooth >= target:
-                return self.seconds[end - 1]
-        return None
+        """The time at which the accuracy reaches a target, see `time_to`."""
+        return time_to(self.seconds, self.accuracy, target, smooth)
+
+
+def time_to(seconds: Sequence[float], values: Sequence[float], target: float, smooth: int) -> float | None:
+    """The first of these times at which the mean of so many values in a row reaches a target; None: never."""
+    for end in range(smooth, len(values) + 1):
+        if sum(values[end - smooth : end]) / smooth >= target:
+            return seconds[end - 1]
+    return None
 
 
 class Missing(Exception):
@@ -152,7 +157,7 @@ def configuration(overrides: Sequence[str]) -> Config:
     """The configuration of overrides, with the number of workers decided.
 
     Raises:
-        ConfigError: one of them is wrong, such as a rule that there is not.
+        ConfigError: one of them is wrong.
     """
     return compose(overrides)
 

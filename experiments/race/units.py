@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,28 +28,27 @@ class Unit:
 
 
 def units(cells: Iterable[tuple[str, int]], contenders: Iterable[str]) -> Iterator[Unit]:
-    """The units of cells, in their order, of the contenders whose rule there is: first those that goals and picture need."""
+    """The units of cells, in their order: first the contenders that goals and picture need."""
     cells, asked = [*cells], set(contenders)
     for names in (FIRST, [name for name in CONTENDERS if name not in FIRST]):
         for setting, workers in cells:
-            yield from (Unit(setting, workers, name) for name in names if name in asked and CONTENDERS[name].available(workers))
+            yield from (Unit(setting, workers, name) for name in names if name in asked)
 
 
-def outcome(unit: Unit, setup: Setup, store: Store, finished: Callable[[], None] = lambda: None) -> dict[str, Any]:
+def outcome(unit: Unit, setup: Setup, store: Store) -> dict[str, Any]:
     """Tune a contender, run it with the reported seeds, and return its entry in the results.
 
     Args:
         unit: The contender and its cell.
         setup: The job.
         store: Has the runs, and makes those that are missing.
-        finished: Called after each run.
 
     Raises:
         Missing: a run is missing that must not be made now.
     """
 
     def run(variant: Variant, rate: float, seed: int, split: str, limit: float = math.inf) -> Record:
-        found = record(
+        return record(
             variant,
             setup,
             store,
@@ -60,10 +59,8 @@ def outcome(unit: Unit, setup: Setup, store: Store, finished: Callable[[], None]
             split=split,
             limit=limit,
         )
-        finished()
-        return found
 
-    variants = {variant.name: variant for variant in CONTENDERS[unit.contender].available(unit.workers)}
+    variants = {variant.name: variant for variant in CONTENDERS[unit.contender].variants(unit.workers)}
     tuned = {
         name: tune(
             lambda rate, seed, limit, variant=variant: run(variant, rate, seed, "validation", limit), setup, unit.workers
@@ -113,7 +110,7 @@ def shortened(seed: int, found: Record) -> dict[str, Any]:
 def planned_runs(unit: Unit, setup: Setup) -> set[tuple[object, ...]]:
     """The runs of a unit, as if no rate beyond the grid were tried; those that units have in common are equal."""
     found: set[tuple[object, ...]] = set()
-    variants = CONTENDERS[unit.contender].available(unit.workers)
+    variants = CONTENDERS[unit.contender].variants(unit.workers)
     for variant in variants:
         setting = unit.setting if variant.clock is None else ""
         run = (setting, unit.workers, variant.overrides, variant.members)

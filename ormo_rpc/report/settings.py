@@ -25,8 +25,8 @@ WITHOUT_EFFECT: Mapping[str, str] = {
     "server.public": "from where",
     "replay.run": "of a replay, which is no run of its own",
     "checkpoint.keep": "how many old checkpoints stay on disk",
-    "evaluate.targets": "which moments are looked for in the evaluations",
-    "evaluate.smooth": "how",
+    "evaluate.targets": "which values of the evaluations are looked for",
+    "evaluate.smooth": "how many evaluations have to reach them",
     "optimized_metric": "what a sweep is told in the end",
     "logger": "where metrics are shown, and how often",
 }

@@ -309,7 +309,7 @@ def _parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     rank.add_argument("--store-file", type=Path, help="of the ranks' store, where it is not torchrun's")
     rank.add_argument("--interface", help="network interface between the nodes")
     rank.add_argument("--one-machine", action="store_true", help="all ranks are on this machine")
-    rank.add_argument("--round-timeout-seconds", type=float, default=900.0, help="for each operation of the process group")
+    rank.add_argument("--round-timeout-seconds", type=float, required=True, help="for each operation of the process group")
     rank.add_argument("--start", default="spawn", help="the way in which processes are started, for the summary")
     rank.add_argument("--terminal-fd", type=int, help="terminal for the progress bar, where there is one")
     return parser.parse_args(argv)

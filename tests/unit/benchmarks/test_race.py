@@ -345,7 +345,6 @@ def results() -> Results:
             "rows": rows,
             "environment": {"torch": "2", "cpu": "a CPU"},
             "not_run": [["gamma", 64, "ddp"]],
-            "absent": ["ormo_la"],
         }
     )
 
@@ -369,7 +368,6 @@ def test_the_page_says_where_asynchrony_loses_and_what_was_not_run(results: Resu
     assert "* none, K = 16: DDP needs 10.0 s, ormo 15.0 s" in page
     assert "* one_slow, K = 4: " not in page
     assert "* gamma, K = 64: DDP" in page
-    assert "* ormo_la, anywhere: there was no such rule" in page
     header, _, *rows = report.as_markdown(report.table(results, "one_slow", 4)).splitlines()
     assert "of DDP, 87%" in header
     assert rows[3].startswith("| ormo | 0.1 | 2 | 3 of 3 |")

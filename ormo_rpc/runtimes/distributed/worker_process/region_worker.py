@@ -28,7 +28,7 @@ def main(descriptor: int) -> None:
 
     Args:
         descriptor: The file descriptor of the pipe. The first message is the configuration as YAML, the folder of the data set
-            or None, the number of the region, and that of this worker for its speed.
+            or None, and the number that this worker's speed is drawn for.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the region ends it, after its ticket
     with Connection(descriptor) as pipe:
