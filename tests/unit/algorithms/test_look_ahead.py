@@ -17,7 +17,7 @@ PROBLEM = Quadratic(D, smallest=0.1)
 
 
 def sent_in(step: Step) -> list[tuple[int, Tensor]]:
-    """Return who is sent what; a worker that is told to stop gets ``w`` itself."""
+    """Return what each worker is sent; one that is told to stop gets ``w`` itself."""
     return [(reply.worker, reply.params) for reply in step.replies if reply.ticket is not None]
 
 

@@ -86,7 +86,7 @@ def test_slow_workers_count_as_much_as_fast_ones() -> None:
 # -------------------------------------------------------------------------------------------------- come, go and the end
 
 
-def test_who_is_missing_in_phase_1_may_leave() -> None:
+def test_a_worker_that_is_missing_in_phase_1_may_leave() -> None:
     run = begin("ringleader", num_workers=3, tickets=40, gradient=lambda _: ONES)
     assert [push_of(run, worker) for worker in (0, 1, 0)] == [0.0, 0.0, 0.0]
     run.leave(2)
@@ -95,7 +95,7 @@ def test_who_is_missing_in_phase_1_may_leave() -> None:
     assert push_of(run, 0) == 0.0, "the next cycle has begun"
 
 
-def test_who_has_yet_to_step_in_phase_2_may_leave() -> None:
+def test_a_worker_that_has_yet_to_step_in_phase_2_may_leave() -> None:
     run = begin("ringleader", num_workers=3, tickets=40, gradient=lambda _: ONES)
     assert [push_of(run, worker) for worker in (0, 1, 2, 0, 2)] == pytest.approx([0.0, 0.0, 0.1, 0.1, 0.0])
     run.leave(1)
@@ -103,7 +103,7 @@ def test_who_has_yet_to_step_in_phase_2_may_leave() -> None:
     assert [push_of(run, worker) for worker in (2, 0, 2)] == pytest.approx([0.0, 0.1, 0.1])
 
 
-def test_who_joins_in_phase_1_is_waited_for_and_in_phase_2_is_not() -> None:
+def test_a_cycle_waits_for_a_worker_that_joins_in_phase_1_and_not_in_phase_2() -> None:
     run = begin("ringleader", num_workers=2, tickets=40, gradient=lambda _: ONES)
     assert push_of(run, 0) == 0.0
     run.join(2)

@@ -287,7 +287,7 @@ def test_a_race_without_data_says_so(tmp_path: Path) -> None:
         Store(tmp_path / "store", str(tmp_path)).run((*SMALL.job[1:], "dataset=fashion_mnist"), "test")
 
 
-def test_every_cell_has_every_contender_whose_rule_there_is() -> None:
+def test_every_cell_has_every_contender() -> None:
     assert {(setting, workers) for setting in SETTINGS for workers in (4, 16, 64)} == set(CELLS)
     assert len(CELLS) == len(set(CELLS))
     found = [unit.contender for unit in units([("none", 4), ("gamma", 4)], ["ormo_da", "ormo", "ddp"])]
