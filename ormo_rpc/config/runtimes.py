@@ -155,6 +155,11 @@ class RpcRuntime(LiveRuntime):
     )
 
 
+def ddp_rule(*, nesterov: bool) -> tuple[str, str]:
+    """The names of algorithm and scheduler by which a run of ``runtime=ddp`` is described."""
+    return "ddp_nesterov" if nesterov else "ddp", "sync"
+
+
 @register("ddp")
 @dataclass(frozen=True, kw_only=True)
 class DdpRuntime(LiveRuntime):

@@ -18,7 +18,7 @@ from ormo_rpc.algorithms.ormo import OrMo
 from ormo_rpc.compression import Compression, NoCompression
 from ormo_rpc.compression.wire_options import ParamsDtype, Wire, WireDtype
 from ormo_rpc.config.evaluating import Checkpoint, Evaluate
-from ormo_rpc.config.runtimes import ControlKind, DdpRuntime, LiveRuntime, RpcRuntime, Runtime, SimRuntime
+from ormo_rpc.config.runtimes import ControlKind, DdpRuntime, LiveRuntime, RpcRuntime, Runtime, SimRuntime, ddp_rule
 from ormo_rpc.config.saving import to_yaml
 from ormo_rpc.control import torch_rpc
 from ormo_rpc.data import DataSource, Digits
@@ -264,7 +264,7 @@ class Config(Section):
     def update_rule(self) -> tuple[str, str]:
         """The names of algorithm and scheduler, as runs are described by them; ``runtime=ddp`` is both by itself."""
         if isinstance(self.runtime, DdpRuntime):
-            return "ddp_nesterov" if self.runtime.nesterov else "ddp", "sync"
+            return ddp_rule(nesterov=self.runtime.nesterov)
         return self.algorithm.name, self.scheduler.name
 
     @property

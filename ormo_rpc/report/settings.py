@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ormo_rpc.config.flat import defaults_of, read_flat
+from ormo_rpc.config.runtimes import ddp_rule
 from ormo_rpc.config.schema import GROUPS, Config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.storage import checkpoint
@@ -122,8 +123,14 @@ def _plain(value: Any) -> Any:
 
 
 def _effective(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out the seed and what has no effect, of a simulation without a model also model, data and task."""
+    """Leave out the seed and what has no effect, of a simulation without a model also model, data and task.
+
+    A run of ``runtime=ddp`` has the algorithm and the scheduler by which it is described, and none of their options.
+    """
     found = {key: value for key, value in options.items() if not _without_effect(key, options)}
+    if options.get("runtime") == "ddp":
+        found = {key: value for key, value in found.items() if key.partition(".")[0] not in ("algorithm", "scheduler")}
+        found["algorithm"], found["scheduler"] = ddp_rule(nesterov=bool(options.get("runtime.nesterov")))
     if options.get("runtime") == "sim" and options.get("runtime.gradient", "real") != "real":
         found = {key: value for key, value in found.items() if key.partition(".")[0] not in ("dataset", "model", "task")}
         found["model"] = options["runtime.gradient"]

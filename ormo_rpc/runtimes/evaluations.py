@@ -112,7 +112,9 @@ class Evaluations:
         waiting = self._copies.qsize() + len(self._running)
         if self._max_waiting is not None and waiting >= self._max_waiting and not server.ended:
             if not self.skipped:
-                _log.warning("evaluations take longer than evaluate.every iterations; some are skipped")
+                _log.warning(
+                    "evaluations take longer than evaluate.every iterations; some are skipped (evaluate.when=after skips none)"
+                )
             self.skipped += 1
         else:
             self._copies.put(

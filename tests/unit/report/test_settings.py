@@ -339,6 +339,13 @@ def test_a_synthetic_run_has_neither_data_nor_model(tmp_path: Path) -> None:
     assert [(row["dataset"], row["model"]) for row in cells(both)] == [("-", "quadratic"), ("digits", "cnn")]
 
 
+def test_a_run_of_ddp_stands_under_its_own_name_and_not_under_the_default_algorithm(tmp_path: Path) -> None:
+    runtimes = [{"name": "ddp"}, {"name": "ddp", "nesterov": True}, {"name": "rpc"}]
+    groups = grouped(*(record(tmp_path / str(number), {"runtime": runtime}) for number, runtime in enumerate(runtimes)))
+    found = [(row["algorithm"], row["scheduler"]) for row in cells(groups)]
+    assert found == [("ddp", "sync"), ("ddp_nesterov", "sync"), ("ormo", "async")]
+
+
 @pytest.mark.slow
 def test_resumed_runs_are_another_setting_by_the_iteration_and_the_configuration_of_their_checkpoint(tmp_path: Path) -> None:
     def run(name: str, options: Iterable[str]) -> Path:
