@@ -207,10 +207,15 @@ def rates(words: Sequence[str]) -> dict[str, list[float]]:
     Raises:
         ValueError: a word names no contender, or no numbers.
     """
-    found = {name: [float(each) for each in values.split(",")] for name, _, values in (word.partition("=") for word in words)}
-    for name in found:
+    found: dict[str, list[float]] = {}
+    for word in words:
+        name, _, values = word.partition("=")
         if name not in CONTENDERS:
             raise ValueError(f"--lr: got {name!r}, expected one of {', '.join(CONTENDERS)}, as in ormo=0.01,0.02")
+        try:
+            found[name] = [float(each) for each in values.split(",")]
+        except ValueError:
+            raise ValueError(f"--lr: got {word!r}, expected numbers after {name}, as in {name}=0.01,0.02") from None
     return found
 
 
@@ -264,7 +269,10 @@ def main() -> None:
     overrides += ["train.batch_size=64", "train.epochs=100", f"train.max_iterations={a.iterations}"]
     data = [] if a.root is None else [f"dataset.root={a.root}"]
     race = Race(overrides=[*overrides, *data], target=a.target, every=a.every, smooth=a.smooth)
-    given = rates(a.lr)
+    try:
+        given = rates(a.lr)
+    except ValueError as error:
+        parser.error(str(error))
     content: dict[str, Any] = {**conditions(), "overrides": overrides, "target": a.target, "every": a.every, "smooth": a.smooth}
     content |= {"tuning": {}, "runs": [], "load_at_end": load()}
     if a.resume:

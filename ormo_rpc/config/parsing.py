@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ormo_rpc.algorithms.halos import HALoS
 from ormo_rpc.config.ddp_refusals import refuse_with_ddp
 from ormo_rpc.config.evaluating import When
 from ormo_rpc.config.renamed import translate_renamed
@@ -245,6 +246,11 @@ def _refuse_regions(config: Config) -> None:
     Raises:
         ConfigError: they cannot.
     """
+    if not isinstance(config.algorithm, HALoS):
+        raise ConfigError(
+            f"algorithm: got {config.algorithm.known_as}, whose workers_are_regions is true, expected halos or a class of your "
+            "own that derives from it: no other algorithm has a rule for a region's own server"
+        )
     if not isinstance(config.runtime, (SimRuntime, RpcRuntime)):
         raise ConfigError(f"runtime: got {config.runtime.name}, expected rpc or sim with algorithm.region_workers")
     if isinstance(config.runtime, RpcRuntime) and config.worker.prefetch:

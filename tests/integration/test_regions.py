@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typing_extensions import override
 
 from ormo_rpc import ConfigError, train
+from ormo_rpc.algorithms.easgd import EASGD
 from ormo_rpc.storage.run_directory import read_trace
 
 HALOS = ("runtime=sim", "logger=none", "algorithm=halos", "train.lr=0.1")
@@ -80,6 +83,22 @@ def test_regions_with_servers_of_their_own_are_refused_where_they_cannot_be(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         train([*HALOS, "algorithm.region_workers=2", override], run_dir=tmp_path)
+
+
+@dataclass(kw_only=True)
+class Regional(EASGD):
+    """An algorithm that is no HALoS, and whose workers are regions all the same."""
+
+    @property
+    @override
+    def workers_are_regions(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("runtime", ["sim", "rpc"])
+def test_workers_of_other_algorithms_are_no_regions(tmp_path: Path, runtime: str) -> None:
+    with pytest.raises(ConfigError, match=r"^algorithm: got .*Regional, whose workers_are_regions is true, expected halos or "):
+        train([f"algorithm._target_={__name__}.Regional", f"runtime={runtime}"], run_dir=tmp_path)
 
 
 def test_a_live_region_has_no_tickets_ahead(tmp_path: Path) -> None:

@@ -67,6 +67,17 @@ def test_learning_rates_are_given_by_contender() -> None:
     assert live_race.rates(["ormo=0.01,0.02", "ddp=0.04"]) == {"ormo": [0.01, 0.02], "ddp": [0.04]}
     with pytest.raises(ValueError, match=r"\A--lr: got 'sgd', expected one of ddp, .*, as in ormo=0\.01,0\.02\Z"):
         live_race.rates(["sgd=1"])
+    with pytest.raises(ValueError, match=r"\A--lr: got 'ddp=fast', expected numbers after ddp, as in ddp=0\.01,0\.02\Z"):
+        live_race.rates(["ddp=fast"])
+
+
+def test_a_wrong_learning_rate_ends_the_command_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["live_race", "--lr", "ddp"])
+    with pytest.raises(SystemExit, match="2"):
+        live_race.main()
+    assert capsys.readouterr().err.endswith("error: --lr: got 'ddp', expected numbers after ddp, as in ddp=0.01,0.02\n")
 
 
 @pytest.mark.parametrize("name", live_race.CONTENDERS)
