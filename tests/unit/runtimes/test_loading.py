@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -30,6 +31,18 @@ def data():
 """
 
 
+def request(config: str, folder: Path) -> dict[str, Any]:
+    """What a launcher asks for."""
+    return {
+        "config": config,
+        "starts_server": True,
+        "path": [str(folder), *sys.path],
+        "directory": str(folder),
+        "environment": {**os.environ, "OMP_NUM_THREADS": "1"},
+        "default_dtype": "float32",
+    }
+
+
 def test_a_module_that_keeps_a_standard_stream_at_its_import_can_write_to_it(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -40,18 +53,26 @@ def test_a_module_that_keeps_a_standard_stream_at_its_import_can_write_to_it(
 
     def load() -> dict[str, Any]:
         sys.stdout = os.fdopen(1, "w", closefd=False)
-        request = {
-            "config": text,
-            "starts_server": True,
-            "path": [str(tmp_path), *sys.path],
-            "directory": str(tmp_path),
-            "environment": {**os.environ, "OMP_NUM_THREADS": "1"},
-            "default_dtype": "float32",
-        }
-        return Loading(request, lambda: "").run()
+        return Loading(request(text, tmp_path), lambda: "").run()
 
     assert "refused" not in apart(load)
     assert capfd.readouterr().out == "made\n"
+
+
+@pytest.mark.parametrize("runtime", ["ddp", "rpc"])
+def test_what_each_rank_would_import_by_itself_is_imported_once_before_they_are_forked(runtime: str, tmp_path: Path) -> None:
+    def load() -> dict[str, Any]:
+        imported, import_module = list[str](), importlib.import_module
+
+        def noting(name: str, package: str | None = None) -> ModuleType:
+            imported.append(name)
+            return import_module(name, package)
+
+        importlib.import_module = noting
+        Loading(request(parse_config({"runtime": runtime}).yaml, tmp_path), lambda: "").run()
+        return {"found": "torch._dynamo" in imported}
+
+    assert apart(load)["found"] == (runtime == "ddp")
 
 
 def test_the_program_of_a_preloader_can_be_imported_without_effect() -> None:

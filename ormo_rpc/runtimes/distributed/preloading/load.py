@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import signal
@@ -15,6 +16,7 @@ import torch
 from typing_extensions import override
 
 from ormo_rpc.config.parsing import parse_text
+from ormo_rpc.config.runtimes import DdpRuntime
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.runtimes import prepare
 from ormo_rpc.runtimes.distributed.launcher.oom_kills import OomKills
@@ -57,6 +59,8 @@ class Loading:
             job.fingerprint()  # once for all processes
             job.push_format()
             job.prepare_models(1)  # a server has three: to evaluate, to export, and to compare
+            if isinstance(job.config.runtime, DdpRuntime):
+                importlib.import_module("torch._dynamo")  # DistributedDataParallel does, in a second of each rank's processor
             self.loaded = LoadedJob(job.config.yaml, job)
             return {"config": self.loaded.text, "log": records.rows}
         except ConfigError as error:
