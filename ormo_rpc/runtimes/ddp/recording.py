@@ -16,7 +16,7 @@ from typing import Any
 from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.runtimes.ddp.meeting import MAX_ROUNDS, Decision, Reports, Verdict
 from ormo_rpc.runtimes.ddp.rounds import Rounds
-from ormo_rpc.runtimes.ddp.trainer import Computed
+from ormo_rpc.runtimes.ddp.trainer import Computed, together
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.runtimes.session import Session
 from ormo_rpc.runtimes.simulator import InlineExecutor
@@ -156,7 +156,8 @@ class Recording:
         ]
         for place in places:
             record(Event(Kind.issue, timed.began, place))
-        for place, computed in zip(places, row, strict=False):  # ranks without a ticket come last
+        last = len(tickets) - 1  # a short round has fewer tickets than ranks, whose shares may be of all of them
+        for place, computed in zip(places, (*row[:last], together(row[last:])), strict=True):
             result = {"delay": 0, "eta": eta, "loss": computed.loss, "samples": computed.samples}
             record(Event(Kind.apply, timed.ended, {"iteration": place["ticket"], **place, **result}))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,14 @@ class Computed:
 
     loss: float | None
     samples: int
+
+
+def together(parts: Sequence[Computed]) -> Computed:
+    """Take the parts of several ranks as one, whose loss is the mean over their samples."""
+    samples, losses = sum(each.samples for each in parts), [each.loss for each in parts if each.loss is not None]
+    if len(losses) > 1:
+        losses = [sum(each.loss * each.samples for each in parts if each.loss is not None) / samples]
+    return Computed(losses[0] if losses else None, samples)
 
 
 class Trainer:
