@@ -149,7 +149,9 @@ def table(results: Results, setting: str, workers: int) -> list[tuple[str, ...]]
 
 
 def shown(value: float, form: str = ".3g") -> str:
-    """A number for a table; not reached, or missing."""
+    """A number for a table; not reached, or missing. A ratio of 0 is one to a rival that never reached the target."""
+    if value == 0:
+        return "rival: not reached"
     return MISSING if math.isnan(value) else "not reached" if math.isinf(value) else format(value, form)
 
 

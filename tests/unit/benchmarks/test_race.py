@@ -363,6 +363,11 @@ def test_goals_compare_medians_of_the_rule_that_validation_puts_first(results: R
     assert goals["exponential", "4", "DDP"][5:] == ("-", "-", "-", "-", "-")
 
 
+def test_a_ratio_to_a_rival_that_never_reached_the_target_is_no_number() -> None:
+    assert report.shown(58.9 / math.inf) == "rival: not reached"
+    assert [report.shown(value) for value in (math.inf, math.nan, 0.5)] == ["not reached", "-", "0.5"]
+
+
 def test_the_page_says_where_asynchrony_loses_and_what_was_not_run(results: Results) -> None:
     page = report.page(results)
     assert "* none, K = 16: DDP needs 10.0 s, ormo 15.0 s" in page
