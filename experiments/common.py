@@ -6,7 +6,7 @@ import math
 import statistics
 import sys
 import tempfile
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,17 @@ def parser(description: str | None) -> ArgumentParser:
     made = ArgumentParser(description=description)
     made.add_argument("--into", type=Path, default=RESULTS, metavar="FOLDER", help="folder of the results")
     return made
+
+
+def at_least_one(text: str) -> int:
+    """A whole number >= 1 of the command line.
+
+    Raises:
+        ArgumentTypeError: it is none.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"got {text}, expected a whole number >= 1")
+    return int(text)
 
 
 def run(overrides: Iterable[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:

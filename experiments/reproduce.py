@@ -154,7 +154,7 @@ def arguments() -> Namespace:
     parser.add_argument("--force", action="store_true", help="also where it takes longer than a week")
     parser.add_argument("--plan", action="store_true", help="print runs, estimated hours and what is done; run nothing")
     parser.add_argument("--report", action="store_true", help="write the results of what is finished; run nothing")
-    parser.add_argument("--epochs", type=int, help="length of each run; milestones and warm-up are scaled")
+    parser.add_argument("--epochs", type=common.at_least_one, help="length of each run; milestones and warm-up are scaled")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED")
     a = parser.parse_args()

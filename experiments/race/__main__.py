@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 import experiments.race
-from experiments.common import RESULTS
+from experiments.common import RESULTS, at_least_one
 from experiments.race import report
 from experiments.race.contenders import CONTENDERS
 from experiments.race.runs import Missing, Store, finished
@@ -39,9 +39,11 @@ def parser() -> ArgumentParser:
     made.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS], metavar="SETTING")
     made.add_argument("--workers", type=int, nargs="+", choices=(4, 16, 64), default=[4, 16, 64], metavar="K")
     made.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=[*CONTENDERS], metavar="NAME")
-    made.add_argument("--seeds", type=int, default=3, metavar="N", help="reported seeds; results have as many as were run")
+    made.add_argument(
+        "--seeds", type=at_least_one, default=3, metavar="N", help="reported seeds; results have as many as were run"
+    )
     made.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many minutes, and collect")
-    made.add_argument("--processes", type=int, default=1, help="units that are run at the same time")
+    made.add_argument("--processes", type=at_least_one, default=1, help="units that are run at the same time")
     made.add_argument("--plan", action="store_true", help="print what is still to be run, and how long it takes")
     made.add_argument("--collect", action="store_true", help="run nothing: results of what is finished")
     made.add_argument("--report", action="store_true", help="run and collect nothing: tables and picture of the results")

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import inspect
 import json
+import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -114,7 +115,7 @@ class Store:
         record = simulate((*overrides, f"dataset.root={self.root}"), split)
         self.made += 1
         self.folder.mkdir(parents=True, exist_ok=True)
-        written = file.with_suffix(f".{hash(self)}.part")
+        written = file.with_suffix(f".{os.getpid()}.part")
         written.write_text(json.dumps({"key": key, "record": asdict(record)}))
         written.replace(file)  # another process may make the same one: either is complete
         return record

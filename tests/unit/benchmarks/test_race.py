@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -265,6 +266,30 @@ def test_a_record_of_which_a_crash_has_left_a_part_is_made_again(tmp_path: Path)
             Store(store.folder, None).run(overrides, "test")
     assert store.run(overrides, "test").accuracy == expected.accuracy
     assert store.made == 2
+
+
+def test_processes_write_files_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    written, replace = list[str](), Path.replace
+
+    def noted(self: Path, target: Path) -> Path:
+        written.append(self.name)
+        return replace(self, target)
+
+    monkeypatch.setattr("experiments.race.runs.simulate", lambda *_: made(1.0))
+    monkeypatch.setattr(Path, "replace", noted)
+    Store(tmp_path, str(tmp_path)).run(DIGITS, "test")  # forked ones may have the same objects at the same addresses
+    assert f".{os.getpid()}." in written[0]
+
+
+@pytest.mark.parametrize("words", [["--seeds", "0"], ["--processes", "-1"]])
+def test_numbers_that_are_none_are_refused(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["race", *words])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 2
+    assert f"argument {words[0]}: got {words[1]}, expected a whole number >= 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("content", "expected"), [(None, "No such file"), ("{", "Expecting")])
