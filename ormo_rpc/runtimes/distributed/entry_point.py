@@ -48,8 +48,8 @@ class Child:
         argv: The command line; by default this process's.
 
     Attributes:
-        serves: The process is the server's, else a worker's or a rank's of ``runtime=ddp``.
-        takes_part: The process is such a rank's.
+        serves: The process is the server.
+        is_rank: The process is a rank of ``runtime=ddp``.
         joined_at: File and line of the call of `join` in a script whose loop has not begun; else empty.
         has_worked: The server has taken a gradient of this process's own loop, so that what ends it may not come again.
     """
@@ -61,7 +61,7 @@ class Child:
         os.set_inheritable(arguments.report_fd, False)
         os.set_inheritable(arguments.control_fd, False)
         self.serves = arguments.role == "server"
-        self.takes_part = arguments.role == "rank"
+        self.is_rank = arguments.role == "rank"
         self.joined_at = ""
         self.has_worked = False
         self.reporter = Reporter(arguments.report_fd, arguments.heartbeat_seconds)
@@ -230,7 +230,7 @@ def main(argv: Sequence[str] | None = None, loaded: LoadedJob | None = None) -> 
     try:
         if child.serves:
             child.serve(server_process.serve, loaded)
-        elif child.takes_part:
+        elif child.is_rank:
             child.take_part(loaded)
         else:
             with child.working(WorkerProcess, loaded) as worker:
