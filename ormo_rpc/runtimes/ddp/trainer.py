@@ -144,10 +144,13 @@ class Trainer:
         loss = self._backward_alone(part.indices, part.number) if len(part.indices) else None
         self._slowdown.catch_up()
         parameters = list(self.model.trainable.values())
-        flat = torch.cat([torch.zeros_like(p).view(-1) if p.grad is None else p.grad.reshape(-1) for p in parameters])
-        dist.all_reduce(flat.mul_(part.weight))
-        for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = grad.view_as(parameter)
+        flat = [torch.zeros_like(p).view(-1) if p.grad is None else p.grad.reshape(-1) for p in parameters]
+        used = flat[0].new_tensor([p.grad is not None for p in parameters])
+        reduced = torch.cat([*flat, used]).mul_(part.weight)
+        dist.all_reduce(reduced)
+        *grads, used = reduced.split([*(p.numel() for p in parameters), len(parameters)])
+        for parameter, grad, by_any in zip(parameters, grads, used.tolist(), strict=True):
+            parameter.grad = grad.view_as(parameter) if by_any else None  # not decayed, as by DistributedDataParallel
         return loss
 
     def _reduce(self, bucket: Any) -> torch.futures.Future[torch.Tensor]:

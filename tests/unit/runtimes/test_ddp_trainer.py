@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Generator
 from typing import Any
 
@@ -25,7 +26,7 @@ class HalfUsed(torch.nn.Linear):
 
     def __init__(self) -> None:
         super().__init__(64, 10)
-        self.idle = torch.nn.Parameter(torch.zeros(3))
+        self.idle = torch.nn.Parameter(torch.ones(3))
 
     @override
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -89,3 +90,17 @@ def test_parameters_that_a_pass_does_not_use_are_named_with_the_key_that_allows_
         refused = pytest.raises(ConfigError, match=r"model: got parameters that .* needs runtime\.find_unused")
         with contextlib.nullcontext() if option == "true" else refused:
             trainer.round(1)
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("complete", [True, False], ids=["by DistributedDataParallel", "behind the passes"])
+def test_a_parameter_that_no_rank_uses_is_not_decayed_in_any_round(complete: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [word for word in ALL if not word.startswith("model.")]
+    model = ["model=custom", f"model._target_={__name__}.HalfUsed", "runtime.find_unused_parameters=true"]
+    trainer = Trainer(Job(compose([*words, *model, "train.weight_decay=0.1", "train.lr=0.1"])), 0, 1)
+    part = trainer.rounds.part
+    monkeypatch.setattr(trainer.rounds, "part", lambda number, rank: dataclasses.replace(part(number, rank), complete=complete))
+    before = trainer.model.trainable["weight"].clone()
+    trainer.round(0)
+    assert trainer.model.trainable["idle"].tolist() == [1.0, 1.0, 1.0]
+    assert not torch.equal(trainer.model.trainable["weight"], before)
