@@ -112,7 +112,7 @@ def gradient_seconds(run: ResumableRun, where: Sequence[str]) -> tuple[float, fl
     try:
         job = Job(compose([*run.overrides, *where]))
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(f"{error}; dataset.root is --root here, dataset.verify=false is --repackaged") from error
     worker, reply = job.worker(), job.server(lambda _: None, lambda: 0.0).start()[0]
     worker.compute(reply)  # the first one is slower
     seconds: list[float] = []
@@ -131,14 +131,19 @@ def hours(plan: Sequence[Planned], epoch_seconds: float) -> float:
     return left * epoch_seconds / 3600
 
 
-def show(plan: Sequence[Planned], gradient: float, epoch_seconds: float) -> None:
-    """Print the runs, what is done, and the time that is left."""
+def show(plan: Sequence[Planned], where: Sequence[str]) -> None:
+    """Print the runs and what is done, and then the time that is left.
+
+    Raises:
+        ConfigError: the time cannot be measured, as the data cannot be read.
+    """
     rows = [("setting", "method", "seed", "lr", "epochs", "done")]
     for each in plan:
         summary = each.run.summary
         done = f"{reproduce_report.epochs_done(each.run):.1f} epochs" if summary is None else str(summary["status"])
         rows.append((each.experiment, each.method, str(each.seed), f"{each.lr:g}", str(each.epochs), done))
-    print(as_text(rows))
+    print(as_text(rows), flush=True)
+    gradient, epoch_seconds = gradient_seconds(plan[0].run, where)
     print(
         f"{len(plan)} runs; {gradient * 1000:.0f} ms a gradient here and now: {hours(plan, epoch_seconds):.1f} hours are left"
     )
@@ -202,7 +207,7 @@ def main() -> None:
     )
     try:
         if a.plan:
-            show(plan, *gradient_seconds(plan[0].run, where))
+            show(plan, where)
             return
         if not a.report:
             with alone(a.work):

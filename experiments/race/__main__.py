@@ -34,16 +34,31 @@ def parser() -> ArgumentParser:
         prog="python -m experiments.race", description=experiments.race.__doc__, formatter_class=RawDescriptionHelpFormatter
     )
     made.add_argument("--root", default="data", help="folder that holds FashionMNIST/raw")
-    made.add_argument("--store", type=Path, default=Path("outputs/race"), metavar="FOLDER", help="folder of the finished runs")
+    made.add_argument(
+        "--store",
+        type=Path,
+        default=Path("outputs/race"),
+        metavar="FOLDER",
+        help="folder of the finished runs; by default outputs/race",
+    )
     made.add_argument("--into", type=Path, default=RESULTS, metavar="FOLDER", help="folder of the results")
     made.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS], metavar="SETTING")
     made.add_argument("--workers", type=int, nargs="+", choices=(4, 16, 64), default=[4, 16, 64], metavar="K")
     made.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=[*CONTENDERS], metavar="NAME")
     made.add_argument(
-        "--seeds", type=at_least_one, default=3, metavar="N", help="reported seeds; results have as many as were run"
+        "--seeds",
+        type=at_least_one,
+        default=3,
+        metavar="N",
+        help="reported seeds, by default 3; results have as many as were run",
     )
     made.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many minutes, and collect")
-    made.add_argument("--processes", type=at_least_one, default=1, help="units that are run at the same time")
+    made.add_argument(
+        "--processes",
+        type=at_least_one,
+        default=1,
+        help="contenders of a cell (K and setting) that are run at the same time, by default 1",
+    )
     made.add_argument("--plan", action="store_true", help="print what is still to be run, and how long it takes")
     made.add_argument("--collect", action="store_true", help="run nothing: results of what is finished")
     made.add_argument("--report", action="store_true", help="run and collect nothing: tables and picture of the results")
@@ -156,8 +171,8 @@ def plan(cells: list[tuple[str, int]], contenders: list[str], setup: Setup, fold
                 f"{setting}, K = {workers}: {len(runs)} further runs, {len(runs) * minutes:.0f} minutes of a core: {names}"
             )
     lines.append(
-        f"{len(missing)} units, at most about {len(counted) * minutes:.0f} minutes of a core, {60 * minutes:.1f} s for a run; "
-        "runs of them that are finished count as well"
+        f"{len(missing)} contenders of these cells are not finished: at most about {len(counted) * minutes:.0f} minutes "
+        f"of a core, {60 * minutes:.1f} s for a run; those of their runs that are finished are counted, too"
     )
     return "\n".join(lines)
 

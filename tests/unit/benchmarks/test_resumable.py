@@ -75,3 +75,12 @@ def test_the_schedule_of_a_shorter_run_is_scaled() -> None:
     assert {"train.lr_milestones=[7.5,11.25]", "train.warmup_epochs=0.46875", "algorithm=ormo", "scheduler=sync"} <= {
         *overrides
     }
+
+
+def test_a_plan_is_shown_without_the_data_and_the_refusal_names_the_options_of_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = [reproduce.Planned("paper_cifar10_k16_het", "ormo", 0, 15, tmp_path)]
+    with pytest.raises(ConfigError, match=r"dataset\.root is --root here"):
+        reproduce.show(plan, [f"dataset.root={tmp_path}"])
+    assert "paper_cifar10_k16_het" in capsys.readouterr().out
