@@ -164,6 +164,13 @@ def test_a_simulation_whose_workers_all_leave_but_the_held_one_goes_on(tmp_path:
 
 
 @pytest.mark.parametrize("algorithm", ["m_sync", "local_sgd"])
+def test_rounds_refuse_to_divide_by_their_number_twice(algorithm: str) -> None:
+    message = rf"^train\.lr_scaling: got mean, expected none with algorithm={algorithm}: its step is with the mean of a round "
+    with pytest.raises(ConfigError, match=message):
+        compose([f"algorithm={algorithm}", "train.lr_scaling=mean"])
+
+
+@pytest.mark.parametrize("algorithm", ["m_sync", "local_sgd"])
 def test_rounds_refuse_prefetch(algorithm: str) -> None:
     refused = rf"^worker\.prefetch: got 1, expected 0 with algorithm={algorithm}: its rounds wait for all tickets, "
     with pytest.raises(ConfigError, match=refused):

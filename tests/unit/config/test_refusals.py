@@ -50,6 +50,7 @@ IN_RANGE: dict[str, tuple[list[Any], list[Any]]] = {
     "a whole number >= 0": ([0, 10**9], [-1]),
     "a whole number from 0 to 100": ([0, 1, 100], [-1, 101]),
     "a number > 0": ([1e-300, 1e9], [0.0, -1.0, math.nan]),
+    "a number > 0, at most 1e+06": ([1e-300, 1e6], [0.0, -1.0, 1.1e6, math.inf, math.nan]),
     "a finite number > 0": ([1e-300, 1e9], [0.0, -1.0, math.inf, math.nan]),
     "a finite number >= 0": ([0.0, 1e9], [-1e-300, math.inf, math.nan]),
     "a finite number >= 2^-10": ([2**-10, 65536.0], [2**-11, 0.0, math.inf, math.nan]),
