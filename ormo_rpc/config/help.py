@@ -94,7 +94,7 @@ _EXAMPLES = [
     ("{command}", "ormo, async, 4 workers, digits, on this machine"),
     ("{command} algorithm=ormo_da workers=8 dataset=fashion_mnist model=cnn train.epochs=5 seed=1", ""),
     ("{command} scheduler=sync", "synchronous SGD with momentum (SSGDm)"),
-    ("{command} runtime=ddp", "the synchronous training of torch's DistributedDataParallel"),
+    ("{command} runtime=ddp", "torch's DistributedDataParallel, to compare with"),
     ("{command} runtime=sim workers=64", "a virtual cluster in this process"),
     ("{command} -m algorithm=asgd,naive seed=0,1", "a sweep of four runs"),
     ("torchrun --standalone --nproc-per-node=4 {script}", "rank 0 serves, ranks 1 to 3 work"),

@@ -279,6 +279,8 @@ def test_an_elastic_worker_joins_works_and_leaves_on_sigterm(tmp_path: Path) -> 
                 "launch.py: the worker left the run on SIGTERM",
             ]
             assert gone(family)
+        # The trace is flushed beside training: what has happened last comes to it later.
+        wait_until(lambda: any(event["event"] == "leave" for event in events(tmp_path)), "the worker's leave in the trace")
         found = events(tmp_path)
         assert first(found, event="join")["concurrency"] == 2
         assert first(found, event="leave")["concurrency"] == 1

@@ -156,7 +156,7 @@ def test_an_interruption_ends_a_sweep(
         (["algorithm=asgd,asgdd"], "algorithm: got 'asgdd', expected one of adamw, "),
         (["seed=0,1", "train.lerning=3"], "train.lerning: got an unknown key"),
         (["seed=0,1", "model._target_=no_such_module.net"], "model._target_: 'no_such_module.net' cannot be imported: "),
-        (["seed=0,1", "optimized_metric=loss"], "optimized_metric: got 'loss', expected one of delay_99_percent, "),
+        (["seed=0,1", "optimized_metric=loss"], "optimized_metric: got 'loss', expected one of cancelled, delay_99_percent, "),
         (["seed=0,1", "hydra.sweep.dir=/dev/null/sweep"], "hydra.sweep.dir: /dev/null/sweep cannot be made: Not a directory"),
     ],
     ids=["name", "key", "target", "metric", "directory"],
@@ -372,7 +372,7 @@ def test_metrics_that_come_with_the_first_evaluation_are_looked_for_at_the_end()
     refuse_metric("train_tokens", own)
     refuse_metric("test_anything", None)  # jobs of several tasks
     with pytest.raises(
-        ConfigError, match=r"^optimized_metric: got 'anything', expected one of delay_99_percent, .*, test_loss, .*"
+        ConfigError, match=r"^optimized_metric: got 'anything', expected one of cancelled, delay_99_percent, .*, test_loss, .*"
     ):
         refuse_metric("anything", own)
     with pytest.raises(ConfigError, match=r"^optimized_metric: got val_x without a validation split"):
