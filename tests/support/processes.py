@@ -104,6 +104,11 @@ def events(run_dir: Path, kind: str | None = None) -> list[dict[str, Any]]:
     return [event for event in found if kind in (None, event["event"])]
 
 
+def first(found: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
+    """The first event that has these values."""
+    return next(event for event in found if all(event.get(key) == value for key, value in wanted.items()))
+
+
 def summary(run_dir: Path) -> dict[str, Any]:
     """The summary of a run."""
     return json.loads((run_dir / "summary.json").read_text())

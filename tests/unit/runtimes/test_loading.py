@@ -32,7 +32,7 @@ def data():
 
 
 def request(config: str, folder: Path) -> dict[str, Any]:
-    """What a launcher asks for."""
+    """The request of a launcher."""
     return {
         "config": config,
         "starts_server": True,

@@ -22,6 +22,8 @@ from ormo_rpc.server.region import RegionServer
 
 _log = logging.getLogger(__name__)
 MODULE = "ormo_rpc.runtimes.distributed.worker_process.region_worker"
+END_SECONDS = 10.0
+"""A process that has closed its pipe, or that was killed, has so long to end."""
 
 
 @dataclass(eq=False)
@@ -86,7 +88,7 @@ class RegionProcesses:
         for worker in self._workers.values():
             worker.process.kill()
         for worker in self._workers.values():
-            worker.process.wait()
+            worker.process.wait(END_SECONDS)
             worker.pipe.close()
         self._workers.clear()
 
@@ -147,7 +149,11 @@ class RegionProcesses:
         """
         assert self._server is not None
         worker.pipe.close()
-        status = worker.process.wait()
+        try:
+            status = worker.process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:  # it has closed its pipe, and hangs
+            worker.process.kill()
+            status = worker.process.wait(END_SECONDS)
         del self._workers[number]
         if worker.ready:
             self._send(self._server.leave(number))

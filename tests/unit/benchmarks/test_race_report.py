@@ -1,0 +1,96 @@
+"""The goals, the page and the picture of the race."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.race import report
+from experiments.race.figures import Results, best_asynchronous, best_m_sync
+
+
+def row(contender: str, *times: float, validation: float, setting: str = "one_slow", workers: int = 4) -> dict[str, Any]:
+    """A row of results whose seeds reach 87% at these times."""
+    runs = [
+        {"seed": seed, "status": "completed", "gradients": 9, "seconds": [1.0, time], "accuracy": [1000, 8700]}
+        for seed, time in enumerate(times)
+    ]
+    return {
+        "setting": setting,
+        "workers": workers,
+        "contender": contender,
+        "variant": "",
+        "rate": 0.1,
+        "tuning": {"": {"0.1": [validation], "0.2": "cut"}},
+        "validation_time": validation,
+        "runs": runs,
+    }
+
+
+@pytest.fixture
+def results() -> Results:
+    rows = [
+        row("ddp", 100.0, 80.0, 90.0, validation=95.0),
+        row("ormo", 9.0, 18.0, 8.0, validation=9.0),
+        row("ormo_da", 7.0, 7.0, 7.0, validation=10.0),  # better, but not by validation
+        row("m_sync", 12.0, 12.0, 12.0, validation=12.0),
+        row("m_sync_cancel", 10.0, 10.0, 10.0, validation=10.0),
+        row("ddp", 10.0, 10.0, 10.0, validation=10.0, setting="none", workers=16),
+        row("ormo", 15.0, 15.0, 15.0, validation=15.0, setting="none", workers=16),
+    ]
+    return Results(
+        {
+            "job": ["dataset=x"],
+            "epochs": 8,
+            "batch_size": 64,
+            "smooth": 1,
+            "targets": [0.85, 0.87, 0.88],
+            "target": 0.87,
+            "tuning_target": 0.875,
+            "tuning_seeds": [1000],
+            "rates": {"4": [0.1, 0.2]},
+            "rows": rows,
+            "environment": {"torch": "2", "cpu": "a CPU"},
+            "not_run": [["gamma", 64, "ddp"]],
+        }
+    )
+
+
+def test_goals_compare_medians_of_the_rule_that_validation_puts_first(results: Results) -> None:
+    cell = results.cell("one_slow", 4)
+    best, m_sync = best_asynchronous(cell), best_m_sync(cell)
+    assert best is not None
+    assert m_sync is not None
+    assert (best["contender"], m_sync["contender"]) == ("ormo", "m_sync_cancel")
+    goals = {(row[0], row[1], row[2]): row for row in report.goals(results)}
+    # Medians: 9 of ormo, 90 of DDP, 10 of m-sync.
+    assert goals["one_slow", "4", "DDP"][3:] == ("0.129", "<= 0.13", "0.1", "0.09 0.225 0.0889", "ormo", "DDP", "yes")
+    assert goals["one_slow", "4", "best m-sync"][5:] == ("0.9", "0.9 1.8 0.8", "ormo", "m-sync, cancelling", "yes")
+    assert goals["none", "16", "DDP"][5:] == ("1.5", "1.5 1.5 1.5", "ormo", "DDP", "no")
+    assert goals["exponential", "4", "DDP"][5:] == ("-", "-", "-", "-", "-")
+
+
+def test_a_ratio_to_a_rival_that_never_reached_the_target_is_no_number() -> None:
+    assert report.shown(58.9 / math.inf) == "rival: not reached"
+    assert [report.shown(value) for value in (math.inf, math.nan, 0.5)] == ["not reached", "-", "0.5"]
+
+
+def test_the_page_says_where_asynchrony_loses_and_what_was_not_run(results: Results) -> None:
+    page = report.page(results)
+    assert "* none, K = 16: DDP needs 10.0 s, ormo 15.0 s" in page
+    assert "* one_slow, K = 4: " not in page
+    assert "* gamma, K = 64: DDP" in page
+    header, _, *rows = report.as_markdown(report.table(results, "one_slow", 4)).splitlines()
+    assert "of DDP, 87%" in header
+    assert rows[3].startswith("| ormo | 0.1 | 2 | 3 of 3 |")
+
+
+def test_page_and_picture_are_made_from_the_file_alone(results: Results, tmp_path: Path) -> None:
+    content = json.loads(json.dumps(results.content))
+    report.write(content, tmp_path)
+    assert (tmp_path / "race.md").read_text() == report.page(results)
+    assert (tmp_path / "race.png").stat().st_size > 10_000
