@@ -42,7 +42,9 @@ def generator(seed: int, purpose: str, number: int) -> torch.Generator:
 
 @contextlib.contextmanager
 def seeded(seed: int, purpose: str, number: int) -> Generator[None]:
-    """Set the global generators of torch (CPU), numpy and Python to the start of one stream, and restore them afterwards.
+    """Set the global generators of torch, numpy and Python to the start of one stream, and restore them afterwards.
+
+    Of GPUs that of the current one is set, where this process uses one.
 
     It is for code of others, such as a user's model, which may draw from any of them.
     """
@@ -52,7 +54,7 @@ def seeded(seed: int, purpose: str, number: int) -> Generator[None]:
     spare = _SPARE.pop() if _SPARE else np.random.MT19937()
     np.random.set_bit_generator(spare)  # pyright: ignore[reportAttributeAccessIssue] # as above
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
             _seed_all(start)
             yield
     finally:
@@ -68,5 +70,7 @@ def reseed(seed: int, purpose: str, number: int) -> None:
 
 def _seed_all(start: int) -> None:
     torch.default_generator.manual_seed(start)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(start)
     random.seed(start)
     np.random.seed(start % 2**32)

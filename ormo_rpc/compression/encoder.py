@@ -34,34 +34,63 @@ class Encoder:
 
     A push that is not finite leaves the state as it was, so that one bad batch spoils no later push.
 
+    On a GPU the wire form is made there, in `staged`, and copied to `wire` once.
+
     Args:
         format: The wire form.
-        allocate: Allocates the memory of the wire form; torch's own allocator by default.
+        allocate: Allocates the memory of the wire form; by default torch does, on the device.
+        device: The device of the push; by default the CPU.
 
     Attributes:
-        wire: The bytes, shape (size,), which each call of `encode` writes over.
+        wire: The bytes, shape (size,), which each push writes over.
+        staged: The bytes on the device; `wire` itself where that is there.
         payload: The same, as it is sent: values of the model's dtype where the format is exact, else bytes.
-        push: Buffer for the push to encode, shape (length,); the same memory where the format is exact.
-        buffers: The buffers of the model among the bytes, which the next push writes over as well.
-        metrics: The metrics among the bytes, likewise; what was written stays until it is written over.
+        push: Buffer for the push to encode, shape (length,), on the device; in `staged` where the format is exact.
+        buffers: The buffers of the model among the bytes of `staged`, which the next push writes over as well.
+        metrics: The metrics among the bytes of `wire`, likewise; what was written stays until it is written over.
     """
 
-    def __init__(self, format: PushFormat, allocate: Allocate | None = None) -> None:  # noqa: A002 - the word for it
+    def __init__(
+        self,
+        format: PushFormat,  # noqa: A002 - the word for it
+        allocate: Allocate | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         self.format = format
-        self.wire = torch.zeros(format.size, dtype=torch.uint8) if allocate is None else allocate(format.size)
+        self.device = device or torch.device("cpu")
+        zeros = torch.zeros(format.size, dtype=torch.uint8, device=self.device) if allocate is None else allocate(format.size)
+        self.wire = zeros
         assert self.wire.dtype == torch.uint8, "the memory of a wire form is bytes"
         assert self.wire.shape == (format.size,), "as many as were asked for"
-        self.buffers = format.wire_buffers(self.wire)
+        self.staged = self.wire if self.wire.device == self.device else torch.zeros_like(self.wire, device=self.device)
+        self.buffers = format.wire_buffers(self.staged)
         self.metrics = format.wire_metrics(self.wire)
-        self.push = format.whole(self.wire) if format.exact else torch.zeros(format.length, dtype=format.dtype)
+        self._delivered = format.wire_buffers(self.wire)
+        self.push = (
+            format.whole(self.staged) if format.exact else torch.zeros(format.length, dtype=format.dtype, device=self.device)
+        )
         self.payload = self.wire.view(format.dtype) if format.exact else self.wire
         # A push is decoded here as on the server where it is compressed, or where errors are fed back.
         decodes = not format.plain or (format.compression.error_feedback and not format.exact)
         self._decoded = torch.zeros_like(self.push) if decodes else None
         self._states: dict[int, EncoderState] = {}
 
+    def make(self, worker: int, reported: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Make the whole wire form: the content of `push`, and the buffers that its passes report, by name.
+
+        Returns:
+            The push as the server will decode it, and the buffers: views of `wire`, but for a push that is compressed, which
+            is on the device.
+        """
+        grad, buffers = self.encode(worker), self.buffers.write(reported)
+        if self.staged is self.wire:
+            return grad, buffers
+        end = self.format.metrics_start
+        self.wire[:end].copy_(self.staged[:end])
+        return self.format.whole(self.wire) if self.format.plain else grad, self._delivered.views(buffers)
+
     def encode(self, worker: int) -> torch.Tensor:
-        """Make the wire form of the content of `push`; return the push as the server will decode it.
+        """Make the wire form of the content of `push` in `staged`; return the push as the server will decode it.
 
         `push` is written to. The result, shape (length,), holds until the next call; see `PushFormat.unpack` for its dtype.
         """
@@ -73,18 +102,18 @@ class Encoder:
         vectors = self.push.split(self.format.dimension)
         compressed = [self.format.compressor.compress(*each) for each in zip(vectors, state.compressor, strict=True)]
         for number, each in enumerate(compressed):
-            self.format.write(number, each, self.wire)
+            self.format.write(number, each, self.staged)
         if self._decoded is not None:
             self._remember(worker, state, [each.state for each in compressed], self._decoded)
         if self.format.plain:
-            return self.format.whole(self.wire)
+            return self.format.whole(self.staged)
         assert self._decoded is not None, "what is compressed is decoded, too"
         return self._decoded
 
     def _remember(self, worker: int, state: EncoderState, states: list[torch.Tensor | None], decoded: torch.Tensor) -> None:
         """Decode a push as the server will, and update the state of its worker."""
         for number, vector in enumerate(decoded.split(self.format.dimension)):
-            self.format.read(number, self.wire, vector)
+            self.format.read(number, self.staged, vector)
         if not all_finite(decoded):
             return
         state.compressor = states
@@ -98,7 +127,8 @@ class Encoder:
         if self._decoded is None:  # rounding alone has no state, so that this is asked for with each push
             return EncoderState([None] * self.format.vectors)
         draws = generator(self.format.seed, "compression", worker)
-        return EncoderState([self.format.compressor.start(draws, self.format.dtype) for _ in range(self.format.vectors)])
+        first = [self.format.compressor.start(draws, self.format.dtype) for _ in range(self.format.vectors)]
+        return EncoderState([each if each is None else each.to(self.device) for each in first])
 
     def reset(self, worker: int | None = None) -> None:
         """Drop the state of a worker, or of each of them."""
@@ -108,7 +138,7 @@ class Encoder:
             self._states.pop(worker, None)
 
     def state_dict(self) -> dict[int, dict[str, Any]]:
-        """The state of each worker, a private copy that `torch.load` reads with weights_only."""
+        """The state of each worker, a private copy on the CPU that `torch.load` reads with weights_only."""
         return {
             worker: {"compressor": [_copy(each) for each in state.compressor], "residual": _copy(state.residual)}
             for worker, state in self._states.items()
@@ -117,10 +147,12 @@ class Encoder:
     def load_state_dict(self, state: Mapping[int, Mapping[str, Any]]) -> None:
         """Restore what `state_dict` returned."""
         self._states = {
-            worker: EncoderState([_copy(each) for each in saved["compressor"]], _copy(saved["residual"]))
+            worker: EncoderState(
+                [_copy(each, self.device) for each in saved["compressor"]], _copy(saved["residual"], self.device)
+            )
             for worker, saved in state.items()
         }
 
 
-def _copy(values: torch.Tensor | None) -> torch.Tensor | None:
-    return None if values is None else values.clone()
+def _copy(values: torch.Tensor | None, device: torch.device | str = "cpu") -> torch.Tensor | None:
+    return None if values is None else values.to(device, copy=True)

@@ -111,6 +111,11 @@ class PushFormat:
         self._metrics_region = self._region(ROOM if metrics else 0, torch.uint8, ALIGNMENT)
         self.size = self._end
 
+    @property
+    def metrics_start(self) -> int:
+        """The number of bytes before the metrics, which are the last ones."""
+        return self._metrics_region.start if self.metrics else self.size
+
     def _region(self, count: int, dtype: torch.dtype, alignment: int | None = None) -> Region:
         """Place the next region; an empty one is at the beginning, where every dtype may be."""
         if not count:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -33,7 +33,11 @@ class WireBuffers:
             self._views[name].copy_(value.detach())
         if self._views:
             self._marks.copy_(torch.tensor([name in reported for name in self._views]))
-        return self.read()
+        return self.views(reported)
+
+    def views(self, names: Collection[str]) -> dict[str, torch.Tensor]:
+        """The buffers of these names, in their order here, as `read` returns them."""
+        return {name: _whole(view) for name, view in self._views.items() if name in names}
 
     def read(self) -> dict[str, torch.Tensor]:
         """The reported buffers by name, as views of the bytes; bools as copies, as forged ones may be neither 0 nor 1."""
@@ -42,5 +46,9 @@ class WireBuffers:
             return found
         for (name, view), mark in zip(self._views.items(), self._marks.tolist(), strict=True):
             if mark:
-                found[name] = view.view(torch.uint8) != 0 if view.dtype is torch.bool else view
+                found[name] = _whole(view)
         return found
+
+
+def _whole(view: torch.Tensor) -> torch.Tensor:
+    return view.view(torch.uint8) != 0 if view.dtype is torch.bool else view

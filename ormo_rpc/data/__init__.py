@@ -9,7 +9,7 @@ from ormo_rpc.data.iterables import IterableSplit
 from ormo_rpc.data.mnist import MNIST, FashionMNIST
 from ormo_rpc.data.padding import Pad
 from ormo_rpc.data.sources import DataSource
-from ormo_rpc.data.splits import ArraySplit, DataSet, MapSplit, MapStyle, Split
+from ormo_rpc.data.splits import ArraySplit, DataSet, MapSplit, MapStyle, Resident, Split
 from ormo_rpc.data.tickets import Epochs
 
 __all__ = [
@@ -27,5 +27,6 @@ __all__ = [
     "MapSplit",
     "MapStyle",
     "Pad",
+    "Resident",
     "Split",
 ]

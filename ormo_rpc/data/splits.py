@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 
@@ -121,6 +122,32 @@ class Closing(Protocol):
         ...
 
 
+@runtime_checkable
+class Resident(Split, Protocol):
+    """A split whose samples can be on a device, where its batches are made without the CPU.
+
+    ``split.batch(indices, generator)`` is ``split.make(split.draws(indices, generator))``, the latter with the numbers on the
+    device, where nothing waits for the CPU.
+    """
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes that it takes on a device."""
+        ...
+
+    def to(self, device: torch.device) -> Resident:
+        """Return a split on a device, with the same samples; this one stays where it is."""
+        ...
+
+    def draws(self, indices: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        """All numbers that make a batch, drawn on the CPU: int64, shape (rows, B), the samples' own in the first row."""
+        ...
+
+    def make(self, draws: torch.Tensor) -> Any:
+        """The batch that these numbers make, on their device."""
+        ...
+
+
 class ArraySplit:
     """Images kept in memory as bytes: a whole batch is augmented and normalised at once, and no process feeds it.
 
@@ -155,12 +182,34 @@ class ArraySplit:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def num_bytes(self) -> int:
+        """The bytes that it takes on a device."""
+        return self.images.nbytes + self.labels.nbytes
+
+    def to(self, device: torch.device) -> Self:
+        """Return a split on a device, with the same samples; this one stays where it is."""
+        there = copy.copy(self)
+        there.images, there.labels = self.images.to(device), self.labels.to(device)
+        there.mean, there.std = self.mean.to(device), self.std.to(device)
+        return there
+
+    def draws(self, indices: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        """The numbers of the samples and, with a generator, those of the augmentation: see `Resident`."""
+        if not self.augment or generator is None:
+            return indices[None]
+        return torch.cat([indices[None], crop_and_flip_draws(len(indices), generator)])
+
+    def make(self, draws: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalised float32 images, shape (B, C, H, W), and their labels."""
+        images = self.images[draws[0]]
+        if len(draws) > 1:
+            images = crop_and_flip(images, draws[1:])
+        return (images.float() / self.scale - self.mean) / self.std, self.labels[draws[0]]
+
     def batch(self, indices: torch.Tensor, generator: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised float32 images, shape (B, C, H, W), and their labels."""
-        images = self.images[indices]
-        if self.augment and generator is not None:
-            images = crop_and_flip(images, generator)
-        return (images.float() / self.scale - self.mean) / self.std, self.labels[indices]
+        return self.make(self.draws(indices, generator).to(self.images.device))
 
 
 class MapSplit:
@@ -216,6 +265,37 @@ class PurePartSplit(PartSplit):
     PURE: ClassVar[bool] = True
 
 
+class ResidentPartSplit(PurePartSplit):
+    """Some of the samples of a split that can be on a device.
+
+    Args:
+        split: The split.
+        indices: Their numbers there, int64, shape (N,).
+        augment: As in `PartSplit`.
+    """
+
+    def __init__(self, split: Resident, indices: torch.Tensor, *, augment: bool) -> None:
+        super().__init__(split, indices, augment=augment)
+        self._resident = split
+
+    @property
+    def num_bytes(self) -> int:
+        """Those of the whole split."""
+        return self._resident.num_bytes
+
+    def to(self, device: torch.device) -> ResidentPartSplit:
+        """Return a split on a device, with the same samples; this one stays where it is."""
+        return ResidentPartSplit(self._resident.to(device), self.indices, augment=self.augment)
+
+    def draws(self, indices: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        """Those of the split itself."""
+        return self._resident.draws(self.indices[indices], generator if self.augment else None)
+
+    def make(self, draws: torch.Tensor) -> Any:
+        """The batch of the split itself."""
+        return self._resident.make(draws)
+
+
 def hold_out(data: DataSet, amount: float, generator: torch.Generator) -> DataSet:
     """Move randomly drawn training samples to a validation split.
 
@@ -242,25 +322,36 @@ def hold_out(data: DataSet, amount: float, generator: torch.Generator) -> DataSe
         raise ValueError(f"dataset.validation: got {amount:g}, expected less than the {total} training samples")
     order = torch.randperm(total, generator=generator)
     held_out, rest = (part.sort().values for part in order.split([size, total - size]))
-    kind = PurePartSplit if data.train.PURE else PartSplit
-    train, validation = kind(data.train, rest, augment=True), kind(data.train, held_out, augment=False)
+    train, validation = _part(data.train, rest, augment=True), _part(data.train, held_out, augment=False)
     weights = None if data.weights is None else data.weights[rest]
     return data.training_on(train, validation, weights)
 
 
-def crop_and_flip(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _part(split: Split, indices: torch.Tensor, *, augment: bool) -> PartSplit:
+    if isinstance(split, Resident):
+        return ResidentPartSplit(split, indices, augment=augment)
+    return (PurePartSplit if split.PURE else PartSplit)(split, indices, augment=augment)
+
+
+def crop_and_flip_draws(size: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw the numbers of `crop_and_flip` for B images: offsets down, offsets to the right, flips; int64, shape (3, B)."""
+    offsets = torch.randint(0, 2 * PADDING + 1, (2, size, 1), generator=generator)
+    flips = torch.randint(0, 2, (1, size, 1), generator=generator)
+    return torch.cat([offsets, flips]).squeeze(2)
+
+
+def crop_and_flip(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     """Move every image by up to `PADDING` pixels over black and mirror every second one, each independently of the others.
 
     Args:
         images: Shape (B, C, H, W).
-        generator: The only randomness: first the offsets down, then those to the right, then the flips, B of each.
+        draws: What `crop_and_flip_draws` returned, on the same device.
     """
     size, _, height, width = images.shape
-    down, right = torch.randint(0, 2 * PADDING + 1, (2, size, 1), generator=generator)
-    flip = torch.randint(0, 2, (size, 1), generator=generator).bool()
-    rows = down + torch.arange(height)  # (B, H): the rows of the padded image that are kept
-    columns = right + torch.arange(width)
-    columns = torch.where(flip, columns.flip(1), columns)
+    down, right, flips = draws[:, :, None]
+    rows = down + torch.arange(height, device=images.device)  # (B, H): the rows of the padded image that are kept
+    columns = right + torch.arange(width, device=images.device)
+    columns = torch.where(flips.bool(), columns.flip(1), columns)
     padded = torch.nn.functional.pad(images, (PADDING,) * 4).permute(0, 2, 3, 1)
-    samples = torch.arange(size)
+    samples = torch.arange(size, device=images.device)
     return padded[samples[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()

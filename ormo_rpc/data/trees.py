@@ -37,6 +37,11 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], batch: T) -> T
     return cast("T", _mapped(lambda leaf: function(leaf) if isinstance(leaf, torch.Tensor) else leaf, batch))
 
 
+def to_device(batch: T, device: torch.device) -> T:
+    """Return a tree whose tensors are on a device; on the CPU the tree itself."""
+    return batch if device.type == "cpu" else map_tensors(lambda leaf: leaf.to(device, non_blocking=True), batch)
+
+
 def size(batch: object) -> int:
     """Return the number of samples: the first dimension of its tensors.
 

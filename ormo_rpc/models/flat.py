@@ -64,6 +64,7 @@ class FlatModel:
 
     Args:
         module: The model; it belongs to this object from now on.
+        device: The device that it is moved to; by default the CPU.
 
     Attributes:
         trainable: The parameters that are trained, by name.
@@ -73,11 +74,13 @@ class FlatModel:
 
     Raises:
         ValueError: it has no trainable parameter, one is not of a dtype of `DTYPES`, another tensor lies in the memory of one,
-            or a tensor has no shape yet (lazy layers), is not on the CPU, or was made in `torch.inference_mode`.
+            or a tensor has no shape yet (lazy layers), is neither on the CPU nor on the device, or was made in
+            `torch.inference_mode`.
     """
 
-    def __init__(self, module: torch.nn.Module) -> None:
+    def __init__(self, module: torch.nn.Module, device: torch.device | None = None) -> None:
         self.module = module
+        self.device = device or torch.device("cpu")
         for name, parameter in module.named_parameters():
             if torch.nn.parameter.is_lazy(parameter):
                 raise ValueError(
@@ -86,8 +89,9 @@ class FlatModel:
         self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         everything = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         for name, tensor in everything.items():
-            _refuse_place(name, tensor)
+            _refuse_place(name, tensor, self.device)
         refuse_shared(self.trainable, {name: each for name, each in everything.items() if name not in self.trainable})
+        move(module, self.device)
         self.dtype = vector_dtype(self.trainable)
         self.params = Layout(self.trainable)
         self.buffers = ModelBuffers(module)
@@ -105,6 +109,10 @@ class FlatModel:
     def has_half(self) -> bool:
         """True where a trainable parameter is float16, whose gradients need a loss scale."""
         return any(parameter.dtype is torch.float16 for parameter in self.trainable.values())
+
+    def to(self, device: torch.device) -> FlatModel:
+        """Return the model on a device; this object is not to be used any more, unless it is there already."""
+        return self if device == self.device else FlatModel(self.module, device)
 
     def flat_params(self) -> torch.Tensor:
         """A copy of the present parameters, shape (D,), of the vector's dtype: after `bind`, cast copies have been rounded."""
@@ -181,12 +189,26 @@ class FlatModel:
         return {name: _copied(value, copies) for name, value in self.module.state_dict().items()}
 
 
-def _refuse_place(name: str, tensor: torch.Tensor) -> None:
-    """Refuse a tensor that is not on the CPU, or that can have no gradients."""
-    if tensor.device.type != "cpu":
+def move(module: torch.nn.Module, device: torch.device) -> None:
+    """Move the tensors of a module to a device; one that is there under several names stays one, unlike in ``Module.to``."""
+    moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # with the former ones, whose numbers would be given anew
+
+    def there(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device == device:
+            return tensor
+        if id(tensor) not in moved:
+            moved[id(tensor)] = tensor, tensor.to(device)
+        return moved[id(tensor)][1]
+
+    module._apply(there)  # pyright: ignore[reportPrivateUsage] # `Module.to` does this, without looking for further names
+
+
+def _refuse_place(name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    """Refuse a tensor that is elsewhere than on the CPU or the model's device, or that can have no gradients."""
+    if tensor.device.type != "cpu" and tensor.device != device:
         raise ValueError(
-            f"model: {name}: got a tensor on {tensor.device}, expected all on the CPU, where workers compute and the server's "
-            "values are"
+            f"model: {name}: got a tensor on {tensor.device}, expected all on the CPU, where a model is built; worker.device "
+            f"says where it is moved to (here {device})"
         )
     if tensor.is_inference():
         raise ValueError(
@@ -216,5 +238,5 @@ def sha256(*tensors: torch.Tensor) -> str:
     """The SHA-256 of the tensors' bytes, concatenated, in hexadecimal."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(as_bytes(tensor).numpy().data)
+        digest.update(as_bytes(tensor).cpu().numpy().data)
     return digest.hexdigest()

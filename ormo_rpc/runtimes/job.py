@@ -145,19 +145,21 @@ class Job:
                 self._push_format = configured_format(self.config, model.params, model.buffers.layout, model.dtype)
         return self._push_format
 
-    def worker(self, allocate: Allocate | None = None) -> Worker:
-        """Build a worker with a model of its own, or a `DummyWorker`.
+    def worker(self, allocate: Allocate | None = None, device: torch.device | None = None) -> Worker:
+        """Build a worker with a model of its own, or a `DummyWorker`, which has no use for a device.
 
         Args:
             allocate: Allocates the memory of its pushes: given a number of bytes, a uint8 tensor of zeros, 64-byte aligned.
-                By default torch allocates it.
+                By default torch allocates it, on the device.
+            device: The device that it computes on; by default the CPU.
         """
         train = self.config.train
+        device = torch.device("cpu") if device is None or self.config.worker.dummy else device
         kind = DummyWorker if self.config.worker.dummy else Worker
         # These may have to build a model, which the worker then takes.
         wire_format, groups = self.push_format(), self.groups()
         return kind(
-            self.model(),
+            self.model().to(device),
             self.data.train,
             self.epochs,
             self.config.algorithm,

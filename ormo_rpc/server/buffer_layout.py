@@ -66,8 +66,9 @@ class BufferLayout:
         return found
 
     def pack(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return a copy of tensors of these names, shapes and dtypes, as bytes; zeros between them."""
-        flat = torch.zeros(self.size, dtype=torch.uint8)
+        """Return a copy of tensors of these names, shapes and dtypes, as bytes on their device; zeros between them."""
+        device = next((tensor.device for tensor in tensors.values()), None)
+        flat = torch.zeros(self.size, dtype=torch.uint8, device=device)
         for name, part in self.bytes_of(flat).items():
             part.copy_(as_bytes(tensors[name]))
         return flat

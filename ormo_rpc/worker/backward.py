@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ormo_rpc.data import Split
+from ormo_rpc.data.trees import to_device
 from ormo_rpc.seeding import generator, seeded
 from ormo_rpc.tasks import Task
 from ormo_rpc.worker.accumulation import micro_batches
@@ -29,6 +30,7 @@ class Backward:
         data: The training split.
         task: The loss.
         seed: The seed of the run.
+        device: The device of the module, which batches are brought to; by default the CPU.
         accumulate: The number of parts in which each batch goes through the module; see `micro_batches`.
         autocast: The dtype of passes under ``torch.autocast``; None for none.
         scaled: Scales a loss before its backward pass.
@@ -42,6 +44,7 @@ class Backward:
         task: Task,
         *,
         seed: int,
+        device: torch.device | None = None,
         accumulate: int = 1,
         autocast: torch.dtype | None = None,
         scaled: Callable[[torch.Tensor], torch.Tensor] = _unscaled,
@@ -51,6 +54,7 @@ class Backward:
         self.data = data
         self.task = task
         self.seed = seed
+        self.device = device or torch.device("cpu")
         self.accumulate = accumulate
         self._autocast = autocast
         self._scaled = scaled
@@ -61,7 +65,8 @@ class Backward:
     def load(self, batches: list[tuple[int, torch.Tensor]]) -> None:
         """Make batches now, given by number and sample numbers, where they depend on nothing else."""
         if self.data.PURE:
-            self._loaded = {number: self.data.batch(indices, self._augmentation(number)) for number, indices in batches}
+            made = {number: self.data.batch(indices, self._augmentation(number)) for number, indices in batches}
+            self._loaded = {number: to_device(batch, self.device) for number, batch in made.items()}
 
     def __call__(self, indices: torch.Tensor, number: int) -> float | None:
         """Add the gradient of the targets' mean loss; return that loss, None where no target counts.
@@ -96,14 +101,14 @@ class Backward:
 
     def _loss(self, batch: Any) -> torch.Tensor:
         """Compute the loss of a batch, or of a part of it."""
-        with under_autocast(self._autocast):
+        with under_autocast(self._autocast, self.device.type):
             return self.task.loss(self.task.forward(self.module, batch), batch)
 
     def _batch(self, indices: torch.Tensor, number: int) -> Any:
         """Make a batch, or take the one that `load` has made."""
         if number in self._loaded:
             return self._loaded.pop(number)
-        return self.data.batch(indices, self._augmentation(number))
+        return to_device(self.data.batch(indices, self._augmentation(number)), self.device)
 
     def _augmentation(self, number: int) -> torch.Generator:
         return generator(self.seed, "augment", number)

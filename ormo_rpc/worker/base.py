@@ -26,7 +26,7 @@ class BaseWorker:
 
     The push and, behind it, the buffers that its passes have changed lie in one flat tensor, `payload`, which the next push
     writes over: of the model's dtype where the wire format is exact, else the bytes of the wire form. `wire` is the same memory
-    as bytes.
+    as bytes. A push is made on the model's device, and copied to that memory where it is elsewhere.
 
     Args:
         model: The model, for this worker alone.
@@ -57,15 +57,15 @@ class BaseWorker:
         exact = PushFormat(
             params=model.params, buffers=model.buffers.layout, dtype=model.dtype, vectors=algorithm.VECTORS_PUSHED
         )
-        self._encoder = Encoder(wire_format or exact, allocate)
+        self._encoder = Encoder(wire_format or exact, allocate, model.device)
         self.wire, self.payload = self._encoder.wire, self._encoder.payload
         self.push = self._encoder.push
         self._passes = passes or Passes(model)
         self._grad_bound = 0
         self.loss_scale = 1.0
         """The scale of the losses of this ticket (`scaled`), which its gradients are divided by."""
-        self._sent = torch.empty(0, dtype=model.dtype)
-        """The sent parameters, where they had to be cast to the model's dtype."""
+        self._sent = torch.empty(0, dtype=model.dtype, device=model.device)
+        """The sent parameters, where they had to be brought to the model's device or cast to its dtype."""
 
     def warm_up(self) -> None:
         """Do before the first ticket what would take longer in that than in later ones; nothing by default."""
@@ -122,7 +122,8 @@ class BaseWorker:
     def relay(self, push: Push) -> Push:
         """Encode a push that others have made."""
         self.push.copy_(push.grad)
-        return replace(push, grad=self._encoder.encode(push.worker), buffers=self._encoder.buffers.write(push.buffers))
+        grad, buffers = self._encoder.make(push.worker, push.buffers)
+        return replace(push, grad=grad, buffers=buffers)
 
     def _made(
         self,
@@ -139,23 +140,25 @@ class BaseWorker:
         """
         assert reply.ticket is not None, "a reply without a ticket ends the worker"
         measured = {} if metrics is None else self._encoder.metrics.write(metrics)
+        grad, buffers = self._encoder.make(reply.worker, self._passes.collect())
         return Push(
             worker=reply.worker,
             ticket=reply.ticket,
             stamp=reply.stamp,
-            grad=self._encoder.encode(reply.worker),
+            grad=grad,
             loss=loss,
             samples=samples,
-            buffers=self._encoder.buffers.write(self._passes.collect()),
+            buffers=buffers,
             metrics=measured,
             incarnation=reply.incarnation,
             loss_scale=reply.loss_scale,
         )
 
     def _cast(self, sent: torch.Tensor) -> torch.Tensor:
-        """Cast the sent parameters to the model's dtype."""
-        if sent.dtype == self.model.dtype:
+        """Bring the sent parameters to the model's device and dtype."""
+        if sent.dtype == self.model.dtype and sent.device == self.model.device:
             return sent
         if self._sent.shape != sent.shape:
-            self._sent = torch.empty_like(sent, dtype=self.model.dtype)
-        return self._sent.copy_(sent)
+            self._sent = torch.empty_like(sent, dtype=self.model.dtype, device=self.model.device)
+        # They stay as they are until the push, so that nobody has to wait for the copy.
+        return self._sent.copy_(sent, non_blocking=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from ormo_rpc.data import DataSet, Split
+from ormo_rpc.data.trees import to_device
 from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.seeding import seeded
 from ormo_rpc.tasks import Classification, Sums, Task
@@ -61,7 +63,7 @@ class Evaluator:
         self.task = task or Classification()
         self._stateful = self.task.stateful_metrics()
         self.dense_batch_size = dense_batch_size
-        self._autocast = autocast
+        self._autocast = functools.partial(under_autocast, autocast, model.device.type)
         self._with_gradients: bool | None = None
         """True where forward passes record gradients; None until the first one."""
 
@@ -90,9 +92,9 @@ class Evaluator:
         totals: dict[str, Sums] = {}
         self._stateful.begin()
         for indices in torch.arange(len(data)).split(self._batch_size(data)):
-            batch = data.batch(indices, None)
+            batch = to_device(data.batch(indices, None), self.model.device)
             output = self._forward(batch, params, buffers)
-            with torch.no_grad(), under_autocast(self._autocast):  # a loss of the user's own computes in what it trains in
+            with torch.no_grad(), self._autocast():  # a loss of the user's own computes in what it trains in
                 for metric, sums in self.task.sums(output, batch).items():
                     totals[metric] = totals[metric] + sums if metric in totals else sums
                 if self._stateful:
@@ -107,7 +109,7 @@ class Evaluator:
 
     def _load(self, params: torch.Tensor, buffers: Mapping[str, torch.Tensor]) -> None:
         self.model.module.train()  # models that merge or cache weights in eval mode undo that, with the former parameters
-        self.model.bind(params)
+        self.model.bind(params.to(self.model.device))
         self.model.buffers.load(buffers)
         self.model.module.eval()
 
@@ -126,5 +128,5 @@ class Evaluator:
         return output
 
     def _pass(self, batch: Any, *, gradients: bool) -> Any:
-        with torch.set_grad_enabled(gradients), under_autocast(self._autocast):
+        with torch.set_grad_enabled(gradients), self._autocast():
             return self.task.forward(self.model.module, batch)

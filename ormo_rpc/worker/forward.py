@@ -16,7 +16,7 @@ INDUCTOR = "inductor"
 
 
 @contextlib.contextmanager
-def autocast(dtype: torch.dtype | None) -> Generator[None]:
+def autocast(dtype: torch.dtype | None, device_type: str = "cpu") -> Generator[None]:
     """Compute in a dtype where torch's list of operations says so; None for not at all.
 
     The casts of weights that autocast keeps for a second use end here, also within another autocast, where torch keeps them.
@@ -25,7 +25,7 @@ def autocast(dtype: torch.dtype | None) -> Generator[None]:
         yield
         return
     try:
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(device_type, dtype):
             yield
     finally:
         torch.clear_autocast_cache()

@@ -73,6 +73,7 @@ class Worker(BaseWorker):
             data,
             task or Classification(),
             seed=seed,
+            device=model.device,
             accumulate=accumulate,
             autocast=autocast,
             scaled=self.scaled,
@@ -125,7 +126,7 @@ class Worker(BaseWorker):
     def warm_up(self) -> None:
         # A first pass is many times slower, and would be measured as a delay.
         self._passes.begin(no_buffers())
-        scratch = torch.zeros(self.model.params.size, dtype=self.model.dtype)
+        scratch = torch.zeros(self.model.params.size, dtype=self.model.dtype, device=self.model.device)
         self._gradient(self.model.flat_params(), self.epochs.indices(0), 0, scratch)
         self._passes.collect()
 
