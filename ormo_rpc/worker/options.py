@@ -8,6 +8,7 @@ from enum import Enum
 
 import torch
 
+from ormo_rpc.devices import is_device
 from ormo_rpc.options import Section, at_least_one, option
 
 MAX_PREFETCH = 100
@@ -35,6 +36,13 @@ class WorkerOptions(Section):
     """Options of each worker."""
 
     PATH = "worker"
+    device: str = option(
+        "auto",
+        "device of the workers: cpu, cuda (the GPU of LOCAL_RANK under torchrun and srun, else of the worker's number, modulo "
+        "the number of GPUs: workers may share one), cuda:N, or auto: cuda where there is a GPU; each machine for itself",
+        valid=is_device,
+        expected="auto, cpu, cuda or cuda:N",
+    )
     dummy: bool = option(
         False, "push the same small numbers for every ticket and compute nothing: measures server and wire alone"
     )
@@ -69,4 +77,16 @@ class WorkerOptions(Section):
         "applied gradients in a row without an overflow after which the loss scale doubles",
         valid=at_least_one,
         expected="a whole number >= 1",
+    )
+    channels_last: bool = option(
+        False, "on a GPU: images lie with their channels last, as its convolutions of 16 bits and TF32 want them"
+    )
+    tf32: bool = option(
+        False, "on a GPU: round the factors of float32 products and convolutions to TF32, 10 bits; false: exact float32"
+    )
+    deterministic: bool = option(
+        False, "torch.use_deterministic_algorithms: the same bits again on the same device; operations without are refused"
+    )
+    data_on_device: bool | None = option(
+        None, "on a GPU: keep the training data in its memory; null: where it fits into a quarter of what is free"
     )

@@ -18,9 +18,9 @@ SOURCES = {
 }
 
 LAYERS: Sequence[str] = (
-    "lazy_import errors console messages seeding signals options kernels algorithms schedulers server data models compression "
-    "tasks worker rendezvous control transports loggers config storage report runtimes overrides composing own_loop sweeps "
-    "cli launch export main __main__ training evaluate"
+    "lazy_import errors console messages seeding signals devices options kernels algorithms schedulers server data models "
+    "compression tasks worker rendezvous control transports loggers config storage report runtimes overrides composing "
+    "own_loop sweeps cli launch export main __main__ training evaluate"
 ).split()
 """Each imports from itself and from those before it."""
 
@@ -44,6 +44,7 @@ ONLY_IN = {
     "torch.futures": ("control.torch_rpc", "transports.rpc"),
     "socket": ("rendezvous", "transports.gloo", "transports.stream", "runtimes.distributed"),
     "subprocess": (
+        "devices",
         "kernels.compiled",
         "storage.environment",
         "runtimes.distributed.launcher",

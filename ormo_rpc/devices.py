@@ -1,0 +1,129 @@
+"""The device of a process: what ``worker.device`` and ``server.device`` name on this machine.
+
+GPUs are counted without initialising CUDA, which a process must not do whose forks use it: `torch.cuda.device_count` asks the
+driver's library (NVML), and `torch.cuda.is_available` initialises.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ormo_rpc.errors import ConfigError
+
+_NAME = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
+_LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK")
+"""The number of a process on its machine, as torchrun, srun, Open MPI, MPICH and MVAPICH tell it."""
+_RANKS = ("RANK", "SLURM_STEP_ID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
+"""Beside each of them: where it is missing, the number is left over from elsewhere."""
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"), Path("/dev/dxg"))
+"""Of NVIDIA, of AMD, and of either under Windows."""
+_COUNT_SECONDS = 120.0
+
+
+def is_device(text: str) -> bool:
+    """Tell whether a text names a device: auto, cpu, cuda, or a GPU by its number."""
+    return _NAME.fullmatch(text) is not None
+
+
+def is_fixed_device(text: str) -> bool:
+    """Tell whether a text names a device without looking at the machine: any but auto."""
+    return text != "auto" and is_device(text)
+
+
+def gpu_count() -> int:
+    """The number of GPUs that PyTorch can use in this process, counted without initialising CUDA."""
+    if not torch.backends.cuda.is_built():
+        return 0
+    if torch.cuda.is_initialized():
+        return torch.cuda.device_count()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where the driver's library cannot tell
+        ask = torch.cuda._device_count_amdsmi if torch.version.hip else torch.cuda._device_count_nvml  # pyright: ignore[reportPrivateUsage] # `device_count` initialises CUDA where these fail
+        count = ask()
+    if count >= 0:
+        return count
+    return _counted_elsewhere(os.environ.get(_VISIBLE)) if any(driver.exists() for driver in _DRIVERS) else 0
+
+
+@functools.cache
+def _counted_elsewhere(visible: str | None) -> int:
+    """Count in another process, since CUDA has to be initialised for it: the driver's library is missing, or knows no MIG."""
+    del visible  # the environment that it was counted in
+    command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_COUNT_SECONDS, check=True)
+        return int(done.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return 0
+
+
+def local_rank(env: Mapping[str, str]) -> int | None:
+    """The number of this process among the ranks on its machine; None where it is none of several ranks."""
+    for local, rank in zip(_LOCAL_RANKS, _RANKS, strict=True):
+        if rank in env and env.get(local, "").isdecimal():
+            return int(env[local])
+    return None
+
+
+def resolve(text: str, *, key: str, worker: int = 0) -> torch.device:
+    """Return the device that a text names in this process.
+
+    ``cuda`` is the GPU of the number of this rank on its machine, else of the worker, modulo the number of GPUs, so that
+    workers may share one.
+
+    Args:
+        text: auto, cpu, cuda, or cuda:N.
+        key: The option that it is the value of, for messages.
+        worker: The number of the worker.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    count = 0 if text == "cpu" else gpu_count()
+    if text == "cpu" or (text == "auto" and not count):
+        return torch.device("cpu")
+    if not is_device(text):
+        raise ConfigError(f"{key}: got {text!r}, expected cpu, cuda or cuda:N, the GPU of that number")
+    if not count:
+        raise ConfigError(
+            f"{key}: got {text}, expected cpu on this machine, which has no GPU that PyTorch sees ({_why_none()})"
+        )
+    _, _, number = text.partition(":")
+    if number and int(number) >= count:
+        there = "cuda:0 alone" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+        raise ConfigError(f"{key}: got {text}, expected a GPU that this machine has: {there}")
+    if number:
+        return torch.device("cuda", int(number))
+    local = local_rank(os.environ)
+    return torch.device("cuda", (worker if local is None else local) % count)
+
+
+def check(text: str, key: str) -> None:
+    """Refuse a device that this machine does not have; CUDA is not initialised.
+
+    Raises:
+        ConfigError: it has none; one line with the key.
+    """
+    resolve(text, key=key)
+
+
+def _why_none() -> str:
+    """The reason why PyTorch sees no GPU."""
+    if not torch.backends.cuda.is_built():
+        return f"torch {torch.__version__} was built without CUDA"
+    visible = os.environ.get(_VISIBLE)
+    if not any(driver.exists() for driver in _DRIVERS):
+        return "there is no driver"
+    if visible is not None:
+        return f"{_VISIBLE} is {visible}" if visible.strip() else f"{_VISIBLE} is empty"
+    return f"torch {torch.__version__} finds none"
