@@ -80,6 +80,8 @@ class AutoWorkerSide(WorkerSide):
     def allocate(self, size: int) -> torch.Tensor:
         from ormo_rpc.transports.gloo.header import HEADER_BYTES
 
+        for half in self.halves.values():
+            half.page_locked = self.page_locked
         half = self.halves.get(SharedMemory.name, self.halves[Tcp.name])
         return half.allocate(HEADER_BYTES + size)[HEADER_BYTES:]
 

@@ -29,6 +29,7 @@ from ormo_rpc.compression.format import PushFormat
 from ormo_rpc.control.base import Control
 from ormo_rpc.control.messages import JoinResponse
 from ormo_rpc.errors import Refused
+from ormo_rpc.kernels.page_locked import zeros
 from ormo_rpc.kernels.pool import Memory
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.options.part import Part
@@ -176,11 +177,17 @@ class ServerSide:
 
 
 class WorkerSide(ABC):
-    """A worker's half of a transport."""
+    """A worker's half of a transport.
+
+    Attributes:
+        page_locked: A GPU writes pushes and reads parameters: their memory is page-locked. To be set before anything else.
+    """
+
+    page_locked: bool = False
 
     def allocate(self, size: int) -> torch.Tensor:
         """Make the memory of the worker's pushes: ``size`` zero bytes (uint8), at an address that is a multiple of 64."""
-        return torch.zeros(size, dtype=torch.uint8)
+        return zeros(size, page_locked=self.page_locked)
 
     @abstractmethod
     def connect(self, endpoint: Endpoint, payload: torch.Tensor) -> AbstractContextManager[ServerClient]:

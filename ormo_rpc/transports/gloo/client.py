@@ -10,6 +10,7 @@ import torch
 from typing_extensions import override
 
 from ormo_rpc.errors import ServerLost, StaleSession
+from ormo_rpc.kernels.page_locked import zeros
 from ormo_rpc.messages import Push, Reply, no_buffers
 from ormo_rpc.transports.base import Endpoint, ServerClient, WorkerSide
 from ormo_rpc.transports.codec import unpack_error
@@ -49,7 +50,7 @@ class GlooWorkerSide(WorkerSide):
         watch = threading.Thread(target=_watch, args=(endpoint, pair, ended), name="gloo pair", daemon=True)
         watch.start()
         try:
-            yield GlooClient(endpoint, pair, payload, **sizes)
+            yield GlooClient(endpoint, pair, payload, page_locked=self.page_locked, **sizes)
         finally:
             ended.set()
             pair.close()
@@ -81,9 +82,12 @@ class GlooClient(ServerClient):
         payload: The wire form of every push, with room for a header in front.
         params: The most bytes of parameters in a reply.
         buffers: The same for the model's buffers.
+        page_locked: See `WorkerSide`.
     """
 
-    def __init__(self, endpoint: Endpoint, pair: Pair, payload: torch.Tensor, *, params: int, buffers: int) -> None:
+    def __init__(
+        self, endpoint: Endpoint, pair: Pair, payload: torch.Tensor, *, params: int, buffers: int, page_locked: bool = False
+    ) -> None:
         self._endpoint = endpoint
         self._pair = pair
         self._message = message_of(payload)
@@ -91,7 +95,7 @@ class GlooClient(ServerClient):
         self._header = bytes_of(self._header_only)[: frames.REQUEST_BYTES]
         self._small = torch.zeros(small_bytes(buffers), dtype=torch.uint8)
         self._small_view = bytes_of(self._small)
-        self._params = torch.zeros(params, dtype=torch.uint8)
+        self._params = zeros(params, page_locked=page_locked)
         self._params_posted: Transfer | None = None
         """The memory for parameters stays posted until a reply has some."""
         self._sent: list[Transfer] = []

@@ -11,6 +11,7 @@ import torch
 from typing_extensions import override
 
 from ormo_rpc.errors import Refused, ServerLost, TransportRefused
+from ormo_rpc.kernels.page_locked import lock, zeros
 from ormo_rpc.messages import Push, Reply, no_buffers
 from ormo_rpc.rendezvous.protocol import LineReader, send
 from ormo_rpc.transports.base import Endpoint, ServerClient, WorkerSide
@@ -36,7 +37,9 @@ class StreamWorkerSide(WorkerSide):
 
     @override
     def allocate(self, size: int) -> torch.Tensor:
-        return super().allocate(size) if self.pool is None else self.pool.vector(size)
+        if self.pool is None:
+            return super().allocate(size)
+        return lock(self.pool.vector(size)) if self.page_locked else self.pool.vector(size)
 
     @override
     @contextlib.contextmanager
@@ -53,7 +56,8 @@ class StreamWorkerSide(WorkerSide):
                 server_segment = _negotiate(reader, endpoint, payload.numel() * payload.itemsize, own_segment)
             except (OSError, EOFError) as error:
                 raise ServerLost(f"no connection to the server: {error or type(error).__name__}") from None
-            yield StreamClient(FrameSocket(reader.sock, endpoint.alive), payload, server_segment)
+            stream = FrameSocket(reader.sock, endpoint.alive)
+            yield StreamClient(stream, payload, server_segment, page_locked=self.page_locked)
 
 
 def _negotiate(reader: LineReader, endpoint: Endpoint, size: int, own_segment: SegmentHandle | None) -> SegmentHandle | None:
@@ -108,10 +112,14 @@ class StreamClient(ServerClient):
         stream: The connection.
         payload: The wire form of every push.
         server_segment: Any segment of the server's; None where payload and parameters follow the frames.
+        page_locked: See `WorkerSide`.
     """
 
-    def __init__(self, stream: FrameSocket, payload: torch.Tensor, server_segment: SegmentHandle | None) -> None:
+    def __init__(
+        self, stream: FrameSocket, payload: torch.Tensor, server_segment: SegmentHandle | None, *, page_locked: bool = False
+    ) -> None:
         self._stream = stream
+        self._page_locked = page_locked
         self._server_segment = server_segment
         self._inline_payload = (bytes_of(payload),) if server_segment is None else ()
         self._attached: dict[int, torch.Tensor] = {}
@@ -161,7 +169,7 @@ class StreamClient(ServerClient):
         size = elements * DTYPES[dtype].itemsize
         if descriptor == INLINE:
             if self._buffer.numel() != size:
-                self._buffer = torch.empty(size, dtype=torch.uint8)
+                self._buffer = zeros(size, page_locked=self._page_locked)
             self._stream.receive(bytes_of(self._buffer))
             return self._buffer.view(DTYPES[dtype])
         if descriptor not in self._attached:
@@ -174,5 +182,5 @@ class StreamClient(ServerClient):
                     raise
                 self._attached.clear()
                 segment = attach(handle, size)
-            self._attached[descriptor] = segment
+            self._attached[descriptor] = lock(segment, read_only=True) if self._page_locked else segment
         return self._attached[descriptor].view(DTYPES[dtype])
