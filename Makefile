@@ -1,7 +1,7 @@
 # Every target that needs an environment makes it first.
 .DEFAULT_GOAL := help
 .PHONY: help setup train quick test check conf format bench bench-nodes bench-step bench-startup bench-own-loop bench-ray bench-tensorflow live-scale live-race server-memory
-.PHONY: compression replays methods reproduce reproduce-full adamw look-ahead when-it-pays scale chaos nodes journal clean race
+.PHONY: compression replays methods reproduce reproduce-full adamw look-ahead when-it-pays scale chaos nodes journal clean race gpu
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
@@ -70,6 +70,9 @@ bench-tensorflow: .venv-tensorflow/ready  ## Make the environment of the peer Te
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check '$*>=2' numpy psutil
 	@touch $@
 
+gpu: .venv/ready  ## Tests and benchmarks that need a GPU, on a machine that has one, into results/ (minutes; ARGS="--only server --sanitize")
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
 live-scale: .venv/ready  ## The live server against the number of workers, 1 to 32, into results/ (minutes)
 	$(BIN)/python -m benchmarks.live_scale $(ARGS)
 
@@ -88,8 +91,8 @@ methods: .venv/ready  ## The paper's six methods, simulated, into results/ (a qu
 reproduce: .venv/ready  ## The paper's methods with ResNet-20, 15 epochs, into results/ (half a day; goes on where it was; ARGS="--root DIRECTORY --plan")
 	$(BIN)/python -m experiments.reproduce $(ARGS)
 
-reproduce-full: .venv/ready  ## The same in all settings and at whole length, into results/ (weeks; ARGS="--root DIRECTORY --force")
-	$(BIN)/python -m experiments.reproduce --full $(ARGS)
+reproduce-full: .venv/ready  ## The same in all settings and at whole length, on a GPU, into results/ (ARGS="--root DIRECTORY --jobs 4 --plan")
+	$(BIN)/python -m experiments.reproduce --full --device cuda $(ARGS)
 
 adamw: .venv/ready  ## AdamW in order of arrival and in order, simulated, into results/ (a quarter of an hour)
 	$(BIN)/python -m experiments.adamw $(ARGS)

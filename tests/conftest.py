@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 from collections.abc import Generator
 from pathlib import Path
@@ -27,6 +29,18 @@ torch.set_num_threads(1)
 for _number in (signal.SIGINT, signal.SIGHUP):  # whoever started the tests may ignore them (nohup), and so would all of ours
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, signal.default_int_handler if _number is signal.SIGINT else signal.SIG_DFL)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs of this machine from all tests but those of ``-m gpu``: they give the same bits on every machine."""
+    if not selects_gpu(config):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def selects_gpu(config: pytest.Config) -> bool:
+    """Say whether the expression of ``-m`` names the marker ``gpu`` other than to leave it out."""
+    markers: str = config.getoption("markexpr") or ""
+    return re.search(r"\bgpu\b", re.sub(r"\bnot\s+gpu\b", "", markers)) is not None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -51,9 +51,10 @@ def test_results_are_of_finished_runs_and_name_the_others(tmp_path: Path) -> Non
     attempt = plan[0].run.folder / "0"
     attempt.mkdir(parents=True)
     ended = {"status": "completed", "test_accuracy": 0.875, "train_loss": 0.5, "training_seconds": 90.0, "delay_mean": 15.0}
+    ended["wall_seconds"] = 150.0
     (attempt / FILE).write_text(json.dumps(ended))
     assert table(plan)[1:] == [
-        ("paper_cifar10_k16_het", "ormo", "0.01", "1 of 2", "0 of 1", "87.50%", "0.500", "90", "15.0"),
+        ("paper_cifar10_k16_het", "ormo", "0.01", "1 of 2", "0 of 1", "87.50%", "0.500", "90", "15.0", "2.5"),
     ]
     assert unfinished(plan) == ["paper_cifar10_k16_het, ormo, seed 1: 0.0 of 15 epochs"]
 
