@@ -23,11 +23,14 @@ class WireMetrics:
     """Metrics among the bytes of a push.
 
     Args:
-        region: The bytes, uint8, shape (`ROOM`,), or shape (0,) where there is no room.
+        region: The bytes, uint8, shape (`ROOM`,), or shape (0,) where there is no room; on any device.
     """
 
     def __init__(self, region: torch.Tensor) -> None:
-        self._memory = memoryview(region.numpy())  # pyright: ignore[reportArgumentType] # an array is a buffer
+        self._region = region
+        self._on_host = region.cpu()
+        """The same memory, or on a GPU a copy of it."""
+        self._memory = memoryview(self._on_host.numpy())  # pyright: ignore[reportArgumentType] # an array is a buffer
 
     def write(self, metrics: Mapping[str, Any]) -> dict[str, float | tuple[float, float]]:
         """Put the metrics of the next push at their place, and return them as `read` does.
@@ -48,6 +51,8 @@ class WireMetrics:
         if len(self._memory):
             end = _END.size + len(packed)
             self._memory[:end] = _END.pack(end) + packed
+            if self._on_host is not self._region:
+                self._region.copy_(self._on_host)
         return found
 
     def read(self) -> dict[str, float | tuple[float, float]]:
@@ -57,6 +62,8 @@ class WireMetrics:
             PushRefused: they are no valid metrics.
         """
         found: dict[str, float | tuple[float, float]] = {}
+        if self._on_host is not self._region:
+            self._on_host.copy_(self._region)
         data = bytes(self._memory)  # once, as its sender may still change it
         end = _END.unpack_from(data)[0] if data else 0
         at = _END.size

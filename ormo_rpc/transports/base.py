@@ -89,11 +89,13 @@ class Service(Protocol):
         push_format: The wire form of pushes.
         reply_size: The most that a reply carries.
         rereads_pushes: Whether a push is read again after it was validated. Its memory must then be out of the worker's reach.
+        device: The device of the server's parameters. Pushes may lie there or on the CPU.
     """
 
     push_format: PushFormat
     reply_size: ReplySize
     rereads_pushes: bool
+    device: torch.device
 
     def is_member(self, session_id: str) -> bool:
         """Tell whether a session is valid; it stays so until the worker leaves or is evicted."""
@@ -181,9 +183,12 @@ class WorkerSide(ABC):
 
     Attributes:
         page_locked: A GPU writes pushes and reads parameters: their memory is page-locked. To be set before anything else.
+        gpu: The GPU of the model, where the server has its parameters on one as well: pushes may then stay on GPUs. None
+            otherwise. To be set before anything else.
     """
 
     page_locked: bool = False
+    gpu: torch.device | None = None
 
     def allocate(self, size: int) -> torch.Tensor:
         """Make the memory of the worker's pushes: ``size`` zero bytes (uint8), at an address that is a multiple of 64."""

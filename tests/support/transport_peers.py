@@ -52,6 +52,7 @@ class RecordingService:
         )
         self.reply_size = ReplySize(params=4 * dimension, buffers=100_000)
         self.rereads_pushes = False
+        self.device = torch.device("cpu")
         self.transports: dict[str, tuple[str, str]] = {}
         """Transport and reason by session."""
         self.memberships = Memberships(8)
@@ -93,10 +94,10 @@ class RecordingService:
         return self._reply()
 
     def push(self, session_id: str, push: Push) -> ReplyFuture:
-        """Take note of a copy."""
-        buffers = {name: each.clone() for name, each in push.buffers.items()}
+        """Take note of a copy, on the CPU."""
+        buffers = {name: each.cpu().clone() for name, each in push.buffers.items()}
         numbers = {name: getattr(push, name) for name in push.__slots__ if name not in ("grad", "buffers")}
-        self.pushes.append(Push(**numbers, grad=push.grad.clone(), buffers=buffers))
+        self.pushes.append(Push(**numbers, grad=push.grad.cpu().clone(), buffers=buffers))
         return self._reply()
 
     def leave(self, session_id: str) -> None:
@@ -246,7 +247,8 @@ def _called(client: Any, payload: Tensor, kind: str, numbers: dict[str, Any], da
         return "value", None, None
     numbers = {field.name: getattr(reply, field.name) for field in number_fields(Reply)}
     tensors = {"params": reply.params, "buffers": reply.buffers}
-    return "reply", numbers, {name: (each.dtype, each.view(torch.uint8).numpy().tobytes()) for name, each in tensors.items()}
+    sent = {name: (each.dtype, each.cpu().view(torch.uint8).numpy().tobytes()) for name, each in tensors.items()}
+    return "reply", numbers, sent
 
 
 def _tensor(dtype: torch.dtype, data: bytes) -> Tensor:

@@ -36,6 +36,7 @@ ONLY_IN = {
         "control.torch_rpc",
         "transports.rpc",
         "transports.gloo",
+        "transports.nccl",
         "runtimes.collectives",
         "runtimes.torchrun_store",
         "runtimes.ddp",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from ormo_rpc.transports.codec import unpack_error
 from ormo_rpc.transports.stream import frames
 from ormo_rpc.transports.stream.frames import DTYPES, INLINE, RESPONSE_BYTES, SAME, FrameSocket, Request, Response, bytes_of
 from ormo_rpc.transports.stream.shared_memory import AVAILABLE, SegmentHandle, SharedMemoryPool, attach, not_shared
+from ormo_rpc.transports.stream.tensor_path import TensorPath
 
 MAX_LINE_BYTES = 64 * 1024
 """The longest line of an authenticated server before the frames begin, which have sizes of their own."""
@@ -47,43 +48,60 @@ class StreamWorkerSide(WorkerSide):
         own_segment = None if self.pool is None else self.pool.handle(payload)
         if self.share and own_segment is None:
             raise TransportRefused("shm", "the worker has no memory that could be shared")
-        try:
-            reader = endpoint.open_connection()
-        except (OSError, EOFError) as error:
-            raise ServerLost(f"no connection to the server: {error or type(error).__name__}") from None
-        with reader.sock:
-            try:
-                server_segment = _negotiate(reader, endpoint, payload.numel() * payload.itemsize, own_segment)
-            except (OSError, EOFError) as error:
-                raise ServerLost(f"no connection to the server: {error or type(error).__name__}") from None
-            stream = FrameSocket(reader.sock, endpoint.alive)
+        segment = None if own_segment is None else asdict(own_segment)
+        with connection(endpoint, payload, {"segment": segment}) as (reader, answer):
+            server_segment, reason = None, endpoint.reason
+            if own_segment is not None:
+                server_segment, reason = _attached(answer), "worker and server share memory"
+            stream = begun(reader, endpoint, shared=server_segment is not None, reason=reason)
             yield StreamClient(stream, payload, server_segment, page_locked=self.page_locked)
 
 
-def _negotiate(reader: LineReader, endpoint: Endpoint, size: int, own_segment: SegmentHandle | None) -> SegmentHandle | None:
-    """Present the session, and the worker's segment where memory is to be shared; return one of the server's then.
+@contextlib.contextmanager
+def connection(
+    endpoint: Endpoint, payload: torch.Tensor, wanted: Mapping[str, Any]
+) -> Generator[tuple[LineReader, Mapping[str, Any]]]:
+    """Open a connection, and present the session with what is wanted; the value has the server's answer to that.
 
     Raises:
-        TransportRefused: no memory can be shared.
+        ServerLost: the server cannot be reached.
         Refused: pushes have another size than the server expects.
     """
-    timeout_seconds = endpoint.timeout_seconds
-    segment = None if own_segment is None else asdict(own_segment)
-    send(reader.sock, {"session_id": endpoint.session_id, "segment": segment, "size": size})
-    answer = reader.receive(timeout_seconds, MAX_LINE_BYTES)
-    if "error" in answer:
-        raise EOFError(answer["error"])
-    if answer["size"] != size:
-        raise Refused(
-            f"stream: push: got {size} bytes, expected {answer['size']}; worker and server must have the same model and wire "
-            f"format"
-        )
-    server_segment, reason = None, endpoint.reason
-    if own_segment is not None:
-        server_segment, reason = _attached(answer), "worker and server share memory"
-    send(reader.sock, {"shared": server_segment is not None, "reason": reason})
-    reader.receive(timeout_seconds, MAX_LINE_BYTES)  # the frames begin behind it
-    return server_segment
+    with _lost_connections():
+        reader = endpoint.open_connection()
+    with reader.sock:
+        size = payload.numel() * payload.itemsize
+        with _lost_connections():
+            send(reader.sock, {"session_id": endpoint.session_id, **wanted, "size": size})
+            answer = reader.receive(endpoint.timeout_seconds, MAX_LINE_BYTES)
+            if "error" in answer:
+                raise EOFError(answer["error"])
+        if answer["size"] != size:
+            raise Refused(
+                f"stream: push: got {size} bytes, expected {answer['size']}; worker and server must have the same model and "
+                f"wire format"
+            )
+        yield reader, answer
+
+
+def begun(reader: LineReader, endpoint: Endpoint, *, shared: bool, reason: str) -> FrameSocket:
+    """Tell the server whether what was wanted is used, and begin with the frames.
+
+    Raises:
+        ServerLost: the connection has ended.
+    """
+    with _lost_connections():
+        send(reader.sock, {"shared": shared, "reason": reason})
+        reader.receive(endpoint.timeout_seconds, MAX_LINE_BYTES)  # the frames begin behind it
+    return FrameSocket(reader.sock, endpoint.alive)
+
+
+@contextlib.contextmanager
+def _lost_connections() -> Generator[None]:
+    try:
+        yield
+    except (OSError, EOFError) as error:
+        raise ServerLost(f"no connection to the server: {error or type(error).__name__}") from None
 
 
 def _attached(answer: Mapping[str, Any]) -> SegmentHandle:
@@ -113,15 +131,24 @@ class StreamClient(ServerClient):
         payload: The wire form of every push.
         server_segment: Any segment of the server's; None where payload and parameters follow the frames.
         page_locked: See `WorkerSide`.
+        tensors: The way of all tensors, where they have one of their own.
     """
 
     def __init__(
-        self, stream: FrameSocket, payload: torch.Tensor, server_segment: SegmentHandle | None, *, page_locked: bool = False
+        self,
+        stream: FrameSocket,
+        payload: torch.Tensor,
+        server_segment: SegmentHandle | None,
+        *,
+        page_locked: bool = False,
+        tensors: TensorPath | None = None,
     ) -> None:
         self._stream = stream
         self._page_locked = page_locked
         self._server_segment = server_segment
-        self._inline_payload = (bytes_of(payload),) if server_segment is None else ()
+        self._tensors = tensors
+        self._payload = payload
+        self._inline_payload = (bytes_of(payload),) if server_segment is None and tensors is None else ()
         self._attached: dict[int, torch.Tensor] = {}
         """Segments of the server's by their descriptors, as bytes."""
         self._buffer = torch.empty(0, dtype=torch.uint8)
@@ -134,7 +161,10 @@ class StreamClient(ServerClient):
 
     @override
     def push(self, push: Push) -> Reply:
-        return self._call(frames.request(Request.push, push), *self._inline_payload)
+        if self._tensors is None:
+            return self._call(frames.request(Request.push, push), *self._inline_payload)
+        self._tensors.ready_push(self._payload)
+        return self._call(frames.request(Request.push, push), deliver=self._tensors.deliver)
 
     @override
     def leave(self) -> None:
@@ -142,17 +172,21 @@ class StreamClient(ServerClient):
             self._stream.send(frames.request(Request.leave))
             self._stream.receive(memoryview(bytearray(1)))  # the server closes the connection once it has received the request
 
-    def _call(self, request: bytes, *bodies: memoryview) -> Reply:
+    def _call(self, request: bytes, *bodies: memoryview, deliver: Callable[[], None] = lambda: None) -> Reply:
         try:
             self._stream.send(request, *bodies)
+            deliver()
             self._stream.receive(memoryview(self._frame))
             kind, dtype, elements, descriptor, buffer_bytes = frames.read_response(self._frame)
             if kind == Response.error:
                 error = bytearray(elements)
                 self._stream.receive(memoryview(error))
                 raise unpack_error(error)
-            params = self._vector(dtype, elements, descriptor)
-            buffers = self._buffers(buffer_bytes)
+            if descriptor == INLINE or self._tensors is None:
+                params = self._vector(dtype, elements, descriptor)
+                buffers = self._buffers(buffer_bytes)
+            else:
+                params, buffers = self._fetched(self._tensors, elements, DTYPES[dtype], buffer_bytes)
         except (EOFError, OSError) as error:
             raise ServerLost(f"the connection to the server is lost: {error}") from None
         return Reply(**frames.reply_numbers(self._frame), params=params, buffers=buffers)
@@ -163,6 +197,16 @@ class StreamClient(ServerClient):
             self._newest_buffers = torch.empty(size, dtype=torch.uint8)
             self._stream.receive(bytes_of(self._newest_buffers))
         return self._newest_buffers
+
+    def _fetched(
+        self, tensors: TensorPath, elements: int, dtype: torch.dtype, buffer_bytes: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Parameters and buffers of a response that came by the way of tensors."""
+        size = elements * dtype.itemsize
+        tensors.fetch_reply(size, 0 if buffer_bytes == SAME else buffer_bytes)
+        if buffer_bytes != SAME:
+            self._newest_buffers = tensors.buffers[:buffer_bytes].clone()
+        return tensors.params[:size].view(dtype), self._newest_buffers
 
     def _vector(self, dtype: int, elements: int, descriptor: int) -> torch.Tensor:
         """The parameters of a response, shape (elements,)."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ormo_rpc.errors import Refused, ServerLost, TransportRefused
 from ormo_rpc.options import parts
-from ormo_rpc.transports.auto import ORDER, Auto, AutoWorkerSide
+from ormo_rpc.transports.auto import ON_GPUS, ORDER, Auto, AutoWorkerSide
 from ormo_rpc.transports.base import Endpoint, ServerClient, WorkerSide
 from ormo_rpc.transports.gloo import server as gloo_server
 from ormo_rpc.transports.gloo.pair import PairLost
@@ -32,7 +32,7 @@ def _forkserver() -> None:  # pyright: ignore[reportUnusedFunction] # a fixture
 
 
 def test_every_transport_has_its_place_in_the_order() -> None:
-    assert sorted(cls.name for cls in ORDER) == sorted(set(parts("transport")) - {"auto"})
+    assert sorted(cls.name for cls in (*ON_GPUS, *ORDER)) == sorted(set(parts("transport")) - {"auto"})
 
 
 def no_memory(*_: Any) -> Tensor:

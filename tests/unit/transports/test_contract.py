@@ -24,6 +24,7 @@ from ormo_rpc.runtimes.distributed.server_process.service import Service
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.transports.base import ServerSide, Transport
 from tests.support.contract import same
+from tests.support.gpu_paths import ON_HOST
 from tests.support.processes import wait_until
 from tests.support.schedule import normal
 from tests.support.transport_peers import RecordingService, Worker, connected, server_process, started
@@ -47,8 +48,8 @@ def _forkserver() -> None:  # pyright: ignore[reportUnusedFunction] # a fixture
 
 @pytest.fixture(params=sorted(parts("transport")))
 def transport(request: pytest.FixtureRequest) -> Transport:
-    """Each transport that is registered."""
-    cls: type[Transport] = parts("transport")[request.param]
+    """Each transport that is registered; those of GPUs with memory of the CPU."""
+    cls: type[Transport] = {**parts("transport"), **ON_HOST}[request.param]
     if cls.unavailable():
         pytest.skip(cls.unavailable())
     return cls()

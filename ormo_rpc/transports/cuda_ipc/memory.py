@@ -1,0 +1,43 @@
+"""Memory of a GPU that two processes of one machine share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from typing_extensions import override
+
+from ormo_rpc.transports.cuda_ipc import runtime
+from ormo_rpc.transports.stream.tensor_path import Memory
+
+
+class GpuMemory(Memory):
+    """Memory of one GPU.
+
+    Args:
+        device: The GPU of this process; the other one's may be another.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._devices = {device}
+        """With those of memory that was opened."""
+
+    @override
+    def make(self, size: int) -> tuple[torch.Tensor, Mapping[str, Any]]:
+        tensor, handle = runtime.make(self._device, size)
+        return tensor, {"gpu": runtime.identity(self._device), "ipc": handle.hex()}
+
+    @override
+    def attach(self, size: int, handle: Mapping[str, Any]) -> torch.Tensor:
+        device = runtime.device_of(handle["gpu"])
+        if device is None:
+            raise ValueError("this process does not see the server's GPU: another machine, or CUDA_VISIBLE_DEVICES hides it")
+        self._devices.add(device)
+        return runtime.attach(device, size, bytes.fromhex(handle["ipc"]))
+
+    @override
+    def synchronize(self) -> None:
+        for device in self._devices:
+            torch.cuda.current_stream(device).synchronize()

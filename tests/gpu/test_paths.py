@@ -1,0 +1,172 @@
+"""Pushes and replies between processes that share one GPU: the contract of transports, and the memory itself."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import random
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+import torch
+
+from ormo_rpc.messages import Push, Reply
+from ormo_rpc.transports.base import Transport
+from ormo_rpc.transports.cuda_ipc import runtime
+from tests.support.gpu_paths import GPU, RegionOnGpu
+from tests.support.processes import PATIENCE_SECONDS, wait_until
+from tests.support.schedule import normal
+from tests.support.transport_peers import RecordingService, connected
+from tests.unit.transports import test_contract as contract
+
+_context = multiprocessing.get_context("forkserver")
+SIZE = (5 << 20) + 4
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forkserver() -> None:  # pyright: ignore[reportUnusedFunction] # a fixture
+    forkserver.ensure_running()
+
+
+@pytest.fixture
+def transport(gpu: torch.device) -> Transport:
+    """The one that these tests are about."""
+    del gpu
+    return RegionOnGpu()
+
+
+# Collected here as well, with the transport above.
+test_a_reply_that_is_held_back_crosses_when_it_is_due = contract.test_a_reply_that_is_held_back_crosses_when_it_is_due
+test_a_server_that_has_ended_raises_server_lost = contract.test_a_server_that_has_ended_raises_server_lost
+test_a_worker_leaves_and_connects_again = contract.test_a_worker_leaves_and_connects_again
+test_another_size_is_refused = contract.test_a_worker_whose_pushes_have_another_size_is_refused_and_the_others_are_served
+test_all_of_a_push_and_of_its_reply_crosses = contract.test_all_of_a_push_and_of_its_reply_crosses
+test_the_death_of_the_server_ends_the_wait_of_a_worker = contract.test_the_death_of_the_server_ends_the_wait_of_a_worker
+
+
+def test_200_pushes_of_random_sizes_and_their_replies_keep_their_bits(transport: Transport) -> None:
+    rng = random.Random(7)
+    for dimension in (rng.randrange(1, 1000), rng.randrange(1000, 100_000), rng.randrange(100_000, 600_000)):
+        with connected(transport, lambda _: RecordingService(dimension)) as (service, (worker,), _):  # noqa: B023 - at once
+            for ticket in range(67):
+                payload = normal(service.push_format.size // 4, 5, ticket).float()
+                params = normal(dimension, 6, ticket).float()
+                buffers = torch.frombuffer(bytearray(rng.randbytes(rng.randrange(1, 5000))), dtype=torch.uint8)
+                service.replies = [Reply(**contract.numbers_of(Reply, rng), params=params.to(GPU), buffers=buffers.to(GPU))]
+                worker.push(contract.numbers_of(Push, rng), payload)
+                came = worker.result()
+                assert torch.equal(came.params, params)
+                assert torch.equal(came.buffers, buffers)
+                assert torch.equal(service.pushes.pop().grad, payload[:dimension])
+
+
+def test_a_worker_that_is_killed_in_the_middle_of_a_push_frees_its_region_and_the_others_go_on(transport: Transport) -> None:
+    dimension = 2_000_000
+    with connected(transport, lambda _: RecordingService(dimension), 2) as (service, (killed, other), _):
+        payload = normal(service.push_format.size // 4, 5, 0).float()
+        assert _regions() == 2
+        killed.push(contract.numbers_of(Push, random.Random(1)), payload)
+        killed.process.kill()
+        wait_until(lambda: len(service.evicted) == 1, "the eviction")
+        wait_until(lambda: _regions() == 1, "the end of its region")
+        service.replies = [Reply(**contract.numbers_of(Reply, random.Random(2)), params=payload[:dimension].to(GPU))]
+        service.pushes.clear()
+        other.push(contract.numbers_of(Push, random.Random(3)), payload)
+        assert torch.equal(other.result().params, payload[:dimension])
+        assert torch.equal(service.pushes[-1].grad, payload[:dimension])
+
+
+def _regions() -> int:
+    gc.collect()
+    return sum(isinstance(each, runtime.Memory) for each in gc.get_objects())
+
+
+def test_a_process_goes_on_after_the_death_of_the_one_whose_memory_it_has_opened(gpu: torch.device) -> None:
+    with _Process(_make) as maker:
+        handle = maker.result()
+        with _Process(_read, handle) as reader:
+            assert reader.result() == 3.0
+            maker.kill()
+            reader.go_on()
+            assert reader.result() == 3.0
+            reader.go_on()
+            assert reader.ended() == 0
+    assert torch.ones(3, device=gpu).sum().item() == 3.0
+
+
+def test_a_handle_of_nothing_and_too_much_memory_are_refused_and_no_later_call_is_harmed(gpu: torch.device) -> None:
+    del gpu
+    with _Process(_fail) as process:
+        errors = process.result()
+        process.go_on()
+        assert process.ended() == 0
+    assert errors[0] == "got a handle of 0 bytes, expected 64"
+    assert errors[1].startswith("cudaIpcOpenMemHandle: ")
+    assert errors[2] == "cudaMalloc: out of memory (error 2)"
+    assert errors[3] == 3.0
+
+
+class _Process:
+    """A process of its own, which a test talks to; ended with the context."""
+
+    def __init__(self, work: Any, *arguments: Any) -> None:
+        self._pipe, end = _context.Pipe()
+        self._process = _context.Process(target=work, args=(end, *arguments), daemon=True)
+        self._process.start()
+        end.close()
+
+    def result(self) -> Any:
+        assert self._pipe.poll(PATIENCE_SECONDS), "the process does not answer"
+        return self._pipe.recv()
+
+    def go_on(self) -> None:
+        self._pipe.send(None)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def ended(self) -> int | None:
+        self._process.join(PATIENCE_SECONDS)
+        return self._process.exitcode
+
+    def __enter__(self) -> _Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self._pipe.close()
+
+
+def _make(pipe: Connection) -> None:
+    memory, handle = runtime.make(GPU, SIZE)
+    memory[-4:].view(torch.float32).fill_(3.0)
+    torch.cuda.synchronize()
+    pipe.send(handle)
+    pipe.poll(PATIENCE_SECONDS)
+
+
+def _read(pipe: Connection, handle: bytes) -> None:
+    memory = runtime.attach(GPU, SIZE, handle)
+    for _ in range(2):
+        pipe.send(memory[-4:].view(torch.float32).sum().item())
+        assert pipe.poll(PATIENCE_SECONDS)
+        pipe.recv()
+
+
+def _fail(pipe: Connection) -> None:
+    errors = list[str | float]()
+    for attempt in (
+        lambda: runtime.attach(GPU, SIZE, b""),
+        lambda: runtime.attach(GPU, SIZE, bytes(runtime.HANDLE_BYTES)),
+        lambda: runtime.make(GPU, 1 << 50),
+    ):
+        try:
+            attempt()
+        except runtime.CudaError as error:
+            errors.append(str(error))
+    errors.append(torch.ones(3, device=GPU).sum().item())
+    pipe.send(errors)
+    pipe.poll(PATIENCE_SECONDS)
