@@ -163,10 +163,10 @@ class JoinedWorker:
         self._pid, role = os.getpid(), self._role
         if role.child is not None:
             role.child.joined_at = ""
-        if self._evaluate is None and role.config.keeps_best:
+        if self._evaluate is None and (role.config.keeps_best or role.config.evaluate.targets):
             raise LoopMisused(
-                f"{users_line()}: nothing is evaluated, expected evaluate_with() before the loop with evaluate.patience or "
-                "checkpoint.best"
+                f"{users_line()}: nothing is evaluated, expected evaluate_with() before the loop with evaluate.targets, "
+                "evaluate.patience or checkpoint.best"
             )
         run = Run(
             role=role,

@@ -88,7 +88,8 @@ def test_it_stops_early_by_what_its_evaluation_returns(tmp_path: Path) -> None:
     assert worker.summary["best"]["iteration"] == 10
 
 
-def test_patience_without_an_evaluation_is_refused(tmp_path: Path) -> None:
-    worker = ormo_rpc.join(net(), *QUIET, "evaluate.patience=2", total_tickets=5, run_dir=tmp_path / "run")
+@pytest.mark.parametrize("choice", ["evaluate.patience=2", "evaluate.targets=[0.5]"])
+def test_a_choice_without_an_evaluation_is_refused(choice: str, tmp_path: Path) -> None:
+    worker = ormo_rpc.join(net(), *QUIET, choice, total_tickets=5, run_dir=tmp_path / "run")
     with pytest.raises(LoopMisused, match=r"nothing is evaluated, expected evaluate_with\(\) before the loop"):
         next(iter(worker))
