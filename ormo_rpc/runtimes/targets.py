@@ -30,7 +30,8 @@ class Targets:
 
     A target is reached when the mean of the last ``evaluate.smooth`` evaluations is as good: not by fewer, not by values that
     are not finite, and not in between two evaluations. The moment is that of the newest one's parameters: their iteration, and
-    the run's clock then. What an evaluation itself takes does not count.
+    the run's clock then. What an evaluation itself takes does not count. An iteration is a ticket, of as many gradients as the
+    algorithm has local steps.
 
     A run that is resumed goes on with the evaluations of the former one, and its seconds count from the beginning of that.
 
@@ -41,6 +42,7 @@ class Targets:
 
     def __init__(self, config: Config, metric: Callable[[str], TaskMetric]) -> None:
         self._targets, self._smooth = config.evaluate.targets, config.evaluate.smooth
+        self._steps = config.algorithm.steps
         self._declared = metric
         self._metric: TaskMetric | None = None
         """That of the points; None before there is one."""
@@ -64,7 +66,7 @@ class Targets:
             there = bool(self._targets) and (split == "test" or any(split in each.values for each in self._points))
             reached = {repr(target): self._reached(split, target) for target in self._targets}
             seconds = {target: None if point is None else point.seconds for target, point in reached.items()}
-            gradients = {target: None if point is None else point.iteration for target, point in reached.items()}
+            gradients = {target: None if point is None else point.iteration * self._steps for target, point in reached.items()}
             entries[f"{prefix}seconds_to"] = seconds if there else None
             entries[f"{prefix}gradients_to"] = gradients if there else None
         return entries

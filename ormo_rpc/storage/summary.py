@@ -83,7 +83,9 @@ class Summary(Metrics):
         "parameters at which the mean of the last evaluate.smooth evaluations on the test split first was as good; null: "
         "never. Of a resumed run from the first ticket of the first run"
     )
-    gradients_to: dict[str, int | None] | None = entry("by target, the gradients applied by then")
+    gradients_to: dict[str, int | None] | None = entry(
+        "by target, the gradients applied by then: H for a ticket of H local steps, as many as it has batches"
+    )
     val_seconds_to: dict[str, float | None] | None = entry("seconds_to on the validation split, where there is one")
     val_gradients_to: dict[str, int | None] | None = entry("gradients_to on the validation split, where there is one")
     failed_evaluations: int | None = entry("evaluations that failed, see the server's log")

@@ -133,3 +133,12 @@ def test_targets_of_what_is_never_evaluated_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"^evaluate\.targets: got \[0\.5\], but nothing is evaluated with synthetic"):
         check_choice(config, evaluated=False)
     check_choice(config, evaluated=True)
+
+
+def test_a_ticket_of_local_steps_is_as_many_gradients() -> None:
+    config = parse_config({"evaluate": {"targets": [0.5]}, "algorithm": {"name": "local_sgd", "local_steps": 3}})
+    mine = Targets(config, lambda name: TaskMetric(name, "", higher_is_better=name != "loss"))
+    mine.add(10, 1.0, evaluation(0.6, validation=0.4))
+    mine.add(20, 2.0, evaluation(0.6, validation=0.5))
+    found = mine.summary_entries()
+    assert (found["gradients_to"], found["val_gradients_to"]) == ({"0.5": 30}, {"0.5": 60})
