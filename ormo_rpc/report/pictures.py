@@ -59,7 +59,7 @@ def single(run: Run) -> Figure:
         (metric_axes, run.evaluated(key_of("test", metric.name)), _name(metric)),
     ):
         axes.plot(seconds, values, marker="." if axes is metric_axes else "")
-        axes.set(xlabel="seconds", ylabel=name)
+        axes.set(xlabel=_unit(simulated=summary.get("runtime") == "sim"), ylabel=name)
         axes.grid(alpha=0.3)
     _logarithmic(loss_axes)
     _delays(delay_axes, run)
@@ -79,8 +79,12 @@ def _logarithmic(axes: Axes) -> None:
 
 
 def _seconds(groups: Sequence[Group]) -> str:
-    runtimes = {group.setting.get("runtime") for group in groups}
-    return "virtual seconds" if runtimes == {"sim"} else "seconds"
+    simulated = {group.setting.get("runtime") == "sim" for group in groups}
+    return "seconds, virtual ones of simulations" if len(simulated) > 1 else _unit(simulated=simulated.pop())
+
+
+def _unit(*, simulated: bool) -> str:
+    return "virtual seconds" if simulated else "seconds"
 
 
 def _delays(axes: Axes, run: Run) -> None:
@@ -106,6 +110,6 @@ def _timeline(axes: Axes, run: Run) -> None:
     colours = matplotlib.colormaps["viridis"]
     for worker, start, length, delay in bars:
         axes.barh(worker, length, left=start, height=0.8, color=colours(delay / most), edgecolor="white", linewidth=0.5)
-    axes.set(xlabel="seconds", ylabel="worker", xlim=(0, end))
+    axes.set(xlabel=_unit(simulated=run.summary.get("runtime") == "sim"), ylabel="worker", xlim=(0, end))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title("the first gradients, from issue to update; brighter means a larger delay", fontsize="small")

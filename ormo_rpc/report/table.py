@@ -32,12 +32,14 @@ class Column:
         key: The entry of the summary.
         form: The format of a value.
         higher_is_better: The direction in which a mean is better; None: none is marked.
+        kind: Only of runs of this kind: whether they are simulated, and the metric of their targets; None: of all.
     """
 
     heading: str
     key: str
     form: str
     higher_is_better: bool | None = None
+    kind: tuple[bool, str] | None = None
 
 
 def columns(groups: Sequence[Group]) -> list[Column]:
@@ -58,10 +60,22 @@ def columns(groups: Sequence[Group]) -> list[Column]:
 
 
 def _to_targets(groups: Sequence[Group]) -> list[Column]:
-    """List the columns of the times at which targets (``evaluate.targets``) were reached, on the test split."""
+    """List the columns of the times at which targets (``evaluate.targets``) were reached, on the test split.
+
+    Virtual seconds have columns of their own.
+    """
     summaries = [run.summary for group in groups for run in group.runs]
-    targets = sorted({(float(target), each["target_metric"]) for each in summaries for target in each.get("seconds_to") or ()})
-    return [Column(f"s to {name} {target:g}", f"seconds_to/{target!r}", ".1f") for target, name in targets]
+    known = [each for each in summaries if each.get("target_metric") is not None]
+    targets = {(*_kind(each), float(target)) for each in known for target in each.get("seconds_to") or ()}
+    return [
+        Column(f"{'virtual ' * simulated}s to {name} {target:g}", f"seconds_to/{target!r}", ".1f", kind=(simulated, name))
+        for simulated, name, target in sorted(targets, key=lambda each: (each[2], each[1], each[0]))
+    ]
+
+
+def _kind(summary: Mapping[str, Any]) -> tuple[bool, str]:
+    """Whether a run is simulated, and the metric of its targets."""
+    return summary.get("runtime") == "sim", str(summary.get("target_metric"))
 
 
 def rows(groups: Sequence[Group]) -> list[tuple[str, ...]]:
@@ -167,9 +181,9 @@ def _figures(group: Group, metrics: Sequence[Column], marked: Collection[tuple[i
     return (
         str(len(group.runs)),
         *(
-            spread(_values(completed, column.key), column.form)
+            spread(_values(_of(column, completed), column.key), column.form)
             + f" {BEST}" * ((id(group), column.key) in marked)
-            + _reached(completed, column.key)
+            + _reached(_of(column, completed), column.key)
             for column in metrics
         ),
         spread(_values(completed, "virtual_seconds"), ".1f"),
@@ -177,6 +191,11 @@ def _figures(group: Group, metrics: Sequence[Column], marked: Collection[tuple[i
         spread(besides, ".1f"),
         f"{diverged} of {len(group.runs)}",
     )
+
+
+def _of(column: Column, completed: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs that a column is of."""
+    return [summary for summary in completed if column.kind in (None, _kind(summary))]
 
 
 def _reached(completed: Sequence[Mapping[str, Any]], key: str) -> str:

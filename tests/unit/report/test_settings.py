@@ -16,6 +16,7 @@ from ormo_rpc.config.parsing import parse_config, save_config
 from ormo_rpc.config.saving import to_tree
 from ormo_rpc.config.schema import GROUPS, Config
 from ormo_rpc.models.fingerprint import CHECKSUM, Fingerprint
+from ormo_rpc.report.pictures import comparison
 from ormo_rpc.report.runs import Group, Run, differing_keys, group_by_setting, load_runs, run_directories
 from ormo_rpc.report.settings import WITHOUT_EFFECT, shared
 from ormo_rpc.report.table import in_common, notes, rows
@@ -58,6 +59,16 @@ def test_start_and_end_have_a_column_of_live_runs_besides_the_seconds_of_trainin
     assert (found["seconds"], found["start and end"]) == ("1.0", "3.0 ± 0.7")
     (earlier,) = cells(grouped(record(tmp_path / "of an earlier version", start_seconds=None)))
     assert "start and end" not in earlier
+
+
+def test_virtual_seconds_to_a_target_have_a_column_of_their_own(tmp_path: Path) -> None:
+    reached: dict[str, Any] = {"target_metric": "accuracy", "seconds_to": {"0.5": 2.0}}
+    live, simulated = record(tmp_path / "live", **reached), record(tmp_path / "sim", {"runtime": "sim"}, **reached)
+    found = {row["runtime"]: row for row in cells(grouped(live, simulated))}
+    assert (found["rpc"]["s to accuracy 0.5"], found["rpc"]["virtual s to accuracy 0.5"]) == ("2.0", "-")
+    assert (found["sim"]["s to accuracy 0.5"], found["sim"]["virtual s to accuracy 0.5"]) == ("-", "2.0")
+    axes = comparison(grouped(live, simulated)).axes
+    assert {each.get_xlabel() for each in axes} == {"epochs", "seconds, virtual ones of simulations"}
 
 
 def test_a_sweep_over_momentum_and_batch_size_has_four_settings(tmp_path: Path) -> None:
