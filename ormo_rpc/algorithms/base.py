@@ -131,7 +131,8 @@ class Algorithm(Part, ABC):
     REFUSES_LR_FACTORS: ClassVar[str | None] = None
     """The reason why a factor to the gradient would not be one to the learning rate of the parameters; None where it is."""
     FRESH: ClassVar[bool] = False
-    """It applies gradients that were taken at the present parameters only, in rounds: a delay is the place within a round."""
+    """It applies gradients that were taken at the present parameters (with regions: their region's) only, in rounds: a delay is
+    the place within a round."""
     NEEDS_IMMEDIATE_REPLIES: ClassVar[str | None] = None
     """The reason why only a scheduler that is `Scheduler.IMMEDIATE` will do; None where any will."""
     NEEDS_NO_BARRIER: ClassVar[str | None] = None

@@ -38,6 +38,7 @@ class HierMo(LocalSteps):
 
     VECTORS_PUSHED = 2
     VECTORS_SENT = 2
+    FRESH = True
     NEEDS_IMMEDIATE_REPLIES = "it decides itself who waits for whom, edge by edge; use async"
     REFUSES_PREFETCH = "a round waits for all tickets, those ahead as well"
 
