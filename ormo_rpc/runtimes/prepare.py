@@ -19,6 +19,7 @@ from ormo_rpc.options.instantiate import values_of
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.runtimes.job_like import JobLike, LiveJob
 from ormo_rpc.runtimes.ranking import Ranking, check_choice
+from ormo_rpc.runtimes.round_sizes import check_rounds
 from ormo_rpc.runtimes.simulator.jobs import SyntheticJob
 from ormo_rpc.runtimes.trial import try_job
 from ormo_rpc.server.build import check_resumable
@@ -82,6 +83,8 @@ def check(
         return None
     with _as_config_error():
         check_resumable(config.algorithm, config.scheduler)
+    if starts_server:
+        check_rounds(config)
     synthetic = isinstance(config.runtime, SimRuntime) and config.runtime.gradient is not GradientKind.real
     job = SyntheticJob(config) if synthetic else check_data_and_model(config)
     refuse_metric(job.config.optimized_metric, config.task, validation=job.config.dataset.has_validation)
@@ -119,6 +122,7 @@ def check_own_loop(job: LiveJob, *, starts_server: bool) -> None:
     check_choice(config, evaluated=True)
     if not starts_server:
         return
+    check_rounds(config)
     with _as_config_error():
         config.logger.prepare()
         if isinstance(job.lr, LearningRate):

@@ -19,6 +19,7 @@ from ormo_rpc.runtimes.ending import ending
 from ormo_rpc.runtimes.evaluations import Evaluations
 from ormo_rpc.runtimes.job_like import JobLike
 from ormo_rpc.runtimes.recorder import Recorder
+from ormo_rpc.runtimes.round_sizes import more_than_workers
 from ormo_rpc.server.parameter_server import ParameterServer, Status
 from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.counters import RunCounters
@@ -78,6 +79,12 @@ class Session:
         logs = evaluation_executor.submit(start_logs, config.logger, info, terminal)  # wandb's takes a second or more
         self.recorder = Recorder(job, self.directory, logs, clock, lambda: {**self._measured(), **extra_metrics()})
         self.server = job.server(self.recorder.record, clock)
+        if (more := more_than_workers(config)) is not None:
+            _log.warning(
+                "algorithm.m=%d is more than the %d workers at the start: a round has one gradient of each until there are more",
+                more,
+                config.num_workers,
+            )
         self.evaluations = Evaluations(job, run_dir, evaluation_executor, self.recorder, inline=inline)
         self.checkpoints = CheckpointWriter(
             run_dir,

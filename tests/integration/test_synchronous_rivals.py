@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 
 from ormo_rpc import ConfigError, train
 from ormo_rpc.cli import compose
+from ormo_rpc.config.parsing import parse_config
 from ormo_rpc.runtimes.configured import time_generator
+from ormo_rpc.runtimes.round_sizes import check_rounds
 from ormo_rpc.storage.run_directory import read_trace
 from tests.support.processes import replayed
 
@@ -163,11 +166,51 @@ def test_a_simulation_whose_workers_all_leave_but_the_held_one_goes_on(tmp_path:
     assert [event["seconds"] for event in applied(tmp_path)] == [1.0, 3.0, 4.0]
 
 
+def test_edges_and_their_cloud_go_at_the_speed_of_the_slowest_worker_and_no_gradient_is_stale(tmp_path: Path) -> None:
+    options = ("algorithm=hiermo", "algorithm.edge_rounds=2", "algorithm.local_steps=3", "train.max_iterations=40")
+    summary = simulate(tmp_path, *ONE_SLOW, *options)
+    # 5 rounds of the cloud, each 2 of the slow worker's tickets of 3 steps, of 5 s each.
+    assert summary["virtual_seconds"] == pytest.approx(5 * 2 * 3 * 5.0)
+    # A round of the cloud has 2 pushes of each of 4 workers.
+    assert all(event["stamp"] >= event["iteration"] // 8 * 8 for event in applied(tmp_path))
+    assert summary["delay_within_round"]
+
+
 @pytest.mark.parametrize("algorithm", ["m_sync", "local_sgd"])
 def test_rounds_refuse_to_divide_by_their_number_twice(algorithm: str) -> None:
     message = rf"^train\.lr_scaling: got mean, expected none with algorithm={algorithm}: its step is with the mean of a round "
     with pytest.raises(ConfigError, match=message):
         compose([f"algorithm={algorithm}", "train.lr_scaling=mean"])
+
+
+def test_more_gradients_in_a_round_than_workers_are_refused_unless_workers_join(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = ("workers=2", "algorithm=m_sync", "algorithm.m=3", "train.max_iterations=8", "runtime.compute_seconds=1.0")
+    with pytest.raises(
+        ConfigError, match=r"^algorithm\.m: got 3 with workers=2, expected at most 2: a round has one gradient "
+    ):
+        simulate(tmp_path / "refused", *options)
+    simulate(tmp_path / "grows", *options, "runtime.joins={2: 1.5}")
+    assert "algorithm.m=3 is more than the 2 workers at the start" in caplog.text
+    # Two workers make up the first round, of 1 s. The third one joins the second round, which it ends at 2.5 s.
+    assert [event["seconds"] for event in applied(tmp_path / "grows")] == [1, 1, 2, 2, 2.5, 3.5, 3.5, 3.5]
+
+
+@pytest.mark.parametrize(
+    ("values", "refused"),
+    [
+        ({}, True),
+        ({"server": {"address": "127.0.0.1:29400"}}, False),
+        ({"runtime": {"min_workers": 3}}, False),
+        ({"algorithm": {"name": "m_sync", "m": 2}}, False),
+        ({"algorithm": "m_sync"}, False),
+    ],
+)
+def test_live_rounds_may_be_larger_where_further_workers_are_expected(values: dict[str, Any], refused: bool) -> None:
+    config = parse_config({"workers": 2, "algorithm": {"name": "m_sync", "m": 3}, **values})
+    with pytest.raises(ConfigError, match=r"^algorithm\.m: got 3 ") if refused else contextlib.nullcontext():
+        check_rounds(config)
 
 
 @pytest.mark.parametrize("algorithm", ["m_sync", "local_sgd"])

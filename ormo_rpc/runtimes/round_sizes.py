@@ -1,0 +1,39 @@
+"""Rounds of more gradients than there are workers: a mistake, unless further workers join."""
+
+from __future__ import annotations
+
+from ormo_rpc.algorithms._rounds import Rounds
+from ormo_rpc.config.runtimes import RpcRuntime, SimRuntime
+from ormo_rpc.config.schema import Config
+from ormo_rpc.errors import ConfigError
+from ormo_rpc.runtimes.ranks import Ranks
+
+
+def check_rounds(config: Config) -> None:
+    """Refuse rounds of more gradients than there are workers, unless further workers may join.
+
+    Raises:
+        ConfigError: there would never be such a round.
+    """
+    more = more_than_workers(config)
+    if more is not None and not _may_grow(config):
+        raise ConfigError(
+            f"algorithm.m: got {more} with workers={config.num_workers}, expected at most {config.num_workers}: a round has "
+            "one gradient of each worker; null has those of all"
+        )
+
+
+def more_than_workers(config: Config) -> int | None:
+    """Return the gradients that make a round where they are more than the workers at the start; else None."""
+    most = config.algorithm.most if isinstance(config.algorithm, Rounds) else None
+    return most if most is not None and most > config.num_workers else None
+
+
+def _may_grow(config: Config) -> bool:
+    """Tell if workers beyond those at the start are expected: simulated joins, an address to join at, ranks that may change."""
+    runtime = config.runtime
+    if isinstance(runtime, SimRuntime):
+        return bool(runtime.joins)
+    return isinstance(runtime, RpcRuntime) and (
+        config.server.address is not None or runtime.min_workers > config.num_workers or Ranks.from_environment() is not None
+    )
