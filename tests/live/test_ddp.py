@@ -106,6 +106,21 @@ def test_a_run_ends_with_any_of_its_ranks_and_in_order_on_a_signal(number: signa
         assert ended["test_accuracy"] > 0.3
 
 
+def test_a_rank_that_does_not_come_to_a_round_is_named_by_those_that_wait(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    words = [f"hydra.run.dir={run_dir}", "runtime=ddp", f"workers={RANKS}", "train.epochs=1000", "evaluate.every=1000000"]
+    with launched("launch.py", *words, "runtime.round_timeout_seconds=2", *QUIET) as launcher:
+        wait_until(lambda: (run_dir / "trace.jsonl").is_file() and len(events(run_dir, "apply")) > 60, "rounds")
+        family = descendants(launcher.pid)
+        rank_of(family, 1).send_signal(signal.SIGSTOP)
+        _, said = launcher.communicate(timeout=PATIENCE_SECONDS)
+        wait_until(lambda: gone(family), "the end of all processes")
+    assert launcher.returncode == 1
+    assert re.search(
+        r"\brank 1 did not come to the end of round \d+, which others waited for \(runtime\.round_timeout_", said
+    ), said
+
+
 def rank_of(family: list[psutil.Process], rank: int) -> psutil.Process:
     """The process of a rank: a fork has the arguments of its command line in its title."""
     return next(process for process in family if f"--rank {rank} " in " ".join(process.cmdline()))

@@ -28,6 +28,8 @@ Store = dist.Store  # pyright: ignore[reportPrivateImportUsage] # documented, no
 LOOPBACK = "127.0.0.1"
 PREFIX = "ddp"
 """Of the keys in the ranks' store."""
+GIVE_UP_SECONDS = 1.0
+"""Ranks that wait for another one give it up within this time of each other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,19 @@ class RankArgs:
     loaded: LoadedJob | None
 
 
+@dataclass
+class Place:
+    """How far a rank has come.
+
+    Attributes:
+        store: The store of the ranks, once they have found one another.
+        round: The round that it is in; None before the first one.
+    """
+
+    store: Store | None = None
+    round: int | None = None
+
+
 class RankProcess:
     """One rank of a run.
 
@@ -90,20 +105,21 @@ class RankProcess:
             Interrupted: by a signal.
         """
         args = self.args
-        with _lost_ranks_reported(), _process_group(args) as store:
+        with _lost_ranks_reported(args) as place, _process_group(args) as store:
+            place.store = store
             job = _same_job(args, store)
             dist.barrier()
             trainer = Trainer(job, args.rank, args.size)
             trainer.warm_up()
             recording = _recording(args, job, trainer)
             dist.barrier()  # nobody is waited for in the first round
-            decision = self._train(trainer, recording)
+            decision = self._train(trainer, recording, place)
         summary = {} if recording is None else recording.close()
         if decision.verdict is Verdict.interrupt:
             raise Interrupted(decision.signal)
         return summary
 
-    def _train(self, trainer: Trainer, recording: Recording | None) -> Decision:
+    def _train(self, trainer: Trainer, recording: Recording | None, place: Place) -> Decision:
         if recording is not None:
             recording.begin()
         number, decision = 0, Decision(Verdict.go_on)
@@ -111,6 +127,7 @@ class RankProcess:
             computed: list[Computed] = []
             for _ in range(decision.rounds):
                 began = 0.0 if recording is None else recording.clock()
+                place.round = number
                 computed.append(trainer.round(number))
                 number += 1
                 if recording is not None:
@@ -189,15 +206,39 @@ def _same_job(args: RankArgs, store: Store) -> Job:
 
 
 @contextlib.contextmanager
-def _lost_ranks_reported() -> Generator[None]:
+def _lost_ranks_reported(args: RankArgs) -> Generator[Place]:
     """Report a rank that was lost, which Gloo raises as an error that is known by its text alone.
 
     Raises:
         ServerLost: another rank was lost.
     """
+    place = Place()
     try:
-        yield
+        yield place
     except RuntimeError as error:
         if "gloo" not in str(error).lower() and "Connection" not in str(error):
             raise
-        raise ServerLost("the connection with another rank was lost") from error
+        missing = _missing(args, place)
+        if not missing:
+            raise ServerLost("the connection with another rank was lost") from error
+        raise ServerLost(
+            f"rank {', '.join(map(str, missing))} did not come to the end of round {place.round}, which others waited for "
+            f"(runtime.round_timeout_seconds={args.round_timeout_seconds:g})"
+        ) from error
+
+
+def _missing(args: RankArgs, place: Place) -> list[int]:
+    """Tell the other ranks that this one gives up, and return those that do not tell it: those that all others wait for.
+
+    It is empty where that cannot be known, as before the first round, or where the store has ended.
+    """
+    if place.store is None or place.round is None:
+        return []
+    others = {f"gave up {rank}": rank for rank in range(args.size) if rank != args.rank}
+    try:
+        place.store.set(f"gave up {args.rank}", "")
+        with contextlib.suppress(RuntimeError):  # that of a rank which does not come
+            place.store.wait([*others], timedelta(seconds=GIVE_UP_SECONDS))
+        return [rank for key, rank in others.items() if not place.store.check([key])]
+    except RuntimeError:
+        return []
