@@ -39,6 +39,23 @@ def test_a_round_takes_as_long_as_the_sum_of_the_speeds_allows(
     assert again["identical"] is True
 
 
+def test_short_rounds_are_divided_by_what_is_in_them(tmp_path: Path) -> None:
+    # 1,437 samples are 7 tickets of 200 and one of 37. At speeds 1, 1 and 1/4 three tickets, 600 samples, are 267, 267 and 66:
+    # 4 x 66 is less than 267. The round of tickets 6 to 8 has 437 samples, 194, 194 and 49, and 4 x 49 = 196 is the longest.
+    keys = (
+        "runtime=sim",
+        "logger=none",
+        "workers=3",
+        "train.batch_size=200",
+        "heterogeneity=one_slow",
+        "heterogeneity.factor=4",
+    )
+    rule = (*SYNC, "runtime.shares=proportional", "runtime.compute_seconds=1.0")
+    summary = train([*keys, *rule, "train.epochs=2", "train.max_iterations=10"], run_dir=tmp_path / "run")
+    # The last round has one ticket, whose 200 samples all divide: 89, 89, 22, and 89 is the longest.
+    assert summary["virtual_seconds"] == pytest.approx((2 * 267 + 196 + 89) / 200)
+
+
 def test_m_sync_of_all_workers_has_the_times_and_the_updates_of_the_mean_of_a_round(tmp_path: Path) -> None:
     keys = (*QUADRATIC, "workers=4", "train.max_iterations=40", "heterogeneity=half_slow", "heterogeneity.factor=3")
     runs = [

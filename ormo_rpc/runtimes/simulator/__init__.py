@@ -7,7 +7,7 @@ import functools
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from signal import Signals
@@ -30,10 +30,10 @@ from ormo_rpc.runtimes.simulator.clock import EventQueue
 from ormo_rpc.runtimes.simulator.cluster import Cluster, GradientSource, Links, Speeds
 from ormo_rpc.runtimes.simulator.jobs import SyntheticJob
 from ormo_rpc.runtimes.simulator.regions import RegionalCluster
+from ormo_rpc.runtimes.simulator.shares import SharedRounds
 from ormo_rpc.server.region import RegionServer
 from ormo_rpc.signals import SignalWatch
 from ormo_rpc.storage.summary import unfinished_summary, write_summary
-from ormo_rpc.worker.heterogeneity import shares_of
 from ormo_rpc.worker.worker import Worker
 
 EVENTS_PER_FLUSH = 32
@@ -127,7 +127,7 @@ def _cluster(
 ) -> Cluster:
     """Make the virtual cluster: of workers, or of regions that have workers of their own."""
     source: GradientSource = job.worker() if isinstance(job, Job) else job.source()
-    links, seconds = _links(config, session, job.push_format().size), _compute_seconds(config)
+    links, seconds = _links(config, session, job.push_format().size), _compute_seconds(config, job, session)
     algorithm = config.algorithm
     if not isinstance(algorithm, HALoS) or algorithm.region_workers is None:
         processes = config.num_processes if config.worker.prefetch else None
@@ -190,27 +190,24 @@ def _links(config: Config, session: Session, push_bytes: int) -> Links:
     )
 
 
-def _compute_seconds(config: Config) -> Speeds:
+def _compute_seconds(config: Config, job: Job | SyntheticJob, session: Session) -> Speeds:
     """Make the generator of compute times, as `heterogeneity` has them."""
-    parts = _parts(config)
+    shared = _shared_rounds(config, job) if config.sim.shares is Shares.proportional else None
 
     def seconds(worker: int, generator: torch.Generator) -> float:
-        return config.sim.compute_seconds * config.slowdown(worker, generator) * parts.get(worker, 1.0)
+        slowdown = config.slowdown(worker, generator)
+        if shared is not None:
+            slowdown = shared.tickets(session.server.iteration, worker, slowdown)
+        return config.sim.compute_seconds * slowdown
 
     return Speeds(seconds, lambda worker: time_generator(config, worker))
 
 
-def _parts(config: Config) -> Mapping[int, float]:
-    """Return each worker's part of a synchronous round, in units of a ticket, where its samples are divided by speed.
-
-    Gradients are computed ticket by ticket all the same: their sum over a round does not depend on who computes which samples,
-    but for its rounding where they arrive in another order.
-    """
-    if config.sim.shares is Shares.equal:
-        return {}
-    workers, samples = range(config.num_workers), config.train.batch_size
-    shares = shares_of(samples * len(workers), [config.mean_slowdown(worker) for worker in workers])
-    return {worker: share / samples for worker, share in zip(workers, shares, strict=True)}
+def _shared_rounds(config: Config, job: Job | SyntheticJob) -> SharedRounds:
+    size = config.train.batch_size
+    slowdowns = [config.mean_slowdown(worker) for worker in range(config.num_workers)]
+    samples = (lambda ticket: len(job.epochs.indices(ticket))) if isinstance(job, Job) else lambda _: size
+    return SharedRounds(samples, job.total_tickets, size, slowdowns)
 
 
 def _loads(cluster: Cluster, seconds: float) -> dict[str, Any]:
