@@ -9,7 +9,6 @@ import hashlib
 import inspect
 import json
 import os
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ from ormo_rpc.data.splits import ArraySplit, PurePartSplit, Split
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.runtimes import simulator
 from ormo_rpc.runtimes.job import Job
+from ormo_rpc.runtimes.temporary import temporary_folder
 from ormo_rpc.storage.run_directory import read_metrics
 from ormo_rpc.worker.evaluation import Evaluator
 
@@ -141,8 +141,8 @@ def simulate(overrides: Sequence[str], split: str) -> Record:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     began = time.process_time()
-    with tempfile.TemporaryDirectory(prefix="race_") as folder:
-        run_dir = Path(folder) / "run"
+    with temporary_folder("race") as folder:
+        run_dir = folder / "run"
         summary = simulator.run(config, run_dir, time.monotonic(), job)
         rows = [row for row in read_metrics(run_dir) if row.get("test_accuracy") is not None]
     return Record(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ormo_rpc.runtimes.distributed.launcher.processes import Launcher
 from ormo_rpc.runtimes.distributed.launcher.supervisor import ChildProcess, Supervisor
 from ormo_rpc.runtimes.distributed.preloading.preloading import Preloading
 from ormo_rpc.runtimes.ranks import Ranks
+from ormo_rpc.runtimes.temporary import temporary_folder
 from ormo_rpc.storage.summary import (
     TERMINAL_STATUSES,
     extend_summary,
@@ -55,9 +55,9 @@ def run(config: Config, run_dir: Path, began: float, preloading: Preloading) -> 
         run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, run_dir / "config.yaml")
     preloading.report = console.report
-    with tempfile.TemporaryDirectory(prefix="ormo_rpc_") as folder, Supervisor(console.report) as supervisor:
+    with temporary_folder("ormo_rpc_ddp") as folder, Supervisor(console.report) as supervisor:
         monitor = ProcessMonitor(supervisor, max_restarts=0, backoff_seconds=0.0, report=console.report)
-        _start(monitor, config, run_dir, began, preloading, ranks, Path(folder))
+        _start(monitor, config, run_dir, began, preloading, ranks, folder)
         failure = _supervise(monitor, config)
     return _ended(config, run_dir, began, failure) if records else _ended_elsewhere(failure)
 
