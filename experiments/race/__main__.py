@@ -59,7 +59,7 @@ def parser() -> ArgumentParser:
         default=1,
         help="contenders of a cell (K and setting) that are run at the same time, by default 1",
     )
-    made.add_argument("--plan", action="store_true", help="print what is still to be run, and how long it takes")
+    made.add_argument("--plan", action="store_true", help="print what is still to be run, and how long it takes at most")
     made.add_argument("--collect", action="store_true", help="run nothing: results of what is finished")
     made.add_argument("--report", action="store_true", help="run and collect nothing: tables and picture of the results")
     return made
@@ -168,11 +168,13 @@ def plan(cells: list[tuple[str, int]], contenders: list[str], setup: Setup, fold
             counted |= runs
             names = ", ".join(unit.contender for unit in left)
             lines.append(
-                f"{setting}, K = {workers}: {len(runs)} further runs, {len(runs) * minutes:.0f} minutes of a core: {names}"
+                f"{setting}, K = {workers}: {len(runs)} further runs, "
+                f"at most {len(runs) * minutes:.0f} minutes of a core: {names}"
             )
     lines.append(
         f"{len(missing)} contenders of these cells are not finished: at most about {len(counted) * minutes:.0f} minutes "
-        f"of a core, {60 * minutes:.1f} s for a run; those of their runs that are finished are counted, too"
+        f"of a core, {60 * minutes:.1f} s for a run. An upper bound but for rates beyond the grid: those of their runs that "
+        "are finished, or will be cut off, are counted in full"
     )
     return "\n".join(lines)
 

@@ -40,30 +40,41 @@ class Results:
         """The contenders of a cell by name."""
         return {row["contender"]: row for row in self.rows if (row["setting"], row["workers"]) == (setting, workers)}
 
-    def times(self, row: Row, target: float) -> list[float]:
-        """The time to a target of each seed; infinite where it was not reached."""
-        return [time_to(run, target, self.smooth) for run in row["runs"]]
+    def times(self, row: Row, target: float) -> dict[int, float]:
+        """The time to a target by seed; infinite where it was not reached."""
+        return {run["seed"]: time_to(run, target, self.smooth) for run in row["runs"]}
 
     def time(self, row: Row, target: float) -> float:
         """The median time to a target; infinite where most seeds did not reach it."""
-        return median(self.times(row, target))
+        return median(self.times(row, target).values())
 
     def last(self, row: Row) -> list[float]:
         """The last accuracy of each seed, the mean of the last evaluations."""
         return [statistics.fmean(run["accuracy"][-self.smooth :]) / 10_000 for run in row["runs"] if run["accuracy"]]
 
+    def shared(self, row: Row | None, other: Row | None) -> int:
+        """The number of seeds that both have."""
+        return len(self._pairs(row, other, self.target))
+
+    def medians(self, row: Row | None, other: Row | None, target: float) -> tuple[float, float]:
+        """The median times of two contenders to a target, over the seeds that both have; NaN where there is none."""
+        pairs = self._pairs(row, other, target)
+        return median(mine for mine, _ in pairs), median(others for _, others in pairs)
+
     def ratio(self, row: Row | None, other: Row | None, target: float) -> float:
-        """A contender's median time to a target over another one's; NaN where neither reached it, or one is missing."""
-        if row is None or other is None:
-            return math.nan
-        mine, others = self.time(row, target), self.time(other, target)
+        """A contender's median time over another one's (`medians`); NaN where neither reached it, or one is missing."""
+        mine, others = self.medians(row, other, target)
         return math.nan if math.isinf(mine) and math.isinf(others) else mine / others
 
     def ratios(self, row: Row | None, other: Row | None, target: float) -> list[float]:
         """The ratio for each seed that both have: the same initial parameters, and the same batches in the same order."""
+        return [mine / others for mine, others in self._pairs(row, other, target)]
+
+    def _pairs(self, row: Row | None, other: Row | None, target: float) -> list[tuple[float, float]]:
         if row is None or other is None:
             return []
-        return [mine / others for mine, others in zip(self.times(row, target), self.times(other, target), strict=False)]
+        mine, others = self.times(row, target), self.times(other, target)
+        return [(mine[seed], others[seed]) for seed in sorted(mine.keys() & others.keys())]
 
 
 def time_to(run: Mapping[str, Any], target: float, smooth: int) -> float:

@@ -78,7 +78,15 @@ def write(content: Mapping[str, Any], into: Path) -> None:
 
 def page(results: Results) -> str:
     """The page: what was run, the goals, and a table for each cell."""
-    parts = ["# The race", _stated(results), "## Goals", as_markdown(goals(results)), _accuracy(results), _lost(results)]
+    parts = [
+        "# The race",
+        _stated(results),
+        "## Goals",
+        as_markdown(goals(results)),
+        _accuracy(results),
+        _lost(results),
+        _rates(results),
+    ]
     for setting, workers in CELLS:
         cell = results.cell(setting, workers)
         if cell:
@@ -133,19 +141,27 @@ def table(results: Results, setting: str, workers: int) -> list[tuple[str, ...]]
     )
     found = [header]
     for row in sorted(cell.values(), key=lambda row: [*CONTENDERS].index(row["contender"])):
-        reached = sum(map(math.isfinite, results.times(row, results.target)))
+        reached = sum(map(math.isfinite, results.times(row, results.target).values()))
         tried = sum(map(len, row["tuning"].values()))
         found.append(
             (
                 *(_name(row), f"{row['rate']:g}", str(tried), f"{reached} of {len(row['runs'])}"),
                 *(shown(results.time(row, target), ".1f") for target in targets),
-                *(shown(results.ratio(row, ddp, target)) for target in targets),
-                shown(results.ratio(row, m_sync, results.target)),
+                *(_compared(results, row, ddp, target) for target in targets),
+                _compared(results, row, m_sync, results.target),
                 spread(results.last(row), ".2%"),
                 spread([run["seconds"][-1] for run in row["runs"] if run["seconds"]], ".1f"),
             )
         )
     return found
+
+
+def _compared(results: Results, row: Row, rival: Row | None, target: float) -> str:
+    """A ratio for a table, with the number of seeds that both have where it is not that of each."""
+    ratio = shown(results.ratio(row, rival, target))
+    if rival is None or ratio == MISSING or len(row["runs"]) == len(rival["runs"]) == results.shared(row, rival):
+        return ratio
+    return f"{ratio} ({results.shared(row, rival)} seeds of both)"
 
 
 def shown(value: float, form: str = ".3g") -> str:
@@ -188,18 +204,49 @@ def _lost(results: Results) -> str:
     for setting, workers in CELLS:
         cell = results.cell(setting, workers)
         mine = best_asynchronous(cell)
-        if mine is None:
-            continue
-        target = results.target
         rivals = [row for row in cell.values() if row["contender"] not in ASYNCHRONOUS]
-        faster = sorted((results.time(row, target), _name(row)) for row in rivals)
-        if faster and faster[0][0] < results.time(mine, target):
-            time, name = faster[0]
-            own = shown(results.time(mine, target), ".1f")
-            found.append(f"* {setting}, K = {workers}: {name} needs {time:.1f} s, {_name(mine)} {own} s")
+        compared = [(*results.medians(row, mine, results.target), _name(row)) for row in rivals]
+        faster = sorted((time, own, name) for time, own, name in compared if time < own)
+        if faster:
+            time, own, name = faster[0]
+            reached = "does not reach it" if math.isinf(own) else f"{own:.1f} s"
+            found.append(f"* {setting}, K = {workers}: {name} needs {time:.1f} s, {_name(mine)} {reached}")
     if not found:
         return ""
-    return f"Where a synchronous rule reaches {results.target:.0%} before any asynchronous one:\n\n" + "\n".join(found)
+    return (
+        f"Where a synchronous rule reaches {results.target:.0%} sooner than the asynchronous one that validation puts first "
+        "(medians over the seeds that both have):\n\n" + "\n".join(found)
+    )
+
+
+def _rates(results: Results) -> str:
+    """The rates that were chosen, in units of ``train.lr``: where to begin with a rule."""
+    counts = sorted({row["workers"] for row in results.rows})
+    found = [("contender", *(f"`train.lr`, K = {workers}" for workers in counts))]
+    for name, contender in CONTENDERS.items():
+        rates = [
+            sorted(
+                {row["rate"] / _divisor(row) for row in results.rows if (row["contender"], row["workers"]) == (name, workers)}
+            )
+            for workers in counts
+        ]
+        if any(rates):
+            found.append((contender.label, *(_range(each) for each in rates)))
+    return (
+        "## Rates to begin with\n\nThe chosen rates over all settings, as `train.lr` of the rule (of DDP with `runtime=ddp`; a "
+        f"rule that applies each gradient as it comes has the K-th part of a rate of means):\n\n{as_markdown(found)}"
+    )
+
+
+def _divisor(row: Row) -> int:
+    variants = CONTENDERS[row["contender"]].variants(row["workers"])
+    return next((each.divisor for each in variants if each.name == row["variant"]), variants[0].divisor)
+
+
+def _range(rates: Sequence[float]) -> str:
+    if not rates:
+        return MISSING
+    return f"{rates[0]:.3g}" if len(rates) == 1 else f"{rates[0]:.3g} to {rates[-1]:.3g}"
 
 
 def _not_run(results: Results) -> str:
@@ -225,7 +272,8 @@ def _stated(results: Results) -> str:
         f"{len(content['tuning_seeds'])} seeds of their own, judged by the time to",
         f"{content['tuning_target']:.1%} on a validation split; where that is not reached,",
         "by the last accuracy. Rates are those of a step with the mean of a round; ormo and its kin run with the K-th part.",
-        f"Times are medians over seeds {', '.join(map(str, seeds))} on the test split, at which the mean of",
+        f"Times are medians over seeds {', '.join(map(str, seeds))} on the test split (over those that a contender has),",
+        "ratios those of the medians over the seeds that both have; each is the time at which the mean of",
         f"{content['smooth']} evaluations in a row, about every 100 gradients, reaches the target;",
         "accuracies in the end are the mean of the last",
         f"{content['smooth']}, with mean and standard deviation over seeds.",

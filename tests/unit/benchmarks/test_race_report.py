@@ -74,6 +74,27 @@ def test_goals_compare_medians_of_the_rule_that_validation_puts_first(results: R
     assert goals["exponential", "4", "DDP"][5:] == ("-", "-", "-", "-", "-")
 
 
+def test_ratios_are_over_the_seeds_that_both_have(results: Results) -> None:
+    more = row("dana", 5.0, 45.0, 45.0, 1.0, 1.0, validation=20.0)
+    ddp = results.cell("one_slow", 4)["ddp"]
+    assert results.ratio(more, ddp, 0.87) == 45 / 90, "medians of the first three"
+    assert results.ratios(more, ddp, 0.87) == [5 / 100, 45 / 80, 45 / 90]
+    missing_first = {**ddp, "runs": ddp["runs"][1:]}
+    assert results.ratios(more, missing_first, 0.87) == [45 / 80, 45 / 90]
+    table = report.table(Results({**results.content, "rows": [*results.rows, more]}), "one_slow", 4)
+    shown = dict(zip(table[0], table[-1], strict=True))
+    assert (shown["contender"], shown["reached"], shown["s to 87%"]) == ("dana", "5 of 5", "5.0")
+    assert shown["of DDP, 87%"] == "0.5 (3 seeds of both)"
+
+
+def test_the_page_has_rates_to_begin_with_as_a_user_types_them(results: Results) -> None:
+    # Rates of means are 0.1; a rule that applies each gradient has the K-th part.
+    page = report.page(results)
+    assert "| DDP | 0.1 | 0.1 |" in page
+    assert "| ormo | 0.025 | 0.00625 |" in page
+    assert "| m-sync | 0.1 | - |" in page
+
+
 def test_a_ratio_to_a_rival_that_never_reached_the_target_is_no_number() -> None:
     assert report.shown(58.9 / math.inf) == "rival: not reached"
     assert [report.shown(value) for value in (math.inf, math.nan, 0.5)] == ["not reached", "-", "0.5"]
@@ -82,6 +103,7 @@ def test_a_ratio_to_a_rival_that_never_reached_the_target_is_no_number() -> None
 def test_the_page_says_where_asynchrony_loses_and_what_was_not_run(results: Results) -> None:
     page = report.page(results)
     assert "* none, K = 16: DDP needs 10.0 s, ormo 15.0 s" in page
+    assert "sooner than the asynchronous one that validation puts first" in page
     assert "* one_slow, K = 4: " not in page
     assert "* gamma, K = 64: DDP" in page
     header, _, *rows = report.as_markdown(report.table(results, "one_slow", 4)).splitlines()
