@@ -166,7 +166,7 @@ class Algorithm(Part, ABC):
 
     @property
     def workers_are_regions(self) -> bool:
-        """True if each worker is a region, with a server and workers of its own; for `halos` and what derives from it alone."""
+        """True if each worker is a region, with a server and workers of its own; of algorithms of two levels alone."""
         return False
 
     def accepts(self, context: PushContext) -> bool:  # noqa: ARG002 - the common answer needs no look at it

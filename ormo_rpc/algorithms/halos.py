@@ -10,6 +10,7 @@ import torch
 from typing_extensions import override
 
 from ormo_rpc.algorithms._local_steps import LocalSteps, sgd_steps
+from ormo_rpc.algorithms._regions import RegionRule, TwoLevels
 from ormo_rpc.algorithms.base import LocalWork, PullContext, PushContext
 from ormo_rpc.algorithms.delayed_nesterov import DelayedNesterov
 from ormo_rpc.options import at_least_one, not_negative, option, positive, register
@@ -92,8 +93,8 @@ class Region:
 
 
 @dataclass(kw_only=True)
-class HALoSRegion(RegionOptions):
-    """The rule of a region's own server; `RegionServer` says when it sends and merges."""
+class HALoSRegion(RegionOptions, RegionRule):
+    """The rule of a region's own server."""
 
     @override
     def init(self, params: torch.Tensor, momentum: float) -> None:
@@ -104,6 +105,14 @@ class HALoSRegion(RegionOptions):
     @override
     def step(self, grad: torch.Tensor, lr: float, context: PushContext) -> None:
         self.region.add(grad)
+
+    @override
+    def merge(self, sent: torch.Tensor) -> None:
+        self.region.merge(sent)
+
+    @override
+    def displacement(self) -> torch.Tensor:
+        return self.region.displacement()
 
     @override
     def state_dict(self) -> Mapping[str, torch.Tensor | int | float]:
@@ -117,7 +126,7 @@ class HALoSRegion(RegionOptions):
 
 @register("halos")
 @dataclass(kw_only=True)
-class HALoS(RegionOptions):
+class HALoS(RegionOptions, TwoLevels):
     """HALoS: workers take H steps from their region's parameters, and regions send what came of them to the global ones.
 
     Worker k belongs to region k modulo R. A ticket is H steps ``x <- x - eta g`` from the region's ``th``, of which the worker
@@ -142,13 +151,6 @@ class HALoS(RegionOptions):
         regions close their rounds and send what they have not sent, in order, and the global round is closed.
     """
 
-    regions: int = option(2, "R; worker k belongs to region k modulo R", valid=at_least_one, expected="a whole number >= 1")
-    region_workers: int | None = option(
-        None,
-        "every worker is a region, with a server and this many workers of its own; default: regions live on the one server",
-        valid=at_least_one,
-        expected="a whole number >= 1",
-    )
     exchange: int = option(
         12, "J, pushes in a region after which it sends what came of them", valid=at_least_one, expected="a whole number >= 1"
     )
@@ -162,16 +164,11 @@ class HALoS(RegionOptions):
 
     @property
     @override
-    def steps(self) -> int:
-        return self.local_steps * (1 if self.region_workers is None else self.exchange)
+    def region_parts(self) -> int:
+        return self.exchange
 
-    @property
     @override
-    def workers_are_regions(self) -> bool:
-        return self.region_workers is not None
-
     def region_rule(self) -> HALoSRegion:
-        """Return the algorithm of a region's own server."""
         return HALoSRegion(**{name: getattr(self, name) for name in HALoSRegion.declared()})
 
     @override

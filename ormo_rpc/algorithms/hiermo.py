@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from typing_extensions import override
 
-from ormo_rpc.algorithms._local_steps import LocalSteps
+from ormo_rpc.algorithms._regions import RegionRule, TwoLevels
 from ormo_rpc.algorithms.base import LocalWork, PullContext, PushContext
 from ormo_rpc.options import at_least_one, option, register
 
@@ -18,7 +19,7 @@ RELEASED, WORKING, PUSHED = 0, 1, 2
 
 @register("hiermo")
 @dataclass(kw_only=True)
-class HierMo(LocalSteps):
+class HierMo(TwoLevels):
     """HierMo: edges average parameters and momenta of their workers every tau steps, a cloud those of the edges.
 
     Worker k belongs to edge k modulo R. A ticket is tau steps ``y' = x - eta g; x = y' + gamma (y' - y); y = y'`` from the
@@ -32,6 +33,13 @@ class HierMo(LocalSteps):
     its edge's round, and an edge without workers takes no part. One that joins takes part in its edge's present round. Memory:
     ``w``, and five vectors of D for each edge; a worker needs four more. Messages carry two vectors both ways.
 
+    With ``region_workers`` each worker of the server, the cloud, is an edge: a server of its own with that many workers
+    (`RegionServer`). A ticket is then pi times that many of theirs, at one ``eta``, and its push is how far the edge's ``X``
+    and ``y_e`` moved in them. Both servers have this rule: the cloud's has one edge without momentum, whose round is one push
+    of each worker; an edge's never comes to a round of a cloud. Edges then count alike, however many gradients came from each,
+    and what an edge loses of its workers it makes up by further rounds. ``Y`` is lost with an edge; one that joins begins with
+    it at ``X``.
+
     Source: Yang et al., IEEE TPDS 2023, arXiv 2210.14560. Reconstructed: the full text could not be read here; the bound on
         ``gamma_a`` is derived. Departure: when the run ends, rounds end with those that have pushed.
     """
@@ -42,9 +50,6 @@ class HierMo(LocalSteps):
     NEEDS_IMMEDIATE_REPLIES = "it decides itself who waits for whom, edge by edge; use async"
     REFUSES_PREFETCH = "a round waits for all tickets, those ahead as well"
 
-    regions: int = option(
-        2, "R, edges; worker k belongs to edge k modulo R", valid=at_least_one, expected="a whole number >= 1"
-    )
     local_steps: int = option(
         4, "tau, local steps for each ticket, each on a batch", valid=at_least_one, expected="a whole number >= 1"
     )
@@ -58,10 +63,23 @@ class HierMo(LocalSteps):
         expected="a number in [0, 1)",
     )
 
+    @property
+    @override
+    def region_parts(self) -> int:
+        return self.edge_rounds * (self.region_workers or 1)
+
+    @override
+    def region_rule(self) -> RegionRule:
+        own = ("regions", "region_workers")
+        return HierMoEdge(**{name: getattr(self, name) for name in self.declared() if name not in own})
+
     @override
     def init(self, params: torch.Tensor, momentum: float) -> None:
         super().init(params, momentum)
-        edges = range(self.regions)
+        self.edges, self.most_rounds, self.pull = self.regions, float(self.edge_rounds), self.edge_momentum
+        if self.workers_are_regions:  # each of them has had its rounds
+            self.edges, self.most_rounds, self.pull = 1, 1.0, 0.0
+        edges = range(self.edges)
         self.x = {edge: params.clone() for edge in edges}
         """``X``."""
         self.y = {edge: params.clone() for edge in edges}
@@ -82,14 +100,14 @@ class HierMo(LocalSteps):
 
     @override
     def step(self, grad: torch.Tensor, lr: float, context: PushContext) -> None:
-        edge = context.worker % self.regions
+        edge = context.worker % self.edges
         moved_x, moved_y = grad.split(self.params.numel())
         self.moved_x[edge].add_(moved_x)
         self.moved_y[edge].add_(moved_y)
         self.arrived[edge] += 1
         self.phase[context.worker] = PUSHED
         self._end_rounds()
-        if all(self.rounds[worker % self.regions] == self.edge_rounds for worker in self.phase):
+        if all(self.rounds[worker % self.edges] == self.most_rounds for worker in self.phase):
             self._average()
 
     @override
@@ -98,7 +116,7 @@ class HierMo(LocalSteps):
 
     @override
     def flush(self, lr: float) -> None:
-        for edge in range(self.regions):
+        for edge in range(self.edges):
             self._end_round(edge)
         self._average()
 
@@ -109,11 +127,11 @@ class HierMo(LocalSteps):
 
     def _end_rounds(self) -> None:
         """End the round of each edge of which nobody works any more, unless it waits for the cloud."""
-        working = {worker % self.regions for worker, phase in self.phase.items() if phase == WORKING}
-        for edge in range(self.regions):
-            if edge not in working and self.rounds[edge] < self.edge_rounds:
+        working = {worker % self.edges for worker, phase in self.phase.items() if phase == WORKING}
+        for edge in range(self.edges):
+            if edge not in working and self.rounds[edge] < self.most_rounds:
                 self._end_round(edge)
-                if self.rounds[edge] < self.edge_rounds:
+                if self.rounds[edge] < self.most_rounds:
                     self._release(edge)
 
     def _end_round(self, edge: int) -> None:
@@ -123,7 +141,7 @@ class HierMo(LocalSteps):
         mean = self.x[edge].sub_(self.moved_x[edge], alpha=1 / pushes)
         former = self.mean[edge]
         self.mean[edge] = mean.clone()
-        mean.add_(mean - former, alpha=self.edge_momentum)
+        mean.add_(mean - former, alpha=self.pull)
         self.y[edge].sub_(self.moved_y[edge], alpha=1 / pushes)
         self.moved_x[edge].zero_()
         self.moved_y[edge].zero_()
@@ -140,7 +158,7 @@ class HierMo(LocalSteps):
         for edge, weight in self.weight.items():
             x.add_(self.x[edge], alpha=weight / total)
             y.add_(self.y[edge], alpha=weight / total)
-        for edge in range(self.regions):
+        for edge in range(self.edges):
             self.x[edge].copy_(x)
             self.y[edge].copy_(y)
             if self.weight[edge] == 0:
@@ -151,12 +169,12 @@ class HierMo(LocalSteps):
 
     def _release(self, edge: int) -> None:
         for worker, phase in self.phase.items():
-            if worker % self.regions == edge and phase == PUSHED:
+            if worker % self.edges == edge and phase == PUSHED:
                 self.phase[worker] = RELEASED
 
     @override
     def outgoing(self, context: PullContext) -> torch.Tensor:
-        edge = context.worker % self.regions
+        edge = context.worker % self.edges
         self.phase[context.worker] = WORKING
         return torch.cat([self.x[edge], self.y[edge]])
 
@@ -185,3 +203,26 @@ class HierMo(LocalSteps):
             **self.by_worker("weight", self.weight),
             **self.by_worker("phase", self.phase),
         }
+
+
+@dataclass(kw_only=True)
+class HierMoEdge(HierMo, RegionRule):
+    """The rule of an edge's own server: rounds of one edge without end, of which its ticket decides how many there are."""
+
+    @override
+    def init(self, params: torch.Tensor, momentum: float) -> None:
+        self.regions = 1
+        super().init(params, momentum)
+        self.most_rounds = math.inf
+        self.merged = torch.cat([params, params])
+
+    @override
+    def merge(self, sent: torch.Tensor) -> None:
+        self.merged.copy_(sent)
+        x, y = self.merged.split(self.params.numel())
+        self.x[0].copy_(x)
+        self.y[0].copy_(y)
+
+    @override
+    def displacement(self) -> torch.Tensor:
+        return self.merged - torch.cat([self.x[0], self.y[0]])

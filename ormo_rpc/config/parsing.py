@@ -12,8 +12,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ormo_rpc.algorithms._regions import TwoLevels
 from ormo_rpc.algorithms._rounds import Rounds
-from ormo_rpc.algorithms.halos import HALoS
 from ormo_rpc.config.ddp_refusals import refuse_with_ddp
 from ormo_rpc.config.evaluating import When
 from ormo_rpc.config.renamed import translate_renamed
@@ -250,10 +250,10 @@ def _refuse_regions(config: Config) -> None:
     Raises:
         ConfigError: they cannot.
     """
-    if not isinstance(config.algorithm, HALoS):
+    if not isinstance(config.algorithm, TwoLevels):
         raise ConfigError(
-            f"algorithm: got {config.algorithm.known_as}, whose workers_are_regions is true, expected halos or a class of your "
-            "own that derives from it: no other algorithm has a rule for a region's own server"
+            f"algorithm: got {config.algorithm.known_as}, whose workers_are_regions is true, expected halos, hiermo, or a "
+            "class of your own that derives from one of them: no other algorithm has a rule for a region's own server"
         )
     if not isinstance(config.runtime, (SimRuntime, RpcRuntime)):
         raise ConfigError(f"runtime: got {config.runtime.name}, expected rpc or sim with algorithm.region_workers")

@@ -81,7 +81,7 @@ class Session:
         self.server = job.server(self.recorder.record, clock)
         if (more := more_than_workers(config)) is not None:
             _log.warning(
-                "algorithm.m=%d is more than the %d workers at the start: a round has one gradient of each until there are more",
+                "algorithm.m=%d is more than the %d workers at the start: rounds have one gradient of each until more join",
                 more,
                 config.num_workers,
             )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ormo_rpc.algorithms.halos import HALoSRegion
+from ormo_rpc.algorithms._regions import RegionRule
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.server.answering import answer
 from ormo_rpc.server.assignments import Assignments
@@ -37,7 +37,8 @@ class RegionServer:
 
     Args:
         algorithm: The rule of the region; copied.
-        params: The parameters to begin with, shape (D,); copied.
+        params: What the other server has sent, one or more vectors of D, the first of which is the parameters to begin with;
+            copied.
         num_workers: Its workers.
         parts: The number of parts of a ticket, those of ticket t being t n, t n + 1, ...
         count: From a ticket to the number of its parts that there are; all n by default.
@@ -45,18 +46,22 @@ class RegionServer:
 
     def __init__(
         self,
-        algorithm: HALoSRegion,
+        algorithm: RegionRule,
         params: torch.Tensor,
         num_workers: int,
         parts: int,
         count: Callable[[int], int] | None = None,
     ) -> None:
         self.core = build_server(
-            algorithm=algorithm, params=params, num_workers=num_workers, lr=lambda _: self._lr, total_tickets=1
+            algorithm=algorithm,
+            params=params[: params.numel() // algorithm.VECTORS_SENT],
+            num_workers=num_workers,
+            lr=lambda _: self._lr,
+            total_tickets=1,
         )
         self.core.assignments = Assignments(0)  # it issues no tickets of its own
-        assert isinstance(self.core.algorithm, HALoSRegion)
-        self.region = self.core.algorithm.region
+        assert isinstance(self.core.algorithm, RegionRule)
+        self.rule = self.core.algorithm
         self.parts = parts
         self._count = count or (lambda _: parts)
         self._lr = 0.0
@@ -72,7 +77,7 @@ class RegionServer:
     def grant(self, reply: Reply) -> list[Reply]:
         """Merge with the global parameters, and hand out the parts of the ticket; return the replies that are due."""
         assert reply.ticket is not None, "a reply without a ticket ends the region"
-        self.region.merge(reply.params.to(self.core.params.dtype))
+        self.rule.merge(reply.params.to(self.core.params.dtype))
         self.core.snapshots.invalidate()
         self._lr, self._buffers = reply.lr, reply.buffers
         first = reply.ticket * self.parts
@@ -85,7 +90,7 @@ class RegionServer:
         """Settle a worker's push; return the replies that are due, and what is to be pushed to the global server."""
         replies = self._with_buffers(self.core.receive(replace(push, buffers={})))
         if self.ended:
-            lost = torch.full_like(self.core.params, math.nan)
+            lost = torch.full_like(self.core.params, math.nan).repeat(self.rule.VECTORS_PUSHED)
             return [], [self._pushed(number, lost) for number in list(self._open)]
         number = push.ticket // self.parts
         ticket = self._open.get(number)
@@ -99,7 +104,7 @@ class RegionServer:
             ticket.buffers |= {name: value.clone() for name, value in push.buffers.items()}
         if ticket.parts:
             return replies, []
-        return replies, [self._pushed(number, self.region.displacement())]
+        return replies, [self._pushed(number, self.rule.displacement())]
 
     def join(self, worker: int) -> list[Reply]:
         """Add a worker of its own."""

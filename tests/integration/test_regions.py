@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typing_extensions import override
 
 from ormo_rpc import ConfigError, train
 from ormo_rpc.algorithms.easgd import EASGD
+from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.run_directory import read_trace
 
 HALOS = ("runtime=sim", "logger=none", "algorithm=halos", "train.lr=0.1")
@@ -60,6 +62,30 @@ def test_regions_learn_as_regions_on_one_server_do(tmp_path: Path) -> None:
     apart = train([*digits, "workers=2", "algorithm.region_workers=3"], run_dir=tmp_path / "apart")
     together = train([*digits, "workers=6"], run_dir=tmp_path / "together")
     assert apart["test_accuracy"] == pytest.approx(together["test_accuracy"], abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("regions", "number", "rounds", "pull"),
+    [
+        (1, 3, 2, 0.05),
+        (2, 2, 1, 0.0),  # samples go to other edges than on one server, which then does not matter
+    ],
+)
+def test_edges_with_servers_of_their_own_train_as_those_of_one_server(
+    regions: int, number: int, rounds: int, pull: float, tmp_path: Path
+) -> None:
+    rule = ("algorithm=hiermo", "algorithm.local_steps=2", f"algorithm.edge_rounds={rounds}", f"algorithm.edge_momentum={pull}")
+    digits = ("runtime=sim", "logger=none", "train.lr=0.05", "train.batch_size=8", "model.dropout=0.2", *rule)
+    tickets, parts = 6 * regions, rounds * number
+    options = (f"workers={regions}", f"algorithm.region_workers={number}", f"train.max_iterations={tickets}")
+    apart = train([*digits, *options], run_dir=tmp_path / "apart")
+    options = (f"workers={regions * number}", f"algorithm.regions={regions}", f"train.max_iterations={tickets * parts}")
+    together = train([*digits, *options], run_dir=tmp_path / "together")
+    assert apart["virtual_seconds"] == pytest.approx(together["virtual_seconds"])
+    found, expected = (
+        checkpoint.read(checkpoint.locate(tmp_path / name), checkpoint.SERVER)["params"] for name in ("apart", "together")
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)  # a push is a difference, rounded in float32
 
 
 def test_a_resumed_simulation_begins_its_regions_anew_and_does_the_rest_once(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A live run of two levels: regions with servers and worker processes of their own."""
+"""Live runs of two levels: regions with servers and worker processes of their own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
+from ormo_rpc import train
+from ormo_rpc.storage import checkpoint
 from tests.support.processes import QUIET, descendants, events, gone, launched, processes, summary, wait_until
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(180)]
@@ -47,3 +50,17 @@ def test_the_tickets_of_a_killed_region_and_of_a_killed_worker_of_one_count_once
     assert [event["worker"] for event in events(tmp_path, "leave")][:1] == [1]
     assert err.count("of this region ended with -9; another one is started") == 1, err
     assert gone(found)
+
+
+def test_edges_with_processes_of_their_own_make_the_updates_of_simulated_ones(tmp_path: Path) -> None:
+    options = ("algorithm=hiermo", "algorithm.region_workers=2", "algorithm.local_steps=2", "algorithm.edge_momentum=0")
+    batches = ("workers=2", "train.lr=0.05", "train.batch_size=8", "train.max_iterations=8", *QUIET)
+    train([*options, *batches, "runtime=sim"], run_dir=tmp_path / "simulated")
+    with launched("launch.py", f"hydra.run.dir={tmp_path / 'live'}", *options, *batches) as launcher:
+        _, err = launcher.communicate(timeout=120)
+        assert launcher.returncode == 0, err
+    # Which worker of an edge has which part differs, so what is summed is rounded in another order.
+    found, expected = (
+        checkpoint.read(checkpoint.locate(tmp_path / name), checkpoint.SERVER)["params"] for name in ("live", "simulated")
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

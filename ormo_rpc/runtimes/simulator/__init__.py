@@ -17,7 +17,7 @@ import torch
 from typing_extensions import override
 
 from ormo_rpc import console
-from ormo_rpc.algorithms.halos import HALoS
+from ormo_rpc.algorithms._regions import TwoLevels
 from ormo_rpc.config.parsing import save_config
 from ormo_rpc.config.runtimes import Shares
 from ormo_rpc.config.schema import Config
@@ -129,10 +129,10 @@ def _cluster(
     source: GradientSource = job.worker() if isinstance(job, Job) else job.source()
     links, seconds = _links(config, session, job.push_format().size), _compute_seconds(config, job, session)
     algorithm = config.algorithm
-    if not isinstance(algorithm, HALoS) or algorithm.region_workers is None:
+    if not isinstance(algorithm, TwoLevels) or algorithm.region_workers is None:
         processes = config.num_processes if config.worker.prefetch else None
         return Cluster(session.server, source, queue, links, seconds, observe, processes=processes)
-    rule, num_workers, parts = algorithm.region_rule(), algorithm.region_workers, algorithm.exchange
+    rule, num_workers, parts = algorithm.region_rule(), algorithm.region_workers, algorithm.region_parts
     count = None
     if isinstance(source, Worker) and isinstance(job, Job):
         source.epochs = of_parts = TicketParts(job.epochs, parts)

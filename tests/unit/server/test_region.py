@@ -1,4 +1,4 @@
-"""Regions: servers that are workers of another server, against HALoS with all its regions on one server."""
+"""Regions: servers that are workers of another server, against HALoS and HierMo with all their regions on one server."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ormo_rpc.algorithms.halos import HALoS
+from ormo_rpc.algorithms.hiermo import HierMo
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.server.build import build_server
 from ormo_rpc.server.region import RegionServer
@@ -69,6 +70,57 @@ def test_two_regions_with_servers_of_their_own_are_those_of_one_server(schedule:
             expected = together.server.algorithm.state_dict()[f"region_th/{q}"]
             assert isinstance(expected, Tensor)
             close(regions[q].core.params, expected)
+
+
+@pytest.mark.parametrize(("R", "N", "pi"), [(2, 3, 2), (3, 1, 1), (1, 2, 3)])
+@given(orders=st.lists(st.integers(0, 99), max_size=20))
+def test_edges_with_servers_of_their_own_are_those_of_one_server(R: int, N: int, pi: int, orders: list[int]) -> None:
+    # Worker j of edge e is worker e + R j of the one server. Each has a shift of its own in the gradient, so who is averaged
+    # with whom matters; in which order pushes come does not.
+    shifts = torch.randn(R * N, D, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    options: dict[str, Any] = {"local_steps": 2, "edge_rounds": pi, "edge_momentum": 0.2}
+    server = build_server(
+        algorithm="hiermo",
+        params=start(),
+        num_workers=R,
+        lr=0.05,
+        momentum=0.5,
+        region_workers=N,
+        total_tickets=9 * R,
+        **options,
+    )
+    work = [
+        pushed(server.algorithm, lambda x, shift=shift: PROBLEM.gradient_at(x) + shift)
+        for shift in shifts  # pyright: ignore[reportUnknownVariableType] # torch does not say what a tensor iterates over
+    ]
+    together = begin(
+        "hiermo",
+        num_workers=R * N,
+        tickets=4 * R * N * pi,
+        lr=0.05,
+        momentum=0.5,
+        regions=R,
+        gradient=lambda reply: work[reply.worker](reply),
+        **options,
+    )
+    rule = HierMo(region_workers=N, **options).region_rule()
+    edges, outstanding = dict[int, RegionServer](), list[tuple[int, Reply]]()
+
+    def hand_out(replies: list[Reply]) -> None:
+        for reply in replies:
+            edge = edges.setdefault(reply.worker, RegionServer(rule, reply.params, N, pi * N))
+            outstanding.extend((reply.worker, local) for local in edge.grant(reply))
+
+    hand_out(server.start())
+    for number, _ in enumerate(together.steps([]), start=1):
+        position = orders[number % len(orders)] % len(outstanding) if orders else 0
+        edge, reply = outstanding.pop(position)
+        replies, pushes = edges[edge].receive(answer(reply, work[edge + R * reply.worker](reply)))
+        outstanding.extend((edge, local) for local in replies)
+        for push in pushes:
+            hand_out(server.receive(push))
+        if number % (R * N * pi) == 0:  # a round of the cloud
+            close(server.params, together.server.params)
 
 
 @given(schedule=schedules(changes=True), seed=st.integers(0, 5), ahead=st.booleans())

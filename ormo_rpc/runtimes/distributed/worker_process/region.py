@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 
-from ormo_rpc.algorithms.halos import HALoS
+from ormo_rpc.algorithms._regions import TwoLevels
 from ormo_rpc.config.schema import Config
 from ormo_rpc.data.tickets import TicketParts
 from ormo_rpc.errors import RunFailed
@@ -54,14 +54,14 @@ class RegionProcesses:
 
     def __init__(self, job: Job, data_root: str | None) -> None:
         algorithm = job.config.algorithm
-        assert isinstance(algorithm, HALoS)
+        assert isinstance(algorithm, TwoLevels)
         assert algorithm.region_workers is not None
         self.config: Config = job.config
         self.algorithm = algorithm
         self.data_root = data_root
         self.num_workers = algorithm.region_workers
         self._rule = algorithm.region_rule()
-        self._parts = TicketParts(job.epochs, algorithm.exchange)
+        self._parts = TicketParts(job.epochs, algorithm.region_parts)
         self._server: RegionServer | None = None
         self._workers: dict[int, _Worker] = {}
         self._restarts = dict.fromkeys(range(self.num_workers), 0)
@@ -93,17 +93,20 @@ class RegionProcesses:
         self._workers.clear()
 
     def _begin(self, reply: Reply) -> None:
-        """Make a server at the global parameters, whose workers join when they are ready."""
+        """Make a server at the global parameters, and wait for its workers: the first round may have to be of all of them."""
         self._server = RegionServer(
             self._rule,
             reply.params,
             self.num_workers,
-            self.algorithm.exchange,
+            self.algorithm.region_parts,
             lambda ticket: self._parts.count(ticket, self._rule.steps),
         )
         for number in range(self.num_workers):
             self._server.leave(number)
             self._start(number, reply.worker)
+        while not all(worker.ready for worker in self._workers.values()):
+            for number in self._readable():
+                self._read(number, reply)
 
     def _start(self, number: int, region: int) -> None:
         ours, theirs = socket.socketpair()

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ormo_rpc.algorithms.halos import HALoS
+from ormo_rpc.algorithms._regions import TwoLevels
 from ormo_rpc.config.parsing import parse_text
 from ormo_rpc.data.tickets import TicketParts
 from ormo_rpc.runtimes.configured import time_generator
@@ -35,11 +35,11 @@ def main(descriptor: int) -> None:
         try:
             text, data_root, number = pickle.loads(pipe.recv_bytes())  # noqa: S301 - of the process that started this one
             config = parse_text(text, data_root=data_root)
-            assert isinstance(config.algorithm, HALoS)
+            assert isinstance(config.algorithm, TwoLevels)
             torch.set_num_threads(config.runtime.threads)
             job = Job(config)
             worker = job.worker()
-            worker.epochs = TicketParts(job.epochs, config.algorithm.exchange)
+            worker.epochs = TicketParts(job.epochs, config.algorithm.region_parts)
             worker.warm_up()
             speed = time_generator(config, number)
             pipe.send_bytes(_packed(None))
