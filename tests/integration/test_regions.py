@@ -123,7 +123,9 @@ class Regional(EASGD):
 
 @pytest.mark.parametrize("runtime", ["sim", "rpc"])
 def test_workers_of_other_algorithms_are_no_regions(tmp_path: Path, runtime: str) -> None:
-    with pytest.raises(ConfigError, match=r"^algorithm: got .*Regional, whose workers_are_regions is true, expected halos or "):
+    with pytest.raises(
+        ConfigError, match=r"^algorithm: got .*Regional, whose workers_are_regions is true, expected halos, hiermo, "
+    ):
         train([f"algorithm._target_={__name__}.Regional", f"runtime={runtime}"], run_dir=tmp_path)
 
 
