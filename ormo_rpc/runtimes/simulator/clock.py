@@ -32,6 +32,11 @@ class EventQueue:
         self.now, _, name, argument = heapq.heappop(self._queue)
         return name, argument
 
+    def next_of(self, name: str, count: int) -> list[Any]:
+        """Return the arguments of the next events of one name, at most so many, in order; they stay scheduled."""
+        events = (event for event in self._queue if event[2] == name)
+        return [event[-1] for event in heapq.nsmallest(count, events, key=lambda event: event[:2])]
+
     def drop(self, unwanted: Callable[[Any], bool]) -> None:
         """Remove the events with an unwanted argument."""
         self._queue = [event for event in self._queue if not unwanted(event[-1])]

@@ -2,14 +2,15 @@
 
 The life cycle of a ticket: the reply crosses the worker's link, the worker computes, the push crosses the link back, waits in
 the server's queue, and is served; then the replies that are due are sent. A gradient is computed when its push is served, at
-the snapshot in its reply, so a thousand workers need no memory but that of the snapshots in flight.
+the snapshot in its reply, so a thousand workers need no memory but that of the snapshots in flight. A source that computes on
+another device begins the next one meanwhile: it is a function of its reply, so that nothing depends on when that is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -19,10 +20,23 @@ from ormo_rpc.server.parameter_server import ParameterServer
 
 
 class GradientSource(Protocol):
-    """Computes pushes: a `Worker`, or a cheaper synthetic source."""
+    """Computes pushes: a `Worker`, or a cheaper synthetic source.
+
+    Attributes:
+        AHEAD: The number of pushes that it can begin before they are asked for; 0 where it computes them at once.
+    """
+
+    AHEAD: ClassVar[int]
+
+    def begin(self, *replies: Reply) -> None:
+        """Start to compute pushes without waiting for them, in the order in which they will be asked for.
+
+        It changes no later result. What was begun before and is not among them may never be asked for.
+        """
+        ...
 
     def compute(self, reply: Reply) -> Push:
-        """Compute the push for a reply, as the server receives it; the next call may overwrite its tensors."""
+        """Compute the push for a reply, as the server receives it; the next call of any method may overwrite its tensors."""
         ...
 
     def forget(self, worker: int | None = None) -> None:
@@ -256,11 +270,23 @@ class Cluster:
         self.queue.at(self._free_at, "serve", reply)
 
     def _serve(self, reply: Reply) -> None:
-        if self._since.get(reply.worker, float("inf")) > self.queue.now or reply.worker not in self.server.members:
-            return  # it has left since, and its connection with it
+        if not self._connected(reply):
+            return
+        if self.source.AHEAD:
+            self.source.begin(reply, *self._following(self.source.AHEAD))
         push = self.source.compute(reply)
         self._send(self.server.receive(push))
         self.observe()
+
+    def _following(self, count: int) -> list[Reply]:
+        """Return the replies whose pushes are served next, if nothing comes between: at the server, or on their way to it."""
+        waiting = self.queue.next_of("serve", count)
+        found = waiting + self.queue.next_of("arrive", count - len(waiting))
+        return [reply for reply in found if self._connected(reply)]
+
+    def _connected(self, reply: Reply) -> bool:
+        """Tell if the worker that computes for a reply is still the one that got it, and so its connection is there."""
+        return self._since.get(reply.worker, float("inf")) <= self.queue.now and reply.worker in self.server.members
 
     def _cancel(self, workers: Collection[int]) -> None:
         """Drop what these workers compute or have under way; they have computed until now.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from typing_extensions import override
@@ -22,9 +22,14 @@ KEPT_EVENTS = ("join", "leave", "finish")
 class PushesInFlight:
     """The pushes of regions that have not arrived yet."""
 
+    AHEAD: ClassVar[int] = 0
+
     def __init__(self) -> None:
         self.pushes: dict[tuple[int, int], Push] = {}
         """By worker and ticket."""
+
+    def begin(self, *replies: Reply) -> None:
+        """Do nothing: they are there."""
 
     def compute(self, reply: Reply) -> Push:
         """Return the push for a reply."""
@@ -116,16 +121,29 @@ class RegionalCluster(Cluster):
 
     def _local_push(self, argument: tuple[int, RegionServer, Reply]) -> None:
         number, region, reply = argument
-        if self.regions.get(number) is not region:
-            return  # it has died, and its workers with it
-        worker = number + self.num_regions * reply.worker
-        push = self.local_source.compute(replace(reply, worker=worker))
+        if not self._lives(argument):
+            return
+        source, computed = self.local_source, self._of_all(argument)
+        if source.AHEAD:
+            following = self.queue.next_of("local push", source.AHEAD)
+            source.begin(computed, *(self._of_all(each) for each in following if self._lives(each)))
+        push = source.compute(computed)
         replies, pushes = region.receive(replace(push, worker=reply.worker))
         self._send_locally(number, region, replies)
         for made in pushes:
             self._in_flight.pushes[made.worker, made.ticket] = made
             answered = replace(reply, worker=made.worker, ticket=made.ticket)
             self.queue.at(self.queue.now + self.links.push_seconds(made.worker), "arrive", answered)
+
+    def _lives(self, argument: tuple[int, RegionServer, Reply]) -> bool:
+        """Tell if the region of a local worker has not died, and the worker with it."""
+        number, region, _ = argument
+        return self.regions.get(number) is region
+
+    def _of_all(self, argument: tuple[int, RegionServer, Reply]) -> Reply:
+        """Return a reply to a local worker as one to the worker's number among those of all regions."""
+        number, _, reply = argument
+        return replace(reply, worker=number + self.num_regions * reply.worker)
 
     @override
     def close(self) -> None:

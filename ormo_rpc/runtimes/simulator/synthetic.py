@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -27,6 +27,8 @@ class Quadratic:
         seed: The seed of the run.
         wire_format: The wire form of pushes, whose rounding they get.
     """
+
+    AHEAD: ClassVar[int] = 0
 
     def __init__(
         self,
@@ -53,6 +55,9 @@ class Quadratic:
     def loss(self, params: torch.Tensor) -> float:
         """Return ``f(x)``, without noise."""
         return 0.5 * (self.curvature * params * params).sum().item()
+
+    def begin(self, *replies: Reply) -> None:
+        """Do nothing: it is computed when it is asked for."""
 
     def compute(self, reply: Reply) -> Push:
         """Compute the push for a reply, as the server receives it; the next call overwrites its tensor."""
