@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ormo_rpc.compression.format import PushFormat
+from ormo_rpc.compression.wire_buffers import WholeBuffers
 from ormo_rpc.seeding import generator
 from ormo_rpc.server.validation import all_finite
 
@@ -75,7 +76,9 @@ class Encoder:
         self._decoded = torch.zeros_like(self.push) if decodes else None
         self._states: dict[int, EncoderState] = {}
 
-    def make(self, worker: int, reported: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def make(
+        self, worker: int, reported: Mapping[str, torch.Tensor] | WholeBuffers
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Make the whole wire form: the content of `push`, and the buffers that its passes report, by name.
 
         Returns:

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 import torch
 
 from ormo_rpc.server.buffer_layout import BufferLayout, aligned
+
+
+@dataclass(frozen=True, slots=True)
+class WholeBuffers:
+    """Buffers that a push reports, in the form in which they are among its bytes.
+
+    Attributes:
+        region: The bytes, as `WireBuffers` has them.
+        names: The names of those that are reported.
+    """
+
+    region: torch.Tensor
+    names: Collection[str]
 
 
 class WireBuffers:
@@ -18,6 +32,7 @@ class WireBuffers:
     """
 
     def __init__(self, layout: BufferLayout, region: torch.Tensor) -> None:
+        self._region = region
         self._marks = region[: len(layout.shapes)]
         values = region[aligned(len(layout.shapes)) :]
         self._views = layout.views(values)
@@ -27,8 +42,11 @@ class WireBuffers:
         """The number of bytes."""
         return aligned(len(layout.shapes)) + layout.size
 
-    def write(self, reported: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def write(self, reported: Mapping[str, torch.Tensor] | WholeBuffers) -> dict[str, torch.Tensor]:
         """Put buffers of the layout's dtypes and shapes at their places, and return them as `read` does."""
+        if isinstance(reported, WholeBuffers):
+            self._region.copy_(reported.region)
+            return self.views(reported.names)
         for name, value in reported.items():
             self._views[name].copy_(value.detach())
         if self._views:

@@ -22,6 +22,7 @@ _UNUSED: dict[str, str] = {
     "server.address": _NO_SERVER,
     "server.secret_file": _NO_SERVER,
     "worker.dummy": "each rank computes gradients",
+    "worker.cuda_graph": "gradients are reduced while they are computed",
     "worker.prefetch": "the next round needs the step of this one",
     "train.grad_norm_limit": f"{_NO_SERVER}; train.clip_norm clips the mean gradient",
     "evaluate.ema": "the ranks keep no moving average",

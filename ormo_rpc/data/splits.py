@@ -131,6 +131,11 @@ class Resident(Split, Protocol):
     """
 
     @property
+    def device(self) -> torch.device:
+        """The device that it is on."""
+        ...
+
+    @property
     def num_bytes(self) -> int:
         """The bytes that it takes on a device."""
         ...
@@ -181,6 +186,11 @@ class ArraySplit:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that it is on."""
+        return self.images.device
 
     @property
     def num_bytes(self) -> int:
@@ -277,6 +287,11 @@ class ResidentPartSplit(PurePartSplit):
     def __init__(self, split: Resident, indices: torch.Tensor, *, augment: bool) -> None:
         super().__init__(split, indices, augment=augment)
         self._resident = split
+
+    @property
+    def device(self) -> torch.device:
+        """The device that it is on."""
+        return self._resident.device
 
     @property
     def num_bytes(self) -> int:

@@ -135,6 +135,10 @@ class Passes:
         """Return the first tensor that was changed since `begin_pass` and must not be."""
         return next((each for each in self._guarded if each.has_changed(values=self._compares_values)), None)
 
+    def calls(self) -> dict[str, int]:
+        """Return the number of calls since `begin` of each batch norm, by its name with a dot at the end."""
+        return {norm.prefix: len(norm.batches) for norm in self._norms}
+
     def close(self) -> None:
         """Leave the module as it was, without hooks; nothing is watched any more."""
         for norm in self._norms:

@@ -24,6 +24,7 @@ _NO_MEANING = {
     "train.batch_size": "a batch is what the script makes of a ticket",
     "worker.accumulate": "a script adds up gradients by itself: each backward() adds to the ticket's",
     "worker.dummy": "gradients are the script's",
+    "worker.cuda_graph": "a script records its passes by itself",
     "worker.compile": "a script compiles its model by itself: join(torch.compile(model), ...)",
 }
 _RATES = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
@@ -32,6 +33,7 @@ from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.tasks.metrics import TaskMetric
 from ormo_rpc.worker.dummy import DummyWorker
 from ormo_rpc.worker.evaluation import Evaluator
+from ormo_rpc.worker.graphs import GraphWorker
 from ormo_rpc.worker.worker import Worker
 
 
@@ -156,6 +158,8 @@ class Job:
         train = self.config.train
         device = torch.device("cpu") if device is None or self.config.worker.dummy else device
         kind = DummyWorker if self.config.worker.dummy else Worker
+        if self.config.worker.cuda_graph and device.type == "cuda":
+            kind = functools.partial(GraphWorker, self.model().to(device))
         # These may have to build a model, which the worker then takes.
         wire_format, groups = self.push_format(), self.groups()
         return kind(
@@ -168,6 +172,7 @@ class Job:
             groups=groups,
             clip_norm=train.clip_norm,
             task=self.config.task,
+            channels_last=self.config.worker.channels_last and device.type == "cuda",
             accumulate=self.config.worker.accumulate,
             autocast=self.config.worker.autocast.dtype,
             compile=self.config.worker.compile,

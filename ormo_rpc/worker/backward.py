@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from ormo_rpc.data import Split
-from ormo_rpc.data.trees import to_device
+from ormo_rpc.data.trees import map_tensors, to_device
 from ormo_rpc.seeding import generator, seeded
 from ormo_rpc.tasks import Task
 from ormo_rpc.worker.accumulation import micro_batches
@@ -32,6 +32,7 @@ class Backward:
         seed: The seed of the run.
         device: The device of the module, which batches are brought to; by default the CPU.
         accumulate: The number of parts in which each batch goes through the module; see `micro_batches`.
+        channels_last: Lay out images, tensors of four dimensions, with their channels last.
         autocast: The dtype of passes under ``torch.autocast``; None for none.
         scaled: Scales a loss before its backward pass.
         around: Makes the context of a pass; called with True for the last one of a batch. None for no context.
@@ -45,6 +46,7 @@ class Backward:
         *,
         seed: int,
         device: torch.device | None = None,
+        channels_last: bool = False,
         accumulate: int = 1,
         autocast: torch.dtype | None = None,
         scaled: Callable[[torch.Tensor], torch.Tensor] = _unscaled,
@@ -56,6 +58,7 @@ class Backward:
         self.seed = seed
         self.device = device or torch.device("cpu")
         self.accumulate = accumulate
+        self._channels_last = channels_last
         self._autocast = autocast
         self._scaled = scaled
         self._around = around or (lambda _: contextlib.nullcontext())
@@ -66,7 +69,11 @@ class Backward:
         """Make batches now, given by number and sample numbers, where they depend on nothing else."""
         if self.data.PURE:
             made = {number: self.data.batch(indices, self._augmentation(number)) for number, indices in batches}
-            self._loaded = {number: to_device(batch, self.device) for number, batch in made.items()}
+            self._loaded = {number: self.laid_out(to_device(batch, self.device)) for number, batch in made.items()}
+
+    def give(self, batches: Mapping[int, Any]) -> None:
+        """Use batches that were made already, by their numbers in the run, in place of new ones."""
+        self._loaded = dict(batches)
 
     def __call__(self, indices: torch.Tensor, number: int) -> float | None:
         """Add the gradient of the targets' mean loss; return that loss, None where no target counts.
@@ -76,14 +83,14 @@ class Backward:
             number: That of the batch in the run, which seeds its random draws.
         """
         with seeded(self.seed, "forward", number):
-            batch = self._batch(indices, number)
+            batch = self.batch(indices, number)
             if self.accumulate == 1:
                 return self._whole(batch)
         return self._in_parts(batch, number)
 
     def _whole(self, batch: Any) -> float | None:
         with self._around(True):
-            loss = self._loss(batch)
+            loss = self.loss(batch)
             self._scaled(loss).backward()
         value = loss.item()
         return None if math.isnan(value) and not self.task.count(batch) else value
@@ -94,21 +101,27 @@ class Backward:
         parts = list(micro_batches(self.task, batch, self.accumulate))
         for part, samples, weight in parts:
             with seeded(self.seed, f"forward of part {part}", number), self._around(part == parts[-1][0]):
-                loss = self._loss(samples) * weight
+                loss = self.loss(samples) * weight
                 self._scaled(loss).backward()
             value = (value or 0.0) + loss.item()
         return value
 
-    def _loss(self, batch: Any) -> torch.Tensor:
+    def loss(self, batch: Any) -> torch.Tensor:
         """Compute the loss of a batch, or of a part of it."""
         with under_autocast(self._autocast, self.device.type):
             return self.task.loss(self.task.forward(self.module, batch), batch)
 
-    def _batch(self, indices: torch.Tensor, number: int) -> Any:
+    def batch(self, indices: torch.Tensor, number: int) -> Any:
         """Make a batch, or take the one that `load` has made."""
         if number in self._loaded:
             return self._loaded.pop(number)
-        return to_device(self.data.batch(indices, self._augmentation(number)), self.device)
+        return self.laid_out(to_device(self.data.batch(indices, self._augmentation(number)), self.device))
+
+    def laid_out(self, batch: Any) -> Any:
+        """Give the images of a batch their memory format."""
+        if not self._channels_last:
+            return batch
+        return map_tensors(lambda leaf: leaf.contiguous(memory_format=torch.channels_last) if leaf.dim() == 4 else leaf, batch)
 
     def _augmentation(self, number: int) -> torch.Generator:
         return generator(self.seed, "augment", number)

@@ -14,6 +14,7 @@ import torch
 from ormo_rpc.algorithms.base import Algorithm
 from ormo_rpc.algorithms.groups import Groups
 from ormo_rpc.compression import Allocate, Encoder, PushFormat
+from ormo_rpc.compression.wire_buffers import WholeBuffers
 from ormo_rpc.compression.wire_metrics import ROOM
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.models.flat import FlatModel
@@ -132,6 +133,7 @@ class BaseWorker:
         loss: float | None,
         samples: int,
         metrics: Mapping[str, Any] | None = None,
+        reported: WholeBuffers | None = None,
     ) -> Push:
         """Encode the content of `push`, and the buffers that the passes have changed, as the answer to a reply.
 
@@ -140,7 +142,7 @@ class BaseWorker:
         """
         assert reply.ticket is not None, "a reply without a ticket ends the worker"
         measured = {} if metrics is None else self._encoder.metrics.write(metrics)
-        grad, buffers = self._encoder.make(reply.worker, self._passes.collect())
+        grad, buffers = self._encoder.make(reply.worker, self._passes.collect() if reported is None else reported)
         return Push(
             worker=reply.worker,
             ticket=reply.ticket,

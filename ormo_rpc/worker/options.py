@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 import torch
+from typing_extensions import override
 
 from ormo_rpc.devices import is_device
 from ormo_rpc.options import Section, at_least_one, option
@@ -87,6 +88,27 @@ class WorkerOptions(Section):
     deterministic: bool = option(
         False, "torch.use_deterministic_algorithms: the same bits again on the same device; operations without are refused"
     )
+    cuda_graph: bool = option(
+        False,
+        "on a GPU: record forward and backward pass as a CUDA graph, one for each shape of batch, and repeat it; a model whose "
+        "passes wait for the GPU, or change other buffers than statistics of batch norms, is refused",
+    )
     data_on_device: bool | None = option(
         None, "on a GPU: keep the training data in its memory; null: where it fits into a quarter of what is free"
     )
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cuda_graph and self.device == "cpu":
+            raise ValueError("worker.cuda_graph: got true with worker.device=cpu, expected false, or a GPU")
+        if self.cuda_graph and self.accumulate > 1:
+            raise ValueError(
+                f"worker.cuda_graph: got true with worker.accumulate={self.accumulate}, expected 1: a graph is one pass of the "
+                "whole batch"
+            )
+        if self.cuda_graph and self.compile is not None:
+            raise ValueError(
+                f"worker.cuda_graph: got true with worker.compile={self.compile}, expected one of them: what is compiled is "
+                "recorded as its own graphs"
+            )

@@ -16,7 +16,9 @@ def regularise(grad: torch.Tensor, params: torch.Tensor, *, clip_norm: float | N
         clip_norm: The largest norm; None for no clipping.
         groups: Weight decay and factor of each range; none to leave both out.
     """
-    if clip_norm is not None:
+    if clip_norm is not None and grad.device.type != "cpu":
+        grad.mul_((clip_norm / grad.norm()).clamp(max=1.0))  # nobody waits for the device
+    elif clip_norm is not None:
         norm = grad.norm().item()
         if norm > clip_norm:
             grad.mul_(clip_norm / norm)

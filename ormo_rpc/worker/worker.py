@@ -6,7 +6,8 @@ It keeps no state between tickets, but for the compression state of a lossy wire
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from typing import ClassVar
 
 import torch
 from typing_extensions import override
@@ -21,6 +22,9 @@ from ormo_rpc.tasks import Classification, Task
 from ormo_rpc.worker.backward import Backward
 from ormo_rpc.worker.base import BaseWorker
 from ormo_rpc.worker.forward import compile_forward
+
+Gradient = Callable[["torch.Tensor", "torch.Tensor", int, "torch.Tensor"], float | None]
+"""``gradient(params, indices, number, into)``: see `Worker._gradient`."""
 
 
 class Worker(BaseWorker):
@@ -39,11 +43,15 @@ class Worker(BaseWorker):
         clip_norm: The global norm to which the gradient of the loss is clipped first; None for no clipping.
         task: The loss; by default that of classification.
         accumulate: The number of parts in which each batch goes through the model; see `micro_batches`.
+        channels_last: Lay out images with their channels last.
         autocast: The dtype of passes under ``torch.autocast``; None for none.
         compile: The backend of ``torch.compile`` that compiles the passes; None for none.
         wire_format: The wire form of pushes; exact by default.
         allocate: Allocates the memory of `payload`, given its number of bytes.
     """
+
+    AHEAD: ClassVar[int] = 0
+    """The number of tickets that it can begin before they are asked for."""
 
     def __init__(
         self,
@@ -57,6 +65,7 @@ class Worker(BaseWorker):
         groups: Groups = (),
         clip_norm: float | None = None,
         task: Task | None = None,
+        channels_last: bool = False,
         accumulate: int = 1,
         autocast: torch.dtype | None = None,
         compile: str | None = None,  # noqa: A002 - the word for it
@@ -74,6 +83,7 @@ class Worker(BaseWorker):
             task or Classification(),
             seed=seed,
             device=model.device,
+            channels_last=channels_last,
             accumulate=accumulate,
             autocast=autocast,
             scaled=self.scaled,
@@ -81,6 +91,12 @@ class Worker(BaseWorker):
         )
         if compile is not None:
             compile_forward(model.module, compile)
+
+    def begin(self, *replies: Reply) -> None:
+        """Start to compute pushes without waiting for them, in the order in which they will be asked for.
+
+        It changes no later result. A worker whose `AHEAD` is 0 computes them when they are asked for.
+        """
 
     def compute(self, reply: Reply) -> Push:
         """Compute the push for a reply, as the server will decode it; `payload` is its wire form.
@@ -91,14 +107,25 @@ class Worker(BaseWorker):
         Args:
             reply: A reply with a ticket.
         """
-        assert reply.ticket is not None, "a reply without a ticket ends the worker"
-        batches, losses = self.epochs.batches(reply.ticket, reply.steps), list[float]()
         self._passes.begin(reply.buffers)
         self.loss_scale = reply.loss_scale
+        loss, samples = self._local(reply, self._gradient, self.push)
+        return self._made(reply, loss=loss, samples=samples)
 
-        def gradient(params: torch.Tensor, step: int, into: torch.Tensor) -> None:
+    def _local(self, reply: Reply, gradient: Gradient, push: torch.Tensor) -> tuple[float | None, int]:
+        """Write the push for a reply into ``push``, not encoded; return the mean loss and the number of samples.
+
+        Args:
+            reply: A reply with a ticket.
+            gradient: `_gradient`, or what takes its place.
+            push: On the model's device, shape (VECTORS_PUSHED * D,).
+        """
+        assert reply.ticket is not None, "a reply without a ticket ends the worker"
+        batches, losses = self.epochs.batches(reply.ticket, reply.steps), list[float]()
+
+        def step_gradient(params: torch.Tensor, step: int, into: torch.Tensor) -> None:
             number, indices = batches[step]
-            loss = self._gradient(params, indices, number, into)
+            loss = gradient(params, indices, number, into)
             if loss is not None:
                 losses.append(loss)
 
@@ -108,11 +135,10 @@ class Worker(BaseWorker):
             lr=reply.lr,
             momentum=self.momentum,
             steps=len(batches),
-            gradient=gradient,
+            gradient=step_gradient,
         )
-        self.algorithm.local(work, self.push)
-        loss = sum(losses) / len(losses) if losses else None
-        return self._made(reply, loss=loss, samples=sum(len(indices) for _, indices in batches))
+        self.algorithm.local(work, push)
+        return sum(losses) / len(losses) if losses else None, sum(len(indices) for _, indices in batches)
 
     def load(self, reply: Reply) -> None:
         """Make the batches of a ticket now, for `compute`, where they depend on nothing but their numbers.
@@ -124,11 +150,14 @@ class Worker(BaseWorker):
 
     @override
     def warm_up(self) -> None:
-        # A first pass is many times slower, and would be measured as a delay.
+        self._first_pass()  # it is many times slower, and would be measured as a delay
+
+    def _first_pass(self) -> dict[str, torch.Tensor]:
+        """Compute the gradient of the first batch at the initial parameters; return the buffers that it reports."""
         self._passes.begin(no_buffers())
         scratch = torch.zeros(self.model.params.size, dtype=self.model.dtype, device=self.model.device)
         self._gradient(self.model.flat_params(), self.epochs.indices(0), 0, scratch)
-        self._passes.collect()
+        return self._passes.collect()
 
     def _gradient(self, params: torch.Tensor, indices: torch.Tensor, number: int, into: torch.Tensor) -> float | None:
         """Write the gradient of the targets' mean loss at ``params`` into ``into``; return that loss, None where none counts.

@@ -1,0 +1,271 @@
+"""Compare the simulator on a GPU with a plain training loop: ``python -m benchmarks.gpu_simulator [--cifar FOLDER]``.
+
+ResNet-20, batches of 64, K = 64 virtual workers under OrMo, bf16 autocast, channels last, the data on the device. Beside it a
+loop in plain PyTorch of the same net, batch, precision and augmentation: one CUDA graph of batch, forward pass, loss, backward
+pass and ``torch.optim.SGD`` with momentum. Both take turns of some hundred gradients within one process. Then the same without
+graphs. Printed are gradients per second, their ratio within each round, the host's time for a ticket (without its waiting for
+the GPU), and the GPU's time for one gradient alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from typing_extensions import override
+
+import ormo_rpc
+from ormo_rpc.cli import compose
+from ormo_rpc.data import ArraySplit, DataSet
+from ormo_rpc.runtimes import simulator
+from ormo_rpc.runtimes.job import Job
+from ormo_rpc.runtimes.simulator.cluster import Cluster
+from ormo_rpc.seeding import generator
+from ormo_rpc.worker import graphs
+from ormo_rpc.worker.slots import Slot
+
+BATCH, WORKERS = 64, 64
+MOMENTUM, DECAY, LR = 0.9, 1e-4, 0.05
+STAGED = 16
+"""Batches whose numbers the plain loop has under way."""
+WARM_UPS = 11
+
+
+def images(samples: int = 50_000) -> DataSet:
+    """Random images with the form of CIFAR-10."""
+    draws = torch.Generator().manual_seed(0)
+
+    def split(count: int, *, augment: bool) -> ArraySplit:
+        pixels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=draws)
+        labels = torch.randint(0, 10, (count,), generator=draws)
+        return ArraySplit(pixels, labels, scale=255, mean=(0.49, 0.48, 0.45), std=(0.25, 0.24, 0.26), augment=augment)
+
+    return DataSet(split(samples, augment=True), split(1_000, augment=False), (3, 32, 32), 10)
+
+
+def options_of(cifar: str | None, device: str, *, graph: bool, iterations: int) -> list[str]:
+    """The overrides of a simulated run."""
+    data = ["dataset=cifar10", f"dataset.root={cifar}", "dataset.verify=false"]
+    where = [f"server.device={device}", f"worker.device={device}"]
+    return [
+        *("runtime=sim", f"workers={WORKERS}", f"train.batch_size={BATCH}", "model=resnet20", "logger=none"),
+        *(data if cifar else ["dataset._target_=benchmarks.gpu_simulator.images"]),
+        *(where if device != "cpu" else where[1:]),
+        *("worker.autocast=bf16", "worker.channels_last=true", f"worker.cuda_graph={str(graph).lower()}"),
+        *(f"train.lr={LR}", f"train.momentum={MOMENTUM}", f"train.weight_decay={DECAY}", f"train.max_iterations={iterations}"),
+    ]
+
+
+class PlainLoop:
+    """A training loop without this package's worker and server.
+
+    Args:
+        job: Makes the same model and data.
+        device: The device.
+        graph: Record all of an iteration as a CUDA graph.
+    """
+
+    def __init__(self, job: Job, device: torch.device, *, graph: bool) -> None:
+        self.epochs, self.seed, self.task = job.epochs, job.config.seed, job.config.task
+        train: Any = job.data.train
+        self.split: ArraySplit = train.to(device)
+        self.device = device
+        self.module = job.model().module.to(device=device, memory_format=torch.channels_last).train()  # pyright: ignore[reportCallIssue] # its stubs lack it
+        self.optimizer = torch.optim.SGD(self.module.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=DECAY, foreach=True)
+        first = self._draws(0)
+        cuda = device.type == "cuda"
+        self.staged = [torch.empty_like(first, pin_memory=cuda) for _ in range(STAGED)]
+        self.events = [torch.cuda.Event() if cuda else None for _ in range(STAGED)]
+        self.draws = first.to(device)
+        self.number = 0
+        self._repeat: Callable[[], None] = self._iterate
+        if graph and cuda:
+            side = torch.cuda.Stream(device)
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UPS):
+                    self._iterate()
+            torch.cuda.current_stream(device).wait_stream(side)
+            self.recorded = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.recorded):
+                self._iterate()
+            self._repeat = self.recorded.replay
+
+    def run(self, count: int) -> None:
+        """Make iterations."""
+        for _ in range(count):
+            place, self.number = self.number % STAGED, self.number + 1
+            event = self.events[place]
+            if event is not None:
+                event.synchronize()
+            draws = self._draws(self.number)
+            if draws.shape == self.draws.shape:  # the last batch of an epoch is left out, as the graph has one shape
+                self.draws.copy_(self.staged[place].copy_(draws), non_blocking=True)
+            self._repeat()
+            if event is not None:
+                event.record()
+
+    def gpu_seconds(self, count: int = 200) -> float:
+        """The GPU's time for an iteration, when nothing else runs."""
+        return gpu_seconds(self._repeat, count)
+
+    def _draws(self, number: int) -> torch.Tensor:
+        return self.split.draws(self.epochs.indices(number), generator(self.seed, "augment", number))
+
+    def _iterate(self) -> None:
+        batch = self.split.make(self.draws)
+        batch = batch[0].contiguous(memory_format=torch.channels_last), batch[1]
+        with torch.autocast(self.device.type, torch.bfloat16):
+            loss = self.task.loss(self.task.forward(self.module, batch), batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def gpu_seconds(work: Callable[[], None], count: int) -> float:
+    """The time of work on the GPU, one after the other, by events."""
+    if not torch.cuda.is_available():
+        return float("nan")
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    first.record()
+    for _ in range(count):
+        work()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1000 / count
+
+
+class Turns:
+    """The turns of a simulation and a plain loop in one process.
+
+    Args:
+        plain: The loop.
+        count: Gradients in a turn.
+    """
+
+    def __init__(self, plain: PlainLoop, count: int) -> None:
+        self.plain = plain
+        self.count = count
+        self.ours: list[float] = []
+        self.theirs: list[float] = []
+        self.waiting: list[float] = []
+        self.began: float | None = None
+        self.waited = 0.0
+        """Seconds of this turn in which the host has waited for the GPU."""
+
+    def between(self, iteration: int) -> None:
+        """Change turns where that is due."""
+        if iteration % self.count or iteration == 0:
+            return
+        synchronize(self.plain.device)
+        now = time.perf_counter()
+        if self.began is not None:
+            self.ours.append((now - self.began) / self.count)
+            self.waiting.append(self.waited / self.count)
+        self.plain.run(self.count // 4)
+        synchronize(self.plain.device)
+        now = time.perf_counter()
+        self.plain.run(self.count)
+        synchronize(self.plain.device)
+        self.theirs.append((time.perf_counter() - now) / self.count)
+        self.waited, self.began = 0.0, time.perf_counter()
+
+
+def measured(options: list[str], turns: Turns) -> Any:
+    """Run the simulation with the other loop's turns in between; return its source of gradients."""
+    sources: list[Any] = []
+
+    class Watched(Cluster):
+        """A cluster that gives way to the other loop."""
+
+        last = -1
+
+        @override
+        def step(self) -> bool:
+            sources[:] = [self.source]
+            if self.server.iteration != self.last:
+                self.last = self.server.iteration
+                turns.between(self.last)
+            return super().step()
+
+    def wait(self: Slot) -> list[float]:
+        began = time.perf_counter()
+        losses = waited(self)
+        turns.waited += time.perf_counter() - began
+        return losses
+
+    waited, former = Slot.wait, simulator.Cluster
+    Slot.wait, simulator.Cluster = wait, Watched
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            ormo_rpc.train(options, run_dir=Path(folder) / "run")
+    finally:
+        Slot.wait, simulator.Cluster = waited, former
+    return sources[0]
+
+
+def comparisons(arguments: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Measure with graphs, then without."""
+    for graph, part in ((True, 1), (False, 3)):
+        count = max(1, arguments.turn // part)
+        options = options_of(arguments.cifar, arguments.device, graph=graph, iterations=count * (arguments.rounds + 1) + 1)
+        job = Job(compose(options))
+        plain = PlainLoop(job, device, graph=graph)
+        turns = Turns(plain, count)
+        source = measured(options, turns)
+        theirs = turns.theirs[: len(turns.ours)]
+        ratios = [plain_seconds / ours for plain_seconds, ours in zip(theirs, turns.ours, strict=True)]
+        ours = statistics.median(turns.ours)
+        found: dict[str, Any] = {
+            "graph": graph,
+            "simulator_per_second": 1 / ours,
+            "plain_per_second": 1 / statistics.median(theirs),
+            "ratio": statistics.median(ratios),
+            "ratio_lowest": min(ratios),
+            "ratio_highest": max(ratios),
+            "plain_gpu_us": 1e6 * plain.gpu_seconds(),
+        }
+        if isinstance(source, graphs.GraphWorker):
+            waiting = statistics.median(turns.waiting)
+            found["host_us"] = 1e6 * (ours - waiting)
+            found["waiting_us"] = 1e6 * waiting
+            recording = next(iter(source._recordings.values()))  # pyright: ignore[reportPrivateUsage] # the first is that of a full batch
+            found["gradient_gpu_us"] = 1e6 * gpu_seconds(recording, 200)
+        yield found
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cifar", metavar="FOLDER", help="folder that holds cifar-10-batches-py; without it, random images")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--turn", type=int, default=300, help="gradients in a turn")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="write the figures into this file")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}, ResNet-20, batch {BATCH}, K = {WORKERS}, bf16, channels last")
+    found = list(comparisons(arguments, device))
+    for each in found:
+        print("; ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in each.items()))
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"device": name, "torch": torch.__version__, "runs": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
