@@ -224,8 +224,8 @@ class GraphWorker(Worker):
         with torch.enable_grad():
             loss = self._recorded.loss(self._recorded.laid_out(inputs.batch()))
             (loss * static.scale if scaled else loss).backward()
-        static.end(loss.detach())
         with torch.no_grad():
+            static.end(loss)
             if scaled:
                 static.grad.mul_(static.unscale)
             regularise(static.grad, static.params, clip_norm=self.clip_norm, groups=self.groups)

@@ -84,9 +84,8 @@ class StaticModel:
         for parameter in self.model.trainable.values():
             parameter.grad = None  # so that backward passes hand over what they make, and add up nothing
 
-    @torch.no_grad()
     def end(self, loss: torch.Tensor) -> None:
-        """Do on the device what comes after a backward pass: bring the gradient together."""
+        """Do on the device what comes after a backward pass: bring the gradient together. Under ``torch.no_grad``."""
         self.loss.copy_(loss)
         into, values = list[torch.Tensor](), list[torch.Tensor]()
         for parameter, view in zip(self.model.trainable.values(), self._grad_views, strict=True):
