@@ -2,13 +2,15 @@
 
 Runs are simulated, in the settings of ``conf/experiment/paper_*.yaml``: ``het`` has slow workers, ``hom`` none. Without
 ``--full``: CIFAR-10, K = 16, 15 epochs with milestones and warm-up scaled alike, 2 seeds. With ``--full``: both data sets,
-K = 16 and 64, all 160 epochs, 3 seeds; refused where it would take longer than a week, unless ``--force`` is given. Gradients
-are computed on the CPU, one run at a time.
+K = 16 and 64, all 160 epochs, 3 seeds; refused where it would take longer than a week, unless ``--force`` is given.
+
+With ``--device cuda`` data, workers and server are on a GPU and each gradient is one captured graph, under the same autocast;
+the results then have ``cuda`` in their names. ``--jobs`` runs share the device, each in a process of its own.
 
 Every run has a folder under ``--work``, with checkpoints: a command that was killed goes on where it was when it is started
 again, and finished runs are kept. The first runs are the comparison of OrMo with synchronous SGD among slow workers.
-``--plan`` prints runs, estimated hours and what is done; ``--report`` writes ``reproduce.json``, ``.md`` and ``.png`` from what
-is finished, as does the end of the last run.
+``--seconds`` interrupts what runs when the time is up. ``--plan`` prints runs, estimated hours and what is done; ``--report``
+writes ``reproduce.json``, ``.md`` and ``.png`` from what is finished, as does the end of the last run.
 
 Each method has one learning rate, which was not tuned: with these a gradient moves the parameters by the same amount in all,
 ``eta`` without momentum and ``eta / (1 - beta)`` with it.
@@ -16,6 +18,7 @@ Each method has one learning rate, which was not tuned: with these a gradient mo
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 import time
@@ -26,7 +29,9 @@ from pathlib import Path
 
 import torch
 
-from experiments import common, reproduce_report
+from benchmarks import gpu_machine
+from benchmarks.measuring import exit_on_sigterm
+from experiments import at_once, common, reproduce_report
 from experiments.reproduce_report import ALL_EPOCHS
 from experiments.resumable import ResumableRun, alone
 from ormo_rpc.composing import compose
@@ -45,8 +50,16 @@ WARMUP = 5
 """The schedule of the paper, in epochs of `ALL_EPOCHS`."""
 TOO_LONG = 7 * 24
 """Hours above which a plan is refused without ``--force``."""
-CHECKPOINT_EVERY = 200
-"""Gradients between checkpoints: what a killed command loses at most, half a minute of an idle core."""
+CHECKPOINTS = {"cpu": "checkpoint.every=200", "cuda": "checkpoint.every_seconds=30"}
+"""What a killed command loses at most: 200 gradients are half a minute of an idle core."""
+ON_DEVICE = {
+    "cpu": (),
+    "cuda": (
+        *("worker.device=cuda", "server.device=cuda", "worker.cuda_graph=true", "worker.channels_last=true"),
+        "worker.data_on_device=true",
+    ),
+}
+"""Further overrides of the runs, by device."""
 TIMED_GRADIENTS = 8
 EVALUATION = 1 / 3
 """The cost of evaluating a sample, in that of its gradient: the forward pass alone."""
@@ -62,6 +75,7 @@ class Planned:
         seed: Its seed.
         epochs: Its length.
         work: The folder of all runs.
+        device: The device of data, workers and server.
     """
 
     experiment: str
@@ -69,6 +83,7 @@ class Planned:
     seed: int
     epochs: int
     work: Path
+    device: str = "cpu"
 
     @property
     def lr(self) -> float:
@@ -84,18 +99,19 @@ class Planned:
             *(*common.SIMULATED, f"experiment={self.experiment}", f"algorithm={algorithm}", f"scheduler={scheduler}"),
             *(f"train.epochs={self.epochs}", f"train.warmup_epochs={WARMUP * scale:g}"),
             f"train.lr_milestones=[{','.join(f'{epoch * scale:g}' for epoch in MILESTONES)}]",
-            *(f"train.lr={self.lr}", f"seed={self.seed}", "worker.autocast=bf16"),
+            *(f"train.lr={self.lr}", f"seed={self.seed}", "worker.autocast=bf16", *ON_DEVICE[self.device]),
         )
         return ResumableRun(self.work / self.experiment / f"{self.method}_seed{self.seed}", overrides)
 
 
 def planned(a: Namespace) -> list[Planned]:
     """The runs in their order: seed by seed, slow workers first."""
-    datasets, numbers = (("cifar10", "cifar100"), (16, 64)) if a.full else (("cifar10",), (16,))
-    experiments = [f"paper_{data}_k{k}_{setting}" for data in datasets for k in numbers for setting in ("het", "hom")]
+    datasets = a.datasets or (("cifar10", "cifar100") if a.full else ("cifar10",))
+    numbers = a.workers or ((16, 64) if a.full else (16,))
+    experiments = [f"paper_{data}_k{k}_{setting}" for data in datasets for k in numbers for setting in a.settings]
     epochs = a.epochs or (ALL_EPOCHS if a.full else EPOCHS)
     return [
-        Planned(experiment, method, seed, epochs, a.work)
+        Planned(experiment, method, seed, epochs, a.work, a.device)
         for seed in a.seeds or ((0, 1, 2) if a.full else (0, 1))
         for experiment in experiments
         for method in a.methods
@@ -149,7 +165,7 @@ def show(plan: Sequence[Planned], where: Sequence[str]) -> None:
     )
 
 
-def arguments() -> Namespace:
+def arguments(argv: Sequence[str] | None = None) -> Namespace:
     """The arguments of the command line."""
     parser = common.parser(__doc__)
     parser.add_argument("--root", default="data", metavar="DIRECTORY", help="folder that holds cifar-10-batches-py")
@@ -162,46 +178,59 @@ def arguments() -> Namespace:
     parser.add_argument("--epochs", type=common.at_least_one, help="length of each run; milestones and warm-up are scaled")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED")
-    a = parser.parse_args()
-    a.work = a.work or Path("outputs") / ("reproduce-full" if a.full else "reproduce")
+    parser.add_argument("--datasets", nargs="+", choices=("cifar10", "cifar100"), metavar="NAME")
+    parser.add_argument("--workers", type=int, nargs="+", choices=(16, 64), metavar="K")
+    parser.add_argument("--settings", nargs="+", choices=("het", "hom"), default=("het", "hom"), metavar="SETTING")
+    parser.add_argument("--device", choices=tuple(ON_DEVICE), default="cpu", help="device of data, workers and server")
+    parser.add_argument("--jobs", type=common.at_least_one, default=1, help="runs at once")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="interrupt what runs after this time")
+    a = parser.parse_args(argv)
+    a.work = a.work or Path("outputs") / reproduce_report.name_of(a).replace("_", "-")
     return a
 
 
-def work_through(plan: Sequence[Planned], where: Sequence[str], a: Namespace) -> None:
+def work_through(plan: Sequence[Planned], where: Sequence[str], a: Namespace, lock: int) -> None:
     """Run what is left.
+
+    Args:
+        plan: All runs.
+        where: Overrides that do not matter for their results.
+        a: The arguments of the command line.
+        lock: The lock of the folder of the runs.
 
     Raises:
         ConfigError: it takes too long, or a folder is another run's.
         RunFailed: it was interrupted.
     """
     left = [each for each in plan if each.run.summary is None]
-    if left:
-        gradient, epoch_seconds = gradient_seconds(left[0].run, where)
-        estimate = hours(plan, epoch_seconds)
-        if estimate > TOO_LONG and not a.force:
-            raise ConfigError(
-                f"--full: {len(left)} runs at {gradient * 1000:.0f} ms a gradient would take {estimate / 24 / 7:.1f} weeks "
-                "here, expected at most one; gradients are computed on the CPU, one run at a time: take fewer --methods or "
-                "--seeds, shorter runs with --epochs, or --force"
-            )
-        print(f"{len(left)} of {len(plan)} runs are left: about {estimate:.1f} hours", flush=True)
-    for each in left:
-        began = time.monotonic()
-        summary = each.run.go_on(*where)
-        accuracy = "no accuracy" if summary["test_accuracy"] is None else f"{summary['test_accuracy']:.2%}"
-        print(
-            f"{each.experiment} {each.method} seed {each.seed}: {summary['status']}, {accuracy}, "
-            f"{(time.monotonic() - began) / 60:.0f} minutes",
-            flush=True,
+    if not left:
+        return
+    gradient, epoch_seconds = gradient_seconds(left[0].run, where)
+    estimate = hours(plan, epoch_seconds)
+    if estimate > TOO_LONG and not a.force:
+        raise ConfigError(
+            f"--full: {len(left)} runs at {gradient * 1000:.3g} ms a gradient would take {estimate / 24 / 7:.1f} weeks "
+            f"one after another here, on {a.device}, expected at most one; take fewer --methods or --seeds, shorter runs with "
+            "--epochs, a GPU with --device cuda, or --force"
         )
+    print(f"{len(left)} of {len(plan)} runs are left: about {estimate:.2g} hours one after another", flush=True)
+    if a.device == "cuda":
+        reproduce_report.note_machine(a.work, {**gpu_machine.about(), "jobs": a.jobs})
+    for ended in at_once.work_through([each.run for each in left], where, jobs=a.jobs, seconds=a.seconds, lock=lock):
+        each = left[ended.number]
+        summary = each.run.summary or {"status": "without a summary", "test_accuracy": None}
+        accuracy = "no accuracy" if summary["test_accuracy"] is None else f"{summary['test_accuracy']:.2%}"
+        took = f"{ended.seconds / 60:.1f} minutes"
+        print(f"{each.experiment} {each.method} seed {each.seed}: {summary['status']}, {accuracy}, {took}", flush=True)
 
 
 def main() -> None:
     """Plan, run, and write the results."""
     a = arguments()
+    exit_on_sigterm()
     plan = planned(a)
     where = (
-        f"checkpoint.every={CHECKPOINT_EVERY}",
+        CHECKPOINTS[a.device],
         f"dataset.root={Path(a.root).absolute()}",
         *(["dataset.verify=false"] if a.repackaged else []),
     )
@@ -210,8 +239,8 @@ def main() -> None:
             show(plan, where)
             return
         if not a.report:
-            with alone(a.work):
-                work_through(plan, where, a)
+            with alone(a.work) as lock:
+                work_through(plan, where, a, lock)
         reproduce_report.write(plan, a)
     except ConfigError as error:
         print(f"experiments.reproduce: {error}", file=sys.stderr)

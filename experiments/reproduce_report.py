@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from benchmarks import gpu_machine
 from experiments import common
 from experiments.resumable import ResumableRun
 from ormo_rpc.report.table import as_markdown, spread
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
 
 KEYS = (
     *("status", "test_accuracy", "test_loss", "train_loss", "training_seconds", "delay_mean", "delay_max"),
-    *("iterations", "final_params_sha256"),
+    *("iterations", "final_params_sha256", "wall_seconds"),
 )
+MACHINE = "machine.json"
+"""The GPU and its machine, in the folder of the runs."""
 ALL_EPOCHS = 160
 """The length of the paper's runs."""
 DEPARTURES = (
@@ -38,6 +41,38 @@ DEPARTURES = (
 def epochs_done(run: ResumableRun) -> float:
     """The epochs of a run so far, by its newest row of metrics."""
     return max((row["epoch"] for row in run.rows()), default=0.0)
+
+
+def real_minutes(run: ResumableRun) -> float | None:
+    """The real minutes of a finished run; None where an attempt before was interrupted, whose time may be lost."""
+    summary = run.summary
+    return None if summary is None or len(run.attempts) > 1 else summary["wall_seconds"] / 60
+
+
+def note_machine(work: Path, about: Mapping[str, Any]) -> None:
+    """Keep what a GPU and its machine are beside the runs, as results may be written elsewhere."""
+    (work / MACHINE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+def machine_of(a: Namespace) -> dict[str, Any]:
+    """What the runs were computed on: what was kept beside them, else this machine."""
+    kept = a.work / MACHINE
+    return json.loads(kept.read_text("utf-8")) if kept.is_file() else environment()
+
+
+def machine_in_words(machine: Mapping[str, Any]) -> str:
+    """Device, precision and versions in a sentence."""
+    if "card" not in machine:
+        return f"torch {machine['torch']}, {machine['cpu']}, 1 thread"
+    return (
+        f"Data, workers and server on a GPU, each gradient one captured graph, channels last, {machine['jobs']} runs at once: "
+        f"{gpu_machine.in_words({**machine})}"
+    )
+
+
+def name_of(a: Namespace) -> str:
+    """The name of the results' files, which says device and length."""
+    return "_".join(["reproduce", *(["full"] if a.full else []), *([a.device] if a.device != "cpu" else [])])
 
 
 def curve(run: ResumableRun, key: str = "test_accuracy") -> tuple[list[float], list[float], list[float]]:
@@ -67,6 +102,7 @@ def table(plan: Sequence[Planned]) -> list[tuple[str, ...]]:
             "training loss",
             "virtual seconds",
             "mean delay",
+            "real minutes",
         )
     ]
     for (experiment, method), runs in grouped(plan).items():
@@ -86,6 +122,7 @@ def table(plan: Sequence[Planned]) -> list[tuple[str, ...]]:
                         ("delay_mean", ".1f"),
                     )
                 ),
+                spread([minutes for each in runs if (minutes := real_minutes(each.run)) is not None], ".1f"),
             )
         )
     return rows
@@ -136,7 +173,7 @@ def content(plan: Sequence[Planned], a: Namespace) -> dict[str, Any]:
         run = {key: getattr(each, key) for key in ("experiment", "method", "seed", "lr", "epochs")}
         at = {"epoch": epochs, "virtual_seconds": seconds, "value": values}
         runs.append({**run, "finished": summary is not None, **end, "test_accuracy_at": at})
-    return {"environment": environment(), "departures": departures(plan, a), "runs": runs}
+    return {"environment": machine_of(a), "departures": departures(plan, a), "runs": runs}
 
 
 def departures(plan: Sequence[Planned], a: Namespace) -> list[str]:
@@ -148,17 +185,18 @@ def departures(plan: Sequence[Planned], a: Namespace) -> list[str]:
 
 
 def write(plan: Sequence[Planned], a: Namespace) -> None:
-    """Write ``reproduce.json``, ``.md`` and ``.png``, with ``--full`` ``reproduce_full``, and print the table."""
-    name, folder = "reproduce_full" if a.full else "reproduce", Path(a.into)
+    """Write ``reproduce.json``, ``.md`` and ``.png``, under the name that `name_of` gives, and print the table."""
+    name, folder = name_of(a), Path(a.into)
     folder.mkdir(parents=True, exist_ok=True)
     data, left = content(plan, a), unfinished(plan)
     machine, rows = data["environment"], table(plan)
+    options = f"{' --full' if a.full else ''}{'' if a.device == 'cpu' else f' --device {a.device}'}"
     finished = f"{len(plan) - len(left)} of {len(plan)} runs are finished"
     parts = [
         "# The experiments of arXiv 2407.19234",
-        f"`python -m experiments.reproduce{' --full' if a.full else ''}`: ResNet-20, batch 64, momentum 0.9, weight decay "
+        f"`python -m experiments.reproduce{options}`: ResNet-20, batch 64, momentum 0.9, weight decay "
         f"0.0001, simulated; mean and standard deviation over the seeds that are finished. {finished}. "
-        f"torch {machine['torch']}, {machine['cpu']}, 1 thread.",
+        f"{machine_in_words(machine)}.",
         as_markdown(rows) if len(rows) > 1 else "No run is finished.",
         f"![Test accuracy]({name}.png)",
         "## What differs from the paper's setting",

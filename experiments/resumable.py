@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import sys
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ormo_rpc import train
-from ormo_rpc.errors import ConfigError
+from ormo_rpc.errors import ConfigError, RunFailed
 from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.launch import Launch
 from ormo_rpc.storage.run_directory import rows_so_far
@@ -104,8 +105,10 @@ class ResumableRun:
 
 
 @contextlib.contextmanager
-def alone(work: Path) -> Generator[None]:
+def alone(work: Path) -> Generator[int]:
     """Refuse to work in a folder in which another command works; the lock ends with the process.
+
+    Gives the file descriptor of the lock: with processes that inherit it, the lock ends with the last of them.
 
     Raises:
         ConfigError: one does.
@@ -116,4 +119,19 @@ def alone(work: Path) -> Generator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"{work}: got a folder in which another command works; wait for its end, or end it") from None
-        yield
+        yield lock.fileno()
+
+
+def main() -> int:
+    """Go on with one run, as `experiments.at_once` asks for it: folder, overrides and further ones, as JSON."""
+    asked = json.loads(sys.argv[1])
+    try:
+        ResumableRun(Path(asked["folder"]), asked["overrides"]).go_on(*asked["more"])
+    except (ConfigError, RunFailed) as error:
+        print(error, file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

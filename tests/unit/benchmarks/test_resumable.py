@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import reproduce
+from experiments import at_once, reproduce
 from experiments.reproduce_report import epochs_done, table, unfinished
 from experiments.resumable import ResumableRun, alone
 from ormo_rpc.errors import ConfigError
@@ -37,6 +37,37 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path: Path) -> None:
     assert epochs_done(killed) == epochs_done(whole) > 0
     with pytest.raises(ConfigError, match="differs in workers=2, workers=3"):
         ResumableRun(killed.folder, [each.replace("workers=3", "workers=2") for each in settings]).go_on()
+
+
+@pytest.mark.slow
+@pytest.mark.live
+def test_runs_in_processes_of_their_own_end_as_in_this_one_and_pass_their_refusals_on(tmp_path: Path) -> None:
+    settings = (*SHORT, "train.max_iterations=20")
+    expected = ResumableRun(tmp_path / "here", settings).go_on()
+    runs = [ResumableRun(tmp_path / name, [*settings, *more]) for name, more in (("there", ()), ("wrong", ("workers=0",)))]
+    with alone(tmp_path) as lock:
+        ended = at_once.work_through(runs, (), lock=lock)
+        assert next(ended).number == 0
+        assert (runs[0].summary or {})["final_params_sha256"] == expected["final_params_sha256"]
+        with pytest.raises(ConfigError, match=r"^workers: got 0"):
+            next(ended)
+
+
+def test_no_run_begins_when_the_time_is_up(tmp_path: Path) -> None:
+    assert list(at_once.work_through([ResumableRun(tmp_path / "run", SHORT)], (), seconds=0)) == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_runs_on_a_gpu_are_others_than_those_on_the_cpu_and_have_their_own_folder() -> None:
+    a = reproduce.arguments(["--device", "cuda", "--full", "--settings", "het", "--methods", "ormo", "ssgdm"])
+    plan = reproduce.planned(a)
+    assert {(each.experiment, each.method) for each in plan} == {
+        (f"paper_{data}_k{k}_het", method) for data in ("cifar10", "cifar100") for k in (16, 64) for method in ("ormo", "ssgdm")
+    }
+    assert str(a.work) == "outputs/reproduce-full-cuda"
+    assert {"worker.device=cuda", "server.device=cuda", "worker.autocast=bf16"} <= {*plan[0].run.overrides}
+    cpu = reproduce.planned(reproduce.arguments([]))
+    assert not any("device" in override for override in cpu[0].run.overrides)
 
 
 def test_two_commands_do_not_work_in_one_folder(tmp_path: Path) -> None:
