@@ -72,17 +72,20 @@ def run(name: str, log: Path, seconds: float) -> dict[str, Any]:
 
 def as_markdown(record: Mapping[str, Any]) -> str:
     """The page of a record."""
-    parts = ["# On a GPU", "`make gpu` (`python -m benchmarks.gpu`) wrote this page; docs/gpu.md says what the parts are."]
-    for name, part in PARTS.items():
-        if name not in record["parts"]:
-            continue
-        found = record["parts"][name]
-        parts += [f"## {part.title}", f"{gpu_machine.in_words(found['about'])}; {found['seconds']:.0f} s."]
+    measured = {name: record["parts"][name] for name in PARTS if name in record["parts"]}
+    where: dict[str, list[str]] = {}
+    for name, found in measured.items():
+        where.setdefault(gpu_machine.in_words(found["about"]), []).append(PARTS[name].title)
+    page = ["# On a GPU", "`make gpu` (`python -m benchmarks.gpu`) wrote this page; docs/gpu.md says what its parts are."]
+    page.append("\n".join(f"* {', '.join(titles)}: {words}." for words, titles in where.items()))
+    for name, found in measured.items():
+        page += [f"## {PARTS[name].title}"]
         if found["status"] != "ok":
-            parts.append(f"**{found['status']}**: {found['reason']}")
+            page.append(f"**{found['status']}**: {found['reason']}")
         if found["result"] is not None:
-            parts.append(_result(name, found["result"]))
-    return "\n\n".join(parts) + "\n"
+            page.append(_result(name, found["result"]))
+        page.append(f"({found['seconds']:.0f} s)")
+    return "\n\n".join(page) + "\n"
 
 
 def _result(name: str, result: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ COMMAND = ("pytest", "-m", "gpu", "-v", "-W", "default", "-p", "no:cacheprovider
 """Warnings are no errors, also while tests are collected: other versions of PyTorch warn of other things."""
 _OUTCOMES = {"PASSED": "passed", "FAILED": "failed", "ERROR": "failed", "SKIPPED": "skipped"}
 _TEST = re.compile(r"^(tests/\S+?\.py::.*?) (?:(PASSED|FAILED|ERROR|SKIPPED)\b.*)?$")
+_RESULT = re.compile(r"^(PASSED|FAILED|ERROR|SKIPPED)\b.*\[ *\d+%\]$")
 _REASON = re.compile(r"^(?:FAILED|ERROR) (tests/\S+?\.py(?:::.*?)?)(?: - (.*))?$")
 _SKIPS = re.compile(r"^SKIPPED \[\d+\] \S+: (.*)$")
 
@@ -42,11 +43,10 @@ def outcome(output: str) -> Outcome:
     found, running = Outcome(), None
     for line in output.splitlines():
         if (test := _TEST.match(line)) is not None:
-            name, result = test.groups()
-            running = name if result is None else None
-            _count(found, name, result)
-        elif running is not None and (word := line.split(" ", 1)[0].strip()) in _OUTCOMES:
-            _count(found, running, word)  # what a test printed to its terminal came between
+            running = test[1] if test[2] is None else None
+            _count(found, test[1], test[2])
+        elif running is not None and (result := _RESULT.match(line)) is not None:
+            _count(found, running, result[1])  # what a test printed to its terminal came between
             running = None
         elif (reason := _REASON.match(line)) is not None:
             found.failed[reason[1]] = reason[2] or "see the log"
