@@ -242,7 +242,8 @@ class Algorithm(Part, ABC):
         for name, value in state.items():
             attribute, _, worker = name.partition("/")
             if worker:
-                getattr(self, attribute)[int(worker)] = value.clone() if isinstance(value, torch.Tensor) else value
+                own = value.to(self.params.device, copy=True) if isinstance(value, torch.Tensor) else value
+                getattr(self, attribute)[int(worker)] = own
 
     @staticmethod
     def by_worker(attribute: str, kept: Mapping[int, V]) -> dict[str, V]:

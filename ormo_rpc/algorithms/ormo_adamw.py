@@ -91,7 +91,7 @@ class OrMoAdamW(AdamMoments):
         rows = [self._row(bucket) for bucket in buckets]
         for group in self.groups:
             steps = [self.adamw(group, rates[row], bucket + 1, sizes[row]) for bucket, row in zip(buckets, rows, strict=True)]
-            for part in _chunks(group.start, group.stop):
+            for part in _chunks(group.start, group.stop, CHUNK if out.device.type == "cpu" else group.stop):
                 m, v, before = self.m[part].clone(), self.v[part].clone(), self.base[part]
                 for step, row, bucket in zip(steps, rows, buckets, strict=True):
                     rounded = out_16bit[part] if out_16bit is not None and bucket == self.index else None
@@ -108,6 +108,6 @@ class OrMoAdamW(AdamMoments):
         return {"base": self.base, **buckets, **super().state_dict()}
 
 
-def _chunks(start: int, stop: int) -> Iterator[slice]:
-    """Divide a range into parts whose moments stay in the cache from one step to the next."""
-    return (slice(begin, min(begin + CHUNK, stop)) for begin in range(start, stop, CHUNK))
+def _chunks(start: int, stop: int, size: int) -> Iterator[slice]:
+    """Divide a range into parts, whose moments stay in a processor's cache from one step to the next."""
+    return (slice(begin, min(begin + size, stop)) for begin in range(start, stop, size))

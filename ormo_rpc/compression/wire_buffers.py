@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ormo_rpc.server.buffer_layout import BufferLayout, aligned
+from ormo_rpc.server.buffer_layout import BufferLayout, PackedTensors, aligned
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +34,10 @@ class WireBuffers:
     def __init__(self, layout: BufferLayout, region: torch.Tensor) -> None:
         self._region = region
         self._marks = region[: len(layout.shapes)]
-        values = region[aligned(len(layout.shapes)) :]
-        self._views = layout.views(values)
+        self._views = PackedTensors(layout, region[aligned(len(layout.shapes)) :])
+        self._has_bools = torch.bool in layout.dtypes.values()
+        self._marked: frozenset[str] | None = None
+        """The names that `write` has marked last: mostly those of every push, and marking a GPU's memory waits for it."""
 
     @staticmethod
     def size(layout: BufferLayout) -> int:
@@ -49,23 +51,23 @@ class WireBuffers:
             return self.views(reported.names)
         for name, value in reported.items():
             self._views[name].copy_(value.detach())
-        if self._views:
-            self._marks.copy_(torch.tensor([name in reported for name in self._views]))
-        return self.views(reported)
+        names = frozenset(reported)
+        if self._views and names != self._marked:
+            self._marks.copy_(torch.tensor([name in names for name in self._views]))
+            self._marked = names
+        return self.views(names)
 
     def views(self, names: Collection[str]) -> dict[str, torch.Tensor]:
-        """The buffers of these names, in their order here, as `read` returns them."""
+        """The buffers of these names, in their order here, as `read` returns them: packed where they are all."""
+        if len(names) == len(self._views) and not self._has_bools:
+            return self._views
         return {name: _whole(view) for name, view in self._views.items() if name in names}
 
     def read(self) -> dict[str, torch.Tensor]:
         """The reported buffers by name, as views of the bytes; bools as copies, as forged ones may be neither 0 nor 1."""
-        found: dict[str, torch.Tensor] = {}
         if not self._views:
-            return found
-        for (name, view), mark in zip(self._views.items(), self._marks.tolist(), strict=True):
-            if mark:
-                found[name] = _whole(view)
-        return found
+            return {}
+        return self.views([name for name, mark in zip(self._views, self._marks.tolist(), strict=True) if mark])
 
 
 def _whole(view: torch.Tensor) -> torch.Tensor:

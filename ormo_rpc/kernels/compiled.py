@@ -20,6 +20,7 @@ from ormo_rpc.kernels.kernel import Kernel
 from ormo_rpc.kernels.pool import pooled
 from ormo_rpc.kernels.steps import CHUNK, HeavyBallStep, OrMoStep, SGDStep, Step, Steps, TorchSteps
 from ormo_rpc.kernels.threads import LEAST, Threaded
+from ormo_rpc.kernels.triton_steps import triton_steps
 
 SOURCE = Path(__file__).with_name("steps.c")
 FLAGS = ("-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-std=c11")
@@ -104,12 +105,16 @@ def _readable(vector: torch.Tensor) -> bool:
     return vector.device.type == "cpu" and vector.is_contiguous() and not vector.is_neg()
 
 
-def fastest_kernel(dimension: int) -> Kernel:
+def fastest_kernel(dimension: int, device: torch.device | None = None) -> Kernel:
     """Choose the kernel for vectors of D: pooled memory, and compiled steps where they pay and there is a compiler.
 
     Compiled steps over very long vectors run on as many threads as torch has at this moment (``runtime.threads``); operations
-    of torch are divided by torch itself.
+    of torch are divided by torch itself. On a GPU steps are those of Triton, where it works, and memory is that of torch's
+    allocator there, which lends what was freed again without a call of the driver.
     """
+    if device is not None and device.type != "cpu":
+        fused = triton_steps(device)
+        return Kernel() if fused is None else Kernel(name="triton", steps=fused)
     steps = compiled_steps() if dimension >= WORTH_COMPILING else None
     if steps is None:
         return Kernel(empty=pooled())

@@ -18,7 +18,12 @@ WORTH_POOLING = 256 << 10
 Memory = Any
 """Any writable object with the buffer protocol: a ``mmap``, a ``bytearray``."""
 
-_NUMPY: Mapping[str, str] = {"torch.float32": "float32", "torch.float64": "float64", "torch.bfloat16": "int16"}
+_NUMPY: Mapping[str, str] = {
+    "torch.float32": "float32",
+    "torch.float64": "float64",
+    "torch.bfloat16": "int16",
+    "torch.uint8": "uint8",
+}
 """The name of numpy's type of the same size for that of each dtype; numpy has no bfloat16."""
 
 
@@ -30,7 +35,7 @@ class Pool:
 
     Args:
         dimension: D.
-        dtype: float32, float64 or bfloat16.
+        dtype: float32, float64, bfloat16 or uint8.
         memory: Allocates a number of bytes, aligned to 64; by default `anonymous`.
     """
 

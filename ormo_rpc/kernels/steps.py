@@ -87,7 +87,7 @@ class Steps(Protocol):
 
 
 class TorchSteps(Steps):
-    """Steps in torch operations, chunk by chunk."""
+    """Steps in torch operations, chunk by chunk; on a GPU in whole vectors, with the roundings of its kernels of torch."""
 
     @override
     def __call__(
@@ -151,8 +151,8 @@ def _chunks(
     out_16bit: torch.Tensor | None,
     v: torch.Tensor | None,
 ) -> Iterable[Operands]:
-    """Divide the operands into chunks; short ones are a single chunk."""
-    if w.numel() < WORTH_CUTTING:
+    """Divide the operands into chunks for the caches of a processor; short ones, and those of a GPU, are a single chunk."""
+    if w.numel() < WORTH_CUTTING or w.device.type != "cpu":
         return [(grad, u, w, out, out_16bit, v)]
     absent = itertools.repeat(None)
     us, outs_16bit, vs = (absent if vector is None else vector.split(CHUNK) for vector in (u, out_16bit, v))

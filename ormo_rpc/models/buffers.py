@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ormo_rpc.server.buffer_layout import BufferLayout
-from ormo_rpc.server.buffers import Rule, RuleKind
+from ormo_rpc.server.buffer_rules import Rule, RuleKind
 
 if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import (

@@ -55,7 +55,7 @@ class OwnEvaluator:
         """
         model = self.model
         model.module.train()  # modules that merge or cache weights in eval mode undo that, with the former parameters
-        model.bind(params.clone())  # the server's own would be written to by a function that changes them
+        model.bind(params.to(model.device, copy=True))  # the server's own would be written to by a function that changes them
         model.buffers.load(buffers)
         model.module.eval()
         try:

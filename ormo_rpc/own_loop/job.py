@@ -92,7 +92,7 @@ class OwnModel:
             buffers: The new buffers; by default the present ones.
         """
         if params is not None:
-            self.flat.bind(params)
+            self.flat.bind(params.to(self.flat.device))
         if buffers is not None:
             self.flat.buffers.load(buffers)
         for parameter in self.flat.trainable.values():

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ormo_rpc.kernels.host_copies import on_host
 from ormo_rpc.runtimes.job_like import JobLike
 from ormo_rpc.runtimes.ranking import Ranking
 from ormo_rpc.storage import best
@@ -62,6 +63,7 @@ class BestModel:
             test=evaluation.test,
             validation=evaluation.validation,
         )
+        params, buffers = on_host((params, buffers))
         model = self._export({"params": params, "buffers": buffers})
         best.write(self._run_dir, record, model, buffers, self._job.config, self._job.fingerprint())
         self._record = record

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ormo_rpc.config.schema import Config
+from ormo_rpc.kernels.host_copies import on_host
 from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.runtimes.job_like import Exporter
 from ormo_rpc.runtimes.recorder import Offsets, Recorder
@@ -112,6 +113,7 @@ class CheckpointWriter:
 
     def _write(self, state: Mapping[str, Any], segment: int) -> Path:
         """Write a checkpoint, and remove what only older ones needed; called in the executor."""
+        state = on_host(state)
         keep, average = self._config.checkpoint.keep, state["ema"]
         written = checkpoint.write(
             self._run_dir,

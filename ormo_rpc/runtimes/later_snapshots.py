@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ormo_rpc.kernels.host_copies import on_host
+
 _FOLDER = "snapshots"
 
 
@@ -58,7 +60,7 @@ class LaterSnapshots:
         self._folder.mkdir(exist_ok=True)
         file = self._folder / f"{snapshot.iteration:012}.pt"
         temporary = file.with_suffix(".tmp")
-        content = {"seconds": snapshot.seconds, "params": snapshot.params, "buffers": dict(snapshot.buffers)}
+        content = on_host({"seconds": snapshot.seconds, "params": snapshot.params, "buffers": dict(snapshot.buffers)})
         try:
             torch.save(content, temporary)
             temporary.replace(file)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -65,6 +65,15 @@ class BufferLayout:
             found[name] = values.as_strided(self.shapes[name], self._strides[name], offset)
         return found
 
+    def matches(self, other: BufferLayout) -> bool:
+        """Tell if another layout has the same tensors at the same places."""
+        mine, theirs = ((each._spans, each.shapes, each.dtypes) for each in (self, other))
+        return self is other or mine == theirs
+
+    def spans(self, names: Iterable[str]) -> list[tuple[int, int]]:
+        """The first byte of each of these tensors, and the one behind its last."""
+        return [self._spans[name] for name in names]
+
     def pack(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return a copy of tensors of these names, shapes and dtypes, as bytes on their device; zeros between them."""
         device = next((tensor.device for tensor in tensors.values()), None)
@@ -72,3 +81,21 @@ class BufferLayout:
         for name, part in self.bytes_of(flat).items():
             part.copy_(as_bytes(tensors[name]))
         return flat
+
+
+class PackedTensors(dict[str, torch.Tensor]):
+    """All tensors of a layout by name, as views of the one vector of bytes that holds them; to be read only.
+
+    Args:
+        layout: Their places.
+        flat: The bytes, uint8, shape (`BufferLayout.size`,), at an aligned address.
+
+    Attributes:
+        layout: Their places.
+        flat: The bytes.
+    """
+
+    def __init__(self, layout: BufferLayout, flat: torch.Tensor) -> None:
+        super().__init__(layout.views(flat))
+        self.layout = layout
+        self.flat = flat

@@ -3,58 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from enum import Enum
 
 import torch
 
 from ormo_rpc.messages import no_buffers
-from ormo_rpc.server.buffer_layout import BufferLayout
-
-
-class RuleKind(Enum):
-    """The way in which what a push reports of a buffer enters the server's."""
-
-    average = "average"
-    """Running statistics of a batch norm: averaged with the statistics of its calls."""
-    count = "count"
-    """The number of calls of a batch norm: those of the push are added."""
-    newest = "newest"
-    """Anything else that a forward pass may write: the newest push's value replaces it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """The rule of one buffer.
-
-    A push reports for an average the mean ``B`` of the statistics of the norm's n calls for its ticket, weighted as the norm
-    weights them, and the server does what the norm would have done: ``r <- (1 - W) r + W B`` with ``W = 1 - (1 - m)^n``, or
-    ``W = n / (N + n)`` where the norm averages over all of its N + n calls.
-
-    Attributes:
-        kind: How it is changed.
-        momentum: m of an average; None for the mean of all calls.
-        count: The name of the buffer that counts the calls of an average; without one, every push is one call.
-        variance: It is a variance, so never negative.
-    """
-
-    kind: RuleKind = RuleKind.newest
-    momentum: float | None = None
-    count: str | None = None
-    variance: bool = False
-
-    def __post_init__(self) -> None:
-        if self.kind is RuleKind.average and self.momentum is None and self.count is None:
-            raise ValueError("buffers: got an average without momentum and count, expected one of them")
-
-    def weight(self, calls: int, before: int = 0) -> float:
-        """The weight W of these calls of an average, after so many."""
-        if self.momentum is None:
-            return calls / (before + calls) if calls else 0.0
-        return self.momentum if calls == 1 else 1 - (1 - self.momentum) ** calls
-
-
-NEWEST = Rule()
+from ormo_rpc.server.buffer_layout import BufferLayout, PackedTensors
+from ormo_rpc.server.buffer_rules import NEWEST, Rule, RuleKind
+from ormo_rpc.server.packed_buffers import PackedRules, Reported
 
 
 class RunningBuffers:
@@ -63,48 +18,113 @@ class RunningBuffers:
     Args:
         initial: The buffers at the start by name; copied.
         rules: The rule of each; the newest value counts for those that have none here.
+        device: The device of the buffers, the one of the server's parameters; by default the one where they are.
 
     Attributes:
         current: The buffers by name: to be read only, and at once, as the next push may change them.
         layout: Their places among the bytes of a snapshot.
+        device: Their device.
     """
 
-    def __init__(self, initial: Mapping[str, torch.Tensor], rules: Mapping[str, Rule] | None = None) -> None:
+    def __init__(
+        self,
+        initial: Mapping[str, torch.Tensor],
+        rules: Mapping[str, Rule] | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         self.layout = BufferLayout(initial)
         self.rules: dict[str, Rule] = {name: (rules or {}).get(name, NEWEST) for name in initial}
         self._bytes = self.layout.pack(initial)
+        if device is not None:
+            self._bytes = self._bytes.to(device)
+        self.device = self._bytes.device
         self.current = self.layout.views(self._bytes)
+        self._packed = PackedRules.of(self.layout, self.rules, self.device)
+        """For pushes that report all buffers; None where these rules need a look at each buffer."""
+        self._counts = {rule.count for rule in self.rules.values() if rule.count is not None}
+        self._counted: dict[str, int] = {}
+        """The calls so far of averages over all calls: their counts, so that none has to be read from a GPU."""
+        self._count()
         self._snapshot: torch.Tensor | None = None
 
-    def update(self, reported: Mapping[str, torch.Tensor]) -> None:
-        """Take over what one push reports: buffers by name, of the dtypes and shapes of the current ones."""
+    def _count(self) -> None:
+        cumulative = {rule.count for rule in self.rules.values() if rule.kind is RuleKind.average and rule.momentum is None}
+        names = [name for name, rule in self.rules.items() if rule.kind is RuleKind.count and name in cumulative]
+        self._counted = {name: int(self.current[name]) for name in names}
+
+    def to(self, device: torch.device) -> RunningBuffers:
+        """Return the buffers on a device: this object where they are there already."""
+        return self if device == self.device else RunningBuffers(self.current, self.rules, device)
+
+    def select(self, reported: Mapping[str, torch.Tensor]) -> Reported | None:
+        """Take from a push what is checked at once and then enters at once; None where its buffers are to be seen one by one.
+
+        It is on the device then. Only places and dtypes are checked here.
+        """
+        if self._packed is None or type(reported) is not PackedTensors:
+            return None
+        return self._packed.select(reported)
+
+    def update(self, reported: Mapping[str, torch.Tensor] | Reported) -> None:
+        """Take over what one push reports.
+
+        Args:
+            reported: Buffers by name, of the dtypes, shapes and device of the current ones; or what `select` returned for them.
+        """
         if not reported:
             return
         with torch.no_grad():
             self._snapshot = None
-            averages: dict[float, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
-            counts: list[tuple[torch.Tensor, torch.Tensor]] = []
-            for name, value in reported.items():
-                rule, mine = self.rules[name], self.current[name]
-                if rule.kind is RuleKind.newest:
-                    mine.copy_(value)
-                elif rule.kind is RuleKind.count:
-                    counts.append((mine, value))
+            if isinstance(reported, Reported):
+                weights = {self._weight(rule, reported.calls) for rule in reported.rules.pairs}
+                if len(weights) == 1:
+                    reported.enter(self._bytes, weights.pop())
+                    self._advance(reported.calls)
                 else:
-                    into, values = averages.setdefault(self._weight(rule, reported), ([], []))
-                    into.append(mine)
-                    values.append(value)
-            for weight, (into, values) in averages.items():  # to the bits of mul_ and add_ one by one, in half the time
-                torch._foreach_mul_(into, 1 - weight)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] # it has no public name
-                torch._foreach_add_(into, values, alpha=weight)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] # as above
-            for mine, value in counts:  # afterwards, as cumulative averages need the calls before
-                mine.add_(value)
+                    self._update_one_by_one(self.layout.views(reported.flat), reported.calls)
+            else:
+                self._update_one_by_one(reported, self._calls(reported))
 
-    def _weight(self, rule: Rule, reported: Mapping[str, torch.Tensor]) -> float:
+    def _update_one_by_one(self, reported: Mapping[str, torch.Tensor], calls: Mapping[str, int]) -> None:
+        averages: dict[float, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        counts: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for name, value in reported.items():
+            rule, mine = self.rules[name], self.current[name]
+            if rule.kind is RuleKind.newest:
+                mine.copy_(value)
+            elif rule.kind is RuleKind.count:
+                counts.append((mine, value))
+            else:
+                into, values = averages.setdefault(self._weight(rule, calls), ([], []))
+                into.append(mine)
+                values.append(value)
+        for weight, (into, values) in averages.items():  # to the bits of mul_ and add_ one by one, in half the time
+            torch._foreach_mul_(into, 1 - weight)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] # it has no public name
+            torch._foreach_add_(into, values, alpha=weight)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] # as above
+        for mine, value in counts:
+            mine.add_(value)
+        self._advance(calls)
+
+    def _calls(self, reported: Mapping[str, torch.Tensor]) -> dict[str, int]:
+        """The calls that a push reports, by the names of their counts."""
+        counts = {name: reported[name] for name in self._counts if name in reported}
+        if self.device.type == "cpu" or not counts:
+            return {name: int(value) for name, value in counts.items()}
+        together = torch.cat([value.reshape(1).to(torch.int64) for value in counts.values()])  # a GPU is read once
+        return dict(zip(counts, together.tolist(), strict=True))
+
+    def _advance(self, calls: Mapping[str, int]) -> None:
+        """Note the calls of averages over all calls, once they have entered."""
+        for name in self._counted:
+            self._counted[name] += calls.get(name, 0)
+
+    def _weight(self, rule: Rule, calls: Mapping[str, int]) -> float:
         if rule.count is None:
             return rule.weight(1)
-        calls = int(reported[rule.count]) if rule.count in reported else 1
-        return rule.weight(calls, int(self.current[rule.count]) if rule.momentum is None else 0)
+        before = 0
+        if rule.momentum is None:
+            before = self._counted[rule.count] if rule.count in self._counted else int(self.current[rule.count])
+        return rule.weight(calls.get(rule.count, 1), before)
 
     def snapshot(self) -> torch.Tensor:
         """Return the buffers as bytes (uint8), which never change: they are shared until the next push that changes one."""
@@ -127,3 +147,4 @@ class RunningBuffers:
         self._snapshot = None
         for name, mine in self.current.items():
             mine.copy_(state[name])
+        self._count()

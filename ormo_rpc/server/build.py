@@ -66,7 +66,7 @@ def build_server(
     """Build a parameter server in this process, without any network: the object that every runtime drives.
 
     Args:
-        params: ``w_0``, shape (D,), float32 or float64; copied.
+        params: ``w_0``, shape (D,), float32 or float64; copied. Their device, the CPU or a GPU, is that of the server.
         num_workers: The number of workers, numbered from 0.
         algorithm: The algorithm, or its name; an object is copied, not changed.
         scheduler: The scheduler, or its name; copied as well.
@@ -75,7 +75,7 @@ def build_server(
         total_tickets: T, how many gradients to apply; None for no end.
         min_workers: While fewer are members, no ticket is handed out.
         seed: The seed of a scheduler that draws.
-        buffers: The buffers of the model; none by default.
+        buffers: The buffers of the model, copied to the device; none by default.
         ema: The decay of a moving average of the parameters, in (0, 1); by default there is none.
         record: Called with every event, in order.
         clock: Seconds since the start, for the events.
@@ -156,7 +156,7 @@ def build_server(
         members=Members(own_scheduler),
         assignments=Assignments(total_tickets, process_of),
         snapshots=Snapshots(own_algorithm, sent_dtype),
-        buffers=buffers or RunningBuffers({}),
+        buffers=RunningBuffers({}) if buffers is None else buffers.to(params.device),
         ema=None if ema is None else Ema(ema, params),
         events=EventLog(record, clock),
         min_workers=min_workers,

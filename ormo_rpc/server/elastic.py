@@ -10,7 +10,7 @@ import torch
 from ormo_rpc.algorithms.base import PushContext
 
 CHUNK = 1 << 16
-"""Elements that are compared at a time, so that their difference stays in the cache and costs no pass over memory."""
+"""Elements that a processor compares at a time, so that their difference stays in its cache and costs no pass over memory."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class ElasticConsistency:
 
     ``w_t`` are the parameters as they stand, ``w_i`` the first D values that were sent with the ticket, in the parameters'
     dtype: of an algorithm that sends an estimate, that estimate. ``eta`` is the scheduled learning rate of iteration t. Memory:
-    two chunks; what was sent is kept for the worker's push anyway.
+    two chunks, on a GPU two vectors of D; what was sent is kept for the worker's push anyway.
 
     Source: the quantity that Nadiradze et al. 2021, arXiv 2001.05918, assume to be bounded.
 
@@ -38,8 +38,9 @@ class ElasticConsistency:
             return None
         with torch.no_grad():
             sent = context.sent[: params.numel()]
+            chunk = CHUNK if params.device.type == "cpu" else params.numel()  # each result is waited for
             total = 0.0
-            for ours, theirs in zip(params.split(CHUNK), sent.split(CHUNK), strict=True):
+            for ours, theirs in zip(params.split(chunk), sent.split(chunk), strict=True):
                 moved = ours - theirs.to(params.dtype)
                 total += torch.dot(moved, moved).item()
         value = total / context.lr**2

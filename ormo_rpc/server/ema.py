@@ -47,12 +47,13 @@ class Ema:
 
         Args:
             state: None where the run had no average so far: it begins with the next gradient.
-            params: The parameters that were saved beside it.
+            params: The parameters that were loaded beside it.
         """
         if state is None:
             self._begin(params)
         else:
-            self._average, self._gradients = state["params"].clone(), state["gradients"]
+            self._average = state["params"].to(params.device, copy=True)
+            self._gradients = state["gradients"]
 
     def _begin(self, params: torch.Tensor) -> None:
         self._average = params.detach().clone()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
 from typing_extensions import override
 
 from ormo_rpc.errors import RunFailed, StaleSession
@@ -154,10 +155,12 @@ class Members(Mapping[int, Member]):
             "replies": [{field.name: getattr(reply, field.name) for field in fields(reply)} for reply in kept],
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Restore what `state_dict` returned, with the tensors of replies on a device."""
         self._members = {worker: Member(answered) for worker, answered in state["members"].items()}
         self.blocked = list(state["blocked"])
         self.idle = list(state["idle"])
         for values in state["replies"]:
-            self._members[values["worker"]].reply = Reply(**values)
+            reply = Reply(**values)
+            there = replace(reply, params=reply.params.to(device), buffers=reply.buffers.to(device))
+            self._members[reply.worker].reply = there

@@ -102,6 +102,11 @@ class ParameterServer:
         return self.algorithm.params
 
     @property
+    def device(self) -> torch.device:
+        """The device of parameters, buffers and all vectors of the algorithm."""
+        return self.params.device
+
+    @property
     def concurrency(self) -> int:
         """K, the number of gradients in flight."""
         return max(1, len(self.members))
@@ -220,7 +225,8 @@ class ParameterServer:
         """Check the payload: the part of `receive` that needs no lock.
 
         Returns:
-            What `commit` settles. Its gradient is of the parameters' dtype, unless the algorithm's step reads that of the wire.
+            What `commit` settles, on the server's device; tensors on the CPU are copied there, so that their memory may change
+            then. Its gradient is of the parameters' dtype, unless the algorithm's step reads that of the wire.
 
         Raises:
             PushRefused: the payload has the wrong types, shape, dtype or device.
@@ -348,7 +354,7 @@ class ParameterServer:
         if self.ema is not None:
             self.ema.update(self.params)
         self.step_seconds += self.timer() - began
-        self.buffers.update(push.buffers)
+        self.buffers.update(validated.buffers)
         self.assignments.commit(assignment)
         self.iteration += 1
         self.buckets.advance(self.concurrency)

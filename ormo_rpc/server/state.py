@@ -31,7 +31,10 @@ class Status(Enum):
 
 
 def save(server: ParameterServer, replies: bool = False) -> dict[str, Any]:
-    """Return the state of a server, which `torch.load` reads with ``weights_only``; see `ParameterServer.state_dict`."""
+    """Return the state of a server, which `torch.load` reads with ``weights_only``; see `ParameterServer.state_dict`.
+
+    Its tensors are on the server's device, where they are copied without a wait; what is saved is `host_copies.on_host` of it.
+    """
     return {
         "paused": server.paused,
         "version": STATE_VERSION,
@@ -82,7 +85,7 @@ def load(server: ParameterServer, state: Mapping[str, Any]) -> None:
     server.algorithm.load_state_dict(state["algorithm_state"])
     server.buffers.load_state_dict(state["buffers"])
     if server.ema is not None:
-        server.ema.load_state_dict(state.get("ema"), state["params"])
+        server.ema.load_state_dict(state.get("ema"), server.params)
     if server.loss_scale is not None and state.get("loss_scale") is not None:
         server.loss_scale.load_state_dict(state["loss_scale"])
     server.iteration = state["iteration"]
@@ -94,7 +97,7 @@ def load(server: ParameterServer, state: Mapping[str, Any]) -> None:
     server.assignments.total = total
     diverged = state["status"] == Status.diverged.value
     server.status = Status.diverged if diverged else Status.completed if server.assignments.done else Status.running
-    server.members.load_state_dict(state)
+    server.members.load_state_dict(state, server.params.device)
     server.paused = state["paused"]
     server.scheduler.load_state_dict(state["scheduler_state"])
     server.scheduler.generator.set_state(state["scheduler_generator"])

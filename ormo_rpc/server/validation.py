@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import torch
 
 from ormo_rpc.errors import GradientTooLarge, NonFiniteGradient, PushRefused
 from ormo_rpc.messages import Push
-from ormo_rpc.server.buffers import Rule, RuleKind, RunningBuffers
+from ormo_rpc.server.buffer_rules import Rule, RuleKind
+from ormo_rpc.server.buffers import RunningBuffers
+from ormo_rpc.server.packed_buffers import MOST_CALLS, Reported
 from ormo_rpc.server.push_metrics import check_push_metrics
 
 LARGEST = 2**53
 """The largest whole number that JSON, a float64 and the counters of the server all hold exactly."""
-MOST_CALLS = 2**31 - 1
-"""The largest number of calls of a norm in a push, so that no sum of them overflows."""
 ROW = 4096
 """The number of 16-bit values in a partial sum, which is rounded to 16 bits itself."""
 
@@ -49,17 +49,19 @@ class ValidatedPush:
     """The outcome of `ParameterServer.validate`, for `ParameterServer.commit`.
 
     Attributes:
-        grad: The gradient to apply, detached: as pushed, or scaled down.
+        grad: The gradient to apply, detached, on the server's device: as pushed, or scaled down.
         grad_sum: The sum of the gradient as pushed, which the trace keeps as evidence.
         clipped_norm: The norm of the gradient as pushed, where it was scaled down.
         rejected: The reason not to apply the gradient: it is not finite, or too large for a limit that refuses. The push is
             settled all the same: its ticket goes to another worker and its sender gets new work.
+        buffers: What enters of its buffers, on the server's device.
     """
 
     grad: torch.Tensor
     grad_sum: float
     clipped_norm: float | None = None
     rejected: NonFiniteGradient | None = None
+    buffers: Mapping[str, torch.Tensor] | Reported = field(default_factory=dict[str, "torch.Tensor"])
 
 
 def validate_push(
@@ -71,6 +73,8 @@ def validate_push(
     dtype: torch.dtype | None = None,
 ) -> ValidatedPush:
     """Check everything about a push that does not depend on the assignments.
+
+    What lies on the CPU is copied to the server's device, in the stream of the caller, who has waited for it when this returns.
 
     Args:
         push: The push.
@@ -93,13 +97,21 @@ def validate_push(
         raise PushRefused(
             f"{sender}: got the buffers {got}, expected of {expected}; server and worker must build the same model"
         )
-    grad_sum = _check_finite(push.grad, f"{sender}: gradient")
-    _check_buffers(push.buffers, buffers, sender)
+    grad = _there(push.grad.detach(), params.device)
+    entering: Mapping[str, torch.Tensor] | Reported | None = buffers.select(push.buffers)
+    if entering is None:
+        grad_sum = _check_finite(grad, f"{sender}: gradient")
+    else:  # everything that has to be known is read at once, as a read waits for a GPU
+        total, *measures = torch.cat([_sum(grad).to(torch.float64).reshape(1), entering.measures]).tolist()
+        grad_sum = _check_finite(grad, f"{sender}: gradient", total)
+        entering = entering if entering.plausible(measures) else None
+    if entering is None:
+        entering = _check_buffers(push.buffers, buffers, sender)
     if push.loss is not None and not math.isfinite(push.loss):
         raise NonFiniteGradient(f"{sender}: loss: got {push.loss}, expected a finite number; the learning rate may be too high")
     if push.samples < 1:
         raise PushRefused(f"{sender}: samples: got {push.samples}, expected at least 1")
-    validated = ValidatedPush(push.grad.detach(), grad_sum)
+    validated = ValidatedPush(grad, grad_sum, buffers=entering)
     return validated if norm_limit is None else _limited(validated, norm_limit, params.dtype, f"{sender}: gradient")
 
 
@@ -172,18 +184,26 @@ def _check_like(
     if vectors == 1 and got.shape == expected.shape and got.dtype is dtype and got.device == expected.device:
         return
     shape = expected.shape if vectors == 1 else torch.Size([vectors * expected.numel()])
-    pairs = {"shape": (got.shape, shape), "dtype": (got.dtype, dtype), "device": (got.device, expected.device)}
+    device = got.device if got.device.type == "cpu" else expected.device  # from there it is copied
+    pairs = {"shape": (got.shape, shape), "dtype": (got.dtype, dtype), "device": (got.device, device)}
     for attribute, (came, wanted) in pairs.items():
         if came != wanted:
             source = "the wire has" if attribute == "dtype" and other_dtype else "the server's parameters have"
             raise PushRefused(f"{what}: got {attribute} {_plain(came)}, expected {_plain(wanted)}, as {source} it")
 
 
-def _check_buffers(reported: Mapping[str, torch.Tensor], buffers: RunningBuffers, sender: str) -> None:
-    """Check each buffer's form, and the values of all that follow one rule at once; one by one where these are refused."""
+def _check_buffers(reported: Mapping[str, torch.Tensor], buffers: RunningBuffers, sender: str) -> Mapping[str, torch.Tensor]:
+    """Check each buffer's form, and the values of all that follow one rule at once; one by one where these are refused.
+
+    Returns:
+        The buffers by name, on the server's device.
+    """
     together: dict[tuple[RuleKind, bool, torch.dtype], tuple[Rule, list[torch.Tensor]]] = {}
     for name, value in reported.items():
         _check_like(value, buffers.current[name], f"{sender}: buffer {name!r}")
+    if buffers.device.type != "cpu":
+        reported = {name: _there(value.detach(), buffers.device) for name, value in reported.items()}
+    for name, value in reported.items():
         rule = buffers.rules[name]
         if rule.kind is not RuleKind.newest:
             together.setdefault((rule.kind, rule.variance, value.dtype), (rule, []))[1].append(value.flatten())
@@ -193,6 +213,12 @@ def _check_buffers(reported: Mapping[str, torch.Tensor], buffers: RunningBuffers
     except PushRefused:  # which one, and what of it
         for name, value in reported.items():
             _check_possible(value, buffers.rules[name], f"{sender}: buffer {name!r}")
+    return reported
+
+
+def _there(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The values on the server's device; a copy of page-locked memory is only begun."""
+    return values if values.device == device else values.to(device, non_blocking=True)
 
 
 def _check_possible(value: torch.Tensor, rule: Rule, what: str) -> None:
@@ -205,20 +231,21 @@ def _check_possible(value: torch.Tensor, rule: Rule, what: str) -> None:
         raise PushRefused(f"{what}: got {value.tolist()} calls, expected a number from 0 to {MOST_CALLS}")
 
 
-def _total(values: torch.Tensor) -> float:
-    """Sum all values; 16-bit ones in rows first, whose sums are added in 32 bits.
+def _sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum all values, shape (); 16-bit ones in rows first, whose sums are added in 32 bits.
 
     torch rounds a sum to the dtype of the values: in 16 bits a change of one value in a long vector could be lost, and summing
     in 32 bits would widen the whole vector first.
     """
     if values.element_size() > 2:
-        return float(values.sum().item())
+        return values.sum()
     whole = values.numel() // ROW * ROW
-    return (values[:whole].reshape(whole // ROW, ROW).sum(1).float().sum() + values[whole:].sum()).item()
+    return values[:whole].reshape(whole // ROW, ROW).sum(1).float().sum() + values[whole:].sum()
 
 
-def _check_finite(values: torch.Tensor, what: str) -> float:
-    total = _total(values)
+def _check_finite(values: torch.Tensor, what: str, total: float | None = None) -> float:
+    """Return the sum of the values, which is ``total`` where it is known, once they are known to be finite."""
+    total = float(_sum(values).item()) if total is None else total
     if math.isfinite(total):
         return total
     if not torch.isfinite(values).all():
@@ -247,7 +274,7 @@ def _limited(validated: ValidatedPush, norm_limit: NormLimit, dtype: torch.dtype
             f"{what}: got the norm {norm:g}, expected at most train.grad_norm_limit={norm_limit.limit:g}; "
             "lower the learning rate"
         )
-    return ValidatedPush(unit.mul_(norm_limit.limit / unit_norm), validated.grad_sum, norm)
+    return replace(validated, grad=unit.mul_(norm_limit.limit / unit_norm), clipped_norm=norm)
 
 
 def _plain(value: object) -> str:

@@ -297,7 +297,7 @@ def _tensors(layout: Iterable[tuple[str, list[int]]], payload: memoryview) -> li
 
 
 def _memory(tensor: torch.Tensor) -> memoryview:
-    array: Any = as_bytes(tensor).numpy()
+    array: Any = as_bytes(tensor).cpu().numpy()
     return memoryview(array)
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ormo_rpc.compression import Encoder, PushFormat
-from ormo_rpc.server.buffers import Rule, RuleKind, RunningBuffers
+from ormo_rpc.server.buffer_rules import Rule, RuleKind
+from ormo_rpc.server.buffers import RunningBuffers
 
 
 def averages(initial: Mapping[str, Tensor], momentum: Mapping[str, float]) -> RunningBuffers:

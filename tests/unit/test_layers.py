@@ -59,6 +59,7 @@ ONLY_IN = {
     "sklearn": ("data",),
     "torchvision": ("data", "models"),
     "safetensors": ("export",),
+    "triton": ("kernels.triton_kernels",),
 }
 """The only places of outside libraries."""
 

@@ -14,7 +14,8 @@ from ormo_rpc.errors import PushRefused
 from ormo_rpc.messages import Push
 from ormo_rpc.models.flat import Layout
 from ormo_rpc.server.buffer_layout import ALIGNMENT, BufferLayout, same_bytes
-from ormo_rpc.server.buffers import Rule, RuleKind, RunningBuffers
+from ormo_rpc.server.buffer_rules import Rule, RuleKind
+from ormo_rpc.server.buffers import RunningBuffers
 from ormo_rpc.server.validation import validate_push
 
 TENSORS: dict[str, Tensor] = {

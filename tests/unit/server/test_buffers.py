@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ormo_rpc.server.buffers import Rule, RuleKind, RunningBuffers
+from ormo_rpc.server.buffer_rules import Rule, RuleKind
+from ormo_rpc.server.buffers import RunningBuffers
 
 BATCHES = 12
 CALLS = torch.tensor(1)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ormo_rpc import build_server
 from ormo_rpc.messages import Push, Reply
-from ormo_rpc.server.buffers import Rule, RuleKind, RunningBuffers
+from ormo_rpc.server.buffer_rules import Rule, RuleKind
+from ormo_rpc.server.buffers import RunningBuffers
 from ormo_rpc.server.events import Event, Kind
 from ormo_rpc.server.loss_scale import LossScale
 from ormo_rpc.server.parameter_server import ParameterServer
