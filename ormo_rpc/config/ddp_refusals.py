@@ -19,6 +19,7 @@ _UNUSED: dict[str, str] = {
     "wire.dtype": "gradients are reduced as they are",
     "wire.params": "parameters are not sent",
     "transport": "gradients are reduced over Gloo",
+    "server.device": _NO_SERVER,
     "server.address": _NO_SERVER,
     "server.secret_file": _NO_SERVER,
     "worker.dummy": "each rank computes gradients",

@@ -13,6 +13,7 @@ from enum import Enum
 
 import torch
 
+from ormo_rpc import devices
 from ormo_rpc.algorithms import Algorithm
 from ormo_rpc.algorithms.ormo import OrMo
 from ormo_rpc.compression import Compression, NoCompression
@@ -131,9 +132,16 @@ class Train(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Server(Section):
-    """The server's address and secret."""
+    """The server's address and secret, and the place of its parameters."""
 
     PATH = "server"
+    device: str = option(
+        "cpu",
+        "device of the parameters and of all that the algorithm keeps beside them: cpu, cuda or cuda:N, a GPU of the server's "
+        "machine",
+        valid=devices.is_fixed_device,
+        expected="cpu, cuda or cuda:N",
+    )
     address: str | None = option(
         None,
         "HOST:PORT where the server listens (by default on loopback) or, with role=worker, where to join; :PORT alone under "

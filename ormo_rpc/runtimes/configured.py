@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 import torch
 
+from ormo_rpc import devices
 from ormo_rpc.algorithms.groups import Groups
 from ormo_rpc.compression import PushFormat, pushed_dtype
+from ormo_rpc.config.runtimes import DdpRuntime
 from ormo_rpc.config.schema import Config, Train
 from ormo_rpc.data import DataSet
 from ormo_rpc.kernels.compiled import fastest_kernel
@@ -91,12 +93,19 @@ def configured_server(
     layout: Layout,
     loss_scale: LossScale | None = None,
 ) -> ParameterServer:
-    """Build the server of a job's configuration."""
+    """Build the server of a job's configuration, on the device that this has.
+
+    Raises:
+        ConfigError: this machine does not have it.
+    """
     config = job.config
+    device = torch.device("cpu")
+    if not isinstance(config.runtime, DdpRuntime):  # whose ranks make the steps
+        device = devices.resolve(config.server.device, key="server.device")
     return build_server(
         algorithm=config.algorithm,
         scheduler=config.scheduler,
-        params=params,
+        params=params.to(device),
         num_workers=config.num_workers,
         lr=job.lr,
         momentum=config.train.momentum,
@@ -110,7 +119,7 @@ def configured_server(
         clock=clock,
         norm_limit=config.train.norm_limit,
         timer=time.perf_counter,
-        kernel=fastest_kernel(params.numel()),
+        kernel=fastest_kernel(params.numel(), device),
         sent_dtype=config.wire.params.rounded,
         pushed_dtype=pushed_dtype(config.compression, config.wire.dtype),
         loss_scale=loss_scale,

@@ -295,6 +295,7 @@ class Session:
             "training_seconds": statistics.seconds,
             "end_seconds": None if start_seconds is None else now - self._updated_at,
             "step_seconds": self.server.step_seconds,
+            "server_device": str(self.server.device),
             "final_params_sha256": sha256(state["params"]),
             "best": None if evaluations.best is None else evaluations.best.summary_entry(),
             "final_ema_sha256": None if state["ema"] is None else sha256(state["ema"]["params"]),

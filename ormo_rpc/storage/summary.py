@@ -103,6 +103,7 @@ class Summary(Metrics):
     )
     worker_memory_bytes: int | None = entry("the same of a worker's process: the mean of up to three on the server's machine")
 
+    server_device: str | None = entry("device of the parameters and of the algorithm's state: cpu or cuda:N")
     final_params_sha256: str | None = entry("SHA-256 of the final parameters")
     best: dict[str, Any] | None = entry("model of the best evaluation that is kept: metric, value, iteration, path")
     final_ema_sha256: str | None = entry("SHA-256 of their final moving average, with evaluate.ema")

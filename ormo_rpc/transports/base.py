@@ -89,7 +89,7 @@ class Service(Protocol):
         push_format: The wire form of pushes.
         reply_size: The most that a reply carries.
         rereads_pushes: Whether a push is read again after it was validated. Its memory must then be out of the worker's reach.
-        device: The device of the server's parameters. Pushes may lie there or on the CPU.
+        device: The device of the server's parameters. Pushes may lie there or on the CPU; replies lie there.
     """
 
     push_format: PushFormat
@@ -121,6 +121,10 @@ class Service(Protocol):
         Raises:
             PushRefused: the push is refused, and nothing has changed.
         """
+        ...
+
+    def on_host(self, reply: Reply) -> Reply:
+        """Return a reply with its tensors on the CPU, for what cannot send those of a GPU."""
         ...
 
     def leave(self, session_id: str) -> None:

@@ -84,6 +84,10 @@ class RecordingService:
         """Tell whether a session is valid."""
         return session_id in self.memberships.by_session
 
+    def on_host(self, reply: Reply) -> Reply:
+        """Return the reply, whose tensors are on the CPU."""
+        return reply
+
     def connected(self, session_id: str, transport: str, reason: str) -> None:
         """Take note of it."""
         self.transports[session_id] = (transport, reason)

@@ -260,6 +260,8 @@ class Session:
 
     def _respond(self, pair: Pair, response: ServerResponse) -> None:
         """Send a response, and wait until it has come; until then the snapshot is kept."""
+        if not isinstance(response, ErrorReply):
+            response = self._service.on_host(response)
         arrived = pair.receive_empty(ARRIVED)
         transfers = [pair.send(self._packed(response), NUMBERS)]
         if not isinstance(response, ErrorReply) and response.ticket is not None:

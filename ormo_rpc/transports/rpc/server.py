@@ -45,7 +45,7 @@ def _dispatched(call: Callable[[Service], ReplyFuture]) -> Future[Response]:
 
     def run() -> None:
         pending = refusals_as_replies(lambda: call(server.service))
-        pending.add_done_callback(lambda done: future.set_result(_packed(done.value())))
+        pending.add_done_callback(lambda done: future.set_result(_packed(server.service, done.value())))
 
     server.dispatcher.submit(run, failed=lambda error: future.set_result(_failed(error)))
     return future
@@ -64,9 +64,10 @@ def _unpacked(service: Service, header: bytes, payload: torch.Tensor) -> Push:
     return Push(**PUSH.unpack(header), grad=grad, buffers=buffers, metrics=metrics)
 
 
-def _packed(response: ServerResponse) -> Response:
+def _packed(service: Service, response: ServerResponse) -> Response:
     if isinstance(response, ErrorReply):
         return pack_error(response), None
+    response = service.on_host(response)
     if response.ticket is None:
         return REPLY.pack(response), torch.empty(0)
     return REPLY.pack(response) + response.buffers.numpy().tobytes(), response.params

@@ -204,10 +204,12 @@ class StreamServerSide(ServerSide):
             else:
                 raise WireError(f"a request of kind {kind} came, expected one of {[*map(int, Request)]}")
             response = wait_while(stream.alive, future)
-            if tensors is None:
-                sent = self._send(stream, response, sent, shared=shared is not None)
-            else:
+            if tensors is not None:
                 sent = _send_beside(stream, tensors, response, sent)
+            else:
+                if not isinstance(response, ErrorReply):
+                    response = service.on_host(response)
+                sent = self._send(stream, response, sent, shared=shared is not None)
             del future, response  # with the parameters in it, so that their memory can be lent again
 
     def _send(self, stream: FrameSocket, response: ServerResponse, sent: torch.Tensor, *, shared: bool) -> torch.Tensor:

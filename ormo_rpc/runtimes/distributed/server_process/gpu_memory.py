@@ -1,7 +1,7 @@
 """Pushes and replies of a server whose parameters are on a GPU, between that and the CPU's memory.
 
-The steps are launched on the default stream of the GPU, under the service's lock. Threads of workers check their pushes on streams
-of their own, so that no check waits for other workers' steps, and the copies of replies have a stream, too.
+The steps are launched on the default stream of the GPU, under the service's lock. Threads of workers copy and check their
+pushes on streams of their own, so that these run beside each other, and the copies of replies have a stream, too.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class GpuSide:
     def arriving(self) -> Generator[None]:
         """Launch on the calling thread's own stream: copies of a push and its checks.
 
-        What is made there is in order with the steps that follow. Its memory is used again by the same thread's next push alone,
-        which waits for the steps that read it.
+        What is made there is in order with the steps that follow. Its memory is used again by the next push of the same thread
+        alone, which waits for the steps that read it.
         """
         stream = getattr(self._of_thread, "stream", None)
         if stream is None:

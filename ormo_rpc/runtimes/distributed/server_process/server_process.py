@@ -21,6 +21,7 @@ from ormo_rpc.rendezvous.addresses import address_of
 from ormo_rpc.rendezvous.interfaces import specific_address
 from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.runtimes.collectives import COLLECTIVES, SharedValues
+from ormo_rpc.runtimes.distributed.server_process.gpu_memory import GpuSide
 from ormo_rpc.runtimes.distributed.server_process.requested_checkpoint import RequestedCheckpoint
 from ormo_rpc.runtimes.distributed.server_process.service import Service
 from ormo_rpc.runtimes.distributed.server_process.serving import Serving, served
@@ -108,9 +109,14 @@ class ServerProcess:
         self.session.evaluations.ends_now = self.stop_asked.is_set
         server = self.session.server
         self.transport = job.config.transport.server_side()
-        if self.transport.memory is not None:
+        snapshots = 1 if server.scheduler.BARRIER else server.num_workers
+        gpu = None
+        if server.device.type == "cuda":
+            gpu = GpuSide(server.device, self.transport.memory)
+            gpu.reserve(server.params, snapshots)
+        elif self.transport.memory is not None:
             server.algorithm.kernel = replace(server.algorithm.kernel, empty=pooled(self.transport.memory))
-        server.snapshots.reserve(1 if server.scheduler.BARRIER else server.num_workers)
+        server.snapshots.reserve(snapshots)
         rolled_back = self.session.counters.rolled_back
         self.session.open(incarnation=args.incarnation)
         self._rolled_back = self.session.counters.rolled_back - rolled_back
@@ -123,6 +129,7 @@ class ServerProcess:
             push_format=job.push_format(),
             max_not_finite=self.options.max_not_finite,
             defer_shutdown=True,
+            gpu=gpu,
         )
         self.requested = RequestedCheckpoint(self.session, self.service.lock)
         self.shared_values = SharedValues(self.config.num_processes + 1)

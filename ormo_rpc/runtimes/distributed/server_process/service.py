@@ -19,8 +19,10 @@ from ormo_rpc.compression import PushFormat
 from ormo_rpc.control.memberships import Membership, Memberships
 from ormo_rpc.control.messages import JoinRequest
 from ormo_rpc.errors import GradientOverflow, PushRefused, RunEnded, StaleSession, WorkerBanned
+from ormo_rpc.kernels.host_copies import on_host
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.models.flat import Layout
+from ormo_rpc.runtimes.distributed.server_process.gpu_memory import GpuSide
 from ormo_rpc.runtimes.distributed.server_process.start_barrier import StartBarrier
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.server.validation import ValidatedPush
@@ -47,8 +49,10 @@ class Service:
         max_not_finite: A worker is banned after this many consecutive gradients that are not finite.
         defer_shutdown: Hold the replies that end workers back until `release_shutdown`, so that no worker ends before the
             last checkpoint is written.
+        gpu: The streams of a server whose parameters are on a GPU.
 
     Attributes:
+        device: That of the parameters.
         changed: Set whenever a membership begins or ends, or a worker connects.
         on_ended: Called without the lock with each session that has ended.
         transports: The transport that carries each worker's pushes, and the reason why, also of workers that have left.
@@ -66,8 +70,11 @@ class Service:
         push_format: PushFormat | None = None,
         max_not_finite: int = 10,
         defer_shutdown: bool = False,
+        gpu: GpuSide | None = None,
     ) -> None:
         self.server = server
+        self.device = server.device
+        self._gpu = gpu
         self.observe = observe
         self.on_start = on_start
         self.journal: Journal = journal or NoJournal()
@@ -197,7 +204,11 @@ class Service:
         membership = self._membership(session_id)  # checked again under the lock
         if push.worker != membership.worker:
             raise PushRefused(f"push: worker: got {push.worker!r}, expected {membership.worker}, the session's")
-        validated = self.server.validate(push)
+        if self._gpu is None:
+            validated = self.server.validate(push)
+        else:
+            with self._gpu.arriving():
+                validated = self.server.validate(push)
         future = ReplyFuture()
         asked = time.perf_counter()
         with self.lock:
@@ -208,6 +219,10 @@ class Service:
             self.lock_held_seconds += time.perf_counter() - taken
         self._complete(due)
         return future
+
+    def on_host(self, reply: Reply) -> Reply:
+        """Return a reply with its tensors on the CPU; those of one without work are not read."""
+        return reply if self._gpu is None or reply.ticket is None else self._gpu.on_host(reply)
 
     def leave(self, session_id: str) -> None:
         """End a membership at the end of the run; before it, the worker is evicted."""
@@ -226,7 +241,8 @@ class Service:
     def present_state(self) -> tuple[int, torch.Tensor, torch.Tensor]:
         """Return iteration, parameters to evaluate and bytes of the buffers as they are now, in memory that never changes."""
         with self.lock:
-            return self.server.iteration, self.server.evaluated(), self.server.buffers.snapshot()
+            state = self.server.iteration, self.server.evaluated(), self.server.buffers.snapshot()
+        return on_host(state)
 
     # ------------------------------------------------------------------------------------- called by the server's process
 
