@@ -77,6 +77,8 @@ IN_RANGE: dict[str, tuple[list[Any], list[Any]]] = {
         [{"*": -1.0}, {"a": 1.0, "b": math.inf}, {"a": math.nan}],
     ),
     "finite numbers, each once": ([[], [-1.0, 0.0], [0.5]], [[0.5, 0.5], [math.inf], [0.5, math.nan]]),
+    "auto, cpu, cuda or cuda:N": (["auto", "cpu", "cuda", "cuda:0"], ["gpu", "cuda:", "cuda:-1", "cpu:0"]),
+    "cpu, cuda or cuda:N": (["cpu", "cuda", "cuda:0", "cuda:12"], ["auto", "gpu", "cuda:", "cuda:-1", "cpu:0"]),
     "rising epochs > 0": ([[], [0.5, 1.0], [3.0, 3.0]], [[0.0], [2.0, 1.0], [math.nan]]),
 }
 WITH_RANGE = [

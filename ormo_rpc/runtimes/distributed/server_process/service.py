@@ -79,7 +79,6 @@ class Service:
         self.on_start = on_start
         self.journal: Journal = journal or NoJournal()
         self.rereads_pushes = self.journal.durable
-        self.device = server.params.device
         self.max_not_finite = max_not_finite
         self.lock = threading.Lock()
         self.lock_wait_seconds = 0.0
