@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import random
+import socket
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
@@ -13,8 +14,12 @@ import pytest
 import torch
 
 from ormo_rpc.messages import Push, Reply
+from ormo_rpc.rendezvous.protocol import LineReader
 from ormo_rpc.transports.base import Transport
 from ormo_rpc.transports.cuda_ipc import runtime
+from ormo_rpc.transports.nccl.group import SERVER, WORKER, connected_group, nccl_group
+from ormo_rpc.transports.nccl.pair import Pair
+from ormo_rpc.transports.stream.tensor_path import Sizes
 from tests.support.gpu_paths import GPU, RegionOnGpu
 from tests.support.processes import PATIENCE_SECONDS, wait_until
 from tests.support.schedule import normal
@@ -108,6 +113,22 @@ def test_a_handle_of_nothing_and_too_much_memory_are_refused_and_no_later_call_i
     assert errors[3] == 3.0
 
 
+@pytest.mark.parametrize("worker_gpu", [0, 1], ids=["one GPU", "two GPUs"])
+def test_a_pair_of_nccl_carries_pushes_and_replies_between_two_gpus_and_fails_alone_on_one(
+    gpu: torch.device, worker_gpu: int
+) -> None:
+    if worker_gpu >= torch.cuda.device_count():
+        pytest.skip("needs two GPUs")
+    with _Process(_pair, SERVER, 0) as server, _Process(_pair, WORKER, worker_gpu) as worker:
+        worker.go_on(server.result())
+        outcomes = [server.result(), worker.result()]
+        for process in (server, worker):
+            process.go_on()
+            assert process.ended() == 0
+    assert outcomes == ["all bits"] * 2 if worker_gpu else "all bits" not in outcomes, outcomes
+    assert torch.ones(3, device=gpu).sum().item() == 3.0
+
+
 class _Process:
     """A process of its own, which a test talks to; ended with the context."""
 
@@ -118,11 +139,11 @@ class _Process:
         end.close()
 
     def result(self) -> Any:
-        assert self._pipe.poll(PATIENCE_SECONDS), "the process does not answer"
+        assert self._pipe.poll(15.0), "the process does not answer"
         return self._pipe.recv()
 
-    def go_on(self) -> None:
-        self._pipe.send(None)
+    def go_on(self, value: object = None) -> None:
+        self._pipe.send(value)
 
     def kill(self) -> None:
         self._process.kill()
@@ -170,3 +191,54 @@ def _fail(pipe: Connection) -> None:
     errors.append(torch.ones(3, device=GPU).sum().item())
     pipe.send(errors)
     pipe.poll(PATIENCE_SECONDS)
+
+
+def _pair(pipe: Connection, rank: int, number: int) -> None:
+    """Let pushes and replies cross 20 times; tell whether they kept their bits, or the error."""
+    device, sizes = torch.device("cuda", number), Sizes(push=4 * 70_001, params=4 * 70_001, buffers=5)
+    torch.cuda.set_device(device)
+    with _connection(pipe, rank) as connection:
+        try:
+            pair = Pair(connected_group(nccl_group, LineReader(connection), rank, device), rank, device, sizes)
+        except (ValueError, OSError, EOFError) as error:
+            outcome = f"{type(error).__name__}: {error}"
+        else:
+            outcome = _crossed(pair, connection, rank, device)
+            pair.close()
+    pipe.send(outcome)
+    pipe.poll(PATIENCE_SECONDS)
+
+
+def _connection(pipe: Connection, rank: int) -> socket.socket:
+    if rank == WORKER:
+        return socket.create_connection(pipe.recv())
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        pipe.send(listener.getsockname()[:2])
+        return listener.accept()[0]
+
+
+def _crossed(pair: Pair, connection: socket.socket, rank: int, device: torch.device) -> str:
+    """Frames are bytes here."""
+    buffers = torch.arange(5, dtype=torch.uint8, device=device)
+    try:
+        for ticket in range(20):
+            push, params = normal(70_001, 1, ticket).float().to(device), normal(70_001, 2, ticket).float().to(device)
+            if rank == WORKER:
+                pair.ready_push(push)
+                connection.sendall(b"p")
+                pair.deliver()
+                connection.recv(1)
+                pair.fetch_reply(4 * 70_001, 5)
+                same = torch.equal(pair.params.view(torch.float32), params) and torch.equal(pair.buffers, buffers)
+            else:
+                connection.recv(1)
+                pair.fetch_push()
+                same = torch.equal(pair.push.view(torch.float32), push)
+                pair.ready_reply(params, buffers)
+                connection.sendall(b"r")
+                pair.deliver()
+            if not same:
+                return f"other bits at {ticket}"
+    except EOFError as error:
+        return f"EOFError: {error}"
+    return "all bits"
