@@ -56,6 +56,16 @@ def test_the_tickets_of_a_region_that_dies_are_done_by_others_once(tmp_path: Pat
     assert summary["pushes_per_worker"]["1"] == 1
 
 
+def test_one_that_joins_is_a_region_of_its_own(tmp_path: Path) -> None:
+    # One of four workers: 12 pushes in 0.3 s. From 0.6 s on there are two, which take 0.3 s for two tickets.
+    options = ("workers=1", *REGIONS[1:], "train.max_iterations=8", "runtime.joins={1: 0.6}")
+    summary = simulate(tmp_path, *options)
+    assert summary["virtual_seconds"] == pytest.approx(0.6 + 3 * 0.3)
+    assert summary["pushes_per_worker"] == {"0": 5, "1": 3}
+    # Local workers 0 to 3 have computed all the time, and the others since they have joined.
+    assert summary["utilisation_per_worker"] == pytest.approx(dict.fromkeys(map(str, range(8)), 1.0))
+
+
 @pytest.mark.slow
 def test_regions_learn_as_regions_on_one_server_do(tmp_path: Path) -> None:
     digits = (*HALOS, "train.epochs=12", "train.batch_size=8")

@@ -146,6 +146,7 @@ def _cluster(
         seconds,
         observe,
         regions=config.num_processes,
+        region_workers=num_workers,
         local_seconds=config.sim.region_latency_seconds,
         new_region=lambda params: RegionServer(rule, params, num_workers, parts, count),
     )

@@ -52,8 +52,9 @@ class PushesInFlight:
 class RegionalCluster(Cluster):
     """A global server, and regions on the same event queue, each a `RegionServer` with virtual workers.
 
-    Worker w of the global server is region ``w`` modulo ``regions``: with tickets ahead a region has several memberships. Local
-    worker j of region r has the number ``r + j regions`` for compute times and the load.
+    Worker w of the global server is region ``w`` modulo ``regions``: with tickets ahead a region has several memberships. One
+    that joins, whose number is none of those at the start, is a region of its own. Local worker j of region r has the number
+    ``r + j regions`` for compute times and the load; those of regions that join come behind, in the same way.
 
     Args:
         server: The global server.
@@ -62,7 +63,8 @@ class RegionalCluster(Cluster):
         links: Network between regions and the global server, and its speed.
         compute_seconds: Draws the time of a batch for a local worker's next ticket.
         observe: Called after every push to the global server.
-        regions: The number of regions.
+        regions: The number of regions at the start.
+        region_workers: The number of local workers of each.
         local_seconds: The time of a message between a region's server and its workers.
         new_region: Makes a region at the given parameters.
     """
@@ -77,6 +79,7 @@ class RegionalCluster(Cluster):
         observe: Callable[[], None],
         *,
         regions: int,
+        region_workers: int,
         local_seconds: float,
         new_region: Callable[[torch.Tensor], RegionServer],
     ) -> None:
@@ -84,25 +87,40 @@ class RegionalCluster(Cluster):
         super().__init__(server, self._in_flight, queue, links, compute_seconds, observe)
         self.local_source = source
         self.num_regions = regions
+        self.region_workers = region_workers
         self.local_seconds = local_seconds
         self.new_region = new_region
         self.regions: dict[int, RegionServer] = {}
         self._events |= {"local begin": self._local_begin, "local push": self._local_push}
 
+    def _region(self, worker: int) -> int:
+        """Return the number of the region that a worker of the global server is."""
+        return worker % self.num_regions if worker < self.server.num_workers else worker
+
+    def _local(self, region: int, worker: int) -> int:
+        """Return the number of a region's own worker among all of them."""
+        joined = max(0, region - self.server.num_workers + 1)
+        return region % self.num_regions + self.num_regions * (self.region_workers * joined + worker)
+
+    def _region_of(self, local: int) -> int:
+        """Return the region of a number that `_local` has made."""
+        joined = local // (self.num_regions * self.region_workers)
+        return self.server.num_workers + joined - 1 if joined else local % self.num_regions
+
     @override
     def leave(self, worker: int) -> None:
         super().leave(worker)
-        number = worker % self.num_regions
+        number = self._region(worker)
         if number in self.regions:
             self.regions[number].drop(worker)
-            if all(other % self.num_regions != number for other in self._since):
+            if all(self._region(other) != number for other in self._since):
                 del self.regions[number]
 
     @override
     def _begin(self, reply: Reply) -> None:
         if reply.worker not in self._since:
             return  # it has left while the reply was on its way
-        number = reply.worker % self.num_regions
+        number = self._region(reply.worker)
         region = self.regions.get(number)
         if region is None or region.ended:
             region = self.regions[number] = self.new_region(reply.params)
@@ -114,7 +132,7 @@ class RegionalCluster(Cluster):
 
     def _local_begin(self, argument: tuple[int, RegionServer, Reply]) -> None:
         number, _, reply = argument
-        worker = number + self.num_regions * reply.worker
+        worker = self._local(number, reply.worker)
         seconds = self.compute_seconds(worker) * reply.steps
         self.load.computing[worker] = self.load.computing.get(worker, 0.0) + seconds
         self.queue.at(self.queue.now + seconds + self.local_seconds, "local push", argument)
@@ -143,13 +161,13 @@ class RegionalCluster(Cluster):
     def _of_all(self, argument: tuple[int, RegionServer, Reply]) -> Reply:
         """Return a reply to a local worker as one to the worker's number among those of all regions."""
         number, _, reply = argument
-        return replace(reply, worker=number + self.num_regions * reply.worker)
+        return replace(reply, worker=self._local(number, reply.worker))
 
     @override
     def close(self) -> None:
         super().close()
         regions = dict(self.load.member)
-        self.load.member = {worker: regions.get(worker % self.num_regions, 0.0) for worker in self.load.computing}
+        self.load.member = {worker: regions.get(self._region_of(worker), 0.0) for worker in self.load.computing}
 
     @override
     def state_dict(self) -> dict[str, Any]:
