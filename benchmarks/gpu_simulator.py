@@ -14,7 +14,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from typing_extensions import override
 import ormo_rpc
 from ormo_rpc.cli import compose
 from ormo_rpc.data import ArraySplit, DataSet
+from ormo_rpc.report.table import as_markdown as table
 from ormo_rpc.runtimes import simulator
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.runtimes.simulator.cluster import Cluster
@@ -58,7 +59,7 @@ def options_of(cifar: str | None, device: str, *, graph: bool, iterations: int) 
         *("runtime=sim", f"workers={WORKERS}", f"train.batch_size={BATCH}", "model=resnet20", "logger=none"),
         *(data if cifar else ["dataset._target_=benchmarks.gpu_simulator.images"]),
         *(where if device != "cpu" else where[1:]),
-        *("worker.autocast=bf16", "worker.channels_last=true", f"worker.cuda_graph={str(graph).lower()}"),
+        *("worker.autocast=bf16", "worker.channels_last=true", f"worker.cuda_graph={str(graph and device != 'cpu').lower()}"),
         *(f"train.lr={LR}", f"train.momentum={MOMENTUM}", f"train.weight_decay={DECAY}", f"train.max_iterations={iterations}"),
     ]
 
@@ -248,23 +249,38 @@ def comparisons(arguments: argparse.Namespace, device: torch.device) -> Iterator
         yield found
 
 
-def main() -> None:
+def as_markdown(result: Mapping[str, Any]) -> str:
+    """The table of a result."""
+    head = ("", "simulator, gradients/s", "plain loop", "ratio", "us of the GPU: plain iteration", "gradient", "us of the host")
+    rows: list[tuple[str, ...]] = [head]
+    for run in result["runs"]:
+        ratio = f"{run['ratio']:.2f} ({run['ratio_lowest']:.2f} - {run['ratio_highest']:.2f})"
+        more = [f"{run[key]:.0f}" if key in run else "-" for key in ("plain_gpu_us", "gradient_gpu_us", "host_us")]
+        rates = (f"{run['simulator_per_second']:,.0f}", f"{run['plain_per_second']:,.0f}")
+        rows.append(("CUDA graphs" if run["graph"] else "without graphs", *rates, ratio, *more))
+    return f"{result['setting']}.\n\n{table(rows)}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cifar", metavar="FOLDER", help="folder that holds cifar-10-batches-py; without it, random images")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--turn", type=int, default=300, help="gradients in a turn")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write the figures into this file")
-    arguments = parser.parse_args()
+    parser.add_argument("--into", type=Path, metavar="FILE", help="file of the result, as JSON")
+    arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    print(f"{name}, torch {torch.__version__}, ResNet-20, batch {BATCH}, K = {WORKERS}, bf16, channels last")
-    found = list(comparisons(arguments, device))
-    for each in found:
-        print("; ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in each.items()))
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"device": name, "torch": torch.__version__, "runs": found}, indent=1) + "\n")
+    setting = f"{name}: ResNet-20, batch {BATCH}, K = {WORKERS}, bf16, channels last"
+    print(setting, flush=True)
+    result: dict[str, Any] = {"setting": setting, "runs": []}
+    for found in comparisons(arguments, device):
+        result["runs"].append(found)
+        print("; ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in found.items()))
+        if arguments.into:  # at once: whoever ends this command keeps what is done
+            arguments.into.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(as_markdown(result))
 
 
 if __name__ == "__main__":
