@@ -36,14 +36,18 @@ def _forkserver() -> None:  # pyright: ignore[reportUnusedFunction] # a fixture
 
 
 @pytest.fixture
-def transport(gpu: torch.device) -> Transport:
-    """The one that these tests are about."""
-    del gpu
+def transport(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> Transport:
+    """The one that these tests are about, at a server on the GPU."""
+    monkeypatch.setattr(contract, "GPUS", [gpu])
     return RegionOnGpu()
 
 
 # Collected here as well, with the transport above.
 test_a_reply_that_is_held_back_crosses_when_it_is_due = contract.test_a_reply_that_is_held_back_crosses_when_it_is_due
+test_replies_and_state_are_those_in_process = contract.test_replies_and_state_are_those_in_process
+test_a_refused_push_changes_nothing = contract.test_a_refused_push_changes_nothing_and_raises_its_error_at_the_worker
+test_an_evicted_worker_gets_the_reason = contract.test_a_worker_that_is_evicted_while_it_waits_gets_the_reason
+test_workers_that_die_harm_no_other = contract.test_workers_that_die_or_are_evicted_while_stopped_harm_no_other
 test_a_server_that_has_ended_raises_server_lost = contract.test_a_server_that_has_ended_raises_server_lost
 test_a_worker_leaves_and_connects_again = contract.test_a_worker_leaves_and_connects_again
 test_another_size_is_refused = contract.test_a_worker_whose_pushes_have_another_size_is_refused_and_the_others_are_served

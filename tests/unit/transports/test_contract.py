@@ -17,9 +17,12 @@ import torch
 
 from ormo_rpc import build_server
 from ormo_rpc.errors import PushRefused, Refused, ServerLost, StaleSession
+from ormo_rpc.kernels.compiled import fastest_kernel
+from ormo_rpc.kernels.host_copies import on_host
 from ormo_rpc.kernels.pool import WORTH_POOLING, pooled
 from ormo_rpc.messages import Push, Reply, number_fields
 from ormo_rpc.options import parts
+from ormo_rpc.runtimes.distributed.server_process.gpu_memory import GpuSide
 from ormo_rpc.runtimes.distributed.server_process.service import Service
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.transports.base import ServerSide, Transport
@@ -37,6 +40,8 @@ HUGE = 4_000_000
 WORKERS = 2
 BUFFER_BYTES = (3, 70_001, 1, 8)
 """Of each reply in turn; an odd number is no multiple of anything."""
+GPUS: list[torch.device] = []
+"""The GPU that services have their parameters on, where they are to have one; references stay on the CPU."""
 STOP = Reply(worker=0, ticket=None, stamp=9, params=torch.empty(0), lr=0.0, steps=1, incarnation=0)
 
 
@@ -134,12 +139,18 @@ def test_a_server_that_has_ended_raises_server_lost(transport: Transport) -> Non
         assert worker.result() is None  # which is no error
 
 
-def server(dimension: int = LARGE, num_workers: int = WORKERS, **options: Any) -> ParameterServer:
-    params = normal(dimension, 7, 0).float()
-    return build_server(algorithm="ormo", params=params, num_workers=num_workers, lr=0.1, **options)
+def server(
+    dimension: int = LARGE, num_workers: int = WORKERS, device: torch.device | None = None, **options: Any
+) -> ParameterServer:
+    params = normal(dimension, 7, 0).float().to(device or "cpu")
+    kernel = None if device is None else fastest_kernel(dimension, device)
+    return build_server(algorithm="ormo", params=params, num_workers=num_workers, lr=0.1, kernel=kernel, **options)
 
 
 def real_service(side: ServerSide, **options: Any) -> Service:
+    if GPUS:
+        made = server(**options, device=GPUS[0])
+        return Service(made, lambda _: None, max_not_finite=2, gpu=GpuSide(GPUS[0], side.memory))
     made = server(**options)
     if side.memory is not None:
         made.algorithm.kernel = replace(made.algorithm.kernel, empty=pooled(side.memory))
@@ -178,7 +189,7 @@ def test_replies_and_state_are_those_in_process(transport: Transport, scheduler:
             iteration = reference.iteration
             wait_until(lambda: service.server.iteration == iteration, "the update", every_seconds=0.001)  # noqa: B023 - at once
         with service.lock:
-            assert same(service.server.state_dict(replies=True), reference.state_dict(replies=True))
+            assert same(on_host(service.server.state_dict(replies=True)), reference.state_dict(replies=True))
 
 
 def test_a_refused_push_changes_nothing_and_raises_its_error_at_the_worker(transport: Transport) -> None:
@@ -186,7 +197,7 @@ def test_a_refused_push_changes_nothing_and_raises_its_error_at_the_worker(trans
         for worker in workers:
             worker.register()
         reply, _other = [worker.result() for worker in workers]
-        before, grad = service.server.state_dict(replies=True), normal(LARGE, 3, 0).float()
+        before, grad = on_host(service.server.state_dict(replies=True)), normal(LARGE, 3, 0).float()
         for other, error, text in (
             ({"worker": 1}, PushRefused, "worker: got 1, expected 0, the session's"),
             ({"ticket": 77}, PushRefused, "ticket: got 77"),
@@ -199,7 +210,7 @@ def test_a_refused_push_changes_nothing_and_raises_its_error_at_the_worker(trans
             with pytest.raises(error, match=text) as caught:
                 workers[0].result()
             assert caught.type is error
-            assert same(service.server.state_dict(replies=True), before)
+            assert same(on_host(service.server.state_dict(replies=True)), before)
         workers[0].push(answering(reply, loss=math.nan), grad)
         assert workers[0].result().ticket == 2  # it is settled: its ticket goes to another worker
         workers[0].push(answering(reply), grad)
