@@ -6,6 +6,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,8 @@ class FileMemory(Memory):
         return _mapped(descriptor, size)
 
     @override
-    def synchronize(self) -> None:
-        pass
+    def copying(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def _mapped(descriptor: int, size: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ class GpuMemory(Memory):
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._devices = {device}
-        """With those of memory that was opened."""
+        self._stream = torch.cuda.Stream(device)
+        """Of copies: another loop of a worker's process may compute meanwhile, and other workers' steps be launched."""
 
     @override
     def make(self, size: int) -> tuple[torch.Tensor, Mapping[str, Any]]:
@@ -34,10 +35,12 @@ class GpuMemory(Memory):
         device = runtime.device_of(handle["gpu"])
         if device is None:
             raise ValueError("this process does not see the server's GPU: another machine, or CUDA_VISIBLE_DEVICES hides it")
-        self._devices.add(device)
         return runtime.attach(device, size, bytes.fromhex(handle["ipc"]))
 
     @override
-    def synchronize(self) -> None:
-        for device in self._devices:
-            torch.cuda.current_stream(device).synchronize()
+    @contextlib.contextmanager
+    def copying(self) -> Generator[None]:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            yield
+        self._stream.synchronize()

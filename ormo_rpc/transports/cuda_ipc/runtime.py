@@ -90,7 +90,9 @@ def make(device: torch.device, size: int) -> tuple[torch.Tensor, bytes]:
         CudaError: there is no room, or it cannot be opened by others.
     """
     memory = Memory(device, size)
-    return memory.tensor().zero_(), memory.handle()
+    tensor = memory.tensor().zero_()
+    torch.cuda.current_stream(device).synchronize()
+    return tensor, memory.handle()
 
 
 def attach(device: torch.device, size: int, handle: bytes) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -123,8 +124,8 @@ class Memory(Protocol):
         """
         ...
 
-    def synchronize(self) -> None:
-        """Wait until whatever this thread has begun to do with the memory is done."""
+    def copying(self) -> AbstractContextManager[None]:
+        """Launch copies, behind all that this thread's stream has by now, and wait for their end."""
         ...
 
 
@@ -137,28 +138,28 @@ class Region(TensorPath):
     Args:
         memory: Its bytes.
         sizes: Of its parts.
-        synchronize: See `Memory`.
+        copying: See `Memory`.
     """
 
-    def __init__(self, memory: torch.Tensor, sizes: Sizes, synchronize: Callable[[], None]) -> None:
+    def __init__(self, memory: torch.Tensor, sizes: Sizes, copying: Callable[[], AbstractContextManager[None]]) -> None:
         push_end, params_end, buffers_end, token_end = _ends(sizes)
         self.push = memory[: sizes.push]
         self.params = memory[push_end : push_end + sizes.params]
         self.buffers = memory[params_end : params_end + sizes.buffers]
         self.token = memory[buffers_end:token_end]
-        self._synchronize = synchronize
+        self._copying = copying
 
     @override
     def ready_push(self, payload: torch.Tensor) -> None:
-        self.push.copy_(payload.view(torch.uint8), non_blocking=True)
-        self._synchronize()
+        with self._copying():
+            self.push.copy_(payload.view(torch.uint8), non_blocking=True)
 
     @override
     def ready_reply(self, params: torch.Tensor, buffers: torch.Tensor) -> None:
-        for room, sent in ((self.params, params), (self.buffers, buffers)):
-            data = sent.detach().view(torch.uint8)
-            room[: data.numel()].copy_(data, non_blocking=True)
-        self._synchronize()
+        with self._copying():
+            for room, sent in ((self.params, params), (self.buffers, buffers)):
+                data = sent.detach().view(torch.uint8)
+                room[: data.numel()].copy_(data, non_blocking=True)
 
     @override
     def deliver(self) -> None:
@@ -180,10 +181,10 @@ def make_region(memory: Memory, sizes: Sizes) -> tuple[Region, dict[str, Any]]:
         RuntimeError: there is no room, or others cannot open it.
     """
     whole, handle = memory.make(_ends(sizes)[-1])
-    region = Region(whole, sizes, memory.synchronize)
+    region = Region(whole, sizes, memory.copying)
     token = secrets.token_bytes(_TOKEN_BYTES)
-    region.token[:_TOKEN_BYTES].copy_(torch.frombuffer(bytearray(token), dtype=torch.uint8))
-    memory.synchronize()
+    with memory.copying():
+        region.token[:_TOKEN_BYTES].copy_(torch.frombuffer(bytearray(token), dtype=torch.uint8))
     return region, {"sizes": asdict(sizes), "handle": handle, "token": token.hex()}
 
 
@@ -194,7 +195,7 @@ def attach_region(memory: Memory, made: Mapping[str, Any]) -> Region:
         RuntimeError, ValueError, OSError: it cannot be opened.
     """
     sizes = Sizes(**made["sizes"])
-    region = Region(memory.attach(_ends(sizes)[-1], made["handle"]), sizes, memory.synchronize)
+    region = Region(memory.attach(_ends(sizes)[-1], made["handle"]), sizes, memory.copying)
     if bytes(region.token[:_TOKEN_BYTES].tolist()).hex() != made["token"]:
         raise ValueError("the memory that was opened is not the server's")
     return region
