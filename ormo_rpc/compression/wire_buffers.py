@@ -20,7 +20,7 @@ class WholeBuffers:
     """
 
     region: torch.Tensor
-    names: Collection[str]
+    names: frozenset[str]
 
 
 class WireBuffers:
@@ -48,6 +48,7 @@ class WireBuffers:
         """Put buffers of the layout's dtypes and shapes at their places, and return them as `read` does."""
         if isinstance(reported, WholeBuffers):
             self._region.copy_(reported.region)
+            self._marked = reported.names
             return self.views(reported.names)
         for name, value in reported.items():
             self._views[name].copy_(value.detach())

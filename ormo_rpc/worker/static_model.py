@@ -115,7 +115,7 @@ class StaticModel:
     def _at(self, region: torch.Tensor, prefix: str, name: str) -> torch.Tensor:
         return WireBuffers(self.model.buffers.layout, region).views([prefix + name])[prefix + name]
 
-    def _put_norms(self) -> tuple[str, ...]:
+    def _put_norms(self) -> frozenset[str]:
         """Have the norms leave their statistics in `reported`; return the names of all that is reported."""
         names: list[str] = []
         for prefix, momentum in self._norms.items():
@@ -134,7 +134,7 @@ class StaticModel:
                 one[name] += 1
         if names:
             WireBuffers(self.model.buffers.layout, self._fresh).write(one)
-        return tuple(names)
+        return frozenset(names)
 
     def _put_buffers(self, norms: Collection[str]) -> bool:
         """Have all other buffers lie in `held`; tell if there are any."""
