@@ -154,7 +154,7 @@ class AutoWorkerSide(WorkerSide):
     @contextlib.contextmanager
     def _connected(self, half: WorkerSide, endpoint: Endpoint, payload: torch.Tensor) -> Generator[ServerClient]:
         """Connect by one of the transports, with the payload where that one can send it from."""
-        if payload.device.type == "cpu" or any(endpoint.transport == cls.name for cls in ON_GPUS):
+        if self.gpu is None or any(endpoint.transport == cls.name for cls in ON_GPUS):
             with half.connect(endpoint, payload) as client:
                 yield client
             return

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage] # documented, not annotated as public
 from typing_extensions import override
 
+from ormo_rpc.transports.auto import Auto
 from ormo_rpc.transports.base import ServerSide, Transport, WorkerSide
 from ormo_rpc.transports.cuda_ipc import CudaIpc
 from ormo_rpc.transports.cuda_ipc.client import CudaIpcWorkerSide
@@ -130,6 +131,16 @@ class _PairWorkerSide(NcclWorkerSide):
     @override
     def identity(self) -> str:
         return "none"
+
+
+class AutoWithoutIpc(Auto):
+    """`auto` of a worker whose pushes are made where no transport here can send them from; that is the CPU, too."""
+
+    @override
+    def worker_side(self) -> WorkerSide:
+        side = super().worker_side()
+        side.gpu = CPU
+        return side
 
 
 ON_HOST: Mapping[str, type[Transport]] = {CudaIpc.name: RegionOnHost, Nccl.name: PairOnHost}

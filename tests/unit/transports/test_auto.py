@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from ormo_rpc.errors import Refused, ServerLost, TransportRefused
+from ormo_rpc.messages import Reply
 from ormo_rpc.options import parts
 from ormo_rpc.transports.auto import ON_GPUS, ORDER, Auto, AutoWorkerSide
 from ormo_rpc.transports.base import Endpoint, ServerClient, WorkerSide
 from ormo_rpc.transports.gloo import server as gloo_server
 from ormo_rpc.transports.gloo.pair import PairLost
 from ormo_rpc.transports.stream import server as stream_server
-from tests.support.transport_peers import RecordingService, serving_workers, started
+from tests.support.gpu_paths import AutoWithoutIpc
+from tests.support.schedule import normal
+from tests.support.transport_peers import RecordingService, connected, serving_workers, started
 
 pytestmark = pytest.mark.skipif(any(cls.unavailable() for cls in ORDER), reason="not every transport works here")
 SIZE = 5
@@ -72,6 +75,17 @@ def test_a_worker_that_asks_for_one_of_them_gets_it(name: str) -> None:
     transport, reason = taken(name)
     assert transport == name
     assert reason == ("worker and server share memory" if name == "shm" else "asked for")
+
+
+def test_a_push_that_cannot_stay_on_its_gpu_is_copied_to_memory_that_can_be_sent() -> None:
+    with connected(AutoWithoutIpc(), lambda _: RecordingService(SIZE)) as (service, (worker,), _):
+        assert service.transports[worker.session_id][0] == "shm"
+        for ticket in range(2):
+            payload = normal(service.push_format.size // 4, 5, ticket).float()
+            service.replies = [Reply(worker=0, ticket=1, stamp=0, params=payload[:SIZE], lr=0.1, steps=1, incarnation=0)]
+            worker.push({"worker": 0, "ticket": ticket, "stamp": 0}, payload)
+            assert torch.equal(worker.result().params, payload[:SIZE])
+            assert torch.equal(service.pushes[-1].grad, payload[:SIZE])
 
 
 def taken(worker_transport: str) -> tuple[str, str]:
