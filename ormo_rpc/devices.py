@@ -19,6 +19,7 @@ import torch
 
 from ormo_rpc.errors import ConfigError
 
+_EVERYWHERE = ("auto", "cpu")
 _NAME = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 _LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK")
 """The number of a process on its machine, as torchrun, srun, Open MPI, MPICH and MVAPICH tell it."""
@@ -108,13 +109,39 @@ def resolve(text: str, *, key: str, worker: int = 0) -> torch.device:
     return torch.device("cuda", (worker if local is None else local) % count)
 
 
+def use(device: torch.device) -> torch.device:
+    """Have this process work on a device from now on: new streams and draws are on it. Return it."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def described(device: torch.device) -> str:
+    """Name a device and, of a GPU, its card; CUDA is initialised for that."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory of a GPU that tensors of this process have had at once; 0 for the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def resolve_if_there(text: str, *, key: str, worker: int = 0) -> torch.device:
+    """Return the device that a text names, or the CPU where this machine does not have it: for what need not be on a GPU."""
+    try:
+        return resolve(text, key=key, worker=worker)
+    except ConfigError:
+        return torch.device("cpu")
+
+
 def check(text: str, key: str) -> None:
     """Refuse a device that this machine does not have; CUDA is not initialised.
 
     Raises:
         ConfigError: it has none; one line with the key.
     """
-    resolve(text, key=key)
+    if text not in _EVERYWHERE:  # for which PyTorch need not be loaded
+        resolve(text, key=key)
 
 
 def _why_none() -> str:

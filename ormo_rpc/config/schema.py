@@ -300,12 +300,17 @@ class Config(Section):
         kind = self.rpc.control
         return kind is ControlKind.rpc or (kind is ControlKind.auto and not self.transport.AVOIDS_RPC)
 
-    def refuse_unavailable(self) -> None:
+    def refuse_unavailable(self, *, works: bool = True) -> None:
         """Refuse what this machine, or its build of PyTorch, does not support.
 
+        Args:
+            works: This machine has workers, not the server alone.
+
         Raises:
-            ConfigError: the transport, or the carrier of the control plane, is such a one.
+            ConfigError: the device, the transport, or the carrier of the control plane is such a one.
         """
+        if works and not self.worker.dummy:
+            devices.check(self.worker.device, "worker.device")
         if not isinstance(self.runtime, RpcRuntime):
             return
         if reason := self.transport.unavailable():

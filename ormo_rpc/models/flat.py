@@ -183,7 +183,7 @@ class FlatModel:
             params: The parameters, shape (D,).
             buffers: The buffers by name.
         """
-        self.bind(params)
+        self.bind(params.to(self.device))
         self.buffers.load(buffers)
         copies: dict[tuple[Any, ...], torch.Tensor] = {}
         return {name: _copied(value, copies) for name, value in self.module.state_dict().items()}
@@ -218,7 +218,7 @@ def _refuse_place(name: str, tensor: torch.Tensor, device: torch.device) -> None
 
 
 def _copied(value: Any, copies: dict[tuple[Any, ...], torch.Tensor]) -> Any:
-    """A private copy of a tensor, or of a module's extra state, which may be anything.
+    """A private copy of a tensor, on the CPU, or of a module's extra state, which may be anything.
 
     Args:
         value: The value.
@@ -227,10 +227,10 @@ def _copied(value: Any, copies: dict[tuple[Any, ...], torch.Tensor]) -> Any:
     if not isinstance(value, torch.Tensor):
         return copy.deepcopy(value)
     if not value.numel():
-        return value.detach().clone()
+        return value.detach().to("cpu", copy=True)
     place = (value.data_ptr(), value.shape, value.stride(), value.dtype)
     if place not in copies:
-        copies[place] = value.detach().clone()
+        copies[place] = value.detach().to("cpu", copy=True)
     return copies[place]
 
 

@@ -25,6 +25,13 @@ _NO_MEANING = {
     "worker.accumulate": "a script adds up gradients by itself: each backward() adds to the ticket's",
     "worker.dummy": "gradients are the script's",
     "worker.cuda_graph": "a script records its passes by itself",
+    **dict.fromkeys(
+        ("worker.device", "worker.data_on_device"),
+        "a script puts its model and its batches where it wants them: model.to('cuda') before join()",
+    ),
+    **dict.fromkeys(
+        ("worker.channels_last", "worker.tf32", "worker.deterministic"), "a script sets that by itself, before join()"
+    ),
     "worker.compile": "a script compiles its model by itself: join(torch.compile(model), ...)",
 }
 _RATES = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from ormo_rpc.compression import Allocate, PushFormat
 from ormo_rpc.config.schema import Config
 from ormo_rpc.data.own_loop import OwnLoopData
 from ormo_rpc.errors import ConfigError, LoopMisused, one_line
+from ormo_rpc.kernels.page_locked import zeros
 from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.options.imports import users_line
@@ -48,7 +50,7 @@ class OwnModel:
         if not isinstance(original, torch.nn.Module):
             raise ConfigError(f"model: got {type(module).__name__} in join(), expected a torch.nn.Module")
         try:
-            self.flat = FlatModel(original)
+            self.flat = FlatModel(original, _device(original))
         except ValueError as error:
             raise ConfigError(str(error)) from None
         self.fingerprint = Fingerprint.of(original)
@@ -69,8 +71,8 @@ class OwnModel:
         changed = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
         if changed:
             raise LoopMisused(
-                f"{users_line()}: model: the parameter {changed[0]} is another one than at join(), or has another dtype or "
-                "requires_grad, expected the same to the end of the loop: do all that makes the model before join()"
+                f"{users_line()}: model: the parameter {changed[0]} is another one than at join(), or has another dtype, "
+                "device or requires_grad, expected the same to the end of the loop: do all that makes the model before join()"
             )
 
     def copy(self) -> FlatModel:
@@ -80,7 +82,7 @@ class OwnModel:
             ConfigError: it cannot be copied.
         """
         try:
-            return FlatModel(copy.deepcopy(self.flat.module))
+            return FlatModel(copy.deepcopy(self.flat.module), self.flat.device)
         except Exception as error:  # of the user's own module, or of a tensor in it
             raise ConfigError(f"model: {self.class_name} cannot be copied (copy.deepcopy): {one_line(error)}") from error
 
@@ -101,9 +103,23 @@ class OwnModel:
 
 
 def _parameters(module: torch.nn.Module) -> dict[str, tuple[Any, ...]]:
-    """Identity, shape, dtype and requires_grad of each parameter, by name."""
+    """Identity, shape, dtype, device and requires_grad of each parameter, by name."""
     named = module.named_parameters(remove_duplicate=False)
-    return {name: (id(each), each.shape, each.dtype, each.requires_grad) for name, each in named}
+    return {name: (id(each), each.shape, each.dtype, each.device, each.requires_grad) for name, each in named}
+
+
+def _device(module: torch.nn.Module) -> torch.device:
+    """The device of the script's model.
+
+    Raises:
+        ConfigError: it is on several.
+    """
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    first = tensors[0][1].device if tensors else torch.device("cpu")
+    elsewhere = next((f"{name} on {tensor.device}" for name, tensor in tensors if tensor.device != first), None)
+    if elsewhere is not None:
+        raise ConfigError(f"model: got {tensors[0][0]} on {first} and {elsewhere} in join(), expected all on one device")
+    return first if first.type == "cuda" else torch.device("cpu")
 
 
 class OwnJob:
@@ -150,11 +166,13 @@ class OwnJob:
     def server(self, record: Callable[[Event], None], clock: Callable[[], float]) -> ParameterServer:
         """Build the parameter server at iteration 0; it calls ``record`` with each event, timed by ``clock``."""
         model = self.model
-        buffers = RunningBuffers(model.flat.buffers.tensors, model.flat.buffers.rules)
+        buffers = RunningBuffers(
+            {name: each.cpu() for name, each in model.flat.buffers.tensors.items()}, model.flat.buffers.rules
+        )
         # Of float16 alone nothing is scaled: the script does not say that its losses are.
         loss_scale = configured_scale(self.config, model.flat) if self.config.worker.autocast is Autocast.fp16 else None
         flat, groups = model.flat, self.groups()
-        self.built = configured_server(self, flat.flat_params(), buffers, record, clock, groups, flat.params, loss_scale)
+        self.built = configured_server(self, flat.flat_params().cpu(), buffers, record, clock, groups, flat.params, loss_scale)
         return self.built
 
     def groups(self) -> Groups:
@@ -165,8 +183,17 @@ class OwnJob:
         """
         return configured_groups(self.config.train, self.model.flat.params)
 
-    def worker(self, allocate: Allocate | None = None) -> OwnWorker:
-        """Make the worker that takes over the gradients of the script's model; ``allocate`` makes the memory of its pushes."""
+    def device(self, process: int) -> torch.device:  # noqa: ARG002 - the script has chosen it
+        """Return the device of the script's model."""
+        return self.model.flat.device
+
+    def worker(self, allocate: Allocate | None = None, device: torch.device | None = None) -> OwnWorker:  # noqa: ARG002 - as above
+        """Make the worker that takes over the gradients of the script's model.
+
+        Args:
+            allocate: Makes the memory of its pushes; by default torch's, on the CPU.
+            device: That of the script's model.
+        """
         if self._worker is not None:  # which watches the same model
             self._worker.close()
         config = self.config
@@ -176,7 +203,7 @@ class OwnJob:
             groups=self.groups(),
             clip_norm=config.train.clip_norm,
             wire_format=self.push_format(),
-            allocate=allocate,
+            allocate=allocate or functools.partial(zeros, page_locked=self.model.flat.device.type == "cuda"),
         )
         return self._worker
 

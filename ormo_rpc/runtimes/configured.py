@@ -10,7 +10,7 @@ import torch
 from ormo_rpc import devices
 from ormo_rpc.algorithms.groups import Groups
 from ormo_rpc.compression import PushFormat, pushed_dtype
-from ormo_rpc.config.runtimes import DdpRuntime
+from ormo_rpc.config.runtimes import DdpRuntime, RpcRuntime
 from ormo_rpc.config.schema import Config, Train
 from ormo_rpc.data import DataSet
 from ormo_rpc.kernels.compiled import fastest_kernel
@@ -24,8 +24,11 @@ from ormo_rpc.server.build import build_server
 from ormo_rpc.server.events import Event
 from ormo_rpc.server.loss_scale import LossScale
 from ormo_rpc.server.parameter_server import ParameterServer
+from ormo_rpc.worker.arithmetic import set_arithmetic
 from ormo_rpc.worker.evaluation import Evaluator
 from ormo_rpc.worker.options import Autocast
+
+DEVICE = "worker.device"
 
 
 def build_module(config: Config, data: DataSet) -> torch.nn.Module:
@@ -34,9 +37,26 @@ def build_module(config: Config, data: DataSet) -> torch.nn.Module:
         return config.model.build(data.input_shape, config.task.outputs(data))
 
 
+def configured_device(config: Config, process: int) -> torch.device:
+    """Return the device on which the workers of a process compute; this process uses it from now on.
+
+    Raises:
+        ConfigError: this machine does not have it.
+    """
+    relays = config.algorithm.workers_are_regions and isinstance(config.runtime, RpcRuntime)
+    if config.worker.dummy or relays:  # a live region's own workers compute
+        return torch.device("cpu")
+    return devices.use(devices.resolve(config.worker.device, key=DEVICE, worker=process))
+
+
 def configured_evaluator(config: Config, model: FlatModel, data: DataSet) -> Evaluator:
-    """Build the evaluation of a configuration; the model belongs to it from now on."""
-    return Evaluator(model, data, config.task, config.train.batch_size, config.worker.autocast.dtype)
+    """Build the evaluation of a configuration; the model belongs to it from now on.
+
+    It computes on a GPU where workers do and this machine has one, whatever the server's device.
+    """
+    set_arithmetic(config.worker)
+    device = devices.resolve_if_there(config.worker.device, key=DEVICE)
+    return Evaluator(model, data, config.task, config.train.batch_size, config.worker.autocast.dtype, device)
 
 
 def configured_scale(config: Config, model: FlatModel) -> LossScale | None:

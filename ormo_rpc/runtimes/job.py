@@ -10,15 +10,19 @@ from typing import Any
 
 import torch
 
+from ormo_rpc import devices
 from ormo_rpc.algorithms.groups import Groups
 from ormo_rpc.compression import Allocate, PushFormat
 from ormo_rpc.config.schema import Config
-from ormo_rpc.data import Epochs
+from ormo_rpc.data import Epochs, Split
 from ormo_rpc.data.checksum import checksum_of_labels
+from ormo_rpc.data.placing import placed
+from ormo_rpc.kernels.page_locked import zeros
 from ormo_rpc.models.fingerprint import CHECKSUM, Fingerprint
 from ormo_rpc.models.flat import FlatModel, sha256
 from ormo_rpc.runtimes.configured import (
     build_module,
+    configured_device,
     configured_evaluator,
     configured_format,
     configured_groups,
@@ -31,6 +35,7 @@ from ormo_rpc.server.events import Event
 from ormo_rpc.server.lr_schedule import LearningRate
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.tasks.metrics import TaskMetric
+from ormo_rpc.worker.arithmetic import set_arithmetic
 from ormo_rpc.worker.dummy import DummyWorker
 from ormo_rpc.worker.evaluation import Evaluator
 from ormo_rpc.worker.graphs import GraphWorker
@@ -60,6 +65,7 @@ class Job:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        set_arithmetic(config.worker)
         self.data = config.dataset.load_splits(config.seed)
         self.epochs = Epochs(
             len(self.data.train),
@@ -80,6 +86,7 @@ class Job:
         self._groups: Groups | None = None
         self._spare: list[FlatModel] = []
         """Models that nobody has used, since a large one takes long to build."""
+        self._placed: dict[torch.device, Split] = {}
 
     def model(self) -> FlatModel:
         """Build a model with the run's initial weights, which are the same in every process.
@@ -147,6 +154,14 @@ class Job:
                 self._push_format = configured_format(self.config, model.params, model.buffers.layout, model.dtype)
         return self._push_format
 
+    def device(self, process: int) -> torch.device:
+        """Return the device on which the workers of a process compute; this process uses it from now on.
+
+        Raises:
+            ConfigError: this machine does not have it.
+        """
+        return configured_device(self.config, process)
+
     def worker(self, allocate: Allocate | None = None, device: torch.device | None = None) -> Worker:
         """Build a worker with a model of its own, or a `DummyWorker`, which has no use for a device.
 
@@ -164,7 +179,7 @@ class Job:
         wire_format, groups = self.push_format(), self.groups()
         return kind(
             self.model().to(device),
-            self.data.train,
+            self.training_data(device),
             self.epochs,
             self.config.algorithm,
             seed=self.config.seed,
@@ -179,6 +194,19 @@ class Job:
             wire_format=wire_format,
             allocate=allocate,
         )
+
+    def worker_here(self) -> Worker:
+        """Build a worker for a server in this process, on the device of workers; its pushes are where the server takes them."""
+        device = self.device(0)
+        if device == devices.resolve(self.config.server.device, key="server.device"):
+            return self.worker(None, device)
+        return self.worker(functools.partial(zeros, page_locked=device.type == "cuda"), device)
+
+    def training_data(self, device: torch.device) -> Split:
+        """The training split for a worker on a device, placed once for all workers of this process."""
+        if device not in self._placed:
+            self._placed[device] = placed(self.data.train, device, self.config.worker.data_on_device)
+        return self._placed[device]
 
     def server(self, record: Callable[[Event], None], clock: Callable[[], float]) -> ParameterServer:
         """Build the parameter server at iteration 0; it calls ``record`` with each event, timed by ``clock``."""

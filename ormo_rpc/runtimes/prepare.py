@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 
 from ormo_rpc.config.parsing import load_config
-from ormo_rpc.config.runtimes import DdpRuntime, GradientKind, ReplayRuntime, SimRuntime
+from ormo_rpc.config.runtimes import DdpRuntime, GradientKind, ReplayRuntime, RpcRuntime, SimRuntime
 from ormo_rpc.config.schema import Config
 from ormo_rpc.data import CustomData
 from ormo_rpc.errors import ConfigError, one_line
@@ -19,6 +19,7 @@ from ormo_rpc.options.instantiate import values_of
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.runtimes.job_like import JobLike, LiveJob
 from ormo_rpc.runtimes.ranking import Ranking, check_choice
+from ormo_rpc.runtimes.ranks import Ranks
 from ormo_rpc.runtimes.round_sizes import check_rounds
 from ormo_rpc.runtimes.simulator.jobs import SyntheticJob
 from ormo_rpc.runtimes.trial import try_job
@@ -66,7 +67,7 @@ def check(
     """
     later = isinstance(config.dataset, CustomData)  # that has a validation split, or none, is known once it is loaded
     refuse_metric(config.optimized_metric, config.task, validation=later or config.dataset.has_validation)
-    config.refuse_unavailable()
+    config.refuse_unavailable(works=_works_here(config))
     resumed = None
     if config.checkpoint.resume is not None and isinstance(config.runtime, ReplayRuntime):
         given = config.checkpoint.resume
@@ -113,7 +114,7 @@ def check_own_loop(job: LiveJob, *, starts_server: bool) -> None:
         ConfigError: it cannot be run; the message has the key to change.
     """
     config = job.config
-    config.refuse_unavailable()
+    config.refuse_unavailable(works=_works_here(config))
     with _as_config_error():
         config.heterogeneity.prepare()
         check_resumable(config.algorithm, config.scheduler)
@@ -134,6 +135,12 @@ def check_own_loop(job: LiveJob, *, starts_server: bool) -> None:
         check_something_is_left(resumed, job.total_tickets)
         check_patience_is_left(config, resumed, job)
         checkpoint.check_fingerprint(resumed, job.fingerprint())
+
+
+def _works_here(config: Config) -> bool:
+    """Tell whether this launcher starts a worker: under torchrun and the like the first rank is the server alone."""
+    ranks = Ranks.from_environment()
+    return ranks is None or ranks.rank > 0 or not isinstance(config.runtime, RpcRuntime)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from ormo_rpc import devices
 from ormo_rpc.config.runtimes import DdpRuntime, RpcRuntime
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
@@ -74,3 +75,4 @@ def check_elastic_worker(config: Config, ranks: Ranks | None) -> None:
         raise ConfigError(f"runtime: got {config.runtime.name} with role=worker, expected rpc")
     if config.server.address is None:
         raise ConfigError("server.address: got None with role=worker, expected HOST:PORT of the running server")
+    devices.check(config.worker.device, "worker.device")

@@ -22,6 +22,7 @@ from ormo_rpc import console
 from ormo_rpc.config.parsing import load_config, save_config
 from ormo_rpc.config.runtimes import DdpRuntime, GradientKind, SimRuntime
 from ormo_rpc.config.schema import Config
+from ormo_rpc.devices import described
 from ormo_rpc.errors import ConfigError, RunFailed
 from ormo_rpc.loggers.statistics import Statistics
 from ormo_rpc.messages import Push, Reply
@@ -37,6 +38,7 @@ from ormo_rpc.storage.environment import environment
 from ormo_rpc.storage.run_directory import read_fingerprint, read_trace
 from ormo_rpc.storage.summary import Summary, read_summary, write_summary
 from ormo_rpc.tasks.own_loop import NO_REPLAY, OwnLoopTask
+from ormo_rpc.worker.worker import Worker
 
 BITS_DEPEND_ON = ("torch", "cpu", "capability", "threads")
 """Entries of the trace's header that decide about the bits of a gradient."""
@@ -75,6 +77,8 @@ def run(config: Config, run_dir: Path, began: float) -> dict[str, Any]:
     present = environment()
     differences = {key: [header[key], present[key]] for key in BITS_DEPEND_ON if header[key] != present[key]}
     replay = Replay(source, original, header)
+    if replay.worker_device is not None and recorded.get("worker_device") not in (None, replay.worker_device):
+        differences["worker_device"] = [recorded["worker_device"], replay.worker_device]
     started_at = time.monotonic()
     failure = replay.compare_events(events) or replay.compare_end(recorded)
     summary = dataclasses.replace(
@@ -127,7 +131,8 @@ class Replay:
         synthetic = isinstance(config.runtime, SimRuntime) and config.runtime.gradient is not GradientKind.real
         job = SyntheticJob(config) if synthetic else Job(config)
         _check_fingerprint(source, job.fingerprint())
-        self.worker = job.source() if isinstance(job, SyntheticJob) else job.worker()
+        self.worker = job.source() if isinstance(job, SyntheticJob) else job.worker_here()
+        self.worker_device = described(self.worker.model.device) if isinstance(self.worker, Worker) else None
         self.events: list[Event] = []
         """Events of the server that were not compared yet."""
         self.statistics = Statistics()

@@ -26,6 +26,7 @@ from ormo_rpc.runtimes.rank_checks import check_elastic_worker, check_secret, de
 from ormo_rpc.runtimes.ranks import Ranks
 from ormo_rpc.storage.launch import Launch
 from ormo_rpc.storage.run_directory import RunDirectory, check_present
+from ormo_rpc.worker.arithmetic import arithmetic_kept
 
 MODULES = {
     "rpc": "ormo_rpc.runtimes.distributed.launcher.run",
@@ -153,15 +154,16 @@ def _preloading(given: Preloading | None) -> Generator[Preloading]:
 def _run_in_this_process(config: Config, run_dir: Path, launch: Launch | None, began: float) -> dict[str, Any]:
     """Run a simulation or a replay."""
     runtime, prepare = (importlib.import_module(each) for each in (MODULES[config.runtime.name], "ormo_rpc.runtimes.prepare"))
-    with _alone():
-        job = prepare.check(config, starts_server=True)
-    RunDirectory.claim(run_dir)
-    console.keep_unsaid(run_dir.absolute() / "logs" / "launcher.log")
-    (launch or Launch()).write(run_dir)
-    with _kept(run_dir), _in_this_process():
-        if isinstance(config.runtime, SimRuntime):  # with the data set that was loaded for the check
-            return runtime.run(job.config, run_dir, began, job)
-        return runtime.run(config, run_dir, began)
+    with arithmetic_kept():
+        with _alone():
+            job = prepare.check(config, starts_server=True)
+        RunDirectory.claim(run_dir)
+        console.keep_unsaid(run_dir.absolute() / "logs" / "launcher.log")
+        (launch or Launch()).write(run_dir)
+        with _kept(run_dir), _in_this_process():
+            if isinstance(config.runtime, SimRuntime):  # with the data set that was loaded for the check
+                return runtime.run(job.config, run_dir, began, job)
+            return runtime.run(config, run_dir, began)
 
 
 @contextlib.contextmanager
@@ -185,8 +187,12 @@ def _alone() -> Generator[None]:
 
     In one that has autocast on, passes would be computed in another dtype than elsewhere.
     """
-    with _draws, torch.inference_mode(mode=False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
-        yield
+    with contextlib.ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        with _draws, torch.inference_mode(mode=False), torch.enable_grad():
+            yield
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import math
 import re
@@ -13,12 +14,15 @@ from typing import Any
 
 import torch
 
+from ormo_rpc import devices
 from ormo_rpc.data import Split, trees
+from ormo_rpc.data.trees import to_device
 from ormo_rpc.errors import ConfigError, ModelRefused, one_line
 from ormo_rpc.messages import no_buffers
 from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.models.pass_checks import check_passes, warn_of_views
 from ormo_rpc.models.passes import Passes
+from ormo_rpc.runtimes.configured import DEVICE
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.seeding import generator, seeded
 from ormo_rpc.tasks import Sums, UnfitTargets
@@ -43,7 +47,8 @@ def try_job(job: Job) -> None:
     if accumulate > size:
         raise ConfigError(f"worker.accumulate: got {accumulate}, expected at most train.batch_size={size}: a part has a sample")
     with seeded(job.config.seed, "trial", 0), torch.enable_grad():
-        model = job.model()
+        device = devices.use(devices.resolve_if_there(job.config.worker.device, key=DEVICE))
+        model = job.model().to(device)
         initial = model.flat_params(), model.buffers.copy()
         former = [parameter.detach() for parameter in model.trainable.values()]
         model.bind(initial[0])
@@ -52,7 +57,7 @@ def try_job(job: Job) -> None:
             for ticket in _tickets(job):
                 trial.train(*_smallest_batch(job, ticket))
         warn_of_views(model.module, former)
-        evaluator = Evaluator(model, job.data, job.config.task, autocast=trial.autocast)
+        evaluator = Evaluator(model, job.data, job.config.task, autocast=trial.dtype)
         trial.evaluate("test", job.data.test, evaluator, *initial)
         if job.data.validation is not None:
             trial.evaluate("validation", job.data.validation, evaluator, *initial)
@@ -71,7 +76,8 @@ class Trial:
         self.model = model
         self.task = job.config.task
         self.accumulate = job.config.worker.accumulate
-        self.autocast = job.config.worker.autocast.dtype
+        self.dtype = job.config.worker.autocast.dtype
+        self.autocast = functools.partial(autocast, self.dtype, model.device.type)
         try:
             self.stateful = self.task.stateful_metrics()
         except ValueError as error:
@@ -125,11 +131,11 @@ class Trial:
     def _train_part(self, where: str, batch: Any) -> float:
         """Compute the gradient of a batch, or of a part of it; return the loss."""
         self.passes.begin_pass()
-        with self._refused(where, batch), autocast(self.autocast):
+        with self._refused(where, batch), self.autocast():
             output = self.task.forward(self.model.module.train(), batch)
         self.passes.end_pass()
         self._check(where, output, batch)
-        with self._refused(where, batch, of_task=True), autocast(self.autocast):
+        with self._refused(where, batch, of_task=True), self.autocast():
             loss: Any = self.task.loss(output, batch)
         self._check_loss(where, loss)
         with self._refused(where, batch):
@@ -165,7 +171,7 @@ class Trial:
             )
 
     def _loss(self, batch: Any, number: int) -> float:
-        with seeded(self.job.config.seed, "forward", number), autocast(self.autocast):
+        with seeded(self.job.config.seed, "forward", number), self.autocast():
             return self.task.loss(self.task.forward(self.model.module, batch), batch).item()
 
     def _count(self, where: str, batch: Any) -> float:
@@ -203,7 +209,7 @@ class Trial:
         with self._refused(where, batch):
             output = evaluator.output(batch, params, buffers)
         self._check(where, output, batch)
-        with self._refused(where, batch, of_task=True), torch.no_grad(), autocast(self.autocast):
+        with self._refused(where, batch, of_task=True), torch.no_grad(), self.autocast():
             sums: Any = self.task.sums(output, batch)
             if not isinstance(sums, Mapping) or not all(isinstance(each, Sums) for each in sums.values()) or "loss" not in sums:
                 raise ValueError("sums() must return Sums by name, one of them named loss")
@@ -231,7 +237,7 @@ class Trial:
             self.task.check_batch(batch)
         except ValueError as error:
             raise ConfigError(f"dataset: {self.data_name}: in {where} {error}") from None
-        return batch
+        return to_device(batch, self.model.device)
 
     def _check(self, where: str, output: object, batch: Any) -> None:
         """Refuse an output that does not fit the targets, and targets that cannot be trained on."""

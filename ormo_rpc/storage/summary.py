@@ -52,6 +52,9 @@ class Summary(Metrics):
     wire: str | None = entry("changes to pushes and parameters on the wire; exact where there are none")
     control: str | None = entry("carrier of the control plane: rpc (torch.distributed.rpc) or socket; live runs only")
     transports: dict[str, dict[str, str]] | None = entry("by worker, its transport and the reason why it was taken")
+    devices: dict[str, str] | None = entry("by worker, the device that it computes on, a GPU with its card")
+    worker_device: str | None = entry("the devices that workers compute on, each once")
+    worker_gpu_bytes: int | None = entry("most memory of a GPU that the tensors of a worker's process have had at once")
     start: str | None = entry("way in which processes are started, fork or spawn, with the reason; live runs only")
     lr: float | None = entry("configured learning rate train.lr")
     seed: int | None = entry("seed of the run")
@@ -162,6 +165,15 @@ def identity(config: Config) -> dict[str, Any]:
         "lr": config.train.lr,
         "seed": config.seed,
         "num_workers": config.num_workers,
+    }
+
+
+def device_entries(of_workers: Mapping[int, str], peaks: Iterable[int] = ()) -> dict[str, Any]:
+    """Return the entries of a summary about the devices of workers, by their numbers, and the most memory of each."""
+    return {
+        "devices": {str(worker): device for worker, device in sorted(of_workers.items())} or None,
+        "worker_device": ", ".join(sorted(set(of_workers.values()))) or None,
+        "worker_gpu_bytes": max(peaks, default=0) or None,
     }
 
 

@@ -38,7 +38,8 @@ class StatefulMetrics:
             each.reset()
 
     def update(self, predicted: torch.Tensor, targets: torch.Tensor) -> None:
-        """Add a batch."""
+        """Add a batch; the objects are on the CPU, wherever it is."""
+        predicted, targets = predicted.cpu(), targets.cpu()
         for name, each in self._objects.items():
             try:
                 each.update(predicted, targets)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ormo_rpc import devices
 from ormo_rpc.data import DataSet, Split
 from ormo_rpc.data.trees import to_device
 from ormo_rpc.models.flat import FlatModel
@@ -48,6 +49,8 @@ class Evaluator:
         task: The metrics; by default those of classification.
         dense_batch_size: Samples in a forward pass, where outputs may take more memory than inputs.
         autocast: The dtype of passes under ``torch.autocast``, that of training; None for none.
+        device: The device that the model is moved to at the first evaluation, as a GPU takes its time to begin; by default it
+            stays where it is.
     """
 
     def __init__(
@@ -57,13 +60,15 @@ class Evaluator:
         task: Task | None = None,
         dense_batch_size: int = 32,
         autocast: torch.dtype | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.model = model
+        self._device = device or model.device
         self.data = data
         self.task = task or Classification()
         self._stateful = self.task.stateful_metrics()
         self.dense_batch_size = dense_batch_size
-        self._autocast = functools.partial(under_autocast, autocast, model.device.type)
+        self._autocast = functools.partial(under_autocast, autocast, self._device.type)
         self._with_gradients: bool | None = None
         """True where forward passes record gradients; None until the first one."""
 
@@ -73,6 +78,7 @@ class Evaluator:
         Raises:
             ValueError: the model does not fit the data, or no target of a split counts.
         """
+        self.model = self.model.to(devices.use(self._device))
         with seeded(0, "evaluation", 0):
             return self._evaluate(params, buffers)
 

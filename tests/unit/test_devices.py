@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import ormo_rpc
 from ormo_rpc import devices
 from ormo_rpc.errors import ConfigError
+from tests.support.processes import QUIET
 
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_STEP_ID", "SLURM_LOCALID")
 
@@ -69,6 +72,13 @@ def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused() -> None:
         ConfigError, match=r"^worker\.device: got cuda, expected cpu on this machine, which has no GPU that Py.*\(.+\)$"
     ):
         devices.check("cuda", "worker.device")
+
+
+@pytest.mark.parametrize("options", [["runtime=sim"], ["runtime=replay", "replay.run=."]])
+def test_nothing_begins_in_this_process_without_the_gpu(options: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^worker\.device: got cuda:99, expected "):
+        ormo_rpc.train([*QUIET, *options, "worker.device=cuda:99"], run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +18,9 @@ import torch.distributed as dist
 from ormo_rpc.config.parsing import parse_text
 from ormo_rpc.errors import ConfigError, Interrupted, ServerLost
 from ormo_rpc.rendezvous.interfaces import interface_of
+from ormo_rpc.runtimes.configured import configured_device
 from ormo_rpc.runtimes.ddp.meeting import Decision, Verdict, meet
+from ormo_rpc.runtimes.ddp.rank_devices import RankDevice, backend
 from ormo_rpc.runtimes.ddp.recording import Recording
 from ormo_rpc.runtimes.ddp.trainer import Computed, Trainer
 from ormo_rpc.runtimes.job import Job, LoadedJob, job_of
@@ -105,15 +107,19 @@ class RankProcess:
             Interrupted: by a signal.
         """
         args = self.args
-        with _lost_ranks_reported(args) as place, _process_group(args) as store:
-            place.store = store
-            job = _same_job(args, store)
-            dist.barrier()
-            trainer = Trainer(job, args.rank, args.size)
-            trainer.warm_up()
-            recording = _recording(args, job, trainer)
-            dist.barrier()  # nobody is waited for in the first round
-            decision = self._train(trainer, recording, place)
+        with _lost_ranks_reported(args) as place:
+            store = place.store = _met(args)
+            text = _config(args, store)
+            device = configured_device(parse_text(text), args.rank)
+            ranks = _told(args, store, RankDevice.of(device))
+            with _process_group(args, store, backend([each.card for each in ranks])):
+                job = _same_job(args, store, text)
+                dist.barrier()
+                trainer = Trainer(job, args.rank, args.size, device)
+                trainer.warm_up()
+                recording = _recording(args, job, trainer, ranks)
+                dist.barrier()  # nobody is waited for in the first round
+                decision = self._train(trainer, recording, place)
         summary = {} if recording is None else recording.close()
         if decision.verdict is Verdict.interrupt:
             raise Interrupted(decision.signal)
@@ -138,7 +144,7 @@ class RankProcess:
         return decision
 
 
-def _recording(args: RankArgs, job: Job, trainer: Trainer) -> Recording | None:
+def _recording(args: RankArgs, job: Job, trainer: Trainer, ranks: Sequence[RankDevice]) -> Recording | None:
     if args.rank > 0:
         return None
     return Recording(
@@ -149,12 +155,12 @@ def _recording(args: RankArgs, job: Job, trainer: Trainer) -> Recording | None:
         began=args.began,
         terminal=args.terminal_fd,
         start=args.start,
+        devices=ranks,
     )
 
 
-@contextlib.contextmanager
-def _process_group(args: RankArgs) -> Generator[Store]:
-    """Make torch's default process group, over Gloo; the value is the store by which the ranks have found one another.
+def _met(args: RankArgs) -> Store:
+    """Return the store by which the ranks have found one another.
 
     Raises:
         ServerLost: not all ranks have come in time.
@@ -170,10 +176,22 @@ def _process_group(args: RankArgs) -> Generator[Store]:
         raise ServerLost(
             f"not all {args.size} ranks have come within runtime.start_timeout_seconds={args.timeout_seconds:g}"
         ) from None
+    return store
+
+
+def _told(args: RankArgs, store: Store, device: RankDevice) -> list[RankDevice]:
+    """Tell the other ranks the device of this one; return those of all, by rank."""
+    store.set(f"device {args.rank}", json.dumps([device.text, device.card]))
+    return [RankDevice(*json.loads(store.get(f"device {rank}").decode())) for rank in range(args.size)]
+
+
+@contextlib.contextmanager
+def _process_group(args: RankArgs, store: Store, kind: str) -> Generator[None]:
+    """Make torch's default process group."""
     timeout = timedelta(seconds=args.round_timeout_seconds)
-    dist.init_process_group("gloo", store=store, rank=args.rank, world_size=args.size, timeout=timeout)
+    dist.init_process_group(kind, store=store, rank=args.rank, world_size=args.size, timeout=timeout)
     try:
-        yield store
+        yield
     finally:
         dist.destroy_process_group()
 
@@ -185,15 +203,20 @@ def _store(args: RankArgs) -> Store:
     return dist.PrefixStore(PREFIX, connect(args.store, args.timeout_seconds))  # pyright: ignore[reportPrivateImportUsage] # as above
 
 
-def _same_job(args: RankArgs, store: Store) -> Job:
+def _config(args: RankArgs, store: Store) -> str:
+    """The configuration of rank 0, as YAML."""
+    if args.rank == 0:
+        store.set("config", (args.run_dir / "config.yaml").read_text(encoding="utf-8"))
+    return store.get("config").decode()
+
+
+def _same_job(args: RankArgs, store: Store, text: str) -> Job:
     """Make the job of rank 0's configuration.
 
     Raises:
         ConfigError: this rank has built another model, or loaded another data set, than rank 0.
     """
-    if args.rank == 0:
-        store.set("config", (args.run_dir / "config.yaml").read_text(encoding="utf-8"))
-    job = job_of(store.get("config").decode(), args.loaded, parse_text)
+    job = job_of(text, args.loaded, parse_text)
     fingerprint = json.dumps(job.fingerprint().to_dict(), sort_keys=True)
     digest = hashlib.sha256(fingerprint.encode()).hexdigest()
     if args.rank == 0:
@@ -207,7 +230,7 @@ def _same_job(args: RankArgs, store: Store) -> Job:
 
 @contextlib.contextmanager
 def _lost_ranks_reported(args: RankArgs) -> Generator[Place]:
-    """Report a rank that was lost, which Gloo raises as an error that is known by its text alone.
+    """Report a rank that was lost, which Gloo or NCCL raises as an error that is known by its text alone.
 
     Raises:
         ServerLost: another rank was lost.
@@ -216,7 +239,7 @@ def _lost_ranks_reported(args: RankArgs) -> Generator[Place]:
     try:
         yield place
     except RuntimeError as error:
-        if "gloo" not in str(error).lower() and "Connection" not in str(error):
+        if not any(word in str(error).lower() for word in ("gloo", "nccl", "connection")):
             raise
         missing = _missing(args, place)
         if not missing:

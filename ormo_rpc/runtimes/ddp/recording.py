@@ -13,8 +13,10 @@ from pathlib import Path
 from signal import Signals
 from typing import Any
 
+from ormo_rpc.devices import peak_bytes
 from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.runtimes.ddp.meeting import MAX_ROUNDS, Decision, Reports, Verdict
+from ormo_rpc.runtimes.ddp.rank_devices import RankDevice
 from ormo_rpc.runtimes.ddp.rounds import Rounds
 from ormo_rpc.runtimes.ddp.trainer import Computed, together
 from ormo_rpc.runtimes.job import Job
@@ -23,6 +25,7 @@ from ormo_rpc.runtimes.simulator import InlineExecutor
 from ormo_rpc.server.events import Event, Kind
 from ormo_rpc.server.parameter_server import Status
 from ormo_rpc.server.validation import all_finite
+from ormo_rpc.storage.summary import device_entries
 
 MEETING_SECONDS = 0.1
 """The interval of meetings, where rounds are shorter."""
@@ -72,16 +75,27 @@ class Recording:
         began: The start of the run on the monotonic clock.
         terminal: A descriptor for the progress bar, where there is a terminal.
         start: The way in which processes are started, for the summary.
+        devices: Those of all ranks, for the summary.
     """
 
     def __init__(
-        self, job: Job, model: FlatModel, rounds: Rounds, run_dir: Path, *, began: float, terminal: int | None, start: str
+        self,
+        job: Job,
+        model: FlatModel,
+        rounds: Rounds,
+        run_dir: Path,
+        *,
+        began: float,
+        terminal: int | None,
+        start: str,
+        devices: Sequence[RankDevice] = (),
     ) -> None:
         self.clock = TrainingClock()
         self._job = job
         self._model = model
         self._rounds = rounds
         self._start = start
+        self._devices = {rank: each.text for rank, each in enumerate(devices)}
         self._evaluated_every = job.config.evaluate.every or job.batches_per_epoch
         inline = InlineExecutor()
         self._session = Session(job, run_dir, inline, inline, self.clock, began=began, terminal=terminal, inline=True)
@@ -116,8 +130,8 @@ class Recording:
             server.iteration = server.assignments.issued = server.assignments.committed = self._rounds.tickets(
                 self._done - 1
             ).stop
-            server.algorithm.params = self._model.flat_params()
-            server.buffers.load_state_dict(self._model.buffers.tensors)
+            server.algorithm.params = self._model.flat_params().cpu()
+            server.buffers.load_state_dict({name: each.cpu() for name, each in self._model.buffers.tensors.items()})
             server.snapshots.invalidate()
         finite = finite and all_finite(server.params)
         if not finite:
@@ -144,7 +158,8 @@ class Recording:
         state = self._session.server.state_dict()
         self._session.flush()
         self._session.write_checkpoint(state)
-        return self._session.close(state, wait=True, start=self._start, **self._status)
+        told = device_entries(self._devices, [peak_bytes(self._model.device)])
+        return self._session.close(state, wait=True, start=self._start, **told, **self._status)
 
     def _record(self, number: int, row: Sequence[Computed], timed: Timed) -> None:
         """Record the tickets of a round; every gradient is of the very parameters that it is applied to, so none is late."""

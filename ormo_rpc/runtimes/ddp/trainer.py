@@ -55,15 +55,16 @@ class Trainer:
         job: The run.
         rank: Of this process.
         size: The number of ranks.
+        device: That of this rank; by default the CPU.
 
     Attributes:
         model: The model: parameters by name, and buffers.
     """
 
-    def __init__(self, job: Job, rank: int, size: int) -> None:
-        config = job.config
+    def __init__(self, job: Job, rank: int, size: int, device: torch.device | None = None) -> None:
+        config, device = job.config, device or torch.device("cpu")
         options, train = config.ddp, config.train
-        self.model = job.model()
+        self.model = job.model().to(device)
         self.rank = rank
         shared = options.shares is Shares.proportional
         slowdowns = [config.mean_slowdown(each) for each in range(size)] if shared else None
@@ -82,9 +83,11 @@ class Trainer:
             # A lambda, as torch looks at annotations, which are strings here.
             self._ddp.register_comm_hook(None, lambda _, bucket: self._reduce(bucket))
         of_all: dict[str, Any] = {
-            "data": job.data.train,
+            "data": job.training_data(device),
             "task": config.task,
             "seed": config.seed,
+            "device": device,
+            "channels_last": config.worker.channels_last,
             "accumulate": config.worker.accumulate,
             "autocast": config.worker.autocast.dtype,
         }

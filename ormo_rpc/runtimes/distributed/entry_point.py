@@ -178,6 +178,7 @@ class Child:
                 restart_count=arguments.restart_count,
                 data_root=arguments.data_root,
                 transport=arguments.transport,
+                device=arguments.device,
                 timeout_seconds=arguments.start_timeout_seconds,
                 report=self.reporter.report,
                 on_joined=self.reporter.joined,
@@ -299,6 +300,7 @@ def _parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     worker.add_argument("--slot-id", default="", help="process slot, which a replacement has as well")
     worker.add_argument("--data-root", help="folder of the data set on this machine")
     worker.add_argument("--transport", type=json.loads, help="its own transport, as JSON; by default the one of the run")
+    worker.add_argument("--device", help="its own worker.device; by default that of the run")
 
     rank = roles.add_parser("rank", parents=[common])
     rank.set_defaults(oom_score=memory.WORKER, incarnation=0)

@@ -22,6 +22,7 @@ from ormo_rpc.config.parsing import save_config
 from ormo_rpc.config.runtimes import Shares
 from ormo_rpc.config.schema import Config
 from ormo_rpc.data.tickets import TicketParts
+from ormo_rpc.devices import described
 from ormo_rpc.errors import ConfigError, RunFailed, RunInterrupted, one_line
 from ormo_rpc.runtimes.configured import time_generator
 from ormo_rpc.runtimes.job import Job
@@ -113,7 +114,8 @@ def _run(config: Config, run_dir: Path, began: float, job: Job | SyntheticJob) -
             members, least = len(session.server.members), config.runtime.min_workers
             left = f"{members} of runtime.min_workers={least} workers are left" if members else "no worker is left"
             status = {"status": "failed", "reason": f"{left} after {queue.now:g} virtual seconds"}
-        summary = session.close(last, wait=True, virtual_seconds=queue.now, **status, **_loads(cluster, queue.now))
+        entries = {**_loads(cluster, queue.now), **_device(job)}
+        summary = session.close(last, wait=True, virtual_seconds=queue.now, **status, **entries)
         resume = f"iteration {last['iteration']} is kept: resume with checkpoint.resume={run_dir}"
         if interrupted is not None:
             raise RunInterrupted(interrupted, resume)
@@ -126,7 +128,7 @@ def _cluster(
     config: Config, job: Job | SyntheticJob, session: Session, queue: EventQueue, observe: Callable[[], None]
 ) -> Cluster:
     """Make the virtual cluster: of workers, or of regions that have workers of their own."""
-    source: GradientSource = job.worker() if isinstance(job, Job) else job.source()
+    source: GradientSource = job.worker_here() if isinstance(job, Job) else job.source()
     links, seconds = _links(config, session, job.push_format().size), _compute_seconds(config, job, session)
     algorithm = config.algorithm
     if not isinstance(algorithm, TwoLevels) or algorithm.region_workers is None:
@@ -209,6 +211,11 @@ def _shared_rounds(config: Config, job: Job | SyntheticJob) -> SharedRounds:
     slowdowns = [config.mean_slowdown(worker) for worker in range(config.num_workers)]
     samples = (lambda ticket: len(job.epochs.indices(ticket))) if isinstance(job, Job) else lambda _: size
     return SharedRounds(samples, job.total_tickets, size, slowdowns)
+
+
+def _device(job: Job | SyntheticJob) -> dict[str, Any]:
+    """Return the summary's entry about the device of the virtual workers."""
+    return {"worker_device": described(job.device(0))} if isinstance(job, Job) else {}
 
 
 def _loads(cluster: Cluster, seconds: float) -> dict[str, Any]:

@@ -169,7 +169,7 @@ def half_an_interval(worker: JoinedWorker, _: torch.nn.Module) -> None:
 
 
 LAST_PUSH = (two_pushes, push_before, push_after, many_losses, bad_metric, write, write_past_torch, freeze)
-OTHER = "is another one than at join(), or has another dtype or requires_grad, expected the same to the end of the loop"
+OTHER = "is another one than at join(), or has another dtype, device or requires_grad, expected the same to the end of the loop"
 MESSAGES: dict[Misuse, str] = {
     push_without_gradients: "the loop is in torch.inference_mode(), where nothing has gradients, expected to be outside of it",
     begin_without_gradients: "the loop is in torch.inference_mode(), where nothing has gradients, expected to be outside of it",

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ormo_rpc.runtimes.distributed.server_process import shutdown
+from ormo_rpc.runtimes.distributed.worker_devices import WorkerDevices
 from tests.support.processes import PATIENCE_SECONDS
 
 
@@ -45,7 +46,7 @@ def test_the_last_evaluation_begins_before_the_checkpoint_and_leaving_workers_ar
     )
     waiting = threading.Thread(
         target=shutdown.shut_down,
-        args=(session, service, Notes()),
+        args=(session, service, Notes(), WorkerDevices()),
         kwargs={"status": {}, "timeout_seconds": PATIENCE_SECONDS},
         daemon=True,
     )

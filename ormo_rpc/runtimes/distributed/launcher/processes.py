@@ -29,6 +29,7 @@ from ormo_rpc.runtimes.distributed.preloading.preloading import Preloading, chil
 from ormo_rpc.runtimes.ranks import Ranks
 from ormo_rpc.storage.counters import RunCounters
 from ormo_rpc.transports.auto import Auto
+from ormo_rpc.worker.options import WorkerOptions
 
 FIRST_HEARTBEAT_SECONDS = 120.0
 """A child without a heartbeat by then counts as hung; on a busy machine the import of torch takes a while."""
@@ -248,7 +249,8 @@ def elastic_worker_process(
     root = None if config.dataset.root == DataSource.root else config.dataset.root
     own = None if isinstance(config.transport, Auto) else json.dumps(to_tree(config)["transport"])
     server_args = ("--address", config.server.address, *_option("--secret-file", secret_file))
-    own_args = (*_option("--data-root", root), *_option("--transport", own))
+    device = None if config.worker.device == WorkerOptions.device else config.worker.device
+    own_args = (*_option("--data-root", root), *_option("--transport", own), *_option("--device", device))
     elsewhere = not is_loopback(parse_address(config.server.address)[0])
     if elsewhere:
         report(f"a worker on {socket.gethostname()}, for {server_over(config.server.address)}")

@@ -28,6 +28,7 @@ from ormo_rpc.runtimes.distributed.server_process.serving import Serving, served
 from ormo_rpc.runtimes.distributed.server_process.shutdown import check_state, shut_down
 from ormo_rpc.runtimes.distributed.server_process.timers import Interval, Stopwatch
 from ormo_rpc.runtimes.distributed.server_process.watchdog import Watchdog
+from ormo_rpc.runtimes.distributed.worker_devices import DEVICES, WorkerDevices
 from ormo_rpc.runtimes.job import LoadedJob, job_of
 from ormo_rpc.runtimes.job_like import LiveJob
 from ormo_rpc.runtimes.session import Session
@@ -132,6 +133,7 @@ class ServerProcess:
             gpu=gpu,
         )
         self.requested = RequestedCheckpoint(self.session, self.service.lock)
+        self.devices = WorkerDevices()
         self.shared_values = SharedValues(self.config.num_processes + 1)
         self.start_check = self._begin_start_check(job)
         self.watchdog = Watchdog(
@@ -256,9 +258,8 @@ class ServerProcess:
     def _shut_down(self) -> dict[str, Any]:
         timeout_seconds = self.options.stop_timeout_seconds
         try:
-            summary = shut_down(
-                self.session, self.service, self.watchdog, status=self.stop_status, timeout_seconds=timeout_seconds
-            )
+            parts = self.session, self.service, self.watchdog, self.devices
+            summary = shut_down(*parts, status=self.stop_status, timeout_seconds=timeout_seconds)
             self.requested.finish()
             return summary
         finally:
@@ -302,7 +303,7 @@ def serve(
         heartbeat_seconds=config.rpc.heartbeat_seconds,
         worker_timeout_seconds=config.rpc.worker_timeout_seconds,
         call_timeout_seconds=config.rpc.rpc_timeout_seconds,
-        answers={COLLECTIVES: process.shared_values.answer},
+        answers={COLLECTIVES: process.shared_values.answer, DEVICES: process.devices.answer},
     )
     if config.lacks_rpc:
         _log.warning("%s; the run goes on without its agents, as with runtime.control=socket", torch_rpc.unavailable())

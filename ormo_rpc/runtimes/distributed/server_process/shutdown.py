@@ -8,6 +8,7 @@ from typing import Any
 from ormo_rpc.messages import Reply
 from ormo_rpc.runtimes.distributed.server_process.service import Service
 from ormo_rpc.runtimes.distributed.server_process.watchdog import Watchdog
+from ormo_rpc.runtimes.distributed.worker_devices import WorkerDevices
 from ormo_rpc.runtimes.session import Session
 from ormo_rpc.server.parameter_server import ParameterServer, Status
 
@@ -16,7 +17,13 @@ FLUSH_SECONDS = 0.1
 
 
 def shut_down(
-    session: Session, service: Service, watchdog: Watchdog, *, status: dict[str, str], timeout_seconds: float
+    session: Session,
+    service: Service,
+    watchdog: Watchdog,
+    devices: WorkerDevices,
+    *,
+    status: dict[str, str],
+    timeout_seconds: float,
 ) -> dict[str, Any]:
     """End the run, and return the summary.
 
@@ -24,6 +31,7 @@ def shut_down(
         session: The session of the run.
         service: The service.
         watchdog: Over the workers.
+        devices: What workers compute on.
         status: Status and reason of a run that is ended from outside, whose workers are not waited for; empty for a run that
             has ended by itself. Where it has done so before, they do not count.
         timeout_seconds: Time to wait for workers to leave; then they are left to their launcher.
@@ -53,7 +61,7 @@ def shut_down(
             service.changed.clear()
     transports = {str(worker): transport for worker, transport in sorted(service.transports.items())}
     connections = {"control": watchdog.control, "transports": transports, "start": watchdog.start}
-    records = {**connections, **watchdog.memory, "evictions": service.evictions}
+    records = {**connections, **watchdog.memory, **devices.summary_entries(service.transports), "evictions": service.evictions}
     return session.close(state, wait=not status, **records, **(status if ended_from_outside else {}))
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
+
+import torch
 
 from ormo_rpc.compression import Allocate
 from ormo_rpc.config.parsing import parse_text
@@ -36,8 +39,12 @@ class WorkerJob(Protocol[W_co]):
         """The configuration of the run."""
         ...
 
-    def worker(self, allocate: Allocate | None = None) -> W_co:
-        """Make a worker; ``allocate`` makes the memory of its pushes."""
+    def device(self, process: int) -> torch.device:
+        """Return the device on which the workers of a process compute; this process uses it from now on."""
+        ...
+
+    def worker(self, allocate: Allocate | None = None, device: torch.device | None = None) -> W_co:
+        """Make a worker on a device; ``allocate`` makes the memory of its pushes."""
         ...
 
     def fingerprint(self) -> Fingerprint:
@@ -61,6 +68,7 @@ class WorkerArgs:
         restart_count: Earlier processes in this slot.
         data_root: The folder of the data set on this machine; by default the configured one.
         transport: Keys and values of the transport; by default the configured one, and the server has to serve it.
+        device: The device, in place of the configured ``worker.device``.
         timeout_seconds: Time for reaching the server.
         report: Called with messages for people.
         on_joined: Called whenever it has joined.
@@ -78,6 +86,7 @@ class WorkerArgs:
     report: Callable[[str], None]
     on_joined: Callable[[], None]
     transport: Mapping[str, Any] | None = None
+    device: str | None = None
     announce: bool = False
     loaded: LoadedJob | None = None
 
@@ -90,11 +99,24 @@ def configured_job(args: WorkerArgs, text: str) -> Job:
     """
 
     def parse(text: str) -> Config:
-        config = parse_text(text, data_root=args.data_root, transport=args.transport)
+        config = own_config(args, text)
         config.refuse_unavailable()
         return config
 
-    return job_of(text, args.loaded if args.data_root is None and args.transport is None else None, parse)
+    own = args.data_root is not None or args.transport is not None or args.device is not None
+    return job_of(text, None if own else args.loaded, parse)
+
+
+def own_config(args: WorkerArgs, text: str) -> Config:
+    """Read the server's configuration, with what is this machine's own.
+
+    Raises:
+        ConfigError: the text does not fit the schema.
+    """
+    config = parse_text(text, data_root=args.data_root, transport=args.transport)
+    if args.device is None:
+        return config
+    return dataclasses.replace(config, worker=dataclasses.replace(config.worker, device=args.device))
 
 
 class WorkerContext(Generic[W]):

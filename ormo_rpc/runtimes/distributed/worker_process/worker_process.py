@@ -27,6 +27,7 @@ from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.rendezvous.connecting import Patience
 from ormo_rpc.runtimes.configured import time_generator
 from ormo_rpc.runtimes.distributed.shortages import limit_reached
+from ormo_rpc.runtimes.distributed.worker_devices import DeviceReports
 from ormo_rpc.runtimes.distributed.worker_process.context import W, WorkerArgs, WorkerContext, WorkerJob, configured_job
 from ormo_rpc.runtimes.distributed.worker_process.region import RegionProcesses
 from ormo_rpc.runtimes.job import Job
@@ -59,6 +60,7 @@ class WorkerLoop(Generic[W]):
         self._transport: WorkerSide | None = None
         self._injector: FaultInjector | None = None
         self._slowdown: Callable[[], float] = lambda: 1.0
+        self._devices: DeviceReports | None = None
         self._paths = contextlib.ExitStack()
         self._patience: Patience | None = None
         """From the first path for pushes that could not be opened, until one is."""
@@ -154,7 +156,7 @@ class WorkerLoop(Generic[W]):
                     if args.announce:
                         args.report("joined as worker {}; pushes by {}: {}".format(number, *paths[-1]))
                     self._injector.joining(CONNECT)
-                    yield from self._work(job.config, server, number, self._injector)
+                    yield from self._work(job.config, server, membership, self._injector)
                     server.leave()
             except (ServerLost, StaleSession) as error:
                 if not opened:
@@ -201,8 +203,12 @@ class WorkerLoop(Generic[W]):
             with _final_errors():
                 job = self.context.job(membership.response.config)
                 if worker is None or transport is None or job is not self._job:
+                    device = job.device(job.config.process_of(membership.response.worker))
                     transport = job.config.transport.worker_side()
-                    worker = job.worker(transport.allocate)
+                    transport.page_locked = device.type == "cuda"
+                    transport.gpu = device if device.type == "cuda" and job.config.server.device != "cpu" else None
+                    worker = job.worker(transport.allocate, device)
+                    self._devices = DeviceReports(device)
             _check_fingerprint(membership, job)  # again where the server is another process by now
             if worker is not self._worker:
                 with _final_errors():
@@ -212,7 +218,12 @@ class WorkerLoop(Generic[W]):
             worker.forget()  # to the server, a worker that joins again is a new one
             return job, worker, transport
 
-    def _work(self, config: Config, server: ServerClient, number: int, injector: FaultInjector) -> Generator[Reply, Push]:
+    def _work(
+        self, config: Config, server: ServerClient, membership: Joined, injector: FaultInjector
+    ) -> Generator[Reply, Push]:
+        assert self._devices is not None, "made with the worker"
+        self._devices.begin(membership)
+        number = membership.response.worker
         speed: torch.Generator = time_generator(config, number)
         self._slowdown = lambda: config.slowdown(number, speed)
         reply = server.register()
@@ -223,6 +234,7 @@ class WorkerLoop(Generic[W]):
             reply = server.push(push)
             if injector.drops_reply():
                 reply = server.push(push)
+            self._devices.ticket(membership)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,130 @@
+"""An eager worker on a GPU makes the pushes that it makes on the CPU, within the rounding of their dtype."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from ormo_rpc.cli import compose
+from ormo_rpc.kernels.page_locked import zeros
+from ormo_rpc.messages import Push, Reply
+from ormo_rpc.runtimes.job import Job
+
+SMALL = ("dataset._target_=tests.gpu.images.images", "train.batch_size=16", "train.weight_decay=0.01", "workers=1")
+COLOURED = (*SMALL, "+dataset.side=32", "+dataset.channels=3", "+dataset.count=64", "+dataset.augment=true")
+TICKETS = (0, 3, 5)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Options of a run, and the relative error that their arithmetic allows.
+
+    Attributes:
+        options: Beside `SMALL`.
+        error: Of the norm of a push's difference.
+        data: The data set.
+    """
+
+    options: tuple[str, ...]
+    error: float = 1e-5
+    data: tuple[str, ...] = SMALL
+
+
+CASES = {
+    "mlp": Case(("model=mlp",)),
+    "cnn": Case(("model=cnn",)),
+    "resnet20": Case(("model=resnet20", "train.clip_norm=1"), data=COLOURED),
+    "channels_last": Case(("model=resnet20", "worker.channels_last=true"), data=COLOURED),
+    "frozen_norm": Case(("model._target_=tests.support.odd_models.FrozenNorm",)),
+    "norm_called_twice": Case(("model._target_=tests.support.odd_models.NormCalledTwice",)),
+    "not_resident": Case(("model=cnn", "worker.data_on_device=false")),
+    "accumulate": Case(("model=mlp", "worker.accumulate=4")),
+    "local_steps": Case(("algorithm=local_sgd", "model=mlp"), error=1e-4),
+    "fp16_wire": Case(("model=mlp", "wire.dtype=fp16"), error=2e-3),
+    "bf16_wire": Case(("model=mlp", "wire.dtype=bf16"), error=1e-2),
+    "topk": Case(("model=mlp", "compression=topk", "compression.ratio=0.1"), error=2e-2),
+    "powersgd": Case(("model=mlp", "compression=powersgd"), error=1e-3),
+    "bf16": Case(("model=cnn", "worker.autocast=bf16"), error=5e-2),
+    "fp16": Case(("model=cnn", "worker.autocast=fp16", "worker.loss_scale=1024"), error=1e-2),
+    "tf32": Case(("model=cnn", "worker.tf32=true"), error=1e-2),
+}
+
+
+def pushes(options: tuple[str, ...], device: torch.device) -> list[Push]:
+    """The pushes of three tickets at the initial parameters, copied to the CPU."""
+    job = Job(compose([*options, f"worker.device={device}"]))
+    assert job.device(0) == device
+    worker = job.worker(functools.partial(zeros, page_locked=device.type == "cuda"), device)
+    assert worker.wire.device.type == "cpu"
+    assert worker.push.device == device
+    worker.warm_up()
+    worker.forget()
+    (first,) = job.server(lambda _: None, lambda: 0.0).start([0])
+    return [copied(worker.compute(dataclasses.replace(first, ticket=ticket))) for ticket in TICKETS]
+
+
+def copied(push: Push) -> Push:
+    """A push on the CPU that the next one does not write over."""
+    buffers = {name: each.to("cpu", copy=True) for name, each in push.buffers.items()}
+    return dataclasses.replace(push, grad=push.grad.to("cpu", torch.float64, copy=True), buffers=buffers)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_push_of_the_gpu_is_that_of_the_cpu(name: str, gpu: torch.device) -> None:
+    case = CASES[name]
+    options = (*case.data, *case.options)
+    for there, here in zip(pushes(options, gpu), pushes(options, torch.device("cpu")), strict=True):
+        assert (there.ticket, there.samples, list(there.buffers)) == (here.ticket, here.samples, list(here.buffers))
+        assert there.loss == pytest.approx(here.loss, rel=case.error)
+        assert here.grad.norm() > 0
+        assert (there.grad - here.grad).norm() <= case.error * here.grad.norm()
+        for key, value in here.buffers.items():
+            assert torch.allclose(there.buffers[key].double(), value.double(), rtol=max(1e-4, case.error), atol=1e-5)
+
+
+def test_draws_of_a_ticket_are_the_same_again(gpu: torch.device) -> None:
+    """Dropout draws on the GPU: not what the CPU draws, but again the same for the same ticket, and others for another."""
+    options = (*SMALL, "model._target_=tests.support.odd_models.DropoutNet", "worker.deterministic=true")
+    try:
+        once, again = pushes(options, gpu), pushes(options, gpu)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(one.grad, other.grad) for one, other in zip(once, again, strict=True))
+    assert once[0].loss != once[1].loss
+
+
+def test_batches_that_are_loaded_ahead_are_the_same(gpu: torch.device) -> None:
+    job = Job(compose([*COLOURED, "model=resnet20"]))
+    worker = job.worker(functools.partial(zeros, page_locked=True), gpu)
+    (reply,) = job.server(lambda _: None, lambda: 0.0).start([0])
+    losses = list[float | None]()
+    for ahead in (False, True):
+        if ahead:
+            worker.load(reply)
+        losses.append(worker.compute(reply).loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_an_evaluation_on_the_gpu_is_that_of_the_cpu(gpu: torch.device) -> None:
+    found = list[dict[str, float]]()
+    for device in (gpu, torch.device("cpu")):
+        job = Job(compose([*COLOURED, "model=resnet20", f"worker.device={device}"]))
+        evaluator, server = job.evaluator(), job.server(lambda _: None, lambda: 0.0)
+        assert evaluator is not None
+        found.append(dict(evaluator(server.params, server.buffers.copy()).test))
+        assert evaluator.model.device == device
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_a_worker_of_a_loaded_reply_leaves_it_as_it_is(gpu: torch.device) -> None:
+    job = Job(compose([*SMALL, "model=mlp"]))
+    worker = job.worker(functools.partial(zeros, page_locked=True), gpu)
+    reply: Reply
+    (reply,) = job.server(lambda _: None, lambda: 0.0).start([0])
+    before = reply.params.clone()
+    worker.compute(reply)
+    assert torch.equal(reply.params, before)
