@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Generator
 from pathlib import Path
 
+from ormo_rpc import devices
 from ormo_rpc.config.parsing import load_config
 from ormo_rpc.config.runtimes import DdpRuntime, GradientKind, ReplayRuntime, RpcRuntime, SimRuntime
 from ormo_rpc.config.schema import Config
@@ -72,6 +73,8 @@ def check(
     if config.checkpoint.resume is not None and isinstance(config.runtime, ReplayRuntime):
         given = config.checkpoint.resume
         raise ConfigError(f"checkpoint.resume: got {given} with runtime=replay, expected None: a replay begins as its run did")
+    if starts_server:
+        devices.check(config.server.device, "server.device")
     if starts_server and config.checkpoint.resume is not None:
         resumed = checkpoint.locate(Path(config.checkpoint.resume))
         best.refuse(resumed)
@@ -123,6 +126,7 @@ def check_own_loop(job: LiveJob, *, starts_server: bool) -> None:
     check_choice(config, evaluated=True)
     if not starts_server:
         return
+    devices.check(config.server.device, "server.device")
     check_rounds(config)
     with _as_config_error():
         config.logger.prepare()
