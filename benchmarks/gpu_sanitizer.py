@@ -23,7 +23,7 @@ from benchmarks.gpu_process import call
 from ormo_rpc.report.table import as_markdown as table
 
 TOOLS = ("memcheck", "racecheck")
-TESTS = ("tests/gpu/test_triton_steps.py",)
+TESTS = ("tests/gpu/test_server_steps.py",)
 """The tests whose kernels are ours."""
 _SUMMARY = re.compile(r"^=+ ((?:ERROR|RACECHECK) SUMMARY: .*)$", re.MULTILINE)
 
@@ -45,8 +45,7 @@ def measure(seconds: float, tools: Sequence[str] = TOOLS, only: str | None = Non
     program = executable()
     if program is None:
         return {"missing": True, "tools": {}}
-    tests = [word for word in gpu_tests.COMMAND if not word.startswith(("tests/", "--timeout"))]
-    command = [sys.executable, "-m", *tests, "--timeout=0", *TESTS, *(["-k", only] if only else [])]
+    command = [sys.executable, "-m", *gpu_tests.COMMAND, "--timeout=0", *TESTS, *(["-k", only] if only else [])]
     return {"missing": False, "tools": {tool: _under(program, tool, command, seconds) for tool in tools}}
 
 

@@ -47,12 +47,25 @@ def test_the_outcome_of_tests_is_read_also_where_the_run_was_ended() -> None:
     }
     assert found.skipped == ["tests/gpu/test_ipc.py::test_ipc"]
     assert found.skip_reasons == ["cudaIpcOpenMemHandle is refused here"]
-    assert found.unfinished == "tests/gpu/test_ipc.py::test_that_hangs"
+    assert found.unfinished == ["tests/gpu/test_ipc.py::test_that_hangs"]
     text = gpu_tests.as_markdown(found.to_dict())
     assert text.startswith(
         "1 passed, 2 failed, 1 skipped.\n\nEnded from outside during `tests/gpu/test_ipc.py::test_that_hangs`."
     )
     assert "* failed: `tests/gpu/test_ipc.py::test_broken`: RuntimeError: CUDA error" in text
+
+
+def test_the_outcome_of_several_processes_is_read() -> None:
+    found = gpu_tests.outcome(
+        "scheduling tests via LoadScheduling\n\n"
+        "tests/gpu/test_a.py::test_one[a b] \n"
+        "tests/gpu/test_a.py::test_two \n"
+        "[gw1] [ 33%] PASSED tests/gpu/test_a.py::test_two \n"
+        "tests/gpu/test_a.py::test_three \n"
+        "[gw1] [ 66%] SKIPPED tests/gpu/test_a.py::test_three \n"
+    )
+    assert (found.passed, found.skipped) == (["tests/gpu/test_a.py::test_two"], ["tests/gpu/test_a.py::test_three"])
+    assert found.unfinished == ["tests/gpu/test_a.py::test_one[a b]"]
 
 
 def test_a_command_has_a_status_or_is_ended_with_its_children(tmp_path: Path) -> None:
