@@ -6,6 +6,8 @@ driver's library (NVML), and `torch.cuda.is_available` initialises.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import os
 import re
@@ -26,8 +28,9 @@ _LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MP
 _RANKS = ("RANK", "SLURM_STEP_ID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
 """Beside each of them: where it is missing, the number is left over from elsewhere."""
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
-_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"), Path("/dev/dxg"))
-"""Of NVIDIA, of AMD, and of either under Windows."""
+_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/nvmap"), Path("/dev/kfd"), Path("/dev/dxg"))
+"""Of NVIDIA, on its boards for vehicles and robots too, of AMD, and of either under Windows."""
+_NVML = "libnvidia-ml.so.1"
 _COUNT_SECONDS = 120.0
 
 
@@ -43,23 +46,26 @@ def is_fixed_device(text: str) -> bool:
 
 def gpu_count() -> int:
     """The number of GPUs that PyTorch can use in this process, counted without initialising CUDA."""
-    if not torch.backends.cuda.is_built():
+    if not torch.backends.cuda.is_built() or not any(driver.exists() for driver in _DRIVERS):
         return 0
-    if torch.cuda.is_initialized():
-        return torch.cuda.device_count()
+    return torch.cuda.device_count() if torch.cuda.is_initialized() else _counted(os.environ.get(_VISIBLE))
+
+
+@functools.cache
+def _counted(visible: str | None) -> int:
+    """Count the GPUs among those that are visible, as the environment has them."""
+    del visible
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # where the driver's library cannot tell
         ask = torch.cuda._device_count_amdsmi if torch.version.hip else torch.cuda._device_count_nvml  # pyright: ignore[reportPrivateUsage] # `device_count` initialises CUDA where these fail
         count = ask()
-    if count >= 0:
-        return count
-    return _counted_elsewhere(os.environ.get(_VISIBLE)) if any(driver.exists() for driver in _DRIVERS) else 0
+    with contextlib.suppress(OSError, AttributeError):  # else the driver's files stay open, and are open in forks, too
+        ctypes.CDLL(_NVML).nvmlShutdown()
+    return count if count >= 0 else _counted_elsewhere()
 
 
-@functools.cache
-def _counted_elsewhere(visible: str | None) -> int:
+def _counted_elsewhere() -> int:
     """Count in another process, since CUDA has to be initialised for it: the driver's library is missing, or knows no MIG."""
-    del visible  # the environment that it was counted in
     command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_COUNT_SECONDS, check=True)

@@ -28,6 +28,8 @@ _GENERATOR = "a random generator that may have no seed was made while it was loa
 _OF_NO_FILE = "(deleted)"
 _SEMAPHORE = "/dev/shm/sem."  # noqa: S108 - nothing of ours
 """Locks of multiprocessing, such as that of tqdm, which hold no numbers."""
+_GPU_FILES = ("/dev/nvidia", "/dev/kfd", "/dev/dri/")
+"""Open where GPUs were counted: there is no position in them, and without CUDA, which is asked for itself, nothing goes on."""
 _GPU_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 
 
@@ -140,7 +142,11 @@ class Baseline:
             return f"threads were started while it was loaded: {more}, by a library such as OpenMP"
         if torch.cuda.is_initialized() or gpu_in_use:
             return "CUDA was initialised while it was loaded"
-        opened = [target for number, target in open_descriptors().items() if self.descriptors.get(number) != target]
+        opened = [
+            target
+            for number, target in open_descriptors().items()
+            if self.descriptors.get(number) != target and not target.startswith(_GPU_FILES)
+        ]
         if opened:
             return f"a file was left open while it was loaded: {', '.join(opened[:3])}"
         if shared := [name for addresses, name in shared_memory().items() if addresses not in self.shared]:
