@@ -313,10 +313,28 @@ class Config(Section):
             devices.check(self.worker.device, "worker.device")
         if not isinstance(self.runtime, RpcRuntime):
             return
+        if self.transport.BETWEEN_GPUS:
+            self._refuse_off_gpus()
         if reason := self.transport.unavailable():
             raise ConfigError(f"transport: got {self.transport.name}, which this machine does not support: {reason}")
         if self.control == "rpc" and (reason := torch_rpc.unavailable()):
             raise ConfigError(f"runtime.control: got rpc, expected auto or socket: {reason}")
+
+    def _refuse_off_gpus(self) -> None:
+        """Refuse what a transport between GPUs cannot carry.
+
+        Raises:
+            ConfigError: a side is on the CPU, or pushes are unpacked there.
+        """
+        name = self.transport.name
+        for key, device in (("server.device", self.server.device), ("worker.device", self.worker.device)):
+            if device == "cpu":
+                raise ConfigError(f"{key}: got cpu, expected cuda or cuda:N with transport={name}, or take transport=auto")
+        if not isinstance(self.compression, NoCompression):
+            raise ConfigError(
+                f"compression: got {self.compression.name}, which is unpacked on the CPU, expected none with transport={name}, "
+                f"or take transport=auto"
+            )
 
     @property
     def lacks_rpc(self) -> bool:

@@ -49,11 +49,13 @@ class Transport(Part, ABC):
     Attributes:
         NEEDS_RPC: It needs an agent of torch.distributed.rpc (``runtime.control=rpc``).
         AVOIDS_RPC: It is for networks that one does not trust, so that ``runtime.control=auto`` goes without an agent.
+        BETWEEN_GPUS: Worker and server have to be on GPUs.
     """
 
     PATH = "transport"
     NEEDS_RPC: ClassVar[bool] = False
     AVOIDS_RPC: ClassVar[bool] = False
+    BETWEEN_GPUS: ClassVar[bool] = False
 
     @classmethod
     def unavailable(cls) -> str:

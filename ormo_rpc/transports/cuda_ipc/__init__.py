@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from typing_extensions import override
@@ -17,6 +18,8 @@ from ormo_rpc.transports.base import ServerSide, Transport, WorkerSide
 @dataclass(frozen=True, kw_only=True)
 class CudaIpc(Transport):
     """Memory of a GPU that worker and server share, both on GPUs of one machine; a worker that cannot is refused."""
+
+    BETWEEN_GPUS: ClassVar[bool] = True
 
     @override
     @classmethod

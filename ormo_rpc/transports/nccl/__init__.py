@@ -7,6 +7,7 @@ it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from typing_extensions import override
@@ -20,6 +21,8 @@ from ormo_rpc.transports.base import ServerSide, Transport, WorkerSide
 @dataclass(frozen=True, kw_only=True)
 class Nccl(Transport):
     """Messages of NCCL's between worker and server, each on a GPU of its own; not encrypted."""
+
+    BETWEEN_GPUS: ClassVar[bool] = True
 
     @override
     @classmethod
