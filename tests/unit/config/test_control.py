@@ -47,3 +47,24 @@ def test_a_transport_that_needs_agents_is_refused_without_them() -> None:
     assert str(caught.value) == (
         "runtime.control: got socket, expected rpc, or another transport: transport=rpc needs the agents that rpc starts"
     )
+
+
+@pytest.mark.parametrize("transport", ["cuda_ipc", "nccl"])
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        ([], "server.device: got cpu, expected cuda or cuda:N with transport={}, or take transport=auto"),
+        (["server.device=cuda", "worker.device=cpu"], "worker.device: got cpu, expected cuda or cuda:N with transport={}, "),
+        (
+            ["server.device=cuda", "compression=topk"],
+            "compression: got topk, which is unpacked on the CPU, expected none with ",
+        ),
+    ],
+    ids=["server", "worker", "compression"],
+)
+def test_a_transport_between_gpus_is_refused_where_a_side_or_the_unpacking_is_on_the_cpu(
+    transport: str, overrides: list[str], text: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose([f"transport={transport}", *overrides]).refuse_unavailable()
+    assert str(caught.value).startswith(text.format(transport))
