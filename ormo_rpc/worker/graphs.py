@@ -131,6 +131,11 @@ class GraphWorker(Worker):
         slot.reply = None
 
     @override
+    def load(self, reply: Reply) -> None:
+        if self._resident is None:  # else there is nothing to make
+            super().load(reply)
+
+    @override
     def begin(self, *replies: Reply) -> None:
         """Start to compute pushes, in the order in which they will be asked for, and wait for nothing.
 
@@ -151,6 +156,7 @@ class GraphWorker(Worker):
         losses = slot.wait()
         if any(map(math.isnan, losses)):  # it may be that no target counts
             slot.reply = None
+            self._lane.join()
             return super().compute(reply)
         self._taken += 1
         if self._taken & (self._taken - 1) == 0:
@@ -236,6 +242,7 @@ class GraphWorker(Worker):
         Raises:
             ModelRefused: they differ by more than rounding.
         """
+        self._lane.join()  # both use the memory of parameters that are cast
         self._passes.begin(reply.buffers)
         self.loss_scale = reply.loss_scale
         self._backward.give(slot.batches)

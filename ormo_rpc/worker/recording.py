@@ -42,6 +42,11 @@ class Lane:
         with torch.cuda.stream(self.stream):
             yield
 
+    def join(self) -> None:
+        """Put what comes next on the current stream behind all that is on this one."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
     def event(self) -> torch.cuda.Event | None:
         """Make an event."""
         return None if self.stream is None else torch.cuda.Event()
