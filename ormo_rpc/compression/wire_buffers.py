@@ -53,7 +53,8 @@ class WireBuffers:
         for name, value in reported.items():
             self._views[name].copy_(value.detach())
         names = frozenset(reported)
-        if self._views and names != self._marked:
+        # A fault may have written over those of the CPU.
+        if self._views and (names != self._marked or self._marks.device.type == "cpu"):
             self._marks.copy_(torch.tensor([name in names for name in self._views]))
             self._marked = names
         return self.views(names)

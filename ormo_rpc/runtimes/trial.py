@@ -41,7 +41,8 @@ def try_job(job: Job) -> None:
     An epoch that ends with a batch of a single sample has that one tried as well, since batch norms refuse it.
 
     Raises:
-        ConfigError: a batch cannot be made, the model cannot be trained or evaluated on it, or its output does not fit.
+        ConfigError: a batch cannot be made, the model cannot be trained or evaluated on it, its output does not fit, or a pass
+            that is to be recorded as a graph cannot be.
     """
     accumulate, size = job.config.worker.accumulate, job.config.train.batch_size
     if accumulate > size:
@@ -57,6 +58,8 @@ def try_job(job: Job) -> None:
             for ticket in _tickets(job):
                 trial.train(*_smallest_batch(job, ticket))
         warn_of_views(model.module, former)
+        if job.config.worker.cuda_graph and device.type == "cuda":
+            job.worker(device=device).warm_up()
         evaluator = Evaluator(model, job.data, job.config.task, autocast=trial.dtype)
         trial.evaluate("test", job.data.test, evaluator, *initial)
         if job.data.validation is not None:

@@ -74,9 +74,9 @@ class Lane:
                 work()
             with _refused(), _not_waiting():
                 work()
-        graph = torch.cuda.CUDAGraph()
-        with _refused(), torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"):
-            work()
+            graph = torch.cuda.CUDAGraph()
+            with _refused(), torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"):
+                work()
         return graph.replay
 
 
