@@ -44,23 +44,19 @@ def transport(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> Transport:
 
 
 # Collected here as well, with the transport above.
-test_a_reply_that_is_held_back_crosses_when_it_is_due = contract.test_a_reply_that_is_held_back_crosses_when_it_is_due
 test_replies_and_state_are_those_in_process = contract.test_replies_and_state_are_those_in_process
 test_a_refused_push_changes_nothing = contract.test_a_refused_push_changes_nothing_and_raises_its_error_at_the_worker
-test_an_evicted_worker_gets_the_reason = contract.test_a_worker_that_is_evicted_while_it_waits_gets_the_reason
 test_workers_that_die_harm_no_other = contract.test_workers_that_die_or_are_evicted_while_stopped_harm_no_other
-test_a_server_that_has_ended_raises_server_lost = contract.test_a_server_that_has_ended_raises_server_lost
 test_a_worker_leaves_and_connects_again = contract.test_a_worker_leaves_and_connects_again
-test_another_size_is_refused = contract.test_a_worker_whose_pushes_have_another_size_is_refused_and_the_others_are_served
 test_all_of_a_push_and_of_its_reply_crosses = contract.test_all_of_a_push_and_of_its_reply_crosses
 test_the_death_of_the_server_ends_the_wait_of_a_worker = contract.test_the_death_of_the_server_ends_the_wait_of_a_worker
 
 
 def test_200_pushes_of_random_sizes_and_their_replies_keep_their_bits(transport: Transport) -> None:
     rng = random.Random(7)
-    for dimension in (rng.randrange(1, 1000), rng.randrange(1000, 100_000), rng.randrange(100_000, 600_000)):
+    for dimension in (rng.randrange(1, 5000), rng.randrange(100_000, 600_000)):
         with connected(transport, lambda _: RecordingService(dimension)) as (service, (worker,), _):  # noqa: B023 - at once
-            for ticket in range(67):
+            for ticket in range(100):
                 payload = normal(service.push_format.size // 4, 5, ticket).float()
                 params = normal(dimension, 6, ticket).float()
                 buffers = torch.frombuffer(bytearray(rng.randbytes(rng.randrange(1, 5000))), dtype=torch.uint8)
@@ -134,25 +130,18 @@ def test_a_pair_of_nccl_carries_pushes_and_replies_between_two_gpus_and_fails_al
     assert torch.ones(3, device=gpu).sum().item() == 3.0
 
 
-@pytest.mark.parametrize(
-    ("options", "accuracy"),
-    [(("worker.prefetch=1",), 0.9), (("model=cnn", "wire.dtype=bf16", "wire.params=bf16"), 0.5)],
-    ids=["prefetch", "16 bits"],
-)
-def test_a_run_with_both_sides_on_one_gpu_takes_its_memory(
-    options: tuple[str, ...], accuracy: float, tmp_path: Path, gpu: torch.device
-) -> None:
-    """On the CPU these runs have a test accuracy of 98% and 70%."""
+def test_a_run_with_both_sides_on_one_gpu_takes_its_memory(tmp_path: Path, gpu: torch.device) -> None:
+    """On the CPU it has a test accuracy of 98%."""
     del gpu
-    data = ("dataset._target_=tests.gpu.images.images", "train.batch_size=32", "train.lr=0.01")
-    on_gpus = ("server.device=cuda", "worker.device=cuda")
-    status, _, err = launch(tmp_path / "run", *QUIET, *data, *on_gpus, "workers=2", "train.max_iterations=200", *options)
+    data = ("dataset._target_=tests.gpu.images.images", "train.batch_size=32", "train.lr=0.01", "train.max_iterations=200")
+    options = ("server.device=cuda", "worker.device=cuda", "workers=2", "worker.prefetch=1", "wire.dtype=bf16")
+    status, _, err = launch(tmp_path / "run", *QUIET, *data, *options)
     assert status == 0, err
     found = summary(tmp_path / "run")
-    taken = {(each["transport"], each["reason"]) for each in found["transports"].values()}
-    assert taken == {("cuda_ipc", "worker and server share memory of a GPU")}
+    taken = [(each["transport"], each["reason"]) for each in found["transports"].values()]
+    assert taken == [("cuda_ipc", "worker and server share memory of a GPU")] * 4
     assert (found["iterations"], found["evictions"]) == (200, [])
-    assert found["test_accuracy"] > accuracy
+    assert found["test_accuracy"] > 0.9
 
 
 class _Process:
