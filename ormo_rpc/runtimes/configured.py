@@ -43,6 +43,7 @@ def configured_device(config: Config, process: int) -> torch.device:
     Raises:
         ConfigError: this machine does not have it.
     """
+    set_arithmetic(config.worker)  # a fork has an environment of its own
     relays = config.algorithm.workers_are_regions and isinstance(config.runtime, RpcRuntime)
     if config.worker.dummy or relays:  # a live region's own workers compute
         return torch.device("cpu")

@@ -88,6 +88,15 @@ def test_workers_share_a_gpu_and_one_that_dies_is_replaced(tmp_path: Path, gpu: 
     assert simulated["test_loss"] == pytest.approx(summary(tmp_path / "rpc")["test_loss"], rel=0.2)
 
 
+def test_ranks_of_ddp_share_a_gpu_over_gloo(tmp_path: Path, gpu: torch.device) -> None:
+    options = (*QUIET, *DATA, "runtime=ddp", "workers=2", "worker.device=cuda", f"train.max_iterations={TICKETS}")
+    status, _, err = launch(tmp_path, *options)
+    assert (status, err) == (0, "")
+    found = summary(tmp_path)
+    assert found["worker_device"] == f"cuda:0 ({torch.cuda.get_device_name(gpu)})"
+    assert found["test_accuracy"] > 0.5
+
+
 def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
     count = torch.cuda.device_count()
     with pytest.raises(
