@@ -21,7 +21,7 @@ from ormo_rpc.transports.cuda_ipc import runtime
 from ormo_rpc.transports.nccl.group import SERVER, WORKER, connected_group, nccl_group
 from ormo_rpc.transports.nccl.pair import Pair
 from ormo_rpc.transports.stream.tensor_path import Sizes
-from tests.support.gpu_paths import GPU, RegionOnGpu
+from tests.support.gpu_paths import GPU, WindowOnGpu
 from tests.support.processes import PATIENCE_SECONDS, QUIET, launch, summary, wait_until
 from tests.support.schedule import normal
 from tests.support.transport_peers import RecordingService, connected
@@ -40,7 +40,7 @@ def _forkserver() -> None:  # pyright: ignore[reportUnusedFunction] # a fixture
 def transport(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> Transport:
     """The one that these tests are about, at a server on the GPU."""
     monkeypatch.setattr(contract, "GPUS", [gpu])
-    return RegionOnGpu()
+    return WindowOnGpu()
 
 
 # Collected here as well, with the transport above.
@@ -68,15 +68,15 @@ def test_200_pushes_of_random_sizes_and_their_replies_keep_their_bits(transport:
                 assert torch.equal(service.pushes.pop().grad, payload[:dimension])
 
 
-def test_a_worker_that_is_killed_in_the_middle_of_a_push_frees_its_region_and_the_others_go_on(transport: Transport) -> None:
+def test_a_worker_that_is_killed_in_the_middle_of_a_push_frees_its_window_and_the_others_go_on(transport: Transport) -> None:
     dimension = 2_000_000
     with connected(transport, lambda _: RecordingService(dimension), 2) as (service, (killed, other), _):
         payload = normal(service.push_format.size // 4, 5, 0).float()
-        assert _regions() == 2
+        assert _windows() == 2
         killed.push(contract.numbers_of(Push, random.Random(1)), payload)
         killed.process.kill()
         wait_until(lambda: len(service.evicted) == 1, "the eviction")
-        wait_until(lambda: _regions() == 1, "the end of its region")
+        wait_until(lambda: _windows() == 1, "the end of its window")
         service.replies = [Reply(**contract.numbers_of(Reply, random.Random(2)), params=payload[:dimension].to(GPU))]
         service.pushes.clear()
         other.push(contract.numbers_of(Push, random.Random(3)), payload)
@@ -84,7 +84,7 @@ def test_a_worker_that_is_killed_in_the_middle_of_a_push_frees_its_region_and_th
         assert torch.equal(service.pushes[-1].grad, payload[:dimension])
 
 
-def _regions() -> int:
+def _windows() -> int:
     gc.collect()
     return sum(isinstance(each, runtime.Memory) for each in gc.get_objects())
 

@@ -22,7 +22,7 @@ from ormo_rpc.transports.base import ServerSide, Transport, WorkerSide
 from ormo_rpc.transports.cuda_ipc import CudaIpc
 from ormo_rpc.transports.cuda_ipc.client import CudaIpcWorkerSide
 from ormo_rpc.transports.cuda_ipc.memory import GpuMemory
-from ormo_rpc.transports.cuda_ipc.server import region_of
+from ormo_rpc.transports.cuda_ipc.server import window_of
 from ormo_rpc.transports.gloo import Gloo
 from ormo_rpc.transports.nccl import Nccl
 from ormo_rpc.transports.nccl.client import NcclWorkerSide
@@ -71,8 +71,8 @@ def gloo_group(store: Store, rank: int, device: torch.device, timeout: timedelta
     return gloo(store, rank, 2, options)
 
 
-class RegionOnHost(CudaIpc):
-    """`cuda_ipc`, whose region lies in memory of the CPU."""
+class WindowOnHost(CudaIpc):
+    """`cuda_ipc`, whose window lies in memory of the CPU."""
 
     @override
     @classmethod
@@ -81,25 +81,25 @@ class RegionOnHost(CudaIpc):
 
     @override
     def server_side(self) -> ServerSide:
-        return StreamServerSide(share=False, ways={CudaIpc.name: lambda service, _: region_of(FileMemory(), service)})
+        return StreamServerSide(share=False, ways={CudaIpc.name: lambda service, _: window_of(FileMemory(), service)})
 
     @override
     def worker_side(self) -> WorkerSide:
-        return _RegionWorkerSide()
+        return _WindowWorkerSide()
 
 
-class _RegionWorkerSide(CudaIpcWorkerSide):
+class _WindowWorkerSide(CudaIpcWorkerSide):
     @override
     def memory(self) -> Memory:
         return FileMemory()
 
 
-class RegionOnGpu(CudaIpc):
+class WindowOnGpu(CudaIpc):
     """`cuda_ipc` of a server and of workers on the first GPU, whatever the service's device is."""
 
     @override
     def server_side(self) -> ServerSide:
-        return StreamServerSide(share=False, ways={CudaIpc.name: lambda service, _: region_of(GpuMemory(GPU), service)})
+        return StreamServerSide(share=False, ways={CudaIpc.name: lambda service, _: window_of(GpuMemory(GPU), service)})
 
     @override
     def worker_side(self) -> WorkerSide:
@@ -143,5 +143,5 @@ class AutoWithoutIpc(Auto):
         return side
 
 
-ON_HOST: Mapping[str, type[Transport]] = {CudaIpc.name: RegionOnHost, Nccl.name: PairOnHost}
+ON_HOST: Mapping[str, type[Transport]] = {CudaIpc.name: WindowOnHost, Nccl.name: PairOnHost}
 """By the names of those that they stand for."""

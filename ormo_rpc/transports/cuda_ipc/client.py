@@ -13,11 +13,11 @@ from ormo_rpc.errors import TransportRefused
 from ormo_rpc.transports.base import Endpoint, ServerClient, WorkerSide
 from ormo_rpc.transports.cuda_ipc.server import NAME
 from ormo_rpc.transports.stream.client import StreamClient, begun, connection
-from ormo_rpc.transports.stream.tensor_path import Memory, Region, attach_region
+from ormo_rpc.transports.stream.tensor_path import Memory, Window, attach_window
 
 
 class CudaIpcWorkerSide(WorkerSide):
-    """Opens a region of the server's on its GPU; pushes are made on the worker's, and copied there."""
+    """Opens a window of the server's on its GPU; pushes are made on the worker's, and copied there."""
 
     @override
     def allocate(self, size: int) -> torch.Tensor:
@@ -28,9 +28,9 @@ class CudaIpcWorkerSide(WorkerSide):
     def connect(self, endpoint: Endpoint, payload: torch.Tensor) -> Generator[ServerClient]:
         memory = self.memory()
         with connection(endpoint, payload, {"way": NAME}) as (reader, answer):
-            region = _opened(memory, answer)
+            window = _opened(memory, answer)
             stream = begun(reader, endpoint, shared=True, reason="worker and server share memory of a GPU")
-            yield StreamClient(stream, payload, None, tensors=region)
+            yield StreamClient(stream, payload, None, tensors=window)
 
     def memory(self) -> Memory:
         """The memory of this process's GPU.
@@ -45,8 +45,8 @@ class CudaIpcWorkerSide(WorkerSide):
         return GpuMemory(self.gpu)
 
 
-def _opened(memory: Memory, answer: Mapping[str, Any]) -> Region:
-    """The region of an answer.
+def _opened(memory: Memory, answer: Mapping[str, Any]) -> Window:
+    """The window of an answer.
 
     Raises:
         TransportRefused: there is none, or it cannot be opened.
@@ -54,6 +54,6 @@ def _opened(memory: Memory, answer: Mapping[str, Any]) -> Region:
     if answer["offer"] is None:
         raise TransportRefused(NAME, str(answer["reason"]))
     try:
-        return attach_region(memory, answer["offer"])
+        return attach_window(memory, answer["offer"])
     except (RuntimeError, ValueError, OSError) as error:
         raise TransportRefused(NAME, f"memory of the server's GPU cannot be opened: {error}") from None

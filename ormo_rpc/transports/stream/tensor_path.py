@@ -1,4 +1,4 @@
-"""The ways of tensors that do not follow their frames, such as a region of memory that both sides have.
+"""The ways of tensors that do not follow their frames, such as a window of memory that both sides have.
 
 Each has the same calls on either side. The one that sends makes the tensors ready, sends the frame, and delivers them; the one
 that has received the frame fetches them. So a frame announces them, and nobody waits on a GPU for what may not come.
@@ -129,7 +129,7 @@ class Memory(Protocol):
         ...
 
 
-class Region(TensorPath):
+class Window(TensorPath):
     """Memory of the server's process that one worker opens: it writes its pushes there, and reads the replies.
 
     So the end of a worker takes nothing away that the server reads, the server opens nobody's memory, and a reply stays as it
@@ -174,31 +174,31 @@ class Region(TensorPath):
         pass
 
 
-def make_region(memory: Memory, sizes: Sizes) -> tuple[Region, dict[str, Any]]:
-    """Make a region; return it with what `attach_region` needs, of JSON's types.
+def make_window(memory: Memory, sizes: Sizes) -> tuple[Window, dict[str, Any]]:
+    """Make a window; return it with what `attach_window` needs, of JSON's types.
 
     Raises:
         RuntimeError: there is no room, or others cannot open it.
     """
     whole, handle = memory.make(_ends(sizes)[-1])
-    region = Region(whole, sizes, memory.copying)
+    window = Window(whole, sizes, memory.copying)
     token = secrets.token_bytes(_TOKEN_BYTES)
     with memory.copying():
-        region.token[:_TOKEN_BYTES].copy_(torch.frombuffer(bytearray(token), dtype=torch.uint8))
-    return region, {"sizes": asdict(sizes), "handle": handle, "token": token.hex()}
+        window.token[:_TOKEN_BYTES].copy_(torch.frombuffer(bytearray(token), dtype=torch.uint8))
+    return window, {"sizes": asdict(sizes), "handle": handle, "token": token.hex()}
 
 
-def attach_region(memory: Memory, made: Mapping[str, Any]) -> Region:
-    """Open a region of the server's, and check that it is the one that was meant.
+def attach_window(memory: Memory, made: Mapping[str, Any]) -> Window:
+    """Open a window of the server's, and check that it is the one that was meant.
 
     Raises:
         RuntimeError, ValueError, OSError: it cannot be opened.
     """
     sizes = Sizes(**made["sizes"])
-    region = Region(memory.attach(_ends(sizes)[-1], made["handle"]), sizes, memory.copying)
-    if bytes(region.token[:_TOKEN_BYTES].tolist()).hex() != made["token"]:
+    window = Window(memory.attach(_ends(sizes)[-1], made["handle"]), sizes, memory.copying)
+    if bytes(window.token[:_TOKEN_BYTES].tolist()).hex() != made["token"]:
         raise ValueError("the memory that was opened is not the server's")
-    return region
+    return window
 
 
 def _ends(sizes: Sizes) -> tuple[int, int, int, int]:
