@@ -52,7 +52,8 @@ PARTS: Mapping[str, Part] = {
 def words(name: str, into: Path) -> list[str]:
     """The command of a part, without the interpreter; a benchmark writes its result into the file."""
     if name == "tests":
-        return ["-m", *gpu_tests.COMMAND, *gpu_tests.PARALLEL, gpu_tests.TESTS]
+        folder = into.with_name("tests")  # pytest cleans up its own one at the end, which can take long
+        return ["-m", *gpu_tests.COMMAND, *gpu_tests.PARALLEL, f"--basetemp={folder}", gpu_tests.TESTS]
     return ["-m", f"benchmarks.{PARTS[name].module}", "--into", str(into)]
 
 

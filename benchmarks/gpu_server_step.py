@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=int, nargs="+", default=SIZES, metavar="D")
-    parser.add_argument("--device", default="cuda", help="the GPU")
+    parser.add_argument("--device", default="cuda:0", help="the GPU")
     parser.add_argument("--into", type=Path, metavar="FILE", help="file of the result, as JSON")
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
