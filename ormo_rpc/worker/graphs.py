@@ -24,7 +24,7 @@ from ormo_rpc.messages import Push, Reply
 from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.seeding import generator, seeded
 from ormo_rpc.worker.backward import Backward
-from ormo_rpc.worker.comparing import difference, tolerance
+from ormo_rpc.worker.comparing import OF_VALUES, SMALL, difference, tolerance
 from ormo_rpc.worker.inputs import Copied, Draws, Inputs, form_of
 from ormo_rpc.worker.recording import Lane, refused
 from ormo_rpc.worker.regularise import regularise
@@ -253,8 +253,8 @@ class GraphWorker(Worker):
         losses = slot.wait()
         mean = torch.tensor(sum(losses) / len(losses)), torch.tensor(math.nan if loss is None else loss)
         found = (
-            difference("buffers", place.views(self._static.names), buffers, allowed)
-            or difference("loss", {"": mean[0]}, {"": mean[1]}, allowed)
+            difference("buffers", place.views(self._static.names), buffers, OF_VALUES * allowed)
+            or difference("loss", {"": mean[0]}, {"": mean[1]}, OF_VALUES * allowed, SMALL)
             or difference("gradient", {"": slot.push}, {"": expected}, allowed)
         )
         if found is not None:
