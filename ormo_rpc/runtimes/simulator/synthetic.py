@@ -62,7 +62,7 @@ class Quadratic:
     def compute(self, reply: Reply) -> Push:
         """Compute the push for a reply, as the server receives it; the next call overwrites its tensor."""
         assert reply.ticket is not None
-        sent = reply.params.to(self.curvature.dtype)
+        sent = reply.params.to(self.curvature.device, self.curvature.dtype)
         dimension = self.curvature.numel()
         randomness = generator(self.seed, "noise", reply.ticket) if self.noise else None
 
