@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import tempfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -34,20 +33,26 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 class FileMemory(Memory):
-    """Memory in a file, which the first process to open it removes."""
+    """Memory in files without names, which exist as long as this object or a mapping does."""
+
+    def __init__(self) -> None:
+        self._descriptors: list[int] = []
+
+    def __del__(self) -> None:
+        for descriptor in self._descriptors:
+            os.close(descriptor)
 
     @override
     def make(self, size: int) -> tuple[Tensor, Mapping[str, Any]]:
-        descriptor, path = tempfile.mkstemp()
+        descriptor = os.memfd_create("window")
+        self._descriptors.append(descriptor)
         os.ftruncate(descriptor, size)
-        return _mapped(descriptor, size), {"path": path}
+        return _mapped(descriptor, size), {"path": f"/proc/{os.getpid()}/fd/{descriptor}"}
 
     @override
     def attach(self, size: int, handle: Mapping[str, Any]) -> Tensor:
-        path = Path(handle["path"])
-        descriptor = os.open(path, os.O_RDWR)
-        path.unlink()
-        return _mapped(descriptor, size)
+        with Path(handle["path"]).open("r+b", buffering=0) as file:
+            return _mapped(file.fileno(), size)
 
     @override
     def copying(self) -> AbstractContextManager[None]:
@@ -55,10 +60,7 @@ class FileMemory(Memory):
 
 
 def _mapped(descriptor: int, size: int) -> Tensor:
-    try:
-        return torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8)
-    finally:
-        os.close(descriptor)
+    return torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8)
 
 
 def gloo_group(store: Store, rank: int, device: torch.device, timeout: timedelta) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -53,11 +53,13 @@ def test_a_worker_on_the_cpu_asks_for_none(side: Any) -> None:
 
 
 def test_memory_that_is_not_the_servers_is_refused() -> None:
-    _, made = make_window(FileMemory(), SIZES)
-    other: Mapping[str, Any] = make_window(FileMemory(), SIZES)[1]
+    memory = FileMemory()
+    (window, made), (_, other) = make_window(memory, SIZES), make_window(memory, SIZES)
     with pytest.raises(ValueError, match="the memory that was opened is not the server's"):
         attach_window(FileMemory(), {**made, "handle": other["handle"]})
-    attach_window(FileMemory(), made)
+    attached = attach_window(FileMemory(), made)
+    attached.ready_push(torch.arange(8, dtype=torch.uint8))
+    assert window.push.tolist() == list(range(8))
 
 
 def test_values_of_a_store_cross_a_connection_and_one_that_is_not_set_is_an_error() -> None:
