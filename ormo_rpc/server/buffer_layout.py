@@ -83,7 +83,7 @@ class BufferLayout:
         return flat
 
 
-class PackedTensors(dict[str, torch.Tensor]):
+class PackedTensors(dict[str, "torch.Tensor"]):
     """All tensors of a layout by name, as views of the one vector of bytes that holds them; to be read only.
 
     Args:
