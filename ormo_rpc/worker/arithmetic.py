@@ -29,11 +29,14 @@ def set_arithmetic(options: WorkerOptions) -> None:
 def arithmetic_kept() -> Generator[None]:
     """Give a program its own arithmetic back at the end."""
     deterministic, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    workspace = os.environ.get(_WORKSPACE)
     matmul, convolution = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warns)
+        if workspace is None:
+            os.environ.pop(_WORKSPACE, None)
         if (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) != (matmul, convolution):
             torch.backends.cuda.matmul.allow_tf32 = matmul
             torch.backends.cudnn.allow_tf32 = convolution
