@@ -39,7 +39,7 @@ def parameters(run_dir: Path) -> torch.Tensor:
 
 
 def test_fifty_tickets_end_where_they_do_on_the_cpu(tmp_path: Path) -> None:
-    options = (*RUN, "model=cnn", "train.max_iterations=50", "worker.deterministic=true")
+    options = (*RUN, DROPPING, "+model.p=0", "train.max_iterations=50", "worker.deterministic=true")
     there = train([*options, *GPU], run_dir=tmp_path / "gpu")
     here = train([*options, "worker.device=cpu"], run_dir=tmp_path / "cpu")
     assert there["iterations"] == here["iterations"] == 50
@@ -58,7 +58,7 @@ def test_it_is_the_same_again_and_replayed_to_the_bit(scheme: tuple[str, ...], t
 
 
 def test_gradients_that_overflow_leave_those_begun_meanwhile_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = (*RUN, *GPU, "model=cnn", "worker.autocast=fp16", "worker.loss_scale=1e10", "train.max_iterations=40")
+    options = (*RUN, *GPU, DROPPING, "worker.autocast=fp16", "worker.loss_scale=1e10", "train.max_iterations=40")
     options = (*options, "worker.deterministic=true")
     ahead = train(options, run_dir=tmp_path / "ahead")
     monkeypatch.setattr(GraphWorker, "AHEAD", 0)
