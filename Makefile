@@ -1,7 +1,7 @@
 # Every target that needs an environment makes it first.
 .DEFAULT_GOAL := help
 .PHONY: help setup train quick test check conf format bench bench-nodes bench-step bench-startup bench-own-loop bench-ray bench-tensorflow live-scale live-race server-memory
-.PHONY: compression replays methods reproduce reproduce-full adamw look-ahead when-it-pays scale chaos nodes journal clean race gpu
+.PHONY: compression replays methods reproduce reproduce-full adamw look-ahead look-ahead-nets when-it-pays scale chaos nodes journal clean race gpu
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
@@ -99,6 +99,9 @@ adamw: .venv/ready  ## AdamW in order of arrival and in order, simulated, into r
 
 look-ahead: .venv/ready  ## Look-aheads of ordered momentum on noisy quadratics, simulated, into results/ (minutes)
 	$(BIN)/python -m experiments.look_ahead $(ARGS)
+
+look-ahead-nets: .venv/ready  ## The same on the cnn and ResNet-20, beside DANA, SMEGA2, Nesterov, into results/ (a GPU; ARGS="--root DIRECTORY --device cuda --jobs 4")
+	$(BIN)/python -m experiments.look_ahead_nets $(ARGS)
 
 when-it-pays: .venv/ready  ## Time to a target accuracy, asynchronous against synchronous, simulated, into results/ and docs/ (minutes)
 	$(BIN)/python -m experiments.when_it_pays $(ARGS)

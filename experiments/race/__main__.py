@@ -19,7 +19,7 @@ from experiments.race import report
 from experiments.race.contenders import CONTENDERS
 from experiments.race.runs import Missing, Store, finished
 from experiments.race.setup import CELLS, SETTINGS, Setup
-from experiments.race.units import Unit, collected, outcome, planned_runs, units
+from experiments.race.units import Unit, collected, content, outcome, planned_runs, units
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.runtimes.distributed.linux import die_with_parent
 from ormo_rpc.storage.environment import environment
@@ -91,10 +91,10 @@ def perform(a: Any) -> None:
     if not a.collect:
         print(plan(cells, a.contenders, setup, a.store))
         race([*units(cells, a.contenders)], setup, a)
-    content = collect(Setup(), a.store)
+    found = collect(Setup(), a.store)
     a.into.mkdir(parents=True, exist_ok=True)
-    (a.into / "race.json").write_text(json.dumps(content, separators=(",", ":")).replace('{"setting"', '\n{"setting"') + "\n")
-    report.write(content, a.into)
+    (a.into / "race.json").write_text(json.dumps(found, separators=(",", ":")).replace('{"setting"', '\n{"setting"') + "\n")
+    report.write(found, a.into)
 
 
 def results(file: Path) -> dict[str, Any]:
@@ -138,21 +138,7 @@ def run_unit(unit: Unit, setup: Setup, folder: Path, root: str, until: float) ->
 
 def collect(setup: Setup, folder: Path) -> dict[str, Any]:
     """The content of the results, of all units that are finished."""
-    rows, missing = collected(units(CELLS, CONTENDERS), setup, Store(folder, None))
-    return {
-        "environment": environment(),
-        "epochs": setup.epochs,
-        "batch_size": setup.batch_size,
-        "targets": setup.targets,
-        "target": setup.target,
-        "tuning_target": setup.tuning_target,
-        "smooth": setup.smooth,
-        "tuning_seeds": setup.tuning_seeds,
-        "rates": {workers: sorted(rates) for workers, rates in setup.rates.items()},
-        "job": setup.job,
-        "not_run": [[unit.setting, unit.workers, unit.contender] for unit in missing],
-        "rows": rows,
-    }
+    return {"environment": environment(), **content(units(CELLS, CONTENDERS), setup, Store(folder, None))}
 
 
 def plan(cells: list[tuple[str, int]], contenders: list[str], setup: Setup, folder: Path) -> str:

@@ -24,9 +24,10 @@ from ormo_rpc.cli import compose
 from ormo_rpc.config.schema import Config
 from ormo_rpc.data import DataSet
 from ormo_rpc.data.sources import DataSource
-from ormo_rpc.data.splits import ArraySplit, PurePartSplit, Split
+from ormo_rpc.data.splits import ArraySplit, PurePartSplit, Resident, ResidentPartSplit, Split
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.runtimes import simulator
+from ormo_rpc.runtimes.configured import configured_evaluator
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.runtimes.temporary import temporary_folder
 from ormo_rpc.storage.run_directory import read_metrics
@@ -82,12 +83,24 @@ class Store:
         folder: Where they are.
         root: The folder of the data sets; None: nothing is run, and what is missing raises `Missing`.
         until: Time on the monotonic clock after which no run is begun.
+        most: Samples of the validation split that are evaluated, at most; None for all.
+        more: Overrides that do not matter for the results.
     """
 
-    def __init__(self, folder: Path, root: str | None, until: float = float("inf")) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        root: str | None,
+        until: float = float("inf"),
+        *,
+        most: int | None = None,
+        more: Sequence[str] = (),
+    ) -> None:
         self.folder = folder
         self.root = root
         self.until = until
+        self.most = most
+        self.more = more
         self.made = 0
         """Runs that were made by this object."""
 
@@ -105,6 +118,7 @@ class Store:
             "overrides": [*overrides],
             "split": split,
             "rule": rule_version(tuple(each for each in overrides if each.startswith("algorithm"))),
+            **({} if self.most is None else {"most": self.most}),
         }
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
         file = self.folder / f"{name}.json"
@@ -112,13 +126,21 @@ class Store:
             return former
         if self.root is None or time.monotonic() > self.until:
             raise Missing(" ".join(overrides))
-        record = simulate((*overrides, f"dataset.root={self.root}"), split)
+        record = self.simulate((*overrides, f"dataset.root={self.root}", *self.more), split)
         self.made += 1
         self.folder.mkdir(parents=True, exist_ok=True)
         written = file.with_suffix(f".{os.getpid()}.part")
         written.write_text(json.dumps({"key": key, "record": asdict(record)}))
         written.replace(file)  # another process may make the same one: either is complete
         return record
+
+    def simulate(self, overrides: Sequence[str], split: str) -> Record:
+        """Make a run.
+
+        Raises:
+            ConfigError: the data cannot be read.
+        """
+        return simulate(overrides, split, self.most)
 
 
 def finished(file: Path) -> Record | None:
@@ -129,15 +151,20 @@ def finished(file: Path) -> Record | None:
         return None
 
 
-def simulate(overrides: Sequence[str], split: str) -> Record:
+def simulate(overrides: Sequence[str], split: str, most: int | None = None) -> Record:
     """Simulate a run, evaluated on one split alone.
+
+    Args:
+        overrides: Of the run.
+        split: ``test`` or ``validation``.
+        most: Samples of the validation split, at most; None for all.
 
     Raises:
         ConfigError: the data cannot be read.
     """
     config = configuration((*QUIET, *overrides))
     try:
-        job = OneSplitJob(config, split)
+        job = OneSplitJob(config, split, most)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     began = time.process_time()
@@ -164,28 +191,35 @@ def configuration(overrides: Sequence[str]) -> Config:
 
 
 class OneSplitJob(Job):
-    """A job whose images are normalised once for all runs, and whose evaluations cover one split.
+    """A job whose images are read once for all runs, and whose evaluations cover one split.
 
     Args:
         config: The configuration.
         split: ``test`` or ``validation``; its metrics are those of the job's test split.
+        most: Samples of the validation split, at most; None for all.
     """
 
-    def __init__(self, config: Config, split: str) -> None:
+    def __init__(self, config: Config, split: str, most: int | None = None) -> None:
         super().__init__(config)
-        data, whole = self.data, normalised(dataclasses.replace(config.dataset, validation=0.0))
+        data, whole = self.data, kept(dataclasses.replace(config.dataset, validation=0.0), self.device(0))
         assert isinstance(data.train, PurePartSplit), "some samples are held out"
         assert isinstance(data.validation, PurePartSplit), "some samples are held out"
         parts: dict[str, Split] = {
             "test": whole["test"],
-            "validation": PurePartSplit(whole["train"], data.validation.indices, augment=False),
+            "validation": _part(whole["train"], data.validation.indices[:most], augment=False),
         }
-        train = PurePartSplit(whole["train"], data.train.indices, augment=False)
+        train = _part(whole["train"], data.train.indices, augment=True)
         self.data = DataSet(train, parts[split], data.input_shape, data.num_classes)
 
     @override
     def evaluator(self) -> Evaluator | None:
-        return Evaluator(self.model(), self.data, self.config.task)
+        return configured_evaluator(self.config, self.model(), self.data)
+
+
+def _part(split: Split, indices: torch.Tensor, *, augment: bool) -> Split:
+    if isinstance(split, Resident):
+        return ResidentPartSplit(split, indices, augment=augment)
+    return PurePartSplit(split, indices, augment=augment)
 
 
 class NormalisedSplit:
@@ -205,13 +239,18 @@ class NormalisedSplit:
         return self.images[indices], self.labels[indices]
 
 
-@functools.lru_cache(maxsize=1)
-def normalised(dataset: DataSource) -> Mapping[str, NormalisedSplit]:
-    """The training and test images of a data set; the last one is kept, as each process runs one job alone."""
+@functools.lru_cache(maxsize=2)
+def kept(dataset: DataSource, device: torch.device) -> Mapping[str, Split]:
+    """The training and test images of a data set, where workers compute; the last two are kept.
+
+    On the CPU they are normalised once, unless they are augmented.
+    """
     data = dataset.load()
-    assert isinstance(data.train, ArraySplit), "images in memory"
-    assert isinstance(data.test, ArraySplit), "images in memory"
-    return {"train": NormalisedSplit(data.train), "test": NormalisedSplit(data.test)}
+    found: dict[str, Split] = {}
+    for name, split in (("train", data.train), ("test", data.test)):
+        assert isinstance(split, ArraySplit), "images in memory"
+        found[name] = NormalisedSplit(split) if device.type == "cpu" and not split.augment else split.to(device)
+    return found
 
 
 @functools.cache

@@ -96,6 +96,24 @@ def collected(chosen: Iterable[Unit], setup: Setup, store: Store) -> tuple[list[
     return rows, missing
 
 
+def content(chosen: Iterable[Unit], setup: Setup, store: Store) -> dict[str, Any]:
+    """The content of the results: the job, the units that are finished, and which are not."""
+    rows, missing = collected(chosen, setup, store)
+    return {
+        "epochs": setup.epochs,
+        "batch_size": setup.batch_size,
+        "targets": setup.targets,
+        "target": setup.target,
+        "tuning_target": setup.tuning_target,
+        "smooth": setup.smooth,
+        "tuning_seeds": setup.tuning_seeds,
+        "rates": {workers: sorted(rates) for workers, rates in setup.rates.items()},
+        "job": setup.job,
+        "not_run": [[unit.setting, unit.workers, unit.contender] for unit in missing],
+        "rows": rows,
+    }
+
+
 def shortened(seed: int, found: Record) -> dict[str, Any]:
     """A run for the results: seconds to a hundredth, accuracies in ten-thousandths."""
     return {

@@ -73,7 +73,7 @@ def _float(value: int | None) -> float | None:
 
 
 def test_a_changed_rule_is_run_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("experiments.race.runs.simulate", lambda _overrides, _split: made(1.0))
+    monkeypatch.setattr("experiments.race.runs.simulate", lambda *_: made(1.0))
     store, overrides = Store(tmp_path, "data"), ("algorithm=ormo", "workers=4")
     assert store.run(overrides, "test") == store.run(overrides, "test")
     assert store.made == 1

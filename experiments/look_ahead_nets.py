@@ -1,0 +1,326 @@
+"""Compare look-aheads of ordered momentum on convolution nets: ``python -m experiments.look_ahead_nets --root DIRECTORY``.
+
+Two jobs, simulated with K = 16 workers: ``cnn``, the small convolution net on Fashion-MNIST, 4 epochs; ``resnet20``, ResNet-20
+on 12,800 images of CIFAR-10, 10 epochs under bfloat16 autocast. Batches of 64, constant rate, momentum 0.9.
+
+Tuning, clocks and what counts are those of the race (`experiments.race`): each rule is run with every rate of one grid with a
+seed of its own, and judged by the time to an accuracy on held-out samples; the seeds that are reported are evaluated on the
+test split. With ``--device cuda`` each gradient is one captured graph, on data that are on the GPU.
+
+Every finished run is kept under ``--work``, and not made again: a command that was ended goes on where it was. ``--jobs`` rules
+are run at once, each in a process that makes their runs one after another. ``--seconds`` begins no run after this time.
+``--report`` writes ``look_ahead_nets.json`` and ``.md`` from what is finished, as does the end of each rule; what is not
+finished is left out, and named.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import multiprocessing
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import override
+
+from benchmarks import gpu_machine
+from benchmarks.measuring import exit_on_sigterm
+from experiments import common, reproduce_report
+from experiments.race.contenders import CONTENDERS
+from experiments.race.figures import Results
+from experiments.race.report import shown
+from experiments.race.runs import Missing, Record, Store
+from experiments.race.setup import Setup
+from experiments.race.units import Unit, content, outcome
+from experiments.reproduce import ON_DEVICE
+from experiments.resumable import alone
+from ormo_rpc import devices
+from ormo_rpc.errors import ConfigError, one_line
+from ormo_rpc.report.table import as_markdown, spread
+from ormo_rpc.runtimes.distributed.linux import die_with_parent
+
+WORKERS = 16
+SETTINGS = ("exponential", "one_slow")
+RULES = ("ormo", "ormo_la", "ddp_nesterov", "ddp", "smega2", "dana", "m_sync_nesterov")
+"""Names of the race's contenders, in the order in which they are run; the last one has three times the budget."""
+RIVALS = ("ormo", "ddp_nesterov")
+"""Rules by whose times the others' are divided."""
+RATES = (0.16, 0.08, 0.32, 0.04, 0.64)
+"""Of a step with the mean of 16 gradients, in the order in which they are tried."""
+
+
+@dataclass(frozen=True)
+class Net:
+    """A job.
+
+    Attributes:
+        folder: The folder of its data, in that of the data sets.
+        setup: Its job, as the race has them.
+        most: Held-out samples by which a rate is chosen, at most; None for all.
+    """
+
+    folder: str
+    setup: Setup
+    most: int | None = None
+
+
+NETS: Mapping[str, Net] = {
+    # Whole batches: 53,760 = 840 x 64 samples are trained on.
+    "cnn": Net(
+        "FashionMNIST",
+        Setup(
+            job=("dataset=fashion_mnist", "model=cnn", "dataset.validation=6240"),
+            epochs=4,
+            targets=(0.85, 0.87, 0.88),
+            target=0.87,
+            tuning_target=0.87,
+            rates={WORKERS: RATES},
+            tuning_seeds=(1000,),
+        ),
+    ),
+    "resnet20": Net(
+        "cifar-10-batches-py",
+        Setup(
+            job=("dataset=cifar10", "model=resnet20", "dataset.validation=37200", "worker.autocast=bf16"),
+            epochs=10,
+            targets=(0.4, 0.45, 0.5),
+            target=0.45,
+            tuning_target=0.45,
+            rates={WORKERS: RATES},
+            tuning_seeds=(1000,),
+        ),
+        most=5000,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A rule on a net, in a setting."""
+
+    net: str
+    unit: Unit
+
+    @override
+    def __str__(self) -> str:
+        return f"{self.net}, {self.unit.setting}, {CONTENDERS[self.unit.contender].label}"
+
+
+class NetStore(Store):
+    """A store that tells of each run that it makes."""
+
+    @override
+    def simulate(self, overrides: Sequence[str], split: str) -> Record:
+        began = time.monotonic()
+        found = super().simulate(overrides, split)
+        told = [each for each in overrides if each.startswith(("model=", "algorithm", "scheduler", "train.lr=", "seed="))]
+        took, last = time.monotonic() - began, found.last(3)
+        print(f"{took:5.1f} s  {' '.join(told)} on {split}: {found.status}, {last:.2%} in the end", flush=True)
+        return found
+
+
+def planned(a: Namespace) -> list[Planned]:
+    """The units in their order: what must not be missing comes first."""
+    return sorted(
+        (
+            Planned(net, Unit(setting, a.number, rule))
+            for net in NETS
+            for setting in SETTINGS
+            for rule in RULES
+            if net in a.nets and setting in a.settings and rule in a.rules
+        ),
+        key=lambda each: (each.unit.contender == RULES[-1], SETTINGS.index(each.unit.setting)),
+    )
+
+
+def setup_of(net: str, a: Namespace) -> Setup:
+    """The job of a net on the device that was asked for."""
+    setup = NETS[net].setup
+    return dataclasses.replace(setup, job=(*setup.job, *ON_DEVICE[a.device]), seeds=tuple(range(a.seeds)))
+
+
+def store_of(net: str, a: Namespace, until: float | None) -> Store:
+    """The runs of a net.
+
+    Args:
+        net: The net.
+        a: The arguments of the command line.
+        until: Time on the monotonic clock after which no run is begun; None: runs are read, not made.
+    """
+    asked = NETS[net]
+    if until is None:
+        return NetStore(a.work, None, most=asked.most)
+    root = next((root for root in a.root if (root / asked.folder).is_dir()), a.root[0])
+    more = ("dataset.verify=false",) if a.repackaged else ()
+    return NetStore(a.work, str(root.absolute()), until, most=asked.most, more=more)
+
+
+def run(planned: Planned, a: Namespace, until: float) -> str:
+    """Run a unit in a process of its own, and say how it went."""
+    store = store_of(planned.net, a, until)
+    try:
+        found = outcome(planned.unit, setup_of(planned.net, a), store)
+    except Missing:
+        return f"time is over, after {store.made} new runs"
+    return f"{store.made} new runs, rate {found['rate']:g}"
+
+
+def work_through(plan: Sequence[Planned], a: Namespace) -> list[str]:
+    """Run what is left, and write the results after each unit; return a line for each that failed."""
+    began, failed = time.monotonic(), dict[str, str]()
+    until = began + a.seconds
+    # Forked: they have all imports at once. CUDA must not be in use before.
+    forked = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(a.jobs, mp_context=forked, initializer=die_with_parent) as pool:
+        running = {pool.submit(run, each, a, until): each for each in plan}
+        try:
+            for done in as_completed(running):
+                error = done.exception()
+                told = done.result() if error is None else one_line(error)
+                if error is not None:
+                    failed.setdefault(told, str(running[done]))
+                print(f"{time.monotonic() - began:5.0f} s  {running[done]}: {told}", flush=True)
+                if a.device == "cuda" and not (a.work / reproduce_report.MACHINE).is_file():
+                    reproduce_report.note_machine(a.work, {**gpu_machine.about(), "jobs": a.jobs})
+                write(plan, a)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [f"{name}: {told}" for told, name in failed.items()]
+
+
+def write(plan: Iterable[Planned], a: Namespace) -> None:
+    """Write the results of what is finished."""
+    plan, nets = [*plan], dict[str, Any]()
+    for net in dict.fromkeys(each.net for each in plan):
+        units = [each.unit for each in plan if each.net == net]
+        nets[net] = content(units, setup_of(net, a), store_of(net, a, None))
+    found = {"environment": reproduce_report.machine_of(a), "nets": nets}
+    a.into.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(found, separators=(",", ":")).replace('{"setting"', '\n{"setting"')
+    (a.into / "look_ahead_nets.json").write_text(text + "\n")
+    (a.into / "look_ahead_nets.md").write_text(page(found))
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """The page of the results."""
+    parts = ["# Look-ahead on convolution nets"]
+    for net, each in found["nets"].items():
+        results = Results(each)
+        cells = dict.fromkeys((row["setting"], row["workers"]) for row in results.rows)
+        parts += [f"## {net}", stated(results)]
+        for setting, workers in cells:
+            parts += [f"### `{setting}`, K = {workers}", as_markdown(table(results, setting, workers))]
+        missing = [f"{CONTENDERS[name].label} ({setting})" for setting, _, name in each["not_run"]]
+        if missing:
+            parts.append(f"Not finished, and left out: {', '.join(missing)}.")
+    return "\n\n".join([*parts, f"{reproduce_report.machine_in_words(found['environment'])}."]) + "\n"
+
+
+def stated(results: Results) -> str:
+    """The job and the procedure in words."""
+    job, rates = results.content, next(iter(results.content["rates"].values()))
+    seeds = sorted({run["seed"] for row in results.rows for run in row["runs"]})
+    return (
+        f"`python -m experiments.look_ahead_nets`, simulated: {', '.join(job['job'])}, {job['epochs']} epochs of batches of "
+        f"{job['batch_size']}, constant rate, momentum 0.9. Virtual seconds; a gradient takes 0.1 where nothing slows it down. "
+        f"Each rule has the rates {', '.join(f'{rate:g}' for rate in rates)} and, while the best is at an edge, up to three "
+        f"beyond it, judged by the time to {job['tuning_target']:.0%} on held-out samples with {len(job['tuning_seeds'])} "
+        "seed of its own, and where none gets there by the last accuracy; a variant has as many. Rates are those of a step "
+        "with the mean of a round; a rule that adds each gradient gets the K-th part. Times are medians over seeds "
+        f"{', '.join(map(str, seeds))} on the test split, each the time at which the mean of {job['smooth']} evaluations in a "
+        f"row, one about every 100 gradients, reaches the accuracy; in brackets those of the seeds. The accuracy in the end is "
+        f"the mean of the last {job['smooth']}, with mean and standard deviation over the seeds."
+    )
+
+
+def table(results: Results, setting: str, workers: int) -> list[tuple[str, ...]]:
+    """A row for each rule of a setting."""
+    cell, targets, target = results.cell(setting, workers), results.content["targets"], results.target
+    found: list[tuple[str, ...]] = [
+        (
+            *("rule", "rate", "rates tried"),
+            *(f"s to {each:.0%}" for each in targets),
+            *(f"of {CONTENDERS[rival].label}, {target:.0%}" for rival in RIVALS),
+            *("accuracy in the end", "seconds in all"),
+        )
+    ]
+    for name in sorted(cell, key=[*CONTENDERS].index):
+        row = cell[name]
+        label = ", ".join(filter(None, (CONTENDERS[name].label, row["variant"])))
+        found.append(
+            (
+                *(label, f"{row['rate']:g}", str(sum(map(len, row["tuning"].values())))),
+                *(_times(results, row, each) for each in targets),
+                *(shown(results.ratio(row, cell.get(rival), target)) for rival in RIVALS),
+                spread(results.last(row), ".2%"),
+                spread([run["seconds"][-1] for run in row["runs"] if run["seconds"]], ".1f"),
+            )
+        )
+    return found
+
+
+def _times(results: Results, row: Mapping[str, Any], target: float) -> str:
+    """The median time to a target, and that of each seed."""
+    each = " ".join("never" if math.isinf(time) else f"{time:.1f}" for time in results.times(row, target).values())
+    return f"{shown(results.time(row, target), '.1f')} ({each})"
+
+
+def arguments(argv: Sequence[str] | None = None) -> Namespace:
+    """The arguments of the command line."""
+    parser = common.parser(__doc__)
+    parser.add_argument(
+        "--root",
+        type=Path,
+        nargs="+",
+        default=[Path("data")],
+        metavar="DIRECTORY",
+        help="folders, one of which holds FashionMNIST/raw, one cifar-10-batches-py",
+    )
+    parser.add_argument("--repackaged", action="store_true", help="take files that differ from the original ones")
+    parser.add_argument(
+        "--work", type=Path, default=Path("outputs/look-ahead-nets"), metavar="DIRECTORY", help="folder of the finished runs"
+    )
+    parser.add_argument("--nets", nargs="+", choices=NETS, default=[*NETS], metavar="NAME")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS, metavar="SETTING")
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=RULES, metavar="RULE")
+    parser.add_argument("--seeds", type=common.at_least_one, default=3, metavar="N", help="reported seeds, by default 3")
+    parser.add_argument("--device", choices=tuple(ON_DEVICE), default="cpu", help="device of data, workers and server")
+    parser.add_argument("--jobs", type=common.at_least_one, default=1, help="rules that are run at once")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no run after this time")
+    parser.add_argument("--report", action="store_true", help="write the results of what is finished; run nothing")
+    a = parser.parse_args(argv)
+    a.number = WORKERS
+    return a
+
+
+def main() -> None:
+    """Run, and write the results."""
+    a = arguments()
+    exit_on_sigterm()
+    plan = planned(a)
+    try:
+        if a.report:
+            write(plan, a)
+            return
+        devices.check(a.device, "--device")
+        with alone(a.work):
+            failed = work_through(plan, a)
+    except ConfigError as error:
+        print(f"experiments.look_ahead_nets: {error}", file=sys.stderr)
+        sys.exit(2)
+    print((a.into / "look_ahead_nets.md").read_text())
+    if failed:
+        print("\n".join(f"experiments.look_ahead_nets: {line}" for line in failed), file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The experiment on look-aheads of convolution nets, on digits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments import look_ahead_nets
+from experiments.look_ahead_nets import Net, arguments, page, planned, work_through, write
+from experiments.race.setup import Setup
+from ormo_rpc.report.table import MISSING
+from tests.support.race import DIGITS
+
+TINY = Net(
+    "digits",
+    Setup(
+        job=DIGITS,
+        epochs=3,
+        batch_size=32,
+        every=16,
+        targets=(0.2, 0.9999),
+        target=0.2,
+        tuning_target=0.2,
+        rates={4: (0.08, 0.16)},
+        beyond=0,
+        tuning_seeds=(1000,),
+    ),
+    most=100,
+)
+
+
+def test_what_must_not_be_missing_is_run_first() -> None:
+    plan = planned(arguments([]))
+    assert [str(each) for each in plan[:3]] == [
+        "cnn, exponential, ormo",
+        "cnn, exponential, ormo_la",
+        "cnn, exponential, DDP, Nesterov",
+    ]
+    assert len({*plan}) == len(plan) == 2 * 2 * 7
+    assert {each.unit.contender for each in plan[-4:]} == {"m_sync_nesterov"}
+
+
+@pytest.mark.slow
+@pytest.mark.live
+def test_rules_are_tuned_run_and_reported_and_what_is_not_finished_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(look_ahead_nets, "NETS", {"tiny": TINY})
+    words = ("--nets", "tiny", "--settings", "exponential", "--rules", "ormo", "ormo_la", "ddp_nesterov", "--jobs", "2")
+    a = arguments([*words, "--work", str(tmp_path / "work"), "--into", str(tmp_path), "--seeds", "1"])
+    a.number = 4
+    plan = planned(a)
+    assert work_through(plan[:2], a) == []
+    runs = {file.name for file in a.work.iterdir()}
+    assert len(runs) == 2 * (2 + 1)  # two rules; two rates, one seed
+    write(plan, a)
+    found = json.loads((tmp_path / "look_ahead_nets.json").read_text())
+    told = (tmp_path / "look_ahead_nets.md").read_text()
+    assert told == page(found)
+    assert [row["contender"] for row in found["nets"]["tiny"]["rows"]] == ["ormo", "ormo_la"]
+    ormo = next(line for line in told.splitlines() if line.startswith("| ormo |"))
+    assert ormo.split(" | ")[5:7] == ["1", MISSING]  # of its own time, and of that of a rule that is missing
+    assert "not reached (never)" in ormo
+    assert "Not finished, and left out: DDP, Nesterov (exponential)." in told
+    a.seconds = 0
+    assert work_through(plan, a) == []  # nothing is begun, and nothing is lost
+    assert {file.name for file in a.work.iterdir()} == runs
+    assert json.loads((tmp_path / "look_ahead_nets.json").read_text()) == found
