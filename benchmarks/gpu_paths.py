@@ -1,7 +1,8 @@
 """Measure the round trip of a push between two processes on one GPU, by path and size: ``python -m benchmarks.gpu_paths``.
 
-The worker has a gradient on the GPU, and wants the parameters of the reply there; the server wants the gradient on the GPU, and
-has the parameters there. It makes no step. Median, lowest and highest of the round trips of one connection.
+The worker makes a gradient on the GPU, and wants the parameters of the reply there; the server has its parameters there, and
+makes a step. Each of the two takes one small kernel, for which the GPU changes from one process to the other. Median, lowest
+and highest of the round trips of one connection.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ class EchoService:
         self.device = device
         self.memberships = Memberships(1)
         self.path = ""
-        self._params = torch.arange(dimension, dtype=torch.float32, device=device)
+        self._initial = torch.arange(dimension, dtype=torch.float32, device=device)
+        self._params = self._initial.clone()
         self._grad = torch.zeros(dimension, device=device)
         self._on_host = self._host_memory(4 * dimension, side, page_locked=page_locked and device.type == "cuda")
 
@@ -98,10 +100,6 @@ class EchoService:
         self._mapped = side.memory(size)
         memory = torch.frombuffer(self._mapped, dtype=torch.uint8)
         return (lock(memory) if page_locked else memory)[:size].view(torch.float32)
-
-    def checksum(self) -> float:
-        """The sum of the newest gradient."""
-        return self._grad.double().sum().item()
 
     def join(self, request: JoinRequest) -> Membership:
         """Let the worker join."""
@@ -131,9 +129,12 @@ class EchoService:
         return self._replied(0)
 
     def push(self, session_id: str, push: Push) -> ReplyFuture:
-        """Take a gradient, and reply at once."""
+        """Make a step, and reply at once."""
         del session_id
-        self._grad.copy_(push.grad, non_blocking=True)
+        grad = push.grad
+        if grad.device != self.device:
+            grad = self._grad.copy_(grad, non_blocking=True)
+        torch.add(self._initial, grad, out=self._params)
         return self._replied(push.ticket + 1)
 
     def on_host(self, reply: Reply) -> Reply:
@@ -180,7 +181,6 @@ def measure(pipe: Connection, name: str, dimension: int, device: torch.device) -
         seconds = pipe.recv()
     if isinstance(seconds, str):
         return {**row, "reason": seconds}
-    assert service.checksum() == dimension, "the gradient is not the worker's"
     median = statistics.median(seconds)
     return {
         **row,
@@ -212,9 +212,9 @@ def round_trips(path: PathToTry, dimension: int, address: tuple[str, int], secre
     side.page_locked = on_gpu and path.page_locked
     side.gpu = device if on_gpu and path.transport == "cuda_ipc" else None
     payload = side.allocate(4 * dimension)
-    grad = torch.ones(dimension, device=device).view(torch.uint8)
-    params = torch.zeros(dimension, device=device)
     stays = on_gpu and payload.device == device
+    grad = payload.view(torch.float32) if stays else torch.zeros(dimension, device=device)
+    params = torch.zeros(dimension, device=device)
     request = JoinRequest(preferred_worker=0, pid=os.getpid(), host=socket.gethostname(), slot_id="")
     with joined(address, secret, request, timeout_seconds=TIMEOUT_SECONDS) as membership:
         endpoint = Endpoint(
@@ -231,19 +231,18 @@ def round_trips(path: PathToTry, dimension: int, address: tuple[str, int], secre
             def once() -> None:
                 nonlocal reply
                 assert reply.ticket is not None
+                grad.fill_(1.0)
                 if not stays:
-                    payload.copy_(grad)
+                    payload.copy_(grad.view(torch.uint8))
                 reply = client.push(Push(worker=0, ticket=reply.ticket, stamp=0, grad=payload.view(torch.float32)))
                 if not stays:
                     params.copy_(reply.params, non_blocking=True)
                 if on_gpu:
                     torch.cuda.synchronize(device)
 
-            if stays:
-                payload.copy_(grad)  # where a worker makes its gradient
             seconds = timed(once)
-            came = reply.params if stays else params
-            assert torch.equal(came.cpu(), torch.arange(dimension, dtype=torch.float32)), "the parameters are not the server's"
+            came, expected = reply.params if stays else params, torch.arange(dimension, dtype=torch.float32).add_(1.0)
+            assert torch.equal(came.cpu(), expected), "the parameters are not the initial ones and the worker's gradient"
             client.leave()
             return seconds
 
@@ -263,7 +262,8 @@ def timed(once: Callable[[], None]) -> list[float]:
 def as_markdown(result: Mapping[str, Any]) -> str:
     """The table of a result."""
     lines = [
-        "Gradient on the worker's GPU to parameters on it, the server's process on the same GPU; bytes both ways.",
+        "From a gradient on the GPU to parameters there, by a server in another process on the same GPU, which makes a step: "
+        "one small kernel in each process; bytes of both ways.",
         "",
         "| path | parameters | ms: median (lowest - highest) | GB/s | round trips |",
         "|---|---|---|---|---|",
