@@ -117,7 +117,7 @@ def arguments(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="time for all parts together")
     parser.add_argument("--into", type=Path, default=RESULTS, metavar="FOLDER", help="folder of the results")
     parser.add_argument("--logs", type=Path, metavar="FOLDER", help="folder for the output of each part; by default none")
-    parser.add_argument("--commit", help="commit of the checkout, where it is a copy without history")
+    parser.add_argument("--commit", help="commit, where this is a copy with another history, or none")
     parser.add_argument("--anyway", action="store_true", help="run also without a GPU, where all is skipped: tries the command")
     return parser.parse_args(argv)
 

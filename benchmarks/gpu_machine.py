@@ -18,12 +18,12 @@ def about(commit: str | None = None) -> dict[str, Any]:
     """Date, card, driver and versions; the card is None where torch sees no GPU.
 
     Args:
-        commit: That of the checkout, where it is a copy without history.
+        commit: That of the checkout, where this is a copy with another history, or none.
     """
     own, host = environment(), machine()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": own["commit"] or commit,
+        "commit": commit or own["commit"],
         **card(),
         "driver": driver(),
         "torch": own["torch"],

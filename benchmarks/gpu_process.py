@@ -34,7 +34,7 @@ def call(command: Sequence[str], log: Path, seconds: float, environment: Mapping
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, **(environment or {}), "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, **(environment or {}), "PYTHONUNBUFFERED": "1", "COLUMNS": "300"},
         )
         try:
             return process.wait(seconds)

@@ -6,7 +6,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-COMMAND = ("pytest", "-m", "gpu", "-v", "-W", "default", "-p", "no:cacheprovider", "--timeout=40")
+COMMAND = ("pytest", "-m", "gpu", "-v", "-W", "default", "--tb=short", "-p", "no:cacheprovider", "--timeout=40")
 """Warnings are no errors, also while tests are collected: other versions of PyTorch warn of other things."""
 PARALLEL = ("-n", "6", "--maxschedchunk", "1")
 """Most of the time is the processor's: imports, kernels that are compiled. What one process does to its context stays there."""

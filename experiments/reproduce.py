@@ -129,7 +129,7 @@ def gradient_seconds(run: ResumableRun, where: Sequence[str]) -> tuple[float, fl
         job = Job(compose([*run.overrides, *where]))
     except ValueError as error:
         raise ConfigError(f"{error}; dataset.root is --root here, dataset.verify=false is --repackaged") from error
-    worker, reply = job.worker(), job.server(lambda _: None, lambda: 0.0).start()[0]
+    worker, reply = job.worker_here(), job.server(lambda _: None, lambda: 0.0).start()[0]
     worker.compute(reply)  # the first one is slower
     seconds: list[float] = []
     for _ in range(TIMED_GRADIENTS):
@@ -205,15 +205,16 @@ def work_through(plan: Sequence[Planned], where: Sequence[str], a: Namespace, lo
     left = [each for each in plan if each.run.summary is None]
     if not left:
         return
-    gradient, epoch_seconds = gradient_seconds(left[0].run, where)
-    estimate = hours(plan, epoch_seconds)
-    if estimate > TOO_LONG and not a.force:
-        raise ConfigError(
-            f"--full: {len(left)} runs at {gradient * 1000:.3g} ms a gradient would take {estimate / 24 / 7:.1f} weeks "
-            f"one after another here, on {a.device}, expected at most one; take fewer --methods or --seeds, shorter runs with "
-            "--epochs, a GPU with --device cuda, or --force"
-        )
-    print(f"{len(left)} of {len(plan)} runs are left: about {estimate:.2g} hours one after another", flush=True)
+    if not a.force:
+        gradient, epoch_seconds = gradient_seconds(left[0].run, where)
+        estimate = hours(plan, epoch_seconds)
+        if estimate > TOO_LONG:
+            raise ConfigError(
+                f"--full: {len(left)} runs at {gradient * 1000:.3g} ms a gradient would take {estimate / 24 / 7:.1f} weeks one "
+                f"after another here, on {a.device}, expected at most one; take fewer --methods or --seeds, shorter runs with "
+                "--epochs, a GPU with --device cuda, or --force"
+            )
+        print(f"{len(left)} of {len(plan)} runs are left: about {estimate:.2g} hours one after another", flush=True)
     if a.device == "cuda":
         reproduce_report.note_machine(a.work, {**gpu_machine.about(), "jobs": a.jobs})
     for ended in at_once.work_through([each.run for each in left], where, jobs=a.jobs, seconds=a.seconds, lock=lock):
@@ -231,6 +232,7 @@ def main() -> None:
     plan = planned(a)
     where = (
         CHECKPOINTS[a.device],
+        *(["worker.device=cpu"] if a.device == "cpu" else []),  # also where there is a GPU
         f"dataset.root={Path(a.root).absolute()}",
         *(["dataset.verify=false"] if a.repackaged else []),
     )
