@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import random
 import socket
+from dataclasses import replace
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -14,13 +15,16 @@ from typing import Any
 import pytest
 import torch
 
+from ormo_rpc.kernels.host_copies import on_host
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.rendezvous.protocol import LineReader
-from ormo_rpc.transports.base import Transport
+from ormo_rpc.runtimes.distributed.server_process.service import Service
+from ormo_rpc.transports.base import ServerSide, Transport
 from ormo_rpc.transports.cuda_ipc import runtime
 from ormo_rpc.transports.nccl.group import SERVER, WORKER, connected_group, nccl_group
 from ormo_rpc.transports.nccl.pair import Pair
 from ormo_rpc.transports.stream.tensor_path import Sizes
+from tests.support.contract import same
 from tests.support.gpu_paths import GPU, WindowOnGpu
 from tests.support.processes import PATIENCE_SECONDS, QUIET, launch, summary, wait_until
 from tests.support.schedule import normal
@@ -68,6 +72,49 @@ def test_200_pushes_of_random_sizes_and_their_replies_keep_their_bits(transport:
                 assert torch.equal(service.pushes.pop().grad, payload[:dimension])
 
 
+def test_pushes_of_workers_at_once_have_the_bits_of_the_same_pushes_on_the_cpu(transport: Transport) -> None:
+    """A copy that comes too early or too late between streams or processes would show."""
+    workers, rounds = 3, 60
+    order, sent = list[Push](), dict[int, torch.Tensor]()
+
+    def make(side: ServerSide) -> Service:
+        service = contract.real_service(side, num_workers=workers)
+        commit = service.server.commit
+
+        def recorded(push: Push, validated: Any) -> list[Reply]:
+            order.append(replace(push, grad=torch.empty(0)))
+            return commit(push, validated)
+
+        service.server.commit = recorded
+        return service
+
+    with connected(transport, make, workers) as (service, made, _):
+        for worker in made:
+            worker.register()
+        for number in range(rounds + 1):
+            for worker in made:
+                reply = worker.result()
+                assert reply.ticket is not None
+                sent[reply.ticket] = reply.params
+                if number < rounds:
+                    worker.push(contract.answering(reply), gradient(reply.ticket))
+        state = on_host(service.server.state_dict(replies=True))
+    reference = contract.server(num_workers=workers)
+    due = reference.start()
+    for push in order:
+        due += reference.receive(replace(push, grad=gradient(push.ticket)))
+    for reply in due:
+        assert reply.ticket is not None
+        assert torch.equal(sent[reply.ticket], reply.params)
+    assert len(order) == workers * rounds
+    assert same(state, reference.state_dict(replies=True))
+
+
+def gradient(ticket: int) -> torch.Tensor:
+    """The push for a ticket."""
+    return 0.1 * normal(contract.LARGE, 3, ticket).float()
+
+
 def test_a_worker_that_is_killed_in_the_middle_of_a_push_frees_its_window_and_the_others_go_on(transport: Transport) -> None:
     dimension = 2_000_000
     with connected(transport, lambda _: RecordingService(dimension), 2) as (service, (killed, other), _):
@@ -86,7 +133,7 @@ def test_a_worker_that_is_killed_in_the_middle_of_a_push_frees_its_window_and_th
 
 def _windows() -> int:
     gc.collect()
-    return sum(isinstance(each, runtime.Memory) for each in gc.get_objects())
+    return sum(type(each) is runtime.Memory for each in gc.get_objects())
 
 
 def test_a_process_goes_on_after_the_death_of_the_one_whose_memory_it_has_opened(gpu: torch.device) -> None:
