@@ -39,8 +39,9 @@ from ormo_rpc.server.buffer_layout import BufferLayout
 from ormo_rpc.transports.base import Endpoint, ReplySize, ServerSide, Transport
 from ormo_rpc.transports.pending_replies import ReplyFuture
 
-SIZES = (272_474, 2_000_000, 25_000_000)
-SECONDS = 1.0
+SIZES = (1, 272_474, 2_000_000, 25_000_000)
+"""One parameter: what a round trip takes without its bytes."""
+SECONDS = 0.7
 """The time of the round trips of one path and size; at least `LEAST` of them are made."""
 LEAST = 5
 WARM_UP = 3
