@@ -41,6 +41,8 @@ class BufferLayout:
         self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
         self._spans: dict[str, tuple[int, int]] = {}
+        self._matching: BufferLayout | None = None
+        """The last one of which `matches` has told so."""
         self.size = 0
         for name, tensor in tensors.items():
             length = tensor.numel() * tensor.dtype.itemsize
@@ -66,9 +68,14 @@ class BufferLayout:
         return found
 
     def matches(self, other: BufferLayout) -> bool:
-        """Tell if another layout has the same tensors at the same places."""
+        """Tell if another layout has the same tensors at the same places; one that is asked for again is known."""
+        if other is self or other is self._matching:
+            return True
         mine, theirs = ((each._spans, each.shapes, each.dtypes) for each in (self, other))
-        return self is other or mine == theirs
+        if mine != theirs:
+            return False
+        self._matching = other
+        return True
 
     def spans(self, names: Iterable[str]) -> list[tuple[int, int]]:
         """The first byte of each of these tensors, and the one behind its last."""

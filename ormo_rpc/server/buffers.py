@@ -76,7 +76,7 @@ class RunningBuffers:
         with torch.no_grad():
             self._snapshot = None
             if isinstance(reported, Reported):
-                weights = {self._weight(rule, reported.calls) for rule in reported.rules.pairs}
+                weights = self._weights(reported)
                 if len(weights) == 1:
                     reported.enter(self._bytes, weights.pop())
                     self._advance(reported.calls)
@@ -117,6 +117,14 @@ class RunningBuffers:
         """Note the calls of averages over all calls, once they have entered."""
         for name in self._counted:
             self._counted[name] += calls.get(name, 0)
+
+    def _weights(self, reported: Reported) -> set[float]:
+        """The weights that its averages have."""
+        numbers = set(reported.calls.values())
+        if reported.rules.alike and len(numbers) == 1:
+            (number,) = numbers
+            return {rule.weight(number) for rule in reported.rules.alike}
+        return {self._weight(rule, reported.calls) for rule in reported.rules.pairs}
 
     def _weight(self, rule: Rule, calls: Mapping[str, int]) -> float:
         if rule.count is None:

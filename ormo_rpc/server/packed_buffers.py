@@ -7,6 +7,7 @@ is left to them: they say what is wrong, and know more cases.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +18,8 @@ from ormo_rpc.server.buffer_rules import Rule, RuleKind
 
 MOST_CALLS = 2**31 - 1
 """The largest number of calls of a norm in a push, so that no sum of them overflows."""
+_CODES = {torch.float32: "f", torch.float64: "d"}
+"""Of `struct`."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class PackedRules:
         counts: The number of each count, counted in int64.
         newest: First byte, and the one behind the last, of each buffer of which the newest value counts.
         pairs: Rules of averages, one for each pair of momentum and count.
+        alike: Where each average has a momentum and a count: one for each momentum. They do where all counts are alike.
     """
 
     layout: BufferLayout
@@ -42,6 +46,7 @@ class PackedRules:
     counts: torch.Tensor
     newest: Sequence[tuple[int, int]]
     pairs: Sequence[Rule]
+    alike: Sequence[Rule]
 
     @classmethod
     def of(cls, layout: BufferLayout, rules: Mapping[str, Rule], device: torch.device) -> PackedRules | None:
@@ -56,6 +61,7 @@ class PackedRules:
             return None
         if any(layout.dtypes[name] != torch.int64 or layout.shapes[name].numel() != 1 for name in counted):
             return None
+        simple = all(rules[name].momentum is not None and rules[name].count is not None for name in averages)
         averages.sort(key=lambda name: rules[name].variance)
         (dtype,) = dtypes
         return cls(
@@ -67,6 +73,7 @@ class PackedRules:
             counts=_elements(layout.spans(counted), torch.int64, device),
             newest=[span for span in layout.spans(newest) if span[0] < span[1]],
             pairs=list({(rules[name].momentum, rules[name].count): rules[name] for name in averages}.values()),
+            alike=list({rules[name].momentum: rules[name] for name in averages}.values()) if simple else [],
         )
 
     def select(self, pushed: PackedTensors) -> Reported | None:
@@ -78,8 +85,7 @@ class PackedRules:
         counts = flat.view(torch.int64).index_select(0, self.counts)
         variances = averages[self.first_variance :]
         least = variances.amin() if variances.numel() else averages.new_zeros(())
-        measures = torch.cat([torch.stack([averages.sum(), least]).to(torch.float64), counts.to(torch.float64)])
-        return Reported(self, flat, averages, counts, measures)
+        return Reported(self, flat, averages, counts, (averages.sum(), least))
 
 
 @dataclass(slots=True)
@@ -91,7 +97,7 @@ class Reported:
         flat: The bytes of all buffers, as pushed, on the server's device.
         averages: The values of all averages.
         counts: The values of all counts, int64.
-        measures: The sum of the averages, the least variance, and all counts, float64.
+        measures: The sum of the averages and the least variance, shape ().
         calls: The counts by name, once they are read.
     """
 
@@ -99,16 +105,25 @@ class Reported:
     flat: torch.Tensor
     averages: torch.Tensor
     counts: torch.Tensor
-    measures: torch.Tensor
+    measures: tuple[torch.Tensor, torch.Tensor]
     calls: Mapping[str, int] = field(default_factory=dict[str, int])
 
-    def plausible(self, measures: Sequence[float]) -> bool:
-        """Tell by the measures, read, if all values may enter, and note the calls; False where each has to be looked at."""
-        total, least, *counts = measures
-        if not (math.isfinite(total) and least >= 0 and all(0 <= count <= MOST_CALLS for count in counts)):
-            return False
-        self.calls = dict(zip(self.rules.count_names, map(int, counts), strict=True))
-        return True
+    def read(self, number: torch.Tensor) -> tuple[float, bool]:
+        """Read measures, counts and one more number at once, as a read waits for a GPU; note the calls.
+
+        Args:
+            number: Shape (), float32 or float64.
+
+        Returns:
+            The number; and whether all values may enter: where not, each has to be looked at.
+        """
+        read = (self.counts, number, *self.measures)
+        data = torch.cat([each.reshape(-1).view(torch.uint8) for each in read]).cpu().numpy().tobytes()
+        form = f"<{len(self.counts)}q{_CODES[number.dtype]}{2 * _CODES[self.averages.dtype]}"
+        *counts, value, total, least = struct.unpack(form, data)
+        self.calls = dict(zip(self.rules.count_names, counts, strict=True))
+        possible = not counts or (min(counts) >= 0 and max(counts) <= MOST_CALLS)
+        return value, possible and math.isfinite(total) and least >= 0
 
     def enter(self, own: torch.Tensor, weight: float) -> None:
         """Let them enter the bytes of the server's buffers, with one weight for all averages."""

@@ -11,6 +11,7 @@ import torch
 
 from ormo_rpc.errors import GradientTooLarge, NonFiniteGradient, PushRefused
 from ormo_rpc.messages import Push
+from ormo_rpc.server.buffer_layout import PackedTensors
 from ormo_rpc.server.buffer_rules import Rule, RuleKind
 from ormo_rpc.server.buffers import RunningBuffers
 from ormo_rpc.server.packed_buffers import MOST_CALLS, Reported
@@ -101,10 +102,10 @@ def validate_push(
     entering: Mapping[str, torch.Tensor] | Reported | None = buffers.select(push.buffers)
     if entering is None:
         grad_sum = _check_finite(grad, f"{sender}: gradient")
-    else:  # everything that has to be known is read at once, as a read waits for a GPU
-        total, *measures = torch.cat([_sum(grad).to(torch.float64).reshape(1), entering.measures]).tolist()
+    else:
+        total, possible = entering.read(_sum(grad))
         grad_sum = _check_finite(grad, f"{sender}: gradient", total)
-        entering = entering if entering.plausible(measures) else None
+        entering = entering if possible else None
     if entering is None:
         entering = _check_buffers(push.buffers, buffers, sender)
     if push.loss is not None and not math.isfinite(push.loss):
@@ -170,10 +171,15 @@ def _check_fields(push: Push) -> None:
         check_whole(push.loss_scale, "push: loss_scale")
     if push.loss is not None and type(push.loss) is not float:
         check_whole(push.loss, "push: loss")
-    if not isinstance(push.buffers, Mapping) or not all(type(name) is str for name in push.buffers):  # pyright: ignore[reportUnnecessaryIsInstance] # it came from elsewhere
+    # Those that are packed are of our own decoder.
+    if type(push.buffers) is not PackedTensors and not _has_texts_as_keys(push.buffers):
         raise PushRefused(f"push: buffers: got a {type(push.buffers).__name__}, expected tensors by name")
     if type(push.metrics) is not dict or push.metrics:
         check_push_metrics(push.metrics, "push: metrics")
+
+
+def _has_texts_as_keys(value: object) -> bool:
+    return isinstance(value, Mapping) and all(type(name) is str for name in value)
 
 
 def _check_like(
