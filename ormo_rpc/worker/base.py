@@ -143,6 +143,20 @@ class BaseWorker:
         assert reply.ticket is not None, "a reply without a ticket ends the worker"
         measured = {} if metrics is None else self._encoder.metrics.write(metrics)
         grad, buffers = self._encoder.make(reply.worker, self._passes.collect() if reported is None else reported)
+        return self._made_of(reply, grad, buffers, loss=loss, samples=samples, metrics=measured)
+
+    def _made_of(
+        self,
+        reply: Reply,
+        grad: torch.Tensor,
+        buffers: Mapping[str, torch.Tensor],
+        *,
+        loss: float | None,
+        samples: int,
+        metrics: Mapping[str, float | tuple[float, float]] | None = None,
+    ) -> Push:
+        """Make the answer to a reply of what is decoded."""
+        assert reply.ticket is not None, "a reply without a ticket ends the worker"
         return Push(
             worker=reply.worker,
             ticket=reply.ticket,
@@ -151,7 +165,7 @@ class BaseWorker:
             loss=loss,
             samples=samples,
             buffers=buffers,
-            metrics=measured,
+            metrics=metrics or {},
             incarnation=reply.incarnation,
             loss_scale=reply.loss_scale,
         )

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from typing_extensions import override
 
-from ormo_rpc.compression.wire_buffers import WholeBuffers, WireBuffers
+from ormo_rpc.compression.wire_buffers import WholeBuffers
 from ormo_rpc.data import Resident
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.models.flat import FlatModel
@@ -40,6 +40,8 @@ WARM_UP_SCALE = 1024.0
 
 class GraphWorker(Worker):
     """A `Worker` that repeats recorded passes; on the CPU, where there are no graphs, the same passes are done each time.
+
+    Its pushes hold until the next call of `begin` or `compute`.
 
     Args:
         recorded: The model of the recordings.
@@ -77,6 +79,8 @@ class GraphWorker(Worker):
         self._allowed = tolerance(model.dtype, autocast, torch.float16 if half else None)
         self._scales = autocast is torch.float16 or model.has_half
         self._resident = self.data if isinstance(self.data, Resident) and self.data.device == model.device else None
+        self._in_place = options.get("allocate") is None and self._encoder.format.exact
+        """A push is handed out in the memory of its ticket, since nobody has said where it is to lie."""
         self._lane = Lane(model.device)
         self._slots: list[Slot] = []
         self._inputs: dict[Hashable, Inputs] = {}
@@ -161,14 +165,13 @@ class GraphWorker(Worker):
         self._taken += 1
         if self._taken & (self._taken - 1) == 0:
             self._compare(slot, reply)
-        self.push.copy_(slot.push)
         slot.reply = None
-        return self._made(
-            reply,
-            loss=sum(losses) / len(losses),
-            samples=slot.samples,
-            reported=WholeBuffers(slot.region, self._static.names),
-        )
+        loss = sum(losses) / len(losses)
+        if self._in_place:
+            return self._made_of(reply, slot.push, slot.buffers, loss=loss, samples=slot.samples)
+        self.push.copy_(slot.push)
+        reported = WholeBuffers(slot.region, self._static.names)
+        return self._made(reply, loss=loss, samples=slot.samples, reported=reported)
 
     def _slot(self, reply: Reply) -> Slot:
         """The slot of a reply that was begun."""
@@ -210,7 +213,7 @@ class GraphWorker(Worker):
 
     def _recording(self, batch: Any, *, scaled: bool) -> Callable[[], None]:
         """Put a batch, or the numbers that make it, to its place; return the recording of its form."""
-        form = form_of(batch)
+        form: Hashable = batch.shape if self._resident is not None else form_of(batch)
         if form not in self._inputs:
             if len(self._inputs) == MAX_FORMS:
                 raise refused(f"got batches of more than {MAX_FORMS} shapes, expected as few as make it worth to record each")
@@ -249,11 +252,10 @@ class GraphWorker(Worker):
         expected = torch.empty_like(slot.push)
         loss, _ = self._local(reply, self._gradient, expected)
         buffers, allowed = self._passes.collect(), self._allowed
-        place = WireBuffers(self.model.buffers.layout, slot.region)
         losses = slot.wait()
         mean = torch.tensor(sum(losses) / len(losses)), torch.tensor(math.nan if loss is None else loss)
         found = (
-            difference("buffers", place.views(self._static.names), buffers, OF_VALUES * allowed)
+            difference("buffers", slot.buffers, buffers, OF_VALUES * allowed)
             or difference("loss", {"": mean[0]}, {"": mean[1]}, OF_VALUES * allowed, SMALL)
             or difference("gradient", {"": slot.push}, {"": expected}, allowed)
         )

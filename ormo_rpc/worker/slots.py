@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ormo_rpc.compression.wire_buffers import WireBuffers
 from ormo_rpc.messages import Reply
 from ormo_rpc.worker.recording import Lane
 from ormo_rpc.worker.static_model import StaticModel
@@ -24,6 +25,7 @@ class Slot:
         reply: What is computed; None where nothing is, or it was taken.
         push: The push, not encoded, shape (VECTORS_PUSHED * D,).
         region: The buffers that are reported, as `StaticModel.reported` has them; means over the passes.
+        buffers: The same, by name.
         samples: The number of samples.
         begun: The number of the ticket among those of the worker that were begun.
         batches: The batches that were made for it elsewhere than on the device, by their numbers in the run.
@@ -34,6 +36,7 @@ class Slot:
         self.reply: Reply | None = None
         self.push = torch.zeros(push, dtype=static.params.dtype, device=device)
         self.region = torch.zeros_like(static.reported)
+        self.buffers = WireBuffers(static.model.buffers.layout, self.region).views(static.names)
         self.samples = 0
         self.begun = 0
         self.batches: dict[int, Any] = {}

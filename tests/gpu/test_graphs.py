@@ -23,7 +23,7 @@ CASES: dict[str, tuple[tuple[str, ...], float]] = {
     "mlp": ((), 1e-4),
     "cnn": (("model=cnn",), 1e-4),
     "resnet20": (("model=resnet20",), 1e-3),
-    "resnet20, 16 bits": (("model=resnet20", *LAST_BITS), 0.25),
+    "resnet20, 16 bits": (("model=resnet20", *LAST_BITS), 0.3),
     "dropout": ((f"{MODELS}.dropping",), 1e-4),
     "dropout, 16 bits": ((f"{MODELS}.dropping", *LAST_BITS), 0.05),
     "fp16": (("model=cnn", "worker.autocast=fp16"), 0.05),

@@ -280,8 +280,9 @@ class Cluster:
 
     def _following(self, count: int) -> list[Reply]:
         """Return the replies whose pushes are served next, if nothing comes between: at the server, or on their way to it."""
-        waiting = self.queue.next_of("serve", count)
-        found = waiting + self.queue.next_of("arrive", count - len(waiting))
+        found = self.queue.next_of("serve", count)
+        if len(found) < count:
+            found += self.queue.next_of("arrive", count - len(found))
         return [reply for reply in found if self._connected(reply)]
 
     def _connected(self, reply: Reply) -> bool:
