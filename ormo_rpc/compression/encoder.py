@@ -75,6 +75,22 @@ class Encoder:
         decodes = not format.plain or (format.compression.error_feedback and not format.exact)
         self._decoded = torch.zeros_like(self.push) if decodes else None
         self._states: dict[int, EncoderState] = {}
+        self._copies: torch.cuda.Stream | None = None
+        """The stream of copies that are not waited for (`defer_copy`)."""
+        self._copied: torch.cuda.Event | None = None
+
+    def defer_copy(self) -> None:
+        """Have `make` begin the copy from a GPU to `wire` on a stream of its own, and `wait_for_copy` wait for its end.
+
+        Until then the results of `make` are not to be read. Without effect where nothing is copied.
+        """
+        if self.device.type == "cuda" and self.wire.device.type == "cpu" and not self._delivered.has_bools:
+            self._copies, self._copied = torch.cuda.Stream(self.device), torch.cuda.Event()
+
+    def wait_for_copy(self) -> None:
+        """Wait until what `make` has made lies in `wire`."""
+        if self._copied is not None:
+            self._copied.synchronize()
 
     def make(
         self, worker: int, reported: Mapping[str, torch.Tensor] | WholeBuffers
@@ -88,9 +104,18 @@ class Encoder:
         grad, buffers = self.encode(worker), self.buffers.write(reported)
         if self.staged is self.wire:
             return grad, buffers
-        end = self.format.metrics_start
-        self.wire[:end].copy_(self.staged[:end])
+        self._copy()
         return self.format.whole(self.wire) if self.format.plain else grad, self._delivered.views(buffers)
+
+    def _copy(self) -> None:
+        end = self.format.metrics_start
+        if self._copies is None or self._copied is None:
+            self.wire[:end].copy_(self.staged[:end])
+            return
+        self._copies.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._copies):
+            self.wire[:end].copy_(self.staged[:end], non_blocking=True)
+            self._copied.record()
 
     def encode(self, worker: int) -> torch.Tensor:
         """Make the wire form of the content of `push` in `staged`; return the push as the server will decode it.

@@ -29,13 +29,16 @@ class WireBuffers:
     Args:
         layout: The places of the values.
         region: The bytes, uint8, shape (`size`,), at an aligned address.
+
+    Attributes:
+        has_bools: Some are bools, which are read as copies.
     """
 
     def __init__(self, layout: BufferLayout, region: torch.Tensor) -> None:
         self._region = region
         self._marks = region[: len(layout.shapes)]
         self._views = PackedTensors(layout, region[aligned(len(layout.shapes)) :])
-        self._has_bools = torch.bool in layout.dtypes.values()
+        self.has_bools = torch.bool in layout.dtypes.values()
         self._marked: frozenset[str] | None = None
         """The names that `write` has marked last: mostly those of every push, and marking a GPU's memory waits for it."""
 
@@ -61,7 +64,7 @@ class WireBuffers:
 
     def views(self, names: Collection[str]) -> dict[str, torch.Tensor]:
         """The buffers of these names, in their order here, as `read` returns them: packed where they are all."""
-        if len(names) == len(self._views) and not self._has_bools:
+        if len(names) == len(self._views) and not self.has_bools:
             return self._views
         return {name: _whole(view) for name, view in self._views.items() if name in names}
 

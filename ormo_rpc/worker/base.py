@@ -71,6 +71,14 @@ class BaseWorker:
     def warm_up(self) -> None:
         """Do before the first ticket what would take longer in that than in later ones; nothing by default."""
 
+    def defer_copy(self) -> None:
+        """Have pushes be copied from a GPU meanwhile: `wait_for_copy` is to be called before one is sent."""
+        self._encoder.defer_copy()
+
+    def wait_for_copy(self) -> None:
+        """Wait until the push lies in the memory that it is sent from."""
+        self._encoder.wait_for_copy()
+
     @property
     def corruptible(self) -> torch.Tensor:
         """The bytes of a push but for its metrics, which stay readable where a fault writes over all else."""

@@ -106,7 +106,16 @@ class WorkerLoop(Generic[W]):
         Args:
             seconds: The processor time that it took to make (`cpu_seconds`).
         """
+        self.slow_down(seconds)
+        self.complete_push()
+
+    def slow_down(self, seconds: float) -> None:
+        """Take longer, as ``heterogeneity`` has it, than these seconds of the processor."""
         time.sleep((self._slowdown() - 1) * seconds)
+
+    def complete_push(self) -> None:
+        """Wait until the push lies in the memory that it is sent from, and let faults happen to it."""
+        self.worker.wait_for_copy()
         assert self._injector is not None, "it is made before the first reply"
         self._injector.before_push(self.worker.corruptible)
 
@@ -208,6 +217,7 @@ class WorkerLoop(Generic[W]):
                     transport.page_locked = device.type == "cuda"
                     transport.gpu = device if device.type == "cuda" and job.config.server.device != "cpu" else None
                     worker = job.worker(transport.allocate, device)
+                    worker.defer_copy()
                     self._devices = DeviceReports(device)
             _check_fingerprint(membership, job)  # again where the server is another process by now
             if worker is not self._worker:
@@ -322,7 +332,8 @@ class WorkerProcess:
                 worker.load(reply)
                 with compute_lock:
                     push = worker.compute(reply) if self._region is None else worker.relay(self._region.compute(reply))
-                    loop.before_push(cpu_seconds() - began)
+                    loop.slow_down(cpu_seconds() - began)
+                loop.complete_push()  # while another loop of this process computes
                 try:
                     reply = replies.send(push)
                 except StopIteration:
