@@ -1,18 +1,17 @@
 """The device of a process: what ``worker.device`` and ``server.device`` name on this machine.
 
-GPUs are counted without initialising CUDA, which a process must not do whose forks use it: `torch.cuda.device_count` asks the
-driver's library (NVML), and `torch.cuda.is_available` initialises.
+GPUs are counted without initialising CUDA, which a process must not do whose forks use it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import os
 import re
-import subprocess
-import sys
+import select
+import signal
+import threading
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +29,6 @@ _RANKS = ("RANK", "SLURM_STEP_ID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/nvmap"), Path("/dev/kfd"), Path("/dev/dxg"))
 """Of NVIDIA, on its boards for vehicles and robots too, of AMD, and of either under Windows."""
-_NVML = "libnvidia-ml.so.1"
 _COUNT_SECONDS = 120.0
 
 
@@ -45,7 +43,7 @@ def is_fixed_device(text: str) -> bool:
 
 
 def gpu_count() -> int:
-    """The number of GPUs that PyTorch can use in this process, counted without initialising CUDA."""
+    """The number of GPUs that PyTorch can use in this process, which can still be forked afterwards."""
     if not torch.backends.cuda.is_built() or not any(driver.exists() for driver in _DRIVERS):
         return 0
     return torch.cuda.device_count() if torch.cuda.is_initialized() else _counted(os.environ.get(_VISIBLE))
@@ -53,25 +51,30 @@ def gpu_count() -> int:
 
 @functools.cache
 def _counted(visible: str | None) -> int:
-    """Count the GPUs among those that are visible, as the environment has them."""
+    """Count the GPUs among those that are visible, as the environment has them.
+
+    In a process of one thread, such as a preloader, a fork counts: the driver's library leaves files and threads behind where
+    it is asked, and CUDA has to be initialised where that is missing, or knows no part of a GPU (MIG).
+    """
     del visible
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # where the driver's library cannot tell
-        ask = torch.cuda._device_count_amdsmi if torch.version.hip else torch.cuda._device_count_nvml  # pyright: ignore[reportPrivateUsage] # `device_count` initialises CUDA where these fail
-        count = ask()
-    with contextlib.suppress(OSError, AttributeError):  # else the driver's files stay open, and are open in forks, too
-        ctypes.CDLL(_NVML).nvmlShutdown()
-    return count if count >= 0 else _counted_elsewhere()
-
-
-def _counted_elsewhere() -> int:
-    """Count in another process, since CUDA has to be initialised for it: the driver's library is missing, or knows no MIG."""
-    command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_COUNT_SECONDS, check=True)
-        return int(done.stdout)
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return 0
+        if threading.active_count() > 1 or not hasattr(os, "fork"):
+            return torch.cuda.device_count()
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                os.write(writing, str(torch.cuda.device_count()).encode())
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as file:
+        ready, _, _ = select.select([file], [], [], _COUNT_SECONDS)
+        if not ready:
+            os.kill(child, signal.SIGKILL)
+        text = file.read()
+    os.waitpid(child, 0)
+    return int(text or 0)
 
 
 def local_rank(env: Mapping[str, str]) -> int | None:

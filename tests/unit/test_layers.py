@@ -45,7 +45,6 @@ ONLY_IN = {
     "torch.futures": ("control.torch_rpc", "transports.rpc"),
     "socket": ("rendezvous", "transports.gloo", "transports.stream", "runtimes.distributed"),
     "subprocess": (
-        "devices",
         "kernels.compiled",
         "storage.environment",
         "runtimes.distributed.launcher",

@@ -7,6 +7,7 @@ both, and a random generator goes on from the same state in both.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import random
 import sys
@@ -28,8 +29,6 @@ _GENERATOR = "a random generator that may have no seed was made while it was loa
 _OF_NO_FILE = "(deleted)"
 _SEMAPHORE = "/dev/shm/sem."  # noqa: S108 - nothing of ours
 """Locks of multiprocessing, such as that of tqdm, which hold no numbers."""
-_GPU_FILES = ("/dev/nvidia", "/dev/kfd", "/dev/dri/")
-"""Open where GPUs were counted: there is no position in them, and without CUDA, which is asked for itself, nothing goes on."""
 _GPU_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 
 
@@ -44,6 +43,15 @@ def _more_threads_than(number: int) -> int:
     while (more := number_of_threads() - number) > 0 and time.monotonic() < deadline:
         time.sleep(0.01)
     return max(0, more)
+
+
+def _names_of_threads() -> str:
+    """The names that the system has for the threads of this process, each once."""
+    names: set[str] = set()
+    for task in _TASKS.iterdir():
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            names.add((task / "comm").read_text().strip())
+    return ", ".join(sorted(names))
 
 
 def open_descriptors() -> dict[int, str]:
@@ -139,14 +147,10 @@ class Baseline:
         if others:
             return f"a thread was started while it was loaded: {', '.join(others)}"
         if more := _more_threads_than(self.threads):
-            return f"threads were started while it was loaded: {more}, by a library such as OpenMP"
+            return f"threads were started while it was loaded: {more}, by a library such as OpenMP ({_names_of_threads()})"
         if torch.cuda.is_initialized() or gpu_in_use:
             return "CUDA was initialised while it was loaded"
-        opened = [
-            target
-            for number, target in open_descriptors().items()
-            if self.descriptors.get(number) != target and not target.startswith(_GPU_FILES)
-        ]
+        opened = [target for number, target in open_descriptors().items() if self.descriptors.get(number) != target]
         if opened:
             return f"a file was left open while it was loaded: {', '.join(opened[:3])}"
         if shared := [name for addresses, name in shared_memory().items() if addresses not in self.shared]:
