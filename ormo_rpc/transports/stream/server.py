@@ -8,8 +8,9 @@ else the bytes follow the frames, from and into memory that is made once. Tensor
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -81,23 +82,25 @@ class StreamServerSide(ServerSide):
         send(reader.sock, {**answer, "size": size})
         if request.get("size") != size:
             raise ValueError(f"stream: push: got {request.get('size')!r} bytes, expected {size}")
-        tensors = None if offer is None else offer.open(reader)
-        chosen = reader.receive(NEGOTIATION_SECONDS, MAX_LINE_BYTES)
-        if chosen.get("shared") is not True:
-            payload = tensors = None
-        reason = printable(chosen.get("reason"), MAX_REASON_CHARACTERS)
-        shared = "tcp" if payload is None else "shm"
-        service.connected(session_id, shared if tensors is None else str(name), reason)
-        send(reader.sock, {"frames": True})  # the frames begin behind this line, so that no reader of lines takes any of them
-        frame_socket = FrameSocket(reader.sock, lambda: service.is_member(session_id))
-        if tensors is None:
-            self._serve(service, frame_socket, session_id, payload, None)
-            return
+        with contextlib.nullcontext() if offer is None else self._opened(offer.open(reader), session_id) as tensors:
+            chosen = reader.receive(NEGOTIATION_SECONDS, MAX_LINE_BYTES)
+            if chosen.get("shared") is not True:
+                payload = tensors = None
+            reason = printable(chosen.get("reason"), MAX_REASON_CHARACTERS)
+            shared = "tcp" if payload is None else "shm"
+            service.connected(session_id, shared if tensors is None else str(name), reason)
+            send(reader.sock, {"frames": True})  # the frames begin behind it, so that no reader of lines takes any of them
+            self._serve(service, FrameSocket(reader.sock, lambda: service.is_member(session_id)), session_id, payload, tensors)
+
+    @contextlib.contextmanager
+    def _opened(self, tensors: TensorPath, session_id: str) -> Generator[TensorPath]:
+        """Have a way open until the context or the session ends."""
         with self._lock:
             self._open[session_id] = tensors
         try:
-            if service.is_member(session_id):  # else it has ended since, and `session_ended` may have come too early
-                self._serve(service, frame_socket, session_id, payload, tensors)
+            if not self.service.is_member(session_id):  # it has ended since, and `session_ended` may have come too early
+                raise EOFError("the worker was evicted")
+            yield tensors
         finally:
             tensors.close()
             with self._lock:
