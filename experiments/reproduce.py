@@ -215,14 +215,20 @@ def work_through(plan: Sequence[Planned], where: Sequence[str], a: Namespace, lo
                 "--epochs, a GPU with --device cuda, or --force"
             )
         print(f"{len(left)} of {len(plan)} runs are left: about {estimate:.2g} hours one after another", flush=True)
-    if a.device == "cuda":
-        reproduce_report.note_machine(a.work, {**gpu_machine.about(), "jobs": a.jobs})
-    for ended in at_once.work_through([each.run for each in left], where, jobs=a.jobs, seconds=a.seconds, lock=lock):
-        each = left[ended.number]
-        summary = each.run.summary or {"status": "without a summary", "test_accuracy": None}
-        accuracy = "no accuracy" if summary["test_accuracy"] is None else f"{summary['test_accuracy']:.2%}"
-        took = f"{ended.seconds / 60:.1f} minutes"
-        print(f"{each.experiment} {each.method} seed {each.seed}: {summary['status']}, {accuracy}, {took}", flush=True)
+    try:
+        for ended in at_once.work_through([each.run for each in left], where, jobs=a.jobs, seconds=a.seconds, lock=lock):
+            print_ended(left[ended.number], ended.seconds)
+    finally:  # not before: it takes seconds
+        if a.device == "cuda":
+            reproduce_report.note_machine(a.work, {**gpu_machine.about(), "jobs": a.jobs})
+
+
+def print_ended(each: Planned, seconds: float) -> None:
+    """Print what has become of a run."""
+    summary = each.run.summary or {"status": "without a summary", "test_accuracy": None}
+    accuracy = "no accuracy" if summary["test_accuracy"] is None else f"{summary['test_accuracy']:.2%}"
+    took = f"{seconds / 60:.1f} minutes"
+    print(f"{each.experiment} {each.method} seed {each.seed}: {summary['status']}, {accuracy}, {took}", flush=True)
 
 
 def main() -> None:
