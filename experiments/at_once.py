@@ -49,7 +49,8 @@ def work_through(
 ) -> Generator[Ended]:
     """Run them, the first ones first, and yield each that has ended; those that run when the time is up are interrupted.
 
-    An interrupted run leaves a checkpoint. A process is ended in any case, also where the generator is closed early.
+    An interrupted run leaves a checkpoint. A run that fails stops none of the others. No process is left, also where
+    the generator is closed early.
 
     Args:
         runs: The runs.
@@ -59,11 +60,11 @@ def work_through(
         lock: A file descriptor that the processes inherit.
 
     Raises:
-        ConfigError: a run refused its settings.
-        RunFailed: a run failed, or was interrupted by somebody else.
+        ConfigError: the first run that did not succeed refused its settings.
+        RunFailed: it failed, or was interrupted by somebody else.
     """
     deadline = time.monotonic() + seconds
-    waiting, children = list(enumerate(runs)), list[_Child]()
+    waiting, children, failed = list(enumerate(runs)), list[_Child](), list[_Child]()
     try:
         while (waiting or children) and time.monotonic() < deadline:
             while waiting and len(children) < jobs:
@@ -71,12 +72,16 @@ def work_through(
             ended = [child for child in children if child.process.poll() is not None]
             children = [child for child in children if child not in ended]
             for child in ended:
-                _raise_if_failed(child)
-                yield Ended(child.number, time.monotonic() - child.began)
+                if child.process.returncode:
+                    failed.append(child)
+                else:
+                    yield Ended(child.number, time.monotonic() - child.began)
             if not ended:
                 time.sleep(LOOK_EVERY)
     finally:
         _end(children)
+    if failed:
+        raise _error(failed[0])
 
 
 def _start(number: int, run: ResumableRun, more: Sequence[str], lock: int | None) -> _Child:
@@ -94,16 +99,11 @@ def _start(number: int, run: ResumableRun, more: Sequence[str], lock: int | None
     return _Child(number, run, process, time.monotonic())
 
 
-def _raise_if_failed(child: _Child) -> None:
-    status = child.process.returncode
-    if not status:
-        return
+def _error(child: _Child) -> ConfigError | RunFailed:
     log = child.run.folder / LOG
     lines = [line for line in log.read_text("utf-8", errors="replace").splitlines() if line.strip()]
-    said = lines[-1] if lines else f"exit status {status}"
-    if status == 2:
-        raise ConfigError(said)
-    raise RunFailed(f"{child.run.folder}: {said}")
+    said = lines[-1] if lines else f"exit status {child.process.returncode}"
+    return ConfigError(said) if child.process.returncode == 2 else RunFailed(f"{child.run.folder}: {said}")
 
 
 def _end(children: Sequence[_Child]) -> None:

@@ -34,6 +34,7 @@ from benchmarks.measuring import exit_on_sigterm
 from experiments import at_once, common, reproduce_report
 from experiments.reproduce_report import ALL_EPOCHS
 from experiments.resumable import ResumableRun, alone
+from ormo_rpc import devices
 from ormo_rpc.composing import compose
 from ormo_rpc.errors import ConfigError, RunFailed
 from ormo_rpc.report.table import as_text
@@ -247,6 +248,7 @@ def main() -> None:
             show(plan, where)
             return
         if not a.report:
+            devices.check(a.device, "--device")
             with alone(a.work) as lock:
                 work_through(plan, where, a, lock)
         reproduce_report.write(plan, a)

@@ -44,11 +44,11 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path: Path) -> None:
 def test_runs_in_processes_of_their_own_end_as_in_this_one_and_pass_their_refusals_on(tmp_path: Path) -> None:
     settings = (*SHORT, "train.max_iterations=20")
     expected = ResumableRun(tmp_path / "here", settings).go_on()
-    runs = [ResumableRun(tmp_path / name, [*settings, *more]) for name, more in (("there", ()), ("wrong", ("workers=0",)))]
+    runs = [ResumableRun(tmp_path / name, [*settings, *more]) for name, more in (("wrong", ("workers=0",)), ("there", ()))]
     with alone(tmp_path) as lock:
         ended = at_once.work_through(runs, (), lock=lock)
-        assert next(ended).number == 0
-        assert (runs[0].summary or {})["final_params_sha256"] == expected["final_params_sha256"]
+        assert next(ended).number == 1
+        assert (runs[1].summary or {})["final_params_sha256"] == expected["final_params_sha256"]
         with pytest.raises(ConfigError, match=r"^workers: got 0"):
             next(ended)
 
