@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 import torch
 
 from ormo_rpc.data.collate import Collate, default
+from ormo_rpc.data.trees import to_device
 from ormo_rpc.data.weights import checked_weights
 
 PADDING = 4
@@ -219,7 +220,7 @@ class ArraySplit:
 
     def batch(self, indices: torch.Tensor, generator: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised float32 images, shape (B, C, H, W), and their labels."""
-        return self.make(self.draws(indices, generator).to(self.images.device))
+        return self.make(to_device(self.draws(indices, generator), self.images.device))
 
 
 class MapSplit:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from ormo_rpc.errors import ModelRefused
 from ormo_rpc.models.buffers import buffers_of
-from ormo_rpc.server.buffer_layout import same_bytes
+from ormo_rpc.server.buffer_layout import as_bytes, same_bytes
 
 if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import (
@@ -30,6 +30,8 @@ class NormCalls:
 
     Attributes:
         batches: Mean and variance of each call, in order.
+        expected: Its running mean and variance, as they should be.
+        calls_before: The calls that it had counted before.
     """
 
     def __init__(self, prefix: str, norm: BatchNorm, expected: Mapping[str, torch.Tensor]) -> None:
@@ -38,8 +40,8 @@ class NormCalls:
         self.momentum = norm.momentum
         self.batches: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._own: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._expected = [expected[f"{prefix}{name}"] for name in ("running_mean", "running_var")]
-        self._calls_before = expected[f"{prefix}num_batches_tracked"]
+        self.expected = [expected[f"{prefix}{name}"] for name in ("running_mean", "running_var")]
+        self.calls_before = expected[f"{prefix}num_batches_tracked"]
 
         # A copy of the norm has these hooks too, and is none of ours.
         def before(called: torch.nn.Module, _: object) -> None:
@@ -66,13 +68,17 @@ class NormCalls:
         """Forget all calls, since the norm's buffers were loaded."""
         self.batches = []
 
-    def report(self) -> dict[str, torch.Tensor]:
+    def report(self, *, checked: bool = False) -> dict[str, torch.Tensor]:
         """Return the number of calls and the mean of their statistics by name; nothing where there was no call.
+
+        Args:
+            checked: The statistics are the expected ones (`are_expected`).
 
         Raises:
             ModelRefused: the statistics were changed otherwise.
         """
-        self._check()
+        if not checked:
+            self._check()
         count = len(self.batches)
         if count == 0:
             return {}
@@ -102,7 +108,7 @@ class NormCalls:
                 f"model: {self.prefix}momentum: got {norm.momentum} in a forward pass, expected {self.momentum}, as at "
                 "construction; the server averages with that one, so leave it as it is"
             )
-        mean, variance, _ = self._statistics()
+        mean, variance, _ = self.statistics()
         if mean is None or variance is None:
             raise ModelRefused(self._refusal())
         self._own = mean, variance
@@ -113,7 +119,7 @@ class NormCalls:
         norm, own = self.norm, self._own
         if own is None:
             return
-        mean, variance, count = self._statistics()
+        mean, variance, count = self.statistics()
         assert mean is not None, "it was put there"
         assert variance is not None, "as this one"
         self._put(*own)
@@ -124,11 +130,12 @@ class NormCalls:
         self.batches.append((mean, variance))
         weight = 1 / int(count) if self.momentum is None and count is not None else self.momentum
         assert weight is not None, "a norm that is averaged counts its calls"
-        for average in (own, self._expected):
+        for average in (own, self.expected):
             for running, batch in zip(average, (mean, variance), strict=True):
                 running.data.mul_(1 - weight).add_(batch, alpha=weight)
 
-    def _statistics(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    def statistics(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Running mean, running variance and number of calls, as the norm has them now."""
         held = buffers_of(self.norm)
         return held.get("running_mean"), held.get("running_var"), held.get("num_batches_tracked")
 
@@ -137,11 +144,11 @@ class NormCalls:
         held["running_mean"], held["running_var"] = mean, variance
 
     def _check(self) -> None:
-        mean, variance, count = self._statistics()
+        mean, variance, count = self.statistics()
         if mean is None or variance is None or count is None:
             raise ModelRefused(self._refusal())
-        same = all(map(_same, (mean, variance), self._expected))
-        if int(count) != int(self._calls_before) + len(self.batches) or not same:
+        same = all(map(_same, (mean, variance), self.expected))
+        if int(count) != int(self.calls_before) + len(self.batches) or not same:
             raise ModelRefused(self._refusal())
 
     def _refusal(self) -> str:
@@ -149,6 +156,26 @@ class NormCalls:
             f"model: {self.prefix.rstrip('.') or 'the batch norm'}: its statistics were changed outside of its calls, expected "
             "that only calls of the module do so; call the module itself, neither its forward nor functional.batch_norm"
         )
+
+
+def are_expected(norms: Sequence[NormCalls]) -> bool:
+    """Tell at once that the statistics of all norms are the expected ones, where a GPU would be waited for at each.
+
+    False says nothing: then each is looked at.
+    """
+    found = [norm.statistics() for norm in norms]
+    held = [tensor for mean, variance, _ in found for tensor in (mean, variance) if tensor is not None]
+    expected = [tensor for norm in norms for tensor in norm.expected]
+    counts = [count for _, _, count in found if count is not None]
+    forms = [(tensor.dtype, tensor.shape) for tensor in held] == [(tensor.dtype, tensor.shape) for tensor in expected]
+    if not norms or not forms or len(counts) != len(norms):
+        return False
+    calls = torch.tensor([len(norm.batches) for norm in norms]).to(counts[0].device, non_blocking=True)
+    counted = torch.stack([norm.calls_before for norm in norms]) + calls
+    return torch.equal(
+        torch.cat([as_bytes(torch.stack(counts)), *map(as_bytes, held)]),
+        torch.cat([as_bytes(counted), *map(as_bytes, expected)]),
+    )
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -10,7 +10,7 @@ import torch
 from ormo_rpc.errors import ModelRefused
 from ormo_rpc.models.buffers import buffers_of, is_dense
 from ormo_rpc.models.flat import FlatModel, sha256
-from ormo_rpc.models.norm_calls import NormCalls
+from ormo_rpc.models.norm_calls import NormCalls, are_expected
 from ormo_rpc.server.buffer_layout import as_bytes
 
 _REGISTER = "register buffers with their final shapes, or keep them as plain attributes where they are mere caches"
@@ -109,7 +109,7 @@ class Passes:
         for module, mode in self._modes:
             if module.training != mode:
                 module.training = mode
-        self._handed.copy_(handed if handed.numel() else buffers.initial)
+        self._handed.copy_(handed if handed.numel() else buffers.initial, non_blocking=True)
         self._expected.copy_(self._handed)
         buffers.load(self._values)
         for norm in self._norms:
@@ -162,8 +162,9 @@ class Passes:
                     f"model: {name or 'buffers'}: got {got} after a forward pass, expected {expected}; {_REGISTER}"
                 )
         reported: dict[str, torch.Tensor] = {}
+        checked = self.model.device.type != "cpu" and are_expected(self._norms)
         for norm in self._norms:
-            reported |= norm.report()
+            reported |= norm.report(checked=checked)
         for place in self._others:
             now = place.now
             if _described(now) != _described(place.tensor):
