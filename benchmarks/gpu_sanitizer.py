@@ -25,6 +25,8 @@ from ormo_rpc.report.table import as_markdown as table
 TOOLS = ("memcheck", "racecheck")
 TESTS = ("tests/gpu/test_server_steps.py",)
 """The tests whose kernels are ours."""
+SOME = "triton and (dtypes0 or dtypes1)"
+"""Which of them: a kernel takes a hundred times as long under a tool."""
 _SUMMARY = re.compile(r"^=+ ((?:ERROR|RACECHECK) SUMMARY: .*)$", re.MULTILINE)
 
 
@@ -34,7 +36,7 @@ def executable() -> str | None:
     return shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:{toolkit}")
 
 
-def measure(seconds: float, tools: Sequence[str] = TOOLS, only: str | None = None) -> dict[str, Any]:
+def measure(seconds: float, tools: Sequence[str] = TOOLS, only: str = SOME) -> dict[str, Any]:
     """Run the tests under each tool: what it says last, and the outcome of the tests.
 
     Args:
@@ -45,7 +47,7 @@ def measure(seconds: float, tools: Sequence[str] = TOOLS, only: str | None = Non
     program = executable()
     if program is None:
         return {"missing": True, "tools": {}}
-    command = [sys.executable, "-m", *gpu_tests.COMMAND, "--timeout=0", *TESTS, *(["-k", only] if only else [])]
+    command = [sys.executable, "-m", *gpu_tests.COMMAND, "--timeout=0", "-k", only, *TESTS]
     return {"missing": False, "tools": {tool: _under(program, tool, command, seconds) for tool in tools}}
 
 
@@ -55,7 +57,12 @@ def _under(program: str, tool: str, command: Sequence[str], seconds: float) -> d
         log = Path(folder) / "log"
         # Without its cache PyTorch allocates each tensor by itself, so that a step past the end of one is seen.
         uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        code = call([program, "--tool", tool, "--error-exitcode", "9", *command], log, seconds, uncached)
+        code = call(
+            [program, "--tool", tool, "--target-processes", "application-only", "--error-exitcode", "9", *command],
+            log,
+            seconds,
+            uncached,
+        )
         output = log.read_text("utf-8", errors="replace")
     print(output[-4000:], flush=True)
     said = _SUMMARY.findall(output)
@@ -83,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 1 where a tool found something, or did not end."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
-    parser.add_argument("--only", metavar="EXPRESSION", help="tests to run, as pytest -k")
+    parser.add_argument("--only", default=SOME, metavar="EXPRESSION", help=f"tests to run, as pytest -k; by default {SOME!r}")
     parser.add_argument("--seconds", type=float, default=50.0, help="time for each tool")
     parser.add_argument("--into", type=Path, metavar="FILE", help="file for the result as JSON")
     a = parser.parse_args(argv)
