@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from benchmarks import gpu, gpu_sanitizer, gpu_tests
 from benchmarks.gpu_process import call
+from tests.conftest import selects_gpu
 
 OUTPUT = """\
 collecting ... collected 5 items
@@ -36,6 +38,22 @@ ABOUT: dict[str, Any] = {
     "cores": 16,
     "commit": "abcdef0123",
 }
+
+
+@pytest.mark.parametrize(
+    ("expression", "shown"),
+    [
+        ("gpu", True),
+        ("gpu and not slow", True),
+        ("", False),
+        ("not slow and not live", False),
+        ("not gpu", False),
+        ("gpus", False),
+    ],
+)
+def test_only_an_expression_that_names_them_shows_gpus_to_tests(expression: str, shown: bool) -> None:
+    config: Any = SimpleNamespace(getoption=lambda name: {"markexpr": expression}[name])
+    assert selects_gpu(config) == shown
 
 
 def test_the_outcome_of_tests_is_read_also_where_the_run_was_ended() -> None:
