@@ -52,8 +52,11 @@ RULES = ("ormo", "ormo_la", "ddp_nesterov", "ddp", "smega2", "dana", "m_sync_nes
 """Names of the race's contenders, in the order in which they are run; the last one has three times the budget."""
 RIVALS = ("ormo", "ddp_nesterov")
 """Rules by whose times the others' are divided."""
-RATES = (0.16, 0.08, 0.32, 0.04, 0.64)
-"""Of a step with the mean of 16 gradients, in the order in which they are tried."""
+
+
+def _rates(middle: float) -> dict[int, tuple[float, ...]]:
+    """Rates of a step with the mean of a round, in the order in which they are tried."""
+    return {WORKERS: (middle, middle / 2, middle * 2, middle / 4, middle * 4)}
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ NETS: Mapping[str, Net] = {
             targets=(0.85, 0.87, 0.88),
             target=0.87,
             tuning_target=0.87,
-            rates={WORKERS: RATES},
+            rates=_rates(0.04),
             tuning_seeds=(1000,),
         ),
     ),
@@ -93,7 +96,7 @@ NETS: Mapping[str, Net] = {
             targets=(0.4, 0.45, 0.5),
             target=0.45,
             tuning_target=0.45,
-            rates={WORKERS: RATES},
+            rates=_rates(0.16),
             tuning_seeds=(1000,),
         ),
         most=5000,

@@ -33,7 +33,8 @@ from ormo_rpc.runtimes.temporary import temporary_folder
 from ormo_rpc.storage.run_directory import read_metrics
 from ormo_rpc.worker.evaluation import Evaluator
 
-QUIET = (*common.SIMULATED, "checkpoint.every_seconds=0")
+QUIET = (*common.SIMULATED, "checkpoint.every_seconds=0", "worker.device=cpu")
+"""Of all runs; a run that is on a GPU says so after them."""
 
 
 @dataclass(frozen=True, kw_only=True)
