@@ -64,6 +64,13 @@ class ValidatedPush:
     rejected: NonFiniteGradient | None = None
     buffers: Mapping[str, torch.Tensor] | Reported = field(default_factory=dict[str, "torch.Tensor"])
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors that a commit reads."""
+        reported = self.buffers
+        if isinstance(reported, Reported):
+            return [self.grad, reported.flat, reported.averages, reported.counts]
+        return [self.grad, *reported.values()]
+
 
 def validate_push(
     push: Push,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import threading
 import warnings
@@ -294,14 +295,15 @@ def test_replies_of_one_stamp_share_a_copy_in_page_locked_memory(gpu: torch.devi
     assert torch.equal(copies[0].params, params.cpu())
 
 
-def test_pushes_of_several_threads_are_applied_as_on_the_cpu(gpu: torch.device) -> None:
-    """Each in a stream of its thread's, whose memory is used again by the next push."""
+@pytest.mark.parametrize("workers", [4, 40])
+def test_pushes_of_several_threads_are_applied_as_on_the_cpu(gpu: torch.device, workers: int) -> None:
+    """Each in a stream of its thread's, of which there are 32: 40 threads use some of them, and their memory, together."""
     side = GpuSide(gpu)
-    dimension, rounds = 300_000, 30
+    dimension, rounds = 300_000, 120 // workers
     server = build_server(
         algorithm="asgd",
         params=torch.zeros(dimension, device=gpu),
-        num_workers=4,
+        num_workers=workers,
         lr=1.0,
         kernel=fastest_kernel(dimension, gpu),
     )
@@ -316,8 +318,7 @@ def test_pushes_of_several_threads_are_applied_as_on_the_cpu(gpu: torch.device) 
             payload.fill_(-float(worker + 1))  # a power of two apart would be exact; so are sums of small integers
             assert reply.ticket is not None
             push = Push(worker=worker, ticket=reply.ticket, stamp=reply.stamp, grad=payload, loss=1.0)
-            with side.arriving():
-                validated = server.validate(push)
+            validated = side.validated(functools.partial(server.validate, push))
             payload.fill_(torch.nan)  # its memory is free again
             with lock:
                 answers = server.commit(push, validated)
@@ -326,13 +327,13 @@ def test_pushes_of_several_threads_are_applied_as_on_the_cpu(gpu: torch.device) 
             if not bool((sent == sent[0]).all()) or not float(sent[0]).is_integer():
                 wrong.append(f"worker {worker}, round {number}: {sent.unique()[:5]}")
 
-    threads = [threading.Thread(target=work, args=(worker,)) for worker in range(4)]
+    threads = [threading.Thread(target=work, args=(worker,)) for worker in range(workers)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
     assert wrong == []
-    assert torch.equal(server.params.cpu(), torch.full((dimension,), float(rounds * (1 + 2 + 3 + 4))))
+    assert torch.equal(server.params.cpu(), torch.full((dimension,), float(rounds * sum(range(1, workers + 1)))))
 
 
 def test_a_simulation_with_its_server_on_the_gpu_has_the_bits_of_one_on_the_cpu(gpu: torch.device, tmp_path: Path) -> None:  # noqa: ARG001 - it has to be there

@@ -188,8 +188,10 @@ class StreamServerSide(ServerSide):
         def register() -> ReplyFuture:
             return service.register(session_id)
 
+        response: ServerResponse | None = None
         while True:
             stream.receive(whole)
+            response = None  # its parameters can be lent again: the worker has read them where they lie
             kind = frames.read_kind(frame)
             if kind == Request.push:
                 if inline is not None:
@@ -208,12 +210,13 @@ class StreamServerSide(ServerSide):
                 raise WireError(f"a request of kind {kind} came, expected one of {[*map(int, Request)]}")
             response = wait_while(stream.alive, future)
             if tensors is not None:
-                sent = _send_beside(stream, tensors, response, sent)
+                sent, response = _send_beside(stream, tensors, response, sent), None
             else:
                 if not isinstance(response, ErrorReply):
                     response = service.on_host(response)
                 sent = self._send(stream, response, sent, shared=shared is not None)
-            del future, response  # with the parameters in it, so that their memory can be lent again
+                response = response if shared is not None else None
+            del future  # with the parameters in it, so that their memory can be lent again
 
     def _send(self, stream: FrameSocket, response: ServerResponse, sent: torch.Tensor, *, shared: bool) -> torch.Tensor:
         """Send a response; return the buffers that the worker has then, given those that it had before."""

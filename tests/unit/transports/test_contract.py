@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from typing_extensions import override
 
 from ormo_rpc import build_server
 from ormo_rpc.errors import PushRefused, Refused, ServerLost, StaleSession
@@ -26,6 +27,7 @@ from ormo_rpc.runtimes.distributed.server_process.gpu_memory import GpuSide
 from ormo_rpc.runtimes.distributed.server_process.service import Service
 from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.transports.base import ServerSide, Transport
+from ormo_rpc.transports.shm import SharedMemory
 from tests.support.contract import same
 from tests.support.gpu_paths import ON_HOST
 from tests.support.processes import wait_until
@@ -127,6 +129,37 @@ def test_a_worker_leaves_and_connects_again(transport: Transport) -> None:
         worker.register()
         assert worker.result().ticket is None
         assert service.registered == [second]
+
+
+class CopyingService(RecordingService):
+    """Sends copies that lie in memory which is lent, as a server on a GPU does.
+
+    Args:
+        side: The server's half.
+    """
+
+    def __init__(self, side: ServerSide) -> None:
+        super().__init__(LARGE)
+        self._empty = pooled(side.memory)
+        self.places: list[int] = []
+        """The addresses of the copies."""
+
+    @override
+    def on_host(self, reply: Reply) -> Reply:
+        copied = self._empty(reply.params).copy_(reply.params)
+        self.places.append(copied.data_ptr())
+        return replace(reply, params=copied)
+
+
+def test_parameters_in_shared_memory_are_left_alone_until_their_worker_pushes() -> None:
+    rng = random.Random(3)
+    with connected(SharedMemory(), CopyingService, WORKERS) as (service, workers, _):
+        for number in (0, 1, 1, 1, 0):
+            service.replies = [Reply(**numbers_of(Reply, rng), params=normal(LARGE, 6, 0).float())]
+            workers[number].push(numbers_of(Push, rng), torch.zeros(service.push_format.size, dtype=torch.uint8))
+            workers[number].result()
+        assert service.places[0] not in service.places[1:4]
+        assert service.places[0] == service.places[4]
 
 
 def test_a_server_that_has_ended_raises_server_lost(transport: Transport) -> None:

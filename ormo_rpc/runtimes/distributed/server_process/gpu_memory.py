@@ -6,9 +6,8 @@ pushes on streams of their own, so that these run beside each other, and the cop
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -16,6 +15,7 @@ import torch
 from ormo_rpc.kernels.page_locked import lock
 from ormo_rpc.kernels.pool import Memory, anonymous, pooled
 from ormo_rpc.messages import Reply
+from ormo_rpc.server.validation import ValidatedPush
 
 
 class GpuSide:
@@ -46,20 +46,23 @@ class GpuSide:
         made = [self._room(vector) for _ in range(count)]
         del made  # so that they can be lent
 
-    @contextlib.contextmanager
-    def arriving(self) -> Generator[None]:
-        """Launch on the calling thread's own stream: copies of a push and its checks.
+    def validated(self, validate: Callable[[], ValidatedPush]) -> ValidatedPush:
+        """Validate a push on the calling thread's own stream: its copies and checks.
 
-        What is made there is in order with the steps that follow. Its memory is used again by the next push of the same thread
-        alone, which waits for the steps that read it.
+        What is made there is in order with the steps that follow, and its memory is not used again before these have read it:
+        other threads may have the same stream, of which there are 32.
         """
         stream = getattr(self._of_thread, "stream", None)
         if stream is None:
             stream = self._of_thread.stream = torch.cuda.Stream(self._device)
         stream.wait_stream(self._steps)
         with torch.cuda.stream(stream):
-            yield
+            made = validate()
         self._steps.wait_stream(stream)
+        for tensor in made.tensors():
+            if tensor.is_cuda:  # that of a rejected push may be elsewhere
+                tensor.record_stream(self._steps)
+        return made
 
     def on_host(self, reply: Reply) -> Reply:
         """Return a reply with its tensors in page-locked memory of the CPU; replies with the same tensors share the copy."""

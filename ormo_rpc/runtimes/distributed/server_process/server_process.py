@@ -114,7 +114,7 @@ class ServerProcess:
         gpu = None
         if server.device.type == "cuda":
             gpu = GpuSide(server.device, self.transport.memory)
-            gpu.reserve(server.params, snapshots)
+            gpu.reserve(server.params, snapshots + 1)  # and the newest
         elif self.transport.memory is not None:
             server.algorithm.kernel = replace(server.algorithm.kernel, empty=pooled(self.transport.memory))
         server.snapshots.reserve(snapshots)

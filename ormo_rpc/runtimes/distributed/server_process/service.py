@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import logging
 import threading
 import time
@@ -203,11 +204,8 @@ class Service:
         membership = self._membership(session_id)  # checked again under the lock
         if push.worker != membership.worker:
             raise PushRefused(f"push: worker: got {push.worker!r}, expected {membership.worker}, the session's")
-        if self._gpu is None:
-            validated = self.server.validate(push)
-        else:
-            with self._gpu.arriving():
-                validated = self.server.validate(push)
+        validate = functools.partial(self.server.validate, push)
+        validated = validate() if self._gpu is None else self._gpu.validated(validate)
         future = ReplyFuture()
         asked = time.perf_counter()
         with self.lock:
