@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ormo_rpc.server.buffer_layout import BufferLayout, PackedTensors, aligned
+from ormo_rpc.server.buffer_layout import BufferLayout, PackedTensors, aligned, copy_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +53,8 @@ class WireBuffers:
             self._region.copy_(reported.region)
             self._marked = reported.names
             return self.views(reported.names)
-        for name, value in reported.items():
-            self._views[name].copy_(value.detach())
         names = frozenset(reported)
+        copy_all({name: self._views[name] for name in reported}, {name: value.detach() for name, value in reported.items()})
         # A fault may have written over those of the CPU.
         if self._views and (names != self._marked or self._marks.device.type == "cpu"):
             self._marks.copy_(torch.tensor([name in names for name in self._views]))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ormo_rpc.server.buffer_layout import BufferLayout
+from ormo_rpc.server.buffer_layout import BufferLayout, copy_all
 from ormo_rpc.server.buffer_rules import Rule, RuleKind
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class ModelBuffers:
             own = self._memory[name]
             if tensor.data_ptr() != own.data_ptr():  # a pass assigned to its .data, maybe a view of the parameters
                 tensor.data = own
-            own.copy_(values[name])
+        copy_all(self._memory, values)
 
     def copy(self) -> dict[str, torch.Tensor]:
         """Return a copy of the buffers by name, as `load` or construction left them."""

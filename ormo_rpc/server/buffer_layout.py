@@ -25,6 +25,20 @@ def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
     return (one.shape, one.dtype) == (other.shape, other.dtype) and torch.equal(as_bytes(one), as_bytes(other))
 
 
+def copy_all(into: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+    """Copy to tensors from those of the same names, shapes and dtypes; on a GPU with a call for each dtype."""
+    groups: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    for name, tensor in into.items():
+        if tensor.device.type == "cpu":
+            tensor.copy_(values[name])
+        else:
+            tensors, sources = groups.setdefault(tensor.dtype, ([], []))
+            tensors.append(tensor)
+            sources.append(values[name])
+    for tensors, sources in groups.values():
+        torch._foreach_copy_(tensors, sources, non_blocking=True)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] # it has no public name
+
+
 class BufferLayout:
     """Names, shapes and dtypes of tensors that lie in one vector of bytes, each at an aligned place.
 
