@@ -94,7 +94,7 @@ class ModelBuffers:
                 self.rules[f"{prefix}running_mean"] = Rule(RuleKind.average, child.momentum, count)
                 self.rules[f"{prefix}running_var"] = Rule(RuleKind.average, child.momentum, count, variance=True)
                 self.rules[count] = Rule(RuleKind.count)
-        self.layout = BufferLayout(self.tensors)
+        self.layout = BufferLayout(self.tensors, self.rules)
         self.initial = self.layout.pack(self.tensors)
 
     def load(self, values: Mapping[str, torch.Tensor]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
+
+from ormo_rpc.server.buffer_rules import NEWEST, Rule, RuleKind
 
 ALIGNMENT = 16
 """The address of each tensor is a multiple of it, in bytes: no dtype is larger."""
@@ -42,8 +44,12 @@ def copy_all(into: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor
 class BufferLayout:
     """Names, shapes and dtypes of tensors that lie in one vector of bytes, each at an aligned place.
 
+    Those of one sort lie side by side, so that a few operations serve them all: averages, variances among them last, then
+    counts, then all others; each in the order of names.
+
     Args:
         tensors: The tensors by name, in their order.
+        rules: The rules of some of them.
 
     Attributes:
         shapes: Of each tensor.
@@ -51,17 +57,18 @@ class BufferLayout:
         size: Bytes of the vector, a multiple of `ALIGNMENT`.
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, torch.Tensor], rules: Mapping[str, Rule] | None = None) -> None:
         self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-        self._spans: dict[str, tuple[int, int]] = {}
         self._matching: BufferLayout | None = None
         """The last one of which `matches` has told so."""
         self.size = 0
-        for name, tensor in tensors.items():
-            length = tensor.numel() * tensor.dtype.itemsize
-            self._spans[name] = (self.size, self.size + length)
+        places: dict[str, tuple[int, int]] = {}
+        for name in sorted(tensors, key=lambda name: _sort((rules or {}).get(name, NEWEST))):
+            length = tensors[name].numel() * tensors[name].dtype.itemsize
+            places[name] = (self.size, self.size + length)
             self.size += aligned(length)
+        self._spans = {name: places[name] for name in tensors}
         self._strides = {name: torch.empty(shape, device="meta").stride() for name, shape in self.shapes.items()}
 
     def bytes_of(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -91,9 +98,9 @@ class BufferLayout:
         self._matching = other
         return True
 
-    def spans(self, names: Iterable[str]) -> list[tuple[int, int]]:
-        """The first byte of each of these tensors, and the one behind its last."""
-        return [self._spans[name] for name in names]
+    def span(self, name: str) -> tuple[int, int]:
+        """The first byte of a tensor, and the one behind its last."""
+        return self._spans[name]
 
     def pack(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return a copy of tensors of these names, shapes and dtypes, as bytes on their device; zeros between them."""
@@ -102,6 +109,11 @@ class BufferLayout:
         for name, part in self.bytes_of(flat).items():
             part.copy_(as_bytes(tensors[name]))
         return flat
+
+
+def _sort(rule: Rule) -> tuple[int, bool]:
+    """The place of buffers of a rule among those of others."""
+    return (RuleKind.average, RuleKind.count, RuleKind.newest).index(rule.kind), rule.variance
 
 
 class PackedTensors(dict[str, "torch.Tensor"]):

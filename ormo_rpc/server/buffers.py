@@ -32,8 +32,8 @@ class RunningBuffers:
         rules: Mapping[str, Rule] | None = None,
         device: torch.device | None = None,
     ) -> None:
-        self.layout = BufferLayout(initial)
         self.rules: dict[str, Rule] = {name: (rules or {}).get(name, NEWEST) for name in initial}
+        self.layout = BufferLayout(initial, self.rules)
         self._bytes = self.layout.pack(initial)
         if device is not None:
             self._bytes = self._bytes.to(device)

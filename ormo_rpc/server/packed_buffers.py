@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from ormo_rpc.server.buffer_layout import BufferLayout, PackedTensors
+from ormo_rpc.server.buffer_layout import ALIGNMENT, BufferLayout, PackedTensors, aligned
 from ormo_rpc.server.buffer_rules import Rule, RuleKind
 
 MOST_CALLS = 2**31 - 1
@@ -28,88 +28,90 @@ class PackedRules:
 
     Attributes:
         layout: The places of all buffers.
+        device: Of the server's.
         dtype: Of the averages.
-        averages: The number of each value of an average, counted in its dtype from the beginning; variances come last.
-        first_variance: The number of values before the first variance.
+        averages: All averages among the bytes, as values of their dtype; there may be zeros between them.
+        variances: Those among the averages that are variances: from that value on.
         count_names: The names of the counts.
-        counts: The number of each count, counted in int64.
-        newest: First byte, and the one behind the last, of each buffer of which the newest value counts.
+        counts: All counts among the bytes, `ALIGNMENT` bytes each.
+        newest: All buffers of which the newest value counts, among the bytes.
         pairs: Rules of averages, one for each pair of momentum and count.
         alike: Where each average has a momentum and a count: one for each momentum. They do where all counts are alike.
     """
 
     layout: BufferLayout
+    device: torch.device
     dtype: torch.dtype
-    averages: torch.Tensor
-    first_variance: int
+    averages: slice
+    variances: int
     count_names: Sequence[str]
-    counts: torch.Tensor
-    newest: Sequence[tuple[int, int]]
+    counts: slice
+    newest: slice
     pairs: Sequence[Rule]
     alike: Sequence[Rule]
 
     @classmethod
     def of(cls, layout: BufferLayout, rules: Mapping[str, Rule], device: torch.device) -> PackedRules | None:
-        """Return them for buffers on a device; None where there are no averages, or they or their counts have odd dtypes."""
-        averages = [name for name, rule in rules.items() if rule.kind is RuleKind.average and layout.shapes[name].numel()]
+        """Return them for buffers on a device, in a layout by these rules.
+
+        None where there are no averages, or they or their counts have odd dtypes.
+        """
+        averages = [name for name, rule in rules.items() if rule.kind is RuleKind.average]
         counted = [name for name, rule in rules.items() if rule.kind is RuleKind.count]
-        newest = [name for name, rule in rules.items() if rule.kind is RuleKind.newest]
         dtypes = {layout.dtypes[name] for name in averages}
-        if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.float64} or torch.bool in layout.dtypes.values():
+        if len(dtypes) != 1 or not dtypes <= _CODES.keys() or torch.bool in layout.dtypes.values():
             return None
         if any(rules[name].count not in (None, *counted) for name in averages):
             return None
         if any(layout.dtypes[name] != torch.int64 or layout.shapes[name].numel() != 1 for name in counted):
             return None
-        simple = all(rules[name].momentum is not None and rules[name].count is not None for name in averages)
-        averages.sort(key=lambda name: rules[name].variance)
         (dtype,) = dtypes
+        simple = all(rules[name].momentum is not None and rules[name].count is not None for name in averages)
+        end = max(layout.span(name)[1] for name in averages)
+        variances = min((layout.span(name)[0] for name in averages if rules[name].variance), default=end)
+        begin_counts = aligned(end)
+        end_counts = begin_counts + ALIGNMENT * len(counted)
         return cls(
             layout=layout,
+            device=device,
             dtype=dtype,
-            averages=_elements(layout.spans(averages), dtype, device),
-            first_variance=sum(layout.shapes[name].numel() for name in averages if not rules[name].variance),
+            averages=slice(0, end // dtype.itemsize),
+            variances=variances // dtype.itemsize,
             count_names=counted,
-            counts=_elements(layout.spans(counted), torch.int64, device),
-            newest=[span for span in layout.spans(newest) if span[0] < span[1]],
+            counts=slice(begin_counts, end_counts),
+            newest=slice(end_counts, layout.size),
             pairs=list({(rules[name].momentum, rules[name].count): rules[name] for name in averages}.values()),
             alike=list({rules[name].momentum: rules[name] for name in averages}.values()) if simple else [],
         )
 
     def select(self, pushed: PackedTensors) -> Reported | None:
-        """Take out of a push what has a rule; None where its bytes are placed otherwise. Values are not looked at."""
+        """Take from a push what `Reported` has; None where its bytes are placed otherwise. Values are not looked at."""
         if not self.layout.matches(pushed.layout):
             return None
-        flat = pushed.flat.to(self.averages.device, non_blocking=True)
-        averages = flat.view(self.dtype).index_select(0, self.averages)
-        counts = flat.view(torch.int64).index_select(0, self.counts)
-        variances = averages[self.first_variance :]
-        least = variances.amin() if variances.numel() else averages.new_zeros(())
-        return Reported(self, flat, averages, counts, (averages.sum(), least))
+        return Reported(self, pushed.flat.to(self.device, non_blocking=True))
 
 
-@dataclass(slots=True)
 class Reported:
-    """The buffers of a push, those with a rule in memory of their own.
+    """The buffers of a push.
+
+    Args:
+        rules: Of the server's buffers.
+        flat: The bytes of all buffers, as pushed, on the server's device; they stay as they are until they have entered.
 
     Attributes:
         rules: Of the server's buffers.
-        flat: The bytes of all buffers, as pushed, on the server's device.
-        averages: The values of all averages.
-        counts: The values of all counts, int64.
-        measures: The sum of the averages and the least variance, shape ().
+        flat: The bytes.
         calls: The counts by name, once they are read.
     """
 
-    rules: PackedRules
-    flat: torch.Tensor
-    averages: torch.Tensor
-    counts: torch.Tensor
-    measures: tuple[torch.Tensor, torch.Tensor]
-    calls: Mapping[str, int] = field(default_factory=dict[str, int])
+    def __init__(self, rules: PackedRules, flat: torch.Tensor) -> None:
+        self.rules = rules
+        self.flat = flat
+        self.calls: Mapping[str, int] = {}
+        self._averages = flat.view(rules.dtype)[rules.averages]
 
     def read(self, number: torch.Tensor) -> tuple[float, bool]:
-        """Read measures, counts and one more number at once, as a read waits for a GPU; note the calls.
+        """Read counts, sums and one more number at once, as a read waits for a GPU; note the calls.
 
         Args:
             number: Shape (), float32 or float64.
@@ -117,29 +119,22 @@ class Reported:
         Returns:
             The number; and whether all values may enter: where not, each has to be looked at.
         """
-        read = (self.counts, number, *self.measures)
+        rules = self.rules
+        variances = self._averages[rules.variances :]
+        least = variances.amin() if len(variances) else number.new_zeros((), dtype=rules.dtype)
+        read = (self.flat[rules.counts], number, self._averages.sum(), least)
         data = torch.cat([each.reshape(-1).view(torch.uint8) for each in read]).cpu().numpy().tobytes()
-        form = f"<{len(self.counts)}q{_CODES[number.dtype]}{2 * _CODES[self.averages.dtype]}"
-        *counts, value, total, least = struct.unpack(form, data)
-        self.calls = dict(zip(self.rules.count_names, counts, strict=True))
+        form = f"<{'q8x' * len(rules.count_names)}{_CODES[number.dtype]}{2 * _CODES[rules.dtype]}"
+        *counts, value, total, smallest = struct.unpack(form, data)
+        self.calls = dict(zip(rules.count_names, counts, strict=True))
         possible = not counts or (min(counts) >= 0 and max(counts) <= MOST_CALLS)
-        return value, possible and math.isfinite(total) and least >= 0
+        return value, possible and math.isfinite(total) and smallest >= 0
 
     def enter(self, own: torch.Tensor, weight: float) -> None:
         """Let them enter the bytes of the server's buffers, with one weight for all averages."""
         rules = self.rules
-        values = own.view(rules.dtype)
-        mine = values.index_select(0, rules.averages).mul_(1 - weight).add_(self.averages, alpha=weight)
-        values.index_copy_(0, rules.averages, mine)
+        own.view(rules.dtype)[rules.averages].mul_(1 - weight).add_(self._averages, alpha=weight)
         if rules.count_names:
-            calls = own.view(torch.int64)
-            calls.index_copy_(0, rules.counts, calls.index_select(0, rules.counts).add_(self.counts))
-        for start, end in rules.newest:
-            own[start:end].copy_(self.flat[start:end])
-
-
-def _elements(spans: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The numbers of the elements in these spans of bytes."""
-    size = dtype.itemsize
-    ranges = [torch.arange(start // size, end // size) for start, end in spans]
-    return torch.cat(ranges).to(device) if ranges else torch.empty(0, dtype=torch.int64, device=device)
+            own[rules.counts].view(torch.int64).add_(self.flat[rules.counts].view(torch.int64))
+        if rules.newest.start < rules.newest.stop:
+            own[rules.newest].copy_(self.flat[rules.newest])

@@ -17,6 +17,7 @@ from ormo_rpc.server.buffer_layout import PackedTensors, same_bytes
 from ormo_rpc.server.buffers import RunningBuffers
 from ormo_rpc.server.packed_buffers import Reported
 from ormo_rpc.server.validation import validate_push
+from ormo_rpc.transports.push_reader import PushReader
 
 PARAMS = torch.zeros(3)
 
@@ -115,16 +116,26 @@ def test_a_gradient_that_is_not_finite_is_told_first() -> None:
         validate_push(bad, PARAMS, RunningBuffers(buffers.tensors, buffers.rules))
 
 
-def test_a_push_that_is_checked_is_not_read_again() -> None:
+def test_what_a_worker_changes_after_the_check_does_not_enter() -> None:
     buffers = norms(0.1, 0.1)
     running, expected = (RunningBuffers(buffers.tensors, buffers.rules) for _ in range(2))
+    form = PushFormat(params=Layout({"w": PARAMS}), buffers=buffers.layout, dtype=torch.float32)
+    encoder = Encoder(form)
+    reader = PushReader(form, encoder.wire, shared=True)
     values = reported(buffers, 0)
-    del values["seen"]  # its newest value is not looked at
-    whole = {**values, "seen": torch.zeros(2)}
-    push = pushed(buffers, whole)
+    encoder.buffers.write(values)
+    push = reader.read({"worker": 0, "ticket": 0, "stamp": 0})
     validated = validate_push(push, PARAMS, running)
-    for value in push.buffers.values():  # as a hostile worker could change what it shares
-        value.zero_()
+    assert isinstance(validated.buffers, Reported)
+    encoder.wire.fill_(255)
     running.update(validated.buffers)
-    expected.update(whole)
+    expected.update(values)
     assert all(same_bytes(running.current[name], value) for name, value in expected.current.items())
+
+
+def test_buffers_of_one_sort_lie_side_by_side() -> None:
+    buffers = norms(0.1, 0.1)
+    starts = sorted(buffers.tensors, key=lambda name: buffers.layout.span(name))
+    assert [name.split("_")[-1] for name in starts] == ["mean", "mean", "var", "var", "tracked", "tracked", "seen"]
+    assert list(buffers.layout.views(buffers.initial)) == list(buffers.tensors)
+    assert all(same_bytes(each, buffers.tensors[name]) for name, each in buffers.layout.views(buffers.initial).items())
