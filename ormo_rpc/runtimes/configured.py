@@ -57,7 +57,8 @@ def configured_evaluator(config: Config, model: FlatModel, data: DataSet) -> Eva
     """
     set_arithmetic(config.worker)
     device = devices.resolve_if_there(config.worker.device, key=DEVICE)
-    return Evaluator(model, data, config.task, config.train.batch_size, config.worker.autocast.dtype, device)
+    options = config.worker
+    return Evaluator(model, data, config.task, config.train.batch_size, options.autocast.dtype, device, options.data_on_device)
 
 
 def configured_scale(config: Config, model: FlatModel) -> LossScale | None:

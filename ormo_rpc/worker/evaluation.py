@@ -12,6 +12,7 @@ import torch
 
 from ormo_rpc import devices
 from ormo_rpc.data import DataSet, Split
+from ormo_rpc.data.placing import placed
 from ormo_rpc.data.trees import to_device
 from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.seeding import seeded
@@ -51,6 +52,7 @@ class Evaluator:
         autocast: The dtype of passes under ``torch.autocast``, that of training; None for none.
         device: The device that the model is moved to at the first evaluation, as a GPU takes its time to begin; by default it
             stays where it is.
+        data_on_device: Keep the splits on a GPU as well; None: where they fit into a part of what is free.
     """
 
     def __init__(
@@ -61,10 +63,13 @@ class Evaluator:
         dense_batch_size: int = 32,
         autocast: torch.dtype | None = None,
         device: torch.device | None = None,
+        data_on_device: bool | None = None,
     ) -> None:
         self.model = model
         self._device = device or model.device
         self.data = data
+        self._wanted = None if data_on_device else data_on_device  # what is the user's own code stays, and is copied
+        self._placed: dict[str, Split] = {}
         self.task = task or Classification()
         self._stateful = self.task.stateful_metrics()
         self.dense_batch_size = dense_batch_size
@@ -95,6 +100,9 @@ class Evaluator:
 
     def _means(self, name: str, data: Split, params: torch.Tensor, buffers: Mapping[str, torch.Tensor]) -> Mapping[str, float]:
         self._load(params, buffers)
+        if name not in self._placed:
+            self._placed[name] = placed(data, self._device, self._wanted)
+        data = self._placed[name]
         totals: dict[str, Sums] = {}
         self._stateful.begin()
         for indices in torch.arange(len(data)).split(self._batch_size(data)):
