@@ -18,7 +18,7 @@ from ormo_rpc.server.buffer_rules import Rule, RuleKind
 
 MOST_CALLS = 2**31 - 1
 """The largest number of calls of a norm in a push, so that no sum of them overflows."""
-_CODES = {torch.float32: "f", torch.float64: "d"}
+_CODES = {"torch.float32": "f", "torch.float64": "d"}  # by name, as this module is read before PyTorch is
 """Of `struct`."""
 
 
@@ -59,7 +59,7 @@ class PackedRules:
         averages = [name for name, rule in rules.items() if rule.kind is RuleKind.average]
         counted = [name for name, rule in rules.items() if rule.kind is RuleKind.count]
         dtypes = {layout.dtypes[name] for name in averages}
-        if len(dtypes) != 1 or not dtypes <= _CODES.keys() or torch.bool in layout.dtypes.values():
+        if len(dtypes) != 1 or not {*map(str, dtypes)} <= _CODES.keys() or torch.bool in layout.dtypes.values():
             return None
         if any(rules[name].count not in (None, *counted) for name in averages):
             return None
@@ -124,7 +124,7 @@ class Reported:
         least = variances.amin() if len(variances) else number.new_zeros((), dtype=rules.dtype)
         read = (self.flat[rules.counts], number, self._averages.sum(), least)
         data = torch.cat([each.reshape(-1).view(torch.uint8) for each in read]).cpu().numpy().tobytes()
-        form = f"<{'q8x' * len(rules.count_names)}{_CODES[number.dtype]}{2 * _CODES[rules.dtype]}"
+        form = f"<{'q8x' * len(rules.count_names)}{_CODES[str(number.dtype)]}{2 * _CODES[str(rules.dtype)]}"
         *counts, value, total, smallest = struct.unpack(form, data)
         self.calls = dict(zip(rules.count_names, counts, strict=True))
         possible = not counts or (min(counts) >= 0 and max(counts) <= MOST_CALLS)
