@@ -162,7 +162,7 @@ def show(plan: Sequence[Planned], where: Sequence[str]) -> None:
     print(as_text(rows), flush=True)
     gradient, epoch_seconds = gradient_seconds(plan[0].run, where)
     print(
-        f"{len(plan)} runs; {gradient * 1000:.0f} ms a gradient here and now: {hours(plan, epoch_seconds):.1f} hours are left"
+        f"{len(plan)} runs; {gradient * 1000:.3g} ms a gradient here and now: {hours(plan, epoch_seconds):.2g} hours are left"
     )
 
 
