@@ -66,10 +66,7 @@ class ValidatedPush:
 
     def tensors(self) -> list[torch.Tensor]:
         """All tensors that a commit reads."""
-        reported = self.buffers
-        if isinstance(reported, Reported):
-            return [self.grad, reported.flat, reported.averages, reported.counts]
-        return [self.grad, *reported.values()]
+        return [self.grad, *([self.buffers.flat] if isinstance(self.buffers, Reported) else self.buffers.values())]
 
 
 def validate_push(

@@ -57,6 +57,7 @@ def test_they_enter_to_the_bit_as_one_by_one(momenta: tuple[float | None, ...]) 
         validated = validate_push(push, PARAMS, together)
         assert isinstance(validated.buffers, Reported)
         assert validated.grad_sum == 1.5
+        assert validated.tensors()[1] is validated.buffers.flat
         together.update(validated.buffers)
         apart.update(values)
         for name, value in apart.current.items():
@@ -72,6 +73,7 @@ def test_some_of_them_are_seen_one_by_one() -> None:
     assert type(push.buffers) is dict
     validated = validate_push(push, PARAMS, running)
     assert validated.buffers == push.buffers
+    assert len(validated.tensors()) == 1 + len(push.buffers)
     other = norms(0.1, 0.1, 0.1)  # in the layout of another model
     with pytest.raises(PushRefused, match="must build the same model"):
         validate_push(pushed(other, reported(other, 0)), PARAMS, running)
