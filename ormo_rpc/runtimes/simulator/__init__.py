@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from ormo_rpc import console
+from ormo_rpc import console, devices
 from ormo_rpc.algorithms._regions import TwoLevels
 from ormo_rpc.config.parsing import save_config
 from ormo_rpc.config.runtimes import Shares
@@ -68,8 +68,10 @@ def run(config: Config, run_dir: Path, began: float, job: Job | SyntheticJob) ->
         RunFailed: it was interrupted, or there is no worker left that could end it; a checkpoint is left. What a user's model
             or data set raises passes.
     """
+    server = devices.resolve(config.server.device, key="server.device") if isinstance(job, Job) else torch.device("cpu")
     try:
-        return _run(config, run_dir, began, job)
+        with devices.in_front(server):  # of a GPU that it shares with workers, which it would wait for at each push
+            return _run(config, run_dir, began, job)
     except (ConfigError, RunFailed):
         raise
     except (Exception, SystemExit) as error:  # of the user's model or data set, or a full disk
