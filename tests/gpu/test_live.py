@@ -62,7 +62,6 @@ def test_a_worker_on_the_gpu_trains_as_on_the_cpu(transport: str, gpu: torch.dev
 
 
 def test_workers_share_a_gpu_and_one_that_dies_is_replaced(tmp_path: Path, gpu: torch.device) -> None:
-    free, _ = torch.cuda.mem_get_info(gpu)
     options = (*DATA, "workers=2", "worker.device=cuda", f"train.max_iterations={TICKETS}", "runtime.faults=[kill@1:20]")
     status, _, err = launch(tmp_path / "live", *QUIET, *options, "runtime.restart_backoff_seconds=0")
     assert status == 0, err
@@ -76,7 +75,6 @@ def test_workers_share_a_gpu_and_one_that_dies_is_replaced(tmp_path: Path, gpu: 
     assert found["test_accuracy"] > 0.5
     log = (tmp_path / "live" / "logs" / "server.log").read_text()
     assert "worker 1 computes on cuda:0 (" in log
-    assert torch.cuda.mem_get_info(gpu)[0] > free - 2**28, "all processes have given the GPU's memory back"
 
     # The same run goes on by the fallback, and in a simulation on the CPU.
     resume = (*QUIET, *DATA, "workers=2", f"train.max_iterations={TICKETS + 40}", f"checkpoint.resume={tmp_path / 'live'}")

@@ -22,7 +22,7 @@ from ormo_rpc.config.parsing import save_config
 from ormo_rpc.config.runtimes import Shares
 from ormo_rpc.config.schema import Config
 from ormo_rpc.data.tickets import TicketParts
-from ormo_rpc.devices import described
+from ormo_rpc.devices import described, peak_bytes
 from ormo_rpc.errors import ConfigError, RunFailed, RunInterrupted, one_line
 from ormo_rpc.runtimes.configured import time_generator
 from ormo_rpc.runtimes.job import Job
@@ -216,8 +216,11 @@ def _shared_rounds(config: Config, job: Job | SyntheticJob) -> SharedRounds:
 
 
 def _device(job: Job | SyntheticJob) -> dict[str, Any]:
-    """Return the summary's entry about the device of the virtual workers."""
-    return {"worker_device": described(job.device(0))} if isinstance(job, Job) else {}
+    """Return the summary's entries about the device of the virtual workers."""
+    if not isinstance(job, Job):
+        return {}
+    device = job.device(0)
+    return {"worker_device": described(device), "worker_gpu_bytes": peak_bytes(device) or None}
 
 
 def _loads(cluster: Cluster, seconds: float) -> dict[str, Any]:
