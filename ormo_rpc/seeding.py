@@ -68,6 +68,12 @@ def reseed(seed: int, purpose: str, number: int) -> None:
     _seed_all(seed_for(seed, purpose, number))
 
 
+def cpu_states() -> tuple[object, ...]:
+    """The states of the global generators of torch on the CPU, numpy and Python, to tell if anything was drawn between two."""
+    numpy = [np.asarray(each).tobytes() for each in np.random.get_state()]
+    return torch.default_generator.get_state().numpy().tobytes(), random.getstate(), numpy
+
+
 def _seed_all(start: int) -> None:
     torch.default_generator.manual_seed(start)
     if torch.cuda.is_initialized():

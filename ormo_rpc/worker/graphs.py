@@ -85,6 +85,8 @@ class GraphWorker(Worker):
         self._slots: list[Slot] = []
         self._inputs: dict[Hashable, Inputs] = {}
         self._recordings: dict[tuple[Hashable, bool], Callable[[], None]] = {}
+        self._kept: list[torch.Tensor] = []
+        """Plain attributes of modules, such as masks: recordings read them, also once a pass has put others there."""
         self._scale = 1.0
         """What the recordings scale losses by."""
         self._begun = self._taken = 0
@@ -224,6 +226,9 @@ class GraphWorker(Worker):
         if (form, scaled) not in self._recordings:
             with seeded(self.seed, "record", len(self._recordings)):  # of no ticket, so that what it freezes is seen soon
                 self._recordings[form, scaled] = self._lane.record(functools.partial(self._pass, inputs, scaled=scaled))
+            modules = self._recorded_model.module.modules()
+            self._kept += [each for module in modules for each in vars(module).values() if isinstance(each, torch.Tensor)]
+            inputs.put(batch)  # the passes so far may have changed it in place
         return self._recordings[form, scaled]
 
     def _pass(self, inputs: Inputs, *, scaled: bool) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ormo_rpc.errors import ModelRefused, one_line
-from ormo_rpc.seeding import seed_for, seeded
+from ormo_rpc.seeding import cpu_states, seed_for, seeded
 
 WARM_UPS = 2
 """Passes before the recording: libraries allocate and choose in the first ones."""
@@ -65,14 +65,14 @@ class Lane:
         """Do work a few times, and record it; return what repeats it on the current stream. On the CPU it is done again.
 
         Raises:
-            ModelRefused: it waits for the device, or cannot be recorded.
+            ModelRefused: it waits for the device, draws random numbers elsewhere, or cannot be recorded.
         """
         if self.stream is None:
             return work
         with self.entered():
             for _ in range(WARM_UPS):
                 work()
-            with _refused(), _not_waiting():
+            with _refused(), _not_waiting(), _not_drawing():
                 work()
             graph = torch.cuda.CUDAGraph()
             with _refused(), torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"):
@@ -91,6 +91,18 @@ def _not_waiting() -> Generator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(former)
+
+
+@contextlib.contextmanager
+def _not_drawing() -> Generator[None]:
+    """Raise where anything draws from a global generator of the CPU: the same would be drawn again and again."""
+    before = cpu_states()
+    yield
+    if cpu_states() != before:
+        raise refused(
+            "got a pass that draws random numbers on the CPU, or from Python's or numpy's generator, expected draws on the GPU "
+            "alone, which alone a recording makes anew"
+        )
 
 
 @contextlib.contextmanager

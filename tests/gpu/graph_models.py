@@ -53,6 +53,37 @@ class StochasticDepth(Net):
         return hidden + self.layer(hidden).relu() if random.random() < 0.5 else hidden
 
 
+class Alternating(Net):
+    """A number of Python's decides what is computed."""
+
+    calls = 0
+
+    @override
+    def middle(self, hidden: Tensor) -> Tensor:
+        self.calls += 1
+        return hidden + self.layer(hidden).relu() if self.calls % 2 else hidden
+
+
+class Centring(Net):
+    """Changes its inputs in place."""
+
+    @override
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images.mul_(2.0).sub_(0.5))
+
+
+class Masking(Net):
+    """Keeps a mask for the newest size of batches."""
+
+    mask = torch.empty(0)
+
+    @override
+    def middle(self, hidden: Tensor) -> Tensor:
+        if len(self.mask) != len(hidden):
+            self.mask = torch.linspace(0.5, 1.5, len(hidden), device=hidden.device)[:, None]
+        return self.norm(hidden * self.mask)
+
+
 class CalledTwice(Net):
     """One batch norm, two calls."""
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ormo_rpc.seeding import generator, seed_for, seeded
+from ormo_rpc.seeding import cpu_states, generator, seed_for, seeded
 
 NUMBERS = st.integers(min_value=0, max_value=2**40)
 
@@ -71,3 +73,13 @@ def test_every_global_generator_is_seeded_and_left_where_it_was() -> None:
     assert tuple(found) == expected
     with seeded(3, "forward", 17):
         assert draws() == inner
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, np.random.randn, functools.partial(torch.rand, 1)])
+def test_the_states_of_the_cpu_tell_of_each_draw(draw: Callable[[], object]) -> None:
+    with seeded(1, "draws", 0):
+        before = cpu_states()
+        torch.rand(1, generator=torch.Generator().manual_seed(0))
+        assert cpu_states() == before
+        draw()
+        assert cpu_states() != before
