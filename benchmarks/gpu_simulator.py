@@ -10,11 +10,13 @@ the GPU), and the GPU's time for one gradient alone.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,10 @@ from ormo_rpc.data import ArraySplit, DataSet
 from ormo_rpc.report.table import as_markdown as table
 from ormo_rpc.runtimes import simulator
 from ormo_rpc.runtimes.job import Job
+from ormo_rpc.runtimes.session import Session
 from ormo_rpc.runtimes.simulator.cluster import Cluster
 from ormo_rpc.seeding import generator
+from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.worker import graphs
 from ormo_rpc.worker.slots import Slot
 
@@ -37,6 +41,15 @@ MOMENTUM, DECAY, LR = 0.9, 1e-4, 0.05
 STAGED = 16
 """Batches whose numbers the plain loop has under way."""
 WARM_UPS = 11
+STAGES: Mapping[str, tuple[type[Any], str]] = {
+    "begin": (graphs.GraphWorker, "begin"),
+    "wait": (Slot, "wait"),
+    "check": (ParameterServer, "validate"),
+    "commit": (ParameterServer, "commit"),
+    "observe": (Session, "observe"),
+    "flush": (Session, "flush"),
+}
+"""The parts of a ticket on the host: a class, and its method. ``wait`` is for a gradient, ``check`` waits as well."""
 
 
 def images(samples: int = 50_000) -> DataSet:
@@ -163,10 +176,11 @@ class Turns:
         self.count = count
         self.ours: list[float] = []
         self.theirs: list[float] = []
-        self.waiting: list[float] = []
+        self.stages: list[dict[str, float]] = []
+        """Seconds of the host by stage, for each turn of the simulation."""
+        self.spent = defaultdict[str, float](float)
+        """Those of this turn."""
         self.began: float | None = None
-        self.waited = 0.0
-        """Seconds of this turn in which the host has waited for the GPU."""
 
     def between(self, iteration: int) -> None:
         """Change turns where that is due."""
@@ -176,14 +190,42 @@ class Turns:
         now = time.perf_counter()
         if self.began is not None:
             self.ours.append((now - self.began) / self.count)
-            self.waiting.append(self.waited / self.count)
+            self.stages.append(dict(self.spent))
         self.plain.run(self.count // 4)
         synchronize(self.plain.device)
         now = time.perf_counter()
         self.plain.run(self.count)
         synchronize(self.plain.device)
         self.theirs.append((time.perf_counter() - now) / self.count)
-        self.waited, self.began = 0.0, time.perf_counter()
+        self.spent.clear()
+        self.began = time.perf_counter()
+
+    def microseconds(self, stage: str) -> float:
+        """The median time of a stage for a ticket."""
+        return 1e6 * statistics.median(each.get(stage, 0.0) for each in self.stages) / self.count
+
+    @contextlib.contextmanager
+    def timed(self) -> Generator[None]:
+        """Measure the stages of a ticket in the meantime; what one does within another counts for both."""
+        former = {stage: getattr(kind, name) for stage, (kind, name) in STAGES.items()}
+
+        def watched(stage: str, method: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*arguments: Any, **options: Any) -> Any:
+                began = time.perf_counter()
+                try:
+                    return method(*arguments, **options)
+                finally:
+                    self.spent[stage] += time.perf_counter() - began
+
+            return call
+
+        for stage, (kind, name) in STAGES.items():
+            setattr(kind, name, watched(stage, former[stage]))
+        try:
+            yield
+        finally:
+            for stage, (kind, name) in STAGES.items():
+                setattr(kind, name, former[stage])
 
 
 def measured(options: list[str], turns: Turns) -> Any:
@@ -203,19 +245,13 @@ def measured(options: list[str], turns: Turns) -> Any:
                 turns.between(self.last)
             return super().step()
 
-    def wait(self: Slot) -> list[float]:
-        began = time.perf_counter()
-        losses = waited(self)
-        turns.waited += time.perf_counter() - began
-        return losses
-
-    waited, former = Slot.wait, simulator.Cluster
-    Slot.wait, simulator.Cluster = wait, Watched
+    former = simulator.Cluster
+    simulator.Cluster = Watched
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, turns.timed():
             ormo_rpc.train(options, run_dir=Path(folder) / "run")
     finally:
-        Slot.wait, simulator.Cluster = waited, former
+        simulator.Cluster = former
     return sources[0]
 
 
@@ -241,9 +277,8 @@ def comparisons(arguments: argparse.Namespace, device: torch.device) -> Iterator
             "plain_gpu_us": 1e6 * plain.gpu_seconds(),
         }
         if isinstance(source, graphs.GraphWorker):
-            waiting = statistics.median(turns.waiting)
-            found["host_us"] = 1e6 * (ours - waiting)
-            found["waiting_us"] = 1e6 * waiting
+            found["host_us"] = 1e6 * ours - turns.microseconds("wait")
+            found |= {f"{stage}_us": turns.microseconds(stage) for stage in STAGES}
             recording = next(iter(source._recordings.values()))  # pyright: ignore[reportPrivateUsage] # the first is that of a full batch
             found["gradient_gpu_us"] = 1e6 * gpu_seconds(recording, 200)
         yield found
