@@ -22,10 +22,18 @@ from ormo_rpc.errors import ConfigError
 
 _EVERYWHERE = ("auto", "cpu")
 _NAME = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
-_LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK")
-"""The number of a process on its machine, as torchrun, srun, Open MPI, MPICH and MVAPICH tell it."""
-_RANKS = ("RANK", "SLURM_STEP_ID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
-"""Beside each of them: where it is missing, the number is left over from elsewhere."""
+_RANKS = {
+    "LOCAL_RANK": ("WORLD_SIZE",),
+    "SLURM_LOCALID": ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"),
+    "OMPI_COMM_WORLD_LOCAL_RANK": ("OMPI_COMM_WORLD_SIZE",),
+    "MPI_LOCALRANKID": ("PMI_SIZE",),
+    "MV2_COMM_WORLD_LOCAL_RANK": ("MV2_COMM_WORLD_SIZE",),
+}
+"""The variable of the number of a process on its machine (torchrun, srun, Open MPI, MPICH, MVAPICH), with those of the number of
+all processes: where that is one, or missing, the process is alone, or its number is left over from elsewhere."""
+_STEP = "SLURM_STEP_ID"
+_RESERVED_STEP = 0xFFFFFFF0
+"""The first of the numbers that are no steps of srun's, such as that of the batch script."""
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/nvmap"), Path("/dev/kfd"), Path("/dev/dxg"))
 """Of NVIDIA, on its boards for vehicles and robots too, of AMD, and of either under Windows."""
@@ -79,8 +87,12 @@ def _counted(visible: str | None) -> int:
 
 def local_rank(env: Mapping[str, str]) -> int | None:
     """The number of this process among the ranks on its machine; None where it is none of several ranks."""
-    for local, rank in zip(_LOCAL_RANKS, _RANKS, strict=True):
-        if rank in env and env.get(local, "").isdecimal():
+    for local, sizes in _RANKS.items():
+        size = next((env[name] for name in sizes if name in env), "")
+        if not (env.get(local, "").isdecimal() and size.isdecimal() and int(size) > 1):
+            continue
+        step = env.get(_STEP, "")
+        if local != "SLURM_LOCALID" or (step.isdecimal() and int(step) < _RESERVED_STEP):
             return int(env[local])
     return None
 

@@ -13,7 +13,7 @@ from ormo_rpc import devices
 from ormo_rpc.errors import ConfigError
 from tests.support.processes import QUIET
 
-RANKS = ("RANK", "LOCAL_RANK", "SLURM_STEP_ID", "SLURM_LOCALID")
+RANKS = ("WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_ID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS")
 
 
 @pytest.fixture
@@ -39,15 +39,21 @@ def test_workers_share_the_gpus_by_their_numbers() -> None:
 
 def test_a_rank_has_the_gpu_of_its_number_on_its_machine(gpus: pytest.MonkeyPatch) -> None:
     gpus.setenv("LOCAL_RANK", "1")
-    assert resolved("cuda", worker=2) == "cuda:0", "a number without RANK is left over from elsewhere"
-    gpus.setenv("RANK", "5")
+    assert resolved("cuda", worker=2) == "cuda:0", "a number without a size is left over from elsewhere"
+    gpus.setenv("WORLD_SIZE", "8")
     assert resolved("cuda", worker=2) == "cuda:1"
     gpus.setenv("LOCAL_RANK", "2")  # the server, and a worker for each GPU
     assert resolved("cuda", worker=0) == "cuda:0"
-    gpus.delenv("RANK")
-    gpus.setenv("SLURM_STEP_ID", "0")
-    gpus.setenv("SLURM_LOCALID", "3")
-    assert resolved("auto", worker=0) == "cuda:1"
+
+
+@pytest.mark.parametrize(
+    ("step", "tasks", "expected"),
+    [("0", "8", "cuda:1"), ("0", "1", "cuda:0"), ("4294967291", "8", "cuda:0"), ("", "8", "cuda:0")],
+)
+def test_a_task_of_srun_is_a_rank_unless_it_is_alone(gpus: pytest.MonkeyPatch, step: str, tasks: str, expected: str) -> None:
+    for name, value in (("SLURM_LOCALID", "3"), ("SLURM_NTASKS", tasks), ("SLURM_STEP_ID", step)):
+        gpus.setenv(name, value)
+    assert resolved("auto", worker=0) == expected
 
 
 @pytest.mark.usefixtures("gpus")
