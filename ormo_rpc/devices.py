@@ -29,8 +29,8 @@ _RANKS = {
     "MPI_LOCALRANKID": ("PMI_SIZE",),
     "MV2_COMM_WORLD_LOCAL_RANK": ("MV2_COMM_WORLD_SIZE",),
 }
-"""The variable of the number of a process on its machine (torchrun, srun, Open MPI, MPICH, MVAPICH), with those of the number of
-all processes: where that is one, or missing, the process is alone, or its number is left over from elsewhere."""
+"""The variable of the number of a process on its machine (torchrun, srun, Open MPI, MPICH, MVAPICH), with those of the number
+of all: where that is one, or missing, the process is alone, or its number is left over from elsewhere."""
 _STEP = "SLURM_STEP_ID"
 _RESERVED_STEP = 0xFFFFFFF0
 """The first of the numbers that are no steps of srun's, such as that of the batch script."""
