@@ -93,8 +93,7 @@ class TritonSteps(Steps):
 def triton_steps(device: torch.device) -> TritonSteps | None:
     """Return the steps for a GPU once one was tried there; None, with a line in the log, where Triton is missing or fails.
 
-    Triton compiles a kernel at its first use, within a second, into the cache of its user (``TRITON_CACHE_DIR``); it needs a C
-    compiler for that.
+    Triton compiles a kernel at its first use, into its cache (``TRITON_CACHE_DIR``), and needs a C compiler for that.
     """
     if importlib.util.find_spec("triton") is None:
         _log.info("no Triton: the server's steps run in torch on %s, which takes more passes over its memory", device)
