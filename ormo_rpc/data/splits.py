@@ -180,7 +180,7 @@ class ArraySplit:
     ) -> None:
         self.images = images
         self.labels = labels
-        self.scale = scale
+        self.scale: int | torch.Tensor = scale
         self.mean = torch.tensor(mean).view(-1, 1, 1)
         self.std = torch.tensor(std).view(-1, 1, 1)
         self.augment = augment
@@ -203,6 +203,8 @@ class ArraySplit:
         there = copy.copy(self)
         there.images, there.labels = self.images.to(device), self.labels.to(device)
         there.mean, there.std = self.mean.to(device), self.std.to(device)
+        # A number in its place would be a factor on a GPU, the rounded inverse.
+        there.scale = torch.as_tensor(self.scale, dtype=torch.float32, device=device)
         return there
 
     def draws(self, indices: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:

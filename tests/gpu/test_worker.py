@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from ormo_rpc.cli import compose
+from ormo_rpc.data import Resident
 from ormo_rpc.kernels.page_locked import zeros
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.runtimes.job import Job
+from ormo_rpc.seeding import generator
+from tests.gpu.images import images
 
 SMALL = ("dataset._target_=tests.gpu.images.images", "train.batch_size=16", "train.weight_decay=0.01", "workers=1")
 COLOURED = (*SMALL, "+dataset.side=32", "+dataset.channels=3", "+dataset.count=64", "+dataset.augment=true")
@@ -145,3 +148,15 @@ def test_a_worker_of_a_loaded_reply_leaves_it_as_it_is(gpu: torch.device) -> Non
     before = reply.params.clone()
     worker.compute(reply)
     assert torch.equal(reply.params, before)
+
+
+def test_batches_that_are_made_on_the_gpu_have_the_bits_of_the_cpu(gpu: torch.device) -> None:
+    split = images(count=512, side=32, channels=3, augment=True).train
+    assert isinstance(split, Resident)
+    there, indices = split.to(gpu), torch.arange(512)
+    for number in (None, 7):
+        drawn = None if number is None else generator(0, "augment", number)
+        again = None if number is None else generator(0, "augment", number)
+        for made, expected in zip(there.batch(indices, drawn), split.batch(indices, again), strict=True):
+            assert made.device == gpu
+            assert torch.equal(made.cpu(), expected)
