@@ -26,10 +26,12 @@ SECRET = Secret("a secret that only we two know")
 TICKETS = 200
 
 
-def losses(transport: str, device: str) -> list[float]:
+def losses(transport: str, device: str, *more: str) -> list[float]:
     """The losses of a run with one worker, which is in this process."""
     found = list[float]()
-    job = Job(compose(["workers=1", *DATA, f"transport={transport}", f"worker.device={device}", "train.max_iterations=40"]))
+    job = Job(
+        compose(["workers=1", *DATA, f"transport={transport}", f"worker.device={device}", "train.max_iterations=40", *more])
+    )
     server = job.server(lambda event: found.append(event.data["loss"]) if event.kind is Kind.apply else None, lambda: 0.0)
     service = Service(server, lambda _: None, push_format=job.push_format())
     side = job.config.transport.server_side()
@@ -59,6 +61,12 @@ def test_a_worker_on_the_gpu_trains_as_on_the_cpu(transport: str, gpu: torch.dev
     here = losses(transport, "cpu")
     assert len(there) == len(here) == 40
     assert there == pytest.approx(here, rel=1e-3)
+
+
+def test_a_push_leaves_the_gpu_while_the_next_ticket_is_computed(gpu: torch.device) -> None:
+    found = losses("shm", str(gpu), "worker.prefetch=2")
+    assert len(found) == 40
+    assert sum(found[-10:]) < 0.95 * sum(found[:10])
 
 
 def test_workers_share_a_gpu_and_one_that_dies_is_replaced(tmp_path: Path, gpu: torch.device) -> None:

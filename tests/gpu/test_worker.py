@@ -129,6 +129,24 @@ def test_batches_that_are_loaded_ahead_are_the_same(gpu: torch.device) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+@pytest.mark.parametrize("options", [(), ("wire.dtype=bf16",), ("compression=topk",)], ids=["exact", "bf16", "topk"])
+def test_a_push_that_is_copied_meanwhile_is_the_same_once_it_is_waited_for(options: tuple[str, ...], gpu: torch.device) -> None:
+    wires = list[torch.Tensor]()
+    for deferred in (False, True):
+        job = Job(compose([*COLOURED, "model=resnet20", "worker.deterministic=true", *options]))
+        worker = job.worker(functools.partial(zeros, page_locked=True), gpu)
+        if deferred:
+            worker.defer_copy()
+        (first,) = job.server(lambda _: None, lambda: 0.0).start([0])
+        for ticket in (0, 1):
+            worker.compute(dataclasses.replace(first, ticket=ticket))
+            worker.wait_for_copy()
+            wires.append(worker.wire.clone())
+    torch.use_deterministic_algorithms(False)
+    assert torch.equal(wires[0], wires[2])
+    assert torch.equal(wires[1], wires[3])
+
+
 def test_an_evaluation_on_the_gpu_is_that_of_the_cpu(gpu: torch.device) -> None:
     found = list[dict[str, float]]()
     for device in (gpu, torch.device("cpu")):
