@@ -103,13 +103,13 @@ def validate_push(
             f"{sender}: got the buffers {got}, expected of {expected}; server and worker must build the same model"
         )
     grad = _there(push.grad.detach(), params.device)
-    entering: Mapping[str, torch.Tensor] | Reported | None = buffers.select(push.buffers)
-    if entering is None:
-        grad_sum = _check_finite(grad, f"{sender}: gradient")
-    else:
+    entering = buffers.select(push.buffers) if push.buffers else push.buffers
+    if isinstance(entering, Reported):
         total, possible = entering.read(_sum(grad))
         grad_sum = _check_finite(grad, f"{sender}: gradient", total)
         entering = entering if possible else None
+    else:
+        grad_sum = _check_finite(grad, f"{sender}: gradient")
     if entering is None:
         entering = _check_buffers(push.buffers, buffers, sender)
     if push.loss is not None and not math.isfinite(push.loss):
@@ -175,15 +175,12 @@ def _check_fields(push: Push) -> None:
         check_whole(push.loss_scale, "push: loss_scale")
     if push.loss is not None and type(push.loss) is not float:
         check_whole(push.loss, "push: loss")
-    # Those that are packed are of our own decoder.
-    if type(push.buffers) is not PackedTensors and not _has_texts_as_keys(push.buffers):
+    if type(push.buffers) is PackedTensors:  # made by our own decoder
+        pass
+    elif not isinstance(push.buffers, Mapping) or not all(type(name) is str for name in push.buffers):  # pyright: ignore[reportUnnecessaryIsInstance] # it came from elsewhere
         raise PushRefused(f"push: buffers: got a {type(push.buffers).__name__}, expected tensors by name")
     if type(push.metrics) is not dict or push.metrics:
         check_push_metrics(push.metrics, "push: metrics")
-
-
-def _has_texts_as_keys(value: object) -> bool:
-    return isinstance(value, Mapping) and all(type(name) is str for name in value)
 
 
 def _check_like(
@@ -211,7 +208,7 @@ def _check_buffers(reported: Mapping[str, torch.Tensor], buffers: RunningBuffers
     together: dict[tuple[RuleKind, bool, torch.dtype], tuple[Rule, list[torch.Tensor]]] = {}
     for name, value in reported.items():
         _check_like(value, buffers.current[name], f"{sender}: buffer {name!r}")
-    if buffers.device.type != "cpu":
+    if reported and buffers.device.type != "cpu":
         reported = {name: _there(value.detach(), buffers.device) for name, value in reported.items()}
     for name, value in reported.items():
         rule = buffers.rules[name]
