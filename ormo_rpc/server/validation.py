@@ -79,7 +79,7 @@ def validate_push(
 ) -> ValidatedPush:
     """Check everything about a push that does not depend on the assignments.
 
-    What lies on the CPU is copied to the server's device, in the stream of the caller, who has waited for it when this returns.
+    What lies elsewhere is copied to the server's device, in the stream of the caller, who has waited for it when this returns.
 
     Args:
         push: The push.
@@ -191,7 +191,7 @@ def _check_like(
     if vectors == 1 and got.shape == expected.shape and got.dtype is dtype and got.device == expected.device:
         return
     shape = expected.shape if vectors == 1 else torch.Size([vectors * expected.numel()])
-    device = got.device if got.device.type == "cpu" else expected.device  # from there it is copied
+    device = expected.device if got.device.type == "meta" else got.device  # from everywhere else it is copied
     pairs = {"shape": (got.shape, shape), "dtype": (got.dtype, dtype), "device": (got.device, device)}
     for attribute, (came, wanted) in pairs.items():
         if came != wanted:
@@ -220,12 +220,14 @@ def _check_buffers(reported: Mapping[str, torch.Tensor], buffers: RunningBuffers
     except PushRefused:  # which one, and what of it
         for name, value in reported.items():
             _check_possible(value, buffers.rules[name], f"{sender}: buffer {name!r}")
+    if reported and not together and buffers.device.type == "cuda":  # no value was looked at, which waits for the copies
+        torch.cuda.current_stream(buffers.device).synchronize()
     return reported
 
 
 def _there(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The values on the server's device; a copy of page-locked memory is only begun."""
-    return values if values.device == device else values.to(device, non_blocking=True)
+    return values if values.device == device else values.to(device, non_blocking=values.device.type == "cpu")
 
 
 def _check_possible(value: torch.Tensor, rule: Rule, what: str) -> None:

@@ -27,6 +27,7 @@ from ormo_rpc.server.build import build_server
 from ormo_rpc.server.events import Event
 from ormo_rpc.server.packed_buffers import Reported
 from ormo_rpc.server.parameter_server import ParameterServer, Status
+from ormo_rpc.server.validation import validate_push
 from tests.support.contract import ROWS, same
 from tests.support.contract_row import Row
 
@@ -258,6 +259,17 @@ def test_a_gradient_that_is_not_finite_is_rejected(gpu: torch.device) -> None:
     assert driven.server.iteration == 5
     assert driven.server.status is Status.running
     assert [event.kind.value for event in driven.events if event.kind.value == "discard"] == ["discard"]
+
+
+def test_buffers_without_a_rule_are_there_when_a_push_is_checked(gpu: torch.device) -> None:
+    size = 20_000_000
+    pushed = torch.ones(size).pin_memory()
+    push = Push(worker=0, ticket=0, stamp=0, grad=torch.zeros(3).pin_memory(), loss=1.0, buffers={"seen": pushed})
+    running = RunningBuffers({"seen": torch.zeros(size)}, device=gpu)
+    validated = validate_push(push, torch.zeros(3, device=gpu), running)
+    pushed.fill_(7.0)  # its memory is the next push's
+    running.update(validated.buffers)
+    assert bool((running.current["seen"] == 1).all())
 
 
 def test_large_tensors_are_copied_to_the_host_part_by_part(gpu: torch.device) -> None:

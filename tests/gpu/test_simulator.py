@@ -47,6 +47,14 @@ def test_fifty_tickets_end_where_they_do_on_the_cpu(tmp_path: Path) -> None:
     assert there["train_loss"] == pytest.approx(here["train_loss"], rel=1e-3)
 
 
+@pytest.mark.parametrize("compression", ["topk", "powersgd"])
+def test_compressed_pushes_come_to_a_server_on_the_cpu(compression: str, tmp_path: Path) -> None:
+    options = (*RUN, "model=mlp", f"compression={compression}", "train.max_iterations=30", "server.device=cpu")
+    there, here = (train([*options, f"worker.device={name}"], run_dir=tmp_path / name) for name in ("cuda", "cpu"))
+    assert there["iterations"] == here["iterations"] == 30
+    assert distance(parameters(tmp_path / "cuda"), parameters(tmp_path / "cpu")) < 0.05
+
+
 @pytest.mark.parametrize("scheme", [(), ("worker.autocast=bf16", "worker.channels_last=true")])
 def test_it_is_the_same_again_and_replayed_to_the_bit(scheme: tuple[str, ...], tmp_path: Path) -> None:
     options = (*RUN, *GPU, DROPPING, *scheme, "train.max_iterations=40", "worker.deterministic=true")
