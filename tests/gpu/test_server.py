@@ -28,6 +28,7 @@ from ormo_rpc.server.events import Event
 from ormo_rpc.server.packed_buffers import Reported
 from ormo_rpc.server.parameter_server import ParameterServer, Status
 from ormo_rpc.server.validation import validate_push
+from ormo_rpc.storage.journal import FileJournal, recover
 from tests.support.contract import ROWS, same
 from tests.support.contract_row import Row
 
@@ -270,6 +271,27 @@ def test_buffers_without_a_rule_are_there_when_a_push_is_checked(gpu: torch.devi
     pushed.fill_(7.0)  # its memory is the next push's
     running.update(validated.buffers)
     assert bool((running.current["seen"] == 1).all())
+
+
+def test_a_journal_is_read_again_on_any_device(gpu: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driven, journal = Driven(gpu, "ormo", {}, torch.float32), FileJournal(tmp_path)
+    receive = driven.server.receive
+
+    def noted(push: Push) -> list[Reply]:
+        replies = receive(push)
+        journal.push(push, rejected=False)
+        return replies
+
+    monkeypatch.setattr(driven.server, "receive", noted)
+    journal.start(range(3), 0)
+    driven.start().run(20)
+    journal.close()
+    for device in (gpu, CPU):
+        again = Driven(device, "ormo", {}, torch.float32)
+        assert recover(tmp_path, 0, again.server) == 21
+        found, expected = again.state(), driven.state()
+        for key in ("params", "algorithm_state", "buffers", "assignments"):
+            assert same(found[key], expected[key]), key
 
 
 def test_large_tensors_are_copied_to_the_host_part_by_part(gpu: torch.device) -> None:
