@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -18,16 +18,19 @@ SMALL = 0.1
 """A loss below is compared as if it were this large, since its own rounding is that of larger numbers."""
 
 
-def tolerance(dtype: torch.dtype, *dtypes: torch.dtype | None) -> float:
+def tolerance(parameters: Iterable[torch.Tensor], autocast: torch.dtype | None) -> float:
     """Return the relative distance that is explained by rounding.
 
     Args:
-        dtype: Of the vector.
-        dtypes: What passes compute in, where that is another dtype.
+        parameters: What passes compute with.
+        autocast: What they are cast to; None for no cast.
     """
-    if any(each is not None and each.itemsize == 2 for each in dtypes):
+    fewest = min(
+        each.itemsize for each in (autocast or torch.float64, *(each.dtype for each in parameters if each.is_floating_point()))
+    )
+    if fewest <= 2:
         return SIXTEEN
-    if dtype is torch.float64:
+    if fewest == 8:
         return FLOAT64
     rounded = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
     return TF32 if rounded else FLOAT32

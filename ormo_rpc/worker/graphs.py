@@ -75,8 +75,7 @@ class GraphWorker(Worker):
         )
         self._recorded_model = recorded
         self._channels_last = channels_last
-        half = any(parameter.dtype.itemsize == 2 for parameter in model.trainable.values())
-        self._allowed = tolerance(model.dtype, autocast, torch.float16 if half else None)
+        self._allowed = tolerance(model.module.parameters(), autocast)
         self._scales = autocast is torch.float16 or model.has_half
         self._resident = self.data if isinstance(self.data, Resident) and self.data.device == model.device else None
         self._in_place = options.get("allocate") is None and self._encoder.format.exact
