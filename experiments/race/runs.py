@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from typing_extensions import override
@@ -275,4 +275,14 @@ def source_of(kind: type[Any]) -> str:
             node.body = [
                 each for each in node.body if not (isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant))
             ]
-    return ast.dump(tree)
+    return _text(tree)
+
+
+def _text(node: object) -> str:
+    """Write a syntax tree without what is empty, unlike `ast.dump`: newer versions of Python know more fields."""
+    if isinstance(node, list):
+        return f"[{', '.join(map(_text, cast('list[object]', node)))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    present = [f"{name}={_text(value)}" for name, value in ast.iter_fields(node) if value is not None and value != []]
+    return f"{type(node).__name__}({', '.join(present)})"
