@@ -81,6 +81,8 @@ def as_markdown(record: Mapping[str, Any]) -> str:
     page.append("\n".join(f"* {', '.join(titles)}: {words}." for words, titles in where.items()))
     for name, found in measured.items():
         page += [f"## {PARTS[name].title}"]
+        if found.get("note"):
+            page.append(f"**{found['note']}**")
         if found["status"] != "ok":
             page.append(f"**{found['status']}**: {found['reason']}")
         if found["result"] is not None:
@@ -117,6 +119,7 @@ def arguments(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="time for all parts together")
     parser.add_argument("--into", type=Path, default=RESULTS, metavar="FOLDER", help="folder of the results")
     parser.add_argument("--logs", type=Path, metavar="FOLDER", help="folder for the output of each part; by default none")
+    parser.add_argument("--note", help="circumstances of these figures, for the page, such as what else runs on the GPU")
     parser.add_argument("--commit", help="commit, where this is a copy with another history, or none")
     parser.add_argument("--anyway", action="store_true", help="run also without a GPU, where all is skipped: tries the command")
     return parser.parse_args(argv)
@@ -142,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{name}: left out, the time is up", flush=True)
                 continue
             found = run(name, logs / f"{name}.log", min(PARTS[name].limit, left))
-            record["parts"][name] = {"about": about, **found}
+            record["parts"][name] = {"about": about, "note": a.note, **found}
             write(record, a.into)  # at once: whoever ends this command keeps what is done
             print(f"{name}: {found['status']}, {found['seconds']:.0f} s", flush=True)
     print(as_markdown({"parts": {name: record["parts"][name] for name in names if name in record["parts"]}}))

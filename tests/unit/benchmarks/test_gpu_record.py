@@ -99,12 +99,20 @@ def test_a_page_names_cards_failures_and_results_that_it_cannot_draw() -> None:
     outcome = gpu_tests.outcome(SUMMARY).to_dict()
     parts = {
         "tests": {"about": ABOUT, "status": "exit status 1", "reason": "1 failed", "seconds": 3.2, "result": outcome},
-        "sanitizer": {"about": {**ABOUT, "card": "Another"}, "status": "ok", "reason": None, "seconds": 1, "result": {}},
+        "sanitizer": {
+            "about": {**ABOUT, "card": "Another"},
+            "status": "ok",
+            "reason": None,
+            "seconds": 1,
+            "result": {},
+            "note": "Beside",
+        },
     }
     page = gpu.as_markdown({"parts": parts})
     assert "* Tests: 2026-01-02, 1 x A card, driver 1.2, torch 1.2" in page
     assert "* compute-sanitizer: 2026-01-02, 1 x Another" in page
     assert "**exit status 1**: 1 failed" in page
+    assert "## compute-sanitizer\n\n**Beside**" in page
     assert "The result is in the JSON file only: KeyError: 'missing'" in page
     assert gpu_sanitizer.as_markdown({"missing": True, "tools": {}}) == "compute-sanitizer is not installed."
 
