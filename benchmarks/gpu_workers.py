@@ -126,9 +126,10 @@ def _captured(step: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def measured(workers: int, seconds: float) -> dict[str, Any]:
-    """All variants; one that cannot run here has its reason."""
+def measured(workers: int, seconds: float, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """All variants, written one by one, as time may run out; one that cannot run here has its reason."""
     found: dict[str, Any] = {}
+    result = {"workers": workers, "batch": BATCH, "seconds": seconds, "variants": found}
 
     def note(name: str, measure: Callable[[], dict[str, Any]]) -> None:
         try:
@@ -136,19 +137,21 @@ def measured(workers: int, seconds: float) -> dict[str, Any]:
         except Exception as error:  # the others are measured all the same
             found[name] = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
         print(f"{name}: {found[name]}", flush=True)
+        write(result)
 
-    for name, more in LIVE.items():
-        note(name, lambda more=more: live(more, workers, seconds))
     device = torch.device("cuda", 0)
     note(EAGER, lambda: plain(device, seconds / 2, captured=False))
     note(CAPTURED, lambda: plain(device, seconds / 2, captured=True))
-    return {"workers": workers, "batch": BATCH, "seconds": seconds, "variants": found}
+    torch.cuda.empty_cache()
+    for name, more in LIVE.items():
+        note(name, lambda more=more: live(more, workers, seconds))
+    return result
 
 
 def as_markdown(result: Mapping[str, Any]) -> str:
     """A table of the variants, against the plain process."""
     variants: Mapping[str, Mapping[str, Any]] = result["variants"]
-    against = {name: variants[name].get("samples_per_second") for name in (EAGER, CAPTURED)}
+    against = {name: variants.get(name, {}).get("samples_per_second") for name in (EAGER, CAPTURED)}
     lines = [
         f"ResNet-20, batches of {result['batch']}, exact float32, images and augmentation on the GPU; live runs have "
         f"{result['workers']} workers on it.",
@@ -178,9 +181,12 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("benchmarks.gpu_workers: torch sees no GPU here, expected one", file=sys.stderr)
         sys.exit(2)
-    result = measured(a.workers, a.seconds)
-    if a.into is not None:
-        a.into.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    def write(result: dict[str, Any]) -> None:
+        if a.into is not None:
+            a.into.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    result = measured(a.workers, a.seconds, write)
     print(as_markdown(result))
 
 
