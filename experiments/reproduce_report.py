@@ -50,7 +50,10 @@ def real_minutes(run: ResumableRun) -> float | None:
 
 
 def note_machine(work: Path, about: Mapping[str, Any]) -> None:
-    """Keep what a GPU and its machine are beside the runs, as results may be written elsewhere."""
+    """Keep what a GPU and its machine are beside the runs, as results may be written elsewhere.
+
+    Whoever knows more, such as what else has run on the GPU, may add an entry ``note``.
+    """
     (work / MACHINE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
@@ -64,8 +67,10 @@ def machine_in_words(machine: Mapping[str, Any]) -> str:
     """Device, precision and versions in a sentence."""
     if "card" not in machine:
         return f"torch {machine['torch']}, {machine['cpu']}, 1 thread"
+    at_once = "one run at a time" if machine["jobs"] == 1 else f"{machine['jobs']} runs at once"
+    note = f" {machine['note']}." if "note" in machine else ""
     return (
-        f"Data, workers and server on a GPU, each gradient one captured graph, channels last, {machine['jobs']} runs at once: "
+        f"Data, workers and server on a GPU, each gradient one captured graph, channels last, {at_once}.{note} "
         f"{gpu_machine.in_words({**machine})}"
     )
 
