@@ -15,8 +15,8 @@ from ormo_rpc import train
 from ormo_rpc.storage.run_directory import read_trace
 
 RESULTS = Path(__file__).parents[1] / "results"
-SIMULATED = ("runtime=sim", "logger=none", "logger.progress=false")
-"""The overrides of every simulated run."""
+SIMULATED = ("runtime=sim", "worker.device=cpu", "logger=none", "logger.progress=false")
+"""The overrides of every simulated run: on the CPU, also where there is a GPU, unless others follow."""
 
 
 def parser(description: str | None) -> ArgumentParser:

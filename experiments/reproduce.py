@@ -239,7 +239,6 @@ def main() -> None:
     plan = planned(a)
     where = (
         CHECKPOINTS[a.device],
-        *(["worker.device=cpu"] if a.device == "cpu" else []),  # also where there is a GPU
         f"dataset.root={Path(a.root).absolute()}",
         *(["dataset.verify=false"] if a.repackaged else []),
     )

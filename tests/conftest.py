@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, Phase, settings
 
 # Without randomness a run in CI can be repeated. Another profile: pytest --hypothesis-profile=search --timeout=0
 settings.register_profile(
-    "repeatable", derandomize=True, deadline=None, max_examples=10, suppress_health_check=[HealthCheck.too_slow]
+    "repeatable", derandomize=True, deadline=None, max_examples=8, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.register_profile(  # what fails is not made smaller: that takes minutes
     "quick",

@@ -33,7 +33,7 @@ from ormo_rpc.runtimes.temporary import temporary_folder
 from ormo_rpc.storage.run_directory import read_metrics
 from ormo_rpc.worker.evaluation import Evaluator
 
-QUIET = (*common.SIMULATED, "checkpoint.every_seconds=0", "worker.device=cpu")
+QUIET = (*common.SIMULATED, "checkpoint.every_seconds=0")
 """Of all runs; a run that is on a GPU says so after them."""
 
 

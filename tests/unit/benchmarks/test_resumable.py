@@ -11,6 +11,8 @@ import pytest
 from experiments import at_once, reproduce
 from experiments.reproduce_report import epochs_done, table, unfinished
 from experiments.resumable import ResumableRun, alone
+from ormo_rpc.composing import compose
+from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.storage.summary import FILE
 
@@ -58,6 +60,11 @@ def test_no_run_begins_when_the_time_is_up(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def composed(planned: reproduce.Planned) -> Config:
+    """The configuration of a planned run."""
+    return compose([*planned.run.overrides])
+
+
 def test_runs_on_a_gpu_are_others_than_those_on_the_cpu_and_have_their_own_folder() -> None:
     a = reproduce.arguments(["--device", "cuda", "--full", "--settings", "het", "--methods", "ormo", "ssgdm"])
     plan = reproduce.planned(a)
@@ -65,9 +72,10 @@ def test_runs_on_a_gpu_are_others_than_those_on_the_cpu_and_have_their_own_folde
         (f"paper_{data}_k{k}_het", method) for data in ("cifar10", "cifar100") for k in (16, 64) for method in ("ormo", "ssgdm")
     }
     assert str(a.work) == "outputs/reproduce-full-cuda"
-    assert {"worker.device=cuda", "server.device=cuda", "worker.autocast=bf16"} <= {*plan[0].run.overrides}
-    cpu = reproduce.planned(reproduce.arguments([]))
-    assert not any("device" in override for override in cpu[0].run.overrides)
+    gpu = composed(plan[0])
+    assert (gpu.worker.device, gpu.server.device, gpu.worker.autocast.value) == ("cuda", "cuda", "bf16")
+    cpu = composed(reproduce.planned(reproduce.arguments([]))[0])
+    assert (cpu.worker.device, cpu.server.device) == ("cpu", "cpu")
 
 
 def test_two_commands_do_not_work_in_one_folder(tmp_path: Path) -> None:
