@@ -26,7 +26,7 @@ TOOLS = ("memcheck", "racecheck")
 TESTS = ("tests/gpu/test_server_steps.py",)
 """The tests whose kernels are ours."""
 SOME = "triton and (dtypes0 or dtypes1)"
-"""Which of them: kernels take much longer under a tool."""
+"""The part of them that is run: kernels take much longer under a tool."""
 _SUMMARY = re.compile(r"^=+ ((?:ERROR|RACECHECK) SUMMARY: .*)$", re.MULTILINE)
 
 

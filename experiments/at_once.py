@@ -16,10 +16,10 @@ from experiments.resumable import ResumableRun
 from ormo_rpc.errors import ConfigError, RunFailed
 
 LOG = "output.log"
-"""What a run prints, in its folder."""
+"""The file of what a run prints, in its folder."""
 TO_END = 60.0
 """Seconds that an interrupted run has to write its last checkpoint."""
-LOOK_EVERY = 0.1
+POLL_SECONDS = 0.1
 _ROOT = Path(__file__).parents[1]
 
 
@@ -77,7 +77,7 @@ def work_through(
                 else:
                     yield Ended(child.number, time.monotonic() - child.began)
             if not ended:
-                time.sleep(LOOK_EVERY)
+                time.sleep(POLL_SECONDS)
     finally:
         _end(children)
     if failed:

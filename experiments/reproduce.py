@@ -52,7 +52,7 @@ WARMUP = 5
 TOO_LONG = 7 * 24
 """Hours above which a plan is refused without ``--force``."""
 CHECKPOINTS = {"cpu": "checkpoint.every=200", "cuda": "checkpoint.every_seconds=30"}
-"""What a killed command loses at most: 200 gradients are half a minute of an idle core."""
+"""A killed command loses what came after a checkpoint: 200 gradients are half a minute of an idle core."""
 ON_DEVICE = {
     "cpu": (),
     "cuda": (

@@ -58,7 +58,7 @@ def note_machine(work: Path, about: Mapping[str, Any]) -> None:
 
 
 def machine_of(a: Namespace) -> dict[str, Any]:
-    """What the runs were computed on: what was kept beside them, else this machine."""
+    """The machine of the runs: the one that was kept beside them, else this one."""
     kept = a.work / MACHINE
     return json.loads(kept.read_text("utf-8")) if kept.is_file() else environment()
 

@@ -298,7 +298,7 @@ class ResidentPartSplit(PurePartSplit):
 
     @property
     def num_bytes(self) -> int:
-        """Those of the whole split."""
+        """The bytes of the whole split, all of which is put on a device."""
         return self._resident.num_bytes
 
     def to(self, device: torch.device) -> ResidentPartSplit:
@@ -306,7 +306,7 @@ class ResidentPartSplit(PurePartSplit):
         return ResidentPartSplit(self._resident.to(device), self.indices, augment=self.augment)
 
     def draws(self, indices: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-        """Those of the split itself."""
+        """The numbers that make a batch of the split itself."""
         return self._resident.draws(self.indices[indices], generator if self.augment else None)
 
     def make(self, draws: torch.Tensor) -> Any:

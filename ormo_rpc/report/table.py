@@ -32,7 +32,7 @@ class Column:
         key: The entry of the summary.
         form: The format of a value.
         higher_is_better: The direction in which a mean is better; None: none is marked.
-        kind: Only of runs of this kind: whether they are simulated, and the metric of their targets; None: of all.
+        kind: Only of runs of this `_kind`; None: of all.
     """
 
     heading: str
@@ -74,7 +74,7 @@ def _to_targets(groups: Sequence[Group]) -> list[Column]:
 
 
 def _kind(summary: Mapping[str, Any]) -> tuple[bool, str]:
-    """Whether a run is simulated, and the metric of its targets."""
+    """Return True where a run is simulated, and the metric of its targets."""
     return summary.get("runtime") == "sim", str(summary.get("target_metric"))
 
 

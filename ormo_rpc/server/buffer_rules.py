@@ -1,4 +1,4 @@
-"""How what pushes report of a buffer enters the server's."""
+"""The rules by which the buffers that pushes report enter the server's."""
 
 from __future__ import annotations
 

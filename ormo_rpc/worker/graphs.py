@@ -87,7 +87,7 @@ class GraphWorker(Worker):
         self._kept: list[torch.Tensor] = []
         """Plain attributes of modules, such as masks: recordings read them, also once a pass has put others there."""
         self._scale = 1.0
-        """What the recordings scale losses by."""
+        """The factor that the recordings scale losses by."""
         self._begun = self._taken = 0
 
     @functools.cached_property

@@ -1,1 +1,1 @@
-"""What needs a GPU: each test compares with the CPU, or with plain PyTorch on the GPU."""
+"""Tests that need a GPU: each compares with the CPU, or with plain PyTorch on the GPU."""

@@ -1,4 +1,4 @@
-"""What worker.device and server.device name, given a number of GPUs; and that nothing is counted by initialising CUDA."""
+"""The devices that worker.device and server.device name, given a number of GPUs; and that nothing is counted by initialising CUDA."""
 
 from __future__ import annotations
 

@@ -70,8 +70,8 @@ class RankArgs:
 
 
 @dataclass
-class Place:
-    """How far a rank has come.
+class RankProgress:
+    """The progress of a rank.
 
     Attributes:
         store: The store of the ranks, once they have found one another.
@@ -107,8 +107,8 @@ class RankProcess:
             Interrupted: by a signal.
         """
         args = self.args
-        with _lost_ranks_reported(args) as place:
-            store = place.store = _met(args)
+        with _lost_ranks_reported(args) as progress:
+            store = progress.store = _met(args)
             text = _config(args, store)
             device = configured_device(parse_text(text), args.rank)
             ranks = _told(args, store, RankDevice.of(device))
@@ -119,13 +119,13 @@ class RankProcess:
                 trainer.warm_up()
                 recording = _recording(args, job, trainer, ranks)
                 dist.barrier()  # nobody is waited for in the first round
-                decision = self._train(trainer, recording, place)
+                decision = self._train(trainer, recording, progress)
         summary = {} if recording is None else recording.close()
         if decision.verdict is Verdict.interrupt:
             raise Interrupted(decision.signal)
         return summary
 
-    def _train(self, trainer: Trainer, recording: Recording | None, place: Place) -> Decision:
+    def _train(self, trainer: Trainer, recording: Recording | None, progress: RankProgress) -> Decision:
         if recording is not None:
             recording.begin()
         number, decision = 0, Decision(Verdict.go_on)
@@ -133,7 +133,7 @@ class RankProcess:
             computed: list[Computed] = []
             for _ in range(decision.rounds):
                 began = 0.0 if recording is None else recording.clock()
-                place.round = number
+                progress.round = number
                 computed.append(trainer.round(number))
                 number += 1
                 if recording is not None:
@@ -229,39 +229,39 @@ def _same_job(args: RankArgs, store: Store, text: str) -> Job:
 
 
 @contextlib.contextmanager
-def _lost_ranks_reported(args: RankArgs) -> Generator[Place]:
+def _lost_ranks_reported(args: RankArgs) -> Generator[RankProgress]:
     """Report a rank that was lost, which Gloo or NCCL raises as an error that is known by its text alone.
 
     Raises:
         ServerLost: another rank was lost.
     """
-    place = Place()
+    progress = RankProgress()
     try:
-        yield place
+        yield progress
     except RuntimeError as error:
         if not any(word in str(error).lower() for word in ("gloo", "nccl", "connection")):
             raise
-        missing = _missing(args, place)
+        missing = _missing(args, progress)
         if not missing:
             raise ServerLost("the connection with another rank was lost") from error
         raise ServerLost(
-            f"rank {', '.join(map(str, missing))} did not come to the end of round {place.round}, which others waited for "
+            f"rank {', '.join(map(str, missing))} did not come to the end of round {progress.round}, which others waited for "
             f"(runtime.round_timeout_seconds={args.round_timeout_seconds:g})"
         ) from error
 
 
-def _missing(args: RankArgs, place: Place) -> list[int]:
+def _missing(args: RankArgs, progress: RankProgress) -> list[int]:
     """Tell the other ranks that this one gives up, and return those that do not tell it: those that all others wait for.
 
     It is empty where that cannot be known, as before the first round, or where the store has ended.
     """
-    if place.store is None or place.round is None:
+    if progress.store is None or progress.round is None:
         return []
     others = {f"gave up {rank}": rank for rank in range(args.size) if rank != args.rank}
     try:
-        place.store.set(f"gave up {args.rank}", "")
+        progress.store.set(f"gave up {args.rank}", "")
         with contextlib.suppress(RuntimeError):  # that of a rank which does not come
-            place.store.wait([*others], timedelta(seconds=GIVE_UP_SECONDS))
-        return [rank for key, rank in others.items() if not place.store.check([key])]
+            progress.store.wait([*others], timedelta(seconds=GIVE_UP_SECONDS))
+        return [rank for key, rank in others.items() if not progress.store.check([key])]
     except RuntimeError:
         return []
