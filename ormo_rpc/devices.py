@@ -157,6 +157,11 @@ def described(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
+def card_id(device: torch.device) -> str:
+    """Return the number of a GPU that no other card in the world has; CUDA is initialised for that."""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
 def peak_bytes(device: torch.device) -> int:
     """The most memory of a GPU that tensors of this process have had at once; 0 for the CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

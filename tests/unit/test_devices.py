@@ -1,4 +1,4 @@
-"""The devices that worker.device and server.device name, given a number of GPUs; and that nothing is counted by initialising CUDA."""
+"""The devices that worker.device and server.device name, by the number of GPUs; counting these does not initialise CUDA."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ and their gradients go through the memory of the CPU.
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,8 +35,7 @@ class RankDevice:
         """Look at a device of this process."""
         if device.type == "cpu":
             return cls(str(device), "")
-        uuid = getattr(torch.cuda.get_device_properties(device), "uuid", device.index)
-        return cls(devices.described(device), f"{platform.node()} {uuid}")
+        return cls(devices.described(device), devices.card_id(device))
 
 
 def backend(cards: Sequence[str]) -> str:

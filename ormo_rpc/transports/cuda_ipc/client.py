@@ -10,18 +10,17 @@ import torch
 from typing_extensions import override
 
 from ormo_rpc.errors import TransportRefused
-from ormo_rpc.transports.base import Endpoint, ServerClient, WorkerSide
+from ormo_rpc.transports.base import Endpoint, ServerClient
+from ormo_rpc.transports.between_gpus import GpuWorkerSide
 from ormo_rpc.transports.cuda_ipc.server import NAME
 from ormo_rpc.transports.stream.client import StreamClient, begun, connection
 from ormo_rpc.transports.stream.tensor_path import Memory, Window, attach_window
 
 
-class CudaIpcWorkerSide(WorkerSide):
+class CudaIpcWorkerSide(GpuWorkerSide):
     """Opens a window of the server's on its GPU; pushes are made on the worker's, and copied there."""
 
-    @override
-    def allocate(self, size: int) -> torch.Tensor:
-        return super().allocate(size) if self.gpu is None else torch.zeros(size, dtype=torch.uint8, device=self.gpu)
+    TRANSPORT = NAME
 
     @override
     @contextlib.contextmanager
@@ -38,11 +37,10 @@ class CudaIpcWorkerSide(WorkerSide):
         Raises:
             TransportRefused: it has none.
         """
-        if self.gpu is None:
-            raise TransportRefused(NAME, "worker.device and server.device are not both on a GPU")
+        gpu = self.own_gpu()
         from ormo_rpc.transports.cuda_ipc.memory import GpuMemory
 
-        return GpuMemory(self.gpu)
+        return GpuMemory(gpu)
 
 
 def _opened(memory: Memory, answer: Mapping[str, Any]) -> Window:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from typing_extensions import override
 
+from ormo_rpc.devices import card_id
 from ormo_rpc.transports.cuda_ipc import runtime
 from ormo_rpc.transports.stream.tensor_path import Memory
 
@@ -28,7 +29,7 @@ class GpuMemory(Memory):
     @override
     def make(self, size: int) -> tuple[torch.Tensor, Mapping[str, Any]]:
         tensor, handle = runtime.make(self._device, size)
-        return tensor, {"gpu": runtime.identity(self._device), "ipc": handle.hex()}
+        return tensor, {"gpu": card_id(self._device), "ipc": handle.hex()}
 
     @override
     def attach(self, size: int, handle: Mapping[str, Any]) -> torch.Tensor:

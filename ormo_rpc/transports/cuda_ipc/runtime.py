@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ormo_rpc.devices import card_id
+
 HANDLE_BYTES = 64
 GRANULARITY = 2 << 20
 """Smaller allocations share pages, and a handle opens whole pages."""
@@ -106,15 +108,10 @@ def attach(device: torch.device, size: int, handle: bytes) -> torch.Tensor:
     return Memory(device, size, handle).tensor()
 
 
-def identity(device: torch.device) -> str:
-    """The number of a GPU that no other one in the world has."""
-    return str(torch.cuda.get_device_properties(device).uuid)
-
-
-def device_of(identity_text: str) -> torch.device | None:
-    """The GPU of that number, as this process sees it; None where it does not."""
+def device_of(card: str) -> torch.device | None:
+    """The GPU with that `card_id`, as this process sees it; None where it does not."""
     devices = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
-    return next((device for device in devices if identity(device) == identity_text), None)
+    return next((device for device in devices if card_id(device) == card), None)
 
 
 def _call(name: str, *arguments: Any) -> None:

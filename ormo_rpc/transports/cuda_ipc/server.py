@@ -7,8 +7,9 @@ from typing import Any
 
 from ormo_rpc.errors import TransportRefused
 from ormo_rpc.transports.base import Service
+from ormo_rpc.transports.between_gpus import refuse_off_gpu, sizes_of
 from ormo_rpc.transports.cuda_ipc.memory import GpuMemory
-from ormo_rpc.transports.stream.tensor_path import Memory, Offer, Sizes, make_window
+from ormo_rpc.transports.stream.tensor_path import Memory, Offer, make_window
 
 NAME = "cuda_ipc"
 
@@ -16,8 +17,7 @@ NAME = "cuda_ipc"
 def offered(service: Service, request: Mapping[str, Any]) -> Offer:
     """Offer a window of the memory of the GPU that has the server's parameters (`tensor_path.Way`)."""
     del request
-    if service.device.type != "cuda":
-        raise TransportRefused(NAME, "the server's parameters are not on a GPU")
+    refuse_off_gpu(NAME, service)
     return window_of(GpuMemory(service.device), service)
 
 
@@ -27,11 +27,9 @@ def window_of(memory: Memory, service: Service) -> Offer:
     Raises:
         TransportRefused: it cannot be made, or pushes have to be unpacked on the CPU.
     """
-    if not service.push_format.plain:
-        raise TransportRefused(NAME, "compressed pushes are unpacked on the CPU")
-    reply = service.reply_size
+    sizes = sizes_of(NAME, service)
     try:
-        window, made = make_window(memory, Sizes(push=service.push_format.size, params=reply.params, buffers=reply.buffers))
+        window, made = make_window(memory, sizes)
     except RuntimeError as error:
         raise TransportRefused(NAME, f"the server cannot share memory of its GPU: {error}") from None
     return Offer(answer=made, open=lambda _: window)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Generator
 
 import torch
@@ -18,7 +17,7 @@ from ormo_rpc.transports.gloo.addresses import Address
 from ormo_rpc.transports.gloo.header import HEADER_BYTES
 from ormo_rpc.transports.gloo.pair import WORKER, Pair, PairLost, Transfer, make_pair
 from ormo_rpc.transports.gloo.server import ARRIVED, END, NUMBERS, OPEN_SECONDS, PARAMS, UNTIL_CLOSED, small_bytes
-from ormo_rpc.transports.pending_replies import LIVENESS_SECONDS
+from ormo_rpc.transports.lease_watch import closed_with_lease
 from ormo_rpc.transports.stream import frames
 from ormo_rpc.transports.stream.frames import DTYPES, RESPONSE_BYTES, SAME, Request, Response, bytes_of
 
@@ -46,23 +45,8 @@ class GlooWorkerSide(WorkerSide):
             pair = make_pair(WORKER, endpoint.local_host, exchange, OPEN_SECONDS)
         except PairLost as error:
             raise ServerLost(f"gloo: {error}") from None
-        ended = threading.Event()
-        watch = threading.Thread(target=_watch, args=(endpoint, pair, ended), name="gloo pair", daemon=True)
-        watch.start()
-        try:
+        with closed_with_lease(endpoint, pair.close):
             yield GlooClient(endpoint, pair, payload, page_locked=self.page_locked, **sizes)
-        finally:
-            ended.set()
-            pair.close()
-            watch.join()
-
-
-def _watch(endpoint: Endpoint, pair: Pair, ended: threading.Event) -> None:
-    """Close the pair where the lease has ended, as a wait would not end with a server that is cut off."""
-    while not ended.wait(LIVENESS_SECONDS):
-        if not endpoint.alive():
-            pair.close()
-            return
 
 
 def message_of(payload: torch.Tensor) -> torch.Tensor:

@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Generator
-from typing import Any
 
 import torch
 from typing_extensions import override
 
+from ormo_rpc.devices import card_id
 from ormo_rpc.errors import ServerLost, TransportRefused
-from ormo_rpc.transports.base import Endpoint, ServerClient, WorkerSide
+from ormo_rpc.transports.base import Endpoint, ServerClient
+from ormo_rpc.transports.between_gpus import GpuWorkerSide
+from ormo_rpc.transports.lease_watch import closed_with_lease
 from ormo_rpc.transports.nccl.group import WORKER, MakeGroup, connected_group, nccl_group
 from ormo_rpc.transports.nccl.pair import Pair
 from ormo_rpc.transports.nccl.server import NAME
-from ormo_rpc.transports.pending_replies import LIVENESS_SECONDS
 from ormo_rpc.transports.stream.client import StreamClient, begun, connection
 from ormo_rpc.transports.stream.tensor_path import Sizes
 
 
-class NcclWorkerSide(WorkerSide):
+class NcclWorkerSide(GpuWorkerSide):
     """Connects by a pair.
 
     Attributes:
         make_group: Makes this side's group.
     """
 
+    TRANSPORT = NAME
     make_group: MakeGroup = staticmethod(nccl_group)
-
-    @override
-    def allocate(self, size: int) -> torch.Tensor:
-        return super().allocate(size) if self.gpu is None else torch.zeros(size, dtype=torch.uint8, device=self.gpu)
 
     @override
     @contextlib.contextmanager
@@ -46,33 +43,14 @@ class NcclWorkerSide(WorkerSide):
             except (OSError, EOFError) as error:
                 raise ServerLost(f"nccl: no pair with the server: {error}") from None
             pair = Pair(group, WORKER, payload.device, Sizes(**answer["offer"]))
-            ended = threading.Event()
-            watch = threading.Thread(target=_watch, args=(endpoint, pair, ended), name="nccl pair", daemon=True)
-            watch.start()
-            try:
+            with closed_with_lease(endpoint, pair.close):
                 stream = begun(reader, endpoint, shared=True, reason=endpoint.reason)
                 yield StreamClient(stream, payload, None, tensors=pair)
-            finally:
-                ended.set()
-                pair.close()
-                watch.join()
 
-    def identity(self) -> Any:
+    def identity(self) -> str:
         """The number of this worker's GPU.
 
         Raises:
             TransportRefused: it has none.
         """
-        if self.gpu is None:
-            raise TransportRefused(NAME, "worker.device and server.device are not both on a GPU")
-        from ormo_rpc.transports.cuda_ipc.runtime import identity
-
-        return identity(self.gpu)
-
-
-def _watch(endpoint: Endpoint, pair: Pair, ended: threading.Event) -> None:
-    """Close the pair where the lease has ended, as a message to a server that is cut off would never cross."""
-    while not ended.wait(LIVENESS_SECONDS):
-        if not endpoint.alive():
-            pair.close()
-            return
+        return card_id(self.own_gpu())

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage] # documented, not annotated as public
 from typing_extensions import override
 
+from ormo_rpc.errors import one_line
 from ormo_rpc.rendezvous.protocol import LineReader, send
 
 SERVER, WORKER = 0, 1
@@ -116,6 +117,6 @@ def connected_group(make: MakeGroup, reader: LineReader, rank: int, device: torc
     try:
         group = make(store, rank, device, timedelta(seconds=OPEN_SECONDS))
     except RuntimeError as error:
-        raise ValueError(" ".join(str(error).split())[:300]) from None
+        raise ValueError(one_line(error)) from None
     store.finish()
     return group

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from typing_extensions import override
 
+from ormo_rpc.errors import one_line
 from ormo_rpc.transports.nccl.group import WORKER
 from ormo_rpc.transports.stream.tensor_path import Sizes, TensorPath
 
@@ -82,7 +83,7 @@ class Pair(TensorPath):
         try:
             call([tensor], self._other, 0).wait()
         except RuntimeError as error:
-            raise EOFError(f"the pair has ended: {' '.join(str(error).split())[:300]}") from None
+            raise EOFError(f"the pair has ended: {one_line(error)}") from None
 
     def _finish(self) -> None:
         """Wait until the messages have crossed, or the pair is closed, which frees those that have not."""
@@ -90,6 +91,6 @@ class Pair(TensorPath):
             if self._device.type == "cuda":
                 torch.cuda.current_stream(self._device).synchronize()
         except RuntimeError as error:
-            raise EOFError(f"the pair has ended: {' '.join(str(error).split())[:300]}") from None
+            raise EOFError(f"the pair has ended: {one_line(error)}") from None
         if self._closed.is_set():
             raise EOFError("the pair is closed")

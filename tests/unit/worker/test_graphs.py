@@ -47,8 +47,8 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Have jobs build workers that record, from now on."""
 
     def begin(*, channels_last: bool = False) -> None:
-        def build(model: FlatModel, *arguments: Any, accumulate: int, compile: str | None, **options: Any) -> GraphWorker:  # noqa: A002
-            assert (accumulate, compile) == (1, None)
+        def build(model: FlatModel, *arguments: Any, **options: Any) -> GraphWorker:
+            assert (options.pop("accumulate"), options.pop("compile")) == (1, None)
             options["channels_last"] = channels_last
             recorded = FlatModel(copy.deepcopy(model.module))
             return GraphWorker(recorded, model, *arguments, **options)
