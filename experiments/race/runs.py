@@ -23,8 +23,9 @@ from ormo_rpc.algorithms import base
 from ormo_rpc.cli import compose
 from ormo_rpc.config.schema import Config
 from ormo_rpc.data import DataSet
+from ormo_rpc.data.held_out import PurePartSplit, part_of
 from ormo_rpc.data.sources import DataSource
-from ormo_rpc.data.splits import ArraySplit, PurePartSplit, Resident, ResidentPartSplit, Split
+from ormo_rpc.data.splits import ArraySplit, Split
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.runtimes import simulator
 from ormo_rpc.runtimes.configured import configured_evaluator
@@ -207,20 +208,14 @@ class OneSplitJob(Job):
         assert isinstance(data.validation, PurePartSplit), "some samples are held out"
         parts: dict[str, Split] = {
             "test": whole["test"],
-            "validation": _part(whole["train"], data.validation.indices[:most], augment=False),
+            "validation": part_of(whole["train"], data.validation.indices[:most], augment=False),
         }
-        train = _part(whole["train"], data.train.indices, augment=True)
+        train = part_of(whole["train"], data.train.indices, augment=True)
         self.data = DataSet(train, parts[split], data.input_shape, data.num_classes)
 
     @override
     def evaluator(self) -> Evaluator | None:
         return configured_evaluator(self.config, self.model(), self.data)
-
-
-def _part(split: Split, indices: torch.Tensor, *, augment: bool) -> Split:
-    if isinstance(split, Resident):
-        return ResidentPartSplit(split, indices, augment=augment)
-    return PurePartSplit(split, indices, augment=augment)
 
 
 class NormalisedSplit:

@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 import torch
 from typing_extensions import override
 
+from ormo_rpc.data.held_out import hold_out
 from ormo_rpc.data.iterables import IterableSplit
-from ormo_rpc.data.splits import ArraySplit, DataSet, hold_out
+from ormo_rpc.data.splits import ArraySplit, DataSet
 from ormo_rpc.options import Part, option
 from ormo_rpc.seeding import generator, seeded
 

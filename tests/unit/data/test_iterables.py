@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from ormo_rpc.data import DataSet, Epochs, IterableSplit, MapSplit
 from ormo_rpc.data.checksum import checksum_of_labels
-from ormo_rpc.data.splits import hold_out
+from ormo_rpc.data.held_out import hold_out
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.seeding import seeded
 from tests.support.datasets import Noisy

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ormo_rpc.data import ArraySplit, DataSet, Resident
-from ormo_rpc.data.splits import hold_out
+from ormo_rpc.data.held_out import hold_out
 from ormo_rpc.seeding import generator
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 from ormo_rpc.config.parsing import parse_config, parse_text
 from ormo_rpc.data import ArraySplit, DataSet, MapSplit
-from ormo_rpc.data.splits import hold_out
+from ormo_rpc.data.held_out import hold_out
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.seeding import generator
 from tests.support.datasets import Noisy, images

@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset, WeightedRandomSampler
 from ormo_rpc.config.parsing import parse_config, parse_text
 from ormo_rpc.data import DataSet, Epochs, MapSplit
 from ormo_rpc.data.checksum import checksum_of_labels
-from ormo_rpc.data.splits import hold_out
+from ormo_rpc.data.held_out import hold_out
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.seeding import generator
 
