@@ -24,6 +24,7 @@ import torch
 from typing_extensions import override
 
 import ormo_rpc
+from benchmarks.gpu_graph import captured
 from ormo_rpc.cli import compose
 from ormo_rpc.data import ArraySplit, DataSet
 from ormo_rpc.report.table import as_markdown as table
@@ -99,18 +100,7 @@ class PlainLoop:
         self.events = [torch.cuda.Event() if cuda else None for _ in range(STAGED)]
         self.draws = first.to(device)
         self.number = 0
-        self._repeat: Callable[[], None] = self._iterate
-        if graph and cuda:
-            side = torch.cuda.Stream(device)
-            side.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UPS):
-                    self._iterate()
-            torch.cuda.current_stream(device).wait_stream(side)
-            self.recorded = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.recorded):
-                self._iterate()
-            self._repeat = self.recorded.replay
+        self._repeat = captured(self._iterate, warm_ups=WARM_UPS) if graph and cuda else self._iterate
 
     def run(self, count: int) -> None:
         """Make iterations."""

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.gpu_graph import captured
 from benchmarks.measuring import exit_on_sigterm
 from ormo_rpc import train
 from ormo_rpc.cli import compose
@@ -73,7 +74,7 @@ def live(more: Sequence[str], workers: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def plain(device: torch.device, seconds: float, *, captured: bool) -> dict[str, Any]:
+def plain(device: torch.device, seconds: float, *, graph: bool) -> dict[str, Any]:
     """Samples per second of one process that trains by itself."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     data = images(**IMAGES)
@@ -89,7 +90,7 @@ def plain(device: torch.device, seconds: float, *, captured: bool) -> dict[str, 
         nn.functional.cross_entropy(model(inputs), targets).backward()
         optimizer.step()
 
-    once = _captured(step) if captured else step
+    once = captured(step) if graph else step
     order = torch.Generator().manual_seed(0)
 
     def train_one(number: int) -> None:
@@ -112,20 +113,6 @@ def plain(device: torch.device, seconds: float, *, captured: bool) -> dict[str, 
     return {"samples_per_second": BATCH * (number - first) / (time.perf_counter() - began), "updates": number - first}
 
 
-def _captured(step: Callable[[], None]) -> Callable[[], None]:
-    """Capture a step as one CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
 def measured(workers: int, seconds: float, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """All variants, written one by one, as time may run out; one that cannot run here has its reason."""
     found: dict[str, Any] = {}
@@ -140,8 +127,8 @@ def measured(workers: int, seconds: float, write: Callable[[dict[str, Any]], Non
         write(result)
 
     device = torch.device("cuda", 0)
-    note(EAGER, lambda: plain(device, seconds / 2, captured=False))
-    note(CAPTURED, lambda: plain(device, seconds / 2, captured=True))
+    note(EAGER, lambda: plain(device, seconds / 2, graph=False))
+    note(CAPTURED, lambda: plain(device, seconds / 2, graph=True))
     torch.cuda.empty_cache()
     for name, more in LIVE.items():
         note(name, lambda more=more: live(more, workers, seconds))
