@@ -5,7 +5,7 @@ pass, and what is done to the gradient afterwards. So the host's part of a ticke
 starts a ticket on a stream of its own, and `compute` takes what has come of it.
 
 A graph freezes Python's control flow, and every number that comes from the host. So a pass that cannot be recorded is refused,
-and now and then a result is compared with that of a pass that is none.
+and the results of some tickets are compared with those of passes without a graph.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ class GraphWorker(Worker):
         form: Hashable = batch.shape if self._resident is not None else form_of(batch)
         if form not in self._inputs:
             if len(self._inputs) == MAX_FORMS:
-                raise refused(f"got batches of more than {MAX_FORMS} shapes, expected as few as make it worth to record each")
+                raise refused(f"got batches of more than {MAX_FORMS} shapes, expected no more, as each has a recording")
             split, device = self._resident, self.model.device
             self._inputs[form] = Copied(batch, device) if split is None else Draws(split, batch, device)
         inputs = self._inputs[form]
@@ -265,6 +265,6 @@ class GraphWorker(Worker):
         )
         if found is not None:
             raise refused(
-                f"the graph of ticket {reply.ticket} differs from a pass that is none: {found}; it repeats what the pass did "
+                f"the graph of ticket {reply.ticket} differs from a pass without one: {found}; it repeats what the pass did "
                 "when it was recorded, so nothing in it may depend on Python's numbers, or on the ticket"
             )

@@ -101,7 +101,7 @@ def test_what_no_graph_holds_is_refused_in_a_line(model: str, line: str, gpu: to
 def test_control_flow_that_a_graph_freezes_is_refused(gpu: torch.device) -> None:
     job, worker = workers(gpu, f"{MODELS}.Alternating")
     order = replies(job, range(17), gpu)
-    with pytest.raises(ModelRefused, match=r"^worker.cuda_graph: the graph of ticket \d+ differs from a pass that is none"):
+    with pytest.raises(ModelRefused, match=r"^worker.cuda_graph: the graph of ticket \d+ differs from a pass without one"):
         _ = [worker.compute(reply) for reply in order]
 
 
