@@ -225,4 +225,7 @@ class HierMoEdge(HierMo, RegionRule):
 
     @override
     def displacement(self) -> torch.Tensor:
+        # One whose push was refused counts as working, though there was nothing left for it: nobody is waited for any more.
+        self._end_round(0)
+        self._release(0)
         return self.merged - torch.cat([self.x[0], self.y[0]])

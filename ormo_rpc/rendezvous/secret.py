@@ -20,7 +20,7 @@ from typing import Any, Literal, NoReturn
 
 from ormo_rpc.errors import ConfigError
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 """The version of the rendezvous protocol; bound into every proof."""
 SECRET_VARIABLE = "ORMO_RPC_SECRET"  # noqa: S105 - the name of a variable
 """The environment variable that holds the secret where no file is named."""

@@ -14,8 +14,10 @@ from ormo_rpc.server.buckets import Buckets
 if TYPE_CHECKING:
     from ormo_rpc.server.parameter_server import ParameterServer
 
-STATE_VERSION = 5
+STATE_VERSION = 6
 """The format of `ParameterServer.state_dict`; another one is refused."""
+_OTHER_PLACES = 5
+"""The former one is the same, but that buffers of replies lie at other places among their bytes."""
 
 
 class Status(Enum):
@@ -70,7 +72,8 @@ def load(server: ParameterServer, state: Mapping[str, Any]) -> None:
         "algorithm_state": _layout(server.algorithm.state_dict()),
     }
     theirs = {
-        **{key: state.get(key) for key in ("version", "algorithm", "scheduler")},
+        "version": _version(state),
+        **{key: state.get(key) for key in ("algorithm", "scheduler")},
         "params": _layout({"params": state.get("params")}),
         "buffers": _layout(state.get("buffers", {})),
         "algorithm_state": _layout(state.get("algorithm_state", {})),
@@ -103,6 +106,14 @@ def load(server: ParameterServer, state: Mapping[str, Any]) -> None:
     server.scheduler.generator.set_state(state["scheduler_generator"])
     server.started = True
     server.snapshots.invalidate()
+
+
+def _version(state: Mapping[str, Any]) -> int | None:
+    """Return the format of a state, which is the present one where nothing tells it from that."""
+    version = state.get("version")
+    if version == _OTHER_PLACES and not any(reply["buffers"].numel() for reply in state.get("replies", ())):
+        return STATE_VERSION
+    return version
 
 
 def _layout(values: Mapping[str, Any]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -172,6 +173,19 @@ def test_parts_are_committed_once_though_workers_leave_join_and_fail(schedule: S
     assert len({push.ticket for push in sent}) == len(sent)
     for made in sent:
         assert all(committed[part] == 1 for part in range(made.ticket * J, made.ticket * J + J))
+
+
+def test_an_edge_sends_what_came_of_a_ticket_of_which_the_last_push_was_refused() -> None:
+    rule = HierMo(region_workers=2, edge_rounds=1, edge_momentum=0.0).region_rule()
+    edge = RegionServer(rule, start().repeat(2), 2, 2)
+    for number in range(2):
+        first, second = edge.grant(ticket(number, start().repeat(2)))
+        moved = torch.ones(2 * D, dtype=torch.float64)
+        edge.receive(answer(first, moved))
+        (again,), _ = edge.receive(answer(second, math.nan * moved))
+        assert (again.worker, again.ticket) == (first.worker, second.ticket)
+        _, (push,) = edge.receive(answer(again, moved))
+        close(push.grad, 2 * moved)  # two rounds, each of one push
 
 
 def test_what_a_region_sends_sums_to_how_far_its_own_momentum_carried_it() -> None:

@@ -126,3 +126,13 @@ def test_a_state_of_another_format_or_with_other_buffers_changes_nothing() -> No
         with pytest.raises(ValueError, match=f"^state of a server: {message}$"):
             trial.server.load_state_dict(state)
         assert same(trial.server.state_dict(), now)
+
+
+def test_replies_whose_buffers_lie_at_other_places_are_refused() -> None:
+    # Until version 6 the bytes of a reply had the buffers in the order of the model.
+    with_buffers, without = begin(buffers=averages({"mean": torch.zeros(2)}, {"mean": 0.1})), begin()
+    former = [{**trial.server.state_dict(replies=True), "version": 5} for trial in (with_buffers, without)]
+    with pytest.raises(ValueError, match=r"^state of a server: version: got 5, expected \d+; load it with the ormo_rpc that"):
+        with_buffers.server.load_state_dict(former[0])
+    with_buffers.server.load_state_dict({**former[0], "replies": []})
+    without.server.load_state_dict(former[1])
