@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from benchmarks.gpu_graph import captured
+from benchmarks.gpu_images import images
 from benchmarks.measuring import exit_on_sigterm
 from ormo_rpc import train
 from ormo_rpc.cli import compose
@@ -28,7 +29,6 @@ from ormo_rpc.data import ArraySplit
 from ormo_rpc.runtimes.configured import build_module
 from ormo_rpc.seeding import generator
 from ormo_rpc.storage.run_directory import read_trace
-from tests.gpu.images import images
 
 BATCH = 64
 WORKERS = 4
@@ -50,7 +50,7 @@ def overrides(workers: int, seconds: float) -> list[str]:
         *("runtime=rpc", "algorithm=ormo", "logger=none", "logger.progress=false", f"workers={workers}", "train.lr=0.01"),
         *(
             "model=resnet20",
-            "dataset._target_=tests.gpu.images.images",
+            "dataset._target_=benchmarks.gpu_images.images",
             *(f"+dataset.{key}={each}" for key, each in IMAGES.items()),
         ),
         *(f"train.batch_size={BATCH}", "train.epochs=1000000", f"train.max_seconds={WARM_UP_SECONDS + seconds}"),

@@ -26,7 +26,7 @@ from ormo_rpc.seeding import generator, seeded
 from ormo_rpc.worker.backward import Backward
 from ormo_rpc.worker.comparing import OF_VALUES, SMALL, difference, tolerance
 from ormo_rpc.worker.inputs import Copied, Draws, Inputs, form_of
-from ormo_rpc.worker.recording import Lane, refused
+from ormo_rpc.worker.recording import RecordingStream, refused
 from ormo_rpc.worker.regularise import regularise
 from ormo_rpc.worker.slots import Slot
 from ormo_rpc.worker.static_model import StaticModel
@@ -80,7 +80,7 @@ class GraphWorker(Worker):
         self._resident = self.data if isinstance(self.data, Resident) and self.data.device == model.device else None
         self._in_place = options.get("allocate") is None and self._encoder.format.exact
         """A push is handed out in the memory of its ticket, since nobody has said where it is to lie."""
-        self._lane = Lane(model.device)
+        self._stream = RecordingStream(model.device)
         self._slots: list[Slot] = []
         self._inputs: dict[Hashable, Inputs] = {}
         self._recordings: dict[tuple[Hashable, bool], Callable[[], None]] = {}
@@ -108,7 +108,7 @@ class GraphWorker(Worker):
         static = StaticModel(
             self._recorded_model, [prefix for prefix, count in calls.items() if count], channels_last=self._channels_last
         )
-        self._slots = [Slot(self._lane, static, self.push.numel()) for _ in range(1 + self.AHEAD)]
+        self._slots = [Slot(self._stream, static, self.push.numel()) for _ in range(1 + self.AHEAD)]
         return static
 
     @override
@@ -161,7 +161,7 @@ class GraphWorker(Worker):
         losses = slot.wait()
         if any(map(math.isnan, losses)):  # it may be that no target counts
             slot.reply = None
-            self._lane.join()
+            self._stream.join()
             return super().compute(reply)
         self._taken += 1
         if self._taken & (self._taken - 1) == 0:
@@ -179,11 +179,11 @@ class GraphWorker(Worker):
         return next(slot for slot in self._slots if slot.answers(reply))
 
     def _start(self, slot: Slot, reply: Reply) -> None:
-        """Put the work for a reply onto the lane."""
+        """Put the work for a reply onto the stream."""
         static = self._static
         self._begun += 1
         slot.take(reply, self._begun)
-        with self._lane.entered():
+        with self._stream.entered():
             if static.reads_buffers:
                 held = reply.buffers if reply.buffers.numel() else self.model.buffers.initial
                 static.held.copy_(held, non_blocking=True)
@@ -193,7 +193,7 @@ class GraphWorker(Worker):
     def _repeat(
         self, slot: Slot, scale: float, params: torch.Tensor, indices: torch.Tensor, number: int, into: torch.Tensor
     ) -> None:
-        """Put a gradient onto the lane, as `_gradient` computes it; its loss is read when all is done."""
+        """Put a gradient onto the stream, as `_gradient` computes it; its loss is read when all is done."""
         static = self._static
         static.params.copy_(params, non_blocking=True)
         if scale not in (1.0, self._scale):
@@ -207,7 +207,7 @@ class GraphWorker(Worker):
             with seeded(self.seed, "forward", number):
                 batch = slot.batches[number] = self._backward.batch(indices, number)
         recording = self._recording(batch, scaled=scale != 1.0)
-        with self._lane.seeded(self.seed, "forward", number):
+        with self._stream.seeded(self.seed, "forward", number):
             recording()
         into.copy_(static.grad)
         slot.add()
@@ -224,7 +224,7 @@ class GraphWorker(Worker):
         inputs.put(batch)
         if (form, scaled) not in self._recordings:
             with seeded(self.seed, "record", len(self._recordings)):  # of no ticket, so that what it freezes is seen soon
-                self._recordings[form, scaled] = self._lane.record(functools.partial(self._pass, inputs, scaled=scaled))
+                self._recordings[form, scaled] = self._stream.record(functools.partial(self._pass, inputs, scaled=scaled))
             modules = self._recorded_model.module.modules()
             self._kept += [each for module in modules for each in vars(module).values() if isinstance(each, torch.Tensor)]
             inputs.put(batch)  # the passes so far may have changed it in place
@@ -249,7 +249,7 @@ class GraphWorker(Worker):
         Raises:
             ModelRefused: they differ by more than rounding.
         """
-        self._lane.join()  # both use the memory of parameters that are cast
+        self._stream.join()  # both use the memory of parameters that are cast
         self._passes.begin(reply.buffers)
         self.loss_scale = reply.loss_scale
         self._backward.give(slot.batches)

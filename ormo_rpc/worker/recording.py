@@ -19,7 +19,7 @@ _SYNCHRONIZING = "called a synchronizing CUDA operation"
 _OTHERWISE = "worker.cuda_graph=false computes it as it is"
 
 
-class Lane:
+class RecordingStream:
     """A stream of a GPU for work that may be recorded; on the CPU, where all is done at once, none.
 
     Args:

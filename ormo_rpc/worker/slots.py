@@ -9,7 +9,7 @@ import torch
 
 from ormo_rpc.compression.wire_buffers import WireBuffers
 from ormo_rpc.messages import Reply
-from ormo_rpc.worker.recording import Lane
+from ormo_rpc.worker.recording import RecordingStream
 from ormo_rpc.worker.static_model import StaticModel
 
 
@@ -17,7 +17,7 @@ class Slot:
     """Memory for the results of one ticket, and for what its work reads of the host's.
 
     Args:
-        lane: Its work is put there.
+        stream: Its work is put there.
         static: The model of the work.
         push: The number of values in a push.
 
@@ -31,8 +31,8 @@ class Slot:
         batches: The batches that were made for it elsewhere than on the device, by their numbers in the run.
     """
 
-    def __init__(self, lane: Lane, static: StaticModel, push: int) -> None:
-        device = lane.device
+    def __init__(self, stream: RecordingStream, static: StaticModel, push: int) -> None:
+        device = stream.device
         self.reply: Reply | None = None
         self.push = torch.zeros(push, dtype=static.params.dtype, device=device)
         self.region = torch.zeros_like(static.reported)
@@ -48,7 +48,7 @@ class Slot:
         self._pinned = device.type == "cuda"
         self._losses = self._host(1, torch.float64)
         self._staged: dict[Hashable, torch.Tensor] = {}
-        self._event = lane.event()
+        self._event = stream.event()
 
     def take(self, reply: Reply, begun: int) -> None:
         """Begin the work for a reply; what was begun here before is dropped, once nothing reads the host's memory for it."""
@@ -75,7 +75,7 @@ class Slot:
         return self._staged[key].copy_(values)
 
     def add(self) -> None:
-        """Take over the results of a pass of the static model but for its gradient; a call is put onto the lane."""
+        """Take over the results of a pass of the static model but for its gradient; a call is put onto the stream."""
         self._losses[self._passes].copy_(self._static.loss, non_blocking=True)
         self._passes += 1
         if not self._static.names:
@@ -88,7 +88,7 @@ class Slot:
             torch._foreach_add_(averages, self._of_pass[stay])  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] # as above
 
     def end(self, samples: int) -> None:
-        """Complete what is put onto the lane for the ticket."""
+        """Complete what is put onto the stream for the ticket."""
         self.samples = samples
         if self._passes > 1 and self._static.names:
             for stay, averages in self._averages.items():

@@ -14,14 +14,13 @@ from ormo_rpc.cli import compose
 from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.runtimes.distributed.server_process.service import Service
 from ormo_rpc.runtimes.distributed.server_process.serving import served
-from ormo_rpc.runtimes.distributed.worker_process.context import WorkerArgs
 from ormo_rpc.runtimes.distributed.worker_process.worker_process import WorkerProcess
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.server.events import Kind
-from tests.support.processes import PATIENCE_SECONDS, QUIET, launch, summary
-from tests.support.rendezvous import serving
+from tests.support.processes import QUIET, launch, summary
+from tests.support.rendezvous import serving, worker_args
 
-DATA = ("dataset._target_=tests.gpu.images.images", "train.batch_size=32", "train.lr=0.01", "model.hidden=64")
+DATA = ("dataset._target_=benchmarks.gpu_images.images", "train.batch_size=32", "train.lr=0.01", "model.hidden=64")
 SECRET = Secret("a secret that only we two know")
 TICKETS = 200
 
@@ -40,17 +39,7 @@ def losses(transport: str, device: str, *more: str) -> list[float]:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         stack.callback(listener.shutdown, socket.SHUT_RDWR)
         stack.enter_context(served(listener, SECRET, service, side, what))
-        args = WorkerArgs(
-            address=listener.getsockname()[:2],
-            secret=SECRET,
-            preferred_worker=0,
-            slot_id="here",
-            restart_count=0,
-            data_root=None,
-            timeout_seconds=PATIENCE_SECONDS,
-            on_joined=lambda: None,
-            report=lambda _: None,
-        )
+        args = worker_args(listener.getsockname()[:2], SECRET)
         WorkerProcess(args).run()
     return found
 

@@ -180,7 +180,7 @@ def test_a_pair_of_nccl_carries_pushes_and_replies_between_two_gpus_and_fails_al
 def test_a_run_with_both_sides_on_one_gpu_takes_its_memory(tmp_path: Path, gpu: torch.device) -> None:
     """On the CPU it has a test accuracy of 98%."""
     del gpu
-    data = ("dataset._target_=tests.gpu.images.images", "train.batch_size=32", "train.lr=0.01", "train.max_iterations=200")
+    data = ("dataset._target_=benchmarks.gpu_images.images", "train.batch_size=32", "train.lr=0.01", "train.max_iterations=200")
     options = ("server.device=cuda", "worker.device=cuda", "workers=2", "worker.prefetch=1", "wire.dtype=bf16")
     status, _, err = launch(tmp_path / "run", *QUIET, *data, *options)
     assert status == 0, err

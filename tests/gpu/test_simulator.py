@@ -84,7 +84,7 @@ class Delayed(GraphWorker):
     @override
     def _start(self, slot: Slot, reply: Reply) -> None:
         if self.randomness.random() < 0.3:
-            with self._lane.entered():
+            with self._stream.entered():
                 self._sleep()
         super()._start(slot, reply)
 

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from benchmarks.gpu_images import images
 from ormo_rpc.cli import compose
 from ormo_rpc.data import Resident
 from ormo_rpc.kernels.page_locked import zeros
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.seeding import generator
-from tests.gpu.images import images
 
-SMALL = ("dataset._target_=tests.gpu.images.images", "train.batch_size=16", "train.weight_decay=0.01", "workers=1")
+SMALL = ("dataset._target_=benchmarks.gpu_images.images", "train.batch_size=16", "train.weight_decay=0.01", "workers=1")
 COLOURED = (*SMALL, "+dataset.side=32", "+dataset.channels=3", "+dataset.count=64", "+dataset.augment=true")
 TICKETS = (0, 3, 5)
 

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from ormo_rpc.control.messages import JoinRequest
+from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.runtimes.distributed.server_process.serving import Serving
+from ormo_rpc.runtimes.distributed.worker_process.context import WorkerArgs
 from tests.support.processes import PATIENCE_SECONDS
 
 
@@ -38,6 +40,21 @@ def serving(
 def join_request(preferred_worker: int | None = None, slot_id: str = "") -> JoinRequest:
     """The request of this process."""
     return JoinRequest(preferred_worker=preferred_worker, pid=os.getpid(), host=socket.gethostname(), slot_id=slot_id)
+
+
+def worker_args(address: tuple[str, int], secret: Secret) -> WorkerArgs:
+    """Those of a worker that its launcher has started as number 0, and that reports to nobody."""
+    return WorkerArgs(
+        address=address,
+        secret=secret,
+        preferred_worker=0,
+        slot_id="here",
+        restart_count=0,
+        data_root=None,
+        timeout_seconds=PATIENCE_SECONDS,
+        on_joined=lambda: None,
+        report=lambda _: None,
+    )
 
 
 @contextmanager

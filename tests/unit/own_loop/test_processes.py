@@ -26,8 +26,8 @@ from ormo_rpc.runtimes.distributed.server_process.serving import served as serve
 from ormo_rpc.runtimes.distributed.worker_process.context import WorkerArgs
 from ormo_rpc.server.events import Event
 from tests.support.own_loops import QUIET, TICKETS, Normed, assert_same, loss_of, net, plain, work_through
-from tests.support.processes import PATIENCE_SECONDS, wait_until
-from tests.support.rendezvous import serving
+from tests.support.processes import wait_until
+from tests.support.rendezvous import serving, worker_args
 
 SECRET = "0123456789abcdef" * 4
 
@@ -65,19 +65,7 @@ class FirstWorker:
     def working(self, make: Callable[[WorkerArgs], LoopProcess]) -> Generator[LoopProcess]:
         """Lend a worker."""
         assert self.config.server.address is not None
-        yield make(
-            WorkerArgs(
-                address=parse_address(self.config.server.address),
-                secret=Secret(SECRET),
-                preferred_worker=0,
-                slot_id="here",
-                restart_count=0,
-                data_root=None,
-                timeout_seconds=PATIENCE_SECONDS,
-                on_joined=lambda: None,
-                report=lambda _: None,
-            )
-        )
+        yield make(worker_args(parse_address(self.config.server.address), Secret(SECRET)))
 
 
 def worker_of(config: Config, model: torch.nn.Module) -> JoinedWorker:

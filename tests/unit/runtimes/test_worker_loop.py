@@ -23,15 +23,14 @@ from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.runtimes.distributed.server_process.service import Service
 from ormo_rpc.runtimes.distributed.server_process.serving import served as served_at
 from ormo_rpc.runtimes.distributed.worker_process import worker_process
-from ormo_rpc.runtimes.distributed.worker_process.context import WorkerArgs
 from ormo_rpc.runtimes.distributed.worker_process.worker_process import WorkerProcess
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.transports.gloo import client as gloo
 from ormo_rpc.transports.gloo.pair import PairLost
 from ormo_rpc.worker.worker import Worker
 from tests.support import changing
-from tests.support.processes import PATIENCE_SECONDS, wait_until
-from tests.support.rendezvous import serving
+from tests.support.processes import wait_until
+from tests.support.rendezvous import serving, worker_args
 
 SECRET = Secret("a secret that only we two know")
 TICKETS = 6
@@ -52,17 +51,7 @@ def served(
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         stack.callback(listener.shutdown, socket.SHUT_RDWR)  # wakes the thread that accepts
         stack.enter_context(served_at(listener, SECRET, service, side, what))
-        args = WorkerArgs(
-            address=listener.getsockname()[:2],
-            secret=SECRET,
-            preferred_worker=0,
-            slot_id="here",
-            restart_count=0,
-            data_root=None,
-            timeout_seconds=PATIENCE_SECONDS,
-            on_joined=lambda: None,
-            report=lambda _: None,
-        )
+        args = worker_args(listener.getsockname()[:2], SECRET)
         yield service, WorkerProcess(args)
 
 
