@@ -54,7 +54,7 @@ TOO_LONG = 7 * 24
 CHECKPOINTS = {"cpu": "checkpoint.every=200", "cuda": "checkpoint.every_seconds=30"}
 """A killed command loses what came after a checkpoint: 200 gradients are half a minute of an idle core."""
 ON_DEVICE = {
-    "cpu": (),
+    "cpu": ("worker.channels_last=true",),
     "cuda": (
         *("worker.device=cuda", "server.device=cuda", "worker.cuda_graph=true", "worker.channels_last=true"),
         "worker.data_on_device=true",
