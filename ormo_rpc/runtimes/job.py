@@ -187,7 +187,7 @@ class Job:
             groups=groups,
             clip_norm=train.clip_norm,
             task=self.config.task,
-            channels_last=self.config.worker.channels_last and device.type == "cuda",
+            channels_last=self.config.worker.channels_last,
             accumulate=self.config.worker.accumulate,
             autocast=self.config.worker.autocast.dtype,
             compile=self.config.worker.compile,

@@ -80,7 +80,7 @@ class WorkerOptions(Section):
         expected="a whole number >= 1",
     )
     channels_last: bool = option(
-        False, "on a GPU: images lie with their channels last, as its convolutions of 16 bits and TF32 want them"
+        False, "images lie with their channels last, as convolutions of 16 bits want them, and those of a GPU in TF32"
     )
     tf32: bool = option(
         False, "on a GPU: round the factors of float32 products and convolutions to TF32, 10 bits; false: exact float32"

@@ -87,7 +87,7 @@ class Trainer:
             "task": config.task,
             "seed": config.seed,
             "device": device,
-            "channels_last": config.worker.channels_last and device.type == "cuda",
+            "channels_last": config.worker.channels_last,
             "accumulate": config.worker.accumulate,
             "autocast": config.worker.autocast.dtype,
         }

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ormo_rpc.algorithms.groups import uniform
+from ormo_rpc.composing import compose
 from ormo_rpc.data import ArraySplit, Epochs, MapSplit
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.models import CNN, MLP, ResNet20
 from ormo_rpc.models.flat import FlatModel, Layout, sha256
 from ormo_rpc.options import find
+from ormo_rpc.runtimes.job import Job
 from ormo_rpc.worker.worker import Worker
 
 SAMPLES, BATCH, SIDE = 21, 4, 8  # five batches of four and one of a single sample
@@ -334,3 +336,21 @@ def test_a_data_set_that_draws_from_torch_itself_is_not_loaded_ahead() -> None:
     worker = Worker(FlatModel(nn.Linear(4, 3)), split, Epochs(20, 6, 1), find("algorithm", "ormo")(), seed=1)
     split.batch = None  # pyright: ignore[reportAttributeAccessIssue] # whoever asks for a batch finds out
     worker.load(Reply(worker=0, ticket=0, stamp=0, params=worker.model.flat_params(), lr=0.1, steps=1, incarnation=0))
+
+
+def test_channels_last_is_done_on_a_cpu_too() -> None:
+    # Of several channels: one channel is the first and the last.
+    images = ("dataset._target_=benchmarks.gpu_images.images", "+dataset.side=8", "+dataset.channels=3", "+dataset.count=64")
+    config = ("runtime=sim", "workers=1", "logger=none", "worker.device=cpu", *images, "model=cnn", "model.dropout=0")
+    pushes, formats = list[Push](), list[bool]()
+    for last in (False, True):
+        job = Job(compose([*config, f"worker.channels_last={last}".lower()]))
+        made = job.worker_here()
+        convolution = next(each for each in made.model.module.modules() if isinstance(each, nn.Conv2d))
+        convolution.register_forward_hook(
+            lambda _module, _inputs, output: formats.append(output.is_contiguous(memory_format=torch.channels_last))
+        )
+        pushes.append(made.compute(job.server(lambda _: None, lambda: 0.0).start()[0]))
+    assert formats == [False, True]
+    torch.testing.assert_close(pushes[1].grad, pushes[0].grad)
+    assert pushes[1].loss == pytest.approx(pushes[0].loss)
