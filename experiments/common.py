@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import statistics
 import sys
 import tempfile
 from argparse import ArgumentParser, ArgumentTypeError
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ormo_rpc import train
+from ormo_rpc.runtimes.distributed.linux import die_with_parent
 from ormo_rpc.storage.run_directory import read_trace
 
+T = TypeVar("T")
 RESULTS = Path(__file__).parents[1] / "results"
 SIMULATED = ("runtime=sim", "worker.device=cpu", "logger=none", "logger.progress=false")
 """The overrides of every simulated run: on the CPU, also where there is a GPU, unless others follow."""
@@ -43,6 +47,22 @@ def run(overrides: Iterable[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]
         run_dir = Path(folder) / "run"
         summary = train([*overrides], run_dir=run_dir)
         return summary, [event for event in read_trace(run_dir)[1] if event["event"] == "apply"]
+
+
+def in_processes(call: Callable[[T], str], items: Iterable[T], jobs: int) -> Generator[tuple[T, Future[str]]]:
+    """Call a function for each item, several at once, and yield each item with its call when that has ended.
+
+    Each call is in a forked process, which has all imports at once; CUDA must not be in use before. After an error in the loop
+    over them no further call is begun.
+    """
+    forked = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(jobs, mp_context=forked, initializer=die_with_parent) as pool:
+        running = {pool.submit(call, each): each for each in items}
+        try:
+            for done in as_completed(running):
+                yield running[done], done
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def last_loss(applied: Sequence[Mapping[str, Any]]) -> float | None:

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 import experiments.race
-from experiments.common import RESULTS, at_least_one
+from experiments.common import RESULTS, at_least_one, in_processes
 from experiments.race import report
 from experiments.race.contenders import CONTENDERS
 from experiments.race.runs import Missing, Store, finished
 from experiments.race.setup import CELLS, SETTINGS, Setup
-from experiments.race.units import Unit, collected, content, outcome, planned_runs, units
-from ormo_rpc.errors import ConfigError
-from ormo_rpc.runtimes.distributed.linux import die_with_parent
+from experiments.race.units import MOST_SEEDS, Unit, collected, content, outcome, planned_runs, units
+from ormo_rpc.errors import ConfigError, one_line
 from ormo_rpc.storage.environment import environment
 
 MINUTES_OF_A_RUN = 0.17
@@ -57,9 +56,9 @@ def parser() -> ArgumentParser:
         "--processes",
         type=at_least_one,
         default=1,
-        help="contenders of a cell (K and setting) that are run at the same time, by default 1",
+        help="contenders that are run at the same time, by default 1",
     )
-    made.add_argument("--plan", action="store_true", help="print what is still to be run, and how long it takes at most")
+    made.add_argument("--plan", action="store_true", help="print what is still to be run, and about how long it takes")
     made.add_argument("--collect", action="store_true", help="run nothing: results of what is finished")
     made.add_argument("--report", action="store_true", help="run and collect nothing: tables and picture of the results")
     return made
@@ -78,8 +77,10 @@ def perform(a: Any) -> None:
     """Do what the arguments ask for.
 
     Raises:
-        ConfigError: there are no results to report, or no data.
+        ConfigError: there are no results to report, no data, or too many seeds.
     """
+    if a.seeds > MOST_SEEDS:
+        raise ConfigError(f"--seeds: got {a.seeds}, expected at most {MOST_SEEDS}")
     if a.report:
         report.write(results(a.into / "race.json"), a.into)
         return
@@ -88,13 +89,16 @@ def perform(a: Any) -> None:
     if a.plan:
         print(plan(cells, a.contenders, setup, a.store))
         return
+    failed = dict[str, str]()
     if not a.collect:
         print(plan(cells, a.contenders, setup, a.store))
-        race([*units(cells, a.contenders)], setup, a)
-    found = collect(Setup(), a.store)
+        failed = race([*units(cells, a.contenders)], setup, a)
+    found = collect(Setup(seeds=setup.seeds[: len(Setup().seeds)]), a.store)
     a.into.mkdir(parents=True, exist_ok=True)
     (a.into / "race.json").write_text(json.dumps(found, separators=(",", ":")).replace('{"setting"', '\n{"setting"') + "\n")
     report.write(found, a.into)
+    if failed:
+        sys.exit("\n".join(f"experiments.race: {unit}: {error}" for error, unit in failed.items()))
 
 
 def results(file: Path) -> dict[str, Any]:
@@ -111,22 +115,28 @@ def results(file: Path) -> dict[str, Any]:
         ) from None
 
 
-def race(chosen: list[Unit], setup: Setup, a: Any) -> None:
-    """Run the units, several at a time."""
-    until = time.monotonic() + 60 * a.minutes
-    with tqdm(total=len(chosen), unit=" units") as bar, ProcessPoolExecutor(a.processes, initializer=die_with_parent) as pool:
-        running = {pool.submit(run_unit, unit, setup, a.store, a.root, until): unit for unit in chosen}
-        try:
-            for done in as_completed(running):
-                unit = running[done]
-                bar.update()
-                bar.set_postfix_str(f"{unit.setting} K={unit.workers} {unit.contender}: {done.result()}")
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+def race(chosen: list[Unit], setup: Setup, a: Any) -> dict[str, str]:
+    """Run the units, several at a time; return each error, with a unit that has it.
+
+    Raises:
+        ConfigError: the data cannot be read.
+    """
+    run = functools.partial(run_unit, setup=setup, folder=a.store, root=a.root, until=time.monotonic() + 60 * a.minutes)
+    failed = dict[str, str]()
+    with tqdm(total=len(chosen), unit=" units") as bar:
+        for unit, done in in_processes(run, chosen, a.processes):
+            error = done.exception()
+            if isinstance(error, ConfigError):
+                raise error
+            told = done.result() if error is None else one_line(error)
+            if error is not None:
+                failed.setdefault(told, str(unit))
+            bar.update()
+            bar.set_postfix_str(f"{unit}: {told}")
+    return failed
 
 
-def run_unit(unit: Unit, setup: Setup, folder: Path, root: str, until: float) -> str:
+def run_unit(unit: Unit, *, setup: Setup, folder: Path, root: str, until: float) -> str:
     """Run a unit in a process of its own, and say how it went."""
     store = Store(folder, root, until)
     try:
@@ -155,12 +165,12 @@ def plan(cells: list[tuple[str, int]], contenders: list[str], setup: Setup, fold
             names = ", ".join(unit.contender for unit in left)
             lines.append(
                 f"{setting}, K = {workers}: {len(runs)} further runs, "
-                f"at most {len(runs) * minutes:.0f} minutes of a core: {names}"
+                f"about {len(runs) * minutes:.0f} minutes of a core: {names}"
             )
     lines.append(
-        f"{len(missing)} contenders of these cells are not finished: at most about {len(counted) * minutes:.0f} minutes "
-        f"of a core, {60 * minutes:.1f} s for a run. An upper bound but for rates beyond the grid: those of their runs that "
-        "are finished, or will be cut off, are counted in full"
+        f"{len(missing)} contenders of these cells are not finished: about {len(counted) * minutes:.0f} minutes of a core, "
+        f"{60 * minutes:.1f} s for a run, the mean of those that are. It is less where some of their runs are finished, and "
+        "more where rates beyond the grid are tried"
     )
     return "\n".join(lines)
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from experiments.race.clocks import Clock, Draw, first, in_local_steps, mean_slowdowns, proportional
-from experiments.race.runs import QUIET, Record, Store, configuration
+from experiments.race.runs import QUIET, Record, Store
 from experiments.race.setup import Setup
+from ormo_rpc.composing import compose
 from ormo_rpc.config.schema import Config
 from ormo_rpc.runtimes.configured import time_generator
 
@@ -28,7 +29,7 @@ class Variant:
         members: The virtual workers of its run.
         divisor: The learning rate of the run is the rate divided by this.
         steps: Gradients in a ticket.
-        clock: Makes the times of its rounds in a setting; None: it is run in the setting itself.
+        clock: Makes the times of its rounds in a setting, with batches of a size; None: it is run in the setting itself.
     """
 
     name: str = ""
@@ -36,7 +37,7 @@ class Variant:
     members: int
     divisor: int = 1
     steps: int = 1
-    clock: Callable[[str], Clock] | None = None
+    clock: Callable[[str, int], Clock] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,8 @@ def record(
             overrides.append(f"train.max_seconds={limit:.4f}")
         return store.run(overrides, split)
     found = store.run(overrides, split)
-    ends = round_ends(variant, setting, workers, seed, -(-found.iterations[-1] // variant.members) if found.iterations else 0)
+    rounds = -(-found.iterations[-1] // variant.members) if found.iterations else 0
+    ends = round_ends(variant, setting, workers, seed, rounds, batch_size=setup.batch_size)
     seconds = [ends[-(-iteration // variant.members) - 1] for iteration in found.iterations]
     return Record(
         status=found.status,
@@ -99,14 +101,15 @@ def record(
         seconds=seconds,
         accuracy=found.accuracy,
         cpu_seconds=found.cpu_seconds,
+        machine=found.machine,
     )
 
 
-def round_ends(variant: Variant, setting: str, workers: int, seed: int, rounds: int) -> list[float]:
+def round_ends(variant: Variant, setting: str, workers: int, seed: int, rounds: int, *, batch_size: int) -> list[float]:
     """The virtual seconds at which a synchronous variant's rounds end in a setting, from the simulator's own draws."""
     assert variant.clock is not None, "of rounds"
     draw = in_local_steps(draws(setting, workers, seed), variant.steps)
-    return variant.clock(setting)(draw, workers, rounds)
+    return variant.clock(setting, batch_size)(draw, workers, rounds)
 
 
 def draws(setting: str, workers: int, seed: int) -> Draw:
@@ -118,7 +121,7 @@ def draws(setting: str, workers: int, seed: int) -> Draw:
 
 @functools.lru_cache(maxsize=64)
 def _cell(setting: str, workers: int, seed: int) -> Config:
-    return configuration((*QUIET, f"workers={workers}", f"heterogeneity={setting}", f"seed={seed}"))
+    return compose((*QUIET, f"workers={workers}", f"heterogeneity={setting}", f"seed={seed}"))
 
 
 def _rounds(*, nesterov: bool = False) -> tuple[str, ...]:
@@ -131,13 +134,13 @@ def _rounds(*, nesterov: bool = False) -> tuple[str, ...]:
 
 def _ddp(*, nesterov: bool = False) -> Callable[[int], tuple[Variant, ...]]:
     return lambda workers: (
-        Variant(overrides=_rounds(nesterov=nesterov), members=workers, clock=lambda _: first(workers, cancel=False)),
+        Variant(overrides=_rounds(nesterov=nesterov), members=workers, clock=lambda *_: first(workers, cancel=False)),
     )
 
 
 def _ddp_proportional(workers: int) -> tuple[Variant, ...]:
-    def clock(setting: str) -> Clock:
-        return proportional(mean_slowdowns(setting, workers), 64)
+    def clock(setting: str, batch_size: int) -> Clock:
+        return proportional(mean_slowdowns(setting, workers), batch_size)
 
     return (Variant(overrides=_rounds(), members=workers, clock=clock),)
 
@@ -151,7 +154,7 @@ def _m_sync(*, cancel: bool, nesterov: bool = False) -> Callable[[int], tuple[Va
                 name=f"m = {m}",
                 overrides=_rounds(nesterov=nesterov),
                 members=m,
-                clock=lambda _: first(m, cancel=cancel),
+                clock=lambda *_: first(m, cancel=cancel),
             )
 
         return tuple(map(variant, counts))
@@ -167,7 +170,7 @@ def _local_sgd(*options: str) -> Callable[[int], tuple[Variant, ...]]:
                 overrides=("algorithm=local_sgd", f"algorithm.local_steps={steps}", *options),
                 members=workers,
                 steps=steps,
-                clock=lambda _: first(workers, cancel=False),
+                clock=lambda *_: first(workers, cancel=False),
             )
             for steps in LOCAL_STEPS
         )

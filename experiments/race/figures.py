@@ -90,9 +90,13 @@ def median(values: Iterable[float]) -> float:
 
 
 def best_of(cell: Mapping[str, Row], names: Iterable[str]) -> Row | None:
-    """The contender that validation puts first: by the time to the tuning target, and where none has one, the first of them."""
-    found = [cell[name] for name in names if name in cell]
-    return min(found, key=lambda row: math.inf if row["validation_time"] is None else row["validation_time"], default=None)
+    """The contender that validation puts first: by the time to the tuning target, and where none has one, by the accuracy."""
+    return min((cell[name] for name in names if name in cell), key=_rank, default=None)
+
+
+def _rank(row: Row) -> tuple[float, float]:
+    time = row["validation_time"]
+    return math.inf if time is None else time, -row["validation_accuracy"]
 
 
 def best_asynchronous(cell: Mapping[str, Row]) -> Row | None:

@@ -46,11 +46,16 @@ def picture(results: Results) -> Figure:
         _ratios(axes, results, workers)
     for axes, setting in zip(curves, CURVES, strict=True):
         _curves(axes, results, setting)
-    patches = [Patch(color=colour, label=_label(name)) for name, colour in SHOWN]
+    patches = [
+        Patch(color=colour, label=_label(name))
+        for name, colour in SHOWN
+        if any(shown(results, setting, workers, name) for setting in SETTINGS for workers in (4, 16))
+    ]
+    missed = Line2D([], [], color="#333333", ls="", marker="x", label="not reached")
     figure.legend(
-        handles=[*patches, Line2D([], [], color=IDEAL, ls="--", label="ideal from speeds")],
+        handles=[*patches, missed, Line2D([], [], color=IDEAL, ls="--", label="ideal from speeds")],
         loc="outside upper center",
-        ncols=8,
+        ncols=9,
         frameon=False,
         fontsize="small",
     )

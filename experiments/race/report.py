@@ -259,7 +259,10 @@ def _not_run(results: Results) -> str:
 
 
 def _stated(results: Results) -> str:
-    content, machine = results.content, results.content["environment"]
+    content = results.content
+    rarest = max(
+        (run["gradients"] / len(run["seconds"]) for row in results.rows for run in row["runs"] if run["seconds"]), default=0
+    )
     seeds = sorted({run["seed"] for row in results.rows for run in row["runs"]})
     grids = "; ".join(
         f"K = {workers}: {', '.join(f'{rate:g}' for rate in rates)}" for workers, rates in content["rates"].items()
@@ -268,15 +271,16 @@ def _stated(results: Results) -> str:
         f"`python -m experiments.race`, simulated: {', '.join(content['job'])}, {content['epochs']} epochs of batches of",
         f"{content['batch_size']}, constant rate, momentum 0.9. Virtual seconds; a gradient takes 0.1 where nothing slows it",
         "down, network and server nothing. Each variant of each contender in each cell has the same budget: the rates of a",
-        f"grid ({grids}), and while the best is at an edge the next one, up to three, each with",
+        f"grid ({grids}), and while the best is at an edge the next one, up to {content['beyond']}, each with",
         f"{len(content['tuning_seeds'])} seeds of their own, judged by the time to",
         f"{content['tuning_target']:.1%} on a validation split; where that is not reached,",
         "by the last accuracy. Rates are those of a step with the mean of a round; ormo and its kin run with the K-th part.",
         f"Times are medians over seeds {', '.join(map(str, seeds))} on the test split (over those that a contender has),",
         "ratios those of the medians over the seeds that both have; each is the time at which the mean of",
-        f"{content['smooth']} evaluations in a row, about every 100 gradients, reaches the target;",
+        f"{content['smooth']} evaluations in a row, about every 100 gradients and at the end of a round",
+        f"(so at most {rarest:,.0f} apart), reaches the target;",
         "accuracies in the end are the mean of the last",
         f"{content['smooth']}, with mean and standard deviation over seeds.",
-        f"torch {machine['torch']}, {machine['cpu']}, 1 thread.",
+        f"Runs were made with {' and '.join(content['machines'])}, 1 thread.",
     )
     return " ".join(lines)

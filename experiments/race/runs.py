@@ -6,21 +6,22 @@ import ast
 import dataclasses
 import functools
 import hashlib
-import inspect
+import importlib
 import json
 import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from typing_extensions import override
 
 from experiments import common
-from ormo_rpc.algorithms import base
-from ormo_rpc.cli import compose
+from ormo_rpc import algorithms
+from ormo_rpc.algorithms import base, groups
+from ormo_rpc.composing import compose
 from ormo_rpc.config.schema import Config
 from ormo_rpc.data import DataSet
 from ormo_rpc.data.held_out import PurePartSplit, part_of
@@ -31,6 +32,7 @@ from ormo_rpc.runtimes import simulator
 from ormo_rpc.runtimes.configured import configured_evaluator
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.runtimes.temporary import temporary_folder
+from ormo_rpc.storage.environment import arithmetic
 from ormo_rpc.storage.run_directory import read_metrics
 from ormo_rpc.worker.evaluation import Evaluator
 
@@ -47,7 +49,8 @@ class Record:
         iterations: Tickets that were applied at each evaluation.
         seconds: Virtual time of each evaluation.
         accuracy: The accuracy on the split of the run, at each evaluation.
-        cpu_seconds: Time that the run took here.
+        cpu_seconds: Processor time that the run took.
+        machine: The torch and the processor that it was made with.
     """
 
     status: str
@@ -55,6 +58,7 @@ class Record:
     seconds: list[float]
     accuracy: list[float]
     cpu_seconds: float
+    machine: str = ""
 
     def last(self, smooth: int) -> float:
         """The mean of the last evaluations; 0 for a run that diverged or ended before the first."""
@@ -105,6 +109,8 @@ class Store:
         self.more = more
         self.made = 0
         """Runs that were made by this object."""
+        self.machines = set[str]()
+        """Of the runs that it has returned."""
 
     def run(self, overrides: Sequence[str], split: str) -> Record:
         """Return a run's record; run it where there is none yet.
@@ -125,11 +131,13 @@ class Store:
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
         file = self.folder / f"{name}.json"
         if (former := finished(file)) is not None:
+            self.machines.add(former.machine)
             return former
         if self.root is None or time.monotonic() > self.until:
             raise Missing(" ".join(overrides))
         record = self.simulate((*overrides, f"dataset.root={self.root}", *self.more), split)
         self.made += 1
+        self.machines.add(record.machine)
         self.folder.mkdir(parents=True, exist_ok=True)
         written = file.with_suffix(f".{os.getpid()}.part")
         written.write_text(json.dumps({"key": key, "record": asdict(record)}))
@@ -164,7 +172,7 @@ def simulate(overrides: Sequence[str], split: str, most: int | None = None) -> R
     Raises:
         ConfigError: the data cannot be read.
     """
-    config = configuration((*QUIET, *overrides))
+    config = compose((*QUIET, *overrides))
     try:
         job = OneSplitJob(config, split, most)
     except ValueError as error:
@@ -180,16 +188,14 @@ def simulate(overrides: Sequence[str], split: str, most: int | None = None) -> R
         seconds=[row["seconds"] for row in rows],
         accuracy=[row["test_accuracy"] for row in rows],
         cpu_seconds=time.process_time() - began,
+        machine=machine(),
     )
 
 
-def configuration(overrides: Sequence[str]) -> Config:
-    """The configuration of overrides, with the number of workers decided.
-
-    Raises:
-        ConfigError: one of them is wrong.
-    """
-    return compose(overrides)
+def machine() -> str:
+    """The torch and the processor of this process in words."""
+    here = arithmetic()
+    return f"torch {here['torch']}, {here['cpu']}"
 
 
 class OneSplitJob(Job):
@@ -253,18 +259,23 @@ def kept(dataset: DataSource, device: torch.device) -> Mapping[str, Split]:
 def rule_version(overrides: tuple[str, ...]) -> str:
     """A digest of the source of the rule that these overrides name: a changed rule's former runs do not count.
 
-    Docstrings and comments do not matter. It covers the modules of the rule's class and its bases, except for the contract in
-    ``algorithms/base.py``, which changes nothing that a rule computes.
+    Docstrings and comments do not matter. It covers the modules of the rule's class and its bases, and what these import from
+    ``ormo_rpc/algorithms``; but not the contract in ``base.py`` and the groups of parameters, which change nothing that a rule
+    computes.
     """
-    rule = type(configuration(overrides).algorithm)
-    modules = {kind.__module__: kind for kind in rule.__mro__ if kind.__module__.startswith("ormo_rpc.algorithms.")}
-    sources = [source_of(kind) for module, kind in sorted(modules.items()) if module != base.__name__]
-    return hashlib.sha256("\n".join(sources).encode()).hexdigest()[:16]
+    rule = type(compose(overrides).algorithm)
+    waiting, sources = [kind.__module__ for kind in rule.__mro__], dict[str, str]()
+    while waiting:
+        name = waiting.pop()
+        if name.startswith(f"{algorithms.__name__}.") and name not in (base.__name__, groups.__name__, *sources):
+            tree = ast.parse(Path(importlib.import_module(name).__file__ or "").read_text())
+            sources[name] = _without_docstrings(tree)
+            waiting += [each.module for each in ast.walk(tree) if isinstance(each, ast.ImportFrom) and each.module]
+    return hashlib.sha256("\n".join(source for _, source in sorted(sources.items())).encode()).hexdigest()[:16]
 
 
-def source_of(kind: type[Any]) -> str:
-    """The syntax tree of a class's module, without docstrings."""
-    tree = ast.parse(Path(inspect.getfile(kind)).read_text())
+def _without_docstrings(tree: ast.Module) -> str:
+    """The text of a syntax tree, after its docstrings were taken out of it."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
             node.body = [

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from typing_extensions import override
+
 from experiments.race.contenders import CONTENDERS, FIRST, Variant, record
 from experiments.race.runs import Missing, Record, Store
 from experiments.race.setup import Setup
@@ -25,6 +27,10 @@ class Unit:
     setting: str
     workers: int
     contender: str
+
+    @override
+    def __str__(self) -> str:
+        return f"{self.setting}, K = {self.workers}, {self.contender}"
 
 
 def units(cells: Iterable[tuple[str, int]], contenders: Iterable[str]) -> Iterator[Unit]:
@@ -76,6 +82,7 @@ def outcome(unit: Unit, setup: Setup, store: Store) -> dict[str, Any]:
         "variant": chosen,
         "rate": rate,
         "tuning": {name: described(each) for name, each in tuned.items()},
+        "validation_accuracy": -tuned[chosen].rank[1],
         "validation_time": None if math.isinf(tuned[chosen].rank[0]) else tuned[chosen].rank[0] / len(setup.tuning_seeds),
         "runs": [shortened(seed, run(variants[chosen], rate, seed, "test")) for seed in setup.seeds],
     }
@@ -108,7 +115,9 @@ def content(chosen: Iterable[Unit], setup: Setup, store: Store) -> dict[str, Any
         "smooth": setup.smooth,
         "tuning_seeds": setup.tuning_seeds,
         "rates": {workers: sorted(rates) for workers, rates in setup.rates.items()},
+        "beyond": setup.beyond,
         "job": setup.job,
+        "machines": sorted(store.machines),
         "not_run": [[unit.setting, unit.workers, unit.contender] for unit in missing],
         "rows": rows,
     }

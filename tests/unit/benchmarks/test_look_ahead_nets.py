@@ -9,8 +9,9 @@ import pytest
 
 from experiments import look_ahead_nets
 from experiments.look_ahead_nets import Net, arguments, page, planned, setup_of, work_through, write
-from experiments.race.runs import QUIET, configuration
+from experiments.race.runs import QUIET
 from experiments.race.setup import Setup
+from ormo_rpc.composing import compose
 from ormo_rpc.report.table import MISSING
 from tests.support.race import DIGITS
 
@@ -45,7 +46,7 @@ def test_what_must_not_be_missing_is_run_first() -> None:
 
 def test_runs_are_on_the_device_that_was_asked_for() -> None:
     for device in ("cpu", "cuda"):
-        config = configuration((*QUIET, *setup_of("resnet20", arguments(["--device", device])).job))
+        config = compose((*QUIET, *setup_of("resnet20", arguments(["--device", device])).job))
         assert (config.worker.device, config.server.device, config.worker.cuda_graph) == (device, device, device == "cuda")
 
 

@@ -84,9 +84,19 @@ def test_a_changed_rule_is_run_again(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert store.made == 2
 
 
-def test_the_version_of_a_rule_is_that_of_its_source() -> None:
+def test_the_version_of_a_rule_is_that_of_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rule_version(("algorithm=ormo",)) == rule_version(("algorithm=ormo", "algorithm.momentum_correction=true"))
     assert rule_version(("algorithm=ormo",)) != rule_version(("algorithm=ormo_da",))
+    # What a rule imports counts as well: local SGD takes its steps by a function of another module.
+    rules, read = (("algorithm=local_sgd", "algorithm.local_steps=2"), ("algorithm=ormo",)), Path.read_text
+    before = [rule_version(rule) for rule in rules]
+    rule_version.cache_clear()
+    monkeypatch.setattr(
+        Path, "read_text", lambda self: read(self) + ("\nCHANGED = 1\n" if self.name == "_local_steps.py" else "")
+    )
+    after = [rule_version(rule) for rule in rules]
+    rule_version.cache_clear()
+    assert [former == now for former, now in zip(before, after, strict=True)] == [False, True]
 
 
 @pytest.mark.slow

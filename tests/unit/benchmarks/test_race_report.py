@@ -13,7 +13,9 @@ from experiments.race import report
 from experiments.race.figures import Results, best_asynchronous, best_m_sync
 
 
-def row(contender: str, *times: float, validation: float, setting: str = "one_slow", workers: int = 4) -> dict[str, Any]:
+def row(
+    contender: str, *times: float, validation: float | None, accuracy: float = 0.9, setting: str = "one_slow", workers: int = 4
+) -> dict[str, Any]:
     """A row of results whose seeds reach 87% at these times."""
     runs = [
         {"seed": seed, "status": "completed", "gradients": 9, "seconds": [1.0, time], "accuracy": [1000, 8700]}
@@ -27,6 +29,7 @@ def row(contender: str, *times: float, validation: float, setting: str = "one_sl
         "rate": 0.1,
         "tuning": {"": {"0.1": [validation], "0.2": "cut"}},
         "validation_time": validation,
+        "validation_accuracy": accuracy,
         "runs": runs,
     }
 
@@ -54,6 +57,8 @@ def results() -> Results:
             "tuning_seeds": [1000],
             "rates": {"4": [0.1, 0.2]},
             "rows": rows,
+            "beyond": 3,
+            "machines": ["torch 2, a CPU"],
             "environment": {"torch": "2", "cpu": "a CPU"},
             "not_run": [["gamma", 64, "ddp"]],
         }
@@ -72,6 +77,20 @@ def test_goals_compare_medians_of_the_rule_that_validation_puts_first(results: R
     assert goals["one_slow", "4", "best m-sync"][5:] == ("0.9", "0.9 1.8 0.8", "ormo", "m-sync, cancelling", "yes")
     assert goals["none", "16", "DDP"][5:] == ("1.5", "1.5 1.5 1.5", "ormo", "DDP", "no")
     assert goals["exponential", "4", "DDP"][5:] == ("-", "-", "-", "-", "-")
+
+
+def test_the_best_of_those_that_never_reached_the_target_has_the_highest_accuracy() -> None:
+    cell = {
+        "ormo": row("ormo", 9.0, validation=None, accuracy=0.84),
+        "ormo_la": row("ormo_la", 9.0, validation=None, accuracy=0.86),
+        "dana": row("dana", 9.0, validation=None, accuracy=0.85),
+    }
+    best = best_asynchronous(cell)
+    assert best is not None
+    assert best["contender"] == "ormo_la"
+    one_has_it = best_asynchronous({**cell, "smega2": row("smega2", 9.0, validation=50.0, accuracy=0.1)})
+    assert one_has_it is not None
+    assert one_has_it["contender"] == "smega2", "a time comes before every accuracy"
 
 
 def test_ratios_are_over_the_seeds_that_both_have(results: Results) -> None:
