@@ -3,10 +3,11 @@
 K = 4 and 16 virtual workers train a small transformer to predict the next character of the reference manual that Python ships
 (`pydoc_data.topics`), with random times (``exponential``), with one worker that is ten times slower (``slow_tail``) and with
 workers that are alike (``none``). The procedure is the same for every method and K: each learning rate of one grid is run with
-random times and a tuning seed, which is not reported; the one with the lowest validation loss at the end is chosen (a run that
-diverges is out), and the seeds of the table are run with it in each setting, where the loss on the test split is reported.
-AdamW and momentum SGD have a grid each, of the same length. Nothing else is tuned. All runs apply the same number of gradients,
-so that methods which make one step of K gradients make fewer steps. Writes ``results/adamw.json`` and ``.md``.
+random times and a tuning seed, which is not reported, and, while the best is at an edge, up to three beyond it; the one with
+the lowest validation loss at the end is chosen (a run that diverges is out), and the seeds of the table are run with it in each
+setting, where the loss on the test split is reported. AdamW and momentum SGD have a grid each, of the same length. Nothing else
+is tuned. All runs apply the same number of gradients, so that methods which make one step of K gradients make fewer steps.
+Writes ``results/adamw.json`` and ``.md``.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def run(method: str, workers: int, setting: str, lr: float, seed: int, iteration
     overrides, _ = METHODS[method]
     summary, _ = common.run(
         (
-            *(*common.SIMULATED, f"workers={workers}", "checkpoint.every_seconds=0", *overrides, f"heterogeneity={setting}"),
+            *(*common.QUIET, f"workers={workers}", *overrides, f"heterogeneity={setting}"),
             *(
                 "dataset._target_=experiments.adamw.text",
                 "dataset.validation=0.1",
@@ -98,6 +99,17 @@ def run(method: str, workers: int, setting: str, lr: float, seed: int, iteration
     return summary
 
 
+def tune(method: str, workers: int, iterations: int, bar: tqdm[Any]) -> dict[float, float | None]:
+    """The validation loss at each learning rate that is tried; None where the run diverges."""
+
+    def score(lr: float) -> float | None:
+        tried = run(method, workers, SETTINGS[0], lr, TUNING_SEED, iterations)
+        bar.update()
+        return tried["val_loss"] if tried["status"] == "completed" else None
+
+    return common.tuned(score, METHODS[method][1])
+
+
 def main() -> None:
     """Tune, run, and write the results."""
     parser = common.parser(__doc__)
@@ -107,6 +119,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS, metavar="SETTING")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, metavar="SEED")
     a = parser.parse_args()
+    into = common.folder(a.into)
     tuned: dict[tuple[str, int], dict[float, float | None]] = {}
     rows: list[dict[str, Any]] = []
     tuning = sum(len(METHODS[method][1]) for method in a.methods)
@@ -114,12 +127,7 @@ def main() -> None:
     with tqdm(total=total, unit=" runs") as bar:
         for workers in a.workers:
             for method in a.methods:
-                scores: dict[float, float | None] = {}
-                for lr in METHODS[method][1]:
-                    tried = run(method, workers, SETTINGS[0], lr, TUNING_SEED, a.iterations)
-                    scores[lr] = tried["val_loss"] if tried["status"] == "completed" else None
-                    bar.update()
-                tuned[method, workers] = scores
+                tuned[method, workers] = tune(method, workers, a.iterations, bar)
         for setting in a.settings:
             for (method, workers), scores in tuned.items():
                 best, runs = common.best(scores), list[dict[str, Any]]()
@@ -129,17 +137,25 @@ def main() -> None:
                 rows.append(
                     {"setting": setting, "workers": workers, "method": method, "lr": best, "tuning": scores, "runs": runs}
                 )
+    machine = environment()
     header = {
-        "environment": environment(),
+        "environment": machine,
         "iterations": a.iterations,
         "tuning_seed": TUNING_SEED,
         "seeds": a.seeds,
     }
     short = [{**row, "runs": [common.select(summary, KEYS) for summary in row["runs"]]} for row in rows]
     table = as_markdown(cells(rows))
-    a.into.mkdir(exist_ok=True)
-    (a.into / "adamw.json").write_text(json.dumps({**header, "rows": short}, indent=1) + "\n")
-    (a.into / "adamw.md").write_text(table + "\n")
+    grids = [f"{', '.join(map(str, grid))} ({name})" for name, grid in (("AdamW", ADAMW_GRID), ("momentum SGD", SGD_GRID))]
+    stated = (
+        f"`python -m experiments.adamw`: a transformer of {WIDTH} features on {CHARACTERS:,} characters, {a.iterations} "
+        f"gradients of batches of 8, simulated; virtual seconds. Each method has for each K the learning rates "
+        f"{' or '.join(grids)} and, while the best is at an edge, up to {common.BEYOND} beyond it, judged with another seed by "
+        f"the validation loss with random times (`{SETTINGS[0]}`); {len(a.seeds)} seeds, mean and standard deviation. "
+        f"torch {machine['torch']}, {machine['cpu']}, 1 thread."
+    )
+    (into / "adamw.json").write_text(json.dumps({**header, "rows": short}, indent=1) + "\n")
+    (into / "adamw.md").write_text(f"{stated}\n\n{table}\n")
     print(table)
 
 

@@ -1,4 +1,4 @@
-"""Train in a temporary run directory and read back what it recorded."""
+"""Command line, runs, and the choice of a learning rate of the experiments."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeVar
 
+from benchmarks.measuring import RESULTS
 from ormo_rpc import train
 from ormo_rpc.runtimes.distributed.linux import die_with_parent
 from ormo_rpc.storage.run_directory import read_trace
 
 T = TypeVar("T")
-RESULTS = Path(__file__).parents[1] / "results"
 SIMULATED = ("runtime=sim", "worker.device=cpu", "logger=none", "logger.progress=false")
 """The overrides of every simulated run: on the CPU, also where there is a GPU, unless others follow."""
+QUIET = (*SIMULATED, "checkpoint.every_seconds=0")
+"""The same without checkpoints, where no run goes on from another."""
+BEYOND = 3
+"""Learning rates that are tried beyond the edges of a grid, at most."""
 
 
 def parser(description: str | None) -> ArgumentParser:
@@ -28,6 +32,15 @@ def parser(description: str | None) -> ArgumentParser:
     made = ArgumentParser(description=description)
     made.add_argument("--into", type=Path, default=RESULTS, metavar="FOLDER", help="folder of the results")
     return made
+
+
+def folder(into: Path) -> Path:
+    """Make the folder of the results, before there are any."""
+    try:
+        into.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"--into: {error}; expected a folder, or where one can be made")
+    return into
 
 
 def at_least_one(text: str) -> int:
@@ -77,6 +90,25 @@ def best(scores: Mapping[float, float | None]) -> float:
     if not counted:
         sys.exit(f"no learning rate of {', '.join(map(str, scores))} can be chosen: no run of any of them counts")
     return min(counted, key=counted.__getitem__)
+
+
+def tuned(score: Callable[[float], float | None], grid: Iterable[float]) -> dict[float, float | None]:
+    """Score the learning rates of a grid and, while the best is at an edge, up to `BEYOND` more beyond it.
+
+    The next one continues the grid as it is at this edge: 0.03, 0.1, 0.3 with 1. The lowest score is the best, see `best`.
+    """
+    rates = sorted({*grid})
+    if len(rates) < 3:
+        sys.exit(f"got a grid of {len(rates)} learning rates, expected at least 3, so that it can be continued at its edges")
+    scores = {lr: score(lr) for lr in rates}
+    for _ in range(BEYOND):
+        chosen, rates = best(scores), sorted(scores)
+        if chosen not in (rates[0], rates[-1]):
+            break
+        edge, second, third = rates[:3] if chosen == rates[0] else rates[:-4:-1]
+        further = float(f"{edge * second / third:.6g}")
+        scores[further] = score(further)
+    return dict(sorted(scores.items()))
 
 
 def not_completed(summaries: Sequence[Mapping[str, Any]]) -> str:

@@ -18,7 +18,7 @@ from typing import ClassVar, cast
 import torch
 from typing_extensions import override
 
-from experiments import common
+from experiments.common import QUIET
 from ormo_rpc import algorithms
 from ormo_rpc.algorithms import base, groups
 from ormo_rpc.composing import compose
@@ -35,9 +35,6 @@ from ormo_rpc.runtimes.temporary import temporary_folder
 from ormo_rpc.storage.environment import arithmetic
 from ormo_rpc.storage.run_directory import read_metrics
 from ormo_rpc.worker.evaluation import Evaluator
-
-QUIET = (*common.SIMULATED, "checkpoint.every_seconds=0")
-"""Of all runs; a run that is on a GPU says so after them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from experiments import common, when_it_pays
+from experiments import adamw, common, paper_methods
+
+GRID = (0.003, 0.01, 0.03, 0.1, 0.3)
 
 
 def test_the_lowest_score_that_counts_is_chosen() -> None:
@@ -21,28 +27,45 @@ def test_nothing_is_chosen_where_no_run_counts(score: float | None) -> None:
         common.best({0.1: score, 0.2: score})
 
 
-def test_when_it_pays_is_tuned_on_the_validation_split_and_reports_the_test_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rate that is best on the test split is not the one that is best on the validation split."""
-    times = {rate: (float(number), float(len(when_it_pays.RATES) - number)) for number, rate in enumerate(when_it_pays.RATES)}
-
-    def run(setting: str, scheduler: str, lr: float, seed: int) -> dict[str, Any]:  # noqa: ARG001 - those of the experiment
-        return dict(zip((when_it_pays.TIME, when_it_pays.TUNING_TIME), times[lr], strict=True))
-
-    class Bar:
-        def update(self) -> None:
-            pass
-
-    monkeypatch.setattr(when_it_pays, "run", run)
-    row = when_it_pays.case("none", "sync", Bar())  # pyright: ignore[reportArgumentType] # the part of a bar that is used
-    assert row["lr"] == when_it_pays.RATES[-1]
-    assert when_it_pays.mean_time(row["runs"]) == len(when_it_pays.RATES) - 1
+@pytest.mark.parametrize(
+    ("optimum", "tried"),
+    [
+        (0.03, GRID),
+        (1.0, (*GRID, 1, 3)),  # 3 is worse, so that 1 is at no edge any more
+        (math.inf, (*GRID, 1, 3, 10)),
+        (0.0, (0.0001, 0.0003, 0.001, *GRID)),
+    ],
+)
+def test_a_grid_goes_on_while_the_best_is_at_its_edge(optimum: float, tried: tuple[float, ...]) -> None:
+    scores = common.tuned(lambda lr: abs(lr - optimum) if math.isfinite(optimum) else -lr, GRID)
+    assert [*scores] == [*tried]
+    assert common.best(scores) == min(tried, key=lambda lr: abs(lr - optimum) if math.isfinite(optimum) else -lr)
 
 
-def test_a_run_of_when_it_pays_holds_out_samples_and_has_both_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(when_it_pays, "EPOCHS", 2)
-    monkeypatch.setattr(when_it_pays, "TARGET", 0.5)
-    found = when_it_pays.run("none", "async", 0.03, 0)
-    assert found["val_accuracy"] is not None
-    assert found["test_accuracy"] != found["val_accuracy"]
-    # 36 gradients an epoch (of 1150 samples in batches of 32), 8 each 0.1 s: epochs end with the 5th and the 9th round.
-    assert {found[when_it_pays.TIME], found[when_it_pays.TUNING_TIME]} <= {0.5, 0.9}
+def test_a_grid_does_not_go_on_where_runs_diverge() -> None:
+    assert common.tuned(lambda lr: -lr if lr < 1 else None, GRID) == {**{lr: -lr for lr in GRID}, 1: None}
+    with pytest.raises(SystemExit, match=r"^got a grid of 2 learning rates, expected at least 3, so that it can be continued"):
+        common.tuned(lambda lr: lr, (0.1, 0.2, 0.1))
+
+
+@pytest.mark.parametrize(("module", "options"), [(paper_methods, ("--methods", "asgd")), (adamw, ("--methods", "adamw"))])
+def test_an_experiment_runs_its_table_with_a_rate_beyond_its_grid(
+    module: ModuleType, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Training and validation loss are lowest at 1, which neither grid has; the test split is best at 0.01."""
+
+    def run(*arguments: Any) -> dict[str, Any]:
+        lr, seed = arguments[-3:-1] if module is adamw else arguments[2:4]
+        loss, off = abs(lr - 1.0), abs(lr - 0.01)
+        losses = {"last_loss": loss, "val_loss": loss, "test_loss": off, "test_accuracy": 1 - off}
+        return {**dict.fromkeys(module.KEYS, 2), **losses, "status": "completed", "seed": seed}
+
+    monkeypatch.setattr(module, "run", run)
+    name = module.__name__.removeprefix("experiments.")
+    into = tmp_path / "new" / "folder"
+    monkeypatch.setattr(sys, "argv", [name, *options, "--into", str(into)])
+    module.main()
+    rows = json.loads((into / f"{name}.json").read_text())["rows"]
+    assert rows
+    assert all(row["lr"] == 1.0 and {"0.3", "1.0", "3.0"} <= {*row["tuning"]} for row in rows)
+    assert "and, while the best is at an edge, up to 3 beyond it" in (into / f"{name}.md").read_text()
