@@ -1,7 +1,7 @@
 # Every target that needs an environment makes it first.
 .DEFAULT_GOAL := help
 .PHONY: help setup train quick test check conf format bench bench-nodes bench-step bench-startup bench-own-loop bench-ray bench-tensorflow live-scale live-race server-memory
-.PHONY: compression replays methods reproduce reproduce-full adamw look-ahead look-ahead-nets when-it-pays scale chaos nodes journal clean race gpu
+.PHONY: compression replays methods reproduce reproduce-full adamw look-ahead look-ahead-nets scale chaos nodes journal clean race gpu
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
@@ -102,9 +102,6 @@ look-ahead: .venv/ready  ## Look-aheads of ordered momentum on noisy quadratics,
 
 look-ahead-nets: .venv/ready  ## The same on the cnn and ResNet-20, beside DANA, SMEGA2, Nesterov, into results/ (a GPU; ARGS="--root DIRECTORY --device cuda --jobs 4")
 	$(BIN)/python -m experiments.look_ahead_nets $(ARGS)
-
-when-it-pays: .venv/ready  ## Time to a target accuracy, asynchronous against synchronous, simulated, into results/ and docs/ (minutes)
-	$(BIN)/python -m experiments.when_it_pays $(ARGS)
 
 race: .venv/ready  ## The race against DDP, m-sync and local SGD, simulated, resumable, into results/ and docs/ (hours; ARGS="--root DIRECTORY")
 	$(BIN)/python -m experiments.race $(ARGS)
