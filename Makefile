@@ -76,7 +76,7 @@ gpu: .venv/ready  ## Tests and benchmarks that need a GPU, on a machine that has
 live-scale: .venv/ready  ## The live server against the number of workers, 1 to 32, into results/ (minutes)
 	$(BIN)/python -m benchmarks.live_scale $(ARGS)
 
-live-race: .venv/ready  ## Time to an accuracy, live OrMo against DistributedDataParallel, into results/ (minutes; ARGS="--root DIRECTORY")
+live-race: .venv/ready  ## Time to an accuracy, live OrMo against DistributedDataParallel, into results/ (half an hour; ARGS="--root DIRECTORY")
 	$(BIN)/python -m benchmarks.live_race $(ARGS)
 
 server-memory: .venv/ready  ## The live server's peak memory, and that it does not grow, into results/ (minutes)

@@ -18,7 +18,7 @@ _UNUSED: dict[str, str] = {
     "compression": "gradients are reduced as they are",
     "wire.dtype": "gradients are reduced as they are",
     "wire.params": "parameters are not sent",
-    "transport": "gradients are reduced over Gloo",
+    "transport": "gradients are reduced over Gloo, or NCCL",
     "server.device": _NO_SERVER,
     "server.address": _NO_SERVER,
     "server.secret_file": _NO_SERVER,

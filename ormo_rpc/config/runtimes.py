@@ -163,7 +163,7 @@ def ddp_rule(*, nesterov: bool) -> tuple[str, str]:
 @register("ddp")
 @dataclass(frozen=True, kw_only=True)
 class DdpRuntime(LiveRuntime):
-    """One process for each worker, torch's DistributedDataParallel over Gloo: synchronous training without a server.
+    """One process for each worker, torch's DistributedDataParallel over Gloo or NCCL: synchronous training without a server.
 
     ``algorithm`` and ``scheduler`` do not count: the update is that of torch.optim.SGD on the mean of a round's gradients.
     """

@@ -1,4 +1,4 @@
-"""The runtime of torch's DistributedDataParallel: K ranks over Gloo, no server, the same tickets and records as other runtimes.
+"""The runtime of torch's DistributedDataParallel: K ranks, no server, the same tickets and records as other runtimes.
 
 It is what a user would take instead of a parameter server, as an opponent that asynchronous runs are compared with::
 
