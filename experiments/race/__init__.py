@@ -20,4 +20,5 @@ Rounds of the first m of K workers are simulated as rounds of m workers: each ha
 
 Finished runs are kept in a folder (``--store``) and not run again, unless the source of their rule has changed. Writes
 ``results/race.json`` and ``.md``, and ``docs/race.png``; ``--report`` makes the latter two from the first, and runs nothing.
+``--long`` is another job, for what 64 workers can reach at all: 16 epochs, ``results/race_long.json`` and ``.md``.
 """

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
 import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from experiments.common import RESULTS, at_least_one, in_processes
 from experiments.race import report
 from experiments.race.contenders import CONTENDERS
 from experiments.race.runs import Missing, Store, finished
-from experiments.race.setup import CELLS, SETTINGS, Setup
+from experiments.race.setup import CELLS, LONG, LONG_CELLS, SETTINGS, Setup
 from experiments.race.units import MOST_SEEDS, Unit, collected, content, outcome, planned_runs, units
 from ormo_rpc.errors import ConfigError, one_line
 from ormo_rpc.storage.environment import environment
@@ -51,6 +53,11 @@ def parser() -> ArgumentParser:
         metavar="N",
         help="reported seeds, by default 3; results have as many as were run",
     )
+    made.add_argument(
+        "--long",
+        action="store_true",
+        help="the job for 16 epochs with 64 workers and random times, judged by the time to 86%%: results/race_long",
+    )
     made.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many minutes, and collect")
     made.add_argument(
         "--processes",
@@ -81,11 +88,12 @@ def perform(a: Any) -> None:
     """
     if a.seeds > MOST_SEEDS:
         raise ConfigError(f"--seeds: got {a.seeds}, expected at most {MOST_SEEDS}")
+    name, job, all_cells = ("race_long", LONG, LONG_CELLS) if a.long else ("race", Setup(), CELLS)
     if a.report:
-        report.write(results(a.into / "race.json"), a.into)
+        report.write(results(a.into / f"{name}.json"), a.into, name)
         return
-    setup = Setup(seeds=tuple(range(a.seeds)))
-    cells = [(setting, workers) for setting, workers in CELLS if setting in a.settings and workers in a.workers]
+    setup = dataclasses.replace(job, seeds=tuple(range(a.seeds)))
+    cells = [(setting, workers) for setting, workers in all_cells if setting in a.settings and workers in a.workers]
     if a.plan:
         print(plan(cells, a.contenders, setup, a.store))
         return
@@ -93,10 +101,11 @@ def perform(a: Any) -> None:
     if not a.collect:
         print(plan(cells, a.contenders, setup, a.store))
         failed = race([*units(cells, a.contenders)], setup, a)
-    found = collect(Setup(seeds=setup.seeds[: len(Setup().seeds)]), a.store)
+    found = collect(all_cells, dataclasses.replace(job, seeds=setup.seeds[: len(job.seeds)]), a.store)
     a.into.mkdir(parents=True, exist_ok=True)
-    (a.into / "race.json").write_text(json.dumps(found, separators=(",", ":")).replace('{"setting"', '\n{"setting"') + "\n")
-    report.write(found, a.into)
+    text = json.dumps(found, separators=(",", ":")).replace('{"setting"', '\n{"setting"')
+    (a.into / f"{name}.json").write_text(text + "\n")
+    report.write(found, a.into, name)
     if failed:
         sys.exit("\n".join(f"experiments.race: {unit}: {error}" for error, unit in failed.items()))
 
@@ -146,9 +155,9 @@ def run_unit(unit: Unit, *, setup: Setup, folder: Path, root: str, until: float)
     return f"{store.made} new runs, rate {found['rate']:g}"
 
 
-def collect(setup: Setup, folder: Path) -> dict[str, Any]:
+def collect(cells: Iterable[tuple[str, int]], setup: Setup, folder: Path) -> dict[str, Any]:
     """The content of the results, of all units that are finished."""
-    return {"environment": environment(), **content(units(CELLS, CONTENDERS), setup, Store(folder, None))}
+    return {"environment": environment(), **content(units(cells, CONTENDERS), setup, Store(folder, None))}
 
 
 def plan(cells: list[tuple[str, int]], contenders: list[str], setup: Setup, folder: Path) -> str:

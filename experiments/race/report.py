@@ -14,7 +14,7 @@ from experiments.race import clocks
 from experiments.race.contenders import ASYNCHRONOUS, CONTENDERS
 from experiments.race.figures import Results, Row, best_asynchronous, best_m_sync
 from experiments.race.picture import picture
-from experiments.race.setup import CELLS, SETTINGS
+from experiments.race.setup import CELLS, SETTINGS, Setup
 from ormo_rpc.report.table import MISSING, as_markdown, spread
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -69,24 +69,27 @@ ACCURACY_BOUND = -0.001
 """Last accuracy of the best asynchronous rule minus that of DDP, at equal epochs and K = 16, that is to be reached."""
 
 
-def write(content: Mapping[str, Any], into: Path) -> None:
-    """Write tables and picture beside the results; the picture of the results of the repository goes to ``docs/``."""
+def write(content: Mapping[str, Any], into: Path, name: str = "race") -> None:
+    """Write tables and picture beside the results; the picture of the results of the repository goes to ``docs/``.
+
+    Args:
+        content: The content of the results.
+        into: Their folder.
+        name: Of their files; those of another job than the race's have tables alone.
+    """
     results = Results(content)
-    (into / "race.md").write_text(page(results))
+    (into / f"{name}.md").write_text(page(results))
+    if content["epochs"] != Setup().epochs:
+        return
     picture(results).savefig((DOCS if into == RESULTS else into) / "race.png", dpi=110)
 
 
 def page(results: Results) -> str:
     """The page: what was run, the goals, and a table for each cell."""
-    parts = [
-        "# The race",
-        _stated(results),
-        "## Goals",
-        as_markdown(goals(results)),
-        _accuracy(results),
-        _lost(results),
-        _rates(results),
-    ]
+    parts = ["# The race", _stated(results)]
+    if results.content["epochs"] == Setup().epochs:
+        parts += ["## Goals", as_markdown(goals(results))]
+    parts += [_accuracy(results), _lost(results), _rates(results)]
     for setting, workers in CELLS:
         cell = results.cell(setting, workers)
         if cell:
@@ -268,7 +271,8 @@ def _stated(results: Results) -> str:
         f"K = {workers}: {', '.join(f'{rate:g}' for rate in rates)}" for workers, rates in content["rates"].items()
     )
     lines = (
-        f"`python -m experiments.race`, simulated: {', '.join(content['job'])}, {content['epochs']} epochs of batches of",
+        f"`python -m experiments.race{'' if content['epochs'] == Setup().epochs else ' --long'}`, simulated:",
+        f"{', '.join(content['job'])}, {content['epochs']} epochs of batches of",
         f"{content['batch_size']}, constant rate, momentum 0.9. Virtual seconds; a gradient takes 0.1 where nothing slows it",
         "down, network and server nothing. Each variant of each contender in each cell has the same budget: the rates of a",
         f"grid ({grids}), and while the best is at an edge the next one, up to {content['beyond']}, each with",

@@ -135,3 +135,13 @@ def test_page_and_picture_are_made_from_the_file_alone(results: Results, tmp_pat
     report.write(content, tmp_path)
     assert (tmp_path / "race.md").read_text() == report.page(results)
     assert (tmp_path / "race.png").stat().st_size > 10_000
+
+
+def test_the_longer_job_has_tables_of_its_own_without_the_goals(results: Results, tmp_path: Path) -> None:
+    report.write({**results.content, "epochs": 16}, tmp_path, "race_long")
+    assert [path.name for path in tmp_path.iterdir()] == ["race_long.md"]
+    page = (tmp_path / "race_long.md").read_text()
+    assert "`python -m experiments.race --long`" in page
+    assert "16 epochs" in page
+    assert "## Goals" not in page
+    assert "| ormo | 0.1 | 2 | 3 of 3 |" in page
