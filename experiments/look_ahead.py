@@ -14,8 +14,8 @@ from __future__ import annotations
 import heapq
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,6 +108,11 @@ def case(rule: str, setting: str, workers: int, noise: str) -> dict[str, Any]:
     times = times_to_target(*losses(*RULES[rule], setting, workers, NOISES[noise]))
     tuning = times[:, len(SEEDS) :].mean(1)
     best = int(tuning.argmin())
+    if best in (0, len(RATES) - 1) or not tuning[best].isfinite():
+        sys.exit(
+            f"{rule}, {setting}, K = {workers}, {noise}: got {RATES[best]:g} as the best rate, which reaches the target in "
+            f"{tuning[best]:.3g}, expected a rate within the grid, from {RATES[0]:g} to {RATES[-1]:g}, and in finite time"
+        )
     return {
         "rule": rule,
         "setting": setting,
@@ -136,7 +141,7 @@ def table(rows: Sequence[Mapping[str, Any]], workers: int, noise: str) -> str:
 
 def main() -> None:
     """Tune, run, and write the results."""
-    into: Path = common.parser(__doc__).parse_args().into
+    into = common.folder(common.parser(__doc__).parse_args().into)
     cases = [(rule, s, k, noise) for k, settings in MEASURED.items() for noise in NOISES for s in settings for rule in RULES]
     rows = [case(*each) for each in tqdm(cases, unit=" runs")]
     machine = environment()
@@ -151,7 +156,6 @@ def main() -> None:
         "mean and standard deviation over 8 seeds, in brackets the learning rate times K, tuned for each with 8 other seeds. "
         f"torch {machine['torch']}, float64."
     )
-    into.mkdir(exist_ok=True)
     (into / "look_ahead.json").write_text(json.dumps({"environment": machine, "target": TARGET, "rows": rows}, indent=1) + "\n")
     (into / "look_ahead.md").write_text(f"# Look-ahead on quadratics\n\n{stated}\n\n" + "\n\n".join(parts) + "\n")
     print("\n\n".join(parts))

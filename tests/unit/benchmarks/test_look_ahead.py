@@ -33,6 +33,22 @@ def test_a_case_is_tuned_with_other_seeds_than_it_reports(monkeypatch: pytest.Mo
     assert (row["rate"], row["seconds"]) == (look_ahead.RATES[3].item(), [5.0] * 8)
 
 
+@pytest.mark.parametrize(("rate", "seconds", "told"), [(0, 1.0, "0.0251189"), (-1, 1.0, "2.51189"), (4, math.inf, "0.0251189")])
+def test_no_rate_is_chosen_at_an_edge_or_where_none_reaches_the_target(
+    rate: int, seconds: float, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = torch.full((len(look_ahead.RATES), 16), math.inf)
+    times[rate] = seconds
+
+    def found(*_: object) -> torch.Tensor:
+        return times
+
+    monkeypatch.setattr(look_ahead, "losses", lambda *_: ([], torch.empty(0)))
+    monkeypatch.setattr(look_ahead, "times_to_target", found)
+    with pytest.raises(SystemExit, match=rf"^ormo, none, K = 4, quiet: got {told} as the best rate, .* expected a rate within"):
+        look_ahead.case("ormo", "none", 4, "quiet")
+
+
 def test_a_run_ends_near_the_optimum_at_a_moderate_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(look_ahead, "BUCKETS", 60)
     evaluated, values = look_ahead.losses(*look_ahead.RULES["ormo_la"], "none", 2, 0.0)
