@@ -13,7 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks.measuring import RESULTS
+from benchmarks.measuring import RESULTS, ROOT
 from ormo_rpc import train
 from ormo_rpc.runtimes.distributed.linux import die_with_parent
 from ormo_rpc.storage.run_directory import read_trace
@@ -41,6 +41,11 @@ def folder(into: Path) -> Path:
     except OSError as error:
         sys.exit(f"--into: {error}; expected a folder, or where one can be made")
     return into
+
+
+def pictures(into: Path) -> Path:
+    """The folder of pictures: ``docs/`` for the results of the repository, else that of the results."""
+    return ROOT / "docs" if into.resolve() == RESULTS.resolve() else into
 
 
 def at_least_one(text: str) -> int:

@@ -80,6 +80,7 @@ def main() -> None:
     a = parser.parse_args()
     if not (Path(a.root) / "FashionMNIST" / "raw").is_dir():
         sys.exit(f"skipped: there is no FashionMNIST/raw in {a.root}; say where with --root, or let a run download it")
+    into = common.folder(a.into)
     shared = overrides(a.root, a.model, a.epochs)
     rows: list[dict[str, Any]] = []
     with tqdm(total=len(a.formats) * len(RATES) * len(a.seeds), unit=" runs") as bar:
@@ -100,9 +101,8 @@ def main() -> None:
         f"{machine['cpu']}, 1 thread."
     )
     table = as_markdown(cells(rows, sizes(shared)[0]))
-    a.into.mkdir(exist_ok=True)
-    (a.into / "compression.json").write_text(json.dumps({"environment": machine, **setting, "rows": short}, indent=1) + "\n")
-    (a.into / "compression.md").write_text(f"{conditions}\n\n{table}\n")
+    (into / "compression.json").write_text(json.dumps({"environment": machine, **setting, "rows": short}, indent=1) + "\n")
+    (into / "compression.md").write_text(f"{conditions}\n\n{table}\n")
     print(table)
 
 

@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     a = parser.parse_args()
+    into = common.folder(a.into)
     cases = {name: (f"train.epochs={a.epochs}", *CASES[name]) for name in a.cases}
     if a.cifar:
         cases["ResNet-20 on CIFAR-10 with augmentation"] = (*RESNET, f"train.epochs={a.epochs}", f"dataset.root={a.cifar}")
@@ -61,8 +62,7 @@ def main() -> None:
     versions = environment()
     left_out = "" if a.cifar else "\n\nLeft out: ResNet-20 on CIFAR-10, for want of the data."
     machine = f"torch {versions['torch']}, {versions['cpu']}, {os.cpu_count()} cores, 1 thread per process"
-    a.into.mkdir(exist_ok=True)
-    (a.into / "replays.md").write_text(f"{as_markdown(table)}{left_out}\n\n{machine}, 1 run per case.\n")
+    (into / "replays.md").write_text(f"{as_markdown(table)}{left_out}\n\n{machine}, 1 run per case.\n")
 
 
 if __name__ == "__main__":

@@ -46,11 +46,11 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--workers", type=int, nargs="+", default=WORKERS, metavar="K")
     a = parser.parse_args()
+    into = common.folder(a.into)
     header = ("K", "latency (s)", "pushes", "mean delay", "server load", "queue (s)", "seconds to target", "pushes to target")
     cases = [(workers, latency) for latency in LATENCIES.values() for workers in a.workers]
     table = as_markdown([header, *(run(*case) for case in tqdm(cases, unit=" runs"))])
-    a.into.mkdir(exist_ok=True)
-    (a.into / "scale.md").write_text(table + "\n\nVirtual seconds; one seed.\n")
+    (into / "scale.md").write_text(table + "\n\nVirtual seconds; one seed.\n")
     print(table)
 
 

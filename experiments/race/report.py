@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.common import RESULTS
+from experiments.common import pictures
 from experiments.race import clocks
 from experiments.race.contenders import ASYNCHRONOUS, CONTENDERS
 from experiments.race.figures import Results, Row, best_asynchronous, best_m_sync
 from experiments.race.picture import picture
 from experiments.race.setup import CELLS, SETTINGS, Setup
 from ormo_rpc.report.table import MISSING, as_markdown, spread
-
-DOCS = Path(__file__).parents[2] / "docs"
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def write(content: Mapping[str, Any], into: Path, name: str = "race") -> None:
     (into / f"{name}.md").write_text(page(results))
     if content["epochs"] != Setup().epochs:
         return
-    picture(results).savefig((DOCS if into == RESULTS else into) / "race.png", dpi=110)
+    picture(results).savefig(pictures(into) / "race.png", dpi=110)
 
 
 def page(results: Results) -> str:
