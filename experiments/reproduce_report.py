@@ -52,21 +52,24 @@ def real_minutes(run: ResumableRun) -> float | None:
 def note_machine(work: Path, about: Mapping[str, Any]) -> None:
     """Keep what a GPU and its machine are beside the runs, as results may be written elsewhere.
 
-    Whoever knows more, such as what else has run on the GPU, may add an entry ``note``.
+    Whoever knows more, such as what else has run on the GPU, may add an entry ``note``, which is kept.
     """
-    (work / MACHINE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    file = work / MACHINE
+    former = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    note = {"note": former["note"]} if "note" in former else {}
+    file.write_text(json.dumps({**about, **note}, indent=1) + "\n", encoding="utf-8")
 
 
 def machine_of(a: Namespace) -> dict[str, Any]:
-    """The machine of the runs: the one that was kept beside them, else this one."""
+    """The machine of the runs: with a GPU the one that was kept beside them, else this one."""
     kept = a.work / MACHINE
-    return json.loads(kept.read_text("utf-8")) if kept.is_file() else environment()
+    return json.loads(kept.read_text("utf-8")) if a.device != "cpu" and kept.is_file() else environment()
 
 
 def machine_in_words(machine: Mapping[str, Any]) -> str:
     """Device, precision and versions in a sentence."""
     if "card" not in machine:
-        return f"torch {machine['torch']}, {machine['cpu']}, 1 thread"
+        return f"torch {machine['torch']}, {machine['cpu']}, 1 thread, channels last"
     at_once = "one run at a time" if machine["jobs"] == 1 else f"{machine['jobs']} runs at once"
     note = f" {machine['note']}." if "note" in machine else ""
     return (

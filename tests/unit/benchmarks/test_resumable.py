@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from experiments import at_once, reproduce
-from experiments.reproduce_report import epochs_done, table, unfinished
+from experiments.reproduce_report import (
+    MACHINE,
+    epochs_done,
+    machine_in_words,
+    machine_of,
+    note_machine,
+    table,
+    unfinished,
+)
 from experiments.resumable import ResumableRun, alone
 from ormo_rpc.composing import compose
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
+from ormo_rpc.storage.environment import environment
 from ormo_rpc.storage.summary import FILE
 
 SHORT = ("runtime=sim", "logger=none", "logger.progress=false", "logger.log_iterations=10", "workers=3", "checkpoint.every=20")
@@ -76,6 +86,17 @@ def test_runs_on_a_gpu_are_others_than_those_on_the_cpu_and_have_their_own_folde
     assert (gpu.worker.device, gpu.server.device, gpu.worker.autocast.value) == ("cuda", "cuda", "bf16")
     cpu = composed(reproduce.planned(reproduce.arguments([]))[0])
     assert (cpu.worker.device, cpu.server.device) == ("cpu", "cpu")
+
+
+def test_the_machine_of_runs_on_the_cpu_is_this_one_and_a_note_about_the_gpu_is_kept(tmp_path: Path) -> None:
+    gpu = {"card": "one", "jobs": 1}
+    note_machine(tmp_path, gpu)
+    (tmp_path / MACHINE).write_text(json.dumps({**gpu, "note": "It was shared."}))  # as someone writes by hand
+    note_machine(tmp_path, {**gpu, "jobs": 2})
+    on_gpu, on_cpu = (Namespace(work=tmp_path, device=device) for device in ("cuda", "cpu"))
+    assert machine_of(on_gpu) == {"card": "one", "jobs": 2, "note": "It was shared."}
+    assert machine_of(on_cpu) == environment()
+    assert machine_in_words(machine_of(on_cpu)).endswith(", 1 thread, channels last")
 
 
 def test_two_commands_do_not_work_in_one_folder(tmp_path: Path) -> None:
