@@ -9,21 +9,20 @@ test split. With ``--device cuda`` each gradient is one captured graph, on data 
 
 Every finished run is kept under ``--work``, and not made again: a command that was ended goes on where it was. ``--jobs`` rules
 are run at once, each in a process that makes their runs one after another. ``--seconds`` begins no run after this time.
-``--report`` writes ``look_ahead_nets.json`` and ``.md`` from what is finished, as does the end of each rule; what is not
-finished is left out, and named.
+``--report`` writes ``look_ahead_nets.json`` and ``.md`` (``look_ahead_nets_cuda.*`` with ``--device cuda``) from what is
+finished, as does the end of each rule; what is not finished is left out, and named.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
-import multiprocessing
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ from typing import Any
 from typing_extensions import override
 
 from benchmarks import gpu_machine
-from benchmarks.measuring import exit_on_sigterm
 from experiments import common, reproduce_report
 from experiments.race.contenders import CONTENDERS
 from experiments.race.figures import Results
@@ -44,7 +42,6 @@ from experiments.resumable import alone
 from ormo_rpc import devices
 from ormo_rpc.errors import ConfigError, one_line
 from ormo_rpc.report.table import as_markdown, spread
-from ormo_rpc.runtimes.distributed.linux import die_with_parent
 
 WORKERS = 16
 SETTINGS = ("exponential", "one_slow")
@@ -67,11 +64,13 @@ class Net:
         folder: The folder of its data, in that of the data sets.
         setup: Its job, as the race has them.
         most: Held-out samples by which a rate is chosen, at most; None for all.
+        workers: K.
     """
 
     folder: str
     setup: Setup
     most: int | None = None
+    workers: int = WORKERS
 
 
 NETS: Mapping[str, Net] = {
@@ -133,7 +132,7 @@ def planned(a: Namespace) -> list[Planned]:
     """The units in their order: what must not be missing comes first."""
     return sorted(
         (
-            Planned(net, Unit(setting, a.number, rule))
+            Planned(net, Unit(setting, NETS[net].workers, rule))
             for net in NETS
             for setting in SETTINGS
             for rule in RULES
@@ -178,24 +177,15 @@ def run(planned: Planned, a: Namespace, until: float) -> str:
 def work_through(plan: Sequence[Planned], a: Namespace) -> list[str]:
     """Run what is left, and write the results after each unit; return a line for each that failed."""
     began, failed = time.monotonic(), dict[str, str]()
-    until = began + a.seconds
-    # Forked: they have all imports at once. CUDA must not be in use before.
-    forked = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(a.jobs, mp_context=forked, initializer=die_with_parent) as pool:
-        running = {pool.submit(run, each, a, until): each for each in plan}
-        try:
-            for done in as_completed(running):
-                error = done.exception()
-                told = done.result() if error is None else one_line(error)
-                if error is not None:
-                    failed.setdefault(told, str(running[done]))
-                print(f"{time.monotonic() - began:5.0f} s  {running[done]}: {told}", flush=True)
-                if a.device == "cuda" and not (a.work / reproduce_report.MACHINE).is_file():
-                    reproduce_report.note_machine(a.work, {**gpu_machine.about(), "jobs": a.jobs})
-                write(plan, a)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    for each, done in common.in_processes(functools.partial(run, a=a, until=began + a.seconds), plan, a.jobs):
+        error = done.exception()
+        told = done.result() if error is None else one_line(error)
+        if error is not None:
+            failed.setdefault(told, str(each))
+        print(f"{time.monotonic() - began:5.0f} s  {each}: {told}", flush=True)
+        if a.device == "cuda" and not (a.work / reproduce_report.MACHINE).is_file():
+            reproduce_report.note_machine(a.work, {**gpu_machine.about(), "jobs": a.jobs})
+        write(plan, a)
     return [f"{name}: {told}" for told, name in failed.items()]
 
 
@@ -206,10 +196,9 @@ def write(plan: Iterable[Planned], a: Namespace) -> None:
         units = [each.unit for each in plan if each.net == net]
         nets[net] = content(units, setup_of(net, a), store_of(net, a, None))
     found = {"environment": reproduce_report.machine_of(a), "nets": nets}
-    a.into.mkdir(parents=True, exist_ok=True)
     text = json.dumps(found, separators=(",", ":")).replace('{"setting"', '\n{"setting"')
-    (a.into / "look_ahead_nets.json").write_text(text + "\n")
-    (a.into / "look_ahead_nets.md").write_text(page(found))
+    (a.into / f"{name_of(a)}.json").write_text(text + "\n")
+    (a.into / f"{name_of(a)}.md").write_text(page(found))
 
 
 def page(found: Mapping[str, Any]) -> str:
@@ -288,9 +277,7 @@ def arguments(argv: Sequence[str] | None = None) -> Namespace:
         help="folders, one of which holds FashionMNIST/raw, one cifar-10-batches-py",
     )
     parser.add_argument("--repackaged", action="store_true", help="take files that differ from the original ones")
-    parser.add_argument(
-        "--work", type=Path, default=Path("outputs/look-ahead-nets"), metavar="DIRECTORY", help="folder of the finished runs"
-    )
+    parser.add_argument("--work", type=Path, metavar="DIRECTORY", help="folder of the finished runs; by default in outputs/")
     parser.add_argument("--nets", nargs="+", choices=NETS, default=[*NETS], metavar="NAME")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS, metavar="SETTING")
     parser.add_argument("--rules", nargs="+", choices=RULES, default=RULES, metavar="RULE")
@@ -300,14 +287,19 @@ def arguments(argv: Sequence[str] | None = None) -> Namespace:
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no run after this time")
     parser.add_argument("--report", action="store_true", help="write the results of what is finished; run nothing")
     a = parser.parse_args(argv)
-    a.number = WORKERS
+    a.work = a.work or Path("outputs") / name_of(a).replace("_", "-")
     return a
+
+
+def name_of(a: Namespace) -> str:
+    """The name of the results' files, which says the device."""
+    return "look_ahead_nets" if a.device == "cpu" else f"look_ahead_nets_{a.device}"
 
 
 def main() -> None:
     """Run, and write the results."""
     a = arguments()
-    exit_on_sigterm()
+    common.folder(a.into)
     plan = planned(a)
     try:
         if a.report:
@@ -319,7 +311,7 @@ def main() -> None:
     except ConfigError as error:
         print(f"experiments.look_ahead_nets: {error}", file=sys.stderr)
         sys.exit(2)
-    print((a.into / "look_ahead_nets.md").read_text())
+    print((a.into / f"{name_of(a)}.md").read_text())
     if failed:
         print("\n".join(f"experiments.look_ahead_nets: {line}" for line in failed), file=sys.stderr)
         sys.exit(1)

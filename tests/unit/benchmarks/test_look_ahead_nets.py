@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from experiments import look_ahead_nets
-from experiments.look_ahead_nets import Net, arguments, page, planned, setup_of, work_through, write
+from experiments.look_ahead_nets import Net, arguments, name_of, page, planned, setup_of, work_through, write
 from experiments.race.runs import QUIET
 from experiments.race.setup import Setup
 from ormo_rpc.composing import compose
 from ormo_rpc.report.table import MISSING
+from tests.support.processes import PATIENCE_SECONDS, gone, wait_until
 from tests.support.race import DIGITS
 
 TINY = Net(
@@ -30,6 +37,7 @@ TINY = Net(
         tuning_seeds=(1000,),
     ),
     most=100,
+    workers=4,
 )
 
 
@@ -50,6 +58,36 @@ def test_runs_are_on_the_device_that_was_asked_for() -> None:
         assert (config.worker.device, config.server.device, config.worker.cuda_graph) == (device, device, device == "cuda")
 
 
+def test_runs_and_results_of_a_gpu_have_names_of_their_own() -> None:
+    found = {device: arguments(["--device", device]) for device in ("cpu", "cuda")}
+    assert [name_of(a) for a in found.values()] == ["look_ahead_nets", "look_ahead_nets_cuda"]
+    assert [str(a.work) for a in found.values()] == ["outputs/look-ahead-nets", "outputs/look-ahead-nets-cuda"]
+
+
+@pytest.mark.live
+def test_sigterm_ends_the_command_and_its_runs_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = tmp_path / "begun"
+
+    def outcome(*_: object) -> None:
+        begun.with_suffix(".part").write_text(str(os.getpid()))
+        begun.with_suffix(".part").replace(begun)
+        time.sleep(PATIENCE_SECONDS)
+
+    monkeypatch.setattr(look_ahead_nets, "outcome", outcome)
+    monkeypatch.setattr(sys, "argv", ["look_ahead_nets", "--work", str(tmp_path / "work"), "--into", str(tmp_path)])
+    command = multiprocessing.get_context("fork").Process(target=look_ahead_nets.main)
+    command.start()
+    try:
+        wait_until(begun.is_file, "a run begins")
+        child = psutil.Process(int(begun.read_text()))
+        command.terminate()
+        command.join(PATIENCE_SECONDS / 2)
+        assert command.exitcode == -signal.SIGTERM
+        wait_until(lambda: gone([child]), "its run ends")
+    finally:
+        command.kill()
+
+
 @pytest.mark.slow
 @pytest.mark.live
 def test_rules_are_tuned_run_and_reported_and_what_is_not_finished_is_named(
@@ -58,7 +96,6 @@ def test_rules_are_tuned_run_and_reported_and_what_is_not_finished_is_named(
     monkeypatch.setattr(look_ahead_nets, "NETS", {"tiny": TINY})
     words = ("--nets", "tiny", "--settings", "exponential", "--rules", "ormo", "ormo_la", "ddp_nesterov", "--jobs", "2")
     a = arguments([*words, "--work", str(tmp_path / "work"), "--into", str(tmp_path), "--seeds", "1"])
-    a.number = 4
     plan = planned(a)
     assert work_through(plan[:2], a) == []
     runs = {file.name for file in a.work.iterdir()}
