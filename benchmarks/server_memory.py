@@ -63,8 +63,8 @@ def peak(samples: Sequence[Sample]) -> int:
     return samples[-1].server_bytes
 
 
-def growth(samples: Sequence[Sample]) -> float:
-    """Bytes per update, from the second tenth of the updates to the last.
+def growth(samples: Sequence[Sample]) -> dict[str, float]:
+    """The highest memory in the second tenth of the updates and in the last, and the bytes per update in between.
 
     Raises:
         ValueError: there are too few samples.
@@ -78,7 +78,11 @@ def growth(samples: Sequence[Sample]) -> float:
         )
     middle = [sum(sample.updates for sample in part) / len(part) for part in (early, late)]
     highest = [max(sample.server_bytes_now for sample in part) for part in (early, late)]
-    return (highest[1] - highest[0]) / (middle[1] - middle[0])
+    return {
+        "bytes_per_update": (highest[1] - highest[0]) / (middle[1] - middle[0]),
+        "early_bytes": highest[0],
+        "late_bytes": highest[1],
+    }
 
 
 def peak_rows(content: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -109,8 +113,8 @@ def as_text(content: Mapping[str, Any]) -> str:
         "Peaks while gradients are applied, less that at D = 10; the budget is 16 + 4 (K + 1) + 4 K bytes per parameter.",
         *("", as_markdown(peak_rows(content)), ""),
         f"{grown['updates']:,} updates at D = {grown['parameters']:,}, K = {grown['workers']}: {verdict},",
-        f"{grown['bytes_per_update']:.1f} bytes per update ({grown['first_bytes'] / 1e6:,.1f} MB early, "
-        f"{grown['last_bytes'] / 1e6:,.1f} MB in the end); the limit is {GROWTH_LIMIT:g}.",
+        f"{grown['bytes_per_update']:.1f} bytes per update ({grown['early_bytes'] / 1e6:,.1f} MB early, "
+        f"{grown['late_bytes'] / 1e6:,.1f} MB in the end); the limit is {GROWTH_LIMIT:g}.",
     ]
     return "\n".join(text) + "\n"
 
@@ -150,9 +154,7 @@ def main() -> None:
             "parameters": a.small,
             "workers": a.workers[0],
             "updates": a.updates,
-            "bytes_per_update": growth(samples),
-            "first_bytes": samples[0].server_bytes_now,
-            "last_bytes": samples[-1].server_bytes_now,
+            **growth(samples),
         },
     }
     a.into.mkdir(parents=True, exist_ok=True)

@@ -56,7 +56,9 @@ def test_the_knee_is_the_smallest_good_k_and_the_report_names_the_bottleneck(tmp
 def test_growth_of_memory_is_distinguished_from_fluctuation() -> None:
     # A start that fills caches, then 7 bytes per update, and 50 bytes more at every other sample.
     samples = [sample(n, server_bytes_now=1000 + min(n, 50) * 10 + 7 * n + 50 * (n // 10 % 2)) for n in range(0, 1001, 10)]
-    assert server_memory.growth(samples) == pytest.approx(7, rel=0.02)
+    # The highest are at 190 and 990: 1000 + 500 + 7 n + 50 bytes. Their tenths have 150 and 950 updates on average.
+    expected = {"early_bytes": 2880, "late_bytes": 8480, "bytes_per_update": 7}
+    assert server_memory.growth(samples) == pytest.approx(expected, rel=0.02)
     with pytest.raises(
         ValueError, match=r"^got 1 samples of 5 updates, expected some in the second tenth and some in the last$"
     ):
@@ -76,9 +78,12 @@ def test_the_memory_of_a_server_is_compared_with_its_budget() -> None:
             "workers": 2,
             "updates": 1000,
             "bytes_per_update": 101.0,
-            "first_bytes": 1e6,
-            "last_bytes": 2e6,
+            "early_bytes": 1e6,
+            "late_bytes": 2e6,
         },
     }
     assert [row[-3:] for row in server_memory.peak_rows(made)[1:]] == [("36.0", "36", "yes"), ("36.5", "36", "no")]
-    assert "1,000 updates at D = 10, K = 2: growth,\n101.0 bytes per update" in server_memory.as_text(made)
+    assert (
+        "1,000 updates at D = 10, K = 2: growth,\n101.0 bytes per update (1.0 MB early, 2.0 MB in the end)"
+        in server_memory.as_text(made)
+    )
