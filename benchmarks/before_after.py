@@ -5,8 +5,8 @@ own package and options, so the command lines of the two may differ (``--before-
 both are measured at each size, one directly after the other, and the order alternates. The ratio is AFTER to BEFORE within
 each round: its median with the lowest and the highest; that of the processor time for an update, of server and workers, says
 more on a busy machine. Exits with status 1 if a median ratio is below ``--least``.
-``--into`` writes the results after every round; with ``--resume`` those of the same two commits are kept, and what is missing
-is measured.
+``--into`` writes the results after every round; with ``--resume`` those of the same two commits, with the same options on the
+same machine, are kept, and what is missing is measured. None are kept of a commit with changes.
 """
 
 from __future__ import annotations
@@ -27,14 +27,17 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.machine import in_words, load
-from benchmarks.measuring import conditions, exit_on_sigterm, spread
+from benchmarks.measuring import SIZES, UNKNOWN, conditions, exact, exit_on_sigterm, spread
 from benchmarks.systems import LOOPBACK, started
 from ormo_rpc.report.table import as_markdown
 
-SIZES = (272_474, 2_000_000, 25_000_000)
 WORKERS = 2
 TIMEOUT_SECONDS = 240.0
 LEAST = 0.97
+MEASURED = ("ormo_rpc", "benchmarks")
+"""The folders of a checkout whose code runs."""
+SETTING = ("options", "workers", "seconds", "machine")
+"""Entries of the results on which measurements depend."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +57,14 @@ class Checkout:
     options: Sequence[str] = ()
 
     def commit(self) -> str:
-        """The commit, with ``+changes`` if files differ from it."""
-        command = ["git", "-C", str(self.folder), "describe", "--always", "--abbrev=10", "--dirty=+changes"]
-        found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
-        return found.stdout.strip() or "unknown"
+        """The commit, with ``+changes`` if files of `MEASURED` differ from it."""
+
+        def git(*words: str) -> str:
+            command = ["git", "-C", str(self.folder), *words]
+            return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30).stdout.strip()
+
+        found = git("describe", "--always", "--abbrev=10") or UNKNOWN
+        return found + ("+changes" if git("status", "--porcelain", "--untracked-files=no", "--", *MEASURED) else "")
 
     def check(self) -> None:
         """Make sure that its own package would be measured.
@@ -161,11 +168,11 @@ def write(content: Mapping[str, Any], into: Path) -> None:
 
 
 def earlier(content: Mapping[str, Any], into: Path) -> list[dict[str, Any]]:
-    """The measurements of the same two checkouts, of as many workers and seconds, that a file has; none without one."""
+    """The measurements that a file has of the same commits and `SETTING`; none without one, or of commits with changes."""
     file = into.with_suffix(".json")
     found = json.loads(file.read_text()) if file.is_file() else {}
-    same = all(found.get(key) == content[key] for key in ("before", "after", "workers", "seconds"))
-    return found["measurements"] if same else []
+    same = all(found.get(key) == content[key] for key in ("before", "after", *SETTING))
+    return found["measurements"] if same and exact(content["before"]) and exact(content["after"]) else []
 
 
 def as_text(content: Mapping[str, Any]) -> str:
@@ -218,6 +225,7 @@ def main() -> None:
     ]
     content: dict[str, Any] = {**conditions(), "workers": a.workers, "seconds": a.seconds, "rounds": a.rounds}
     content |= {checkout.name: checkout.commit() for checkout in checkouts}
+    content["options"] = {checkout.name: [*checkout.options] for checkout in checkouts}
     kept = earlier(content, a.into) if a.resume and a.into is not None else []
     try:
         for checkout in checkouts:

@@ -23,14 +23,13 @@ from typing import Any
 import psutil
 
 from benchmarks.machine import in_words, load
-from benchmarks.measuring import ROOT, conditions, exit_on_sigterm, spread
+from benchmarks.measuring import ROOT, SIZES, conditions, exit_on_sigterm, rotated, spread
 from benchmarks.namespaces import Host, two_hosts, why_not
 from benchmarks.peers.harness import PROGRESS_VARIABLE
 from benchmarks.peers.measurement import cpu_seconds
 from benchmarks.systems import RAW_SOCKETS, SYSTEMS, System, commands_of, marked, started
 from ormo_rpc.report.table import as_markdown
 
-SIZES = (272_474, 2_000_000, 25_000_000)
 START_SECONDS = 180.0
 RUN_SECONDS = 3600.0
 """Longer than any comparison: all are killed in the end."""
@@ -137,12 +136,26 @@ def running(
             raise RuntimeError(f"{name}: has ended: {' / '.join(first_lines[-3:])}") from error
 
 
+def named(checkouts: Sequence[Path], systems: Sequence[str]) -> list[tuple[str, System, Path]]:
+    """The name, system and folder of each that is compared: our own in other checkouts first.
+
+    Raises:
+        ValueError: two have one name, by which the results are kept.
+    """
+    folders = [folder.resolve() for folder in checkouts]
+    chosen = [(folder.name, SYSTEMS["ormo_rpc"], folder) for folder in folders]
+    chosen += [(name, SYSTEMS[name], ROOT) for name in systems]
+    names = [name for name, *_ in chosen]
+    if len({*names}) < len(names):
+        raise ValueError(f"got {', '.join(names)}, expected a name for each: rename the folder of a checkout (--checkouts)")
+    return chosen
+
+
 def compare(systems: Sequence[Running], rounds: int, seconds: float) -> dict[str, dict[str, list[float]]]:
     """Give every system its turn in each round; return updates per second and processor seconds by system."""
     found: dict[str, dict[str, list[float]]] = {each.name: {"updates_per_second": [], "cpu_seconds": []} for each in systems}
     for number in range(rounds):
-        shift = number % len(systems)
-        for each in [*systems[shift:], *systems[:shift]]:
+        for each in rotated(systems, number):
             rate, cpu = each.turn(seconds)
             found[each.name]["updates_per_second"].append(rate)
             found[each.name]["cpu_seconds"].append(cpu)
@@ -197,8 +210,10 @@ def main() -> None:
     reason = why_not() if a.namespaces else None
     if reason:
         sys.exit(f"in_turns: --namespaces: {reason}")
-    chosen = [(folder.name, SYSTEMS["ormo_rpc"], folder.resolve()) for folder in a.checkouts]
-    chosen += [(name, SYSTEMS[name], ROOT) for name in a.systems]
+    try:
+        chosen = named(a.checkouts, a.systems)
+    except ValueError as error:
+        parser.error(str(error))
     content: dict[str, Any] = {**conditions(), "workers": a.workers, "rounds": a.rounds, "seconds": a.seconds}
     content |= {"namespaces": a.namespaces, "found": {}}
     for parameters in a.parameters:

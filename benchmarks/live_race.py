@@ -8,7 +8,8 @@ leaves checkpoints, which are evaluated when the run is over. Writes ``results/l
 
 Learning rates are those of ``--lr``. With several for a contender the best is chosen before, by the accuracy on held-out
 samples after ``--tuning-iterations`` in the simulator, where `m_sync` stands for DistributedDataParallel: its updates are the
-same. With ``--resume`` the runs and learning rates in the results are kept, and what is missing is run: a round at a time, say.
+same. With ``--resume`` the runs and learning rates in the results are kept, if they are of the same commit without changes and
+of the same machine, and what is missing is run: a round at a time, say.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import in_words, load
-from benchmarks.measuring import RESULTS, conditions, exit_on_sigterm, spread
+from benchmarks.measuring import RESULTS, conditions, exact, exit_on_sigterm, spread
 from ormo_rpc import train
 from ormo_rpc.config.parsing import load_config
 from ormo_rpc.report.table import as_markdown
@@ -194,11 +195,11 @@ def write(content: Mapping[str, Any], folder: Path) -> None:
 
 
 def kept(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The runs of the results in a folder, and how their rates were chosen; nothing where they are of another setting."""
+    """The runs of the results in a folder, and how their rates were chosen; nothing where setting or code are others."""
     file = folder / "live_race.json"
     former: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    same = all(former.get(key) == content[key] for key in ("overrides", "target", "every", "smooth", "machine"))
-    return {key: former[key] for key in ("tuning", "runs")} if same else {}
+    same = all(former.get(key) == content[key] for key in ("overrides", "target", "every", "smooth", "machine", "versions"))
+    return {key: former[key] for key in ("tuning", "runs")} if same and exact(content["versions"]["commit"]) else {}
 
 
 def rates(words: Sequence[str]) -> dict[str, list[float]]:
@@ -248,7 +249,7 @@ def run_rounds(
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", metavar="DIRECTORY", help="with the data sets; by default they are fetched")
+    parser.add_argument("--root", metavar="DIRECTORY", help="with the data sets; by default data")
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=["ddp", "ormo"], metavar="NAME")
     parser.add_argument("--lr", nargs="+", default=[], metavar="NAME=LR,LR", help="learning rates to choose from, by contender")
     parser.add_argument("--rounds", type=int, default=3)

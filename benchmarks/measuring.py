@@ -11,7 +11,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.machine import load, machine, versions
 from ormo_rpc.storage.environment import environment
@@ -19,6 +19,11 @@ from ormo_rpc.storage.environment import environment
 ROOT = Path(__file__).parents[1]
 """The checkout."""
 RESULTS = ROOT / "results"
+SIZES = (272_474, 2_000_000, 25_000_000)
+"""The number of parameters of ResNet-20, and more: those at which throughput is compared."""
+UNKNOWN = "unknown"
+"""The commit of a folder that is none of git's."""
+T = TypeVar("T")
 
 
 def seconds_per_call(function: Callable[[], Any], repeats: int) -> float:
@@ -34,6 +39,17 @@ def spread(values: Sequence[float], form: str = ".2f") -> str:
     if not values:
         return "-"
     return f"{statistics.median(values):{form}} ({min(values):{form}} - {max(values):{form}})"
+
+
+def rotated(items: Sequence[T], number: int) -> list[T]:
+    """The order of a round: another item comes first each time."""
+    shift = number % len(items)
+    return [*items[shift:], *items[:shift]]
+
+
+def exact(commit: str | None) -> bool:
+    """True where a commit names the code that was measured: one with changes equals itself after further ones."""
+    return commit not in (None, UNKNOWN) and not commit.endswith("+changes")
 
 
 def conditions(environments: dict[str, Path] | None = None) -> dict[str, Any]:

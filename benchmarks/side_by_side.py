@@ -25,12 +25,11 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.machine import load
-from benchmarks.measuring import RESULTS, conditions, exit_on_sigterm
+from benchmarks.measuring import RESULTS, SIZES, conditions, exact, exit_on_sigterm, rotated
 from benchmarks.namespaces import two_hosts, why_not
 from benchmarks.side_by_side_report import as_text, stem, write
 from benchmarks.systems import BETWEEN_HOSTS, DEFAULT, OWN_ENVIRONMENTS, SYSTEMS, System, run
 
-SIZES = (272_474, 2_000_000, 25_000_000)
 SECONDS_PER_PARAMETER = 3e-7
 """Further time that a measurement takes for each parameter, roughly: making vectors and warming up."""
 Measure = Callable[[System, int, int, float], dict[str, Any] | str]
@@ -43,12 +42,6 @@ def estimated_seconds(names: Sequence[str], sizes: Sequence[int], workers: Seque
     starts = sum(system.overhead_seconds for system in installed)
     large = len(installed) * SECONDS_PER_PARAMETER * sum(sizes)
     return rounds * len(workers) * (len(sizes) * (len(installed) * seconds + starts) + large)
-
-
-def rotated(names: Sequence[str], number: int) -> list[str]:
-    """The order of a round: another system comes first each time."""
-    shift = number % len(names)
-    return [*names[shift:], *names[:shift]]
 
 
 def measure(
@@ -109,11 +102,13 @@ def _add(content: dict[str, Any], system: System, parameters: int, number: int, 
 
 
 def kept(content: Mapping[str, Any], workers: Sequence[int], seconds: float, folder: Path) -> list[dict[str, Any]]:
-    """The measurements of the same day, commit and length that the files in a folder have."""
-    found: list[dict[str, Any]] = []
+    """The measurements of the same day, commit and length that the files in a folder have; none of a commit with changes."""
+    found, commit = list[dict[str, Any]](), content["versions"]["commit"]
+    if not exact(commit):
+        return found
     for file in (stem({**content, "workers": k}, folder).with_suffix(".json") for k in workers):
         earlier = json.loads(file.read_text()) if file.is_file() else None
-        if earlier and (earlier["versions"]["commit"], earlier["seconds"]) == (content["versions"]["commit"], seconds):
+        if earlier and (earlier["versions"]["commit"], earlier["seconds"]) == (commit, seconds):
             found += earlier["measurements"]
     return found
 

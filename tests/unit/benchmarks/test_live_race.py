@@ -36,12 +36,24 @@ def test_ratios_are_within_rounds_in_which_both_have_reached_the_target() -> Non
 
 
 def test_runs_of_the_same_setting_are_kept(tmp_path: Path) -> None:
-    content = {**conditions(), "overrides": ["model=cnn"], "target": 0.9, "every": 50, "smooth": 3, "tuning": {"ddp": {}}}
+    content: dict[str, Any] = {
+        **conditions(),
+        "overrides": ["model=cnn"],
+        "target": 0.9,
+        "every": 50,
+        "smooth": 3,
+        "tuning": {"ddp": {}},
+    }
     content |= {"runs": [run(0, "ddp", 40.0)], "load_at_end": content["load_at_start"]}
+    content["versions"]["commit"] = "abc"
     assert live_race.kept(content, tmp_path) == {}
     live_race.write(content, tmp_path)
     assert live_race.kept(content, tmp_path) == {"tuning": {"ddp": {}}, "runs": content["runs"]}
     assert live_race.kept({**content, "target": 0.8}, tmp_path) == {}
+    assert live_race.kept({**content, "versions": {**content["versions"], "commit": "def"}}, tmp_path) == {}
+    content["versions"]["commit"] = "abc+changes"  # the same again, but perhaps after further changes
+    live_race.write(content, tmp_path)
+    assert live_race.kept(content, tmp_path) == {}
 
 
 def test_missing_runs_are_run_and_the_order_alternates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,8 +65,16 @@ def test_missing_runs_are_run_and_the_order_alternates(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(live_race.Race, "run", made)
     race = live_race.Race(overrides=["model=cnn"], target=0.9, every=50, smooth=3)
-    content = {**conditions(), "overrides": ["model=cnn"], "target": 0.9, "every": 50, "smooth": 3, "tuning": {}}
+    content: dict[str, Any] = {
+        **conditions(),
+        "overrides": ["model=cnn"],
+        "target": 0.9,
+        "every": 50,
+        "smooth": 3,
+        "tuning": {},
+    }
     content |= {"runs": [run(0, "ddp", 40.0)]}
+    content["versions"]["commit"] = "abc"
     chosen = {"ddp": (live_race.CONTENDERS["ddp"], 0.04), "ormo": (live_race.CONTENDERS["ormo"], 0.01)}
     live_race.run_rounds(race, chosen, 3, content, tmp_path)
     words = "model=cnn"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typing_extensions import override
 
-from benchmarks import before_after, side_by_side, side_by_side_report, systems
+from benchmarks import before_after, in_turns, side_by_side, side_by_side_report, systems
+from benchmarks.measuring import ROOT, rotated
 from benchmarks.peers.measurement import Job, measurement
 from benchmarks.systems import SYSTEMS, System
 from tests.unit.benchmarks.made_up import content, measured
@@ -55,19 +57,23 @@ def test_systems_take_turns_and_one_that_fails_at_a_size_is_left_out_there(tmp_p
 def test_an_interrupted_comparison_goes_on_with_the_measurements_of_the_same_commit(tmp_path: Path) -> None:
     calls: list[tuple[str, int, int]] = []
     measure_one = fake({"ormo_rpc": 40, "raw_sockets": 10}, calls)
-    *_, first = side_by_side.measure(("ormo_rpc", "raw_sockets"), (1000,), (2,), 1.0, 1, measure_one, namespaces=True)
+    about: dict[str, Any] = {"namespaces": True, "versions": {"torch": "2", "commit": "abc"}}
+    *_, first = side_by_side.measure(("ormo_rpc", "raw_sockets"), (1000,), (2,), 1.0, 1, measure_one, **about)
     side_by_side_report.write(first, tmp_path, draw=lambda _, path: path.touch())
     kept = side_by_side.kept(first, (2,), 1.0, tmp_path)
     assert side_by_side.kept({**first, "namespaces": False}, (2,), 1.0, tmp_path) == []
     assert side_by_side.kept({**first, "versions": {"commit": "another"}}, (2,), 1.0, tmp_path) == []
-    *_, last = side_by_side.measure(("ormo_rpc", "raw_sockets"), (1000,), (2,), 1.0, 2, measure_one, kept, namespaces=True)
+    *_, last = side_by_side.measure(("ormo_rpc", "raw_sockets"), (1000,), (2,), 1.0, 2, measure_one, kept, **about)
     assert (len(calls), len(last["measurements"])) == (4, 4)
     assert "K = 2, between two network namespaces" in side_by_side_report.as_text(last)
+    changed = {**first, "versions": {"commit": "abc+changes"}}  # it may have changed again
+    side_by_side_report.write(changed, tmp_path, draw=lambda _, path: path.touch())
+    assert side_by_side.kept(changed, (2,), 1.0, tmp_path) == []
 
 
 def test_every_system_comes_first_and_last_in_some_round() -> None:
     names = ["a", "b", "c", "d"]
-    orders = [side_by_side.rotated(names, number) for number in range(4)]
+    orders = [rotated(names, number) for number in range(4)]
     assert all(sorted(order) == names for order in orders)
     assert {order[0] for order in orders} == {order[-1] for order in orders} == set(names)
     assert orders[0] == names
@@ -142,11 +148,46 @@ def test_two_checkouts_are_compared_within_rounds_and_take_turns_in_order(tmp_pa
     # 0.1 s of the server in all, for one update, and 3 ms of the workers.
     assert before_after.values(made, "after", 10, before_after.cpu_milliseconds) == pytest.approx([103.0, 103.0])
     assert before_after.ratios(made, 10) == pytest.approx([0.5, 0.5])
-    results = {**content([], {}), "measurements": made, "before": "abc", "after": "def"}
+    options = {"before": list[str](), "after": ["--transport", "gloo"]}
+    results = {**content([], {}), "measurements": made, "before": "abc", "after": "def", "options": options}
     assert "| 10 | 4 (3 - 5) | 2 (2 - 2) | 0.500 (0.500 - 0.500) |" in before_after.as_text(results)
-    # The same again does nothing but the further round, unless a commit is another one.
+    # The same again does nothing but the further round, unless a commit, an option or the machine is another one.
     before_after.write(results, tmp_path / "made")
     kept = before_after.earlier(results, tmp_path / "made")
     *_, longer = before_after.measure(checkouts, (10, 20), 1, 1.0, 3, kept)
     assert (len(order), len(longer)) == (12, 12)
-    assert before_after.earlier({**results, "after": "ghi"}, tmp_path / "made") == []
+    for other in ({"after": "ghi"}, {"options": {**options, "before": ["--transport", "shm"]}}, {"machine": {"cores": 4}}):
+        assert before_after.earlier({**results, **other}, tmp_path / "made") == []
+    changed = {**results, "after": "def+changes"}
+    before_after.write(changed, tmp_path / "made")
+    assert before_after.earlier(changed, tmp_path / "made") == []
+
+
+def test_a_checkout_has_changes_where_its_code_does_and_not_where_results_are_written(tmp_path: Path) -> None:
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    checkout = before_after.Checkout(name="before", folder=tmp_path, python=Path())
+    for file in ("ormo_rpc/a.py", "benchmarks/b.py", "results/c.json"):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).touch()
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "first")
+    commit = git("rev-parse", "--short=10", "HEAD").strip()
+    (tmp_path / "results/c.json").write_text("{}")
+    assert checkout.commit() == commit
+    (tmp_path / "benchmarks/b.py").write_text("b = 1\n")
+    assert checkout.commit() == f"{commit}+changes"
+
+
+def test_systems_in_turns_have_a_name_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = in_turns.named([Path(), Path("b/former")], ["raw_sockets"])
+    assert [(name, folder) for name, _, folder in found] == [
+        *((tmp_path.name, tmp_path), ("former", tmp_path / "b" / "former")),
+        ("raw_sockets", ROOT),
+    ]
+    with pytest.raises(ValueError, match=r"^got ormo, ormo, gloo, expected a name for each: rename the folder of a checkout"):
+        in_turns.named([Path("a/ormo"), Path("b/ormo")], ["gloo"])
