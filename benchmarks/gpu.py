@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print(gpu_machine.in_words(about), flush=True)
     names = a.only or [name for name in PARTS if name != "sanitizer" or a.sanitize]
-    record = former(a.into / "gpu.json")
+    record, ran = former(a.into / "gpu.json"), dict[str, Any]()
     with contextlib.ExitStack() as stack:
         logs = a.logs or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gpu_logs_")))
         logs.mkdir(parents=True, exist_ok=True)
@@ -145,11 +145,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{name}: left out, the time is up", flush=True)
                 continue
             found = run(name, logs / f"{name}.log", min(PARTS[name].limit, left))
-            record["parts"][name] = {"about": about, "note": a.note, **found}
+            ran[name] = record["parts"][name] = {"about": about, "note": a.note, **found}
             write(record, a.into)  # at once: whoever ends this command keeps what is done
             print(f"{name}: {found['status']}, {found['seconds']:.0f} s", flush=True)
-    print(as_markdown({"parts": {name: record["parts"][name] for name in names if name in record["parts"]}}))
-    return int(any(record["parts"].get(name, {"status": ""})["status"] != "ok" for name in names))
+    print(as_markdown({"parts": ran}))
+    return int(any(found["status"] != "ok" for found in ran.values()))
 
 
 if __name__ == "__main__":

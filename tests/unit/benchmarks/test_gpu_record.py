@@ -117,9 +117,11 @@ def test_a_page_names_cards_failures_and_results_that_it_cannot_draw() -> None:
     assert gpu_sanitizer.as_markdown({"missing": True, "tools": {}}) == "compute-sanitizer is not installed."
 
 
-def test_parts_that_are_not_run_stay_in_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_that_are_not_run_stay_in_the_record_and_are_not_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(gpu.gpu_machine, "about", lambda commit: {**ABOUT, "commit": commit})
-    kept = {"about": ABOUT, "status": "ok", "reason": None, "seconds": 1.0, "result": None}
+    kept = {"about": ABOUT, "status": "timed out", "reason": "former", "seconds": 1.0, "result": None}
     (tmp_path / "gpu.json").write_text(json.dumps({"parts": {"paths": kept}}))
 
     def run(name: str, log: Path, seconds: float) -> dict[str, Any]:
@@ -132,6 +134,10 @@ def test_parts_that_are_not_run_stay_in_the_record(tmp_path: Path, monkeypatch: 
     record = json.loads((tmp_path / "gpu.json").read_text())["parts"]
     assert record["paths"] == kept
     assert record["server"]["about"]["commit"] == "1234567"
-    assert gpu.main(["--only", "server", "--into", str(tmp_path), "--seconds", "0"]) == 0
+    capsys.readouterr()
+    assert gpu.main(["--only", "paths", "--into", str(tmp_path), "--seconds", "0"]) == 0
+    told = capsys.readouterr().out
+    assert "paths: left out, the time is up" in told
+    assert "timed out" not in told
     monkeypatch.setattr(gpu.gpu_machine, "about", lambda commit: {**ABOUT, "card": None, "commit": commit})
     assert gpu.main(["--into", str(tmp_path)]) == 2
