@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from ormo_rpc.data import ArraySplit, DataSet
+
+LIKE_CIFAR: Mapping[str, Any] = {"count": 12_800, "side": 32, "channels": 3, "augment": True}
+"""Arguments of `images` for 200 batches of 64 with the form of CIFAR-10."""
 
 
 def images(
@@ -31,3 +37,8 @@ def images(
         return ArraySplit(pixels, labels, scale=255, mean=(0.5,) * channels, std=(0.2,) * channels, augment=augmented)
 
     return DataSet(split(count, augmented=augment), split(count // 4, augmented=False), shape, classes)
+
+
+def overrides(arguments: Mapping[str, Any]) -> list[str]:
+    """The overrides of a run on such images."""
+    return ["dataset._target_=benchmarks.gpu_images.images", *(f"+dataset.{key}={each}" for key, each in arguments.items())]

@@ -34,6 +34,7 @@ from ormo_rpc.messages import Push, Reply
 from ormo_rpc.models.flat import Layout
 from ormo_rpc.options import parts
 from ormo_rpc.rendezvous.secret import Secret
+from ormo_rpc.report.table import as_markdown as table
 from ormo_rpc.runtimes.distributed.server_process.serving import Serving, served
 from ormo_rpc.server.buffer_layout import BufferLayout
 from ormo_rpc.transports.base import Endpoint, ReplySize, ServerSide, Transport
@@ -262,21 +263,18 @@ def timed(once: Callable[[], None]) -> list[float]:
 
 def as_markdown(result: Mapping[str, Any]) -> str:
     """The table of a result."""
-    lines = [
-        "From a gradient on the GPU to parameters there, by a server in another process on the same GPU, which makes a step: "
-        "one small kernel in each process; bytes of both ways.",
-        "",
-        "| path | parameters | ms: median (lowest - highest) | GB/s | round trips |",
-        "|---|---|---|---|---|",
-    ]
+    rows: list[tuple[str, ...]] = [("path", "parameters", "ms: median (lowest - highest)", "GB/s", "round trips")]
     for row in result["rows"]:
-        start = f"| {row['path']} | {row['parameters']:,} | "
+        start = (row["path"], f"{row['parameters']:,}")
         if "reason" in row:
-            lines.append(f"{start}not measured: {row['reason']} | | |")
+            rows.append((*start, f"not measured: {row['reason']}", "", ""))
             continue
         spread = f"{row['milliseconds']:.3f} ({row['lowest']:.3f} - {row['highest']:.3f})"
-        lines.append(f"{start}{spread} | {row['gigabytes_per_second']:.2f} | {row['round_trips']} |")
-    return "\n".join(lines)
+        rows.append((*start, spread, f"{row['gigabytes_per_second']:.2f}", str(row["round_trips"])))
+    return (
+        "From a gradient on the GPU to parameters there, by a server in another process on the same GPU, which makes a step: "
+        f"one small kernel in each process; bytes of both ways.\n\n{table(rows)}"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

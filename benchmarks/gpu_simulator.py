@@ -24,9 +24,10 @@ import torch
 from typing_extensions import override
 
 import ormo_rpc
+from benchmarks import gpu_images
 from benchmarks.gpu_graph import captured
 from ormo_rpc.cli import compose
-from ormo_rpc.data import ArraySplit, DataSet
+from ormo_rpc.data import ArraySplit
 from ormo_rpc.report.table import as_markdown as table
 from ormo_rpc.runtimes import simulator
 from ormo_rpc.runtimes.job import Job
@@ -53,28 +54,17 @@ STAGES: Mapping[str, tuple[type[Any], str]] = {
 """The parts of a ticket on the host: a class, and its method. ``wait`` is for a gradient, ``check`` waits as well."""
 
 
-def images(samples: int = 50_000) -> DataSet:
-    """Random images with the form of CIFAR-10."""
-    draws = torch.Generator().manual_seed(0)
-
-    def split(count: int, *, augment: bool) -> ArraySplit:
-        pixels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=draws)
-        labels = torch.randint(0, 10, (count,), generator=draws)
-        return ArraySplit(pixels, labels, scale=255, mean=(0.49, 0.48, 0.45), std=(0.25, 0.24, 0.26), augment=augment)
-
-    return DataSet(split(samples, augment=True), split(1_000, augment=False), (3, 32, 32), 10)
-
-
 def options_of(cifar: str | None, device: str, *, graph: bool, iterations: int) -> list[str]:
     """The overrides of a simulated run."""
     data = ["dataset=cifar10", f"dataset.root={cifar}", "dataset.verify=false"]
     where = [f"server.device={device}", f"worker.device={device}"]
     return [
         *("runtime=sim", f"workers={WORKERS}", f"train.batch_size={BATCH}", "model=resnet20", "logger=none"),
-        *(data if cifar else ["dataset._target_=benchmarks.gpu_simulator.images"]),
+        *(data if cifar else gpu_images.overrides(gpu_images.LIKE_CIFAR)),
         *(where if device != "cpu" else where[1:]),
         *("worker.autocast=bf16", "worker.channels_last=true", f"worker.cuda_graph={str(graph and device != 'cpu').lower()}"),
         *(f"train.lr={LR}", f"train.momentum={MOMENTUM}", f"train.weight_decay={DECAY}", f"train.max_iterations={iterations}"),
+        *("train.epochs=1000000", "evaluate.every=100000000"),  # evaluations would count in its turns
     ]
 
 

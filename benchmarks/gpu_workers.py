@@ -20,21 +20,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks import gpu_images
 from benchmarks.gpu_graph import captured
-from benchmarks.gpu_images import images
 from benchmarks.measuring import exit_on_sigterm
 from ormo_rpc import train
 from ormo_rpc.cli import compose
 from ormo_rpc.data import ArraySplit
+from ormo_rpc.report.table import as_markdown as table
 from ormo_rpc.runtimes.configured import build_module
 from ormo_rpc.seeding import generator
 from ormo_rpc.storage.run_directory import read_trace
 
 BATCH = 64
 WORKERS = 4
-IMAGES: Mapping[str, Any] = {"count": 12_800, "side": 32, "channels": 3, "augment": True}
 SECONDS = 5.0
-"""That each variant is measured for."""
+"""That each live variant is measured for, plain ones half."""
 WARM_UP_SECONDS = 1.5
 LIVE: Mapping[str, Sequence[str]] = {
     "live, server on the CPU": (),
@@ -48,11 +48,7 @@ def overrides(workers: int, seconds: float) -> list[str]:
     """The overrides of a live run."""
     return [
         *("runtime=rpc", "algorithm=ormo", "logger=none", "logger.progress=false", f"workers={workers}", "train.lr=0.01"),
-        *(
-            "model=resnet20",
-            "dataset._target_=benchmarks.gpu_images.images",
-            *(f"+dataset.{key}={each}" for key, each in IMAGES.items()),
-        ),
+        *("model=resnet20", *gpu_images.overrides(gpu_images.LIKE_CIFAR)),
         *(f"train.batch_size={BATCH}", "train.epochs=1000000", f"train.max_seconds={WARM_UP_SECONDS + seconds}"),
         *("worker.device=cuda", "evaluate.every=100000000", "checkpoint.every_seconds=0"),
     ]
@@ -77,7 +73,7 @@ def live(more: Sequence[str], workers: int, seconds: float) -> dict[str, Any]:
 def plain(device: torch.device, seconds: float, *, graph: bool) -> dict[str, Any]:
     """Samples per second of one process that trains by itself."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    data = images(**IMAGES)
+    data = gpu_images.images(**gpu_images.LIKE_CIFAR)
     assert isinstance(data.train, ArraySplit)
     split = data.train.to(device)
     model = build_module(compose(["model=resnet20"]), data).to(device)
@@ -139,22 +135,19 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     """A table of the variants, against the plain process."""
     variants: Mapping[str, Mapping[str, Any]] = result["variants"]
     against = {name: variants.get(name, {}).get("samples_per_second") for name in (EAGER, CAPTURED)}
-    lines = [
-        f"ResNet-20, batches of {result['batch']}, exact float32, images and augmentation on the GPU; live runs have "
-        f"{result['workers']} workers on it.",
-        "",
-        "| | samples/s | of plain eager | of plain captured | GPU memory of a worker |",
-        "|---|---|---|---|---|",
-    ]
+    rows: list[tuple[str, ...]] = [("", "samples/s", "of plain eager", "of plain captured", "GPU memory of a worker")]
     for name, each in variants.items():
         rate = each.get("samples_per_second")
         if rate is None:
-            lines.append(f"| {name} | {each['failed']} | | | |")
+            rows.append((name, each["failed"], "", "", ""))
             continue
         parts = [f"{rate / other:.2f}" if other else "-" for other in against.values()]
         memory = each.get("worker_gpu_bytes")
-        lines.append(f"| {name} | {rate:,.0f} | {' | '.join(parts)} | {'-' if not memory else f'{memory / 2**20:.0f} MiB'} |")
-    return "\n".join(lines)
+        rows.append((name, f"{rate:,.0f}", *parts, f"{memory / 2**20:.0f} MiB" if memory else "-"))
+    return (
+        f"ResNet-20, batches of {result['batch']}, exact float32, images and augmentation on the GPU; live runs have "
+        f"{result['workers']} workers on it.\n\n{table(rows)}"
+    )
 
 
 def main() -> None:
@@ -162,7 +155,9 @@ def main() -> None:
     exit_on_sigterm()
     arguments = ArgumentParser(description=__doc__)
     arguments.add_argument("--workers", type=int, default=WORKERS)
-    arguments.add_argument("--seconds", type=float, default=SECONDS, help="that each variant is measured for")
+    arguments.add_argument(
+        "--seconds", type=float, default=SECONDS, help="that each live variant is measured for, plain ones half"
+    )
     arguments.add_argument("--into", type=Path, metavar="FILE", help="file of the result, as JSON")
     a = arguments.parse_args()
     if not torch.cuda.is_available():

@@ -18,6 +18,7 @@ from benchmarks.measuring import RESULTS, spread
 from ormo_rpc import build_server
 from ormo_rpc.control.messages import JoinRequest
 from ormo_rpc.messages import Push, Reply
+from ormo_rpc.report.table import as_markdown
 from ormo_rpc.runtimes.distributed.server_process.service import Service
 from ormo_rpc.storage.environment import environment
 from ormo_rpc.storage.journal import FileJournal, NoJournal
@@ -72,7 +73,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows: list[str] = []
+    rows: list[tuple[str, ...]] = [("D", "without", "with", "ratio", "to disk")]
     with tempfile.TemporaryDirectory(dir=arguments.into) as folder:
         for dimension in arguments.parameters:
             run_dir = Path(folder) / str(dimension)
@@ -81,19 +82,16 @@ def main() -> None:
             pairs = [(plain.seconds(arguments.pushes), durable.seconds(arguments.pushes)) for _ in range(arguments.rounds)]
             without, with_journal = (statistics.median(times) for times in zip(*pairs, strict=True))
             ratios = spread([after / before for before, after in pairs], ".1f")
-            rows.append(
-                f"| {dimension:,} | {without * 1e3:.2f} ms | {with_journal * 1e3:.2f} ms | {ratios} | "
-                f"{dimension * 4 / (with_journal - without) / 1e6:.0f} MB/s |"
-            )
-            print(rows[-1], flush=True)
+            rate = f"{dimension * 4 / (with_journal - without) / 1e6:.0f} MB/s"
+            rows.append((f"{dimension:,}", f"{without * 1e3:.2f} ms", f"{with_journal * 1e3:.2f} ms", ratios, rate))
+            print("  ".join(rows[-1]), flush=True)
             durable.journal.close()
     machine = environment()
     (arguments.into / "journal.md").write_text(
         "# Cost of the journal\n\n"
         f"`make journal`: a push of D float32 values to the service, without a transport, {arguments.rounds} rounds of "
         f"{arguments.pushes} pushes taking turns; medians, with the lowest and the highest ratio of a round. {machine['cpu']}, "
-        f"one thread, torch {machine['torch']}, commit {machine['commit']}.\n\n"
-        "| D | without | with | ratio | to disk |\n|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
+        f"one thread, torch {machine['torch']}, commit {machine['commit']}.\n\n{as_markdown(rows)}\n"
     )
 
 

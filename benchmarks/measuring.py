@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks.machine import load, machine, versions
+from ormo_rpc.report.table import as_text
 from ormo_rpc.storage.environment import environment
 
 ROOT = Path(__file__).parents[1]
@@ -83,9 +84,7 @@ def show(rows: Sequence[dict[str, Any]], arguments: Namespace) -> None:
         return
     cells = [[key.replace("_", " ") for key in rows[0]]]
     cells += [[_cell(value) for value in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    print(as_text(cells))
 
 
 def _cell(value: Any) -> str:
