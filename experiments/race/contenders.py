@@ -39,6 +39,11 @@ class Variant:
     steps: int = 1
     clock: Callable[[str, int], Clock] | None = None
 
+    def between(self, about: int) -> int:
+        """Gradients between evaluations, about so many: a whole number of rounds."""
+        per_round = self.members * self.steps
+        return per_round * max(1, round(about / per_round))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
@@ -79,8 +84,7 @@ def record(
         limit: Virtual seconds after which the run may end; infinite for none. A synchronous run is always complete, as all
             settings have it in common.
     """
-    per_round = variant.members * variant.steps
-    every = variant.members * max(1, round(setup.every / per_round))
+    every = variant.between(setup.every) // variant.steps
     heterogeneity = setting if variant.clock is None else "none"
     overrides = [
         *(*setup.job, f"train.epochs={setup.epochs}", f"train.batch_size={setup.batch_size}", f"evaluate.every={every}"),

@@ -11,7 +11,7 @@ from typing import Any
 
 from experiments.common import pictures
 from experiments.race import clocks
-from experiments.race.contenders import ASYNCHRONOUS, CONTENDERS
+from experiments.race.contenders import ASYNCHRONOUS, CONTENDERS, Variant
 from experiments.race.figures import Results, Row, best_asynchronous, best_m_sync
 from experiments.race.picture import picture
 from experiments.race.setup import CELLS, SETTINGS, Setup
@@ -235,7 +235,11 @@ def _rates(results: Results) -> str:
     for name, contender in CONTENDERS.items():
         rates = [
             sorted(
-                {row["rate"] / _divisor(row) for row in results.rows if (row["contender"], row["workers"]) == (name, workers)}
+                {
+                    row["rate"] / _variant(row).divisor
+                    for row in results.rows
+                    if (row["contender"], row["workers"]) == (name, workers)
+                }
             )
             for workers in counts
         ]
@@ -247,9 +251,9 @@ def _rates(results: Results) -> str:
     )
 
 
-def _divisor(row: Row) -> int:
+def _variant(row: Row) -> Variant:
     variants = CONTENDERS[row["contender"]].variants(row["workers"])
-    return next((each.divisor for each in variants if each.name == row["variant"]), variants[0].divisor)
+    return next((each for each in variants if each.name == row["variant"]), variants[0])
 
 
 def _range(rates: Sequence[float]) -> str:
@@ -269,9 +273,7 @@ def _not_run(results: Results) -> str:
 
 def _stated(results: Results) -> str:
     content = results.content
-    rarest = max(
-        (run["gradients"] / len(run["seconds"]) for row in results.rows for run in row["runs"] if run["seconds"]), default=0
-    )
+    rarest = max((_variant(row).between(content["every"]) for row in results.rows), default=content["every"])
     seeds = sorted({run["seed"] for row in results.rows for run in row["runs"]})
     grids = "; ".join(
         f"K = {workers}: {', '.join(f'{rate:g}' for rate in rates)}" for workers, rates in content["rates"].items()
@@ -287,8 +289,8 @@ def _stated(results: Results) -> str:
         "by the last accuracy. Rates are those of a step with the mean of a round; ormo and its kin run with the K-th part.",
         f"Times are medians over seeds {', '.join(map(str, seeds))} on the test split (over those that a contender has),",
         "ratios those of the medians over the seeds that both have; each is the time at which the mean of",
-        f"{content['smooth']} evaluations in a row, about every 100 gradients and at the end of a round",
-        f"(so at most {rarest:,.0f} apart), reaches the target;",
+        f"{content['smooth']} evaluations in a row, about every {content['every']} gradients and at the end of a round",
+        f"(so up to {rarest:,} apart), reaches the target;",
         "accuracies in the end are the mean of the last",
         f"{content['smooth']}, with mean and standard deviation over seeds.",
         f"Runs were made with {' and '.join(content['machines'])}, 1 thread.",

@@ -116,6 +116,7 @@ def content(chosen: Iterable[Unit], setup: Setup, store: Store) -> dict[str, Any
         "tuning_seeds": setup.tuning_seeds,
         "rates": {workers: sorted(rates) for workers, rates in setup.rates.items()},
         "beyond": setup.beyond,
+        "every": setup.every,
         "job": setup.job,
         "machines": sorted(store.machines),
         "not_run": [[unit.setting, unit.workers, unit.contender] for unit in missing],

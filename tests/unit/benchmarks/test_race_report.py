@@ -58,6 +58,7 @@ def results() -> Results:
             "rates": {"4": [0.1, 0.2]},
             "rows": rows,
             "beyond": 3,
+            "every": 100,
             "machines": ["torch 2, a CPU"],
             "environment": {"torch": "2", "cpu": "a CPU"},
             "not_run": [["gamma", 64, "ddp"]],
