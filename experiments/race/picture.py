@@ -20,8 +20,9 @@ SHOWN: Sequence[tuple[str, str]] = (
     ("ddp", "#333333"),
     ("ddp_nesterov", "#999999"),
     ("best m-sync", "#e69f00"),
+    ("m_sync_nesterov", "#a65628"),
     ("ddp_proportional", "#cc79a7"),
-    ("local SGD", "#56b4e9"),
+    ("local SGD or DiLoCo", "#56b4e9"),
     ("ormo", "#7fbf7b"),
     ("ormo_la", "#1b7837"),
 )
@@ -55,7 +56,7 @@ def picture(results: Results) -> Figure:
     figure.legend(
         handles=[*patches, missed, Line2D([], [], color=IDEAL, ls="--", label="ideal from speeds")],
         loc="outside upper center",
-        ncols=9,
+        ncols=5,
         frameon=False,
         fontsize="small",
     )
@@ -67,7 +68,7 @@ def shown(results: Results, setting: str, workers: int, name: str) -> Row | None
     cell = results.cell(setting, workers)
     if name == "best m-sync":
         return best_m_sync(cell)
-    return best_of(cell, ("local_sgd", "diloco")) if name == "local SGD" else cell.get(name)
+    return best_of(cell, ("local_sgd", "diloco")) if name == "local SGD or DiLoCo" else cell.get(name)
 
 
 def _label(name: str) -> str:

@@ -204,6 +204,8 @@ def _accuracy(results: Results) -> str:
             told = "yes" if difference >= ACCURACY_BOUND else "no"
             accuracies = f"{_name(mine)}: {spread(results.last(mine), '.2%')}", spread(results.last(ddp), ".2%")
             found.append((setting, str(workers), *accuracies, f"{difference:+.2%}", told))
+    if len(found) == 1:
+        return ""
     return f"Accuracy in the end, at equal epochs, with the rate that was chosen by time:\n\n{as_markdown(found)}"
 
 
