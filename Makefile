@@ -100,7 +100,7 @@ adamw: .venv/ready  ## AdamW in order of arrival and in order, simulated, into r
 look-ahead: .venv/ready  ## Look-aheads of ordered momentum on noisy quadratics, simulated, into results/ (minutes)
 	$(BIN)/python -m experiments.look_ahead $(ARGS)
 
-look-ahead-nets: .venv/ready  ## The same on the cnn and ResNet-20, beside DANA, SMEGA2, Nesterov, into results/ (a GPU; ARGS="--root DIRECTORY --device cuda --jobs 4")
+look-ahead-nets: .venv/ready  ## The same on the cnn and ResNet-20, beside DANA, SMEGA2, Nesterov, into results/ (a GPU; ARGS="--root DIRECTORY --device cuda --jobs 2")
 	$(BIN)/python -m experiments.look_ahead_nets $(ARGS)
 
 race: .venv/ready  ## The race against DDP, m-sync and local SGD, simulated, resumable, into results/ and docs/ (hours; ARGS="--root DIRECTORY")

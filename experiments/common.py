@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import multiprocessing
 import statistics
@@ -9,7 +10,7 @@ import sys
 import tempfile
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,14 +74,15 @@ def in_processes(call: Callable[[T], str], items: Iterable[T], jobs: int) -> Gen
     Each call is in a forked process, which has all imports at once; CUDA must not be in use before. After an error in the loop
     over them no further call is begun.
     """
-    forked = multiprocessing.get_context("fork")
+    forked, waiting, running = multiprocessing.get_context("fork"), iter(items), dict[Future[str], T]()
     with ProcessPoolExecutor(jobs, mp_context=forked, initializer=die_with_parent) as pool:
-        running = {pool.submit(call, each): each for each in items}
-        try:
-            for done in as_completed(running):
-                yield running[done], done
-        finally:
-            pool.shutdown(cancel_futures=True)
+        while True:
+            # No more than run at once: what the pool has been given cannot all be taken back.
+            running |= {pool.submit(call, each): each for each in itertools.islice(waiting, jobs - len(running))}
+            if not running:
+                return
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(done), done
 
 
 def last_loss(applied: Sequence[Mapping[str, Any]]) -> float | None:
@@ -103,8 +105,8 @@ def tuned(score: Callable[[float], float | None], grid: Iterable[float]) -> dict
     The next one continues the grid as it is at this edge: 0.03, 0.1, 0.3 with 1. The lowest score is the best, see `best`.
     """
     rates = sorted({*grid})
-    if len(rates) < 3:
-        sys.exit(f"got a grid of {len(rates)} learning rates, expected at least 3, so that it can be continued at its edges")
+    if len(rates) < 3 or rates[0] <= 0:
+        sys.exit(f"got the learning rates {rates}, expected at least 3 above 0, so that the grid can be continued at its edges")
     scores = {lr: score(lr) for lr in rates}
     for _ in range(BEYOND):
         chosen, rates = best(scores), sorted(scores)

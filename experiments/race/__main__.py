@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 import experiments.race
-from experiments.common import RESULTS, at_least_one, in_processes
+from experiments.common import RESULTS, at_least_one, folder, in_processes
 from experiments.race import report
 from experiments.race.contenders import CONTENDERS
 from experiments.race.runs import Missing, Store, finished
@@ -97,15 +97,14 @@ def perform(a: Any) -> None:
     if a.plan:
         print(plan(cells, a.contenders, setup, a.store))
         return
-    failed = dict[str, str]()
+    into, failed = folder(a.into), dict[str, str]()
     if not a.collect:
         print(plan(cells, a.contenders, setup, a.store))
         failed = race([*units(cells, a.contenders)], setup, a)
     found = collect(all_cells, dataclasses.replace(job, seeds=setup.seeds[: len(job.seeds)]), a.store)
-    a.into.mkdir(parents=True, exist_ok=True)
     text = json.dumps(found, separators=(",", ":")).replace('{"setting"', '\n{"setting"')
-    (a.into / f"{name}.json").write_text(text + "\n")
-    report.write(found, a.into, name)
+    (into / f"{name}.json").write_text(text + "\n")
+    report.write(found, into, name)
     if failed:
         sys.exit("\n".join(f"experiments.race: {unit}: {error}" for error, unit in failed.items()))
 

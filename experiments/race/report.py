@@ -278,7 +278,9 @@ def _stated(results: Results) -> str:
     rarest = max((_variant(row).between(content["every"]) for row in results.rows), default=content["every"])
     seeds = sorted({run["seed"] for row in results.rows for run in row["runs"]})
     grids = "; ".join(
-        f"K = {workers}: {', '.join(f'{rate:g}' for rate in rates)}" for workers, rates in content["rates"].items()
+        f"K = {workers}: {', '.join(f'{rate:g}' for rate in rates)}"
+        for workers, rates in content["rates"].items()
+        if any(row["workers"] == int(workers) for row in results.rows)
     )
     lines = (
         f"`python -m experiments.race{'' if content['epochs'] == Setup().epochs else ' --long'}`, simulated:",

@@ -118,7 +118,7 @@ def content(chosen: Iterable[Unit], setup: Setup, store: Store) -> dict[str, Any
         "beyond": setup.beyond,
         "every": setup.every,
         "job": setup.job,
-        "machines": sorted(store.machines),
+        "machines": sorted(store.machines - {""}),
         "not_run": [[unit.setting, unit.workers, unit.contender] for unit in missing],
         "rows": rows,
     }

@@ -135,7 +135,7 @@ def test_parts_that_are_not_run_stay_in_the_record_and_are_not_judged(
     assert record["paths"] == kept
     assert record["server"]["about"]["commit"] == "1234567"
     capsys.readouterr()
-    assert gpu.main(["--only", "paths", "--into", str(tmp_path), "--seconds", "0"]) == 0
+    assert gpu.main(["--only", "paths", "--into", str(tmp_path), "--seconds", "0"]) == 1, "nothing was run"
     told = capsys.readouterr().out
     assert "paths: left out, the time is up" in told
     assert "timed out" not in told
