@@ -75,7 +75,12 @@ def test_sigterm_ends_the_command_and_its_runs_at_once(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(look_ahead_nets, "outcome", outcome)
     monkeypatch.setattr(sys, "argv", ["look_ahead_nets", "--work", str(tmp_path / "work"), "--into", str(tmp_path)])
-    command = multiprocessing.get_context("fork").Process(target=look_ahead_nets.main)
+
+    def alone() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # another test's command may have set a handler in this process
+        look_ahead_nets.main()
+
+    command = multiprocessing.get_context("fork").Process(target=alone)
     command.start()
     try:
         wait_until(begun.is_file, "a run begins")

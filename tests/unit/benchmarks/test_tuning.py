@@ -44,8 +44,10 @@ def test_a_grid_goes_on_while_the_best_is_at_its_edge(optimum: float, tried: tup
 
 def test_a_grid_does_not_go_on_where_runs_diverge() -> None:
     assert common.tuned(lambda lr: -lr if lr < 1 else None, GRID) == {**{lr: -lr for lr in GRID}, 1: None}
-    with pytest.raises(SystemExit, match=r"^got a grid of 2 learning rates, expected at least 3, so that it can be continued"):
+    with pytest.raises(SystemExit, match=r"^got the learning rates \[0.1, 0.2\], expected at least 3 above 0"):
         common.tuned(lambda lr: lr, (0.1, 0.2, 0.1))
+    with pytest.raises(SystemExit, match=r"expected at least 3 above 0"):
+        common.tuned(lambda lr: lr, (0.0, 0.1, 0.2))
 
 
 @pytest.mark.parametrize(("module", "options"), [(paper_methods, ("--methods", "asgd")), (adamw, ("--methods", "adamw"))])
