@@ -68,4 +68,4 @@ def test_a_live_server_releases_the_memory_of_a_push() -> None:
     # A vector of 10,000 that is kept would be 40,000 bytes per update; torch's agents take some hundred.
     samples = server_memory.samples_of(10_000, 2, 9_000, "auto")
     assert samples[-1].updates > 4_500  # the last sample of a short run; the growth is that up to it
-    assert server_memory.growth(samples) < 4_000
+    assert server_memory.growth(samples)["bytes_per_update"] < 4_000
