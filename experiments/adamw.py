@@ -12,7 +12,6 @@ Writes ``results/adamw.json`` and ``.md``.
 
 from __future__ import annotations
 
-import json
 import pydoc_data.topics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -138,14 +137,7 @@ def main() -> None:
                     {"setting": setting, "workers": workers, "method": method, "lr": best, "tuning": scores, "runs": runs}
                 )
     machine = environment()
-    header = {
-        "environment": machine,
-        "iterations": a.iterations,
-        "tuning_seed": TUNING_SEED,
-        "seeds": a.seeds,
-    }
-    short = [{**row, "runs": [common.select(summary, KEYS) for summary in row["runs"]]} for row in rows]
-    table = as_markdown(cells(rows))
+    header = {"environment": machine, "iterations": a.iterations, "tuning_seed": TUNING_SEED, "seeds": a.seeds}
     grids = [f"{', '.join(map(str, grid))} ({name})" for name, grid in (("AdamW", ADAMW_GRID), ("momentum SGD", SGD_GRID))]
     stated = (
         f"`python -m experiments.adamw`: a transformer of {WIDTH} features on {CHARACTERS:,} characters, {a.iterations} "
@@ -154,9 +146,7 @@ def main() -> None:
         f"the validation loss with random times (`{SETTINGS[0]}`); {len(a.seeds)} seeds, mean and standard deviation. "
         f"torch {machine['torch']}, {machine['cpu']}, 1 thread."
     )
-    (into / "adamw.json").write_text(json.dumps({**header, "rows": short}, indent=1) + "\n")
-    (into / "adamw.md").write_text(f"{stated}\n\n{table}\n")
-    print(table)
+    common.write_table(into, "adamw", header, rows, KEYS, stated, as_markdown(cells(rows)))
 
 
 def cells(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:

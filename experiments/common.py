@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import multiprocessing
 import statistics
 import sys
 import tempfile
 from argparse import ArgumentParser, ArgumentTypeError
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar
@@ -116,6 +117,22 @@ def tuned(score: Callable[[float], float | None], grid: Iterable[float]) -> dict
         further = float(f"{edge * second / third:.6g}")
         scores[further] = score(further)
     return dict(sorted(scores.items()))
+
+
+def write_table(
+    into: Path,
+    name: str,
+    header: Mapping[str, Any],
+    rows: Iterable[Mapping[str, Any]],
+    keys: Collection[str],
+    stated: str,
+    table: str,
+) -> None:
+    """Write what was run, with these keys of each summary, as JSON, and the page; print the table."""
+    short = [{**row, "runs": [select(summary, keys) for summary in row["runs"]]} for row in rows]
+    (into / f"{name}.json").write_text(json.dumps({**header, "rows": short}, indent=1) + "\n")
+    (into / f"{name}.md").write_text(f"{stated}\n\n{table}\n")
+    print(table)
 
 
 def not_completed(summaries: Sequence[Mapping[str, Any]]) -> str:

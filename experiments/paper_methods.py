@@ -9,7 +9,6 @@ Writes ``results/paper_methods.json`` and ``.md``.
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
@@ -74,15 +73,7 @@ def main() -> None:
                 bar.update()
             rows.append({"setting": setting, "method": method, "lr": best, "tuning": tuning, "runs": summaries})
     machine = environment()
-    header = {
-        "environment": machine,
-        "epochs": a.epochs,
-        "grid": a.grid,
-        "tuning_seed": TUNING_SEED,
-        "seeds": a.seeds,
-    }
-    short = [{**row, "runs": [common.select(summary, KEYS) for summary in row["runs"]]} for row in rows]
-    table = as_markdown(cells(rows))
+    header = {"environment": machine, "epochs": a.epochs, "grid": a.grid, "tuning_seed": TUNING_SEED, "seeds": a.seeds}
     stated = (
         f"`python -m experiments.paper_methods`: K = {WORKERS}, MLP on Fashion-MNIST, {a.epochs} epochs, batch 64, momentum "
         f"0.9, simulated; virtual seconds. Each method in each setting has the learning rates {', '.join(map(str, a.grid))} "
@@ -90,9 +81,7 @@ def main() -> None:
         f"which is the mean over the last tenth of the gradients; {len(a.seeds)} seeds, mean and standard deviation. "
         f"torch {machine['torch']}, {machine['cpu']}, 1 thread."
     )
-    (into / "paper_methods.json").write_text(json.dumps({**header, "rows": short}, indent=1) + "\n")
-    (into / "paper_methods.md").write_text(f"{stated}\n\n{table}\n")
-    print(table)
+    common.write_table(into, "paper_methods", header, rows, KEYS, stated, as_markdown(cells(rows)))
 
 
 def cells(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
