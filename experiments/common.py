@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from benchmarks.measuring import RESULTS, ROOT
 from ormo_rpc import train
+from ormo_rpc.errors import ConfigError
 from ormo_rpc.runtimes.distributed.linux import die_with_parent
 from ormo_rpc.storage.run_directory import read_trace
 
@@ -43,6 +44,20 @@ def folder(into: Path) -> Path:
     except OSError as error:
         sys.exit(f"--into: {error}; expected a folder, or where one can be made")
     return into
+
+
+def read_results(file: Path) -> dict[str, Any] | None:
+    """The content of results that are there before; None where there are none.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
+    if not file.exists():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read ({error}); remove it, or name another folder by --into") from None
 
 
 def pictures(into: Path) -> Path:

@@ -7,10 +7,11 @@ Tuning, clocks and what counts are those of the race (`experiments.race`): each 
 seed of its own, and judged by the time to an accuracy on held-out samples; the seeds that are reported are evaluated on the
 test split. With ``--device cuda`` each gradient is one captured graph, on data that are on the GPU.
 
-Every finished run is kept under ``--work``, and not made again: a command that was ended goes on where it was. ``--jobs`` rules
-are run at once, each in a process that makes their runs one after another. ``--seconds`` begins no run after this time.
-``--report`` writes ``look_ahead_nets.json`` and ``.md`` (``look_ahead_nets_cuda.*`` with ``--device cuda``) from what is
-finished, as does the end of each rule; what is not finished is left out, and named.
+Every finished run is kept under ``--work``, and not made again: a command that was ended goes on where it was, and from the
+results that are there before (``--into``), perhaps from another machine. ``--jobs`` rules are run at once, each in a process
+that makes their runs one after another. ``--seconds`` begins no run after this time. ``--report`` writes
+``look_ahead_nets.json`` and ``.md`` (``look_ahead_nets_cuda.*`` with ``--device cuda``) from what is finished, as does the end
+of each rule; what is not finished is left out, and named.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from typing_extensions import override
 from benchmarks import gpu_machine
 from experiments import common, reproduce_report
 from experiments.race.contenders import CONTENDERS
-from experiments.race.figures import Results
+from experiments.race.figures import Results, Row
 from experiments.race.report import shown
 from experiments.race.runs import Missing, Record, Store
 from experiments.race.setup import Setup
-from experiments.race.units import Unit, content, outcome
+from experiments.race.units import Unit, content, earlier_rows, outcome
 from experiments.reproduce import ON_DEVICE
 from experiments.resumable import alone
 from ormo_rpc import devices
@@ -128,15 +129,16 @@ class NetStore(Store):
         return found
 
 
-def planned(a: Namespace) -> list[Planned]:
-    """The units in their order: what must not be missing comes first."""
+def planned(
+    nets: Iterable[str] | None = None, settings: Iterable[str] = SETTINGS, rules: Iterable[str] = RULES
+) -> list[Planned]:
+    """The units in their order: what must not be missing comes first. By default those of all nets."""
     return sorted(
         (
             Planned(net, Unit(setting, NETS[net].workers, rule))
-            for net in NETS
-            for setting in SETTINGS
-            for rule in RULES
-            if net in a.nets and setting in a.settings and rule in a.rules
+            for net in (NETS if nets is None else nets)
+            for setting in settings
+            for rule in rules
         ),
         key=lambda each: (each.unit.contender == RULES[-1], SETTINGS.index(each.unit.setting)),
     )
@@ -164,11 +166,25 @@ def store_of(net: str, a: Namespace, until: float | None) -> Store:
     return NetStore(a.work, str(root.absolute()), until, most=asked.most, more=more)
 
 
+def earlier_of(net: str, a: Namespace) -> Mapping[Unit, Row]:
+    """The rows of a net in the results that are there before."""
+    return earlier_rows(_results(a).get("nets", {}).get(net), setup_of(net, a))
+
+
+def _results(a: Namespace) -> Mapping[str, Any]:
+    """The content of the results that are there before; empty where there are none.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
+    return common.read_results(a.into / f"{name_of(a)}.json") or {}
+
+
 def run(planned: Planned, a: Namespace, until: float) -> str:
     """Run a unit in a process of its own, and say how it went."""
     store = store_of(planned.net, a, until)
     try:
-        found = outcome(planned.unit, setup_of(planned.net, a), store)
+        found = outcome(planned.unit, setup_of(planned.net, a), store, earlier_of(planned.net, a).get(planned.unit))
     except Missing:
         return f"time is over, after {store.made} new runs"
     return f"{store.made} new runs, rate {found['rate']:g}"
@@ -185,17 +201,17 @@ def work_through(plan: Sequence[Planned], a: Namespace) -> list[str]:
         print(f"{time.monotonic() - began:5.0f} s  {each}: {told}", flush=True)
         if a.device == "cuda" and not (a.work / reproduce_report.MACHINE).is_file():
             reproduce_report.note_machine(a.work, {**gpu_machine.about(), "jobs": a.jobs})
-        write(plan, a)
+        write(a)
     return [f"{name}: {told}" for told, name in failed.items()]
 
 
-def write(plan: Iterable[Planned], a: Namespace) -> None:
-    """Write the results of what is finished."""
-    plan, nets = [*plan], dict[str, Any]()
-    for net in dict.fromkeys(each.net for each in plan):
-        units = [each.unit for each in plan if each.net == net]
-        nets[net] = content(units, setup_of(net, a), store_of(net, a, None))
-    found = {"environment": reproduce_report.machine_of(a), "nets": nets}
+def write(a: Namespace) -> None:
+    """Write the results of all that is finished, whatever was asked for."""
+    nets = dict[str, Any]()
+    for net in NETS:
+        units = [each.unit for each in planned() if each.net == net]
+        nets[net] = content(units, setup_of(net, a), store_of(net, a, None), earlier_of(net, a))
+    found = {"environment": reproduce_report.machine_of(a, _results(a).get("environment")), "nets": nets}
     text = json.dumps(found, separators=(",", ":")).replace('{"setting"', '\n{"setting"')
     (a.into / f"{name_of(a)}.json").write_text(text + "\n")
     (a.into / f"{name_of(a)}.md").write_text(page(found))
@@ -213,7 +229,11 @@ def page(found: Mapping[str, Any]) -> str:
         missing = [f"{CONTENDERS[name].label} ({setting})" for setting, _, name in each["not_run"]]
         if missing:
             parts.append(f"Not finished, and left out: {', '.join(missing)}.")
-    return "\n\n".join([*parts, f"{reproduce_report.machine_in_words(found['environment'])}."]) + "\n"
+    machines = sorted({machine for each in found["nets"].values() for machine in each["machines"]})
+    parts.append(f"{reproduce_report.machine_in_words(found['environment'])}.")
+    if len(machines) > 1:
+        parts.append(f"The runs were made with {'; '.join(machines)}.")
+    return "\n\n".join(parts) + "\n"
 
 
 def stated(results: Results) -> str:
@@ -300,10 +320,10 @@ def main() -> None:
     """Run, and write the results."""
     a = arguments()
     common.folder(a.into)
-    plan = planned(a)
+    plan = planned(a.nets, a.settings, a.rules)
     try:
         if a.report:
-            write(plan, a)
+            write(a)
             return
         devices.check(a.device, "--device")
         with alone(a.work):

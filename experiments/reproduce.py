@@ -8,7 +8,8 @@ With ``--device cuda`` data, workers and server are on a GPU and each gradient i
 the results then have ``cuda`` in their names. ``--jobs`` runs share the device, each in a process of its own.
 
 Every run has a folder under ``--work``, with checkpoints: a command that was killed goes on where it was when it is started
-again, and finished runs are kept. The first runs are the comparison of OrMo with synchronous SGD among slow workers.
+again. Finished runs are kept, also those of the results that are there before (``--into``), perhaps from another machine. The
+first runs are the comparison of OrMo with synchronous SGD among slow workers.
 ``--seconds`` interrupts what runs when the time is up. ``--plan`` prints runs, estimated hours and what is done; ``--report``
 writes ``reproduce.json``, ``.md`` and ``.png`` from what is finished, as does the end of the last run.
 
@@ -23,7 +24,7 @@ import statistics
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,7 @@ import torch
 from benchmarks import gpu_machine
 from benchmarks.measuring import exit_on_sigterm
 from experiments import at_once, common, reproduce_report
-from experiments.reproduce_report import ALL_EPOCHS
+from experiments.reproduce_report import ALL_EPOCHS, Entry
 from experiments.resumable import ResumableRun, alone
 from ormo_rpc import devices
 from ormo_rpc.composing import compose
@@ -119,6 +120,33 @@ def planned(a: Namespace) -> list[Planned]:
     ]
 
 
+def earlier(a: Namespace) -> dict[Planned, Entry]:
+    """The finished runs of the results that are there before, if they were made as they would be made now.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
+    results = common.read_results(Path(a.into) / f"{reproduce_report.name_of(a)}.json") or {"runs": ()}
+    found = {
+        Planned(each["experiment"], each["method"], each["seed"], each["epochs"], a.work, a.device): each
+        for each in results["runs"]
+        if each["finished"] and each["method"] in METHODS
+    }
+    return {each: entry for each, entry in found.items() if [*each.run.overrides] == entry.get("overrides")}
+
+
+def entries(plan: Sequence[Planned], a: Namespace) -> dict[Planned, Entry]:
+    """The runs of a plan in the results, and the finished ones of earlier results, in the order of the plan of all.
+
+    Raises:
+        ConfigError: earlier results cannot be read.
+    """
+    before = earlier(a)
+    all_runs = {*plan} | {each for each in before if each.epochs == plan[0].epochs}
+    ordered = sorted(all_runs, key=lambda each: (each.seed, each.experiment, METHODS.index(each.method)))
+    return {each: before.get(each) or reproduce_report.entry(each, a) for each in ordered}
+
+
 def gradient_seconds(run: ResumableRun, where: Sequence[str]) -> tuple[float, float]:
     """Measure the time of a gradient here, and compute that of an epoch with its evaluation: the median of a few.
 
@@ -142,28 +170,25 @@ def gradient_seconds(run: ResumableRun, where: Sequence[str]) -> tuple[float, fl
     return gradient, gradient * (job.batches_per_epoch + evaluations)
 
 
-def hours(plan: Sequence[Planned], epoch_seconds: float) -> float:
-    """The hours that what is left of a plan takes."""
-    left = sum(each.epochs - reproduce_report.epochs_done(each.run) for each in plan if each.run.summary is None)
-    return left * epoch_seconds / 3600
+def hours(found: Iterable[Entry], epoch_seconds: float) -> float:
+    """The hours that what is left of these runs takes."""
+    return sum(each["epochs"] - each["epochs_done"] for each in found if not each["finished"]) * epoch_seconds / 3600
 
 
-def show(plan: Sequence[Planned], where: Sequence[str]) -> None:
+def show(found: Mapping[Planned, Entry], where: Sequence[str]) -> None:
     """Print the runs and what is done, and then the time that is left.
 
     Raises:
         ConfigError: the time cannot be measured, as the data cannot be read.
     """
     rows = [("setting", "method", "seed", "lr", "epochs", "done")]
-    for each in plan:
-        summary = each.run.summary
-        done = f"{reproduce_report.epochs_done(each.run):.1f} epochs" if summary is None else str(summary["status"])
+    for each, entry in found.items():
+        done = str(entry["status"]) if entry["finished"] else f"{entry['epochs_done']:.1f} epochs"
         rows.append((each.experiment, each.method, str(each.seed), f"{each.lr:g}", str(each.epochs), done))
     print(as_text(rows), flush=True)
-    gradient, epoch_seconds = gradient_seconds(plan[0].run, where)
-    print(
-        f"{len(plan)} runs; {gradient * 1000:.3g} ms a gradient here and now: {hours(plan, epoch_seconds):.2g} hours are left"
-    )
+    gradient, epoch_seconds = gradient_seconds(next(iter(found)).run, where)
+    left = hours(found.values(), epoch_seconds)
+    print(f"{len(found)} runs; {gradient * 1000:.3g} ms a gradient here and now: {left:.2g} hours are left")
 
 
 def arguments(argv: Sequence[str] | None = None) -> Namespace:
@@ -190,11 +215,11 @@ def arguments(argv: Sequence[str] | None = None) -> Namespace:
     return a
 
 
-def work_through(plan: Sequence[Planned], where: Sequence[str], a: Namespace, lock: int) -> None:
+def work_through(plan: Mapping[Planned, Entry], where: Sequence[str], a: Namespace, lock: int) -> None:
     """Run what is left.
 
     Args:
-        plan: All runs.
+        plan: The runs, in their order.
         where: Overrides that do not matter for their results.
         a: The arguments of the command line.
         lock: The lock of the folder of the runs.
@@ -203,12 +228,12 @@ def work_through(plan: Sequence[Planned], where: Sequence[str], a: Namespace, lo
         ConfigError: it takes too long, or a folder is another run's.
         RunFailed: it was interrupted.
     """
-    left = [each for each in plan if each.run.summary is None]
+    left = [each for each, entry in plan.items() if not entry["finished"]]
     if not left:
         return
     if not a.force:
         gradient, epoch_seconds = gradient_seconds(left[0].run, where)
-        estimate = hours(plan, epoch_seconds)
+        estimate = hours(plan.values(), epoch_seconds)
         if estimate > TOO_LONG:
             raise ConfigError(
                 f"--full: {len(left)} runs at {gradient * 1000:.3g} ms a gradient would take {estimate / 24 / 7:.1f} weeks one "
@@ -243,14 +268,15 @@ def main() -> None:
         *(["dataset.verify=false"] if a.repackaged else []),
     )
     try:
+        found = entries(plan, a)
         if a.plan:
-            show(plan, where)
+            show(found, where)
             return
         if not a.report:
             devices.check(a.device, "--device")
             with alone(a.work) as lock:
-                work_through(plan, where, a, lock)
-        reproduce_report.write(plan, a)
+                work_through({each: found[each] for each in plan}, where, a, lock)
+        reproduce_report.write([*entries(plan, a).values()], a)
     except ConfigError as error:
         print(f"experiments.reproduce: {error}", file=sys.stderr)
         sys.exit(2)

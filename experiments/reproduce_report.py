@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +13,14 @@ from matplotlib.figure import Figure
 
 from benchmarks import gpu_machine
 from experiments import common
-from experiments.resumable import ResumableRun
 from ormo_rpc.report.table import as_markdown, spread
 from ormo_rpc.storage.environment import environment
 
 if TYPE_CHECKING:
     from experiments.reproduce import Planned
 
+Entry = Mapping[str, Any]
+"""A run in the results, see `entry`."""
 KEYS = (
     *("status", "test_accuracy", "test_loss", "train_loss", "training_seconds", "delay_mean", "delay_max"),
     *("iterations", "final_params_sha256", "wall_seconds"),
@@ -38,17 +39,6 @@ DEPARTURES = (
 )
 
 
-def epochs_done(run: ResumableRun) -> float:
-    """The epochs of a run so far, by its newest row of metrics."""
-    return max((row["epoch"] for row in run.rows()), default=0.0)
-
-
-def real_minutes(run: ResumableRun) -> float | None:
-    """The real minutes of a finished run; None where an attempt before was interrupted, whose time may be lost."""
-    summary = run.summary
-    return None if summary is None or len(run.attempts) > 1 else summary["wall_seconds"] / 60
-
-
 def note_machine(work: Path, about: Mapping[str, Any]) -> None:
     """Keep what a GPU and its machine are beside the runs, as results may be written elsewhere.
 
@@ -60,10 +50,12 @@ def note_machine(work: Path, about: Mapping[str, Any]) -> None:
     file.write_text(json.dumps({**about, **note}, indent=1) + "\n", encoding="utf-8")
 
 
-def machine_of(a: Namespace) -> dict[str, Any]:
-    """The machine of the runs: with a GPU the one that was kept beside them, else this one."""
+def machine_of(a: Namespace, earlier: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The machine of the runs: with a GPU the one that was kept beside them, or that of earlier results; else this one."""
+    if a.device == "cpu":
+        return environment()
     kept = a.work / MACHINE
-    return json.loads(kept.read_text("utf-8")) if a.device != "cpu" and kept.is_file() else environment()
+    return json.loads(kept.read_text("utf-8")) if kept.is_file() else {**(earlier or environment())}
 
 
 def machine_in_words(machine: Mapping[str, Any]) -> str:
@@ -83,21 +75,32 @@ def name_of(a: Namespace) -> str:
     return "_".join(["reproduce", *(["full"] if a.full else []), *([a.device] if a.device != "cpu" else [])])
 
 
-def curve(run: ResumableRun, key: str = "test_accuracy") -> tuple[list[float], list[float], list[float]]:
-    """Epochs, virtual seconds and values of a metric in every evaluation so far."""
-    rows = [row for row in run.rows() if row.get(key) is not None]
-    return [row["epoch"] for row in rows], [row["seconds"] for row in rows], [row[key] for row in rows]
+def entry(each: Planned, a: Namespace) -> dict[str, Any]:
+    """A run in the results: its figures, or how far it is; its evaluations."""
+    run, summary = each.run, each.run.summary
+    rows = run.rows()
+    evaluated = [row for row in rows if row.get("test_accuracy") is not None]
+    found = {key: getattr(each, key) for key in ("experiment", "method", "seed", "lr", "epochs")}
+    found |= {"finished": summary is not None, "overrides": [*run.overrides]}
+    if summary is None:
+        found |= {"epochs_done": max((row["epoch"] for row in rows), default=0.0)}
+    else:
+        found |= {"machine": machine_in_words(machine_of(a)), "repackaged": a.repackaged, **common.select(summary, KEYS)}
+        if len(run.attempts) > 1:
+            found["wall_seconds"] = None  # that of an attempt that was interrupted may be lost
+    columns = {"epoch": "epoch", "virtual_seconds": "seconds", "value": "test_accuracy"}
+    return {**found, "test_accuracy_at": {name: [row[key] for row in evaluated] for name, key in columns.items()}}
 
 
-def grouped(plan: Sequence[Planned]) -> dict[tuple[str, str], list[Planned]]:
-    """The runs by experiment and method, in the order of the plan."""
-    groups: dict[tuple[str, str], list[Planned]] = {}
-    for each in plan:
-        groups.setdefault((each.experiment, each.method), []).append(each)
+def grouped(entries: Iterable[Entry]) -> dict[tuple[str, str], list[Entry]]:
+    """The runs by experiment and method, in their order."""
+    groups: dict[tuple[str, str], list[Entry]] = {}
+    for each in entries:
+        groups.setdefault((each["experiment"], each["method"]), []).append(each)
     return groups
 
 
-def table(plan: Sequence[Planned]) -> list[tuple[str, ...]]:
+def table(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
     """A header and a row for each setting and method with a finished run; figures are of the runs that did not diverge."""
     rows: list[tuple[str, ...]] = [
         (
@@ -113,16 +116,16 @@ def table(plan: Sequence[Planned]) -> list[tuple[str, ...]]:
             "real minutes",
         )
     ]
-    for (experiment, method), runs in grouped(plan).items():
-        ended = [summary for each in runs if (summary := each.run.summary) is not None]
+    for (experiment, method), runs in grouped(entries).items():
+        ended = [each for each in runs if each["finished"]]
         if not ended:
             continue
-        completed = [summary for summary in ended if summary["status"] == "completed"]
+        completed = [each for each in ended if each["status"] == "completed"]
         rows.append(
             (
-                *(experiment, method, f"{runs[0].lr:g}", f"{len(ended)} of {len(runs)}", common.not_completed(ended)),
+                *(experiment, method, f"{ended[0]['lr']:g}", f"{len(ended)} of {len(runs)}", common.not_completed(ended)),
                 *(
-                    spread([summary[key] for summary in completed], form)
+                    spread([each[key] for each in completed], form)
                     for key, form in (
                         ("test_accuracy", ".2%"),
                         ("train_loss", ".3f"),
@@ -130,89 +133,80 @@ def table(plan: Sequence[Planned]) -> list[tuple[str, ...]]:
                         ("delay_mean", ".1f"),
                     )
                 ),
-                spread([minutes for each in runs if (minutes := real_minutes(each.run)) is not None], ".1f"),
+                spread([each["wall_seconds"] / 60 for each in ended if each["wall_seconds"] is not None], ".1f"),
             )
         )
     return rows
 
 
-def unfinished(plan: Sequence[Planned]) -> list[str]:
+def unfinished(entries: Iterable[Entry]) -> list[str]:
     """A line for each run that is not finished."""
     lines: list[str] = []
-    for each in plan:
-        if each.run.summary is None:
-            epochs, _, values = curve(each.run)
-            so_far = f", {values[-1]:.2%} at epoch {epochs[-1]:.0f}" if values else ""
-            done = f"{epochs_done(each.run):.1f} of {each.epochs} epochs{so_far}"
-            lines.append(f"{each.experiment}, {each.method}, seed {each.seed}: {done}")
+    for each in entries:
+        if not each["finished"]:
+            at = each["test_accuracy_at"]
+            so_far = f", {at['value'][-1]:.2%} at epoch {at['epoch'][-1]:.0f}" if at["value"] else ""
+            done = f"{each['epochs_done']:.1f} of {each['epochs']} epochs{so_far}"
+            lines.append(f"{each['experiment']}, {each['method']}, seed {each['seed']}: {done}")
     return lines
 
 
-def picture(plan: Sequence[Planned]) -> Figure:
+def picture(entries: Sequence[Entry]) -> Figure:
     """Test accuracy over epochs and over virtual seconds, for each setting: a line per run, dashed while it is not finished."""
-    experiments = [*dict.fromkeys(each.experiment for each in plan)]
-    methods = [*dict.fromkeys(each.method for each in plan)]
+    experiments = [*dict.fromkeys(each["experiment"] for each in entries)]
+    methods = [*dict.fromkeys(each["method"] for each in entries)]
     figure = Figure(figsize=(10, 3.4 * len(experiments)), layout="constrained")
     axes = figure.subplots(len(experiments), 2, squeeze=False)
     colours = matplotlib.colormaps["tab10"]
     for row, experiment in enumerate(experiments):
-        for each in (each for each in plan if each.experiment == experiment):
-            epochs, seconds, values = curve(each.run)
-            style = {"color": colours(methods.index(each.method)), "linewidth": 1.0}
-            label = each.method if each.seed == plan[0].seed else None
-            for column, times in enumerate((epochs, seconds)):
-                line = "-" if each.run.summary is not None else "--"
-                axes[row][column].plot(times, values, line, label=label if values else None, **style)
+        named = set[str]()
+        for each in (each for each in entries if each["experiment"] == experiment and each["test_accuracy_at"]["value"]):
+            at, method = each["test_accuracy_at"], each["method"]
+            style = {"color": colours(methods.index(method)), "linewidth": 1.0}
+            for column, times in enumerate((at["epoch"], at["virtual_seconds"])):
+                line = "-" if each["finished"] else "--"
+                axes[row][column].plot(times, at["value"], line, label=None if method in named else method, **style)
+            named.add(method)
         for column, unit in enumerate(("epochs", "virtual seconds")):
             axes[row][column].set(xlabel=unit, ylabel="test accuracy", title=experiment)
             axes[row][column].grid(alpha=0.3)
-            if axes[row][column].lines and any(not line.get_label().startswith("_") for line in axes[row][column].lines):
+            if named:
                 axes[row][column].legend(fontsize="small", frameon=False)
     return figure
 
 
-def content(plan: Sequence[Planned], a: Namespace) -> dict[str, Any]:
-    """All that is in ``reproduce.json``."""
-    runs: list[Mapping[str, Any]] = []
-    for each in plan:
-        summary = each.run.summary
-        epochs, seconds, values = curve(each.run)
-        end = {"epochs_done": epochs_done(each.run)} if summary is None else common.select(summary, KEYS)
-        run = {key: getattr(each, key) for key in ("experiment", "method", "seed", "lr", "epochs")}
-        at = {"epoch": epochs, "virtual_seconds": seconds, "value": values}
-        runs.append({**run, "finished": summary is not None, **end, "test_accuracy_at": at})
-    return {"environment": machine_of(a), "departures": departures(plan, a), "runs": runs}
-
-
-def departures(plan: Sequence[Planned], a: Namespace) -> list[str]:
+def departures(entries: Sequence[Entry]) -> list[str]:
     """Return the differences from the paper's setting, a sentence each."""
-    found = [*DEPARTURES, *(["The files of the data set are a repackaged copy."] if a.repackaged else [])]
-    if any(each.epochs != ALL_EPOCHS for each in plan):
-        found.insert(0, f"{plan[0].epochs} epochs in place of {ALL_EPOCHS}, milestones and warm-up scaled alike.")
+    found = [*DEPARTURES]
+    if any(each.get("repackaged") for each in entries):
+        found.append("The files of the data set are a repackaged copy.")
+    if any(each["epochs"] != ALL_EPOCHS for each in entries):
+        found.insert(0, f"{entries[0]['epochs']} epochs in place of {ALL_EPOCHS}, milestones and warm-up scaled alike.")
     return found
 
 
-def write(plan: Sequence[Planned], a: Namespace) -> None:
+def write(entries: Sequence[Entry], a: Namespace) -> None:
     """Write ``reproduce.json``, ``.md`` and ``.png``, under the name that `name_of` gives, and print the table."""
     name, folder = name_of(a), Path(a.into)
     folder.mkdir(parents=True, exist_ok=True)
-    data, left = content(plan, a), unfinished(plan)
-    machine, rows = data["environment"], table(plan)
+    left, rows, differing = unfinished(entries), table(entries), departures(entries)
     options = f"{' --full' if a.full else ''}{'' if a.device == 'cpu' else f' --device {a.device}'}"
-    finished = f"{len(plan) - len(left)} of {len(plan)} runs are finished"
+    finished = f"{len(entries) - len(left)} of {len(entries)} runs are finished"
+    machines = [*dict.fromkeys(each["machine"] for each in entries if each["finished"])] or [machine_in_words(machine_of(a))]
     parts = [
         "# The experiments of arXiv 2407.19234",
         f"`python -m experiments.reproduce{options}`: ResNet-20, batch 64, momentum 0.9, weight decay "
         f"0.0001, simulated; mean and standard deviation over the seeds that are finished. {finished}. "
-        f"{machine_in_words(machine)}.",
+        f"{'; '.join(machines)}.",
         as_markdown(rows) if len(rows) > 1 else "No run is finished.",
         f"![Test accuracy]({name}.png)",
         "## What differs from the paper's setting",
-        "\n".join(f"* {each}" for each in data["departures"]),
+        "\n".join(f"* {each}" for each in differing),
     ]
     if left:
         parts += ["## Not finished", "\n".join(f"* {line}" for line in left)]
-    (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    content = {"environment": machine_of(a), "departures": differing, "runs": entries}
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     (folder / f"{name}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    picture(plan).savefig(folder / f"{name}.png", dpi=110)
+    picture(entries).savefig(folder / f"{name}.png", dpi=110)
     print(f"{as_markdown(rows)}\n{finished}")

@@ -18,7 +18,8 @@ The updates of a synchronous rule do not depend on the speeds. So its accuracy i
 times of its rounds are drawn for each setting from the very numbers that the simulator would draw (`experiments.race.clocks`).
 Rounds of the first m of K workers are simulated as rounds of m workers: each has m gradients of samples not used before.
 
-Finished runs are kept in a folder (``--store``) and not run again, unless the source of their rule has changed. Writes
+Finished runs are kept in a folder (``--store``) and not run again, unless the source of their rule has changed. Neither are
+those of the results that are there before (``--into``), perhaps from another machine: the race goes on from them. Writes
 ``results/race.json`` and ``.md``, and ``docs/race.png``; ``--report`` makes the latter two from the first, and runs nothing.
 ``--long`` is another job, for what 64 workers can reach at all: 16 epochs, ``results/race_long.json`` and ``.md``.
 """

@@ -9,19 +9,20 @@ import math
 import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 import experiments.race
-from experiments.common import RESULTS, at_least_one, folder, in_processes
+from experiments.common import RESULTS, at_least_one, folder, in_processes, read_results
 from experiments.race import report
 from experiments.race.contenders import CONTENDERS
+from experiments.race.figures import Row
 from experiments.race.runs import Missing, Store, finished
 from experiments.race.setup import CELLS, LONG, LONG_CELLS, SETTINGS, Setup
-from experiments.race.units import MOST_SEEDS, Unit, collected, content, outcome, planned_runs, units
+from experiments.race.units import MOST_SEEDS, Unit, collected, content, earlier_rows, outcome, planned_runs, units
 from ormo_rpc.errors import ConfigError, one_line
 from ormo_rpc.storage.environment import environment
 
@@ -84,52 +85,43 @@ def perform(a: Any) -> None:
     """Do what the arguments ask for.
 
     Raises:
-        ConfigError: there are no results to report, no data, or too many seeds.
+        ConfigError: there are no results to report, they cannot be read, there is no data, or there are too many seeds.
     """
     if a.seeds > MOST_SEEDS:
         raise ConfigError(f"--seeds: got {a.seeds}, expected at most {MOST_SEEDS}")
     name, job, all_cells = ("race_long", LONG, LONG_CELLS) if a.long else ("race", Setup(), CELLS)
+    file = a.into / f"{name}.json"
     if a.report:
-        report.write(results(a.into / f"{name}.json"), a.into, name)
+        if (found := read_results(file)) is None:
+            raise ConfigError(f"--report: {file} is not there; make it by --collect, or name its folder by --into")
+        report.write(found, a.into, name)
         return
     setup = dataclasses.replace(job, seeds=tuple(range(a.seeds)))
     cells = [(setting, workers) for setting, workers in all_cells if setting in a.settings and workers in a.workers]
+    earlier = earlier_rows(read_results(file), job)
     if a.plan:
-        print(plan(cells, a.contenders, setup, a.store))
+        print(plan(cells, a.contenders, setup, a.store, earlier))
         return
     into, failed = folder(a.into), dict[str, str]()
     if not a.collect:
-        print(plan(cells, a.contenders, setup, a.store))
-        failed = race([*units(cells, a.contenders)], setup, a)
-    found = collect(all_cells, dataclasses.replace(job, seeds=setup.seeds[: len(job.seeds)]), a.store)
+        print(plan(cells, a.contenders, setup, a.store, earlier))
+        failed = race([*units(cells, a.contenders)], setup, a, earlier)
+    found = collect(all_cells, dataclasses.replace(job, seeds=setup.seeds[: len(job.seeds)]), a.store, earlier)
     text = json.dumps(found, separators=(",", ":")).replace('{"setting"', '\n{"setting"')
-    (into / f"{name}.json").write_text(text + "\n")
+    file.write_text(text + "\n")
     report.write(found, into, name)
     if failed:
         sys.exit("\n".join(f"experiments.race: {unit}: {error}" for error, unit in failed.items()))
 
 
-def results(file: Path) -> dict[str, Any]:
-    """The results of an earlier command.
-
-    Raises:
-        ConfigError: there are none, or they cannot be read.
-    """
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"--report: {file} cannot be read ({error}); make it by --collect, or name its folder by --into"
-        ) from None
-
-
-def race(chosen: list[Unit], setup: Setup, a: Any) -> dict[str, str]:
+def race(chosen: list[Unit], setup: Setup, a: Any, earlier: Mapping[Unit, Row]) -> dict[str, str]:
     """Run the units, several at a time; return each error, with a unit that has it.
 
     Raises:
         ConfigError: the data cannot be read.
     """
-    run = functools.partial(run_unit, setup=setup, folder=a.store, root=a.root, until=time.monotonic() + 60 * a.minutes)
+    until = time.monotonic() + 60 * a.minutes
+    run = functools.partial(run_unit, setup=setup, folder=a.store, root=a.root, until=until, earlier=earlier)
     failed = dict[str, str]()
     with tqdm(total=len(chosen), unit=" units") as bar:
         for unit, done in in_processes(run, chosen, a.processes):
@@ -144,24 +136,24 @@ def race(chosen: list[Unit], setup: Setup, a: Any) -> dict[str, str]:
     return failed
 
 
-def run_unit(unit: Unit, *, setup: Setup, folder: Path, root: str, until: float) -> str:
+def run_unit(unit: Unit, *, setup: Setup, folder: Path, root: str, until: float, earlier: Mapping[Unit, Row]) -> str:
     """Run a unit in a process of its own, and say how it went."""
     store = Store(folder, root, until)
     try:
-        found = outcome(unit, setup, store)
+        found = outcome(unit, setup, store, earlier.get(unit))
     except Missing:
         return "time is over"
     return f"{store.made} new runs, rate {found['rate']:g}"
 
 
-def collect(cells: Iterable[tuple[str, int]], setup: Setup, folder: Path) -> dict[str, Any]:
+def collect(cells: Iterable[tuple[str, int]], setup: Setup, folder: Path, earlier: Mapping[Unit, Row]) -> dict[str, Any]:
     """The content of the results, of all units that are finished."""
-    return {"environment": environment(), **content(units(cells, CONTENDERS), setup, Store(folder, None))}
+    return {"environment": environment(), **content(units(cells, CONTENDERS), setup, Store(folder, None), earlier)}
 
 
-def plan(cells: list[tuple[str, int]], contenders: list[str], setup: Setup, folder: Path) -> str:
+def plan(cells: list[tuple[str, int]], contenders: list[str], setup: Setup, folder: Path, earlier: Mapping[Unit, Row]) -> str:
     """The units that are not finished, and an estimate of the processor time that they take."""
-    _, missing = collected(units(cells, contenders), setup, Store(folder, None))
+    _, missing = collected(units(cells, contenders), setup, Store(folder, None), earlier)
     seconds = [record.cpu_seconds for file in folder.glob("*.json") if (record := finished(file)) is not None]
     minutes = sum(seconds) / len(seconds) / 60 if seconds else MINUTES_OF_A_RUN
     lines, counted = list[str](), set[tuple[object, ...]]()

@@ -106,8 +106,6 @@ class Store:
         self.more = more
         self.made = 0
         """Runs that were made by this object."""
-        self.machines = set[str]()
-        """Of the runs that it has returned."""
 
     def run(self, overrides: Sequence[str], split: str) -> Record:
         """Return a run's record; run it where there is none yet.
@@ -122,19 +120,17 @@ class Store:
         key = {
             "overrides": [*overrides],
             "split": split,
-            "rule": rule_version(tuple(each for each in overrides if each.startswith("algorithm"))),
+            "rule": rule_version(rule_options(overrides)),
             **({} if self.most is None else {"most": self.most}),
         }
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
         file = self.folder / f"{name}.json"
         if (former := finished(file)) is not None:
-            self.machines.add(former.machine)
             return former
         if self.root is None or time.monotonic() > self.until:
             raise Missing(" ".join(overrides))
         record = self.simulate((*overrides, f"dataset.root={self.root}", *self.more), split)
         self.made += 1
-        self.machines.add(record.machine)
         self.folder.mkdir(parents=True, exist_ok=True)
         written = file.with_suffix(f".{os.getpid()}.part")
         written.write_text(json.dumps({"key": key, "record": asdict(record)}))
@@ -185,14 +181,14 @@ def simulate(overrides: Sequence[str], split: str, most: int | None = None) -> R
         seconds=[row["seconds"] for row in rows],
         accuracy=[row["test_accuracy"] for row in rows],
         cpu_seconds=time.process_time() - began,
-        machine=machine(),
+        machine=machine(job.device(0)),
     )
 
 
-def machine() -> str:
-    """The torch and the processor of this process in words."""
+def machine(device: torch.device) -> str:
+    """Torch, and the processor or the GPU of workers, in words."""
     here = arithmetic()
-    return f"torch {here['torch']}, {here['cpu']}"
+    return f"torch {here['torch']}, {here['cpu'] if device.type == 'cpu' else torch.cuda.get_device_name(device)}"
 
 
 class OneSplitJob(Job):
@@ -252,6 +248,11 @@ def kept(dataset: DataSource, device: torch.device) -> Mapping[str, Split]:
     return found
 
 
+def rule_options(overrides: Sequence[str]) -> tuple[str, ...]:
+    """Those of the overrides that name a rule and its options."""
+    return tuple(each for each in overrides if each.startswith("algorithm"))
+
+
 @functools.cache
 def rule_version(overrides: tuple[str, ...]) -> str:
     """A digest of the source of the rule that these overrides name: a changed rule's former runs do not count.
@@ -265,10 +266,19 @@ def rule_version(overrides: tuple[str, ...]) -> str:
     while waiting:
         name = waiting.pop()
         if name.startswith(f"{algorithms.__name__}.") and name not in (base.__name__, groups.__name__, *sources):
-            tree = ast.parse(Path(importlib.import_module(name).__file__ or "").read_text())
+            tree = _tree(name)
             sources[name] = _without_docstrings(tree)
             waiting += [each.module for each in ast.walk(tree) if isinstance(each, ast.ImportFrom) and each.module]
     return hashlib.sha256("\n".join(source for _, source in sorted(sources.items())).encode()).hexdigest()[:16]
+
+
+def code_of(module: str) -> str:
+    """The syntax tree of a module as text, without docstrings and comments."""
+    return _without_docstrings(_tree(module))
+
+
+def _tree(module: str) -> ast.Module:
+    return ast.parse(Path(importlib.import_module(module).__file__ or "").read_text())
 
 
 def _without_docstrings(tree: ast.Module) -> str:

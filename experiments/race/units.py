@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from typing_extensions import override
 
+from experiments.race import clocks
 from experiments.race.contenders import CONTENDERS, FIRST, Variant, record
-from experiments.race.runs import Missing, Record, Store
+from experiments.race.figures import Row
+from experiments.race.runs import Missing, Record, Store, code_of, rule_options, rule_version
 from experiments.race.setup import Setup
 from experiments.race.tuning import best_variant, described, tune
 
@@ -41,20 +45,28 @@ def units(cells: Iterable[tuple[str, int]], contenders: Iterable[str]) -> Iterat
             yield from (Unit(setting, workers, name) for name in names if name in asked)
 
 
-def outcome(unit: Unit, setup: Setup, store: Store) -> dict[str, Any]:
-    """Tune a contender, run it with the reported seeds, and return its entry in the results.
+Runner = Callable[[Variant, float, int, str, float], Record]
+"""``run(variant, rate, seed, split, limit)``, see `record`."""
+CHOICE = ("variant", "rate", "tuning", "validation_accuracy", "validation_time")
+"""The keys of a row that tell of the tuning."""
+
+
+def outcome(unit: Unit, setup: Setup, store: Store, earlier: Row | None = None) -> dict[str, Any]:
+    """Tune a contender, run it with the reported seeds, and return its row of the results.
 
     Args:
         unit: The contender and its cell.
         setup: The job.
         store: Has the runs, and makes those that are missing.
+        earlier: A row of `earlier_rows`: its choice stands, and its seeds are not run again.
 
     Raises:
         Missing: a run is missing that must not be made now.
     """
+    machines = set[str](() if earlier is None else earlier["machines"])
 
     def run(variant: Variant, rate: float, seed: int, split: str, limit: float = math.inf) -> Record:
-        return record(
+        found = record(
             variant,
             setup,
             store,
@@ -65,37 +77,85 @@ def outcome(unit: Unit, setup: Setup, store: Store) -> dict[str, Any]:
             split=split,
             limit=limit,
         )
+        machines.add(found.machine)
+        return found
 
     variants = {variant.name: variant for variant in CONTENDERS[unit.contender].variants(unit.workers)}
+    choice = _choice(variants, setup, unit.workers, run) if earlier is None else {key: earlier[key] for key in CHOICE}
+    seeds: dict[int, Any] = {} if earlier is None else {each["seed"]: each for each in earlier["runs"]}
+    for seed in setup.seeds:
+        if seed not in seeds:
+            seeds[seed] = shortened(seed, run(variants[choice["variant"]], choice["rate"], seed, "test"))
+    return {
+        **dataclasses.asdict(unit),
+        **choice,
+        "version": version(unit),
+        "machines": sorted(machines - {""}),
+        "runs": [seeds[seed] for seed in sorted(seeds)],
+    }
+
+
+def _choice(variants: Mapping[str, Variant], setup: Setup, workers: int, run: Runner) -> dict[str, Any]:
+    """Tune each variant: the best one, its rate, and what was tried."""
     tuned = {
-        name: tune(
-            lambda rate, seed, limit, variant=variant: run(variant, rate, seed, "validation", limit), setup, unit.workers
-        )
+        name: tune(lambda rate, seed, limit, variant=variant: run(variant, rate, seed, "validation", limit), setup, workers)
         for name, variant in variants.items()
     }
-    chosen = best_variant(tuned)
-    rate = tuned[chosen].best
+    name = best_variant(tuned)
+    time, accuracy = tuned[name].rank
     return {
-        "setting": unit.setting,
-        "workers": unit.workers,
-        "contender": unit.contender,
-        "variant": chosen,
-        "rate": rate,
-        "tuning": {name: described(each) for name, each in tuned.items()},
-        "validation_accuracy": -tuned[chosen].rank[1],
-        "validation_time": None if math.isinf(tuned[chosen].rank[0]) else tuned[chosen].rank[0] / len(setup.tuning_seeds),
-        "runs": [shortened(seed, run(variants[chosen], rate, seed, "test")) for seed in setup.seeds],
+        "variant": name,
+        "rate": tuned[name].best,
+        "tuning": {each: described(found) for each, found in tuned.items()},
+        "validation_accuracy": -accuracy,
+        "validation_time": None if math.isinf(time) else time / len(setup.tuning_seeds),
     }
 
 
-def collected(chosen: Iterable[Unit], setup: Setup, store: Store) -> tuple[list[dict[str, Any]], list[Unit]]:
-    """The entries of the units all of whose runs are in the store, with as many seeds as it has, and the other units."""
+def version(unit: Unit) -> str:
+    """A digest of a contender's variants, the source of their rules, and the clocks of rounds."""
+    variants = [
+        [
+            *dataclasses.astuple(dataclasses.replace(each, clock=None)),
+            each.clock is None,
+            rule_version(rule_options(each.overrides)),
+        ]
+        for each in CONTENDERS[unit.contender].variants(unit.workers)
+    ]
+    return hashlib.sha256(json.dumps([variants, code_of(clocks.__name__)]).encode()).hexdigest()[:16]
+
+
+def earlier_rows(results: Mapping[str, Any] | None, setup: Setup) -> dict[Unit, Row]:
+    """The rows of results, perhaps of another machine, that are not to be made again: of the same job, and rules as they are.
+
+    Args:
+        results: The content of the results; None where there are none.
+        setup: The job.
+    """
+    job = json.loads(json.dumps(_stated(setup)))
+    if results is None or any(results.get(key) != value for key, value in job.items()):
+        return {}
+    rows = {Unit(row["setting"], row["workers"], row["contender"]): row for row in results["rows"]}
+    return {unit: row for unit, row in rows.items() if unit.contender in CONTENDERS and row.get("version") == version(unit)}
+
+
+def collected(
+    chosen: Iterable[Unit], setup: Setup, store: Store, earlier: Mapping[Unit, Row]
+) -> tuple[list[dict[str, Any]], list[Unit]]:
+    """The rows of the units that are finished, with as many seeds as there are, and the other units.
+
+    Args:
+        chosen: The units.
+        setup: The job.
+        store: Has runs, and makes none.
+        earlier: Rows of `earlier_rows`.
+    """
     rows, missing = list[dict[str, Any]](), list[Unit]()
     for unit in chosen:
         row = None
         with contextlib.suppress(Missing):
             for count in range(len(setup.seeds), MOST_SEEDS + 1):
-                row = outcome(unit, dataclasses.replace(setup, seeds=tuple(range(count))), store)
+                row = outcome(unit, dataclasses.replace(setup, seeds=tuple(range(count))), store, earlier.get(unit))
         if row is None:
             missing.append(unit)
         else:
@@ -103,9 +163,19 @@ def collected(chosen: Iterable[Unit], setup: Setup, store: Store) -> tuple[list[
     return rows, missing
 
 
-def content(chosen: Iterable[Unit], setup: Setup, store: Store) -> dict[str, Any]:
-    """The content of the results: the job, the units that are finished, and which are not."""
-    rows, missing = collected(chosen, setup, store)
+def content(chosen: Iterable[Unit], setup: Setup, store: Store, earlier: Mapping[Unit, Row]) -> dict[str, Any]:
+    """The content of the results: the job, the units that are finished, and which are not; see `collected`."""
+    rows, missing = collected(chosen, setup, store, earlier)
+    return {
+        **_stated(setup),
+        "machines": sorted({machine for row in rows for machine in row["machines"]}),
+        "not_run": [[unit.setting, unit.workers, unit.contender] for unit in missing],
+        "rows": rows,
+    }
+
+
+def _stated(setup: Setup) -> dict[str, Any]:
+    """The job in the results, without the reported seeds."""
     return {
         "epochs": setup.epochs,
         "batch_size": setup.batch_size,
@@ -118,9 +188,6 @@ def content(chosen: Iterable[Unit], setup: Setup, store: Store) -> dict[str, Any
         "beyond": setup.beyond,
         "every": setup.every,
         "job": setup.job,
-        "machines": sorted(store.machines - {""}),
-        "not_run": [[unit.setting, unit.workers, unit.contender] for unit in missing],
-        "rows": rows,
     }
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,9 +16,9 @@ from hypothesis import strategies as st
 from experiments.race import __main__ as command
 from experiments.race.figures import time_to
 from experiments.race.runs import Missing, Record, Store, rule_version
-from experiments.race.setup import CELLS, SETTINGS
+from experiments.race.setup import CELLS, SETTINGS, Setup
 from experiments.race.tuning import Tried, Tuned, tune
-from experiments.race.units import Unit, collected, outcome, planned_runs, units
+from experiments.race.units import CHOICE, Unit, collected, content, earlier_rows, outcome, planned_runs, units
 from ormo_rpc.errors import ConfigError
 from tests.support.race import DIGITS, SMALL, made
 
@@ -105,11 +107,11 @@ def test_a_unit_is_tuned_run_and_reported_and_not_run_again(tmp_path: Path) -> N
     row = outcome(unit, SMALL, store)
     assert store.made == 2 + 3  # two rates, three seeds
     assert {run["seed"] for run in row["runs"]} == {0, 1, 2}
-    rows, missing = collected([unit, Unit("one_slow", 4, "ormo")], SMALL, Store(tmp_path, None))
+    rows, missing = collected([unit, Unit("one_slow", 4, "ormo")], SMALL, Store(tmp_path, None), {})
     assert (rows, [each.contender for each in missing]) == ([row], ["ormo"])
     # A fourth seed that was run is reported as well.
     outcome(unit, dataclasses.replace(SMALL, seeds=(0, 1, 2, 3)), store)
-    assert [run["seed"] for run in collected([unit], SMALL, Store(tmp_path, None))[0][0]["runs"]] == [0, 1, 2, 3]
+    assert [run["seed"] for run in collected([unit], SMALL, Store(tmp_path, None), {})[0][0]["runs"]] == [0, 1, 2, 3]
     store.made -= 1
     # Another setting has the same updates: nothing is run.
     outcome(Unit("exponential", 4, "ddp"), SMALL, store)
@@ -117,13 +119,59 @@ def test_a_unit_is_tuned_run_and_reported_and_not_run_again(tmp_path: Path) -> N
     assert store.made == 5
 
 
+@pytest.fixture
+def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """Results of another machine, whose folder of runs is not here."""
+    monkeypatch.setattr("experiments.race.runs.simulate", lambda *_: made(1.0, 2.0))
+    chosen = [Unit("one_slow", 4, name) for name in ("ormo", "local_sgd")]
+    for unit in chosen:
+        outcome(unit, SMALL, Store(tmp_path / "there", "data"))
+    return written(content(chosen, SMALL, Store(tmp_path / "there", None), {}))
+
+
+def written(found: dict[str, Any]) -> dict[str, Any]:
+    """Results as they are read again."""
+    return json.loads(json.dumps(found))
+
+
+def test_a_race_goes_on_from_the_results_of_another_machine(results: dict[str, Any], tmp_path: Path) -> None:
+    earlier, store = earlier_rows(results, SMALL), Store(tmp_path / "here", "data")
+    assert written(content([*earlier], SMALL, Store(tmp_path / "here", None), earlier)) == results
+    ormo = next(unit for unit in earlier if unit.contender == "ormo")
+    # A fourth seed is run, with the rate that was chosen there.
+    found = outcome(ormo, dataclasses.replace(SMALL, seeds=(0, 3)), store, earlier[ormo])
+    assert store.made == 1
+    assert [run["seed"] for run in found["runs"]] == [0, 1, 2, 3]
+    assert {key: found[key] for key in CHOICE} == {key: earlier[ormo][key] for key in CHOICE}
+
+
+def test_results_of_another_job_or_rule_or_of_other_clocks_are_made_again(
+    results: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kept(setup: Setup = SMALL) -> list[str]:
+        return [unit.contender for unit in earlier_rows(results, setup)]
+
+    assert kept() == ["ormo", "local_sgd"]
+    assert earlier_rows(None, SMALL) == {}
+    for other in ({"epochs": 3}, {"job": (*SMALL.job, "model.bias=false")}, {"tuning_seeds": (8,)}, {"rates": {4: (0.1,)}}):
+        assert kept(dataclasses.replace(SMALL, **other)) == []
+    assert kept(dataclasses.replace(SMALL, seeds=(0, 9))) == ["ormo", "local_sgd"]
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            "experiments.race.units.rule_version", lambda rule: "changed" if "algorithm=ormo" in rule else rule_version(rule)
+        )
+        assert kept() == ["local_sgd"]
+    monkeypatch.setattr("experiments.race.units.code_of", lambda _module: "changed")
+    assert kept() == []
+
+
 def test_a_record_of_which_a_crash_has_left_a_part_is_made_again(tmp_path: Path) -> None:
     overrides = (*DIGITS, "workers=4", "train.max_iterations=2")
     store = Store(tmp_path / "store", str(tmp_path))
     expected = store.run(overrides, "test")
     (file,) = store.folder.iterdir()
-    for content in ("", file.read_text()[:-20], "{}"):
-        file.write_text(content)
+    for left in ("", file.read_text()[:-20], "{}"):
+        file.write_text(left)
         with pytest.raises(Missing):
             Store(store.folder, None).run(overrides, "test")
     assert store.run(overrides, "test").accuracy == expected.accuracy
@@ -154,7 +202,7 @@ def test_numbers_that_are_none_are_refused(
     assert f"argument {words[0]}: got {words[1]}, expected a whole number >= 1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("content", "expected"), [(None, "No such file"), ("{", "Expecting")])
+@pytest.mark.parametrize(("content", "expected"), [(None, "--report: "), ("{", "Expecting")])
 def test_a_report_without_results_is_one_clear_line(
     content: str | None, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,7 +213,8 @@ def test_a_report_without_results_is_one_clear_line(
         command.main()
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("experiments.race: --report: ")
+    assert line.startswith("experiments.race: ")
+    assert f"{tmp_path / 'race.json'} " in line
     assert expected in line
 
 

@@ -10,15 +10,7 @@ from pathlib import Path
 import pytest
 
 from experiments import at_once, reproduce
-from experiments.reproduce_report import (
-    MACHINE,
-    epochs_done,
-    machine_in_words,
-    machine_of,
-    note_machine,
-    table,
-    unfinished,
-)
+from experiments.reproduce_report import KEYS, MACHINE, machine_in_words, machine_of, note_machine, table, unfinished, write
 from experiments.resumable import ResumableRun, alone
 from ormo_rpc.composing import compose
 from ormo_rpc.config.schema import Config
@@ -46,7 +38,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path: Path) -> None:
     assert found["test_accuracy"] == expected["test_accuracy"] == (killed.summary or {})["test_accuracy"]
     evaluated = [[row["iteration"] for row in run.rows() if "test_accuracy" in row] for run in (whole, killed)]
     assert evaluated[0] == evaluated[1] == [45, 60]
-    assert epochs_done(killed) == epochs_done(whole) > 0
+    assert killed.rows()[-1]["epoch"] == whole.rows()[-1]["epoch"] > 0
     with pytest.raises(ConfigError, match="differs in workers=2, workers=3"):
         ResumableRun(killed.folder, [each.replace("workers=3", "workers=2") for each in settings]).go_on()
 
@@ -106,17 +98,55 @@ def test_two_commands_do_not_work_in_one_folder(tmp_path: Path) -> None:
         pass
 
 
-def test_results_are_of_finished_runs_and_name_the_others(tmp_path: Path) -> None:
-    plan = [reproduce.Planned("paper_cifar10_k16_het", "ormo", seed, 15, tmp_path) for seed in (0, 1)]
-    attempt = plan[0].run.folder / "0"
+def finish(planned: reproduce.Planned, **more: object) -> None:
+    """Leave a finished run in its folder."""
+    attempt = planned.run.folder / "0"
     attempt.mkdir(parents=True)
-    ended = {"status": "completed", "test_accuracy": 0.875, "train_loss": 0.5, "training_seconds": 90.0, "delay_mean": 15.0}
-    ended["wall_seconds"] = 150.0
+    ended = {**dict.fromkeys(KEYS, 0), "status": "completed", "test_accuracy": 0.875, "train_loss": 0.5}
+    ended |= {"training_seconds": 90.0, "delay_mean": 15.0, "wall_seconds": 150.0, **more}
     (attempt / FILE).write_text(json.dumps(ended))
-    assert table(plan)[1:] == [
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> Namespace:
+    """Two seeds of a method, in folders of the test."""
+    words = ("--methods", "ormo", "--settings", "het", "--work", str(tmp_path / "work"), "--into", str(tmp_path / "results"))
+    return reproduce.arguments(words)
+
+
+def test_results_are_of_finished_runs_and_name_the_others(asked: Namespace) -> None:
+    plan = reproduce.planned(asked)
+    finish(plan[0])
+    entries = [*reproduce.entries(plan, asked).values()]
+    assert table(entries)[1:] == [
         ("paper_cifar10_k16_het", "ormo", "0.01", "1 of 2", "0 of 1", "87.50%", "0.500", "90", "15.0", "2.5"),
     ]
-    assert unfinished(plan) == ["paper_cifar10_k16_het, ormo, seed 1: 0.0 of 15 epochs"]
+    assert unfinished(entries) == ["paper_cifar10_k16_het, ormo, seed 1: 0.0 of 15 epochs"]
+    (plan[0].run.folder / "1").mkdir()
+    (plan[0].run.folder / "0" / FILE).rename(plan[0].run.folder / "1" / FILE)
+    assert table([*reproduce.entries(plan, asked).values()])[1][-1] == "-", "the time of an interrupted attempt is lost"
+
+
+def test_a_reproduction_goes_on_from_the_results_of_another_machine(asked: Namespace, tmp_path: Path) -> None:
+    plan = reproduce.planned(asked)
+    finish(plan[1], test_accuracy=0.5)
+    write([*reproduce.entries(plan, asked).values()], asked)
+    asked.work = tmp_path / "elsewhere"
+    plan = reproduce.planned(asked)
+    found = reproduce.entries(plan, asked)
+    assert [entry["finished"] for entry in found.values()] == [False, True]
+    finish(plan[0])
+    # What is asked for is made here, and what is not asked for is not lost.
+    write([*reproduce.entries(plan[:1], asked).values()], asked)
+    page = (tmp_path / "results" / "reproduce.md").read_text()
+    assert "| paper_cifar10_k16_het | ormo | 0.01 | 2 of 2 | 0 of 2 | 68.75% ± 26.52% |" in page
+    assert "2 of 2 runs are finished" in page
+    # Runs of other settings do not count.
+    file = tmp_path / "results" / "reproduce.json"
+    results = json.loads(file.read_text())
+    results["runs"][1]["overrides"].append("train.nesterov=true")
+    file.write_text(json.dumps(results))
+    assert [entry["finished"] for entry in reproduce.entries(plan, asked).values()] == [True, False]
 
 
 def test_attempts_that_were_killed_early_or_in_a_line_keep_nobody_from_going_on(tmp_path: Path) -> None:
@@ -128,7 +158,7 @@ def test_attempts_that_were_killed_early_or_in_a_line_keep_nobody_from_going_on(
     began = tmp_path / "0" / "checkpoints" / "iteration_000000000010"
     (tmp_path / "2" / "launch.json").write_text(json.dumps({"overrides": [f"checkpoint.resume={began}"]}))
     assert [row["iteration"] for row in run.rows()] == [10, 20]
-    assert epochs_done(run) == 1.0
+    assert run.rows()[-1]["epoch"] == 1.0
 
 
 def test_the_schedule_of_a_shorter_run_is_scaled() -> None:
@@ -141,7 +171,8 @@ def test_the_schedule_of_a_shorter_run_is_scaled() -> None:
 def test_a_plan_is_shown_without_the_data_and_the_refusal_names_the_options_of_the_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = [reproduce.Planned("paper_cifar10_k16_het", "ormo", 0, 15, tmp_path)]
+    a = reproduce.arguments(["--work", str(tmp_path), "--into", str(tmp_path)])
+    found = reproduce.entries(reproduce.planned(a), a)
     with pytest.raises(ConfigError, match=r"dataset\.root is --root here"):
-        reproduce.show(plan, [f"dataset.root={tmp_path}"])
+        reproduce.show(found, [f"dataset.root={tmp_path}"])
     assert "paper_cifar10_k16_het" in capsys.readouterr().out
