@@ -21,5 +21,6 @@ Rounds of the first m of K workers are simulated as rounds of m workers: each ha
 Finished runs are kept in a folder (``--store``) and not run again, unless the source of their rule has changed. Neither are
 those of the results that are there before (``--into``), perhaps from another machine: the race goes on from them. Writes
 ``results/race.json`` and ``.md``, and ``docs/race.png``; ``--report`` makes the latter two from the first, and runs nothing.
-``--long`` is another job, for what 64 workers can reach at all: 16 epochs, ``results/race_long.json`` and ``.md``.
+``--long`` is another job, for what 64 workers can reach at all: 16 epochs, ``results/race_long.json`` and ``.md``. So is
+``--momentum``, in which the momentum of every contender is tuned as well: ``results/race_momentum.json`` and ``.md``.
 """

@@ -21,7 +21,15 @@ from experiments.race import report
 from experiments.race.contenders import CONTENDERS
 from experiments.race.figures import Row
 from experiments.race.runs import Missing, Store, finished
-from experiments.race.setup import CELLS, LONG, LONG_CELLS, SETTINGS, Setup
+from experiments.race.setup import (
+    CELLS,
+    LONG,
+    LONG_CELLS,
+    SETTINGS,
+    TUNED_MOMENTUM,
+    TUNED_MOMENTUM_CELLS,
+    Setup,
+)
 from experiments.race.units import MOST_SEEDS, Unit, collected, content, earlier_rows, outcome, planned_runs, units
 from ormo_rpc.errors import ConfigError, one_line
 from ormo_rpc.storage.environment import environment
@@ -54,10 +62,17 @@ def parser() -> ArgumentParser:
         metavar="N",
         help="reported seeds, by default 3; results have as many as were run",
     )
-    made.add_argument(
+    other = made.add_mutually_exclusive_group()
+    other.add_argument(
         "--long",
         action="store_true",
         help="the job for 16 epochs with 64 workers and random times, judged by the time to 86%%: results/race_long",
+    )
+    other.add_argument(
+        "--momentum",
+        action="store_true",
+        help="the job with 4 and 16 workers and the momentum of each contender tuned too (0.9, 0.95, 0.975): "
+        "results/race_momentum",
     )
     made.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many minutes, and collect")
     made.add_argument(
@@ -89,7 +104,11 @@ def perform(a: Any) -> None:
     """
     if a.seeds > MOST_SEEDS:
         raise ConfigError(f"--seeds: got {a.seeds}, expected at most {MOST_SEEDS}")
-    name, job, all_cells = ("race_long", LONG, LONG_CELLS) if a.long else ("race", Setup(), CELLS)
+    name, job, all_cells = "race", Setup(), CELLS
+    if a.long:
+        name, job, all_cells = "race_long", LONG, LONG_CELLS
+    elif a.momentum:
+        name, job, all_cells = "race_momentum", TUNED_MOMENTUM, TUNED_MOMENTUM_CELLS
     file = a.into / f"{name}.json"
     if a.report:
         if (found := read_results(file)) is None:

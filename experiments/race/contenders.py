@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from experiments.race.clocks import Clock, Draw, first, in_local_steps, mean_slowdowns, proportional
 from experiments.race.runs import QUIET, Record, Store
-from experiments.race.setup import Setup
+from experiments.race.setup import DEFAULT_MOMENTUM, Setup
 from ormo_rpc.composing import compose
 from ormo_rpc.config.schema import Config
 from ormo_rpc.runtimes.configured import time_generator
@@ -56,6 +57,23 @@ class Contender:
 
     label: str
     variants: Callable[[int], tuple[Variant, ...]]
+
+
+def variants_of(contender: str, workers: int, momenta: Sequence[float]) -> tuple[Variant, ...]:
+    """A contender's variants for a number of workers, with each of these momentum coefficients if there are several."""
+    found = CONTENDERS[contender].variants(workers)
+    if [*momenta] == [DEFAULT_MOMENTUM]:
+        return found
+    return tuple(
+        dataclasses.replace(
+            each,
+            name=", ".join(filter(None, (each.name, f"momentum {momentum:g}"))),
+            # Without an override where it is the default, so that such a run is one of the race.
+            overrides=(*each.overrides, *([] if momentum == DEFAULT_MOMENTUM else [f"train.momentum={momentum:g}"])),
+        )
+        for each in found
+        for momentum in momenta
+    )
 
 
 def record(

@@ -11,10 +11,10 @@ from typing import Any
 
 from experiments.common import pictures
 from experiments.race import clocks
-from experiments.race.contenders import ASYNCHRONOUS, CONTENDERS, Variant
+from experiments.race.contenders import ASYNCHRONOUS, CONTENDERS, Variant, variants_of
 from experiments.race.figures import Results, Row, best_asynchronous, best_m_sync
 from experiments.race.picture import picture
-from experiments.race.setup import CELLS, SETTINGS, Setup
+from experiments.race.setup import CELLS, SETTINGS
 from ormo_rpc.report.table import MISSING, as_markdown, spread
 
 
@@ -83,17 +83,17 @@ def write(content: Mapping[str, Any], into: Path, name: str = "race") -> None:
         name: Of their files; those of another job than the race's have tables alone.
     """
     results = Results(content)
-    (into / f"{name}.md").write_text(page(results))
-    if content["epochs"] != Setup().epochs:
-        return
-    picture(results).savefig(pictures(into) / "race.png", dpi=110)
+    (into / f"{name}.md").write_text(page(results, name))
+    if name == "race":
+        picture(results).savefig(pictures(into) / "race.png", dpi=110)
 
 
-def page(results: Results) -> str:
+def page(results: Results, name: str = "race") -> str:
     """The page: what was run, the goals, and a table for each cell."""
-    parts = ["# The race", _stated(results)]
-    if results.content["epochs"] == Setup().epochs:
-        parts += ["## Goals", as_markdown(goals(results))]
+    parts = ["# The race", _stated(results, name.removeprefix("race").replace("_", " --"))]
+    if name != "race_long":
+        header, *rows = goals(results)
+        parts += ["## Goals", as_markdown([header, *(row for row in rows if name == "race" or row[5] != MISSING)])]
     parts += [_accuracy(results), _lost(results), _rates(results)]
     for setting, workers in CELLS:
         cell = results.cell(setting, workers)
@@ -238,7 +238,7 @@ def _rates(results: Results) -> str:
         rates = [
             sorted(
                 {
-                    row["rate"] / _variant(row).divisor
+                    row["rate"] / _variant(row, results).divisor
                     for row in results.rows
                     if (row["contender"], row["workers"]) == (name, workers)
                 }
@@ -253,8 +253,8 @@ def _rates(results: Results) -> str:
     )
 
 
-def _variant(row: Row) -> Variant:
-    variants = CONTENDERS[row["contender"]].variants(row["workers"])
+def _variant(row: Row, results: Results) -> Variant:
+    variants = variants_of(row["contender"], row["workers"], results.content["momenta"])
     return next((each for each in variants if each.name == row["variant"]), variants[0])
 
 
@@ -273,9 +273,11 @@ def _not_run(results: Results) -> str:
     return "## Not run\n\n" + "\n".join(lines) if lines else ""
 
 
-def _stated(results: Results) -> str:
+def _stated(results: Results, option: str) -> str:
     content = results.content
-    rarest = max((_variant(row).between(content["every"]) for row in results.rows), default=content["every"])
+    momenta = ", ".join(f"{each:g}" for each in content["momenta"])
+    of_momentum = "" if len(content["momenta"]) == 1 else " (each makes a variant of every variant)"
+    rarest = max((_variant(row, results).between(content["every"]) for row in results.rows), default=content["every"])
     seeds = sorted({run["seed"] for row in results.rows for run in row["runs"]})
     grids = "; ".join(
         f"K = {workers}: {', '.join(f'{rate:g}' for rate in rates)}"
@@ -283,12 +285,12 @@ def _stated(results: Results) -> str:
         if any(row["workers"] == int(workers) for row in results.rows)
     )
     lines = (
-        f"`python -m experiments.race{'' if content['epochs'] == Setup().epochs else ' --long'}`, simulated:",
+        f"`python -m experiments.race{option}`, simulated:",
         f"{', '.join(content['job'])}, {content['epochs']} epochs of batches of",
-        f"{content['batch_size']}, constant rate, momentum 0.9. Virtual seconds; a gradient takes 0.1 where nothing slows it",
-        "down, network and server nothing. Each variant of each contender in each cell has the same budget: the rates of a",
-        f"grid ({grids}), and while the best is at an edge the next one, up to {content['beyond']}, each with",
-        f"{len(content['tuning_seeds'])} seeds of their own, judged by the time to",
+        f"{content['batch_size']}, constant rate, momentum {momenta}{of_momentum}. Virtual seconds; a gradient takes 0.1 where",
+        "nothing slows it down, network and server nothing. Each variant of each contender in each cell has the same",
+        f"budget: the rates of a grid ({grids}), and while the best is at an edge the next one, up to {content['beyond']},",
+        f"each with {len(content['tuning_seeds'])} seeds of their own, judged by the time to",
         f"{content['tuning_target']:.1%} on a validation split; where that is not reached,",
         "by the last accuracy. Rates are those of a step with the mean of a round; ormo and its kin run with the K-th part.",
         f"Times are medians over seeds {', '.join(map(str, seeds))} on the test split (over those that a contender has),",

@@ -23,6 +23,10 @@ CELLS: Sequence[tuple[str, int]] = (
 """Setting and number of workers, in the order in which they are run."""
 
 
+DEFAULT_MOMENTUM = 0.9
+"""``train.momentum`` where nothing sets it."""
+
+
 def _rates() -> dict[int, tuple[float, ...]]:
     return {
         workers: tuple(lowest * 2**power for power in (2, 1, 3, 0, 4))
@@ -36,6 +40,7 @@ class Setup:
 
     Attributes:
         job: Overrides of the data set, the model and the held-out samples.
+        momenta: Momentum coefficients; where there are several, each makes a variant of its own of every variant.
         epochs: Length of a run.
         batch_size: Samples of a gradient.
         every: Gradients between evaluations, about: whole rounds of the synchronous rules.
@@ -50,6 +55,7 @@ class Setup:
     """
 
     job: tuple[str, ...] = ("dataset=fashion_mnist", "model=mlp", "dataset.validation=0.1")
+    momenta: tuple[float, ...] = (DEFAULT_MOMENTUM,)
     epochs: int = 8
     batch_size: int = 64
     every: int = 100
@@ -66,3 +72,6 @@ class Setup:
 LONG = Setup(epochs=16, targets=(0.85, 0.86, 0.87), target=0.86, tuning_target=0.865)
 """The same job for twice as long: with 64 workers 8 epochs are 106 rounds, in which nothing asynchronous reaches 86%."""
 LONG_CELLS = (("exponential", 64),)
+TUNED_MOMENTUM = Setup(momenta=(DEFAULT_MOMENTUM, 0.95, 0.975))
+"""The race's job, with the momentum of every contender tuned as well."""
+TUNED_MOMENTUM_CELLS = tuple(cell for cell in CELLS if cell[1] in (4, 16))

@@ -14,7 +14,7 @@ from typing import Any
 from typing_extensions import override
 
 from experiments.race import clocks
-from experiments.race.contenders import CONTENDERS, FIRST, Variant, record
+from experiments.race.contenders import CONTENDERS, FIRST, Variant, record, variants_of
 from experiments.race.figures import Row
 from experiments.race.runs import Missing, Record, Store, code_of, rule_options, rule_version
 from experiments.race.setup import Setup
@@ -80,7 +80,7 @@ def outcome(unit: Unit, setup: Setup, store: Store, earlier: Row | None = None) 
         machines.add(found.machine)
         return found
 
-    variants = {variant.name: variant for variant in CONTENDERS[unit.contender].variants(unit.workers)}
+    variants = {each.name: each for each in variants_of(unit.contender, unit.workers, setup.momenta)}
     choice = _choice(variants, setup, unit.workers, run) if earlier is None else {key: earlier[key] for key in CHOICE}
     seeds: dict[int, Any] = {} if earlier is None else {each["seed"]: each for each in earlier["runs"]}
     for seed in setup.seeds:
@@ -177,6 +177,7 @@ def content(chosen: Iterable[Unit], setup: Setup, store: Store, earlier: Mapping
 def _stated(setup: Setup) -> dict[str, Any]:
     """The job in the results, without the reported seeds."""
     return {
+        "momenta": setup.momenta,
         "epochs": setup.epochs,
         "batch_size": setup.batch_size,
         "targets": setup.targets,
@@ -205,7 +206,7 @@ def shortened(seed: int, found: Record) -> dict[str, Any]:
 def planned_runs(unit: Unit, setup: Setup) -> set[tuple[object, ...]]:
     """The runs of a unit, as if no rate beyond the grid were tried; those that units have in common are equal."""
     found: set[tuple[object, ...]] = set()
-    variants = CONTENDERS[unit.contender].variants(unit.workers)
+    variants = variants_of(unit.contender, unit.workers, setup.momenta)
     for variant in variants:
         setting = unit.setting if variant.clock is None else ""
         run = (setting, unit.workers, variant.overrides, variant.members)

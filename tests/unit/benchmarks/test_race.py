@@ -14,11 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.race import __main__ as command
+from experiments.race.contenders import CONTENDERS, variants_of
 from experiments.race.figures import time_to
 from experiments.race.runs import Missing, Record, Store, rule_version
-from experiments.race.setup import CELLS, SETTINGS, Setup
+from experiments.race.setup import CELLS, DEFAULT_MOMENTUM, SETTINGS, Setup
 from experiments.race.tuning import Tried, Tuned, tune
 from experiments.race.units import CHOICE, Unit, collected, content, earlier_rows, outcome, planned_runs, units
+from ormo_rpc.composing import compose
 from ormo_rpc.errors import ConfigError
 from tests.support.race import DIGITS, SMALL, made
 
@@ -228,6 +230,16 @@ def test_every_cell_has_every_contender() -> None:
     assert len(CELLS) == len(set(CELLS))
     found = [unit.contender for unit in units([("none", 4), ("gamma", 4)], ["ormo_da", "ormo", "ddp"])]
     assert found == ["ddp", "ormo", "ddp", "ormo", "ormo_da", "ormo_da"]
+
+
+def test_each_momentum_makes_a_variant_and_the_default_one_has_the_runs_of_the_race() -> None:
+    one = CONTENDERS["m_sync_nesterov"].variants(4)
+    assert [each.name for each in variants_of("m_sync_nesterov", 4, (0.9,))] == [each.name for each in one]
+    found = variants_of("m_sync_nesterov", 4, (0.9, 0.95))
+    assert [each.name for each in found[:3]] == ["m = 3, momentum 0.9", "m = 3, momentum 0.95", "m = 2, momentum 0.9"]
+    assert [each.overrides[len(one[0].overrides) :] for each in found[:2]] == [(), ("train.momentum=0.95",)]
+    assert compose(found[0].overrides).train.momentum == DEFAULT_MOMENTUM
+    assert compose(found[1].overrides).train.momentum == 0.95
 
 
 def test_runs_that_settings_have_in_common_are_planned_once() -> None:

@@ -48,6 +48,7 @@ def results() -> Results:
     return Results(
         {
             "job": ["dataset=x"],
+            "momenta": [0.9],
             "epochs": 8,
             "batch_size": 64,
             "smooth": 1,
@@ -136,6 +137,18 @@ def test_page_and_picture_are_made_from_the_file_alone(results: Results, tmp_pat
     report.write(content, tmp_path)
     assert (tmp_path / "race.md").read_text() == report.page(results)
     assert (tmp_path / "race.png").stat().st_size > 10_000
+
+
+def test_with_momentum_tuned_the_goals_are_those_that_were_measured(results: Results, tmp_path: Path) -> None:
+    rows = [{**row, "variant": "momentum 0.95"} for row in results.rows]
+    report.write({**results.content, "momenta": [0.9, 0.95], "rows": rows}, tmp_path, "race_momentum")
+    assert [path.name for path in tmp_path.iterdir()] == ["race_momentum.md"]
+    page = (tmp_path / "race_momentum.md").read_text()
+    assert "`python -m experiments.race --momentum`" in page
+    assert "momentum 0.9, 0.95 (each makes a variant of every variant)" in page
+    goals = page.split("## Goals")[1].split("\n\n")[1].splitlines()[2:]
+    assert [line.split(" | ")[:2] for line in goals] == [["| one_slow", "4"], ["| none", "16"], ["| one_slow", "4"]]
+    assert "| ormo, momentum 0.95 | 0.1 | 2 | 3 of 3 |" in page
 
 
 def test_the_longer_job_has_tables_of_its_own_without_the_goals(results: Results, tmp_path: Path) -> None:
