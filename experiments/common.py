@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
@@ -13,7 +14,7 @@ from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from benchmarks.measuring import RESULTS, ROOT
 from ormo_rpc import train
@@ -46,18 +47,44 @@ def folder(into: Path) -> Path:
     return into
 
 
-def read_results(file: Path) -> dict[str, Any] | None:
-    """The content of results that are there before; None where there are none.
+def read_results(file: Path, keys: Collection[str]) -> dict[str, Any] | None:
+    """The content of results; None where there are none.
+
+    Args:
+        file: Where they are.
+        keys: What they must have.
 
     Raises:
-        ConfigError: they cannot be read.
+        ConfigError: they cannot be read, or another version of the command has written them.
     """
     if not file.exists():
         return None
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read ({error}); remove it, or name another folder by --into") from None
+        raise ConfigError(f"{file} cannot be read ({error}); restore it, or name another folder by --into") from None
+    missing = sorted({*keys} - {*found}) if isinstance(found, dict) else [*keys]
+    if missing:
+        raise ConfigError(
+            f"{file}: got results without {', '.join(missing)}, expected those of this version of the command; restore "
+            "them, or name another folder by --into"
+        )
+    return cast("dict[str, Any]", found)
+
+
+def write_results(file: Path, text: str) -> None:
+    """Replace results in one step: they may be the only ones."""
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def row_by_row(content: Mapping[str, Any]) -> str:
+    """Results of the race and its kin as JSON, a row a line."""
+    return json.dumps(content, separators=(",", ":")).replace('{"setting"', '\n{"setting"') + "\n"
 
 
 def pictures(into: Path) -> Path:

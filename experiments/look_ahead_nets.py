@@ -7,8 +7,8 @@ Tuning, clocks and what counts are those of the race (`experiments.race`): each 
 seed of its own, and judged by the time to an accuracy on held-out samples; the seeds that are reported are evaluated on the
 test split. With ``--device cuda`` each gradient is one captured graph, on data that are on the GPU.
 
-Every finished run is kept under ``--work``, and not made again: a command that was ended goes on where it was, and from the
-results that are there before (``--into``), perhaps from another machine. ``--jobs`` rules are run at once, each in a process
+Every finished run is kept under ``--work``, and not made again: a command that was ended goes on where it was. Earlier results
+(``--into``), perhaps of another machine, count as well, as in the race. ``--jobs`` rules are run at once, each in a process
 that makes their runs one after another. ``--seconds`` begins no run after this time. ``--report`` writes
 ``look_ahead_nets.json`` and ``.md`` (``look_ahead_nets_cuda.*`` with ``--device cuda``) from what is finished, as does the end
 of each rule; what is not finished is left out, and named.
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import sys
 import time
@@ -32,12 +31,13 @@ from typing_extensions import override
 
 from benchmarks import gpu_machine
 from experiments import common, reproduce_report
-from experiments.race.contenders import CONTENDERS
+from experiments.race.contenders import CONTENDERS, Unit
+from experiments.race.earlier import earlier_rows
 from experiments.race.figures import Results, Row
 from experiments.race.report import shown
 from experiments.race.runs import Missing, Record, Store
 from experiments.race.setup import Setup
-from experiments.race.units import Unit, content, earlier_rows, outcome
+from experiments.race.units import content, outcome
 from experiments.reproduce import ON_DEVICE
 from experiments.resumable import alone
 from ormo_rpc import devices
@@ -129,17 +129,10 @@ class NetStore(Store):
         return found
 
 
-def planned(
-    nets: Iterable[str] | None = None, settings: Iterable[str] = SETTINGS, rules: Iterable[str] = RULES
-) -> list[Planned]:
-    """The units in their order: what must not be missing comes first. By default those of all nets."""
+def planned(nets: Iterable[str], settings: Iterable[str] = SETTINGS, rules: Iterable[str] = RULES) -> list[Planned]:
+    """The units in their order: what must not be missing comes first."""
     return sorted(
-        (
-            Planned(net, Unit(setting, NETS[net].workers, rule))
-            for net in (NETS if nets is None else nets)
-            for setting in settings
-            for rule in rules
-        ),
+        (Planned(net, Unit(setting, NETS[net].workers, rule)) for setting in settings for net in nets for rule in rules),
         key=lambda each: (each.unit.contender == RULES[-1], SETTINGS.index(each.unit.setting)),
     )
 
@@ -166,59 +159,75 @@ def store_of(net: str, a: Namespace, until: float | None) -> Store:
     return NetStore(a.work, str(root.absolute()), until, most=asked.most, more=more)
 
 
-def earlier_of(net: str, a: Namespace) -> Mapping[Unit, Row]:
-    """The rows of a net in the results that are there before."""
-    return earlier_rows(_results(a).get("nets", {}).get(net), setup_of(net, a))
+Earlier = Mapping[str, Mapping[Unit, Row]]
+"""The rows of earlier results by net."""
 
 
-def _results(a: Namespace) -> Mapping[str, Any]:
-    """The content of the results that are there before; empty where there are none.
+def earlier(a: Namespace) -> tuple[Earlier, Mapping[str, Any] | None]:
+    """The rows of earlier results, and their machine.
 
     Raises:
-        ConfigError: they cannot be read.
+        ConfigError: they cannot be read, or some of them do not count.
     """
-    return common.read_results(a.into / f"{name_of(a)}.json") or {}
+    file = a.into / f"{name_of(a)}.json"
+    results = common.read_results(file, ("environment", "nets"))
+    if results is None:
+        return {}, None
+    rows = {
+        net: earlier_rows(file, results["nets"].get(net), setup_of(net, a), most=NETS[net].most, replace=a.replace)
+        for net in NETS
+    }
+    return rows, results["environment"]
 
 
-def run(planned: Planned, a: Namespace, until: float) -> str:
+def run(planned: Planned, a: Namespace, until: float, before: Earlier) -> str:
     """Run a unit in a process of its own, and say how it went."""
     store = store_of(planned.net, a, until)
     try:
-        found = outcome(planned.unit, setup_of(planned.net, a), store, earlier_of(planned.net, a).get(planned.unit))
+        found = outcome(planned.unit, setup_of(planned.net, a), store, before.get(planned.net, {}).get(planned.unit))
     except Missing:
         return f"time is over, after {store.made} new runs"
     return f"{store.made} new runs, rate {found['rate']:g}"
 
 
 def work_through(plan: Sequence[Planned], a: Namespace) -> list[str]:
-    """Run what is left, and write the results after each unit; return a line for each that failed."""
+    """Run what is left, and write the results after each unit; return a line for each that failed.
+
+    Raises:
+        ConfigError: earlier results cannot be read, or some of them do not count.
+    """
     began, failed = time.monotonic(), dict[str, str]()
-    for each, done in common.in_processes(functools.partial(run, a=a, until=began + a.seconds), plan, a.jobs):
+    call = functools.partial(run, a=a, until=began + a.seconds, before=earlier(a)[0])
+    for each, done in common.in_processes(call, plan, a.jobs):
         error = done.exception()
         told = done.result() if error is None else one_line(error)
         if error is not None:
             failed.setdefault(told, str(each))
         print(f"{time.monotonic() - began:5.0f} s  {each}: {told}", flush=True)
-        if a.device == "cuda" and not (a.work / reproduce_report.MACHINE).is_file():
+        if a.device == "cuda" and [*a.work.glob("*.json")] and not (a.work / reproduce_report.MACHINE).is_file():
             reproduce_report.note_machine(a.work, {**gpu_machine.about(), "jobs": a.jobs})
         write(a)
     return [f"{name}: {told}" for told, name in failed.items()]
 
 
 def write(a: Namespace) -> None:
-    """Write the results of all that is finished, whatever was asked for."""
+    """Write the results of all that is finished, whatever was asked for.
+
+    Raises:
+        ConfigError: earlier results cannot be read, or some of them do not count.
+    """
+    before, machine = earlier(a)
     nets = dict[str, Any]()
     for net in NETS:
-        units = [each.unit for each in planned() if each.net == net]
-        nets[net] = content(units, setup_of(net, a), store_of(net, a, None), earlier_of(net, a))
-    found = {"environment": reproduce_report.machine_of(a, _results(a).get("environment")), "nets": nets}
-    text = json.dumps(found, separators=(",", ":")).replace('{"setting"', '\n{"setting"')
-    (a.into / f"{name_of(a)}.json").write_text(text + "\n")
-    (a.into / f"{name_of(a)}.md").write_text(page(found))
+        units = [each.unit for each in planned([net])]
+        nets[net] = content(units, setup_of(net, a), store_of(net, a, None), before.get(net, {}))
+    found = {"environment": reproduce_report.machine_of(a, machine), "nets": nets}
+    common.write_results(a.into / f"{name_of(a)}.json", common.row_by_row(found))
+    common.write_results(a.into / f"{name_of(a)}.md", page(found, a.device))
 
 
-def page(found: Mapping[str, Any]) -> str:
-    """The page of the results."""
+def page(found: Mapping[str, Any], device: str) -> str:
+    """The page of the results of a device."""
     parts = ["# Look-ahead on convolution nets"]
     for net, each in found["nets"].items():
         results = Results(each)
@@ -230,9 +239,10 @@ def page(found: Mapping[str, Any]) -> str:
         if missing:
             parts.append(f"Not finished, and left out: {', '.join(missing)}.")
     machines = sorted({machine for each in found["nets"].values() for machine in each["machines"]})
-    parts.append(f"{reproduce_report.machine_in_words(found['environment'])}.")
-    if len(machines) > 1:
+    if machines:
         parts.append(f"The runs were made with {'; '.join(machines)}.")
+    if device == "cuda":
+        parts.append(f"{reproduce_report.machine_in_words(found['environment'])}.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -305,6 +315,7 @@ def arguments(argv: Sequence[str] | None = None) -> Namespace:
     parser.add_argument("--device", choices=tuple(ON_DEVICE), default="cpu", help="device of data, workers and server")
     parser.add_argument("--jobs", type=common.at_least_one, default=1, help="rules that are run at once")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no run after this time")
+    parser.add_argument("--replace", action="store_true", help="make rows of the results again whose job or rule has changed")
     parser.add_argument("--report", action="store_true", help="write the results of what is finished; run nothing")
     a = parser.parse_args(argv)
     a.work = a.work or Path("outputs") / name_of(a).replace("_", "-")

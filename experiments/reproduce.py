@@ -8,8 +8,9 @@ With ``--device cuda`` data, workers and server are on a GPU and each gradient i
 the results then have ``cuda`` in their names. ``--jobs`` runs share the device, each in a process of its own.
 
 Every run has a folder under ``--work``, with checkpoints: a command that was killed goes on where it was when it is started
-again. Finished runs are kept, also those of the results that are there before (``--into``), perhaps from another machine. The
-first runs are the comparison of OrMo with synchronous SGD among slow workers.
+again, and finished runs are kept. So are those of earlier results (``--into``), perhaps of another machine; where their setting
+or a rule has changed since, the command says so, and replaces them with ``--replace``. The first runs are the comparison of
+OrMo with synchronous SGD among slow workers.
 ``--seconds`` interrupts what runs when the time is up. ``--plan`` prints runs, estimated hours and what is done; ``--report``
 writes ``reproduce.json``, ``.md`` and ``.png`` from what is finished, as does the end of the last run.
 
@@ -19,6 +20,8 @@ Each method has one learning rate, which was not tuned: with these a gradient mo
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import statistics
 import sys
@@ -29,11 +32,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 
 from benchmarks import gpu_machine
-from benchmarks.measuring import exit_on_sigterm
+from benchmarks.measuring import ROOT, exit_on_sigterm
 from experiments import at_once, common, reproduce_report
-from experiments.reproduce_report import ALL_EPOCHS, Entry
+from experiments.race.runs import rule_options, rule_version
+from experiments.reproduce_report import ALL_EPOCHS, Entry, default_epochs
 from experiments.resumable import ResumableRun, alone
 from ormo_rpc import devices
 from ormo_rpc.composing import compose
@@ -43,10 +48,10 @@ from ormo_rpc.runtimes.job import Job
 
 METHODS = ("ormo", "ssgdm", "asgd", "naive", "shifted", "smega2", "ormo_da")
 """The six of the paper's table, and the synchronous method of its figures; those that are run first come first."""
+SETTINGS = ("het", "hom")
 RATES = {"asgd": 0.1}
 RATE = 0.01
 """The learning rate of a method that `RATES` does not have."""
-EPOCHS = 15
 MILESTONES = (80, 120)
 WARMUP = 5
 """The schedule of the paper, in epochs of `ALL_EPOCHS`."""
@@ -93,6 +98,14 @@ class Planned:
         return RATES.get(self.method, RATE)
 
     @property
+    def version(self) -> str:
+        """A digest of what determines its result: overrides, setting, and the source of the rule."""
+        overrides = self.run.overrides
+        setting = OmegaConf.load(ROOT / "conf" / "experiment" / f"{self.experiment}.yaml")
+        stated = [[*overrides], OmegaConf.to_container(setting), rule_version(rule_options(overrides))]
+        return hashlib.sha256(json.dumps(stated).encode()).hexdigest()[:16]
+
+    @property
     def run(self) -> ResumableRun:
         """Its run."""
         scale = self.epochs / ALL_EPOCHS
@@ -107,11 +120,11 @@ class Planned:
 
 
 def planned(a: Namespace) -> list[Planned]:
-    """The runs in their order: seed by seed, slow workers first."""
+    """The runs that are asked for, in their order: seed by seed, slow workers first."""
     datasets = a.datasets or (("cifar10", "cifar100") if a.full else ("cifar10",))
     numbers = a.workers or ((16, 64) if a.full else (16,))
     experiments = [f"paper_{data}_k{k}_{setting}" for data in datasets for k in numbers for setting in a.settings]
-    epochs = a.epochs or (ALL_EPOCHS if a.full else EPOCHS)
+    epochs = a.epochs or default_epochs(a)
     return [
         Planned(experiment, method, seed, epochs, a.work, a.device)
         for seed in a.seeds or ((0, 1, 2) if a.full else (0, 1))
@@ -120,31 +133,39 @@ def planned(a: Namespace) -> list[Planned]:
     ]
 
 
-def earlier(a: Namespace) -> dict[Planned, Entry]:
-    """The finished runs of the results that are there before, if they were made as they would be made now.
+def entries(a: Namespace) -> dict[Planned, Entry]:
+    """All runs in the results: those of the whole plan, those that are asked for, and those of earlier results.
+
+    Each is the one that is further, here or in earlier results.
 
     Raises:
-        ConfigError: they cannot be read.
+        ConfigError: earlier results cannot be read, or some of them were made otherwise.
     """
-    results = common.read_results(Path(a.into) / f"{reproduce_report.name_of(a)}.json") or {"runs": ()}
-    found = {
+    file = Path(a.into) / f"{reproduce_report.name_of(a)}.json"
+    results = common.read_results(file, ("departures", "runs")) or {"runs": ()}
+    before = {
         Planned(each["experiment"], each["method"], each["seed"], each["epochs"], a.work, a.device): each
         for each in results["runs"]
-        if each["finished"] and each["method"] in METHODS
+        if each["finished"] or each["epochs_done"]
     }
-    return {each: entry for each, entry in found.items() if [*each.run.overrides] == entry.get("overrides")}
+    changed = [each for each, entry in before.items() if entry["version"] != each.version]
+    if changed and not a.replace:
+        raise ConfigError(
+            f"{file}: got {len(changed)} of {len(before)} runs of settings or rules that have changed since, such as "
+            f"{changed[0].experiment}, {changed[0].method}, seed {changed[0].seed}, expected runs as they would be made now; "
+            "make them again with --replace, or name another folder by --into"
+        )
+    defaults = {"datasets": None, "workers": None, "settings": SETTINGS, "seeds": None, "methods": METHODS}
+    everything = planned(Namespace(**{**vars(a), **defaults}))
+    found = dict[Planned, Entry]()
+    for each in dict.fromkeys([*everything, *planned(a), *before]):
+        here, earlier = reproduce_report.entry(each, a), None if each in changed else before.get(each)
+        found[each] = here if earlier is None or _progress(here) > _progress(earlier) else earlier
+    return found
 
 
-def entries(plan: Sequence[Planned], a: Namespace) -> dict[Planned, Entry]:
-    """The runs of a plan in the results, and the finished ones of earlier results, in the order of the plan of all.
-
-    Raises:
-        ConfigError: earlier results cannot be read.
-    """
-    before = earlier(a)
-    all_runs = {*plan} | {each for each in before if each.epochs == plan[0].epochs}
-    ordered = sorted(all_runs, key=lambda each: (each.seed, each.experiment, METHODS.index(each.method)))
-    return {each: before.get(each) or reproduce_report.entry(each, a) for each in ordered}
+def _progress(entry: Entry) -> tuple[bool, float]:
+    return entry["finished"], entry["epochs_done"]
 
 
 def gradient_seconds(run: ResumableRun, where: Sequence[str]) -> tuple[float, float]:
@@ -175,20 +196,20 @@ def hours(found: Iterable[Entry], epoch_seconds: float) -> float:
     return sum(each["epochs"] - each["epochs_done"] for each in found if not each["finished"]) * epoch_seconds / 3600
 
 
-def show(found: Mapping[Planned, Entry], where: Sequence[str]) -> None:
-    """Print the runs and what is done, and then the time that is left.
+def show(plan: Mapping[Planned, Entry], where: Sequence[str]) -> None:
+    """Print the runs that are asked for and what is done, and then the time that is left.
 
     Raises:
         ConfigError: the time cannot be measured, as the data cannot be read.
     """
     rows = [("setting", "method", "seed", "lr", "epochs", "done")]
-    for each, entry in found.items():
+    for each, entry in plan.items():
         done = str(entry["status"]) if entry["finished"] else f"{entry['epochs_done']:.1f} epochs"
         rows.append((each.experiment, each.method, str(each.seed), f"{each.lr:g}", str(each.epochs), done))
     print(as_text(rows), flush=True)
-    gradient, epoch_seconds = gradient_seconds(next(iter(found)).run, where)
-    left = hours(found.values(), epoch_seconds)
-    print(f"{len(found)} runs; {gradient * 1000:.3g} ms a gradient here and now: {left:.2g} hours are left")
+    gradient, epoch_seconds = gradient_seconds(next(iter(plan)).run, where)
+    left = hours(plan.values(), epoch_seconds)
+    print(f"{len(plan)} runs; {gradient * 1000:.3g} ms a gradient here and now: {left:.2g} hours are left")
 
 
 def arguments(argv: Sequence[str] | None = None) -> Namespace:
@@ -200,13 +221,16 @@ def arguments(argv: Sequence[str] | None = None) -> Namespace:
     parser.add_argument("--full", action="store_true", help="the whole length, both data sets, K = 16 and 64, 3 seeds")
     parser.add_argument("--force", action="store_true", help="also where it takes longer than a week")
     parser.add_argument("--plan", action="store_true", help="print runs, estimated hours and what is done; run nothing")
+    parser.add_argument(
+        "--replace", action="store_true", help="make runs of the results again whose setting or rule has changed"
+    )
     parser.add_argument("--report", action="store_true", help="write the results of what is finished; run nothing")
     parser.add_argument("--epochs", type=common.at_least_one, help="length of each run; milestones and warm-up are scaled")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED")
     parser.add_argument("--datasets", nargs="+", choices=("cifar10", "cifar100"), metavar="NAME")
     parser.add_argument("--workers", type=int, nargs="+", choices=(16, 64), metavar="K")
-    parser.add_argument("--settings", nargs="+", choices=("het", "hom"), default=("het", "hom"), metavar="SETTING")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS, metavar="SETTING")
     parser.add_argument("--device", choices=tuple(ON_DEVICE), default="cpu", help="device of data, workers and server")
     parser.add_argument("--jobs", type=common.at_least_one, default=1, help="runs at once")
     parser.add_argument("--seconds", type=float, default=math.inf, help="interrupt what runs after this time")
@@ -261,22 +285,22 @@ def main() -> None:
     """Plan, run, and write the results."""
     a = arguments()
     exit_on_sigterm()
-    plan = planned(a)
     where = (
         CHECKPOINTS[a.device],
         f"dataset.root={Path(a.root).absolute()}",
         *(["dataset.verify=false"] if a.repackaged else []),
     )
     try:
-        found = entries(plan, a)
+        found = entries(a)
+        asked = {each: found[each] for each in planned(a)}
         if a.plan:
-            show(found, where)
+            show(asked, where)
             return
         if not a.report:
             devices.check(a.device, "--device")
             with alone(a.work) as lock:
-                work_through({each: found[each] for each in plan}, where, a, lock)
-        reproduce_report.write([*entries(plan, a).values()], a)
+                work_through(asked, where, a, lock)
+        reproduce_report.write([*entries(a).values()], a)
     except ConfigError as error:
         print(f"experiments.reproduce: {error}", file=sys.stderr)
         sys.exit(2)

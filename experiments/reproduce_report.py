@@ -29,6 +29,8 @@ MACHINE = "machine.json"
 """The GPU and its machine, in the folder of the runs."""
 ALL_EPOCHS = 160
 """The length of the paper's runs."""
+EPOCHS = 15
+"""The length without ``--full``."""
 DEPARTURES = (
     "The clock is virtual: an undisturbed gradient takes 0.1 s, and the network nothing.",
     "Passes are computed under bfloat16 autocast; parameters, momentum and gradients are float32.",
@@ -51,7 +53,7 @@ def note_machine(work: Path, about: Mapping[str, Any]) -> None:
 
 
 def machine_of(a: Namespace, earlier: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The machine of the runs: with a GPU the one that was kept beside them, or that of earlier results; else this one."""
+    """The machine of the runs: with a GPU the one that was kept beside them, else that of earlier results; else this one."""
     if a.device == "cpu":
         return environment()
     kept = a.work / MACHINE
@@ -71,21 +73,27 @@ def machine_in_words(machine: Mapping[str, Any]) -> str:
 
 
 def name_of(a: Namespace) -> str:
-    """The name of the results' files, which says device and length."""
-    return "_".join(["reproduce", *(["full"] if a.full else []), *([a.device] if a.device != "cpu" else [])])
+    """The name of the results' files, which says what is not the default: length and device."""
+    length = [] if a.epochs in (None, default_epochs(a)) else [f"{a.epochs}_epochs"]
+    return "_".join(["reproduce", *(["full"] if a.full else []), *length, *([a.device] if a.device != "cpu" else [])])
+
+
+def default_epochs(a: Namespace) -> int:
+    """The length of the runs where ``--epochs`` does not say it."""
+    return ALL_EPOCHS if a.full else EPOCHS
 
 
 def entry(each: Planned, a: Namespace) -> dict[str, Any]:
-    """A run in the results: its figures, or how far it is; its evaluations."""
+    """A run in the results: what determines it, how far it is, its figures where it has ended, and its evaluations."""
     run, summary = each.run, each.run.summary
     rows = run.rows()
     evaluated = [row for row in rows if row.get("test_accuracy") is not None]
-    found = {key: getattr(each, key) for key in ("experiment", "method", "seed", "lr", "epochs")}
-    found |= {"finished": summary is not None, "overrides": [*run.overrides]}
-    if summary is None:
-        found |= {"epochs_done": max((row["epoch"] for row in rows), default=0.0)}
-    else:
-        found |= {"machine": machine_in_words(machine_of(a)), "repackaged": a.repackaged, **common.select(summary, KEYS)}
+    found = {key: getattr(each, key) for key in ("experiment", "method", "seed", "lr", "epochs", "version")}
+    found |= {"finished": summary is not None, "epochs_done": max((row["epoch"] for row in rows), default=0.0)}
+    if rows:
+        found |= {"environment": machine_of(a), "repackaged": a.repackaged}
+    if summary is not None:
+        found |= common.select(summary, KEYS)
         if len(run.attempts) > 1:
             found["wall_seconds"] = None  # that of an attempt that was interrupted may be lost
     columns = {"epoch": "epoch", "virtual_seconds": "seconds", "value": "test_accuracy"}
@@ -140,14 +148,24 @@ def table(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
 
 
 def unfinished(entries: Iterable[Entry]) -> list[str]:
-    """A line for each run that is not finished."""
-    lines: list[str] = []
+    """A line for each run that has begun and is not finished, and one for those of a setting that have not begun."""
+    lines, others = list[str](), dict[str, dict[str, list[str]]]()
     for each in entries:
-        if not each["finished"]:
-            at = each["test_accuracy_at"]
-            so_far = f", {at['value'][-1]:.2%} at epoch {at['epoch'][-1]:.0f}" if at["value"] else ""
-            done = f"{each['epochs_done']:.1f} of {each['epochs']} epochs{so_far}"
-            lines.append(f"{each['experiment']}, {each['method']}, seed {each['seed']}: {done}")
+        if each["finished"]:
+            continue
+        if not each["epochs_done"]:
+            others.setdefault(each["experiment"], {}).setdefault(each["method"], []).append(str(each["seed"]))
+            continue
+        at = each["test_accuracy_at"]
+        so_far = f", {at['value'][-1]:.2%} at epoch {at['epoch'][-1]:.0f}" if at["value"] else ""
+        done = f"{each['epochs_done']:.1f} of {each['epochs']} epochs{so_far}"
+        lines.append(f"{each['experiment']}, {each['method']}, seed {each['seed']}: {done}")
+    for experiment, methods in others.items():
+        by_seeds = dict[str, list[str]]()
+        for method, seeds in methods.items():
+            by_seeds.setdefault(", ".join(seeds), []).append(method)
+        told = "; ".join(f"{', '.join(names)} (seed{'s' if ',' in seeds else ''} {seeds})" for seeds, names in by_seeds.items())
+        lines.append(f"{experiment}, not begun: {told}")
     return lines
 
 
@@ -190,14 +208,15 @@ def write(entries: Sequence[Entry], a: Namespace) -> None:
     name, folder = name_of(a), Path(a.into)
     folder.mkdir(parents=True, exist_ok=True)
     left, rows, differing = unfinished(entries), table(entries), departures(entries)
+    count = sum(each["finished"] for each in entries)
     options = f"{' --full' if a.full else ''}{'' if a.device == 'cpu' else f' --device {a.device}'}"
-    finished = f"{len(entries) - len(left)} of {len(entries)} runs are finished"
-    machines = [*dict.fromkeys(each["machine"] for each in entries if each["finished"])] or [machine_in_words(machine_of(a))]
+    finished = f"{count} of {len(entries)} runs are finished"
+    machines = dict.fromkeys(machine_in_words(each["environment"]) for each in entries if "environment" in each)
     parts = [
         "# The experiments of arXiv 2407.19234",
         f"`python -m experiments.reproduce{options}`: ResNet-20, batch 64, momentum 0.9, weight decay "
-        f"0.0001, simulated; mean and standard deviation over the seeds that are finished. {finished}. "
-        f"{'; '.join(machines)}.",
+        f"0.0001, simulated; mean and standard deviation over the seeds that are finished. {finished}.",
+        *(f"{machine}." for machine in machines),
         as_markdown(rows) if len(rows) > 1 else "No run is finished.",
         f"![Test accuracy]({name}.png)",
         "## What differs from the paper's setting",
@@ -205,8 +224,8 @@ def write(entries: Sequence[Entry], a: Namespace) -> None:
     ]
     if left:
         parts += ["## Not finished", "\n".join(f"* {line}" for line in left)]
-    content = {"environment": machine_of(a), "departures": differing, "runs": entries}
-    (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    (folder / f"{name}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    begun = [each for each in entries if each["finished"] or each["epochs_done"]]
+    common.write_results(folder / f"{name}.json", json.dumps({"departures": differing, "runs": begun}, indent=1) + "\n")
+    common.write_results(folder / f"{name}.md", "\n\n".join(parts) + "\n")
     picture(entries).savefig(folder / f"{name}.png", dpi=110)
     print(f"{as_markdown(rows)}\n{finished}")

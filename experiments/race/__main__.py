@@ -4,33 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 import experiments.race
-from experiments.common import RESULTS, at_least_one, folder, in_processes, read_results
+from experiments.common import RESULTS, at_least_one, folder, in_processes, read_results, row_by_row, write_results
 from experiments.race import report
-from experiments.race.contenders import CONTENDERS
+from experiments.race.contenders import CONTENDERS, Unit
+from experiments.race.earlier import KEYS, earlier_rows, job_of
 from experiments.race.figures import Row
 from experiments.race.runs import Missing, Store, finished
-from experiments.race.setup import (
-    CELLS,
-    LONG,
-    LONG_CELLS,
-    SETTINGS,
-    TUNED_MOMENTUM,
-    TUNED_MOMENTUM_CELLS,
-    Setup,
-)
-from experiments.race.units import MOST_SEEDS, Unit, collected, content, earlier_rows, outcome, planned_runs, units
+from experiments.race.setup import LONG, RACE, SETTINGS, TUNED_MOMENTUM, Race, Setup
+from experiments.race.units import MOST_SEEDS, collected, content, lacking, outcome, planned_runs, units
 from ormo_rpc.errors import ConfigError, one_line
 from ormo_rpc.storage.environment import environment
 
@@ -71,8 +63,8 @@ def parser() -> ArgumentParser:
     other.add_argument(
         "--momentum",
         action="store_true",
-        help="the job with 4 and 16 workers and the momentum of each contender tuned too (0.9, 0.95, 0.975): "
-        "results/race_momentum",
+        help="the job with 4 and 16 workers and train.momentum of each contender tuned too (0.9, 0.95, 0.975; the outer "
+        "momentum of DiLoCo is not): results/race_momentum",
     )
     made.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many minutes, and collect")
     made.add_argument(
@@ -81,6 +73,7 @@ def parser() -> ArgumentParser:
         default=1,
         help="contenders that are run at the same time, by default 1",
     )
+    made.add_argument("--replace", action="store_true", help="make rows of the results again whose job or rule has changed")
     made.add_argument("--plan", action="store_true", help="print what is still to be run, and about how long it takes")
     made.add_argument("--collect", action="store_true", help="run nothing: results of what is finished")
     made.add_argument("--report", action="store_true", help="run and collect nothing: tables and picture of the results")
@@ -104,33 +97,37 @@ def perform(a: Any) -> None:
     """
     if a.seeds > MOST_SEEDS:
         raise ConfigError(f"--seeds: got {a.seeds}, expected at most {MOST_SEEDS}")
-    name, job, all_cells = "race", Setup(), CELLS
-    if a.long:
-        name, job, all_cells = "race_long", LONG, LONG_CELLS
-    elif a.momentum:
-        name, job, all_cells = "race_momentum", TUNED_MOMENTUM, TUNED_MOMENTUM_CELLS
-    file = a.into / f"{name}.json"
+    asked = LONG if a.long else TUNED_MOMENTUM if a.momentum else RACE
+    file = a.into / f"{asked.name}.json"
     if a.report:
-        if (found := read_results(file)) is None:
+        if (found := read_results(file, (*job_of(asked.setup), *KEYS))) is None:
             raise ConfigError(f"--report: {file} is not there; make it by --collect, or name its folder by --into")
-        report.write(found, a.into, name)
+        report.write(found, a.into, asked)
         return
-    setup = dataclasses.replace(job, seeds=tuple(range(a.seeds)))
-    cells = [(setting, workers) for setting, workers in all_cells if setting in a.settings and workers in a.workers]
-    earlier = earlier_rows(read_results(file), job)
+    setup = dataclasses.replace(asked.setup, seeds=tuple(range(a.seeds)))
+    cells = [(setting, workers) for setting, workers in asked.cells if setting in a.settings and workers in a.workers]
+    if a.plan or not a.collect:
+        print(plan([*units(cells, a.contenders)], setup, a.store, earlier(file, asked, a)))
     if a.plan:
-        print(plan(cells, a.contenders, setup, a.store, earlier))
         return
     into, failed = folder(a.into), dict[str, str]()
     if not a.collect:
-        print(plan(cells, a.contenders, setup, a.store, earlier))
-        failed = race([*units(cells, a.contenders)], setup, a, earlier)
-    found = collect(all_cells, dataclasses.replace(job, seeds=setup.seeds[: len(job.seeds)]), a.store, earlier)
-    text = json.dumps(found, separators=(",", ":")).replace('{"setting"', '\n{"setting"')
-    file.write_text(text + "\n")
-    report.write(found, into, name)
+        failed = race([*units(cells, a.contenders)], setup, a, earlier(file, asked, a))
+    found = collect(asked, a.seeds, a.store, earlier(file, asked, a))  # read again, as another command may have written
+    write_results(file, row_by_row(found))
+    report.write(found, into, asked)
     if failed:
         sys.exit("\n".join(f"experiments.race: {unit}: {error}" for error, unit in failed.items()))
+
+
+def earlier(file: Path, asked: Race, a: Any) -> dict[Unit, Row]:
+    """The rows of earlier results.
+
+    Raises:
+        ConfigError: they cannot be read, or some of them do not count.
+    """
+    results = read_results(file, (*job_of(asked.setup), *KEYS))
+    return earlier_rows(file, results, asked.setup, replace=a.replace)
 
 
 def race(chosen: list[Unit], setup: Setup, a: Any, earlier: Mapping[Unit, Row]) -> dict[str, str]:
@@ -165,31 +162,32 @@ def run_unit(unit: Unit, *, setup: Setup, folder: Path, root: str, until: float,
     return f"{store.made} new runs, rate {found['rate']:g}"
 
 
-def collect(cells: Iterable[tuple[str, int]], setup: Setup, folder: Path, earlier: Mapping[Unit, Row]) -> dict[str, Any]:
-    """The content of the results, of all units that are finished."""
-    return {"environment": environment(), **content(units(cells, CONTENDERS), setup, Store(folder, None), earlier)}
+def collect(asked: Race, seeds: int, folder: Path, earlier: Mapping[Unit, Row]) -> dict[str, Any]:
+    """The content of the results: all contenders in all cells that are finished; a new one has so many seeds, or the job's."""
+    setup = dataclasses.replace(asked.setup, seeds=asked.setup.seeds[:seeds])
+    found = content(units(asked.cells, CONTENDERS), setup, Store(folder, None), earlier)
+    return {"environment": environment(), **found}
 
 
-def plan(cells: list[tuple[str, int]], contenders: list[str], setup: Setup, folder: Path, earlier: Mapping[Unit, Row]) -> str:
+def plan(chosen: list[Unit], setup: Setup, folder: Path, earlier: Mapping[Unit, Row]) -> str:
     """The units that are not finished, and an estimate of the processor time that they take."""
-    _, missing = collected(units(cells, contenders), setup, Store(folder, None), earlier)
+    rows = collected(chosen, setup, Store(folder, None), earlier)
+    missing = [unit for unit in chosen if lacking(rows.get(unit), setup)]
     seconds = [record.cpu_seconds for file in folder.glob("*.json") if (record := finished(file)) is not None]
     minutes = sum(seconds) / len(seconds) / 60 if seconds else MINUTES_OF_A_RUN
     lines, counted = list[str](), set[tuple[object, ...]]()
-    for setting, workers in cells:
+    for setting, workers in dict.fromkeys((unit.setting, unit.workers) for unit in missing):
         left = [unit for unit in missing if (unit.setting, unit.workers) == (setting, workers)]
-        if left:
-            runs = set[tuple[object, ...]]().union(*(planned_runs(unit, setup) for unit in left)) - counted
-            counted |= runs
-            names = ", ".join(unit.contender for unit in left)
-            lines.append(
-                f"{setting}, K = {workers}: {len(runs)} further runs, "
-                f"about {len(runs) * minutes:.0f} minutes of a core: {names}"
-            )
+        runs = set[tuple[object, ...]]().union(*(planned_runs(unit, setup, rows.get(unit)) for unit in left)) - counted
+        counted |= runs
+        names = ", ".join(unit.contender for unit in left)
+        lines.append(
+            f"{setting}, K = {workers}: {len(runs)} further runs, about {len(runs) * minutes:.0f} minutes of a core: {names}"
+        )
     lines.append(
         f"{len(missing)} contenders of these cells are not finished: about {len(counted) * minutes:.0f} minutes of a core, "
-        f"{60 * minutes:.1f} s for a run, the mean of those that are. It is less where some of their runs are finished, and "
-        "more where rates beyond the grid are tried"
+        f"{60 * minutes:.1f} s for a run{', the mean of those that are' if seconds else ', as a guess'}. It is less where some "
+        "of their runs are finished, and more where rates beyond the grid are tried"
     )
     return "\n".join(lines)
 

@@ -7,6 +7,8 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from typing_extensions import override
+
 from experiments.race.clocks import Clock, Draw, first, in_local_steps, mean_slowdowns, proportional
 from experiments.race.runs import QUIET, Record, Store
 from experiments.race.setup import DEFAULT_MOMENTUM, Setup
@@ -59,8 +61,24 @@ class Contender:
     variants: Callable[[int], tuple[Variant, ...]]
 
 
+@dataclass(frozen=True)
+class Unit:
+    """One contender in one cell."""
+
+    setting: str
+    workers: int
+    contender: str
+
+    @override
+    def __str__(self) -> str:
+        return f"{self.setting}, K = {self.workers}, {self.contender}"
+
+
 def variants_of(contender: str, workers: int, momenta: Sequence[float]) -> tuple[Variant, ...]:
-    """A contender's variants for a number of workers, with each of these momentum coefficients if there are several."""
+    """A contender's variants for a number of workers, each with each of these momentum coefficients.
+
+    With the default one alone their names do not tell it.
+    """
     found = CONTENDERS[contender].variants(workers)
     if [*momenta] == [DEFAULT_MOMENTUM]:
         return found

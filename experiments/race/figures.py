@@ -96,7 +96,7 @@ def best_of(cell: Mapping[str, Row], names: Iterable[str]) -> Row | None:
 
 def _rank(row: Row) -> tuple[float, float]:
     time = row["validation_time"]
-    return math.inf if time is None else time, -row["validation_accuracy"]
+    return math.inf if time is None else time, -(row["validation_accuracy"] or 0.0)
 
 
 def best_asynchronous(cell: Mapping[str, Row]) -> Row | None:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.common import pictures
+from experiments.common import pictures, write_results
 from experiments.race import clocks
 from experiments.race.contenders import ASYNCHRONOUS, CONTENDERS, Variant, variants_of
 from experiments.race.figures import Results, Row, best_asynchronous, best_m_sync
 from experiments.race.picture import picture
-from experiments.race.setup import CELLS, SETTINGS
+from experiments.race.setup import CELLS, RACE, SETTINGS, Race
 from ormo_rpc.report.table import MISSING, as_markdown, spread
 
 
@@ -74,27 +74,26 @@ ACCURACY_BOUND = -0.001
 """Last accuracy of the best asynchronous rule minus that of DDP, at equal epochs and K = 16, that is to be reached."""
 
 
-def write(content: Mapping[str, Any], into: Path, name: str = "race") -> None:
+def write(content: Mapping[str, Any], into: Path, race: Race = RACE) -> None:
     """Write tables and picture beside the results; the picture of the results of the repository goes to ``docs/``.
 
     Args:
         content: The content of the results.
         into: Their folder.
-        name: Of their files; those of another job than the race's have tables alone.
+        race: What they are of; another job than the race's has tables alone.
     """
     results = Results(content)
-    (into / f"{name}.md").write_text(page(results, name))
-    if name == "race":
+    write_results(into / f"{race.name}.md", page(results, race))
+    if race == RACE:
         picture(results).savefig(pictures(into) / "race.png", dpi=110)
 
 
-def page(results: Results, name: str = "race") -> str:
-    """The page: what was run, the goals, and a table for each cell."""
-    parts = ["# The race", _stated(results, name.removeprefix("race").replace("_", " --"))]
-    if name != "race_long":
-        header, *rows = goals(results)
-        parts += ["## Goals", as_markdown([header, *(row for row in rows if name == "race" or row[5] != MISSING)])]
-    parts += [_accuracy(results), _lost(results), _rates(results)]
+def page(results: Results, race: Race = RACE) -> str:
+    """The page: what was run, the goals that were measured, and a table for each cell."""
+    parts = ["# The race", _stated(results, race)]
+    if race.goals:
+        parts += ["## Goals", as_markdown(goals(results))]
+    parts += [_accuracy(results), _lost(results), _rates(results) if race.rates else ""]
     for setting, workers in CELLS:
         cell = results.cell(setting, workers)
         if cell:
@@ -104,7 +103,7 @@ def page(results: Results, name: str = "race") -> str:
 
 
 def goals(results: Results) -> list[tuple[str, ...]]:
-    """A row for each goal: the best asynchronous rule by validation, its ratio, and whether that is reached."""
+    """A row for each goal that was measured: the best asynchronous rule by validation, its ratio, whether that is reached."""
     found = [
         (
             "setting",
@@ -122,16 +121,14 @@ def goals(results: Results) -> list[tuple[str, ...]]:
     for goal in GOALS:
         cell = results.cell(goal.setting, goal.workers)
         mine, rival = best_asynchronous(cell), goal.rival(cell)
+        if mine is None or rival is None:
+            continue
         ratio = results.ratio(mine, rival, results.target)
         found.append(
             (
                 *(goal.setting, str(goal.workers), goal.against, f"{goal.ideal:.3g}"),
                 *(MISSING if goal.bound is None else f"<= {goal.bound:g}", shown(ratio)),
-                *(
-                    " ".join(map(shown, results.ratios(mine, rival, results.target))) or MISSING,
-                    _name(mine),
-                    _name(rival),
-                ),
+                *(" ".join(map(shown, results.ratios(mine, rival, results.target))), _name(mine), _name(rival)),
                 MISSING if math.isnan(ratio) or goal.bound is None else "yes" if ratio <= goal.bound else "no",
             )
         )
@@ -180,9 +177,7 @@ def shown(value: float, form: str = ".3g") -> str:
     return MISSING if math.isnan(value) else "not reached" if math.isinf(value) else format(value, form)
 
 
-def _name(row: Row | None) -> str:
-    if row is None:
-        return MISSING
+def _name(row: Row) -> str:
     return ", ".join(filter(None, (CONTENDERS[row["contender"]].label, row["variant"])))
 
 
@@ -215,6 +210,8 @@ def _lost(results: Results) -> str:
     for setting, workers in CELLS:
         cell = results.cell(setting, workers)
         mine = best_asynchronous(cell)
+        if mine is None:
+            continue
         rivals = [row for row in cell.values() if row["contender"] not in ASYNCHRONOUS]
         compared = [(*results.medians(row, mine, results.target), _name(row)) for row in rivals]
         faster = sorted((time, own, name) for time, own, name in compared if time < own)
@@ -273,8 +270,9 @@ def _not_run(results: Results) -> str:
     return "## Not run\n\n" + "\n".join(lines) if lines else ""
 
 
-def _stated(results: Results, option: str) -> str:
+def _stated(results: Results, race: Race) -> str:
     content = results.content
+    command = " ".join(filter(None, ("python -m experiments.race", race.option)))
     momenta = ", ".join(f"{each:g}" for each in content["momenta"])
     of_momentum = "" if len(content["momenta"]) == 1 else " (each makes a variant of every variant)"
     rarest = max((_variant(row, results).between(content["every"]) for row in results.rows), default=content["every"])
@@ -285,7 +283,7 @@ def _stated(results: Results, option: str) -> str:
         if any(row["workers"] == int(workers) for row in results.rows)
     )
     lines = (
-        f"`python -m experiments.race{option}`, simulated:",
+        f"`{command}`, simulated:",
         f"{', '.join(content['job'])}, {content['epochs']} epochs of batches of",
         f"{content['batch_size']}, constant rate, momentum {momenta}{of_momentum}. Virtual seconds; a gradient takes 0.1 where",
         "nothing slows it down, network and server nothing. Each variant of each contender in each cell has the same",

@@ -69,9 +69,41 @@ class Setup:
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
-LONG = Setup(epochs=16, targets=(0.85, 0.86, 0.87), target=0.86, tuning_target=0.865)
-"""The same job for twice as long: with 64 workers 8 epochs are 106 rounds, in which nothing asynchronous reaches 86%."""
-LONG_CELLS = (("exponential", 64),)
-TUNED_MOMENTUM = Setup(momenta=(DEFAULT_MOMENTUM, 0.95, 0.975))
-"""The race's job, with the momentum of every contender tuned as well."""
-TUNED_MOMENTUM_CELLS = tuple(cell for cell in CELLS if cell[1] in (4, 16))
+@dataclass(frozen=True, kw_only=True)
+class Race:
+    """A job with its cells, and its results.
+
+    Attributes:
+        name: Of the files of the results.
+        option: Of the command line that asks for it.
+        setup: The job.
+        cells: Setting and number of workers, in the order in which they are run.
+        goals: The page has the goals.
+        rates: The page has the rates to begin with.
+    """
+
+    name: str
+    option: str = ""
+    setup: Setup
+    cells: Sequence[tuple[str, int]]
+    goals: bool = True
+    rates: bool = True
+
+
+RACE = Race(name="race", setup=Setup(), cells=CELLS)
+LONG = Race(
+    name="race_long",
+    option="--long",
+    setup=Setup(epochs=16, targets=(0.85, 0.86, 0.87), target=0.86, tuning_target=0.865),
+    cells=(("exponential", 64),),
+    goals=False,
+)
+"""Twice as long: with 64 workers 8 epochs are 106 rounds, in which nothing asynchronous reaches 86%."""
+TUNED_MOMENTUM = Race(
+    name="race_momentum",
+    option="--momentum",
+    setup=Setup(momenta=(DEFAULT_MOMENTUM, 0.95, 0.975)),
+    cells=tuple(cell for cell in CELLS if cell[1] in (4, 16)),
+    rates=False,  # one that was chosen with another momentum is no advice
+)
+"""``train.momentum`` of every contender tuned as well."""

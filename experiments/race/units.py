@@ -4,37 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from typing_extensions import override
-
-from experiments.race import clocks
-from experiments.race.contenders import CONTENDERS, FIRST, Variant, record, variants_of
+from experiments.race.contenders import CONTENDERS, FIRST, Unit, Variant, record, variants_of
+from experiments.race.earlier import job_of, version
 from experiments.race.figures import Row
-from experiments.race.runs import Missing, Record, Store, code_of, rule_options, rule_version
+from experiments.race.runs import Missing, Record, Store
 from experiments.race.setup import Setup
 from experiments.race.tuning import best_variant, described, tune
 
 MOST_SEEDS = 20
 """Reported seeds, at most."""
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One contender in one cell."""
-
-    setting: str
-    workers: int
-    contender: str
-
-    @override
-    def __str__(self) -> str:
-        return f"{self.setting}, K = {self.workers}, {self.contender}"
 
 
 def units(cells: Iterable[tuple[str, int]], contenders: Iterable[str]) -> Iterator[Unit]:
@@ -89,7 +71,7 @@ def outcome(unit: Unit, setup: Setup, store: Store, earlier: Row | None = None) 
     return {
         **dataclasses.asdict(unit),
         **choice,
-        "version": version(unit),
+        "version": version(unit, setup),
         "machines": sorted(machines - {""}),
         "runs": [seeds[seed] for seed in sorted(seeds)],
     }
@@ -112,83 +94,37 @@ def _choice(variants: Mapping[str, Variant], setup: Setup, workers: int, run: Ru
     }
 
 
-def version(unit: Unit) -> str:
-    """A digest of a contender's variants, the source of their rules, and the clocks of rounds."""
-    variants = [
-        [
-            *dataclasses.astuple(dataclasses.replace(each, clock=None)),
-            each.clock is None,
-            rule_version(rule_options(each.overrides)),
-        ]
-        for each in CONTENDERS[unit.contender].variants(unit.workers)
-    ]
-    return hashlib.sha256(json.dumps([variants, code_of(clocks.__name__)]).encode()).hexdigest()[:16]
-
-
-def earlier_rows(results: Mapping[str, Any] | None, setup: Setup) -> dict[Unit, Row]:
-    """The rows of results, perhaps of another machine, that are not to be made again: of the same job, and rules as they are.
-
-    Args:
-        results: The content of the results; None where there are none.
-        setup: The job.
-    """
-    job = json.loads(json.dumps(_stated(setup)))
-    if results is None or any(results.get(key) != value for key, value in job.items()):
-        return {}
-    rows = {Unit(row["setting"], row["workers"], row["contender"]): row for row in results["rows"]}
-    return {unit: row for unit, row in rows.items() if unit.contender in CONTENDERS and row.get("version") == version(unit)}
-
-
-def collected(
-    chosen: Iterable[Unit], setup: Setup, store: Store, earlier: Mapping[Unit, Row]
-) -> tuple[list[dict[str, Any]], list[Unit]]:
-    """The rows of the units that are finished, with as many seeds as there are, and the other units.
+def collected(chosen: Iterable[Unit], setup: Setup, store: Store, earlier: Mapping[Unit, Row]) -> dict[Unit, Row]:
+    """The rows of the units that have one, each with as many seeds as there are.
 
     Args:
         chosen: The units.
-        setup: The job.
+        setup: The job; a row that is new has its seeds.
         store: Has runs, and makes none.
         earlier: Rows of `earlier_rows`.
     """
-    rows, missing = list[dict[str, Any]](), list[Unit]()
+    found = dict[Unit, Row]()
     for unit in chosen:
-        row = None
+        row = earlier.get(unit)
         with contextlib.suppress(Missing):
-            for count in range(len(setup.seeds), MOST_SEEDS + 1):
-                row = outcome(unit, dataclasses.replace(setup, seeds=tuple(range(count))), store, earlier.get(unit))
-        if row is None:
-            missing.append(unit)
-        else:
-            rows.append(row)
-    return rows, missing
+            for count in range(len(setup.seeds) if row is None else 1, MOST_SEEDS + 1):
+                row = outcome(unit, dataclasses.replace(setup, seeds=tuple(range(count))), store, row)
+        if row is not None:
+            found[unit] = row
+    return found
 
 
 def content(chosen: Iterable[Unit], setup: Setup, store: Store, earlier: Mapping[Unit, Row]) -> dict[str, Any]:
-    """The content of the results: the job, the units that are finished, and which are not; see `collected`."""
-    rows, missing = collected(chosen, setup, store, earlier)
+    """The content of the results: the job, the rows, and what has none; see `collected`."""
+    chosen = [*chosen]
+    rows = collected(chosen, setup, store, earlier)
     return {
-        **_stated(setup),
-        "machines": sorted({machine for row in rows for machine in row["machines"]}),
-        "not_run": [[unit.setting, unit.workers, unit.contender] for unit in missing],
-        "rows": rows,
-    }
-
-
-def _stated(setup: Setup) -> dict[str, Any]:
-    """The job in the results, without the reported seeds."""
-    return {
-        "momenta": setup.momenta,
-        "epochs": setup.epochs,
-        "batch_size": setup.batch_size,
+        **job_of(setup, store.most),
         "targets": setup.targets,
         "target": setup.target,
-        "tuning_target": setup.tuning_target,
-        "smooth": setup.smooth,
-        "tuning_seeds": setup.tuning_seeds,
-        "rates": {workers: sorted(rates) for workers, rates in setup.rates.items()},
-        "beyond": setup.beyond,
-        "every": setup.every,
-        "job": setup.job,
+        "machines": sorted({machine for row in rows.values() for machine in row["machines"]}),
+        "not_run": [[unit.setting, unit.workers, unit.contender] for unit in chosen if unit not in rows],
+        "rows": [*rows.values()],
     }
 
 
@@ -203,14 +139,26 @@ def shortened(seed: int, found: Record) -> dict[str, Any]:
     }
 
 
-def planned_runs(unit: Unit, setup: Setup) -> set[tuple[object, ...]]:
-    """The runs of a unit, as if no rate beyond the grid were tried; those that units have in common are equal."""
+def planned_runs(unit: Unit, setup: Setup, row: Row | None) -> set[tuple[object, ...]]:
+    """The runs that a unit lacks, as if no rate beyond the grid were tried; those that units have in common are equal.
+
+    Args:
+        unit: The unit.
+        setup: The job.
+        row: What there is of it.
+    """
     found: set[tuple[object, ...]] = set()
     variants = variants_of(unit.contender, unit.workers, setup.momenta)
-    for variant in variants:
-        setting = unit.setting if variant.clock is None else ""
-        run = (setting, unit.workers, variant.overrides, variant.members)
-        found |= {(*run, rate, seed) for rate in setup.rates[unit.workers] for seed in setup.tuning_seeds}
+    if row is None:
+        for variant in variants:
+            setting = unit.setting if variant.clock is None else ""
+            run = (setting, unit.workers, variant.overrides, variant.members)
+            found |= {(*run, rate, seed) for rate in setup.rates[unit.workers] for seed in setup.tuning_seeds}
     # The rate and the variant that are chosen may be the same in every setting, or not.
-    found |= {(unit.setting, unit.workers, variants[0].overrides, variants[0].members, "test", seed) for seed in setup.seeds}
-    return found
+    run = (unit.setting, unit.workers, variants[0].overrides, variants[0].members)
+    return found | {(*run, "test", seed) for seed in lacking(row, setup)}
+
+
+def lacking(row: Row | None, setup: Setup) -> set[int]:
+    """The reported seeds that a row lacks."""
+    return {*setup.seeds} - {run["seed"] for run in (row["runs"] if row else ())}

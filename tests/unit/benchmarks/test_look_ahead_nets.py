@@ -12,10 +12,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from experiments import look_ahead_nets
 from experiments.look_ahead_nets import Net, arguments, name_of, page, planned, setup_of, work_through, write
-from experiments.race.runs import QUIET
+from experiments.race.runs import QUIET, machine
 from experiments.race.setup import Setup
 from ormo_rpc.composing import compose
 from ormo_rpc.report.table import MISSING
@@ -42,7 +43,7 @@ TINY = Net(
 
 
 def test_what_must_not_be_missing_is_run_first() -> None:
-    plan = planned()
+    plan = planned(look_ahead_nets.NETS)
     assert [str(each) for each in plan[:3]] == [
         "cnn, exponential, ormo",
         "cnn, exponential, ormo_la",
@@ -108,7 +109,8 @@ def test_rules_are_tuned_run_and_reported_and_what_is_not_finished_is_named(
     write(a)
     found = json.loads((tmp_path / "look_ahead_nets.json").read_text())
     told = (tmp_path / "look_ahead_nets.md").read_text()
-    assert told == page(found)
+    assert told == page(found, "cpu")
+    assert told.endswith(f"The runs were made with {machine(torch.device('cpu'))}.\n")
     assert [row["contender"] for row in found["nets"]["tiny"]["rows"]] == ["ormo", "ormo_la"]
     ormo = next(line for line in told.splitlines() if line.startswith("| ormo |"))
     assert ormo.split(" | ")[5:7] == ["1", MISSING]  # of its own time, and of that of a rule that is missing

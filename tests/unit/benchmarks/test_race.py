@@ -14,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.race import __main__ as command
-from experiments.race.contenders import CONTENDERS, variants_of
-from experiments.race.figures import time_to
+from experiments.race.contenders import CONTENDERS, Unit, variants_of
+from experiments.race.earlier import earlier_rows, version
+from experiments.race.figures import Row, time_to
 from experiments.race.runs import Missing, Record, Store, rule_version
-from experiments.race.setup import CELLS, DEFAULT_MOMENTUM, SETTINGS, Setup
+from experiments.race.setup import CELLS, DEFAULT_MOMENTUM, SETTINGS, Race, Setup
 from experiments.race.tuning import Tried, Tuned, tune
-from experiments.race.units import CHOICE, Unit, collected, content, earlier_rows, outcome, planned_runs, units
+from experiments.race.units import CHOICE, collected, content, lacking, outcome, planned_runs, units
 from ormo_rpc.composing import compose
 from ormo_rpc.errors import ConfigError
 from tests.support.race import DIGITS, SMALL, made
@@ -109,11 +110,11 @@ def test_a_unit_is_tuned_run_and_reported_and_not_run_again(tmp_path: Path) -> N
     row = outcome(unit, SMALL, store)
     assert store.made == 2 + 3  # two rates, three seeds
     assert {run["seed"] for run in row["runs"]} == {0, 1, 2}
-    rows, missing = collected([unit, Unit("one_slow", 4, "ormo")], SMALL, Store(tmp_path, None), {})
-    assert (rows, [each.contender for each in missing]) == ([row], ["ormo"])
+    rows = collected([unit, Unit("one_slow", 4, "ormo")], SMALL, Store(tmp_path, None), {})
+    assert rows == {unit: row}
     # A fourth seed that was run is reported as well.
     outcome(unit, dataclasses.replace(SMALL, seeds=(0, 1, 2, 3)), store)
-    assert [run["seed"] for run in collected([unit], SMALL, Store(tmp_path, None), {})[0][0]["runs"]] == [0, 1, 2, 3]
+    assert [run["seed"] for run in collected([unit], SMALL, Store(tmp_path, None), {})[unit]["runs"]] == [0, 1, 2, 3]
     store.made -= 1
     # Another setting has the same updates: nothing is run.
     outcome(Unit("exponential", 4, "ddp"), SMALL, store)
@@ -124,7 +125,8 @@ def test_a_unit_is_tuned_run_and_reported_and_not_run_again(tmp_path: Path) -> N
 @pytest.fixture
 def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     """Results of another machine, whose folder of runs is not here."""
-    monkeypatch.setattr("experiments.race.runs.simulate", lambda *_: made(1.0, 2.0))
+    there = dataclasses.replace(made(1.0, 2.0), machine="there")
+    monkeypatch.setattr("experiments.race.runs.simulate", lambda *_: there)
     chosen = [Unit("one_slow", 4, name) for name in ("ormo", "local_sgd")]
     for unit in chosen:
         outcome(unit, SMALL, Store(tmp_path / "there", "data"))
@@ -136,35 +138,91 @@ def written(found: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(found))
 
 
-def test_a_race_goes_on_from_the_results_of_another_machine(results: dict[str, Any], tmp_path: Path) -> None:
-    earlier, store = earlier_rows(results, SMALL), Store(tmp_path / "here", "data")
+def counted(results: dict[str, Any], setup: Setup = SMALL, **options: Any) -> dict[Unit, Row]:
+    """The rows of results that count."""
+    return earlier_rows(Path("race.json"), results, setup, **options)
+
+
+def test_a_race_goes_on_from_the_results_of_another_machine(
+    results: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    earlier, store = counted(results), Store(tmp_path / "here", "data")
     assert written(content([*earlier], SMALL, Store(tmp_path / "here", None), earlier)) == results
     ormo = next(unit for unit in earlier if unit.contender == "ormo")
+    more = dataclasses.replace(SMALL, seeds=(0, 1, 2, 3))
+    assert planned_runs(ormo, more, earlier[ormo]) == {("one_slow", 4, ("algorithm=ormo",), 4, "test", 3)}
     # A fourth seed is run, with the rate that was chosen there.
-    found = outcome(ormo, dataclasses.replace(SMALL, seeds=(0, 3)), store, earlier[ormo])
+    here = dataclasses.replace(made(1.0, 2.0), machine="here")
+    monkeypatch.setattr("experiments.race.runs.simulate", lambda *_: here)
+    found = outcome(ormo, more, store, earlier[ormo])
     assert store.made == 1
     assert [run["seed"] for run in found["runs"]] == [0, 1, 2, 3]
+    assert found["machines"] == ["here", "there"]
     assert {key: found[key] for key in CHOICE} == {key: earlier[ormo][key] for key in CHOICE}
+    # Results grow by what the folder of runs has, and lose nothing where it has less, whatever number of seeds is asked for.
+    for seeds in ((0,), (0, 1, 2, 3, 4, 5)):
+        setup = dataclasses.replace(SMALL, seeds=seeds)
+        grown = collected([*earlier], setup, Store(tmp_path / "here", None), earlier)
+        assert [len(row["runs"]) for row in grown.values()] == [4, 3]
+    assert lacking(earlier[ormo], more) == {3}
 
 
-def test_results_of_another_job_or_rule_or_of_other_clocks_are_made_again(
+@pytest.mark.parametrize(
+    "other",
+    [{"epochs": 3}, {"job": (*SMALL.job, "model.bias=false")}, {"tuning_seeds": (8,)}, {"rates": {4: (0.1,)}}],
+    ids=lambda other: str(*other),
+)
+def test_results_of_another_job_are_refused_or_replaced(results: dict[str, Any], other: dict[str, Any]) -> None:
+    setup = dataclasses.replace(SMALL, **other)
+    with pytest.raises(
+        ConfigError, match=rf"race\.json: got 2 of 2 rows with other {next(iter(other))}, such as one_slow, K = 4"
+    ):
+        counted(results, setup)
+    assert counted(results, setup, replace=True) == {}
+    # What is reported alone does not matter.
+    assert len(counted(results, dataclasses.replace(SMALL, seeds=(0, 9), target=0.1, targets=(0.1,)))) == 2
+
+
+def test_rows_count_only_with_their_rule_variants_times_and_held_out_samples(
     results: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def kept(setup: Setup = SMALL) -> list[str]:
-        return [unit.contender for unit in earlier_rows(results, setup)]
+    def kept(**options: Any) -> list[str]:
+        return [unit.contender for unit in counted(results, replace=True, **options)]
 
     assert kept() == ["ormo", "local_sgd"]
-    assert earlier_rows(None, SMALL) == {}
-    for other in ({"epochs": 3}, {"job": (*SMALL.job, "model.bias=false")}, {"tuning_seeds": (8,)}, {"rates": {4: (0.1,)}}):
-        assert kept(dataclasses.replace(SMALL, **other)) == []
-    assert kept(dataclasses.replace(SMALL, seeds=(0, 9))) == ["ormo", "local_sgd"]
-    with monkeypatch.context() as patched:
-        patched.setattr(
-            "experiments.race.units.rule_version", lambda rule: "changed" if "algorithm=ormo" in rule else rule_version(rule)
-        )
-        assert kept() == ["local_sgd"]
-    monkeypatch.setattr("experiments.race.units.code_of", lambda _module: "changed")
-    assert kept() == []
+    assert kept(most=100) == []
+    changes: list[tuple[str, Any, list[str]]] = [
+        ("rule_version", lambda rule: "new" if "algorithm=ormo" in rule else rule_version(rule), ["local_sgd"]),
+        ("round_ends", lambda *_, **__: [1.0], ["ormo"]),
+        ("draws", lambda *_: lambda _worker: 0.5, ["local_sgd"]),
+        ("code_of", lambda _module: "new", []),
+    ]
+    for name, change, expected in changes:
+        with monkeypatch.context() as patched:
+            patched.setattr(f"experiments.race.earlier.{name}", change)
+            assert kept() == expected, name
+    with pytest.raises(
+        ConfigError, match=r"got 1 of 2 rows of rules, variants or times that have changed since, such as .* ormo, "
+    ):
+        counted({**results, "rows": [{**results["rows"][0], "version": "old"}, results["rows"][1]]})
+    # The same rule with other clocks is another contender.
+    names = ("ddp", "ddp_proportional", "m_sync", "m_sync_cancel")
+    assert len({version(Unit("gamma", 4, name), SMALL) for name in names}) == len(names)
+
+
+def test_a_subset_of_the_race_loses_nothing_of_its_results(
+    results: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    del results  # for its simulation alone
+    monkeypatch.setattr(command, "RACE", Race(name="race", setup=SMALL, cells=(("one_slow", 4),)))
+    for number, contender in enumerate(("ormo", "local_sgd")):
+        words = ["--contenders", contender, "--store", str(tmp_path / str(number)), "--into", str(tmp_path), "--seeds", "1"]
+        monkeypatch.setattr("sys.argv", ["race", *words])
+        command.main()
+    found = json.loads((tmp_path / "race.json").read_text())
+    assert [row["contender"] for row in found["rows"]] == ["ormo", "local_sgd"]
+    assert "one_slow" in (tmp_path / "race.md").read_text()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_a_record_of_which_a_crash_has_left_a_part_is_made_again(tmp_path: Path) -> None:
@@ -204,7 +262,10 @@ def test_numbers_that_are_none_are_refused(
     assert f"argument {words[0]}: got {words[1]}, expected a whole number >= 1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("content", "expected"), [(None, "--report: "), ("{", "Expecting")])
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(None, "--report: "), ("{", "Expecting"), ("[1]", "got results without momenta, "), ("{}", "got results without ")],
+)
 def test_a_report_without_results_is_one_clear_line(
     content: str | None, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -216,7 +277,7 @@ def test_a_report_without_results_is_one_clear_line(
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("experiments.race: ")
-    assert f"{tmp_path / 'race.json'} " in line
+    assert str(tmp_path / "race.json") in line
     assert expected in line
 
 
@@ -244,7 +305,7 @@ def test_each_momentum_makes_a_variant_and_the_default_one_has_the_runs_of_the_r
 
 def test_runs_that_settings_have_in_common_are_planned_once() -> None:
     ddp, alike, ormo = (
-        planned_runs(Unit(*each), SMALL) for each in (("none", 4, "ddp"), ("gamma", 4, "ddp"), ("none", 4, "ormo"))
+        planned_runs(Unit(*each), SMALL, None) for each in (("none", 4, "ddp"), ("gamma", 4, "ddp"), ("none", 4, "ormo"))
     )
     # Two rates with one tuning seed, and three reported seeds.
     assert [len(each) for each in (ddp, ddp | alike, ddp | ormo)] == [5, 8, 10]

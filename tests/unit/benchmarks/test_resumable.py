@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 from experiments import at_once, reproduce
-from experiments.reproduce_report import KEYS, MACHINE, machine_in_words, machine_of, note_machine, table, unfinished, write
+from experiments.reproduce_report import (
+    KEYS,
+    MACHINE,
+    machine_in_words,
+    machine_of,
+    name_of,
+    note_machine,
+    table,
+    unfinished,
+    write,
+)
 from experiments.resumable import ResumableRun, alone
 from ormo_rpc.composing import compose
 from ormo_rpc.config.schema import Config
@@ -101,10 +111,20 @@ def test_two_commands_do_not_work_in_one_folder(tmp_path: Path) -> None:
 def finish(planned: reproduce.Planned, **more: object) -> None:
     """Leave a finished run in its folder."""
     attempt = planned.run.folder / "0"
-    attempt.mkdir(parents=True)
+    attempt.mkdir(parents=True, exist_ok=True)
     ended = {**dict.fromkeys(KEYS, 0), "status": "completed", "test_accuracy": 0.875, "train_loss": 0.5}
+    (attempt / "metrics.jsonl").write_text(json.dumps({"iteration": 9, "epoch": float(planned.epochs)}) + "\n")
     ended |= {"training_seconds": 90.0, "delay_mean": 15.0, "wall_seconds": 150.0, **more}
     (attempt / FILE).write_text(json.dumps(ended))
+
+
+def begin(planned: reproduce.Planned, epoch: float) -> None:
+    """Leave a run that was interrupted in its folder."""
+    attempt = planned.run.folder / "0"
+    attempt.mkdir(parents=True)
+    row = {"iteration": 100, "epoch": epoch, "seconds": 9.0, "test_accuracy": 0.6}
+    (attempt / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    (attempt / "launch.json").write_text(json.dumps({"overrides": []}))
 
 
 @pytest.fixture
@@ -114,39 +134,64 @@ def asked(tmp_path: Path) -> Namespace:
     return reproduce.arguments(words)
 
 
+def rows_of(a: Namespace) -> list[tuple[str, ...]]:
+    """The rows of the table."""
+    return table([*reproduce.entries(a).values()])[1:]
+
+
 def test_results_are_of_finished_runs_and_name_the_others(asked: Namespace) -> None:
-    plan = reproduce.planned(asked)
-    finish(plan[0])
-    entries = [*reproduce.entries(plan, asked).values()]
-    assert table(entries)[1:] == [
-        ("paper_cifar10_k16_het", "ormo", "0.01", "1 of 2", "0 of 1", "87.50%", "0.500", "90", "15.0", "2.5"),
+    first = reproduce.planned(asked)[0]
+    finish(first)
+    expected = ("paper_cifar10_k16_het", "ormo", "0.01", "1 of 2", "0 of 1", "87.50%", "0.500", "90", "15.0", "2.5")
+    assert rows_of(asked) == [expected]
+    assert unfinished(reproduce.entries(asked).values()) == [
+        "paper_cifar10_k16_het, not begun: ssgdm, asgd, naive, shifted, smega2, ormo_da (seeds 0, 1); ormo (seed 1)",
+        "paper_cifar10_k16_hom, not begun: ormo, ssgdm, asgd, naive, shifted, smega2, ormo_da (seeds 0, 1)",
     ]
-    assert unfinished(entries) == ["paper_cifar10_k16_het, ormo, seed 1: 0.0 of 15 epochs"]
-    (plan[0].run.folder / "1").mkdir()
-    (plan[0].run.folder / "0" / FILE).rename(plan[0].run.folder / "1" / FILE)
-    assert table([*reproduce.entries(plan, asked).values()])[1][-1] == "-", "the time of an interrupted attempt is lost"
+    (first.run.folder / "1").mkdir()
+    (first.run.folder / "0" / FILE).rename(first.run.folder / "1" / FILE)
+    assert rows_of(asked) == [(*expected[:-1], "-")], "the time of an interrupted attempt is lost"
 
 
 def test_a_reproduction_goes_on_from_the_results_of_another_machine(asked: Namespace, tmp_path: Path) -> None:
     plan = reproduce.planned(asked)
     finish(plan[1], test_accuracy=0.5)
-    write([*reproduce.entries(plan, asked).values()], asked)
+    begin(plan[0], epoch=7.5)
+    write([*reproduce.entries(asked).values()], asked)
     asked.work = tmp_path / "elsewhere"
-    plan = reproduce.planned(asked)
-    found = reproduce.entries(plan, asked)
-    assert [entry["finished"] for entry in found.values()] == [False, True]
-    finish(plan[0])
-    # What is asked for is made here, and what is not asked for is not lost.
-    write([*reproduce.entries(plan[:1], asked).values()], asked)
+    first, second = reproduce.planned(asked)
+    found = reproduce.entries(asked)
+    assert [found[each]["epochs_done"] for each in (first, second)] == [7.5, 15.0]
+    assert unfinished([found[first]]) == ["paper_cifar10_k16_het, ormo, seed 0: 7.5 of 15 epochs, 60.00% at epoch 8"]
+    # A run that was not finished there begins anew here, and is in the results where it is further.
+    begin(first, epoch=0.5)
+    assert reproduce.entries(asked)[first]["epochs_done"] == 7.5
+    finish(first)
+    asked.methods = ["naive"]  # what is not asked for is not lost
+    write([*reproduce.entries(asked).values()], asked)
     page = (tmp_path / "results" / "reproduce.md").read_text()
     assert "| paper_cifar10_k16_het | ormo | 0.01 | 2 of 2 | 0 of 2 | 68.75% ± 26.52% |" in page
-    assert "2 of 2 runs are finished" in page
-    # Runs of other settings do not count.
-    file = tmp_path / "results" / "reproduce.json"
+    assert "2 of 28 runs are finished" in page
+
+
+def test_runs_of_another_length_setting_or_rule_are_not_mixed_with_those_of_earlier_results(asked: Namespace) -> None:
+    finish(reproduce.planned(asked)[0])
+    write([*reproduce.entries(asked).values()], asked)
+    asked.epochs = 2
+    assert name_of(asked) == "reproduce_2_epochs"
+    asked.epochs = 15
+    assert name_of(asked) == "reproduce"
+    file = Path(asked.into) / "reproduce.json"
     results = json.loads(file.read_text())
-    results["runs"][1]["overrides"].append("train.nesterov=true")
+    results["runs"][0]["version"] = "old"
     file.write_text(json.dumps(results))
-    assert [entry["finished"] for entry in reproduce.entries(plan, asked).values()] == [True, False]
+    with pytest.raises(
+        ConfigError, match=r"got 1 of 1 runs of settings or rules that have changed since, such as paper_cifar10"
+    ):
+        reproduce.entries(asked)
+    asked.replace = True
+    asked.work = asked.work / "elsewhere"
+    assert rows_of(asked) == []
 
 
 def test_attempts_that_were_killed_early_or_in_a_line_keep_nobody_from_going_on(tmp_path: Path) -> None:
@@ -171,8 +216,7 @@ def test_the_schedule_of_a_shorter_run_is_scaled() -> None:
 def test_a_plan_is_shown_without_the_data_and_the_refusal_names_the_options_of_the_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    a = reproduce.arguments(["--work", str(tmp_path), "--into", str(tmp_path)])
-    found = reproduce.entries(reproduce.planned(a), a)
+    found = reproduce.entries(reproduce.arguments(["--work", str(tmp_path), "--into", str(tmp_path)]))
     with pytest.raises(ConfigError, match=r"dataset\.root is --root here"):
         reproduce.show(found, [f"dataset.root={tmp_path}"])
     assert "paper_cifar10_k16_het" in capsys.readouterr().out
