@@ -8,6 +8,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 BIN := .venv/bin
 ARGS ?=
 # Tests are handed out one at a time: some take a minute, and the last of them would keep one core waiting for another.
+# Where byte code is not written, each of the hundreds of processes that tests start would compile the package again.
 PARALLEL := -n logical --maxprocesses 8 --maxschedchunk 1
 
 help:  ## Show this list
@@ -31,7 +32,7 @@ quick: .venv/ready  ## Format, lint and most unit tests, in little more than a m
 	@$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow and not live" --hypothesis-profile=quick tests/unit $(ARGS)
 
 test: .venv/ready  ## Run all tests, on all cores (one after another: ARGS="-n 0")
-	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 check: .venv/ready  ## Format, lint and types, of the package and its tests
 	$(BIN)/ruff format --check .

@@ -22,7 +22,7 @@ from ormo_rpc.loggers.metrics import METRICS
 from ormo_rpc.loggers.wandb import ENVIRONMENT
 from ormo_rpc.storage.checkpoint import FOLDER
 from ormo_rpc.storage.run_directory import read_metrics
-from tests.support.processes import PATIENCE_SECONDS, ROOT, launch, launched, processes, summary, wait_until
+from tests.support.processes import CALM, PATIENCE_SECONDS, ROOT, launch, launched, processes, summary, wait_until
 from tests.support.wandb_files import offline_runs
 from tests.support.wandb_server import wandb_server
 
@@ -182,6 +182,7 @@ def test_a_resumed_run_continues_the_wandb_run(tmp_path: Path) -> None:
 @pytest.mark.live
 def test_a_server_that_is_killed_continues_its_wandb_run(tmp_path: Path) -> None:
     options = (
+        *CALM,
         "workers=1",
         "train.max_seconds=8",
         "train.epochs=10000",

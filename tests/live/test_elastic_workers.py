@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from tests.support.processes import (
+    CALM,
     QUIET,
     descendants,
     events,
@@ -48,7 +49,7 @@ def test_an_elastic_worker_without_a_server_is_told_at_once_and_gives_up(tmp_pat
 
 def test_an_elastic_worker_joins_works_and_leaves_on_sigterm(tmp_path: Path) -> None:
     listens = f'server.address="{"[::1]" if HAS_IPV6 else "127.0.0.1"}:0"'
-    given = (*QUIET, "train.epochs=100000", "workers=1", "transport=gloo", listens)
+    given = (*QUIET, *CALM, "train.epochs=100000", "workers=1", "transport=gloo", listens)
     with launched("launch.py", f"hydra.run.dir={tmp_path}", *given) as host:
         address = processes(tmp_path)["address"]
         where = ("role=worker", f'server.address="{address}"')

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.chaos.elastic_worker import STAGES
-from tests.support.processes import QUIET, events, launched, processes, summary, wait_until
+from tests.support.processes import CALM, QUIET, events, launched, processes, summary, wait_until
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(240)]
 KILLED, TOGETHER = 20, 32
@@ -71,7 +71,7 @@ def kill_in_turn(run_dir: Path, address: str, count: int, stages: Sequence[str] 
 
 
 def test_workers_that_were_killed_leave_nothing_in_the_server_and_many_work_at_once(tmp_path: Path) -> None:
-    options = ("workers=1", "train.epochs=100000", "transport=gloo")
+    options = (*CALM, "workers=1", "train.epochs=100000", "transport=gloo")
     with launched("launch.py", f"hydra.run.dir={tmp_path}", *QUIET, *options) as host:
         known = processes(tmp_path)
         server, address = known["server"], known["address"]

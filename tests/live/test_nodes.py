@@ -48,7 +48,7 @@ def check_lineage(run_dir: Path, total: int) -> None:
 def test_nodes_train_together_over_the_wanted_interface_alone(
     rendezvous: str, host: int, ranks: list[int], interface: int, port: int | None, nodes: Nodes, tmp_path: Path
 ) -> None:
-    total, workers = 3000, sum(ranks) - 1
+    total, workers = 1000, sum(ranks) - 1
     options = (f"train.max_iterations={total}", "train.epochs=1000", *([] if port is None else [f"server.address=:{port}"]))
     used = nodes.nodes[: len(ranks)]
     nodes.set_port_range(*PORTS)
@@ -99,7 +99,7 @@ def test_nodes_train_together_over_the_wanted_interface_alone(
 
 def test_ranks_that_torchrun_starts_again_continue_their_run(nodes: Nodes, tmp_path: Path) -> None:
     """The launcher of rank 0 is killed, and its server with it."""
-    total = 1500
+    total = 900
     options = (f"train.max_iterations={total}", "train.epochs=1000", "checkpoint.every=100")
     with TorchrunJob(tmp_path, nodes.nodes[:2], options, ranks=[1, 2], options=["--max-restarts=1"]) as job:
         wait_until(lambda: len(events(job.run_dir, "apply")) > 300, "gradients")

@@ -10,11 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.processes import QUIET, descendants, events, gone, launch, launched, processes, summary, wait_until
+from tests.support.processes import CALM, QUIET, descendants, events, gone, launch, launched, processes, summary, wait_until
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(180)]
 
-LONG = (*QUIET, "workers=2", "train.epochs=100000")
+LONG = (*QUIET, *CALM, "workers=2", "train.epochs=100000")
 
 
 def everybody(launcher: int) -> list[psutil.Process]:

@@ -14,7 +14,7 @@ from ormo_rpc.runtimes.distributed.linux import LINUX
 from ormo_rpc.runtimes.distributed.preloading.client import JOBS
 from ormo_rpc.runtimes.distributed.preloading.preloading import Preloading
 from tests.support import large_data
-from tests.support.processes import QUIET, descendants, events, launch, launched, processes, summary, wait_until
+from tests.support.processes import CALM, QUIET, descendants, events, launch, launched, processes, summary, wait_until
 
 pytestmark = [
     pytest.mark.live,
@@ -40,7 +40,7 @@ def test_forked_and_spawned_processes_end_with_the_same_parameters(tmp_path: Pat
 
 
 def test_the_death_of_the_preloaders_harms_nobody_and_nothing_outlives_the_launcher(tmp_path: Path) -> None:
-    options = ("workers=2", "train.epochs=100000", "runtime.restart_backoff_seconds=0", "checkpoint.every_seconds=0")
+    options = (*CALM, "workers=2", "train.epochs=100000", "runtime.restart_backoff_seconds=0", "checkpoint.every_seconds=0")
     with launched("launch.py", *QUIET, f"hydra.run.dir={tmp_path}", *options) as launcher:
         found = processes(tmp_path)
         assert found["start"] == "fork"

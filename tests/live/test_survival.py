@@ -16,6 +16,7 @@ import pytest
 
 from tests.support import changing
 from tests.support.processes import (
+    CALM,
     QUIET,
     ROOT,
     events,
@@ -291,7 +292,7 @@ def test_a_run_without_workers_ends_with_the_reason(tmp_path: Path) -> None:
 
 def test_a_too_slow_worker_joins_again_and_one_with_non_finite_gradients_is_banned(tmp_path: Path) -> None:
     faults = "runtime.faults=[delay@1:5:4,corrupt@2:5:100]"
-    patience = ("runtime.ticket_timeout_seconds=1.5", "runtime.max_not_finite=3")
+    patience = (*CALM, "runtime.ticket_timeout_seconds=1.5", "runtime.max_not_finite=3")
     with launched(
         "launch.py", f"hydra.run.dir={tmp_path}", *QUIET, "train.epochs=100000", "workers=3", faults, *patience
     ) as host:
