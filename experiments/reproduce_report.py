@@ -91,7 +91,8 @@ def entry(each: Planned, a: Namespace) -> dict[str, Any]:
     found = {key: getattr(each, key) for key in ("experiment", "method", "seed", "lr", "epochs", "version")}
     found |= {"finished": summary is not None, "epochs_done": max((row["epoch"] for row in rows), default=0.0)}
     if rows:
-        found |= {"environment": machine_of(a), "repackaged": a.repackaged}
+        ran_with = run.environment if a.device == "cpu" else machine_of(a)
+        found |= {"environment": ran_with, "repackaged": a.repackaged}
     if summary is not None:
         found |= common.select(summary, KEYS)
         if len(run.attempts) > 1:

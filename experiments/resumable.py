@@ -18,8 +18,9 @@ from typing import Any
 from ormo_rpc import train
 from ormo_rpc.errors import ConfigError, RunFailed
 from ormo_rpc.storage import checkpoint
+from ormo_rpc.storage.environment import environment
 from ormo_rpc.storage.launch import Launch
-from ormo_rpc.storage.run_directory import rows_so_far
+from ormo_rpc.storage.run_directory import TRACE, rows_so_far
 from ormo_rpc.storage.summary import TERMINAL_STATUSES, read_summary
 
 SETTINGS = "overrides.json"
@@ -53,6 +54,16 @@ class ResumableRun:
             if found is not None and found["status"] in TERMINAL_STATUSES:
                 return found
         return None
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """What its newest attempt ran with, by the header of its trace; this process's own where there is none."""
+        own = environment()
+        for attempt in reversed(self.attempts):
+            with contextlib.suppress(OSError, ValueError), (attempt / TRACE).open(encoding="utf-8") as trace:
+                header = json.loads(trace.readline())
+                return {key: header[key] for key in own}
+        return own
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl over all attempts; what an attempt computed again replaces what was lost.

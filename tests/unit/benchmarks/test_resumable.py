@@ -26,6 +26,7 @@ from ormo_rpc.composing import compose
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.storage.environment import environment
+from ormo_rpc.storage.run_directory import TRACE
 from ormo_rpc.storage.summary import FILE
 
 SHORT = ("runtime=sim", "logger=none", "logger.progress=false", "logger.log_iterations=10", "workers=3", "checkpoint.every=20")
@@ -156,6 +157,8 @@ def test_results_are_of_finished_runs_and_name_the_others(asked: Namespace) -> N
 def test_a_reproduction_goes_on_from_the_results_of_another_machine(asked: Namespace, tmp_path: Path) -> None:
     plan = reproduce.planned(asked)
     finish(plan[1], test_accuracy=0.5)
+    header = {"event": "header", **environment(), "commit": "that of the run", "cpu": "another"}
+    (plan[1].run.folder / "0" / TRACE).write_text(json.dumps(header) + "\n{}\n")
     begin(plan[0], epoch=7.5)
     write([*reproduce.entries(asked).values()], asked)
     asked.work = tmp_path / "elsewhere"
@@ -172,6 +175,10 @@ def test_a_reproduction_goes_on_from_the_results_of_another_machine(asked: Names
     page = (tmp_path / "results" / "reproduce.md").read_text()
     assert "| paper_cifar10_k16_het | ormo | 0.01 | 2 of 2 | 0 of 2 | 68.75% ± 26.52% |" in page
     assert "2 of 28 runs are finished" in page
+    here = environment()["cpu"]
+    assert f"{here}, 1 thread, channels last.\n\ntorch {environment()['torch']}, another, 1 thread, channels last." in page
+    results = json.loads((tmp_path / "results" / "reproduce.json").read_text())
+    assert [each["environment"]["commit"] for each in results["runs"]] == [environment()["commit"], "that of the run"]
 
 
 def test_runs_of_another_length_setting_or_rule_are_not_mixed_with_those_of_earlier_results(asked: Namespace) -> None:
