@@ -89,7 +89,7 @@ replays: .venv/ready  ## Replay live runs and compare them bit for bit, into res
 methods: .venv/ready  ## The paper's six methods, simulated, into results/ (a quarter of an hour; ARGS="--root DIRECTORY")
 	$(BIN)/python -m experiments.paper_methods $(ARGS)
 
-reproduce: .venv/ready  ## The paper's methods with ResNet-20, 15 epochs, into results/ (half a day; goes on where it was; ARGS="--root DIRECTORY --plan")
+reproduce: .venv/ready  ## The paper's methods with ResNet-20, 15 epochs, into results/ (a day of a core; goes on where it was; ARGS="--root DIRECTORY --plan")
 	$(BIN)/python -m experiments.reproduce $(ARGS)
 
 reproduce-full: .venv/ready  ## The same in all settings and at whole length, on a GPU, into results/ (ARGS="--root DIRECTORY --jobs 4 --plan")
