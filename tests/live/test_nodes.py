@@ -37,10 +37,9 @@ def check_lineage(run_dir: Path, total: int) -> None:
 # Torchrun numbers the nodes of c10d in the order of their addresses: rank 0 is on the first node by eth0, on the last by eth1.
 @pytest.mark.parametrize(
     ("rendezvous", "host", "ranks", "interface", "port", "nodes"),
-    [("c10d", 1, [1, 1], 0, None, 4), ("c10d", 0, [1, 1, 1], 1, None, 4), ("static", 0, [2, 2], 0, PORTS[1], 6)],
+    [("c10d", 0, [1, 1, 1], 1, None, 4), ("static", 0, [2, 2], 0, PORTS[1], 6)],
     ids=[
-        "c10d, store not on the node of rank 0",
-        "c10d, rank 0 on the third node",
+        "c10d, rank 0 on the third node, the store on the first",
         "static, two ranks a node, IPv6, fixed port, the others closed at first",
     ],
     indirect=["nodes"],
