@@ -86,7 +86,8 @@ def work_through(
 
 def _start(number: int, run: ResumableRun, more: Sequence[str], lock: int | None) -> _Child:
     run.folder.mkdir(parents=True, exist_ok=True)
-    asked = json.dumps({"folder": str(run.folder.absolute()), "overrides": [*run.overrides], "more": [*more]})
+    determined = {"folder": str(run.folder.absolute()), "overrides": [*run.overrides], "version": run.version}
+    asked = json.dumps({**determined, "more": [*more]})
     with (run.folder / LOG).open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "experiments.resumable", asked],

@@ -37,7 +37,7 @@ from experiments.race.figures import Results, Row
 from experiments.race.report import shown
 from experiments.race.runs import Missing, Record, Store
 from experiments.race.setup import Setup
-from experiments.race.units import content, outcome
+from experiments.race.units import MOST_SEEDS, content, outcome
 from experiments.reproduce import ON_DEVICE
 from experiments.resumable import alone
 from ormo_rpc import devices
@@ -163,21 +163,21 @@ Earlier = Mapping[str, Mapping[Unit, Row]]
 """The rows of earlier results by net."""
 
 
-def earlier(a: Namespace) -> tuple[Earlier, Mapping[str, Any] | None]:
-    """The rows of earlier results, and their machine.
+def earlier(a: Namespace) -> tuple[Earlier, list[Mapping[str, Any]]]:
+    """The rows of earlier results, and their machines.
 
     Raises:
         ConfigError: they cannot be read, or some of them do not count.
     """
     file = a.into / f"{name_of(a)}.json"
-    results = common.read_results(file, ("environment", "nets"))
+    results = common.read_results(file, ("environments", "nets"))
     if results is None:
-        return {}, None
+        return {}, []
     rows = {
         net: earlier_rows(file, results["nets"].get(net), setup_of(net, a), most=NETS[net].most, replace=a.replace)
         for net in NETS
     }
-    return rows, results["environment"]
+    return rows, results["environments"]
 
 
 def run(planned: Planned, a: Namespace, until: float, before: Earlier) -> str:
@@ -204,10 +204,15 @@ def work_through(plan: Sequence[Planned], a: Namespace) -> list[str]:
         if error is not None:
             failed.setdefault(told, str(each))
         print(f"{time.monotonic() - began:5.0f} s  {each}: {told}", flush=True)
-        if a.device == "cuda" and [*a.work.glob("*.json")] and not (a.work / reproduce_report.MACHINE).is_file():
+        if a.device == "cuda" and has_runs(a) and not (a.work / reproduce_report.MACHINE).is_file():
             reproduce_report.note_machine(a.work, {**gpu_machine.about(), "jobs": a.jobs})
         write(a)
     return [f"{name}: {told}" for told, name in failed.items()]
+
+
+def has_runs(a: Namespace) -> bool:
+    """Say whether runs were made in the folder of the runs."""
+    return any(file.name != reproduce_report.MACHINE for file in a.work.glob("*.json"))
 
 
 def write(a: Namespace) -> None:
@@ -216,12 +221,13 @@ def write(a: Namespace) -> None:
     Raises:
         ConfigError: earlier results cannot be read, or some of them do not count.
     """
-    before, machine = earlier(a)
+    before, machines = earlier(a)
+    here = [reproduce_report.machine_of(a)] if has_runs(a) else []
     nets = dict[str, Any]()
     for net in NETS:
         units = [each.unit for each in planned([net])]
         nets[net] = content(units, setup_of(net, a), store_of(net, a, None), before.get(net, {}))
-    found = {"environment": reproduce_report.machine_of(a, machine), "nets": nets}
+    found = {"environments": [*machines, *(each for each in here if each not in machines)], "nets": nets}
     common.write_results(a.into / f"{name_of(a)}.json", common.row_by_row(found))
     common.write_results(a.into / f"{name_of(a)}.md", page(found, a.device))
 
@@ -242,7 +248,7 @@ def page(found: Mapping[str, Any], device: str) -> str:
     if machines:
         parts.append(f"The runs were made with {'; '.join(machines)}.")
     if device == "cuda":
-        parts.append(f"{reproduce_report.machine_in_words(found['environment'])}.")
+        parts += [f"{reproduce_report.machine_in_words(each)}." for each in found["environments"]]
     return "\n\n".join(parts) + "\n"
 
 
@@ -256,10 +262,10 @@ def stated(results: Results) -> str:
         f"Each rule has the rates {', '.join(f'{rate:g}' for rate in rates)} and, while the best is at an edge, up to three "
         f"beyond it, judged by the time to {job['tuning_target']:.0%} on held-out samples with {len(job['tuning_seeds'])} "
         "seed of its own, and where none gets there by the last accuracy; a variant has as many. Rates are those of a step "
-        "with the mean of a round; a rule that adds each gradient gets the K-th part. Times are medians over seeds "
-        f"{', '.join(map(str, seeds))} on the test split, each the time at which the mean of {job['smooth']} evaluations in a "
-        f"row, one about every 100 gradients, reaches the accuracy; in brackets those of the seeds. The accuracy in the end is "
-        f"the mean of the last {job['smooth']}, with mean and standard deviation over the seeds."
+        "with the mean of a round; a rule that adds each gradient gets the K-th part. Times are medians over those of the "
+        f"seeds {', '.join(map(str, seeds))} that a rule has, on the test split, each the time at which the mean of "
+        f"{job['smooth']} evaluations in a row, one about every 100 gradients, reaches the accuracy; in brackets those of the "
+        f"seeds. The accuracy in the end is the mean of the last {job['smooth']}, with mean and standard deviation over them."
     )
 
 
@@ -315,9 +321,11 @@ def arguments(argv: Sequence[str] | None = None) -> Namespace:
     parser.add_argument("--device", choices=tuple(ON_DEVICE), default="cpu", help="device of data, workers and server")
     parser.add_argument("--jobs", type=common.at_least_one, default=1, help="rules that are run at once")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no run after this time")
-    parser.add_argument("--replace", action="store_true", help="make rows of the results again whose job or rule has changed")
+    parser.add_argument("--replace", action="store_true", help="leave rows out of the results whose job or rule has changed")
     parser.add_argument("--report", action="store_true", help="write the results of what is finished; run nothing")
     a = parser.parse_args(argv)
+    if a.seeds > MOST_SEEDS:
+        parser.error(f"argument --seeds: got {a.seeds}, expected at most {MOST_SEEDS}")
     a.work = a.work or Path("outputs") / name_of(a).replace("_", "-")
     return a
 

@@ -9,7 +9,7 @@ the results then have ``cuda`` in their names. ``--jobs`` runs share the device,
 
 Every run has a folder under ``--work``, with checkpoints: a command that was killed goes on where it was when it is started
 again, and finished runs are kept. So are those of earlier results (``--into``), perhaps of another machine; where their setting
-or a rule has changed since, the command says so, and replaces them with ``--replace``. The first runs are the comparison of
+or a rule has changed since, the command says so, and leaves them out with ``--replace``. The first runs are the comparison of
 OrMo with synchronous SGD among slow workers.
 ``--seconds`` interrupts what runs when the time is up. ``--plan`` prints runs, estimated hours and what is done; ``--report``
 writes ``reproduce.json``, ``.md`` and ``.png`` from what is finished, as does the end of the last run.
@@ -27,7 +27,7 @@ import statistics
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +57,7 @@ WARMUP = 5
 """The schedule of the paper, in epochs of `ALL_EPOCHS`."""
 TOO_LONG = 7 * 24
 """Hours above which a plan is refused without ``--force``."""
+CONF = ROOT / "conf" / "experiment"
 CHECKPOINTS = {"cpu": "checkpoint.every=200", "cuda": "checkpoint.every_seconds=30"}
 """A killed command loses what came after a checkpoint: 200 gradients are half a minute of an idle core."""
 ON_DEVICE = {
@@ -98,25 +99,28 @@ class Planned:
         return RATES.get(self.method, RATE)
 
     @property
-    def version(self) -> str:
-        """A digest of what determines its result: overrides, setting, and the source of the rule."""
-        overrides = self.run.overrides
-        setting = OmegaConf.load(ROOT / "conf" / "experiment" / f"{self.experiment}.yaml")
-        stated = [[*overrides], OmegaConf.to_container(setting), rule_version(rule_options(overrides))]
-        return hashlib.sha256(json.dumps(stated).encode()).hexdigest()[:16]
-
-    @property
-    def run(self) -> ResumableRun:
-        """Its run."""
+    def overrides(self) -> tuple[str, ...]:
+        """Those that determine its result."""
         scale = self.epochs / ALL_EPOCHS
         algorithm, scheduler = ("ormo", "sync") if self.method == "ssgdm" else (self.method, "async")
-        overrides = (
+        return (
             *(*common.SIMULATED, f"experiment={self.experiment}", f"algorithm={algorithm}", f"scheduler={scheduler}"),
             *(f"train.epochs={self.epochs}", f"train.warmup_epochs={WARMUP * scale:g}"),
             f"train.lr_milestones=[{','.join(f'{epoch * scale:g}' for epoch in MILESTONES)}]",
             *(f"train.lr={self.lr}", f"seed={self.seed}", "worker.autocast=bf16", *ON_DEVICE[self.device]),
         )
-        return ResumableRun(self.work / self.experiment / f"{self.method}_seed{self.seed}", overrides)
+
+    @property
+    def version(self) -> str:
+        """A digest of what determines its result: overrides, setting, and the source of the rule."""
+        setting = OmegaConf.to_container(OmegaConf.load(CONF / f"{self.experiment}.yaml"))
+        stated = [[*self.overrides], setting, rule_version(rule_options(self.overrides))]
+        return hashlib.sha256(json.dumps(stated).encode()).hexdigest()[:16]
+
+    @property
+    def run(self) -> ResumableRun:
+        """Its run."""
+        return ResumableRun(self.work / self.experiment / f"{self.method}_seed{self.seed}", self.overrides, self.version)
 
 
 def planned(a: Namespace) -> list[Planned]:
@@ -139,7 +143,7 @@ def entries(a: Namespace) -> dict[Planned, Entry]:
     Each is the one that is further, here or in earlier results.
 
     Raises:
-        ConfigError: earlier results cannot be read, or some of them were made otherwise.
+        ConfigError: earlier results cannot be read, or some of them, or a folder of a run, were made otherwise.
     """
     file = Path(a.into) / f"{reproduce_report.name_of(a)}.json"
     results = common.read_results(file, ("departures", "runs")) or {"runs": ()}
@@ -148,20 +152,27 @@ def entries(a: Namespace) -> dict[Planned, Entry]:
         for each in results["runs"]
         if each["finished"] or each["epochs_done"]
     }
-    changed = [each for each, entry in before.items() if entry["version"] != each.version]
+    changed = [each for each, entry in before.items() if not _counts(each, entry)]
     if changed and not a.replace:
         raise ConfigError(
             f"{file}: got {len(changed)} of {len(before)} runs of settings or rules that have changed since, such as "
             f"{changed[0].experiment}, {changed[0].method}, seed {changed[0].seed}, expected runs as they would be made now; "
-            "make them again with --replace, or name another folder by --into"
+            "leave them out with --replace, or name another folder by --into"
         )
     defaults = {"datasets": None, "workers": None, "settings": SETTINGS, "seeds": None, "methods": METHODS}
     everything = planned(Namespace(**{**vars(a), **defaults}))
     found = dict[Planned, Entry]()
-    for each in dict.fromkeys([*everything, *planned(a), *before]):
-        here, earlier = reproduce_report.entry(each, a), None if each in changed else before.get(each)
+    counted = {each: entry for each, entry in before.items() if each not in changed}
+    for each in dict.fromkeys([*everything, *planned(a), *counted]):
+        here, earlier = reproduce_report.entry(each, a), counted.get(each)
         found[each] = here if earlier is None or _progress(here) > _progress(earlier) else earlier
     return found
+
+
+def _counts(each: Planned, entry: Entry) -> bool:
+    """A run of earlier results is as it would be made now."""
+    there = each.method in METHODS and (CONF / f"{each.experiment}.yaml").is_file()
+    return there and entry.get("version") == each.version
 
 
 def _progress(entry: Entry) -> tuple[bool, float]:
@@ -191,9 +202,14 @@ def gradient_seconds(run: ResumableRun, where: Sequence[str]) -> tuple[float, fl
     return gradient, gradient * (job.batches_per_epoch + evaluations)
 
 
-def hours(found: Iterable[Entry], epoch_seconds: float) -> float:
-    """The hours that what is left of these runs takes."""
-    return sum(each["epochs"] - each["epochs_done"] for each in found if not each["finished"]) * epoch_seconds / 3600
+def left(plan: Mapping[Planned, Entry]) -> list[Planned]:
+    """The runs of a plan that are not finished."""
+    return [each for each, entry in plan.items() if not entry["finished"]]
+
+
+def hours(plan: Mapping[Planned, Entry], epoch_seconds: float) -> float:
+    """The hours that what is left of a plan takes here, where a run that is further in earlier results begins anew."""
+    return sum(each.epochs - reproduce_report.epochs_done(each.run.rows()) for each in left(plan)) * epoch_seconds / 3600
 
 
 def show(plan: Mapping[Planned, Entry], where: Sequence[str]) -> None:
@@ -204,12 +220,12 @@ def show(plan: Mapping[Planned, Entry], where: Sequence[str]) -> None:
     """
     rows = [("setting", "method", "seed", "lr", "epochs", "done")]
     for each, entry in plan.items():
-        done = str(entry["status"]) if entry["finished"] else f"{entry['epochs_done']:.1f} epochs"
+        done = str(entry["status"]) if entry["finished"] else f"{reproduce_report.epochs_done(each.run.rows()):.1f} epochs"
         rows.append((each.experiment, each.method, str(each.seed), f"{each.lr:g}", str(each.epochs), done))
     print(as_text(rows), flush=True)
     gradient, epoch_seconds = gradient_seconds(next(iter(plan)).run, where)
-    left = hours(plan.values(), epoch_seconds)
-    print(f"{len(plan)} runs; {gradient * 1000:.3g} ms a gradient here and now: {left:.2g} hours are left")
+    hours_left = hours(plan, epoch_seconds)
+    print(f"{len(plan)} runs; {gradient * 1000:.3g} ms a gradient here and now: {hours_left:.2g} hours are left")
 
 
 def arguments(argv: Sequence[str] | None = None) -> Namespace:
@@ -222,7 +238,7 @@ def arguments(argv: Sequence[str] | None = None) -> Namespace:
     parser.add_argument("--force", action="store_true", help="also where it takes longer than a week")
     parser.add_argument("--plan", action="store_true", help="print runs, estimated hours and what is done; run nothing")
     parser.add_argument(
-        "--replace", action="store_true", help="make runs of the results again whose setting or rule has changed"
+        "--replace", action="store_true", help="leave runs out of the results whose setting or rule has changed"
     )
     parser.add_argument("--report", action="store_true", help="write the results of what is finished; run nothing")
     parser.add_argument("--epochs", type=common.at_least_one, help="length of each run; milestones and warm-up are scaled")
@@ -252,22 +268,22 @@ def work_through(plan: Mapping[Planned, Entry], where: Sequence[str], a: Namespa
         ConfigError: it takes too long, or a folder is another run's.
         RunFailed: it was interrupted.
     """
-    left = [each for each, entry in plan.items() if not entry["finished"]]
-    if not left:
+    runs = left(plan)
+    if not runs:
         return
     if not a.force:
-        gradient, epoch_seconds = gradient_seconds(left[0].run, where)
-        estimate = hours(plan.values(), epoch_seconds)
+        gradient, epoch_seconds = gradient_seconds(runs[0].run, where)
+        estimate = hours(plan, epoch_seconds)
         if estimate > TOO_LONG:
             raise ConfigError(
-                f"--full: {len(left)} runs at {gradient * 1000:.3g} ms a gradient would take {estimate / 24 / 7:.1f} weeks one "
+                f"--full: {len(runs)} runs at {gradient * 1000:.3g} ms a gradient would take {estimate / 24 / 7:.1f} weeks one "
                 f"after another here, on {a.device}, expected at most one; take fewer --methods or --seeds, shorter runs with "
                 "--epochs, a GPU with --device cuda, or --force"
             )
-        print(f"{len(left)} of {len(plan)} runs are left: about {estimate:.2g} hours one after another", flush=True)
+        print(f"{len(runs)} of {len(plan)} runs are left: about {estimate:.2g} hours one after another", flush=True)
     try:
-        for ended in at_once.work_through([each.run for each in left], where, jobs=a.jobs, seconds=a.seconds, lock=lock):
-            print_ended(left[ended.number], ended.seconds)
+        for ended in at_once.work_through([each.run for each in runs], where, jobs=a.jobs, seconds=a.seconds, lock=lock):
+            print_ended(runs[ended.number], ended.seconds)
     finally:  # not before: it takes seconds
         if a.device == "cuda":
             reproduce_report.note_machine(a.work, {**gpu_machine.about(), "jobs": a.jobs})

@@ -52,12 +52,10 @@ def note_machine(work: Path, about: Mapping[str, Any]) -> None:
     file.write_text(json.dumps({**about, **note}, indent=1) + "\n", encoding="utf-8")
 
 
-def machine_of(a: Namespace, earlier: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The machine of the runs: with a GPU the one that was kept beside them, else that of earlier results; else this one."""
-    if a.device == "cpu":
-        return environment()
+def machine_of(a: Namespace) -> dict[str, Any]:
+    """The machine of the runs: with a GPU the one that was kept beside them; else this one."""
     kept = a.work / MACHINE
-    return json.loads(kept.read_text("utf-8")) if kept.is_file() else {**(earlier or environment())}
+    return json.loads(kept.read_text("utf-8")) if a.device != "cpu" and kept.is_file() else environment()
 
 
 def machine_in_words(machine: Mapping[str, Any]) -> str:
@@ -83,16 +81,26 @@ def default_epochs(a: Namespace) -> int:
     return ALL_EPOCHS if a.full else EPOCHS
 
 
+def epochs_done(rows: Iterable[Mapping[str, Any]]) -> float:
+    """The epochs of a run so far, by its rows of metrics."""
+    return max((row["epoch"] for row in rows), default=0.0)
+
+
 def entry(each: Planned, a: Namespace) -> dict[str, Any]:
-    """A run in the results: what determines it, how far it is, its figures where it has ended, and its evaluations."""
-    run, summary = each.run, each.run.summary
-    rows = run.rows()
+    """A run in the results: what determines it, how far it is, its figures where it has ended, and its evaluations.
+
+    Raises:
+        ConfigError: its folder was made with something else.
+    """
+    run = each.run
+    run.check()
+    summary, rows = run.summary, run.rows()
     evaluated = [row for row in rows if row.get("test_accuracy") is not None]
     found = {key: getattr(each, key) for key in ("experiment", "method", "seed", "lr", "epochs", "version")}
-    found |= {"finished": summary is not None, "epochs_done": max((row["epoch"] for row in rows), default=0.0)}
+    found |= {"finished": summary is not None, "epochs_done": epochs_done(rows)}
     if rows:
         ran_with = run.environment if a.device == "cpu" else machine_of(a)
-        found |= {"environment": ran_with, "repackaged": a.repackaged}
+        found |= {"environment": ran_with, "repackaged": "dataset.verify=false" in run.words}
     if summary is not None:
         found |= common.select(summary, KEYS)
         if len(run.attempts) > 1:

@@ -35,10 +35,12 @@ class ResumableRun:
     Attributes:
         folder: Its folder.
         overrides: Those that determine its result.
+        version: A digest of what else determines it; empty for nothing.
     """
 
     folder: Path
     overrides: Sequence[str]
+    version: str = ""
 
     @property
     def attempts(self) -> list[Path]:
@@ -64,6 +66,14 @@ class ResumableRun:
                 header = json.loads(trace.readline())
                 return {key: header[key] for key in own}
         return own
+
+    @property
+    def words(self) -> Sequence[str]:
+        """The overrides that its newest attempt was started with, those that do not matter for its result among them."""
+        for attempt in reversed(self.attempts):
+            with contextlib.suppress(ConfigError):
+                return Launch.read(attempt).overrides
+        return ()
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl over all attempts; what an attempt computed again replaces what was lost.
@@ -99,20 +109,37 @@ class ResumableRun:
         return train([*self.overrides, *more, *resume], run_dir=self.folder / str(number))
 
     def _claim(self) -> None:
-        """Write the overrides, or compare with those that the folder was made with."""
+        """Write what determines its result, or compare with what the folder was made with.
+
+        Raises:
+            ConfigError: that was something else.
+        """
         file = self.folder / SETTINGS
         if not file.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
             begun = file.with_suffix(".part")
-            begun.write_text(json.dumps([*self.overrides], indent=1) + "\n", encoding="utf-8")
+            begun.write_text(json.dumps(self._settings, indent=1) + "\n", encoding="utf-8")
             begun.replace(file)
-        former: list[str] = json.loads(file.read_text(encoding="utf-8"))
-        differing = sorted({*former} ^ {*self.overrides})
+        self.check()
+
+    def check(self) -> None:
+        """Compare with what its folder was made with, if there is one.
+
+        Raises:
+            ConfigError: that was something else.
+        """
+        file = self.folder / SETTINGS
+        former: list[str] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else self._settings
+        differing = sorted({*former} ^ {*self._settings})
         if differing:
             raise ConfigError(
                 f"{self.folder}: got a run that differs in {', '.join(differing)}, expected one with the same settings; "
                 "remove the folder, or work in another one"
             )
+
+    @property
+    def _settings(self) -> list[str]:
+        return [*self.overrides, *([f"version={self.version}"] if self.version else [])]
 
 
 @contextlib.contextmanager
@@ -137,7 +164,7 @@ def main() -> int:
     """Go on with one run, as `experiments.at_once` asks for it: folder, overrides and further ones, as JSON."""
     asked = json.loads(sys.argv[1])
     try:
-        ResumableRun(Path(asked["folder"]), asked["overrides"]).go_on(*asked["more"])
+        ResumableRun(Path(asked["folder"]), asked["overrides"], asked["version"]).go_on(*asked["more"])
     except (ConfigError, RunFailed) as error:
         print(error, file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1

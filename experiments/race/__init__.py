@@ -20,7 +20,7 @@ Rounds of the first m of K workers are simulated as rounds of m workers: each ha
 
 Finished runs are kept in a folder (``--store``) and not run again, unless the source of their rule has changed. Earlier results
 (``--into``), perhaps of another machine, count as well, without their runs: what they lack is run. Where their job or a rule
-has changed since, the command says so, and replaces such rows with ``--replace``. Writes ``results/race.json`` and ``.md``,
+has changed since, the command says so, and leaves such rows out with ``--replace``. Writes ``results/race.json`` and ``.md``,
 and ``docs/race.png``; ``--report`` makes the latter two from the first, and runs nothing.
 ``--long`` is another job, for what 64 workers can reach at all: 16 epochs, ``results/race_long.json`` and ``.md``. So is
 ``--momentum``, in which ``train.momentum`` of every contender is tuned as well: ``results/race_momentum.json`` and ``.md``.

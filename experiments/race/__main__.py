@@ -24,7 +24,6 @@ from experiments.race.runs import Missing, Store, finished
 from experiments.race.setup import LONG, RACE, SETTINGS, TUNED_MOMENTUM, Race, Setup
 from experiments.race.units import MOST_SEEDS, collected, content, lacking, outcome, planned_runs, units
 from ormo_rpc.errors import ConfigError, one_line
-from ormo_rpc.storage.environment import environment
 
 MINUTES_OF_A_RUN = 0.17
 """Processor time of a run of 6,000 gradients and its evaluations, before any has been made."""
@@ -73,7 +72,7 @@ def parser() -> ArgumentParser:
         default=1,
         help="contenders that are run at the same time, by default 1",
     )
-    made.add_argument("--replace", action="store_true", help="make rows of the results again whose job or rule has changed")
+    made.add_argument("--replace", action="store_true", help="leave rows out of the results whose job or rule has changed")
     made.add_argument("--plan", action="store_true", help="print what is still to be run, and about how long it takes")
     made.add_argument("--collect", action="store_true", help="run nothing: results of what is finished")
     made.add_argument("--report", action="store_true", help="run and collect nothing: tables and picture of the results")
@@ -165,8 +164,7 @@ def run_unit(unit: Unit, *, setup: Setup, folder: Path, root: str, until: float,
 def collect(asked: Race, seeds: int, folder: Path, earlier: Mapping[Unit, Row]) -> dict[str, Any]:
     """The content of the results: all contenders in all cells that are finished; a new one has so many seeds, or the job's."""
     setup = dataclasses.replace(asked.setup, seeds=asked.setup.seeds[:seeds])
-    found = content(units(asked.cells, CONTENDERS), setup, Store(folder, None), earlier)
-    return {"environment": environment(), **found}
+    return content(units(asked.cells, CONTENDERS), setup, Store(folder, None), earlier)
 
 
 def plan(chosen: list[Unit], setup: Setup, folder: Path, earlier: Mapping[Unit, Row]) -> str:

@@ -12,7 +12,7 @@ from experiments.race import tuning
 from experiments.race.contenders import CONTENDERS, Unit, Variant, draws, round_ends, variants_of
 from experiments.race.figures import Row
 from experiments.race.runs import code_of, rule_options, rule_version
-from experiments.race.setup import Setup
+from experiments.race.setup import SETTINGS, Setup
 from ormo_rpc.errors import ConfigError
 
 KEYS = ("targets", "target", "machines", "not_run", "rows")
@@ -74,7 +74,7 @@ def earlier_rows(
         results: Their content; None where there are none.
         setup: The job.
         most: Samples of the validation split, at most; None for all.
-        replace: Leave those out that do not count: of another job, or of a rule, variant or time that has changed.
+        replace: Leave those out that do not count: of another job, or of a rule, variant or time that has changed or is gone.
 
     Raises:
         ConfigError: there are such rows, and they are not to be left out.
@@ -83,17 +83,20 @@ def earlier_rows(
         return {}
     rows = {Unit(row["setting"], row["workers"], row["contender"]): row for row in results["rows"]}
     job = job_of(setup, most)
-    differing = [key for key, value in job.items() if results[key] != value]
+    differing = [key for key, value in job.items() if results.get(key) != value]
     counted = {
         unit: row
         for unit, row in rows.items()
-        if not differing and unit.contender in CONTENDERS and row["version"] == version(unit, setup)
+        if not differing
+        and unit.contender in CONTENDERS
+        and unit.setting in SETTINGS
+        and row.get("version") == version(unit, setup)
     }
     if len(counted) < len(rows) and not replace:
         first = next(unit for unit in rows if unit not in counted)
         why = f"with other {', '.join(differing)}" if differing else "of rules, variants or times that have changed since"
         raise ConfigError(
             f"{file}: got {len(rows) - len(counted)} of {len(rows)} rows {why}, such as {first}, expected rows as they would "
-            "be made now; make them again with --replace, or name another folder by --into"
+            "be made now; leave them out with --replace, or name another folder by --into"
         )
     return counted

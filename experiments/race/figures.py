@@ -52,6 +52,14 @@ class Results:
         """The last accuracy of each seed, the mean of the last evaluations."""
         return [statistics.fmean(run["accuracy"][-self.smooth :]) / 10_000 for run in row["runs"] if run["accuracy"]]
 
+    def last_of_shared(self, row: Row | None, other: Row | None) -> tuple[list[float], list[float]]:
+        """The last accuracies of two contenders with the seeds that both have."""
+        mine, others = (
+            {run["seed"]: self.last({"runs": [run]}) for run in (() if each is None else each["runs"])} for each in (row, other)
+        )
+        seeds = [seed for seed in sorted(mine.keys() & others.keys()) if mine[seed] and others[seed]]
+        return [mine[seed][0] for seed in seeds], [others[seed][0] for seed in seeds]
+
     def shared(self, row: Row | None, other: Row | None) -> int:
         """The number of seeds that both have."""
         return len(self._pairs(row, other, self.target))

@@ -194,14 +194,18 @@ def _accuracy(results: Results) -> str:
     for setting, workers in CELLS:
         cell = results.cell(setting, workers)
         mine, ddp = best_asynchronous(cell), cell.get("ddp")
-        if mine is not None and ddp is not None and results.last(mine) and results.last(ddp):
-            difference = statistics.fmean(results.last(mine)) - statistics.fmean(results.last(ddp))
+        own, others = results.last_of_shared(mine, ddp)
+        if mine is not None and own:
+            difference = statistics.fmean(own) - statistics.fmean(others)
             told = "yes" if difference >= ACCURACY_BOUND else "no"
-            accuracies = f"{_name(mine)}: {spread(results.last(mine), '.2%')}", spread(results.last(ddp), ".2%")
+            accuracies = f"{_name(mine)}: {spread(own, '.2%')}", spread(others, ".2%")
             found.append((setting, str(workers), *accuracies, f"{difference:+.2%}", told))
     if len(found) == 1:
         return ""
-    return f"Accuracy in the end, at equal epochs, with the rate that was chosen by time:\n\n{as_markdown(found)}"
+    return (
+        "Accuracy in the end, at equal epochs, with the rate that was chosen by time, over the seeds that both have:\n\n"
+        f"{as_markdown(found)}"
+    )
 
 
 def _lost(results: Results) -> str:
@@ -297,6 +301,6 @@ def _stated(results: Results, race: Race) -> str:
         f"(so up to {rarest:,} apart), reaches the target;",
         "accuracies in the end are the mean of the last",
         f"{content['smooth']}, with mean and standard deviation over seeds.",
-        f"Runs were made with {' and '.join(content['machines'])}, 1 thread.",
+        f"Runs were made with {' and '.join(content['machines']) or MISSING}, 1 thread.",
     )
     return " ".join(lines)

@@ -115,8 +115,8 @@ def collected(chosen: Iterable[Unit], setup: Setup, store: Store, earlier: Mappi
 
 
 def content(chosen: Iterable[Unit], setup: Setup, store: Store, earlier: Mapping[Unit, Row]) -> dict[str, Any]:
-    """The content of the results: the job, the rows, and what has none; see `collected`."""
-    chosen = [*chosen]
+    """The content of the results: the job, the rows, also of earlier results, and what has none; see `collected`."""
+    chosen = [*dict.fromkeys([*chosen, *earlier])]
     rows = collected(chosen, setup, store, earlier)
     return {
         **job_of(setup, store.most),

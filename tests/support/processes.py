@@ -20,9 +20,9 @@ import ormo_rpc
 ROOT = Path(__file__).parents[2]
 """The checkout."""
 QUIET = ("logger=none",)
+"""Without wandb, which takes seconds to start."""
 CALM = ("heterogeneity=slow_tail", "heterogeneity.fraction=1", "heterogeneity.factor=30")
 """For endless runs in which a test waits for an event: workers sleep between gradients, and leave the cores to other tests."""
-"""Without wandb, which takes seconds to start."""
 PATIENCE_SECONDS = 60.0
 """The time-out of every wait, for a busy machine."""
 

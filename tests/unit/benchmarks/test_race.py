@@ -191,6 +191,11 @@ def test_rows_count_only_with_their_rule_variants_times_and_held_out_samples(
 
     assert kept() == ["ormo", "local_sgd"]
     assert kept(most=100) == []
+    for key, gone in (("contender", "gone"), ("setting", "gone"), ("version", None)):
+        odd = {**results, "rows": [{**results["rows"][0], key: gone}, results["rows"][1]]}
+        assert [unit.contender for unit in counted(odd, replace=True)] == ["local_sgd"]
+        with pytest.raises(ConfigError, match="got 1 of 2 rows"):
+            counted(odd)
     changes: list[tuple[str, Any, list[str]]] = [
         ("rule_version", lambda rule: "new" if "algorithm=ormo" in rule else rule_version(rule), ["local_sgd"]),
         ("round_ends", lambda *_, **__: [1.0], ["ormo"]),

@@ -109,6 +109,16 @@ def test_ratios_are_over_the_seeds_that_both_have(results: Results) -> None:
     assert shown["of DDP, 87%"] == "0.5 (3 seeds of both)"
 
 
+def test_accuracies_are_compared_over_the_seeds_that_both_have(results: Results) -> None:
+    def ended(contender: str, *accuracies: int) -> dict[str, Any]:
+        runs = [{"seed": seed, "seconds": [9.0], "accuracy": [each]} for seed, each in enumerate(accuracies)]
+        return {**row(contender, validation=1.0), "runs": runs}
+
+    rows = [ended("ddp", 8000, 8100, 9000), ended("ormo", 8050, 8150)]
+    page = report.page(Results({**results.content, "rows": rows}))
+    assert "| one_slow | 4 | ormo: 81.00% ± 0.71% | 80.50% ± 0.71% | +0.50% | yes |" in page
+
+
 def test_the_page_has_rates_to_begin_with_as_a_user_types_them(results: Results) -> None:
     # Rates of means are 0.1; a rule that applies each gradient has the K-th part.
     page = report.page(results)

@@ -21,7 +21,7 @@ from experiments.reproduce_report import (
     unfinished,
     write,
 )
-from experiments.resumable import ResumableRun, alone
+from experiments.resumable import SETTINGS, ResumableRun, alone
 from ormo_rpc.composing import compose
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
@@ -165,6 +165,7 @@ def test_a_reproduction_goes_on_from_the_results_of_another_machine(asked: Names
     first, second = reproduce.planned(asked)
     found = reproduce.entries(asked)
     assert [found[each]["epochs_done"] for each in (first, second)] == [7.5, 15.0]
+    assert reproduce.hours({each: found[each] for each in (first, second)}, 3600.0) == 15, "it cannot go on here"
     assert unfinished([found[first]]) == ["paper_cifar10_k16_het, ormo, seed 0: 7.5 of 15 epochs, 60.00% at epoch 8"]
     # A run that was not finished there begins anew here, and is in the results where it is further.
     begin(first, epoch=0.5)
@@ -197,6 +198,12 @@ def test_runs_of_another_length_setting_or_rule_are_not_mixed_with_those_of_earl
     ):
         reproduce.entries(asked)
     asked.replace = True
+    assert len(rows_of(asked)) == 1, "the run is there, and is as it would be made now"
+    # A folder whose run was made otherwise does not count for the one that is asked for.
+    settings = reproduce.planned(asked)[0].run.folder / SETTINGS
+    settings.write_text(json.dumps([*reproduce.planned(asked)[0].overrides, "version=old"]))
+    with pytest.raises(ConfigError, match=r"ormo_seed0: got a run that differs in version=\w+, version=old, expected one with"):
+        reproduce.entries(asked)
     asked.work = asked.work / "elsewhere"
     assert rows_of(asked) == []
 
