@@ -73,7 +73,7 @@ def read_results(file: Path, keys: Collection[str]) -> dict[str, Any] | None:
 
 
 def write_results(file: Path, text: str) -> None:
-    """Replace results in one step: they may be the only ones."""
+    """Replace results in one step: they may be the only ones, and another process may write the same ones."""
     part = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         part.write_text(text, encoding="utf-8")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.common import write_results
 from ormo_rpc import train
 from ormo_rpc.errors import ConfigError, RunFailed
 from ormo_rpc.storage import checkpoint
@@ -59,7 +60,7 @@ class ResumableRun:
 
     @property
     def environment(self) -> dict[str, Any]:
-        """What its newest attempt ran with, by the header of its trace; this process's own where there is none."""
+        """Versions and processor of its newest attempt, by the header of its trace; of this process where there is none."""
         own = environment()
         for attempt in reversed(self.attempts):
             with contextlib.suppress(OSError, ValueError), (attempt / TRACE).open(encoding="utf-8") as trace:
@@ -117,9 +118,7 @@ class ResumableRun:
         file = self.folder / SETTINGS
         if not file.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
-            begun = file.with_suffix(".part")
-            begun.write_text(json.dumps(self._settings, indent=1) + "\n", encoding="utf-8")
-            begun.replace(file)
+            write_results(file, json.dumps(self._settings, indent=1) + "\n")
         self.check()
 
     def check(self) -> None:

@@ -16,11 +16,11 @@ from experiments.race.setup import SETTINGS, Setup
 from ormo_rpc.errors import ConfigError
 
 KEYS = ("targets", "target", "machines", "not_run", "rows")
-"""What results have beside `job_of`."""
+"""Keys of results beside those of `job_of`."""
 
 
 def job_of(setup: Setup, most: int | None = None) -> dict[str, Any]:
-    """What determines rows, but for the reported seeds, as JSON has it.
+    """All that determines rows but for the reported seeds, as JSON has it.
 
     Args:
         setup: The job.

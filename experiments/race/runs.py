@@ -8,7 +8,6 @@ import functools
 import hashlib
 import importlib
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from typing import ClassVar, cast
 import torch
 from typing_extensions import override
 
-from experiments.common import QUIET
+from experiments.common import QUIET, write_results
 from ormo_rpc import algorithms
 from ormo_rpc.algorithms import base, groups
 from ormo_rpc.composing import compose
@@ -132,9 +131,7 @@ class Store:
         record = self.simulate((*overrides, f"dataset.root={self.root}", *self.more), split)
         self.made += 1
         self.folder.mkdir(parents=True, exist_ok=True)
-        written = file.with_suffix(f".{os.getpid()}.part")
-        written.write_text(json.dumps({"key": key, "record": asdict(record)}))
-        written.replace(file)  # another process may make the same one: either is complete
+        write_results(file, json.dumps({"key": key, "record": asdict(record)}))
         return record
 
     def simulate(self, overrides: Sequence[str], split: str) -> Record:

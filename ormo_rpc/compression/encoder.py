@@ -48,7 +48,7 @@ class Encoder:
         payload: The same, as it is sent: values of the model's dtype where the format is exact, else bytes.
         push: Buffer for the push to encode, shape (length,), on the device; in `staged` where the format is exact.
         buffers: The buffers of the model among the bytes of `staged`, which the next push writes over as well.
-        metrics: The metrics among the bytes of `wire`, likewise; what was written stays until it is written over.
+        metrics: The metrics among the bytes of `wire`: what was written stays until it is written over.
     """
 
     def __init__(

@@ -51,7 +51,7 @@ class StaticModel:
         self._weights = self.params if self._order is None else torch.zeros_like(self.params)
         """The parameters as they lie in memory."""
         self._gradients = self.grad if self._order is None else torch.zeros_like(self.grad)
-        """Their gradients, likewise."""
+        """Their gradients as they lie in memory."""
         strides = [_strides(shape, last=self._order is not None) for shape in shapes]
         self._grad_views = _views(self._gradients, shapes, strides)
         self._casts: list[tuple[torch.Tensor, torch.Tensor]] = []

@@ -23,7 +23,7 @@ MAX_ROUNDS = 64
 class Verdict(IntEnum):
     """The decision of rank 0 at a meeting."""
 
-    go_on = 0
+    proceed = 0
     end = 1
     """Every ticket is done, or the run ends before its time."""
     interrupt = 2

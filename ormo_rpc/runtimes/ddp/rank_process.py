@@ -128,8 +128,8 @@ class RankProcess:
     def _train(self, trainer: Trainer, recording: Recording | None, progress: RankProgress) -> Decision:
         if recording is not None:
             recording.begin()
-        number, decision = 0, Decision(Verdict.go_on)
-        while decision.verdict is Verdict.go_on:
+        number, decision = 0, Decision(Verdict.proceed)
+        while decision.verdict is Verdict.proceed:
             computed: list[Computed] = []
             for _ in range(decision.rounds):
                 began = 0.0 if recording is None else recording.clock()
@@ -140,7 +140,7 @@ class RankProcess:
                     recording.timed(began)
             decision = meet(computed, self._signal, None if recording is None else recording.decide)
             if recording is not None:
-                recording.clock.go_on()
+                recording.clock.resume()
         return decision
 
 

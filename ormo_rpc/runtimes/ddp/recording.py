@@ -32,13 +32,13 @@ MEETING_SECONDS = 0.1
 
 
 class TrainingClock:
-    """Seconds of training: it stands still between `pause` and `go_on`."""
+    """Seconds of training: it stands still between `pause` and `resume`."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
         self._since: float | None = None
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Begin to count, or go on."""
         self._since = time.monotonic()
 
@@ -108,7 +108,7 @@ class Recording:
     def begin(self) -> None:
         """Note that the first round begins."""
         self._session.training_begins()
-        self.clock.go_on()
+        self.clock.resume()
 
     def timed(self, began: float) -> None:
         """Note the end of a round."""
@@ -147,7 +147,7 @@ class Recording:
         if reports.signal:
             self._status = {"status": "interrupted", "reason": Signals(reports.signal).name}
             return Decision(Verdict.interrupt, signal=reports.signal)
-        return Decision(Verdict.go_on, self._rounds_to_next(times))
+        return Decision(Verdict.proceed, self._rounds_to_next(times))
 
     def close(self) -> dict[str, Any]:
         """Write the last state and the summary; return the latter's content.
