@@ -1,17 +1,17 @@
 """Compare look-aheads of ordered momentum on convolution nets: ``python -m experiments.look_ahead_nets --root DIRECTORY``.
 
 Two jobs, simulated with K = 16 workers: ``cnn``, the small convolution net on Fashion-MNIST, 4 epochs; ``resnet20``, ResNet-20
-on 12,800 images of CIFAR-10, 12 epochs under bfloat16 autocast. Batches of 64, constant rate, momentum 0.9.
+on 12,800 images of CIFAR-10, 12 epochs. Batches of 64, constant rate, momentum 0.9.
 
 Tuning, clocks and what counts are those of the race (`experiments.race`): each rule is run with every rate of one grid with a
 seed of its own, and judged by the time to an accuracy on held-out samples; the seeds that are reported are evaluated on the
-test split. With ``--device cuda`` each gradient is one captured graph, on data that are on the GPU.
+test split. With ``--device cuda`` each gradient is one captured graph, on data that are on the GPU. The passes of ResNet-20 are
+computed under bfloat16 autocast; with ``--precision float32`` as `experiments.reproduce` says.
 
 Every finished run is kept under ``--work``, and not made again: a command that was ended goes on where it was. Earlier results
-(``--into``), perhaps of another machine, count as well, as in the race. ``--jobs`` rules are run at once, each in a process
-that makes their runs one after another. ``--seconds`` begins no run after this time. ``--report`` writes
-``look_ahead_nets.json`` and ``.md`` (``look_ahead_nets_cuda.*`` with ``--device cuda``) from what is finished, as does the end
-of each rule; what is not finished is left out, and named.
+(``--into``), perhaps of another machine, device or precision, count as well; the table says where each row was made. ``--jobs``
+rules are run at once, each in a process that makes their runs one after another. ``--seconds`` begins no run after this time.
+``--report`` writes ``look_ahead_nets.json`` and ``.md`` from what is finished, as the end of each rule does.
 """
 
 from __future__ import annotations
@@ -38,12 +38,14 @@ from experiments.race.report import shown
 from experiments.race.runs import Missing, Record, Store
 from experiments.race.setup import Setup
 from experiments.race.units import MOST_SEEDS, content, outcome
-from experiments.reproduce import ON_DEVICE
+from experiments.reproduce import ON_DEVICE, PRECISIONS
 from experiments.resumable import alone
 from ormo_rpc import devices
 from ormo_rpc.errors import ConfigError, one_line
 from ormo_rpc.report.table import as_markdown, spread
 
+NAME = "look_ahead_nets"
+"""The name of the results' files."""
 WORKERS = 16
 SETTINGS = ("exponential", "one_slow")
 RULES = ("ormo", "ormo_la", "ddp_nesterov", "smega2", "dana", "ddp", "m_sync_nesterov")
@@ -65,12 +67,14 @@ class Net:
         folder: The folder of its data, in that of the data sets.
         setup: Its job, as the race has them.
         most: Held-out samples by which a rate is chosen, at most; None for all.
+        large: Its passes take long, and have the precision that is asked for; those of others are plain float32.
         workers: K.
     """
 
     folder: str
     setup: Setup
     most: int | None = None
+    large: bool = False
     workers: int = WORKERS
 
 
@@ -91,7 +95,7 @@ NETS: Mapping[str, Net] = {
     "resnet20": Net(
         "cifar-10-batches-py",
         Setup(
-            job=("dataset=cifar10", "model=resnet20", "dataset.validation=37200", "worker.autocast=bf16"),
+            job=("dataset=cifar10", "model=resnet20", "dataset.validation=37200"),
             epochs=12,
             targets=(0.35, 0.4, 0.45),
             target=0.35,
@@ -100,6 +104,7 @@ NETS: Mapping[str, Net] = {
             tuning_seeds=(1000,),
         ),
         most=5000,
+        large=True,
     ),
 }
 
@@ -138,9 +143,10 @@ def planned(nets: Iterable[str], settings: Iterable[str] = SETTINGS, rules: Iter
 
 
 def setup_of(net: str, a: Namespace) -> Setup:
-    """The job of a net on the device that was asked for."""
-    setup = NETS[net].setup
-    return dataclasses.replace(setup, job=(*setup.job, *ON_DEVICE[a.device]), seeds=tuple(range(a.seeds)))
+    """The job of a net on the device and at the precision that were asked for."""
+    asked = NETS[net]
+    precision = PRECISIONS[a.precision][a.device] if asked.large else ()
+    return dataclasses.replace(asked.setup, where=(*precision, *ON_DEVICE[a.device]), seeds=tuple(range(a.seeds)))
 
 
 def store_of(net: str, a: Namespace, until: float | None) -> Store:
@@ -169,7 +175,7 @@ def earlier(a: Namespace) -> tuple[Earlier, list[Mapping[str, Any]]]:
     Raises:
         ConfigError: they cannot be read, or some of them do not count.
     """
-    file = a.into / f"{name_of(a)}.json"
+    file = a.into / f"{NAME}.json"
     results = common.read_results(file, ("environments", "nets"))
     if results is None:
         return {}, []
@@ -228,12 +234,12 @@ def write(a: Namespace) -> None:
         units = [each.unit for each in planned([net])]
         nets[net] = content(units, setup_of(net, a), store_of(net, a, None), before.get(net, {}))
     found = {"environments": [*machines, *(each for each in here if each not in machines)], "nets": nets}
-    common.write_results(a.into / f"{name_of(a)}.json", common.row_by_row(found))
-    common.write_results(a.into / f"{name_of(a)}.md", page(found, a.device))
+    common.write_results(a.into / f"{NAME}.json", common.row_by_row(found))
+    common.write_results(a.into / f"{NAME}.md", page(found))
 
 
-def page(found: Mapping[str, Any], device: str) -> str:
-    """The page of the results of a device."""
+def page(found: Mapping[str, Any]) -> str:
+    """The page of the results."""
     parts = ["# Look-ahead on convolution nets"]
     for net, each in found["nets"].items():
         results = Results(each)
@@ -244,11 +250,7 @@ def page(found: Mapping[str, Any], device: str) -> str:
         missing = [f"{CONTENDERS[name].label} ({setting})" for setting, _, name in each["not_run"]]
         if missing:
             parts.append(f"Not finished, and left out: {', '.join(missing)}.")
-    machines = sorted({machine for each in found["nets"].values() for machine in each["machines"]})
-    if machines:
-        parts.append(f"The runs were made with {'; '.join(machines)}.")
-    if device == "cuda":
-        parts += [f"{reproduce_report.machine_in_words(each)}." for each in found["environments"]]
+    parts += dict.fromkeys(f"{reproduce_report.machine_in_words(each)}." for each in found["environments"])
     return "\n\n".join(parts) + "\n"
 
 
@@ -277,7 +279,7 @@ def table(results: Results, setting: str, workers: int) -> list[tuple[str, ...]]
             *("rule", "rate", "rates tried"),
             *(f"s to {each:.0%}" for each in targets),
             *(f"of {CONTENDERS[rival].label}, {target:.0%}" for rival in RIVALS),
-            *("accuracy in the end", "seconds in all"),
+            *("accuracy in the end", "seconds in all", "made with"),
         )
     ]
     for name in sorted(cell, key=[*CONTENDERS].index):
@@ -290,6 +292,7 @@ def table(results: Results, setting: str, workers: int) -> list[tuple[str, ...]]
                 *(shown(results.ratio(row, cell.get(rival), target)) for rival in RIVALS),
                 spread(results.last(row), ".2%"),
                 spread([run["seconds"][-1] for run in row["runs"] if run["seconds"]], ".1f"),
+                "; ".join(row["machines"]),
             )
         )
     return found
@@ -319,6 +322,9 @@ def arguments(argv: Sequence[str] | None = None) -> Namespace:
     parser.add_argument("--rules", nargs="+", choices=RULES, default=RULES, metavar="RULE")
     parser.add_argument("--seeds", type=common.at_least_one, default=3, metavar="N", help="reported seeds, by default 3")
     parser.add_argument("--device", choices=tuple(ON_DEVICE), default="cpu", help="device of data, workers and server")
+    parser.add_argument(
+        "--precision", choices=tuple(PRECISIONS), default="bf16", help="precision of the passes of resnet20, by default bf16"
+    )
     parser.add_argument("--jobs", type=common.at_least_one, default=1, help="rules that are run at once")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no run after this time")
     parser.add_argument("--replace", action="store_true", help="leave rows out of the results whose job or rule has changed")
@@ -326,13 +332,8 @@ def arguments(argv: Sequence[str] | None = None) -> Namespace:
     a = parser.parse_args(argv)
     if a.seeds > MOST_SEEDS:
         parser.error(f"argument --seeds: got {a.seeds}, expected at most {MOST_SEEDS}")
-    a.work = a.work or Path("outputs") / name_of(a).replace("_", "-")
+    a.work = a.work or Path("outputs") / NAME.replace("_", "-")
     return a
-
-
-def name_of(a: Namespace) -> str:
-    """The name of the results' files, which says the device."""
-    return "look_ahead_nets" if a.device == "cpu" else f"look_ahead_nets_{a.device}"
 
 
 def main() -> None:
@@ -350,7 +351,7 @@ def main() -> None:
     except ConfigError as error:
         print(f"experiments.look_ahead_nets: {error}", file=sys.stderr)
         sys.exit(2)
-    print((a.into / f"{name_of(a)}.md").read_text())
+    print((a.into / f"{NAME}.md").read_text())
     if failed:
         print("\n".join(f"experiments.look_ahead_nets: {line}" for line in failed), file=sys.stderr)
         sys.exit(1)

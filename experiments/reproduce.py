@@ -7,6 +7,10 @@ K = 16 and 64, all 160 epochs, 3 seeds; refused where it would take longer than 
 With ``--device cuda`` data, workers and server are on a GPU and each gradient is one captured graph, under the same autocast;
 the results then have ``cuda`` in their names. ``--jobs`` runs share the device, each in a process of its own.
 
+Passes are computed under bfloat16 autocast; with ``--precision float32`` in float32, on a CPU compiled by Inductor, which takes
+two thirds of the time on processors that gain nothing from bfloat16. Runs that have been finished at either precision are not
+made again; the table tells them apart.
+
 Every run has a folder under ``--work``, with checkpoints: a command that was killed goes on where it was when it is started
 again, and finished runs are kept. So are those of earlier results (``--into``), perhaps of another machine; where their setting
 or a rule has changed since, the command says so, and leaves them out with ``--replace``. The first runs are the comparison of
@@ -28,7 +32,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -68,6 +72,13 @@ ON_DEVICE = {
     ),
 }
 """Further overrides of the runs, by device."""
+PRECISIONS = {
+    "bf16": {"cpu": ("worker.autocast=bf16",), "cuda": ("worker.autocast=bf16",)},
+    "float32": {"cpu": ("worker.compile=inductor",), "cuda": ()},
+}
+"""Overrides of the runs, by precision of the passes and device."""
+DETERMINED = ("experiment", "method", "seed", "epochs", "precision")
+"""What determines a run beside the device, in `Planned` and in the results."""
 TIMED_GRADIENTS = 8
 EVALUATION = 1 / 3
 """The cost of evaluating a sample, in that of its gradient: the forward pass alone."""
@@ -75,7 +86,7 @@ EVALUATION = 1 / 3
 
 @dataclass(frozen=True)
 class Planned:
-    """One run of the plan.
+    """One run of the plan; at either precision it is the same one, as one of them is enough.
 
     Attributes:
         experiment: The name of its file in ``conf/experiment``.
@@ -84,6 +95,7 @@ class Planned:
         epochs: Its length.
         work: The folder of all runs.
         device: The device of data, workers and server.
+        precision: That of its passes, one of `PRECISIONS`.
     """
 
     experiment: str
@@ -92,6 +104,7 @@ class Planned:
     epochs: int
     work: Path
     device: str = "cpu"
+    precision: str = field(default="bf16", compare=False)
 
     @property
     def lr(self) -> float:
@@ -107,7 +120,8 @@ class Planned:
             *(*common.SIMULATED, f"experiment={self.experiment}", f"algorithm={algorithm}", f"scheduler={scheduler}"),
             *(f"train.epochs={self.epochs}", f"train.warmup_epochs={WARMUP * scale:g}"),
             f"train.lr_milestones=[{','.join(f'{epoch * scale:g}' for epoch in MILESTONES)}]",
-            *(f"train.lr={self.lr}", f"seed={self.seed}", "worker.autocast=bf16", *ON_DEVICE[self.device]),
+            *(f"train.lr={self.lr}", f"seed={self.seed}"),
+            *(*PRECISIONS[self.precision][self.device], *ON_DEVICE[self.device]),
         )
 
     @property
@@ -120,7 +134,8 @@ class Planned:
     @property
     def run(self) -> ResumableRun:
         """Its run."""
-        return ResumableRun(self.work / self.experiment / f"{self.method}_seed{self.seed}", self.overrides, self.version)
+        name = "_".join([self.method, f"seed{self.seed}", *([self.precision] if self.precision != "bf16" else [])])
+        return ResumableRun(self.work / self.experiment / name, self.overrides, self.version)
 
 
 def planned(a: Namespace) -> list[Planned]:
@@ -130,7 +145,7 @@ def planned(a: Namespace) -> list[Planned]:
     experiments = [f"paper_{data}_k{k}_{setting}" for data in datasets for k in numbers for setting in a.settings]
     epochs = a.epochs or default_epochs(a)
     return [
-        Planned(experiment, method, seed, epochs, a.work, a.device)
+        Planned(experiment, method, seed, epochs, a.work, a.device, a.precision)
         for seed in a.seeds or ((0, 1, 2) if a.full else (0, 1))
         for experiment in experiments
         for method in a.methods
@@ -140,7 +155,7 @@ def planned(a: Namespace) -> list[Planned]:
 def entries(a: Namespace) -> dict[Planned, Entry]:
     """All runs in the results: those of the whole plan, those that are asked for, and those of earlier results.
 
-    Each is the one that is further, here or in earlier results.
+    Each is the one that is further, here or in earlier results, at the precision that is asked for or at another one.
 
     Raises:
         ConfigError: earlier results cannot be read, or some of them, or a folder of a run, were made otherwise.
@@ -148,7 +163,7 @@ def entries(a: Namespace) -> dict[Planned, Entry]:
     file = Path(a.into) / f"{reproduce_report.name_of(a)}.json"
     results = common.read_results(file, ("departures", "runs")) or {"runs": ()}
     before = {
-        Planned(each["experiment"], each["method"], each["seed"], each["epochs"], a.work, a.device): each
+        Planned(work=a.work, device=a.device, **{key: each[key] for key in DETERMINED}): each
         for each in results["runs"]
         if each["finished"] or each["epochs_done"]
     }
@@ -164,8 +179,9 @@ def entries(a: Namespace) -> dict[Planned, Entry]:
     found = dict[Planned, Entry]()
     counted = {each: entry for each, entry in before.items() if each not in changed}
     for each in dict.fromkeys([*everything, *planned(a), *counted]):
-        here, earlier = reproduce_report.entry(each, a), counted.get(each)
-        found[each] = here if earlier is None or _progress(here) > _progress(earlier) else earlier
+        precisions = sorted(PRECISIONS, key=a.precision.__ne__)
+        here = [reproduce_report.entry(replace(each, precision=precision), a) for precision in precisions]
+        found[each] = max([*([counted[each]] if each in counted else []), *here], key=_progress)
     return found
 
 
@@ -248,6 +264,7 @@ def arguments(argv: Sequence[str] | None = None) -> Namespace:
     parser.add_argument("--workers", type=int, nargs="+", choices=(16, 64), metavar="K")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS, metavar="SETTING")
     parser.add_argument("--device", choices=tuple(ON_DEVICE), default="cpu", help="device of data, workers and server")
+    parser.add_argument("--precision", choices=tuple(PRECISIONS), default="bf16", help="precision of the passes")
     parser.add_argument("--jobs", type=common.at_least_one, default=1, help="runs at once")
     parser.add_argument("--seconds", type=float, default=math.inf, help="interrupt what runs after this time")
     a = parser.parse_args(argv)

@@ -33,7 +33,6 @@ EPOCHS = 15
 """The length without ``--full``."""
 DEPARTURES = (
     "The clock is virtual: an undisturbed gradient takes 0.1 s, and the network nothing.",
-    "Passes are computed under bfloat16 autocast; parameters, momentum and gradients are float32.",
     "Learning rates are ours and not tuned: each gradient moves the parameters by the same amount in all, `eta` without "
     "momentum and `eta / (1 - beta)` with it.",
     "The slow workers of `het` are reconstructed: a sixteenth of the workers, ten times slower.",
@@ -96,7 +95,7 @@ def entry(each: Planned, a: Namespace) -> dict[str, Any]:
     run.check()
     summary, rows = run.summary, run.rows()
     evaluated = [row for row in rows if row.get("test_accuracy") is not None]
-    found = {key: getattr(each, key) for key in ("experiment", "method", "seed", "lr", "epochs", "version")}
+    found = {key: getattr(each, key) for key in ("experiment", "method", "seed", "lr", "epochs", "precision", "version")}
     found |= {"finished": summary is not None, "epochs_done": epochs_done(rows)}
     if rows:
         ran_with = run.environment if a.device == "cpu" else machine_of(a)
@@ -107,6 +106,11 @@ def entry(each: Planned, a: Namespace) -> dict[str, Any]:
             found["wall_seconds"] = None  # that of an attempt that was interrupted may be lost
     columns = {"epoch": "epoch", "virtual_seconds": "seconds", "value": "test_accuracy"}
     return {**found, "test_accuracy_at": {name: [row[key] for row in evaluated] for name, key in columns.items()}}
+
+
+def begun(entries: Iterable[Entry]) -> list[Entry]:
+    """The runs that are finished or have evaluations."""
+    return [each for each in entries if each["finished"] or each["epochs_done"]]
 
 
 def grouped(entries: Iterable[Entry]) -> dict[tuple[str, str], list[Entry]]:
@@ -124,6 +128,7 @@ def table(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
             "setting",
             "method",
             "lr",
+            "precision",
             "seeds finished",
             "diverged",
             "test accuracy",
@@ -140,7 +145,8 @@ def table(entries: Sequence[Entry]) -> list[tuple[str, ...]]:
         completed = [each for each in ended if each["status"] == "completed"]
         rows.append(
             (
-                *(experiment, method, f"{ended[0]['lr']:g}", f"{len(ended)} of {len(runs)}", common.not_completed(ended)),
+                *(experiment, method, f"{ended[0]['lr']:g}", ", ".join(dict.fromkeys(each["precision"] for each in ended))),
+                *(f"{len(ended)} of {len(runs)}", common.not_completed(ended)),
                 *(
                     spread([each[key] for each in completed], form)
                     for key, form in (
@@ -205,6 +211,8 @@ def picture(entries: Sequence[Entry]) -> Figure:
 def departures(entries: Sequence[Entry]) -> list[str]:
     """Return the differences from the paper's setting, a sentence each."""
     found = [*DEPARTURES]
+    if any(each["precision"] == "bf16" for each in begun(entries)):
+        found.insert(1, "Passes at precision `bf16` are computed under bfloat16 autocast; all else is float32.")
     if any(each.get("repackaged") for each in entries):
         found.append("The files of the data set are a repackaged copy.")
     if any(each["epochs"] != ALL_EPOCHS for each in entries):
@@ -233,8 +241,9 @@ def write(entries: Sequence[Entry], a: Namespace) -> None:
     ]
     if left:
         parts += ["## Not finished", "\n".join(f"* {line}" for line in left)]
-    begun = [each for each in entries if each["finished"] or each["epochs_done"]]
-    common.write_results(folder / f"{name}.json", json.dumps({"departures": differing, "runs": begun}, indent=1) + "\n")
+    common.write_results(
+        folder / f"{name}.json", json.dumps({"departures": differing, "runs": begun(entries)}, indent=1) + "\n"
+    )
     common.write_results(folder / f"{name}.md", "\n\n".join(parts) + "\n")
     picture(entries).savefig(folder / f"{name}.png", dpi=110)
     print(f"{as_markdown(rows)}\n{finished}")

@@ -123,7 +123,8 @@ def record(
     every = variant.between(setup.every) // variant.steps
     heterogeneity = setting if variant.clock is None else "none"
     overrides = [
-        *(*setup.job, f"train.epochs={setup.epochs}", f"train.batch_size={setup.batch_size}", f"evaluate.every={every}"),
+        *(*setup.job, *setup.where, f"train.epochs={setup.epochs}"),
+        *(f"train.batch_size={setup.batch_size}", f"evaluate.every={every}"),
         *(*variant.overrides, f"workers={variant.members}", f"heterogeneity={heterogeneity}"),
         *(f"train.lr={rate / variant.divisor:.8g}", f"seed={seed}"),
     ]

@@ -34,6 +34,7 @@ from ormo_rpc.runtimes.temporary import temporary_folder
 from ormo_rpc.storage.environment import arithmetic
 from ormo_rpc.storage.run_directory import read_metrics
 from ormo_rpc.worker.evaluation import Evaluator
+from ormo_rpc.worker.options import Autocast, WorkerOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class Record:
         seconds: Virtual time of each evaluation.
         accuracy: The accuracy on the split of the run, at each evaluation.
         cpu_seconds: Processor time that the run took.
-        machine: The torch and the processor that it was made with.
+        machine: The torch and the processor that it was made with, and the precision of passes where it is not the default.
     """
 
     status: str
@@ -178,14 +179,19 @@ def simulate(overrides: Sequence[str], split: str, most: int | None = None) -> R
         seconds=[row["seconds"] for row in rows],
         accuracy=[row["test_accuracy"] for row in rows],
         cpu_seconds=time.process_time() - began,
-        machine=machine(job.device(0)),
+        machine=machine(job.device(0), config.worker),
     )
 
 
-def machine(device: torch.device) -> str:
-    """Torch, and the processor or the GPU of workers, in words."""
+def machine(device: torch.device, worker: WorkerOptions) -> str:
+    """Torch, the processor or the GPU of workers, and how their passes differ from plain float32, in words."""
     here = arithmetic()
-    return f"torch {here['torch']}, {here['cpu'] if device.type == 'cpu' else torch.cuda.get_device_name(device)}"
+    words = [f"torch {here['torch']}", here["cpu"] if device.type == "cpu" else torch.cuda.get_device_name(device)]
+    if worker.autocast is not Autocast.none:
+        words.append(f"autocast {worker.autocast.value}")
+    if worker.compile is not None:
+        words.append(f"compiled by {worker.compile}")
+    return ", ".join(words)
 
 
 class OneSplitJob(Job):

@@ -40,6 +40,7 @@ class Setup:
 
     Attributes:
         job: Overrides of the data set, the model and the held-out samples.
+        where: Overrides of the device and the precision of passes: a row says them, and those of others count as well.
         momenta: Momentum coefficients; where there are several, each makes a variant of its own of every variant.
         epochs: Length of a run.
         batch_size: Samples of a gradient.
@@ -55,6 +56,7 @@ class Setup:
     """
 
     job: tuple[str, ...] = ("dataset=fashion_mnist", "model=mlp", "dataset.validation=0.1")
+    where: tuple[str, ...] = ()
     momenta: tuple[float, ...] = (DEFAULT_MOMENTUM,)
     epochs: int = 8
     batch_size: int = 64

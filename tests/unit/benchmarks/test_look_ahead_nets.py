@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from experiments import look_ahead_nets
-from experiments.look_ahead_nets import Net, arguments, name_of, page, planned, setup_of, work_through, write
+from experiments.look_ahead_nets import Net, arguments, page, planned, setup_of, work_through, write
 from experiments.race.runs import QUIET, machine
 from experiments.race.setup import Setup
 from ormo_rpc.composing import compose
 from ormo_rpc.report.table import MISSING
+from ormo_rpc.worker.options import Autocast, WorkerOptions
 from tests.support.processes import PATIENCE_SECONDS, gone, wait_until
 from tests.support.race import DIGITS
 
@@ -39,6 +40,7 @@ TINY = Net(
         tuning_seeds=(1000,),
     ),
     most=100,
+    large=True,
     workers=4,
 )
 
@@ -54,16 +56,28 @@ def test_what_must_not_be_missing_is_run_first() -> None:
     assert {each.unit.contender for each in plan[-4:]} == {"m_sync_nesterov"}
 
 
-def test_runs_are_on_the_device_that_was_asked_for() -> None:
+def workers_of(net: str, *words: str) -> WorkerOptions:
+    """The options of the workers of a net's runs."""
+    setup = setup_of(net, arguments(words))
+    return compose((*QUIET, *setup.job, *setup.where)).worker
+
+
+def test_runs_are_on_the_device_and_at_the_precision_that_were_asked_for() -> None:
     for device in ("cpu", "cuda"):
-        config = compose((*QUIET, *setup_of("resnet20", arguments(["--device", device])).job))
-        assert (config.worker.device, config.server.device, config.worker.cuda_graph) == (device, device, device == "cuda")
+        found = workers_of("resnet20", "--device", device)
+        assert (found.device, found.cuda_graph, found.autocast.value) == (device, device == "cuda", "bf16")
+    precise = workers_of("resnet20", "--precision", "float32")
+    assert (precise.autocast.value, precise.compile) == ("none", "inductor")
+    assert workers_of("cnn", "--precision", "float32") == workers_of("cnn"), "a small net is always computed in plain float32"
 
 
-def test_runs_and_results_of_a_gpu_have_names_of_their_own() -> None:
-    found = {device: arguments(["--device", device]) for device in ("cpu", "cuda")}
-    assert [name_of(a) for a in found.values()] == ["look_ahead_nets", "look_ahead_nets_cuda"]
-    assert [str(a.work) for a in found.values()] == ["outputs/look-ahead-nets", "outputs/look-ahead-nets-cuda"]
+def test_where_a_row_was_made_says_how_its_passes_differ_from_plain_float32() -> None:
+    plain, reduced, compiled = (
+        machine(torch.device("cpu"), workers_of(net, "--precision", precision))
+        for net, precision in (("cnn", "bf16"), ("resnet20", "bf16"), ("resnet20", "float32"))
+    )
+    assert reduced == f"{plain}, autocast bf16"
+    assert compiled == f"{plain}, compiled by inductor"
 
 
 @pytest.mark.live
@@ -102,7 +116,7 @@ def test_rules_are_tuned_run_and_reported_and_what_is_not_finished_is_named(
 ) -> None:
     monkeypatch.setattr(look_ahead_nets, "NETS", {"tiny": TINY})
     words = ("--nets", "tiny", "--settings", "exponential", "--rules", "ormo", "ormo_la", "ddp_nesterov", "--jobs", "2")
-    a = arguments([*words, "--work", str(tmp_path / "work"), "--into", str(tmp_path), "--seeds", "1"])
+    a = arguments([*words, "--device", "cpu", "--work", str(tmp_path / "work"), "--into", str(tmp_path), "--seeds", "1"])
     plan = planned(a.nets, a.settings, a.rules)
     assert work_through(plan[:2], a) == []
     runs = {file.name for file in a.work.iterdir()}
@@ -110,8 +124,8 @@ def test_rules_are_tuned_run_and_reported_and_what_is_not_finished_is_named(
     write(a)
     found = json.loads((tmp_path / "look_ahead_nets.json").read_text())
     told = (tmp_path / "look_ahead_nets.md").read_text()
-    assert told == page(found, "cpu")
-    assert told.endswith(f"The runs were made with {machine(torch.device('cpu'))}.\n")
+    assert told == page(found)
+    assert told.count(f"| {machine(torch.device('cpu'), WorkerOptions(autocast=Autocast.bf16))} |") == 2
     assert [row["contender"] for row in found["nets"]["tiny"]["rows"]] == ["ormo", "ormo_la"]
     ormo = next(line for line in told.splitlines() if line.startswith("| ormo |"))
     assert ormo.split(" | ")[5:7] == ["1", MISSING]  # of its own time, and of that of a rule that is missing
@@ -122,7 +136,7 @@ def test_rules_are_tuned_run_and_reported_and_what_is_not_finished_is_named(
     assert {file.name for file in a.work.iterdir()} == runs
     assert json.loads((tmp_path / "look_ahead_nets.json").read_text()) == found
     # On another machine, which has the results alone, nothing is lost and nothing made again.
-    a.work, a.seconds = tmp_path / "elsewhere", math.inf
+    a.work, a.seconds, a.precision = tmp_path / "elsewhere", math.inf, "float32"
     assert work_through(plan[:2], a) == []
     assert [*a.work.glob("*.json")] == []
     assert json.loads((tmp_path / "look_ahead_nets.json").read_text()) == found

@@ -143,7 +143,7 @@ def rows_of(a: Namespace) -> list[tuple[str, ...]]:
 def test_results_are_of_finished_runs_and_name_the_others(asked: Namespace) -> None:
     first = reproduce.planned(asked)[0]
     finish(first)
-    expected = ("paper_cifar10_k16_het", "ormo", "0.01", "1 of 2", "0 of 1", "87.50%", "0.500", "90", "15.0", "2.5")
+    expected = ("paper_cifar10_k16_het", "ormo", "0.01", "bf16", "1 of 2", "0 of 1", "87.50%", "0.500", "90", "15.0", "2.5")
     assert rows_of(asked) == [expected]
     assert unfinished(reproduce.entries(asked).values()) == [
         "paper_cifar10_k16_het, not begun: ssgdm, asgd, naive, shifted, smega2, ormo_da (seeds 0, 1); ormo (seed 1)",
@@ -174,12 +174,33 @@ def test_a_reproduction_goes_on_from_the_results_of_another_machine(asked: Names
     asked.methods = ["naive"]  # what is not asked for is not lost
     write([*reproduce.entries(asked).values()], asked)
     page = (tmp_path / "results" / "reproduce.md").read_text()
-    assert "| paper_cifar10_k16_het | ormo | 0.01 | 2 of 2 | 0 of 2 | 68.75% ± 26.52% |" in page
+    assert "| paper_cifar10_k16_het | ormo | 0.01 | bf16 | 2 of 2 | 0 of 2 | 68.75% ± 26.52% |" in page
     assert "2 of 28 runs are finished" in page
     here = environment()["cpu"]
     assert f"{here}, 1 thread, channels last.\n\ntorch {environment()['torch']}, another, 1 thread, channels last." in page
     results = json.loads((tmp_path / "results" / "reproduce.json").read_text())
     assert [each["environment"]["commit"] for each in results["runs"]] == [environment()["commit"], "that of the run"]
+
+
+def test_a_run_that_is_finished_at_another_precision_is_not_made_again(asked: Namespace, tmp_path: Path) -> None:
+    bf16 = reproduce.planned(asked)
+    finish(bf16[0])
+    begin(bf16[1], epoch=7.5)
+    asked.precision = "float32"
+    first, second = reproduce.planned(asked)
+    assert first.run.folder != bf16[0].run.folder
+    assert first.version != bf16[0].version
+    assert {"worker.autocast=bf16", "worker.compile=inductor"} == {*first.overrides} ^ {*bf16[0].overrides}
+    found = reproduce.entries(asked)
+    assert reproduce.left({each: found[each] for each in (first, second)}) == [second]
+    assert reproduce.hours({second: found[second]}, 3600.0) == 15, "a run does not go on at another precision"
+    finish(second, test_accuracy=0.5)
+    for _ in range(2):  # the second time from the results alone
+        write([*reproduce.entries(asked).values()], asked)
+        page = (tmp_path / "results" / "reproduce.md").read_text()
+        assert "| paper_cifar10_k16_het | ormo | 0.01 | bf16, float32 | 2 of 2 | 0 of 2 | 68.75% ± 26.52% |" in page
+        assert "* Passes at precision `bf16` are computed under bfloat16 autocast" in page
+        asked.work, asked.precision = tmp_path / "elsewhere", "bf16"
 
 
 def test_runs_of_another_length_setting_or_rule_are_not_mixed_with_those_of_earlier_results(asked: Namespace) -> None:
