@@ -224,6 +224,14 @@ def _asynchronous(*rule: str) -> Callable[[int], tuple[Variant, ...]]:
     return lambda workers: (Variant(overrides=rule, members=workers, divisor=workers),)
 
 
+def _partial(*rule: str) -> Callable[[int], tuple[Variant, ...]]:
+    """A rule that applies each gradient as it comes, and answers k workers together, from all but one to a quarter."""
+    return lambda workers: tuple(
+        Variant(name=f"k = {k}", overrides=(*rule, "scheduler=partial", f"scheduler.k={k}"), members=workers, divisor=workers)
+        for k in sorted({workers - 1, workers // 2, workers // 4}, reverse=True)
+    )
+
+
 CONTENDERS: dict[str, Contender] = {
     "ddp": Contender(label="DDP", variants=_ddp()),
     "ddp_nesterov": Contender(label="DDP, Nesterov", variants=_ddp(nesterov=True)),
@@ -236,6 +244,7 @@ CONTENDERS: dict[str, Contender] = {
     "ormo": Contender(label="ormo", variants=_asynchronous("algorithm=ormo")),
     "ormo_da": Contender(label="ormo_da", variants=_asynchronous("algorithm=ormo_da")),
     "ormo_la": Contender(label="ormo_la", variants=_asynchronous("algorithm=ormo_la")),
+    "ormo_la_partial": Contender(label="ormo_la, partial", variants=_partial("algorithm=ormo_la")),
     "ormo_la_da": Contender(label="ormo_la_da", variants=_asynchronous("algorithm=ormo_la_da")),
     "smega2": Contender(label="smega2", variants=_asynchronous("algorithm=smega2")),
     "dana": Contender(label="dana", variants=_asynchronous("algorithm=dana")),
@@ -243,4 +252,4 @@ CONTENDERS: dict[str, Contender] = {
 """Contenders in the order of the tables."""
 FIRST = ("ddp", "ormo", "ormo_la", "m_sync", "m_sync_cancel", "ddp_nesterov", "ddp_proportional", "local_sgd", "smega2")
 """Those that are run first, in this order."""
-ASYNCHRONOUS = ("ormo", "ormo_da", "ormo_la", "ormo_la_da", "smega2", "dana")
+ASYNCHRONOUS = ("ormo", "ormo_da", "ormo_la", "ormo_la_partial", "ormo_la_da", "smega2", "dana")

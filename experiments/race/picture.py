@@ -25,6 +25,7 @@ SHOWN: Sequence[tuple[str, str]] = (
     ("local SGD or DiLoCo", "#56b4e9"),
     ("ormo", "#7fbf7b"),
     ("ormo_la", "#1b7837"),
+    ("ormo_la_partial", "#762a83"),
 )
 """The contenders that are drawn, and their colours."""
 IDEAL = "#d62728"
@@ -78,7 +79,7 @@ def _label(name: str) -> str:
 def _ratios(axes: Axes, results: Results, workers: int) -> None:
     """Bars of the time to the target over DDP's; a cross where it is not reached, a line at the ideal from the speeds."""
     settings = [setting for setting in SETTINGS if "ddp" in results.cell(setting, workers)]
-    width = 0.8 / len(SHOWN)
+    width, lowest = 0.8 / len(SHOWN), 0.1
     for number, (name, colour) in enumerate(SHOWN):
         places = [place + width * (number - (len(SHOWN) - 1) / 2) for place in range(len(settings))]
         ratios = [
@@ -87,6 +88,7 @@ def _ratios(axes: Axes, results: Results, workers: int) -> None:
         ]
         reached = [ratio if math.isfinite(ratio) else math.nan for ratio in ratios]
         axes.bar(places, reached, width=0.92 * width, color=colour)
+        lowest = min([lowest, *filter(math.isfinite, ratios)])
         missed = [place for place, ratio in zip(places, ratios, strict=True) if math.isinf(ratio)]
         axes.plot(missed, [1.0] * len(missed), "x", color=colour)
     for place, setting in enumerate(settings):
@@ -94,7 +96,7 @@ def _ratios(axes: Axes, results: Results, workers: int) -> None:
     axes.set_yscale("log")
     axes.set_yticks([0.1, 0.2, 0.5, 1.0, 1.5], ["0.1", "0.2", "0.5", "1", "1.5"])
     axes.minorticks_off()
-    axes.set_ylim(bottom=0.08)
+    axes.set_ylim(bottom=0.8 * lowest)
     axes.axhline(1.0, color="#333333", lw=0.6)
     axes.set_xticks(range(len(settings)), [SHORT[setting] for setting in settings], fontsize="small")
     axes.set_ylabel(f"time to {results.target:.0%} over DDP's")
