@@ -11,7 +11,8 @@ computed under bfloat16 autocast; with ``--precision float32`` as `experiments.r
 Every finished run is kept under ``--work``, and not made again: a command that was ended goes on where it was. Earlier results
 (``--into``), perhaps of another machine, device or precision, count as well; the table says where each row was made. ``--jobs``
 rules are run at once, each in a process that makes their runs one after another. ``--seconds`` begins no run after this time.
-``--report`` writes ``look_ahead_nets.json`` and ``.md`` from what is finished, as the end of each rule does.
+``--report`` writes ``look_ahead_nets.json`` and ``.md`` from earlier results and the finished runs of its ``--device`` and
+``--precision``, as the end of each rule does.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Net:
         folder: The folder of its data, in that of the data sets.
         setup: Its job, as the race has them.
         most: Held-out samples by which a rate is chosen, at most; None for all.
-        large: Its passes take long, and have the precision that is asked for; those of others are plain float32.
+        large: Its passes take long: ``--precision`` is for them. Those of others are plain float32.
         workers: K.
     """
 
@@ -316,7 +317,9 @@ def arguments(argv: Sequence[str] | None = None) -> Namespace:
         help="folders, one of which holds FashionMNIST/raw, one cifar-10-batches-py",
     )
     parser.add_argument("--repackaged", action="store_true", help="take files that differ from the original ones")
-    parser.add_argument("--work", type=Path, metavar="DIRECTORY", help="folder of the finished runs; by default in outputs/")
+    parser.add_argument(
+        "--work", type=Path, metavar="DIRECTORY", help="folder of the finished runs, of one device; by default in outputs/"
+    )
     parser.add_argument("--nets", nargs="+", choices=NETS, default=[*NETS], metavar="NAME")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS, metavar="SETTING")
     parser.add_argument("--rules", nargs="+", choices=RULES, default=RULES, metavar="RULE")
@@ -332,7 +335,7 @@ def arguments(argv: Sequence[str] | None = None) -> Namespace:
     a = parser.parse_args(argv)
     if a.seeds > MOST_SEEDS:
         parser.error(f"argument --seeds: got {a.seeds}, expected at most {MOST_SEEDS}")
-    a.work = a.work or Path("outputs") / NAME.replace("_", "-")
+    a.work = a.work or Path("outputs") / "-".join([*NAME.split("_"), *([a.device] if a.device != "cpu" else [])])
     return a
 
 

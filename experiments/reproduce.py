@@ -7,9 +7,9 @@ K = 16 and 64, all 160 epochs, 3 seeds; refused where it would take longer than 
 With ``--device cuda`` data, workers and server are on a GPU and each gradient is one captured graph, under the same autocast;
 the results then have ``cuda`` in their names. ``--jobs`` runs share the device, each in a process of its own.
 
-Passes are computed under bfloat16 autocast; with ``--precision float32`` in float32, on a CPU compiled by Inductor, which takes
-two thirds of the time on processors that gain nothing from bfloat16. Runs that have been finished at either precision are not
-made again; the table tells them apart.
+Passes are computed under bfloat16 autocast; with ``--precision float32`` in float32, on a CPU compiled by Inductor, for those
+that gain nothing from bfloat16. A run that is finished at either precision is not made again; a row of the table names the
+precisions of its runs.
 
 Every run has a folder under ``--work``, with checkpoints: a command that was killed goes on where it was when it is started
 again, and finished runs are kept. So are those of earlier results (``--into``), perhaps of another machine; where their setting
@@ -78,7 +78,7 @@ PRECISIONS = {
 }
 """Overrides of the runs, by precision of the passes and device."""
 DETERMINED = ("experiment", "method", "seed", "epochs", "precision")
-"""What determines a run beside the device, in `Planned` and in the results."""
+"""Keys of a run, in `Planned` and in the results."""
 TIMED_GRADIENTS = 8
 EVALUATION = 1 / 3
 """The cost of evaluating a sample, in that of its gradient: the forward pass alone."""
@@ -86,7 +86,7 @@ EVALUATION = 1 / 3
 
 @dataclass(frozen=True)
 class Planned:
-    """One run of the plan; at either precision it is the same one, as one of them is enough.
+    """One run of the plan. Runs that differ in precision alone are equal: one of them is enough.
 
     Attributes:
         experiment: The name of its file in ``conf/experiment``.
@@ -164,7 +164,7 @@ def entries(a: Namespace) -> dict[Planned, Entry]:
     results = common.read_results(file, ("departures", "runs")) or {"runs": ()}
     before = {
         Planned(work=a.work, device=a.device, **{key: each[key] for key in DETERMINED}): each
-        for each in results["runs"]
+        for each in ({"precision": "bf16", **each} for each in results["runs"])  # older results do not have it
         if each["finished"] or each["epochs_done"]
     }
     changed = [each for each, entry in before.items() if not _counts(each, entry)]

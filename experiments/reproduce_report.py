@@ -245,5 +245,5 @@ def write(entries: Sequence[Entry], a: Namespace) -> None:
         folder / f"{name}.json", json.dumps({"departures": differing, "runs": begun(entries)}, indent=1) + "\n"
     )
     common.write_results(folder / f"{name}.md", "\n\n".join(parts) + "\n")
-    picture(entries).savefig(folder / f"{name}.png", dpi=110)
+    picture(begun(entries) or entries).savefig(folder / f"{name}.png", dpi=110)
     print(f"{as_markdown(rows)}\n{finished}")

@@ -20,7 +20,7 @@ KEYS = ("targets", "target", "machines", "not_run", "rows")
 
 
 def job_of(setup: Setup, most: int | None = None) -> dict[str, Any]:
-    """All that determines rows but for the reported seeds, and for rounding, as JSON has it.
+    """All that determines rows but for the reported seeds, device and precision, as JSON has it.
 
     Args:
         setup: The job.

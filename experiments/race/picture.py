@@ -46,6 +46,9 @@ def picture(results: Results) -> Figure:
     (first, second), curves = figure.subplots(2, 2)
     for axes, workers in ((first, 4), (second, 16)):
         _ratios(axes, results, workers)
+    lowest = min(first.get_ylim()[0], second.get_ylim()[0])
+    for axes in (first, second):
+        axes.set_ylim(bottom=lowest)
     for axes, setting in zip(curves, CURVES, strict=True):
         _curves(axes, results, setting)
     patches = [
@@ -88,7 +91,7 @@ def _ratios(axes: Axes, results: Results, workers: int) -> None:
         ]
         reached = [ratio if math.isfinite(ratio) else math.nan for ratio in ratios]
         axes.bar(places, reached, width=0.92 * width, color=colour)
-        lowest = min([lowest, *filter(math.isfinite, ratios)])
+        lowest = min([lowest, *(ratio for ratio in ratios if 0 < ratio < math.inf)])
         missed = [place for place, ratio in zip(places, ratios, strict=True) if math.isinf(ratio)]
         axes.plot(missed, [1.0] * len(missed), "x", color=colour)
     for place, setting in enumerate(settings):

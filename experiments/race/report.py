@@ -274,6 +274,13 @@ def _not_run(results: Results) -> str:
     return "## Not run\n\n" + "\n".join(lines) if lines else ""
 
 
+def _of_partial(results: Results) -> Iterator[str]:
+    """What is to be known about the variants of the contenders that answer workers together."""
+    if any(row["contender"] == "ormo_la_partial" for row in results.rows):
+        yield "`ormo_la, partial` answers k workers together, and drops nothing; with k = 1 it is `ormo_la`, up to rounding."
+        yield "Its k were chosen after runs with 15, 12 and 8 of 16 had been seen with none, one_slow and exponential."
+
+
 def _stated(results: Results, race: Race) -> str:
     content = results.content
     command = " ".join(filter(None, ("python -m experiments.race", race.option)))
@@ -301,6 +308,7 @@ def _stated(results: Results, race: Race) -> str:
         f"(so up to {rarest:,} apart), reaches the target;",
         "accuracies in the end are the mean of the last",
         f"{content['smooth']}, with mean and standard deviation over seeds.",
+        *_of_partial(results),
         f"Runs were made with {' and '.join(content['machines']) or MISSING}, 1 thread.",
     )
     return " ".join(lines)

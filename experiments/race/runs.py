@@ -34,7 +34,6 @@ from ormo_rpc.runtimes.temporary import temporary_folder
 from ormo_rpc.storage.environment import arithmetic
 from ormo_rpc.storage.run_directory import read_metrics
 from ormo_rpc.worker.evaluation import Evaluator
-from ormo_rpc.worker.options import Autocast, WorkerOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +46,7 @@ class Record:
         seconds: Virtual time of each evaluation.
         accuracy: The accuracy on the split of the run, at each evaluation.
         cpu_seconds: Processor time that the run took.
-        machine: The torch and the processor that it was made with, and the precision of passes where it is not the default.
+        machine: The torch and the processor that it was made with, and how its passes differ from plain float32.
     """
 
     status: str
@@ -126,14 +125,14 @@ class Store:
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
         file = self.folder / f"{name}.json"
         if (former := finished(file)) is not None:
-            return former
+            return _told(former, overrides)
         if self.root is None or time.monotonic() > self.until:
             raise Missing(" ".join(overrides))
         record = self.simulate((*overrides, f"dataset.root={self.root}", *self.more), split)
         self.made += 1
         self.folder.mkdir(parents=True, exist_ok=True)
         write_results(file, json.dumps({"key": key, "record": asdict(record)}))
-        return record
+        return _told(record, overrides)
 
     def simulate(self, overrides: Sequence[str], split: str) -> Record:
         """Make a run.
@@ -142,6 +141,12 @@ class Store:
             ConfigError: the data cannot be read.
         """
         return simulate(overrides, split, self.most)
+
+
+def _told(record: Record, overrides: Sequence[str]) -> Record:
+    """A record of the store, which has the machine alone, with how its passes differ from plain float32."""
+    words = passes(overrides) if record.machine else []
+    return dataclasses.replace(record, machine=", ".join([record.machine, *words]))
 
 
 def finished(file: Path) -> Record | None:
@@ -179,19 +184,20 @@ def simulate(overrides: Sequence[str], split: str, most: int | None = None) -> R
         seconds=[row["seconds"] for row in rows],
         accuracy=[row["test_accuracy"] for row in rows],
         cpu_seconds=time.process_time() - began,
-        machine=machine(job.device(0), config.worker),
+        machine=machine(job.device(0)),
     )
 
 
-def machine(device: torch.device, worker: WorkerOptions) -> str:
-    """Torch, the processor or the GPU of workers, and how their passes differ from plain float32, in words."""
+def machine(device: torch.device) -> str:
+    """Torch, and the processor or the GPU of workers, in words."""
     here = arithmetic()
-    words = [f"torch {here['torch']}", here["cpu"] if device.type == "cpu" else torch.cuda.get_device_name(device)]
-    if worker.autocast is not Autocast.none:
-        words.append(f"autocast {worker.autocast.value}")
-    if worker.compile is not None:
-        words.append(f"compiled by {worker.compile}")
-    return ", ".join(words)
+    return f"torch {here['torch']}, {here['cpu'] if device.type == 'cpu' else torch.cuda.get_device_name(device)}"
+
+
+def passes(overrides: Sequence[str]) -> list[str]:
+    """How passes differ from plain float32: autocast and the compiler, in words."""
+    found = (each.removeprefix("worker.").partition("=") for each in overrides)
+    return [f"{key} {value}" for key, _, value in found if key in ("autocast", "compile")]
 
 
 class OneSplitJob(Job):

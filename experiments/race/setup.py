@@ -40,7 +40,7 @@ class Setup:
 
     Attributes:
         job: Overrides of the data set, the model and the held-out samples.
-        where: Overrides of the device and the precision of passes: a row says them, and those of others count as well.
+        where: Overrides of the device and the precision of passes. Rows that were made with other ones count.
         momenta: Momentum coefficients; where there are several, each makes a variant of its own of every variant.
         epochs: Length of a run.
         batch_size: Samples of a gradient.

@@ -17,11 +17,11 @@ import torch
 
 from experiments import look_ahead_nets
 from experiments.look_ahead_nets import Net, arguments, page, planned, setup_of, work_through, write
-from experiments.race.runs import QUIET, machine
+from experiments.race.runs import QUIET, machine, passes
 from experiments.race.setup import Setup
 from ormo_rpc.composing import compose
 from ormo_rpc.report.table import MISSING
-from ormo_rpc.worker.options import Autocast, WorkerOptions
+from ormo_rpc.worker.options import WorkerOptions
 from tests.support.processes import PATIENCE_SECONDS, gone, wait_until
 from tests.support.race import DIGITS
 
@@ -72,12 +72,9 @@ def test_runs_are_on_the_device_and_at_the_precision_that_were_asked_for() -> No
 
 
 def test_where_a_row_was_made_says_how_its_passes_differ_from_plain_float32() -> None:
-    plain, reduced, compiled = (
-        machine(torch.device("cpu"), workers_of(net, "--precision", precision))
-        for net, precision in (("cnn", "bf16"), ("resnet20", "bf16"), ("resnet20", "float32"))
-    )
-    assert reduced == f"{plain}, autocast bf16"
-    assert compiled == f"{plain}, compiled by inductor"
+    asked = (("cnn", "bf16"), ("resnet20", "bf16"), ("resnet20", "float32"))
+    found = [passes(setup_of(net, arguments(["--precision", precision])).where) for net, precision in asked]
+    assert found == [[], ["autocast bf16"], ["compile inductor"]]
 
 
 @pytest.mark.live
@@ -125,7 +122,7 @@ def test_rules_are_tuned_run_and_reported_and_what_is_not_finished_is_named(
     found = json.loads((tmp_path / "look_ahead_nets.json").read_text())
     told = (tmp_path / "look_ahead_nets.md").read_text()
     assert told == page(found)
-    assert told.count(f"| {machine(torch.device('cpu'), WorkerOptions(autocast=Autocast.bf16))} |") == 2
+    assert told.count(f"| {machine(torch.device('cpu'))}, autocast bf16 |") == 2
     assert [row["contender"] for row in found["nets"]["tiny"]["rows"]] == ["ormo", "ormo_la"]
     ormo = next(line for line in told.splitlines() if line.startswith("| ormo |"))
     assert ormo.split(" | ")[5:7] == ["1", MISSING]  # of its own time, and of that of a rule that is missing

@@ -17,12 +17,14 @@ from experiments.race import __main__ as command
 from experiments.race.contenders import CONTENDERS, Unit, variants_of
 from experiments.race.earlier import earlier_rows, version
 from experiments.race.figures import Row, time_to
-from experiments.race.runs import Missing, Record, Store, rule_version
+from experiments.race.runs import QUIET, Missing, Record, Store, rule_version
 from experiments.race.setup import CELLS, DEFAULT_MOMENTUM, SETTINGS, Race, Setup
 from experiments.race.tuning import Tried, Tuned, tune
 from experiments.race.units import CHOICE, collected, content, lacking, outcome, planned_runs, units
+from ormo_rpc.algorithms.ormo_la import OrMoLA
 from ormo_rpc.composing import compose
 from ormo_rpc.errors import ConfigError
+from ormo_rpc.schedulers.partial import Partial
 from tests.support.race import DIGITS, SMALL, made
 
 
@@ -296,6 +298,18 @@ def test_every_cell_has_every_contender() -> None:
     assert len(CELLS) == len(set(CELLS))
     found = [unit.contender for unit in units([("none", 4), ("gamma", 4)], ["ormo_da", "ormo", "ddp"])]
     assert found == ["ddp", "ormo", "ddp", "ormo", "ormo_da", "ormo_da"]
+
+
+def test_workers_that_are_answered_together_are_all_but_one_half_or_a_quarter() -> None:
+    found = {workers: variants_of("ormo_la_partial", workers, [0.9]) for workers in (4, 16)}
+    assert {workers: [each.name for each in variants] for workers, variants in found.items()} == {
+        4: ["k = 3", "k = 2", "k = 1"],
+        16: ["k = 15", "k = 8", "k = 4"],
+    }
+    for variant in found[16]:
+        config = compose((*QUIET, *variant.overrides))
+        assert (config.algorithm, config.scheduler) == (OrMoLA(), Partial(k=int(variant.name.removeprefix("k = "))))
+        assert (variant.members, variant.divisor, variant.clock) == (16, 16, None)
 
 
 def test_each_momentum_makes_a_variant_and_the_default_one_has_the_runs_of_the_race() -> None:

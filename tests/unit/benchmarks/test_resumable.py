@@ -203,6 +203,18 @@ def test_a_run_that_is_finished_at_another_precision_is_not_made_again(asked: Na
         asked.work, asked.precision = tmp_path / "elsewhere", "bf16"
 
 
+def test_results_from_before_precisions_were_asked_for_are_of_bfloat16(asked: Namespace) -> None:
+    first = reproduce.planned(asked)[0]
+    finish(first)
+    write([*reproduce.entries(asked).values()], asked)
+    file = Path(asked.into) / "reproduce.json"
+    results = json.loads(file.read_text())
+    del results["runs"][0]["precision"]
+    file.write_text(json.dumps(results))
+    asked.work, asked.precision = asked.work / "elsewhere", "float32"
+    assert [reproduce.entries(asked)[each]["precision"] for each in reproduce.planned(asked)] == ["bf16", "float32"]
+
+
 def test_runs_of_another_length_setting_or_rule_are_not_mixed_with_those_of_earlier_results(asked: Namespace) -> None:
     finish(reproduce.planned(asked)[0])
     write([*reproduce.entries(asked).values()], asked)
