@@ -162,9 +162,10 @@ def entries(a: Namespace) -> dict[Planned, Entry]:
     """
     file = Path(a.into) / f"{reproduce_report.name_of(a)}.json"
     results = common.read_results(file, ("departures", "runs")) or {"runs": ()}
+    runs: list[Entry] = [{"precision": "bf16", **each} for each in results["runs"]]  # older results do not have it
     before = {
         Planned(work=a.work, device=a.device, **{key: each[key] for key in DETERMINED}): each
-        for each in ({"precision": "bf16", **each} for each in results["runs"])  # older results do not have it
+        for each in runs
         if each["finished"] or each["epochs_done"]
     }
     changed = [each for each, entry in before.items() if not _counts(each, entry)]
