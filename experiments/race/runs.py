@@ -18,7 +18,7 @@ import torch
 from typing_extensions import override
 
 from experiments.common import QUIET, write_results
-from ormo_rpc import algorithms
+from ormo_rpc import algorithms, schedulers
 from ormo_rpc.algorithms import base, groups
 from ormo_rpc.composing import compose
 from ormo_rpc.config.schema import Config
@@ -31,6 +31,7 @@ from ormo_rpc.runtimes import simulator
 from ormo_rpc.runtimes.configured import configured_evaluator
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.runtimes.temporary import temporary_folder
+from ormo_rpc.schedulers.base import Scheduler
 from ormo_rpc.storage.environment import arithmetic
 from ormo_rpc.storage.run_directory import read_metrics
 from ormo_rpc.worker.evaluation import Evaluator
@@ -258,8 +259,8 @@ def kept(dataset: DataSource, device: torch.device) -> Mapping[str, Split]:
 
 
 def rule_options(overrides: Sequence[str]) -> tuple[str, ...]:
-    """Those of the overrides that name a rule and its options."""
-    return tuple(each for each in overrides if each.startswith("algorithm"))
+    """Those of the overrides that name a rule and its scheduler, and their options."""
+    return tuple(each for each in overrides if each.startswith(("algorithm", "scheduler")))
 
 
 @functools.cache
@@ -267,14 +268,19 @@ def rule_version(overrides: tuple[str, ...]) -> str:
     """A digest of the source of the rule that these overrides name: a changed rule's former runs do not count.
 
     Docstrings and comments do not matter. It covers the modules of the rule's class and its bases, and what these import from
-    ``ormo_rpc/algorithms``; but not the contract in ``base.py`` and the groups of parameters, which change nothing that a rule
-    computes.
+    ``ormo_rpc/algorithms``, and likewise those of a scheduler that is named; but not the contracts in ``base.py`` and the
+    groups of parameters, which change nothing that a rule computes.
     """
-    rule = type(compose(overrides).algorithm)
-    waiting, sources = [kind.__module__ for kind in rule.__mro__], dict[str, str]()
+    config = compose(overrides)
+    kinds = [*type(config.algorithm).__mro__]
+    if any(each.startswith("scheduler=") for each in overrides):
+        kinds += type(config.scheduler).__mro__
+    packages = tuple(f"{package.__name__}." for package in (algorithms, schedulers))
+    contracts = (base.__name__, groups.__name__, Scheduler.__module__)
+    waiting, sources = [kind.__module__ for kind in kinds], dict[str, str]()
     while waiting:
         name = waiting.pop()
-        if name.startswith(f"{algorithms.__name__}.") and name not in (base.__name__, groups.__name__, *sources):
+        if name.startswith(packages) and name not in (*contracts, *sources):
             tree = _tree(name)
             sources[name] = _without_docstrings(tree)
             waiting += [each.module for each in ast.walk(tree) if isinstance(each, ast.ImportFrom) and each.module]

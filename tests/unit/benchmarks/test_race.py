@@ -95,15 +95,23 @@ def test_the_version_of_a_rule_is_that_of_its_source(monkeypatch: pytest.MonkeyP
     assert rule_version(("algorithm=ormo",)) == rule_version(("algorithm=ormo", "algorithm.momentum_correction=true"))
     assert rule_version(("algorithm=ormo",)) != rule_version(("algorithm=ormo_da",))
     # What a rule imports counts as well: local SGD takes its steps by a function of another module.
-    rules, read = (("algorithm=local_sgd", "algorithm.local_steps=2"), ("algorithm=ormo",)), Path.read_text
+    # So does a scheduler that is named.
+    rules = (
+        *(("algorithm=local_sgd", "algorithm.local_steps=2"), ("algorithm=ormo",)),
+        *(("algorithm=ormo", "scheduler=partial", f"scheduler.k={k}") for k in (2, 3)),
+    )
+    read = Path.read_text
     before = [rule_version(rule) for rule in rules]
     rule_version.cache_clear()
     monkeypatch.setattr(
-        Path, "read_text", lambda self: read(self) + ("\nCHANGED = 1\n" if self.name == "_local_steps.py" else "")
+        Path,
+        "read_text",
+        lambda self: read(self) + ("\nCHANGED = 1\n" if self.name in ("_local_steps.py", "partial.py") else ""),
     )
     after = [rule_version(rule) for rule in rules]
     rule_version.cache_clear()
-    assert [former == now for former, now in zip(before, after, strict=True)] == [False, True]
+    assert [former == now for former, now in zip(before, after, strict=True)] == [False, True, False, False]
+    assert before[1] != before[2] == before[3]
 
 
 @pytest.mark.slow
