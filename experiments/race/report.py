@@ -275,7 +275,7 @@ def _not_run(results: Results) -> str:
 
 
 def _of_partial(results: Results) -> Iterator[str]:
-    """What is to be known about the variants of the contenders that answer workers together."""
+    """Two remarks on the variants of the contender that answers workers together, where it was run."""
     if any(row["contender"] == "ormo_la_partial" for row in results.rows):
         yield "`ormo_la, partial` answers k workers together, and drops nothing; with k = 1 it is `ormo_la`, up to rounding."
         yield "Its k were chosen after runs with 15, 12 and 8 of 16 had been seen with none, one_slow and exponential."

@@ -196,7 +196,7 @@ def machine(device: torch.device) -> str:
 
 
 def passes(overrides: Sequence[str]) -> list[str]:
-    """How passes differ from plain float32: autocast and the compiler, in words."""
+    """The differences of passes from plain float32, autocast and the compiler, in words."""
     found = (each.removeprefix("worker.").partition("=") for each in overrides)
     return [f"{key} {value}" for key, _, value in found if key in ("autocast", "compile")]
 
