@@ -33,7 +33,7 @@ class DelayAdaptive(Algorithm):
         None,
         "R, delay up to which nothing is changed, in iterations; default 2 K for ormo, K (gradients in flight) for others",
         valid=lambda v: isinstance(v, int) and v >= 0,
-        expected="a whole number >= 0",
+        expected="a whole number >= 0, and >= 1 for rule=ormo",
     )
     smoothness: float | None = option(
         None,
@@ -70,6 +70,11 @@ class DelayAdaptive(Algorithm):
         super().__post_init__()
         if self.threshold is not None and self.rule is DelayRule.mishchenko:
             self._refuse("threshold")
+        if self.threshold == 0 and self.rule is DelayRule.ormo and self.smoothness is None:
+            raise ValueError(
+                f"{self.key('threshold')}: got 0, expected at least 1 with {self.key('rule')}=ormo, which multiplies the "
+                "learning rate of a late gradient by it"
+            )
         if self.smoothness is not None and self.rule is not DelayRule.ormo:
             self._refuse("smoothness")
 

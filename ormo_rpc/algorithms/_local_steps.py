@@ -28,8 +28,8 @@ class LocalSteps(Algorithm):
 def sgd_steps(work: LocalWork, push: torch.Tensor, *, momentum: float = 0.0, rate: float | None = None) -> None:
     """Take the steps ``v <- momentum v + g; x <- x - eta v`` of a ticket from the first vector that was sent and ``v = 0``.
 
-    What is pushed is the sum of their moves, start minus end, without the rounding of a difference. A ticket of fewer than H
-    batches has fewer steps.
+    What is pushed is the sum of their moves, start minus end, without the rounding of a difference. The last ticket of
+    an epoch may have fewer samples: H smaller batches, or fewer than H of one sample each.
 
     Args:
         work: The ticket.

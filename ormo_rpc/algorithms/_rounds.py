@@ -28,6 +28,7 @@ class Rounds(Algorithm):
     """
 
     FRESH = True
+    REFUSES_MEAN_LR = "its step is with the mean of a round already"
     NEEDS_IMMEDIATE_REPLIES = "its rounds decide themselves who waits for whom; use async"
     REFUSES_PREFETCH = "its rounds wait for all tickets, those ahead as well"
 

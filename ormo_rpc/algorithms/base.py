@@ -36,7 +36,7 @@ class PushContext:
         newest_bucket: The largest bucket handed out to anybody so far.
         concurrency: ``K``, the number of gradients in flight at this moment.
         lr: ``eta``, the scheduled learning rate of iteration ``t``.
-        sent_lr: The scheduled learning rate that was sent with the ticket, that of iteration ``i``.
+        sent_lr: The scheduled learning rate that was sent with the ticket, that of iteration ``i`` when it was handed out.
         version: The algorithm's `Algorithm.version` when the ticket was handed out.
         sent: The vectors sent with the ticket, read-only; None only in a server that was loaded and not started.
     """
@@ -130,6 +130,8 @@ class Algorithm(Part, ABC):
     """`step` applies the weight decay and the learning-rate factors of `groups`; otherwise a worker's gradient has both."""
     REFUSES_LR_FACTORS: ClassVar[str | None] = None
     """The reason why a factor to the gradient would not be one to the learning rate of the parameters; None where it is."""
+    REFUSES_MEAN_LR: ClassVar[str | None] = None
+    """The reason why the learning rate must not be divided by the number of workers as well; None where it may."""
     FRESH: ClassVar[bool] = False
     """It applies gradients that were taken at the present parameters (with regions: their region's) only, in rounds: a delay is
     the place within a round."""
@@ -207,6 +209,9 @@ class Algorithm(Part, ABC):
         Args:
             lr: The scheduled learning rate of the newest gradient.
         """
+
+    def join(self, worker: int) -> None:
+        """Note a worker that has joined, or is there at the start, where it may have to be held before its first ticket."""
 
     def leave(self, worker: int) -> None:
         """Forget a worker that has left or was evicted, where the algorithm keeps something for each."""

@@ -193,6 +193,7 @@ class HALoS(RegionOptions, TwoLevels):
         for region in self.areas:
             if region.finish():
                 self._exchange(region)
+        self.outer.params = self.params
         self.outer.flush(self.global_lr * self.global_period)
 
     def _exchange(self, region: Region) -> None:

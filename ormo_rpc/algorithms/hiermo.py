@@ -30,8 +30,9 @@ class HierMo(TwoLevels):
 
     With a constant gradient a round moves all by ``tau eta g / (1 - gamma - gamma_a)``: ``gamma_a`` has to be less than
     ``1 - gamma``, or it diverges. Whoever holds no ticket is not waited for: a worker that leaves, or finds no more work, ends
-    its edge's round, and an edge without workers takes no part. One that joins takes part in its edge's present round. Memory:
-    ``w``, and five vectors of D for each edge; a worker needs four more. Messages carry two vectors both ways.
+    its edge's round, and an edge without workers takes no part. One that joins takes part in its edge's present round, and
+    waits with an edge that waits. Memory: ``w``, and five vectors of D for each edge; a worker needs four more. Messages carry
+    two vectors both ways.
 
     With ``region_workers`` each worker of the server, the cloud, is an edge: a server of its own with that many workers
     (`RegionServer`). A ticket is then pi times that many of theirs, at one ``eta``, and its push is how far the edge's ``X``
@@ -46,6 +47,7 @@ class HierMo(TwoLevels):
 
     VECTORS_PUSHED = 2
     VECTORS_SENT = 2
+    REFUSES_MEAN_LR = "a round is with the mean of its pushes already"
     FRESH = True
     NEEDS_IMMEDIATE_REPLIES = "it decides itself who waits for whom, edge by edge; use async"
     REFUSES_PREFETCH = "a round waits for all tickets, those ahead as well"
@@ -119,6 +121,11 @@ class HierMo(TwoLevels):
         for edge in range(self.edges):
             self._end_round(edge)
         self._average()
+
+    @override
+    def join(self, worker: int) -> None:
+        if self.rounds[worker % self.edges] >= self.most_rounds:  # what it would be sent is of a round that is over
+            self.phase[worker] = PUSHED
 
     @override
     def leave(self, worker: int) -> None:

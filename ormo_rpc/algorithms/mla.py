@@ -20,9 +20,9 @@ class MLA(MomentumLookAhead):
     the end, and ``y = w - gamma mu^2 / (1 - mu) m`` takes ``gamma (1 + mu) G`` with each. With ``mu = 0`` this is asynchronous
     local SGD, ``w <- w - gamma G``. Nothing divides by K: K pushes move ``w`` by their sum.
 
-    The local steps have the learning rate of the ticket's issue, and a ticket of fewer than H batches has fewer steps. ``eta``
-    is inside of the momentum, in ``G``; `MomentumLookAhead` says what happens where it changes. K is not used, so it may
-    change. Memory: ``w, m``, two vectors of D; the worker needs two more, three with ``local_momentum``.
+    The local steps have the learning rate of the ticket's issue. ``eta`` is inside of the momentum, in ``G``;
+    `MomentumLookAhead` says what happens where it changes. K is not used, so it may change. Memory: ``w, m``, two vectors of D;
+    the worker needs two more, three with ``local_momentum``.
 
     Source: the momentum look-ahead that arXiv 2606.00271 compares with and builds on; ``gamma = 0.7`` is DiLoCo's
         (arXiv 2311.08105). Departure: local steps are SGD, with a momentum or without, instead of AdamW.

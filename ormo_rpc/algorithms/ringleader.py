@@ -39,6 +39,8 @@ class Ringleader(Algorithm):
         ends, what has not acted, CUR in phase 1 or NEXT in phase 2, makes a last step, each mean with its weight ``eta / n``.
     """
 
+    REFUSES_MEAN_LR = "its step is with a mean over the workers already"
+
     @override
     def init(self, params: torch.Tensor, momentum: float) -> None:
         super().init(params, momentum)

@@ -13,7 +13,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ormo_rpc.algorithms._regions import TwoLevels
-from ormo_rpc.algorithms._rounds import Rounds
 from ormo_rpc.config.ddp_refusals import refuse_with_ddp
 from ormo_rpc.config.evaluating import When
 from ormo_rpc.config.renamed import translate_renamed
@@ -188,9 +187,9 @@ def _refuse_together(config: Config) -> None:
     if prefetch and algorithm.REFUSES_PREFETCH is not None:
         with_it = f"expected 0 with algorithm={algorithm.known_as}"
         raise ConfigError(f"worker.prefetch: got {prefetch}, {with_it}: {algorithm.REFUSES_PREFETCH}")
-    if config.train.lr_scaling is LRScaling.mean and isinstance(algorithm, Rounds):
+    if config.train.lr_scaling is LRScaling.mean and algorithm.REFUSES_MEAN_LR is not None:
         with_it = f"expected none with algorithm={algorithm.known_as}"
-        raise ConfigError(f"train.lr_scaling: got mean, {with_it}: its step is with the mean of a round already")
+        raise ConfigError(f"train.lr_scaling: got mean, {with_it}: {algorithm.REFUSES_MEAN_LR}")
     if config.evaluate.patience is not None and config.evaluate.when is When.after:
         raise ConfigError(
             f"evaluate.when: got after with evaluate.patience={config.evaluate.patience}, expected during: nothing can stop a "

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
 from ormo_rpc import devices
+from ormo_rpc.algorithms._regions import TwoLevels
 from ormo_rpc.algorithms.groups import Groups
 from ormo_rpc.compression import PushFormat, pushed_dtype
 from ormo_rpc.config.runtimes import DdpRuntime, RpcRuntime
@@ -19,11 +20,13 @@ from ormo_rpc.models.param_groups import param_groups
 from ormo_rpc.runtimes.job_like import JobLike
 from ormo_rpc.seeding import seed_for, seeded
 from ormo_rpc.server.buffer_layout import BufferLayout
+from ormo_rpc.server.buffer_rules import Rule
 from ormo_rpc.server.buffers import RunningBuffers
 from ormo_rpc.server.build import build_server
 from ormo_rpc.server.events import Event
 from ormo_rpc.server.loss_scale import LossScale
 from ormo_rpc.server.parameter_server import ParameterServer
+from ormo_rpc.server.region import RegionServer
 from ormo_rpc.worker.arithmetic import set_arithmetic
 from ormo_rpc.worker.evaluation import Evaluator
 from ormo_rpc.worker.options import Autocast
@@ -62,7 +65,7 @@ def configured_evaluator(config: Config, model: FlatModel, data: DataSet) -> Eva
 
 
 def configured_scale(config: Config, model: FlatModel) -> LossScale | None:
-    """Make the first scale of the losses of a configuration; None where nothing is computed in float16."""
+    """Make the first scale of the losses of a server's own workers; None where nothing is computed in float16."""
     options = config.worker
     if options.autocast is not Autocast.fp16 and not model.has_half:
         return None
@@ -102,6 +105,33 @@ def configured_groups(train: Train, params: Layout) -> Groups:
         decay_1d=train.decay_1d,
         no_decay=train.no_decay,
         lr_factors=train.lr_factors,
+    )
+
+
+def two_levels(config: Config) -> TwoLevels:
+    """Return the algorithm of a configuration whose workers are regions."""
+    assert isinstance(config.algorithm, TwoLevels), "any other was refused"
+    return config.algorithm
+
+
+def configured_region(
+    config: Config,
+    params: torch.Tensor,
+    count: Callable[[int], int] | None = None,
+    *,
+    buffer_rules: Mapping[str, Rule] | None = None,
+    loss_scale: LossScale | None = None,
+) -> RegionServer:
+    """Build the server of a region; the arguments are those of `RegionServer`."""
+    algorithm = two_levels(config)
+    return RegionServer(
+        algorithm.region_rule(),
+        params,
+        algorithm.region_workers or 1,
+        algorithm.region_parts,
+        count,
+        buffer_rules=buffer_rules,
+        loss_scale=loss_scale,
     )
 
 

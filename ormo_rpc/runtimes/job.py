@@ -17,6 +17,7 @@ from ormo_rpc.config.schema import Config
 from ormo_rpc.data import Epochs, Split
 from ormo_rpc.data.checksum import checksum_of_labels
 from ormo_rpc.data.placing import placed
+from ormo_rpc.data.tickets import TicketParts
 from ormo_rpc.kernels.page_locked import zeros
 from ormo_rpc.models.fingerprint import CHECKSUM, Fingerprint
 from ormo_rpc.models.flat import FlatModel, sha256
@@ -26,14 +27,17 @@ from ormo_rpc.runtimes.configured import (
     configured_evaluator,
     configured_format,
     configured_groups,
+    configured_region,
     configured_scale,
     configured_server,
+    two_levels,
 )
 from ormo_rpc.runtimes.job_like import Exporter
 from ormo_rpc.server.buffers import RunningBuffers
 from ormo_rpc.server.events import Event
 from ormo_rpc.server.lr_schedule import LearningRate
 from ormo_rpc.server.parameter_server import ParameterServer
+from ormo_rpc.server.region import RegionServer
 from ormo_rpc.tasks.metrics import TaskMetric
 from ormo_rpc.worker.arithmetic import set_arithmetic
 from ormo_rpc.worker.dummy import DummyWorker
@@ -213,7 +217,22 @@ class Job:
         with self.reading_model() as model:
             params, buffers = model.flat_params(), RunningBuffers(model.buffers.tensors, model.buffers.rules)
             layout, loss_scale = model.params, configured_scale(self.config, model)
+        if self.config.algorithm.workers_are_regions:
+            loss_scale = None  # each region has one
         return configured_server(self, params, buffers, record, clock, self.groups(), layout, loss_scale)
+
+    def region(self, params: torch.Tensor) -> RegionServer:
+        """Build the server of a region at the parameters that its first reply has, one or more vectors of D."""
+        algorithm = two_levels(self.config)
+        parts = TicketParts(self.epochs, algorithm.region_parts)
+        with self.reading_model() as model:
+            return configured_region(
+                self.config,
+                params,
+                functools.partial(parts.count, steps=algorithm.local_steps),
+                buffer_rules=model.buffers.rules,
+                loss_scale=configured_scale(self.config, model),
+            )
 
     def groups(self) -> Groups:
         """Return the parameter groups.

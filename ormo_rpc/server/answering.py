@@ -75,13 +75,14 @@ def _replies(server: ParameterServer, enough: bool) -> list[Reply]:
 
 def _reply(server: ParameterServer, worker: int) -> Reply | None:
     """Make the reply to a worker; None if there is no ticket for it now."""
-    ticket, loss_scale = None, 1.0
+    ticket, loss_scale, lr = None, 1.0, 0.0
     if not server.ended:
         if server.loss_scale is not None:
             loss_scale = server.loss_scale.value
         fresh = server.assignments.issued
+        lr = server.lr(server.iteration)
         assignment = server.assignments.assign(
-            worker, server.iteration, server.buckets.current, server.algorithm.version, server.members, loss_scale
+            worker, server.iteration, server.buckets.current, server.algorithm.version, server.members, loss_scale, lr
         )
         if assignment is None:
             return None
@@ -89,7 +90,6 @@ def _reply(server: ParameterServer, worker: int) -> Reply | None:
         server.newest_bucket = max(server.newest_bucket, assignment.bucket)
         kind = Kind.issue if ticket >= fresh else Kind.reissue
         server.events.add(kind, worker=worker, ticket=ticket, stamp=assignment.stamp, bucket=assignment.bucket)
-    lr = 0.0 if ticket is None else server.lr(server.iteration)  # a schedule need not know the iteration T
     return Reply(
         worker=worker,
         ticket=ticket,

@@ -22,6 +22,7 @@ class Assignment:
         bucket: The bucket of that index.
         version: `Algorithm.version` at that moment.
         loss_scale: `Reply.loss_scale`.
+        lr: `Reply.lr`; None in a state that does not have it.
     """
 
     ticket: int
@@ -30,6 +31,7 @@ class Assignment:
     bucket: int
     version: int = 0
     loss_scale: float = 1.0
+    lr: float | None = None
 
 
 class Assignments:
@@ -72,7 +74,7 @@ class Assignments:
         return not self.returned and self.total is not None and self.issued >= self.total
 
     def assign(
-        self, worker: int, stamp: int, bucket: int, version: int, members: Collection[int], loss_scale: float = 1.0
+        self, worker: int, stamp: int, bucket: int, version: int, members: Collection[int], loss_scale: float, lr: float
     ) -> Assignment | None:
         """Hand out the next ticket; None if there is none for this worker now.
 
@@ -86,7 +88,7 @@ class Assignments:
             self.issued += 1
         else:
             return None
-        assignment = Assignment(ticket, worker, stamp, bucket, version, loss_scale)
+        assignment = Assignment(ticket, worker, stamp, bucket, version, loss_scale, lr)
         self.outstanding[ticket] = assignment
         self.holding.setdefault(worker, set()).add(ticket)
         return assignment

@@ -12,8 +12,9 @@ class Ema:
     """``e <- d e + (1 - d) w`` after each applied gradient, where ``d`` is the decay and ``w`` are the new parameters.
 
     The bits are those of ``torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(d))`` that is updated
-    after each gradient. As there, the first one makes the average equal to its parameters, so that ``w_0`` has no part in it;
-    before it the average is ``w_0``. What `Algorithm.flush` adds in the end is not averaged.
+    after each gradient. As there, the first one makes the average equal to its parameters; before it the average is ``w_0``.
+    So ``w_0`` has no part in it, unless that gradient leaves ``w`` where it is: the rate is 0, or the algorithm steps once in n
+    gradients, as `m_sync` does, where ``d^n`` is the decay of a step. What `Algorithm.flush` adds in the end is not averaged.
 
     One pass over memory for each gradient: two vectors are read and one is written, under the server's lock.
 

@@ -174,6 +174,8 @@ class ParameterServer:
         self.started = True
         for worker in set(self.members) - set(present):
             self.algorithm.leave(worker)
+        for worker in sorted(set(present) - set(self.members)):
+            self.algorithm.join(worker)
         self.members.start(present)
         self.paused = False
         return answer(self)
@@ -190,6 +192,7 @@ class ParameterServer:
             ValueError: it is a member already, or its number is negative or no whole number.
         """
         self.members.join(worker)
+        self.algorithm.join(worker)
         self.events.add(Kind.join, worker=worker, concurrency=self.concurrency)
         return answer(self)
 
@@ -277,7 +280,7 @@ class ParameterServer:
             newest_bucket=self.newest_bucket,
             concurrency=self.concurrency,
             lr=self.lr(self.iteration),
-            sent_lr=self.lr(assignment.stamp),
+            sent_lr=self.lr(assignment.stamp) if assignment.lr is None else assignment.lr,
             version=assignment.version,
             sent=sent,
         )

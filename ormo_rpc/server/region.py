@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,7 +12,10 @@ from ormo_rpc.algorithms._regions import RegionRule
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.server.answering import answer
 from ormo_rpc.server.assignments import Assignments
+from ormo_rpc.server.buffer_rules import Rule
 from ormo_rpc.server.build import build_server
+from ormo_rpc.server.combined_buffers import combine
+from ormo_rpc.server.loss_scale import LossScale
 
 
 @dataclass(eq=False)
@@ -35,6 +38,9 @@ class RegionServer:
     the region has moved since it sent last. So each part of the work counts once as long as the region lives. If it dies, its
     tickets are issued again, and its parameters and momentum are lost.
 
+    What its workers report of the model's buffers it reports together. Where they compute in float16, the scale of their losses
+    is the region's own; what it pushes itself is not scaled.
+
     Args:
         algorithm: The rule of the region; copied.
         params: What the other server has sent, one or more vectors of D, the first of which is the parameters to begin with;
@@ -42,6 +48,8 @@ class RegionServer:
         num_workers: Its workers.
         parts: The number of parts of a ticket, those of ticket t being t n, t n + 1, ...
         count: From a ticket to the number of its parts that there are; all n by default.
+        buffer_rules: The rules of the model's buffers.
+        loss_scale: The first scale of the losses of its workers; copied. None for no scale.
     """
 
     def __init__(
@@ -51,6 +59,9 @@ class RegionServer:
         num_workers: int,
         parts: int,
         count: Callable[[int], int] | None = None,
+        *,
+        buffer_rules: Mapping[str, Rule] | None = None,
+        loss_scale: LossScale | None = None,
     ) -> None:
         self.core = build_server(
             algorithm=algorithm,
@@ -58,12 +69,14 @@ class RegionServer:
             num_workers=num_workers,
             lr=lambda _: self._lr,
             total_tickets=1,
+            loss_scale=loss_scale,
         )
         self.core.assignments = Assignments(0)  # it issues no tickets of its own
         assert isinstance(self.core.algorithm, RegionRule)
         self.rule = self.core.algorithm
         self.parts = parts
         self._count = count or (lambda _: parts)
+        self._rules = buffer_rules or {}
         self._lr = 0.0
         self._buffers = torch.empty(0, dtype=torch.uint8)
         self._open: dict[int, _Open] = {}
@@ -101,7 +114,7 @@ class RegionServer:
             ticket.parts.remove(push.ticket)
             ticket.losses += [] if push.loss is None else [push.loss]
             ticket.samples += push.samples
-            ticket.buffers |= {name: value.clone() for name, value in push.buffers.items()}
+            ticket.buffers = combine(self._rules, ticket.buffers, push.buffers)
         if ticket.parts:
             return replies, []
         return replies, [self._pushed(number, self.rule.displacement())]

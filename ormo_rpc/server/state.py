@@ -14,10 +14,12 @@ from ormo_rpc.server.buckets import Buckets
 if TYPE_CHECKING:
     from ormo_rpc.server.parameter_server import ParameterServer
 
-STATE_VERSION = 6
+STATE_VERSION = 7
 """The format of `ParameterServer.state_dict`; another one is refused."""
+_WITHOUT_RATES = 6
+"""The former one is the same, but that outstanding tickets have no learning rate: the scheduled one is taken."""
 _OTHER_PLACES = 5
-"""The former one is the same, but that buffers of replies lie at other places among their bytes."""
+"""The one before is as that, but that buffers of replies lie at other places among their bytes."""
 
 
 class Status(Enum):
@@ -111,9 +113,9 @@ def load(server: ParameterServer, state: Mapping[str, Any]) -> None:
 def _version(state: Mapping[str, Any]) -> int | None:
     """Return the format of a state, which is the present one where nothing tells it from that."""
     version = state.get("version")
-    if version == _OTHER_PLACES and not any(reply["buffers"].numel() for reply in state.get("replies", ())):
-        return STATE_VERSION
-    return version
+    if version == _OTHER_PLACES and any(reply["buffers"].numel() for reply in state.get("replies", ())):
+        return version
+    return STATE_VERSION if version in (_WITHOUT_RATES, _OTHER_PLACES) else version
 
 
 def _layout(values: Mapping[str, Any]) -> dict[str, str]:

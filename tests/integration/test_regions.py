@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from typing_extensions import override
 
 from ormo_rpc import ConfigError, train
 from ormo_rpc.algorithms.easgd import EASGD
+from ormo_rpc.composing import compose
+from ormo_rpc.runtimes.job import Job
 from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.run_directory import read_trace
 
@@ -20,6 +23,28 @@ QUADRATIC = (*HALOS, "runtime.gradient=quadratic", "runtime.dimension=20", "runt
 """A ticket takes 0.1 s, as H = 4."""
 REGIONS = ("workers=2", "algorithm.region_workers=4", "algorithm.exchange=12")
 SLOW_LINK = "runtime.latency_seconds=[1.0]"
+
+
+class Normalised(nn.Sequential):
+    """A batch norm of the pixels, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.BatchNorm1d(64, momentum=0.3), nn.Linear(64, 10))
+
+    @override
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input.flatten(1))
+
+
+class Faint(nn.Linear):
+    """A linear layer whose outputs, and gradients, are small."""
+
+    def __init__(self) -> None:
+        super().__init__(64, 10)
+
+    @override
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input.flatten(1)) * 1e-6
 
 
 def simulate(run_dir: Path, *overrides: str) -> dict[str, Any]:
@@ -72,6 +97,36 @@ def test_regions_learn_as_regions_on_one_server_do(tmp_path: Path) -> None:
     apart = train([*digits, "workers=2", "algorithm.region_workers=3"], run_dir=tmp_path / "apart")
     together = train([*digits, "workers=6"], run_dir=tmp_path / "together")
     assert apart["test_accuracy"] == pytest.approx(together["test_accuracy"], abs=0.03)
+
+
+@pytest.mark.parametrize(("algorithm", "most"), [("halos", "exchange"), ("hiermo", "edge_rounds")])
+def test_statistics_of_batch_norms_count_each_batch_of_a_region(algorithm: str, most: str, tmp_path: Path) -> None:
+    # One worker takes the tickets in order, and what comes into the first layer does not hang on the parameters.
+    words = ("runtime=sim", "logger=none", "workers=1", f"algorithm={algorithm}", "algorithm.region_workers=1")
+    model = ("model=custom", f"model._target_={__name__}.Normalised", "train.batch_size=20")
+    words = (*words, *model, f"algorithm.{most}=3", "algorithm.local_steps=2", "train.epochs=2")
+    train(words, run_dir=tmp_path)
+    job = Job(compose(words))
+    expected = torch.nn.BatchNorm1d(64, momentum=0.3)
+    for number in range(job.total_tickets):
+        for _, batch in job.epochs.batches(number, 6):
+            inputs, _ = job.data.train.batch(batch, None)
+            expected(inputs.flatten(1))
+    found = checkpoint.read(checkpoint.locate(tmp_path), checkpoint.SERVER)["buffers"]
+    assert found["0.num_batches_tracked"] == expected.num_batches_tracked
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(found[f"0.{name}"], getattr(expected, name))
+
+
+def test_losses_in_float16_are_scaled_in_a_region_too(tmp_path: Path) -> None:
+    # The gradients of this loss are some 1e-7: without a scale nearly all of them are zero in float16.
+    words = (*HALOS[:3], "workers=2", "algorithm.region_workers=2", "algorithm.exchange=4", "algorithm.local_steps=1")
+    model = ("model=custom", f"model._target_={__name__}.Faint", "train.lr=100000", "train.epochs=1")
+    moved = dict[str, torch.Tensor]()
+    for precision in ("none", "fp16"):
+        train([*words, *model, f"worker.autocast={precision}"], run_dir=tmp_path / precision)
+        moved[precision] = checkpoint.read(checkpoint.locate(tmp_path / precision), checkpoint.SERVER)["params"]
+    torch.testing.assert_close(moved["fp16"], moved["none"], rtol=0.1, atol=0.01)
 
 
 @pytest.mark.parametrize(

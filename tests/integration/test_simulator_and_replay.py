@@ -65,6 +65,13 @@ def test_latency_and_bandwidth_add_to_the_time_of_a_ticket(tmp_path: Path) -> No
     assert summary["utilisation_per_worker"]["0"] == pytest.approx(3 / 7.5)
 
 
+def test_a_message_of_two_vectors_takes_twice_the_time(tmp_path: Path) -> None:
+    links = ("runtime.bandwidth=[160]", "runtime.compute_seconds=1.0", "algorithm=hiermo", "algorithm.local_steps=1")
+    summary = simulate(tmp_path, "workers=1", "train.max_iterations=3", *links)
+    # There and back 2 * 20 values of 4 bytes at 160 bytes a second, and 1 s between: three times 1 + 1 + 1 s.
+    assert summary["virtual_seconds"] == pytest.approx(9.0)
+
+
 def test_pushes_queue_at_a_slow_server(tmp_path: Path) -> None:
     summary = simulate(
         tmp_path, "workers=8", "train.max_iterations=80", "runtime.service_seconds=0.1", "runtime.compute_seconds=0.1"

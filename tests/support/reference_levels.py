@@ -124,6 +124,9 @@ class HierMo(Reference):
             if step.kind == "leave":
                 known.discard(step.worker)
                 waiting.discard(step.worker)
+            if step.kind == "join" and len(rounds[step.worker % R]) == pi:
+                known.add(step.worker)
+                waiting.add(step.worker)
             busy.discard(step.worker)
             for e in range(R):
                 if len(rounds[e]) < pi and all(worker % R != e for worker in busy):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import sys
 import time
@@ -32,7 +31,6 @@ from ormo_rpc.runtimes.simulator.cluster import Cluster, GradientSource, Links, 
 from ormo_rpc.runtimes.simulator.jobs import SyntheticJob
 from ormo_rpc.runtimes.simulator.regions import RegionalCluster
 from ormo_rpc.runtimes.simulator.shares import SharedRounds
-from ormo_rpc.server.region import RegionServer
 from ormo_rpc.signals import SignalWatch
 from ormo_rpc.storage.summary import unfinished_summary, write_summary
 from ormo_rpc.worker.worker import Worker
@@ -136,12 +134,8 @@ def _cluster(
     if not isinstance(algorithm, TwoLevels) or algorithm.region_workers is None:
         processes = config.num_processes if config.worker.prefetch else None
         return Cluster(session.server, source, queue, links, seconds, observe, processes=processes)
-    rule, num_workers, parts = algorithm.region_rule(), algorithm.region_workers, algorithm.region_parts
-    count = None
-    if isinstance(source, Worker) and isinstance(job, Job):
-        source.epochs = of_parts = TicketParts(job.epochs, parts)
-        count = functools.partial(of_parts.count, steps=rule.steps)
-
+    if isinstance(source, Worker):
+        source.epochs = TicketParts(source.epochs, algorithm.region_parts)
     return RegionalCluster(
         session.server,
         source,
@@ -150,9 +144,9 @@ def _cluster(
         seconds,
         observe,
         regions=config.num_processes,
-        region_workers=num_workers,
+        region_workers=algorithm.region_workers,
         local_seconds=config.sim.region_latency_seconds,
-        new_region=lambda params: RegionServer(rule, params, num_workers, parts, count),
+        new_region=job.region,
     )
 
 
@@ -186,11 +180,12 @@ def _drive(cluster: Cluster, session: Session) -> Signals | None:
 def _links(config: Config, session: Session, push_bytes: int) -> Links:
     params = session.server.params
     sent_dtype = config.wire.params.rounded or params.dtype
+    sent_bytes = config.algorithm.VECTORS_SENT * params.numel() * sent_dtype.itemsize
     return Links(
         latency_seconds=config.sim.latency_seconds,
         bandwidth=config.sim.bandwidth,
         push_bytes=push_bytes,
-        reply_bytes=params.numel() * sent_dtype.itemsize + session.server.buffers.snapshot().numel(),
+        reply_bytes=sent_bytes + session.server.buffers.snapshot().numel(),
         service_seconds=config.sim.service_seconds,
     )
 

@@ -13,13 +13,14 @@ from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.models.flat import Layout
-from ormo_rpc.runtimes.configured import configured_format, configured_groups, configured_server
+from ormo_rpc.runtimes.configured import configured_format, configured_groups, configured_region, configured_server
 from ormo_rpc.runtimes.job_like import Evaluate, Exporter
 from ormo_rpc.runtimes.simulator.synthetic import Quadratic
 from ormo_rpc.server.buffer_layout import BufferLayout
 from ormo_rpc.server.events import Event
 from ormo_rpc.server.lr_schedule import LearningRate
 from ormo_rpc.server.parameter_server import ParameterServer
+from ormo_rpc.server.region import RegionServer
 from ormo_rpc.tasks.metrics import TaskMetric, metric_named
 
 BATCHES_PER_EPOCH = 1000
@@ -49,6 +50,10 @@ class SyntheticJob:
         self.batches_per_epoch = BATCHES_PER_EPOCH
         self.lr: LearningRate = config.learning_rate(self.batches_per_epoch, self.total_tickets)
         self.guessing_loss = 0.0
+
+    def region(self, params: torch.Tensor) -> RegionServer:
+        """Build the server of a region at the parameters that its first reply has, one or more vectors of D."""
+        return configured_region(self.config, params)
 
     def source(self) -> Quadratic:
         """Build the source of gradients."""

@@ -105,6 +105,19 @@ def test_what_a_region_has_not_sent_is_sent_at_the_end_though_its_workers_have_l
     close(start - run.server.params, 1.5 * first + 1.5 * second + 0.25 * first)
 
 
+def test_a_loaded_state_closes_the_global_round_though_no_push_comes_between() -> None:
+    options: dict[str, Any] = {"num_workers": 1, "tickets": 20, "region_workers": 1, "global_period": 2}
+    run, loaded = begin("halos", **options), begin("halos", **options)
+    run.follow([("push", 0)] * 3)
+    loaded.server.load_state_dict(run.server.state_dict())
+    before = loaded.server.params.clone()
+    for server in (run.server, loaded.server):
+        server.leave(0)
+        server.finish()
+    close(loaded.server.params, run.server.params)
+    assert not torch.equal(loaded.server.params, before)
+
+
 def nesterov(x: Tensor, y: Tensor, steps: int, lr: float, gamma: float) -> tuple[Tensor, Tensor]:
     """Take steps ``y' = x - eta g; x = y' + gamma (y' - y)`` on the quadratic."""
     for _ in range(steps):
@@ -195,6 +208,25 @@ def test_edges_do_not_wait_for_one_another_between_two_rounds_of_the_cloud() -> 
     assert [push(0), push(2)] == [[], [0, 2]]
     assert [push(2), push(0)] == [[], []]  # two rounds done: edge 0 waits for the cloud
     assert [push(1), push(3), push(3), push(1)] == [[], [1, 3], [], [0, 1, 2, 3]]
+
+
+def test_a_worker_that_joins_an_edge_which_waits_for_the_cloud_begins_at_the_average() -> None:
+    targets = [torch.zeros(D, dtype=torch.float64), torch.ones(D, dtype=torch.float64)]
+    options: dict[str, Any] = {"local_steps": 1, "edge_rounds": 1, "edge_momentum": 0.0, "momentum": 0.0, "lr": 0.5}
+
+    def push(reply: Reply) -> Tensor:
+        return pushed(run.server.algorithm, lambda x: x - targets[reply.worker % 2])(reply)
+
+    run = begin("hiermo", num_workers=2, tickets=20, regions=2, gradient=push, **options)
+    first, second = run.outstanding.values()
+    assert run.push(first).replies == ()
+    assert run.join(2).replies == ()
+    average = run.server.params / 2 + 0.25  # half of the way to 1/2, the mean of the targets
+    assert sorted(reply.worker for reply in run.push(second).replies) == [0, 1, 2]
+    close(run.server.params, average)
+    for reply in list(run.outstanding.values()):
+        run.push(reply)
+    close(run.server.params, average / 2 + 0.5 / 3)  # two workers towards 0, one towards 1
 
 
 @given(schedule=schedules(changes=True), num_workers=st.integers(1, 6), regions=st.integers(1, 4), pi=st.integers(1, 3))

@@ -48,6 +48,7 @@ IN_RANGE: dict[str, tuple[list[Any], list[Any]]] = {
     TAGS: ([[], ["a", "t" * 64]], [[""], ["a", "t" * 65]]),
     "a whole number >= 1, or null": ([1, 10**9], [0, -1]),
     "a whole number >= 0": ([0, 10**9], [-1]),
+    "a whole number >= 0, and >= 1 for rule=ormo": ([1, 10**9], [-1]),
     "a whole number from 0 to 100": ([0, 1, 100], [-1, 101]),
     "a number > 0": ([1e-300, 1e9], [0.0, -1.0, math.nan]),
     "a number > 0, at most 1e+06": ([1e-300, 1e6], [0.0, -1.0, 1.1e6, math.inf, math.nan]),
@@ -181,6 +182,16 @@ def test_an_unknown_key_is_named_in_full_beside_those_that_there_are(path: str, 
 )
 def test_other_wrong_trees(values: dict[str, Any], message: str) -> None:
     assert refusal(values) == message
+
+
+def test_a_threshold_that_would_stop_all_late_gradients_is_refused() -> None:
+    options: dict[str, Any] = {"name": "ormo_da", "threshold": 0}
+    message = (
+        "algorithm.threshold: got 0, expected at least 1 with algorithm.rule=ormo, which multiplies the learning rate of a "
+        "late gradient by it"
+    )
+    assert refusal({"algorithm": options}) == message
+    assert parse_config({"algorithm": {**options, "rule": "drop"}}).algorithm.declared()["threshold"] is not None
 
 
 @pytest.mark.parametrize("algorithm", ["asgd_da", "ormo_da"])

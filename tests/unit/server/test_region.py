@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from torch import Tensor
 from ormo_rpc.algorithms.halos import HALoS
 from ormo_rpc.algorithms.hiermo import HierMo
 from ormo_rpc.messages import Push, Reply
+from ormo_rpc.server.buffer_rules import Rule, RuleKind
 from ormo_rpc.server.build import build_server
+from ormo_rpc.server.loss_scale import LossScale
 from ormo_rpc.server.region import RegionServer
 from tests.support.quadratic import PROBLEM, D, begin, close
 from tests.support.schedule import Schedule, answer, normal, pushed, schedules
@@ -29,10 +32,10 @@ def start() -> Tensor:
     return torch.linspace(-1, 1, D, dtype=torch.float64)
 
 
-def new_region(num_workers: int, params: Tensor | None = None) -> RegionServer:
+def new_region(num_workers: int, params: Tensor | None = None, **others: Any) -> RegionServer:
     """Make a region with the options above."""
     rule = HALoS(region_workers=num_workers, **OPTIONS).region_rule()
-    return RegionServer(rule, start() if params is None else params, num_workers, J)
+    return RegionServer(rule, start() if params is None else params, num_workers, J, **others)
 
 
 def ticket(number: int, params: Tensor, worker: int = 0) -> Reply:
@@ -226,8 +229,25 @@ def test_a_region_that_diverges_says_so_for_all_its_tickets() -> None:
     assert all(push.grad.isnan().all() for push in pushes)
 
 
-def test_a_region_reports_losses_samples_and_the_newest_buffers_of_its_parts() -> None:
-    region = new_region(1)
+def test_a_region_has_a_loss_scale_of_its_own_and_sends_what_is_not_scaled() -> None:
+    region = new_region(1, loss_scale=LossScale(initial=8.0))
+    (reply,) = region.grant(ticket(0, start()))
+    assert reply.loss_scale == 8.0
+    overflow = replace(answer(reply, torch.full((D,), math.inf, dtype=torch.float64)), loss_scale=8.0)
+    ((reply,), pushes) = region.receive(overflow)
+    assert (reply.ticket, reply.loss_scale, pushes) == (1, 4.0, [])  # and ticket 0 again, after those that are new
+    done = list[int]()
+    while not pushes:
+        assert reply.ticket is not None
+        done.append(reply.ticket)
+        replies, pushes = region.receive(replace(answer(reply, normal(D, 0, reply.ticket)), loss_scale=4.0))
+        reply = replies[0] if replies else reply
+    assert (sorted(done), pushes[0].loss_scale) == ([0, 1, 2], 1.0)
+
+
+def test_a_region_reports_losses_samples_and_buffers_of_its_parts() -> None:
+    rules = {"r": Rule(RuleKind.average, 0.5, "n"), "n": Rule(RuleKind.count)}
+    region = new_region(1, buffer_rules=rules)
     (reply,) = region.grant(ticket(4, start()))
     pushes = list[Push]()
     for number in range(J):
@@ -238,10 +258,11 @@ def test_a_region_reports_losses_samples_and_the_newest_buffers_of_its_parts() -
             grad=torch.zeros(D, dtype=torch.float64),
             loss=float(number),
             samples=2 + number,
-            buffers={"b": torch.tensor([float(number)])},
+            buffers={"b": torch.tensor([float(number)]), "r": torch.tensor([float(number)]), "n": torch.tensor(1)},
         )
         replies, pushes = region.receive(push)
         reply = replies[0] if replies else reply
     (sent,) = pushes
     assert (sent.ticket, sent.stamp, sent.loss, sent.samples) == (4, 4, 1.0, 9)
-    assert sent.buffers["b"].item() == pytest.approx(J - 1)
+    assert (sent.buffers["b"].item(), sent.buffers["n"].item()) == (J - 1, J)
+    assert sent.buffers["r"].item() == pytest.approx((1 / 4 * 1 + 1 / 2 * 2) / (7 / 8))  # r <- (r + b) / 2 for b = 0, 1, 2

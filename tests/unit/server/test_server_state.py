@@ -13,6 +13,7 @@ from ormo_rpc.server.events import Kind
 from ormo_rpc.server.parameter_server import Status
 from tests.support.buffers import averages
 from tests.support.contract import same
+from tests.support.schedule import answer
 from tests.support.trial import ONE, Trial, begin, brief, tensor
 
 
@@ -126,6 +127,24 @@ def test_a_state_of_another_format_or_with_other_buffers_changes_nothing() -> No
         with pytest.raises(ValueError, match=f"^state of a server: {message}$"):
             trial.server.load_state_dict(state)
         assert same(trial.server.state_dict(), now)
+
+
+@pytest.mark.parametrize(("former", "moved"), [(False, 0.2), (True, 0.1)], ids=["present", "of version 6"])
+def test_a_push_in_flight_has_the_rate_that_was_sent_though_the_schedule_is_another_one(former: bool, moved: float) -> None:
+    options: dict[str, Any] = {"algorithm": "mla", "momentum": 0.0, "momentum_correction": True, "local_steps": 1}
+    options |= {"outer_lr": 1.0, "look_ahead": False}
+    trial = begin(num_workers=1, lr=0.1, **options)
+    state = trial.server.state_dict(replies=True)
+    if former:  # which says nothing of it: it is taken from the new schedule
+        state["version"] = 6
+        for each in state["assignments"]["outstanding"]:
+            del each["lr"]
+    again = begin(num_workers=1, lr=0.2, **options)
+    again.server.load_state_dict(state)
+    start = again.server.params.clone()
+    (reply,) = trial.held.values()
+    again.server.receive(answer(reply, reply.lr * ONE))  # one local step with a gradient of 1
+    assert torch.allclose(start - again.server.params, moved * ONE)
 
 
 def test_replies_whose_buffers_lie_at_other_places_are_refused() -> None:

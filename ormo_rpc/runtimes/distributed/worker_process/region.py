@@ -11,11 +11,10 @@ import sys
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 
-from ormo_rpc.algorithms._regions import TwoLevels
 from ormo_rpc.config.schema import Config
-from ormo_rpc.data.tickets import TicketParts
 from ormo_rpc.errors import RunFailed
 from ormo_rpc.messages import Push, Reply
+from ormo_rpc.runtimes.configured import two_levels
 from ormo_rpc.runtimes.distributed.linux import die_with_parent
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.server.region import RegionServer
@@ -53,15 +52,10 @@ class RegionProcesses:
     """
 
     def __init__(self, job: Job, data_root: str | None) -> None:
-        algorithm = job.config.algorithm
-        assert isinstance(algorithm, TwoLevels)
-        assert algorithm.region_workers is not None
+        self.job = job
         self.config: Config = job.config
-        self.algorithm = algorithm
         self.data_root = data_root
-        self.num_workers = algorithm.region_workers
-        self._rule = algorithm.region_rule()
-        self._parts = TicketParts(job.epochs, algorithm.region_parts)
+        self.num_workers = two_levels(job.config).region_workers or 1
         self._server: RegionServer | None = None
         self._workers: dict[int, _Worker] = {}
         self._restarts = dict.fromkeys(range(self.num_workers), 0)
@@ -94,13 +88,7 @@ class RegionProcesses:
 
     def _begin(self, reply: Reply) -> None:
         """Make a server at the global parameters, and wait for its workers: the first round may have to be of all of them."""
-        self._server = RegionServer(
-            self._rule,
-            reply.params,
-            self.num_workers,
-            self.algorithm.region_parts,
-            lambda ticket: self._parts.count(ticket, self._rule.steps),
-        )
+        self._server = self.job.region(reply.params)
         for number in range(self.num_workers):
             self._server.leave(number)
             self._start(number, reply.worker)
