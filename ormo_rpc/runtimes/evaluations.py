@@ -45,6 +45,7 @@ class Evaluations:
         seconds: The processor time of the thread that evaluates; it alone writes it.
         ends_now: Returns True where evaluations after the last update are to be left out, as the process has to end.
         stopped: The reason to stop early, once `stops_early` has told it.
+        unsaved: True if there is a result that the last `state_dict` does not have.
     """
 
     def __init__(self, job: JobLike, run_dir: Path, executor: Executor, recorder: Recorder, *, inline: bool = False) -> None:
@@ -69,8 +70,11 @@ class Evaluations:
         self.ends_now: Callable[[], bool] = lambda: False
         self.skipped = 0
         self.stopped: str | None = None
+        self.unsaved = False
         self._cause = ""
         """Type and message of the newest failure."""
+        self._failed_at = self._recorded_at = self._requested_at = -1
+        """Iterations: of the newest failure, of the newest result, and of the parameters that were copied last."""
         if self.best is not None and self.ranking.name.startswith("test_") and not config.task.CHOOSES_DATA:
             _log.warning(
                 "the best evaluation is chosen by the test split (%s), whose metrics no longer tell what the model does with "
@@ -80,10 +84,23 @@ class Evaluations:
 
     @property
     def failure(self) -> str | None:
-        """The reason why there is no result, where every evaluation so far has failed."""
-        if not self.failed or self._recorder.evaluation is not None:
+        """The reason why there is no result, or none of the newest parameters that were to be evaluated."""
+        if self._failed_at <= self._recorded_at:
             return None
-        return f"every evaluation failed ({self.failed}), the last with {self._cause}"
+        if self._recorder.evaluation is None:
+            return f"every evaluation failed ({self.failed}), the last with {self._cause}"
+        last = f"the last evaluation, at iteration {self._failed_at}, failed with {self._cause}"
+        return f"{last}; the metrics are those of an earlier one"
+
+    def request_last(self, server: ParameterServer, seconds: float) -> None:
+        """Have the final parameters evaluated, where the run ended with none of its pushes.
+
+        Args:
+            server: The server, which has ended.
+            seconds: The run's seconds at its last gradient.
+        """
+        if self._requested_at != server.iteration:
+            self.request(server, seconds)
 
     def observe(self, server: ParameterServer, seconds: float, before: int) -> None:
         """Have the parameters evaluated where that is due; called under the server's lock.
@@ -109,6 +126,7 @@ class Evaluations:
         """Have the present parameters evaluated; called under the server's lock."""
         if self._evaluator is None:
             return
+        self._requested_at = server.iteration
         waiting = self._copies.qsize() + len(self._running)
         if self._max_waiting is not None and waiting >= self._max_waiting and not server.ended:
             if not self.skipped:
@@ -170,6 +188,7 @@ class Evaluations:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a run that goes on from a checkpoint has to know of the evaluations so far, as plain values."""
+        self.unsaved = False
         return {"ranking": self.ranking.state_dict(), "targets": self.targets.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any], iteration: int, *, seconds: float) -> None:
@@ -207,6 +226,7 @@ class Evaluations:
             if result is None:  # written
                 return
             evaluation, fault = result
+            self._recorded_at, self.unsaved = iteration, True
             self._recorder.record_evaluation(iteration, seconds, evaluation)
             self.targets.add(iteration, seconds, evaluation)
             if fault is not None:
@@ -215,6 +235,7 @@ class Evaluations:
                 self.ranking.add(iteration, evaluation)
         else:
             self.failed += 1
+            self._failed_at = iteration
             self._cause = one_line(failure)
             _log.error("evaluation at iteration %d failed: %s", iteration, self._cause)
             _log.info("its traceback", exc_info=failure)

@@ -26,6 +26,7 @@ from ormo_rpc.runtimes.simulator.jobs import SyntheticJob
 from ormo_rpc.runtimes.trial import try_job
 from ormo_rpc.server.build import check_resumable
 from ormo_rpc.server.lr_schedule import LearningRate
+from ormo_rpc.server.state import Status
 from ormo_rpc.storage import best, checkpoint
 from ormo_rpc.storage.optimized_metric import refuse_metric
 from ormo_rpc.tasks import Task
@@ -45,6 +46,8 @@ RESUMED_KEYS = (
     *("compression", "wire.dtype", "wire.params"),
 )
 """Keys that a resumed run must have in common with the checkpoint's: they give its tickets and its state their meaning."""
+EXACT_KEYS = ("num_processes", "worker.prefetch", "runtime.joins", "runtime.leaves")
+"""Those that a simulation which goes on from the middle of another has in common too: its workers and events are saved."""
 _KEYS = frozenset(field.name for field in dataclasses.fields(Config))
 """Keys that our own messages begin with, before a dot or a colon."""
 
@@ -207,6 +210,24 @@ def check_resume(config: Config, path: Path) -> None:
                 given, expected = config.dataset.known_as, then.dataset.known_as
             got, wanted = _typed(given), _typed(expected)
             raise ConfigError(f"checkpoint.resume: {key}: got {got}, expected {wanted}, as {path} has it")
+    if isinstance(config.runtime, SimRuntime) and isinstance(then.runtime, SimRuntime):
+        _check_exact_resume(config, then, path)
+
+
+def _check_exact_resume(config: Config, then: Config, path: Path) -> None:
+    """Refuse to go on with other workers than a checkpoint from the middle of a simulation has.
+
+    Raises:
+        ConfigError: a key of `EXACT_KEYS` differs.
+    """
+    for key in EXACT_KEYS:
+        expected, given = (functools.reduce(getattr, key.split("."), each) for each in (then, config))
+        if expected != given and checkpoint.read(path, checkpoint.SERVER)["status"] == Status.running.value:
+            name = "workers" if key == "num_processes" else key
+            raise ConfigError(
+                f"checkpoint.resume: {name}: got {given}, expected {expected}, as {path} has it: a simulation goes on exactly "
+                "from a checkpoint of its middle; one of the end of a run may be resumed with others"
+            )
 
 
 def _typed(value: object) -> str:

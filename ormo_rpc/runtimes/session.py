@@ -44,7 +44,8 @@ class Session:
         checkpoint_executor: Writes checkpoints.
         clock: The run's seconds, real or virtual.
         began: Time on the monotonic clock at which the run began, before this process did where there is a launcher.
-        continue_clock: Called with the run's seconds so far where this process takes over, before anything is recorded.
+        continue_clock: Called with the run's seconds so far where this process takes over, before anything is recorded, and
+            with those of each call that is made again.
         extra_metrics: Returns metrics by name that the runtime measures itself.
         state: Copies the state for a checkpoint, where it is more than that of the server.
         terminal: A file descriptor for the progress bar, where there is a terminal.
@@ -133,7 +134,7 @@ class Session:
             self._check_fingerprint(buffer_values=own is None)
             if own is None:
                 self.directory.truncate(self.directory.header_bytes(), 0)
-            recover(path, 0 if own is None else checkpoint.segment_of(own), self.server)
+            recover(path, 0 if own is None else checkpoint.segment_of(own), self.server, self._set_clock)
             self.server.resume_as(incarnation)
         if self.directory.header_bytes() == 0:
             self.directory.write_fingerprint(self.job.fingerprint())
@@ -148,7 +149,7 @@ class Session:
                 steps=self.server.algorithm.kernel.name,
             )
         if config.checkpoint.journal:
-            self.checkpoints.journal = FileJournal(path)
+            self.checkpoints.journal = FileJournal(path, self.clock)
         former = None if source is None or incarnation > 0 else checkpoint.run_directory_of(source)
         self.evaluations.begin(self.server.iteration, former)
         if self.evaluations.best is not None:
@@ -177,13 +178,16 @@ class Session:
         if same_clock:
             # Statistics of an earlier version have no time of their own.
             self.recorder.continue_from({"seconds": records["seconds"], **records["statistics"]})
-            self.seconds_before = records["seconds"]
-            self._continue_clock(self.seconds_before)
+            self._set_clock(records["seconds"])
         else:
             self.recorder.statistics.begin_as(records["statistics"])
         if in_place:
             self.checkpoints.newest = source
             self.directory.truncate(records["trace_bytes"], records["metrics_bytes"])
+
+    def _set_clock(self, seconds: float) -> None:
+        self.seconds_before = seconds
+        self._continue_clock(seconds)
 
     def _check_fingerprint(self, *, buffer_values: bool) -> None:
         """Refuse to continue this run with another model or data set: the journal's pushes would mean something else.
@@ -248,9 +252,13 @@ class Session:
             wait: Wait for evaluations that are not ready.
             entries: Further entries of the `Summary`; they replace those that the session knows itself.
         """
+        if state["status"] == Status.completed.value:
+            self.evaluations.request_last(self.server, self.recorder.statistics.seconds)
         self.flush()
         if wait:
             self.evaluations.wait()
+        if self.evaluations.unsaved and self.checkpoints.newest is not None:  # a run that goes on from it has to know of them
+            self.checkpoints.write(state)
         self.recorder.flush(row=True)
         self.journal.close()
         return self.recorder.close(Summary(**{**self._summary_entries(state), **entries}))

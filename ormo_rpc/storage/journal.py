@@ -2,7 +2,8 @@
 
 The parameter server is deterministic: its state is a function of the state at a checkpoint and of the calls since. The journal
 holds these calls in order. A new *segment* begins with each copy of the state that is taken for a checkpoint, which keeps the
-segment's number; recovering from a checkpoint means making the calls of that segment and of all later ones again.
+segment's number; recovering from a checkpoint means making the calls of that segment and of all later ones again, each at the
+time that it had.
 
 A record is its length, its CRC-32, a line of JSON, and the bytes of the tensors. A record torn by a crash at the end of a
 segment was never acknowledged, and counts as not written.
@@ -16,7 +17,7 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -126,6 +127,7 @@ class FileJournal(Journal):
 
     Args:
         run_dir: The run directory.
+        clock: The run's seconds.
 
     Raises:
         OSError: from any method, where the disk is full or broken; what was acknowledged before is safe. A failed append may
@@ -134,8 +136,9 @@ class FileJournal(Journal):
 
     durable = True
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, clock: Callable[[], float] = lambda: 0.0) -> None:
         self.folder = run_dir / FOLDER
+        self._clock = clock
         self.folder.mkdir(exist_ok=True)
         self.segment = max(_segment_numbers(self.folder), default=-1) + 1
         self._syncing = threading.Lock()
@@ -210,7 +213,7 @@ class FileJournal(Journal):
         return os.open(_segment_file(self.folder, self.segment), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def _append(self, call: Mapping[str, Any], tensors: Iterable[torch.Tensor] = ()) -> None:
-        line = json.dumps(call).encode() + b"\n"
+        line = json.dumps({**call, "seconds": self._clock()}).encode() + b"\n"
         parts = [memoryview(line), *(_memory(tensor) for tensor in tensors)]
         checksum = 0
         for part in parts:
@@ -226,8 +229,11 @@ class FileJournal(Journal):
         self._appended += 1
 
 
-def recover(run_dir: Path, first: int, server: ParameterServer) -> int:
-    """Make the calls of segment ``first`` and all later ones again, up to a missing segment; return their number."""
+def recover(run_dir: Path, first: int, server: ParameterServer, set_clock: Callable[[float], None] = lambda _: None) -> int:
+    """Make the calls of segment ``first`` and all later ones again, up to a missing segment; return their number.
+
+    Before each the run's clock is set to its time; a record of an earlier version has none.
+    """
     folder, count = run_dir / FOLDER, 0
     present = sorted(number for number in _segment_numbers(folder) if number >= first)
     for expected, number in enumerate(present, first):
@@ -238,6 +244,8 @@ def recover(run_dir: Path, first: int, server: ParameterServer) -> int:
             file.rename(file.with_suffix(".lost"))
             continue
         for call, payload in _records(file):
+            if "seconds" in call:
+                set_clock(call["seconds"])
             _apply(server, call, payload)
             count += 1
     return count

@@ -155,6 +155,46 @@ def test_targets_and_waiting_snapshots_outlive_a_server(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("every", [0, 10])
+def test_gradients_of_a_journal_keep_their_times_and_the_clock_goes_on_from_the_last(every: int, tmp_path: Path) -> None:
+    first = Incarnation(tmp_path, 0, every=every, journal=True)
+    for _ in range(25):
+        first.now += 0.25
+        first.push(1)
+    expected = [event["seconds"] for event in read_trace(tmp_path)[1] if event["event"] == "apply"]
+    assert expected == [1.75 + 0.25 * number for number in range(25)]
+    first.die()
+    second = Incarnation(tmp_path, 1, every=every, journal=True)
+    assert second.now == second.session.seconds_before == expected[-1]
+    second.push(35)
+    summary = second.session.close(second.server.state_dict(), wait=True)
+    assert [event["seconds"] for event in read_trace(tmp_path)[1] if event["event"] == "apply"][:25] == expected
+    assert summary["training_seconds"] == expected[-1]
+
+
+@pytest.mark.parametrize("when", ["during", "after"])
+def test_the_last_checkpoint_has_the_evaluations_that_were_ready_after_it(when: str, tmp_path: Path) -> None:
+    run = Incarnation(tmp_path, 0, evaluate={"every": 4, "targets": [0.05], "when": when})
+    run.push(60)
+    state = run.server.state_dict()
+    run.session.write_checkpoint(state)
+    run.session.close(state, wait=True)
+    records = checkpoint.read(checkpoint.locate(tmp_path), checkpoint.SERVER)["session"]
+    assert [point[0] for point in records["targets"]["points"]] == list(range(4, 61, 4))
+
+
+def test_final_parameters_are_evaluated_though_no_push_has_ended_the_run(tmp_path: Path) -> None:
+    run = Incarnation(tmp_path, 0, evaluate={"every": 4})
+    run.push(6)
+    for worker in (0, 1):
+        run.server.leave(worker)
+    run.server.finish()
+    summary = run.session.close(run.server.state_dict(), wait=True)
+    assert (summary["status"], summary["iterations"]) == ("completed", 6)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows if "test_loss" in row] == [4, 6]
+
+
+@pytest.mark.parametrize("every", [0, 10])
 @pytest.mark.parametrize(
     "options", [{"name": "ormo"}, {"name": "shifted"}, {"name": "spa"}, {"name": "orlomo", "combine": "mean"}], ids=str
 )

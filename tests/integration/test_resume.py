@@ -152,6 +152,40 @@ def test_resuming_twice_ends_with_the_same_bits(tmp_path: Path) -> None:
     check_resumed(tmp_path / "whole", whole, config, complete(tmp_path / "second")[0], tmp_path / "third")
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"workers": 6}, "workers: got 6, expected 4"),
+        ({"worker": {"prefetch": 1}}, r"worker\.prefetch: got 1, expected 0"),
+        ({"runtime": {"joins": {9: 1.0}}}, r"runtime\.joins: got \{9: 1\.0\}, expected \{\}"),
+        ({"runtime": {"leaves": {1: 1.0}}}, r"runtime\.leaves: got \{1: 1\.0\}, expected \{\}"),
+    ],
+    ids=str,
+)
+def test_other_workers_are_refused_in_the_middle_of_a_simulation_and_not_at_its_end(
+    more: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    config = changed(QUADRATIC, checkpoint=EVERY)
+    train(config, run_dir=tmp_path / "whole")
+    middle, *_, end = complete(tmp_path / "whole")
+    with pytest.raises(ConfigError, match=rf"^checkpoint\.resume: {message}, as .*: a simulation goes on exactly "):
+        train(changed(config, **more, checkpoint={"resume": str(middle)}), run_dir=tmp_path / "resumed")
+    assert not (tmp_path / "resumed").exists()
+    longer = changed(config, **more, train={"max_iterations": 90}, checkpoint={"resume": str(end)})
+    assert train(longer, run_dir=tmp_path / "longer")["iterations"] == 90
+
+
+@pytest.mark.parametrize("before", [None, 3.0])
+def test_a_resumed_simulation_ends_at_the_seconds_that_are_configured_now(before: float | None, tmp_path: Path) -> None:
+    config = changed(QUADRATIC, checkpoint=EVERY, train={"max_seconds": before})
+    whole = train(config, run_dir=tmp_path / "whole")
+    middle = complete(tmp_path / "whole")[1]
+    sooner = changed(config, train={"max_seconds": 1.0}, checkpoint={"resume": str(middle)})
+    assert train(sooner, run_dir=tmp_path / "sooner")["iterations"] < whole["iterations"]
+    ends = train(changed(config, train={"max_seconds": None}, checkpoint={"resume": str(middle)}), run_dir=tmp_path / "ends")
+    assert (ends["iterations"], ends["reason"]) == (70, None)
+
+
 REAL: dict[str, Any] = {
     "runtime": {"name": "sim"},
     "logger": QUADRATIC["logger"],

@@ -103,6 +103,9 @@ def _run(config: Config, run_dir: Path, began: float, job: Job | SyntheticJob) -
             _schedule(config, queue, cluster)
         else:
             cluster.load_state_dict(session.resumed_state)
+            if queue.times_of("finish") != [config.train.max_seconds]:  # else it keeps its place among events of its time
+                queue.cancel("finish")
+                _schedule_end(config, queue)
         interrupted = _drive(cluster, session)
         last = state()
         session.write_checkpoint(last)
@@ -156,9 +159,13 @@ def _schedule(config: Config, queue: EventQueue, cluster: Cluster) -> None:
         queue.at(seconds, "join", worker)
     for worker, seconds in config.sim.leaves.items():
         queue.at(seconds, "leave", worker)
-    if config.train.max_seconds is not None:
-        queue.at(config.train.max_seconds, "finish")
+    _schedule_end(config, queue)
     cluster.start()
+
+
+def _schedule_end(config: Config, queue: EventQueue) -> None:
+    if config.train.max_seconds is not None:
+        queue.at(max(queue.now, config.train.max_seconds), "finish")
 
 
 def _drive(cluster: Cluster, session: Session) -> Signals | None:

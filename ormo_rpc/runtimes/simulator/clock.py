@@ -39,6 +39,15 @@ class EventQueue:
             return [min(events)[-1]] if events else []
         return [event[-1] for event in heapq.nsmallest(count, events)]
 
+    def times_of(self, name: str) -> list[float]:
+        """Return the times of the events of one name."""
+        return sorted(event[0] for event in self._queue if event[2] == name)
+
+    def cancel(self, name: str) -> None:
+        """Remove the events of one name."""
+        self._queue = [event for event in self._queue if event[2] != name]
+        heapq.heapify(self._queue)
+
     def drop(self, unwanted: Callable[[Any], bool]) -> None:
         """Remove the events with an unwanted argument."""
         self._queue = [event for event in self._queue if not unwanted(event[-1])]

@@ -66,7 +66,9 @@ def test_an_evaluation_that_fails_does_not_end_the_run_and_says_why(
     errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert errors == [f"evaluation at iteration {at} failed: {CAUSE}" for at in (5, 10, 15)[works:]]
     assert len([row for row in read_metrics(tmp_path) if "test_loss" in row]) == works
-    reason = None if works else f"every evaluation failed (3), the last with {CAUSE}"
+    reason = f"every evaluation failed (3), the last with {CAUSE}"
+    if works:
+        reason = f"the last evaluation, at iteration 15, failed with {CAUSE}; the metrics are those of an earlier one"
     assert summary["reason"] == reason
     assert (summary["test_accuracy"] is None) is (works == 0)
     assert json.loads((tmp_path / "summary.json").read_text())["reason"] == reason

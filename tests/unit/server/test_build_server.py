@@ -38,8 +38,8 @@ from tests.support.trial import begin, tensor
         ),
         ({"name": "x"}, r"build_server: got the unknown option 'name', expected one of .*"),
         ({"algorithm": "asgd", "momentum_correction": True}, r"build_server: got the unknown option 'momentum_correction', .*"),
-        ({"algorithm": "ormo_da", "threshold": -1}, r"algorithm\.threshold: got -1, expected a whole number >= 0, and >= 1 for rule=ormo"),
-        ({"algorithm": "ormo_da", "threshold": 2.5}, r"algorithm\.threshold: got 2\.5, expected a whole number >= 0, and >= 1 for rule=ormo"),
+        ({"algorithm": "ormo_da", "threshold": -1}, r"algorithm\.threshold: got -1, expected a whole number >= 0, and .*"),
+        ({"algorithm": "ormo_da", "threshold": 2.5}, r"algorithm\.threshold: got 2\.5, expected a whole number >= 0, and .*"),
         ({"algorithm": "ormo_da", "smoothness": 0.0}, r"algorithm\.smoothness: got 0\.0, expected a number > 0"),
         (
             {"algorithm": "ormo_da", "rule": "drip"},
