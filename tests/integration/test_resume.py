@@ -214,14 +214,14 @@ def test_a_checkpoint_without_the_keys_of_prefetch_and_compression_is_resumed_fr
 
     def read_older(source: Path, name: str) -> dict[str, Any]:
         state = read(source, name)
-        for key in ("computing_until", "source"):
+        for key in ("work", "source"):
             del state["cluster"][key]
             without.append(key)
         return state
 
     monkeypatch.setattr(checkpoint, "read", read_older)
     check_resumed(tmp_path / "whole", whole, config, complete(tmp_path / "whole")[0], tmp_path / "again")
-    assert without == ["computing_until", "source"]
+    assert without == ["work", "source"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

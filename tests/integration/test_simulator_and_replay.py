@@ -95,6 +95,29 @@ def test_workers_join_and_leave_at_the_configured_times(tmp_path: Path) -> None:
     assert {event["worker"] for event in applied if event["seconds"] > 5.5} == {1, 7}
 
 
+def test_a_worker_that_leaves_has_computed_until_then(tmp_path: Path) -> None:
+    options = ("workers=2", "train.max_iterations=40", "runtime.compute_seconds=1", "runtime.latency_seconds=[0.0, 4.0]")
+    summary = simulate(tmp_path, *options, "runtime.leaves={1: 4.5}")
+    # The reply reaches worker 1 at 4 s, so that it has computed for 0.5 of its 4.5 s.
+    assert summary["utilisation_per_worker"] == {"0": 1.0, "1": pytest.approx(0.5 / 4.5)}
+
+
+def test_a_worker_that_computes_when_a_run_ends_has_computed_until_then(tmp_path: Path) -> None:
+    options = ("workers=3", "train.max_iterations=40", "runtime.compute_seconds=1", "runtime.latency_seconds=[0.0, 0.0, 1.5]")
+    summary = simulate(tmp_path, *options, "heterogeneity=one_slow", "heterogeneity.factor=100", "train.lr=1e30")
+    end = summary["virtual_seconds"]
+    assert (summary["status"], 1.5 < end < 100) == ("diverged", True)
+    # Worker 2 is at its first ticket from 1.5 s on.
+    assert summary["utilisation_per_worker"] == {"0": 1.0, "1": 1.0, "2": pytest.approx((end - 1.5) / end)}
+
+
+def test_what_a_worker_has_not_sent_when_it_leaves_takes_no_time_of_the_server(tmp_path: Path) -> None:
+    options = ("workers=2", "train.max_iterations=3", "runtime.compute_seconds=1", "runtime.service_seconds=1")
+    summary = simulate(tmp_path, *options, "runtime.leaves={0: 0.5}")
+    # Worker 1 alone: a second of its own, and one of the server, for each of three tickets.
+    assert (summary["virtual_seconds"], summary["server_queue_seconds"], summary["server_load"]) == (6.0, 0.0, 0.5)
+
+
 def test_max_seconds_limits_virtual_time(tmp_path: Path) -> None:
     limits = ("train.max_iterations=1000", "train.max_seconds=2.2")
     summary = simulate(tmp_path, "workers=2", *limits, "runtime.compute_seconds=0.5")

@@ -230,6 +230,7 @@ def _loads(cluster: Cluster, seconds: float) -> dict[str, Any]:
     load = cluster.load
     busy = {str(w): load.computing.get(w, 0.0) / max(load.member[w], 1e-12) for w in sorted(load.member)}
     return {
+        # Above 1 by rounding, or where a region ended before its workers did: their last tickets count as a whole.
         "utilisation_per_worker": {worker: min(1.0, part) for worker, part in busy.items()},
         "server_load": load.serving / seconds if seconds else 0.0,
         "server_queue_seconds": load.queueing,

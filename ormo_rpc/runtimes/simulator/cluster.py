@@ -8,6 +8,7 @@ another device begins the next one meanwhile: it is a function of its reply, so 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Protocol
@@ -16,6 +17,7 @@ import torch
 
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.runtimes.simulator.clock import EventQueue
+from ormo_rpc.runtimes.simulator.machines import Machines
 from ormo_rpc.server.parameter_server import ParameterServer
 
 
@@ -140,8 +142,7 @@ class Cluster:
         links: Network and server speed.
         compute_seconds: Draws the time of a batch for a worker's next ticket.
         observe: Called after every push, once its replies are scheduled.
-        processes: The number of machines, where workers share them: worker k computes on machine k modulo that number, which
-            computes for one worker at a time.
+        processes: The number of machines at the start, where workers share them (`Machines`).
     """
 
     def __init__(
@@ -160,11 +161,7 @@ class Cluster:
         self.links = links
         self.compute_seconds = compute_seconds
         self.observe = observe
-        self.processes = processes
-        self._computing_until: dict[int, float] = {}
-        """Time at which each machine is free, where workers share machines."""
-        self._ends: dict[int, float] = {}
-        """Time at which each worker has computed its newest ticket."""
+        self.machines = Machines(processes, server.num_workers)
         server.on_cancel = self._cancel
         self.load = Load()
         self._since: dict[int, float] = {}
@@ -197,8 +194,7 @@ class Cluster:
             "load": asdict(self.load),
             "since": dict(self._since),
             "free_at": self._free_at,
-            "computing_until": dict(self._computing_until),
-            "ends": dict(self._ends),
+            "work": self.machines.state_dict(),
             "source": self.source.state_dict(),
         }
 
@@ -210,10 +206,8 @@ class Cluster:
         self.compute_seconds.load_state_dict(state["speeds"])
         self.load = Load(**state["load"])
         self._since, self._free_at = dict(state["since"]), state["free_at"]
-        # Older checkpoints do not have these three.
-        self._computing_until = dict(state.get("computing_until", {}))
-        self._ends = dict(state.get("ends", {}))
-        self.source.load_state_dict(state.get("source", {}))
+        self.machines.load_state_dict(state, self._since)
+        self.source.load_state_dict(state.get("source", {}))  # older checkpoints do not have it
 
     def start(self) -> None:
         """Start the server with all its workers."""
@@ -222,14 +216,17 @@ class Cluster:
 
     def join(self, worker: int) -> None:
         """Let a worker join; what an earlier worker of its number still had in flight is dropped."""
-        self.queue.drop(lambda argument: isinstance(argument, Reply) and argument.worker == worker)
+        self._drop({worker})
         self.source.forget(worker)
         self._since[worker] = self.queue.now
         self._send(self.server.join(worker))
 
     def leave(self, worker: int) -> None:
-        """Let a worker leave; its work in flight is lost."""
+        """Let a worker leave; its work in flight is lost, and its machine goes on with what waits for it."""
         if worker in self._since:
+            if self._stop(worker):
+                self._drop({worker})  # it will never be sent
+                self._move_up(worker)
             self._count_membership(worker)
             self.source.forget(worker)
             self._send(self.server.leave(worker))
@@ -239,8 +236,9 @@ class Cluster:
         self._send(self.server.finish())
 
     def close(self) -> None:
-        """Count the time of the workers that stayed to the end."""
+        """Count the time of the workers that stayed to the end, and what they have computed by then."""
         for worker in list(self._since):
+            self._stop(worker)
             self._count_membership(worker)
 
     def _send(self, replies: Iterable[Reply]) -> None:
@@ -249,17 +247,17 @@ class Cluster:
                 self.queue.at(self.queue.now + self.links.reply_seconds(reply.worker), "begin", reply)
 
     def _begin(self, reply: Reply) -> None:
-        """Begin to compute: the reply has reached its worker."""
+        """Begin to compute: the reply has reached its worker, if that has not left meanwhile."""
+        if reply.worker not in self._since:
+            return
         seconds = self.compute_seconds(reply.worker) * reply.steps
-        begin = self.queue.now
-        if self.processes is not None:
-            machine = reply.worker % self.processes
-            begin = max(begin, self._computing_until.get(machine, 0.0))
-            self._computing_until[machine] = begin + seconds
-        if reply.worker in self._since:
-            self.load.computing[reply.worker] = self.load.computing.get(reply.worker, 0.0) + seconds
-        self._ends[reply.worker] = begin + seconds
-        self.queue.at(begin + seconds + self.links.push_seconds(reply.worker), "arrive", reply)
+        self.load.computing[reply.worker] = self.load.computing.get(reply.worker, 0.0) + seconds
+        self._compute(reply, seconds)
+
+    def _compute(self, reply: Reply, seconds: float) -> None:
+        """Compute for a reply as soon as the machine is free, and send the push."""
+        end = self.machines.compute(reply.worker, seconds, self.queue.now)
+        self.queue.at(end + self.links.push_seconds(reply.worker), "arrive", reply)
 
     def _arrive(self, reply: Reply) -> None:
         """Queue the push that has reached the server behind those before it."""
@@ -294,11 +292,28 @@ class Cluster:
 
         A push that waits for the server has taken its time there.
         """
-        self.queue.drop(lambda argument: isinstance(argument, Reply) and argument.worker in workers)
+        self._drop(workers)
         for worker in workers:
-            if worker in self._since:
-                left = max(0.0, self._ends.get(worker, 0.0) - self.queue.now)
-                self.load.computing[worker] = self.load.computing.get(worker, 0.0) - left
+            self._stop(worker)
+
+    def _stop(self, worker: int) -> float:
+        """Stop a worker's computation, which counts up to now only; return the seconds that were left."""
+        left = self.machines.stop(worker, self.queue.now)
+        if left:
+            self.load.computing[worker] = self.load.computing.get(worker, 0.0) - left
+        return left
+
+    def _move_up(self, worker: int) -> None:
+        """Compute what waits for the machine of a worker, which may be free now."""
+        waiting = self.machines.stop_waiting(worker, self.queue.now)
+        replies = {reply.worker: reply for reply in self.queue.next_of("arrive", sys.maxsize) if reply.worker in waiting}
+        self._drop(waiting)
+        for other, seconds in waiting.items():
+            self._compute(replies[other], seconds)
+
+    def _drop(self, workers: Collection[int]) -> None:
+        """Remove all that these workers have in flight."""
+        self.queue.drop(lambda argument: isinstance(argument, Reply) and argument.worker in workers)
 
     def _count_membership(self, worker: int) -> None:
         seconds = self.queue.now - self._since.pop(worker)
