@@ -25,6 +25,7 @@ class Statistics:
         cancelled: Gradients that were not computed to the end, as the algorithm cancelled them.
         repeated: Pushes that arrived again after their reply was lost.
         pushes_per_worker: Gradients applied or discarded, by worker.
+        applied_per_worker: Applied gradients, by worker.
         delays: Applied gradients, by delay.
         delay_sum_per_worker: Sum of the delays of the applied gradients, by worker.
         loss: Mean batch loss over about the last `LOSS_WINDOW` gradients: over all of them until there are so many, then an
@@ -47,6 +48,7 @@ class Statistics:
     cancelled: int = 0
     repeated: int = 0
     pushes_per_worker: Counter[int] = field(default_factory=Counter[int])
+    applied_per_worker: Counter[int] = field(default_factory=Counter[int])
     delays: Counter[int] = field(default_factory=Counter[int])
     delay_sum_per_worker: Counter[int] = field(default_factory=Counter[int])
     loss: float | None = None
@@ -71,6 +73,8 @@ class Statistics:
             setattr(self, name, type(getattr(self, name))(value) if isinstance(value, dict) else value)
         if self.loss is not None and "losses" not in state:
             self.losses = self.applied
+        if "applied_per_worker" not in state:
+            self._count_applied_per_worker()
 
     def begin_as(self, state: Mapping[str, Any]) -> None:
         """Take over the loss at the start from the state of the run that this one continues; count anew."""
@@ -83,6 +87,7 @@ class Statistics:
         if event.kind is Kind.apply:
             self.iterations = data["iteration"] + 1
             self.delays[data["delay"]] += 1
+            self.applied_per_worker[data["worker"]] += 1
             self.delay_sum_per_worker[data["worker"]] += data["delay"]
             self.seconds = max(self.seconds, event.seconds)
             if data["loss"] is not None:
@@ -103,6 +108,13 @@ class Statistics:
             self.pushes_per_worker[data["worker"]] += 1
         if event.kind is Kind.repeat:
             self.repeated += 1
+
+    def _count_applied_per_worker(self) -> None:
+        """Take the pushes for the applied gradients of an earlier version; where some were discarded, whose is not known."""
+        self.applied_per_worker = Counter(self.pushes_per_worker)
+        if self.discarded:
+            self.applied_per_worker.clear()
+            self.delay_sum_per_worker.clear()  # means begin here
 
     def _observe_loss(self, loss: float, stamp: int) -> None:
         self.losses += 1
@@ -127,6 +139,10 @@ class Statistics:
     def delay_max(self) -> int:
         """Largest delay of an applied gradient, in iterations."""
         return max(self.delays, default=0)
+
+    def delay_means(self) -> dict[int, float]:
+        """Return the mean delay of the applied gradients of each worker that has some."""
+        return {worker: self.delay_sum_per_worker[worker] / n for worker, n in sorted(self.applied_per_worker.items())}
 
     @property
     def elastic_mean(self) -> float | None:

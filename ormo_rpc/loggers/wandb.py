@@ -248,8 +248,7 @@ class WandbRunLog(RunLog):
     def log(self, row: Mapping[str, Any], statistics: Statistics) -> None:
         if self._broken:
             return
-        pushes = statistics.pushes_per_worker
-        per_worker = {f"delay/worker_{w}": statistics.delay_sum_per_worker[w] / n for w, n in sorted(pushes.items())}
+        per_worker = {f"delay/worker_{worker}": mean for worker, mean in statistics.delay_means().items()}
         with_histogram = "test_loss" in row and statistics.applied > 0  # large, so with evaluations only
         delays = {"delay/histogram": self._histogram(statistics.delay_counts())} if with_histogram else {}
         try:

@@ -34,6 +34,7 @@ def test_statistics_of_a_resumed_run_by_hand() -> None:
     assert (statistics.discarded, statistics.repeated) == (1, 1)
     assert statistics.pushes_per_worker == {0: 1, 1: 3}
     assert statistics.delay_sum_per_worker == {0: 2, 1: 5}  # of applied gradients
+    assert statistics.delay_means() == {0: 2.0, 1: 2.5}  # 2 / 1 and (0 + 5) / 2
     assert statistics.delay_mean == pytest.approx(7 / 3)  # (2 + 0 + 5) / 3
     assert statistics.delay_max == 5
     assert statistics.delay_counts() == [1, 0, 1, 0, 0, 1]
@@ -90,6 +91,22 @@ def test_statistics_of_an_earlier_version_go_on() -> None:
         statistics.observe(apply_event(9, 0, 0, loss=14.0))
         assert (statistics.start_loss, statistics.start_stamp) == (14.0, 9)
         assert statistics.loss == pytest.approx(5.0 if statistics.applied == 10 else 14.0)  # 4 + (14 - 4) / 10
+
+
+@pytest.mark.parametrize("discards", [0, 2])
+def test_mean_delays_of_workers_go_on_from_an_earlier_version(discards: int) -> None:
+    """Its state has the pushes of each worker, and of all together how many were discarded."""
+    former = observed(
+        *(apply_event(number, number % 2, 4) for number in range(6)),
+        *(Event(Kind.discard, 0.0, {"worker": 1, "delay": 9}) for _ in range(discards)),
+    ).state_dict()
+    del former["applied_per_worker"]
+    statistics = Statistics()
+    statistics.load_state_dict(former)
+    statistics.observe(apply_event(6, 0, 0))
+    # Worker 0: (4 + 4 + 4 + 0) / 4. With discards it is not known of whose pushes they were, so that only the last one counts.
+    assert statistics.delay_means() == ({0: 0.0} if discards else {0: 3.0, 1: 4.0})
+    assert statistics.delay_mean == pytest.approx(24 / 7)
 
 
 def test_statistics_continue_from_their_state() -> None:

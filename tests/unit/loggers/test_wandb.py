@@ -13,6 +13,7 @@ import pytest
 from ormo_rpc.loggers import RunInfo
 from ormo_rpc.loggers.statistics import Statistics
 from ormo_rpc.loggers.wandb import ENVIRONMENT, WandbLogger, WandbMode
+from ormo_rpc.server.events import Event, Kind
 from ormo_rpc.tasks import Classification
 from tests.support.error_task import MAE
 from tests.support.events import apply_event
@@ -40,10 +41,12 @@ def run_info(directory: Path, **more: Any) -> RunInfo:
 
 
 def statistics() -> Statistics:
-    """Five gradients of three workers, with the delays 0, 3, 1, 0, 6."""
+    """Five gradients of three workers, with the delays 0, 3, 1, 0, 6; and three that were discarded."""
     made = Statistics()
     for iteration, (worker, delay) in enumerate([(0, 0), (1, 3), (1, 1), (0, 0), (2, 6)]):
         made.observe(apply_event(iteration, worker, delay))
+    for worker, delay in [(1, 9), (1, 9), (3, 9)]:
+        made.observe(Event(Kind.discard, 0.0, {"worker": worker, "delay": delay}))
     return made
 
 
@@ -62,7 +65,7 @@ def test_wandb_gets_every_row_with_delays_by_worker_and_their_histogram(tmp_path
     log.log({"iteration": 5, "train_loss": 1.5}, statistics())
     log.log({"iteration": 5, "test_loss": 0.5}, statistics())
     log.finish({"status": "completed"})
-    # Worker 0 had the delays 0 and 0, worker 1 had 3 and 1, worker 2 had 6.
+    # Worker 0 had the delays 0 and 0, worker 1 had 3 and 1, worker 2 had 6; worker 3 had none that was applied.
     per_worker = {"delay/worker_0": 0.0, "delay/worker_1": 2.0, "delay/worker_2": 6.0}
     first, second = run.logged
     assert first == {"iteration": 5, "train_loss": 1.5, **per_worker}
