@@ -144,6 +144,7 @@ class Replay:
             state = checkpoint.read(checkpoint.locate(Path(header["resumed"])), "server.pt")
             self.server.load_state_dict(state)
             if not self.started:
+                self.statistics.load_state_dict(state["session"]["statistics"])
                 self.worker.load_state_dict(state["cluster"].get("source", {}))
             self._deliver([member.reply for member in self.server.members.values() if member.reply is not None])
 

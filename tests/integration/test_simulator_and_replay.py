@@ -202,6 +202,16 @@ def test_a_resumed_run_is_replayed_from_its_checkpoint(tmp_path: Path) -> None:
     assert again["final_params_sha256"] == resumed["final_params_sha256"]
 
 
+def test_a_replay_of_an_exactly_resumed_run_has_its_elastic_consistency_from_the_beginning(tmp_path: Path) -> None:
+    options = ("workers=3", "algorithm=ormo", "train.lr=0.01", "heterogeneity=exponential", "logger.elastic_iterations=1")
+    whole = simulate(tmp_path / "whole", *options, "train.max_iterations=80", "checkpoint.every=40", "checkpoint.keep=9")
+    (half,) = [each for each in (tmp_path / "whole" / "checkpoints").iterdir() if each.name.endswith("0040")]
+    simulate(tmp_path / "rest", *options, "train.max_iterations=80", f"checkpoint.resume={half}")
+    again = replay(tmp_path / "again", tmp_path / "rest")
+    assert again["identical"] is True
+    assert (again["elastic_mean"], again["elastic_max"]) == (whole["elastic_mean"], whole["elastic_max"])
+
+
 def test_a_differing_replay_fails_with_the_first_differing_event(tmp_path: Path) -> None:
     train(DIGITS, run_dir=tmp_path / "run")
     trace = tmp_path / "run" / "trace.jsonl"
