@@ -28,6 +28,7 @@ class Run:
         events: The events of ``trace.jsonl``, without the header.
         setting: Its configuration by full key, but for the seed and what cannot change a result.
         seed: Its seed.
+        smooth: The number of evaluations whose mean has to reach its targets.
         environment: The header of its trace: versions and machine.
         fingerprint: Its model's layout and the size of its data set; None where an earlier version did not write it.
     """
@@ -38,6 +39,7 @@ class Run:
     events: list[dict[str, Any]]
     setting: dict[str, Any]
     seed: int
+    smooth: int
     environment: dict[str, Any]
     fingerprint: Fingerprint | None
 
@@ -57,8 +59,8 @@ class Run:
         if summary.get("replayed") is not None:
             raise ConfigError(f"{path}: got a replay, which is no run of its own, of {summary['replayed']}")
         header, events = read_trace(path)
-        setting, seed = read_setting(path, header.get("resumed"))
-        return cls(path, summary, read_metrics(path), events, setting, seed, header, read_fingerprint(path))
+        setting, seed, smooth = read_setting(path, header.get("resumed"))
+        return cls(path, summary, read_metrics(path), events, setting, seed, smooth, header, read_fingerprint(path))
 
     @property
     def completed(self) -> bool:

@@ -27,8 +27,8 @@ WITHOUT_EFFECT: Mapping[str, str] = {
     "replay.run": "of a replay, which is no run of its own",
     "checkpoint.keep": "how many old checkpoints stay on disk",
     "evaluate.targets": "which values of the evaluations are looked for",
-    "evaluate.smooth": "how many evaluations have to reach them",
-    "optimized_metric": "what a sweep is told in the end",
+    "evaluate.smooth": "how many evaluations have to reach them; the report has a column of its own for each number",
+    "optimized_metric": "what a sweep is told in the end; it counts where it chooses the best model",
     "logger": "where metrics are shown, and how often",
 }
 """Keys that are no part of a setting, with the reason; a group stands for all its options.
@@ -53,8 +53,8 @@ MISSING = "-"
 _SECTIONS = ("algorithm", *(field.name for field in fields(Config) if field.name != "algorithm"))
 
 
-def read_setting(run_dir: Path, resumed: str | None) -> tuple[dict[str, Any], int]:
-    """Read the setting of a run, and its seed.
+def read_setting(run_dir: Path, resumed: str | None) -> tuple[dict[str, Any], int, int]:
+    """Read the setting of a run, its seed, and how many evaluations have to reach its targets.
 
     A run that was resumed began elsewhere than its seed does, so the checkpoint counts: by its iteration, and by what was
     configured otherwise in the run that wrote it. Its path and seed do not, so that seeds which were each resumed from their
@@ -72,7 +72,7 @@ def read_setting(run_dir: Path, resumed: str | None) -> tuple[dict[str, Any], in
     source = options.get(RESUME)
     if source is not None:
         setting[RESUME] = _source(Path(resumed or source), setting)
-    return setting, int(options.get("seed") or 0)
+    return setting, int(options.get("seed") or 0), int(options.get("evaluate.smooth") or 1)
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -141,6 +141,8 @@ def _without_effect(key: str, options: Mapping[str, Any]) -> bool:
     group = key.partition(".")[0]
     if group == "dataset" and "." in str(options.get(group)):
         return False  # of the user's own function, to which a root may mean anything
+    if key == "optimized_metric" and (options.get("evaluate.patience") is not None or options.get("checkpoint.best")):
+        return False  # it decides when the run stops, or which model is kept
     return key in WITHOUT_EFFECT or group in WITHOUT_EFFECT
 
 

@@ -32,14 +32,14 @@ class Column:
         key: The entry of the summary.
         form: The format of a value.
         higher_is_better: The direction in which a mean is better; None: none is marked.
-        kind: Only of runs of this `_kind`; None: of all.
+        kind: Only of runs of this `_kind` that have the target; None: of all.
     """
 
     heading: str
     key: str
     form: str
     higher_is_better: bool | None = None
-    kind: tuple[bool, str] | None = None
+    kind: tuple[bool, str, int] | None = None
 
 
 def columns(groups: Sequence[Group]) -> list[Column]:
@@ -62,20 +62,25 @@ def columns(groups: Sequence[Group]) -> list[Column]:
 def _to_targets(groups: Sequence[Group]) -> list[Column]:
     """List the columns of the times at which targets (``evaluate.targets``) were reached, on the test split.
 
-    Virtual seconds have columns of their own.
+    Virtual seconds have columns of their own, and so have the means of each other number of evaluations (``evaluate.smooth``).
     """
-    summaries = [run.summary for group in groups for run in group.runs]
-    known = [each for each in summaries if each.get("target_metric") is not None]
-    targets = {(*_kind(each), float(target)) for each in known for target in each.get("seconds_to") or ()}
+    runs = [run for group in groups for run in group.runs]
+    known = [run for run in runs if run.summary.get("target_metric") is not None]
+    targets = {(*_kind(run), float(target)) for run in known for target in run.summary.get("seconds_to") or ()}
     return [
-        Column(f"{'virtual ' * simulated}s to {name} {target:g}", f"seconds_to/{target!r}", ".1f", kind=(simulated, name))
-        for simulated, name, target in sorted(targets, key=lambda each: (each[2], each[1], each[0]))
+        Column(
+            f"{'virtual ' * simulated}s to {name} {target:g}" + f", mean of {smooth}" * (smooth > 1),
+            f"seconds_to/{target!r}",
+            ".1f",
+            kind=(simulated, name, smooth),
+        )
+        for simulated, name, smooth, target in sorted(targets, key=lambda each: (each[3], each[1], each[2], each[0]))
     ]
 
 
-def _kind(summary: Mapping[str, Any]) -> tuple[bool, str]:
-    """Return True where a run is simulated, and the metric of its targets."""
-    return summary.get("runtime") == "sim", str(summary.get("target_metric"))
+def _kind(run: Run) -> tuple[bool, str, int]:
+    """Return True where a run is simulated, the metric of its targets, and how many evaluations have to reach them."""
+    return run.summary.get("runtime") == "sim", str(run.summary.get("target_metric")), run.smooth
 
 
 def rows(groups: Sequence[Group]) -> list[tuple[str, ...]]:
@@ -153,6 +158,15 @@ def _completed(group: Group) -> list[dict[str, Any]]:
     return [run.summary for run in group.runs if run.completed]
 
 
+def _of(column: Column, group: Group) -> list[dict[str, Any]]:
+    """Return the summaries of the completed runs that a column is of; one that was not asked for its target did not miss it."""
+    if column.kind is None:
+        return _completed(group)
+    entry, _, target = column.key.partition("/")
+    runs = [run for run in group.runs if run.completed and _kind(run) == column.kind]
+    return [run.summary for run in runs if target in (run.summary.get(entry) or ())]
+
+
 def _best(groups: Sequence[Group], column: Column) -> Iterator[Group]:
     """Yield the groups with the best mean of a column, of each task and data set of which there are several."""
     if column.higher_is_better is None:
@@ -171,7 +185,12 @@ def _best(groups: Sequence[Group], column: Column) -> Iterator[Group]:
 
 def _figures(group: Group, metrics: Sequence[Column], marked: Collection[tuple[int, str]]) -> tuple[str, ...]:
     """The cells of a group behind its setting."""
-    completed = _completed(group)
+    completed, cells = _completed(group), list[str]()
+    for column in metrics:
+        summaries = _of(column, group)
+        values = _values(summaries, column.key)
+        mark = f" {BEST}" * ((id(group), column.key) in marked)
+        cells.append(spread(values, column.form) + mark + _counted(values, summaries, completed))
     diverged = sum(run.summary["status"] == "diverged" for run in group.runs)
     simulated = group.setting.get("runtime") == "sim"
     # Earlier versions measured the time of training as wall_seconds.
@@ -180,28 +199,17 @@ def _figures(group: Group, metrics: Sequence[Column], marked: Collection[tuple[i
     besides = [start + end for start, end in others if start is not None and end is not None]
     return (
         str(len(group.runs)),
-        *(
-            spread(_values(_of(column, completed), column.key), column.form)
-            + f" {BEST}" * ((id(group), column.key) in marked)
-            + _reached(_of(column, completed), column.key)
-            for column in metrics
-        ),
+        *cells,
         spread(_values(completed, "virtual_seconds"), ".1f"),
         spread(_values(real, "seconds"), ".1f"),
-        spread(besides, ".1f"),
+        spread(besides, ".1f") + _counted(besides, others, others),
         f"{diverged} of {len(group.runs)}",
     )
 
 
-def _of(column: Column, completed: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The runs that a column is of."""
-    return [summary for summary in completed if column.kind in (None, _kind(summary))]
-
-
-def _reached(completed: Sequence[Mapping[str, Any]], key: str) -> str:
-    """Say how many runs have reached a target, where others have not; empty for other columns."""
-    reached = len(_values(completed, key))
-    return f" ({reached} of {len(completed)})" if "/" in key and 0 < reached < len(completed) else ""
+def _counted(values: Collection[float], runs: Collection[Any], completed: Collection[Any]) -> str:
+    """Say how many of the runs that a cell is of have a value, where not all that completed have; empty where none has."""
+    return f" ({len(values)} of {len(runs)})" if 0 < len(values) < len(completed) else ""
 
 
 def _values(summaries: Sequence[Mapping[str, Any]], name: str) -> list[float]:

@@ -71,6 +71,51 @@ def test_virtual_seconds_to_a_target_have_a_column_of_their_own(tmp_path: Path) 
     assert {each.get_xlabel() for each in axes} == {"epochs", "seconds, virtual ones of simulations"}
 
 
+def test_the_time_to_a_target_is_of_the_runs_that_were_asked_for_it(tmp_path: Path) -> None:
+    reached: list[tuple[list[float], dict[str, float | None]]] = [
+        ([0.5], {"0.5": 2.0}),
+        ([0.5], {"0.5": 4.0}),
+        ([0.5, 0.9], {"0.5": None, "0.9": 7.0}),
+        ([], {}),
+    ]
+    folders = [
+        record(
+            tmp_path / f"{seed}",
+            {"evaluate": {"targets": targets}},
+            seed,
+            target_metric="accuracy" if targets else None,
+            seconds_to=seconds or None,
+        )
+        for seed, (targets, seconds) in enumerate(reached)
+    ]
+    (row,) = cells(grouped(*folders))
+    # Of three that were asked for 0.5 two reached it, at (2 + 4) / 2 s, and the only one that was asked for 0.9 at 7 s.
+    assert (row["seeds"], row["s to accuracy 0.5"], row["s to accuracy 0.9"]) == ("4", "3.0 ± 1.4 (2 of 3)", "7.0 (1 of 1)")
+
+
+def test_times_of_means_of_other_numbers_of_evaluations_have_columns_of_their_own(tmp_path: Path) -> None:
+    seconds = {1: 2.0, 6: 5.0}
+    folders = [
+        record(
+            tmp_path / f"{smooth}",
+            {"evaluate": {"targets": [0.5], "smooth": smooth}},
+            seed=smooth,
+            target_metric="accuracy",
+            seconds_to={"0.5": value},
+        )
+        for smooth, value in seconds.items()
+    ]
+    (row,) = cells(grouped(*folders))
+    assert (row["seeds"], row["test accuracy"]) == ("2", "50.00%")
+    assert (row["s to accuracy 0.5"], row["s to accuracy 0.5, mean of 6"]) == ("2.0 (1 of 1)", "5.0 (1 of 1)")
+
+
+def test_a_cell_says_how_many_runs_have_a_value_where_others_have_none(tmp_path: Path) -> None:
+    figures: list[dict[str, Any]] = [{"test_accuracy": 0.5}, {"test_accuracy": 0.75}, {"test_accuracy": None}]
+    (row,) = cells(grouped(*(record(tmp_path / f"{seed}", seed=seed, **each) for seed, each in enumerate(figures))))
+    assert (row["seeds"], row["test accuracy"], row["iterations"]) == ("3", "62.50% ± 17.68% (2 of 3)", "1")
+
+
 def test_a_sweep_over_momentum_and_batch_size_has_four_settings(tmp_path: Path) -> None:
     """The one of the issue: it was one row of four seeds."""
     groups = grouped(
@@ -126,6 +171,13 @@ def test_a_sweep_over_momentum_and_batch_size_has_four_settings(tmp_path: Path) 
             ["model.sizes.a.b", "model.sizes"],
         ),
         ({"model": {**ANY, "flags": [1]}}, {"model": {**ANY, "flags": [True]}}, ["model.flags"]),
+        *(
+            ({**chosen, "optimized_metric": "val_loss"}, {**chosen, "optimized_metric": "val_accuracy"}, ["optimized_metric"])
+            for chosen in (
+                {"dataset": {"validation": 0.1}, "evaluate": {"every": 2, "patience": 1}},
+                {"dataset": {"validation": 0.1}, "checkpoint": {"best": True}},
+            )
+        ),
     ],
 )
 def test_an_option_that_differs_makes_another_setting(
@@ -144,6 +196,8 @@ def test_an_option_that_differs_makes_another_setting(
         {"server": {"address": "127.0.0.1:9999", "secret_file": "secret"}},
         {"logger": {"name": "none", "log_seconds": 9.0, "progress": False}},
         {"checkpoint": {"keep": 9}},
+        {"evaluate": {"targets": [0.5], "smooth": 3}},
+        {"optimized_metric": "test_accuracy"},
         {"train": {"lr": 2e-2}},  # the default
         {"model": {**ANY, "sizes": [1, 2.5, {"a": 4}], "bound": math.nan}},  # and with other spellings below
     ],
