@@ -34,11 +34,10 @@ _NO_MEANING = {
     ),
     "worker.compile": "a script compiles its model by itself: join(torch.compile(model), ...)",
 }
-_RATES = (
-    *("train.lr", "train.lr_schedule", "train.lr_schedule_unit", "train.warmup_epochs", "train.lr_milestones"),
-    *("train.lr_gamma", "train.lr_scaling"),
-)
-"""Keys, with all below them, that a function of the script's takes the place of."""
+_REPLACES_LR = ("train.lr", "train.lr_schedule")
+"""Keys, with all below the second, that take the place of a function of the script's where the command line has them."""
+_MODIFIES_LR = ("train.lr_schedule_unit", "train.warmup_epochs", "train.lr_milestones", "train.lr_gamma", "train.lr_scaling")
+"""Keys that modify the learning rate of the configuration."""
 
 
 def overrides_of_command() -> list[str]:
@@ -113,19 +112,25 @@ def compose_own_loop(
             raise ConfigError(f"{key}: got a value in a loop of your own, expected none: its {group} is the script's")
         if key in _NO_MEANING:
             raise ConfigError(f"{key}: got a value in a loop of your own, expected none: {_NO_MEANING[key]}")
-    twice = _rates(in_join) if lr_is_function else in_join & {"train.lr"} if lr is not None else set[str]()
+    modifies, replaces = set(_MODIFIES_LR), _replaces_lr(typed)
+    twice = _replaces_lr(in_join) | in_join & modifies if lr_is_function else in_join & {"train.lr"} if lr is not None else None
     if twice:
         raise ConfigError(f"{min(twice)}: got a value beside lr= in join(), expected one of the two")
+    if lr_is_function and typed & modifies and not replaces:
+        raise ConfigError(
+            f"{min(typed & modifies)}: got a value beside the function lr= in join(), whose rates are final, expected train.lr "
+            "or train.lr_schedule with it, in place of the function"
+        )
     config = compose([*own, *overrides, *commands])
     if config.evaluate.every is None and tickets_per_epoch is None:
         every = max(1, (config.train.max_iterations or total_tickets) // EVALUATIONS)
         config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, every=every))
     refuse(config)
-    return Composed(config, [*overrides, *commands], lr_is_function and not _rates(typed))
+    return Composed(config, [*overrides, *commands], lr_is_function and not replaces)
 
 
-def _rates(keys: Collection[str]) -> set[str]:
-    return {key for key in keys if key in _RATES or key.startswith("train.lr_schedule.")}
+def _replaces_lr(keys: Collection[str]) -> set[str]:
+    return {key for key in keys if key in _REPLACES_LR or key.startswith("train.lr_schedule.")}
 
 
 def refuse(config: Config) -> None:

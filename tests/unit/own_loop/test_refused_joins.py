@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +101,40 @@ def test_the_command_line_is_stronger_than_join(
     monkeypatch.setenv(OVERRIDES, "[1]")
     with pytest.raises(ConfigError, match=rf"\A{OVERRIDES}: got '\[1\]' in the environment, expected a list such as "):
         joined(net(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "word", ["train.lr_scaling=mean", "train.lr_gamma=0.1", "train.lr_milestones=[1]", "train.warmup_epochs=0.5"]
+)
+def test_a_modifier_on_the_command_line_does_not_replace_a_function(
+    word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, _, _ = word.partition("=")
+    monkeypatch.setenv(OVERRIDES, json.dumps([word]))
+    message = rf"\A{key}: got a value beside the function lr= in join\(\), .*, expected train\.lr or train\.lr_schedule .*\Z"
+    with pytest.raises(ConfigError, match=message):
+        joined(net(), tmp_path, lr=lambda t: 0.1 / (t + 1))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["seed=7"], [0.4, 0.2, 0.4 / 3, 0.1]),
+        (["train.lr_schedule=cosine"], [0.4 * (1 + math.cos(math.pi * t / 4)) / 2 for t in range(4)]),  # from lr(0) on
+        (["train.lr=0.8", "train.warmup_epochs=0.5"], [0.4, 0.8, 0.8, 0.8]),  # an epoch is all 4 tickets
+    ],
+)
+def test_a_rate_or_schedule_on_the_command_line_replaces_a_function(
+    words: list[str], expected: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(OVERRIDES, json.dumps(words))
+    rates = list[float]()
+    worker = joined(net(), tmp_path, tickets=4, lr=lambda t: 0.4 / (t + 1))
+    for work in worker:
+        rates.append(work.lr)
+        worker.push()
+    assert rates == pytest.approx(expected)
 
 
 def test_a_run_directory_is_for_one_run(tmp_path: Path) -> None:
