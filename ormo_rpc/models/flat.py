@@ -97,7 +97,6 @@ class FlatModel:
         self.buffers = ModelBuffers(module)
         self._copies: dict[str, torch.Tensor] = {}
         """The memory of each parameter that is a cast copy, by name; made when it is needed."""
-        self._cast = [parameter for parameter in self.trainable.values() if parameter.dtype != self.dtype]
         self._grad = torch.empty(0)
         """The vector that `bind_grad` was given."""
         self._grads: dict[str, torch.Tensor] = {}
@@ -143,10 +142,16 @@ class FlatModel:
             parameter.grad = view if parameter.dtype == self.dtype else None
 
     def zero_grad(self) -> None:
-        """Set the gradients, which are bound, to zero."""
+        """Set the gradients, which are bound, to zero; what has been put elsewhere since then is dropped."""
         self._grad.zero_()
-        for parameter in self._cast:
-            parameter.grad = None
+        for (name, parameter), address in zip(self.trainable.items(), self._addresses, strict=True):
+            if parameter.dtype != self.dtype:
+                parameter.grad = None
+                continue
+            if self._grads[name].data_ptr() != address:
+                self._grads[name] = self.params.views(self._grad)[name]
+            if parameter.grad is not self._grads[name]:
+                parameter.grad = self._grads[name]
 
     def collect_grad(self) -> None:
         """Add the gradients of cast copies to the vector, and bring back what a pass or a hook has put elsewhere.

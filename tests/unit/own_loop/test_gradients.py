@@ -101,7 +101,32 @@ def test_gradients_of_any_kind_are_those_of_plain_pytorch(
     assert_same(model, plain(make(), backward, range(4)))
 
 
-def test_gradients_from_before_the_loop_and_from_between_do_not_leak_in(tmp_path: Path) -> None:
+def nothing(_: torch.nn.Module) -> None:
+    """Leave the gradients as they are."""
+
+
+def zero(model: torch.nn.Module) -> None:
+    """Drop the gradients, as most scripts do."""
+    model.zero_grad()
+
+
+def assign(model: torch.nn.Module) -> None:
+    """Put other tensors in their place."""
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+
+
+def assign_by_data(model: torch.nn.Module) -> None:
+    """Replace the memory of the gradients."""
+    for parameter in model.parameters():
+        if parameter.grad is not None:  # as after the last ticket
+            parameter.grad.data = torch.ones_like(parameter)
+
+
+@pytest.mark.parametrize("between", [nothing, zero, assign, assign_by_data])
+def test_gradients_from_before_the_loop_and_from_between_do_not_leak_in(
+    between: Callable[[torch.nn.Module], None], tmp_path: Path
+) -> None:
     model = net()
     loss_of(model, 99).backward()
     worker = joined(model, tmp_path, tickets=4)
@@ -109,6 +134,7 @@ def test_gradients_from_before_the_loop_and_from_between_do_not_leak_in(tmp_path
     for work in worker:
         loss_of(model, work.ticket).backward()
         worker.push()
+        between(model)
         loss_of(model, 97).backward()
     assert_same(model, plain(net(), lambda model, ticket: loss_of(model, ticket).backward(), range(4)))
 
