@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional as F  # noqa: N812 - its name everywhere
 
@@ -20,7 +22,9 @@ def model() -> Shared:
     return Shared()
 
 
-def run(*overrides: str, run_dir: str, total: int, scales: bool = True) -> tuple[Shared, dict[str, float]]:
+def run(
+    *overrides: str, run_dir: str, total: int, scales: bool = True, clip: Callable[[Shared], object] | None = None
+) -> tuple[Shared, dict[str, float]]:
     """Train; return the model and the summary."""
     net = model()
     worker = ormo_rpc.join(net, *overrides, total_tickets=total, run_dir=run_dir)
@@ -29,6 +33,9 @@ def run(*overrides: str, run_dir: str, total: int, scales: bool = True) -> tuple
         with torch.autocast("cpu", torch.float16):
             loss = F.cross_entropy(net(inputs), targets)
         (worker.scaled(loss) if scales else loss).backward()
+        if clip is not None:
+            worker.unscale()
+            clip(net)
         worker.push(loss)
     assert worker.summary is not None
     return net, worker.summary

@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from typing_extensions import override
 
+from ormo_rpc.errors import LoopMisused
 from tests.support.own_loops import Normed, assert_same, batch, joined, loss_of, net, plain
 
 Backward = Callable[[torch.nn.Module, int], None]
@@ -137,6 +139,31 @@ def test_gradients_from_before_the_loop_and_from_between_do_not_leak_in(
         between(model)
         loss_of(model, 97).backward()
     assert_same(model, plain(net(), lambda model, ticket: loss_of(model, ticket).backward(), range(4)))
+
+
+def test_a_push_that_was_refused_for_its_metrics_is_made_of_the_same_gradients_again(tmp_path: Path) -> None:
+    model, other = net(), net()
+    words = ("worker.autocast=fp16", "train.weight_decay=0.5", "train.clip_norm=0.05", "train.lr_factors={2.*: 0.5}")
+    worker = joined(model, tmp_path, *words, tickets=4)
+    for work in worker:
+        worker.scaled(loss_of(model, work.ticket)).backward()
+        for name in ("a b", "c d"):
+            with pytest.raises(LoopMisused, match=r"push: metrics: "):
+                worker.push(metrics={name: 1.0})
+        worker.push(metrics={"a": 1.0})
+    parts = ([other[0].weight, other[0].bias], [other[2].weight, other[2].bias])
+    groups: list[dict[str, Any]] = [
+        {"params": [each], "lr": rate, "weight_decay": 0.5}
+        for part, rate in zip(parts, (0.1, 0.05), strict=True)
+        for each in part
+    ]
+    optimizer = torch.optim.SGD(groups, 0.1)
+    for ticket in range(4):
+        optimizer.zero_grad()
+        loss_of(other, ticket).backward()
+        torch.nn.utils.clip_grad_norm_(other.parameters(), 0.05)
+        optimizer.step()
+    assert_same(model, other)
 
 
 def test_a_push_without_a_backward_pass_is_a_gradient_of_zero(tmp_path: Path) -> None:
