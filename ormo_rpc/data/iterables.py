@@ -62,8 +62,9 @@ class IterableSplit:
     A batch is the same whatever was read before. A set that has ``set_epoch`` is told the epoch before each pass, and again
     where passes of two epochs are open; what it draws from the global generators is seeded by the seed, the epoch and the
     position. Samples that other processes train on are read and dropped; a set that has ``skip(n)``, which returns it without
-    its first n samples, begins behind them, and an iterator that has ``skip(n)`` passes over them. A pass is begun again for a
-    sample that lies behind.
+    its first n samples, begins behind them, and an iterator that has ``skip(n)`` passes over them. Either begins one sample
+    earlier, which is read and dropped with what is drawn at the beginning of the pass. A pass is begun again for a sample that
+    lies behind.
 
     Args:
         dataset: The set; each pass begins with a new iterator, in each process.
@@ -110,9 +111,10 @@ class IterableSplit:
         if position < reading.position:
             return reading.last
         skip = getattr(reading.iterator, "skip", None)
-        if skip is not None and position > reading.position:
-            skip(position - reading.position)
-            reading.position = position
+        goal = position - reading.fresh
+        if skip is not None and goal > reading.position:
+            skip(goal - reading.position)
+            reading.position = goal
         while reading.position <= position:
             self._read(reading)
         if reading.position == self._size:
@@ -139,9 +141,10 @@ class IterableSplit:
     def _begin(self, epoch: int, position: int) -> _Reading:
         reseed(self.seed, "pass", epoch * self._size)
         whole: Any = self.dataset
-        skips = position > 0 and hasattr(whole, "skip")
-        sets = (whole, whole.skip(position)) if skips else (whole,)
-        reading = _Reading(epoch, sets, iter(()), position if skips else 0, os.getpid())
+        # The first sample that is read is seeded as the beginning of the pass, and so is none of those that are asked for.
+        start = position - 1 if position > 0 and hasattr(whole, "skip") else 0
+        sets = (whole, whole.skip(start)) if start else (whole,)
+        reading = _Reading(epoch, sets, iter(()), start, os.getpid())
         reading.tell_epoch()
         reading.iterator = iter(sets[-1])
         if reading.iterator is whole:

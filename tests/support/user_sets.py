@@ -99,6 +99,72 @@ class Skipping(IterableDataset[int]):
         return SkippingIterator(self.start, self.length)
 
 
+class DrawingAnOrder(IterableDataset[tuple[int, float]]):
+    """A set that can begin anywhere; it draws its order as a pass begins, and with each sample.
+
+    Args:
+        length: Its length.
+        start: The samples that it begins behind.
+    """
+
+    def __init__(self, length: int, start: int = 0) -> None:
+        self.length = length
+        self.start = start
+
+    def skip(self, count: int) -> DrawingAnOrder:
+        """Return the set without its first samples."""
+        return DrawingAnOrder(self.length, self.start + count)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[int, float]]:
+        for number in torch.randperm(self.length).tolist()[self.start :]:
+            yield number, random.random()
+
+
+class DrawingSkipping(IterableDataset[tuple[int, float]]):
+    """A set whose iterator can go on anywhere, and draws its order as it is made, or with the first sample.
+
+    Args:
+        length: Its length.
+        late: With the first sample.
+    """
+
+    def __init__(self, length: int, *, late: bool) -> None:
+        self.length = length
+        self.late = late
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> DrawingIterator:
+        return DrawingIterator(self.length, late=self.late)
+
+
+class DrawingIterator:
+    """Of `DrawingSkipping`."""
+
+    def __init__(self, length: int, *, late: bool) -> None:
+        self.length = length
+        self.order = [] if late else torch.randperm(length).tolist()
+        self.next = 0
+
+    def skip(self, count: int) -> None:
+        """Pass over samples."""
+        self.next += count
+
+    def __iter__(self) -> DrawingIterator:
+        return self
+
+    def __next__(self) -> tuple[int, float]:
+        self.order = self.order or torch.randperm(self.length).tolist()
+        if self.next >= self.length:
+            raise StopIteration
+        self.next += 1
+        return self.order[self.next - 1], random.random()
+
+
 class SkippingIterator:
     """Of `Skipping`."""
 

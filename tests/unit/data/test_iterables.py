@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from ormo_rpc.data.held_out import hold_out
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.seeding import seeded
 from tests.support.datasets import Noisy
-from tests.support.user_sets import Counting, Skipping
+from tests.support.user_sets import Counting, DrawingAnOrder, DrawingSkipping, Skipping
 
 LENGTH, BATCH = 11, 3
 EPOCHS = Epochs(LENGTH, BATCH, seed=0, in_order=True)
@@ -126,9 +127,28 @@ def test_a_set_that_can_skip_begins_and_goes_on_where_it_is_to() -> None:
     skipping = Skipping(1000)
     split = IterableSplit(skipping)
     assert split.batch(torch.tensor([500, 501, 900]), None).tolist() == [500, 501, 900]
-    assert skipping.begun == [500]
+    assert skipping.begun == [499]
     assert split.batch(torch.tensor([2, 999]), None).tolist() == [2, 999]
-    assert skipping.begun == [500, 2]
+    assert skipping.begun == [499, 1]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        DrawingAnOrder,
+        functools.partial(DrawingSkipping, late=False),
+        functools.partial(DrawingSkipping, late=True),
+    ],
+)
+def test_a_set_that_skips_draws_what_it_draws_without_skipping(make: Callable[[int], Any]) -> None:
+    whole = IterableSplit(make(LENGTH))
+    expected = [[each.item() for each in whole.batch(torch.tensor([number]), None)] for number in range(2 * LENGTH)]
+    assert len({drawn for _, drawn in expected}) == 2 * LENGTH
+    for number, sample in enumerate(expected):
+        split = IterableSplit(make(LENGTH))
+        for asked in {number, min(number + 3, 2 * LENGTH - 1)}:
+            assert [each.item() for each in split.batch(torch.tensor([asked]), None)] == expected[asked], number
+        assert [each.item() for each in split.batch(torch.tensor([number]), None)] == sample  # which lies behind now
 
 
 def test_one_sample_may_be_read_again_at_once() -> None:
