@@ -6,7 +6,7 @@ A number that is added to a message crosses every transport, and is kept in the 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -61,7 +61,7 @@ class Push:
         grad: The vector that the algorithm expects (`Algorithm.local`), for most algorithms the gradient at that reply's
             parameters, shape (VECTORS_PUSHED * D,), on the server's device, of its dtype or of the one that the wire rounds
             pushes to.
-        loss: The mean loss of the batch, where it is known.
+        loss: The mean loss of the batch, where it is known; of several batches that by `mean_loss`.
         samples: The number of samples in the batch.
         buffers: What its passes have to report of the model's buffers by name (`Rule`); those that they left as they were are
             not in it.
@@ -81,6 +81,17 @@ class Push:
     metrics: Mapping[str, float | tuple[float, float]] = field(default_factory=dict[str, "float | tuple[float, float]"])
     incarnation: int = 0
     loss_scale: float = 1.0
+
+
+def mean_loss(parts: Sequence[tuple[float | None, int]]) -> float | None:
+    """Return the mean loss of several batches, given loss and samples of each; None where none has a loss.
+
+    A batch without a loss is left out. The others count by their samples; of as many in each it is the plain mean.
+    """
+    known = [(loss, samples) for loss, samples in parts if loss is not None]
+    if len({samples for _, samples in known}) > 1:
+        return sum(loss * samples for loss, samples in known) / sum(samples for _, samples in known)
+    return sum(loss for loss, _ in known) / len(known) if known else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

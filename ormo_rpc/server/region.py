@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ormo_rpc.algorithms._regions import RegionRule
-from ormo_rpc.messages import Push, Reply
+from ormo_rpc.messages import Push, Reply, mean_loss
 from ormo_rpc.server.answering import answer
 from ormo_rpc.server.assignments import Assignments
 from ormo_rpc.server.buffer_rules import Rule
@@ -25,8 +25,8 @@ class _Open:
     reply: Reply
     parts: set[int]
     """Those that are not committed."""
-    losses: list[float] = field(default_factory=list[float])
-    samples: int = 0
+    losses: list[tuple[float | None, int]] = field(default_factory=list[tuple["float | None", int]])
+    """Loss and samples of each part."""
     buffers: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
 
 
@@ -112,8 +112,7 @@ class RegionServer:
             return replies, []  # the gradient was not finite, or the ticket is another region's by now
         if push.ticket in ticket.parts:
             ticket.parts.remove(push.ticket)
-            ticket.losses += [] if push.loss is None else [push.loss]
-            ticket.samples += push.samples
+            ticket.losses.append((push.loss, push.samples))
             ticket.buffers = combine(self._rules, ticket.buffers, push.buffers)
         if ticket.parts:
             return replies, []
@@ -142,8 +141,8 @@ class RegionServer:
             ticket=number,
             stamp=ticket.reply.stamp,
             grad=moved,
-            loss=sum(ticket.losses) / len(ticket.losses) if ticket.losses else None,
-            samples=max(1, ticket.samples),
+            loss=mean_loss(ticket.losses),
+            samples=max(1, sum(samples for _, samples in ticket.losses)),
             buffers=ticket.buffers,
             incarnation=ticket.reply.incarnation,
             loss_scale=ticket.reply.loss_scale,

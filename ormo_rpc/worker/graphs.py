@@ -158,8 +158,8 @@ class GraphWorker(Worker):
     def compute(self, reply: Reply) -> Push:
         self.begin(reply)
         slot = self._slot(reply)
-        losses = slot.wait()
-        if any(map(math.isnan, losses)):  # it may be that no target counts
+        loss = slot.wait()
+        if math.isnan(loss):  # it may be that no target counts
             slot.reply = None
             self._stream.join()
             return super().compute(reply)
@@ -167,7 +167,6 @@ class GraphWorker(Worker):
         if self._taken & (self._taken - 1) == 0:
             self._compare(slot, reply)
         slot.reply = None
-        loss = sum(losses) / len(losses)
         if self._in_place:
             return self._made_of(reply, slot.push, slot.buffers, loss=loss, samples=slot.samples)
         self.push.copy_(slot.push)
@@ -210,7 +209,7 @@ class GraphWorker(Worker):
         with self._stream.seeded(self.seed, "forward", number):
             recording()
         into.copy_(static.grad)
-        slot.add()
+        slot.add(len(indices))
 
     def _recording(self, batch: Any, *, scaled: bool) -> Callable[[], None]:
         """Put a batch, or the numbers that make it, to its place; return the recording of its form."""
@@ -256,8 +255,7 @@ class GraphWorker(Worker):
         expected = torch.empty_like(slot.push)
         loss, _ = self._local(reply, self._gradient, expected)
         buffers, allowed = self._passes.collect(), self._allowed
-        losses = slot.wait()
-        mean = torch.tensor(sum(losses) / len(losses)), torch.tensor(math.nan if loss is None else loss)
+        mean = torch.tensor(slot.wait()), torch.tensor(math.nan if loss is None else loss)
         found = (
             difference("buffers", slot.buffers, buffers, OF_VALUES * allowed)
             or difference("loss", {"": mean[0]}, {"": mean[1]}, OF_VALUES * allowed, SMALL)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from typing import Any
 
 import torch
 
 from ormo_rpc.compression.wire_buffers import WireBuffers
-from ormo_rpc.messages import Reply
+from ormo_rpc.messages import Reply, mean_loss
 from ormo_rpc.worker.recording import RecordingStream
 from ormo_rpc.worker.static_model import StaticModel
 
@@ -27,6 +28,7 @@ class Slot:
         region: The buffers that are reported, as `StaticModel.reported` has them; means over the passes.
         buffers: The same, by name.
         samples: The number of samples.
+        sizes: Those of each pass.
         begun: The number of the ticket among those of the worker that were begun.
         batches: The batches that were made for it elsewhere than on the device, by their numbers in the run.
     """
@@ -38,6 +40,7 @@ class Slot:
         self.region = torch.zeros_like(static.reported)
         self.buffers = WireBuffers(static.model.buffers.layout, self.region).views(static.names)
         self.samples = 0
+        self.sizes: list[int] = []
         self.begun = 0
         self.batches: dict[int, Any] = {}
         self._static = static
@@ -56,6 +59,7 @@ class Slot:
             self._event.synchronize()
         self.reply, self.begun, self._passes = reply, begun, 0
         self.batches.clear()
+        self.sizes.clear()
         if len(self._losses) < reply.steps:
             self._losses = self._host(reply.steps, torch.float64)
 
@@ -74,8 +78,9 @@ class Slot:
             self._staged[key] = torch.empty_like(values, pin_memory=self._pinned)
         return self._staged[key].copy_(values)
 
-    def add(self) -> None:
+    def add(self, samples: int) -> None:
         """Take over the results of a pass of the static model but for its gradient; a call is put onto the stream."""
+        self.sizes.append(samples)
         self._losses[self._passes].copy_(self._static.loss, non_blocking=True)
         self._passes += 1
         if not self._static.names:
@@ -98,11 +103,12 @@ class Slot:
         if self._event is not None:
             self._event.record()
 
-    def wait(self) -> list[float]:
-        """Wait until the work is done; return the losses of the passes."""
+    def wait(self) -> float:
+        """Wait until the work is done; return its mean loss, NaN where a pass has none."""
         if self._event is not None:
             self._event.synchronize()
-        return self._losses[: self._passes].tolist()
+        mean = mean_loss(list(zip(self._losses[: self._passes].tolist(), self.sizes, strict=True)))
+        return math.nan if mean is None else mean
 
     def _host(self, count: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(count, dtype=dtype, pin_memory=self._pinned)

@@ -16,7 +16,7 @@ from ormo_rpc.algorithms.base import Algorithm, LocalWork
 from ormo_rpc.algorithms.groups import Groups
 from ormo_rpc.compression import Allocate, PushFormat
 from ormo_rpc.data import Epochs, Split
-from ormo_rpc.messages import Push, Reply, no_buffers
+from ormo_rpc.messages import Push, Reply, mean_loss, no_buffers
 from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.tasks import Classification, Task
 from ormo_rpc.worker.backward import Backward
@@ -121,13 +121,11 @@ class Worker(BaseWorker):
             push: On the model's device, shape (VECTORS_PUSHED * D,).
         """
         assert reply.ticket is not None, "a reply without a ticket ends the worker"
-        batches, losses = self.epochs.batches(reply.ticket, reply.steps), list[float]()
+        batches, losses = self.epochs.batches(reply.ticket, reply.steps), list[tuple[float | None, int]]()
 
         def step_gradient(params: torch.Tensor, step: int, into: torch.Tensor) -> None:
             number, indices = batches[step]
-            loss = gradient(params, indices, number, into)
-            if loss is not None:
-                losses.append(loss)
+            losses.append((gradient(params, indices, number, into), len(indices)))
 
         work = LocalWork(
             sent=self._cast(reply.params),
@@ -138,7 +136,7 @@ class Worker(BaseWorker):
             gradient=step_gradient,
         )
         self.algorithm.local(work, push)
-        return sum(losses) / len(losses) if losses else None, sum(len(indices) for _, indices in batches)
+        return mean_loss(losses), sum(len(indices) for _, indices in batches)
 
     def load(self, reply: Reply) -> None:
         """Make the batches of a ticket now, for `compute`, where they depend on nothing but their numbers.

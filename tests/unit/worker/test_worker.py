@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import TensorDataset
 
 from ormo_rpc.algorithms.groups import uniform
+from ormo_rpc.algorithms.local_sgd import LocalSGD
 from ormo_rpc.composing import compose
 from ormo_rpc.data import ArraySplit, Epochs, MapSplit
 from ormo_rpc.messages import Push, Reply
@@ -20,6 +22,8 @@ from ormo_rpc.models import CNN, MLP, ResNet20
 from ormo_rpc.models.flat import FlatModel, Layout, sha256
 from ormo_rpc.options import find
 from ormo_rpc.runtimes.job import Job
+from ormo_rpc.tasks.regression import Regression
+from ormo_rpc.worker.graphs import GraphWorker
 from ormo_rpc.worker.worker import Worker
 
 SAMPLES, BATCH, SIDE = 21, 4, 8  # five batches of four and one of a single sample
@@ -329,6 +333,25 @@ def test_batches_that_are_loaded_ahead_are_those_that_would_be_made(name: str) -
         loaded = len(made)
         assert torch.equal(ahead.compute(reply).grad, plain.compute(reply).grad)
         assert len(made) == loaded, "nothing is made twice"
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_the_loss_of_a_ticket_with_local_steps_is_a_mean_over_its_samples(recorded: bool, steps: int) -> None:
+    inputs, targets = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)).double(), torch.arange(7.0).double()
+    net = nn.Linear(3, 1).double()
+    with torch.no_grad():
+        expected = (net(inputs)[:, 0] - targets).square().mean().item()  # 7 samples in parts of 2, 2, 2 and 1, at one place
+    split = MapSplit(TensorDataset(inputs, targets))
+    arguments, task = (split, Epochs(7, 12, 0), LocalSGD(local_steps=steps)), Regression()
+    worker = (
+        GraphWorker(FlatModel(copy.deepcopy(net)), FlatModel(net), *arguments, seed=0, task=task)
+        if recorded
+        else Worker(FlatModel(net), *arguments, seed=0, task=task)
+    )
+    params = worker.model.flat_params()
+    reply = Reply(worker=0, ticket=0, stamp=0, params=params, lr=0.0, steps=steps, incarnation=0)
+    assert worker.compute(reply).loss == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_data_set_that_draws_from_torch_itself_is_not_loaded_ahead() -> None:
