@@ -58,17 +58,24 @@ class Classes:
         self._described = described
 
     def __call__(self) -> int:
+        """Return the number, where every class number counts; see `without`."""
+        return self.without(None)
+
+    def without(self, ignored: int | None) -> int:
         """Return the number: that of the names of the classes, or as counted, for which all is read once.
+
+        Args:
+            ignored: The class number of targets that do not count, such as 255, which is no class; negative ones never are.
 
         Raises:
             ValueError: the targets are no classes.
         """
         with seeded(0, "classes", 0):
-            number, origin = self._found()
+            number, origin = self._found(ignored)
         _log.info("%s: %d classes, from %s", self._described, number, origin)
         return number
 
-    def _found(self) -> tuple[int, str]:
+    def _found(self, ignored: int | None) -> tuple[int, str]:
         classes = getattr(self._dataset, "classes", None)
         batch = self._first
         targets = self._targets(batch)
@@ -81,7 +88,7 @@ class Classes:
                 return named, "its features"
         if targets.is_floating_point():
             return targets.shape[1], "its probabilities"
-        largest = max(_largest(self._targets(self._batch(index))) for index in range(len(self._split)))
+        largest = max(_largest(self._targets(self._batch(index)), ignored) for index in range(len(self._split)))
         return 1 + largest, "its largest target"
 
     def _batch(self, index: int) -> Any:
@@ -107,6 +114,7 @@ class Classes:
         return targets
 
 
-def _largest(targets: torch.Tensor) -> int:
-    """The largest class number; 0 at least, which also stands for targets that do not count."""
-    return max(0, int(targets.max())) if targets.numel() else 0
+def _largest(targets: torch.Tensor, ignored: int | None) -> int:
+    """The largest class number but for one; 0 at least, which also stands for targets that do not count."""
+    counted = targets if ignored is None else targets[targets.long() != ignored]
+    return max(0, int(counted.max())) if counted.numel() else 0

@@ -90,6 +90,12 @@ class DataSet:
         """The number of classes, which may have to be counted first."""
         return self._num_classes() if callable(self._num_classes) else self._num_classes
 
+    def classes_without(self, ignored: int) -> int:
+        """Return the number of classes, where targets of one number do not count, should they have to be counted."""
+        if self.known_classes is None and isinstance(self._num_classes, Counting):
+            vars(self)["num_classes"] = self._num_classes.without(ignored)
+        return self.num_classes
+
     @property
     def known_classes(self) -> int | None:
         """The number of classes, where it need not be found out; None where it must."""
@@ -98,9 +104,7 @@ class DataSet:
     def training_on(self, train: Split, validation: Split | None, weights: Any) -> DataSet:
         """Return the same problem with other training and validation samples."""
         number = self.known_classes
-        return DataSet(
-            train, self.test, self.input_shape, (lambda: self.num_classes) if number is None else number, validation, weights
-        )
+        return DataSet(train, self.test, self.input_shape, _ClassesOf(self) if number is None else number, validation, weights)
 
     @property
     def in_order(self) -> bool:
@@ -112,6 +116,36 @@ class DataSet:
         for split in (self.train, self.test, self.validation):
             if isinstance(split, Closing):
                 split.close()
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """Finds out the number of classes."""
+
+    def __call__(self) -> int:
+        """Return it, with every class number that occurs."""
+        ...
+
+    def without(self, ignored: int) -> int:
+        """Return it, without a number that stands for what does not count."""
+        ...
+
+
+class _ClassesOf:
+    """Asks another data set of the same problem for the number of classes.
+
+    Args:
+        data: That data set.
+    """
+
+    def __init__(self, data: DataSet) -> None:
+        self._data = data
+
+    def __call__(self) -> int:
+        return self._data.num_classes
+
+    def without(self, ignored: int) -> int:
+        return self._data.classes_without(ignored)
 
 
 @runtime_checkable

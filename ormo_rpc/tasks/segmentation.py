@@ -68,11 +68,11 @@ class Segmentation(Task):
 
     @override
     def outputs(self, data: DataSet) -> int:
-        return data.num_classes
+        return data.classes_without(self.ignore_index)
 
     @override
     def guessing_loss(self, data: DataSet) -> float:
-        return math.log(max(1, data.num_classes))
+        return math.log(max(1, data.classes_without(self.ignore_index)))
 
     @override
     def check_batch(self, batch: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from ormo_rpc.data import CustomData, DataSet, MapSplit
+from ormo_rpc.data.held_out import hold_out
+from ormo_rpc.tasks.segmentation import Segmentation
 from tests.support.datasets import Noisy
 
 
@@ -141,6 +144,31 @@ def test_the_targets_of_an_item_may_be_a_tensor_of_class_numbers(
     data = custom(function).load()
     assert (data.input_shape, data.num_classes) == (shape, num_classes)
     assert data.test.batch(torch.arange(2), None)[1].shape == (2, *targets)
+
+
+def make_void_masks(dtype: str = "int64") -> tuple[TensorDataset, TensorDataset]:
+    masks = torch.randint(0, 21, (4, 8, 8), generator=torch.Generator().manual_seed(0))
+    masks[:, :2] = 255
+    masks[3] = 255  # nothing of the last one counts
+    half = TensorDataset(torch.zeros(4, 1, 8, 8), masks.to(getattr(torch, dtype)))
+    return half, half
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize("dtype", ["int64", "uint8"])
+def test_what_does_not_count_is_no_class(held_out: bool, dtype: str) -> None:
+    data = custom("make_void_masks", dtype=dtype).load()
+    if held_out:
+        data = hold_out(data, 1, torch.Generator().manual_seed(0))
+    masks = data.test.batch(torch.arange(4), None)[1].flatten().tolist()
+    expected = 1 + max(set(masks) - {255})
+    assert expected < 22
+    task = Segmentation(ignore_index=255)
+    assert data.known_classes is None
+    assert task.outputs(data) == expected
+    assert task.guessing_loss(data) == pytest.approx(math.log(expected))
+    assert data.known_classes == data.num_classes == expected, "as other processes are told"
+    assert Segmentation().outputs(custom("make_void_masks").load()) == 256, "where 255 does count"
 
 
 def make_probabilities() -> tuple[TensorDataset, TensorDataset]:
