@@ -54,7 +54,7 @@ class CustomData(DataSource, CallsTarget):
         expected="default, pad, or a dotted path such as my_package.my_module.my_function",
     )
     pad_values: dict[str, float] = option(
-        {}, "padding by column where dataset.collate=pad, in place of -100 for labels and 0 for all else"
+        {}, "padding by column where dataset.collate=pad, in place of -100 or NaN for targets and 0 for all else"
     )
     weights: str | None = option(
         None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,10 @@ import torch
 from ormo_rpc.data.collate import refuse_others, target_key
 
 IGNORED = -100
-"""The padding of targets: the class number that does not count in ``torch.nn.functional.cross_entropy``."""
+"""The padding of targets that are whole numbers: the class number that does not count in `torch.nn.functional.cross_entropy`.
+
+That of targets of floating point is NaN.
+"""
 MASK = "attention_mask"
 
 
@@ -23,10 +27,12 @@ MASK = "attention_mask"
 class Pad:
     """Makes a batch of items of the same form, whose tensors or lists of numbers may have different sizes.
 
-    Each is padded at its end, along every dimension, to the largest of the batch: targets with `IGNORED`, all else with 0.
-    Targets are the columns named ``labels``, ``label``, ``targets`` or ``target`` (the first that there is); of tuples the
-    last of several. Dtypes stay. Items that are mappings without an ``attention_mask`` get one, int64 of shape (B, length):
-    1 where ``input_ids``, or else the first column that has a length, is no padding.
+    Each is padded at its end, along every dimension, to the largest of the batch: targets with `IGNORED`, or NaN where they are
+    of floating point, all else with 0. Targets are the columns named ``labels``, ``label``, ``targets`` or ``target`` (the
+    first that there is); of tuples the last of several; items that are a sequence of whole numbers and nothing else, as such
+    tokens are targets too. Dtypes stay, unless the padding is no number of theirs. Items that are mappings without an
+    ``attention_mask`` get one, int64 of shape (B, length): 1 where ``input_ids``, or else the first column that has a length,
+    is no padding.
 
     Args:
         values: Other values than these by column; in tuples by place, such as ``"0"``.
@@ -58,7 +64,10 @@ class Pad:
             return self._parts(cast("Sequence[Sequence[Any]]", entries), target=target)
         try:
             tensors = [torch.as_tensor(entry) for entry in entries]
-            return padded(tensors, self.values.get(name, IGNORED if target else 0))
+            exact = _is_exact(_common_dtype(tensors))
+            is_target = target or (target is None and exact and all(each.dim() == 1 for each in tensors))
+            default = 0 if not is_target else IGNORED if exact else math.nan
+            return padded(tensors, self.values.get(name, default))
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"no batch can be made of {name!r} of the items: {error}") from error
 
@@ -97,21 +106,34 @@ def padded(tensors: Sequence[torch.Tensor], value: float) -> torch.Tensor:
 
     Args:
         tensors: Each with the same number of dimensions; an empty list has any dtype.
-        value: The padding.
+        value: The padding; of dtypes that do not have it, such as uint8 of -100, int64 is made.
     """
     shapes = {tuple(each.shape) for each in tensors}
-    filled = [each for each in tensors if each.numel()] or tensors
-    dtype = functools.reduce(torch.promote_types, [each.dtype for each in filled])
+    dtype = _common_dtype(tensors)
     if len(shapes) == 1:
         return torch.stack([each.to(dtype) for each in tensors])
     if len({len(shape) for shape in shapes}) > 1:
         raise ValueError(f"the shapes are {sorted(shapes, key=len)}, expected as many dimensions in each")
-    if not dtype.is_floating_point and not dtype.is_complex and value != int(value):
-        raise ValueError(f"the padding is {value}, expected a whole number for {dtype}")
+    if _is_exact(dtype):
+        if not float(value).is_integer():
+            raise ValueError(f"the padding is {value}, expected a whole number for {dtype}")
+        least, largest = (0, 1) if dtype is torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+        dtype = dtype if least <= value <= largest else torch.int64
     batch = torch.full((len(tensors), *map(max, zip(*shapes, strict=True))), value, dtype=dtype)
     for row, each in zip(batch, tensors, strict=True):
         row[tuple(slice(size) for size in each.shape)] = each
     return batch
+
+
+def _common_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype:
+    """The dtype of a batch; that of an empty tensor does not count."""
+    filled = [each for each in tensors if each.numel()] or tensors
+    return functools.reduce(torch.promote_types, [each.dtype for each in filled])
+
+
+def _is_exact(dtype: torch.dtype) -> bool:
+    """Tell if a dtype is of whole numbers."""
+    return not dtype.is_floating_point and not dtype.is_complex
 
 
 def _is_of_numbers(entry: list[Any]) -> bool:

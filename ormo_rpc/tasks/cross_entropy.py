@@ -93,7 +93,7 @@ def check_classes(logits: torch.Tensor, targets: torch.Tensor, ignored: int = IG
         raise UnfitTargets("there is one class, expected at least two: the cross entropy of one is always 0")
     if targets.is_floating_point():
         sums = targets.sum(1)
-        wrong = sums[(sums - 1).abs() > PROBABILITY_TOLERANCE]
+        wrong = sums[~((sums - 1).abs() <= PROBABILITY_TOLERANCE)]  # NaN too, with which targets are padded
         if wrong.numel() or (targets < 0).any():
             what = f"sum to {float(wrong[0]):g} over the classes" if wrong.numel() else "are negative"
             raise UnfitTargets(

@@ -28,7 +28,7 @@ class LanguageModelling(Task):
 
     A batch is one of
 
-    * token numbers (B, T): each token is predicted from those before it;
+    * token numbers (B, T): each token is predicted from those before it; -100 is padding, for which the model gets 0;
     * a pair (inputs, targets): target (b, t) is what the logits (b, t) predict, so it is shifted already;
     * a mapping, as transformers take it: ``labels`` lie where their tokens are and are shifted here; without labels they are
       ``input_ids``, where ``attention_mask`` is not 0.
@@ -62,7 +62,7 @@ class LanguageModelling(Task):
 
     @override
     def forward(self, model: torch.nn.Module, batch: Any) -> Any:
-        return call_model(model, batch if isinstance(batch, torch.Tensor) else inputs_of(batch))
+        return call_model(model, _with(batch, 0) if isinstance(batch, torch.Tensor) else inputs_of(batch))
 
     @override
     def targets(self, batch: Any) -> torch.Tensor:
@@ -134,7 +134,7 @@ class LanguageModelling(Task):
     def _labels(self, batch: Any) -> torch.Tensor:
         """The targets in the places of their tokens."""
         if isinstance(batch, torch.Tensor):
-            return batch
+            return _with(batch, self.ignore_index)
         if not isinstance(batch, Mapping) or target_key(cast("Mapping[str, Any]", batch)) is not None:
             return targets_of(batch)
         tokens, mask = batch[TOKENS], cast("Mapping[str, Any]", batch).get(MASK)
@@ -149,3 +149,8 @@ class LanguageModelling(Task):
         if self._shifts(batch):
             logits = logits[:, :-1]
         return logits.flatten(0, 1), targets.flatten()
+
+
+def _with(tokens: torch.Tensor, padding: int) -> torch.Tensor:
+    """Return tokens with another padding than that of `ormo_rpc.data.Pad`."""
+    return tokens.masked_fill(tokens == cross_entropy.IGNORED, padding) if tokens.dtype.is_signed else tokens

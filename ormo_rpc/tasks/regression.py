@@ -12,6 +12,7 @@ import torch
 from typing_extensions import override
 
 from ormo_rpc.data import DataSet
+from ormo_rpc.data.padding import IGNORED
 from ormo_rpc.options import option, positive, register
 from ormo_rpc.seeding import seeded
 from ormo_rpc.tasks.base import Task, UnfitTargets
@@ -40,7 +41,7 @@ class Regression(Task):
     delta: float = option(
         1.0, "error at which huber turns from squared to linear", valid=positive, expected="a finite number > 0"
     )
-    ignore_nan: bool = option(False, "targets that are NaN are missing, and do not count")
+    ignore_nan: bool = option(False, "targets that are NaN are missing or padding, and do not count")
 
     @override
     def metrics(self) -> tuple[TaskMetric, ...]:
@@ -121,7 +122,14 @@ class Regression(Task):
             kind = getattr(targets, "dtype", type(targets).__name__)
             raise ValueError(f"the targets are of type {kind}, expected a tensor of numbers (N, ...)")
         if not self.ignore_nan and targets.isnan().any():
-            raise ValueError("a target is NaN, expected a number; task.ignore_nan=true leaves it out")
+            raise ValueError(
+                "a target is NaN, expected a number; task.ignore_nan=true leaves it out, as what dataset.collate=pad adds"
+            )
+        if not targets.is_floating_point() and targets.dim() > 1 and (targets.long() == IGNORED).any():
+            raise ValueError(
+                f"a target is {IGNORED}, with which dataset.collate=pad pads whole numbers, expected floating point, which it "
+                "pads with NaN"
+            )
 
     @override
     def check(self, output: Any, batch: Any) -> None:

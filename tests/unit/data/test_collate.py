@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,7 +114,10 @@ def test_padding_is_that_of_torch(texts: list[list[int]], dtype: torch.dtype) ->
     inputs, targets = Pad()([(each, each) for each in tensors])
     assert inputs.dtype == targets.dtype == dtype
     assert torch.equal(inputs, nn.utils.rnn.pad_sequence(tensors, batch_first=True))
-    assert torch.equal(targets, nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=-100))
+    value = math.nan if dtype.is_floating_point else -100
+    torch.testing.assert_close(
+        targets, nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value), rtol=0, atol=0, equal_nan=True
+    )
 
 
 def test_a_mask_of_the_items_is_kept_and_padded_with_zeros() -> None:
@@ -148,7 +152,19 @@ def test_named_tuples_dataclasses_and_bare_tensors_keep_their_kind() -> None:
     made = Pad()([Item(torch.tensor([1, 2]), 3), Item(torch.tensor([4]), 5)])
     assert isinstance(made, Item)
     assert (made.tokens.tolist(), torch.as_tensor(made.label).tolist()) == ([[1, 2], [4, 0]], [3, 5])
-    assert Pad()([torch.tensor([1, 2]), torch.tensor([4])]).tolist() == [[1, 2], [4, 0]]
+    assert Pad()([torch.tensor([1.0, 2.0]), torch.tensor([4.0])]).tolist() == [[1, 2], [4, 0]]
+    assert Pad()([torch.tensor([1, 2]), torch.tensor([4])]).tolist() == [[1, 2], [4, -100]]  # tokens, which are targets
+    assert Pad({"0": 7})([torch.tensor([1, 2]), torch.tensor([4])]).tolist() == [[1, 2], [4, 7]]
+    pictures = [torch.ones(1, 2, dtype=torch.uint8), torch.ones(2, 1, dtype=torch.uint8)]
+    assert Pad()(pictures).tolist() == [[[1, 1], [0, 0]], [[1, 0], [1, 0]]]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int16])
+def test_targets_of_a_dtype_without_the_padding_are_widened(dtype: torch.dtype) -> None:
+    masks = [torch.ones(1, 2, dtype=dtype), torch.ones(1, 1, dtype=dtype)]
+    _, targets = Pad()([(each, each) for each in masks])
+    assert targets.tolist() == [[[1, 1]], [[1, -100]]]
+    assert targets.dtype == (torch.int16 if dtype == torch.int16 else torch.int64)
 
 
 def test_inner_parts_are_padded_too() -> None:

@@ -13,10 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import jaccard_score, r2_score
 from torch import Tensor, nn
+from typing_extensions import override
 
-from ormo_rpc.data import DataSet
+from ormo_rpc.data import DataSet, Epochs, MapSplit, Pad
+from ormo_rpc.messages import Reply
 from ormo_rpc.models.flat import FlatModel
-from ormo_rpc.tasks import Sums, Task
+from ormo_rpc.options import find
+from ormo_rpc.tasks import Classification, Sums, Task, UnfitTargets
 from ormo_rpc.tasks.language_modelling import LanguageModelling
 from ormo_rpc.tasks.metrics import metric_named
 from ormo_rpc.tasks.model_loss import ModelLoss
@@ -24,6 +27,7 @@ from ormo_rpc.tasks.own_loop import own_metric
 from ormo_rpc.tasks.regression import Regression
 from ormo_rpc.tasks.segmentation import Segmentation
 from ormo_rpc.worker.evaluation import Evaluator
+from ormo_rpc.worker.worker import Worker
 from tests.support.tasks import Trees
 
 
@@ -97,6 +101,66 @@ def test_a_split_of_missing_numbers_cannot_be_evaluated() -> None:
     evaluator = Evaluator(model, DataSet(split, split, (2,), 0), Regression(ignore_nan=True))
     with pytest.raises(ValueError, match=r"^dataset: no target of the test split counts$"):
         evaluator(model.flat_params(), {})
+
+
+LENGTHS = (3, 1, 4, 2, 7, 5, 3, 2)
+
+
+class Tokens(nn.Module):
+    """Logits of the token after each, from that one alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(11, 11)
+
+    @override
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.embedding(tokens)
+
+
+@pytest.mark.parametrize("task", [LanguageModelling(), LanguageModelling(ignore_index=4)])
+def test_padded_token_sequences_have_the_metrics_and_gradient_of_each_by_itself(task: LanguageModelling) -> None:
+    generator = torch.Generator().manual_seed(0)
+    items = [torch.randint(0, 11, (2 + length,), generator=generator) for length in LENGTHS]  # 0 is a token
+    plain, model = Tokens(), FlatModel(Tokens())
+    ignored = task.ignore_index
+    losses = [nn.functional.cross_entropy(plain(x[:-1]), x[1:], reduction="none", ignore_index=ignored) for x in items]
+    expected = torch.cat(losses).sum() / sum(int((x[1:] != ignored).sum()) for x in items)
+    split = MapSplit(items, Pad())
+    found = Evaluator(model, DataSet(split, split), task, 3)(model.flat_params(), {}).test["loss"]
+    assert found == pytest.approx(expected.item(), rel=1e-6)
+    expected.backward()
+    epochs = Epochs(len(items), len(items), 0)
+    worker = Worker(FlatModel(Tokens()), split, epochs, find("algorithm", "asgd")(), seed=0, task=task)
+    reply = Reply(worker=0, ticket=0, stamp=0, params=worker.model.flat_params(), lr=0.1, steps=1, incarnation=0)
+    assert plain.embedding.weight.grad is not None
+    torch.testing.assert_close(worker.compute(reply).grad, plain.embedding.weight.grad.flatten())
+
+
+def test_padded_numbers_have_the_metrics_of_each_item_by_itself() -> None:
+    generator = torch.Generator().manual_seed(0)
+    items = [tuple(torch.randn(2, length, generator=generator).double()) for length in LENGTHS]
+    split, model = MapSplit(items, Pad()), FlatModel(nn.Sequential(nn.Unflatten(1, (1, -1)), nn.Conv1d(1, 1, 1).double()))
+    task = Regression(ignore_nan=True)
+    found = Evaluator(model, DataSet(split, split), task, 3)(model.flat_params(), {}).test
+    weight, bias = model.flat_params()
+    errors = torch.cat([x * weight + bias - y for x, y in items])
+    assert found["loss"] == pytest.approx(errors.square().mean().item(), rel=1e-9)
+    assert found["mae"] == pytest.approx(errors.abs().mean().item(), rel=1e-9)
+
+
+def test_padded_numbers_that_would_count_are_refused() -> None:
+    of_floats, whole = ([(torch.ones(length, dtype=dtype),) * 2 for length in (2, 1)] for dtype in (torch.float32, torch.int64))
+    with pytest.raises(ValueError, match=r"^a target is NaN, expected a number; task\.ignore_nan=true leaves it out, .*$"):
+        Regression().check_batch(Pad()(of_floats))
+    with pytest.raises(ValueError, match=r"^a target is -100, with which dataset\.collate=pad pads whole numbers, .*$"):
+        Regression(ignore_nan=True).check_batch(Pad()(whole))
+    Regression().check_batch((None, torch.full((2, 2), 156, dtype=torch.uint8)))  # of which torch says that it is -100
+    logits, chances = torch.zeros(2, 3, 4), [torch.full((3, length), 1 / 3) for length in (4, 2)]
+    batch = Pad()([(each, each) for each in chances])
+    with pytest.raises(UnfitTargets, match=r"class probabilities, but some sum to nan over the classes, expected"):
+        Classification().check(logits, batch)
 
 
 def test_targets_of_language_models_are_shifted_where_they_lie_at_their_tokens() -> None:
