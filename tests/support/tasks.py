@@ -351,6 +351,18 @@ ROWS: Mapping[str, Row] = {
         dense(CLASSES),
         lambda model, batch: functional.cross_entropy(model(batch[0]), batch[1], label_smoothing=0.1),
     ),
+    "custom, class of torch with an ignored class": Row(
+        {"_target_": "torch.nn.CrossEntropyLoss", "label_smoothing": 0.1, "ignore_index": 1},
+        lambda: (normal(6), with_some(numbers(), 1)),
+        dense(CLASSES),
+        lambda model, batch: functional.cross_entropy(model(batch[0]), batch[1], label_smoothing=0.1, ignore_index=1),
+    ),
+    "custom, nll_loss of torch": Row(
+        {"_target_": "torch.nn.functional.nll_loss"},
+        lambda: (normal(6), with_some(numbers(), -100)),
+        lambda: nn.Sequential(dense(CLASSES)(), nn.LogSoftmax(1)),
+        lambda model, batch: functional.nll_loss(model(batch[0]), batch[1]),
+    ),
     "custom, all of it": Row(
         {"_target_": f"{__name__}.distance", "power": 3.0},
         lambda: {"left": normal(6), "right": normal(2), "goal": normal(3)},

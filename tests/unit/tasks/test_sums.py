@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import jaccard_score, r2_score
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 from typing_extensions import override
 
 from ormo_rpc.data import DataSet, Epochs, MapSplit, Pad
@@ -20,6 +21,7 @@ from ormo_rpc.messages import Reply
 from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.options import find
 from ormo_rpc.tasks import Classification, Sums, Task, UnfitTargets
+from ormo_rpc.tasks.custom import CustomTask
 from ormo_rpc.tasks.language_modelling import LanguageModelling
 from ormo_rpc.tasks.metrics import metric_named
 from ormo_rpc.tasks.model_loss import ModelLoss
@@ -161,6 +163,57 @@ def test_padded_numbers_that_would_count_are_refused() -> None:
     batch = Pad()([(each, each) for each in chances])
     with pytest.raises(UnfitTargets, match=r"class probabilities, but some sum to nan over the classes, expected"):
         Classification().check(logits, batch)
+
+
+def of_those_that_count(output: Tensor, targets: Tensor) -> Tensor:
+    """A mean over the targets that are not 0."""
+    return nn.functional.cross_entropy(output, targets, ignore_index=0)
+
+
+def of_all_samples(output: Tensor, targets: Tensor) -> Tensor:
+    """A mean over all samples."""
+    return nn.functional.cross_entropy(output, targets, ignore_index=0, reduction="sum") / len(targets)
+
+
+WEIGHTS = [1.0, 5.0, 0.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("target", "of_probabilities", "ignored"),
+    [
+        ("torch.nn.CrossEntropyLoss", False, 0),
+        ("torch.nn.CrossEntropyLoss", True, -100),  # of probabilities torch takes no other
+        ("torch.nn.NLLLoss", False, 0),
+    ],
+)
+def test_the_mean_over_a_split_is_weighted_by_the_classes_as_torch_does_it(
+    target: str, of_probabilities: bool, ignored: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs, targets = torch.randn(23, 4, generator=generator), torch.randint(0, 4, (23,), generator=generator)
+    targets[:6] = 3  # of which a batch is made
+    targets[6:9] = 0
+    targets[9:12] = 2  # one that weighs nothing
+    if of_probabilities:
+        targets = torch.softmax(torch.randn(23, 4, generator=generator), 1)
+    options = {"ignore_index": ignored, "weight": {"_target_": "torch.tensor", "data": WEIGHTS}}
+    task = CustomTask(_target_=target, kwargs=options)
+    function = getattr(nn, target.rpartition(".")[2])(torch.tensor(WEIGHTS), ignore_index=ignored)
+    model, split = FlatModel(nn.Sequential(nn.Linear(4, 4), nn.LogSoftmax(1))), MapSplit(TensorDataset(inputs, targets))
+    found = Evaluator(model, DataSet(split, split), task, 3)(model.flat_params(), {}).test["loss"]
+    with torch.no_grad():
+        assert found == pytest.approx(function(model.module(inputs), targets).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(("name", "warns"), [("of_those_that_count", True), ("of_all_samples", False)])
+def test_a_loss_that_is_no_mean_over_samples_is_warned_of(name: str, warns: bool, caplog: pytest.LogCaptureFixture) -> None:
+    task = CustomTask(_target_=f"{__name__}.{name}")
+    output, targets = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 0, 0, 1, 2, 3, 1, 2, 3])
+    for _ in range(2):
+        task.check(output, (None, targets))
+    assert [record.getMessage().partition(", so")[0] for record in caplog.records] == [
+        f"task._target_: {__name__}.{name}: the loss of a batch is not that of its two halves, weighted by their samples"
+    ] * warns
 
 
 def test_targets_of_language_models_are_shifted_where_they_lie_at_their_tokens() -> None:
