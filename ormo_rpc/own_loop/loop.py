@@ -236,6 +236,22 @@ class JoinedWorker:
             raise LoopMisused(f"{users_line()}: scaled() is called outside of the loop, expected in one of its rounds")
         return self._held.own.scaled(loss)
 
+    def unscale(self) -> None:
+        """Divide the gradients of this ticket by the server's scale now, which `push` then does not, to clip or to read them.
+
+        As ``GradScaler.unscale_`` it has its place behind the last ``backward()`` of a round. Without ``worker.autocast=fp16``
+        it changes nothing.
+
+        Raises:
+            LoopMisused: there is no ticket that it could be for, it is called again, or the gradients are not those of a scaled
+                loss in float32.
+        """
+        if self._held is None or self._held.pushed:
+            raise LoopMisused(
+                f"{users_line()}: unscale() is called without a ticket to be pushed, expected between backward() and push()"
+            )
+        self._held.own.unscale()
+
     def _work(self, source: Source) -> Generator[Work]:
         """Give a `Work` for each reply, to the end of the run; then the model has memory of its own again."""
         config, data = self._role.config, self._role.config.dataset

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +66,10 @@ class OwnWorker(BaseWorker):
         """The parameters of the present ticket."""
         self._has_scaled = False
         """A loss of this ticket was scaled."""
+        self._is_unscaled = False
+        """The script has divided the gradients of this ticket."""
+        self._has_overflowed = False
+        """They were not finite then; what the script has made of them since may be."""
         self._tickets = 0
         """Tickets so far, up to `PRIVATE_TICKETS`."""
         self._empty: int | None = 0
@@ -75,7 +80,8 @@ class OwnWorker(BaseWorker):
     def begin(self, reply: Reply) -> None:
         """Put the parameters and buffers of a reply into the model, and its gradients to zero."""
         self._passes.begin(reply.buffers)
-        self.loss_scale, self._has_scaled = reply.loss_scale, False
+        self.loss_scale = reply.loss_scale
+        self._has_scaled = self._is_unscaled = self._has_overflowed = False
         self._params = self._cast(reply.params)
         if self._tickets < PRIVATE_TICKETS:
             self._params = self._params.clone()
@@ -89,18 +95,48 @@ class OwnWorker(BaseWorker):
             LoopMisused: something was changed that must not be.
             ValueError: a metric has a wrong name, or is not a number.
         """
+        measured = self._encoder.metrics.write(metrics)  # where that is refused, the gradients must be as they were
         self._end_gradient(self._params, self.push)
-        if self.loss_scale != 1.0 and not self._has_scaled and self.push.any():
-            raise LoopMisused(
-                f"{users_line()}: got gradients of a loss that was not scaled, expected worker.scaled(loss).backward(), as "
-                "worker.autocast=fp16 has the server scale losses"
-            )
-        return self._made(reply, loss=loss, samples=samples, metrics=metrics)
+        if self._has_overflowed:
+            self.push[:1].fill_(math.nan)
+        return self._made(reply, loss=loss, samples=samples, metrics=measured)
 
     @override
     def scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        if self._is_unscaled:
+            raise LoopMisused(
+                f"{users_line()}: scaled() is called behind unscale(), expected before it: gradients of two scales would add up"
+            )
         self._has_scaled = True
         return super().scaled(loss)
+
+    def unscale(self) -> None:
+        """Divide the gradients that the model has now by the scale.
+
+        Raises:
+            LoopMisused: they were divided already, are not those of a scaled loss, or are of float16.
+        """
+        if self._is_unscaled:
+            raise LoopMisused(
+                f"{users_line()}: unscale() is called again, expected once, behind the last backward() of a round"
+            )
+        self._is_unscaled = True
+        if self.loss_scale == 1.0:
+            return
+        found = {name: each.grad for name, each in self.model.trainable.items() if each.grad is not None}
+        half = next((name for name, grad in found.items() if grad.dtype is torch.float16), None)
+        if half is not None:
+            raise LoopMisused(
+                f"{users_line()}: unscale(): the gradient of {half} is float16, in which it may be 0 without the scale, "
+                "expected float32; train.clip_norm clips it in that"
+            )
+        with torch.no_grad():
+            values = [grad.coalesce().values() if grad.is_sparse else grad for grad in found.values()]
+            self._check_scaled(values)
+            self._has_overflowed = not all(each.isfinite().all() for each in values)
+            for grad in found.values():
+                grad.mul_(1.0 / self.loss_scale)
+        self.loss_scale = 1.0
 
     def close(self) -> None:
         """Leave the model without hooks, and let optimizers step again."""
@@ -112,7 +148,16 @@ class OwnWorker(BaseWorker):
         found = self._passes.change()
         if found is not None:
             raise LoopMisused(f"{users_line()}: {_changed(found)}")
+        self._check_scaled([self.push])
         self._look_for_gradients()
+
+    def _check_scaled(self, gradients: Sequence[torch.Tensor]) -> None:
+        """Refuse gradients, before anything is added to them, of a loss that was not scaled."""
+        if self.loss_scale != 1.0 and not self._has_scaled and any(each.any() for each in gradients):
+            raise LoopMisused(
+                f"{users_line()}: got gradients of a loss that was not scaled, expected worker.scaled(loss).backward(), as "
+                "worker.autocast=fp16 has the server scale losses"
+            )
 
     def _look_for_gradients(self) -> None:
         """Warn where the first tickets have none: a loop that computes with another model would train nothing."""

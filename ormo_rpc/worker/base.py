@@ -64,7 +64,7 @@ class BaseWorker:
         self._passes = passes or Passes(model)
         self._grad_bound = 0
         self.loss_scale = 1.0
-        """The scale of the losses of this ticket (`scaled`), which its gradients are divided by."""
+        """The scale of the losses of this ticket (`scaled`), which its gradients are divided by; 1 once they are."""
         self._sent = torch.empty(0, dtype=model.dtype, device=model.device)
         """The sent parameters, where they had to be brought to the model's device or cast to its dtype."""
 
@@ -140,18 +140,15 @@ class BaseWorker:
         *,
         loss: float | None,
         samples: int,
-        metrics: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float | tuple[float, float]] | None = None,
         reported: WholeBuffers | None = None,
     ) -> Push:
         """Encode the content of `push`, and the buffers that the passes have changed, as the answer to a reply.
 
-        Raises:
-            ValueError: the metrics cannot be pushed (`WireMetrics.write`).
+        The metrics are among its bytes already (`WireMetrics.write`).
         """
-        assert reply.ticket is not None, "a reply without a ticket ends the worker"
-        measured = {} if metrics is None else self._encoder.metrics.write(metrics)
         grad, buffers = self._encoder.make(reply.worker, self._passes.collect() if reported is None else reported)
-        return self._made_of(reply, grad, buffers, loss=loss, samples=samples, metrics=measured)
+        return self._made_of(reply, grad, buffers, loss=loss, samples=samples, metrics=metrics)
 
     def _made_of(
         self,
