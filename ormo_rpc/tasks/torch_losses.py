@@ -11,9 +11,6 @@ import torch
 
 from ormo_rpc.tasks import cross_entropy
 
-_MODULES = (torch.nn.CrossEntropyLoss, torch.nn.NLLLoss)
-_FUNCTIONS = (torch.nn.functional.cross_entropy, torch.nn.functional.nll_loss)
-
 
 @dataclass(frozen=True)
 class ClassWeights:
@@ -41,10 +38,12 @@ def class_weights(function: Callable[..., Any]) -> ClassWeights | None:
     Args:
         function: An object of a class of `torch.nn`, or a partial function of `torch.nn.functional`.
     """
-    if isinstance(function, _MODULES):
-        is_torchs = any(type(function).forward is each.forward for each in _MODULES)
+    modules = (torch.nn.CrossEntropyLoss, torch.nn.NLLLoss)
+    functions = (torch.nn.functional.cross_entropy, torch.nn.functional.nll_loss)
+    if isinstance(function, modules):
+        is_torchs = any(type(function).forward is each.forward for each in modules)
         return _of(vars(function) | dict(function.named_buffers())) if is_torchs else None
-    if isinstance(function, functools.partial) and any(function.func is each for each in _FUNCTIONS) and not function.args:
+    if isinstance(function, functools.partial) and any(function.func is each for each in functions) and not function.args:
         return _of(function.keywords)
     return None
 

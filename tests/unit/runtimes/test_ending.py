@@ -167,7 +167,7 @@ def test_a_run_that_max_seconds_ended_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["runtime.leaves={0: 0.35, 1: 0.55}"], "no worker is left after 0.6 virtual seconds"),
+        (["runtime.leaves={0: 0.35, 1: 0.55}"], "no worker is left after 0.55 virtual seconds"),
         (
             ["runtime.leaves={1: 0.55}", "runtime.min_workers=2"],
             "1 of runtime.min_workers=2 workers are left after ",
