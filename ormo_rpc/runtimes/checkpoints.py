@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
 from pathlib import Path
@@ -15,6 +16,8 @@ from ormo_rpc.runtimes.recorder import Offsets, Recorder
 from ormo_rpc.server.events import Event, Kind
 from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.journal import Journal, NoJournal
+
+_log = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
@@ -56,6 +59,8 @@ class CheckpointWriter:
         self._recorder = recorder
         self._clock = clock
         self._evaluations = evaluations
+        self._seconds = 0.0
+        """The run's seconds at the newest state."""
         self._pending = False
         """A state was copied, and waits for the events before it to be written."""
         self._writing: Future[Path] | None = None
@@ -65,11 +70,17 @@ class CheckpointWriter:
         """True while a checkpoint is under way."""
         return self._pending or self._writing is not None
 
-    def submit(self, state: Mapping[str, Any]) -> None:
-        """Have a copied state written as soon as the events that led to it are; called under the server's lock."""
+    def submit(self, state: Mapping[str, Any], seconds: float | None = None) -> None:
+        """Have a copied state written as soon as the events that led to it are; called under the server's lock.
+
+        Args:
+            state: The state.
+            seconds: The run's seconds at it; now by default.
+        """
         self._pending = True
         self.journal.rotate()
-        seconds, segment = self._clock(), self.journal.segment
+        self._seconds = seconds = self._clock() if seconds is None else seconds
+        segment = self.journal.segment
 
         def start(offsets: Offsets) -> None:
             records = {
@@ -93,8 +104,15 @@ class CheckpointWriter:
         if self._writing is not None and self._writing.done():
             self._wait()
 
-    def write(self, state: Mapping[str, Any]) -> None:
-        """Write a state as a checkpoint, and wait until it is complete.
+    def write_again(self, state: Mapping[str, Any]) -> None:
+        """Write the newest state once more, with the evaluations that were ready since; where that fails, the former stays."""
+        try:
+            self.write(state, self._seconds)
+        except OSError as error:
+            _log.warning("the last checkpoint lacks the last evaluations, as it could not be written again: %s", error)
+
+    def write(self, state: Mapping[str, Any], seconds: float | None = None) -> None:
+        """Write a state as a checkpoint, and wait until it is complete; ``seconds`` as in `submit`.
 
         Raises:
             OSError: it, or the one before it, could not be written.
@@ -102,7 +120,7 @@ class CheckpointWriter:
         self._recorder.flush()
         if self._writing is not None:
             self._wait()
-        self.submit(state)
+        self.submit(state, seconds)
         self._recorder.flush()
         self._wait()
 

@@ -126,7 +126,6 @@ class Evaluations:
         """Have the present parameters evaluated; called under the server's lock."""
         if self._evaluator is None:
             return
-        self._requested_at = server.iteration
         waiting = self._copies.qsize() + len(self._running)
         if self._max_waiting is not None and waiting >= self._max_waiting and not server.ended:
             if not self.skipped:
@@ -135,6 +134,7 @@ class Evaluations:
                 )
             self.skipped += 1
         else:
+            self._requested_at = server.iteration
             self._copies.put(
                 Snapshot(iteration=server.iteration, seconds=seconds, params=server.evaluated(), buffers=server.buffers.copy())
             )

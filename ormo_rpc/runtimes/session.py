@@ -257,8 +257,8 @@ class Session:
         self.flush()
         if wait:
             self.evaluations.wait()
-        if self.evaluations.unsaved and self.checkpoints.newest is not None:  # a run that goes on from it has to know of them
-            self.checkpoints.write(state)
+        if wait and self.evaluations.unsaved and self.checkpoints.newest is not None:
+            self.checkpoints.write_again(state)  # a run that goes on from it has to know of them
         self.recorder.flush(row=True)
         self.journal.close()
         return self.recorder.close(Summary(**{**self._summary_entries(state), **entries}))

@@ -177,8 +177,10 @@ def test_the_last_checkpoint_has_the_evaluations_that_were_ready_after_it(when: 
     run.push(60)
     state = run.server.state_dict()
     run.session.write_checkpoint(state)
+    before, run.now = run.now, run.now + 10  # evaluations take their time
     run.session.close(state, wait=True)
     records = checkpoint.read(checkpoint.locate(tmp_path), checkpoint.SERVER)["session"]
+    assert records["seconds"] == before
     assert [point[0] for point in records["targets"]["points"]] == list(range(4, 61, 4))
 
 

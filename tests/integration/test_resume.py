@@ -186,6 +186,16 @@ def test_a_resumed_simulation_ends_at_the_seconds_that_are_configured_now(before
     assert (ends["iterations"], ends["reason"]) == (70, None)
 
 
+def test_a_simulation_resumed_behind_its_deadline_hands_out_no_ticket_any_more(tmp_path: Path) -> None:
+    equal = changed(QUADRATIC, heterogeneity={"name": "none"}, train={"max_seconds": 2.2, "max_iterations": 400})
+    config = {**equal, "workers": 2, "checkpoint": {"every": 1, "keep": 100}}
+    whole = train(config, run_dir=tmp_path / "whole")
+    assert whole["iterations"] == 44
+    *_, last_but_one, _ = complete(tmp_path / "whole")  # one of the last two pushes is still to come
+    again = train(changed(config, checkpoint={"resume": str(last_but_one)}), run_dir=tmp_path / "again")
+    assert (again["iterations"], again["final_params_sha256"]) == (44, whole["final_params_sha256"])
+
+
 REAL: dict[str, Any] = {
     "runtime": {"name": "sim"},
     "logger": QUADRATIC["logger"],

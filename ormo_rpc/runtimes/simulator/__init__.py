@@ -105,7 +105,10 @@ def _run(config: Config, run_dir: Path, began: float, job: Job | SyntheticJob) -
             cluster.load_state_dict(session.resumed_state)
             if queue.times_of("finish") != [config.train.max_seconds]:  # else it keeps its place among events of its time
                 queue.cancel("finish")
-                _schedule_end(config, queue)
+                if config.train.max_seconds is not None and config.train.max_seconds <= queue.now:
+                    cluster.finish()  # before a push of this time gets another ticket
+                else:
+                    _schedule_end(config, queue)
         interrupted = _drive(cluster, session)
         last = state()
         session.write_checkpoint(last)
@@ -165,7 +168,7 @@ def _schedule(config: Config, queue: EventQueue, cluster: Cluster) -> None:
 
 def _schedule_end(config: Config, queue: EventQueue) -> None:
     if config.train.max_seconds is not None:
-        queue.at(max(queue.now, config.train.max_seconds), "finish")
+        queue.at(config.train.max_seconds, "finish")
 
 
 def _drive(cluster: Cluster, session: Session) -> Signals | None:
