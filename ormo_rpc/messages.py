@@ -61,7 +61,7 @@ class Push:
         grad: The vector that the algorithm expects (`Algorithm.local`), for most algorithms the gradient at that reply's
             parameters, shape (VECTORS_PUSHED * D,), on the server's device, of its dtype or of the one that the wire rounds
             pushes to.
-        loss: The mean loss of the batch, where it is known; of several batches that by `mean_loss`.
+        loss: The mean loss of the batch, where it is known; of several batches that by `weighted_mean_loss`.
         samples: The number of samples in the batch.
         buffers: What its passes have to report of the model's buffers by name (`Rule`); those that they left as they were are
             not in it.
@@ -83,10 +83,10 @@ class Push:
     loss_scale: float = 1.0
 
 
-def mean_loss(parts: Sequence[tuple[float | None, int]]) -> float | None:
+def weighted_mean_loss(parts: Sequence[tuple[float | None, int]]) -> float | None:
     """Return the mean loss of several batches, given loss and samples of each; None where none has a loss.
 
-    A batch without a loss is left out. The others count by their samples; of as many in each it is the plain mean.
+    A batch without a loss is left out. The others count by their samples; with equal sizes it is the plain mean.
     """
     known = [(loss, samples) for loss, samples in parts if loss is not None]
     if len({samples for _, samples in known}) > 1:

@@ -211,7 +211,7 @@ class Algorithm(Part, ABC):
         """
 
     def join(self, worker: int) -> None:
-        """Note a worker that has joined, or is there at the start, where it may have to be held before its first ticket."""
+        """Note a worker that has joined, or is there at the start, before it gets a ticket; `held` may then name it."""
 
     def leave(self, worker: int) -> None:
         """Forget a worker that has left or was evicted, where the algorithm keeps something for each."""

@@ -141,7 +141,7 @@ class IterableSplit:
     def _begin(self, epoch: int, position: int) -> _Reading:
         reseed(self.seed, "pass", epoch * self._size)
         whole: Any = self.dataset
-        # The first sample that is read is seeded as the beginning of the pass, and so is none of those that are asked for.
+        # What is read first draws as the beginning of the pass does: so the sample before the wanted one is read and dropped.
         start = position - 1 if position > 0 and hasattr(whole, "skip") else 0
         sets = (whole, whole.skip(start)) if start else (whole,)
         reading = _Reading(epoch, sets, iter(()), start, os.getpid())

@@ -109,20 +109,25 @@ def padded(tensors: Sequence[torch.Tensor], value: float) -> torch.Tensor:
         value: The padding; of dtypes that do not have it, such as uint8 of -100, int64 is made.
     """
     shapes = {tuple(each.shape) for each in tensors}
-    dtype = _common_dtype(tensors)
+    dtype = _padded_dtype(_common_dtype(tensors), value) if tensors[0].dim() else _common_dtype(tensors)
     if len(shapes) == 1:
         return torch.stack([each.to(dtype) for each in tensors])
     if len({len(shape) for shape in shapes}) > 1:
         raise ValueError(f"the shapes are {sorted(shapes, key=len)}, expected as many dimensions in each")
-    if _is_exact(dtype):
-        if not float(value).is_integer():
-            raise ValueError(f"the padding is {value}, expected a whole number for {dtype}")
-        least, largest = (0, 1) if dtype is torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
-        dtype = dtype if least <= value <= largest else torch.int64
+    if _is_exact(dtype) and not float(value).is_integer():
+        raise ValueError(f"the padding is {value}, expected a whole number for {dtype}")
     batch = torch.full((len(tensors), *map(max, zip(*shapes, strict=True))), value, dtype=dtype)
     for row, each in zip(batch, tensors, strict=True):
         row[tuple(slice(size) for size in each.shape)] = each
     return batch
+
+
+def _padded_dtype(dtype: torch.dtype, value: float) -> torch.dtype:
+    """Return the dtype of batches, of those as well in which nothing is padded."""
+    if not _is_exact(dtype) or not float(value).is_integer():
+        return dtype
+    least, largest = (0, 1) if dtype is torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    return dtype if least <= value <= largest else torch.int64
 
 
 def _common_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype:

@@ -79,7 +79,7 @@ def _to_targets(groups: Sequence[Group]) -> list[Column]:
 
 
 def _kind(run: Run) -> tuple[bool, str, int]:
-    """Return True where a run is simulated, the metric of its targets, and how many evaluations have to reach them."""
+    """Return if a run is simulated, the metric of its targets, and how many evaluations have to reach them."""
     return run.summary.get("runtime") == "sim", str(run.summary.get("target_metric")), run.smooth
 
 

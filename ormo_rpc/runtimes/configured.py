@@ -108,10 +108,12 @@ def configured_groups(train: Train, params: Layout) -> Groups:
     )
 
 
-def two_levels(config: Config) -> TwoLevels:
-    """Return the algorithm of a configuration whose workers are regions."""
-    assert isinstance(config.algorithm, TwoLevels), "any other was refused"
-    return config.algorithm
+def two_levels(config: Config) -> tuple[TwoLevels, int]:
+    """Return the algorithm of a configuration whose workers are regions, and the number of each region's own workers."""
+    algorithm = config.algorithm
+    assert isinstance(algorithm, TwoLevels), "any other was refused"
+    assert algorithm.region_workers is not None, "its workers are regions"
+    return algorithm, algorithm.region_workers
 
 
 def configured_region(
@@ -123,11 +125,11 @@ def configured_region(
     loss_scale: LossScale | None = None,
 ) -> RegionServer:
     """Build the server of a region; the arguments are those of `RegionServer`."""
-    algorithm = two_levels(config)
+    algorithm, num_workers = two_levels(config)
     return RegionServer(
         algorithm.region_rule(),
         params,
-        algorithm.region_workers or 1,
+        num_workers,
         algorithm.region_parts,
         count,
         buffer_rules=buffer_rules,

@@ -223,7 +223,7 @@ class Job:
 
     def region(self, params: torch.Tensor) -> RegionServer:
         """Build the server of a region at the parameters that its first reply has, one or more vectors of D."""
-        algorithm = two_levels(self.config)
+        algorithm, _ = two_levels(self.config)
         parts = TicketParts(self.epochs, algorithm.region_parts)
         with self.reading_model() as model:
             return configured_region(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ormo_rpc.algorithms._regions import RegionRule
-from ormo_rpc.messages import Push, Reply, mean_loss
+from ormo_rpc.messages import Push, Reply, weighted_mean_loss
 from ormo_rpc.server.answering import answer
 from ormo_rpc.server.assignments import Assignments
 from ormo_rpc.server.buffer_rules import Rule
@@ -141,7 +141,7 @@ class RegionServer:
             ticket=number,
             stamp=ticket.reply.stamp,
             grad=moved,
-            loss=mean_loss(ticket.losses),
+            loss=weighted_mean_loss(ticket.losses),
             samples=max(1, sum(samples for _, samples in ticket.losses)),
             buffers=ticket.buffers,
             incarnation=ticket.reply.incarnation,

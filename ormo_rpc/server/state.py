@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 STATE_VERSION = 7
 """The format of `ParameterServer.state_dict`; another one is refused."""
 _WITHOUT_RATES = 6
-"""The former one is the same, but that outstanding tickets have no learning rate: the scheduled one is taken."""
+"""As 7, with outstanding tickets that have no learning rate: the scheduled one is taken."""
 _OTHER_PLACES = 5
-"""The one before is as that, but that buffers of replies lie at other places among their bytes."""
+"""As 6, with buffers of replies at other places among their bytes."""
 
 
 class Status(Enum):

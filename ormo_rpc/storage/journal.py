@@ -127,7 +127,7 @@ class FileJournal(Journal):
 
     Args:
         run_dir: The run directory.
-        clock: The run's seconds.
+        clock: The run's seconds; without one, calls have no time.
 
     Raises:
         OSError: from any method, where the disk is full or broken; what was acknowledged before is safe. A failed append may
@@ -136,7 +136,7 @@ class FileJournal(Journal):
 
     durable = True
 
-    def __init__(self, run_dir: Path, clock: Callable[[], float] = lambda: 0.0) -> None:
+    def __init__(self, run_dir: Path, clock: Callable[[], float] | None = None) -> None:
         self.folder = run_dir / FOLDER
         self._clock = clock
         self.folder.mkdir(exist_ok=True)
@@ -213,7 +213,8 @@ class FileJournal(Journal):
         return os.open(_segment_file(self.folder, self.segment), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def _append(self, call: Mapping[str, Any], tensors: Iterable[torch.Tensor] = ()) -> None:
-        line = json.dumps({**call, "seconds": self._clock()}).encode() + b"\n"
+        timed = call if self._clock is None else {**call, "seconds": self._clock()}
+        line = json.dumps(timed).encode() + b"\n"
         parts = [memoryview(line), *(_memory(tensor) for tensor in tensors)]
         checksum = 0
         for part in parts:
@@ -232,7 +233,7 @@ class FileJournal(Journal):
 def recover(run_dir: Path, first: int, server: ParameterServer, set_clock: Callable[[float], None] = lambda _: None) -> int:
     """Make the calls of segment ``first`` and all later ones again, up to a missing segment; return their number.
 
-    Before each the run's clock is set to its time; a record of an earlier version has none.
+    Before each that has a time the run's clock is set to it; one of an earlier version has none.
     """
     folder, count = run_dir / FOLDER, 0
     present = sorted(number for number in _segment_numbers(folder) if number >= first)

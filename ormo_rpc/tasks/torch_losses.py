@@ -49,6 +49,7 @@ def class_weights(function: Callable[..., Any]) -> ClassWeights | None:
 
 
 def _of(options: Mapping[str, Any]) -> ClassWeights | None:
-    if options.get("reduction", "mean") != "mean":
+    legacy = any(options.get(key) is not None for key in ("size_average", "reduce"))
+    if legacy or options.get("reduction", "mean") != "mean":
         return None
     return ClassWeights(options.get("ignore_index", cross_entropy.IGNORED), options.get("weight"))

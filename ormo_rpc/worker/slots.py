@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ormo_rpc.compression.wire_buffers import WireBuffers
-from ormo_rpc.messages import Reply, mean_loss
+from ormo_rpc.messages import Reply, weighted_mean_loss
 from ormo_rpc.worker.recording import RecordingStream
 from ormo_rpc.worker.static_model import StaticModel
 
@@ -27,8 +27,8 @@ class Slot:
         push: The push, not encoded, shape (VECTORS_PUSHED * D,).
         region: The buffers that are reported, as `StaticModel.reported` has them; means over the passes.
         buffers: The same, by name.
-        samples: The number of samples.
-        sizes: Those of each pass.
+        samples: The number of samples of the ticket.
+        sizes: The number of samples of each pass.
         begun: The number of the ticket among those of the worker that were begun.
         batches: The batches that were made for it elsewhere than on the device, by their numbers in the run.
     """
@@ -107,7 +107,7 @@ class Slot:
         """Wait until the work is done; return its mean loss, NaN where a pass has none."""
         if self._event is not None:
             self._event.synchronize()
-        mean = mean_loss(list(zip(self._losses[: self._passes].tolist(), self.sizes, strict=True)))
+        mean = weighted_mean_loss(list(zip(self._losses[: self._passes].tolist(), self.sizes, strict=True)))
         return math.nan if mean is None else mean
 
     def _host(self, count: int, dtype: torch.dtype) -> torch.Tensor:

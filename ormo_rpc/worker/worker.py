@@ -16,7 +16,7 @@ from ormo_rpc.algorithms.base import Algorithm, LocalWork
 from ormo_rpc.algorithms.groups import Groups
 from ormo_rpc.compression import Allocate, PushFormat
 from ormo_rpc.data import Epochs, Split
-from ormo_rpc.messages import Push, Reply, mean_loss, no_buffers
+from ormo_rpc.messages import Push, Reply, no_buffers, weighted_mean_loss
 from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.tasks import Classification, Task
 from ormo_rpc.worker.backward import Backward
@@ -136,7 +136,7 @@ class Worker(BaseWorker):
             gradient=step_gradient,
         )
         self.algorithm.local(work, push)
-        return mean_loss(losses), sum(len(indices) for _, indices in batches)
+        return weighted_mean_loss(losses), sum(len(indices) for _, indices in batches)
 
     def load(self, reply: Reply) -> None:
         """Make the batches of a ticket now, for `compute`, where they depend on nothing but their numbers.

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-import os
-from collections.abc import Mapping
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,7 @@ import torch
 from ormo_rpc import train
 from ormo_rpc.config.parsing import parse_config, save_config
 from ormo_rpc.errors import ConfigError
-from ormo_rpc.messages import Reply
 from ormo_rpc.runtimes.job import Job
-from ormo_rpc.runtimes.session import Session
 from ormo_rpc.runtimes.simulator import InlineExecutor
 from ormo_rpc.server.events import Kind
 from ormo_rpc.storage import checkpoint
@@ -26,132 +22,7 @@ from ormo_rpc.storage.checkpoint import complete
 from ormo_rpc.storage.run_directory import read_trace
 from ormo_rpc.storage.summary import Summary, write_summary
 from tests.support.contract import same
-
-
-class Incarnation:
-    """One incarnation of a server in a run directory, without processes: a session, and pushes to it."""
-
-    def __init__(
-        self,
-        run_dir: Path,
-        number: int,
-        *,
-        start: bool = True,
-        writer: Executor | None = None,
-        algorithm: Mapping[str, Any] | None = None,
-        evaluate: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> None:
-        run_dir.mkdir(exist_ok=True)
-        config = parse_config(
-            {
-                "workers": 2,
-                "model": {"hidden": 4},
-                "train": {"max_iterations": 60, "lr": 0.01, "lr_schedule": "cosine"},
-                "algorithm": algorithm or {},
-                "evaluate": evaluate or {},
-                "dataset": {"validation": 0.2 if evaluate else 0.0},
-                "logger": {"name": "none"},
-                "checkpoint": {"every_seconds": 0, **options},
-            }
-        )
-        (run_dir / "trace.jsonl").touch()
-        job = Job(config)
-        self.worker = job.worker()
-        self.now = 0.0 if number else 1.5  # until the clock is continued
-        self.session = Session(
-            *(job, run_dir, InlineExecutor(), writer or InlineExecutor(), lambda: self.now),
-            began=0.0,
-            continue_clock=lambda seconds: setattr(self, "now", seconds),
-        )
-        self.session.open(incarnation=number)
-        self.server = self.session.server
-        self.replies: dict[int, Reply] = {}
-        if start:
-            self.replies = {reply.worker: reply for reply in self.server.start([0, 1])}
-            self.session.journal.start([0, 1], self.server.incarnation)
-
-    def push(self, count: int) -> None:
-        """Push this many gradients, the workers taking turns, and flush after each."""
-        for _ in range(count):
-            worker = self.server.iteration % 2
-            push = self.worker.compute(self.replies[worker])
-            replies: list[Reply] = self.server.receive(push)
-            self.session.journal.push(push, rejected=False)
-            self.session.observe(self.server)
-            self.session.journal.sync()
-            self.replies |= {reply.worker: reply for reply in replies}
-            self.session.flush()
-
-    def die(self) -> None:
-        """End as after a SIGKILL: nothing more is written."""
-        self.session.directory.close()
-        if self.session.job.config.checkpoint.journal:
-            os.close(self.session.journal._file)  # pyright: ignore[reportPrivateUsage,reportAttributeAccessIssue] # no sync
-
-    def sha(self) -> bytes:
-        """Return the bytes of the parameters."""
-        return self.server.params.numpy().tobytes()
-
-
-def test_a_journal_restores_the_moving_average(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"every": 10, "journal": True, "evaluate": {"ema": 0.9}}
-    first = Incarnation(tmp_path, 0, **options)
-    first.push(25)
-    average = first.server.evaluated()
-    first.die()
-    second = Incarnation(tmp_path, 1, start=False, **options)
-    assert second.server.iteration == 25
-    assert torch.equal(second.server.evaluated(), average)
-    assert not torch.equal(second.server.params, average)
-    second.die()
-
-
-@pytest.mark.parametrize("journal", [False, True])
-def test_a_restarted_server_counts_the_evaluations_of_the_one_before(journal: bool, tmp_path: Path) -> None:
-    evaluate = {"every": 4, "patience": 3, "min_delta": 100}
-    first = Incarnation(tmp_path, 0, every=10, journal=journal, evaluate=evaluate)
-    first.push(14)  # evaluated at 4, 8 and 12; the checkpoint of iteration 10 has the first two
-    kept = first.session.evaluations.ranking.state_dict()["values"]
-    assert [iteration for iteration, _ in kept] == [4, 8, 12]
-    assert not first.session.stops_early()
-    first.die()
-    second = Incarnation(tmp_path, 1, every=10, journal=journal, evaluate=evaluate)
-    assert second.server.iteration == (14 if journal else 10)
-    assert second.session.evaluations.ranking.state_dict()["values"] == kept[:2]
-    best = second.session.directory.path / "checkpoints" / "best" / "manifest.json"
-    record = json.loads(best.read_text())["best"]
-    assert record["iteration"] == 12, "the loss falls; what was better stays, also where it was rolled back"
-    evaluations = 0
-    while not second.session.stops_early():
-        second.push(4 if evaluations or not journal else 2)
-        evaluations += 1
-    assert evaluations == 2
-    second.server.finish()
-    second.push(2)
-    assert second.server.ended
-    summary = second.session.close(second.server.state_dict(), wait=True)
-    assert summary["reason"].startswith("evaluate.patience=3: for 3 evaluations no val_loss was better than the ")
-    assert f" of iteration {kept[0][0]} by more than" in summary["reason"]
-
-
-def test_targets_and_waiting_snapshots_outlive_a_server(tmp_path: Path) -> None:
-    evaluate = {"every": 4, "smooth": 2, "targets": [0.05, 0.9]}
-    found: list[Any] = []
-    for when in ("during", "after"):
-        run_dir = tmp_path / when
-        run = Incarnation(run_dir, 0, every=10, evaluate={**evaluate, "when": when})
-        run.push(14)
-        run.die()  # the checkpoint has iteration 10, and what was evaluated at 4 and 8
-        run = Incarnation(run_dir, 1, every=10, evaluate={**evaluate, "when": when})
-        assert run.server.iteration == 10
-        run.push(60 - run.server.iteration)
-        summary = run.session.close(run.server.state_dict(), wait=True)
-        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-        assert [row["iteration"] for row in rows if "test_loss" in row] == list(range(4, 61, 4))
-        found.append([summary[entry] for entry in ("gradients_to", "val_gradients_to", "test_accuracy")])
-    assert found[0] == found[1]
-    assert found[0][0] == {"0.05": 8, "0.9": None}, "by the mean of the evaluations at 4 and 8, before the crash"
+from tests.support.incarnation import Incarnation
 
 
 @pytest.mark.parametrize("every", [0, 10])
@@ -169,31 +40,6 @@ def test_gradients_of_a_journal_keep_their_times_and_the_clock_goes_on_from_the_
     summary = second.session.close(second.server.state_dict(), wait=True)
     assert [event["seconds"] for event in read_trace(tmp_path)[1] if event["event"] == "apply"][:25] == expected
     assert summary["training_seconds"] == expected[-1]
-
-
-@pytest.mark.parametrize("when", ["during", "after"])
-def test_the_last_checkpoint_has_the_evaluations_that_were_ready_after_it(when: str, tmp_path: Path) -> None:
-    run = Incarnation(tmp_path, 0, evaluate={"every": 4, "targets": [0.05], "when": when})
-    run.push(60)
-    state = run.server.state_dict()
-    run.session.write_checkpoint(state)
-    before, run.now = run.now, run.now + 10  # evaluations take their time
-    run.session.close(state, wait=True)
-    records = checkpoint.read(checkpoint.locate(tmp_path), checkpoint.SERVER)["session"]
-    assert records["seconds"] == before
-    assert [point[0] for point in records["targets"]["points"]] == list(range(4, 61, 4))
-
-
-def test_final_parameters_are_evaluated_though_no_push_has_ended_the_run(tmp_path: Path) -> None:
-    run = Incarnation(tmp_path, 0, evaluate={"every": 4})
-    run.push(6)
-    for worker in (0, 1):
-        run.server.leave(worker)
-    run.server.finish()
-    summary = run.session.close(run.server.state_dict(), wait=True)
-    assert (summary["status"], summary["iterations"]) == ("completed", 6)
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["iteration"] for row in rows if "test_loss" in row] == [4, 6]
 
 
 @pytest.mark.parametrize("every", [0, 10])

@@ -104,7 +104,7 @@ def _run(config: Config, run_dir: Path, began: float, job: Job | SyntheticJob) -
         else:
             cluster.load_state_dict(session.resumed_state)
             if queue.times_of("finish") != [config.train.max_seconds]:  # else it keeps its place among events of its time
-                queue.cancel("finish")
+                queue.drop(lambda name, _: name == "finish")
                 if config.train.max_seconds is not None and config.train.max_seconds <= queue.now:
                     cluster.finish()  # before a push of this time gets another ticket
                 else:

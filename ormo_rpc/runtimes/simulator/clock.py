@@ -32,25 +32,20 @@ class EventQueue:
         self.now, _, name, argument = heapq.heappop(self._queue)
         return name, argument
 
-    def next_of(self, name: str, count: int) -> list[Any]:
+    def next_of(self, name: str, count: int | None = None) -> list[Any]:
         """Return the arguments of the next events of one name, at most so many, in order; they stay scheduled."""
         events = [event for event in self._queue if event[2] == name]
         if count == 1:  # mostly; no two events have the same time and number, so that arguments are not compared
             return [min(events)[-1]] if events else []
-        return [event[-1] for event in heapq.nsmallest(count, events)]
+        return [event[-1] for event in heapq.nsmallest(len(events) if count is None else count, events)]
 
     def times_of(self, name: str) -> list[float]:
         """Return the times of the events of one name."""
         return sorted(event[0] for event in self._queue if event[2] == name)
 
-    def cancel(self, name: str) -> None:
-        """Remove the events of one name."""
-        self._queue = [event for event in self._queue if event[2] != name]
-        heapq.heapify(self._queue)
-
-    def drop(self, unwanted: Callable[[Any], bool]) -> None:
-        """Remove the events with an unwanted argument."""
-        self._queue = [event for event in self._queue if not unwanted(event[-1])]
+    def drop(self, unwanted: Callable[[str, Any], bool]) -> None:
+        """Remove the events with an unwanted name and argument."""
+        self._queue = [event for event in self._queue if not unwanted(*event[2:])]
         heapq.heapify(self._queue)
 
     def state_dict(self) -> dict[str, Any]:

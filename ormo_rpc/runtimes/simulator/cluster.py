@@ -8,7 +8,6 @@ another device begins the next one meanwhile: it is a function of its reply, so 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Protocol
@@ -306,14 +305,14 @@ class Cluster:
     def _move_up(self, worker: int) -> None:
         """Compute what waits for the machine of a worker, which may be free now."""
         waiting = self.machines.stop_waiting(worker, self.queue.now)
-        replies = {reply.worker: reply for reply in self.queue.next_of("arrive", sys.maxsize) if reply.worker in waiting}
+        replies = {reply.worker: reply for reply in self.queue.next_of("arrive") if reply.worker in waiting}
         self._drop(waiting)
         for other, seconds in waiting.items():
             self._compute(replies[other], seconds)
 
     def _drop(self, workers: Collection[int]) -> None:
         """Remove all that these workers have in flight."""
-        self.queue.drop(lambda argument: isinstance(argument, Reply) and argument.worker in workers)
+        self.queue.drop(lambda _, argument: isinstance(argument, Reply) and argument.worker in workers)
 
     def _count_membership(self, worker: int) -> None:
         seconds = self.queue.now - self._since.pop(worker)

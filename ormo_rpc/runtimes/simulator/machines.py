@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class Computation:
     """The computation of a worker's newest ticket, in virtual seconds.
 
     Attributes:
@@ -41,7 +41,7 @@ class Machines:
     def __init__(self, processes: int | None, num_workers: int) -> None:
         self._processes = processes
         self._num_workers = num_workers
-        self._work: dict[int, Work] = {}
+        self._work: dict[int, Computation] = {}
         """By worker; it may be over."""
 
     def _sharing(self, worker: int) -> Sequence[int]:
@@ -53,7 +53,7 @@ class Machines:
     def compute(self, worker: int, seconds: float, now: float) -> float:
         """Let a worker compute for so long, as soon as its machine is free; return the time at which it is done."""
         ends = [self._work[each].end for each in self._sharing(worker) if each in self._work]
-        self._work[worker] = Work(max([now, *ends]), seconds)
+        self._work[worker] = Computation(max([now, *ends]), seconds)
         return self._work[worker].end
 
     def stop(self, worker: int, now: float) -> float:
@@ -74,11 +74,11 @@ class Machines:
     def load_state_dict(self, state: Mapping[str, Any], members: Container[int]) -> None:
         """Restore the state in that of a cluster.
 
-        An earlier version wrote the ends alone, of machines and of workers, also of those that had left: as if they were under
-        way, so that what waits stays where it is.
+        An earlier version wrote ends alone, of machines and of workers, also of workers that had left. Those of members count
+        as begun, so that `stop_waiting` moves none.
         """
         if "work" in state:
-            self._work = {worker: Work(*times) for worker, times in state["work"].items()}
+            self._work = {worker: Computation(*times) for worker, times in state["work"].items()}
             return
         ends = {**state.get("computing_until", {}), **state.get("ends", {})}
-        self._work = {worker: Work(0.0, end) for worker, end in ends.items() if worker in members}
+        self._work = {worker: Computation(0.0, end) for worker, end in ends.items() if worker in members}

@@ -17,6 +17,15 @@ from tests.support.own_loops import Normed, assert_same, batch, joined, loss_of,
 Backward = Callable[[torch.nn.Module, int], None]
 
 
+def train_clipped(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Train in plain PyTorch on the tickets 0 to 3, with gradients clipped to a norm of 0.05."""
+    for ticket in range(4):
+        optimizer.zero_grad()
+        loss_of(model, ticket).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.step()
+
+
 class Odd(torch.nn.Module):
     """A network with a sparse embedding, a parameter that no pass uses, a frozen one, and tied weights."""
 
@@ -157,12 +166,7 @@ def test_a_push_that_was_refused_for_its_metrics_is_made_of_the_same_gradients_a
         for part, rate in zip(parts, (0.1, 0.05), strict=True)
         for each in part
     ]
-    optimizer = torch.optim.SGD(groups, 0.1)
-    for ticket in range(4):
-        optimizer.zero_grad()
-        loss_of(other, ticket).backward()
-        torch.nn.utils.clip_grad_norm_(other.parameters(), 0.05)
-        optimizer.step()
+    train_clipped(other, torch.optim.SGD(groups, 0.1))
     assert_same(model, other)
 
 
@@ -235,10 +239,5 @@ def test_parameter_groups_clipping_and_decay_of_the_configuration_hold(tmp_path:
         }
         for name, parameter in other.named_parameters()
     ]
-    optimizer = torch.optim.SGD(groups, 0.1)
-    for ticket in range(4):
-        optimizer.zero_grad()
-        loss_of(other, ticket).backward()
-        torch.nn.utils.clip_grad_norm_(other.parameters(), 0.05)
-        optimizer.step()
+    train_clipped(other, torch.optim.SGD(groups, 0.1))
     assert_same(model, other)

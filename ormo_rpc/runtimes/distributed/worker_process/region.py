@@ -55,7 +55,7 @@ class RegionProcesses:
         self.job = job
         self.config: Config = job.config
         self.data_root = data_root
-        self.num_workers = two_levels(job.config).region_workers or 1
+        _, self.num_workers = two_levels(job.config)
         self._server: RegionServer | None = None
         self._workers: dict[int, _Worker] = {}
         self._restarts = dict.fromkeys(range(self.num_workers), 0)
