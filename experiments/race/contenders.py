@@ -179,11 +179,16 @@ def _ddp(*, nesterov: bool = False) -> Callable[[int], tuple[Variant, ...]]:
     )
 
 
-def _ddp_proportional(workers: int) -> tuple[Variant, ...]:
-    def clock(setting: str, batch_size: int) -> Clock:
-        return proportional(mean_slowdowns(setting, workers), batch_size)
+def _ddp_proportional(*, nesterov: bool = False) -> Callable[[int], tuple[Variant, ...]]:
+    """Batches in proportion to the workers' mean speeds: the updates of DDP at other times."""
 
-    return (Variant(overrides=_rounds(), members=workers, clock=clock),)
+    def variants(workers: int) -> tuple[Variant, ...]:
+        def clock(setting: str, batch_size: int) -> Clock:
+            return proportional(mean_slowdowns(setting, workers), batch_size)
+
+        return (Variant(overrides=_rounds(nesterov=nesterov), members=workers, clock=clock),)
+
+    return variants
 
 
 def _m_sync(*, cancel: bool, nesterov: bool = False) -> Callable[[int], tuple[Variant, ...]]:
@@ -235,7 +240,8 @@ def _partial(*rule: str) -> Callable[[int], tuple[Variant, ...]]:
 CONTENDERS: dict[str, Contender] = {
     "ddp": Contender(label="DDP", variants=_ddp()),
     "ddp_nesterov": Contender(label="DDP, Nesterov", variants=_ddp(nesterov=True)),
-    "ddp_proportional": Contender(label="DDP, proportional", variants=_ddp_proportional),
+    "ddp_proportional": Contender(label="DDP, proportional", variants=_ddp_proportional()),
+    "ddp_proportional_nesterov": Contender(label="DDP, proportional, Nesterov", variants=_ddp_proportional(nesterov=True)),
     "m_sync": Contender(label="m-sync", variants=_m_sync(cancel=False)),
     "m_sync_cancel": Contender(label="m-sync, cancelling", variants=_m_sync(cancel=True)),
     "m_sync_nesterov": Contender(label="m-sync, cancelling, Nesterov", variants=_m_sync(cancel=True, nesterov=True)),

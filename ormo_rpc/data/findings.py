@@ -116,5 +116,6 @@ class Classes:
 
 def _largest(targets: torch.Tensor, ignored: int | None) -> int:
     """The largest class number but for one; 0 at least, which also stands for targets that do not count."""
-    counted = targets if ignored is None else targets[targets.long() != ignored]
+    targets = targets.long()
+    counted = targets if ignored is None else targets[targets != ignored]
     return max(0, int(counted.max())) if counted.numel() else 0

@@ -29,10 +29,10 @@ class Pad:
 
     Each is padded at its end, along every dimension, to the largest of the batch: targets with `IGNORED`, or NaN where they are
     of floating point, all else with 0. Targets are the columns named ``labels``, ``label``, ``targets`` or ``target`` (the
-    first that there is); of tuples the last of several; items that are a sequence of whole numbers and nothing else, as such
-    tokens are targets too. Dtypes stay, unless the padding is no number of theirs. Items that are mappings without an
-    ``attention_mask`` get one, int64 of shape (B, length): 1 where ``input_ids``, or else the first column that has a length,
-    is no padding.
+    first that there is) and of tuples the last of several, with all that these hold; items that are a sequence of whole numbers
+    and nothing else, as such tokens are targets too. Dtypes stay, unless the padding is no number of theirs. Items that are
+    mappings without an ``attention_mask`` get one, int64 of shape (B, length): 1 where ``input_ids``, or else the first column
+    that has a length, is no padding.
 
     Args:
         values: Other values than these by column; in tuples by place, such as ``"0"``.
@@ -56,10 +56,11 @@ class Pad:
         """Put the entries of all items at one place together; ``target`` is None for the items themselves."""
         first = entries[0]
         if isinstance(first, Mapping):
-            return self._columns(cast("Sequence[Mapping[str, Any]]", entries))
+            return self._columns(cast("Sequence[Mapping[str, Any]]", entries), target=target)
         if dataclasses.is_dataclass(first) and not isinstance(first, type):
             names = [field.name for field in dataclasses.fields(first)]
-            return dataclasses.replace(first, **self._columns([{key: getattr(each, key) for key in names} for each in entries]))
+            columns = self._columns([{key: getattr(each, key) for key in names} for each in entries], target=target)
+            return dataclasses.replace(first, **columns)
         if isinstance(first, tuple) or (isinstance(first, list) and not _is_of_numbers(first)):
             return self._parts(cast("Sequence[Sequence[Any]]", entries), target=target)
         try:
@@ -71,13 +72,13 @@ class Pad:
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"no batch can be made of {name!r} of the items: {error}") from error
 
-    def _columns(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def _columns(self, items: Sequence[Mapping[str, Any]], *, target: bool | None) -> dict[str, Any]:
         first = items[0]
         other = next((item for item in items if item.keys() != first.keys()), None)
         if other is not None:
             raise ValueError(f"items have the columns {list(first)} and {list(other)}, expected the same in all")
-        target = target_key(first)
-        return {name: self._batch(name, [item[name] for item in items], target=name == target) for name in first}
+        key = target_key(first)
+        return {name: self._batch(name, [item[name] for item in items], target=target or name == key) for name in first}
 
     def _parts(self, items: Sequence[Sequence[Any]], *, target: bool | None) -> Any:
         first = items[0]

@@ -25,7 +25,7 @@ class Epochs:
         in_order: Shuffle nothing: sample p of epoch e has the number ``e N + p``.
 
     Raises:
-        ValueError: when there is no sample.
+        ValueError: when there is no sample, or the batch size is not above 0.
     """
 
     def __init__(
@@ -39,6 +39,8 @@ class Epochs:
     ) -> None:
         if num_samples < 1:
             raise ValueError("dataset: the training set is empty, expected at least one sample")
+        if batch_size < 1:
+            raise ValueError(f"batch_size: got {batch_size}, expected a whole number >= 1")
         self.batch_size = batch_size
         self.batches_per_epoch = -(-num_samples // batch_size)
         order = _numbers if in_order else _permutation

@@ -14,7 +14,7 @@ from ormo_rpc.server.parameter_server import Status
 
 OVERFLOWED = f"gradients overflow float16 at every loss scale down to {SMALLEST:.17g}"
 """The reason where that is why."""
-NOT_FINITE = "the parameters, or the gradients of two workers for one ticket, are not finite or too large"
+NOT_FINITE = "the parameters, or the gradients or losses of two workers for one ticket, are not finite or too large"
 """The reason where the server itself says that the run diverged."""
 NOT_FINITE_IN_RANKS = "the parameters, or the loss of a rank, are not finite"
 """The same of a run without a server."""

@@ -136,7 +136,12 @@ class Evaluations:
         else:
             self._requested_at = server.iteration
             self._copies.put(
-                Snapshot(iteration=server.iteration, seconds=seconds, params=server.evaluated(), buffers=server.buffers.copy())
+                Snapshot(
+                    iteration=server.iteration,
+                    seconds=seconds,
+                    params=server.evaluated(),
+                    buffers=server.buffers.state_dict(),  # it may be written
+                )
             )
 
     def begin(self, iteration: int, former: Path | None) -> None:

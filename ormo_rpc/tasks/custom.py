@@ -14,6 +14,7 @@ import torch
 from typing_extensions import override
 
 from ormo_rpc.data import trees
+from ormo_rpc.errors import ConfigError, one_line
 from ormo_rpc.options import CallsTarget, register
 from ormo_rpc.options.imports import locate
 from ormo_rpc.options.instantiate import instantiate
@@ -53,9 +54,15 @@ class CustomTask(Task, CallsTarget):
     def _function(self) -> Callable[..., Any]:
         """The function, with the user's keywords; of a class an object of it."""
         found = locate(self.PATH, self._target_)
-        if isinstance(found, type):
+        if not isinstance(found, type):
+            return functools.partial(found, **self.kwargs)
+        try:
             return instantiate(self.PATH, self._target_, self.kwargs)
-        return functools.partial(found, **self.kwargs)
+        except (TypeError, RuntimeError) as error:
+            raise ConfigError(
+                f"task._target_: {self._target_} cannot be made: {one_line(error)}; a keyword that is to be a tensor has the "
+                "keys _target_=torch.tensor and data=[...]"
+            ) from error
 
     @functools.cached_property
     def _computes_all(self) -> bool:

@@ -138,7 +138,7 @@ class LanguageModelling(Task):
         if not isinstance(batch, Mapping) or target_key(cast("Mapping[str, Any]", batch)) is not None:
             return targets_of(batch)
         tokens, mask = batch[TOKENS], cast("Mapping[str, Any]", batch).get(MASK)
-        return tokens if mask is None else tokens.masked_fill(mask == 0, self.ignore_index)
+        return tokens if mask is None else tokens.long().masked_fill(mask == 0, self.ignore_index)  # uint8 has no -100
 
     def _shifts(self, batch: Any) -> bool:
         return isinstance(batch, (torch.Tensor, Mapping)) if self.shift is None else self.shift

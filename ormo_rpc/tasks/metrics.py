@@ -81,6 +81,9 @@ class Sums:
     count: float | torch.Tensor
 
     def __add__(self, other: Sums) -> Sums:
+        mine, others = (torch.as_tensor(each.total).shape for each in (self, other))
+        if mine != others:
+            raise ValueError(f"got sums of the shapes {tuple(mine)} and {tuple(others)} in two batches, expected one shape")
         return Sums(self.total + other.total, self.count + other.count)
 
     def mean(self) -> float:

@@ -17,7 +17,11 @@ from ormo_rpc.options import option, positive, register
 from ormo_rpc.seeding import seeded
 from ormo_rpc.tasks.base import Task, UnfitTargets
 from ormo_rpc.tasks.batches import logits_of
+from ormo_rpc.tasks.column_sums import ColumnSums
 from ormo_rpc.tasks.metrics import LOSS, Sums, TaskMetric
+
+CONSTANT = 1e-13
+"""Standard deviation, relative to the mean, up to which a column is constant: that of rounding in float64."""
 
 
 class ErrorKind(Enum):
@@ -33,8 +37,9 @@ class ErrorKind(Enum):
 class Regression(Task):
     """The error of predicted numbers: an output and targets of the same shape (N, ...), or (N, 1) and (N,).
 
-    All means are over single numbers. ``r2`` is ``1 - sum (y - p)^2 / sum (y - mean y)^2`` of each column, and their mean over
-    the columns that are not constant; as in scikit-learn the mean is that of the split itself.
+    All means are over single numbers. ``r2`` is ``1 - sum (y - p)^2 / sum (y - mean y)^2`` of each column, and their mean; as
+    in scikit-learn the mean is that of the split itself. Unlike there, columns that are constant are left out: it counts them
+    as 0 or 1. Metrics are computed in float64.
     """
 
     error: ErrorKind = option(ErrorKind.mse, "mse (squared error), l1 (absolute error) or huber")
@@ -67,36 +72,33 @@ class Regression(Task):
 
     @override
     def sums(self, output: Any, batch: Any) -> Mapping[str, Sums]:
-        predicted, targets = (each.double() for each in self._aligned(output, batch))
+        predicted, targets = self._aligned(output, batch, torch.float64)
         counted = ~targets.isnan() if self.ignore_nan else torch.ones_like(targets, dtype=torch.bool)
-        # Columns, with zeros in place of what does not count.
-        size, number = len(targets), counted.double().reshape(len(targets), -1).sum(0)
-        known = torch.where(counted, targets, 0.0).reshape(size, -1)
-        error = torch.where(counted, predicted - targets, 0.0).reshape(size, -1)
-        total = int(number.sum())
+        total = int(counted.sum())
         loss = self._loss(predicted[counted], targets[counted], "sum")
         return {
             "loss": Sums(loss.item(), total),
-            "mae": Sums(error.abs().sum().item(), total),
-            "squared error": Sums(error.square().sum(0), number),
-            "target": Sums(known.sum(0), number),
-            "squared target": Sums(known.square().sum(0), number),
+            "mae": Sums((predicted - targets)[counted].abs().sum().item(), total),
+            "squared error": ColumnSums.of(predicted, targets, counted),
         }
 
     @override
     def scored(self, output: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._aligned(output, batch)
+        predicted, targets = self._aligned(output, batch)
+        if not self.ignore_nan:
+            return predicted, targets
+        counted = ~targets.isnan()
+        return predicted[counted], targets[counted]
 
     @override
     def means(self, sums: Mapping[str, Sums]) -> Mapping[str, float]:
-        squared, number = (torch.as_tensor(each) for each in (sums["squared error"].total, sums["squared error"].count))
-        total, squares = (torch.as_tensor(sums[name].total) for name in ("target", "squared target"))
-        spread = squares - total.square() / number
-        varies = spread > 1e-12 * squares
+        columns = sums["squared error"]
+        assert isinstance(columns, ColumnSums), "of `sums`"
         means = {name: sums[name].mean() for name in ("loss", "mae")}
-        means["rmse"] = math.sqrt(squared.sum().item() / number.sum().item())
+        means["rmse"] = math.sqrt(float(columns.total.sum() / columns.count.sum()))
+        varies = columns.spread > columns.count * (CONSTANT * columns.mean_target).square()
         if varies.any():
-            means["r2"] = float((1 - squared[varies] / spread[varies]).mean())
+            means["r2"] = float((1 - columns.total[varies] / columns.spread[varies]).mean())
         return means
 
     @override
@@ -115,6 +117,13 @@ class Regression(Task):
         return self.targets(batch).dim() > 2
 
     @override
+    def targets(self, batch: Any) -> Any:
+        targets = super().targets(batch)
+        if getattr(targets, "ndim", 0) > 1 and not targets.is_floating_point():
+            _refuse_padding(targets)
+        return targets
+
+    @override
     def check_batch(self, batch: Any) -> None:
         super().check_batch(batch)
         targets = self.targets(batch)
@@ -124,11 +133,6 @@ class Regression(Task):
         if not self.ignore_nan and targets.isnan().any():
             raise ValueError(
                 "a target is NaN, expected a number; task.ignore_nan=true leaves it out, as what dataset.collate=pad adds"
-            )
-        if not targets.is_floating_point() and targets.dim() > 1 and (targets.long() == IGNORED).any():
-            raise ValueError(
-                f"a target is {IGNORED}, with which dataset.collate=pad pads whole numbers, expected floating point, which it "
-                "pads with NaN"
             )
 
     @override
@@ -145,17 +149,17 @@ class Regression(Task):
         if not targets.isfinite().logical_or(targets.isnan()).all():
             raise UnfitTargets("a target is infinite, expected finite numbers")
 
-    def _aligned(self, output: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def _aligned(self, output: Any, batch: Any, least: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
         """Predictions and targets of one shape and dtype; without it (N, 1) and (N,) would be broadcast to (N, N).
 
-        The dtype is that of the predictions, or float32: targets are not rounded to 16 bits where a pass computes in them.
+        The dtype is that of the predictions, or ``least``: targets are not rounded to 16 bits where a pass computes in them.
         """
         predicted, targets = logits_of(output), self.targets(batch)
         if predicted.shape != targets.shape:
             if predicted.numel() != targets.numel():
                 raise ValueError(f"the output {tuple(predicted.shape)} does not fit targets {tuple(targets.shape)}")
             predicted = predicted.reshape(targets.shape)
-        dtype = torch.promote_types(predicted.dtype, torch.float32)
+        dtype = torch.promote_types(predicted.dtype, least)
         return predicted.to(dtype), targets.to(dtype)
 
     def _loss(self, predicted: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
@@ -165,3 +169,11 @@ class Regression(Task):
         if self.error is ErrorKind.huber:
             return functional.huber_loss(predicted, targets, reduction=reduction, delta=self.delta)
         return functional.mse_loss(predicted, targets, reduction=reduction)
+
+
+def _refuse_padding(targets: torch.Tensor) -> None:
+    if (targets.long() == IGNORED).any():
+        raise ValueError(
+            f"a target is {IGNORED}, with which dataset.collate=pad pads whole numbers, expected floating point, which it pads "
+            "with NaN"
+        )

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import TensorDataset
 
 from ormo_rpc import ConfigError, train
@@ -103,6 +104,38 @@ def test_the_best_model_is_that_of_the_best_evaluation(metric: str | None, tmp_p
     record = best.read(run_dir)
     assert record is not None
     assert (record.iteration, record.value, record.evaluated) == (iteration, value, "parameters")
+
+
+class WithNorm(nn.Sequential):
+    """Has buffers of two dtypes."""
+
+    def __init__(self, input_shape: tuple[int, ...], num_classes: int) -> None:
+        super().__init__(nn.BatchNorm1d(input_shape[0]), nn.Linear(input_shape[0], num_classes))
+
+
+def test_the_best_model_has_the_buffers_of_its_evaluation(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    options = {
+        "runtime": "sim",
+        "logger": "none",
+        "workers": 2,
+        "model": {"_target_": f"{__name__}.WithNorm"},
+        "dataset": {"_target_": f"{__name__}.three_splits"},
+        "train": {"batch_size": 8, "epochs": 3, "lr": 0.3},
+        "evaluate": {"every": 3, "patience": 3},
+    }
+    summary = train(options, run_dir=run_dir)
+    folder = run_dir / "checkpoints" / "best"
+    assert summary["best"]["path"] == str(folder)
+    module = WithNorm((3,), 2)
+    module.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
+    inputs, targets = (three_splits()[2].tensors[n] for n in (0, 1))
+    loss = nn.functional.cross_entropy(module.eval()(inputs), targets).item()
+    assert summary["best"]["value"] == pytest.approx(loss, rel=1e-6)
+    assert module[0].num_batches_tracked == summary["best"]["iteration"]
+    _, result = evaluate_checkpoint(folder)
+    assert result.validation is not None
+    assert result.validation["loss"] == summary["best"]["value"]
 
 
 def test_the_best_model_is_the_moving_average_where_that_is_evaluated(tmp_path: Path) -> None:

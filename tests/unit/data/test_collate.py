@@ -108,6 +108,17 @@ def test_columns_of_different_lengths_are_padded_and_masked() -> None:
     assert [each.dtype for each in batch.values()] == [torch.int64, torch.int64, torch.float32, torch.int64]
 
 
+def test_all_that_a_target_holds_is_padded_as_targets_are() -> None:
+    texts = [[1, 2], [3]]
+    for items in ([({"x": each}, {"tags": each}) for each in texts], [(each, (each, each)) for each in texts]):
+        _, targets = Pad()(items)
+        parts = targets.values() if isinstance(targets, dict) else targets
+        assert [each.tolist() for each in parts] == [[[1, 2], [3, -100]]] * len(parts)
+    batch = Pad()([{"x": each, "labels": {"tags": each}} for each in texts])
+    assert batch["labels"]["tags"].tolist() == [[1, 2], [3, -100]]
+    assert batch["x"].tolist() == [[1, 2], [3, 0]]
+
+
 @given(st.lists(st.lists(st.integers(1, 9), max_size=7), min_size=1, max_size=6), st.sampled_from([torch.int32, torch.float64]))
 def test_padding_is_that_of_torch(texts: list[list[int]], dtype: torch.dtype) -> None:
     tensors = [torch.tensor(text, dtype=dtype) for text in texts]

@@ -155,7 +155,7 @@ def make_void_masks(dtype: str = "int64") -> tuple[TensorDataset, TensorDataset]
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-@pytest.mark.parametrize("dtype", ["int64", "uint8"])
+@pytest.mark.parametrize("dtype", ["int64", "uint8", "uint16"])
 def test_what_does_not_count_is_no_class(held_out: bool, dtype: str) -> None:
     data = custom("make_void_masks", dtype=dtype).load()
     if held_out:

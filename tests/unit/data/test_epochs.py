@@ -44,3 +44,9 @@ def test_the_order_of_an_epoch_is_this_permutation() -> None:
 def test_an_empty_training_set_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^dataset: the training set is empty, expected at least one sample$"):
         Epochs(0, 8, seed=0)
+
+
+@pytest.mark.parametrize("size", [0, -3])
+def test_a_batch_without_samples_is_refused(size: int) -> None:
+    with pytest.raises(ValueError, match=rf"^batch_size: got {size}, expected a whole number >= 1$"):
+        Epochs(10, size, seed=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +18,7 @@ from ormo_rpc.errors import ConfigError
 from ormo_rpc.messages import Push
 from ormo_rpc.runtimes.evaluations import MAX_WAITING, Evaluations
 from ormo_rpc.runtimes.simulator import InlineExecutor
+from ormo_rpc.server.buffers import RunningBuffers
 from ormo_rpc.tasks.metrics import metric_named
 from ormo_rpc.worker.evaluation import Evaluation
 
@@ -50,7 +51,8 @@ def made(
 
 def run_through(evaluations: Evaluations, total: int, at_each: Callable[[], object] = lambda: None) -> None:
     """Let a server count its parameter up to the total, one in half a second."""
-    server = build_server(params=torch.zeros(1), num_workers=1, algorithm="asgd", lr=1.0, total_tickets=total)
+    buffers = RunningBuffers({"mean": torch.ones(2), "calls": torch.tensor(3)})  # two dtypes, as a batch norm has them
+    server = build_server(params=torch.zeros(1), num_workers=1, algorithm="asgd", lr=1.0, total_tickets=total, buffers=buffers)
     (reply,) = server.start()
     while reply.ticket is not None:
         push = Push(worker=0, ticket=reply.ticket, stamp=reply.stamp, grad=-torch.ones(1))
@@ -63,7 +65,8 @@ def run_through(evaluations: Evaluations, total: int, at_each: Callable[[], obje
 def test_snapshots_are_evaluated_after_the_last_update_in_order_and_removed(tmp_path: Path) -> None:
     evaluated, recorded, during = list[float](), list[tuple[int, float]](), list[int]()
 
-    def evaluator(params: torch.Tensor, _: object) -> Evaluation:
+    def evaluator(params: torch.Tensor, buffers: Mapping[str, torch.Tensor]) -> Evaluation:
+        assert {name: each.tolist() for name, each in buffers.items()} == {"mean": [1.0, 1.0], "calls": 3}
         evaluated.append(params[0].item())
         return Evaluation({"loss": -params[0].item()})
 

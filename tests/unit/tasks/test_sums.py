@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 from typing_extensions import override
 
 from ormo_rpc.data import DataSet, Epochs, MapSplit, Pad
+from ormo_rpc.errors import ConfigError
 from ormo_rpc.messages import Reply
 from ormo_rpc.models.flat import FlatModel
 from ormo_rpc.options import find
@@ -67,10 +68,17 @@ def test_a_mean_of_several_leaves_out_those_that_never_count() -> None:
 @given(seed=st.integers(0, 99), cuts=cuts_of_twelve)
 def test_r2_is_that_of_scikit_learn_however_the_split_is_cut(seed: int, cuts: list[int]) -> None:
     generator = torch.Generator().manual_seed(seed)
-    targets = 100 + torch.randn(12, 3, generator=generator, dtype=torch.float64)
-    output = targets + torch.randn(12, 3, generator=generator, dtype=torch.float64)
-    found = over_parts(Regression(), output, targets, cuts)
-    assert found["r2"] == pytest.approx(r2_score(targets, output), rel=1e-8)
+    for mean, scale in ((100.0, 1.0), (1.7e9, 1000.0)):  # the second as seconds of a clock are
+        targets = mean + scale * torch.randn(12, 3, generator=generator, dtype=torch.float64)
+        output = targets + scale * torch.randn(12, 3, generator=generator, dtype=torch.float64)
+        found = over_parts(Regression(), output, targets, cuts)
+        assert found["r2"] == pytest.approx(r2_score(targets, output), rel=1e-8)
+
+
+def test_errors_are_not_of_rounded_targets() -> None:
+    targets, output = torch.tensor([2**24 + 1, 2**24 + 3]), torch.tensor([2.0**24, 2.0**24])
+    assert over_parts(Regression(), output, targets, [1])["loss"] == 5.0
+    assert over_parts(Regression(), output, targets.double(), [1])["mae"] == 2.0
 
 
 def test_a_column_that_is_constant_has_no_r2() -> None:
@@ -152,17 +160,62 @@ def test_padded_numbers_have_the_metrics_of_each_item_by_itself() -> None:
     assert found["mae"] == pytest.approx(errors.abs().mean().item(), rel=1e-9)
 
 
+@given(seed=st.integers(0, 99), size=st.integers(1, 8))
+def test_ragged_targets_have_the_metrics_of_all_their_numbers(seed: int, size: int) -> None:
+    """However wide the batches are that they come in."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = [torch.randn(length, generator=generator).double() for length in LENGTHS]
+    task, total = Regression(ignore_nan=True), dict[str, Sums]()
+    for start in range(0, len(targets), size):
+        batch = Pad()([(each, each) for each in targets[start : start + size]])
+        for name, each in task.sums(torch.zeros_like(batch[1]), batch).items():
+            total[name] = total[name] + each if name in total else each
+    every = torch.cat(targets)
+    columns = [torch.stack([each[n] for each in targets if len(each) > n]) for n in range(max(LENGTHS) - 1)]  # the last has one
+    expected = {
+        "loss": every.square().mean().item(),
+        "mae": every.abs().mean().item(),
+        "rmse": every.square().mean().sqrt().item(),
+        "r2": float(np.mean([r2_score(each, torch.zeros(len(each))) for each in columns if len(each) > 1])),
+    }
+    assert task.means(total) == pytest.approx(expected, rel=1e-9)
+
+
+def test_sums_of_different_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^got sums of the shapes \(2,\) and \(1,\) in two batches, expected one shape$"):
+        _ = Sums(torch.ones(2), torch.ones(2)) + Sums(torch.ones(1), torch.ones(1))
+
+
+def test_padding_of_bytes_does_not_count() -> None:
+    texts = [torch.tensor(text, dtype=torch.uint8) for text in ([1, 2, 3, 4], [5, 6])]
+    batch = Pad()([{"input_ids": each} for each in texts])
+    logits = torch.randn(2, 4, 200, generator=torch.Generator().manual_seed(0))
+    task = LanguageModelling()
+    expected = nn.functional.cross_entropy(torch.cat([logits[0, :3], logits[1, :1]]), torch.tensor([2, 3, 4, 6]))
+    assert task.count(batch) == 4
+    assert task.loss(logits, batch).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert task.means(task.sums(logits, batch))["loss"] == pytest.approx(expected.item(), rel=1e-6)
+
+
 def test_padded_numbers_that_would_count_are_refused() -> None:
     of_floats, whole = ([(torch.ones(length, dtype=dtype),) * 2 for length in (2, 1)] for dtype in (torch.float32, torch.int64))
     with pytest.raises(ValueError, match=r"^a target is NaN, expected a number; task\.ignore_nan=true leaves it out, .*$"):
         Regression().check_batch(Pad()(of_floats))
     with pytest.raises(ValueError, match=r"^a target is -100, with which dataset\.collate=pad pads whole numbers, .*$"):
         Regression(ignore_nan=True).check_batch(Pad()(whole))
+    with pytest.raises(ValueError, match=r"^a target is -100, with which dataset\.collate=pad pads whole numbers, .*$"):
+        Regression().loss(torch.zeros(2, 2), Pad()(whole))  # in a later batch than that of the trial
     Regression().check_batch((None, torch.full((2, 2), 156, dtype=torch.uint8)))  # of which torch says that it is -100
     logits, chances = torch.zeros(2, 3, 4), [torch.full((3, length), 1 / 3) for length in (4, 2)]
     batch = Pad()([(each, each) for each in chances])
     with pytest.raises(UnfitTargets, match=r"class probabilities, but some sum to nan over the classes, expected"):
         Classification().check(logits, batch)
+
+
+def test_a_class_of_a_loss_that_cannot_be_made_is_refused() -> None:
+    task = CustomTask(_target_="torch.nn.CrossEntropyLoss", kwargs={"weight": WEIGHTS})
+    with pytest.raises(ConfigError, match=r"^task\._target_: torch\.nn\.CrossEntropyLoss cannot be made: TypeError: .*tensor"):
+        task.loss(torch.zeros(2, 4), (None, torch.tensor([0, 1])))
 
 
 def of_those_that_count(output: Tensor, targets: Tensor) -> Tensor:

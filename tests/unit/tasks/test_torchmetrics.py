@@ -76,6 +76,14 @@ def test_an_object_of_ones_own_is_given_predictions_in_the_shape_of_the_targets(
     assert len(targets) == SAMPLES
 
 
+def test_it_is_not_given_targets_that_do_not_count() -> None:
+    targets = normal(7)[:, 6]
+    targets[targets.abs().argmax()] = torch.nan
+    task = Regression(ignore_nan=True, torchmetrics={"largest": {"_target_": LARGEST}})
+    result, _ = evaluated(task, Trees((normal(6), targets)), outputs=1)
+    assert result.test["largest"] == pytest.approx(float(targets.nan_to_num().abs().max()))
+
+
 @with_torchmetrics
 @pytest.mark.slow  # importing it takes seconds
 def test_the_direction_is_that_of_the_object() -> None:
