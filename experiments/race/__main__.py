@@ -22,7 +22,7 @@ from experiments.race.earlier import KEYS, earlier_rows, job_of
 from experiments.race.figures import Row
 from experiments.race.runs import Missing, Store, finished
 from experiments.race.setup import LONG, RACE, SETTINGS, TUNED_MOMENTUM, Race, Setup
-from experiments.race.units import MOST_SEEDS, collected, content, lacking, outcome, planned_runs, units
+from experiments.race.units import MOST_SEEDS, collected, content, lacking, model_of, outcome, planned_runs, units
 from ormo_rpc.errors import ConfigError, one_line
 
 MINUTES_OF_A_RUN = 0.17
@@ -155,7 +155,7 @@ def run_unit(unit: Unit, *, setup: Setup, folder: Path, root: str, until: float,
     """Run a unit in a process of its own, and say how it went."""
     store = Store(folder, root, until)
     try:
-        found = outcome(unit, setup, store, earlier.get(unit))
+        found = outcome(unit, setup, store, earlier.get(unit), model_of(unit, earlier))
     except Missing:
         return "time is over"
     return f"{store.made} new runs, rate {found['rate']:g}"

@@ -55,10 +55,13 @@ class Contender:
     Attributes:
         label: Its name in tables and pictures.
         variants: Its variants for a number of workers.
+        tuned_as: The contender with the same updates at other times: its variant and rate are taken where it has been tuned,
+            as the best ones are the same but for the noise of tuning, and rounding on another machine.
     """
 
     label: str
     variants: Callable[[int], tuple[Variant, ...]]
+    tuned_as: str = ""
 
 
 @dataclass(frozen=True)
@@ -241,7 +244,9 @@ CONTENDERS: dict[str, Contender] = {
     "ddp": Contender(label="DDP", variants=_ddp()),
     "ddp_nesterov": Contender(label="DDP, Nesterov", variants=_ddp(nesterov=True)),
     "ddp_proportional": Contender(label="DDP, proportional", variants=_ddp_proportional()),
-    "ddp_proportional_nesterov": Contender(label="DDP, proportional, Nesterov", variants=_ddp_proportional(nesterov=True)),
+    "ddp_proportional_nesterov": Contender(
+        label="DDP, proportional, Nesterov", variants=_ddp_proportional(nesterov=True), tuned_as="ddp_nesterov"
+    ),
     "m_sync": Contender(label="m-sync", variants=_m_sync(cancel=False)),
     "m_sync_cancel": Contender(label="m-sync, cancelling", variants=_m_sync(cancel=True)),
     "m_sync_nesterov": Contender(label="m-sync, cancelling, Nesterov", variants=_m_sync(cancel=True, nesterov=True)),

@@ -21,7 +21,7 @@ SHOWN: Sequence[tuple[str, str]] = (
     ("ddp_nesterov", "#999999"),
     ("best m-sync", "#e69f00"),
     ("m_sync_nesterov", "#a65628"),
-    ("ddp_proportional", "#cc79a7"),
+    ("ddp_proportional_nesterov", "#cc79a7"),
     ("local SGD or DiLoCo", "#56b4e9"),
     ("ormo", "#7fbf7b"),
     ("ormo_la", "#1b7837"),

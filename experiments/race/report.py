@@ -192,6 +192,14 @@ def _of_partial(results: Results) -> Iterator[str]:
         yield "Its k were chosen after runs with 15, 12 and 8 of 16 had been seen with none, one_slow and exponential."
 
 
+def _of_the_same_updates(results: Results) -> Iterator[str]:
+    """A remark on the contenders that are not tuned by themselves, where they were run."""
+    for name, contender in CONTENDERS.items():
+        if contender.tuned_as and any(row["contender"] == name for row in results.rows):
+            as_tuned = CONTENDERS[contender.tuned_as].label
+            yield f"`{contender.label}` has the updates of `{as_tuned}` at other times, and takes its rate."
+
+
 def _stated(results: Results, race: Race) -> str:
     content = results.content
     command = " ".join(filter(None, ("python -m experiments.race", race.option)))
@@ -220,6 +228,7 @@ def _stated(results: Results, race: Race) -> str:
         "accuracies in the end are the mean of the last",
         f"{content['smooth']}, with mean and standard deviation over seeds.",
         *_of_partial(results),
+        *_of_the_same_updates(results),
         f"Runs were made with {' and '.join(content['machines']) or MISSING}, 1 thread.",
     )
     return " ".join(lines)

@@ -33,7 +33,7 @@ CHOICE = ("variant", "rate", "tuning", "validation_accuracy", "validation_time")
 """The keys of a row that tell of the tuning."""
 
 
-def outcome(unit: Unit, setup: Setup, store: Store, earlier: Row | None = None) -> dict[str, Any]:
+def outcome(unit: Unit, setup: Setup, store: Store, earlier: Row | None = None, model: Row | None = None) -> dict[str, Any]:
     """Tune a contender, run it with the reported seeds, and return its row of the results.
 
     Args:
@@ -41,6 +41,7 @@ def outcome(unit: Unit, setup: Setup, store: Store, earlier: Row | None = None) 
         setup: The job.
         store: Has the runs, and makes those that are missing.
         earlier: A row of `earlier_rows`: its choice stands, and its seeds are not run again.
+        model: The row of the contender that this one is tuned as, where there is one.
 
     Raises:
         Missing: a run is missing that must not be made now.
@@ -63,7 +64,11 @@ def outcome(unit: Unit, setup: Setup, store: Store, earlier: Row | None = None) 
         return found
 
     variants = {each.name: each for each in variants_of(unit.contender, unit.workers, setup.momenta)}
-    choice = _choice(variants, setup, unit.workers, run) if earlier is None else {key: earlier[key] for key in CHOICE}
+    tuning = setup
+    if model is not None:
+        variants = {model["variant"]: variants[model["variant"]]}
+        tuning = dataclasses.replace(setup, rates={unit.workers: (model["rate"],)}, beyond=0)
+    choice = _choice(variants, tuning, unit.workers, run) if earlier is None else {key: earlier[key] for key in CHOICE}
     seeds: dict[int, Any] = {} if earlier is None else {each["seed"]: each for each in earlier["runs"]}
     for seed in setup.seeds:
         if seed not in seeds:
@@ -94,6 +99,11 @@ def _choice(variants: Mapping[str, Variant], setup: Setup, workers: int, run: Ru
     }
 
 
+def model_of(unit: Unit, earlier: Mapping[Unit, Row]) -> Row | None:
+    """The earlier row of the contender that a contender is tuned as."""
+    return earlier.get(dataclasses.replace(unit, contender=CONTENDERS[unit.contender].tuned_as))
+
+
 def collected(chosen: Iterable[Unit], setup: Setup, store: Store, earlier: Mapping[Unit, Row]) -> dict[Unit, Row]:
     """The rows of the units that have one, each with as many seeds as there are.
 
@@ -108,7 +118,7 @@ def collected(chosen: Iterable[Unit], setup: Setup, store: Store, earlier: Mappi
         row = earlier.get(unit)
         with contextlib.suppress(Missing):
             for count in range(len(setup.seeds) if row is None else 1, MOST_SEEDS + 1):
-                row = outcome(unit, dataclasses.replace(setup, seeds=tuple(range(count))), store, row)
+                row = outcome(unit, dataclasses.replace(setup, seeds=tuple(range(count))), store, row, model_of(unit, earlier))
         if row is not None:
             found[unit] = row
     return found

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ormo_rpc import devices
 from ormo_rpc.config.parsing import load_config
-from ormo_rpc.config.runtimes import DdpRuntime, GradientKind, ReplayRuntime, RpcRuntime, SimRuntime
+from ormo_rpc.config.runtimes import DdpRuntime, GradientKind, ReplayRuntime, RpcRuntime, Shares, SimRuntime
 from ormo_rpc.config.schema import Config
 from ormo_rpc.data import CustomData
 from ormo_rpc.errors import ConfigError, one_line
@@ -212,6 +212,8 @@ def check_resume(config: Config, path: Path) -> None:
             raise ConfigError(f"checkpoint.resume: {key}: got {got}, expected {wanted}, as {path} has it")
     if isinstance(config.runtime, SimRuntime) and isinstance(then.runtime, SimRuntime):
         _check_exact_resume(config, then, path)
+    if isinstance(config.runtime, SimRuntime) and config.sim.shares is Shares.proportional:
+        _check_whole_rounds(config, then, path)
 
 
 def _check_exact_resume(config: Config, then: Config, path: Path) -> None:
@@ -228,6 +230,21 @@ def _check_exact_resume(config: Config, then: Config, path: Path) -> None:
                 f"checkpoint.resume: {name}: got {given}, expected {expected}, as {path} has it: a simulation goes on exactly "
                 "from a checkpoint of its middle; one of the end of a run may be resumed with others"
             )
+
+
+def _check_whole_rounds(config: Config, then: Config, path: Path) -> None:
+    """Refuse to count rounds from the start of a run after a short one, as ``runtime.shares=proportional`` does.
+
+    Raises:
+        ConfigError: the checkpoint is of the end of a run, or of a live one, whose last round was short.
+    """
+    state = checkpoint.read(path, checkpoint.SERVER)
+    goes_on = isinstance(then.runtime, SimRuntime) and state["status"] == Status.running.value
+    if not goes_on and state["iteration"] % config.num_workers:
+        raise ConfigError(
+            f"checkpoint.resume: got {path} at iteration {state['iteration']}, expected a multiple of workers="
+            f"{config.num_workers}, as runtime.shares=proportional divides rounds that are counted from the start"
+        )
 
 
 def _typed(value: object) -> str:

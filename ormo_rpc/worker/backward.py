@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -35,6 +35,7 @@ class Backward:
         channels_last: Lay out images, tensors of four dimensions, with their channels last.
         autocast: The dtype of passes under ``torch.autocast``; None for none.
         scaled: Scales a loss before its backward pass.
+        into: Add the gradients to these parameters without calling the hooks of their accumulation; None for ``backward()``.
         around: Makes the context of a pass; called with True for the last one of a batch. None for no context.
     """
 
@@ -50,6 +51,7 @@ class Backward:
         accumulate: int = 1,
         autocast: torch.dtype | None = None,
         scaled: Callable[[torch.Tensor], torch.Tensor] = _unscaled,
+        into: Sequence[torch.Tensor] | None = None,
         around: Callable[[bool], AbstractContextManager[None]] | None = None,
     ) -> None:
         self.module = module
@@ -61,6 +63,7 @@ class Backward:
         self._channels_last = channels_last
         self._autocast = autocast
         self._scaled = scaled
+        self._into = into
         self._around = around or (lambda _: contextlib.nullcontext())
         self._loaded: dict[int, Any] = {}
         """Batches made ahead by `load`, by their numbers in the run."""
@@ -91,7 +94,7 @@ class Backward:
     def _whole(self, batch: Any) -> float | None:
         with self._around(True):
             loss = self.loss(batch)
-            self._scaled(loss).backward()
+            self._differentiate(self._scaled(loss))
         value = loss.item()
         return None if math.isnan(value) and not self.task.count(batch) else value
 
@@ -102,9 +105,18 @@ class Backward:
         for part, samples, weight in parts:
             with seeded(self.seed, f"forward of part {part}", number), self._around(part == parts[-1][0]):
                 loss = self.loss(samples) * weight
-                self._scaled(loss).backward()
+                self._differentiate(self._scaled(loss))
             value = (value or 0.0) + loss.item()
         return value
+
+    def _differentiate(self, loss: torch.Tensor) -> None:
+        if self._into is None:
+            loss.backward()
+            return
+        grads: Sequence[Any] = torch.autograd.grad(loss, self._into, allow_unused=True)  # None where one is not used
+        for parameter, grad in zip(self._into, grads, strict=True):
+            if grad is not None:
+                parameter.grad = grad if parameter.grad is None else parameter.grad + grad
 
     def loss(self, batch: Any) -> torch.Tensor:
         """Compute the loss of a batch, or of a part of it."""

@@ -49,7 +49,8 @@ def test_commands_in_a_page_can_be_typed(page: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_readme_can_be_read_in_a_sitting() -> None:
-    assert len((ROOT / "README.md").read_text("utf-8").split()) <= 1700
+    words = (ROOT / "README.md").read_text("utf-8").split()
+    assert sum(any(letter.isalpha() for letter in word) for word in words) <= 1650  # numbers of tables are no words
 
 
 def test_the_page_on_architecture_has_the_packages_in_the_order_of_their_imports() -> None:

@@ -92,7 +92,9 @@ class Trainer:
             "autocast": config.worker.autocast.dtype,
         }
         self._backward = Backward(self._ddp, around=self._synchronised, **of_all)
-        self._backward_alone = Backward(module, **of_all)
+        # Past the hooks by which DistributedDataParallel takes note of what is used until it reduces next.
+        into = list(self.model.trainable.values()) if options.find_unused_parameters else None
+        self._backward_alone = Backward(module, into=into, **of_all)
         self._optimizer = torch.optim.SGD(
             _param_groups(self.model, job.groups()), lr=train.lr, momentum=train.momentum, nesterov=options.nesterov
         )
@@ -134,17 +136,13 @@ class Trainer:
         return Computed(loss, len(part.indices))
 
     def _together(self, part: Part) -> float:
-        loss = self._backward(part.indices, part.number)
-        if loss is None:
-            raise ValueError(
-                f"dataset: got ticket {part.number} without a target that counts, expected some in each: with runtime=ddp no "
-                "rank can be left out of a round"
-            )
-        return loss
+        return _counted(self._backward(part.indices, part.number), part)
 
     def _apart(self, part: Part) -> float | None:
         """Reduce behind the passes, with a gradient of zero where this rank has no samples."""
-        loss = self._backward_alone(part.indices, part.number) if len(part.indices) else None
+        loss = None
+        if len(part.indices):
+            loss = _counted(self._backward_alone(part.indices, part.number), part)
         self._slowdown.catch_up()
         parameters = list(self.model.trainable.values())
         flat = [torch.zeros_like(p).view(-1) if p.grad is None else p.grad.reshape(-1) for p in parameters]
@@ -167,6 +165,20 @@ class Trainer:
         """Reduce gradients in the last pass of a batch alone."""
         with contextlib.nullcontext() if last else self._ddp.no_sync():
             yield
+
+
+def _counted(loss: float | None, part: Part) -> float:
+    """Return the loss of a rank's part of a round.
+
+    Raises:
+        ValueError: no target counts.
+    """
+    if loss is None:
+        raise ValueError(
+            f"dataset: got ticket {part.number} without a target that counts, expected some in each: with runtime=ddp no rank "
+            "can be left out of a round"
+        )
+    return loss
 
 
 def _param_groups(model: FlatModel, groups: Groups) -> list[dict[str, Any]]:

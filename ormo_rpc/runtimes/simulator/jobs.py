@@ -67,6 +67,8 @@ class SyntheticJob:
             momentum=self.config.train.momentum,
             seed=self.config.seed,
             wire_format=self.push_format(),
+            clip_norm=self.config.train.clip_norm,
+            groups=configured_groups(self.config.train, self._layout()),
         )
 
     def push_format(self) -> PushFormat:

@@ -8,9 +8,11 @@ from typing import Any, ClassVar
 import torch
 
 from ormo_rpc.algorithms.base import Algorithm, LocalWork
+from ormo_rpc.algorithms.groups import Groups
 from ormo_rpc.compression import Encoder, PushFormat
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.seeding import generator
+from ormo_rpc.worker.regularise import regularise
 
 
 class Quadratic:
@@ -26,6 +28,8 @@ class Quadratic:
         momentum: ``beta``, for algorithms with local steps.
         seed: The seed of the run.
         wire_format: The wire form of pushes, whose rounding they get.
+        clip_norm: The largest norm of a gradient; None for no clipping.
+        groups: Weight decay, where the algorithm does not decay itself.
     """
 
     AHEAD: ClassVar[int] = 0
@@ -40,12 +44,16 @@ class Quadratic:
         momentum: float,
         seed: int,
         wire_format: PushFormat,
+        clip_norm: float | None = None,
+        groups: Groups = (),
     ) -> None:
         self.curvature = torch.zeros(dimension) if condition is None else torch.logspace(0, -1, dimension, base=condition)
         self.noise = noise
         self.algorithm = algorithm
         self.momentum = momentum
         self.seed = seed
+        self.clip_norm = clip_norm
+        self.groups: Groups = () if algorithm.DECAYS_ITSELF else groups
         self._encoder = Encoder(wire_format)
 
     def start(self) -> torch.Tensor:
@@ -70,6 +78,7 @@ class Quadratic:
             torch.mul(params, self.curvature, out=into)
             if randomness is not None:
                 into.add_(torch.randn(dimension, generator=randomness), alpha=self.noise)
+            regularise(into, params, clip_norm=self.clip_norm, groups=self.groups)
 
         work = LocalWork(
             sent=sent,

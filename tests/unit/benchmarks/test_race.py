@@ -132,6 +132,19 @@ def test_a_unit_is_tuned_run_and_reported_and_not_run_again(tmp_path: Path) -> N
     assert store.made == 5
 
 
+def test_a_contender_with_the_updates_of_another_takes_its_rate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("experiments.race.runs.simulate", lambda *_: made(1.0, 2.0))
+    unit, model = (Unit("one_slow", 4, name) for name in ("ddp_proportional_nesterov", "ddp_nesterov"))
+    store = Store(tmp_path, "data")
+    row = outcome(model, SMALL, store)
+    other = next(rate for rate in SMALL.rates[4] if rate != row["rate"])  # the best one of another machine
+    found = outcome(unit, SMALL, store, model={**row, "rate": other})
+    assert (found["rate"], [*found["tuning"][""]]) == (other, [f"{other:g}"])
+    assert found["validation_time"] < row["validation_time"], "at its own times"
+    assert collected([unit], SMALL, store, {model: {**row, "rate": other}})[unit]["rate"] == other
+    assert outcome(unit, SMALL, store)["rate"] == row["rate"], "tuned where the other is not"
+
+
 @pytest.fixture
 def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     """Results of another machine, whose folder of runs is not here."""

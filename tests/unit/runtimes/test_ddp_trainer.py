@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.data import TensorDataset
 from typing_extensions import override
 
 from ormo_rpc.composing import compose
@@ -104,3 +105,55 @@ def test_a_parameter_that_no_rank_uses_is_not_decayed_in_any_round(complete: boo
     trainer.round(0)
     assert trainer.model.trainable["idle"].tolist() == [1.0, 1.0, 1.0]
     assert not torch.equal(trainer.model.trainable["weight"], before)
+
+
+class Alternating(HalfUsed):
+    """Uses its further parameter in every other pass, the first one among them."""
+
+    passes = 0
+
+    @override
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        logits = super().forward(input)
+        return logits + self.idle.sum() * torch.arange(10) if self.passes % 2 else logits
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("first", ["warm-up", "a round behind the passes"])
+def test_what_passes_before_use_need_not_be_used_in_a_round(first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that DistributedDataParallel does not reduce leaves no mark on it."""
+    words = [word for word in ALL if not word.startswith("model.")]
+    model = ["model=custom", f"model._target_={__name__}.Alternating", "runtime.find_unused_parameters=true"]
+    trainer = Trainer(Job(compose([*words, *model, "train.lr=0.1"])), 0, 1)
+    part, rounds = trainer.rounds.part, 0
+    if first == "warm-up":
+        trainer.warm_up()
+    else:
+        monkeypatch.setattr(
+            trainer.rounds, "part", lambda number, rank: dataclasses.replace(part(number, rank), complete=number != 0)
+        )
+        trainer.round(0)
+        rounds = 1
+    idle = trainer.model.trainable["idle"].clone()
+    assert (idle.tolist() == [1.0] * 3) is (first == "warm-up"), "the step of a round that used it"
+    trainer.round(rounds)
+    assert torch.equal(trainer.model.trainable["idle"], idle), "no gradient, so no step"
+    trainer.round(rounds + 1)
+    assert not torch.equal(trainer.model.trainable["idle"], idle)
+
+
+def without_targets() -> tuple[TensorDataset, TensorDataset]:
+    half = TensorDataset(torch.ones(8, 1, 8, 8), torch.full((8,), -100))
+    return half, half
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("complete", [True, False], ids=["by DistributedDataParallel", "behind the passes"])
+def test_a_rank_without_a_target_that_counts_is_refused_in_any_round(complete: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = [f"dataset._target_={__name__}.without_targets"]
+    trainer = Trainer(Job(compose([*ALL, *data])), 0, 1)
+    part = trainer.rounds.part
+    monkeypatch.setattr(trainer.rounds, "part", lambda number, rank: dataclasses.replace(part(number, rank), complete=complete))
+    with pytest.raises(ValueError, match=r"^dataset: got ticket 0 without a target that counts, expected some in each: .*$"):
+        trainer.round(0)
