@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -113,7 +113,7 @@ class Backward:
         if self._into is None:
             loss.backward()
             return
-        grads: Sequence[Any] = torch.autograd.grad(loss, self._into, allow_unused=True)  # None where one is not used
+        grads = cast("Sequence[torch.Tensor | None]", torch.autograd.grad(loss, self._into, allow_unused=True))
         for parameter, grad in zip(self._into, grads, strict=True):
             if grad is not None:
                 parameter.grad = grad if parameter.grad is None else parameter.grad + grad
