@@ -266,26 +266,23 @@ def test_wandbs_agent_runs_the_sweep_of_the_checkout(tmp_path: Path, monkeypatch
         child: subprocess.Popen[bytes] = agent._run_processes[run_id]._popen  # pyright: ignore[reportPrivateUsage] # see above
         assert child.wait(PATIENCE_SECONDS) == 0
 
-    chance = random.Random(1)
-    given = {run_id: drawn(sweep["parameters"], chance) for run_id in ("first", "second")}
-    for run_id, args in given.items():
-        run_for_the_agent(run_id, args)
+    given = drawn(sweep["parameters"], random.Random(1))
+    run_for_the_agent("first", given)
     # A run that diverges is a result, with status 0: the agent stops after three failures.
-    run_for_the_agent("third", {**given["second"], "train.lr": {"value": 1e30}})
+    run_for_the_agent("second", {**given, "train.lr": {"value": 1e30}})
 
     runs = {made.run.run_id: made for made in offline_runs(tmp_path)}
-    assert runs.pop("third").summary["status"] == "diverged"
-    assert set(runs) == {"first", "second"}
-    assert given["first"] != given["second"]
-    for run_id, made in runs.items():
-        values = {name: each["value"] for name, each in given[run_id].items()}
-        assert (made.run.sweep_id, made.run.run_group, made.run.project) == ("sweep123", "sweep123", "of_the_sweep")
-        assert made.config["train"]["lr"] == pytest.approx(values["train.lr"])
-        assert made.config["train"]["momentum"] == values["train.momentum"]
-        assert made.config["seed"] == values["seed"]
-        assert {name: made.config[name] for name in values if "." in name} == {
-            name: value for name, value in values.items() if "." in name
-        }
-        assert f"train.lr={values['train.lr']}" in made.run.display_name
-        metric = made.summary[sweep["metric"]["name"]]
-        assert metric == [row["val_loss"] for row in read_metrics(tmp_path / "runs" / run_id) if "val_loss" in row][-1]
+    assert runs.pop("second").summary["status"] == "diverged"
+    (made,) = runs.values()
+    values = {name: each["value"] for name, each in given.items()}
+    assert (made.run.run_id, made.run.sweep_id) == ("first", "sweep123")
+    assert (made.run.run_group, made.run.project) == ("sweep123", "of_the_sweep")
+    assert made.config["train"]["lr"] == pytest.approx(values["train.lr"])
+    assert made.config["train"]["momentum"] == values["train.momentum"]
+    assert made.config["seed"] == values["seed"]
+    assert {name: made.config[name] for name in values if "." in name} == {
+        name: value for name, value in values.items() if "." in name
+    }
+    assert f"train.lr={values['train.lr']}" in made.run.display_name
+    metric = made.summary[sweep["metric"]["name"]]
+    assert metric == [row["val_loss"] for row in read_metrics(tmp_path / "runs" / "first") if "val_loss" in row][-1]
