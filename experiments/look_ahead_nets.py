@@ -34,7 +34,8 @@ from benchmarks import gpu_machine
 from experiments import common, reproduce_report
 from experiments.race.contenders import CONTENDERS, Unit
 from experiments.race.earlier import earlier_rows
-from experiments.race.figures import Results, Row, shown
+from experiments.race.figures import Results, Row
+from experiments.race.formatting import shown
 from experiments.race.runs import Missing, Record, Store
 from experiments.race.setup import Setup
 from experiments.race.units import MOST_SEEDS, content, outcome

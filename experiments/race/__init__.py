@@ -4,7 +4,7 @@ Fashion-MNIST, MLP 784-128-10, batches of 64, 8 epochs, constant learning rate, 
 differ in speed in five ways. A gradient takes 0.1 virtual seconds where nothing slows it down; network and server take no time.
 
 Tuning is the same for every variant of every contender in every cell (K and setting): each rate of one geometric grid is run
-with the same tuning seeds, none of which is reported, and judged on the tenth of the training samples that its seed holds
+with the same tuning seeds, none of which is reported, and judged on a tenth of the training samples, which each seed holds
 out. Of the rates with which all of these seeds reach the tuning target, the one with the shortest mean time is chosen; where
 there is none, the one with the highest last accuracy. While the chosen rate is at an edge of the grid, the next rate beyond is
 tried too. A contender with variants, such as the m of m-synchronous SGD, gets this for each of them, and enters with the best:

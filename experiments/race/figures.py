@@ -10,7 +10,6 @@ from typing import Any
 
 from experiments.race import runs
 from experiments.race.contenders import ASYNCHRONOUS, CONTENDERS
-from ormo_rpc.report.table import MISSING
 
 Row = Mapping[str, Any]
 """A contender in a cell, as the results have it."""
@@ -126,22 +125,3 @@ def best_m_sync(cell: Mapping[str, Row]) -> Row | None:
 def rates_tried(row: Row) -> int:
     """The number of rates that were tried, over all variants."""
     return sum(map(len, row["tuning"].values()))
-
-
-def label(row: Row) -> str:
-    """A contender with its variant, for tables."""
-    return ", ".join(filter(None, (CONTENDERS[row["contender"]].label, row["variant"])))
-
-
-def shown(value: float, form: str = ".3g") -> str:
-    """A number for a table; not reached, or missing. A ratio of 0 is one to a rival that never reached the target."""
-    if value == 0:
-        return "rival: not reached"
-    return MISSING if math.isnan(value) else "not reached" if math.isinf(value) else format(value, form)
-
-
-def from_to(values: Sequence[float]) -> str:
-    """Sorted values for a table: the first and the last."""
-    if not values:
-        return MISSING
-    return f"{values[0]:.3g}" if len(values) == 1 else f"{values[0]:.3g} to {values[-1]:.3g}"

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from experiments.race import clocks
-from experiments.race.contenders import ASYNCHRONOUS
-from experiments.race.figures import Results, Row, best_asynchronous, best_m_sync, from_to, label, rates_tried, shown
+from experiments.race.contenders import ASYNCHRONOUS, CONTENDERS
+from experiments.race.figures import Results, Row, best_asynchronous, best_m_sync, rates_tried
+from experiments.race.formatting import from_to, label, shown
 from experiments.race.setup import CELLS, SETTINGS
 from ormo_rpc.report.table import MISSING, as_markdown, spread
 
@@ -105,8 +106,9 @@ def goals(results: Results) -> list[tuple[str, ...]]:
 
 def budgets(results: Results) -> str:
     """The rates from which the best rules were chosen: the budgets are equal by variant, not by kind of rule."""
-    kinds = {
+    kinds: dict[str, Sequence[str]] = {
         "the best asynchronous rule": ASYNCHRONOUS,
+        "the best synchronous rule": [name for name in CONTENDERS if name not in ASYNCHRONOUS],
         "DDP": ("ddp",),
         "DDP with Nesterov momentum": ("ddp_nesterov",),
         "the best m-sync": ("m_sync", "m_sync_cancel"),
@@ -118,7 +120,7 @@ def budgets(results: Results) -> str:
         for kind, names in kinds.items()
     }
     told = "; ".join(f"{kind}: {from_to(counts)}" for kind, counts in tried.items() if counts)
-    return f"Learning rates from which each was chosen in a cell, on validation samples, over all rules and variants: {told}."
+    return f"Learning rates tried in a cell, on validation samples, over all rules and variants of a kind: {told}."
 
 
 def accuracies(results: Results) -> str:
@@ -131,8 +133,8 @@ def accuracies(results: Results) -> str:
         if mine is not None and own:
             difference = statistics.fmean(own) - statistics.fmean(others)
             told = "yes" if difference >= ACCURACY_BOUND else "no"
-            accuracies = f"{label(mine)}: {spread(own, '.2%')}", spread(others, ".2%")
-            found.append((setting, str(workers), *accuracies, f"{difference:+.2%}", told))
+            both = f"{label(mine)}: {spread(own, '.2%')}", spread(others, ".2%")
+            found.append((setting, str(workers), *both, f"{difference:+.2%}", told))
     if len(found) == 1:
         return ""
     return (

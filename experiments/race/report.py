@@ -17,11 +17,9 @@ from experiments.race.figures import (
     best_asynchronous,
     best_m_sync,
     best_synchronous,
-    from_to,
-    label,
     rates_tried,
-    shown,
 )
+from experiments.race.formatting import from_to, label, shown
 from experiments.race.goals import accuracies, budgets, goals
 from experiments.race.picture import picture
 from experiments.race.setup import CELLS, RACE, SETTINGS, Race
@@ -193,11 +191,13 @@ def _of_partial(results: Results) -> Iterator[str]:
 
 
 def _of_the_same_updates(results: Results) -> Iterator[str]:
-    """A remark on the contenders that are not tuned by themselves, where they were run."""
+    """A remark on the contenders that are tuned as another one is, where they have its rates."""
+    rates = {(row["setting"], row["workers"], row["contender"]): row["rate"] for row in results.rows}
     for name, contender in CONTENDERS.items():
-        if contender.tuned_as and any(row["contender"] == name for row in results.rows):
+        pairs = [(rate, rates.get((*cell, contender.tuned_as))) for (*cell, each), rate in rates.items() if each == name]
+        if contender.tuned_as and pairs and all(rate == other for rate, other in pairs):
             as_tuned = CONTENDERS[contender.tuned_as].label
-            yield f"`{contender.label}` has the updates of `{as_tuned}` at other times, and takes its rate."
+            yield f"`{contender.label}` has the updates of `{as_tuned}` at other times, and its rates."
 
 
 def _stated(results: Results, race: Race) -> str:

@@ -46,7 +46,6 @@ def outcome(unit: Unit, setup: Setup, store: Store, earlier: Row | None = None, 
     Raises:
         Missing: a run is missing that must not be made now.
     """
-    machines = set[str](() if earlier is None else earlier["machines"])
 
     def run(variant: Variant, rate: float, seed: int, split: str, limit: float = math.inf) -> Record:
         found = record(
@@ -63,6 +62,9 @@ def outcome(unit: Unit, setup: Setup, store: Store, earlier: Row | None = None, 
         machines.add(found.machine)
         return found
 
+    if earlier is None and model is not None and model["version"] == version(unit, setup):
+        earlier = {**model, **dataclasses.asdict(unit)}  # speeds do not last, so the times are the same too
+    machines = set[str](() if earlier is None else earlier["machines"])
     variants = {each.name: each for each in variants_of(unit.contender, unit.workers, setup.momenta)}
     tuning = setup
     if model is not None:

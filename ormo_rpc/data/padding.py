@@ -78,7 +78,10 @@ class Pad:
         if other is not None:
             raise ValueError(f"items have the columns {list(first)} and {list(other)}, expected the same in all")
         key = target_key(first)
-        return {name: self._batch(name, [item[name] for item in items], target=target or name == key) for name in first}
+        return {
+            name: self._batch(name, [item[name] for item in items], target=name != MASK and (target or name == key))
+            for name in first
+        }
 
     def _parts(self, items: Sequence[Sequence[Any]], *, target: bool | None) -> Any:
         first = items[0]

@@ -140,7 +140,7 @@ class Evaluations:
                     iteration=server.iteration,
                     seconds=seconds,
                     params=server.evaluated(),
-                    buffers=server.buffers.state_dict(),  # it may be written
+                    buffers=server.buffers.state_dict(),  # torch.save refuses views of one memory in several dtypes
                 )
             )
 

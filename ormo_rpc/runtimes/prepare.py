@@ -243,7 +243,8 @@ def _check_whole_rounds(config: Config, then: Config, path: Path) -> None:
     if not goes_on and state["iteration"] % config.num_workers:
         raise ConfigError(
             f"checkpoint.resume: got {path} at iteration {state['iteration']}, expected a multiple of workers="
-            f"{config.num_workers}, as runtime.shares=proportional divides rounds that are counted from the start"
+            f"{config.num_workers}, as runtime.shares=proportional divides rounds that are counted from the start; "
+            "runtime.shares=equal continues it"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,17 +13,17 @@ from ormo_rpc.tasks.metrics import Sums
 
 @dataclass(frozen=True, slots=True)
 class ColumnSums(Sums):
-    """Squared errors, and squared deviations of the targets from their mean, of each column.
+    """Squared errors, and squared deviations of the targets from their mean, of each column: each place of a sample's targets.
 
     Of two batches ``spread = s + s' + (m' - m)^2 n n' / (n + n')`` (Chan, Golub, LeVeque 1983), which does not cancel where the
-    mean is large, as ``sum y^2 - (sum y)^2 / n`` does. The batch with fewer columns, as ragged targets have them, has none of
-    the others.
+    mean is large, as ``sum y^2 - (sum y)^2 / n`` does. A batch whose targets are smaller, as ragged ones may be, has none of
+    the other places.
 
     Attributes:
-        total: Sums of the squared errors, float64, shape (C,).
-        count: Numbers that count, n, float64, shape (C,).
-        mean_target: Means of the targets, m, float64, shape (C,); 0 where none counts.
-        spread: Sums of the squared deviations, s, float64, shape (C,).
+        total: Sums of the squared errors, float64, of the shape of a sample's targets, or (1,).
+        count: Numbers that count, n, float64, of the same shape.
+        mean_target: Means of the targets, m, float64, of the same shape; 0 where none counts.
+        spread: Sums of the squared deviations, s, float64, of the same shape.
     """
 
     total: torch.Tensor
@@ -39,7 +40,8 @@ class ColumnSums(Sums):
             targets: Targets, of the same shape and dtype.
             counted: Which of them count, bool, of the same shape.
         """
-        predicted, targets, counted = (each.reshape(len(targets), -1) for each in (predicted, targets, counted))
+        shape = (len(targets), *(targets.shape[1:] or (1,)))
+        predicted, targets, counted = (each.reshape(shape) for each in (predicted, targets, counted))
         number = counted.double().sum(0)
         mean = torch.where(counted, targets, 0.0).sum(0) / number.clamp(min=1)
         error, deviation = (torch.where(counted, targets - each, 0.0) for each in (predicted, mean))
@@ -48,8 +50,8 @@ class ColumnSums(Sums):
     @override
     def __add__(self, other: Sums) -> ColumnSums:
         assert isinstance(other, ColumnSums), "of the same metric"
-        width = max(len(self.total), len(other.total))
-        mine, others = self._widened(width), other._widened(width)
+        shape = [*map(max, zip(self.total.shape, other.total.shape, strict=True))]
+        mine, others = self._widened(shape), other._widened(shape)
         number = mine.count + others.count
         share = others.count / number.clamp(min=1)
         apart = others.mean_target - mine.mean_target
@@ -60,6 +62,8 @@ class ColumnSums(Sums):
             spread=mine.spread + others.spread + apart.square() * mine.count * share,
         )
 
-    def _widened(self, width: int) -> ColumnSums:
+    def _widened(self, shape: Sequence[int]) -> ColumnSums:
+        added = [size - now for size, now in zip(shape, self.total.shape, strict=True)]
+        pad = [each for number in reversed(added) for each in (0, number)]
         parts = (self.total, self.count, self.mean_target, self.spread)
-        return ColumnSums(*(torch.nn.functional.pad(each, (0, width - len(each))) for each in parts))
+        return ColumnSums(*(torch.nn.functional.pad(each, pad) for each in parts))

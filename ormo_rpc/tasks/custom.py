@@ -59,10 +59,9 @@ class CustomTask(Task, CallsTarget):
         try:
             return instantiate(self.PATH, self._target_, self.kwargs)
         except (TypeError, RuntimeError) as error:
-            raise ConfigError(
-                f"task._target_: {self._target_} cannot be made: {one_line(error)}; a keyword that is to be a tensor has the "
-                "keys _target_=torch.tensor and data=[...]"
-            ) from error
+            lists = any(isinstance(value, list) for value in self.kwargs.values())
+            hint = "; a keyword that is to be a tensor has the keys _target_=torch.tensor and data=[...]" if lists else ""
+            raise ConfigError(f"{self.PATH}._target_: {self._target_} cannot be made: {one_line(error)}{hint}") from error
 
     @functools.cached_property
     def _computes_all(self) -> bool:

@@ -118,8 +118,9 @@ class Regression(Task):
 
     @override
     def targets(self, batch: Any) -> Any:
-        targets = super().targets(batch)
-        if getattr(targets, "ndim", 0) > 1 and not targets.is_floating_point():
+        targets: Any = super().targets(batch)
+        is_tensor: bool = isinstance(targets, torch.Tensor)
+        if is_tensor and targets.dim() > 1 and not (targets.is_floating_point() or targets.is_complex()):
             _refuse_padding(targets)
         return targets
 
@@ -172,6 +173,11 @@ class Regression(Task):
 
 
 def _refuse_padding(targets: torch.Tensor) -> None:
+    """Refuse whole numbers that are padded, which would count.
+
+    Raises:
+        ValueError: they are.
+    """
     if (targets.long() == IGNORED).any():
         raise ValueError(
             f"a target is {IGNORED}, with which dataset.collate=pad pads whole numbers, expected floating point, which it pads "

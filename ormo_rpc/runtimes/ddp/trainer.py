@@ -92,7 +92,7 @@ class Trainer:
             "autocast": config.worker.autocast.dtype,
         }
         self._backward = Backward(self._ddp, around=self._synchronised, **of_all)
-        # Past the hooks by which DistributedDataParallel takes note of what is used until it reduces next.
+        # Not through DistributedDataParallel's hooks: they would note these parameters as used until it reduces next.
         into = list(self.model.trainable.values()) if options.find_unused_parameters else None
         self._backward_alone = Backward(module, into=into, **of_all)
         self._optimizer = torch.optim.SGD(

@@ -29,7 +29,7 @@ class Quadratic:
         seed: The seed of the run.
         wire_format: The wire form of pushes, whose rounding they get.
         clip_norm: The largest norm of a gradient; None for no clipping.
-        groups: Weight decay, where the algorithm does not decay itself.
+        groups: Weight decay and learning-rate factors of ranges; unused where the algorithm decays itself.
     """
 
     AHEAD: ClassVar[int] = 0

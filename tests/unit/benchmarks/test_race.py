@@ -143,6 +143,10 @@ def test_a_contender_with_the_updates_of_another_takes_its_rate(monkeypatch: pyt
     assert found["validation_time"] < row["validation_time"], "at its own times"
     assert collected([unit], SMALL, store, {model: {**row, "rate": other}})[unit]["rate"] == other
     assert outcome(unit, SMALL, store)["rate"] == row["rate"], "tuned where the other is not"
+    # Where speeds do not last it is the other one: nothing is run.
+    alike, model = (dataclasses.replace(each, setting="exponential") for each in (unit, model))
+    row = {**outcome(model, SMALL, store), "rate": other}
+    assert outcome(alike, SMALL, Store(tmp_path / "none", None), model=row) == {**row, "contender": alike.contender}
 
 
 @pytest.fixture

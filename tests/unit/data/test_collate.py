@@ -116,6 +116,8 @@ def test_all_that_a_target_holds_is_padded_as_targets_are() -> None:
         assert [each.tolist() for each in parts] == [[[1, 2], [3, -100]]] * len(parts)
     batch = Pad()([{"x": each, "labels": {"tags": each}} for each in texts])
     assert batch["labels"]["tags"].tolist() == [[1, 2], [3, -100]]
+    batch = Pad()([{"x": each, "labels": {"tags": each, "attention_mask": [1] * len(each)}} for each in texts])
+    assert batch["labels"]["attention_mask"].tolist() == [[1, 1], [1, 0]]
     assert batch["x"].tolist() == [[1, 2], [3, 0]]
 
 

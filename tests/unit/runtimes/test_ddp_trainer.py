@@ -94,7 +94,7 @@ def test_parameters_that_a_pass_does_not_use_are_named_with_the_key_that_allows_
 
 
 @pytest.mark.usefixtures("group")
-@pytest.mark.parametrize("complete", [True, False], ids=["by DistributedDataParallel", "behind the passes"])
+@pytest.mark.parametrize("complete", [True, False], ids=["by DistributedDataParallel", "after the passes"])
 def test_a_parameter_that_no_rank_uses_is_not_decayed_in_any_round(complete: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [word for word in ALL if not word.startswith("model.")]
     model = ["model=custom", f"model._target_={__name__}.HalfUsed", "runtime.find_unused_parameters=true"]
@@ -120,8 +120,8 @@ class Alternating(HalfUsed):
 
 
 @pytest.mark.usefixtures("group")
-@pytest.mark.parametrize("first", ["warm-up", "a round behind the passes"])
-def test_what_passes_before_use_need_not_be_used_in_a_round(first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("first", ["warm-up", "a round after the passes"])
+def test_what_a_pass_of_its_own_uses_is_not_expected_next(first: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass that DistributedDataParallel does not reduce leaves no mark on it."""
     words = [word for word in ALL if not word.startswith("model.")]
     model = ["model=custom", f"model._target_={__name__}.Alternating", "runtime.find_unused_parameters=true"]
@@ -149,7 +149,7 @@ def without_targets() -> tuple[TensorDataset, TensorDataset]:
 
 
 @pytest.mark.usefixtures("group")
-@pytest.mark.parametrize("complete", [True, False], ids=["by DistributedDataParallel", "behind the passes"])
+@pytest.mark.parametrize("complete", [True, False], ids=["by DistributedDataParallel", "after the passes"])
 def test_a_rank_without_a_target_that_counts_is_refused_in_any_round(complete: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     data = [f"dataset._target_={__name__}.without_targets"]
     trainer = Trainer(Job(compose([*ALL, *data])), 0, 1)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import TensorDataset
 
 from ormo_rpc.config.parsing import parse_config
-from ormo_rpc.data import Epochs, trees
+from ormo_rpc.data import Epochs, MapSplit, trees
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.models.flat import FlatModel
@@ -19,6 +20,7 @@ from ormo_rpc.options import find
 from ormo_rpc.runtimes import prepare
 from ormo_rpc.tasks import Classification
 from ormo_rpc.worker.accumulation import micro_batches
+from ormo_rpc.worker.backward import Backward
 from ormo_rpc.worker.worker import Worker
 from tests.support.own_splits import Tensors
 
@@ -149,3 +151,23 @@ def test_more_parts_than_samples_are_refused() -> None:
 def test_a_loss_that_compares_samples_is_refused() -> None:
     message = r"^worker\.accumulate: got 4, expected 1: the loss of training batch 0 of digits is .*, and that of its parts .*"
     refused({"task": {"_target_": f"{__name__}.Contrastive"}, "worker": {"accumulate": 4}}, message)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_gradients_without_the_hooks_of_their_accumulation_are_those_of_backward(accumulate: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs, targets = torch.randn(8, 4, generator=generator), torch.randint(0, 3, (8,), generator=generator)
+    split, module, idle = MapSplit(TensorDataset(inputs, targets)), nn.Linear(4, 3), nn.Parameter(torch.ones(2))
+    parameters, found = [module.weight, module.bias, idle], list[list[torch.Tensor | None]]()
+    called = list[torch.Tensor]()
+    handle = module.weight.register_post_accumulate_grad_hook(called.append)
+    for into in (None, parameters):
+        module.zero_grad()
+        backward = Backward(module, split, Classification(), seed=0, accumulate=accumulate, into=into)
+        backward(torch.arange(8), 0)
+        found.append([None if each.grad is None else each.grad.clone() for each in parameters])
+        assert len(called) == accumulate, "of backward() alone"
+    handle.remove()
+    for one, other in zip(*found, strict=True):
+        assert (one is None and other is None) or torch.equal(cast("torch.Tensor", one), cast("torch.Tensor", other))
+    assert found[0][2] is None
