@@ -354,7 +354,7 @@ class Config(Section):
             base=train.lr * scale,
             shape=shape,
             scale=scale,
-            milestones=tuple(epoch * batches_per_epoch for epoch in self.train.lr_milestones),
+            milestones=tuple(round(epoch * batches_per_epoch, 6) for epoch in self.train.lr_milestones),
             gamma=self.train.lr_gamma,
             warmup=round(self.train.warmup_epochs * batches_per_epoch),
             total=total_tickets,

@@ -71,7 +71,7 @@ class AloneSource(Source):
         job = run.job(config, trains_here=True)
         RunDirectory.claim(run_dir)
         Launch(overrides=tuple(run.words)).write(run_dir)
-        save_config(config, run_dir / "config.yaml")
+        save_config(job.config, run_dir / "config.yaml")
         with contextlib.ExitStack() as stack:
             stack.callback(run.model.release)
             stack.callback(job.close)

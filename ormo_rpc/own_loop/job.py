@@ -122,6 +122,13 @@ def _device(module: torch.nn.Module) -> torch.device:
     return first if first.type == "cuda" else torch.device("cpu")
 
 
+def with_every(config: Config, evaluate: OwnFunction | None) -> Config:
+    """Return the configuration with the iterations between evaluations that the script asks for."""
+    if evaluate is None or evaluate.every is None:
+        return config
+    return dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, every=evaluate.every))
+
+
 class OwnJob:
     """A run whose gradients come from a script (`LiveJob`).
 
@@ -147,9 +154,7 @@ class OwnJob:
         data, total = config.dataset, config.train.max_iterations
         assert isinstance(data, OwnLoopData), "a loop of the user's own has it"
         assert total is not None, "join() has set it"
-        if evaluate is not None and evaluate.every is not None:
-            config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, every=evaluate.every))
-        self.config = config
+        self.config = config = with_every(config, evaluate)
         self.model = model
         self.total_tickets = total
         self.batches_per_epoch = data.tickets_per_epoch or total

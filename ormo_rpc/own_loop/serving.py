@@ -19,7 +19,7 @@ from ormo_rpc.config.runtimes import ControlKind
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import Interrupted, RunFailed
 from ormo_rpc.messages import Push, Reply
-from ormo_rpc.own_loop.job import OwnJob
+from ormo_rpc.own_loop.job import OwnJob, with_every
 from ormo_rpc.own_loop.run import Run, Source, say
 from ormo_rpc.rendezvous.secret import read_secret
 from ormo_rpc.runtimes.attempts import claimed_by, continues, former_run
@@ -113,7 +113,7 @@ class ServerSource(Source):
                 tell_result(ranks.master, ended)
             return ended
         forget_summary(run_dir)
-        save_config(config, run_dir / "config.yaml")
+        save_config(with_every(config, run.evaluate), run_dir / "config.yaml")
         if ranks.launcher == TORCHRUN:
             end_with_agent()
         try:

@@ -20,12 +20,6 @@ from ormo_rpc.models.passes import Guarded, Passes
 from ormo_rpc.options.imports import users_line
 from ormo_rpc.worker.base import BaseWorker
 
-PRIVATE_TICKETS = 2
-"""The first tickets of a process, for which its parameters are a private copy.
-
-Later they may be the server's own memory, mapped for reading: there the system ends a process that writes to it, and nobody
-can say why.
-"""
 EMPTY_TICKETS = 3
 """The first tickets of a process, after which it warns where none had a gradient."""
 _log = logging.getLogger(__name__)
@@ -63,15 +57,13 @@ class OwnWorker(BaseWorker):
             passes=Passes(model, own_modes=False),
         )
         self._params = torch.empty(0)
-        """The parameters of the present ticket."""
+        """The parameters of the present ticket, in memory of their own: the script may look at them until the next one."""
         self._has_scaled = False
         """A loss of this ticket was scaled."""
         self._is_unscaled = False
         """The script has divided the gradients of this ticket."""
         self._has_overflowed = False
         """They were not finite then; what the script has made of them since may be."""
-        self._tickets = 0
-        """Tickets so far, up to `PRIVATE_TICKETS`."""
         self._empty: int | None = 0
         """Tickets so far, none of which had a gradient; None once there was one, or the warning."""
         self._names = {id(parameter): name for name, parameter in model.trainable.items()}
@@ -82,10 +74,10 @@ class OwnWorker(BaseWorker):
         self._passes.begin(reply.buffers)
         self.loss_scale = reply.loss_scale
         self._has_scaled = self._is_unscaled = self._has_overflowed = False
-        self._params = self._cast(reply.params)
-        if self._tickets < PRIVATE_TICKETS:
-            self._params = self._params.clone()
-            self._tickets += 1
+        sent = self._cast(reply.params)
+        if self._params.shape != sent.shape:
+            self._params = torch.empty_like(sent)
+        self._params.copy_(sent)
         self._begin_gradient(self._params, self.push)
 
     def finish(self, reply: Reply, *, loss: float | None, samples: int, metrics: Mapping[str, Any]) -> Push:

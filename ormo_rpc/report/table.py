@@ -171,7 +171,6 @@ def _best(groups: Sequence[Group], column: Column) -> Iterator[Group]:
     """Yield the groups with the best mean of a column, of each task and data set of which there are several."""
     if column.higher_is_better is None:
         return
-    metric = TaskMetric(column.key, "", higher_is_better=column.higher_is_better)
     alike: dict[str, list[tuple[Group, float]]] = {}
     for group in groups:
         values = _values(_completed(group), column.key)
@@ -179,8 +178,16 @@ def _best(groups: Sequence[Group], column: Column) -> Iterator[Group]:
             of = identity([group.setting.get("task"), group.setting.get("dataset")])
             alike.setdefault(of, []).append((group, statistics.fmean(values)))
     for found in alike.values():
+        metric = TaskMetric(column.key, "", higher_is_better=_direction(found[0][0], column))
         if len(found) > 1:
             yield from (group for group, mean in found if not any(metric.is_better(other, mean) for _, other in found))
+
+
+def _direction(group: Group, column: Column) -> bool:
+    """Whether a higher value is better in the task of a group; another task's metric of the same name may be better lower."""
+    own = (metric for run in group.runs for metric in run.task_metrics)
+    found = (each.higher_is_better for each in own if column.key in [key_of(split, each.name) for split in SPLITS])
+    return next(found, bool(column.higher_is_better))
 
 
 def _figures(group: Group, metrics: Sequence[Column], marked: Collection[tuple[int, str]]) -> tuple[str, ...]:
@@ -215,7 +222,9 @@ def _counted(values: Collection[float], runs: Collection[Any], completed: Collec
 def _values(summaries: Sequence[Mapping[str, Any]], name: str) -> list[float]:
     """The values of an entry that runs have; of one of a mapping, ``entry/key``."""
     entry, _, key = name.partition("/")
-    found = [(summary.get(entry) or {}).get(key) if key else summary.get(entry) for summary in summaries]
+    found = [
+        summary[name] if name in summary else (summary.get(entry) or {}).get(key) if key else None for summary in summaries
+    ]
     return [value for value in found if value is not None]
 
 

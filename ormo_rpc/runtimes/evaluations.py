@@ -71,6 +71,7 @@ class Evaluations:
         self.skipped = 0
         self.stopped: str | None = None
         self.unsaved = False
+        self._left_out: str | None = None
         self._cause = ""
         """Type and message of the newest failure."""
         self._failed_at = self._recorded_at = self._requested_at = -1
@@ -86,7 +87,7 @@ class Evaluations:
     def failure(self) -> str | None:
         """The reason why there is no result, or none of the newest parameters that were to be evaluated."""
         if self._failed_at <= self._recorded_at:
-            return None
+            return self._left_out
         if self._recorder.evaluation is None:
             return f"every evaluation failed ({self.failed}), the last with {self._cause}"
         last = f"the last evaluation, at iteration {self._failed_at}, failed with {self._cause}"
@@ -129,9 +130,8 @@ class Evaluations:
         waiting = self._copies.qsize() + len(self._running)
         if self._max_waiting is not None and waiting >= self._max_waiting and not server.ended:
             if not self.skipped:
-                _log.warning(
-                    "evaluations take longer than evaluate.every iterations; some are skipped (evaluate.when=after skips none)"
-                )
+                what = "evaluations take" if self._later is None else "to write snapshots takes"
+                _log.warning("%s longer than evaluate.every iterations; some are skipped", what)
             self.skipped += 1
         else:
             self._requested_at = server.iteration
@@ -186,10 +186,16 @@ class Evaluations:
         _log.info("evaluating %d snapshots after the last update", len(self._later))
         for snapshot in self._later.taken():
             if self.ends_now():
-                _log.warning("evaluations from iteration %d on are left out, as the process is to end", snapshot.iteration)
+                self._left_out = f"evaluations from iteration {snapshot.iteration} on are left out, as the process was to end"
+                _log.warning("%s", self._left_out)
                 break
             self._running.append((snapshot, self._executor.submit(self._evaluate, snapshot)))
             self._record_first()
+
+    def saved(self) -> None:
+        """Take note that the results so far are in a checkpoint."""
+        if self._later is not None:
+            self._later.forget_taken()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a run that goes on from a checkpoint has to know of the evaluations so far, as plain values."""

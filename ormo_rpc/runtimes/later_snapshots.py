@@ -44,6 +44,7 @@ class LaterSnapshots:
 
     def __init__(self, run_dir: Path) -> None:
         self._folder = run_dir / _FOLDER
+        self._taken: list[Path] = []
 
     def begin(self, iteration: int) -> None:
         """Remove the snapshots of later iterations, which a crash has undone."""
@@ -70,13 +71,20 @@ class LaterSnapshots:
             temporary.unlink(missing_ok=True)
 
     def taken(self) -> Generator[Snapshot]:
-        """Yield the snapshots in order; each is removed when the next one is asked for."""
+        """Yield the snapshots in order; those for which the next one was asked for are removed by `forget_taken`."""
         for file in self._files():
             content: dict[str, Any] = torch.load(file, weights_only=True)
             yield Snapshot(iteration=int(file.stem), **content)
-            file.unlink()
-        with contextlib.suppress(OSError):  # what a killed process left
-            shutil.rmtree(self._folder)
+            self._taken.append(file)
+
+    def forget_taken(self) -> None:
+        """Remove the snapshots that were taken, once what they gave is in a checkpoint; until then a server may start again."""
+        for file in self._taken:
+            file.unlink(missing_ok=True)
+        self._taken.clear()
+        if not self._files():
+            with contextlib.suppress(OSError):  # what a killed process left
+                shutil.rmtree(self._folder)
 
     def __len__(self) -> int:
         """The number of snapshots."""

@@ -210,10 +210,35 @@ def check_resume(config: Config, path: Path) -> None:
                 given, expected = config.dataset.known_as, then.dataset.known_as
             got, wanted = _typed(given), _typed(expected)
             raise ConfigError(f"checkpoint.resume: {key}: got {got}, expected {wanted}, as {path} has it")
+    _check_own_data(config, then, path)
     if isinstance(config.runtime, SimRuntime) and isinstance(then.runtime, SimRuntime):
         _check_exact_resume(config, then, path)
     if isinstance(config.runtime, SimRuntime) and config.sim.shares is Shares.proportional:
         _check_whole_rounds(config, then, path)
+
+
+def _check_own_data(config: Config, then: Config, path: Path) -> None:
+    """Refuse another data set of the user's own than a checkpoint's, whose sizes and first labels may agree.
+
+    Keywords that are texts may differ: they may be paths.
+
+    Raises:
+        ConfigError: its function, keywords, batches or weights differ.
+    """
+    old, new = then.dataset, config.dataset
+    if not isinstance(old, CustomData) or not isinstance(new, CustomData):
+        return
+    kept = ("_target_", "collate", "pad_values", "weights")
+    expected, given = (
+        {key: getattr(each, key) for key in kept}
+        | {key: value for key, value in each.kwargs.items() if not isinstance(value, str)}
+        for each in (old, new)
+    )
+    for key in {**expected, **given}:
+        if expected.get(key) != given.get(key):
+            raise ConfigError(
+                f"checkpoint.resume: dataset.{key}: got {given.get(key)}, expected {expected.get(key)}, as {path} has it"
+            )
 
 
 def _check_exact_resume(config: Config, then: Config, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -71,7 +72,7 @@ class Recorder:
         """Time at which that row was written."""
         self._starting: Future[list[RunLog]] | None = logs
         self._logs: list[RunLog] = []
-        self._kept: list[Mapping[str, Any]] = []
+        self._kept: list[tuple[Mapping[str, Any], Statistics]] = []
         """Rows for logs that have not started yet."""
         self._take_logs(wait=False)
         self._iterations_between_rows = job.config.logger.iterations_between_rows(job.total_tickets)
@@ -168,7 +169,7 @@ class Recorder:
     def _log(self, row: Mapping[str, Any]) -> None:
         self.directory.write_metrics(row)
         if self._starting is not None:
-            self._kept.append(row)
+            self._kept.append((row, copy.deepcopy(self.statistics)))
         for log in self._logs:
             log.log(row, self.statistics)
 
@@ -178,7 +179,7 @@ class Recorder:
             return
         starting, self._starting = self._starting, None
         self._logs = starting.result()
-        for row in self._kept:
+        for row, statistics in self._kept:
             for log in self._logs:
-                log.log(row, self.statistics)
+                log.log(row, statistics)
         self._kept.clear()

@@ -259,6 +259,7 @@ class Session:
             self.evaluations.wait()
         if wait and self.evaluations.unsaved and self.checkpoints.newest is not None:
             self.checkpoints.write_again(state)  # a run that goes on from it has to know of them
+        self.evaluations.saved()
         self.recorder.flush(row=True)
         self.journal.close()
         return self.recorder.close(Summary(**{**self._summary_entries(state), **entries}))

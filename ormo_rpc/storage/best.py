@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from ormo_rpc.errors import ConfigError
 from ormo_rpc.models.fingerprint import Fingerprint
 from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.checkpoint import BEST, BUFFERS, FOLDER, MANIFEST, MODEL
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +96,14 @@ def copy(source: Path, run_dir: Path, *, metric: str, iteration: int) -> None:
         OSError: it cannot be copied.
     """
     record = read(source)
-    if record is None or record.metric != metric or record.iteration > iteration:
+    if record is None or record.metric != metric:
+        return
+    if record.iteration > iteration:
+        _log.warning(
+            "the best model of %s, %s=%g, is of iteration %d, which the run resumes before: the best one is that of its "
+            "evaluations from iteration %d on",
+            *(source, metric, record.value, record.iteration, iteration),
+        )
         return
     folder = run_dir / FOLDER
     folder.mkdir(exist_ok=True)

@@ -285,7 +285,7 @@ def _records(file: Path) -> Generator[tuple[dict[str, Any], memoryview]]:
     while len(content) >= _HEADER.size:
         length, checksum = _HEADER.unpack_from(content)
         body = content[_HEADER.size : _HEADER.size + length]
-        if len(body) < length or zlib.crc32(body) != checksum:
+        if not length or len(body) < length or zlib.crc32(body) != checksum:  # of zeros the checksum is right
             return
         end = bytes(body[: 1 << 20]).index(b"\n")
         yield json.loads(bytes(body[:end])), body[end + 1 :]

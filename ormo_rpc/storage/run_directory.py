@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from ormo_rpc.errors import ConfigError, RunFailed
 from ormo_rpc.models.fingerprint import Fingerprint
@@ -103,7 +103,8 @@ class RunDirectory:
     def read_evictions(self) -> list[dict[str, Any]]:
         """Read the evictions of all server processes so far, also those under the file's former name."""
         files = [file for name in (_FORMER_EVICTIONS, _EVICTIONS) if (file := self.path / name).is_file()]
-        return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+        # The last line may be torn, where a server process was killed.
+        return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
 
     def write_processes(
         self,
@@ -279,9 +280,13 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _finite(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace NaN and infinity, which JSON does not have, by null."""
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in content.items()}
+def _finite(content: Any) -> Any:
+    """Replace NaN and infinity, which JSON does not have, by null, in mappings and lists of any depth."""
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in cast("Mapping[str, Any]", content).items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in cast("Sequence[Any]", content)]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _taken(path: Path) -> ConfigError:

@@ -140,7 +140,7 @@ class SlowTail(LastingSlowdown):
 
     @override
     def mean_slowdown(self, worker: int, num_workers: int) -> float:
-        slow = max(1, math.ceil(self.fraction * num_workers))
+        slow = max(1, math.ceil(round(self.fraction * num_workers, 9)))  # 0.07 of 100 are 7, not 7.000000000000001
         return self.factor if worker >= num_workers - slow else 1.0
 
 
@@ -247,7 +247,7 @@ def _recorded_slowdowns(run: str) -> list[list[float]]:
         for event in map(json.loads, trace):
             if event["event"] in ("issue", "reissue"):
                 began[event["worker"], event["ticket"]] = event["seconds"]
-            elif event["event"] == "apply":
+            elif event["event"] == "apply" and (event["worker"], event["ticket"]) in began:  # else of the run it resumed
                 taken = event["seconds"] - began[event["worker"], event["ticket"]]
                 seconds.setdefault(event["worker"], []).append(max(taken, 1e-6))  # the clock of the trace has microseconds
     shortest = min((min(each) for each in seconds.values()), default=1.0)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 from ormo_rpc import ConfigError, evaluate, train
 from ormo_rpc.config.parsing import parse_config
@@ -62,6 +63,21 @@ def session(run_dir: Path, incarnation: int, **options: Any) -> Session:
     return made
 
 
+def halves(scale: float, folder: str) -> tuple[TensorDataset, TensorDataset]:
+    """Two equal sets."""
+    half = TensorDataset(scale * torch.ones(8, 3) if folder else torch.empty(0), torch.arange(8) % 2)
+    return half, half
+
+
+halves_again = halves
+OWN = f"{__name__}.halves"
+
+
+def small() -> torch.nn.Module:
+    """A linear layer."""
+    return torch.nn.Linear(3, 2)
+
+
 def resuming(source: Path, **more: Any) -> dict[str, Any]:
     return {**changing.CONFIG, "checkpoint": {"resume": str(source)}, **more}
 
@@ -98,6 +114,31 @@ def test_a_checkpoint_of_another_model_or_data_set_is_refused(
     said = difference.format(mine="the checkpoint", others="this run")
     assert str(caught.value) == f"checkpoint.resume: {said}; resume with model and data as they were in {middle}"
     assert loaded == again.exists()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "said"),
+    [
+        (
+            {"_target_": f"{OWN}_again"},
+            f"dataset._target_: got {OWN}_again, expected {OWN}",
+        ),
+        ({"scale": 100.0}, "dataset.scale: got 100.0, expected 1.0"),
+        ({"collate": "pad"}, "dataset.collate: got pad, expected default"),
+        ({"folder": "elsewhere"}, ""),
+    ],
+)
+def test_data_of_ones_own_that_other_keys_make_are_refused(dataset: dict[str, Any], said: str, tmp_path: Path) -> None:
+    own = {"_target_": f"{__name__}.halves", "scale": 1.0, "folder": "here"}
+    options: dict[str, Any] = {"runtime": "sim", "logger": "none", "workers": 2, "model": {"_target_": f"{__name__}.small"}}
+    train({**options, "dataset": own, "train": {"max_iterations": 4}}, run_dir=tmp_path / "first")
+    more = {"checkpoint": {"resume": str(tmp_path / "first")}, "train": {"max_iterations": 8}}
+    again = {**options, **more, "dataset": {**own, **dataset}}
+    if said:
+        with pytest.raises(ConfigError, match=re.escape(f"checkpoint.resume: {said}, as ")):
+            train(again, run_dir=tmp_path / "again")
+    else:
+        assert train(again, run_dir=tmp_path / "again")["iterations"] == 8
 
 
 def test_an_unchanged_model_ends_with_the_bits_of_the_uninterrupted_run(recorded: Path, middle: Path, tmp_path: Path) -> None:

@@ -143,6 +143,17 @@ class FrameSocket:
             if into:  # the time-out has passed, as above
                 self._check_alive()
 
+    def wait(self) -> None:
+        """Wait until the other side sends anything or ends, alive or not; to shut the connection down ends this too."""
+        while True:
+            try:
+                self.connection.recv(1, socket.MSG_PEEK)
+            except BlockingIOError:  # the time-out has passed
+                continue
+            except OSError:
+                return
+            return
+
     def _check_alive(self) -> None:
         if not self.alive():
             raise EOFError("the other side is not alive")

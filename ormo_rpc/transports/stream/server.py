@@ -190,7 +190,12 @@ class StreamServerSide(ServerSide):
 
         response: ServerResponse | None = None
         while True:
-            stream.receive(whole)
+            try:
+                stream.receive(whole)
+            except EOFError:
+                if response is not None:  # an evicted worker still computes at its parameters: nobody else is lent them
+                    stream.wait()
+                raise
             response = None  # its parameters can be lent again: the worker has read them where they lie
             kind = frames.read_kind(frame)
             if kind == Request.push:

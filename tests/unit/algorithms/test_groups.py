@@ -142,3 +142,9 @@ def ends(row: Row, case: Case, *, grad_factor: float = 1.0, lr_factor: float = 1
 def test_groups_are_refused_where_the_workers_decay() -> None:
     with pytest.raises(ValueError, match=r"^groups: got 4, expected None with asgd: weight decay .* a worker's gradient$"):
         build_server(algorithm="asgd", params=torch.zeros(10), num_workers=1, groups=GROUPS)
+
+
+def test_the_norm_of_millions_of_values_is_not_that_of_their_rounded_sum() -> None:
+    grad = torch.full((6_000_000,), 0.01)
+    regularise(grad, torch.empty(0), clip_norm=1.0)
+    assert torch.linalg.vector_norm(grad, dtype=torch.float64).item() == pytest.approx(1.0, rel=1e-4)

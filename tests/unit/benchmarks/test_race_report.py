@@ -131,7 +131,9 @@ def test_the_best_of_both_kinds_are_compared_at_each_target_and_in_the_end(resul
     expected = "| half_slow | 4 | ormo | m-sync, cancelling | 0.5 | 1.2 | 0.9 | rival: not reached | - | +0.50% | 1 |"
     assert expected in found.splitlines()
     page = report.page(results)
-    assert "the best asynchronous rule: 2 to 4; the best synchronous rule: 2 to 6; DDP: 2; the best m-sync: 4." in page, "two rates of each row"
+    assert "the best asynchronous rule: 2 to 4; the best synchronous rule: 2 to 6; DDP: 2; the best m-sync: 4." in page, (
+        "two rates of each row"
+    )
 
 
 def test_the_page_has_rates_to_begin_with_as_a_user_types_them(results: Results) -> None:

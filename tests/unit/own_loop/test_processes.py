@@ -228,3 +228,20 @@ def test_a_worker_by_hand_joins_a_run_in_progress(monkeypatch: pytest.MonkeyPatc
         monkeypatch.delenv("ORMO_RPC_SECRET")
         with pytest.raises(ConfigError, match="ORMO_RPC_SECRET"):
             next(iter(JoinedWorker(more, OwnModel(net()), lr=None, run_dir=None, words=(), began=0.0)))
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+def test_a_push_changes_nothing_in_the_model_of_the_script(transport: str) -> None:
+    """It has the parameters of its ticket until the next one, as evaluations between the two expect."""
+    wide = torch.nn.Linear(64, 1024)  # large enough for parameters in shared memory
+    with server(wide, f"transport={transport}") as (_, config):
+        model = torch.nn.Linear(64, 1024)
+        worker, before = worker_of(config, model), list[torch.Tensor]()
+        for _ in worker:
+            before.append(model.weight.detach().clone())
+            model(torch.ones(2, 64)).square().mean().backward()
+            worker.push()
+            assert torch.equal(model.weight, before[-1])
+        assert torch.equal(model.weight, before[-1])
+    assert len(before) == TICKETS
+    assert not torch.equal(before[0], before[-1])

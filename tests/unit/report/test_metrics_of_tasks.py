@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typing_extensions import override
 
 from ormo_rpc.config.parsing import parse_config, save_config
 from ormo_rpc.loggers.metrics import metric_of
@@ -153,3 +154,31 @@ def test_the_main_metric_is_the_first_beside_the_loss_and_rather_one_on_the_prog
     assert main_metric((LOSS, HITS)) == HITS  # which has no label
     assert main_metric((LOSS,)) == LOSS
     assert metric_named("loss") == LOSS
+
+
+class Higher(Classification):
+    """Has a metric of the name that another task's has, in the other direction."""
+
+    @override
+    def metrics(self) -> tuple[TaskMetric, ...]:
+        return LOSS, TaskMetric("some/score", "a score", higher_is_better=True)
+
+
+class Lower(Distance):
+    """As `Higher`."""
+
+    @override
+    def metrics(self) -> tuple[TaskMetric, ...]:
+        return LOSS, TaskMetric("some/score", "a score", higher_is_better=False)
+
+
+def test_a_metric_of_two_tasks_is_best_in_the_direction_of_each(tmp_path: Path) -> None:
+    runs = [
+        record(tmp_path / f"{number} {algorithm}", task, {"test_some/score": value}, algorithm=algorithm)
+        for number, task in enumerate((Lower(), Higher()))
+        for algorithm, value in (("asgd", 0.25), ("ormo", 0.75))
+    ]
+    found = [row["test some/score"] for row in cells(group_by_setting(runs))]
+    assert sorted(found) == ["0.2500", "0.2500 *", "0.7500", "0.7500 *"]
+    marked = {(row["task"], row["algorithm"]) for row in cells(group_by_setting(runs)) if row["test some/score"].endswith("*")}
+    assert {algorithm for _, algorithm in marked} == {"asgd", "ormo"}

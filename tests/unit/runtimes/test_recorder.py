@@ -298,7 +298,7 @@ def test_a_log_that_starts_late_gets_the_rows_before(tmp_path: Path) -> None:
     run.now += 3.0
     run.recorder.flush()
     assert [{key: row[key] for key in row if key != "seen"} for row in run.shown.rows] == run.lines("metrics.jsonl")
-    assert [row["iteration"] for row in run.shown.rows] == [2, 4, 6]
+    assert [row["iteration"] for row in run.shown.rows] == [row["seen"] for row in run.shown.rows] == [2, 4, 6]
     run.directory.close()
 
 

@@ -79,6 +79,8 @@ def test_snapshots_are_evaluated_after_the_last_update_in_order_and_removed(tmp_
     assert evaluated == [3.0, 6.0, 9.0, 10.0]
     assert recorded == [(3, 1.5), (6, 3.0), (9, 4.5), (10, 5.0)], "at the moments of the parameters"
     assert evaluations.targets.summary_entries()["seconds_to"] == {"-6.0": 3.0, "-7.0": 4.5}
+    assert len([*(tmp_path / "snapshots").iterdir()]) == 4, "a server that starts again has no row of them"
+    evaluations.saved()
     assert not (tmp_path / "snapshots").exists()
     assert evaluations.failed == 0
     assert evaluations.seconds > 0
@@ -104,7 +106,7 @@ def test_a_process_that_has_to_end_leaves_the_rest(tmp_path: Path, caplog: pytes
     other = made(tmp_path / "other", InlineExecutor(), lambda *_: Evaluation({"loss": 1.0}), recorded)
     other.begin(8, tmp_path)
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
-        "evaluations from iteration 6 on are left out, as the process is to end",
+        "evaluations from iteration 6 on are left out, as the process was to end",
         f"2 snapshots in {tmp_path} were not evaluated, and do not count towards targets",
     ]
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR
 
+from ormo_rpc.config.parsing import parse_config
 from ormo_rpc.server.lr_schedule import LearningRate, Shape
 
 BASE, TOTAL = 0.3, 40
@@ -73,3 +74,9 @@ def test_it_is_a_function_of_the_iteration_alone() -> None:
     lr = LearningRate(base=BASE, shape=Shape.cosine, warmup=5, total=TOTAL)
     forwards = ours(lr)
     assert [lr(t) for t in reversed(range(TOTAL))] == forwards[::-1]
+
+
+def test_a_milestone_that_rounding_puts_behind_an_iteration_is_that_iteration() -> None:
+    config = parse_config({"train": {"lr": BASE, "lr_schedule": "step", "lr_milestones": [2.2], "lr_gamma": 0.5}})
+    lr = config.learning_rate(45, 200)  # 2.2 * 45 is 99.00000000000001
+    assert [lr(98), lr(99)] == [BASE, 0.5 * BASE]

@@ -148,7 +148,8 @@ def test_nan_and_infinity_are_null_in_every_file(tmp_path: Path) -> None:
     directory.write_event(Event(Kind.apply, 1.5, row))
     directory.write_metrics(row)
     directory.close()
-    write_summary(tmp_path, Summary(train_loss=math.nan, updates_per_second=math.inf, delay_mean=0.5))
+    best = {"metric": "test_psnr", "value": math.inf, "iteration": 3, "path": ""}
+    write_summary(tmp_path, Summary(train_loss=math.nan, updates_per_second=math.inf, delay_mean=0.5, best=best))
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
@@ -161,6 +162,7 @@ def test_nan_and_infinity_are_null_in_every_file(tmp_path: Path) -> None:
     assert trace == {"event": "apply", "seconds": 1.5, **expected}
     assert metrics == expected
     assert (summary["train_loss"], summary["updates_per_second"], summary["delay_mean"]) == (None, None, 0.5)
+    assert summary["best"] == {**best, "value": None}
 
 
 def test_truncated_files_report_their_new_lengths(tmp_path: Path) -> None:
@@ -182,6 +184,8 @@ def test_evictions_are_read_under_their_former_name_too(tmp_path: Path) -> None:
     assert directory.read_evictions() == [{"worker": 1}]
     directory.write_evictions([{"worker": 2}, {"worker": 0}])
     assert (tmp_path / "evictions.jsonl").read_text() == '{"worker": 2}\n{"worker": 0}\n'
+    with (tmp_path / "evictions.jsonl").open("a") as torn:
+        torn.write('{"worker": 3, "rea')
     assert directory.read_evictions() == [{"worker": 1}, {"worker": 2}, {"worker": 0}]
     directory.close()
 

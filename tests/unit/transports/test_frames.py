@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ormo_rpc.errors import PushRefused
 from ormo_rpc.messages import ErrorReply, Reply, no_buffers
+from ormo_rpc.transports.pending_replies import LIVENESS_SECONDS
 from ormo_rpc.transports.stream import frames
 from ormo_rpc.transports.stream.client import StreamClient
 from ormo_rpc.transports.stream.frames import DTYPES, INLINE, REQUEST_BYTES, SAME, FrameSocket, bytes_of
@@ -266,3 +267,16 @@ def test_buffers_that_do_not_change_cross_once() -> None:
         assert second.buffers is first.buffers
         assert third.buffers is first.buffers
         assert all(each is mask for each in serving.result(SOON_SECONDS)[1:])
+
+
+@pytest.mark.parametrize("how", ["sends", "ends"])
+def test_what_an_evicted_worker_reads_is_kept_until_it_sends_or_ends(how: str) -> None:
+    with connected(buffers=4096) as (here, there), ThreadPoolExecutor(1) as elsewhere:
+        waiting = elsewhere.submit(FrameSocket(here, lambda: False).wait)
+        with pytest.raises(TimeoutError):
+            waiting.result(1.5 * LIVENESS_SECONDS)  # longer than the time-out of the connection
+        if how == "sends":
+            there.sendall(b"x")
+        else:
+            there.shutdown(socket.SHUT_RDWR)
+        waiting.result(PATIENCE_SECONDS)

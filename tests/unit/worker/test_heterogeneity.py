@@ -62,6 +62,7 @@ def test_the_slow_tail_is_one_in_sixteen_rounded_up(num_workers: int, number: in
 
 def test_the_slow_tail_may_be_all_workers() -> None:
     assert slow(SlowTail(fraction=1.0, factor=2.0), 3) == [2.0] * 3
+    assert slow(SlowTail(fraction=0.07), 100).count(10.0) == 7, "though 0.07 * 100 is 7.000000000000001"
     assert slow(SlowTail(fraction=0.5), 5) == [1.0, 1.0, 10.0, 10.0, 10.0]  # 2.5 rounded up
 
 

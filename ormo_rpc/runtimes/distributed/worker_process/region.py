@@ -120,10 +120,11 @@ class RegionProcesses:
         assert self._server is not None
         worker = self._workers[number]
         try:
-            push = pickle.loads(worker.pipe.recv_bytes())  # noqa: S301 - of a process that this one has started
-        except (EOFError, ConnectionResetError):
+            content = worker.pipe.recv_bytes()
+        except (EOFError, OSError):  # the latter in the middle of a message, too
             self._lost(number, worker, reply.worker)
             return []
+        push = pickle.loads(content)  # noqa: S301 - of a process that this one has started
         if push is None:
             worker.ready = True
             self._send(self._server.join(number))
