@@ -102,6 +102,7 @@ def test_a_process_that_has_to_end_leaves_the_rest(tmp_path: Path, caplog: pytes
     run_through(evaluations, 8)
     evaluations.ends_now = lambda: len(recorded) == 2
     evaluations.wait()
+    evaluations.saved()
     assert recorded == [(2, 1.0), (4, 2.0)]
     other = made(tmp_path / "other", InlineExecutor(), lambda *_: Evaluation({"loss": 1.0}), recorded)
     other.begin(8, tmp_path)
