@@ -150,17 +150,17 @@ class Regression(Task):
         if not targets.isfinite().logical_or(targets.isnan()).all():
             raise UnfitTargets("a target is infinite, expected finite numbers")
 
-    def _aligned(self, output: Any, batch: Any, least: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    def _aligned(self, output: Any, batch: Any, least: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Predictions and targets of one shape and dtype; without it (N, 1) and (N,) would be broadcast to (N, N).
 
-        The dtype is that of the predictions, or ``least``: targets are not rounded to 16 bits where a pass computes in them.
+        The dtype is that of the predictions, or ``least``, by default float32: targets are not rounded to 16 bits where a pass computes in them.
         """
         predicted, targets = logits_of(output), self.targets(batch)
         if predicted.shape != targets.shape:
             if predicted.numel() != targets.numel():
                 raise ValueError(f"the output {tuple(predicted.shape)} does not fit targets {tuple(targets.shape)}")
             predicted = predicted.reshape(targets.shape)
-        dtype = torch.promote_types(predicted.dtype, least)
+        dtype = torch.promote_types(predicted.dtype, least or torch.float32)
         return predicted.to(dtype), targets.to(dtype)
 
     def _loss(self, predicted: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
