@@ -153,7 +153,8 @@ class Regression(Task):
     def _aligned(self, output: Any, batch: Any, least: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Predictions and targets of one shape and dtype; without it (N, 1) and (N,) would be broadcast to (N, N).
 
-        The dtype is that of the predictions, or ``least``, by default float32: targets are not rounded to 16 bits where a pass computes in them.
+        The dtype is that of the predictions, or ``least``, by default float32: targets are not rounded to 16 bits where a pass
+        computes in them.
         """
         predicted, targets = logits_of(output), self.targets(batch)
         if predicted.shape != targets.shape:
