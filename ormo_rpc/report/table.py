@@ -184,7 +184,7 @@ def _best(groups: Sequence[Group], column: Column) -> Iterator[Group]:
 
 
 def _direction(group: Group, column: Column) -> bool:
-    """Whether a higher value is better in the task of a group; another task's metric of the same name may be better lower."""
+    """Tell if higher is better in the task of a group; another task's metric of the same name may be better lower."""
     own = (metric for run in group.runs for metric in run.task_metrics)
     found = (each.higher_is_better for each in own if column.key in [key_of(split, each.name) for split in SPLITS])
     return next(found, bool(column.higher_is_better))

@@ -282,11 +282,15 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 def _finite(content: Any) -> Any:
     """Replace NaN and infinity, which JSON does not have, by null, in mappings and lists of any depth."""
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, (int, str)):  # most of a row: the test for mappings is slow
+        return content
     if isinstance(content, Mapping):
         return {key: _finite(value) for key, value in cast("Mapping[str, Any]", content).items()}
     if isinstance(content, (list, tuple)):
         return [_finite(value) for value in cast("Sequence[Any]", content)]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
+    return content
 
 
 def _taken(path: Path) -> ConfigError:

@@ -144,7 +144,7 @@ class FrameSocket:
                 self._check_alive()
 
     def wait(self) -> None:
-        """Wait until the other side sends anything or ends, alive or not; to shut the connection down ends this too."""
+        """Wait until the other side sends anything or ends, alive or not, or the server shuts the connection down."""
         while True:
             try:
                 self.connection.recv(1, socket.MSG_PEEK)
