@@ -136,7 +136,7 @@ class ServerSource(Source):
             assert secret is not None, "it was checked, or made"
             args = ServerArgs(
                 run_dir=run_dir,
-                began=self._run.began,
+                began=RunCounters.began(run_dir, self._run.began),
                 listening_socket=listener,
                 secret=secret,
                 incarnation=RunCounters.incarnations_of(run_dir),

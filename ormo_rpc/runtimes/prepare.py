@@ -23,6 +23,7 @@ from ormo_rpc.runtimes.ranking import Ranking, check_choice
 from ormo_rpc.runtimes.ranks import Ranks
 from ormo_rpc.runtimes.round_sizes import check_rounds
 from ormo_rpc.runtimes.simulator.jobs import SyntheticJob
+from ormo_rpc.runtimes.targets import check_clock
 from ormo_rpc.runtimes.trial import try_job
 from ormo_rpc.server.build import check_resumable
 from ormo_rpc.server.lr_schedule import LearningRate
@@ -193,7 +194,8 @@ def check_resume(config: Config, path: Path) -> None:
     """Refuse to resume from the checkpoint of a different run.
 
     Raises:
-        ConfigError: a key of `RESUMED_KEYS` differs, or its run was one of ``runtime=ddp``.
+        ConfigError: a key of `RESUMED_KEYS` differs, its run was one of ``runtime=ddp``, or there are targets and it had
+            another clock.
     """
     then = load_config(path / "config.yaml")
     if isinstance(then.runtime, DdpRuntime):
@@ -211,6 +213,8 @@ def check_resume(config: Config, path: Path) -> None:
             got, wanted = _typed(given), _typed(expected)
             raise ConfigError(f"checkpoint.resume: {key}: got {got}, expected {wanted}, as {path} has it")
     _check_own_data(config, then, path)
+    if config.evaluate.targets:
+        check_clock(config, then, checkpoint.read(path, checkpoint.SERVER)["session"].get("targets"), path)
     if isinstance(config.runtime, SimRuntime) and isinstance(then.runtime, SimRuntime):
         _check_exact_resume(config, then, path)
     if isinstance(config.runtime, SimRuntime) and config.sim.shares is Shares.proportional:

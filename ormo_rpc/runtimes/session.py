@@ -103,8 +103,6 @@ class Session:
         self._copy_state = state or (lambda: self.server.state_dict(replies=config.checkpoint.journal))
         self._began = began
         self._continue_clock = continue_clock
-        self._updated_at = time.monotonic()
-        """Time of the last applied gradient on the monotonic clock."""
         self._seen = 0
         """The server's iteration at the last `observe`."""
 
@@ -155,7 +153,7 @@ class Session:
         if self.evaluations.best is not None:
             self.evaluations.best.begin(former, self.server.iteration)
         self._seen = self.server.iteration
-        self.counters.begin(self._seen)
+        self.counters.begin(self._seen, self._began)
         if incarnation > 0 and self.server.ended:  # the former process died before it could evaluate the final parameters
             self.evaluations.request(self.server, self.seconds_before)
 
@@ -210,8 +208,7 @@ class Session:
         if server.iteration == self._seen:
             return
         before, self._seen = self._seen, server.iteration
-        self._updated_at = time.monotonic()
-        self.counters.set_iterations(self._seen)
+        self.counters.set_iterations(self._seen, time.monotonic() - self._began)
         self.evaluations.observe(server, self.clock(), before)
         every = self.job.config.checkpoint.every
         if every and self._seen % every == 0:
@@ -302,7 +299,7 @@ class Session:
             "wall_seconds": now - self._began,
             "start_seconds": start_seconds,
             "training_seconds": statistics.seconds,
-            "end_seconds": None if start_seconds is None else now - self._updated_at,
+            "end_seconds": None if start_seconds is None else now - self._began - self.counters.updated_seconds,
             "step_seconds": self.server.step_seconds,
             "server_device": str(self.server.device),
             "final_params_sha256": sha256(state["params"]),

@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from ormo_rpc.config.runtimes import SimRuntime
 from ormo_rpc.config.schema import Config
+from ormo_rpc.errors import ConfigError
 from ormo_rpc.loggers.metrics import SPLITS
 from ormo_rpc.tasks.metrics import TaskMetric, main_metric
 from ormo_rpc.worker.evaluation import Evaluation
 
+MIXED = "mixed"
+"""The clock of evaluations some of which have virtual seconds, and others real ones."""
 ROUNDING = 1e-12
 """The part of a target by which a mean may miss it: three times 0.35 is 1.0499999999999998."""
 
@@ -33,7 +38,8 @@ class Targets:
     the run's clock then. What an evaluation itself takes does not count. An iteration is a ticket, of as many gradients as the
     algorithm has local steps.
 
-    A run that is resumed goes on with the evaluations of the former one, and its seconds count from the beginning of that.
+    A run that is resumed goes on with the evaluations of the former one, and its seconds count from the beginning of that; not
+    where one of them is simulated and the other is not, as virtual and real seconds have no sum (see `check_clock`).
 
     Args:
         config: The configuration of the run.
@@ -47,6 +53,8 @@ class Targets:
         self._metric: TaskMetric | None = None
         """That of the points; None before there is one."""
         self._points: list[_Point] = []
+        self._clock = clock_of(config)
+        """That of the seconds; `MIXED` where a run without targets continues one of another clock."""
         self._before = 0.0
         """Seconds of the runs that this one continues on a clock of its own."""
 
@@ -88,6 +96,7 @@ class Targets:
             "metric": None if self._metric is None else self._metric.name,
             "points": [[each.iteration, each.seconds, dict(each.values)] for each in self._points],
             "before": self._before,
+            "clock": self._clock,
         }
 
     def load_state_dict(self, state: Mapping[str, Any] | None, iteration: int, *, seconds: float) -> None:
@@ -98,7 +107,34 @@ class Targets:
             iteration: That of the checkpoint.
             seconds: The seconds of the former run, where this one has a clock of its own; else 0.
         """
+        if state is not None and state.get("clock", self._clock) != self._clock:
+            self._clock = MIXED
         self._before = seconds if state is None else state["before"] + seconds
         if state is not None and state["metric"] is not None:
             self._metric = self._declared(state["metric"])
             self._points = [_Point(at, when, values) for at, when, values in state["points"] if at <= iteration]
+
+
+def clock_of(config: Config) -> str:
+    """The clock of a run's seconds."""
+    return "virtual" if isinstance(config.runtime, SimRuntime) else "real"
+
+
+def check_clock(config: Config, then: Config, state: Mapping[str, Any] | None, path: Path) -> None:
+    """Refuse targets in a run that continues one of another clock.
+
+    Args:
+        config: The configuration of the run.
+        then: That of the run it continues.
+        state: What `Targets.state_dict` returned then; None of a checkpoint of an earlier version.
+        path: The checkpoint.
+
+    Raises:
+        ConfigError: there are targets, and the seconds until one of them would be virtual and real ones.
+    """
+    own, former = clock_of(config), (state or {}).get("clock", clock_of(then))
+    if config.evaluate.targets and own != former:
+        raise ConfigError(
+            f"evaluate.targets: got {list(config.evaluate.targets)} in a run of {own} seconds that continues {path}, whose "
+            f"seconds are {former}, expected none, as the two have no sum; metrics.jsonl of each run has its evaluations"
+        )

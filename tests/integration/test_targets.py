@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from ormo_rpc import train
+from ormo_rpc.errors import ConfigError
 from ormo_rpc.report.runs import group_by_setting, load_runs
 from ormo_rpc.report.table import rows
 from ormo_rpc.storage.checkpoint import complete
@@ -85,6 +86,9 @@ def test_a_run_that_goes_on_from_one_that_has_ended_counts_from_the_beginning(tm
     assert second["seconds_to"]["0.3"] == pytest.approx(before["0.3"], abs=1e-4)
     assert second["seconds_to"]["0.85"] == pytest.approx(first["training_seconds"] + after["0.85"], abs=1e-4)
     assert second["gradients_to"]["0.85"] == iterations["0.85"] > 65
+    with pytest.raises(ConfigError, match="in a run of real seconds that continues"):
+        train([*keys, *more, "runtime=rpc"], run_dir=tmp_path / "live")
+    assert not (tmp_path / "live" / "trace.jsonl").exists()
 
 
 @pytest.mark.slow

@@ -182,8 +182,8 @@ def test_a_trace_is_followed_through_the_incarnations_of_the_server(tmp_path: Pa
 
 def test_the_number_of_applied_gradients_is_read_as_it_was_written(tmp_path: Path) -> None:
     written = RunCounters(tmp_path)
-    written.begin(0)
-    written.set_iterations(1234567)
+    written.begin(0, 0.0)
+    written.set_iterations(1234567, 0.0)
     assert applied_gradients(tmp_path) == 1234567
 
 

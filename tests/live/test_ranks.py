@@ -6,6 +6,7 @@ import contextlib
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Generator
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def test_torchruns_restart_continues_in_the_same_directory_and_ranks_end_with_th
         "--rdzv-endpoint=localhost:0",
     )
     with launched("-m", "torch.distributed.run", *options, "launch.py", f"hydra.run.dir={run_dir}", *LONG) as agent:
-        before = processes(run_dir)["workers"]
+        before, first_start = processes(run_dir)["workers"], launchers(agent)[0].create_time()
         launchers(agent)[1].send_signal(signal.SIGKILL)
         wait_until(lambda: events(run_dir, "resume"), "the second start")
         wait_until(lambda: processes(run_dir)["workers"] != before, "the workers of the second start")
@@ -60,12 +61,14 @@ def test_torchruns_restart_continues_in_the_same_directory_and_ranks_end_with_th
         wait_until(lambda: events(run_dir, "apply")[-1]["iteration"] > at, "gradients of the second start")
         family = descendants(agent.pid)
         agent.kill()
+        lasted = time.time() - first_start
         wait_until(lambda: gone(family), "the end of all ranks")
         assert agent.stderr is not None
         said = agent.stderr.read()
     (resumed,) = events(run_dir, "resume")
     assert resumed["iteration"] > 0
     assert (summary(run_dir)["status"], summary(run_dir)["incarnations"]) == ("interrupted", 2)
+    assert summary(run_dir)["wall_seconds"] > lasted - 1, "the first start counts too"
     assert summary(run_dir)["checkpoint"], said
     assert said.count(f"launch.py: torchrun's agent (pid {agent.pid}) has ended, so this rank ends as well\n") == 3, said
     assert "the directory of an earlier run" not in said

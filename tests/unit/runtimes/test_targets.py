@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,16 +13,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ormo_rpc.config.parsing import parse_config
+from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.runtimes.ranking import check_choice
-from ormo_rpc.runtimes.targets import Targets
+from ormo_rpc.runtimes.targets import Targets, check_clock
 from ormo_rpc.tasks.metrics import TaskMetric
 from ormo_rpc.worker.evaluation import Evaluation
 
 
 def targets(metric: str = "accuracy", **evaluate: Any) -> Targets:
+    return targets_of(parse_config({"evaluate": evaluate}), metric)
+
+
+def targets_of(config: Config, metric: str = "accuracy") -> Targets:
     higher = metric == "accuracy"
-    return Targets(parse_config({"evaluate": evaluate}), lambda name: TaskMetric(name, "", name != "loss" and higher))
+    return Targets(config, lambda name: TaskMetric(name, "", name != "loss" and higher))
 
 
 def evaluation(value: float, metric: str = "accuracy", validation: float | None = None) -> Evaluation:
@@ -142,3 +149,22 @@ def test_a_ticket_of_local_steps_is_as_many_gradients() -> None:
     mine.add(20, 2.0, evaluation(0.6, validation=0.5))
     found = mine.summary_entries()
     assert (found["gradients_to"], found["val_gradients_to"]) == ({"0.5": 30}, {"0.5": 60})
+
+
+def test_seconds_of_another_clock_are_not_added() -> None:
+    """A live run without targets may continue a simulation; what continues that has no seconds either way."""
+    simulated, live = (parse_config({"runtime": {"name": name}}) for name in ("sim", "rpc"))
+    counted = [replace(each, evaluate=replace(each.evaluate, targets=[0.5])) for each in (simulated, live)]
+    kept = [targets_of(each) for each in (simulated, live)]
+    kept[1].load_state_dict(kept[0].state_dict(), 0, seconds=3.0)
+    for config, then, state in (
+        (counted[1], simulated, kept[0].state_dict()),
+        (counted[0], live, None),
+        (counted[1], live, kept[1].state_dict()),
+        (counted[0], live, kept[1].state_dict()),
+    ):
+        with pytest.raises(ConfigError, match=r"evaluate\.targets: got \[0\.5\] in a run of (virtual|real) seconds"):
+            check_clock(config, then, state, Path("checkpoint"))
+    check_clock(counted[0], simulated, kept[0].state_dict(), Path())
+    check_clock(counted[1], live, None, Path())
+    check_clock(live, simulated, kept[0].state_dict(), Path())

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -118,7 +119,7 @@ OWN_MOUNTS = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c")
 )
 def test_counters_on_a_full_disk_are_an_error_and_no_death(tmp_path: Path) -> None:
     """The server was killed by SIGBUS at its first update, and so was each of its replacements."""
-    begin = f"RunCounters(pathlib.Path({str(tmp_path)!r})).begin(0)"
+    begin = f"RunCounters(pathlib.Path({str(tmp_path)!r})).begin(0, 0.0)"
     script = f"import pathlib; from ormo_rpc.storage.counters import RunCounters; {begin}"
     disk = f"mount -t tmpfs -o size=16k none {tmp_path} && head -c 16384 /dev/zero > {tmp_path}/full"
     command = [*OWN_MOUNTS, f'{disk} && exec "$0" -c "$1"', sys.executable, script]
@@ -192,17 +193,43 @@ def test_evictions_are_read_under_their_former_name_too(tmp_path: Path) -> None:
 
 def test_counters_survive_the_process_and_count_what_a_new_one_does_not_have(tmp_path: Path) -> None:
     first = RunCounters(tmp_path)
-    first.begin(0)
-    first.set_iterations(25)
+    first.begin(0, time.monotonic())
+    first.set_iterations(25, 4.0)
     second = RunCounters(tmp_path)
     assert (second.iterations, second.incarnations, second.rolled_back) == (25, 1, 0)
-    second.begin(20)
+    second.begin(20, time.monotonic())
     third = RunCounters(tmp_path)
     assert (third.iterations, third.incarnations, third.rolled_back) == (20, 2, 5)
     third.set_start_seconds(2.5)
     fourth = RunCounters(tmp_path)
     fourth.set_start_seconds(9.0)  # the first ticket was handed out before
     assert (RunCounters(tmp_path).start_seconds, RunCounters.incarnations_of(tmp_path)) == (2.5, 2)
+
+
+def test_the_time_of_the_last_gradient_is_that_of_the_process_that_applied_it(tmp_path: Path) -> None:
+    began = time.monotonic() - 100
+    first = RunCounters(tmp_path)
+    first.begin(0, began)
+    assert first.updated_seconds == pytest.approx(100, abs=5), "no gradient: since the process began"
+    first.set_iterations(25, 40.0)
+    recovered = RunCounters(tmp_path)
+    recovered.begin(25, began)
+    assert (recovered.updated_seconds, RunCounters(tmp_path).updated_seconds) == (40.0, 40.0)
+    undone = RunCounters(tmp_path)
+    undone.begin(24, began)
+    assert undone.updated_seconds == pytest.approx(100, abs=5)
+
+
+def test_a_run_that_is_started_again_began_with_its_first_start(tmp_path: Path) -> None:
+    now = time.monotonic()
+    assert RunCounters.began(tmp_path, now) == now, "there is no file"
+    RunCounters(tmp_path)
+    assert RunCounters.began(tmp_path, now) == now, "no server has begun"
+    RunCounters(tmp_path).begin(0, now - 30)
+    assert RunCounters.began(tmp_path, now) == pytest.approx(now - 30, abs=1)
+    RunCounters(tmp_path).begin(5, now)
+    assert RunCounters.began(tmp_path, now) == pytest.approx(now - 30, abs=1)
+    assert RunCounters.began(tmp_path, now - 60) == now - 60, "the system's clock was set back in between"
 
 
 def test_the_end_lasts_until_the_other_processes_have_ended(tmp_path: Path) -> None:

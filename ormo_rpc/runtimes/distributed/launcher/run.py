@@ -56,7 +56,7 @@ def run(config: Config, run_dir: Path, began: float, preloading: Preloading) -> 
     Args:
         config: The configuration.
         run_dir: The run directory.
-        began: Time on the monotonic clock at which the run began.
+        began: Time on the monotonic clock at which this start of the run began.
         preloading: Starts the processes.
 
     Raises:
@@ -67,6 +67,7 @@ def run(config: Config, run_dir: Path, began: float, preloading: Preloading) -> 
         _run_worker_rank(config, run_dir, ranks, began, preloading)
         return {}
     run_dir.mkdir(parents=True, exist_ok=True)
+    began = RunCounters.began(run_dir, began)
     former = read_summary(run_dir)
     if former is not None and ranks is not None and former["status"] in TERMINAL_STATUSES:
         if ranks.agent_store:
