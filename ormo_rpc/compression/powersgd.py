@@ -30,7 +30,7 @@ class PowerSGD(Compression):
 
     Source: Vogels, Karimireddy, Jaggi, NeurIPS 2019, arXiv 1905.13727, Algorithms 1 and 2. Departures: there is no all-reduce,
         since each worker's push stands alone, so the factors are those of one worker's gradient, not of the mean, ``Q`` is
-        each worker's own, and both factors travel. A column that depends on those before it becomes 0 and keeps its former
+        each worker's own, and both factors travel. A column that depends on those before it travels as 0 and keeps its former
         ``Q`` for the next push, where torch divides by (nearly) 0; so a gradient of 0 does no harm.
     """
 
@@ -120,12 +120,13 @@ class PowerSGDCompressor(Compressor):
                 continue
             matrix = vector[part.place].view(part.rows, part.columns)
             previous = part.previous(after)
+            former = previous.clone()
             orthogonalise(previous)
             p, q = part.factors(values)
             torch.mm(matrix, previous, out=p)
             orthogonalise(p)
             torch.mm(matrix.t(), p, out=q)
-            torch.where(q.any(0), q, previous, out=previous)
+            torch.where(q.any(0), q, former, out=previous)
         return Compressed(values, None, after)
 
     @override

@@ -7,6 +7,7 @@ from ormo_rpc.config.runtimes import RpcRuntime, SimRuntime
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.runtimes.ranks import Ranks
+from ormo_rpc.schedulers.partial import Partial
 
 
 def check_rounds(config: Config) -> None:
@@ -17,16 +18,25 @@ def check_rounds(config: Config) -> None:
     """
     more = more_than_workers(config)
     if more is not None and not _may_grow(config):
+        key, number, all_of_them = more
         raise ConfigError(
-            f"algorithm.m: got {more} with workers={config.num_workers}, expected at most {config.num_workers}: a round has "
-            "one gradient of each worker; null has those of all"
+            f"{key}: got {number} with workers={config.num_workers}, expected at most {config.num_workers}: a round has one "
+            f"gradient of each worker; {all_of_them} has those of all"
         )
 
 
-def more_than_workers(config: Config) -> int | None:
-    """Return the gradients that make a round where they are more than the workers at the start; else None."""
+def more_than_workers(config: Config) -> tuple[str, int, str] | None:
+    """Return the gradients that make a round where they are more than the workers at the start, else None.
+
+    Returns:
+        Their key, their number, and what makes rounds of all workers instead.
+    """
     most = config.algorithm.most if isinstance(config.algorithm, Rounds) else None
-    return most if most is not None and most > config.num_workers else None
+    if most is not None and most > config.num_workers:
+        return "algorithm.m", most, "null"
+    if isinstance(config.scheduler, Partial) and config.scheduler.k > config.num_workers:
+        return "scheduler.k", config.scheduler.k, "scheduler=sync"
+    return None
 
 
 def _may_grow(config: Config) -> bool:

@@ -82,8 +82,8 @@ class Session:
         self.server = job.server(self.recorder.record, clock)
         if (more := more_than_workers(config)) is not None:
             _log.warning(
-                "algorithm.m=%d is more than the %d workers at the start: rounds have one gradient of each until more join",
-                more,
+                "%s=%d is more than the %d workers at the start: rounds have one gradient of each until more join",
+                *more[:2],
                 config.num_workers,
             )
         self.evaluations = Evaluations(job, run_dir, evaluation_executor, self.recorder, inline=inline)

@@ -114,6 +114,23 @@ def test_powersgd_stays_finite_for_gradients_of_lower_rank(rank_of_gradient: int
     torch.testing.assert_close(arrived / 201, full, atol=0.3, rtol=0)
 
 
+def test_a_column_that_depended_on_others_is_used_again() -> None:
+    generator = torch.Generator().manual_seed(2)
+    gradient = torch.randn(20, 2, generator=generator) @ torch.randn(2, 30, generator=generator)
+    compressor = PowerSGDCompressor(layout({"linear": torch.Size([20, 30])}), 2, 1.0)
+    column = torch.randn(30, 1, generator=generator)
+    state, seen = torch.cat([column, 2 * column], dim=1).reshape(-1), torch.empty(600)
+    errors: list[float] = []
+    for _ in range(2):
+        pushed = compressor.compress(gradient.reshape(-1), state)
+        compressor.decompress(pushed.values, torch.empty(0), seen)
+        errors.append(float((seen - gradient.reshape(-1)).norm() / gradient.norm()))
+        assert pushed.state is not None
+        state = pushed.state
+    assert errors[0] > 0.01, "one direction of the first push"
+    assert errors[1] < 1e-5, "both of the second: a matrix of rank 2 is exact"
+
+
 @pytest.mark.parametrize("rank", [1, 3])
 def test_factors_are_decoded_to_the_same_bits_by_any_number_of_threads(rank: int) -> None:
     params = layout({"a": (301, 1_003), "b": (67, 4_001)})
