@@ -77,8 +77,8 @@ class CheckpointWriter:
             state: The state.
             seconds: The run's seconds at it; now by default.
         """
-        self._pending = True
         self.journal.rotate()
+        self._pending = True
         self._seconds = seconds = self._clock() if seconds is None else seconds
         segment = self.journal.segment
 

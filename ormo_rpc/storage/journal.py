@@ -11,6 +11,7 @@ segment was never acknowledged, and counts as not written.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -130,8 +131,9 @@ class FileJournal(Journal):
         clock: The run's seconds; without one, calls have no time.
 
     Raises:
-        OSError: from any method, where the disk is full or broken; what was acknowledged before is safe. A failed append may
-            have left a torn record, which hides every later one, so `sync` fails from then on.
+        OSError: from any method, where the disk is full or broken; what was acknowledged before is safe. `sync` fails from
+            then on: a failed append may have left a torn record, which hides every later one; after a failed fsync the system
+            may have dropped what the next one reports as written; and after a failed rotation records lie in the wrong segment.
     """
 
     durable = True
@@ -185,18 +187,19 @@ class FileJournal(Journal):
             if self._synced >= target:
                 return
             reached, unsynced, self._unsynced_files = self._appended, self._unsynced_files, []
-            for descriptor in unsynced:
-                os.fsync(descriptor)
-                os.close(descriptor)
-            os.fsync(self._file)
+            with self._keeping_failure():
+                for descriptor in unsynced:
+                    os.fsync(descriptor)
+                    os.close(descriptor)
+                os.fsync(self._file)
             self._synced = reached
 
     @override
     def rotate(self) -> None:
-        with self._syncing:
-            self._unsynced_files.append(self._file)
+        with self._syncing, self._keeping_failure():
             self.segment += 1
-            self._file = self._open()
+            former, self._file = self._file, self._open()
+            self._unsynced_files.append(former)
 
     @override
     def forget(self, before: int) -> None:
@@ -212,6 +215,15 @@ class FileJournal(Journal):
     def _open(self) -> int:
         return os.open(_segment_file(self.folder, self.segment), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
+    @contextlib.contextmanager
+    def _keeping_failure(self) -> Generator[None]:
+        """Let `sync` fail from now on where this does."""
+        try:
+            yield
+        except OSError as error:
+            self._failure = error
+            raise
+
     def _append(self, call: Mapping[str, Any], tensors: Iterable[torch.Tensor] = ()) -> None:
         timed = call if self._clock is None else {**call, "seconds": self._clock()}
         line = json.dumps(timed).encode() + b"\n"
@@ -220,13 +232,10 @@ class FileJournal(Journal):
         for part in parts:
             checksum = zlib.crc32(part, checksum)
         parts.insert(0, memoryview(_HEADER.pack(sum(len(part) for part in parts), checksum)))
-        try:
+        with self._keeping_failure():
             for part in parts:
                 while part:
                     part = part[os.write(self._file, part) :]
-        except OSError as error:
-            self._failure = error
-            raise
         self._appended += 1
 
 

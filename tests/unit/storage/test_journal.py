@@ -298,3 +298,24 @@ def test_after_a_failed_append_nothing_is_acknowledged(tmp_path: Path, monkeypat
     journal.join(1)
     with pytest.raises(OSError, match="No space left on device"):
         journal.sync()
+
+
+@pytest.mark.parametrize("failing", ["fsync", "open"])
+def test_after_a_failed_fsync_or_rotation_nothing_is_acknowledged(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system tells once of a page that it could not write; records in a former segment are not read after a checkpoint."""
+    journal = FileJournal(tmp_path)
+    journal.join(0)
+
+    def fail(*_: Any) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, failing, fail)
+        with pytest.raises(OSError, match="Input/output error"):
+            journal.sync() if failing == "fsync" else journal.rotate()
+    journal.join(1)
+    for _ in range(2):
+        with pytest.raises(OSError, match="Input/output error"):
+            journal.sync()
