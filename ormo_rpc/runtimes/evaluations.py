@@ -64,6 +64,8 @@ class Evaluations:
         self._every = config.evaluate.every or job.batches_per_epoch
         self._max_waiting = None if config.evaluate.every is None else MAX_WAITING
         noted = config.keeps_best or bool(config.evaluate.targets)
+        self._waits_for_none = not inline and self._later is None
+        """A checkpoint does not wait for evaluations, and nothing but its records has them."""
         self._at_once = inline and (config.evaluate.every is not None or noted)
         self.failed = 0
         self.seconds = 0.0
@@ -101,6 +103,16 @@ class Evaluations:
             seconds: The run's seconds at its last gradient.
         """
         if self._requested_at != server.iteration:
+            self.request(server, seconds)
+
+    def request_missing(self, server: ParameterServer, seconds: float) -> None:
+        """Have the parameters of a checkpoint evaluated which was copied before the evaluation that was due was ready.
+
+        Args:
+            server: The server, as it was loaded.
+            seconds: The run's seconds then; 0 where it has a clock of its own.
+        """
+        if self._waits_for_none and server.iteration // self._every > self.targets.last_iteration // self._every:
             self.request(server, seconds)
 
     def observe(self, server: ParameterServer, seconds: float, before: int) -> None:
@@ -163,6 +175,12 @@ class Evaluations:
             OSError: the best model cannot be written, such as to a full disk.
             ConfigError: an evaluation does not have the metric by which it is compared.
         """
+        self.start_requested()
+        while self._running and self._running[0][-1].done():
+            self._record_first()
+
+    def start_requested(self) -> None:
+        """Start the requested evaluations."""
         while self._evaluator is not None:
             try:
                 snapshot = self._copies.get_nowait()
@@ -170,8 +188,6 @@ class Evaluations:
                 break
             do = self._evaluate if self._later is None else self._later.write
             self._running.append((snapshot, self._executor.submit(do, snapshot)))
-        while self._running and self._running[0][-1].done():
-            self._record_first()
 
     def wait(self) -> None:
         """Record all started evaluations, waiting for those that are not ready, and make those that are due after training.

@@ -128,11 +128,16 @@ class Session:
             self._load(own, in_place=True)
         elif source is not None:
             self._load(source, in_place=False)
+        former = None if source is None or incarnation > 0 else checkpoint.run_directory_of(source)
+        if self.evaluations.best is not None:
+            self.evaluations.best.begin(former, self.server.iteration)
+        self._seen = self.server.iteration
         if incarnation > 0:
             self._check_fingerprint(buffer_values=own is None)
             if own is None:
                 self.directory.truncate(self.directory.header_bytes(), 0)
-            recover(path, 0 if own is None else checkpoint.segment_of(own), self.server, self._set_clock)
+            first = 0 if own is None else checkpoint.segment_of(own)
+            recover(path, first, self.server, self._set_clock, self._evaluate_recovered)
             self.server.resume_as(incarnation)
         if self.directory.header_bytes() == 0:
             self.directory.write_fingerprint(self.job.fingerprint())
@@ -148,14 +153,17 @@ class Session:
             )
         if config.checkpoint.journal:
             self.checkpoints.journal = FileJournal(path, self.clock)
-        former = None if source is None or incarnation > 0 else checkpoint.run_directory_of(source)
         self.evaluations.begin(self.server.iteration, former)
-        if self.evaluations.best is not None:
-            self.evaluations.best.begin(former, self.server.iteration)
-        self._seen = self.server.iteration
         self.counters.begin(self._seen, self._began)
         if incarnation > 0 and self.server.ended:  # the former process died before it could evaluate the final parameters
-            self.evaluations.request(self.server, self.seconds_before)
+            self.evaluations.request_last(self.server, self.seconds_before)
+
+    def _evaluate_recovered(self) -> None:
+        """Have evaluated, after a call that is made again, what the former process has evaluated since its last checkpoint."""
+        before, self._seen = self._seen, self.server.iteration
+        if self._seen > before:
+            self.evaluations.observe(self.server, self.seconds_before, before)
+            self.evaluations.start_requested()
 
     def _load(self, source: Path, *, in_place: bool) -> None:
         """Load a checkpoint's state, and its records where they are continued, ``in_place`` in this run directory."""
@@ -179,6 +187,7 @@ class Session:
             self._set_clock(records["seconds"])
         else:
             self.recorder.statistics.begin_as(records["statistics"])
+        self.evaluations.request_missing(self.server, self.seconds_before)
         if in_place:
             self.checkpoints.newest = source
             self.directory.truncate(records["trace_bytes"], records["metrics_bytes"])

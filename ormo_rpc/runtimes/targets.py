@@ -58,6 +58,11 @@ class Targets:
         self._before = 0.0
         """Seconds of the runs that this one continues on a clock of its own."""
 
+    @property
+    def last_iteration(self) -> int:
+        """The iteration of the newest evaluation; 0 where there is none."""
+        return self._points[-1].iteration if self._points else 0
+
     def add(self, iteration: int, seconds: float, evaluation: Evaluation) -> None:
         """Take note of an evaluation; it replaces those of later iterations, which a crash has undone."""
         self._metric = self._metric or main_metric([self._declared(name) for name in evaluation.test])

@@ -239,10 +239,21 @@ class FileJournal(Journal):
         self._appended += 1
 
 
-def recover(run_dir: Path, first: int, server: ParameterServer, set_clock: Callable[[float], None] = lambda _: None) -> int:
-    """Make the calls of segment ``first`` and all later ones again, up to a missing segment; return their number.
+def recover(
+    run_dir: Path,
+    first: int,
+    server: ParameterServer,
+    set_clock: Callable[[float], None] = lambda _: None,
+    made: Callable[[], None] = lambda: None,
+) -> int:
+    """Make the calls of a segment and all later ones again, up to a missing segment; return their number.
 
-    Before each that has a time the run's clock is set to it; one of an earlier version has none.
+    Args:
+        run_dir: The run directory.
+        first: The number of the segment.
+        server: The server, as the checkpoint has it that the segment follows.
+        set_clock: Called before each call that has a time, which one of an earlier version has not.
+        made: Called after each.
     """
     folder, count = run_dir / FOLDER, 0
     present = sorted(number for number in _segment_numbers(folder) if number >= first)
@@ -257,6 +268,7 @@ def recover(run_dir: Path, first: int, server: ParameterServer, set_clock: Calla
             if "seconds" in call:
                 set_clock(call["seconds"])
             _apply(server, call, payload)
+            made()
             count += 1
     return count
 

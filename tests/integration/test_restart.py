@@ -19,7 +19,7 @@ from ormo_rpc.runtimes.simulator import InlineExecutor
 from ormo_rpc.server.events import Kind
 from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.checkpoint import complete
-from ormo_rpc.storage.run_directory import read_trace
+from ormo_rpc.storage.run_directory import read_metrics, read_trace
 from ormo_rpc.storage.summary import Summary, write_summary
 from tests.support.contract import same
 from tests.support.incarnation import Incarnation
@@ -60,6 +60,41 @@ def test_a_journal_restores_a_corrected_momentum_in_the_midst_of_a_schedule(
     assert same(restored["algorithm_state"], state["algorithm_state"])
     assert same(restored["params"], state["params"])
     second.die()
+
+
+@pytest.mark.parametrize("journal", [False, True])
+@pytest.mark.parametrize("every", [0, 10])
+def test_evaluations_since_the_checkpoint_are_made_again(every: int, journal: bool, tmp_path: Path) -> None:
+    """Also that of the checkpoint's own iteration, which was not ready when it was written."""
+    targets = (0.07, 0.09, 0.0995, 0.5)
+    evaluate = {"every": 5, "targets": targets, "patience": 40}
+
+    def evaluated(name: str, *deaths: int) -> list[dict[str, Any]]:
+        incarnation = Incarnation(tmp_path / name, 0, every=every, journal=journal, evaluate=evaluate, best=True)
+        for number, death in enumerate(deaths, 1):
+            push_until(incarnation, death)
+            incarnation.die()
+            incarnation = Incarnation(tmp_path / name, number, every=every, journal=journal, evaluate=evaluate, best=True)
+        push_until(incarnation, 60)
+        summary = incarnation.session.close(incarnation.server.state_dict(), wait=True)
+        rows = [row for row in read_metrics(tmp_path / name) if "test_accuracy" in row]
+        reached = [next((row for row in rows if row["test_accuracy"] >= target), None) for target in targets]
+        assert list(summary["seconds_to"].values()) == [row and row["seconds"] for row in reached]
+        assert list(summary["gradients_to"].values()) == [row and row["iteration"] for row in reached]
+        assert summary["best"]["value"] == min(row["val_loss"] for row in rows)
+        return rows
+
+    killed, whole = evaluated("killed", 22, 37), evaluated("whole")
+    assert [row["iteration"] for row in killed] == [row["iteration"] for row in whole] == list(range(5, 61, 5))
+    values = [[(row["seconds"], row["test_accuracy"], row["val_loss"]) for row in rows] for rows in (killed, whole)]
+    assert values[0][:4] == values[1][:4], "up to the first death"
+
+
+def push_until(incarnation: Incarnation, iteration: int) -> None:
+    """Push at one gradient a quarter of a second, whatever came before."""
+    while incarnation.server.iteration < iteration:
+        incarnation.now = 2.0 + 0.25 * incarnation.server.iteration
+        incarnation.push(1)
 
 
 def lineage(run_dir: Path) -> list[int]:
