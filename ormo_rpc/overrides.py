@@ -29,11 +29,14 @@ def prepared(overrides: Sequence[str]) -> list[str]:
     in the place of a name (``train.lr_schedule.step_size=3``); ``++`` allows them.
 
     Raises:
-        ConfigError: one uses a former name, chooses none of a group, or has a plus before a group.
+        ConfigError: one uses a former name, chooses none of a group or a part by its name alone, or has a plus before a group.
     """
     refuse_renamed(overrides)
     for word in overrides:
         key, _, value = word.lstrip("+").partition("=")
+        group, _, option = key.partition(".")
+        if option == "name" and (conf_dir() / group / f"{value}.yaml").is_file():
+            raise ConfigError(f"{key}: got {value}, expected {group}={value}, which has its options too")
         if not key.isidentifier() or not (conf_dir() / key).is_dir():
             continue
         if value in _NO_NAMES:

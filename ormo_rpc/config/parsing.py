@@ -110,6 +110,8 @@ def read_values(text: str) -> dict[str, Any]:
 def refused_value(error: OmegaConfBaseException) -> str:
     """Return OmegaConf's message with the full key in front, on one line."""
     message = str(error.msg or error).splitlines()[0]
+    if message == "Cannot merge DictConfig with ListConfig":
+        message = "got a list, expected a dictionary, as in {KEY: VALUE}"
     return f"{error.full_key}: {message}" if error.full_key else message
 
 
