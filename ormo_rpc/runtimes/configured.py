@@ -29,6 +29,7 @@ from ormo_rpc.server.parameter_server import ParameterServer
 from ormo_rpc.server.region import RegionServer
 from ormo_rpc.worker.arithmetic import set_arithmetic
 from ormo_rpc.worker.evaluation import Evaluator
+from ormo_rpc.worker.freed_memory import keep_freed_memory
 from ormo_rpc.worker.options import Autocast
 
 DEVICE = "worker.device"
@@ -50,7 +51,10 @@ def configured_device(config: Config, process: int) -> torch.device:
     relays = config.algorithm.workers_are_regions and isinstance(config.runtime, RpcRuntime)
     if config.worker.dummy or relays:  # a live region's own workers compute
         return torch.device("cpu")
-    return devices.use(devices.resolve(config.worker.device, key=DEVICE, worker=process))
+    device = devices.use(devices.resolve(config.worker.device, key=DEVICE, worker=process))
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device
 
 
 def configured_evaluator(config: Config, model: FlatModel, data: DataSet) -> Evaluator:
