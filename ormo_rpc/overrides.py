@@ -35,16 +35,24 @@ def prepared(overrides: Sequence[str]) -> list[str]:
     for word in overrides:
         key, _, value = word.lstrip("+").partition("=")
         group, _, option = key.partition(".")
-        if option == "name" and (conf_dir() / group / f"{value}.yaml").is_file():
-            raise ConfigError(f"{key}: got {value}, expected {group}={value}, which has its options too")
+        if (
+            option == "name"
+            and (chosen := [each.strip(" '\"") for each in value.split(",")])
+            and _names(group).issuperset(chosen)
+        ):
+            raise ConfigError(f"{key}: got {value}, expected {group}={','.join(chosen)}, which has the options too")
         if not key.isidentifier() or not (conf_dir() / key).is_dir():
             continue
         if value in _NO_NAMES:
-            names = sorted(file.stem for file in (conf_dir() / key).glob("*.yaml"))
-            raise ConfigError(f"{key}: got {value or 'nothing'}, expected one of {', '.join(names)}")
+            raise ConfigError(f"{key}: got {value or 'nothing'}, expected one of {', '.join(sorted(_names(key)))}")
         if word.startswith("+") and not value.startswith("{"):
             raise ConfigError(f"{word}: got a plus before a group; write {key}={value}")
     return [f"++{word.lstrip('+')}" if _is_new(word) else word for word in map(_readable, overrides)]
+
+
+def _names(group: str) -> set[str]:
+    """The names of the files of a group; empty where there is no such group."""
+    return {file.stem for file in (conf_dir() / group).glob("*.yaml")} if group.isidentifier() else set()
 
 
 def keys_of(overrides: Sequence[str]) -> set[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
+import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 from signal import Signals
@@ -121,7 +122,8 @@ class ServerSource(Source):
         except (RuntimeError, OSError, TimeoutError) as error:
             if read_summary(run_dir) is None:
                 with contextlib.suppress(OSError):
-                    write_summary(run_dir, unfinished_summary(config, "failed", str(error), 0.0))
+                    seconds = time.monotonic() - RunCounters.began(run_dir, run.began)
+                    write_summary(run_dir, unfinished_summary(config, "failed", str(error), seconds))
             raise RunFailed(f"{error}; see {run_dir}") from error
         if summary["status"] == "interrupted":
             raise Interrupted(Signals[summary["reason"]])

@@ -51,7 +51,16 @@ def configured_device(config: Config, process: int) -> torch.device:
     relays = config.algorithm.workers_are_regions and isinstance(config.runtime, RpcRuntime)
     if config.worker.dummy or relays:  # a live region's own workers compute
         return torch.device("cpu")
-    device = devices.use(devices.resolve(config.worker.device, key=DEVICE, worker=process))
+    return computing_device(config, process)
+
+
+def computing_device(config: Config, worker: int) -> torch.device:
+    """Return the device of a process that computes gradients; this process uses it from now on, and keeps freed memory.
+
+    Raises:
+        ConfigError: this machine does not have it.
+    """
+    device = devices.use(devices.resolve(config.worker.device, key=DEVICE, worker=worker))
     if device.type == "cpu":
         keep_freed_memory()
     return device

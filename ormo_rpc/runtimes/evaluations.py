@@ -64,8 +64,6 @@ class Evaluations:
         self._every = config.evaluate.every or job.batches_per_epoch
         self._max_waiting = None if config.evaluate.every is None else MAX_WAITING
         noted = config.keeps_best or bool(config.evaluate.targets)
-        self._waits_for_none = not inline and self._later is None
-        """A checkpoint does not wait for evaluations, and nothing but its records has them."""
         self._at_once = inline and (config.evaluate.every is not None or noted)
         self.failed = 0
         self.seconds = 0.0
@@ -106,13 +104,16 @@ class Evaluations:
             self.request(server, seconds)
 
     def request_missing(self, server: ParameterServer, seconds: float) -> None:
-        """Have the parameters of a checkpoint evaluated which was copied before the evaluation that was due was ready.
+        """Have a loaded checkpoint's parameters evaluated where an evaluation was due that its records lack.
+
+        A checkpoint does not wait for evaluations that are under way when it is copied.
 
         Args:
             server: The server, as it was loaded.
             seconds: The run's seconds then; 0 where it has a clock of its own.
         """
-        if self._waits_for_none and server.iteration // self._every > self.targets.last_iteration // self._every:
+        kept = 0 if self._later is None else self._later.last(server.iteration)
+        if server.iteration // self._every > max(self.targets.last_iteration, kept) // self._every:
             self.request(server, seconds)
 
     def observe(self, server: ParameterServer, seconds: float, before: int) -> None:
@@ -139,11 +140,11 @@ class Evaluations:
         """Have the present parameters evaluated; called under the server's lock."""
         if self._evaluator is None:
             return
-        waiting = self._copies.qsize() + len(self._running)
+        waiting = self._copies.qsize() + sum(not future.done() for _, future in self._running)
         if self._max_waiting is not None and waiting >= self._max_waiting and not server.ended:
             if not self.skipped:
                 what = "evaluations take" if self._later is None else "to write snapshots takes"
-                _log.warning("%s longer than evaluate.every iterations; some are skipped", what)
+                _log.warning("%s longer than evaluate.every iterations, or what makes those again; some are skipped", what)
             self.skipped += 1
         else:
             self._requested_at = server.iteration

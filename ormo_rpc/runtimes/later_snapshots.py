@@ -52,6 +52,10 @@ class LaterSnapshots:
             if int(file.stem) > iteration:
                 file.unlink()
 
+    def last(self, iteration: int) -> int:
+        """Return the iteration of the newest snapshot that is not later than an iteration; 0 where there is none."""
+        return max((at for file in self._files() if (at := int(file.stem)) <= iteration), default=0)
+
     def write(self, snapshot: Snapshot) -> None:
         """Write a snapshot, in one step.
 

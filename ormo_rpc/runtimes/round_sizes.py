@@ -7,17 +7,19 @@ from ormo_rpc.config.runtimes import RpcRuntime, SimRuntime
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.runtimes.ranks import Ranks
-from ormo_rpc.schedulers.partial import Partial
+
+LEAST_ROUND = 2
+"""Of so many workers a round may always be: with one worker, as in a sweep, the rounds are of that."""
 
 
 def check_rounds(config: Config) -> None:
     """Refuse rounds of more gradients than there are workers, unless further workers may join.
 
     Raises:
-        ConfigError: there would never be such a round.
+        ConfigError: there would never be such a round, and the run is not one that continues with its scheduler.
     """
     more = more_than_workers(config)
-    if more is not None and not _may_grow(config):
+    if more is not None and not _may_grow(config) and config.checkpoint.resume is None:
         key, number, all_of_them = more
         raise ConfigError(
             f"{key}: got {number} with workers={config.num_workers}, expected at most {config.num_workers}: a round has one "
@@ -34,8 +36,9 @@ def more_than_workers(config: Config) -> tuple[str, int, str] | None:
     most = config.algorithm.most if isinstance(config.algorithm, Rounds) else None
     if most is not None and most > config.num_workers:
         return "algorithm.m", most, "null"
-    if isinstance(config.scheduler, Partial) and config.scheduler.k > config.num_workers:
-        return "scheduler.k", config.scheduler.k, "scheduler=sync"
+    size = config.scheduler.round_size
+    if size is not None and size > max(config.num_workers, LEAST_ROUND):
+        return "scheduler.k", size, "scheduler=sync"
     return None
 
 

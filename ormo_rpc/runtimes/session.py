@@ -159,7 +159,7 @@ class Session:
             self.evaluations.request_last(self.server, self.seconds_before)
 
     def _evaluate_recovered(self) -> None:
-        """Have evaluated, after a call that is made again, what the former process has evaluated since its last checkpoint."""
+        """Request the evaluation that became due by a recovered call."""
         before, self._seen = self._seen, self.server.iteration
         if self._seen > before:
             self.evaluations.observe(self.server, self.seconds_before, before)

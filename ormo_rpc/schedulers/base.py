@@ -32,6 +32,11 @@ class Scheduler(Part, ABC):
     IMMEDIATE: ClassVar[bool] = False
     """`due` always releases every blocked worker at once."""
 
+    @property
+    def round_size(self) -> int | None:
+        """The workers that are released together at most, where that is a number of its own: the option ``k``."""
+        return None
+
     def init(self, generator: torch.Generator) -> None:
         """Set the state before any worker is known."""
         self.generator = generator

@@ -20,6 +20,11 @@ class Partial(Scheduler):
 
     k: int = option(2, "how many workers are answered together", valid=at_least_one, expected="a whole number >= 1")
 
+    @property
+    @override
+    def round_size(self) -> int:
+        return self.k
+
     @override
     def due(self, blocked: Collection[int], holding: Collection[int]) -> list[int]:
         return list(blocked) if len(blocked) >= self.k or not holding else []

@@ -27,7 +27,8 @@ class RunCounters:
         incarnations: Server processes so far, this one included once `begin` was called.
         rolled_back: Updates undone because a server process died.
         start_seconds: Real seconds from the beginning of the run to its first ticket; 0 before.
-        updated_seconds: Real seconds from the same beginning to the last applied gradient, or to the first process without one.
+        updated_seconds: Real seconds from the same beginning to the last applied gradient; where this process has applied none,
+            and what was applied is undone, to its own beginning.
     """
 
     _COUNTS = struct.Struct("<3q3d")
@@ -51,9 +52,9 @@ class RunCounters:
 
     @classmethod
     def began(cls, run_dir: Path, began: float) -> float:
-        """The time at which a run began, on the monotonic clock of this machine: before an earlier start of torchrun's ranks.
+        """The time at which a run began, on the monotonic clock of this machine: with the first start of its ranks.
 
-        Between two starts the system's clock counts, as they may be on two machines.
+        Between two starts, by torchrun or Slurm, the system's clock counts, as they may be on two machines.
 
         Args:
             run_dir: The run directory.

@@ -131,9 +131,9 @@ class FileJournal(Journal):
         clock: The run's seconds; without one, calls have no time.
 
     Raises:
-        OSError: from any method, where the disk is full or broken; what was acknowledged before is safe. `sync` fails from
-            then on: a failed append may have left a torn record, which hides every later one; after a failed fsync the system
-            may have dropped what the next one reports as written; and after a failed rotation records lie in the wrong segment.
+        OSError: from any method, where the disk is full or broken; what was acknowledged before is safe. After a failed append,
+            fsync or rotation every later one fails: a torn record hides those after it, the system may have dropped what the
+            next fsync reports as written, and records would lie in the wrong segment.
     """
 
     durable = True
@@ -182,8 +182,7 @@ class FileJournal(Journal):
     def sync(self) -> None:
         target = self._appended
         with self._syncing:
-            if self._failure is not None:
-                raise OSError(self._failure.errno, self._failure.strerror) from self._failure
+            self._refuse_after_failure()
             if self._synced >= target:
                 return
             reached, unsynced, self._unsynced_files = self._appended, self._unsynced_files, []
@@ -196,6 +195,7 @@ class FileJournal(Journal):
 
     @override
     def rotate(self) -> None:
+        self._refuse_after_failure()
         with self._syncing, self._keeping_failure():
             self.segment += 1
             former, self._file = self._file, self._open()
@@ -217,14 +217,19 @@ class FileJournal(Journal):
 
     @contextlib.contextmanager
     def _keeping_failure(self) -> Generator[None]:
-        """Let `sync` fail from now on where this does."""
+        """Remember an OSError of the body, so that every later call raises it."""
         try:
             yield
         except OSError as error:
             self._failure = error
             raise
 
+    def _refuse_after_failure(self) -> None:
+        if self._failure is not None:
+            raise OSError(self._failure.errno, self._failure.strerror) from self._failure
+
     def _append(self, call: Mapping[str, Any], tensors: Iterable[torch.Tensor] = ()) -> None:
+        self._refuse_after_failure()
         timed = call if self._clock is None else {**call, "seconds": self._clock()}
         line = json.dumps(timed).encode() + b"\n"
         parts = [memoryview(line), *(_memory(tensor) for tensor in tensors)]
@@ -244,7 +249,7 @@ def recover(
     first: int,
     server: ParameterServer,
     set_clock: Callable[[float], None] = lambda _: None,
-    made: Callable[[], None] = lambda: None,
+    after_each: Callable[[], None] = lambda: None,
 ) -> int:
     """Make the calls of a segment and all later ones again, up to a missing segment; return their number.
 
@@ -253,7 +258,7 @@ def recover(
         first: The number of the segment.
         server: The server, as the checkpoint has it that the segment follows.
         set_clock: Called before each call that has a time, which one of an earlier version has not.
-        made: Called after each.
+        after_each: Called after each call.
     """
     folder, count = run_dir / FOLDER, 0
     present = sorted(number for number in _segment_numbers(folder) if number >= first)
@@ -268,7 +273,7 @@ def recover(
             if "seconds" in call:
                 set_clock(call["seconds"])
             _apply(server, call, payload)
-            made()
+            after_each()
             count += 1
     return count
 

@@ -64,8 +64,8 @@ class Summary(Metrics):
     epochs: float | None = entry("passes over the training data")
     wall_seconds: float | None = entry(
         "real seconds from the start of the launcher's process (its imports included; in a sweep or from Python: of the call; "
-        "where torchrun has started it again: the first one) to the end of all other processes; start, training and end, and "
-        "the time without a server where one was restarted"
+        "where torchrun or Slurm has started it again: the first one) to the end of all other processes; start, training and "
+        "end, and the time without a server where one was restarted"
     )
     start_seconds: float | None = entry("real seconds from the same start to the first ticket")
     training_seconds: float | None = entry(

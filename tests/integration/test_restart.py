@@ -62,18 +62,21 @@ def test_a_journal_restores_a_corrected_momentum_in_the_midst_of_a_schedule(
     second.die()
 
 
+@pytest.mark.parametrize("when", ["during", "after"])
 @pytest.mark.parametrize("journal", [False, True])
 @pytest.mark.parametrize("every", [0, 10])
-def test_evaluations_since_the_checkpoint_are_made_again(every: int, journal: bool, tmp_path: Path) -> None:
+def test_evaluations_since_the_checkpoint_are_made_again(every: int, journal: bool, when: str, tmp_path: Path) -> None:
     """Also that of the checkpoint's own iteration, which was not ready when it was written."""
     targets = (0.07, 0.09, 0.0995, 0.5)
-    evaluate = {"every": 5, "targets": targets, "patience": 40}
+    evaluate = {"every": 5, "targets": targets, "when": when}
 
     def evaluated(name: str, *deaths: int) -> list[dict[str, Any]]:
         incarnation = Incarnation(tmp_path / name, 0, every=every, journal=journal, evaluate=evaluate, best=True)
         for number, death in enumerate(deaths, 1):
             push_until(incarnation, death)
             incarnation.die()
+            if number == 1:  # as if the death had come before it was written
+                (tmp_path / name / "snapshots" / "000000000020.pt").unlink(missing_ok=True)
             incarnation = Incarnation(tmp_path / name, number, every=every, journal=journal, evaluate=evaluate, best=True)
         push_until(incarnation, 60)
         summary = incarnation.session.close(incarnation.server.state_dict(), wait=True)
@@ -88,6 +91,22 @@ def test_evaluations_since_the_checkpoint_are_made_again(every: int, journal: bo
     assert [row["iteration"] for row in killed] == [row["iteration"] for row in whole] == list(range(5, 61, 5))
     values = [[(row["seconds"], row["test_accuracy"], row["val_loss"]) for row in rows] for rows in (killed, whole)]
     assert values[0][:4] == values[1][:4], "up to the first death"
+
+
+def test_all_evaluations_of_recovered_gradients_are_made_again(tmp_path: Path) -> None:
+    evaluate = {"every": 2, "targets": [0.5]}
+    first = Incarnation(tmp_path, 0, journal=True, evaluate=evaluate)
+    first.push(41)
+    rows = [row for row in read_metrics(tmp_path) if "test_accuracy" in row]
+    assert len(rows) == 20
+    first.die()
+    second = Incarnation(tmp_path, 1, journal=True, evaluate=evaluate)
+    second.session.flush()
+    second.die()
+    again = [row for row in read_metrics(tmp_path) if "test_accuracy" in row]
+    kept = ("iteration", "seconds", "test_accuracy", "val_loss")
+    assert [[row[key] for key in kept] for row in again] == [[row[key] for key in kept] for row in rows]
+    assert second.session.evaluations.skipped == 0
 
 
 def push_until(incarnation: Incarnation, iteration: int) -> None:

@@ -92,6 +92,21 @@ def test_a_run_that_goes_on_from_one_that_has_ended_counts_from_the_beginning(tm
 
 
 @pytest.mark.slow
+def test_targets_that_are_given_to_a_resumed_simulation_count_from_its_beginning(tmp_path: Path) -> None:
+    """Without targets the checkpoint of an epoch's end is copied before the evaluation of that epoch."""
+    keys = (*DIGITS[:-1], "train.epochs=3", "checkpoint.keep=9", "train.batch_size=80")
+    targets = "evaluate.targets=[0.05]"
+    whole = train([*keys, targets], run_dir=tmp_path / "whole")
+    train([*keys, "checkpoint.every=18"], run_dir=tmp_path / "first")
+    sources = complete(tmp_path / "first")
+    assert len(sources) == 3, "an epoch has 18 tickets"
+    for number, source in enumerate(sources[:-1]):
+        again = train([*keys, targets, f"checkpoint.resume={source}"], run_dir=tmp_path / f"resumed{number}")
+        assert {**entries(again), "val_seconds_to": None} == {**entries(whole), "val_seconds_to": None}
+    assert whole["gradients_to"] == {"0.05": 18}
+
+
+@pytest.mark.slow
 def test_the_report_has_a_column_for_each_target_and_says_how_many_runs_reached_it(tmp_path: Path) -> None:
     keys = (*DIGITS, *TARGETS[:1], "evaluate.targets=[0.3, 0.99]")
     runs = [train([*keys, f"seed={seed}"], run_dir=tmp_path / str(seed)) for seed in (0, 1)]

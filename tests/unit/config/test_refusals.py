@@ -234,7 +234,12 @@ def test_an_option_that_the_delay_adaptive_rule_does_not_use_is_refused(
         ("bogus", "bogus: expected KEY=VALUE"),
         ("++experiment=fashion_cnn", r"\+\+experiment=fashion_cnn: got a plus before a group; write experiment=fashion_cnn"),
         ("+algorithm=asgd", r"\+algorithm=asgd: got a plus before a group; write algorithm=asgd"),
-        ("algorithm.name=asgd", r"algorithm\.name: got asgd, expected algorithm=asgd, which has its options too"),
+        ("algorithm.name=asgd", r"algorithm\.name: got asgd, expected algorithm=asgd, which has the options too"),
+        (
+            "algorithm.name='asgd',ormo",
+            r"algorithm\.name: got 'asgd',ormo, expected algorithm=asgd,ormo, which has the options too",
+        ),
+        (f"algorithm.name={'x' * 300}", "algorithm: got 'x*', expected one of .*"),
         ("train.lr_factors=[1]", r"train\.lr_factors: got a list, expected a dictionary, as in \{KEY: VALUE\}"),
         ("train.lr=[", "no viable alternative at input .*"),
         ("model.kwargs.width=3", r"model\.kwargs\.width: keywords stand beside _target_; use \+model\.width=3"),

@@ -295,9 +295,9 @@ def test_after_a_failed_append_nothing_is_acknowledged(tmp_path: Path, monkeypat
     with pytest.raises(OSError, match="No space left on device"):
         journal.join(0)
     monkeypatch.undo()
-    journal.join(1)
-    with pytest.raises(OSError, match="No space left on device"):
-        journal.sync()
+    for later in (lambda: journal.join(1), journal.rotate, journal.sync):
+        with pytest.raises(OSError, match="No space left on device"):
+            later()
 
 
 @pytest.mark.parametrize("failing", ["fsync", "open"])
@@ -315,7 +315,6 @@ def test_after_a_failed_fsync_or_rotation_nothing_is_acknowledged(
         patched.setattr(os, failing, fail)
         with pytest.raises(OSError, match="Input/output error"):
             journal.sync() if failing == "fsync" else journal.rotate()
-    journal.join(1)
-    for _ in range(2):
+    for later in (lambda: journal.join(1), journal.rotate, journal.sync, journal.sync):
         with pytest.raises(OSError, match="Input/output error"):
-            journal.sync()
+            later()

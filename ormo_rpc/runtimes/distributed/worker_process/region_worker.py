@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 
-from ormo_rpc import devices
 from ormo_rpc.algorithms._regions import TwoLevels
 from ormo_rpc.config.parsing import parse_text
 from ormo_rpc.data.tickets import TicketParts
 from ormo_rpc.kernels.page_locked import zeros
-from ormo_rpc.runtimes.configured import DEVICE, time_generator
+from ormo_rpc.runtimes.configured import computing_device, time_generator
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.worker.heterogeneity import cpu_seconds
 
@@ -41,7 +40,7 @@ def main(descriptor: int) -> None:
             assert isinstance(config.algorithm, TwoLevels)
             torch.set_num_threads(config.runtime.threads)
             job = Job(config)
-            device = devices.use(devices.resolve(config.worker.device, key=DEVICE, worker=number))
+            device = computing_device(config, number)
             worker = job.worker(functools.partial(zeros, page_locked=device.type == "cuda"), device)
             worker.epochs = TicketParts(job.epochs, config.algorithm.region_parts)
             worker.warm_up()
