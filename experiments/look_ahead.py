@@ -2,8 +2,9 @@
 
 ``f(x) = 1/2 sum_j h_j x_j^2`` with the curvatures from 1 to 1/100, so that the optimum is known; a gradient is ``h_j x_j`` with
 Gaussian noise of the standard deviation ``sigma sqrt(h_j)``, ``sigma`` growing as ``sqrt(K)``. K workers, beta = 0.9. Measured
-is the virtual time, in units of an undisturbed gradient, until ``f`` is below 3% of that at the start, ``x_j = 1``, three
-evaluations in a row on average. For each rule and setting, the learning rate is the one of a grid at which the mean time of
+is the virtual time, in units of an undisturbed gradient, until ``f`` is below 3% of that at the start, ``x_j = 1``: three
+evaluations in a row on average, K / 4 gradients apart, and of synchronous rules, which have no parameters in between, one
+evaluation at the end of a round. For each rule and setting, the learning rate is the one of a grid at which the mean time of
 eight seeds is the shortest; the times of eight other seeds are reported. All rules are linear in the gradient, so that a run
 carries all rates and seeds at once, as blocks of its parameters whose gradients are multiplied by the rate. Writes
 ``results/look_ahead.json`` and ``.md``.
@@ -89,23 +90,25 @@ def losses(
         grad = grad.nan_to_num(0.0, 0.0, 0.0).clamp(-1e50, 1e50)
         push = Push(worker=reply.worker, ticket=reply.ticket, stamp=reply.stamp, grad=grad.flatten())
         send(server.receive(push), now)
-        if (t + 1) % max(1, workers // 4) == 0:
+        if (t + 1) % (workers if scheduler == "sync" else max(1, workers // 4)) == 0:
             evaluated.append(now)
             values.append((server.params.view(shape).square() * CURVATURES).sum(-1) / CURVATURES.sum())
     return evaluated, torch.stack(values)
 
 
-def times_to_target(evaluated: Sequence[float], values: Tensor) -> Tensor:
-    """The times at which the mean of three evaluations was first below the target, infinite for never, shape (rates, seeds)."""
-    smooth = values.unfold(0, 3, 1).mean(-1) < TARGET
+def times_to_target(evaluated: Sequence[float], values: Tensor, number: int) -> Tensor:
+    """The times at which the mean of a number of evaluations was first below the target, infinite: never; (rates, seeds)."""
+    smooth = values.unfold(0, number, 1).mean(-1) < TARGET
     first = smooth.to(torch.uint8).argmax(0)
-    times = torch.tensor(evaluated, dtype=torch.float64)[first + 2]
+    times = torch.tensor(evaluated, dtype=torch.float64)[first + number - 1]
     return times.where(smooth.any(0), math.inf)
 
 
 def case(rule: str, setting: str, workers: int, noise: str) -> dict[str, Any]:
     """Tune one rule in one setting, and measure it."""
-    times = times_to_target(*losses(*RULES[rule], setting, workers, NOISES[noise]))
+    make, scheduler = RULES[rule]
+    number = 1 if scheduler == "sync" else 3
+    times = times_to_target(*losses(make, scheduler, setting, workers, NOISES[noise]), number)
     tuning = times[:, len(SEEDS) :].mean(1)
     best = int(tuning.argmin())
     if best in (0, len(RATES) - 1) or not tuning[best].isfinite():
@@ -152,9 +155,9 @@ def main() -> None:
     ]
     stated = (
         "`python -m experiments.look_ahead`: noisy quadratics of 24 parameters, condition 100, beta = 0.9; virtual time, in "
-        "units of an undisturbed gradient, until the mean of three evaluations of the loss is below 3% of that at the start; "
-        "mean and standard deviation over 8 seeds, in brackets the learning rate times K, tuned for each with 8 other seeds. "
-        f"torch {machine['torch']}, float64."
+        "units of an undisturbed gradient, until the mean of three evaluations of the loss (of synchronous rules: one, at the "
+        "end of a round) is below 3% of that at the start; mean and standard deviation over 8 seeds, in brackets the learning "
+        f"rate times K, tuned for each with 8 other seeds. torch {machine['torch']}, float64."
     )
     (into / "look_ahead.json").write_text(json.dumps({"environment": machine, "target": TARGET, "rows": rows}, indent=1) + "\n")
     (into / "look_ahead.md").write_text(f"# Look-ahead on quadratics\n\n{stated}\n\n" + "\n\n".join(parts) + "\n")

@@ -32,12 +32,13 @@ def run(workers: int, latency: float) -> tuple[str, ...]:
         )
     )
     target = applied[0]["loss"] / 20
-    reached = next((event for event in applied if event["loss"] <= target), None)
+    # The loss of a gradient is that of its stamp's parameters.
+    stamp = next((event["stamp"] for event in applied if event["loss"] <= target), None)
     return (
         *(str(workers), f"{latency:g}", str(pushes), f"{summary['delay_mean']:.1f}", f"{summary['server_load']:.1%}"),
         f"{summary['server_queue_seconds'] / pushes:.4f}",
-        "not reached" if reached is None else f"{reached['seconds']:.1f}",
-        "not reached" if reached is None else str(reached["iteration"] + 1),
+        "not reached" if stamp is None else f"{applied[stamp - 1]['seconds']:.1f}",
+        "not reached" if stamp is None else str(stamp),
     )
 
 

@@ -118,8 +118,13 @@ def best_synchronous(cell: Mapping[str, Row]) -> Row | None:
 
 
 def best_m_sync(cell: Mapping[str, Row]) -> Row | None:
-    """The best m-synchronous SGD of a cell, with or without cancelling, with heavy ball."""
-    return best_of(cell, ("m_sync", "m_sync_cancel"))
+    """The best m-synchronous SGD of a cell, with or without cancelling, with heavy ball; with m = K it is DDP."""
+    return best_of(cell, ("ddp", "m_sync", "m_sync_cancel"))
+
+
+def best_m_sync_nesterov(cell: Mapping[str, Row]) -> Row | None:
+    """The best m-synchronous SGD of a cell with Nesterov momentum; with m = K it is DDP."""
+    return best_of(cell, ("ddp_nesterov", "m_sync_nesterov"))
 
 
 def rates_tried(row: Row) -> int:

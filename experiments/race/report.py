@@ -205,7 +205,8 @@ def _stated(results: Results, race: Race) -> str:
     command = " ".join(filter(None, ("python -m experiments.race", race.option)))
     momenta = ", ".join(f"{each:g}" for each in content["momenta"])
     of_momentum = "" if len(content["momenta"]) == 1 else " (each makes a variant of every variant)"
-    rarest = max((_variant(row, results).between(content["every"]) for row in results.rows), default=content["every"])
+    tried = [each for row in results.rows for each in CONTENDERS[row["contender"]].variants(row["workers"])]
+    rarest = max((each.between(content["every"]) for each in tried), default=content["every"])
     seeds = sorted({run["seed"] for row in results.rows for run in row["runs"]})
     grids = "; ".join(
         f"K = {workers}: {', '.join(f'{rate:g}' for rate in rates)}"
@@ -224,7 +225,7 @@ def _stated(results: Results, race: Race) -> str:
         f"Times are medians over seeds {', '.join(map(str, seeds))} on the test split (over those that a contender has),",
         "ratios those of the medians over the seeds that both have; each is the time at which the mean of",
         f"{content['smooth']} evaluations in a row, about every {content['every']} gradients and at the end of a round",
-        f"(so up to {rarest:,} apart), reaches the target;",
+        f"(so up to {rarest:,} apart, with the longest rounds that were tried, which those are judged by), reaches the target;",
         "accuracies in the end are the mean of the last",
         f"{content['smooth']}, with mean and standard deviation over seeds.",
         *_of_partial(results),

@@ -16,7 +16,7 @@ from ormo_rpc.algorithms.base import PullContext, PushContext
 def test_the_time_is_that_of_the_last_of_three_evaluations_whose_mean_is_below_the_target() -> None:
     # The target is 0.03. Means of three: 0.05, 0.03 (not below), 0.02. The second never gets there.
     values = torch.tensor([[0.07, 0.05, 0.03, 0.01, 0.02], [1.0, 1.0, 1.0, 1.0, math.nan]], dtype=torch.float64).T[:, None, :]
-    times = look_ahead.times_to_target([1.0, 2.0, 4.0, 8.0, 16.0], values)
+    times = look_ahead.times_to_target([1.0, 2.0, 4.0, 8.0, 16.0], values, 3)
     assert times.tolist() == [[16.0, math.inf]]
 
 
@@ -55,6 +55,19 @@ def test_a_run_ends_near_the_optimum_at_a_moderate_rate(monkeypatch: pytest.Monk
     assert evaluated[-1] == 60.0
     assert values.shape == (120, len(look_ahead.RATES), 16)
     assert values[-1, 4].max() < 0.01 < values[0].min()
+
+
+def test_synchronous_rules_are_evaluated_at_the_ends_of_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(look_ahead, "BUCKETS", 6)
+    evaluated, values = look_ahead.losses(*look_ahead.RULES["heavy ball, sync"], "one_slow", 4, 0.0)
+    assert evaluated == [10.0, 20.0, 30.0, 40.0, 50.0, 60.0], "of which the slow worker takes 10 each"
+    # Plain heavy ball, of the same rates, without noise.
+    x, u = (torch.full((len(look_ahead.RATES), 24), value, dtype=torch.float64) for value in (1.0, 0.0))
+    for value in values:
+        u = 0.9 * u + look_ahead.RATES[:, None] * look_ahead.CURVATURES * x
+        x = x - u
+        expected = (x.square() * look_ahead.CURVATURES).sum(-1) / look_ahead.CURVATURES.sum()
+        torch.testing.assert_close(value, expected[:, None].expand_as(value))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from experiments.race import report
-from experiments.race.figures import Results, best_asynchronous, best_m_sync
+from experiments.race.figures import Results, best_asynchronous, best_m_sync, best_m_sync_nesterov
 from experiments.race.formatting import shown
 from experiments.race.goals import goals as goals_of
 from experiments.race.setup import LONG, TUNED_MOMENTUM
@@ -131,7 +131,7 @@ def test_the_best_of_both_kinds_are_compared_at_each_target_and_in_the_end(resul
     expected = "| half_slow | 4 | ormo | m-sync, cancelling | 0.5 | 1.2 | 0.9 | rival: not reached | - | +0.50% | 1 |"
     assert expected in found.splitlines()
     page = report.page(results)
-    assert "the best asynchronous rule: 2 to 4; the best synchronous rule: 2 to 6; DDP: 2; the best m-sync: 4." in page, (
+    assert "the best asynchronous rule: 2 to 4; the best synchronous rule: 2 to 6; DDP: 2; the best m-sync: 2 to 6." in page, (
         "two rates of each row"
     )
 
@@ -187,3 +187,12 @@ def test_the_longer_job_has_tables_of_its_own_without_the_goals(results: Results
     assert "16 epochs" in page
     assert "## Goals" not in page
     assert "| ormo | 0.1 | 2 | 3 of 3 |" in page
+
+
+def test_with_m_of_all_workers_m_sync_is_ddp() -> None:
+    cell = {name: row(name, validation=time) for name, time in (("ddp", 5.0), ("m_sync", 6.0), ("m_sync_cancel", 7.0))}
+    cell |= {name: row(name, validation=time) for name, time in (("ddp_nesterov", 4.0), ("m_sync_nesterov", 3.0))}
+    assert best_m_sync(cell) == cell["ddp"]
+    assert best_m_sync_nesterov(cell) == cell["m_sync_nesterov"]
+    cell["ddp_nesterov"] = row("ddp_nesterov", validation=2.0)
+    assert best_m_sync_nesterov(cell) == cell["ddp_nesterov"]
