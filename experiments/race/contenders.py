@@ -16,8 +16,6 @@ from ormo_rpc.composing import compose
 from ormo_rpc.config.schema import Config
 from ormo_rpc.runtimes.configured import time_generator
 
-COMPUTE_SECONDS = 0.1
-"""Virtual seconds of a gradient that nothing slows down: the default of the simulator."""
 LOCAL_STEPS = (4, 16)
 """Local steps of local SGD."""
 
@@ -160,7 +158,7 @@ def draws(setting: str, workers: int, seed: int) -> Draw:
     """The times that the simulator draws for each worker's tickets, in its order."""
     config = _cell(setting, workers, seed)
     generators = [time_generator(config, worker) for worker in range(workers)]
-    return lambda worker: COMPUTE_SECONDS * config.slowdown(worker, generators[worker])
+    return lambda worker: config.sim.compute_seconds * config.slowdown(worker, generators[worker])
 
 
 @functools.lru_cache(maxsize=64)
