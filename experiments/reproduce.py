@@ -36,12 +36,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 
 from benchmarks import gpu_machine
 from benchmarks.measuring import ROOT, exit_on_sigterm
 from experiments import at_once, common, reproduce_report
-from experiments.race.runs import rule_options, rule_version
+from experiments.race.versions import run_version
 from experiments.reproduce_report import ALL_EPOCHS, Entry, default_epochs
 from experiments.resumable import ResumableRun, alone
 from ormo_rpc import devices
@@ -126,9 +125,8 @@ class Planned:
 
     @property
     def version(self) -> str:
-        """A digest of what determines its result: overrides, setting, and the source of the rule."""
-        setting = OmegaConf.to_container(OmegaConf.load(CONF / f"{self.experiment}.yaml"))
-        stated = [[*self.overrides], setting, rule_version(rule_options(self.overrides))]
+        """A digest of what determines its result: overrides, and their `run_version`, which has the setting."""
+        stated = [[*self.overrides], run_version(self.overrides)]
         return hashlib.sha256(json.dumps(stated).encode()).hexdigest()[:16]
 
     @property

@@ -11,8 +11,8 @@ from typing import Any
 from experiments.race import tuning
 from experiments.race.contenders import CONTENDERS, Unit, Variant, draws, round_ends, variants_of
 from experiments.race.figures import Row
-from experiments.race.runs import code_of, rule_options, rule_version
 from experiments.race.setup import SETTINGS, Setup
+from experiments.race.versions import code_of, run_version
 from ormo_rpc.errors import ConfigError
 
 KEYS = ("targets", "target", "machines", "not_run", "rows")
@@ -43,11 +43,11 @@ def job_of(setup: Setup, most: int | None = None) -> dict[str, Any]:
 
 
 def version(unit: Unit, setup: Setup) -> str:
-    """A digest of what else determines a row: variants, the source of rules and of the tuning, and the first times drawn."""
+    """A digest of what else determines a row: variants, `run_version`, the source of the tuning, and the first times."""
     variants = [
         [
             *(each.name, each.overrides, each.members, each.divisor, each.steps),
-            *(rule_version(rule_options(each.overrides)), _first_times(unit, each, setup)),
+            *(run_version((*setup.job, *each.overrides)), _first_times(unit, each, setup)),
         ]
         for each in variants_of(unit.contender, unit.workers, setup.momenta)
     ]

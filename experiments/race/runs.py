@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import functools
 import hashlib
-import importlib
 import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from typing_extensions import override
 
 from experiments.common import QUIET, write_results
-from ormo_rpc import algorithms, schedulers
-from ormo_rpc.algorithms import base, groups
+from experiments.race.versions import run_version
 from ormo_rpc.composing import compose
 from ormo_rpc.config.schema import Config
 from ormo_rpc.data import DataSet
@@ -31,7 +28,6 @@ from ormo_rpc.runtimes import simulator
 from ormo_rpc.runtimes.configured import configured_evaluator
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.runtimes.temporary import temporary_folder
-from ormo_rpc.schedulers.base import Scheduler
 from ormo_rpc.storage.environment import arithmetic
 from ormo_rpc.storage.run_directory import read_metrics
 from ormo_rpc.worker.evaluation import Evaluator
@@ -120,7 +116,7 @@ class Store:
         key = {
             "overrides": [*overrides],
             "split": split,
-            "rule": rule_version(rule_options(overrides)),
+            "version": run_version(overrides),
             **({} if self.most is None else {"most": self.most}),
         }
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
@@ -256,61 +252,3 @@ def kept(dataset: DataSource, device: torch.device) -> Mapping[str, Split]:
         assert isinstance(split, ArraySplit), "images in memory"
         found[name] = NormalisedSplit(split) if device.type == "cpu" and not split.augment else split.to(device)
     return found
-
-
-def rule_options(overrides: Sequence[str]) -> tuple[str, ...]:
-    """Those of the overrides that name a rule and its scheduler, and their options."""
-    return tuple(each for each in overrides if each.startswith(("algorithm", "scheduler")))
-
-
-@functools.cache
-def rule_version(overrides: tuple[str, ...]) -> str:
-    """A digest of the source of the rule that these overrides name: a changed rule's former runs do not count.
-
-    Docstrings and comments do not matter. It covers the modules of the rule's class and its bases, and what these import from
-    ``ormo_rpc/algorithms``, and likewise those of a scheduler that is named; but not the contracts in ``base.py`` and the
-    groups of parameters, which change nothing that a rule computes.
-    """
-    config = compose(overrides)
-    kinds = [*type(config.algorithm).__mro__]
-    if any(each.startswith("scheduler=") for each in overrides):
-        kinds += type(config.scheduler).__mro__
-    packages = tuple(f"{package.__name__}." for package in (algorithms, schedulers))
-    contracts = (base.__name__, groups.__name__, Scheduler.__module__)
-    waiting, sources = [kind.__module__ for kind in kinds], dict[str, str]()
-    while waiting:
-        name = waiting.pop()
-        if name.startswith(packages) and name not in (*contracts, *sources):
-            tree = _tree(name)
-            sources[name] = _without_docstrings(tree)
-            waiting += [each.module for each in ast.walk(tree) if isinstance(each, ast.ImportFrom) and each.module]
-    return hashlib.sha256("\n".join(source for _, source in sorted(sources.items())).encode()).hexdigest()[:16]
-
-
-def code_of(module: str) -> str:
-    """The syntax tree of a module as text, without docstrings and comments."""
-    return _without_docstrings(_tree(module))
-
-
-def _tree(module: str) -> ast.Module:
-    return ast.parse(Path(importlib.import_module(module).__file__ or "").read_text())
-
-
-def _without_docstrings(tree: ast.Module) -> str:
-    """The text of a syntax tree, after its docstrings were taken out of it."""
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-            node.body = [
-                each for each in node.body if not (isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant))
-            ]
-    return _text(tree)
-
-
-def _text(node: object) -> str:
-    """Write a syntax tree without what is empty, unlike `ast.dump`: newer versions of Python know more fields."""
-    if isinstance(node, list):
-        return f"[{', '.join(map(_text, cast('list[object]', node)))}]"
-    if not isinstance(node, ast.AST):
-        return repr(node)
-    present = [f"{name}={_text(value)}" for name, value in ast.iter_fields(node) if value is not None and value != []]
-    return f"{type(node).__name__}({', '.join(present)})"

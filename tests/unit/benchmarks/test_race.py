@@ -17,10 +17,11 @@ from experiments.race import __main__ as command
 from experiments.race.contenders import CONTENDERS, Unit, variants_of
 from experiments.race.earlier import earlier_rows, version
 from experiments.race.figures import Row, time_to
-from experiments.race.runs import QUIET, Missing, Record, Store, rule_version
+from experiments.race.runs import QUIET, Missing, Record, Store
 from experiments.race.setup import CELLS, DEFAULT_MOMENTUM, SETTINGS, Race, Setup
 from experiments.race.tuning import Tried, Tuned, tune
 from experiments.race.units import CHOICE, collected, content, lacking, outcome, planned_runs, units
+from experiments.race.versions import run_version
 from ormo_rpc.algorithms.ormo_la import OrMoLA
 from ormo_rpc.composing import compose
 from ormo_rpc.errors import ConfigError
@@ -86,32 +87,9 @@ def test_a_changed_rule_is_run_again(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert store.made == 1
     with pytest.raises(Missing):
         Store(tmp_path, None).run(overrides, "validation")
-    monkeypatch.setattr("experiments.race.runs.rule_version", lambda _overrides: "changed")
+    monkeypatch.setattr("experiments.race.runs.run_version", lambda _overrides: "changed")
     store.run(overrides, "test")
     assert store.made == 2
-
-
-def test_the_version_of_a_rule_is_that_of_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert rule_version(("algorithm=ormo",)) == rule_version(("algorithm=ormo", "algorithm.momentum_correction=true"))
-    assert rule_version(("algorithm=ormo",)) != rule_version(("algorithm=ormo_da",))
-    # What a rule imports counts as well: local SGD takes its steps by a function of another module.
-    # So does a scheduler that is named.
-    rules = (
-        *(("algorithm=local_sgd", "algorithm.local_steps=2"), ("algorithm=ormo",)),
-        *(("algorithm=ormo", "scheduler=partial", f"scheduler.k={k}") for k in (2, 3)),
-    )
-    read = Path.read_text
-    before = [rule_version(rule) for rule in rules]
-    rule_version.cache_clear()
-    monkeypatch.setattr(
-        Path,
-        "read_text",
-        lambda self: read(self) + ("\nCHANGED = 1\n" if self.name in ("_local_steps.py", "partial.py") else ""),
-    )
-    after = [rule_version(rule) for rule in rules]
-    rule_version.cache_clear()
-    assert [former == now for former, now in zip(before, after, strict=True)] == [False, True, False, False]
-    assert before[1] != before[2] == before[3]
 
 
 @pytest.mark.slow
@@ -224,7 +202,7 @@ def test_rows_count_only_with_their_rule_variants_times_and_held_out_samples(
         with pytest.raises(ConfigError, match="got 1 of 2 rows"):
             counted(odd)
     changes: list[tuple[str, Any, list[str]]] = [
-        ("rule_version", lambda rule: "new" if "algorithm=ormo" in rule else rule_version(rule), ["local_sgd"]),
+        ("run_version", lambda rule: "new" if "algorithm=ormo" in rule else run_version(rule), ["local_sgd"]),
         ("round_ends", lambda *_, **__: [1.0], ["ormo"]),
         ("draws", lambda *_: lambda _worker: 0.5, ["local_sgd"]),
         ("code_of", lambda _module: "new", []),

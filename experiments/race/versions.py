@@ -1,0 +1,116 @@
+"""What determines a run beside its overrides: the source of its rule, and the defaults of its configuration."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from ormo_rpc import algorithms, schedulers
+from ormo_rpc.algorithms import base, groups
+from ormo_rpc.composing import compose
+from ormo_rpc.config.parsing import to_tree
+from ormo_rpc.config.schema import GROUPS, Config
+from ormo_rpc.kernels import steps
+from ormo_rpc.schedulers.base import Scheduler
+
+CONTRACTS = (base.__name__, groups.__name__, Scheduler.__module__)
+"""Modules of the rules and schedulers that change nothing of what one computes."""
+SECTIONS = (
+    *(
+        "algorithm",
+        "scheduler",
+        "dataset",
+        "model",
+        "task",
+        "heterogeneity",
+        "train",
+        "worker",
+        "wire",
+        "compression",
+        "evaluate",
+    ),
+)
+"""Sections of the configuration on which a simulation's results depend."""
+WITHOUT_EFFECT = ("dataset.root", "dataset.verify", "worker.device")
+"""Options of these sections by which results do not count as others."""
+
+
+def run_version(overrides: Sequence[str]) -> str:
+    """A digest of what determines a simulated run beside its overrides: a changed rule's or default's runs do not count.
+
+    It covers the source of the rule, of its scheduler and of the server's steps; and the options of the groups that the
+    overrides choose, such as the width of a model, but those that are off: a new option that is off changes nothing. It does
+    not cover the code of models, data, workers and the simulator, which `tests/integration/test_golden_runs.py` holds.
+
+    Args:
+        overrides: Of the run, at least those that choose groups and those of the rule and its scheduler.
+
+    Raises:
+        ConfigError: an override is wrong.
+    """
+    keys = [each.partition("=")[0] for each in overrides]
+    chosen = [key in (*GROUPS, "experiment") or key.startswith(("algorithm.", "scheduler.")) for key in keys]
+    return _version(tuple(each for each, counts in zip(overrides, chosen, strict=True) if counts))
+
+
+@functools.cache
+def _version(overrides: tuple[str, ...]) -> str:
+    config = compose(overrides)
+    stated = [_sources(config), _options(config)]
+    return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _options(config: Config) -> Mapping[str, Any]:
+    """The options of `SECTIONS` that are not off."""
+    tree = to_tree(config)
+    found = {f"{section}.{key}": value for section in SECTIONS for key, value in tree[section].items()}
+    return {key: value for key, value in found.items() if value and value != "none" and key not in WITHOUT_EFFECT}
+
+
+def _sources(config: Config) -> Mapping[str, str]:
+    """The code of the modules of a rule's and a scheduler's classes and their bases, and of what these import of such."""
+    packages = tuple(f"{package.__name__}." for package in (algorithms, schedulers))
+    waiting = [kind.__module__ for part in (config.algorithm, config.scheduler) for kind in type(part).__mro__]
+    found = dict[str, str]()
+    while waiting:
+        name = waiting.pop()
+        if ((name.startswith(packages) and name not in CONTRACTS) or name == steps.__name__) and name not in found:
+            tree = _tree(name)
+            found[name] = _without_docstrings(tree)
+            waiting += [each.module for each in ast.walk(tree) if isinstance(each, ast.ImportFrom) and each.module]
+    return found
+
+
+def code_of(module: str) -> str:
+    """The syntax tree of a module as text, without docstrings and comments."""
+    return _without_docstrings(_tree(module))
+
+
+def _tree(module: str) -> ast.Module:
+    return ast.parse(Path(importlib.import_module(module).__file__ or "").read_text())
+
+
+def _without_docstrings(tree: ast.Module) -> str:
+    """The text of a syntax tree, after its docstrings were taken out of it."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            node.body = [
+                each for each in node.body if not (isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant))
+            ]
+    return _text(tree)
+
+
+def _text(node: object) -> str:
+    """Write a syntax tree without what is empty, unlike `ast.dump`: newer versions of Python know more fields."""
+    if isinstance(node, list):
+        return f"[{', '.join(map(_text, cast('list[object]', node)))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    present = [f"{name}={_text(value)}" for name, value in ast.iter_fields(node) if value is not None and value != []]
+    return f"{type(node).__name__}({', '.join(present)})"
