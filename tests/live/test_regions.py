@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import psutil
@@ -9,6 +10,9 @@ import pytest
 import torch
 
 from ormo_rpc import train
+from ormo_rpc.composing import compose
+from ormo_rpc.runtimes.distributed.worker_process.region import RegionProcesses
+from ormo_rpc.runtimes.job import Job
 from ormo_rpc.storage import checkpoint
 from tests.support.processes import QUIET, descendants, events, gone, launched, processes, summary, wait_until
 
@@ -50,6 +54,24 @@ def test_the_tickets_of_a_killed_region_and_of_a_killed_worker_of_one_count_once
     assert [event["worker"] for event in events(tmp_path, "leave")][:1] == [1]
     assert err.count("of this region ended with -9; another one is started") == 1, err
     assert gone(found)
+
+
+def test_a_worker_of_a_region_that_stops_reading_is_replaced(caplog: pytest.LogCaptureFixture) -> None:
+    options = ("algorithm=halos", "algorithm.region_workers=2", "algorithm.exchange=1", "algorithm.local_steps=1")
+    large = ("workers=1", "model.hidden=20000", "runtime.rpc_timeout_seconds=1")  # 6 MB, more than a socket takes in
+    job = Job(compose([*options, *large, *QUIET]))
+    region, reply = RegionProcesses(job, None), job.server(lambda _: None, lambda: 0.0).start()[0]
+    try:
+        region.compute(reply)
+        stopped = workers_of_regions(os.getpid())
+        assert len(stopped) == 2
+        for process in stopped:
+            process.suspend()
+        region.compute(reply)
+    finally:
+        region.close()
+    assert "ended with -9; another one is started" in caplog.text
+    assert gone(stopped)
 
 
 def test_edges_with_processes_of_their_own_make_the_updates_of_simulated_ones(tmp_path: Path) -> None:

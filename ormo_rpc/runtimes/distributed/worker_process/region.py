@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import pickle
 import socket
+import struct
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -43,8 +43,9 @@ class _Worker:
 class RegionProcesses:
     """The region of one membership: computes the push for a ticket by the processes of its own workers.
 
-    One that dies is replaced, at most ``runtime.max_restarts`` times each; meanwhile others do its tickets. Each loads the job
-    by itself, and ends with this process, even while it is stopped. To be used by one thread at a time.
+    One that dies, or that takes nothing of a message for ``runtime.rpc_timeout_seconds``, is replaced, at most
+    ``runtime.max_restarts`` times each; meanwhile others do its tickets. Each loads the job by itself, and ends with this
+    process, even while it is stopped. To be used by one thread at a time.
 
     Args:
         job: The run.
@@ -98,6 +99,9 @@ class RegionProcesses:
 
     def _start(self, number: int, region: int) -> None:
         ours, theirs = socket.socketpair()
+        seconds, microseconds = divmod(int(self.config.rpc.rpc_timeout_seconds * 1e6), 1_000_000)
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # of reads and writes in the middle of a message
+            ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, microseconds))
         with theirs:
             command = [sys.executable, "-m", MODULE, str(theirs.fileno())]
             process = subprocess.Popen(
@@ -160,5 +164,9 @@ class RegionProcesses:
         for reply in replies:
             worker = self._workers.get(reply.worker)
             if worker is not None:
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # noticed when it is read
+                try:
                     worker.pipe.send_bytes(pickle.dumps(reply, pickle.HIGHEST_PROTOCOL))
+                except BlockingIOError:  # it is stopped, or hangs
+                    worker.process.kill()
+                except (BrokenPipeError, ConnectionResetError):  # noticed when it is read
+                    pass
