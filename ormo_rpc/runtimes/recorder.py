@@ -44,7 +44,6 @@ class Recorder:
     Args:
         job: The run.
         directory: Receives trace and metrics.
-        logs: Receive every row of metrics too, once they have started; those before are kept for them.
         clock: Seconds since the run began.
         extra_metrics: Returns metrics by name that the runtime measures itself, such as lock times.
     """
@@ -53,7 +52,6 @@ class Recorder:
         self,
         job: JobLike,
         directory: RunDirectory,
-        logs: Future[list[RunLog]],
         clock: Callable[[], float],
         extra_metrics: Callable[[], Mapping[str, Any]],
     ) -> None:
@@ -70,12 +68,16 @@ class Recorder:
         """Gradients since that row."""
         self._row_written = 0.0
         """Time at which that row was written."""
-        self._starting: Future[list[RunLog]] | None = logs
+        self._starting: Future[list[RunLog]] | None = None
         self._logs: list[RunLog] = []
         self._kept: list[tuple[Mapping[str, Any], Statistics]] = []
         """Rows for logs that have not started yet."""
-        self._take_logs(wait=False)
         self._iterations_between_rows = job.config.logger.iterations_between_rows(job.total_tickets)
+
+    def give_rows_to(self, logs: Future[list[RunLog]]) -> None:
+        """Give logs every row from now on too; until they have started rows are kept for them."""
+        self._starting = logs
+        self._take_logs(wait=False)
 
     def continue_from(self, statistics: Mapping[str, Any]) -> None:
         """Count on from the statistics in a checkpoint."""

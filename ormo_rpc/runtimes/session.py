@@ -76,9 +76,8 @@ class Session:
         self.job = job
         self.directory = RunDirectory(run_dir)
         self.clock = clock
-        info = _run_info(job, run_dir)
-        logs = evaluation_executor.submit(start_logs, config.logger, info, terminal)  # wandb's takes a second or more
-        self.recorder = Recorder(job, self.directory, logs, clock, lambda: {**self._measured(), **extra_metrics()})
+        self.recorder = Recorder(job, self.directory, clock, lambda: {**self._measured(), **extra_metrics()})
+        self._start_logs = lambda: evaluation_executor.submit(start_logs, config.logger, _run_info(job, run_dir), terminal)
         self.server = job.server(self.recorder.record, clock)
         if (more := more_than_workers(config)) is not None:
             _log.warning(
@@ -136,6 +135,8 @@ class Session:
             self._check_fingerprint(buffer_values=own is None)
             if own is None:
                 self.directory.truncate(self.directory.header_bytes(), 0)
+        self.recorder.give_rows_to(self._start_logs())  # wandb's takes a second or more; it is given the rows that are left
+        if incarnation > 0:
             first = 0 if own is None else checkpoint.segment_of(own)
             recover(path, first, self.server, self._set_clock, self._evaluate_recovered)
             self.server.resume_as(incarnation)

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from ormo_rpc.loggers import Logger, RunInfo, RunLog
+from ormo_rpc.runtimes import session
 from ormo_rpc.storage import checkpoint
+from ormo_rpc.storage.run_directory import rows_so_far
 from tests.support.incarnation import Incarnation
 
 
@@ -50,6 +53,27 @@ def test_a_restarted_server_counts_the_evaluations_of_the_one_before(journal: bo
     summary = second.session.close(second.server.state_dict(), wait=True)
     assert summary["reason"].startswith("evaluate.patience=3: for 3 evaluations no val_loss was better than the ")
     assert f" of iteration {kept[0][0]} by more than" in summary["reason"]
+
+
+@pytest.mark.parametrize("journal", [False, True])
+def test_logs_of_a_restarted_server_begin_with_the_rows_that_are_left(
+    journal: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given = list[int]()
+
+    def start(_logger: Logger, run: RunInfo, _terminal: int | None) -> list[RunLog]:
+        given[:] = [row["iteration"] for row in run.rows]
+        return []
+
+    monkeypatch.setattr(session, "start_logs", start)
+    first = Incarnation(tmp_path, 0, every=10, journal=journal, evaluate={"every": 4})
+    first.push(18)
+    first.die()
+    assert max(row["iteration"] for row in rows_so_far(tmp_path)) > 10
+    second = Incarnation(tmp_path, 1, every=10, journal=journal, evaluate={"every": 4})
+    second.die()
+    assert given
+    assert max(given) <= 10, "those after the checkpoint are computed, and logged, again"
 
 
 def test_targets_and_waiting_snapshots_outlive_a_server(tmp_path: Path) -> None:

@@ -86,7 +86,8 @@ class Run:
         self.logs: Future[list[RunLog]] = Future()
         if started:
             self.logs.set_result([self.shown])
-        self.recorder = Recorder(self.job, self.directory, self.logs, lambda: self.now, extra_metrics)
+        self.recorder = Recorder(self.job, self.directory, lambda: self.now, extra_metrics)
+        self.recorder.give_rows_to(self.logs)
         self.server = build_server(
             params=torch.zeros(2),
             num_workers=3,
