@@ -13,6 +13,10 @@ from experiments.race.contenders import ASYNCHRONOUS, CONTENDERS
 
 Row = Mapping[str, Any]
 """A contender in a cell, as the results have it."""
+M_SYNC = ("ddp", "m_sync", "m_sync_cancel")
+"""m-synchronous SGD with heavy ball, with or without cancelling; with m = K it is DDP."""
+M_SYNC_NESTEROV = ("ddp_nesterov", "m_sync_nesterov")
+"""The same with Nesterov momentum."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Results:
         return {row["contender"]: row for row in self.rows if (row["setting"], row["workers"]) == (setting, workers)}
 
     def times(self, row: Row, target: float) -> dict[int, float]:
-        """The time to a target by seed; infinite where it was not reached."""
+        """The time to a target by seed; infinite where it was not reached, or the run diverged."""
         return {run["seed"]: time_to(run, target, self.smooth) for run in row["runs"]}
 
     def time(self, row: Row, target: float) -> float:
@@ -49,8 +53,13 @@ class Results:
         return median(self.times(row, target).values())
 
     def last(self, row: Row) -> list[float]:
-        """The last accuracy of each seed, the mean of the last evaluations."""
-        return [statistics.fmean(run["accuracy"][-self.smooth :]) / 10_000 for run in row["runs"] if run["accuracy"]]
+        """The last accuracy of each seed that did not diverge, the mean of the last evaluations."""
+        runs = [run for run in row["runs"] if run["accuracy"] and run["status"] == "completed"]
+        return [statistics.fmean(run["accuracy"][-self.smooth :]) / 10_000 for run in runs]
+
+    def diverged(self, row: Row) -> int:
+        """The number of seeds that diverged."""
+        return sum(run["status"] != "completed" for run in row["runs"])
 
     def last_of_shared(self, row: Row | None, other: Row | None) -> tuple[list[float], list[float]]:
         """The last accuracies of two contenders with the seeds that both have."""
@@ -86,7 +95,12 @@ class Results:
 
 
 def time_to(run: Mapping[str, Any], target: float, smooth: int) -> float:
-    """The time at which a run of the results, whose accuracies are in ten-thousandths, reaches a target; infinite: never."""
+    """The time at which a run of the results, whose accuracies are in ten-thousandths, reaches a target; infinite: never.
+
+    One that diverged does not count as having reached it.
+    """
+    if run["status"] != "completed":
+        return math.inf
     found = runs.time_to(run["seconds"], run["accuracy"], target * 10_000, smooth)
     return math.inf if found is None else found
 
@@ -98,13 +112,17 @@ def median(values: Iterable[float]) -> float:
 
 
 def best_of(cell: Mapping[str, Row], names: Iterable[str]) -> Row | None:
-    """The contender that validation puts first: by the time to the tuning target, and where none has one, by the accuracy."""
+    """The contender that validation puts first: by the time to the tuning target, and where none has one, by the accuracy.
+
+    Of those with the same time it is the first: runs of a rate that is tried later end as soon as they are too slow to be
+    chosen, so accuracies of contenders that reach the target are not comparable.
+    """
     return min((cell[name] for name in names if name in cell), key=_rank, default=None)
 
 
 def _rank(row: Row) -> tuple[float, float]:
     time = row["validation_time"]
-    return math.inf if time is None else time, -(row["validation_accuracy"] or 0.0)
+    return (math.inf, -(row["validation_accuracy"] or 0.0)) if time is None else (time, 0.0)
 
 
 def best_asynchronous(cell: Mapping[str, Row]) -> Row | None:
@@ -118,13 +136,13 @@ def best_synchronous(cell: Mapping[str, Row]) -> Row | None:
 
 
 def best_m_sync(cell: Mapping[str, Row]) -> Row | None:
-    """The best m-synchronous SGD of a cell, with or without cancelling, with heavy ball; with m = K it is DDP."""
-    return best_of(cell, ("ddp", "m_sync", "m_sync_cancel"))
+    """The best of `M_SYNC` in a cell."""
+    return best_of(cell, M_SYNC)
 
 
 def best_m_sync_nesterov(cell: Mapping[str, Row]) -> Row | None:
-    """The best m-synchronous SGD of a cell with Nesterov momentum; with m = K it is DDP."""
-    return best_of(cell, ("ddp_nesterov", "m_sync_nesterov"))
+    """The best of `M_SYNC_NESTEROV` in a cell."""
+    return best_of(cell, M_SYNC_NESTEROV)
 
 
 def rates_tried(row: Row) -> int:

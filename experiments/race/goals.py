@@ -9,7 +9,16 @@ from dataclasses import dataclass
 
 from experiments.race import clocks
 from experiments.race.contenders import ASYNCHRONOUS, CONTENDERS
-from experiments.race.figures import Results, Row, best_asynchronous, best_m_sync, best_m_sync_nesterov, rates_tried
+from experiments.race.figures import (
+    M_SYNC,
+    M_SYNC_NESTEROV,
+    Results,
+    Row,
+    best_asynchronous,
+    best_m_sync,
+    best_m_sync_nesterov,
+    rates_tried,
+)
 from experiments.race.formatting import from_to, label, shown
 from experiments.race.setup import CELLS, SETTINGS
 from ormo_rpc.report.table import MISSING, as_markdown, spread
@@ -108,16 +117,22 @@ def budgets(results: Results) -> str:
         "the best synchronous rule": [name for name in CONTENDERS if name not in ASYNCHRONOUS],
         "DDP": ("ddp",),
         "DDP with Nesterov momentum": ("ddp_nesterov",),
-        "the best m-sync": ("ddp", "m_sync", "m_sync_cancel"),
-        "the best m-sync with Nesterov momentum": ("ddp_nesterov", "m_sync_nesterov"),
+        "the best m-sync": M_SYNC,
+        "the best m-sync with Nesterov momentum": M_SYNC_NESTEROV,
     }
-    cells = [results.cell(setting, workers).values() for setting, workers in CELLS]
+    cells = [_tuned(results.cell(setting, workers)) for setting, workers in CELLS]
     tried = {
         kind: sorted({sum(rates_tried(row) for row in cell if row["contender"] in names) for cell in cells} - {0})
         for kind, names in kinds.items()
     }
     told = "; ".join(f"{kind}: {from_to(counts)}" for kind, counts in tried.items() if counts)
     return f"Learning rates tried in a cell, on validation samples, over all rules and variants of a kind: {told}."
+
+
+def _tuned(cell: Mapping[str, Row]) -> list[Row]:
+    """The rows of a cell but for those that have the runs of the contender that they are tuned as."""
+    models = {name: cell.get(CONTENDERS[name].tuned_as) for name in cell}
+    return [row for name, row in cell.items() if (model := models[name]) is None or row["tuning"] != model["tuning"]]
 
 
 def accuracies(results: Results) -> str:

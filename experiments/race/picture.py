@@ -108,17 +108,16 @@ def _ratios(axes: Axes, results: Results, workers: int) -> None:
 
 
 def _curves(axes: Axes, results: Results, setting: str) -> None:
-    """Median accuracy over time of each contender, with the band from the lowest to the highest seed."""
+    """Median accuracy of each contender while all seeds have evaluations, with the band from the lowest to the highest seed."""
     reference = shown(results, setting, 16, "ddp")
     end = max((run["seconds"][-1] for run in reference["runs"]), default=1.0) if reference is not None else 1.0
     for name, colour in SHOWN:
         row = shown(results, setting, 16, name)
-        if row is None:
+        runs = [run for run in row["runs"] if run["seconds"]] if row is not None else []
+        if not runs:
             continue
-        seconds = np.linspace(0.0, min(end, max(run["seconds"][-1] for run in row["runs"])), 400)[1:]
-        values = np.array(
-            [np.interp(seconds, run["seconds"], _smoothed(run["accuracy"], results.smooth)) for run in row["runs"]]
-        )
+        seconds = np.geomspace(max(run["seconds"][0] for run in runs), min(run["seconds"][-1] for run in runs), 400)
+        values = np.array([np.interp(seconds, run["seconds"], _smoothed(run["accuracy"], results.smooth)) for run in runs])
         axes.plot(seconds, np.median(values, axis=0), color=colour, lw=1.3)
         axes.fill_between(seconds, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, lw=0)
     axes.set_xscale("log")

@@ -76,7 +76,8 @@ def _at_each_target(results: Results) -> str:
     if len(found) == 1:
         return ""
     return (
-        "The best asynchronous rule against the best synchronous one, both as validation chose them: the ratio of the times "
+        "The best asynchronous rule against the best synchronous one, both as validation chose them (of equal times the first "
+        "of the tables): the ratio of the times "
         "to each accuracy, and the difference of the accuracies in the end, over the seeds that both have:\n\n"
         f"{as_markdown(found)}"
     )
@@ -95,9 +96,10 @@ def table(results: Results, setting: str, workers: int) -> list[tuple[str, ...]]
     found = [header]
     for row in sorted(cell.values(), key=lambda row: [*CONTENDERS].index(row["contender"])):
         reached = sum(map(math.isfinite, results.times(row, results.target).values()))
+        diverged = f", {results.diverged(row)} diverged" if results.diverged(row) else ""
         found.append(
             (
-                *(label(row), f"{row['rate']:g}", str(rates_tried(row)), f"{reached} of {len(row['runs'])}"),
+                *(label(row), f"{row['rate']:g}", str(rates_tried(row)), f"{reached} of {len(row['runs'])}{diverged}"),
                 *(shown(results.time(row, target), ".1f") for target in targets),
                 *(_compared(results, row, ddp, target) for target in targets),
                 _compared(results, row, m_sync, results.target),

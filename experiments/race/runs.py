@@ -59,8 +59,8 @@ class Record:
         return sum(found) / len(found) if found and self.status == "completed" else 0.0
 
     def time_to(self, target: float, smooth: int) -> float | None:
-        """The time at which the accuracy reaches a target, see `time_to`."""
-        return time_to(self.seconds, self.accuracy, target, smooth)
+        """The time at which the accuracy reaches a target, see `time_to`; None for a run that diverged, too."""
+        return time_to(self.seconds, self.accuracy, target, smooth) if self.status == "completed" else None
 
 
 def time_to(seconds: Sequence[float], values: Sequence[float], target: float, smooth: int) -> float | None:

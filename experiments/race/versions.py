@@ -21,24 +21,10 @@ from ormo_rpc.schedulers.base import Scheduler
 
 CONTRACTS = (base.__name__, groups.__name__, Scheduler.__module__)
 """Modules of the rules and schedulers that change nothing of what one computes."""
-SECTIONS = (
-    *(
-        "algorithm",
-        "scheduler",
-        "dataset",
-        "model",
-        "task",
-        "heterogeneity",
-        "train",
-        "worker",
-        "wire",
-        "compression",
-        "evaluate",
-    ),
-)
+SECTIONS = "algorithm scheduler dataset model task heterogeneity train worker wire compression evaluate".split()
 """Sections of the configuration on which a simulation's results depend."""
 WITHOUT_EFFECT = ("dataset.root", "dataset.verify", "worker.device")
-"""Options of these sections by which results do not count as others."""
+"""Options of these sections whose change leaves finished runs valid."""
 
 
 def run_version(overrides: Sequence[str]) -> str:

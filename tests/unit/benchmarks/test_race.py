@@ -40,8 +40,9 @@ def test_a_target_is_reached_by_the_mean_of_evaluations_in_a_row() -> None:
     # Means of three: 0.8667 at 3 s, 0.8717 at 4 s; a single one has 0.87 at 2 s.
     assert [found.time_to(0.87, smooth) for smooth in (1, 3)] == [2.0, 4.0]
     assert found.time_to(0.88, 3) is None
+    assert dataclasses.replace(found, status="diverged").time_to(0.87, 1) is None
     assert found.last(2) == pytest.approx(0.8625)
-    assert time_to({"seconds": found.seconds, "accuracy": [8600, 8900, 8500, 8750]}, 0.87, 3) == 4.0
+    assert time_to({"status": "completed", "seconds": found.seconds, "accuracy": [8600, 8900, 8500, 8750]}, 0.87, 3) == 4.0
 
 
 def test_a_rate_beyond_the_edge_is_tried_while_the_best_is_there() -> None:

@@ -98,6 +98,33 @@ def test_the_best_of_those_that_never_reached_the_target_has_the_highest_accurac
     assert one_has_it["contender"] == "smega2", "a time comes before every accuracy"
 
 
+def test_of_equal_times_the_first_is_the_best_whatever_the_accuracies_of_runs_that_were_cut_off() -> None:
+    cell = {
+        "smega2": row("smega2", 9.0, validation=20.0, accuracy=0.9),
+        "ormo_la": row("ormo_la", 9.0, validation=20.0, accuracy=0.8),
+    }
+    best = best_asynchronous(cell)
+    assert best is not None
+    assert best["contender"] == "ormo_la"
+
+
+def test_a_run_that_diverged_has_reached_nothing_and_counts_in_no_mean(results: Results) -> None:
+    mixed = row("dana", 5.0, 6.0, 7.0, validation=20.0)
+    mixed["runs"][2]["status"] = "diverged"
+    assert results.times(mixed, 0.87) == {0: 5.0, 1: 6.0, 2: math.inf}
+    assert results.last(mixed) == [0.87, 0.87]
+    header, *_, last = report.table(Results({**results.content, "rows": [*results.rows, mixed]}), "one_slow", 4)
+    assert dict(zip(header, last, strict=True))["reached"] == "2 of 3, 1 diverged"
+
+
+def test_rates_that_another_contender_has_tried_count_once(results: Results) -> None:
+    tried = row("ddp_nesterov", 9.0, validation=20.0)
+    for tuning, expected in ((tried["tuning"], "2"), ({"": {"0.1": [21.0], "0.2": "cut"}}, "4")):
+        same = {**row("ddp_proportional_nesterov", 9.0, validation=20.0), "tuning": tuning}
+        page = report.page(Results({**results.content, "rows": [tried, same]}))
+        assert f"the best synchronous rule: {expected}; DDP with Nesterov momentum: 2;" in page
+
+
 def test_ratios_are_over_the_seeds_that_both_have(results: Results) -> None:
     more = row("dana", 5.0, 45.0, 45.0, 1.0, 1.0, validation=20.0)
     ddp = results.cell("one_slow", 4)["ddp"]
@@ -113,7 +140,9 @@ def test_ratios_are_over_the_seeds_that_both_have(results: Results) -> None:
 
 def test_accuracies_are_compared_over_the_seeds_that_both_have(results: Results) -> None:
     def ended(contender: str, *accuracies: int) -> dict[str, Any]:
-        runs = [{"seed": seed, "seconds": [9.0], "accuracy": [each]} for seed, each in enumerate(accuracies)]
+        runs = [
+            {"seed": seed, "status": "completed", "seconds": [9.0], "accuracy": [each]} for seed, each in enumerate(accuracies)
+        ]
         return {**row(contender, validation=1.0), "runs": runs}
 
     rows = [ended("ddp", 8000, 8100, 9000), ended("ormo", 8050, 8150)]
