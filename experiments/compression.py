@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from experiments import common
-from ormo_rpc.cli import compose
+from ormo_rpc.composing import compose
 from ormo_rpc.report.table import as_markdown, spread
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.storage.environment import environment

@@ -31,19 +31,18 @@ from typing import Any
 from typing_extensions import override
 
 from benchmarks import gpu_machine
-from experiments import common, reproduce_report
+from experiments import common
+from experiments.look_ahead_nets_report import page
+from experiments.on_device import MACHINE, ON_DEVICE, PRECISIONS, machine_of, note_machine
 from experiments.race.contenders import CONTENDERS, Unit
 from experiments.race.earlier import earlier_rows
-from experiments.race.figures import Results, Row
-from experiments.race.formatting import shown
+from experiments.race.figures import Row
 from experiments.race.runs import Missing, Record, Store
 from experiments.race.setup import Setup
 from experiments.race.units import MOST_SEEDS, content, outcome
-from experiments.reproduce import ON_DEVICE, PRECISIONS
 from experiments.resumable import alone
 from ormo_rpc import devices
 from ormo_rpc.errors import ConfigError, one_line
-from ormo_rpc.report.table import as_markdown, spread
 
 NAME = "look_ahead_nets"
 """The name of the results' files."""
@@ -51,8 +50,6 @@ WORKERS = 16
 SETTINGS = ("exponential", "one_slow")
 RULES = ("ormo", "ormo_la", "ddp_nesterov", "smega2", "dana", "ddp", "m_sync_nesterov")
 """Names of the race's contenders, in the order in which they are run; the last one has three times the budget."""
-RIVALS = ("ormo", "ddp_nesterov")
-"""Rules by whose times the others' are divided."""
 
 
 def _rates(middle: float) -> dict[int, tuple[float, ...]]:
@@ -211,15 +208,15 @@ def work_through(plan: Sequence[Planned], a: Namespace) -> list[str]:
         if error is not None:
             failed.setdefault(told, str(each))
         print(f"{time.monotonic() - began:5.0f} s  {each}: {told}", flush=True)
-        if a.device == "cuda" and has_runs(a) and not (a.work / reproduce_report.MACHINE).is_file():
-            reproduce_report.note_machine(a.work, {**gpu_machine.about(), "jobs": a.jobs})
+        if a.device == "cuda" and has_runs(a) and not (a.work / MACHINE).is_file():
+            note_machine(a.work, {**gpu_machine.about(), "jobs": a.jobs})
         write(a)
     return [f"{name}: {told}" for told, name in failed.items()]
 
 
 def has_runs(a: Namespace) -> bool:
     """Say whether runs were made in the folder of the runs."""
-    return any(file.name != reproduce_report.MACHINE for file in a.work.glob("*.json"))
+    return any(file.name != MACHINE for file in a.work.glob("*.json"))
 
 
 def write(a: Namespace) -> None:
@@ -229,7 +226,7 @@ def write(a: Namespace) -> None:
         ConfigError: earlier results cannot be read, or some of them do not count.
     """
     before, machines = earlier(a)
-    here = [reproduce_report.machine_of(a)] if has_runs(a) else []
+    here = [machine_of(a)] if has_runs(a) else []
     nets = dict[str, Any]()
     for net in NETS:
         units = [each.unit for each in planned([net])]
@@ -237,72 +234,6 @@ def write(a: Namespace) -> None:
     found = {"environments": [*machines, *(each for each in here if each not in machines)], "nets": nets}
     common.write_results(a.into / f"{NAME}.json", common.row_by_row(found))
     common.write_results(a.into / f"{NAME}.md", page(found))
-
-
-def page(found: Mapping[str, Any]) -> str:
-    """The page of the results."""
-    parts = ["# Look-ahead on convolution nets"]
-    for net, each in found["nets"].items():
-        results = Results(each)
-        cells = dict.fromkeys((row["setting"], row["workers"]) for row in results.rows)
-        parts += [f"## {net}", stated(results)]
-        for setting, workers in cells:
-            parts += [f"### `{setting}`, K = {workers}", as_markdown(table(results, setting, workers))]
-        missing = [f"{CONTENDERS[name].label} ({setting})" for setting, _, name in each["not_run"]]
-        if missing:
-            parts.append(f"Not finished, and left out: {', '.join(missing)}.")
-    parts += dict.fromkeys(f"{reproduce_report.machine_in_words(each)}." for each in found["environments"])
-    return "\n\n".join(parts) + "\n"
-
-
-def stated(results: Results) -> str:
-    """The job and the procedure in words."""
-    job, rates = results.content, next(iter(results.content["rates"].values()))
-    seeds = sorted({run["seed"] for row in results.rows for run in row["runs"]})
-    return (
-        f"`python -m experiments.look_ahead_nets`, simulated: {', '.join(job['job'])}, {job['epochs']} epochs of batches of "
-        f"{job['batch_size']}, constant rate, momentum 0.9. Virtual seconds; a gradient takes 0.1 where nothing slows it down. "
-        f"Each rule has the rates {', '.join(f'{rate:g}' for rate in rates)} and, while the best is at an edge, up to three "
-        f"beyond it, judged by the time to {job['tuning_target']:.0%} on held-out samples with {len(job['tuning_seeds'])} "
-        "seed of its own, and where none gets there by the last accuracy; a variant has as many. Rates are those of a step "
-        "with the mean of a round; a rule that adds each gradient gets the K-th part. Times are medians over those of the "
-        f"seeds {', '.join(map(str, seeds))} that a rule has, on the test split, each the time at which the mean of "
-        f"{job['smooth']} evaluations in a row, one about every 100 gradients, reaches the accuracy; in brackets those of the "
-        f"seeds. The accuracy in the end is the mean of the last {job['smooth']}, with mean and standard deviation over them."
-    )
-
-
-def table(results: Results, setting: str, workers: int) -> list[tuple[str, ...]]:
-    """A row for each rule of a setting."""
-    cell, targets, target = results.cell(setting, workers), results.content["targets"], results.target
-    found: list[tuple[str, ...]] = [
-        (
-            *("rule", "rate", "rates tried"),
-            *(f"s to {each:.0%}" for each in targets),
-            *(f"of {CONTENDERS[rival].label}, {target:.0%}" for rival in RIVALS),
-            *("accuracy in the end", "seconds in all", "made with"),
-        )
-    ]
-    for name in sorted(cell, key=[*CONTENDERS].index):
-        row = cell[name]
-        label = ", ".join(filter(None, (CONTENDERS[name].label, row["variant"])))
-        found.append(
-            (
-                *(label, f"{row['rate']:g}", str(sum(map(len, row["tuning"].values())))),
-                *(_times(results, row, each) for each in targets),
-                *(shown(results.ratio(row, cell.get(rival), target)) for rival in RIVALS),
-                spread(results.last(row), ".2%"),
-                spread([run["seconds"][-1] for run in row["runs"] if run["seconds"]], ".1f"),
-                "; ".join(row["machines"]),
-            )
-        )
-    return found
-
-
-def _times(results: Results, row: Mapping[str, Any], target: float) -> str:
-    """The median time to a target, and that of each seed."""
-    each = " ".join("never" if math.isinf(time) else f"{time:.1f}" for time in results.times(row, target).values())
-    return f"{shown(results.time(row, target), '.1f')} ({each})"
 
 
 def arguments(argv: Sequence[str] | None = None) -> Namespace:

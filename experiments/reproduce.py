@@ -40,6 +40,7 @@ import torch
 from benchmarks import gpu_machine
 from benchmarks.measuring import ROOT, exit_on_sigterm
 from experiments import at_once, common, reproduce_report
+from experiments.on_device import ON_DEVICE, PRECISIONS, note_machine
 from experiments.race.versions import run_version
 from experiments.reproduce_report import ALL_EPOCHS, Entry, default_epochs
 from experiments.resumable import ResumableRun, alone
@@ -63,19 +64,6 @@ TOO_LONG = 7 * 24
 CONF = ROOT / "conf" / "experiment"
 CHECKPOINTS = {"cpu": "checkpoint.every=200", "cuda": "checkpoint.every_seconds=30"}
 """A killed command loses what came after a checkpoint: 200 gradients are half a minute of an idle core."""
-ON_DEVICE = {
-    "cpu": ("worker.channels_last=true",),
-    "cuda": (
-        *("worker.device=cuda", "server.device=cuda", "worker.cuda_graph=true", "worker.channels_last=true"),
-        "worker.data_on_device=true",
-    ),
-}
-"""Further overrides of the runs, by device."""
-PRECISIONS = {
-    "bf16": {"cpu": ("worker.autocast=bf16",), "cuda": ("worker.autocast=bf16",)},
-    "float32": {"cpu": ("worker.compile=inductor",), "cuda": ()},
-}
-"""Overrides of the runs, by precision of the passes and device."""
 DETERMINED = ("experiment", "method", "seed", "epochs", "precision")
 """Keys of a run, in `Planned` and in the results."""
 TIMED_GRADIENTS = 8
@@ -302,7 +290,7 @@ def work_through(plan: Mapping[Planned, Entry], where: Sequence[str], a: Namespa
             print_ended(runs[ended.number], ended.seconds)
     finally:  # not before: it takes seconds
         if a.device == "cuda":
-            reproduce_report.note_machine(a.work, {**gpu_machine.about(), "jobs": a.jobs})
+            note_machine(a.work, {**gpu_machine.about(), "jobs": a.jobs})
 
 
 def print_ended(each: Planned, seconds: float) -> None:

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from benchmarks import gpu_machine
 from experiments import common
+from experiments.on_device import machine_in_words, machine_of
 from ormo_rpc.report.table import as_markdown, spread
-from ormo_rpc.storage.environment import environment
 
 if TYPE_CHECKING:
     from experiments.reproduce import Planned
@@ -25,8 +24,6 @@ KEYS = (
     *("status", "test_accuracy", "test_loss", "train_loss", "training_seconds", "delay_mean", "delay_max"),
     *("iterations", "final_params_sha256", "wall_seconds"),
 )
-MACHINE = "machine.json"
-"""The GPU and its machine, in the folder of the runs."""
 ALL_EPOCHS = 160
 """The length of the paper's runs."""
 EPOCHS = 15
@@ -38,35 +35,6 @@ DEPARTURES = (
     "The slow workers of `het` are reconstructed: a sixteenth of the workers, ten times slower.",
     "`ormo_da` lowers the rate by the rule that docs/algorithms.md states, as the one of the paper's experiments is not known.",
 )
-
-
-def note_machine(work: Path, about: Mapping[str, Any]) -> None:
-    """Keep what a GPU and its machine are beside the runs, as results may be written elsewhere.
-
-    Whoever knows more, such as what else has run on the GPU, may add an entry ``note``, which is kept.
-    """
-    file = work / MACHINE
-    former = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    note = {"note": former["note"]} if "note" in former else {}
-    file.write_text(json.dumps({**about, **note}, indent=1) + "\n", encoding="utf-8")
-
-
-def machine_of(a: Namespace) -> dict[str, Any]:
-    """The machine of the runs: with a GPU the one that was kept beside them; else this one."""
-    kept = a.work / MACHINE
-    return json.loads(kept.read_text("utf-8")) if a.device != "cpu" and kept.is_file() else environment()
-
-
-def machine_in_words(machine: Mapping[str, Any]) -> str:
-    """Device, precision and versions in a sentence."""
-    if "card" not in machine:
-        return f"torch {machine['torch']}, {machine['cpu']}, 1 thread, channels last"
-    at_once = "one run at a time" if machine["jobs"] == 1 else f"{machine['jobs']} runs at once"
-    note = f" {machine['note']}." if "note" in machine else ""
-    return (
-        f"Data, workers and server on a GPU, each gradient one captured graph, channels last, {at_once}.{note} "
-        f"{gpu_machine.in_words({**machine})}"
-    )
 
 
 def name_of(a: Namespace) -> str:
@@ -98,8 +66,9 @@ def entry(each: Planned, a: Namespace) -> dict[str, Any]:
     found = {key: getattr(each, key) for key in ("experiment", "method", "seed", "lr", "epochs", "precision", "version")}
     found |= {"finished": summary is not None, "epochs_done": epochs_done(rows)}
     if rows:
-        ran_with = run.environment if a.device == "cpu" else machine_of(a)
-        found |= {"environment": ran_with, "repackaged": "dataset.verify=false" in run.words}
+        *earlier, newest = run.environments if a.device == "cpu" else [machine_of(a)]
+        found |= {"environment": newest, **({"earlier_environments": earlier} if earlier else {})}
+        found |= {"repackaged": "dataset.verify=false" in run.words}
     if summary is not None:
         found |= common.select(summary, KEYS)
         if len(run.attempts) > 1:
@@ -208,11 +177,15 @@ def picture(entries: Sequence[Entry]) -> Figure:
     return figure
 
 
-def departures(entries: Sequence[Entry]) -> list[str]:
+def departures(entries: Sequence[Entry], device: str) -> list[str]:
     """Return the differences from the paper's setting, a sentence each."""
     found = [*DEPARTURES]
     if any(each["precision"] == "bf16" for each in begun(entries)):
         found.insert(1, "Passes at precision `bf16` are computed under bfloat16 autocast; all else is float32.")
+    if device == "cpu" and any(each["precision"] == "float32" for each in begun(entries)):
+        found.append("Passes at precision `float32` are compiled by Inductor.")
+    if moved := sum("earlier_environments" in each for each in entries):
+        found.append(f"{moved} of the runs were continued with another processor or version, and are of none of them alone.")
     if any(each.get("repackaged") for each in entries):
         found.append("The files of the data set are a repackaged copy.")
     if any(each["epochs"] != ALL_EPOCHS for each in entries):
@@ -224,11 +197,16 @@ def write(entries: Sequence[Entry], a: Namespace) -> None:
     """Write ``reproduce.json``, ``.md`` and ``.png``, under the name that `name_of` gives, and print the table."""
     name, folder = name_of(a), Path(a.into)
     folder.mkdir(parents=True, exist_ok=True)
-    left, rows, differing = unfinished(entries), table(entries), departures(entries)
+    left, rows, differing = unfinished(entries), table(entries), departures(entries, a.device)
     count = sum(each["finished"] for each in entries)
     options = f"{' --full' if a.full else ''}{'' if a.device == 'cpu' else f' --device {a.device}'}"
     finished = f"{count} of {len(entries)} runs are finished"
-    machines = dict.fromkeys(machine_in_words(each["environment"]) for each in entries if "environment" in each)
+    machines = dict.fromkeys(
+        machine_in_words(environment)
+        for each in entries
+        if "environment" in each
+        for environment in (*each.get("earlier_environments", ()), each["environment"])
+    )
     parts = [
         "# The experiments of arXiv 2407.19234",
         f"`python -m experiments.reproduce{options}`: ResNet-20, batch 64, momentum 0.9, weight decay "

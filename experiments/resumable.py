@@ -59,14 +59,20 @@ class ResumableRun:
         return None
 
     @property
-    def environment(self) -> dict[str, Any]:
-        """Versions and processor of its newest attempt, by the header of its trace; of this process where there is none."""
-        own = environment()
-        for attempt in reversed(self.attempts):
+    def environments(self) -> list[dict[str, Any]]:
+        """Versions and processors of its attempts, by the headers of their traces; of this process where there is none.
+
+        Those that differ in the commit alone are one, the newest; the last is that of the newest attempt.
+        """
+        own, found = environment(), dict[str, dict[str, Any]]()
+        for attempt in self.attempts:
             with contextlib.suppress(OSError, ValueError), (attempt / TRACE).open(encoding="utf-8") as trace:
                 header = json.loads(trace.readline())
-                return {key: header[key] for key in own}
-        return own
+                each = {key: header[key] for key in own}
+                name = json.dumps({key: value for key, value in each.items() if key != "commit"})
+                found.pop(name, None)
+                found[name] = each
+        return [*found.values()] or [own]
 
     @property
     def words(self) -> Sequence[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from experiments.on_device import ON_DEVICE
 from experiments.race.runs import simulate
-from experiments.reproduce import ON_DEVICE
 
 RUN = ("dataset=digits", "dataset.validation=0.2", "workers=4", "algorithm=ormo_la", "train.batch_size=64", "train.lr=0.01")
 

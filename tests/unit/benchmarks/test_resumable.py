@@ -10,17 +10,8 @@ from pathlib import Path
 import pytest
 
 from experiments import at_once, reproduce
-from experiments.reproduce_report import (
-    KEYS,
-    MACHINE,
-    machine_in_words,
-    machine_of,
-    name_of,
-    note_machine,
-    table,
-    unfinished,
-    write,
-)
+from experiments.on_device import MACHINE, machine_in_words, machine_of, note_machine
+from experiments.reproduce_report import KEYS, name_of, table, unfinished, write
 from experiments.resumable import SETTINGS, ResumableRun, alone
 from ormo_rpc.composing import compose
 from ormo_rpc.config.schema import Config
@@ -180,6 +171,28 @@ def test_a_reproduction_goes_on_from_the_results_of_another_machine(asked: Names
     assert f"{here}, 1 thread, channels last.\n\ntorch {environment()['torch']}, another, 1 thread, channels last." in page
     results = json.loads((tmp_path / "results" / "reproduce.json").read_text())
     assert [each["environment"]["commit"] for each in results["runs"]] == [environment()["commit"], "that of the run"]
+
+
+def test_a_run_that_was_continued_on_another_machine_is_of_both(asked: Namespace, tmp_path: Path) -> None:
+    first = reproduce.planned(asked)[0]
+    finish(first)
+    for attempt, words in enumerate(({"cpu": "one", "commit": "a"}, {"cpu": "one", "commit": "b"}, {"cpu": "two"})):
+        folder = first.run.folder / str(attempt)
+        if attempt:
+            shutil.copytree(first.run.folder / "0", folder)
+        (folder / TRACE).write_text(json.dumps({"event": "header", **environment(), **words}) + "\n{}\n")
+    assert [(each["cpu"], each["commit"]) for each in first.run.environments] == [
+        ("one", "b"),
+        ("two", environment()["commit"]),
+    ]
+    for _ in range(2):  # the second time from the results alone
+        write([*reproduce.entries(asked).values()], asked)
+        page = (tmp_path / "results" / "reproduce.md").read_text()
+        assert (
+            f"torch {environment()['torch']}, one, 1 thread, channels last.\n\ntorch {environment()['torch']}, two, 1" in page
+        )
+        assert "* 1 of the runs were continued with another processor or version" in page
+        asked.work = tmp_path / "elsewhere"
 
 
 def test_a_run_that_is_finished_at_another_precision_is_not_made_again(asked: Namespace, tmp_path: Path) -> None:
