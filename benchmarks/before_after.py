@@ -74,7 +74,9 @@ class Checkout:
         """
         code = "import importlib.util as u; print(getattr(u.find_spec('ormo_rpc'), 'origin', 'none'))"
         command = [str(self.python), "-c", code]
-        found = subprocess.run(command, cwd=self.folder, env=self.variables(), capture_output=True, text=True, check=False)
+        found = subprocess.run(
+            command, cwd=self.folder, env=self.variables(), capture_output=True, text=True, check=False, timeout=60
+        )
         package = found.stdout.strip() or found.stderr.strip()
         if not package.startswith(f"{self.folder}{os.sep}"):
             raise RuntimeError(f"{self.name}: got the package {package}, expected the one in {self.folder}")

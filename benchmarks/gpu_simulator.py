@@ -26,7 +26,7 @@ from typing_extensions import override
 import ormo_rpc
 from benchmarks import gpu_images
 from benchmarks.gpu_graph import captured
-from ormo_rpc.cli import compose
+from ormo_rpc.composing import compose
 from ormo_rpc.data import ArraySplit
 from ormo_rpc.report.table import as_markdown as table
 from ormo_rpc.runtimes import simulator

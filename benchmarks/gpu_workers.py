@@ -24,7 +24,7 @@ from benchmarks import gpu_images
 from benchmarks.gpu_graph import captured
 from benchmarks.measuring import exit_on_sigterm
 from ormo_rpc import train
-from ormo_rpc.cli import compose
+from ormo_rpc.composing import compose
 from ormo_rpc.data import ArraySplit
 from ormo_rpc.report.table import as_markdown as table
 from ormo_rpc.runtimes.configured import build_module

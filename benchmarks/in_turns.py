@@ -13,6 +13,7 @@ import contextlib
 import json
 import secrets
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +32,8 @@ from benchmarks.systems import RAW_SOCKETS, SYSTEMS, System, commands_of, marked
 from ormo_rpc.report.table import as_markdown
 
 START_SECONDS = 180.0
+END_SECONDS = 10.0
+"""A killed process has so long to end."""
 RUN_SECONDS = 3600.0
 """Longer than any comparison: all are killed in the end."""
 PATIENT = (f"runtime.worker_timeout_seconds={RUN_SECONDS}",)
@@ -122,7 +125,7 @@ def running(
         deadline = time.monotonic() + START_SECONDS
         while not found.find():
             if first.poll() is not None or time.monotonic() > deadline:
-                lines = first.communicate()[1].strip().splitlines() if first.poll() is not None else ["it takes too long"]
+                lines = last_words(first, mark) if first.poll() is not None else ["it takes too long"]
                 raise RuntimeError(f"{name}: does not start: {(lines or ['no output'])[-1]}")
             time.sleep(0.5)
         found.send(signal.SIGSTOP)
@@ -131,9 +134,15 @@ def running(
         except psutil.NoSuchProcess as error:
             if found.alive():
                 raise  # it was another system's
-            first.terminate()
-            first_lines = first.communicate()[1].strip().splitlines()
-            raise RuntimeError(f"{name}: has ended: {' / '.join(first_lines[-3:])}") from error
+            raise RuntimeError(f"{name}: has ended: {' / '.join(last_words(first, mark)[-3:])}") from error
+
+
+def last_words(first: subprocess.Popen[str], mark: str) -> list[str]:
+    """Kill what is left of a system that has failed, stopped processes too; return what its first process has said."""
+    for process in marked(mark):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    return first.communicate(timeout=END_SECONDS)[1].strip().splitlines()
 
 
 def named(checkouts: Sequence[Path], systems: Sequence[str]) -> list[tuple[str, System, Path]]:

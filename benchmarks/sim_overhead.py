@@ -12,7 +12,7 @@ from collections import deque
 
 import torch
 
-from ormo_rpc.cli import compose
+from ormo_rpc.composing import compose
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.runtimes.simulator.clock import EventQueue

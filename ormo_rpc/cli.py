@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import ormo_rpc
 from ormo_rpc import console, sweeps
-from ormo_rpc.composing import compose, refused
+from ormo_rpc.composing import refused
 from ormo_rpc.config.help import help_text, list_of_keys
 from ormo_rpc.config.parsing import parse_config
 from ormo_rpc.config.schema import Config
@@ -41,7 +41,6 @@ from ormo_rpc.tasks.metrics import LOSS, main_metric
 FULL_ERROR = "HYDRA_FULL_ERROR"
 """Environment variable at which hydra raises its errors instead of printing them over several lines."""
 _SWEEP = ("-m", "--multirun")
-__all__ = ["compose", "main"]
 
 _preloading: list[Preloading] = []
 """The argument of `main`; hydra's launchers of other processes leave it behind."""

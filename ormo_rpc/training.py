@@ -36,7 +36,7 @@ def train(config: Config | Mapping[str, Any] | Sequence[str] = (), *, run_dir: s
         launch = Launch(overrides=tuple(_typed(config)))
         config = parse_config(config)
     elif not isinstance(config, Config):
-        from ormo_rpc.cli import compose  # hydra is needed for overrides alone
+        from ormo_rpc.composing import compose  # hydra is needed for overrides alone
 
         launch, config = Launch(overrides=tuple(config)), compose(config)
     return run(config, Path(run_dir or new_path()).expanduser().absolute(), launch)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from typing_extensions import override
 
-from ormo_rpc.algorithms.base import Algorithm, PushContext
+from ormo_rpc.algorithms._collected import Collected
+from ormo_rpc.algorithms.base import PushContext
 from ormo_rpc.options import at_least_one, option, register
 
 
 @register("fedbuff")
 @dataclass(kw_only=True)
-class FedBuff(Algorithm):
+class FedBuff(Collected):
     """FedBuff: gradients are collected as they come, whatever their age, and every B of them make one step.
 
     Recursion: ``G <- G + (1 + s)^-a g``, with ``s`` the staleness, the steps that the server made since the gradient's
@@ -34,28 +34,12 @@ class FedBuff(Algorithm):
         expected="a finite number >= 0",
     )
 
+    @property
     @override
-    def init(self, params: torch.Tensor, momentum: float) -> None:
-        super().init(params, momentum)
-        self.collected = torch.zeros_like(params)
-        self.count = 0
+    def most(self) -> int:
+        return self.buffer
 
     @override
     def step(self, grad: torch.Tensor, lr: float, context: PushContext) -> None:
         staleness = self.version - context.version
-        self.collected.add_(grad, alpha=(1 + staleness) ** -self.staleness_power)
-        self.count += 1
-        if self.count == self.buffer:
-            self.flush(lr)
-
-    @override
-    def flush(self, lr: float) -> None:
-        if self.count:
-            self.params.sub_(self.collected, alpha=lr / self.buffer)
-            self.collected.zero_()
-            self.count = 0
-            self.version += 1
-
-    @override
-    def state_dict(self) -> Mapping[str, torch.Tensor | int | float]:
-        return {"collected": self.collected, "count": self.count, "version": self.version}
+        self.collect(grad, lr, (1 + staleness) ** -self.staleness_power)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from typing_extensions import override
 
-from ormo_rpc.algorithms.base import Algorithm, PushContext
+from ormo_rpc.algorithms._collected import Collected
+from ormo_rpc.algorithms.base import PushContext
 from ormo_rpc.options import at_least_one, option, register
 
 
 @register("rennala")
 @dataclass(kw_only=True)
-class Rennala(Algorithm):
+class Rennala(Collected):
     """Rennala SGD: a step is the mean of B gradients that were all taken at the present parameters; others are discarded.
 
     Recursion: a gradient ``g`` is accepted if it was taken at the present *version* of ``w``, the number of times that ``w``
@@ -32,11 +32,10 @@ class Rennala(Algorithm):
 
     batch: int = option(4, "B, gradients that make a step", valid=at_least_one, expected="a whole number >= 1")
 
+    @property
     @override
-    def init(self, params: torch.Tensor, momentum: float) -> None:
-        super().init(params, momentum)
-        self.collected = torch.zeros_like(params)
-        self.count = 0
+    def most(self) -> int:
+        return self.batch
 
     @override
     def accepts(self, context: PushContext) -> bool:
@@ -44,19 +43,4 @@ class Rennala(Algorithm):
 
     @override
     def step(self, grad: torch.Tensor, lr: float, context: PushContext) -> None:
-        self.collected.add_(grad)
-        self.count += 1
-        if self.count == self.batch:
-            self.flush(lr)
-
-    @override
-    def flush(self, lr: float) -> None:
-        if self.count:
-            self.params.sub_(self.collected, alpha=lr / self.batch)
-            self.collected.zero_()
-            self.count = 0
-            self.version += 1
-
-    @override
-    def state_dict(self) -> Mapping[str, torch.Tensor | int | float]:
-        return {"collected": self.collected, "count": self.count, "version": self.version}
+        self.collect(grad, lr)

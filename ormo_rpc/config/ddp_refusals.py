@@ -6,7 +6,8 @@ import functools
 from collections.abc import Iterator
 
 from ormo_rpc.config.runtimes import DdpRuntime
-from ormo_rpc.config.schema import Config, LRScaling, Role
+from ormo_rpc.config.schema import Config, Role
+from ormo_rpc.config.training import LRScaling
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.options import Part
 from ormo_rpc.worker.options import Autocast

@@ -18,7 +18,8 @@ from ormo_rpc.config.evaluating import When
 from ormo_rpc.config.renamed import translate_renamed
 from ormo_rpc.config.runtimes import ControlKind, DdpRuntime, RpcRuntime, Shares, SimRuntime
 from ormo_rpc.config.saving import to_tree
-from ormo_rpc.config.schema import GROUPS, Config, LRScaling
+from ormo_rpc.config.schema import GROUPS, Config
+from ormo_rpc.config.training import LRScaling
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.options import Part, Section, parts
 from ormo_rpc.options.imports import path_of

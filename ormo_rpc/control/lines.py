@@ -16,7 +16,7 @@ from typing import Any
 from typing_extensions import override
 
 from ormo_rpc.control.calls import Calls
-from ormo_rpc.control.torch_rpc.dispatch import Dispatcher
+from ormo_rpc.control.dispatch import Dispatcher
 from ormo_rpc.errors import ServerLost, WireError
 from ormo_rpc.rendezvous.lease import Lease
 

@@ -13,10 +13,10 @@ from typing import Any
 from typing_extensions import override
 
 from ormo_rpc.control.base import ControlHandler
+from ormo_rpc.control.dispatch import Dispatcher
 from ormo_rpc.control.lines import answer_line
 from ormo_rpc.control.memberships import Membership
 from ormo_rpc.control.messages import JoinRequest, JoinResponse, pack_error, pack_result
-from ormo_rpc.control.torch_rpc.dispatch import Dispatcher
 from ormo_rpc.errors import StaleSession, WireError
 from ormo_rpc.rendezvous.listener import LeaseHandler
 from ormo_rpc.rendezvous.protocol import Admission

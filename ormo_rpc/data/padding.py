@@ -111,6 +111,9 @@ def padded(tensors: Sequence[torch.Tensor], value: float) -> torch.Tensor:
     Args:
         tensors: Each with the same number of dimensions; an empty list has any dtype.
         value: The padding; of dtypes that do not have it, such as uint8 of -100, int64 is made.
+
+    Raises:
+        ValueError: the numbers of dimensions differ, or whole numbers are to be padded with a fraction.
     """
     shapes = {tuple(each.shape) for each in tensors}
     dtype = _padded_dtype(_common_dtype(tensors), value) if tensors[0].dim() else _common_dtype(tensors)

@@ -88,7 +88,7 @@ class WandbLogger(Logger):
         None, "wandb run name; else WANDB_NAME, else algorithm, scheduler, workers, seed and what the command line sets"
     )
     group: str | None = option(None, "wandb group; else WANDB_RUN_GROUP, else the sweep that the run belongs to")
-    job_type: str | None = option(None, "wandb job type; else WANDB_JOB_TYPE, else the runtime, rpc or sim")
+    job_type: str | None = option(None, "wandb job type; else WANDB_JOB_TYPE, else the runtime, such as rpc")
     tags: list[str] = option(
         [], "wandb tags; else WANDB_TAGS, else algorithm, scheduler, data set and model", valid=_are_tags, expected=TAGS
     )

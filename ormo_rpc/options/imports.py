@@ -56,6 +56,7 @@ def locate(path: str, target: str, option: str = "_target_") -> Callable[..., An
 
     Raises:
         ValueError: there is none, or other processes would not find it.
+        ConfigError: its module refuses something itself while it is imported.
     """
     if not is_dotted_path(target):
         raise ValueError(f"{path}.{option}: got {target!r}, expected {DOTTED_PATH}")

@@ -19,6 +19,11 @@ from ormo_rpc.worker.options import Autocast
 
 EVALUATIONS = 10
 """Evaluations of a run where nobody has said how often, nor how long an epoch is."""
+_NOT_LIVE = {
+    "sim": "a simulation computes gradients when their pushes are due, which a script's loop does not wait for",
+    "ddp": "its ranks train a configured model; a script wraps its own in torch's DistributedDataParallel",
+}
+"""Runtimes that a loop of the user's own cannot have, beside the replay."""
 _NO_MEANING = {
     "train.epochs": "the length of the run is total_tickets, or train.max_iterations",
     "train.batch_size": "a batch is what the script makes of a ticket",
@@ -141,12 +146,8 @@ def refuse(config: Config) -> None:
     """
     algorithm = config.algorithm
     if not isinstance(config.runtime, RpcRuntime):
-        why = (
-            "a simulation computes gradients when their pushes are due, which a script's loop does not wait for"
-            if config.runtime.name == "sim"
-            else NO_REPLAY
-        )
-        raise ConfigError(f"runtime: got {config.runtime.name} in a loop of your own, expected rpc: {why}")
+        name = config.runtime.name
+        raise ConfigError(f"runtime: got {name} in a loop of your own, expected rpc: {_NOT_LIVE.get(name, NO_REPLAY)}")
     if algorithm.steps > 1 or type(algorithm).local is not Algorithm.local:
         raise ConfigError(
             f"algorithm: got {algorithm.name} in a loop of your own, expected one without local steps, which a script's loop "

@@ -139,6 +139,9 @@ class JoinedWorker:
             every: Iterations between two evaluations; by default ``evaluate.every``.
             higher_is_better: All metrics that are better higher; by default those whose names have no word such as loss,
                 error, perplexity, nll, mae or rmse.
+
+        Raises:
+            LoopMisused: it is called in or after the loop, or an argument is wrong.
         """
         if self._source is not None:
             raise LoopMisused(f"{users_line()}: evaluate_with() is called in or after the loop, expected before it")

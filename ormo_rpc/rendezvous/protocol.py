@@ -148,6 +148,7 @@ def authenticate_worker(reader: LineReader, secret: Secret, timeout_seconds: flo
 
     Raises:
         WireError: another version or secret, or a malformed answer; the other side has been sent the reason.
+        Refused: the worker has refused the server, for a reason of its own.
         EOFError: the connection ended.
         TimeoutError: the handshake took too long.
         OSError: the connection failed while sending.

@@ -53,10 +53,6 @@ class Group(Protocol):
         """Bring the input of every rank to all ranks."""
         ...
 
-    def allreduce(self, tensors: list[torch.Tensor]) -> Work:
-        """Replace a tensor in every rank by the sum over all ranks."""
-        ...
-
 
 class SharedValues:
     """Values that the ranks of a group leave for one another, in the server's process.

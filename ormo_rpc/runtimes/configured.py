@@ -12,7 +12,8 @@ from ormo_rpc.algorithms._regions import TwoLevels
 from ormo_rpc.algorithms.groups import Groups
 from ormo_rpc.compression import PushFormat, pushed_dtype
 from ormo_rpc.config.runtimes import DdpRuntime, RpcRuntime
-from ormo_rpc.config.schema import Config, Train
+from ormo_rpc.config.schema import Config
+from ormo_rpc.config.training import Train
 from ormo_rpc.data import DataSet
 from ormo_rpc.kernels.compiled import fastest_kernel
 from ormo_rpc.models.flat import FlatModel, Layout

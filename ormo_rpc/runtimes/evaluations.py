@@ -144,7 +144,8 @@ class Evaluations:
         if self._max_waiting is not None and waiting >= self._max_waiting and not server.ended:
             if not self.skipped:
                 what = "evaluations take" if self._later is None else "to write snapshots takes"
-                _log.warning("%s longer than evaluate.every iterations, or what makes those again; some are skipped", what)
+                than = "evaluate.every iterations or, after a restart, than to make these again from the journal"
+                _log.warning("%s longer than %s; some are skipped", what, than)
             self.skipped += 1
         else:
             self._requested_at = server.iteration

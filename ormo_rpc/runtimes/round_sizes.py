@@ -7,16 +7,17 @@ from ormo_rpc.config.runtimes import RpcRuntime, SimRuntime
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.runtimes.ranks import Ranks
+from ormo_rpc.schedulers.partial import Partial
 
-LEAST_ROUND = 2
-"""Of so many workers a round may always be: with one worker, as in a sweep, the rounds are of that."""
+DEFAULT_K = Partial().k
+"""One worker alone, as in a sweep, may keep the default of ``scheduler.k``."""
 
 
 def check_rounds(config: Config) -> None:
     """Refuse rounds of more gradients than there are workers, unless further workers may join.
 
     Raises:
-        ConfigError: there would never be such a round, and the run is not one that continues with its scheduler.
+        ConfigError: there would never be such a round; a run with ``checkpoint.resume`` is only warned, by its `Session`.
     """
     more = more_than_workers(config)
     if more is not None and not _may_grow(config) and config.checkpoint.resume is None:
@@ -37,7 +38,7 @@ def more_than_workers(config: Config) -> tuple[str, int, str] | None:
     if most is not None and most > config.num_workers:
         return "algorithm.m", most, "null"
     size = config.scheduler.round_size
-    if size is not None and size > max(config.num_workers, LEAST_ROUND):
+    if size is not None and size > max(config.num_workers, DEFAULT_K):
         return "scheduler.k", size, "scheduler=sync"
     return None
 

@@ -93,6 +93,9 @@ def run_loaded(
         launch: As for `run`.
         began: As for `run`.
         preloading: As for `run`.
+
+    Raises:
+        ConfigError: what is loaded has a configuration that an own loop cannot have; else as `run`.
     """
     ranks = Ranks.from_environment()
     with _preloading(preloading) as preloader:

@@ -34,7 +34,7 @@ class Scheduler(Part, ABC):
 
     @property
     def round_size(self) -> int | None:
-        """The workers that are released together at most, where that is a number of its own: the option ``k``."""
+        """The blocked workers for which it waits before it releases them, the option ``k``; None: no fixed number."""
         return None
 
     def init(self, generator: torch.Generator) -> None:

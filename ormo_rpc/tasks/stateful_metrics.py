@@ -38,7 +38,11 @@ class StatefulMetrics:
             each.reset()
 
     def update(self, predicted: torch.Tensor, targets: torch.Tensor) -> None:
-        """Add a batch; the objects are on the CPU, wherever it is."""
+        """Add a batch; the objects are on the CPU, wherever it is.
+
+        Raises:
+            ValueError: an object does not take it.
+        """
         predicted, targets = predicted.cpu(), targets.cpu()
         for name, each in self._objects.items():
             try:

@@ -25,11 +25,12 @@ import torch
 
 from ormo_rpc.rendezvous.addresses import parse_address
 from ormo_rpc.rendezvous.secret import read_secret
-from ormo_rpc.runtimes.distributed.worker_process import worker_process
 from ormo_rpc.runtimes.distributed.worker_process.context import WorkerArgs
-from ormo_rpc.runtimes.distributed.worker_process.worker_process import WorkerLoop, WorkerProcess
+from ormo_rpc.runtimes.distributed.worker_process.worker_loop import WorkerLoop
+from ormo_rpc.runtimes.distributed.worker_process.worker_process import WorkerProcess
 from ormo_rpc.signals import follow
 from ormo_rpc.transports.base import Endpoint
+from ormo_rpc.worker.faults import FaultInjector
 
 STAGES = ("joined", "opening", "connected", "sending")
 """Has joined; the server has heard that it opens a data path, and serves its half; the path is open; a push is on the way."""
@@ -129,8 +130,8 @@ class _Stage:
         elif self.name == "connected":
             _wrap(WorkerLoop, "_work", before=self.reach)
         else:
-            _wrap(worker_process.FaultInjector, "before_push", after=self._push_begins)
-            _wrap(worker_process.FaultInjector, "drops_reply", before=self._push_ends)
+            _wrap(FaultInjector, "before_push", after=self._push_begins)
+            _wrap(FaultInjector, "drops_reply", before=self._push_ends)
 
     def reach(self) -> None:
         """Send the signal, unless it was sent before."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ormo_rpc.cli import compose
+from ormo_rpc.composing import compose
 from ormo_rpc.errors import ModelRefused
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.worker.graphs import GraphWorker

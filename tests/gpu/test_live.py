@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ormo_rpc
-from ormo_rpc.cli import compose
+from ormo_rpc.composing import compose
 from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.runtimes.distributed.server_process.service import Service
 from ormo_rpc.runtimes.distributed.server_process.serving import served

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.gpu_images import images
-from ormo_rpc.cli import compose
+from ormo_rpc.composing import compose
 from ormo_rpc.data import Resident
 from ormo_rpc.kernels.page_locked import zeros
 from ormo_rpc.messages import Push, Reply

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ormo_rpc
-from ormo_rpc.cli import compose
+from ormo_rpc.composing import compose
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.messages import Push
 from ormo_rpc.options import parts

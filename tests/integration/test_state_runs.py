@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 from typing_extensions import override
 
 from ormo_rpc import train
-from ormo_rpc.cli import compose
+from ormo_rpc.composing import compose
 from ormo_rpc.config.parsing import load_config
 from ormo_rpc.evaluate import evaluate_checkpoint
 from ormo_rpc.runtimes.job import Job

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ormo_rpc import ConfigError, train
-from ormo_rpc.cli import compose
+from ormo_rpc.composing import compose
 from ormo_rpc.config.parsing import parse_config
 from ormo_rpc.runtimes.configured import time_generator
 from ormo_rpc.runtimes.round_sizes import check_rounds

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import ormo_rpc
-from ormo_rpc.cli import compose
+from ormo_rpc.composing import compose
 from ormo_rpc.config.parsing import load_config
 from ormo_rpc.evaluate import evaluate_checkpoint
 from ormo_rpc.messages import Reply

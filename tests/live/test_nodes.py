@@ -11,7 +11,7 @@ import pytest
 
 from ormo_rpc.rendezvous.addresses import written
 from tests.support.namespaces import Nodes, why_none
-from tests.support.processes import events, processes, replayed, summary, wait_until
+from tests.support.processes import check_lineage, events, processes, replayed, summary, wait_until
 from tests.support.torchrun_job import TorchrunJob, sockets_of
 
 PORTS = (41000, 41999)
@@ -25,13 +25,6 @@ def nodes(request: pytest.FixtureRequest) -> Generator[Nodes]:
         pytest.skip(reason)
     with Nodes(3, interfaces=2, version=getattr(request, "param", 4)) as made:
         yield made
-
-
-def check_lineage(run_dir: Path, total: int) -> None:
-    """Every iteration in order, and every ticket exactly once."""
-    applied = events(run_dir, "apply")
-    assert [event["iteration"] for event in applied] == list(range(total))
-    assert sorted(event["ticket"] for event in applied) == list(range(total))
 
 
 # Torchrun numbers the nodes of c10d in the order of their addresses: rank 0 is on the first node by eth0, on the last by eth1.

@@ -74,7 +74,7 @@ def test_ranks_of_torchrun_go_on_after_the_death_of_one(tmp_path: Path) -> None:
 DIGITS = """
 import torch
 import ormo_rpc
-from ormo_rpc.cli import compose
+from ormo_rpc.composing import compose
 from ormo_rpc.runtimes.job import build_module
 config = compose(["model.hidden=16", "model.dropout=0.2"])
 data = config.dataset.load_splits(config.seed)

@@ -186,7 +186,7 @@ def test_neither_wandb_nor_matplotlib_is_loaded_where_neither_is_used(tmp_path: 
         """
         import sys
         from ormo_rpc import train
-        from ormo_rpc.cli import compose
+        from ormo_rpc.composing import compose
         options = ["runtime=sim", "logger=none", "train.max_iterations=4", "workers=2"]
         compose([])
         print([name for name in ("wandb", "matplotlib", "sklearn", "torchvision") if name in sys.modules])

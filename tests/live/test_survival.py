@@ -19,6 +19,7 @@ from tests.support.processes import (
     CALM,
     QUIET,
     ROOT,
+    check_lineage,
     events,
     first,
     launch,
@@ -30,13 +31,6 @@ from tests.support.processes import (
 )
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(180)]
-
-
-def check_lineage(run_dir: Path, total: int) -> None:
-    """Every iteration in order, and every ticket exactly once."""
-    applied = events(run_dir, "apply")
-    assert [event["iteration"] for event in applied] == list(range(total))
-    assert sorted(event["ticket"] for event in applied) == list(range(total))
 
 
 def fired(err: str) -> list[str]:

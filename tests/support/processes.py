@@ -106,6 +106,13 @@ def events(run_dir: Path, kind: str | None = None) -> list[dict[str, Any]]:
     return [event for event in found if kind in (None, event["event"])]
 
 
+def check_lineage(run_dir: Path, total: int) -> None:
+    """Every iteration in order, and every ticket exactly once."""
+    applied = events(run_dir, "apply")
+    assert [event["iteration"] for event in applied] == list(range(total))
+    assert sorted(event["ticket"] for event in applied) == list(range(total))
+
+
 def first(found: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
     """The first event that has these values."""
     return next(event for event in found if all(event.get(key) == value for key, value in wanted.items()))

@@ -61,3 +61,11 @@ def brief(replies: list[Reply]) -> list[tuple[int, int | None, int]]:
 
 def tensor(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
+
+
+def receive_or_raise(server: ParameterServer, push: Push) -> None:
+    """Raise why a push is rejected, which `receive` would settle, and so change the server."""
+    rejected = server.validate(push).rejected
+    if rejected is not None:
+        raise rejected
+    server.receive(push)

@@ -149,6 +149,7 @@ def test_a_progress_bar_does_not_care_for_its_terminal(make: Callable[[], TextIO
     terminal = make()
     bar = ProgressBar(10, terminal.fileno())
     bar.log({"iteration": 1, "epoch": 0.1}, Statistics())
+    assert bar._bar.n == 1  # pyright: ignore[reportPrivateUsage] # it has no other place to be seen
     bar.finish({})
     terminal.close()
 

@@ -21,7 +21,7 @@ def run(code: str) -> str:
 @pytest.mark.slow
 def test_every_part_is_composed_and_checked_without_pytorch() -> None:
     printed = run(
-        "from ormo_rpc.cli import compose\n"
+        "from ormo_rpc.composing import compose\n"
         "from ormo_rpc.config.schema import GROUPS\n"
         "from ormo_rpc.options import parts\n"
         "from ormo_rpc.errors import ConfigError\n"

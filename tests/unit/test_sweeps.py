@@ -21,7 +21,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from ormo_rpc import cli, sweeps
-from ormo_rpc.cli import compose, main
+from ormo_rpc.cli import main
+from ormo_rpc.composing import compose
 from ormo_rpc.config.schema import Config
 from ormo_rpc.config.write_conf import conf_dir
 from ormo_rpc.errors import ConfigError, RunFailed, RunInterrupted

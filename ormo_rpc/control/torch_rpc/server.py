@@ -15,9 +15,9 @@ import torch.distributed.rpc as rpc
 from torch.futures import Future
 from typing_extensions import override
 
+from ormo_rpc.control.dispatch import Dispatcher
 from ormo_rpc.control.messages import pack_error, pack_result
 from ormo_rpc.control.server import ControlServer
-from ormo_rpc.control.torch_rpc.dispatch import Dispatcher
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ormo_rpc.config.schema import Config, Train
+from ormo_rpc.config.schema import Config
+from ormo_rpc.config.training import Train
 from ormo_rpc.messages import Reply
 from ormo_rpc.models import MLP
 from ormo_rpc.options import find

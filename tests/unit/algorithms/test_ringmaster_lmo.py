@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ormo_rpc.algorithms.groups import Group
 from ormo_rpc.algorithms.ringmaster_lmo import Lmo, orthogonalised
-from ormo_rpc.config.schema import Config, Train
+from ormo_rpc.config.schema import Config
+from ormo_rpc.config.training import Train
 from ormo_rpc.messages import Push
 from ormo_rpc.options import find
 from ormo_rpc.runtimes.job import Job

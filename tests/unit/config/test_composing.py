@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from ormo_rpc.cli import compose
+from ormo_rpc.composing import compose
 from ormo_rpc.config.parsing import load_config, parse_config, save_config
 from ormo_rpc.config.schema import GROUPS, Config
 from ormo_rpc.config.write_conf import conf_dir

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ormo_rpc.cli import compose
+from ormo_rpc.composing import compose
 from ormo_rpc.control import torch_rpc
 from ormo_rpc.errors import ConfigError
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ormo_rpc import Algorithm, PushContext, train
-from ormo_rpc.cli import compose
+from ormo_rpc.composing import compose
 from ormo_rpc.config.parsing import load_config, parse_config, parse_text, save_config
 from ormo_rpc.config.saving import to_tree
 from ormo_rpc.data import CustomData

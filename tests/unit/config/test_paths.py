@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from ormo_rpc import cli, evaluate
-from ormo_rpc.cli import compose, main
+from ormo_rpc.cli import main
+from ormo_rpc.composing import compose
 from ormo_rpc.config.parsing import load_config, parse_config
 from ormo_rpc.config.paths import located
 from ormo_rpc.config.schema import Config

@@ -13,7 +13,7 @@ import torch
 
 from ormo_rpc import build_server
 from ormo_rpc.algorithms.asgd import ASGD
-from ormo_rpc.cli import compose
+from ormo_rpc.composing import compose
 from ormo_rpc.config.parsing import load_config, parse_config
 from ormo_rpc.config.renamed import RENAMED_KEYS, RENAMED_VALUES
 from ormo_rpc.config.schema import Config

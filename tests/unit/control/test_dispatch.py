@@ -10,7 +10,7 @@ from collections.abc import Generator
 
 import pytest
 
-from ormo_rpc.control.torch_rpc.dispatch import WAITING_THREADS, Dispatcher
+from ormo_rpc.control.dispatch import WAITING_THREADS, Dispatcher
 from tests.support.processes import wait_until
 
 SECONDS = 20.0

@@ -15,10 +15,10 @@ import pytest
 from typing_extensions import override
 
 from ormo_rpc.control import joining, torch_rpc
+from ormo_rpc.control.dispatch import WAITING_THREADS
 from ormo_rpc.control.joining import Joined, joined
 from ormo_rpc.control.memberships import Membership
 from ormo_rpc.control.messages import JoinRequest
-from ormo_rpc.control.torch_rpc.dispatch import WAITING_THREADS
 from ormo_rpc.errors import Refused, RunEnded, ServerLost
 from ormo_rpc.rendezvous import connecting
 from ormo_rpc.rendezvous.lease import connect

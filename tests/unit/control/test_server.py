@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from ormo_rpc.control.dispatch import Dispatcher
 from ormo_rpc.control.memberships import Membership, Memberships
 from ormo_rpc.control.messages import JoinRequest, JoinResponse, unpack_result
 from ormo_rpc.control.server import ControlServer
-from ormo_rpc.control.torch_rpc.dispatch import Dispatcher
 from ormo_rpc.errors import Refused, RunEnded, ServerLost, StaleSession, WireError
 from ormo_rpc.rendezvous.protocol import Admission
 from tests.support.processes import PATIENCE_SECONDS, wait_until

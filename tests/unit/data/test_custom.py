@@ -74,7 +74,6 @@ def make_endless() -> tuple[Any, Any]:
 
 
 make_bare_tensors = make_items(torch.zeros(3))
-make_named_inputs = make_items(({"pixels": torch.zeros(3)}, 1))
 make_fractions = make_items((torch.zeros(3), 0.5))
 make_unlabelled = make_items({"pixels": torch.zeros(3)})
 make_pictures = make_items((SHARED, 1))

@@ -225,7 +225,10 @@ def test_an_optimizer_of_other_parameters_may_step_and_any_may_after_the_loop(tm
 
     work_through(worker, model, before)
     loss_of(model, 0).backward()
+    trained = [each.detach().clone() for each in model.parameters()]
     optimizers[0].step()
+    for parameters, former in ((model.parameters(), trained), (other.parameters(), net(1).parameters())):
+        assert not any(torch.equal(now, was) for now, was in zip(parameters, former, strict=True))
 
 
 def test_an_error_of_the_script_is_its_own_and_the_summary_has_no_success(tmp_path: Path) -> None:

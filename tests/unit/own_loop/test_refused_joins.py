@@ -23,6 +23,7 @@ REFUSED: dict[tuple[str, ...], str] = {
     ("model.hidden=3",): r"model.hidden: got a value in a loop of your own, expected none: its model is the script's",
     ("task=regression",): r"task: got a value in a loop of your own, expected none: its task is the script's",
     ("runtime=sim",): r"runtime: got sim in a loop of your own, expected rpc: a simulation ",
+    ("runtime=ddp", "algorithm=ormo"): r"runtime: got ddp in a loop of your own, expected rpc: its ranks train a ",
     ("runtime=replay", "replay.run=x"): r"runtime: got replay in a loop of your own, expected rpc: its gradients come from ",
     ("algorithm=orlomo",): r"algorithm: got orlomo in a loop of your own, expected one without local steps, ",
     ("algorithm=easgd",): r"algorithm: got easgd in a loop of your own, expected one without local steps, ",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ormo_rpc.cli import compose
+from ormo_rpc.composing import compose
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.evaluate import evaluate_checkpoint
 from ormo_rpc.own_loop import alone

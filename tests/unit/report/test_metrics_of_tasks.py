@@ -13,12 +13,12 @@ from typing_extensions import override
 from ormo_rpc.config.parsing import parse_config, save_config
 from ormo_rpc.loggers.metrics import metric_of
 from ormo_rpc.report.pictures import comparison, single
-from ormo_rpc.report.runs import Group, Run, group_by_setting
-from ormo_rpc.report.table import rows
+from ormo_rpc.report.runs import Run, group_by_setting
 from ormo_rpc.storage.summary import Summary, described, identity, metrics_as_dict, metrics_of, write_summary
 from ormo_rpc.tasks import Classification, Task, TaskMetric
 from ormo_rpc.tasks.metrics import LOSS, main_metric, metric_named
 from tests.support.error_task import HITS, MAE, Distance
+from tests.support.recorded_runs import cells
 
 NAMED = {"_target_": "tests.support.error_task.Distance"}
 
@@ -38,11 +38,6 @@ def record(folder: Path, task: Task, figures: dict[str, Any], *, seed: int = 0, 
     content = {"status": "completed", "iterations": 1, "epochs": 0.5, "metrics": metrics_as_dict(task.metrics()), **figures}
     write_summary(folder, Summary.from_dict({**identity(config), **content}))
     return Run.load(folder)
-
-
-def cells(groups: list[Group]) -> list[dict[str, str]]:
-    header, *body = rows(groups)
-    return [dict(zip(header, row, strict=True)) for row in body]
 
 
 def test_each_task_has_its_columns_and_the_best_of_its_own(tmp_path: Path) -> None:

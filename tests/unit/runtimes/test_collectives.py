@@ -76,16 +76,6 @@ def test_a_group_gathers_a_value_of_every_rank_and_leaves_nothing_behind() -> No
     assert process.num_fds() == before
 
 
-def test_a_group_adds_up_tensors_as_a_baseline_needs_it() -> None:
-    def work(rank: int, store: SharedStore) -> torch.Tensor:
-        total = torch.full((5,), float(rank + 1))
-        with process_group(store, rank, 2, host="127.0.0.1", timeout_seconds=PATIENCE_SECONDS) as group:
-            group.allreduce([total]).wait()
-        return total
-
-    assert [each.result().tolist() for each in in_ranks(2, work)] == [[3.0] * 5] * 2
-
-
 def test_a_rank_that_is_gone_ends_the_operation_of_the_others() -> None:
     def work(rank: int, store: SharedStore) -> str:
         try:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ormo_rpc.cli import compose
+from ormo_rpc.composing import compose
 from ormo_rpc.data.placing import placed
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.rendezvous.secret import Secret

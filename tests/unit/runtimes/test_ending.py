@@ -205,7 +205,7 @@ def test_the_rate_is_over_the_time_of_training_and_the_rest_is_not_left_out(
 
 
 def test_wall_seconds_count_from_the_given_start(tmp_path: Path) -> None:
-    from ormo_rpc.cli import compose
+    from ormo_rpc.composing import compose
 
     config = compose([*QUADRATIC, "train.max_iterations=4"])
     summary = run(config, tmp_path / "run", began=time.monotonic() - 14)

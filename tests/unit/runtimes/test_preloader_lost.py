@@ -37,13 +37,15 @@ class Ended(ForkedProcess):
 class Large(ForkedProcess):
     """A process that the kernel takes long to end."""
 
+    killed = 0
+
     @override
     def poll(self) -> int | None:
         return None
 
     @override
     def kill(self) -> None:
-        pass
+        self.killed += 1
 
 
 COMMAND = Command(name="worker 0", arguments=[], environment={}, output=None, descriptors={})
@@ -138,8 +140,10 @@ def test_a_preloader_too_large_to_be_forked_leaves_the_start_to_a_smaller_proces
 def test_a_large_preloader_that_takes_long_to_end_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(starter, "KILLED_SECONDS", 0.01)
     ours, theirs = socket.socketpair()
+    process = Large(0)
     with ours, theirs, Preloading() as starts:
-        starts._imports = Preloader(Large(0), ours, {})  # pyright: ignore[reportPrivateUsage] # without a process
+        starts._imports = Preloader(process, ours, {})  # pyright: ignore[reportPrivateUsage] # without a process
+    assert process.killed
 
 
 def refusing(environment: dict[str, str], programs: Programs) -> Preloader:

@@ -13,7 +13,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from ormo_rpc.cli import compose
+from ormo_rpc.composing import compose
 from ormo_rpc.errors import RunInterrupted
 from ormo_rpc.runtimes.distributed.launcher import processes
 from ormo_rpc.runtimes.distributed.launcher import run as launcher

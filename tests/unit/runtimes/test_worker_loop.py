@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ormo_rpc.cli import compose
+from ormo_rpc.composing import compose
 from ormo_rpc.control.joining import Joined, joined
 from ormo_rpc.errors import ConfigError, Refused, ServerLost
 from ormo_rpc.messages import Push, Reply
@@ -22,7 +22,7 @@ from ormo_rpc.rendezvous import connecting
 from ormo_rpc.rendezvous.secret import Secret
 from ormo_rpc.runtimes.distributed.server_process.service import Service
 from ormo_rpc.runtimes.distributed.server_process.serving import served as served_at
-from ormo_rpc.runtimes.distributed.worker_process import worker_process
+from ormo_rpc.runtimes.distributed.worker_process import worker_loop
 from ormo_rpc.runtimes.distributed.worker_process.worker_process import WorkerProcess
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.transports.gloo import client as gloo
@@ -73,7 +73,7 @@ def test_a_worker_that_is_asked_to_leave_while_it_joins_leaves(monkeypatch: pyte
                 work.leave()  # before anybody knows of the membership
                 yield membership
 
-        monkeypatch.setattr(worker_process, "joined", join_and_be_asked_to_leave)
+        monkeypatch.setattr(worker_loop, "joined", join_and_be_asked_to_leave)
         work.run()
         assert (service.server.iteration, len(service.memberships)) == (0, 0)
         assert work.loops[0]._worker is None, "a worker was made for nothing"  # pyright: ignore[reportPrivateUsage] # where it would be

@@ -27,6 +27,7 @@ from tests.support.buffers import averages
 from tests.support.contract import same
 from tests.support.examples import examples
 from tests.support.schedule import answer, normal
+from tests.support.trial import receive_or_raise
 
 RULES = (
     "ormo",
@@ -207,14 +208,6 @@ class Attack:
         return lambda: receive_or_raise(server, replace(good, **changes)), error
 
 
-def receive_or_raise(server: ParameterServer, push: Push) -> None:
-    """Raise why a push is rejected; settling it would change the server."""
-    rejected = server.validate(push).rejected
-    if rejected is not None:
-        raise rejected
-    server.receive(push)
-
-
 @pytest.mark.parametrize("algorithm", RULES)
 def test_a_thousand_bad_calls_each_get_their_error_and_change_nothing(algorithm: str) -> None:
     attack = Attack(algorithm, random.Random(algorithm))
@@ -313,8 +306,3 @@ def test_only_valid_worker_numbers_join_or_leave(joins: bool, value: Any) -> Non
         assert same(server.state_dict(), before)
     else:
         assert right
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Tell if a tensor is dense, of float64, and in memory."""
-    return tensor.layout is torch.strided and tensor.dtype is torch.float64 and tensor.device.type == "cpu"

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from ormo_rpc.errors import NonFiniteGradient, PushRefused, StaleSession
-from ormo_rpc.messages import Push, Reply
-from ormo_rpc.server.parameter_server import ParameterServer
+from ormo_rpc.messages import Reply
 from tests.support.buffers import averages
 from tests.support.contract import same
-from tests.support.trial import ONE, begin, brief, tensor
+from tests.support.trial import ONE, begin, brief, receive_or_raise, tensor
 
 MEAN = {"mean": tensor(1.0, 2.0)}
 LIKE = ", as the server's parameters have it"
@@ -108,14 +107,6 @@ BAD: dict[str, tuple[dict[str, Any], type[PushRefused], str]] = {
         "1 for ticket 1: incarnation: got 1, expected 0; the server has restarted: rejoin",
     ),
 }
-
-
-def receive_or_raise(server: ParameterServer, push: Push) -> None:
-    """Raise why a push is rejected, which `receive` would settle."""
-    rejected = server.validate(push).rejected
-    if rejected is not None:
-        raise rejected
-    server.receive(push)
 
 
 @pytest.mark.parametrize("name", BAD)

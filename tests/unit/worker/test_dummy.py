@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import ormo_rpc
-from ormo_rpc.cli import compose
+from ormo_rpc.composing import compose
 from ormo_rpc.compression import PushFormat
 from ormo_rpc.compression.wire_options import WireDtype
 from ormo_rpc.messages import Push, Reply

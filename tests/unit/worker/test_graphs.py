@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ormo_rpc import train
-from ormo_rpc.cli import compose
+from ormo_rpc.composing import compose
 from ormo_rpc.errors import ConfigError, ModelRefused
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.models.flat import FlatModel

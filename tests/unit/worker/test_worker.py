@@ -354,11 +354,15 @@ def test_the_loss_of_a_ticket_with_local_steps_is_a_mean_over_its_samples(record
     assert worker.compute(reply).loss == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_data_set_that_draws_from_torch_itself_is_not_loaded_ahead() -> None:
+@pytest.mark.parametrize("pure", [False, True])
+def test_a_data_set_that_draws_from_torch_itself_is_not_loaded_ahead(pure: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     split = MapSplit([(torch.zeros(4), 0)] * 20)
     worker = Worker(FlatModel(nn.Linear(4, 3)), split, Epochs(20, 6, 1), find("algorithm", "ormo")(), seed=1)
-    split.batch = None  # pyright: ignore[reportAttributeAccessIssue] # whoever asks for a batch finds out
+    asked = list[torch.Tensor]()
+    monkeypatch.setattr(split, "PURE", pure, raising=False)
+    monkeypatch.setattr(split, "batch", lambda indices, _generator: (asked.append(indices), (torch.zeros(6, 4), indices))[1])
     worker.load(Reply(worker=0, ticket=0, stamp=0, params=worker.model.flat_params(), lr=0.1, steps=1, incarnation=0))
+    assert bool(asked) == pure
 
 
 def test_channels_last_is_done_on_a_cpu_too() -> None:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ormo_rpc.control.base import ControlHandler
+from ormo_rpc.control.dispatch import Dispatcher
 from ormo_rpc.control.memberships import Membership
 from ormo_rpc.control.messages import JoinResponse
 from ormo_rpc.control.server import ControlServer
-from ormo_rpc.control.torch_rpc.dispatch import Dispatcher
 from ormo_rpc.rendezvous.listener import Listener
 from ormo_rpc.rendezvous.protocol import Admission
 from ormo_rpc.rendezvous.secret import Secret
