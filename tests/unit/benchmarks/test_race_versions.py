@@ -12,6 +12,8 @@ from experiments.race import versions
 from experiments.race.versions import run_version
 from ormo_rpc.composing import compose
 
+pytestmark = pytest.mark.slow  # hydra composes a hundred configurations
+
 RUNS = {
     "ormo": ("algorithm=ormo",),
     "local_sgd": ("algorithm=local_sgd", "algorithm.local_steps=2"),
