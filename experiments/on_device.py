@@ -1,4 +1,4 @@
-"""Where the runs of an experiment compute: overrides by device and precision, and the machine in words."""
+"""Device and precision of the runs of an experiment: their overrides, and the machine in words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What determines a run beside its overrides: the source of its rule, and the defaults of its configuration."""
+"""Versions of runs: digests of what determines one beside its overrides, the source of its rule and the defaults."""
 
 from __future__ import annotations
 

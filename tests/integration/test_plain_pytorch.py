@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its name everywhere
 
 from ormo_rpc import train
+from ormo_rpc.composing import compose
 from ormo_rpc.config.parsing import load_config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.seeding import generator, seed_for
 from ormo_rpc.storage import checkpoint
+from tests.support.plain_rounds import plain_rounds
 
 MODELS = "tests.support.odd_models"
 ITERATIONS = 30
@@ -56,6 +58,20 @@ def test_a_run_of_one_worker_is_plain_pytorch(case: str, tmp_path: Path) -> None
         torch.testing.assert_close(exported[name], value, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
     assert summary["test_loss"] == pytest.approx(loss, rel=1e-3)
     assert summary["test_accuracy"] == pytest.approx(accuracy, abs=0.005)
+
+
+@pytest.mark.parametrize("algorithm", ["rennala", "fedbuff"])
+@pytest.mark.parametrize("model", ["BatchRenorm", "CumulativeNorm", "SpectralNorm"])
+def test_collected_gradients_are_those_of_a_plain_loop(algorithm: str, model: str, tmp_path: Path) -> None:
+    shared = (f"model._target_={MODELS}.{model}", "train.max_iterations=24", "train.momentum=0", "train.weight_decay=0.01")
+    collect = {"rennala": "algorithm.batch=4", "fedbuff": "algorithm.buffer=4"}[algorithm]
+    run = ("runtime=sim", "workers=1", "logger=none", f"algorithm={algorithm}", collect)
+    train([*shared, *run], run_dir=tmp_path / "run")
+    exported: dict[str, Tensor] = checkpoint.read(checkpoint.locate(tmp_path / "run"), "model.pt")
+    expected = plain_rounds(Job(compose([*shared, "runtime=ddp", "workers=4"])), 4).state_dict()
+    assert list(exported) == list(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(exported[name], value, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize(
