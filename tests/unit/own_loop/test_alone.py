@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import ormo_rpc
+from ormo_rpc.composing import compose
 from ormo_rpc.errors import ConfigError, Interrupted, LoopMisused
 from ormo_rpc.runtimes.configured import build_module
 from ormo_rpc.seeding import seed_for
@@ -40,7 +41,7 @@ def test_the_same_batches_give_the_parameters_of_the_built_in_task_to_the_bit(
     words = [*QUIET, *overrides]
     built_in = [*words, "model.hidden=8", "model.dropout=0.3", "runtime=sim", "workers=1", "train.max_iterations=60"]
     expected = train(built_in, run_dir=tmp_path / "built in")
-    config = ormo_rpc.cli.compose(built_in)
+    config = compose(built_in)
     data = config.dataset.load_splits(config.seed)
     model = build_module(config, data)
     epochs = ormo_rpc.Epochs(len(data.train), config.train.batch_size, config.seed)
