@@ -67,7 +67,7 @@ class Running:
         commands = [(each, each.cmdline()) for each in marked(self.mark) if each.is_running()]
         servers = [words for _, words in commands if "server" in words and "--run-dir" in words]
         if servers:
-            self.processes = [each for each, words in commands if "ormo_rpc.runtimes.distributed.entry_point" in words]
+            self.processes = [each for each, words in commands if any(map(is_child, words))]
             self.files = [Path(servers[0][servers[0].index("--run-dir") + 1]) / "progress"]
         else:
             self.processes = [each for each, words in commands if "--multiprocessing-fork" in words]
@@ -135,6 +135,11 @@ def running(
             if found.alive():
                 raise  # it was another system's
             raise RuntimeError(f"{name}: has ended: {' / '.join(last_words(first, mark)[-3:])}") from error
+
+
+def is_child(word: str) -> bool:
+    """True for the program of our servers and workers, in other checkouts too."""
+    return word.startswith("ormo_rpc.runtimes.") and word.endswith(".entry_point")
 
 
 def last_words(first: subprocess.Popen[str], mark: str) -> list[str]:

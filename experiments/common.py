@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast
 from benchmarks.measuring import RESULTS, ROOT
 from ormo_rpc import train
 from ormo_rpc.errors import ConfigError
-from ormo_rpc.runtimes.distributed.linux import die_with_parent
+from ormo_rpc.runtimes.linux import die_with_parent
 from ormo_rpc.storage.run_directory import read_trace
 
 T = TypeVar("T")

@@ -28,9 +28,9 @@ from ormo_rpc.errors import ConfigError, RunFailed, one_line
 from ormo_rpc.loggers.metrics import key_of
 from ormo_rpc.overrides import keys_of, prepared
 from ormo_rpc.runtimes.attempts import former_run
-from ormo_rpc.runtimes.distributed.launcher.torchrun_agent import end_with_agent
 from ormo_rpc.runtimes.distributed.preloading.preloading import Preloading
 from ormo_rpc.runtimes.ranks import TORCHRUN, Ranks
+from ormo_rpc.runtimes.torchrun_agent import end_with_agent
 from ormo_rpc.signals import SignalWatch, interrupting, interrupting_signal
 from ormo_rpc.storage.launch import Launch
 from ormo_rpc.storage.summary import described, metrics_of

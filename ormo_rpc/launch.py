@@ -17,11 +17,11 @@ from ormo_rpc.config.schema import GROUPS, Config
 from ormo_rpc.errors import ConfigError, RunFailed
 from ormo_rpc.own_loop.command import SCRIPTS, Command
 from ormo_rpc.runtimes.attempts import former_run
-from ormo_rpc.runtimes.distributed.launcher.torchrun_agent import end_with_agent
 from ormo_rpc.runtimes.distributed.preloading.preloading import Preloading
 from ormo_rpc.runtimes.process_start import process_began
 from ormo_rpc.runtimes.ranks import TORCHRUN, Ranks
 from ormo_rpc.runtimes.running import run_loaded
+from ormo_rpc.runtimes.torchrun_agent import end_with_agent
 from ormo_rpc.signals import SignalWatch, interrupting_signal
 from ormo_rpc.storage.launch import Launch
 from ormo_rpc.storage.run_directory import RunDirectory, new_path

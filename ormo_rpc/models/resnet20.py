@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 
 import torch
 from typing_extensions import override
 
 from ormo_rpc.models.base import Model, image_shape
+from ormo_rpc.models.shortcut import Shortcut
 from ormo_rpc.options import option, register
-
-
-class Shortcut(Enum):
-    """The shortcut of a block that halves the image and doubles the channels."""
-
-    identity = "identity"
-    """Every second pixel, the new channels zero: no parameters (option A of the paper, its choice for CIFAR)."""
-    projection = "projection"
-    """A 1x1 convolution of stride 2 with batch norm (option B)."""
 
 
 @register("resnet20")

@@ -21,10 +21,10 @@ from ormo_rpc.rendezvous.addresses import parse_address
 from ormo_rpc.rendezvous.secret import read_secret, require_secret
 from ormo_rpc.runtimes import server_address
 from ormo_rpc.runtimes.distributed.launcher.rank_messages import WorkerRank, server_over
-from ormo_rpc.runtimes.distributed.launcher.torchrun_agent import end_with_agent
 from ormo_rpc.runtimes.distributed.worker_process.context import WorkerArgs, WorkerContext
 from ormo_rpc.runtimes.distributed.worker_process.worker_loop import WorkerLoop
 from ormo_rpc.runtimes.ranks import TORCHRUN, Ranks
+from ormo_rpc.runtimes.torchrun_agent import end_with_agent
 from ormo_rpc.runtimes.torchrun_store import ADDRESS, SECRET_FILE, connect, wait_for
 from ormo_rpc.transports.auto import Auto
 

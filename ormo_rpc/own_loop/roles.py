@@ -10,7 +10,7 @@ from ormo_rpc.config.schema import Role as LauncherRole
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.own_loop.script_preloading import child_of_launcher
 from ormo_rpc.runtimes import server_address
-from ormo_rpc.runtimes.distributed.entry_point import Child
+from ormo_rpc.runtimes.programs.entry_point import Child
 from ormo_rpc.runtimes.rank_checks import check_elastic_worker, check_secret, decide_workers
 from ormo_rpc.runtimes.ranks import Ranks
 

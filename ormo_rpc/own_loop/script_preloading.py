@@ -20,9 +20,9 @@ from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.options.imports import users_line
 from ormo_rpc.own_loop.script import Script
-from ormo_rpc.runtimes.distributed.entry_point import Child
 from ormo_rpc.runtimes.distributed.preloading.load import Records
-from ormo_rpc.runtimes.distributed.preloading.process import PreloaderProcess
+from ormo_rpc.runtimes.programs.entry_point import Child
+from ormo_rpc.runtimes.programs.preloader import PreloaderProcess
 
 _THREADS = "OMP_NUM_THREADS"
 

@@ -18,15 +18,15 @@ from typing import Any, NoReturn
 if __name__ == "__main__":
     gc.disable()  # nothing of what is imported is garbage, and a collection takes its time
 # First, as it counts the threads with which Python has started.
-from ormo_rpc.runtimes.distributed.preloading.process import PreloaderProcess, main  # isort: split
+from ormo_rpc.runtimes.programs.preloader import PreloaderProcess, main  # isort: split
 
 from ormo_rpc.errors import ConfigError, one_line
 from ormo_rpc.options.imports import fault, is_users, line_of, raised_in
 from ormo_rpc.own_loop.script import PROGRAM, Script
 from ormo_rpc.own_loop.script_preloading import Launched, launched
-from ormo_rpc.runtimes.distributed.entry_point import Child
 from ormo_rpc.runtimes.distributed.preloading.load import Records, settle
 from ormo_rpc.runtimes.distributed.shortages import limit_reached
+from ormo_rpc.runtimes.programs.entry_point import Child
 
 
 class ScriptExit(Exception):
@@ -34,7 +34,7 @@ class ScriptExit(Exception):
 
 
 class Scripts:
-    """Runs a script as far as `join` (`preloading.process.Program`); in forks it goes on."""
+    """Runs a script as far as `join` (`programs.preloader.Program`); in forks it goes on."""
 
     keeps_random = True
 

@@ -26,10 +26,10 @@ from ormo_rpc.rendezvous.secret import read_secret
 from ormo_rpc.runtimes.attempts import claimed_by, continues, former_run
 from ormo_rpc.runtimes.distributed.launcher.processes import rank_0_listener
 from ormo_rpc.runtimes.distributed.launcher.rank_messages import Rank
-from ormo_rpc.runtimes.distributed.launcher.torchrun_agent import end_with_agent
 from ormo_rpc.runtimes.distributed.server_process import server_process
 from ormo_rpc.runtimes.distributed.server_process.server_process import ServerArgs, ServerProcess
 from ormo_rpc.runtimes.ranks import TORCHRUN, Ranks
+from ormo_rpc.runtimes.torchrun_agent import end_with_agent
 from ormo_rpc.runtimes.torchrun_store import ADDRESS, SECRET_FILE, connect, tell_result
 from ormo_rpc.signals import SignalWatch
 from ormo_rpc.storage.counters import RunCounters

@@ -11,8 +11,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ormo_rpc.runtimes.distributed.launcher.torchrun_agent import Agent
 from ormo_rpc.runtimes.ranks import TORCHRUN, Ranks
+from ormo_rpc.runtimes.torchrun_agent import Agent
 from ormo_rpc.storage.launch import Launch
 from ormo_rpc.storage.run_directory import TRACE, write_json
 

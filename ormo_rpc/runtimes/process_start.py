@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from ormo_rpc.runtimes.distributed.linux import stat_fields
+from ormo_rpc.runtimes.linux import stat_fields
 
 _IMPORTED = time.monotonic()
 

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 from ormo_rpc import train
 from ormo_rpc.config.parsing import load_config
 from ormo_rpc.errors import ConfigError
-from ormo_rpc.runtimes.distributed.linux import LINUX
 from ormo_rpc.runtimes.job import Job
+from ormo_rpc.runtimes.linux import LINUX
 from ormo_rpc.seeding import generator
 from ormo_rpc.storage import checkpoint
 from tests.support.user_sets import Counting, Rows

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ormo_rpc.runtimes.distributed.linux import LINUX
+from ormo_rpc.runtimes.linux import LINUX
 from ormo_rpc.training import train
 from tests.support.processes import PATIENCE_SECONDS, ROOT, events, launched, summary
 

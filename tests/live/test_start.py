@@ -10,9 +10,9 @@ import psutil
 import pytest
 
 from ormo_rpc.config.parsing import parse_config
-from ormo_rpc.runtimes.distributed.linux import LINUX
 from ormo_rpc.runtimes.distributed.preloading.client import JOBS
 from ormo_rpc.runtimes.distributed.preloading.preloading import Preloading
+from ormo_rpc.runtimes.linux import LINUX
 from tests.support import large_data
 from tests.support.processes import CALM, QUIET, descendants, events, launch, launched, processes, summary, wait_until
 

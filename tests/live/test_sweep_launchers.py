@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ormo_rpc.runtimes.distributed.linux import LINUX
+from ormo_rpc.runtimes.linux import LINUX
 from ormo_rpc.storage.summary import read_summary
 from ormo_rpc.storage.sweep_directory import SweepDirectory
 from tests.support.processes import PATIENCE_SECONDS, descendants, launched, wait_until

@@ -6,9 +6,9 @@ import os
 import sys
 from pathlib import Path
 
-from ormo_rpc.runtimes.distributed import linux
+from ormo_rpc.runtimes import linux
+from ormo_rpc.runtimes.distributed import starter
 from ormo_rpc.runtimes.distributed.launcher import child as child_module
-from ormo_rpc.runtimes.distributed.launcher import starter
 from ormo_rpc.runtimes.distributed.launcher.supervisor import ChildProcess, Supervisor
 from tests.support.processes import PATIENCE_SECONDS
 

@@ -170,7 +170,7 @@ def processes_of(node: Node, word: str) -> list[psutil.Process]:
 def sockets_of(node: Node) -> list[Socket]:
     """The TCP sockets of all processes of ours on a node."""
     found: list[Socket] = []
-    for process in [*processes_of(node, "launch.py"), *processes_of(node, "ormo_rpc.runtimes.distributed.entry_point")]:
+    for process in [*processes_of(node, "launch.py"), *processes_of(node, "ormo_rpc.runtimes.programs.entry_point")]:
         try:
             rows = [row for name in ("tcp", "tcp6") for row in _rows(Path(f"/proc/{process.pid}/net/{name}"))]
             inodes = {str(each.readlink()) for each in Path(f"/proc/{process.pid}/fd").iterdir()}

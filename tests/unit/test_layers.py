@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 from collections.abc import Iterable, Sequence
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -43,11 +44,18 @@ ONLY_IN = {
     ),
     "torch.distributed.rpc": ("control.torch_rpc", "transports.rpc"),
     "torch.futures": ("control.torch_rpc", "transports.rpc"),
-    "socket": ("rendezvous", "transports.gloo", "transports.stream", "runtimes.distributed"),
+    "socket": (
+        "rendezvous",
+        "transports.gloo",
+        "transports.stream",
+        "runtimes.distributed",
+        "runtimes.programs",
+        "runtimes.torchrun_agent",
+    ),
     "subprocess": (
         "kernels.compiled",
         "storage.environment",
-        "runtimes.distributed.launcher",
+        "runtimes.distributed.starter",
         "runtimes.distributed.worker_process.region",
     ),
     "hydra": ("overrides", "composing", "sweeps", "cli"),
@@ -70,10 +78,19 @@ KERNELS_MAY = {
 
 
 @functools.cache
-def imports(source: str, module: str) -> frozenset[str]:
-    """Every module that a source imports anywhere, also within functions; ``from a import b`` counts as ``a.b``."""
+def imports(source: str, module: str, *, types: bool = True) -> frozenset[str]:
+    """Every module that a source imports anywhere, also within functions; ``from a import b`` counts as ``a.b``.
+
+    With ``types=False`` those that are imported for type checkers alone do not count.
+    """
     found: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    ifs = [] if types else [node for node in ast.walk(tree) if isinstance(node, ast.If)]
+    blocks = [node for node in ifs if "TYPE_CHECKING" in ast.unparse(node.test)]
+    apart = {id(node) for block in blocks for node in ast.walk(block)}
+    for node in ast.walk(tree):
+        if id(node) in apart:
+            continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -108,8 +125,38 @@ def faults(sources: dict[str, str]) -> list[str]:
     return sorted(set(found))
 
 
+def cycles(sources: dict[str, str]) -> list[str]:
+    """The modules and packages within one package that import one another in a circle, as lines ``package: a, b``."""
+    arrows = {module: imports(source, module, types=False) for module, source in sources.items()}
+    found: list[str] = []
+    for package in sorted({module.rpartition(".")[0] for module in sources} - {"", "ormo_rpc"}):
+        inside = f"{package}."
+        graph: dict[str, set[str]] = {}
+        for module, names in arrows.items():
+            if module.startswith(inside):
+                parts = {name.removeprefix(inside).split(".")[0] for name in names if name.startswith(inside)}
+                own = module.removeprefix(inside).split(".")[0]
+                graph.setdefault(own, set()).update(parts - {own})
+        try:
+            TopologicalSorter(graph).prepare()
+        except CycleError as error:
+            found.append(f"{package}: {', '.join(sorted(set(error.args[1])))}")
+    return found
+
+
 def test_every_arrow_points_down() -> None:
     assert faults(SOURCES) == []
+
+
+def test_nothing_imports_in_a_circle_within_a_package() -> None:
+    assert cycles(SOURCES) == []
+
+
+def test_a_planted_circle_is_found() -> None:
+    name = "ormo_rpc.runtimes.distributed.starter"
+    line = "def f():\n    from ormo_rpc.runtimes.distributed.launcher import supervisor"
+    planted = {**SOURCES, name: f"{SOURCES[name]}\n{line}\n"}
+    assert cycles(planted) == ["ormo_rpc.runtimes.distributed: launcher, starter"]
 
 
 def test_every_place_of_an_outside_library_uses_it() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F  # noqa: N812 - its name everywhere
 from torch import Tensor, nn
 
-from ormo_rpc.models.resnet20 import Shortcut
+from ormo_rpc.models.shortcut import Shortcut
 
 BLOCKS_PER_STAGE = 3
 WIDTHS = (16, 32, 64)

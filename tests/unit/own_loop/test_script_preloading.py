@@ -18,7 +18,7 @@ from ormo_rpc.config.runtimes import StartKind
 from ormo_rpc.errors import ConfigError, RunFailed
 from ormo_rpc.own_loop.script import Script
 from ormo_rpc.runtimes.distributed.launcher.child import EXIT_DONE, EXIT_NO_RESTART
-from ormo_rpc.runtimes.distributed.linux import LINUX
+from ormo_rpc.runtimes.linux import LINUX
 from tests.support.scripts import JOIN, Launcher, launcher, shared_imports
 
 pytestmark = pytest.mark.skipif(not LINUX, reason="processes are forked on Linux alone")

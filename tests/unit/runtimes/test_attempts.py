@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ormo_rpc.runtimes.attempts import FormerRun, claimed_by, continues, former_run, remember
-from ormo_rpc.runtimes.distributed.launcher.torchrun_agent import Agent
 from ormo_rpc.runtimes.ranks import Ranks
+from ormo_rpc.runtimes.torchrun_agent import Agent
 from ormo_rpc.storage.launch import Launch
 from ormo_rpc.storage.run_directory import RunDirectory
 

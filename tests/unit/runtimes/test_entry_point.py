@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from ormo_rpc.errors import ConfigError, Interrupted, Refused, ServerLost, WireError, WorkerBanned
-from ormo_rpc.runtimes.distributed import entry_point
 from ormo_rpc.runtimes.distributed.asking import ServerControl, WorkerControl
 from ormo_rpc.runtimes.distributed.launcher.child import EXIT_DONE, EXIT_NO_RESTART, EXIT_SERVER_LOST
 from ormo_rpc.runtimes.distributed.launcher.supervisor import Supervisor
 from ormo_rpc.runtimes.distributed.server_process import server_process
 from ormo_rpc.runtimes.job import Job, LoadedJob
+from ormo_rpc.runtimes.programs import entry_point
 from tests.support.processes import PATIENCE_SECONDS
 
 
@@ -184,7 +184,7 @@ def test_a_full_disk_does_not_hide_the_exit_reason(tmp_path: Path) -> None:
         command = [
             sys.executable,
             "-m",
-            "ormo_rpc.runtimes.distributed.entry_point",
+            "ormo_rpc.runtimes.programs.entry_point",
             "server",
             "--log",
             "--run-dir",

@@ -23,10 +23,10 @@ import torch
 from tqdm import tqdm
 from tqdm.auto import tqdm as tqdm_auto
 
-from ormo_rpc.runtimes.distributed.linux import LINUX
 from ormo_rpc.runtimes.distributed.preloading import safety
 from ormo_rpc.runtimes.distributed.preloading.forking import apart
 from ormo_rpc.runtimes.distributed.preloading.safety import Baseline, refusal_of_generators
+from ormo_rpc.runtimes.linux import LINUX
 
 pytestmark = pytest.mark.skipif(not LINUX, reason="processes are forked on Linux alone")
 

@@ -22,13 +22,13 @@ import psutil
 import pytest
 import torch
 
-from ormo_rpc.runtimes.distributed.linux import LINUX, adopting
 from ormo_rpc.runtimes.distributed.preloading import messages
 from ormo_rpc.runtimes.distributed.preloading.client import ForkedProcess, Preloader, PreloaderLost
 from ormo_rpc.runtimes.distributed.preloading.forking import ForkRequest, apart
 from ormo_rpc.runtimes.distributed.preloading.forking import fork as fork_once
 from ormo_rpc.runtimes.distributed.preloading.preloading import Preloading
 from ormo_rpc.runtimes.distributed.preloading.safety import Baseline
+from ormo_rpc.runtimes.linux import LINUX, adopting
 from tests.support.processes import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.skipif(not LINUX, reason="processes are forked on Linux alone")
@@ -256,7 +256,7 @@ def test_the_death_of_a_process_apart_is_told(end: Callable[[], Any], how: str) 
 
 
 def test_a_preloader_whose_launcher_is_gone_ends_without_a_word() -> None:
-    from ormo_rpc.runtimes.distributed.preloading.process import Jobs, PreloaderProcess  # its import disables the collector
+    from ormo_rpc.runtimes.programs.preloader import Jobs, PreloaderProcess  # its import disables the collector
 
     ours, theirs = socket.socketpair()
     theirs.close()

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from ormo_rpc.config.parsing import parse_config
-from ormo_rpc.runtimes.distributed.linux import LINUX
-from ormo_rpc.runtimes.distributed.preloading import process
 from ormo_rpc.runtimes.distributed.preloading.forking import apart
 from ormo_rpc.runtimes.distributed.preloading.load import Loading
+from ormo_rpc.runtimes.linux import LINUX
+from ormo_rpc.runtimes.programs import preloader as process
 from tests.support import changing
 
 pytestmark = pytest.mark.skipif(not LINUX, reason="processes are forked on Linux alone")

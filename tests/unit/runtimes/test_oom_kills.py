@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ormo_rpc.runtimes.distributed.launcher import oom_kills as module
-from ormo_rpc.runtimes.distributed.launcher.oom_kills import OomKills
+from ormo_rpc.runtimes.distributed import oom_kills as module
+from ormo_rpc.runtimes.distributed.oom_kills import OomKills
 from tests.support.cgroups import Group, group, needs_memory_groups
 
 CERTAIN = "by the kernel for lack of memory"

@@ -16,14 +16,14 @@ from typing_extensions import override
 from ormo_rpc.config.runtimes import RpcRuntime, StartKind
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError, RunFailed
-from ormo_rpc.runtimes.distributed.launcher import starter
-from ormo_rpc.runtimes.distributed.launcher.oom_kills import OomKills
-from ormo_rpc.runtimes.distributed.launcher.starter import Command, Process
-from ormo_rpc.runtimes.distributed.linux import LINUX
+from ormo_rpc.runtimes.distributed import starter
+from ormo_rpc.runtimes.distributed.oom_kills import OomKills
 from ormo_rpc.runtimes.distributed.preloading import client, messages, preloading
 from ormo_rpc.runtimes.distributed.preloading.client import ForkedProcess, Preloader, PreloaderLost, Programs
 from ormo_rpc.runtimes.distributed.preloading.preloading import Preloading
 from ormo_rpc.runtimes.distributed.shortages import MEMORY
+from ormo_rpc.runtimes.distributed.starter import Command, Process
+from ormo_rpc.runtimes.linux import LINUX
 
 
 class Ended(ForkedProcess):

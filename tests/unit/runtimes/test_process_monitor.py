@@ -15,9 +15,9 @@ from typing_extensions import override
 
 from ormo_rpc.runtimes.distributed.launcher import process_monitor as module
 from ormo_rpc.runtimes.distributed.launcher.child import EXIT_DONE, EXIT_NO_RESTART
-from ormo_rpc.runtimes.distributed.launcher.oom_kills import OomKills
 from ormo_rpc.runtimes.distributed.launcher.process_monitor import ProcessMonitor, ProcessSlot, if_killed, unless_banned
 from ormo_rpc.runtimes.distributed.launcher.supervisor import ChildProcess, Supervisor
+from ormo_rpc.runtimes.distributed.oom_kills import OomKills
 from ormo_rpc.runtimes.distributed.shortages import MEMORY
 from tests.support.processes import wait_until
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ormo_rpc.runtimes.distributed.launcher import torchrun_agent
-from ormo_rpc.runtimes.distributed.launcher.torchrun_agent import Agent
+from ormo_rpc.runtimes import torchrun_agent
+from ormo_rpc.runtimes.torchrun_agent import Agent
 from tests.support.processes import wait_until
 
-FIND = "from ormo_rpc.runtimes.distributed.launcher.torchrun_agent import Agent; print(Agent.of_this_rank())"
+FIND = "from ormo_rpc.runtimes.torchrun_agent import Agent; print(Agent.of_this_rank())"
 
 
 @pytest.fixture

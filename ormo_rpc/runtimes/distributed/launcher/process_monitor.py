@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from signal import Signals
 
 from ormo_rpc.runtimes.distributed.launcher.child import EXIT_DONE, EXIT_NO_RESTART, EXIT_SERVER_LOST
-from ormo_rpc.runtimes.distributed.launcher.oom_kills import OomKills
 from ormo_rpc.runtimes.distributed.launcher.supervisor import ChildProcess, Supervisor
+from ormo_rpc.runtimes.distributed.oom_kills import OomKills
 from ormo_rpc.runtimes.distributed.shortages import MEMORY, reason_of_start
 from ormo_rpc.signals import ending_signal
 

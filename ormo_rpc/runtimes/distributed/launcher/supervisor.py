@@ -21,22 +21,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from ormo_rpc.runtimes.distributed.launcher.child import MAX_EXIT_REASON_CHARACTERS
-from ormo_rpc.runtimes.distributed.launcher.starter import Command, Process, Starter, await_killed, outcome, spawn
-from ormo_rpc.runtimes.distributed.linux import Endings
+from ormo_rpc.runtimes.distributed.starter import Command, Process, Starter, await_killed, outcome, pipe, spawn
+from ormo_rpc.runtimes.linux import Endings
 from ormo_rpc.signals import SignalWatch, blocked
 
 POLL_SECONDS = 0.02
 """The interval at which the supervisor looks at its children, unless one of them ends."""
 OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """Errors of opening a log that starting a process would meet as well."""
-
-
-def pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[int, int]:
-    """Make a pipe, each end of which its owner closes."""
-    ends = os.pipe()
-    for end, owner in zip(ends, (reader, writer), strict=True):
-        owner.callback(os.close, end)
-    return ends
 
 
 @dataclass

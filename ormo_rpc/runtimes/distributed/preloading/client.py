@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from ormo_rpc.runtimes.distributed.launcher.oom_kills import OomKills
-from ormo_rpc.runtimes.distributed.launcher.starter import Command, Process, await_killed, outcome, spawn
-from ormo_rpc.runtimes.distributed.linux import adopting
+from ormo_rpc.runtimes.distributed.oom_kills import OomKills
 from ormo_rpc.runtimes.distributed.preloading import messages
 from ormo_rpc.runtimes.distributed.shortages import MEMORY
+from ormo_rpc.runtimes.distributed.starter import Command, Process, await_killed, outcome, spawn
+from ormo_rpc.runtimes.linux import adopting
 from ormo_rpc.signals import blocked
 
 READY_SECONDS = 120.0
@@ -48,8 +48,8 @@ class Programs:
 
 
 JOBS = Programs(
-    preloader="ormo_rpc.runtimes.distributed.preloading.process",
-    child="ormo_rpc.runtimes.distributed.entry_point",
+    preloader="ormo_rpc.runtimes.programs.preloader",
+    child="ormo_rpc.runtimes.programs.entry_point",
     does="loads the job",
 )
 """Of runs whose data and model are parts of the configuration."""

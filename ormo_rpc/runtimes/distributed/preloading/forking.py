@@ -24,10 +24,9 @@ from typing import Any, NoReturn
 import numpy.random
 import torch
 
-from ormo_rpc.runtimes.distributed.launcher.starter import outcome
-from ormo_rpc.runtimes.distributed.launcher.supervisor import pipe
-from ormo_rpc.runtimes.distributed.linux import die_with_parent, set_title
 from ormo_rpc.runtimes.distributed.preloading.safety import open_descriptors
+from ormo_rpc.runtimes.distributed.starter import outcome, pipe
+from ormo_rpc.runtimes.linux import die_with_parent, set_title
 from ormo_rpc.signals import block, blocked, restore, withstand
 
 _GO = b"g"

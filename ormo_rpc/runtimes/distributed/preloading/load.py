@@ -19,7 +19,7 @@ from ormo_rpc.config.parsing import parse_text
 from ormo_rpc.config.runtimes import DdpRuntime
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.runtimes import prepare
-from ormo_rpc.runtimes.distributed.launcher.oom_kills import OomKills
+from ormo_rpc.runtimes.distributed.oom_kills import OomKills
 from ormo_rpc.runtimes.distributed.preloading.forking import apart
 from ormo_rpc.runtimes.distributed.preloading.safety import gpu_is_lost
 from ormo_rpc.runtimes.distributed.shortages import MEMORY

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ormo_rpc.errors import ConfigError, RunFailed
 from ormo_rpc.lazy_import import is_loaded
-from ormo_rpc.runtimes.distributed.launcher.starter import Command, Process, spawn
 from ormo_rpc.runtimes.distributed.preloading.client import JOBS, Preloader, PreloaderLost, Programs, module_path
 from ormo_rpc.runtimes.distributed.shortages import reason_of_start
+from ormo_rpc.runtimes.distributed.starter import Command, Process, spawn
 from ormo_rpc.signals import exit_statuses
 
 if TYPE_CHECKING:

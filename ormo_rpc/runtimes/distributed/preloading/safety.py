@@ -21,7 +21,7 @@ import numpy.random
 import torch
 
 from ormo_rpc.options.imports import LIBRARIES, users_line
-from ormo_rpc.runtimes.distributed.linux import LINUX
+from ormo_rpc.runtimes.linux import LINUX
 
 _TASKS, _DESCRIPTORS, _MAPPINGS = Path("/proc/self/task"), Path("/proc/self/fd"), Path("/proc/self/maps")
 _JOINED_SECONDS = 0.2

@@ -15,8 +15,8 @@ from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import RunFailed
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.runtimes.configured import two_levels
-from ormo_rpc.runtimes.distributed.linux import die_with_parent
 from ormo_rpc.runtimes.job import Job
+from ormo_rpc.runtimes.linux import die_with_parent
 from ormo_rpc.server.region import RegionServer
 
 _log = logging.getLogger(__name__)

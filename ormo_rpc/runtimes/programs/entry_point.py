@@ -1,4 +1,4 @@
-"""The entry point of the launcher's children: ``python -m ormo_rpc.runtimes.distributed.entry_point ROLE ...``."""
+"""The entry point of the launcher's children: ``python -m ormo_rpc.runtimes.programs.entry_point ROLE ...``."""
 
 from __future__ import annotations
 

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from signal import Signals
 from typing import Protocol
 
-from ormo_rpc.runtimes.distributed.linux import die_with_parent
+from ormo_rpc.runtimes.linux import die_with_parent
 
 KILLED_SECONDS = 5.0
 """A process that was killed has ended by then, unless it is a large one on a busy machine."""
+
+
+def pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[int, int]:
+    """Make a pipe, each end of which its owner closes."""
+    ends = os.pipe()
+    for end, owner in zip(ends, (reader, writer), strict=True):
+        owner.callback(os.close, end)
+    return ends
 
 
 @dataclass(frozen=True, kw_only=True)

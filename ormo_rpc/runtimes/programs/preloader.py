@@ -1,4 +1,4 @@
-"""A preloader's process: ``python -m ormo_rpc.runtimes.distributed.preloading.process``.
+"""A preloader's process: ``python -m ormo_rpc.runtimes.programs.preloader``.
 
 It imports what every process of a run needs, and then serves the requests of its launcher until that closes the connection.
 Whatever is asked, this process stays as it is but for the job that it loads: a request for a process is answered by a fork.
@@ -26,14 +26,15 @@ THREADS_BEFORE = len(os.listdir(_TASKS)) if os.path.isdir(_TASKS) else 1  # noqa
 import torch  # noqa: E402 - after the count
 
 from ormo_rpc import console  # noqa: E402 - after the count
-from ormo_rpc.runtimes.distributed import entry_point, memory  # noqa: E402 - after the count
-from ormo_rpc.runtimes.distributed.linux import set_title  # noqa: E402 - after the count
+from ormo_rpc.runtimes.distributed import memory  # noqa: E402 - after the count
 from ormo_rpc.runtimes.distributed.preloading import forking, messages  # noqa: E402 - after the count
 from ormo_rpc.runtimes.distributed.preloading.client import JOBS  # noqa: E402 - after the count
 from ormo_rpc.runtimes.distributed.preloading.load import Loading  # noqa: E402 - after the count
 from ormo_rpc.runtimes.distributed.preloading.safety import Baseline, refusal_of_generators  # noqa: E402 - after the count
 from ormo_rpc.runtimes.distributed.shortages import limit_reached, reason_of_end  # noqa: E402 - after the count
 from ormo_rpc.runtimes.job import LoadedJob  # noqa: E402 - after the count
+from ormo_rpc.runtimes.linux import set_title  # noqa: E402 - after the count
+from ormo_rpc.runtimes.programs import entry_point  # noqa: E402 - after the count
 from ormo_rpc.signals import withstand  # noqa: E402 - after the count
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ormo_rpc import console
-from ormo_rpc.runtimes.distributed.linux import stat_fields
+from ormo_rpc.runtimes.linux import stat_fields
 
 POLL_SECONDS = 0.5
 """The interval at which a rank looks after its agent."""

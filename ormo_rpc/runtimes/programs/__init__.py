@@ -1,0 +1,1 @@
+"""The programs that launchers start: children, and preloaders whose forks become children."""
