@@ -6,7 +6,7 @@ import torch
 from typing_extensions import override
 
 from ormo_rpc.models.networks.resnet20 import ResNet20Network
-from ormo_rpc.models.resnet20 import Shortcut
+from ormo_rpc.models.shortcut import Shortcut
 
 
 class WideResNet20(torch.nn.Module):

@@ -11,7 +11,8 @@ import pytest
 from benchmarks import machine, throughput
 from benchmarks.peers.harness import shapes
 from benchmarks.peers.measurement import Job, measurement
-from ormo_rpc.models.resnet20 import ResNet20, Shortcut
+from ormo_rpc.models.resnet20 import ResNet20
+from ormo_rpc.models.shortcut import Shortcut
 from tests.unit.benchmarks.made_up import sample
 
 
