@@ -223,10 +223,17 @@ def _result(summary: dict[str, Any], run_dir: Path) -> str:
     within = " within a round" if summary.get("delay_within_round") else ""
     identical = f"identical to {summary['replayed']}: every event, and each bit of the final parameters\n"
     return (
-        f"{summary['status']}: {described(summary)}: {summary['iterations']} iterations in {_duration(summary)}, "
+        f"{summary['status']}: {described(summary)}: {_iterations(summary)} in {_duration(summary)}, "
         f"mean delay {summary['delay_mean']:.1f}{within}, training loss {LOSS.shown(loss)}{_evaluated(summary)}\n"
         f"{early}{_best(summary)}{identical if summary.get('identical') else ''}run directory: {run_dir}"
     )
+
+
+def _iterations(summary: dict[str, Any]) -> str:
+    """Write the iterations, and where the run continues another one those that are its own."""
+    total = summary["iterations"]
+    own = sum((summary.get("pushes_per_worker") or {}).values()) - (summary.get("discarded") or 0)
+    return f"{total} iterations{f', {own} of them in this run,' if 0 < own < total else ''}"
 
 
 def _best(summary: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import traceback
@@ -61,6 +62,7 @@ class SweepStart(Callback):
         try:
             _refuse_direction(config, None if {"task", "task._target_"} & {*plan.keys} else _task(config))
             _refuse_run_id(config, plan)
+            _refuse_launcher(config.hydra)
             _refuse_targets(config)
         except ValueError as error:
             sys.exit(str(error))  # hydra only warns of an exception
@@ -282,6 +284,19 @@ def _refuse_direction(config: DictConfig, task: Task | None) -> None:
         _log.warning("%s, as far as its name tells", said)
         return
     raise ConfigError(said)
+
+
+def _refuse_launcher(hydra: HydraConf | DictConfig) -> None:
+    """Refuse jobs of Slurm where its programs are not, of which submitit says so with a traceback.
+
+    Raises:
+        ConfigError: so it is.
+    """
+    if str(hydra.launcher.get("_target_")).endswith(".SlurmLauncher") and shutil.which("srun") is None:
+        raise ConfigError(
+            "hydra/launcher=slurm: got a machine without the program srun, expected one from which jobs of Slurm are "
+            "submitted; hydra/launcher=local runs the same jobs on this machine"
+        )
 
 
 def _refuse_run_id(config: DictConfig, plan: Plan) -> None:

@@ -160,8 +160,15 @@ def load_runs(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
     jobs = [job for path in paths for job in _jobs_without_run(path)]
     told = {folder.resolve() for folders, _ in jobs for folder in folders}
     refused = [reason for _, reason in jobs]
-    for path in run_directories(paths):
-        if path.resolve() in told:
+    directories = dict[Path, Path]()
+    for path in paths:
+        try:
+            for each in run_directories([path]):
+                directories.setdefault(each.resolve(), each)
+        except ConfigError as error:
+            refused.append(str(error))
+    for resolved, path in directories.items():
+        if resolved in told:
             continue
         try:
             runs.append(Run.load(path))

@@ -47,6 +47,8 @@ MAIN_KEYS = (
     "train.batch_size",
 )
 """Keys that are said of a comparison even where they have their defaults."""
+OF_TASKS = ("train.batch_size", "train.epochs")
+"""Keys that a loop of the user's own does not have, whose length is ``train.max_iterations``."""
 RESUME = "checkpoint.resume"
 MISSING = "-"
 """The value of a key that a run does not have."""
@@ -125,7 +127,8 @@ def _plain(value: Any) -> Any:
 def _effective(options: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out the seed and what has no effect, of a simulation without a model also model, data and task.
 
-    A run of ``runtime=ddp`` has the algorithm and the scheduler by which it is described, and none of their options.
+    A run of ``runtime=ddp`` has the algorithm and the scheduler by which it is described, and none of their options. A loop of
+    the user's own makes its batches itself.
     """
     found = {key: value for key, value in options.items() if not _without_effect(key, options)}
     if options.get("runtime") == "ddp":
@@ -134,6 +137,8 @@ def _effective(options: Mapping[str, Any]) -> dict[str, Any]:
     if options.get("runtime") == "sim" and options.get("runtime.gradient", "real") != "real":
         found = {key: value for key, value in found.items() if key.partition(".")[0] not in ("dataset", "model", "task")}
         found["model"] = options["runtime.gradient"]
+    if options.get("task") == "own_loop":
+        found = {key: value for key, value in found.items() if key not in OF_TASKS}
     return found
 
 

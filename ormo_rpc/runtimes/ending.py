@@ -14,9 +14,11 @@ from ormo_rpc.server.parameter_server import Status
 
 OVERFLOWED = f"gradients overflow float16 at every loss scale down to {SMALLEST:.17g}"
 """The reason where that is why."""
-NOT_FINITE = "the parameters, or the gradients or losses of two workers for one ticket, are not finite or too large"
-"""The reason where the server itself says that the run diverged."""
-NOT_FINITE_IN_RANKS = "the parameters, or the loss of a rank, are not finite"
+PARAMETERS = "the parameters are not finite"
+"""The reason where the run diverged by its parameters."""
+GRADIENTS = "the gradients or losses of two workers for one ticket are not finite, or too large"
+"""The reason where they are finite, and the server says that the run diverged."""
+LOSS_OF_A_RANK = "the loss of a rank is not finite"
 """The same of a run without a server."""
 
 
@@ -28,6 +30,7 @@ def ending(
     *,
     stopped: str | None = None,
     loss_scale: Mapping[str, Any] | None = None,
+    finite: bool = True,
 ) -> dict[str, str | None]:
     """Return the entries ``status`` and ``reason`` of a summary.
 
@@ -38,11 +41,12 @@ def ending(
         iteration: Gradients applied.
         stopped: The reason why it was stopped early, where it was.
         loss_scale: The state of the loss scale, where there is one.
+        finite: The parameters are.
     """
     if status == Status.diverged.value:
         overflowed = loss_scale is not None and loss_scale["value"] < SMALLEST
-        not_finite = NOT_FINITE_IN_RANKS if isinstance(job.config.runtime, DdpRuntime) else NOT_FINITE
-        return {"status": status, "reason": OVERFLOWED if overflowed else not_finite}
+        others = LOSS_OF_A_RANK if isinstance(job.config.runtime, DdpRuntime) else GRADIENTS
+        return {"status": status, "reason": OVERFLOWED if overflowed else others if finite else PARAMETERS}
     if status != Status.completed.value:
         return {"status": status, "reason": None}
     diverged, early = _divergence(job, statistics), _early(job, iteration, stopped)

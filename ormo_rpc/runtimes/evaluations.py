@@ -34,7 +34,8 @@ class Evaluations:
         run_dir: Its directory.
         executor: Runs them.
         recorder: Receives the results.
-        inline: The executor computes at once, and all is one thread: an early stop is then decided at the iteration.
+        inline: The executor computes at once, and all is one thread: a result is recorded before the next gradient, so that an
+            early stop is decided at its iteration and a checkpoint has all evaluations before it.
 
     Attributes:
         ranking: Compares the results.
@@ -63,8 +64,7 @@ class Evaluations:
         self.best = BestModel(job, run_dir, self.ranking) if config.keeps_best else None
         self._every = config.evaluate.every or job.batches_per_epoch
         self._max_waiting = None if config.evaluate.every is None else MAX_WAITING
-        noted = config.keeps_best or bool(config.evaluate.targets)
-        self._at_once = inline and (config.evaluate.every is not None or noted)
+        self._inline = inline
         self.failed = 0
         self.seconds = 0.0
         self.ends_now: Callable[[], bool] = lambda: False
@@ -126,7 +126,8 @@ class Evaluations:
         """
         if server.iteration // self._every > before // self._every or server.ended:
             self.request(server, seconds)
-            if self._at_once:
+            if self._inline:
+                self._recorder.flush()  # rows before its own, and checkpoints that are without it
                 self.flush()
 
     def stops_early(self) -> bool:

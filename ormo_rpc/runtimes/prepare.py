@@ -140,7 +140,7 @@ def check_own_loop(job: LiveJob, *, starts_server: bool) -> None:
         resumed = checkpoint.locate(Path(config.checkpoint.resume))
         best.refuse(resumed)
         check_resume(config, resumed)
-        check_something_is_left(resumed, job.total_tickets)
+        check_something_is_left(resumed, job.total_tickets, "total_tickets (or train.max_iterations)")
         check_patience_is_left(config, resumed, job)
         checkpoint.check_fingerprint(resumed, job.fingerprint())
 
@@ -286,8 +286,13 @@ def _typed(value: object) -> str:
     return " ".join([*words, *(f"{value.key(key)}={'null' if each is None else each}" for key, each in options.items())])
 
 
-def check_something_is_left(path: Path, total: int) -> None:
+def check_something_is_left(path: Path, total: int, length: str = "train.epochs (or train.max_iterations)") -> None:
     """Refuse to resume a run that is done.
+
+    Args:
+        path: The checkpoint.
+        total: The gradients of the configured run.
+        length: What sets its length.
 
     Raises:
         ConfigError: the checkpoint has all gradients of the configured run already.
@@ -295,7 +300,7 @@ def check_something_is_left(path: Path, total: int) -> None:
     done = checkpoint.gradients_in(path)
     if done >= total:
         what = f"iteration {done} of {total} is done" if done == total else f"got iteration {done}, and the run ends at {total}"
-        raise ConfigError(f"checkpoint.resume: {what}; raise train.epochs (or train.max_iterations)")
+        raise ConfigError(f"checkpoint.resume: {what}; raise {length}")
 
 
 def check_patience_is_left(config: Config, path: Path, job: JobLike) -> None:

@@ -21,6 +21,8 @@ from ormo_rpc.storage.summary import Summary, write_summary
 from ormo_rpc.worker.evaluation import Evaluation
 
 _log = logging.getLogger(__name__)
+ROUNDING = 1e-9
+"""Relative to a time: sums of virtual times differ by less at one moment."""
 
 
 @dataclass(frozen=True)
@@ -110,15 +112,15 @@ class Recorder:
             except Empty:
                 break
             if isinstance(item, Event):
+                if item.kind is Kind.apply:
+                    self._write_row_before(item)
                 self.statistics.observe(item)
                 self.directory.write_event(item)
-                if item.kind is Kind.apply:
-                    self._count_towards_row()
             else:
                 item(Offsets(*self.directory.sync(), self.statistics.state_dict()))
         now = self.clock()
-        due = row or now - self._row_written >= self.job.config.logger.log_seconds
-        if due and self.statistics.applied > self._last_row[1]:
+        due = now - self._row_written >= self.job.config.logger.log_seconds and _is_later(now, self.statistics.seconds)
+        if (row or due) and self.statistics.applied > self._last_row[1]:
             self._write_row(now)
         self.directory.flush()
 
@@ -148,12 +150,13 @@ class Recorder:
                 _log.warning("%s cannot be finished: %s", type(log).__name__, one_line(error))
         return content
 
-    def _count_towards_row(self) -> None:
-        """Count a gradient, and write a row where ``logger.log_iterations`` have passed; those of one moment share it."""
-        self._since_row += 1
+    def _write_row_before(self, gradient: Event) -> None:
+        """Count a gradient, and first write a row where ``logger.log_iterations`` have passed; those of one moment share it."""
         seconds = self.statistics.seconds
-        if self._since_row >= self._iterations_between_rows and seconds > self._last_row[0]:
+        enough = self._since_row >= self._iterations_between_rows
+        if enough and _is_later(seconds, self._last_row[0]) and _is_later(gradient.seconds, seconds):
             self._write_row(seconds)
+        self._since_row += 1
 
     def _write_row(self, now: float) -> None:
         """Write a row at the time of its last gradient: the end of a run, with its evaluation, is no time of training."""
@@ -185,3 +188,8 @@ class Recorder:
             for log in self._logs:
                 log.log(row, statistics)
         self._kept.clear()
+
+
+def _is_later(seconds: float, than: float) -> bool:
+    """Tell if a time is later, by more than the rounding of sums of virtual times."""
+    return seconds - than > ROUNDING * max(1.0, seconds)

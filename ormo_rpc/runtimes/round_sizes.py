@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ormo_rpc.algorithms._rounds import Rounds
+from ormo_rpc.algorithms.m_sync import MSync
 from ormo_rpc.config.runtimes import RpcRuntime, SimRuntime
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
@@ -21,10 +22,10 @@ def check_rounds(config: Config) -> None:
     """
     more = more_than_workers(config)
     if more is not None and not _may_grow(config) and config.checkpoint.resume is None:
-        key, number, all_of_them = more
+        key, number, instead = more
         raise ConfigError(
             f"{key}: got {number} with workers={config.num_workers}, expected at most {config.num_workers}: a round has one "
-            f"gradient of each worker; {all_of_them} has those of all"
+            f"gradient of each worker{instead}"
         )
 
 
@@ -32,14 +33,17 @@ def more_than_workers(config: Config) -> tuple[str, int, str] | None:
     """Return the gradients that make a round where they are more than the workers at the start, else None.
 
     Returns:
-        Their key, their number, and what makes rounds of all workers instead.
+        The key that sets them (the group of an algorithm or a scheduler of the user's own), their number, and advice.
     """
-    most = config.algorithm.most if isinstance(config.algorithm, Rounds) else None
-    if most is not None and most > config.num_workers:
-        return "algorithm.m", most, "null"
+    size = config.algorithm.round_size if isinstance(config.algorithm, Rounds) else None
+    if size is not None and size > config.num_workers:
+        if isinstance(config.algorithm, MSync):
+            return "algorithm.m", size, "; null has those of all"
+        return "algorithm", size, ""
     size = config.scheduler.round_size
     if size is not None and size > max(config.num_workers, DEFAULT_K):
-        return "scheduler.k", size, "scheduler=sync"
+        key = "scheduler.k" if isinstance(config.scheduler, Partial) else "scheduler"
+        return key, size, "; scheduler=sync has those of all"
     return None
 
 

@@ -21,6 +21,7 @@ from ormo_rpc.runtimes.job_like import JobLike
 from ormo_rpc.runtimes.recorder import Recorder
 from ormo_rpc.runtimes.round_sizes import more_than_workers
 from ormo_rpc.server.parameter_server import ParameterServer, Status
+from ormo_rpc.server.validation import all_finite
 from ormo_rpc.storage import checkpoint
 from ormo_rpc.storage.counters import RunCounters
 from ormo_rpc.storage.journal import FileJournal, Journal, recover
@@ -287,7 +288,13 @@ class Session:
         limit, evaluations = self.job.config.train.max_seconds, self.evaluations
         stopped = evaluations.stopped or (evaluations.ranking.reason if limit is None else None)
         ended = ending(
-            self.job, statistics, state["status"], state["iteration"], stopped=stopped, loss_scale=state["loss_scale"]
+            self.job,
+            statistics,
+            state["status"],
+            state["iteration"],
+            stopped=stopped,
+            loss_scale=state["loss_scale"],
+            finite=all_finite(state["params"]),
         )
         now, start_seconds = time.monotonic(), self.counters.start_seconds or None
         measurements = self.recorder.measurements(statistics.seconds, statistics.applied)

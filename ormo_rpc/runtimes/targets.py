@@ -126,7 +126,7 @@ def clock_of(config: Config) -> str:
 
 
 def check_clock(config: Config, then: Config, state: Mapping[str, Any] | None, path: Path) -> None:
-    """Refuse targets in a run that continues one of another clock.
+    """Refuse the targets of a run that continues one of another clock.
 
     Args:
         config: The configuration of the run.
@@ -135,10 +135,10 @@ def check_clock(config: Config, then: Config, state: Mapping[str, Any] | None, p
         path: The checkpoint.
 
     Raises:
-        ConfigError: there are targets, and the seconds until one of them would be virtual and real ones.
+        ConfigError: the seconds until one of them would be virtual and real ones.
     """
     own, former = clock_of(config), (state or {}).get("clock", clock_of(then))
-    if config.evaluate.targets and own != former:
+    if own != former:
         raise ConfigError(
             f"evaluate.targets: got {list(config.evaluate.targets)} in a run of {own} seconds that continues {path}, whose "
             f"seconds are {former}, expected none, as the two have no sum; metrics.jsonl of each run has its evaluations"

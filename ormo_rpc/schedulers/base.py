@@ -34,7 +34,7 @@ class Scheduler(Part, ABC):
 
     @property
     def round_size(self) -> int | None:
-        """The blocked workers for which it waits before it releases them, the option ``k``; None: no fixed number."""
+        """The number of blocked workers that are released together; None: no fixed number."""
         return None
 
     def init(self, generator: torch.Generator) -> None:

@@ -24,7 +24,8 @@ class ElasticConsistency:
     Source: the quantity that Nadiradze et al. 2021, arXiv 2001.05918, assume to be bounded.
 
     Attributes:
-        every: n. With a divisor or multiple of K it may always meet the same worker, or the same place in a round.
+        every: n. The n-th gradient is the first: by the first of all ``w`` cannot have moved. With a divisor
+            or multiple of K it may always meet the same worker, or the same place in a round.
     """
 
     every: int
@@ -34,7 +35,7 @@ class ElasticConsistency:
 
         None between measurements, where what was sent is not known, with a learning rate of 0, and where it is not finite.
         """
-        if context.iteration % self.every or context.sent is None or context.lr == 0:
+        if (context.iteration + 1) % self.every or context.sent is None or context.lr == 0:
             return None
         with torch.no_grad():
             sent = context.sent[: params.numel()]

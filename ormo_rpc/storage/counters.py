@@ -52,7 +52,7 @@ class RunCounters:
 
     @classmethod
     def began(cls, run_dir: Path, began: float) -> float:
-        """The time at which a run began, on the monotonic clock of this machine: with the first start of its ranks.
+        """Return when the run was first started, on the monotonic clock of this machine.
 
         Between two starts, by torchrun or Slurm, the system's clock counts, as they may be on two machines.
 
@@ -94,5 +94,5 @@ class RunCounters:
 
 
 def _system_time(moment: float) -> float:
-    """Put a moment of the monotonic clock on the system's clock."""
+    """Convert a monotonic time to system time."""
     return time.time() - (time.monotonic() - moment)

@@ -92,18 +92,23 @@ def test_a_run_that_goes_on_from_one_that_has_ended_counts_from_the_beginning(tm
 
 
 @pytest.mark.slow
-def test_targets_that_are_given_to_a_resumed_simulation_count_from_its_beginning(tmp_path: Path) -> None:
-    """Without targets the checkpoint of an epoch's end is copied before the evaluation of that epoch."""
+@pytest.mark.parametrize("every", [18, 19, 20])
+def test_targets_that_are_given_to_a_resumed_simulation_count_from_its_beginning(every: int, tmp_path: Path) -> None:
+    """A checkpoint has the evaluation before it, however near, and the resumed run makes no further one."""
     keys = (*DIGITS[:-1], "train.epochs=3", "checkpoint.keep=9", "train.batch_size=80")
     targets = "evaluate.targets=[0.05]"
     whole = train([*keys, targets], run_dir=tmp_path / "whole")
-    train([*keys, "checkpoint.every=18"], run_dir=tmp_path / "first")
+    train([*keys, f"checkpoint.every={every}"], run_dir=tmp_path / "first")
     sources = complete(tmp_path / "first")
     assert len(sources) == 3, "an epoch has 18 tickets"
     for number, source in enumerate(sources[:-1]):
         again = train([*keys, targets, f"checkpoint.resume={source}"], run_dir=tmp_path / f"resumed{number}")
         assert {**entries(again), "val_seconds_to": None} == {**entries(whole), "val_seconds_to": None}
+        evaluated = [row["iteration"] for row in read_metrics(tmp_path / f"resumed{number}") if "test_accuracy" in row]
+        assert evaluated == [iteration for iteration in (18, 36, 54) if iteration > (number + 1) * every]
     assert whole["gradients_to"] == {"0.05": 18}
+    iterations = [row["iteration"] for row in read_metrics(tmp_path / "whole")]
+    assert iterations == sorted(iterations), "rows of evaluations and of gradients are in their order"
 
 
 @pytest.mark.slow

@@ -25,7 +25,19 @@ from ormo_rpc.messages import Reply
 from ormo_rpc.models.flat import sha256
 from ormo_rpc.runtimes.job import Job
 from ormo_rpc.storage import checkpoint
-from tests.support.processes import QUIET, descendants, events, gone, launch, launched, processes, replayed, summary, wait_until
+from tests.support.processes import (
+    QUIET,
+    check_lineage,
+    descendants,
+    events,
+    gone,
+    launch,
+    launched,
+    processes,
+    replayed,
+    summary,
+    wait_until,
+)
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(180)]
 
@@ -53,9 +65,8 @@ def test_the_default_run_trains_digits_and_writes_all_its_files(tmp_path: Path) 
     assert sum(result["pushes_per_worker"].values()) == 1350
     assert 0 < result["elastic_mean"] <= result["elastic_max"]
 
+    check_lineage(run_dir, 1350)
     applied = events(run_dir, "apply")
-    assert [event["iteration"] for event in applied] == list(range(1350))
-    assert sorted(event["ticket"] for event in applied) == list(range(1350))
     assert all(event["delay"] == event["iteration"] - event["stamp"] for event in applied)
     # Identity 6: after T gradients all delays, and those of the gradients in flight, sum to (K - 1) T.
     # The first worker finds no more work when ticket T - 1 is out, so count up to there.
@@ -118,10 +129,8 @@ def test_every_kind_of_algorithm_runs_live_and_is_replayed(algorithm: str, trans
     result = summary(tmp_path / "run")
     assert result["repeated"] == 1
     assert (result["algorithm"], result["status"], result["iterations"]) == (algorithm, "completed", 60)
-    applied = events(tmp_path / "run", "apply")
-    assert [event["iteration"] for event in applied] == list(range(60))
-    assert sorted(event["ticket"] for event in applied) == list(range(60))
-    assert all(event["delay"] == event["iteration"] - event["stamp"] for event in applied)
+    check_lineage(tmp_path / "run", 60)
+    assert all(event["delay"] == event["iteration"] - event["stamp"] for event in events(tmp_path / "run", "apply"))
     assert replayed(tmp_path / "run", tmp_path / "again") == result["final_params_sha256"]
     if durable:
         log = (tmp_path / "run" / "logs" / "server.log").read_text()
@@ -211,7 +220,9 @@ def test_a_diverged_run_exits_with_status_3_and_the_reason(tmp_path: Path) -> No
     status, out, err = launch(tmp_path, *QUIET, *options)
     assert status == 3
     assert out.startswith("diverged: naive (async)")
-    assert re.fullmatch(r"launch\.py: the parameters, or .* are not finite or too large; lower train\.lr .*\n", err)
+    assert re.fullmatch(
+        r"launch\.py: the (parameters|gradients or losses .*) are not finite(, or too large)?; lower train\.lr .*\n", err
+    )
     assert summary(tmp_path)["status"] == "diverged"
 
 

@@ -63,3 +63,19 @@ def test_the_closing_line_has_the_metrics_of_the_task(
         "completed: ormo (async), 1 worker, digits, mlp: 9 iterations in 1.0 s (2.0 s in all: start -, end -), mean delay 1.5, "
         f"training loss -, {said}"
     )
+
+
+@pytest.mark.parametrize(
+    ("pushes", "discarded", "said"),
+    [
+        ({0: 4, 1: 5}, 0, ""),
+        ({0: 4, 1: 2}, 0, ", 6 of them in this run,"),
+        ({0: 8}, 3, ", 5 of them in this run,"),
+        (None, None, ""),
+    ],
+)
+def test_the_closing_line_of_a_resumed_run_has_the_iterations_of_its_own(
+    pushes: dict[int, int] | None, discarded: int | None, said: str
+) -> None:
+    found = {"iterations": 9, "pushes_per_worker": pushes, "discarded": discarded}
+    assert cli._iterations(found) == f"9 iterations{said}"  # pyright: ignore[reportPrivateUsage]

@@ -159,7 +159,7 @@ class Recording:
         self._session.flush()
         self._session.write_checkpoint(state)
         told = device_entries(self._devices, [peak_bytes(self._model.device)])
-        return self._session.close(state, wait=True, start=self._start, **told, **self._status)
+        return self._session.close(state, wait=True, start=self._start, step_seconds=None, **told, **self._status)
 
     def _record(self, number: int, row: Sequence[Computed], timed: Timed) -> None:
         """Record the tickets of a round; every gradient is of the very parameters that it is applied to, so none is late."""

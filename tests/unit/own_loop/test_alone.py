@@ -219,7 +219,7 @@ def test_a_run_that_was_left_goes_on_where_it_was(tmp_path: Path, capsys: pytest
         worker.push()
     assert tickets == list(range(7, TICKETS))
     assert_same(model, plain(net(), lambda model, ticket: loss_of(model, ticket).backward()))
-    with pytest.raises(ConfigError, match=r"\Acheckpoint.resume: iteration 12 of 12 is done"):
+    with pytest.raises(ConfigError, match=r"\Acheckpoint.resume: iteration 12 of 12 is done; raise total_tickets "):
         joined(net(), tmp_path / "done", f"checkpoint.resume={tmp_path / 'more'}")
 
 

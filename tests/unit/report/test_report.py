@@ -103,9 +103,13 @@ def test_a_sweep_none_of_whose_jobs_has_a_run_is_left_out_with_their_reasons(swe
         load_runs([failed.path])
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused_or_left_out_beside_others(sweep: Path, tmp_path: Path) -> None:
+    (tmp_path / "refused").mkdir()
+    runs, (left_out,) = load_runs([tmp_path / "refused", sweep])
+    assert runs
+    assert left_out.startswith(f"Left out: {tmp_path / 'refused'}: got a folder without any summary.json")
     with pytest.raises(ConfigError) as caught:
-        run_directories([tmp_path])
+        load_runs([tmp_path / "refused"])
     assert str(caught.value) == (
-        f"{tmp_path}: got a folder without any summary.json, expected a run directory or a sweep of some"
+        f"{tmp_path / 'refused'}: got a folder without any summary.json, expected a run directory or a sweep of some"
     )

@@ -148,6 +148,12 @@ def test_a_synthetic_run_has_neither_data_nor_model(tmp_path: Path) -> None:
     assert [(row["dataset"], row["model"]) for row in cells(both)] == [("-", "quadratic"), ("digits", "cnn")]
 
 
+def test_a_loop_of_ones_own_has_no_batch_size(tmp_path: Path) -> None:
+    own = {part: {"name": "own_loop"} for part in ("dataset", "model", "task")}
+    (group,) = grouped(record(tmp_path / "0", own), record(tmp_path / "1", {**own, "train": {"batch_size": 7}}, seed=1))
+    assert "train.batch_size" not in in_common([group])
+
+
 def test_a_run_of_ddp_stands_under_its_own_name_and_not_under_the_default_algorithm(tmp_path: Path) -> None:
     runtimes = [{"name": "ddp"}, {"name": "ddp", "nesterov": True}, {"name": "rpc"}]
     groups = grouped(*(record(tmp_path / str(number), {"runtime": runtime}) for number, runtime in enumerate(runtimes)))

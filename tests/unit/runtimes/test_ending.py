@@ -22,7 +22,7 @@ from ormo_rpc.config.runtimes import RpcRuntime
 from ormo_rpc.loggers.statistics import Statistics
 from ormo_rpc.messages import Push, Reply
 from ormo_rpc.runtimes import evaluations
-from ormo_rpc.runtimes.ending import NOT_FINITE, ending
+from ormo_rpc.runtimes.ending import GRADIENTS, PARAMETERS, ending
 from ormo_rpc.runtimes.job_like import JobLike
 from ormo_rpc.runtimes.process_start import process_began
 from ormo_rpc.runtimes.running import run
@@ -107,7 +107,8 @@ def test_the_reasons_have_the_figures() -> None:
     )
     early = ending(job(), observed([2.0]), "completed", 25)
     assert early == {"status": "completed", "reason": "finished early: ended after 2.50 of 10 epochs, 25 of 100 iterations"}
-    assert ending(job(), observed([2.0]), "diverged", 25) == {"status": "diverged", "reason": NOT_FINITE}
+    assert ending(job(), observed([2.0]), "diverged", 25) == {"status": "diverged", "reason": GRADIENTS}
+    assert ending(job(), observed([2.0]), "diverged", 25, finite=False) == {"status": "diverged", "reason": PARAMETERS}
     assert ending(job(), observed([2.0, *[50.0] * 500]), "running", 25) == {"status": "running", "reason": None}
 
 

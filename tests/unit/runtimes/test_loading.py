@@ -16,7 +16,7 @@ from ormo_rpc.config.parsing import parse_config
 from ormo_rpc.runtimes.distributed.preloading.forking import apart
 from ormo_rpc.runtimes.distributed.preloading.load import Loading
 from ormo_rpc.runtimes.linux import LINUX
-from ormo_rpc.runtimes.programs import preloader as process
+from ormo_rpc.runtimes.programs import preloader
 from tests.support import changing
 
 pytestmark = pytest.mark.skipif(not LINUX, reason="processes are forked on Linux alone")
@@ -78,5 +78,5 @@ def test_what_each_rank_would_import_by_itself_is_imported_once_before_they_are_
 def test_the_program_of_a_preloader_can_be_imported_without_effect() -> None:
     """As multiprocessing does for a process that it spawns from a fork, for a data loader, say."""
     gc.enable()
-    importlib.reload(process)
+    importlib.reload(preloader)
     assert gc.isenabled()

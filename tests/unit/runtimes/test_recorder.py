@@ -187,14 +187,16 @@ def test_a_row_is_written_every_log_iterations_at_the_time_of_their_last_event(t
     run.recorder.flush()
     rows = run.lines("metrics.jsonl")
     assert [(row["iteration"], row["seconds"], row["updates_per_second"]) for row in rows] == [
-        (4, 0.25, 16.0),
-        (8, 0.5, 16.0),
-        (12, 0.75, 16.0),
+        (5, 0.25, 20.0),
+        (10, 0.5, 20.0),
     ]
     run.now = 3.0
     run.push(1)
+    run.recorder.flush()  # in the midst of a moment, perhaps
+    assert [row["iteration"] for row in run.lines("metrics.jsonl")] == [5, 10, 15]
+    run.now = 3.5
     run.recorder.flush()  # log_seconds counts as well
-    assert [row["iteration"] for row in run.lines("metrics.jsonl")] == [4, 8, 12, 16]
+    assert [row["iteration"] for row in run.lines("metrics.jsonl")] == [5, 10, 15, 16]
     run.directory.close()
 
 
@@ -243,6 +245,7 @@ def test_rows_have_the_means_of_what_was_pushed_since_the_last_one_and_the_summa
         run.now = seconds
         run.push(1, metrics={"tokens": tokens, "hits": (tokens, 2 * tokens + 10)} | ({"norm": math.inf} if tokens > 10 else {}))
         if seconds != 1.0:
+            run.now = seconds + 0.5
             run.recorder.flush()
     run.now = 5.0
     run.push(2)  # without any

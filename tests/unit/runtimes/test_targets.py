@@ -167,4 +167,3 @@ def test_seconds_of_another_clock_are_not_added() -> None:
             check_clock(config, then, state, Path("checkpoint"))
     check_clock(counted[0], simulated, kept[0].state_dict(), Path())
     check_clock(counted[1], live, None, Path())
-    check_clock(live, simulated, kept[0].state_dict(), Path())

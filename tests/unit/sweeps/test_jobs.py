@@ -29,7 +29,7 @@ def linear(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
 
 
 def ends_the_process() -> nn.Module:
-    """No model, and no exception that can be expected."""
+    """Exit the process instead of returning a model."""
     sys.exit(7)
 
 
@@ -126,6 +126,18 @@ def test_a_sweep_is_refused_before_anything_starts(
     assert err.startswith(f"launch.py: {message}"), err
     assert err.count("\n") == 1
     assert out == ""
+    assert statuses(tmp_path / "sweep") == {}
+
+
+def test_jobs_of_slurm_are_refused_where_it_is_not_installed(
+    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="hydra's launchers of submitit are not installed")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert launch("-m", *SHORT, "seed=0,1", "hydra/launcher=slurm") == 2
+    said = "launch.py: hydra/launcher=slurm: got a machine without the program srun, expected one from which jobs of Slurm are "
+    out, err = capsys.readouterr()
+    assert (err.startswith(said), err.count("\n"), out) == (True, 1, "")
     assert statuses(tmp_path / "sweep") == {}
 
 

@@ -359,8 +359,13 @@ def test_a_data_set_that_draws_from_torch_itself_is_not_loaded_ahead(pure: bool,
     split = MapSplit([(torch.zeros(4), 0)] * 20)
     worker = Worker(FlatModel(nn.Linear(4, 3)), split, Epochs(20, 6, 1), find("algorithm", "ormo")(), seed=1)
     asked = list[torch.Tensor]()
+
+    def batch(indices: torch.Tensor, _generator: object) -> tuple[torch.Tensor, torch.Tensor]:
+        asked.append(indices)
+        return torch.zeros(6, 4), indices
+
     monkeypatch.setattr(split, "PURE", pure, raising=False)
-    monkeypatch.setattr(split, "batch", lambda indices, _generator: (asked.append(indices), (torch.zeros(6, 4), indices))[1])
+    monkeypatch.setattr(split, "batch", batch)
     worker.load(Reply(worker=0, ticket=0, stamp=0, params=worker.model.flat_params(), lr=0.1, steps=1, incarnation=0))
     assert bool(asked) == pure
 
