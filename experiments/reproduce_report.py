@@ -210,7 +210,8 @@ def write(entries: Sequence[Entry], a: Namespace) -> None:
     parts = [
         "# The experiments of arXiv 2407.19234",
         f"`python -m experiments.reproduce{options}`: ResNet-20, batch 64, momentum 0.9, weight decay "
-        f"0.0001, simulated; mean and standard deviation over the seeds that are finished. {finished}.",
+        f"0.0001, simulated; mean and standard deviation over the seeds that are finished, real "
+        f"minutes over those that were not interrupted. {finished}.",
         *(f"{machine}." for machine in machines),
         as_markdown(rows) if len(rows) > 1 else "No run is finished.",
         f"![Test accuracy]({name}.png)",

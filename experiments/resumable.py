@@ -60,18 +60,22 @@ class ResumableRun:
 
     @property
     def environments(self) -> list[dict[str, Any]]:
-        """Versions and processors of its attempts, by the headers of their traces; of this process where there is none.
+        """Versions and processors of the attempts that its result is from, by their traces; of this process if there is none.
 
         Those that differ in the commit alone are one, the newest; the last is that of the newest attempt.
         """
-        own, found = environment(), dict[str, dict[str, Any]]()
+        own, parts = environment(), list[tuple[int, dict[str, Any]]]()
         for attempt in self.attempts:
-            with contextlib.suppress(OSError, ValueError), (attempt / TRACE).open(encoding="utf-8") as trace:
+            with contextlib.suppress(OSError, ValueError, KeyError), (attempt / TRACE).open(encoding="utf-8") as trace:
                 header = json.loads(trace.readline())
-                each = {key: header[key] for key in own}
-                name = json.dumps({key: value for key, value in each.items() if key != "commit"})
-                found.pop(name, None)
-                found[name] = each
+                begin = _begin(attempt)
+                parts = [(former, each) for former, each in parts if former < begin]  # of others nothing is left
+                parts.append((begin, {key: header[key] for key in own}))
+        found = dict[str, dict[str, Any]]()
+        for _, each in parts:
+            name = json.dumps({key: value for key, value in each.items() if key != "commit"})
+            found.pop(name, None)
+            found[name] = each
         return [*found.values()] or [own]
 
     @property
@@ -93,8 +97,7 @@ class ResumableRun:
                 own = rows_so_far(attempt)
             except FileNotFoundError:
                 continue
-            source = next((word for word in Launch.read(attempt).overrides if word.startswith(_RESUME)), None)
-            begin = 0 if source is None else checkpoint.iteration_of(Path(source.removeprefix(_RESUME)))
+            begin = _begin(attempt)
             rows = [row for row in rows if row["iteration"] <= begin] + own
         return rows
 
@@ -163,6 +166,12 @@ def alone(work: Path) -> Generator[int]:
         except BlockingIOError:
             raise ConfigError(f"{work}: got a folder in which another command works; wait for its end, or end it") from None
         yield lock.fileno()
+
+
+def _begin(attempt: Path) -> int:
+    """The iteration of the checkpoint from which an attempt went on; 0 for one that began anew."""
+    source = next((word for word in Launch.read(attempt).overrides if word.startswith(_RESUME)), None)
+    return 0 if source is None else checkpoint.iteration_of(Path(source.removeprefix(_RESUME)))
 
 
 def main() -> int:

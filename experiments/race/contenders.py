@@ -18,6 +18,8 @@ from ormo_rpc.runtimes.configured import time_generator
 
 LOCAL_STEPS = (4, 16)
 """Local steps of local SGD."""
+FEWEST = 8
+"""Gradients in the smallest rounds of m-synchronous SGD that are tried, where that is less than half of the workers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,8 +195,12 @@ def _ddp_proportional(*, nesterov: bool = False) -> Callable[[int], tuple[Varian
 
 
 def _m_sync(*, cancel: bool, nesterov: bool = False) -> Callable[[int], tuple[Variant, ...]]:
+    """Rounds of the first m: all but one, three quarters, a half, and halves of that down to `FEWEST`."""
+
     def variants(workers: int) -> tuple[Variant, ...]:
-        counts = sorted({workers - 1, 3 * workers // 4, workers // 2}, reverse=True)
+        counts = [workers - 1, 3 * workers // 4, workers // 2]
+        while counts[-1] >= 2 * FEWEST:
+            counts.append(counts[-1] // 2)
 
         def variant(m: int) -> Variant:
             return Variant(
@@ -204,7 +210,7 @@ def _m_sync(*, cancel: bool, nesterov: bool = False) -> Callable[[int], tuple[Va
                 clock=lambda *_: first(m, cancel=cancel),
             )
 
-        return tuple(map(variant, counts))
+        return tuple(map(variant, dict.fromkeys(counts)))
 
     return variants
 

@@ -130,9 +130,9 @@ def budgets(results: Results) -> str:
 
 
 def _tuned(cell: Mapping[str, Row]) -> list[Row]:
-    """The rows of a cell but for those that have the runs of the contender that they are tuned as."""
-    models = {name: cell.get(CONTENDERS[name].tuned_as) for name in cell}
-    return [row for name, row in cell.items() if (model := models[name]) is None or row["tuning"] != model["tuning"]]
+    """Return the rows of a cell without those that reuse the tuning of the contender named by their ``tuned_as``."""
+    originals = {name: cell.get(CONTENDERS[name].tuned_as) for name in cell}
+    return [row for name, row in cell.items() if (original := originals[name]) is None or row["tuning"] != original["tuning"]]
 
 
 def accuracies(results: Results) -> str:

@@ -14,25 +14,26 @@ from typing import Any, cast
 from ormo_rpc import algorithms, schedulers
 from ormo_rpc.algorithms import base, groups
 from ormo_rpc.composing import compose
-from ormo_rpc.config.parsing import to_tree
+from ormo_rpc.config.saving import to_tree
 from ormo_rpc.config.schema import GROUPS, Config
 from ormo_rpc.kernels import steps
 from ormo_rpc.schedulers.base import Scheduler
 
 CONTRACTS = (base.__name__, groups.__name__, Scheduler.__module__)
 """Modules of the rules and schedulers that change nothing of what one computes."""
-SECTIONS = "algorithm scheduler dataset model task heterogeneity train worker wire compression evaluate".split()
+SECTIONS = "algorithm scheduler dataset model task heterogeneity train worker wire compression evaluate runtime".split()
 """Sections of the configuration on which a simulation's results depend."""
-WITHOUT_EFFECT = ("dataset.root", "dataset.verify", "worker.device")
+IGNORED_OPTIONS = ("dataset.root", "dataset.verify", "worker.device", "runtime.threads")
 """Options of these sections whose change leaves finished runs valid."""
 
 
 def run_version(overrides: Sequence[str]) -> str:
-    """A digest of what determines a simulated run beside its overrides: a changed rule's or default's runs do not count.
+    """Return a digest of the code and defaults behind a simulated run; runs made with other ones do not count.
 
-    It covers the source of the rule, of its scheduler and of the server's steps; and the options of the groups that the
-    overrides choose, such as the width of a model, but those that are off: a new option that is off changes nothing. It does
-    not cover the code of models, data, workers and the simulator, which `tests/integration/test_golden_runs.py` holds.
+    It covers the source of the rule, of its scheduler and of the server's steps; the number of workers; and the options of
+    the simulator and of the groups that the overrides choose, such as the width of a model, but those that are empty, zero,
+    null or ``none``, as those of new features are. It does not cover the code of models, data, workers and the simulator,
+    which `tests/integration/test_golden_runs.py` holds.
 
     Args:
         overrides: Of the run, at least those that choose groups and those of the rule and its scheduler.
@@ -41,22 +42,23 @@ def run_version(overrides: Sequence[str]) -> str:
         ConfigError: an override is wrong.
     """
     keys = [each.partition("=")[0] for each in overrides]
-    chosen = [key in (*GROUPS, "experiment") or key.startswith(("algorithm.", "scheduler.")) for key in keys]
+    groups = {*GROUPS, "experiment"} - {"runtime"}
+    chosen = [key in groups or key.startswith(("algorithm.", "scheduler.")) for key in keys]
     return _version(tuple(each for each, counts in zip(overrides, chosen, strict=True) if counts))
 
 
 @functools.cache
 def _version(overrides: tuple[str, ...]) -> str:
-    config = compose(overrides)
-    stated = [_sources(config), _options(config)]
+    config = compose(("runtime=sim", *overrides))
+    stated = [_sources(config), config.workers, _options(config)]
     return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _options(config: Config) -> Mapping[str, Any]:
-    """The options of `SECTIONS` that are not off."""
+    """The options of `SECTIONS` that are not empty, zero, null or ``none``."""
     tree = to_tree(config)
     found = {f"{section}.{key}": value for section in SECTIONS for key, value in tree[section].items()}
-    return {key: value for key, value in found.items() if value and value != "none" and key not in WITHOUT_EFFECT}
+    return {key: value for key, value in found.items() if value and value != "none" and key not in IGNORED_OPTIONS}
 
 
 def _sources(config: Config) -> Mapping[str, str]:

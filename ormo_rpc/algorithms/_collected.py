@@ -25,7 +25,7 @@ class Collected(Algorithm):
 
     @property
     @abstractmethod
-    def most(self) -> int:
+    def gradients_per_step(self) -> int:
         """B, the gradients that make a step."""
 
     @override
@@ -38,13 +38,13 @@ class Collected(Algorithm):
         """Add a gradient with a weight, and make the step with the B-th."""
         self.collected.add_(grad, alpha=weight)
         self.count += 1
-        if self.count == self.most:
+        if self.count == self.gradients_per_step:
             self.flush(lr)
 
     @override
     def flush(self, lr: float) -> None:
         if self.count:
-            self.params.sub_(self.collected, alpha=lr / self.most)
+            self.params.sub_(self.collected, alpha=lr / self.gradients_per_step)
             self.collected.zero_()
             self.count = 0
             self.version += 1

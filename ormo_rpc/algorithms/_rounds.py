@@ -33,7 +33,7 @@ class Rounds(Algorithm):
     REFUSES_PREFETCH = "its rounds wait for all tickets, those ahead as well"
 
     @property
-    def most(self) -> int | None:
+    def round_size(self) -> int | None:
         """m, the pushes that make a round; None for those of all workers."""
         return None
 
@@ -61,7 +61,7 @@ class Rounds(Algorithm):
         self.collected.add_(grad)
         self.count += 1
         self.brought[context.worker] = 1
-        if self.count == self.most or len(self.brought) >= context.concurrency:
+        if self.count == self.round_size or len(self.brought) >= context.concurrency:
             self.flush(lr)
 
     @override

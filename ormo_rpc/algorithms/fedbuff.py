@@ -36,7 +36,7 @@ class FedBuff(Collected):
 
     @property
     @override
-    def most(self) -> int:
+    def gradients_per_step(self) -> int:
         return self.buffer
 
     @override

@@ -45,7 +45,7 @@ class MSync(Rounds, GradientMomentum):
 
     @property
     @override
-    def most(self) -> int | None:
+    def round_size(self) -> int | None:
         return self.m
 
     @property

@@ -34,7 +34,7 @@ class Rennala(Collected):
 
     @property
     @override
-    def most(self) -> int:
+    def gradients_per_step(self) -> int:
         return self.batch
 
     @override

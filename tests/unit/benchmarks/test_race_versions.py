@@ -1,4 +1,4 @@
-"""Which changes make the race's finished runs those of another version."""
+"""Changes that invalidate finished runs of the race, and changes that do not."""
 
 from __future__ import annotations
 
@@ -62,6 +62,8 @@ def test_the_source_of_rules_schedulers_and_steps_counts(
         ("train", {"weight_decay": 0.01}, [*RUNS]),
         ("train", {"clip_norm": None, "lr_factors": {}}, []),  # off, as they are
         ("dataset", {"root": "elsewhere"}, []),
+        ("runtime", {"compute_seconds": 0.5}, [*RUNS]),
+        ("runtime", {"threads": 2}, []),
         ("logger", {"progress": False}, []),
     ],
 )
@@ -83,4 +85,5 @@ def test_options_that_are_overridden_anyway_do_not_matter_but_those_of_the_rule(
     assert run_version(("algorithm=ormo", "train.lr=0.5", "seed=3", "workers=7")) == ormo
     assert run_version(("algorithm=ormo", "algorithm.momentum_correction=true")) != ormo
     assert run_version(("algorithm=ormo_da",)) != ormo
-    assert run_version(("algorithm=ormo", "experiment=paper_cifar10_k16_het")) != ormo
+    settings = [run_version(("algorithm=ormo", f"experiment=paper_cifar10_k{workers}_het")) for workers in (16, 64)]
+    assert len({ormo, *settings}) == 3, "workers of an experiment's file count"

@@ -17,6 +17,7 @@ from ormo_rpc.composing import compose
 from ormo_rpc.config.schema import Config
 from ormo_rpc.errors import ConfigError
 from ormo_rpc.storage.environment import environment
+from ormo_rpc.storage.launch import Launch
 from ormo_rpc.storage.run_directory import TRACE
 from ormo_rpc.storage.summary import FILE
 
@@ -180,6 +181,7 @@ def test_a_run_that_was_continued_on_another_machine_is_of_both(asked: Namespace
         folder = first.run.folder / str(attempt)
         if attempt:
             shutil.copytree(first.run.folder / "0", folder)
+            Launch(overrides=[f"checkpoint.resume=0/checkpoints/iteration_{9 * attempt:09}"]).write(folder)
         (folder / TRACE).write_text(json.dumps({"event": "header", **environment(), **words}) + "\n{}\n")
     assert [(each["cpu"], each["commit"]) for each in first.run.environments] == [
         ("one", "b"),
@@ -193,6 +195,12 @@ def test_a_run_that_was_continued_on_another_machine_is_of_both(asked: Namespace
         )
         assert "* 1 of the runs were continued with another processor or version" in page
         asked.work = tmp_path / "elsewhere"
+    shutil.copytree(first.run.folder / "2", first.run.folder / "3")
+    (first.run.folder / "3" / TRACE).write_text(json.dumps({"event": "header", **environment(), "cpu": "three"}) + "\n")
+    assert [each["cpu"] for each in first.run.environments] == ["one", "three"], "nothing of the third attempt is left"
+    shutil.rmtree(first.run.folder / "3")
+    Launch(overrides=["seed=0"]).write(first.run.folder / "2")
+    assert [each["cpu"] for each in first.run.environments] == ["two"], "the third attempt began anew"
 
 
 def test_a_run_that_is_finished_at_another_precision_is_not_made_again(asked: Namespace, tmp_path: Path) -> None:
