@@ -28,12 +28,10 @@ from benchmarks.measuring import ROOT, SIZES, conditions, exit_on_sigterm, rotat
 from benchmarks.namespaces import Host, two_hosts, why_not
 from benchmarks.peers.harness import PROGRESS_VARIABLE
 from benchmarks.peers.measurement import cpu_seconds
-from benchmarks.systems import RAW_SOCKETS, SYSTEMS, System, commands_of, marked, started
+from benchmarks.systems import KILLED_SECONDS, RAW_SOCKETS, SYSTEMS, System, commands_of, marked, started
 from ormo_rpc.report.table import as_markdown
 
 START_SECONDS = 180.0
-END_SECONDS = 10.0
-"""A killed process has so long to end."""
 RUN_SECONDS = 3600.0
 """Longer than any comparison: all are killed in the end."""
 PATIENT = (f"runtime.worker_timeout_seconds={RUN_SECONDS}",)
@@ -125,7 +123,7 @@ def running(
         deadline = time.monotonic() + START_SECONDS
         while not found.find():
             if first.poll() is not None or time.monotonic() > deadline:
-                lines = last_words(first, mark) if first.poll() is not None else ["it takes too long"]
+                lines = kill_and_read_errors(first, mark) if first.poll() is not None else ["it takes too long"]
                 raise RuntimeError(f"{name}: does not start: {(lines or ['no output'])[-1]}")
             time.sleep(0.5)
         found.send(signal.SIGSTOP)
@@ -134,20 +132,20 @@ def running(
         except psutil.NoSuchProcess as error:
             if found.alive():
                 raise  # it was another system's
-            raise RuntimeError(f"{name}: has ended: {' / '.join(last_words(first, mark)[-3:])}") from error
+            raise RuntimeError(f"{name}: has ended: {' / '.join(kill_and_read_errors(first, mark)[-3:])}") from error
 
 
 def is_child(word: str) -> bool:
-    """True for the program of our servers and workers, in other checkouts too."""
+    """Tell if a word of a command line is the module of our servers and workers, in this or another checkout."""
     return word.startswith("ormo_rpc.runtimes.") and word.endswith(".entry_point")
 
 
-def last_words(first: subprocess.Popen[str], mark: str) -> list[str]:
-    """Kill what is left of a system that has failed, stopped processes too; return what its first process has said."""
+def kill_and_read_errors(first: subprocess.Popen[str], mark: str) -> list[str]:
+    """Kill the processes of a system that has failed, stopped ones too; return the lines of its first one's stderr."""
     for process in marked(mark):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    return first.communicate(timeout=END_SECONDS)[1].strip().splitlines()
+    return first.communicate(timeout=KILLED_SECONDS)[1].strip().splitlines()
 
 
 def named(checkouts: Sequence[Path], systems: Sequence[str]) -> list[tuple[str, System, Path]]:

@@ -21,6 +21,8 @@ from benchmarks.peers.harness import HOST_VARIABLE, WORKERS_VARIABLE
 from benchmarks.peers.rpc_flat import ONLY_TCP
 
 TIMEOUT_SECONDS = 240.0
+KILLED_SECONDS = 10.0
+"""Time-out for a killed process to end."""
 TORCHRUN_PORT = 29400
 """Of torchrun's store on the first host, in a namespace of its own where no other process listens."""
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "TP_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
@@ -184,7 +186,7 @@ def started(
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
         process.kill()
-        process.communicate()
+        process.communicate(timeout=KILLED_SECONDS)
 
 
 def marked(mark: str) -> list[psutil.Process]:

@@ -126,7 +126,7 @@ def faults(sources: dict[str, str]) -> list[str]:
 
 
 def cycles(sources: dict[str, str]) -> list[str]:
-    """The modules and packages within one package that import one another in a circle, as lines ``package: a, b``."""
+    """Import cycles among the modules and subpackages of each package, as lines ``package: a, b``."""
     arrows = {module: imports(source, module, types=False) for module, source in sources.items()}
     found: list[str] = []
     for package in sorted({module.rpartition(".")[0] for module in sources} - {"", "ormo_rpc"}):
@@ -148,11 +148,11 @@ def test_every_arrow_points_down() -> None:
     assert faults(SOURCES) == []
 
 
-def test_nothing_imports_in_a_circle_within_a_package() -> None:
+def test_no_import_cycle_within_a_package() -> None:
     assert cycles(SOURCES) == []
 
 
-def test_a_planted_circle_is_found() -> None:
+def test_a_planted_cycle_is_found() -> None:
     name = "ormo_rpc.runtimes.distributed.starter"
     line = "def f():\n    from ormo_rpc.runtimes.distributed.launcher import supervisor"
     planted = {**SOURCES, name: f"{SOURCES[name]}\n{line}\n"}
