@@ -127,7 +127,7 @@ class Evaluations:
         if server.iteration // self._every > before // self._every or server.ended:
             self.request(server, seconds)
             if self._inline:
-                self._recorder.flush()  # rows before its own, and checkpoints that are without it
+                self._recorder.flush(row=server.ended)  # rows before its own, and checkpoints that are without it
                 self.flush()
 
     def stops_early(self) -> bool:

@@ -240,7 +240,7 @@ class Session:
         Raises:
             OSError: something cannot be written, such as a checkpoint to a full disk.
         """
-        self.recorder.flush()
+        self.recorder.flush(row=self.server.ended)  # the last one, before that of the last evaluation
         self.evaluations.flush()
         self.checkpoints.flush()
 
@@ -262,13 +262,14 @@ class Session:
         """
         if state["status"] == Status.completed.value:
             self.evaluations.request_last(self.server, self.recorder.statistics.seconds)
+        self.recorder.flush(row=True)
         self.flush()
         if wait:
             self.evaluations.wait()
         if wait and self.evaluations.unsaved and self.checkpoints.newest is not None:
             self.checkpoints.write_again(state)  # a run that goes on from it has to know of them
         self.evaluations.saved()
-        self.recorder.flush(row=True)
+        self.recorder.flush()
         self.journal.close()
         return self.recorder.close(Summary(**{**self._summary_entries(state), **entries}))
 
