@@ -231,8 +231,7 @@ def _result(summary: dict[str, Any], run_dir: Path) -> str:
 
 def _iterations(summary: dict[str, Any]) -> str:
     """Write the iterations, and where the run continues another one those that are its own."""
-    total = summary["iterations"]
-    own = sum((summary.get("pushes_per_worker") or {}).values()) - (summary.get("discarded") or 0)
+    total, own = summary["iterations"], (summary.get("gradients_computed") or 0) - (summary.get("discarded") or 0)
     return f"{total} iterations{f', {own} of them in this run,' if 0 < own < total else ''}"
 
 

@@ -287,10 +287,10 @@ def _refuse_direction(config: DictConfig, task: Task | None) -> None:
 
 
 def _refuse_launcher(hydra: HydraConf | DictConfig) -> None:
-    """Refuse jobs of Slurm where its programs are not, of which submitit says so with a traceback.
+    """Refuse jobs of Slurm on a machine without its programs, for which submitit has a traceback.
 
     Raises:
-        ConfigError: so it is.
+        ConfigError: the sweep is for Slurm, and there is no ``srun``.
     """
     if str(hydra.launcher.get("_target_")).endswith(".SlurmLauncher") and shutil.which("srun") is None:
         raise ConfigError(

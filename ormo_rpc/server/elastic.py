@@ -24,8 +24,8 @@ class ElasticConsistency:
     Source: the quantity that Nadiradze et al. 2021, arXiv 2001.05918, assume to be bounded.
 
     Attributes:
-        every: n. The n-th gradient is the first: by the first of all ``w`` cannot have moved. With a divisor
-            or multiple of K it may always meet the same worker, or the same place in a round.
+        every: n; measured at the n-th gradient, the 2n-th, and so on, not at the first, before which ``w`` has not moved. With
+            a divisor or multiple of K it may always meet the same worker, or the same place in a round.
     """
 
     every: int

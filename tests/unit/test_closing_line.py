@@ -66,16 +66,12 @@ def test_the_closing_line_has_the_metrics_of_the_task(
 
 
 @pytest.mark.parametrize(
-    ("pushes", "discarded", "said"),
-    [
-        ({0: 4, 1: 5}, 0, ""),
-        ({0: 4, 1: 2}, 0, ", 6 of them in this run,"),
-        ({0: 8}, 3, ", 5 of them in this run,"),
-        (None, None, ""),
-    ],
+    ("computed", "discarded", "said"),
+    [(9, 0, ""), (6, 0, ", 6 of them in this run,"), (8, 3, ", 5 of them in this run,"), (12, 3, ""), (None, None, "")],
 )
 def test_the_closing_line_of_a_resumed_run_has_the_iterations_of_its_own(
-    pushes: dict[int, int] | None, discarded: int | None, said: str
+    computed: int | None, discarded: int | None, said: str
 ) -> None:
-    found = {"iterations": 9, "pushes_per_worker": pushes, "discarded": discarded}
-    assert cli._iterations(found) == f"9 iterations{said}"  # pyright: ignore[reportPrivateUsage]
+    found = {"iterations": 9, "gradients_computed": computed, "discarded": discarded}
+    line = cli._iterations(found)  # pyright: ignore[reportPrivateUsage] # a part of what is printed
+    assert line == f"9 iterations{said}"
